@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 __all__ = [
     "TICKS_PER_S",
@@ -45,8 +44,7 @@ def boot_id() -> str:
         return "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class SteadyClock:
+class SteadyClock(NamedTuple):
     """Dates of one activity: the wall clock at its start, and the monotonic clock since, which nothing sets.
 
     Attributes:

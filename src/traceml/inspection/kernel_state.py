@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "ProcessInfo",
@@ -67,8 +67,7 @@ _CONDITION_BYTES = 32  # two threads that wait for one condition may do so at tw
 _LOOKS, _LOOK_S = 40, 0.005
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessInfo:
+class ProcessInfo(NamedTuple):
     """A process or thread as /proc describes it.
 
     Attributes:
@@ -84,8 +83,7 @@ class ProcessInfo:
     cpu_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class WaitState:
+class WaitState(NamedTuple):
     """State of a process's main thread.
 
     Attributes:
@@ -104,8 +102,7 @@ class WaitState:
     tracer: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessUsage:
+class ProcessUsage(NamedTuple):
     """Use of some processes so far: CPU seconds, and bytes read and written through the kernel."""
 
     cpu_s: float = 0.0

@@ -17,10 +17,11 @@ import pytest
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
 from traceml.launch.wire import bootstrap
+from traceml.launch.wire.package_import import import_code
 
 # An agent that is not its launcher's child, as those of other hosts.
 _REMOTE = (
-    bootstrap.import_code().replace("{", "{{").replace("}", "}}")
+    import_code().replace("{", "{{").replace("}", "}}")
     + """
 from traceml.launch.agent import agent_main
 from traceml.launch.wire.channel_frames import GREETING
@@ -88,6 +89,20 @@ def test_an_agent_tells_of_itself_at_once(driver: Driver) -> None:
     assert told["netns"] == str(Path("/proc/self/ns/net").readlink())
     assert told["executable"] == sys.executable
     assert "libtorch" not in Path(f"/proc/{told['pid']}/maps").read_text()
+
+
+def test_an_agent_imports_no_more_than_it_needs() -> None:
+    """It introduces its host before it imports what workers need, and then imports no stored tables."""
+    code = (
+        "import sys, traceml.launch.agent.agent_main; print(*sys.modules);"
+        "import traceml.launch.agent.agent; print(*sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = (set(line.split()) for line in shown.splitlines())
+
+    assert "traceml.launch.agent.agent_hello" in before
+    assert "traceml.launch.agent.worker_group" not in before
+    assert not {"inspect", "zipfile", "traceml.database", "traceml.privacy"} & after
 
 
 def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:

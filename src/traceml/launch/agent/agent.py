@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from traceml.launch.agent.address_probe import AddressProbe
-from traceml.launch.agent.agent_hello import hello
 from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
@@ -44,12 +43,12 @@ class Agent:
     """Serves one launcher over one channel. Use `run` once.
 
     Args:
+        mark: the job's processes have it in their environment; the launcher knows it from the hello.
         silence_s: longest silence of the launcher while it has work here; 0: without limit.
     """
 
-    def __init__(self, channel: Channel, *, silence_s: float) -> None:
-        self._channel, self._silence_s = channel, silence_s
-        self._mark = os.urandom(12).hex()
+    def __init__(self, channel: Channel, *, mark: str, silence_s: float) -> None:
+        self._channel, self._mark, self._silence_s = channel, mark, silence_s
         self._selector = selectors.DefaultSelector()
         self._zygote: ZygoteClient | None = None
         self._group: WorkerGroup | None = None
@@ -77,7 +76,6 @@ class Agent:
 
         self._selector.register(wakeup, selectors.EVENT_READ, lambda _: os.read(wakeup, 4096))
         self._selector.register(self._channel.read_fd, selectors.EVENT_READ, self._receive)
-        self._channel.send("hello", mark=self._mark, **hello())
         try:
             while True:
                 self._turn()

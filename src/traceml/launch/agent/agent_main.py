@@ -8,9 +8,9 @@ import signal
 import sys
 from typing import NoReturn
 
-from traceml.launch.agent.agent import Agent
+from traceml.launch.agent.agent_hello import hello
 from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_frames import GREETING
+from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
 from traceml.launch.wire.process_cleanup import become_subreaper
 
 __all__ = ["main"]
@@ -42,7 +42,7 @@ def main(*, local: bool = False) -> NoReturn:
 
     status = 1
     try:
-        reason = Agent(channel, silence_s=0 if local else _SILENCE_S).run()
+        reason = _serve(channel, silence_s=0 if local else _SILENCE_S)
         status = 0
         if reason.startswith("signal"):
             sys.stderr.write(f"traceml: the agent was ended by {reason}\n")
@@ -56,3 +56,16 @@ def main(*, local: bool = False) -> NoReturn:
         sys.stderr.flush()
 
     os._exit(status)
+
+
+def _serve(channel: Channel, *, silence_s: float) -> str:
+    """Introduce this host, and serve until the launcher is gone or ends the agent; return the reason."""
+    mark = os.urandom(12).hex()
+    channel.send("hello", mark=mark, **hello())
+    with contextlib.suppress(ChannelClosedError):  # the agent's loop notices it
+        channel.flush()
+
+    # after the hello, which launchers wait for on all hosts: most modules are needed for workers alone
+    from traceml.launch.agent.agent import Agent
+
+    return Agent(channel, mark=mark, silence_s=silence_s).run()

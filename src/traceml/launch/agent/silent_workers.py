@@ -37,7 +37,7 @@ class SilentWorkers:
             workers: rank and process of those that run.
         """
         now_s = time.monotonic()
-        if not self._trace.get("flights") or now_s - self._checked_s < _EVERY_S:
+        if now_s - self._checked_s < _EVERY_S:
             return
 
         self._checked_s = now_s

@@ -10,13 +10,11 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceml.inspection.oom_kills import OomWatch
 from traceml.launch.agent.machine import core_slices, interface_towards
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
-from traceml.launch.agent.silent_workers import SilentWorkers
-from traceml.launch.agent.stack_reader import StackReader
 from traceml.launch.agent.worker_state import WorkerState
 from traceml.launch.agent.zygote_client import ZygoteClient
 from traceml.launch.wire.channel import Channel
@@ -25,6 +23,9 @@ from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
 from traceml.process_ends import CRASHES
+
+if TYPE_CHECKING:
+    from traceml.launch.agent.silent_workers import SilentWorkers
 
 __all__ = ["WorkerGroup"]
 
@@ -65,7 +66,7 @@ class WorkerGroup:
         self.idle = False
         self._selector, self._channel, self._zygote = selector, channel, zygote
         self._trace = message.get("trace") or {}
-        self._silent = SilentWorkers(self._trace, self._send_snapshot)
+        self._silent = self._silent_workers() if self._trace.get("flights") else None
         self._near = bool(message.get("near"))
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
@@ -91,7 +92,13 @@ class WorkerGroup:
         ]
         ours, theirs = FdSocket.pair()
         worker = WorkerState(
-            rank, local_rank, ours, theirs, readers, tail, StackReader(), streams=list(streams.values())
+            rank,
+            local_rank,
+            socket=ours,
+            worker_end=theirs,
+            streams=list(streams.values()),
+            readers=readers,
+            tail=tail,
         )
         self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(worker))
         return worker
@@ -306,7 +313,9 @@ class WorkerGroup:
             )
             self._stack_requests = None
 
-        self._silent.check((each.rank, each.pid) for each in self._ranks.values() if each.running and each.pid)
+        if self._silent is not None:
+            self._silent.check((each.rank, each.pid) for each in self._ranks.values() if each.running and each.pid)
+
         self._finish()
         busy = (
             self._stack_requests is not None
@@ -370,6 +379,12 @@ class WorkerGroup:
             return set()
 
         return {each.pid for each in self._ranks.values() if each.reported and each.running and each.pid is not None}
+
+    def _silent_workers(self) -> SilentWorkers:
+        # brings the stored tables, half of the agent's imports: of use only where the agent looks for flight files
+        from traceml.launch.agent.silent_workers import SilentWorkers
+
+        return SilentWorkers(self._trace, self._send_snapshot)
 
     def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
         self._channel.send("snapshot", job=self.job, rank=rank, pid=pid, snapshot=snapshot)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, field
 
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.stack_reader import StackReader
@@ -14,29 +13,37 @@ from traceml.launch.wire.fd_socket import FdSocket
 __all__ = ["WorkerState"]
 
 
-@dataclass
 class WorkerState:
     """One worker.
 
+    Args:
+        worker_end: the other end of `socket`, until the fork.
+
     Attributes:
-        socket: to the worker; `worker_end` is its other end, until the fork.
+        socket: to the worker.
         status: as `waitpid` returns it.
         reported: whether its function has returned or raised; it then waits to be released.
         end_sent: whether the launcher was notified of its end.
     """
 
-    rank: int
-    local_rank: int
-    socket: FdSocket
-    worker_end: FdSocket
-    readers: list[PipeReader]
-    tail: OutputTail
-    stacks: StackReader
-    pid: int | None = None
-    status: int | None = None
-    reported: bool = False
-    end_sent: bool = False
-    streams: list[OutgoingStream] = field(default_factory=list)
+    def __init__(
+        self,
+        rank: int,
+        local_rank: int,
+        *,
+        socket: FdSocket,
+        worker_end: FdSocket,
+        streams: list[OutgoingStream],
+        readers: list[PipeReader],
+        tail: OutputTail,
+    ) -> None:
+        self.rank, self.local_rank = rank, local_rank
+        self.socket, self.worker_end = socket, worker_end
+        self.streams, self.readers, self.tail = streams, readers, tail
+        self.stacks = StackReader()
+        self.pid: int | None = None
+        self.status: int | None = None
+        self.reported = self.end_sent = False
 
     @property
     def running(self) -> bool:

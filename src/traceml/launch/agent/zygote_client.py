@@ -9,11 +9,10 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from traceml.launch.wire.bootstrap import import_code
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.package_import import import_code
 from traceml.launch.wire.process_cleanup import MARK
 
 __all__ = ["ZygoteClient", "ZygoteSpec"]
@@ -44,8 +43,7 @@ exec "$@"
 _KEPT_BYTES = 64 * 1024
 
 
-@dataclass(frozen=True)
-class ZygoteSpec:
+class ZygoteSpec(NamedTuple):
     """The environment and imports of a zygote.
 
     Attributes:
@@ -62,7 +60,7 @@ class ZygoteSpec:
     sys_path: tuple[str, ...]
     need_torch: int
     folder: str = "/"
-    stamp: tuple[int, ...] = field(default=())
+    stamp: tuple[int, ...] = ()
 
     def serves(self, other: ZygoteSpec) -> bool:
         """Return whether a zygote of this spec can make workers of another."""

@@ -20,11 +20,11 @@ from pathlib import Path
 from traceml.inspection import kernel_state
 from traceml.launch.wire import process_cleanup
 from traceml.launch.wire.channel_frames import GREETING
+from traceml.launch.wire.package_import import PACKAGE, archive_path, import_code, zip_import_code
 from traceml.launch.wire.process_cleanup import AGENT_NAME
 
-__all__ = ["agent_command", "cleanup_program", "import_code", "local_program", "remote_program"]
+__all__ = ["agent_command", "cleanup_program", "local_program", "remote_program"]
 
-_PACKAGE = str(Path(__file__).parents[2])  # a folder, or one inside a zip file
 _LENGTH = struct.Struct(">Q")
 # Packages that an agent, a zygote or a traced worker may need.
 _PACKAGES = (
@@ -65,28 +65,6 @@ data = read(int.from_bytes(read(8), "big"))
 fd = os.memfd_create("traceml")
 os.write(fd, data)
 """
-_IMPORT = """
-import sys
-if sys.path and not sys.flags.safe_path:
-    del sys.path[0]
-"""
-_FROM_FOLDER = """
-import importlib.util
-spec = importlib.util.spec_from_file_location("traceml", {init!r}, submodule_search_locations=[{package!r}])
-"""
-_FROM_ZIP = """
-import zipimport
-place = {path}
-spec = zipimport.zipimporter(place).find_spec("traceml")
-sys.path.insert(0, place + "/first")
-sys.path += [place + "/extra", place]
-"""
-_LOAD = """
-import importlib.util
-module = importlib.util.module_from_spec(spec)
-sys.modules["traceml"] = module
-spec.loader.exec_module(module)
-"""
 # Modules by name and source, each after those that it imports: that host may have no traceml.
 _RUN_SOURCES = """
 import sys, types
@@ -118,10 +96,10 @@ def local_program() -> bytes:
 
 def remote_program() -> bytes:
     """Return the program of an agent elsewhere, followed by the package; it writes the greeting."""
-    code = _REMOTE.replace("{greeting!r}", repr(GREETING)) + _IMPORT
+    code = _REMOTE.replace("{greeting!r}", repr(GREETING))
     # the path of the reaper, which outlives all others: programs that workers start find it too
-    code += _FROM_ZIP.replace("{path}", '"/proc/%d/fd/%d" % (os.getpid(), fd)')
-    return _line(code + _LOAD + _FORK_AND_RUN + "main()\n") + _bundle()
+    code += zip_import_code('"/proc/%d/fd/%d" % (os.getpid(), fd)')
+    return _line(code + _FORK_AND_RUN + "main()\n") + _bundle()
 
 
 def cleanup_program(mark: str, agent: int) -> bytes:
@@ -134,30 +112,12 @@ def _line(code: str) -> bytes:
     return f"exec({code!r})\n".encode()
 
 
-def import_code() -> str:
-    """Return code that imports this very package without adding it to the search path.
-
-    The working directory is removed from the path: modules there must not shadow the standard library's.
-    """
-    if Path(_PACKAGE).is_dir():
-        load = _FROM_FOLDER.replace("{init!r}", repr(f"{_PACKAGE}/__init__.py")).replace("{package!r}", repr(_PACKAGE))
-    else:
-        load = _FROM_ZIP.replace("{path}", repr(_archive()))
-
-    return _IMPORT + load + _LOAD
-
-
 @functools.cache
 def _bundle() -> bytes:
     """Return the package: 8 bytes of length, then a zip file."""
-    root = Path(_PACKAGE)
-    data = _packed(root) if root.is_dir() else Path(_archive()).read_bytes()
+    root = Path(PACKAGE)
+    data = _packed(root) if root.is_dir() else Path(archive_path()).read_bytes()
     return _LENGTH.pack(len(data)) + data
-
-
-def _archive() -> str:
-    """Return the path of the zip file that this package was imported from."""
-    return _PACKAGE.removesuffix("/traceml")
 
 
 def _packed(root: Path) -> bytes:
