@@ -25,7 +25,6 @@ from traceml.launch.wire.process_cleanup import AGENT_NAME
 
 __all__ = ["agent_command", "cleanup_program", "local_program", "remote_program"]
 
-_LENGTH = struct.Struct(">Q")
 # Packages that an agent, a zygote or a traced worker may need.
 _PACKAGES = (
     "launch",
@@ -39,6 +38,8 @@ _PACKAGES = (
     "inspection",
     "privacy",
 )
+# Parts of them that only an aggregator, its delivery processes and readers of a run need: a fifth of the bytes.
+_ELSEWHERE = ("database/store", "track/backends", "track/delivery")
 _FIRST = ("cloudpickle",)  # only the same version surely unpacks what it packs
 _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
@@ -52,18 +53,12 @@ if sys.version_info < (3, 11):
     sys.stderr.write(words % (sys.version.split()[0], sys.executable))
     sys.exit(78)
 os.write(1, {greeting!r})
-def read(n):
-    pieces = []
-    while n:
-        piece = os.read(0, min(n, 1 << 20))
-        if not piece:
-            sys.exit("traceml: the launcher closed the connection")
-        pieces.append(piece)
-        n -= len(piece)
-    return b"".join(pieces)
-data = read(int.from_bytes(read(8), "big"))
-fd = os.memfd_create("traceml")
-os.write(fd, data)
+fd, left = os.memfd_create("traceml"), {size}
+while left:
+    piece = os.read(0, min(left, 65536))
+    if not piece:
+        sys.exit("traceml: the launcher closed the connection")
+    left -= os.write(fd, piece)
 """
 # Modules by name and source, each after those that it imports: that host may have no traceml.
 _RUN_SOURCES = """
@@ -96,10 +91,11 @@ def local_program() -> bytes:
 
 def remote_program() -> bytes:
     """Return the program of an agent elsewhere, followed by the package; it writes the greeting."""
-    code = _REMOTE.replace("{greeting!r}", repr(GREETING))
+    bundle = _bundle()
+    code = _REMOTE.replace("{greeting!r}", repr(GREETING)).replace("{size}", str(len(bundle)))
     # the path of the reaper, which outlives all others: programs that workers start find it too
     code += zip_import_code('"/proc/%d/fd/%d" % (os.getpid(), fd)')
-    return _line(code + _FORK_AND_RUN + "main()\n") + _bundle()
+    return _line(code + _FORK_AND_RUN + "main()\n") + bundle
 
 
 def cleanup_program(mark: str, agent: int) -> bytes:
@@ -114,10 +110,9 @@ def _line(code: str) -> bytes:
 
 @functools.cache
 def _bundle() -> bytes:
-    """Return the package: 8 bytes of length, then a zip file."""
+    """Return the package as a zip file."""
     root = Path(PACKAGE)
-    data = _packed(root) if root.is_dir() else Path(archive_path()).read_bytes()
-    return _LENGTH.pack(len(data)) + data
+    return _packed(root) if root.is_dir() else Path(archive_path()).read_bytes()
 
 
 def _packed(root: Path) -> bytes:
@@ -125,7 +120,8 @@ def _packed(root: Path) -> bytes:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         sources = [*root.glob("*.py"), *(path for package in _PACKAGES for path in (root / package).rglob("*.py"))]
         for source in sources:
-            _add(archive, source, str(source.relative_to(root.parent)))
+            if not source.relative_to(root).as_posix().startswith(_ELSEWHERE):
+                _add(archive, source, str(source.relative_to(root.parent)))
 
         for place, name in [*(("first", name) for name in _FIRST), *(("extra", name) for name in _EXTRA)]:
             spec = importlib.util.find_spec(name)
