@@ -236,13 +236,18 @@ links = [AgentConnection(spec, sys.executable, config) for spec in resolve_hosts
 with selectors.DefaultSelector() as selector:
     for link in links:
         selector.register(link.channel.read_fd, selectors.EVENT_READ, link)
+        selector.register(link.channel.write_fd, selectors.EVENT_WRITE, link)
     while not all(link.hello for link in links):
-        for link in links:
-            link.channel.flush()
-        for key, _ in selector.select(0.05):
-            for message in key.data.channel.receive():
+        for key, events in selector.select():
+            link = key.data
+            if events & selectors.EVENT_WRITE:
+                link.channel.flush()
+                if not link.channel.wants_write:
+                    selector.unregister(key.fd)
+                continue
+            for message in link.channel.receive():
                 if message["t"] == "hello":
-                    key.data.hello = message
+                    link.hello = message
 print(json.dumps(time.perf_counter() - start))
 for link in links:
     link.close()
