@@ -63,8 +63,10 @@ class CentralMerger:
 
     def _take(self, second: HostSecond) -> None:
         kept, choice = self.intake.kept, second.choice
-        self._name_host(choice, kept.representatives.choice_of(choice.host))
-        kept.representatives.take(choice)
+        before = kept.representatives.choice_of(choice.host)
+        if kept.representatives.take(choice):
+            self._name_host(choice, before)
+
         kept.representatives.add(choice.host, second.above)
         for rank in second.begins:
             kept.clear(rank)

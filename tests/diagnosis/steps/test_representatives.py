@@ -96,6 +96,19 @@ def test_the_longest_work_of_the_others_is_known_by_step():
     np.testing.assert_allclose(aligned.above, [[0, 5e6, 0], [0, 0, 0]], rtol=1e-3)
 
 
+def test_a_choice_like_the_one_before_stays_that_one() -> None:
+    """A host sends its choice every second: what was derived from an equal one need not be made again."""
+    representatives = Representatives()
+    representatives.take(choice())
+    kept = representatives.choice_of("a")
+
+    assert not representatives.take(choice())
+    assert representatives.choice_of("a") is kept
+
+    assert not representatives.take(choice(ended_at=(31,)))
+    assert representatives.choice_of("a") is not kept
+
+
 def test_work_of_many_seconds_and_hosts_is_put_into_its_steps():
     """However much comes between two verdicts, and whatever a host sends again."""
     kept = kept_of(0, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -54,6 +55,11 @@ class HostChoice:
     def ranks(self) -> frozenset[int]:
         """The ranks of the host."""
         return self.alive.union(self.ended)
+
+    @cached_property
+    def size(self) -> int:
+        """Ranks up to the highest one of the host."""
+        return 1 + max((self.typical, *self.ranks))
 
     @cached_property
     def stands_for(self) -> tuple[int, ...]:
@@ -155,12 +161,14 @@ class _Chosen:
 
     @classmethod
     def of(cls, choices: Sequence[HostChoice]) -> Self:
-        unsent = [(rank, choice.typical) for choice in choices for rank in choice.unsent]
+        typical = np.array([choice.typical for choice in choices], np.int64)
+        unsent = [choice.unsent for choice in choices]
         ended = [each for choice in choices for each in zip(choice.ended, choice.ended_at, strict=False)]
         return cls(
-            max((rank + 1 for choice in choices for rank in (choice.typical, *choice.ranks)), default=0),
+            max((choice.size for choice in choices), default=0),
             {choice.typical: at for at, choice in enumerate(choices)},
-            *np.array(unsent, np.int64).reshape(-1, 2).T,
+            np.array([*chain.from_iterable(unsent)], np.int64),
+            typical.repeat([len(ranks) for ranks in unsent]),
             *np.array(ended, np.int64).reshape(-1, 2).T,
         )
 
@@ -212,14 +220,18 @@ class Representatives:
             self._choices.append(choice)
             self._grow(at + 1)
 
-        self._choices[at] = choice
         self._silent.discard(choice.host)
-        if before is None or choice.typical != before.typical:
+        is_same = choice.is_same(before)
+        if before is not None and is_same and choice.ended_at == before.ended_at:
+            return False  # the earlier one stays, with what was derived from it
+
+        self._choices[at] = choice
+        self._chosen = None
+        if before is not None and choice.typical != before.typical:
             self._waiting = [each for each in self._waiting if each[0] != at]
             self._steps[at] = -1
 
-        self._chosen = None
-        return not choice.is_same(before)
+        return not is_same
 
     def add(self, host: str, above: WorkAbove) -> None:
         """Add the work beyond that of a host's typical rank; without a choice of the host it is ignored."""
