@@ -230,11 +230,15 @@ class StretchLines:
         ends_ns: Sequence[int] = (),
     ) -> None:
         self._counts, self._names = counts, names or {}
-        self._ends = dict(enumerate(zip(latest, ends_ns, strict=False)))
+        self._latest, self._ends_ns = latest, ends_ns
 
     def divided(self, first: int, end: int) -> tuple[Sequence[SampledLine], Sequence[SampledLine]]:
         """Return `LineCounts.divided`."""
-        return ((), ()) if self._counts is None else self._counts.divided(self._names, self._ends, first, end)
+        if self._counts is None:
+            return (), ()
+
+        ends = dict(enumerate(zip(self._latest, self._ends_ns, strict=False)))
+        return self._counts.divided(self._names, ends, first, end)
 
 
 class LazyLines(Sequence[SampledLine]):

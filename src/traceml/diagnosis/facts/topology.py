@@ -30,7 +30,8 @@ _MESH_WORDS = {
     "cp": "context-parallel rank",
     "ep": "expert-parallel rank",
 }
-_Key = Callable[[int], str | None]
+_Key = Callable[[int], str | int | None]
+_NOWHERE: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,27 +96,28 @@ class Topology:
             return None
 
         found: list[tuple[int, str, str]] = []
-        for level, key_of in self._levels(next(iter(slow))):
-            keys = {key_of(rank) for rank in slow}
-            name = keys.pop()
-            if keys or name is None:
+        first = next(iter(slow))
+        for level, word, key_of in self._levels(first):
+            key = key_of(first)
+            if key is None or any(key_of(rank) != key for rank in slow):
                 continue
 
-            size = sum(key_of(rank) == name for rank in ranks)
+            size = sum(key_of(rank) == key for rank in ranks)
             if size < len(ranks) and size - len(slow) <= MAX_ABSENT * size:
-                found.append((size, level, name))
+                found.append((size, level, f"{word}{key}"))
 
         return _smallest(found, len(slow))
 
-    def _levels(self, rank: int) -> Iterator[tuple[str, _Key]]:
-        """Yield the levels at which a rank has a place, the most local first."""
-        yield "host", lambda each: _named("host", self.hosts.get(each))
-        yield "nvlink", lambda each: _named("NVLink domain", self.domains.get(self.hosts.get(each, "")))
+    def _levels(self, rank: int) -> Iterator[tuple[str, str, _Key]]:
+        """Yield the levels at which a rank has a place, the most local first, and how a place's name begins."""
+        yield "host", "host ", lambda each: self.hosts.get(each) or None
+        yield "nvlink", "NVLink domain ", lambda each: self.domains.get(self.hosts.get(each, "")) or None
         for above in range(len(self.switches.get(rank, ()))):
-            yield "switch", lambda each, above=above: _named("switch", _at(self.switches.get(each, ()), above))  # type: ignore[misc]
+            yield "switch", "switch ", lambda each, above=above: _at(self.switches.get(each, ()), above) or None  # type: ignore[misc]
 
         for dimension in self.mesh.get(rank, {}):
-            yield "mesh", lambda each, dimension=dimension: _coordinate(dimension, self.mesh.get(each, {}))  # type: ignore[misc]
+            word = f"{_MESH_WORDS[dimension]} " if dimension in _MESH_WORDS else f"mesh coordinate {dimension}="
+            yield "mesh", word, lambda each, dimension=dimension: self.mesh.get(each, _NOWHERE).get(dimension)  # type: ignore[misc]
 
 
 class TopologyHistory:
@@ -152,17 +154,5 @@ def _smallest(found: list[tuple[int, str, str]], slow: int) -> RankGroup | None:
     return RankGroup(level=level, name=name, size=size, slow=slow, also=also)
 
 
-def _named(word: str, name: str | None) -> str | None:
-    return f"{word} {name}" if name else None
-
-
 def _at(names: tuple[str, ...], index: int) -> str | None:
     return names[index] if index < len(names) else None
-
-
-def _coordinate(dimension: str, coordinates: Mapping[str, int]) -> str | None:
-    if dimension not in coordinates:
-        return None
-
-    word = _MESH_WORDS.get(dimension)
-    return f"{word} {coordinates[dimension]}" if word else f"mesh coordinate {dimension}={coordinates[dimension]}"
