@@ -20,7 +20,7 @@ from traceml.display.web.elements import (
     set_visible,
     top_heading,
 )
-from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
+from traceml.display.web.layout import Banner, draw, top_bar
 from traceml.display.web.panels.overlay_panel import LETTERS, ComparedRuns, OverlayPanel
 from traceml.display.web.run_sources import RunFileTimes
 from traceml.errors import StoreError
@@ -124,7 +124,6 @@ class ComparePage:
 
                 self._overlay = OverlayPanel(runs)
 
-        keys_dialog()
         set_visible(self._body, False)
         for part in (self._pair_charts, self._pair_tables):
             set_visible(part, len(runs) == 2)

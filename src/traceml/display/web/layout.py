@@ -1,4 +1,4 @@
-"""Parts of every page: document head, top bar, banner, list of keys."""
+"""Parts of every page: document head, list of keys, top bar, banner."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from nicegui import ui
 
 from traceml.display.web.chart_cache import THEMES
-from traceml.display.web.elements import Container, FactList, TextNode, link, set_visible
+from traceml.display.web.elements import Container, TextNode, link, set_visible
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 
-__all__ = ["Banner", "add_head", "draw", "keys_dialog", "theme_of", "top_bar"]
+__all__ = ["Banner", "add_head", "draw", "theme_of", "top_bar"]
 
 _KEYS = (
     ("1 to 9", "go to a section"),
@@ -43,11 +43,20 @@ _FIRST_PAINT = """
 </div>
 """
 
+# The list of keys that `?` opens: the same on every page, so it is no part of what NiceGUI builds for each visit.
+_KEYS_DIALOG = f"""
+<dialog id="keys" aria-label="keys">
+  <h2>Keys</h2>
+  <dl class="facts">{"".join(f"<div><dt>{what}</dt><dd>{key}</dd></div>" for key, what in _KEYS)}</dl>
+  <button class="tool" id="close-keys" type="button">Close</button>
+</dialog>
+"""
+
 
 def add_head() -> None:
-    """Add style sheet, script and first paint to the page that is being built."""
+    """Add style sheet, script, first paint and the list of keys to the page that is being built."""
     ui.add_head_html(_head())
-    ui.add_body_html(_FIRST_PAINT)
+    ui.add_body_html(_FIRST_PAINT + _KEYS_DIALOG)
 
 
 def theme_of(cookies: dict[str, str]) -> str:
@@ -100,11 +109,3 @@ class Banner:
         """Show a problem, or hide the banner for an empty text."""
         self._text.set_text(text)
         set_visible(self._block, bool(text))
-
-
-def keys_dialog() -> None:
-    """Build the list of keys that `?` opens."""
-    with Container("dialog", "", id="keys", aria_label="keys"):
-        TextNode("h2", "Keys")
-        FactList().show((what, key) for key, what in _KEYS)
-        TextNode("button", "Close", "tool", id="close-keys", type="button")

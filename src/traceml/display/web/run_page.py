@@ -8,7 +8,7 @@ from nicegui import Client
 
 from traceml.display.web.chart_panel import ChartPanel
 from traceml.display.web.elements import Container, TextNode, link, set_visible, top_heading
-from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
+from traceml.display.web.layout import Banner, draw, top_bar
 from traceml.display.web.panels.log_panel import LogPanel
 from traceml.display.web.panels.media_panel import MediaPanel
 from traceml.display.web.panels.overview_panel import OverviewPanel
@@ -53,7 +53,6 @@ class RunPage:
             with Container("div") as self._body:
                 self._build()
 
-        keys_dialog()
         set_visible(self._empty_state, False)
 
     def show(self, state: RunState) -> None:

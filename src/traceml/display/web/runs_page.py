@@ -9,7 +9,7 @@ from pathlib import Path
 from nicegui import Client, background_tasks, run
 
 from traceml.display.web.elements import EMIT_VALUE, Container, TextNode, set_visible
-from traceml.display.web.layout import Banner, keys_dialog, top_bar
+from traceml.display.web.layout import Banner, top_bar
 from traceml.display.web.run_sources import RunsState
 from traceml.display.web.runlist.edit_bar import EditBar
 from traceml.display.web.runlist.list_query import ListPart, ListQuery, field_names
@@ -47,8 +47,6 @@ class RunsPage:
                 TextNode("h2", "No runs yet")
                 TextNode("p", f"They appear here as soon as one starts in {runs_dir}.")
                 TextNode("code", "traceml run train.py")
-
-        keys_dialog()
 
     def show(self, state: RunsState) -> None:
         """Show the current list."""
