@@ -237,6 +237,29 @@ def test_of_other_jobs_the_header_is_read_only(tmp_path: Path, monkeypatch: pyte
     assert read == [found.path]
 
 
+def test_of_other_folders_the_header_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's memory keeps the files of all folders, and each aggregator that starts looks for those of its own."""
+    read: list[Path] = []
+    monkeypatch.setattr(
+        recovery, "read_flight", lambda path, runs_dir: read.append(path) or read_flight(path, runs_dir)
+    )
+    memory, runs_dir = tmp_path / "memory", tmp_path / "runs"
+    memory.mkdir(mode=0o700)
+    monkeypatch.setattr(recovery, "default_folder", lambda: memory)
+    for facts in (
+        {"runs_dir": str(tmp_path / "others")},
+        {"runs_dir": str(tmp_path / "others"), "run_dir": str(runs_dir / "20260101-a")},
+        {"runs_dir": str(runs_dir), "run_dir": str(tmp_path / "others" / "20260101-b")},
+        {"runs_dir": str(runs_dir)},
+    ):
+        FlightFile.create(memory, facts | {"job": "j"}).close(unlink=False)
+
+    found = dead_flights(None, runs_dir)
+
+    assert sorted(read) == sorted(flight.path for flight in found)
+    assert [flight.folder for flight in found] == [runs_dir, runs_dir]
+
+
 def rewrite_boot(path: Path) -> None:
     """Make a file look as if an earlier boot of this machine had written it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()

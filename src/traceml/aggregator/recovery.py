@@ -83,7 +83,7 @@ def dead_flights(
     """Return the flight files that dead ranks of a job left on this host and in a runs folder.
 
     Args:
-        job: its key; None for those of all jobs.
+        job: its key; None for those of all jobs of the runs folder.
         copies: a folder with copies from other hosts, whose ranks are dead.
         but: files to leave out.
         silence_s: how long a rank on another host must have been silent.
@@ -93,8 +93,8 @@ def dead_flights(
     dead += [path for path in (find_flights(copies) if copies is not None else ()) if path not in but]
     found = []
     for path in dead:
-        if job is not None and flight_identity(path).get("job", job) != job:
-            continue  # a file is 12 MB, and each run that ends on this host looks here
+        if _is_elsewhere(flight_identity(path), job, runs_dir):
+            continue  # a file is 12 MB, and each aggregator that starts on this host looks here, as each run that ends
 
         try:
             flight = DeadFlight(path, read_flight(path, runs_dir))
@@ -105,10 +105,18 @@ def dead_flights(
 
             continue
 
-        if job in (None, flight.job):
+        if (flight.folder == runs_dir) if job is None else (flight.job == job):
             found.append(flight)
 
     return found
+
+
+def _is_elsewhere(identity: Mapping[str, Any], job: str | None, runs_dir: Path) -> bool:
+    """Whether a rank was of another job, or of another runs folder where all jobs of one are looked for."""
+    if job is not None:
+        return bool(identity.get("job", job) != job)
+
+    return bool(identity) and _folder_of(identity) != runs_dir
 
 
 def _concerns(path: Path, runs_dir: Path) -> bool:

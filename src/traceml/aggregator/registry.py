@@ -244,7 +244,7 @@ class Registry:
         return [
             flight
             for flight in dead_flights(None, self.runs_dir, silence_s=SILENCE_S if silence_s is None else silence_s)
-            if flight.folder == self.runs_dir and (flight.image.holds_user_rows or silence_s is not None)
+            if flight.image.holds_user_rows or silence_s is not None
         ]
 
     @contextlib.contextmanager
