@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+from tests.forked import client as forked
 
 SCRIPT = """
     import io, multiprocessing, pickle, sys
@@ -42,14 +45,19 @@ SCRIPT = """
 """
 
 
+def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return forked.run(
+        [sys.executable, *words], forks=True, cwd=folder, env=environ, capture_output=True, text=True, timeout=240
+    )
+
+
 def test_classes_of_the_script_can_be_pickled_and_processes_started(tmp_path: Path) -> None:
     """torch.save, all_gather_object and multiprocessing look names up in `__main__`; also under `python -m`."""
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
 
     for words in (["script.py"], ["-m", "script"]):
-        done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-        )
+        done = run(*words, folder=tmp_path)
         assert done.stdout == "as it should be\n", done.stdout + done.stderr
 
 
@@ -65,9 +73,7 @@ def test_a_spawned_process_does_not_launch_again(tmp_path: Path) -> None:
         "print(traceml.launch(work, hostnames=['localhost'], workers_per_host=1, backend=None).rank(0))\n"
     )
 
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = run("script.py", folder=tmp_path)
 
     assert done.stdout.splitlines()[-1] == "1"
     assert "UsageError: launch was called while a process that multiprocessing has spawned" in done.stdout
