@@ -67,7 +67,7 @@ def test_processes_of_the_next_attempt_are_not_killed(restarts, monkeypatch):
 
     monkeypatch.setattr(hung_jobs.asyncio, "sleep", sleep)
     monkeypatch.setattr(hung_jobs, "_kill", killed.append)
-    monkeypatch.setattr(hung_jobs, "AbsentRanks", lambda _run: SimpleNamespace(find=list))
+    monkeypatch.setattr(hung_jobs, "UnconnectedRanks", lambda _run: SimpleNamespace(find=list))
     monkeypatch.setattr(HungJobs, "_snapshot_silent", staticmethod(lambda _run: asyncio.to_thread(int)))
     asyncio.run(HungJobs(None).abort(run))
 

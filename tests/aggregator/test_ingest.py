@@ -4,9 +4,9 @@ import msgpack
 import pytest
 
 from tests.aggregator.conftest import step_rows
-from tests.aggregator.test_live import stream_of
+from tests.aggregator.test_live_verdict import stream_of
 from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.live import LiveRows
+from traceml.aggregator.live_rows import LiveRows
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter

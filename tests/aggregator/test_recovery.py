@@ -12,8 +12,8 @@ import pytest
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, finish, runs_in, script  # noqa: F401 - a fixture
 from traceml.aggregator import recovery
-from traceml.aggregator.orphans import finish_flights
 from traceml.aggregator.recovery import dead_flights
+from traceml.aggregator.unfinished_runs import finish_flights
 from traceml.clock import boot_time_s, monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights

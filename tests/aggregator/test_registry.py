@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from traceml.aggregator.orphans import finish_orphan
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
+from traceml.aggregator.unfinished_runs import finish_run
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS
@@ -177,24 +177,24 @@ def test_killed_aggregator_leaves_runs_that_are_found(registry, tmp_path):
     found.close()
 
 
-def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registry, tmp_path, caplog):
+def test_unfinished_runs_are_adopted_once_and_the_lock_of_a_living_one_respected(registry, tmp_path, caplog):
     """Runs that are open elsewhere are left alone, without a word; those of a dead aggregator are taken up."""
     run, _ = join(registry, hello(0))
     run.commit()
     later = Registry(tmp_path / "runs")
     caplog.set_level("INFO", logger="traceml")
 
-    later.resume_orphans()
+    later.resume_unfinished_runs()
     assert later.open_runs == []
     assert caplog.text == ""
 
     run.close()
-    later.resume_orphans()
+    later.resume_unfinished_runs()
     assert [each.path for each in later.open_runs] == [run.path]
     later.open_runs[0].close()
 
 
-def test_an_orphan_ended_when_its_store_was_last_written(registry):
+def test_an_unfinished_run_ended_when_its_store_was_last_written(registry):
     """Not when somebody finishes it, which may be the next day."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
         facts = {"host": socket.gethostname(), "boot_id": boot_id(), "pid": process.pid}
@@ -207,13 +207,13 @@ def test_an_orphan_ended_when_its_store_was_last_written(registry):
     for path in run.path.iterdir():
         os.utime(path, (written_s, written_s))
 
-    assert finish_orphan(run.path)
+    assert finish_run(run.path)
 
     with StoreReader(run.path / STORE_NAME) as reader:
         assert reader.meta()["run"]["ended"] == written_s
 
 
-def test_an_orphan_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, memory):
+def test_an_unfinished_run_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, memory):
     """A job of the same name has left a dead rank in the host's memory, whose run is in another folder."""
     facts = {"run_dir": str(tmp_path / "others" / "20260101-a"), "job": "job", "recorder": "another"}
     FlightFile.create(memory, facts).close(unlink=False)
@@ -223,19 +223,19 @@ def test_an_orphan_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, memory):
 
     run.disconnected(stream)
     run.close()
-    assert finish_orphan(run.path)
+    assert finish_run(run.path)
 
     with StoreReader(run.path / STORE_NAME) as reader:
         assert len(list(reader.streams())) == 1
 
 
-def test_an_orphan_ended_with_its_last_rank(registry):
+def test_an_unfinished_run_ended_with_its_last_rank(registry):
     """Its store may have been written since, by whoever merged it."""
     run, stream = join(registry, hello(0, 1))
     leave(run, stream)
     run.close()
 
-    assert finish_orphan(run.path)
+    assert finish_run(run.path)
 
     with StoreReader(run.path / STORE_NAME) as reader:
         (rank,) = reader.streams()
@@ -248,7 +248,7 @@ def test_damaged_markers_are_ignored(registry, left):
     (registry.runs_dir / ".open").mkdir()
     (registry.runs_dir / ".open" / "x.json").write_text(left)
 
-    registry.resume_orphans()
+    registry.resume_unfinished_runs()
 
     assert registry.open_runs == []
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.generated.targets import DAMAGE, Damage, Target, refusal
 from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.live import LiveRows
+from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.recovery import DeadFlight, recover
 from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.clock import boot_id

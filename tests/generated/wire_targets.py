@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.generated.targets import DAMAGE, JSON_VALUES, PACKABLE, Damage, Target, refusal
 from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.live import LiveRows
+from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.reader import StoreReader, StreamIdentity

@@ -435,7 +435,7 @@ class Aggregator:
             return
 
         if not self._exit_when_idle:
-            self.registry.resume_orphans()
+            self.registry.resume_unfinished_runs()
 
         self.registry.recover_flights()
 

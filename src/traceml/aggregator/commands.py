@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
-from traceml.aggregator.silence.rank_stacks import snapshots_from_outside, stacks_reply
-from traceml.aggregator.silence.silent_ranks import store_snapshot
 from traceml.aggregator.streams.stream import Stream
+from traceml.aggregator.unresponsive_ranks.stacks_reply import snapshots_from_outside, stacks_reply
+from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import store_snapshot
 from traceml.database.snapshots import RankSnapshot
 from traceml.fail_open import fail_open
 from traceml.track.tracker_state import TrackerState

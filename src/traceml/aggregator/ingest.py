@@ -20,7 +20,7 @@ from traceml.transport.framing import decode_log
 from traceml.transport.server import RefusedError
 
 if TYPE_CHECKING:
-    from traceml.aggregator.live import LiveRows
+    from traceml.aggregator.live_rows import LiveRows
     from traceml.database.store.store import StoreWriter
 
 __all__ = ["Ingest", "IngestStatistics"]

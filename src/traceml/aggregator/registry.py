@@ -204,7 +204,7 @@ class Registry:
         """Record that a closed run continues."""
         self._mark(run.key, run.id, named=run.named)
 
-    def resume_orphans(self) -> None:
+    def resume_unfinished_runs(self) -> None:
         """Open the runs that an earlier aggregator has left open here."""
         for marker in sorted((self.runs_dir / _OPEN).glob("*.json")):
             left = _read_marker(marker)

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from traceml.aggregator.orphans import finish_flights, finish_orphan
+from traceml.aggregator.unfinished_runs import finish_flights, finish_run
 from traceml.cli.options.parsing import config_over, parse
 from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
@@ -192,7 +192,7 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
 
         time.sleep(_POLL_S)
 
-    if not finish_orphan(run_dir):
+    if not finish_run(run_dir):
         raise TraceMLError(f"run {run_dir.name} has no aggregator anymore, but its ranks still run: end them first")
 
     write_reports(run_dir)

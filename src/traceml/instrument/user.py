@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
 
-from traceml.database.flight.journaled import NameTable
+from traceml.database.flight.journaled_tables import NameTable
 from traceml.instrument.accumulator import FIRST_USER
 from traceml.instrument.step_clock import StepClock
 

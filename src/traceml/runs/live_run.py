@@ -16,7 +16,7 @@ from traceml.runs.report.report import make_report, report_window, run_wall_time
 from traceml.runs.report.report_types import Report, TelemetrySection
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.logged_media import LoggedItems, MediaGroup
-from traceml.runs.rows.notes import Note, Notes
+from traceml.runs.rows.messages import RunMessage, RunMessages
 from traceml.runs.rows.run_events import RunEvents
 from traceml.runs.rows.series import RunSeries, SeriesFollower
 
@@ -53,7 +53,7 @@ class LiveRun:
         self._reader: StoreReader | None = None
         self._last_event = 0
         self._series: SeriesFollower | None = None
-        self._notes = Notes()
+        self._messages = RunMessages()
         self._logged = LoggedItems()
         self._about: tuple[float, About] | None = None
         self._marks: deque[tuple[float, int, int]] = deque()
@@ -122,12 +122,12 @@ class LiveRun:
 
         return self._series.series(self.digest)
 
-    def notes(self) -> list[Note]:
+    def notes(self) -> list[RunMessage]:
         """Return the run's messages, the newest first: events, warnings, texts."""
         if self._reader is not None:
-            self._notes.update(self._reader)
+            self._messages.update(self._reader)
 
-        return self._notes.lines(self.events)
+        return self._messages.lines(self.events)
 
     def logged(self) -> tuple[MediaGroup, ...]:
         """Return the logged texts, images, histograms and files, the newest of each name."""

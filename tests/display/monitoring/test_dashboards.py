@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.renderers.instruments import Instruments
+from traceml.renderers.monitoring_metrics import Instruments
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 DASHBOARD = json.loads((EXAMPLES / "grafana" / "traceml.json").read_text())

@@ -13,7 +13,7 @@ from tests.display.monitoring.running import running_run, series_of
 from tests.runs.fabricated_store import run_facts, store_run
 from traceml.display.monitoring.active_runs import MAX_RUNS, ActiveRuns
 from traceml.display.monitoring.metrics_server import metrics_app
-from traceml.renderers.instruments import Instruments
+from traceml.renderers.monitoring_metrics import Instruments
 from traceml.runs.live_run import LiveRun
 
 

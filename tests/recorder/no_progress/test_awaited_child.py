@@ -12,7 +12,7 @@ from types import FrameType
 import pytest
 
 from tests.eventually import eventually
-from traceml.database.process_snapshots import blocker_of
+from traceml.database.blocker_snapshot import blocker_of
 from traceml.recorder.no_progress.awaited_child import awaited_child
 
 pytestmark = pytest.mark.process

@@ -14,7 +14,7 @@ import filelock
 import pytest
 
 from tests.eventually import eventually
-from traceml.database.process_snapshots import blocker_of
+from traceml.database.blocker_snapshot import blocker_of
 from traceml.recorder.no_progress.awaited_lock import awaited_lock
 
 pytestmark = pytest.mark.process

@@ -15,7 +15,7 @@ from traceml.renderers.text.top_tables import (
 )
 from traceml.renderers.views import run_view
 from traceml.runs.report.report_types import GpuSection, HostSection, MetricSection, Report, SystemSection
-from traceml.runs.rows.notes import Note
+from traceml.runs.rows.messages import RunMessage
 
 
 def cells(table, row):
@@ -73,7 +73,7 @@ def test_system_lists_devices_below_their_host():
 
 
 def test_logs_tell_whom_they_are_about():
-    table = logs_table([Note(0.0, 3, "warning", "be careful"), Note(0.0, None, "end", "state finished")])
+    table = logs_table([RunMessage(0.0, 3, "warning", "be careful"), RunMessage(0.0, None, "end", "state finished")])
 
     assert [row.cells[1:] for row in table.rows] == [("3", "warning", "be careful"), ("", "end", "state finished")]
     assert [row.style for row in table.rows] == ["yellow", ""]
@@ -82,7 +82,7 @@ def test_logs_tell_whom_they_are_about():
 def test_logs_begin_with_the_scripts_newest_output():
     """The last hundred lines; what a terminal would obey is shown as its escape."""
     table = logs_table(
-        [Note(0.0, None, "end", "state finished")], [f"step {step}" for step in range(150)] + ["\x1b[2J"]
+        [RunMessage(0.0, None, "end", "state finished")], [f"step {step}" for step in range(150)] + ["\x1b[2J"]
     )
 
     kinds = [row.cells[2] for row in table.rows]

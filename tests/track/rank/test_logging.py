@@ -12,7 +12,7 @@ import pytest
 from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
-from traceml.aggregator.orphans import finish_flights
+from traceml.aggregator.unfinished_runs import finish_flights
 from traceml.runs.run import load_run
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, ended_run, finish
-from traceml.aggregator.orphans import finish_flights
+from traceml.aggregator.unfinished_runs import finish_flights
 from traceml.recorder.sending.uploads import RefusedFileError
 from traceml.track.rank.media_encoding import histogram_of, image_of
 

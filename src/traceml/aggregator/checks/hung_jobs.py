@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.silence.absent_ranks import AbsentRanks
-from traceml.aggregator.silence.rank_stacks import snapshots_from_outside
+from traceml.aggregator.unresponsive_ranks.stacks_reply import snapshots_from_outside
+from traceml.aggregator.unresponsive_ranks.unconnected_ranks import UnconnectedRanks
 from traceml.clock import process_start_ticks
 from traceml.database.snapshots import ABORT
 from traceml.fail_open import fail_open
@@ -81,7 +81,7 @@ class HungJobs:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": 0, "name": "abort", "args": {}})
 
-        processes += [_Process(each.pid, process_start_ticks(each.pid)) for each in AbsentRanks(run).find()]
+        processes += [_Process(each.pid, process_start_ticks(each.pid)) for each in UnconnectedRanks(run).find()]
         await asyncio.sleep(_KILL_AFTER_S)
         for process in processes:  # not those of an attempt that has begun meanwhile
             if process_start_ticks(process.pid) == process.start_ticks is not None:

@@ -10,11 +10,11 @@ from typing import Any
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
-from traceml.aggregator.checks.core_takers import CoreTakers
+from traceml.aggregator.checks.cpu_contention import CpuContention
 from traceml.aggregator.checks.hung_jobs import HungJobs
 from traceml.aggregator.collecting.source_readings import SourceReadings
-from traceml.aggregator.silence.silent_ranks import SilentRanks
-from traceml.aggregator.verdicts import LiveVerdict
+from traceml.aggregator.live_verdict import LiveVerdict
+from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnresponsiveRanks
 from traceml.fail_open import fail_open
 
 __all__ = ["RunChecks", "checking"]
@@ -46,8 +46,8 @@ class RunChecks:
         self.sources = SourceReadings(nice)
         self._hung = HungJobs(report)
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
-        self._silent: dict[ActiveRun, SilentRanks] = {}
-        self._core_takers: dict[ActiveRun, CoreTakers] = {}
+        self._silent: dict[ActiveRun, UnresponsiveRanks] = {}
+        self._contention: dict[ActiveRun, CpuContention] = {}
 
     def check(self, run: ActiveRun) -> LiveVerdict:
         """Check an open run, and return its verdict. Call it once a second."""
@@ -55,8 +55,8 @@ class RunChecks:
         for stream in run.connected:
             stream.follow_groups()
 
-        self._silent.setdefault(run, SilentRanks(run, self._start)).check()
-        self._core_takers.setdefault(run, CoreTakers(run, self._start)).check()
+        self._silent.setdefault(run, UnresponsiveRanks(run, self._start)).check()
+        self._contention.setdefault(run, CpuContention(run, self._start)).check()
         verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
         verdict.update(run.store)
         self.alerts.check(run, verdict.findings)
@@ -83,7 +83,7 @@ class RunChecks:
         self._profiles.forget(run)
         self._verdicts.pop(run, None)
         self._silent.pop(run, None)
-        self._core_takers.pop(run, None)
+        self._contention.pop(run, None)
         self._hung.forget(run)
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.live import LiveRows
+from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.run_facts import RunFacts
 from traceml.aggregator.streams.admission import Admission
 from traceml.aggregator.streams.stream import Incarnation, Stream, StreamPeer, StreamState, moment_s

@@ -18,7 +18,7 @@ from traceml.clock import boot_id, machine_name, process_start_ticks
 from traceml.database.flight.flight_folders import FLIGHT_SUFFIX, default_folder, disk_folders
 from traceml.database.flight.flight_header import COUNTERS_AT, DATA_AT, FlightHeader, FolderClaim, MappedFile
 from traceml.database.flight.journal import Journal, journal_path
-from traceml.database.flight.journaled import JournaledLog, JournaledRing, NameTable
+from traceml.database.flight.journaled_tables import JournaledLog, JournaledRing, NameTable
 from traceml.database.flight.row_rings import COUNTERS_PER_TABLE, ByteLog, Ring
 from traceml.database.schema import JOURNALED, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Slot, Table
 from traceml.own_files import make_own_folder

@@ -20,10 +20,10 @@ import msgpack
 from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.frame_editor import THINNED
+from traceml.database.store.maintenance import Maintenance
 from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store_file import open_for_writing, translate_errors
 from traceml.database.store.unframed_rows import FrameBuffer, IncomingRows, UnframedRows
-from traceml.database.store.upkeep import Upkeep
 from traceml.errors import StoreBusyError, StoreError
 
 __all__ = ["StoreWriter", "merge_wal"]
@@ -68,7 +68,7 @@ class StoreWriter:
             self._unframed = UnframedRows(self._database)
             self._load()
             with translate_errors(self.path, "read"):
-                self._upkeep = Upkeep(self.path, self._database, self._table_ids)
+                self._maintenance = Maintenance(self.path, self._database, self._table_ids)
         except BaseException:
             self._unlock()
             raise
@@ -207,13 +207,13 @@ class StoreWriter:
 
         self._unframed.settle()
         for frame, stream, number, _, n, _, _, _, data in frames:
-            self._upkeep.note(stream, self._table_names[number], frame, n, len(data), now_s)
+            self._maintenance.note(stream, self._table_names[number], frame, n, len(data), now_s)
 
         done = {key: self._next[key] for key in self._touched}
         for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
             waiting.clear()
 
-        self._is_large |= self._upkeep.compaction.is_large
+        self._is_large |= self._maintenance.compaction.is_large
         return done
 
     def maintain(
@@ -234,7 +234,7 @@ class StoreWriter:
             StoreError: nothing was written by the last transaction; rows are complete and in order.
         """
         with translate_errors(self.path, "write"):
-            return self._upkeep.run(budget_s, time.monotonic() if now_s is None else now_s, cursors, limit_bytes)
+            return self._maintenance.run(budget_s, time.monotonic() if now_s is None else now_s, cursors, limit_bytes)
 
     def close(self) -> None:
         """Commit, merge the write-ahead log into the file, and close.

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from traceml.display.web.run_sources import RunsSource
 from traceml.errors import StoreError
-from traceml.renderers.instruments import Instruments
-from traceml.renderers.run_readings import Reading, readings
+from traceml.renderers.monitoring_metrics import Instruments
+from traceml.renderers.monitoring_readings import Reading, readings
 from traceml.runs.find import RunInfo
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report

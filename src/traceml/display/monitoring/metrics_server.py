@@ -16,8 +16,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from traceml.renderers.instruments import Instrument
-from traceml.renderers.run_readings import Reading
+from traceml.renderers.monitoring_metrics import Instrument
+from traceml.renderers.monitoring_readings import Reading
 
 if TYPE_CHECKING:
     from traceml.display.monitoring.active_runs import ActiveRuns

@@ -33,8 +33,8 @@ from traceml.database.store.reader import StoreReader
 from traceml.display.monitoring.active_runs import ActiveRuns
 from traceml.errors import StoreError
 from traceml.privacy.masker import Masker
-from traceml.renderers.instruments import Instrument, Instruments
-from traceml.renderers.run_readings import Reading
+from traceml.renderers.monitoring_metrics import Instrument, Instruments
+from traceml.renderers.monitoring_readings import Reading
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.run_spans import RunSpan, run_spans
 from traceml.runs.find import RunInfo

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.silent_snapshots import FIRST_SILENT_S, SilentSnapshots, silent_s
+from traceml.database.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
 from traceml.launch.wire.flight_archive import find_live_flight
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SilentWorkers:
 
     def __init__(self, trace: Mapping[str, Any], send: Callable[[int, int, dict[str, Any]], object]) -> None:
         self._trace, self._send = trace, send
-        self._snapshots: dict[int, SilentSnapshots] = {}
+        self._snapshots: dict[int, ExternalSnapshots] = {}
         self._silent_s: dict[int, float] = {}
         self._checked_s = 0.0
 
@@ -46,7 +46,7 @@ class SilentWorkers:
             if snapshots is not None:
                 self._check(snapshots, rank, pid)
 
-    def _check(self, snapshots: SilentSnapshots, rank: int, pid: int) -> None:
+    def _check(self, snapshots: ExternalSnapshots, rank: int, pid: int) -> None:
         slots = snapshots.slots()
         if slots is None or slots.is_ending:
             return
@@ -63,13 +63,13 @@ class SilentWorkers:
             if snapshot is not None:
                 self._send(rank, pid, snapshot.to_row())
 
-    def _snapshots_of(self, rank: int, pid: int) -> SilentSnapshots | None:
+    def _snapshots_of(self, rank: int, pid: int) -> ExternalSnapshots | None:
         """Return the snapshots of a worker; None before it has a flight file."""
         if pid not in self._snapshots:
             path = find_live_flight(pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
             if path is None:
                 return None
 
-            self._snapshots[pid] = SilentSnapshots(rank, pid, path)
+            self._snapshots[pid] = ExternalSnapshots(rank, pid, path)
 
         return self._snapshots[pid]

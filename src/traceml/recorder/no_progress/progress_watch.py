@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
-from traceml.database.first_snapshot import first_snapshot_s
 from traceml.database.schema import Slot
+from traceml.database.snapshot_timing import first_snapshot_s
 from traceml.fail_open import fail_open
 
 if TYPE_CHECKING:

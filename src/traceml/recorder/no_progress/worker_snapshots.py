@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from traceml.database.process_snapshots import blocker_of
+from traceml.database.blocker_snapshot import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
 from traceml.inspection.kernel_state import process_info, wait_state
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file, signal_target

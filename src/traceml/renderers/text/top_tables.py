@@ -10,7 +10,7 @@ from traceml.formatting import bytes_text, count_text, ms_text, name_order, perc
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
 from traceml.runs.report.report_types import Report
-from traceml.runs.rows.notes import Note
+from traceml.runs.rows.messages import RunMessage
 
 __all__ = [
     "BarCell",
@@ -174,7 +174,7 @@ def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> Tabl
     return TableView("metrics", columns, tuple(rows), "nothing logged yet: traceml.log_metric(name, value)")
 
 
-def logs_table(notes: Sequence[Note], output: Sequence[str] = ()) -> TableView:
+def logs_table(notes: Sequence[RunMessage], output: Sequence[str] = ()) -> TableView:
     """Return the last lines of the script's output, then messages and events; both the newest first.
 
     Args:

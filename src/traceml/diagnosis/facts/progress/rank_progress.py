@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.first_snapshot import first_snapshot_s
 from traceml.database.schema import LINE_PHASES, unpack_bits
+from traceml.database.snapshot_timing import first_snapshot_s
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silence.silent_process import SilentProcess
+from traceml.aggregator.unresponsive_ranks.rank_process import RankProcess
 from traceml.clock import boot_id
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_owner import find_unclaimed, is_alive, pid_here
@@ -18,17 +18,17 @@ from traceml.transport.hello import WORLD_LIMIT
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
 
-__all__ = ["AbsentRanks"]
+__all__ = ["UnconnectedRanks"]
 
 
-class AbsentRanks:
+class UnconnectedRanks:
     """The ranks of one run that have not connected."""
 
     def __init__(self, run: ActiveRun) -> None:
         self._run = run
         self._known: dict[Path, dict[str, Any]] = {}
 
-    def find(self) -> list[SilentProcess]:
+    def find(self) -> list[RankProcess]:
         """Return the live processes of these ranks, without ranks that several processes claim to be.
 
         Programs that a rank starts inherit its variables, and so claim to be that rank.
@@ -39,13 +39,13 @@ class AbsentRanks:
 
         paths = find_unclaimed((default_folder(), *disk_folders(self._run.path.parent)))
         self._known = {path: self._known.get(path) or flight_identity(path) for path in paths}
-        found: dict[int, list[SilentProcess]] = {}
+        found: dict[int, list[RankProcess]] = {}
         for path, facts in self._known.items():
             # Read again: a rank that has connected elsewhere since has learned its run there.
             pid = pid_here(path, facts["pid"], facts["start_ticks"]) if self._is_absent(facts) else None
             if pid is not None and is_alive(path) and may_be_of(flight_identity(path), self._run.id):
                 self._run.expect(facts)
-                process = SilentProcess(facts["rank"], pid, path)
+                process = RankProcess(facts["rank"], pid, path)
                 found.setdefault(process.rank, []).append(process)
 
         return [processes[0] for processes in found.values() if len(processes) == 1]

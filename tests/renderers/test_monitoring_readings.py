@@ -7,8 +7,8 @@ import re
 import pytest
 
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
-from traceml.renderers.instruments import BaseUnit, Instrument, Instruments
-from traceml.renderers.run_readings import MAX_RANKS, readings
+from traceml.renderers.monitoring_metrics import BaseUnit, Instrument, Instruments
+from traceml.renderers.monitoring_readings import MAX_RANKS, readings
 from traceml.runs.report.report_types import GpuSection, HostSection, Report, TelemetrySection
 
 
@@ -79,7 +79,12 @@ def test_what_is_not_known_has_no_value() -> None:
     found = {each.instrument for each in readings(Report.empty("r"))}
 
     assert Instruments.VERDICT in found
-    assert not found & {Instruments.STEP, Instruments.STEP_RATE, Instruments.OVERHEAD, Instruments.LOST}
+    assert not found & {
+        Instruments.STEP,
+        Instruments.STEP_RATE,
+        Instruments.OVERHEAD,
+        Instruments.LOST,
+    }
     assert not found & {Instruments.SAMPLE_RATE, Instruments.TOKEN_RATE, Instruments.GOODPUT}
 
 
@@ -104,7 +109,12 @@ def test_gpus_and_hosts_are_in_base_units() -> None:
     assert values(made, Instruments.HOST_CPU) == {("n1",): 0.5}
     assert values(made, Instruments.HOST_MEMORY) == {("n1",): 0.25}
     assert values(made, Instruments.GPU_USE) == {("n1", "3"): pytest.approx(0.4)}
-    of_gpu = (Instruments.GPU_MEMORY, Instruments.GPU_SIZE, Instruments.GPU_HEAT, Instruments.GPU_POWER)
+    of_gpu = (
+        Instruments.GPU_MEMORY,
+        Instruments.GPU_SIZE,
+        Instruments.GPU_HEAT,
+        Instruments.GPU_POWER,
+    )
     assert [values(made, each) for each in of_gpu] == [{("n1", "3"): number} for number in (10, 20, 60.0, 250.0)]
 
 

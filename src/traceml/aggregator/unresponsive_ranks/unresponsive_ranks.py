@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silence.absent_ranks import AbsentRanks
-from traceml.aggregator.silence.silent_process import SilentProcess
-from traceml.database.silent_snapshots import FIRST_SILENT_S, SilentSnapshots, silent_s
+from traceml.aggregator.unresponsive_ranks.rank_process import RankProcess
+from traceml.aggregator.unresponsive_ranks.unconnected_ranks import UnconnectedRanks
+from traceml.database.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
 from traceml.database.snapshots import SNAPSHOT
 
 if TYPE_CHECKING:
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from traceml.aggregator.streams.stream import Stream
     from traceml.database.snapshots import RankSnapshot
 
-__all__ = ["SilentRanks", "store_snapshot"]
+__all__ = ["UnresponsiveRanks", "store_snapshot"]
 
 
 @dataclass(slots=True)
 class _Silence:
     """A rank that is silent, and the snapshots of it."""
 
-    snapshots: SilentSnapshots
+    snapshots: ExternalSnapshots
     longest_s: float = 0.0
     is_pending: bool = False
 
 
-class SilentRanks:
+class UnresponsiveRanks:
     """The silent ranks of one run, also those that have never connected."""
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
         self._run, self._start = run, start
-        self._absent = AbsentRanks(run)
-        self._silences: dict[SilentProcess, _Silence] = {}
+        self._absent = UnconnectedRanks(run)
+        self._silences: dict[RankProcess, _Silence] = {}
 
     def check(self) -> None:
         """Notice who falls silent and who wakes, and take snapshots of the silent ones; once a second."""
@@ -62,11 +62,11 @@ class SilentRanks:
             elif quiet_s < FIRST_SILENT_S and silence is not None:
                 self._wake(process)
 
-    def _connected(self) -> list[SilentProcess]:
+    def _connected(self) -> list[RankProcess]:
         ranks = [stream for stream in self._run.connected if stream.is_diagnosed and not stream.is_helper]
-        return [process for process in map(SilentProcess.of, ranks) if process is not None]
+        return [process for process in map(RankProcess.of, ranks) if process is not None]
 
-    def _leave(self, process: SilentProcess) -> None:
+    def _leave(self, process: RankProcess) -> None:
         """Forget a process that has gone; one that was absent may have connected, so its silence is over."""
         streams = [stream for stream in self._run.connected if stream.incarnation.pid == process.pid]
         if process.stream is None and any(stream.rank == process.rank for stream in streams):
@@ -74,12 +74,12 @@ class SilentRanks:
         else:
             del self._silences[process]
 
-    def _wake(self, process: SilentProcess) -> None:
+    def _wake(self, process: RankProcess) -> None:
         silence = self._silences.pop(process)
         if silence.snapshots.has_news and (snapshot := silence.snapshots.end(silence.longest_s)) is not None:
             store_snapshot(self._run, process.stream, snapshot)
 
-    async def _snapshot(self, process: SilentProcess, silence: _Silence) -> None:
+    async def _snapshot(self, process: RankProcess, silence: _Silence) -> None:
         snapshot = await asyncio.to_thread(silence.snapshots.make)
         silence.is_pending = False
         if snapshot is None or self._silences.get(process) is not silence or self._run.ended:

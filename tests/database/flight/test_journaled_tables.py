@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, find_flights
 from traceml.database.flight.journal import Journal, journal_path, read_journal
-from traceml.database.flight.journaled import JournaledLog, JournaledRing
+from traceml.database.flight.journaled_tables import JournaledLog, JournaledRing
 from traceml.database.flight.postmortem import read_flight
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from traceml.renderers.instruments import Instrument, Instruments
+from traceml.renderers.monitoring_metrics import Instrument, Instruments
 from traceml.runs.report.report_types import Report
 
 __all__ = ["MAX_RANKS", "Reading", "readings"]

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceml.database.silent_snapshots import SilentSnapshots
+from traceml.database.external_snapshots import ExternalSnapshots
 
 if TYPE_CHECKING:
     from traceml.aggregator.streams.stream import Stream
 
-__all__ = ["SilentProcess"]
+__all__ = ["RankProcess"]
 
 
 @dataclass(frozen=True, slots=True)
-class SilentProcess:
+class RankProcess:
     """A rank of this host.
 
     Attributes:
@@ -28,11 +28,11 @@ class SilentProcess:
     stream: Stream | None = None
 
     @classmethod
-    def of(cls, stream: Stream) -> SilentProcess | None:
+    def of(cls, stream: Stream) -> RankProcess | None:
         """Return the process of a stream; None if it is not on this host."""
         path, pid = stream.flight_path, stream.pid_here
         return cls(stream.rank, pid, path, stream) if pid is not None and path is not None else None
 
-    def snapshots(self) -> SilentSnapshots:
+    def snapshots(self) -> ExternalSnapshots:
         """Return what takes snapshots of it."""
-        return SilentSnapshots(self.rank, self.pid, self.flight)
+        return ExternalSnapshots(self.rank, self.pid, self.flight)

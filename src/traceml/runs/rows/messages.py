@@ -12,7 +12,7 @@ from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.formatting import ranks_text
 from traceml.runs.rows.aligned_clocks import RunClocks
 
-__all__ = ["Note", "Notes"]
+__all__ = ["RunMessage", "RunMessages"]
 
 _KEPT = 500
 _FIRST_READ = 5_000  # frames at the end of a store that are read at first
@@ -22,7 +22,7 @@ _HIDDEN = {"kind", "t_ns", "experiment"}
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class RunMessage:
     """Line of a log.
 
     Attributes:
@@ -36,11 +36,11 @@ class Note:
     text: str
 
 
-class Notes:
+class RunMessages:
     """Follows the messages in a store by cursor, at most the newest 500."""
 
     def __init__(self) -> None:
-        self._kept: deque[Note] = deque(maxlen=_KEPT)
+        self._kept: deque[RunMessage] = deque(maxlen=_KEPT)
         self._after: int | None = None
         self._clocks = RunClocks(())
         self._ranks: dict[int, int] = {}
@@ -60,14 +60,14 @@ class Notes:
                 for row in frame.maps():
                     self._take(frame.stream, frame.table, row)
 
-    def lines(self, events: Iterable[RunEvent] = ()) -> list[Note]:
-        """Return the notes, the run's events among them, the newest first."""
-        from_events = [note for note in map(_note_of_event, events) if note is not None]
-        joined: list[Note] = []
-        for note in sorted([*self._kept, *from_events], key=lambda note: note.epoch_s):
+    def lines(self, events: Iterable[RunEvent] = ()) -> list[RunMessage]:
+        """Return the messages, the run's events among them, the newest first."""
+        from_events = [message for message in map(_message_of_event, events) if message is not None]
+        joined: list[RunMessage] = []
+        for message in sorted([*self._kept, *from_events], key=lambda message: message.epoch_s):
             # The same words again, as of a warning of every rank, tell nothing new.
-            if not joined or replace(joined[-1], epoch_s=note.epoch_s) != note:
-                joined.append(note)
+            if not joined or replace(joined[-1], epoch_s=message.epoch_s) != message:
+                joined.append(message)
 
         return joined[::-1]
 
@@ -78,21 +78,21 @@ class Notes:
 
         date = self._clocks.of_stamp if table == INFO.name else self._clocks.of_date
         at_s = date(stream, int(row.get("t_ns", 0))) / 1e9
-        self._kept.append(Note(at_s, self._ranks[stream], kind, _words(row)))
+        self._kept.append(RunMessage(at_s, self._ranks[stream], kind, _words(row)))
 
 
-def _note_of_event(event: RunEvent) -> Note | None:
-    """Return an event of the run as a note."""
+def _message_of_event(event: RunEvent) -> RunMessage | None:
+    """Return an event of the run as a message."""
     data, at_s = event.data, event.epoch_ns / 1e9
     if event.kind == "verdict":
         verdict = data.get("verdict") or (data.get("findings") or [{}])[0]
         where = f" on {ranks_text(verdict['ranks'])}" if verdict.get("ranks") else ""
-        return Note(at_s, None, "verdict", f"{verdict.get('kind', '')}{where}")
+        return RunMessage(at_s, None, "verdict", f"{verdict.get('kind', '')}{where}")
 
     if event.kind == "rank":
-        return Note(at_s, data.get("rank"), "rank", str(data.get("state", "")))
+        return RunMessage(at_s, data.get("rank"), "rank", str(data.get("state", "")))
 
-    return Note(at_s, None, event.kind, _words(data))
+    return RunMessage(at_s, None, event.kind, _words(data))
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -7,10 +7,10 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.silence.absent_ranks import AbsentRanks
-from traceml.aggregator.silence.silent_process import SilentProcess
-from traceml.aggregator.silence.silent_ranks import store_snapshot
-from traceml.database.silent_snapshots import SilentSnapshots, silent_s
+from traceml.aggregator.unresponsive_ranks.rank_process import RankProcess
+from traceml.aggregator.unresponsive_ranks.unconnected_ranks import UnconnectedRanks
+from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import store_snapshot
+from traceml.database.external_snapshots import ExternalSnapshots, silent_s
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
@@ -24,15 +24,15 @@ _SILENT_S = 1.0  # a rank that only lacks a core is not asked by a signal
 
 async def snapshots_from_outside(
     run: ActiveRun, streams: Sequence[Stream], *, is_last: bool = False
-) -> dict[SilentProcess, RankSnapshot]:
+) -> dict[RankProcess, RankSnapshot]:
     """Take snapshots of ranks of this host: of those that did not answer, and of those that have never connected.
 
     Args:
         streams: the ranks that did not answer; those of other hosts are left out.
         is_last: whether the job is being ended: then the snapshots are stored.
     """
-    known = [process for process in map(SilentProcess.of, streams) if process is not None]
-    asked = [*known, *AbsentRanks(run).find()]
+    known = [process for process in map(RankProcess.of, streams) if process is not None]
+    asked = [*known, *UnconnectedRanks(run).find()]
     made = await asyncio.gather(*(asyncio.to_thread(_snapshot, each.snapshots(), is_last) for each in asked))
     found = {process: snapshot for process, snapshot in zip(asked, made, strict=True) if snapshot is not None}
     if is_last:
@@ -46,7 +46,7 @@ def stacks_reply(
     streams: Sequence[Stream],
     answers: Mapping[int, Mapping[str, Any]],
     silent: Mapping[int, RankSnapshot],
-    absent: Mapping[int, SilentProcess | None] | None = None,
+    absent: Mapping[int, RankProcess | None] | None = None,
 ) -> dict[str, Any]:
     """Return the reply: `ranks`, of which each has the number of its stack in `stacks`, and `missing`.
 
@@ -75,7 +75,7 @@ def stacks_reply(
 def _asked(
     streams: Sequence[Stream],
     answers: Mapping[int, Mapping[str, Any]],
-    absent: Mapping[int, SilentProcess | None],
+    absent: Mapping[int, RankProcess | None],
 ) -> list[tuple[dict[str, Any], str]]:
     """Return rank, host and process of each rank, and why there is no answer if there is none."""
     found = []
@@ -90,7 +90,7 @@ def _asked(
     return sorted(found, key=lambda each: each[0]["rank"])
 
 
-def _snapshot(snapshots: SilentSnapshots, is_last: bool) -> RankSnapshot | None:
+def _snapshot(snapshots: ExternalSnapshots, is_last: bool) -> RankSnapshot | None:
     slots = snapshots.slots()
     return snapshots.make(is_last=is_last) if slots is not None and silent_s(slots) >= _SILENT_S else None
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.aggregator.conftest import step_rows
 from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, snapshot
-from traceml.aggregator.live import LiveRows
+from traceml.aggregator.live_rows import LiveRows
+from traceml.aggregator.live_verdict import LiveVerdict
 from traceml.aggregator.streams.stream import Incarnation, Stream, StreamState
-from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.schema import HOST, PROCESS, USER_PHASES
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -137,7 +137,7 @@ def test_verdict_is_reported_when_it_changes(live):
 
 def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
     """An error in the rules is logged, and not tried again at once."""
-    monkeypatch.setattr("traceml.aggregator.verdicts.diagnose", lambda *_: 1 / 0)
+    monkeypatch.setattr("traceml.aggregator.live_verdict.diagnose", lambda *_: 1 / 0)
     verdicts, store = LiveVerdict(live), EventLog()
     live.fresh = True
     verdicts.update(store)
@@ -159,7 +159,7 @@ def test_a_diagnosis_that_waited_for_a_core_delays_no_other(live, monkeypatch, c
 
         return diagnose(*window_and_facts)
 
-    monkeypatch.setattr("traceml.aggregator.verdicts.diagnose", diagnose_slowly)
+    monkeypatch.setattr("traceml.aggregator.live_verdict.diagnose", diagnose_slowly)
     verdicts, store = LiveVerdict(live), EventLog()
     for _ in range(2):
         live.fresh = True

@@ -11,10 +11,10 @@ from traceml.aggregator.registry import Registry
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 
-__all__ = ["finish_flights", "finish_orphan"]
+__all__ = ["finish_flights", "finish_run"]
 
 
-def finish_orphan(run_dir: Path) -> bool:
+def finish_run(run_dir: Path) -> bool:
     """Finish a run without an aggregator; return whether it is over now.
 
     A run with a live rank is left alone: the rank may find another aggregator.

@@ -15,9 +15,9 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
+from traceml.database.external_snapshots import ExternalSnapshots
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
-from traceml.database.silent_snapshots import SilentSnapshots
 from traceml.database.snapshots import SNAPSHOT, RankSnapshot
 from traceml.diagnosis.kinds import Kind
 from traceml.inspection.kernel_state import process_info
@@ -301,7 +301,7 @@ def test_a_dead_rank_has_no_snapshot(script: Callable[[str], Script]) -> None:
     )
     pid = rank.process.pid
     (flight,) = (path for path in find_flights(default_folder()) if flight_identity(path).get("pid") == pid)
-    snapshots = SilentSnapshots(0, pid, flight)
+    snapshots = ExternalSnapshots(0, pid, flight)
     assert snapshots.make() is not None
 
     rank.process.kill()
@@ -341,10 +341,10 @@ def test_a_stack_stands_until_the_recorder_runs(
     rank = script(HOLDS)
     pid = rank.process.pid
     (flight,) = (path for path in find_flights(default_folder()) if flight_identity(path).get("pid") == pid)
-    snapshots = SilentSnapshots(0, pid, flight)
+    snapshots = ExternalSnapshots(0, pid, flight)
     told = eventually(lambda: next((each for each in [snapshots.make()] if each and each.frames), None))
-    monkeypatch.setattr("traceml.database.silent_snapshots.find_stack_file", lambda _pid: None)
-    monkeypatch.setattr("traceml.database.silent_snapshots._AGAIN_S", 0.001)
+    monkeypatch.setattr("traceml.database.external_snapshots.find_stack_file", lambda _pid: None)
+    monkeypatch.setattr("traceml.database.external_snapshots._AGAIN_S", 0.001)
 
     assert snapshots.make().frames == told.frames
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from traceml.clock import monotonic_ns
+from traceml.database.blocker_snapshot import blocker_of
 from traceml.database.flight.live_slots import LiveSlots, read_live_slots
-from traceml.database.process_snapshots import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, MAX_THREADS, FrameSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.inspection.kernel_state import (
     UsageRates,
@@ -27,7 +27,7 @@ from traceml.inspection.stack_signal import SignaledStacks, find_stack_file
 from traceml.inspection.stack_text import main_frames, other_frames
 from traceml.inspection.user_files import is_debugger, is_user_file
 
-__all__ = ["FIRST_SILENT_S", "SilentSnapshots", "silent_s"]
+__all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
 
 FIRST_SILENT_S = 3.0
 """Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""
@@ -37,7 +37,7 @@ _BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
 
-class SilentSnapshots:
+class ExternalSnapshots:
     """Snapshots of one rank of this host, taken from another process."""
 
     def __init__(self, rank: int, pid: int, flight: Path) -> None:

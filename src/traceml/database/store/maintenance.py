@@ -1,4 +1,4 @@
-"""Upkeep of a store while it is written: summing, merging and thinning, a few milliseconds at a time."""
+"""Maintenance of a store while it is written: summing, merging and thinning, a few milliseconds at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceml.database.store.retention import Retention, ThinnedFrame
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open
 
-__all__ = ["Upkeep"]
+__all__ = ["Maintenance"]
 
 # Frames that a delivery has not read stay as they are, so that a batch that is read again is the same. After this long,
 # steps and samples are merged, and thinned, anyway.
@@ -57,8 +57,8 @@ class _IdClock:
         return self._frames[at - 1] if at else 0
 
 
-class Upkeep:
-    """Upkeep of one store."""
+class Maintenance:
+    """Maintenance of one store."""
 
     def __init__(self, path: Path, database: sqlite3.Connection, tables: dict[str, int]) -> None:
         self._path = path

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from traceml.aggregator.live import LiveRows
+from traceml.aggregator.live_rows import LiveRows
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
