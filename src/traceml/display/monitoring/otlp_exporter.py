@@ -38,8 +38,8 @@ from traceml.renderers.monitoring_readings import Reading
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.run_spans import RunSpan, run_spans
 from traceml.runs.find import RunInfo
-from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import Report, read_report
+from traceml.runs.report.report import written_report
+from traceml.runs.report.report_types import Report
 from traceml.version import __version__
 
 __all__ = ["OtlpConfig", "OtlpExporter"]
@@ -178,7 +178,7 @@ class OtlpExporter:
             if not self._is_ours(info):
                 return
 
-            report = _report(info.path)
+            report = written_report(info.path)
             spans = run_spans(info.path, report)
         except StoreError as error:
             _log.warning("the spans of %s are missing: %s", info.id, error)
@@ -266,10 +266,3 @@ def _interval_s() -> float:
         return max(float(os.environ.get("OTEL_METRIC_EXPORT_INTERVAL", "")) / 1e3, 1.0)
     except ValueError:
         return _INTERVAL_S
-
-
-def _report(run_dir: Path) -> Report:
-    try:
-        return read_report(run_dir / REPORT_NAME)
-    except (OSError, StoreError):
-        return build_report(run_dir)

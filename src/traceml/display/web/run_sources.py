@@ -17,8 +17,8 @@ from traceml.runs.about import About
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
 from traceml.runs.log_tails import LogTail, log_tails
-from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import Report, read_report
+from traceml.runs.report.report import written_report
+from traceml.runs.report.report_types import read_report
 from traceml.runs.report.run_source import about_report
 from traceml.runs.rows.logged_media import MediaGroup
 from traceml.runs.run_labels import RunLabels, labels_time, read_labels
@@ -157,8 +157,9 @@ class RunSource:
         if self._inode >= 0:
             return self._with(problem="The store of this run was removed while it was shown.")
 
-        report = _written_report(self._path)
-        if report is None:
+        try:
+            report = read_report(self._path / REPORT_NAME)
+        except (OSError, StoreError):  # not written yet, or damaged
             return self._with(exists=True, problem="")
 
         view = run_view(report)
@@ -175,7 +176,7 @@ class RunSource:
         return self._state if state == self._state else state
 
     def _full_state(self, live: LiveRun) -> RunState:
-        report = (_written_report(self._path) or build_report(self._path)) if live.ended else live.report()
+        report = written_report(self._path) if live.ended else live.report()
         view, series = run_view(report), live.series()
         return RunState(
             self._path.name,
@@ -285,10 +286,3 @@ class RunFileTimes:
         newest = self.newest() + labels_time(self._run_dir)
         changed, self._seen = newest != self._seen, newest
         return changed
-
-
-def _written_report(run_dir: Path) -> Report | None:
-    try:
-        return read_report(run_dir / REPORT_NAME)
-    except (OSError, StoreError):
-        return None  # not written yet, or damaged: the store has the same

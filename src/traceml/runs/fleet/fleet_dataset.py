@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +21,8 @@ from traceml.installation import install_command
 from traceml.run_folder import REPORT_NAME
 from traceml.runs.find import run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
-from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import Report, RunSection, read_report
+from traceml.runs.report.report import written_report
+from traceml.runs.report.report_types import Report, RunSection
 
 __all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "parquet_library", "partition_of"]
 
@@ -116,7 +115,7 @@ class FleetDataset:
             done.known += 1
             return
 
-        report = _report(run_dir)
+        report = written_report(run_dir)
         if report.run.state == "running":
             done.running += 1
         elif self.add(report) is None:
@@ -137,18 +136,6 @@ def partition_of(path: Path) -> tuple[str, str]:
     """Return the project and the month that the folders of a file name."""
     parts = dict(part.split("=", 1) for part in path.parts[-3:-1] if "=" in part)
     return unquote(parts.get("project", "")), unquote(parts.get("month", ""))
-
-
-def _report(run_dir: Path) -> Report:
-    """Return the report that was written at a run's end, or one made from its store.
-
-    Raises:
-        StoreError: neither can be read.
-    """
-    with suppress(OSError, StoreError):
-        return read_report(run_dir / REPORT_NAME)
-
-    return build_report(run_dir)
 
 
 def parquet_library() -> Any:

@@ -46,6 +46,7 @@ __all__ = [
     "save_report",
     "update_trackers",
     "write_atomic",
+    "written_report",
 ]
 
 
@@ -61,6 +62,18 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         return full_report(read_digest(reader, max_step_rows), reader, run_dir)
+
+
+def written_report(run_dir: Path) -> Report:
+    """Return the report that was written at the end of a run, or one made from its store.
+
+    Raises:
+        StoreError: neither can be read.
+    """
+    try:
+        return read_report(run_dir / REPORT_NAME)
+    except (OSError, StoreError):
+        return build_report(run_dir)
 
 
 def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
