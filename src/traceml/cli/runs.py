@@ -304,9 +304,7 @@ def _tag(argv: list[str]) -> int:
         raise UsageError("--remove needs the tags to remove: traceml runs tag RUN TAG --remove")
 
     change = remove_tags if options.remove else add_tags
-    labels = _edit(options.run, options.runs_dir, lambda each: change(each, list(options.tags)))
-    _show(labels, ", ".join(labels.tags) or "no tags", as_json=options.json)
-    return 0
+    return _edit(options, lambda each: change(each, list(options.tags)), lambda each: ", ".join(each.tags) or "no tags")
 
 
 def _note(argv: list[str]) -> int:
@@ -315,9 +313,7 @@ def _note(argv: list[str]) -> int:
     def change(labels: RunLabels) -> None:
         labels.note = labels.note if options.text is None else options.text.strip()
 
-    labels = _edit(options.run, options.runs_dir, change)
-    _show(labels, labels.note or "no note", as_json=options.json)
-    return 0
+    return _edit(options, change, lambda labels: labels.note or "no note")
 
 
 def _rename(argv: list[str]) -> int:
@@ -326,9 +322,7 @@ def _rename(argv: list[str]) -> int:
     def change(labels: RunLabels) -> None:
         labels.name = options.name.strip()
 
-    labels = _edit(options.run, options.runs_dir, change)
-    _show(labels, labels.name or "its own name", as_json=options.json)
-    return 0
+    return _edit(options, change, lambda labels: labels.name or "its own name")
 
 
 def _archive(argv: list[str]) -> int:
@@ -354,15 +348,15 @@ def _found(runs: Sequence[str], runs_dir: str | None) -> list[Path]:
     return list(dict.fromkeys(find_run(run, folder) for run in runs))
 
 
-def _edit(run: str, runs_dir: str | None, change: Callable[[RunLabels], None]) -> RunLabels:
-    return change_labels(find_run(run, config_over(runs_dir).runs_dir), change)
-
-
-def _show(labels: RunLabels, text: str, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(msgspec.to_builtins(labels)))
-    else:
-        print(printable(text, lines=True))
+def _edit(
+    options: TagOptions | NoteOptions | RenameOptions,
+    change: Callable[[RunLabels], None],
+    text_of: Callable[[RunLabels], str],
+) -> int:
+    """Change the labels of a run, and print them."""
+    labels = change_labels(find_run(options.run, config_over(options.runs_dir).runs_dir), change)
+    print(json.dumps(msgspec.to_builtins(labels)) if options.json else printable(text_of(labels), lines=True))
+    return 0
 
 
 EDITS: dict[str, Callable[[list[str]], int]] = {

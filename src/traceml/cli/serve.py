@@ -83,12 +83,8 @@ def main(argv: list[str]) -> int:
         )
         with (
             contextlib.closing(reports),
-            _page(config.runs_dir, options.web),
-            _metrics(config, options),
-            _collector(config),
-            _upstream(config, options, aggregator),
+            _companions(config, options, aggregator),
             _published(host, port, token, aggregator, _folder_lock(options, config.runs_dir)),
-            _screen(aggregator, wanted=options.terminal),
             asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(BatchSelector())) as runner,
         ):
             runner.run(aggregator.serve(sock, lambda: _announce_ready(options, host, port, aggregator)))
@@ -266,58 +262,40 @@ def _background_thread(work: Callable[[Callable[[float], bool]], None], *, name:
 
 
 @contextlib.contextmanager
-def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
-    """Run the web page in a separate process, and print its address."""
-    if port is None:
+def _companions(config: settings.Config, options: argparse.Namespace, aggregator: Aggregator) -> Iterator[None]:
+    """Run what was asked for beside the aggregator, in processes and threads of their own, and print addresses."""
+    with contextlib.ExitStack() as stack:
+
+        def keep_alive(restart_if_dead: Callable[[], object], name: str) -> None:
+            stack.enter_context(_background_thread(partial(_keep_alive, restart_if_dead), name=name))
+
+        if options.web is not None:
+            page = stack.enter_context(PageProcess(config.runs_dir, options.web))
+            print(f"traceml page at {page.address()}", flush=True)
+            keep_alive(page.restart_if_dead, "traceml-page")
+
+        announce = partial(print, flush=True)
+        keep = stack.enter_context(metrics_beside(config.runs_dir, options.prometheus, config.token, announce))
+        if options.prometheus is not None:
+            keep_alive(keep, "traceml-metrics")
+
+        if (exporter := stack.enter_context(otlp_beside(config, os.environ))) is not None:
+            keep_alive(exporter.restart_if_dead, "traceml-otlp")
+
+        if config.upstream is not None and options.run_id is None:  # that of a launched job has no other's token
+            upstream = Upstream(config.upstream, aggregator.registry.runs_dir, config.token, tls=config.tls)
+            send = partial(upstream.run, partial(_unsent_runs, aggregator))
+            stack.enter_context(_background_thread(send, name="traceml-upstream"))
+
+        if options.terminal:
+            stack.enter_context(_background_thread(partial(_show_runs, aggregator), name="traceml-screen"))
+
         yield
-        return
-
-    with PageProcess(Path(runs_dir), port) as page:
-        print(f"traceml page at {page.address()}", flush=True)
-        with _background_thread(partial(_keep_alive, page.restart_if_dead), name="traceml-page"):
-            yield
-
-
-@contextlib.contextmanager
-def _metrics(config: settings.Config, options: argparse.Namespace) -> Iterator[None]:
-    """Serve metrics for Prometheus in a separate process, and print their address."""
-    announce = partial(print, flush=True)
-    with metrics_beside(config.runs_dir, options.prometheus, config.token, announce) as keep:
-        if options.prometheus is None:
-            yield
-            return
-
-        with _background_thread(partial(_keep_alive, keep), name="traceml-metrics"):
-            yield
-
-
-@contextlib.contextmanager
-def _collector(config: settings.Config) -> Iterator[None]:
-    """Send metrics and spans to an OpenTelemetry collector from a separate process, where one is set."""
-    with otlp_beside(config, os.environ) as process:
-        if process is None:
-            yield
-            return
-
-        with _background_thread(partial(_keep_alive, process.restart_if_dead), name="traceml-otlp"):
-            yield
 
 
 def _keep_alive(restart_if_dead: Callable[[], object], ended: Callable[[float], bool]) -> None:
     while not ended(0.3):
         restart_if_dead()
-
-
-@contextlib.contextmanager
-def _upstream(config: settings.Config, options: argparse.Namespace, aggregator: Aggregator) -> Iterator[None]:
-    """Send the runs to another aggregator, where one is set; the aggregator of a launched job has no other's token."""
-    if config.upstream is None or options.run_id is not None:
-        yield
-        return
-
-    upstream = Upstream(config.upstream, aggregator.registry.runs_dir, config.token, tls=config.tls)
-    with _background_thread(partial(upstream.run, partial(_unsent_runs, aggregator)), name="traceml-upstream"):
-        yield
 
 
 def _unsent_runs(aggregator: Aggregator) -> list[Path]:
@@ -326,18 +304,8 @@ def _unsent_runs(aggregator: Aggregator) -> list[Path]:
     return [run.path for run in runs if not run.ended or not (run.path / RELAY_NAME).exists()]
 
 
-@contextlib.contextmanager
-def _screen(aggregator: Aggregator, *, wanted: bool) -> Iterator[None]:
-    """Show each new run by `traceml top`, in a separate process: a slow terminal must not slow the store."""
-    if not wanted:
-        yield
-        return
-
-    with _background_thread(partial(_show_runs, aggregator), name="traceml-screen"):
-        yield
-
-
 def _show_runs(aggregator: Aggregator, ended: Callable[[float], bool]) -> None:
+    """Show each new run by `traceml top`, in a separate process: a slow terminal must not slow the store."""
     shown: set[Path] = set()
     top: subprocess.Popen[bytes] | None = None
     while not ended(0.3):
