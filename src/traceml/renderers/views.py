@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import capitalized, count_text, plural, ranks_text, rate_text, sample_text, summed_text
+from traceml.formatting import (
+    capitalized,
+    count_text,
+    duration_text,
+    plural,
+    ranks_text,
+    rate_text,
+    sample_text,
+    summed_text,
+)
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.words import end_of_rank, goodput_text, restarts_text
 from traceml.runs.report.report_types import (
@@ -25,11 +34,12 @@ from traceml.runs.report.report_types import (
     rate_of,
 )
 
-__all__ = ["LiveView", "RankRow", "RunView", "live_view", "run_view", "verdict_look", "visible_ranks"]
+__all__ = ["SMALL_SHARE", "LiveView", "RankRow", "RunView", "live_view", "run_view", "verdict_look", "visible_ranks"]
 
 # A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
 _STANDS_OUT = 1.10
-_SMALL_SHARE = 0.005  # of the run's time; smaller parts are only in the report
+SMALL_SHARE = 0.005
+"""Share of a step, or of the run's time, below which a phase or part is only in the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,11 @@ class RunView:
         return self.report.phases
 
     @property
+    def shown_phases(self) -> list[PhaseSection]:
+        """Phases over all ranks, without those that take next to nothing of a step."""
+        return [phase for phase in self.phases if phase.share >= SMALL_SHARE]
+
+    @property
     def telemetry(self) -> TelemetrySection:
         """Rows stored and lost, and the overhead."""
         return self.report.telemetry
@@ -137,7 +152,7 @@ class RunView:
     def time_parts(self) -> list[TimePart]:
         """Parts of the run's wall time that can be seen; none where nothing of it is known, as of a run that logs."""
         time = self.report.time
-        parts = [] if time is None else [part for part in time.parts if part.share >= _SMALL_SHARE]
+        parts = [] if time is None else [part for part in time.parts if part.share >= SMALL_SHARE]
         return [] if {part.part for part in parts} == {"unexplained"} else parts
 
     @property
@@ -155,9 +170,10 @@ class RunView:
         return f"device times: not measured on {device}; phases show CPU time" if device else None
 
     @property
-    def state(self) -> str:
-        """The run's state in a word."""
-        return self.run.state
+    def outcome(self) -> str:
+        """The run's state, and its duration where it is known: `finished after 12 s`."""
+        took = self.run.duration_s
+        return self.run.state if took is None else f"{self.run.state} after {duration_text(took)}"
 
     @property
     def ended_before_training(self) -> str | None:
@@ -165,13 +181,13 @@ class RunView:
 
         After a signal the card has advice; what was logged for trackers is on it.
         """
-        if self.state not in ("failed", "stopped") or self.steps.count or self.run.restarts or self.trackers:
+        if self.run.state not in ("failed", "stopped") or self.steps.count or self.run.restarts or self.trackers:
             return None
 
         if self.verdict.kind is Kind.HANG:
             return None
 
-        if self.state == "stopped" and self.verdict.kind is not Kind.RANK_LOST:
+        if self.run.state == "stopped" and self.verdict.kind is not Kind.RANK_LOST:
             return "Stopped before the first step."
 
         if any(rank.exit.signal for rank in self.report.ranks):

@@ -1,4 +1,4 @@
-"""Words for the end of a rank, the gain of a finding, the state of a tracker, and what a line had called."""
+"""Words for the end of a rank, the gain of a finding, the state of a tracker, and lines of code with their calls."""
 
 from __future__ import annotations
 
@@ -6,24 +6,37 @@ from collections.abc import Iterator, Sequence
 
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import (
+    capitalized,
     count_text,
     duration_text,
     exception_line,
     gain_text,
     library_text,
     percent_text,
+    phase_label,
     phase_words,
     plural,
     ranks_text,
 )
 from traceml.process_ends import signal_name
-from traceml.runs.report.line_shares import LineShare
+from traceml.runs.report.line_shares import LineShare, PhaseLines
 from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
 
-__all__ = ["cost_text", "end_of_rank", "gain_sentence", "goodput_text", "restarts_text", "shown_calls", "tracker_text"]
+__all__ = [
+    "cost_text",
+    "end_of_rank",
+    "gain_sentence",
+    "goodput_text",
+    "phase_heading",
+    "restarts_text",
+    "shown_calls",
+    "shown_lines",
+    "tracker_text",
+]
 
 _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
+_SHOWN_LINES, _MIN_LINE = 8, 0.01
 _SHOWN_CALLS, _MIN_CALL = 3, 0.01
 
 
@@ -107,6 +120,17 @@ def tracker_text(tracker: TrackerSection, most_chars: int = _ERROR_CHARS) -> str
     what = tracker.state if tracker.state in ("unauthorized", "broken") else ""
     why = ": ".join(text for text in (what, error) if text)
     return f"{tracker.backend} {', '.join(parts)}" + (f" ({why})" if why else "")
+
+
+def phase_heading(phase: PhaseLines) -> str:
+    """Return the heading of a phase's lines of code: `Forward, 12 s`."""
+    took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
+    return f"{capitalized(phase_label(phase.phase))}{took}"
+
+
+def shown_lines(phase: PhaseLines) -> list[LineShare]:
+    """Return the lines of code that are worth showing of a phase."""
+    return [line for line in phase.lines[:_SHOWN_LINES] if line.share >= _MIN_LINE]
 
 
 def shown_calls(line: LineShare) -> Iterator[tuple[str, str]]:

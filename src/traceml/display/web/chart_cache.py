@@ -61,12 +61,12 @@ class ChartCache:
             metrics = run_charts.metric_charts(series, theme, METRICS, axes=True)
             options |= {f"{METRIC}{metric}": option for metric, option in metrics}
 
-        return {chart: as_json(option) for chart, option in options.items() if option is not None}
+        return {chart: text for chart, option in options.items() if (text := as_json(option)) is not None}
 
 
-def as_json(option: Option) -> str:
-    """Return an option as ASCII JSON, which is also a JavaScript literal."""
-    return json.dumps(_fitted(option), separators=(",", ":"), allow_nan=False)
+def as_json(option: Option | None) -> str | None:
+    """Return an option as ASCII JSON, which is also a JavaScript literal; None where there is no chart."""
+    return None if option is None else json.dumps(_fitted(option), separators=(",", ":"), allow_nan=False)
 
 
 def _fitted(option: Option) -> Option:

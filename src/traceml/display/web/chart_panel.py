@@ -64,7 +64,7 @@ class ChartPanel:
                 "p", "Nothing was logged. traceml.log_metric(name, value) draws a chart here.", "note card"
             )
 
-    def show(self, state: RunState, theme: str) -> list[str]:
+    def show(self, state: RunState, theme: str) -> list[str | None]:
         """Show the current charts; return those that the browser has to draw."""
         if state.charts is None:
             return []
@@ -92,8 +92,7 @@ class ChartPanel:
                 ("loss", self._loss),
             )
         ]
-        drawn += [self._metric(name).show(option) for name, option in metrics.items()]
-        return [each for each in drawn if each is not None]
+        return drawn + [self._metric(name).show(option) for name, option in metrics.items()]
 
     def _metric(self, name: str) -> ChartCard:
         if name not in self._metrics:

@@ -182,7 +182,7 @@ class ComparePage:
         self._times.show(_time_rows(comparison))
         self._facts.show(_fact_rows(comparison))
 
-    def _pair_drawings(self, runs: ComparedRuns) -> list[str]:
+    def _pair_drawings(self, runs: ComparedRuns) -> list[str | None]:
         theme, comparison = THEMES[self._theme], runs.comparisons[0]
         rows = max(len(comparison.phases), len(comparison.ranks))
         height = min(max(_FRAME_PX + _ROW_PX * rows, _MIN_PX), _MAX_PX)
@@ -195,8 +195,7 @@ class ComparePage:
         for chart in (self._phases, self._ranks):
             chart.height(height)
 
-        drawn = [chart.show(None if option is None else as_json(option)) for chart, option in options]
-        return [each for each in drawn if each is not None]
+        return [chart.show(as_json(option)) for chart, option in options]
 
 
 def several_headline(comparisons: Sequence[Comparison]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -65,10 +65,10 @@ def theme_of(cookies: dict[str, str]) -> str:
     return theme if theme in THEMES else "light"
 
 
-def draw(client: Any, charts: Sequence[str]) -> None:
+def draw(client: Any, charts: Iterable[str | None]) -> None:
     """Make a browser draw what `ChartCard.show` returned."""
-    if charts:
-        client.run_javascript(f"tracemlCharts.draw({{{','.join(charts)}}})")
+    if new := [chart for chart in charts if chart is not None]:
+        client.run_javascript(f"tracemlCharts.draw({{{','.join(new)}}})")
 
 
 def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> tuple[TextNode, Container]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, set_visible
 from traceml.formatting import (
     bytes_text,
-    capitalized,
     count_text,
-    duration_text,
     ms_text,
     overhead_text,
     percent_text,
@@ -16,17 +14,14 @@ from traceml.formatting import (
 )
 from traceml.renderers.run_about import nothing_logged
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import shown_calls
+from traceml.renderers.words import phase_heading, shown_calls, shown_lines
 from traceml.runs.about import About
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 
 __all__ = ["DeliveryPanel", "LinePanel", "RankTable", "TelemetryPanel"]
 
 _RANKS = 24
-_LINES = 8
-_MIN_LINE = 0.01
 _PHASES = 7
-_SMALL_SHARE = 0.005
 
 
 class RankTable:
@@ -39,7 +34,7 @@ class RankTable:
 
     def show(self, view: RunView) -> None:
         """Show the current state of the ranks."""
-        phases = [phase.phase for phase in view.phases if phase.share >= _SMALL_SHARE][:_PHASES]
+        phases = [phase.phase for phase in view.shown_phases[:_PHASES]]
         self._table.columns(_rank_columns(phases))
         rows = visible_ranks(view.ranks, _RANKS)
         self._table.show([_rank_cells(row, phases) for row in rows], [_rank_look(row) for row in rows])
@@ -100,17 +95,15 @@ class LinePanel:
 
 
 def _draw_lines(phase: PhaseLines) -> None:
-    took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
     with Container("div", f"card pad lines phase-{phase.phase}"):
-        TextNode("h3", f"{capitalized(phase_label(phase.phase))}{took}")
-        for each in phase.lines[:_LINES]:
-            if each.share >= _MIN_LINE:
-                with Container("div", "line").style(f"--w:{100 * each.share:.1f}%"):
-                    TextNode("b", percent_text(each.share))
-                    with Container("span"):
-                        TextNode("span", each.place or "libraries only")
-                        for share, library in shown_calls(each):
-                            TextNode("small", f"{share}in {library}")
+        TextNode("h3", phase_heading(phase))
+        for each in shown_lines(phase):
+            with Container("div", "line").style(f"--w:{100 * each.share:.1f}%"):
+                TextNode("b", percent_text(each.share))
+                with Container("span"):
+                    TextNode("span", each.place or "libraries only")
+                    for share, library in shown_calls(each):
+                        TextNode("small", f"{share}in {library}")
 
 
 class DeliveryPanel:

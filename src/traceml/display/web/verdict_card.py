@@ -44,7 +44,7 @@ class VerdictCard:
         self._card.set_classes(f"card verdict {look}")
         self._kind.set_text(verdict.kind.replace("_", " "))
         self._kind.set_classes(f"pill kind {look}")
-        self._state.set_text(view.state)
+        self._state.set_text(view.run.state)
         self._state.set_classes(f"pill {view.run.state}")
         self._headline.set_text(verdict.headline)
         self._summary.set_text(verdict.summary)

@@ -18,6 +18,7 @@ from traceml.renderers.charts.chart_options import (
     value_axis,
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
+from traceml.renderers.views import SMALL_SHARE
 from traceml.runs.comparison.comparison_types import Comparison
 from traceml.runs.rows.series import RunSeries, StepSeries
 
@@ -29,7 +30,6 @@ __all__ = [
     "overlaid_steps_chart",
 ]
 
-_SMALL_SHARE = 0.005
 _RANKS = 24
 _METRICS = 24
 
@@ -80,7 +80,7 @@ def compared_phases_chart(comparison: Comparison, theme: Theme = LIGHT) -> Optio
     """Return the mean of each phase in both runs, the phases that changed most first."""
     mean = comparison.step_time.mean
     step = max(mean.a_ms or 0.0, mean.b_ms or 0.0)
-    rows = [row for row in comparison.phases if max(row.a_ms, row.b_ms) >= _SMALL_SHARE * step]
+    rows = [row for row in comparison.phases if max(row.a_ms, row.b_ms) >= SMALL_SHARE * step]
     return _bars([(phase_label(row.phase), row.a_ms, row.b_ms) for row in rows], theme)
 
 

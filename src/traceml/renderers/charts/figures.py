@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from traceml.formatting import count_text, ms_text
 from traceml.renderers.charts import run_charts
 from traceml.renderers.charts.chart_options import Option
-from traceml.renderers.charts.palette import BY_CSS, Theme
+from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg import draw
 from traceml.renderers.views import RunView
 from traceml.runs.rows.metrics import OWN_LOSS
@@ -37,26 +37,26 @@ class Figure:
         return draw(self.option, self.title, width=_WIDTH, height=self.height)
 
 
-def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Figure]:
+def figures(view: RunView, series: RunSeries) -> list[Figure]:
     """Return the charts that have data."""
     steps, heat = series.steps, series.heat
     each = "one step per point" if steps.width == 1 else f"{steps.width:,} steps per point"
-    ranks = run_charts.ranks_chart(view, theme)
-    metrics = run_charts.metric_charts(series, theme, _METRICS)
+    ranks = run_charts.ranks_chart(view, BY_CSS)
+    metrics = run_charts.metric_charts(series, BY_CSS, _METRICS)
     candidates = [
         ("Where the run's time went", "Wall time from start to end, the mean of all ranks.",
-         run_charts.time_chart(view, theme), 130),
+         run_charts.time_chart(view, BY_CSS), 130),
         ("Step time", f"Percentiles over all ranks, {each}{_longest(series)}.",
-         run_charts.step_time_chart(steps, theme), 250),
-        ("Where a step goes", f"Mean of each phase, stacked, {each}.", run_charts.phases_chart(steps, theme), 250),
+         run_charts.step_time_chart(steps, BY_CSS), 250),
+        ("Where a step goes", f"Mean of each phase, stacked, {each}.", run_charts.phases_chart(steps, BY_CSS), 250),
         ("Ranks", "Mean step of each rank; comm is waiting for others.", ranks, _height(ranks)),
         ("Slow ranks", "A rank's own work above the median rank's, as a share of the step.",
-         run_charts.heatmap_chart(heat, theme), 120 + min(26 * len(heat.ranks), 420)),
+         run_charts.heatmap_chart(heat, BY_CSS), 120 + min(26 * len(heat.ranks), 420)),
         ("Loss and step time", "Whether a change in speed changed the training.",
-         run_charts.loss_chart(series, theme), 250),
+         run_charts.loss_chart(series, BY_CSS), 250),
         ("Memory", "Of each rank; of many ranks the highest, the median and the lowest.",
-         run_charts.memory_chart(series, theme), 220),
-        ("Hosts and devices", "Utilization.", run_charts.system_chart(series, theme), 220),
+         run_charts.memory_chart(series, BY_CSS), 220),
+        ("Hosts and devices", "Utilization.", run_charts.system_chart(series, BY_CSS), 220),
         *((name, _logged(name, series), option, 200) for name, option in metrics),
     ]  # fmt: skip
     return [Figure(title, note, option, height) for title, note, option, height in candidates if option is not None]

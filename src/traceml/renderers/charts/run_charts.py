@@ -30,7 +30,7 @@ from traceml.renderers.charts.chart_options import (
     value_axis,
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
-from traceml.renderers.views import RunView, visible_ranks
+from traceml.renderers.views import SMALL_SHARE, RunView, visible_ranks
 from traceml.runs.rows.metric_series import MetricSeries
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
@@ -49,7 +49,6 @@ __all__ = [
 
 _GIB = 2**30
 _RANK_BARS = 24
-_SMALL_SHARE = 0.005
 _LINES = 8
 _HEAT_LABELS = 32
 _MIN_HEAT_PCT = 25.0
@@ -86,7 +85,7 @@ def phases_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
     colors = theme.of_phases(steps.phases_ms)
     for name in _ordered(steps.phases_ms):
         values = steps.phases_ms[name]
-        if np.nansum(values) >= _SMALL_SHARE * whole.sum():
+        if np.nansum(values) >= SMALL_SHARE * whole.sum():
             area = line_series(phase_label(name), plain_values(values), colors[name], 0)
             option["series"].append({**area, "stack": "step", "areaStyle": {"color": colors[name], "opacity": 0.9}})
 
@@ -100,7 +99,7 @@ def ranks_chart(view: RunView, theme: Theme = LIGHT) -> Option | None:
     if not rows:
         return None
 
-    shown = [phase.phase for phase in view.phases if phase.share >= _SMALL_SHARE]
+    shown = [phase.phase for phase in view.shown_phases]
     colors = theme.of_phases(phase.phase for phase in view.phases)
     labels = [f"{_MARK} rank {row.rank}" if row.slowest or row.end else f"rank {row.rank}" for row in rows]
     option = blank(theme)

@@ -9,7 +9,6 @@ from traceml.formatting import (
     bytes_text,
     capitalized,
     count_text,
-    duration_text,
     ms_text,
     percent_text,
     phase_label,
@@ -19,7 +18,7 @@ from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.run_about import about_facts, map_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import shown_calls, tracker_text
+from traceml.renderers.words import phase_heading, shown_calls, shown_lines, tracker_text
 from traceml.runs.about import About
 from traceml.runs.report.line_shares import LineShare, lines_by_phase
 from traceml.runs.rows.series import RunSeries
@@ -28,8 +27,6 @@ __all__ = ["line_list", "memory_facts", "phase_table", "rank_table", "run_facts"
 
 _RANKS = 32
 _STACKS = 4
-_LINES = 8
-_MIN_LINE = 0.01
 _LONGEST_VALUE = 400
 
 
@@ -54,7 +51,7 @@ def rank_table(view: RunView) -> Iterator[str]:
     if not rows:
         return
 
-    phases = [phase.phase for phase in view.phases if phase.share >= 0.005]
+    phases = [phase.phase for phase in view.shown_phases]
     titles = "".join(f"<th>{escaped(phase_label(phase))}</th>" for phase in phases)
     yield '<div class="card scroll"><table><tr><th>rank</th><th class="words">host</th><th>steps</th><th>step</th>'
     yield f'{titles}<th>resident</th><th>device</th><th class="words">state</th></tr>'
@@ -85,9 +82,8 @@ def line_list(view: RunView) -> Iterator[str]:
     phases = lines_by_phase(view.report)
     colors = BY_CSS.of_phases(phase.phase for phase in phases)
     for phase in phases:
-        took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
-        head = f"{escaped(capitalized(phase_label(phase.phase)))}{took}"
-        rows = "".join(_line(each) for each in phase.lines[:_LINES] if each.share >= _MIN_LINE)
+        head = escaped(phase_heading(phase))
+        rows = "".join(map(_line, shown_lines(phase)))
         yield f'<div class="card lines" style="--c:{colors[phase.phase]}"><h3><i></i>{head}</h3>{rows}</div>'
 
 

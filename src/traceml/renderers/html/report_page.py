@@ -15,7 +15,6 @@ from traceml.formatting import (
     capitalized,
     code_parts,
     count_text,
-    duration_text,
     ms_text,
     overhead_text,
     plural,
@@ -107,8 +106,7 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
 def run_line(view: RunView) -> Iterator[str]:
     """Yield one line about the run: id, ranks, hosts, state, date."""
     run = view.run
-    facts = [plural(run.world_size, "rank"), ", ".join(run.hosts[:4])]
-    facts.append(f"{view.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else view.state)
+    facts = [plural(run.world_size, "rank"), ", ".join(run.hosts[:4]), view.outcome]
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
 

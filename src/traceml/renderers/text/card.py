@@ -27,7 +27,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.views import RankRow, RunView, run_view, verdict_look, visible_ranks
+from traceml.renderers.views import SMALL_SHARE, RankRow, RunView, run_view, verdict_look, visible_ranks
 from traceml.renderers.words import gain_sentence, tracker_text
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
 from traceml.runs.report.report_types import Report, TimePart, TrackerSection, read_report
@@ -40,7 +40,6 @@ _MAX_WIDTH = 100  # longer lines are harder to read
 _LABEL = 8  # columns of the labels at the left
 _RANK_ROWS = 8
 _PHASE_COLUMNS = 5
-_SMALL_SHARE = 0.005  # smaller phases are only in the report
 _CELL = 10
 _RANK_WIDTH = 7 + 2 * _CELL  # rank, step and memory
 
@@ -125,11 +124,10 @@ def _top(view: RunView, width: int, viewport: Viewport) -> Text:
     if view.steps.count:
         facts.append(plural(view.steps.count, "step"))
 
-    after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
     left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
     left.append(view.verdict.kind, style=verdict_style(view.verdict)).append(" ")
-    texts = [f" {', '.join(facts)}, {view.state}{after} {rule}", f" {facts[0]}, {view.state}{after} {rule}"]
-    right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), f" {view.state}{after} {rule}")
+    texts = [f" {', '.join(facts)}, {view.outcome} {rule}", f" {facts[0]}, {view.outcome} {rule}"]
+    right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), f" {view.outcome} {rule}")
     fill = max(width - left.cell_len - len(right), 1)
     return left.append(rule * fill, style="dim").append(right)
 
@@ -234,7 +232,7 @@ def _joined(shown: Sequence[TimePart], parts: Sequence[TimePart]) -> str:
 
 
 def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:
-    shown = [phase for phase in view.phases if phase.share >= _SMALL_SHARE]
+    shown = view.shown_phases
     if not shown:
         return
 
@@ -275,7 +273,7 @@ def _column_phases(view: RunView, most: int) -> list[str]:
             largest[phase] = max(share, largest.get(phase, 0.0))
 
     order = sorted(largest, key=lambda phase: (phase != view.verdict.phase, -largest[phase]))
-    chosen = {phase for phase in order[:most] if largest[phase] >= _SMALL_SHARE}
+    chosen = {phase for phase in order[:most] if largest[phase] >= SMALL_SHARE}
     return [phase for phase in largest if phase in chosen]
 
 

@@ -9,13 +9,11 @@ from rich.text import Text
 
 from traceml.formatting import percent_text, phase_label, place_text, plural
 from traceml.renderers.views import RunView
-from traceml.renderers.words import shown_calls
+from traceml.renderers.words import shown_calls, shown_lines
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 
 __all__ = ["line_table", "print_lines"]
 
-_LINES_PER_PHASE = 8
-_MIN_SHARE = 0.01
 _INDENT = 10
 
 
@@ -47,8 +45,7 @@ def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
 
 
 def _rows(phase: PhaseLines, room: int) -> Iterator[Text]:
-    for each in phase.lines[:_LINES_PER_PHASE]:
-        if each.share >= _MIN_SHARE:
-            yield Text(f"  {percent_text(each.share):>6}  {place_text(each.place or 'libraries only', room)}")
-            for share, library in shown_calls(each):
-                yield Text(f"          {share}in {place_text(library, room - len(share) - 3)}", style="dim")
+    for each in shown_lines(phase):
+        yield Text(f"  {percent_text(each.share):>6}  {place_text(each.place or 'libraries only', room)}")
+        for share, library in shown_calls(each):
+            yield Text(f"          {share}in {place_text(library, room - len(share) - 3)}", style="dim")

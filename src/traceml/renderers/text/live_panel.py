@@ -118,9 +118,9 @@ def _heading(now: RunView, viewport: Viewport) -> Text:
     line = Text(f"   rank{'step':>11} ", style="dim")
     room = viewport.width - _RANK_CELLS - 2
     legend = Text()
-    for row in now.phases:
+    for row in now.shown_phases:
         label = short_label(row.phase)
-        if row.share < 0.005 or legend.cell_len + len(label) + 2 > room:
+        if legend.cell_len + len(label) + 2 > room:
             continue
 
         legend.append(" ")

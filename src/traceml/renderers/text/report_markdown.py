@@ -61,8 +61,7 @@ def _outcome(view: RunView) -> str:
             *(f"{name} {ms_text(ms)}" for name, ms in (("mean", steps.mean_ms), ("p99", steps.p99_ms))),
         ]
 
-    after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
-    return f"Run `{markdown_code(view.run.id)}`: {', '.join(facts)}, {view.state}{after}"
+    return f"Run `{markdown_code(view.run.id)}`: {', '.join(facts)}, {view.outcome}"
 
 
 def _time_rows(view: RunView) -> Iterator[Sequence[str]]:

@@ -43,7 +43,7 @@ class MediaPanel:
 
         self._none = TextNode("p", "", "note card")
 
-    def show(self, state: RunState, theme: str) -> list[str]:
+    def show(self, state: RunState, theme: str) -> list[str | None]:
         """Show what is new; return the charts that the browser has to draw."""
         groups = state.logged
         files = [group for group in groups if group.kind in ("artifact", "refused")]
@@ -59,8 +59,7 @@ class MediaPanel:
                 self._show_card(group, self._grid)
 
         histograms = [group for group in groups if group.kind == "histogram"][:_HISTOGRAMS]
-        drawn = [self._chart(group).show(_drawn(group, theme)) for group in histograms]
-        return [each for each in drawn if each is not None]
+        return [self._chart(group).show(as_json(histogram_chart(group.items, THEMES[theme]))) for group in histograms]
 
     def _show_card(self, group: MediaGroup, parent: Container) -> None:
         key = group.kind, group.name
@@ -84,11 +83,6 @@ class MediaPanel:
                 self._charts[group.name] = ChartCard(printable(group.name), hint, words=f"{group.name} histogram")
 
         return self._charts[group.name]
-
-
-def _drawn(group: MediaGroup, theme: str) -> str | None:
-    option = histogram_chart(group.items, THEMES[theme])
-    return None if option is None else as_json(option)
 
 
 def _images(run_id: str, group: MediaGroup) -> None:

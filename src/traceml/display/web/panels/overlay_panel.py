@@ -67,7 +67,7 @@ class OverlayPanel:
         set_visible(self._summary, several)
         self._steps.visible(several)
 
-    def show(self, runs: ComparedRuns, theme: str) -> list[str]:
+    def show(self, runs: ComparedRuns, theme: str) -> list[str | None]:
         """Show the current comparison; return the charts that the browser has to draw."""
         self._runs.show(_rows(runs, self._names))
         params = compared_params(Comparisons(baseline=runs.comparisons[0].a.id, comparisons=list(runs.comparisons)))
@@ -77,9 +77,10 @@ class OverlayPanel:
         charts = overlaid_metric_charts(lines, THEMES[theme])
         set_visible(self._none, not charts)
         steps = overlaid_steps_chart([(letter, each.steps) for letter, each in lines], THEMES[theme])
-        drawn = [self._steps.show(None if steps is None else as_json(steps))]
-        drawn += [self._metric(name).show(as_json(option)) for name, option in charts]
-        return [each for each in drawn if each is not None]
+        return [
+            self._steps.show(as_json(steps)),
+            *(self._metric(name).show(as_json(option)) for name, option in charts),
+        ]
 
     def _metric(self, name: str) -> ChartCard:
         if name not in self._metrics:
