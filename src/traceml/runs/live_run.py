@@ -16,8 +16,7 @@ from traceml.runs.report.report import make_report, report_window, run_wall_time
 from traceml.runs.report.report_types import Report, TelemetrySection
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.logged_media import LoggedItems, MediaGroup
-from traceml.runs.rows.messages import RunMessage, RunMessages
-from traceml.runs.rows.run_events import RunEvents
+from traceml.runs.rows.messages import RunEvents, RunMessage, RunMessages
 from traceml.runs.rows.series import RunSeries, SeriesFollower
 
 __all__ = ["LiveRun"]

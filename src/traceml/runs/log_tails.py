@@ -1,4 +1,4 @@
-"""Ends of a run's log files, as a terminal would show them."""
+"""Ends of a run's log files, as a terminal would show them, and search in them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from pathlib import Path
 from traceml.own_files import is_file_inside
 from traceml.run_folder import LOGS_FOLDER, OUTPUT_LOG
 
-__all__ = ["LogTail", "log_tails", "output_lines"]
+__all__ = ["LEVELS", "LogTail", "log_tails", "output_lines", "search_logs"]
 
 _TAIL_BYTES = 16 * 1024
 _READ_BYTES = 256 * 1024  # at least: of a progress bar that is drawn again and again, one line is left
 _LOG_FILES = 8
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
+
+_SEARCHED_BYTES = 4 << 20
+_FOUND_LINES = 500
+_ERROR = r"\b(?:\w+(?:Error|Exception)|(?i:error|critical|fatal|exception|traceback))\b"
+_WARNING = r"\b(?:\w+Warning|(?i:warn|warning))\b"
+
+LEVELS: dict[str, re.Pattern[str] | None] = {
+    "all": None,
+    "warning": re.compile(f"{_ERROR}|{_WARNING}"),
+    "error": re.compile(_ERROR),
+}
+"""Least level of the lines to show -> what such a line contains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,27 @@ def output_lines(run_dir: Path) -> list[str]:
         return []
 
     return [line for line in tail.text.splitlines() if line.strip()] if tail is not None else []
+
+
+def search_logs(run_dir: Path, words: str, level: str) -> list[LogTail]:
+    """Return the lines of each log file's last 4 MiB that contain all words and have at least a level.
+
+    Args:
+        words: with spaces between them; case does not matter.
+        level: a key of `LEVELS`.
+    """
+    wanted, pattern = words.lower().split(), LEVELS.get(level)
+
+    def fits(line: str) -> bool:
+        lower = line.lower()
+        return all(word in lower for word in wanted) and (pattern is None or pattern.search(line) is not None)
+
+    found = []
+    for tail in log_tails(run_dir, _SEARCHED_BYTES):
+        lines = [line for line in tail.text.splitlines() if fits(line)]
+        found.append(LogTail(tail.name, "\n".join(lines[-_FOUND_LINES:]), tail.cut or len(lines) > _FOUND_LINES))
+
+    return found
 
 
 def _tail(folder: Path, file: Path, limit_bytes: int) -> LogTail:

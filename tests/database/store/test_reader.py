@@ -113,7 +113,6 @@ def test_rows_are_an_array_with_the_stream_in_front(tmp_path: Path) -> None:
     assert second["step"].tolist() == list(range(40))
     assert (second["t_end_ns"] == np.arange(40) * 3).all()
     assert set(reader.rows("evals", streams=[2])["stream"]) == {2}
-    assert len(reader.rows("evals", after_id=4)) == 40
     assert len(reader.rows("gpu")) == 0
     assert reader.rows("gpu", last=5).dtype.names == reader.rows("gpu").dtype.names
     reader.close()
@@ -156,7 +155,7 @@ def test_facts_events_and_maps_come_back(tmp_path: Path) -> None:
             assert last is not None
             assert last.data == {"number": 2}
             assert reader.last_event("nothing") is None
-            assert [row["kind"] for _, row in reader.log_rows("info", stream)] == ["a", "b"]
+            assert [row["kind"] for number, row in reader.log_rows("info") if number == stream] == ["a", "b"]
 
 
 def test_totals_follow_a_growing_store(tmp_path: Path) -> None:

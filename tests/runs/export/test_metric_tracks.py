@@ -17,7 +17,7 @@ from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
-from traceml.runs.export import metric_tracks, waiting_rows
+from traceml.runs.export import event_blocks, metric_tracks
 from traceml.runs.export.exporter import export_run
 
 NAMES = {1: "loss", 2: '100 % "ü"', 3: "grad/norm"}
@@ -82,7 +82,7 @@ def test_every_value_is_an_event(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
 ) -> None:
     """Finite values are counters, others instants with the step, at the time of the aggregator's clock."""
-    monkeypatch.setattr(waiting_rows, "_MAX_ROWS", waiting)
+    monkeypatch.setattr(event_blocks, "_MAX_ROWS", waiting)
     monkeypatch.setattr(metric_tracks, "_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")
 

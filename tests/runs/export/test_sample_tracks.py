@@ -16,7 +16,7 @@ from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
-from traceml.runs.export import sample_tracks, waiting_rows
+from traceml.runs.export import event_blocks, sample_tracks
 from traceml.runs.export.exporter import export_run
 
 HOSTS = ("a", "a", "b")
@@ -100,7 +100,7 @@ def test_every_sample_is_an_event(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
 ) -> None:
     """Finite numbers are counters; those of one counter of a rank are in order, as viewers join them by lines."""
-    monkeypatch.setattr(waiting_rows, "_MAX_ROWS", waiting)
+    monkeypatch.setattr(event_blocks, "_MAX_ROWS", waiting)
     monkeypatch.setattr(sample_tracks, "_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")
     samples = [event for event in events_in(result.path) if event.get("cat") == "sample"]

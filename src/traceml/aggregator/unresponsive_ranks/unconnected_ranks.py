@@ -1,15 +1,15 @@
-"""Ranks that live on this host and have never connected: C code took the GIL before their recorder came to it.
-
-Such a rank has a flight file that it holds, which names its job.
+"""Processes of ranks of this host, also of those that have never connected: C code took the GIL before their recorder
+came to it. Such a rank has a flight file that it holds, which names its job.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.unresponsive_ranks.rank_process import RankProcess
 from traceml.clock import boot_id
+from traceml.database.external_snapshots import ExternalSnapshots
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_owner import find_unclaimed, is_alive, pid_here
 from traceml.database.flight.postmortem import flight_identity, may_be_of
@@ -17,8 +17,33 @@ from traceml.transport.hello import WORLD_LIMIT
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
+    from traceml.aggregator.streams.stream import Stream
 
-__all__ = ["UnconnectedRanks"]
+__all__ = ["RankProcess", "UnconnectedRanks"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankProcess:
+    """A rank of this host.
+
+    Attributes:
+        stream: its stream; None before it has connected.
+    """
+
+    rank: int
+    pid: int
+    flight: Path
+    stream: Stream | None = None
+
+    @classmethod
+    def of(cls, stream: Stream) -> RankProcess | None:
+        """Return the process of a stream; None if it is not on this host."""
+        path, pid = stream.flight_path, stream.pid_here
+        return cls(stream.rank, pid, path, stream) if pid is not None and path is not None else None
+
+    def snapshots(self) -> ExternalSnapshots:
+        """Return what takes snapshots of it."""
+        return ExternalSnapshots(self.rank, self.pid, self.flight)
 
 
 class UnconnectedRanks:

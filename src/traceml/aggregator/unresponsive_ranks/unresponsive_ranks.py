@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.unresponsive_ranks.rank_process import RankProcess
-from traceml.aggregator.unresponsive_ranks.unconnected_ranks import UnconnectedRanks
+from traceml.aggregator.unresponsive_ranks.unconnected_ranks import RankProcess, UnconnectedRanks
 from traceml.database.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
 from traceml.database.snapshots import SNAPSHOT
 

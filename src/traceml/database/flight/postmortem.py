@@ -19,7 +19,6 @@ from typing import Any
 import msgpack
 
 from traceml.clock import boot_id
-from traceml.database.flight.flight_counters import TableCounters, read_counters
 from traceml.database.flight.flight_folders import FLIGHT_SUFFIX, PENDING_SUFFIX, disk_folders, spool_folder
 from traceml.database.flight.flight_header import (
     DATA_AT,
@@ -37,8 +36,10 @@ from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.flight.row_rings import RowSlice
 from traceml.database.flight.table_extents import (
     UNREADABLE,
+    TableCounters,
     TableExtent,
     damaged,
+    read_counters,
     read_layout,
     unpacked_header,
     whole_maps,
@@ -196,9 +197,9 @@ class FlightSnapshot:
 
         return first, bytes(ring[begin * size :]) + bytes(ring[: end * size])
 
-    def log_rows(self, name: str, start: int = 0) -> list[dict[str, Any]]:
-        """Return a log's maps from number `start` on, as far as memory reaches back, up to a damaged one."""
-        return self._walk(name)[0][max(start - self.counters(name).base, 0) :]
+    def log_rows(self, name: str) -> list[dict[str, Any]]:
+        """Return a log's maps, as far as memory reaches back, up to a damaged one."""
+        return self._walk(name)[0]
 
     @property
     def holds_user_rows(self) -> bool:

@@ -1,22 +1,36 @@
-"""Layout of the tables in a flight file, and the parts of it that can be read when others are damaged."""
+"""Layout and counters of the tables in a flight file, and the parts that can be read when others are damaged."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from traceml.database.flight.flight_header import DATA_AT
+from traceml.database.flight.flight_header import COUNTERS_AT, DATA_AT
+from traceml.database.flight.row_rings import COUNTERS_PER_TABLE
 from traceml.database.schema import TABLES, Table
 from traceml.errors import StoreError
 
-__all__ = ["UNREADABLE", "TableExtent", "damaged", "read_layout", "unpacked_header", "whole_maps"]
+__all__ = [
+    "UNREADABLE",
+    "TableCounters",
+    "TableExtent",
+    "damaged",
+    "read_counters",
+    "read_layout",
+    "unpacked_header",
+    "whole_maps",
+]
 
 UNREADABLE = (ValueError, TypeError, msgpack.UnpackException)
 """Errors of damaged msgpack; TypeError: a key that cannot be one."""
+
+_log = logging.getLogger("traceml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,25 @@ class TableExtent:
     offset: int
     capacity: int
     row_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableCounters:
+    """Counters of one table when the process died, in rows.
+
+    `base` is the number of a log's first map in memory; earlier maps are stored or in the journal.
+    """
+
+    appended: int
+    sent: int
+    acked: int
+    dropped: int
+    base: int
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a writer can have left them: no row is sent, stored or removed before it is appended."""
+        return all(0 <= count <= self.appended for count in (self.sent, self.acked, self.base)) and self.dropped >= 0
 
 
 def read_layout(path: Path, entries: Any, file_bytes: int) -> dict[str, tuple[int, TableExtent]]:
@@ -50,6 +83,20 @@ def read_layout(path: Path, entries: Any, file_bytes: int) -> dict[str, tuple[in
         raise damaged(path, "the layout of its tables has another form") from error
 
     return tables
+
+
+def read_counters(path: Path, name: str, data: bytes, number: int) -> TableCounters:
+    """Return the counters of a table; all 0, with a warning, where damage has made them impossible.
+
+    The hot path counts by one store per row, which leaves no room for a checksum.
+    """
+    found = TableCounters(*struct.unpack_from("@5q", data, COUNTERS_AT + number * COUNTERS_PER_TABLE * 8))
+    if found.is_possible:
+        return found
+
+    text = "flight file %s: the counters of its table %r are damaged (%d rows, %d sent, %d stored): none of it is used"
+    _log.warning(text, path, name, found.appended, found.sent, found.acked)
+    return TableCounters(0, 0, 0, 0, 0)
 
 
 def unpacked_header(path: Path, data: bytes) -> Any:

@@ -83,7 +83,6 @@ class StoreReader(FrameReader):
         table: str,
         streams: Collection[int] | None = None,
         last: int | None = None,
-        after_id: int = 0,
         steps: Sequence[tuple[int, int]] | None = None,
     ) -> NDArray[np.void]:
         """Return rows as a structured array: the column `stream` (its id), then the table's columns.
@@ -92,18 +91,17 @@ class StoreReader(FrameReader):
 
         Args:
             last: only this many last rows of each stream.
-            after_id: only frames after this cursor.
-            steps: only rows of these ranges of steps, (first, last); not with `last` or `after_id`.
+            steps: only rows of these ranges of steps, (first, last); not with `last`.
         """
         dtype = self._dtype(table)
         wanted = None if streams is None else set(streams)
         if steps is not None:
             frames = list(self.step_frames(table, steps, streams))
         elif last is None:
-            frames = [frame for frame in self.frames(table, after_id) if wanted is None or frame.stream in wanted]
+            frames = [frame for frame in self.frames(table) if wanted is None or frame.stream in wanted]
         else:
             with self._snapshot():
-                frames = self._last_frames(table, wanted, last, after_id)
+                frames = self._last_frames(table, wanted, last)
 
         return assembled(frames, dtype, last)
 
@@ -135,9 +133,9 @@ class StoreReader(FrameReader):
 
         yield from self._chosen_parts(table, choose, lambda planes: _spread(planes.shape[1], rows))
 
-    def log_rows(self, name: str, stream: int | None = None, after_id: int = 0) -> list[tuple[int, dict[str, Any]]]:
+    def log_rows(self, name: str) -> list[tuple[int, dict[str, Any]]]:
         """Return (stream, map) for each map of a log, in append order within a stream."""
-        return [(frame.stream, row) for frame in self.frames(name, after_id, stream) for row in frame.maps()]
+        return [(frame.stream, row) for frame in self.frames(name) for row in frame.maps()]
 
     def frame_count(self, table: str) -> int:
         """Return the number of frames of a table."""
@@ -250,7 +248,7 @@ class StoreReader(FrameReader):
         except ValueError as error:
             raise self._damaged(str(error)) from error
 
-    def _last_frames(self, table: str, wanted: set[int] | None, last: int, after_id: int) -> list[Frame]:
+    def _last_frames(self, table: str, wanted: set[int] | None, last: int) -> list[Frame]:
         """Read backward from the end until the last rows of every stream are found; of each frame no more rows."""
         self._update_progress()
         totals = {key[1]: total for key, total in self._progress.items() if key[0] == table}
@@ -258,8 +256,8 @@ class StoreReader(FrameReader):
         have = dict.fromkeys(missing, 0)
         chosen: list[int] = []
         before = 1 << 62
-        query = "SELECT id, stream, n FROM frames WHERE tbl = ? AND id < ? AND id > ? ORDER BY id DESC LIMIT ?"
-        while missing and (rows := self._fetch(query, self._id(table), before, after_id, META_BATCH)):
+        query = "SELECT id, stream, n FROM frames WHERE tbl = ? AND id < ? ORDER BY id DESC LIMIT ?"
+        while missing and (rows := self._fetch(query, self._id(table), before, META_BATCH)):
             before = rows[-1][0]
             for number, stream, n in rows:
                 if stream in missing:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import StreamRecord
-from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, as_json
+from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, WaitingRows, as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
-from traceml.runs.export.waiting_rows import WaitingRows
 from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 

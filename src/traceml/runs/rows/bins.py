@@ -36,11 +36,11 @@ class StepBins:
 
     Args:
         ranks: expected number of ranks; with many, there are fewer bins.
-        grouped: whether the ranks wait for each other.
     """
 
-    def __init__(self, ranks: int = 1, *, grouped: bool = True) -> None:
-        self.grouped = grouped
+    def __init__(self, ranks: int = 1) -> None:
+        self.grouped = True
+        """Whether the ranks wait for each other."""
         self.bins = _BINS if ranks <= _MANY_RANKS else _BINS_OF_MANY
         self.width = 1
         self.first = 0

@@ -1,23 +1,31 @@
-"""Messages of a run, the newest ones: events, warnings of ranks, logged texts."""
+"""Messages and events of a run for people, the newest ones: warnings, logged texts, verdicts, ends of ranks, alerts."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from traceml.database.schema import INFO, LOGGED
+from traceml.database.snapshots import SNAPSHOT
+from traceml.database.source_reading import SOURCE
 from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
+from traceml.diagnosis.steps.representatives import HOST_CHOICE
 from traceml.formatting import ranks_text
 from traceml.runs.rows.aligned_clocks import RunClocks
 
-__all__ = ["RunMessage", "RunMessages"]
+__all__ = ["RunEvents", "RunMessage", "RunMessages"]
 
 _KEPT = 500
 _FIRST_READ = 5_000  # frames at the end of a store that are read at first
 _MAX_CHARS = 500
 _SILENT = {"end", "snapshot", "process", "sampler"}  # kinds of rows without information for people
+_EVENTS_KEPT = 200
+_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE, HOST_SUMS, SOURCE}
+"""Kinds of events that are stored for the diagnosis, whose finding tells what they say, or for the run's overview."""
 _HIDDEN = {"kind", "t_ns", "experiment"}
 
 
@@ -79,6 +87,36 @@ class RunMessages:
         date = self._clocks.of_stamp if table == INFO.name else self._clocks.of_date
         at_s = date(stream, int(row.get("t_ns", 0))) / 1e9
         self._kept.append(RunMessage(at_s, self._ranks[stream], kind, _words(row)))
+
+
+class RunEvents:
+    """The newest 200 events of a run; a reading, and a verdict with only other numbers, displaces none of them."""
+
+    def __init__(self) -> None:
+        self._kept: deque[RunEvent] = deque(maxlen=_EVENTS_KEPT)
+        self._verdict: tuple[object, ...] | None = None
+
+    def __iter__(self) -> Iterator[RunEvent]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return f"<RunEvents: {len(self)}>"
+
+    def take(self, event: RunEvent) -> None:
+        """Keep an event if it is one for people, and new."""
+        if event.kind in _READINGS or (event.kind == "verdict" and not self._is_new(event)):
+            return
+
+        self._kept.append(event)
+
+    def _is_new(self, event: RunEvent) -> bool:
+        """Return whether a verdict says something new: it is stored again each time its numbers change."""
+        first = (event.data.get("findings") or [{}])[0]
+        before, self._verdict = self._verdict, tuple(first.get(key) for key in ("kind", "ranks", "phase"))
+        return self._verdict != before
 
 
 def _message_of_event(event: RunEvent) -> RunMessage | None:

@@ -13,11 +13,10 @@ from nicegui import Client, background_tasks, run
 
 from traceml.database.store.reader import RunEvent
 from traceml.display.web.elements import EMIT_VALUE, Container, DataTable, TextNode, link, set_visible
-from traceml.display.web.panels.log_search import LEVELS, search_logs
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
 from traceml.renderers.words import end_of_rank
-from traceml.runs.log_tails import LogTail
+from traceml.runs.log_tails import LEVELS, LogTail, search_logs
 from traceml.runs.report.report_types import RankSection
 
 __all__ = ["LogPanel"]
