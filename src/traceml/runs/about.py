@@ -98,11 +98,11 @@ def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dic
     found: dict[str, dict[str, Any]] = {}
     project = ""
     for stream in streams:
-        for row in _rows(reader, INFO.name, stream.id):
+        for row in reader.first_maps(INFO.name, stream.id, _FRAMES):
             if row.get("kind") in ("process", "model", "loader", "optimizer"):
                 found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
 
-        for row in _rows(reader, LOGGED.name, stream.id):
+        for row in reader.first_maps(LOGGED.name, stream.id, _FRAMES):
             if row.get("kind") == "params":
                 found.setdefault("params", {}).update(row.get("params") or {})
             elif row.get("kind") in ("tags", "experiment"):
@@ -161,10 +161,3 @@ def package_versions(environment: Mapping[str, Any]) -> dict[str, str]:
 
     pairs = (str(line).partition("==")[::2] for line in lines)
     return {name: version for name, version in pairs if name}
-
-
-def _rows(reader: StoreReader, name: str, stream: int) -> list[dict[str, Any]]:
-    if name not in reader.tables:
-        return []  # written by a version before it
-
-    return [row for frame in reader.frames(name, stream=stream, limit=_FRAMES) for row in frame.maps()]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -66,7 +64,7 @@ def find_request(store: Path, stream: int) -> tuple[SourceRequest | None, list[s
         msgspec.ValidationError: the row has values of other types.
     """
     with StoreReader(store) as reader:
-        row = next((row for row in _rows(reader, INFO.name, stream) if row.get("kind") == "process"), None)
+        row = next((row for row in reader.first_maps(INFO.name, stream, _FRAMES) if row.get("kind") == "process"), None)
         if row is None:
             return None, []
 
@@ -76,15 +74,10 @@ def find_request(store: Path, stream: int) -> tuple[SourceRequest | None, list[s
         if last is not None and SourceReading.from_event(last.data).is_whole_for(stream):
             return request, []
 
-        own = {row.get("name") for row in _rows(reader, LOGGED.name, stream) if row.get("kind") == "collected"}
+        logged = reader.first_maps(LOGGED.name, stream, _FRAMES)
+        own = {row.get("name") for row in logged if row.get("kind") == "collected"}
 
     return request, [name for name in BUILT_IN[PluginType.COLLECTOR] if name in wanted and name not in own]
-
-
-def _rows(reader: StoreReader, table: str, stream: int) -> Iterator[dict[str, Any]]:
-    if table in reader.tables:
-        for frame in reader.frames(table, stream=stream, limit=_FRAMES):
-            yield from frame.maps()
 
 
 def _environ(pid: int) -> dict[str, str] | None:

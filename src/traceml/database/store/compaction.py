@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from traceml.database.schema import LOGGED, METRICS, PACKED, TABLES, Table
-from traceml.database.store.frame_editor import SUMMED, EditedFrame, FrameEditor
+from traceml.database.store.frame_editor import SUMMED, FrameEditor
+from traceml.database.store.records import Frame
 
 __all__ = ["FANOUT", "FULL_ROWS", "Compaction"]
 
@@ -206,7 +207,7 @@ class Compaction:
 
         self._settling.append(settle)
 
-    def _merged(self, table: Table, frames: Sequence[EditedFrame]) -> EditedFrame:
+    def _merged(self, table: Table, frames: Sequence[Frame]) -> Frame:
         if len(frames) == 1:
             return frames[0]
 
@@ -249,9 +250,9 @@ class Compaction:
             self.is_ripe |= is_full
 
 
-def _runs(frames: Sequence[EditedFrame], cursors: Sequence[int], texts: Sequence[int]) -> list[list[EditedFrame]]:
+def _runs(frames: Sequence[Frame], cursors: Sequence[int], texts: Sequence[int]) -> list[list[Frame]]:
     """Return runs of frames that can be merged: no lost rows, cursor or text is between them, and they are few."""
-    runs: list[list[EditedFrame]] = []
+    runs: list[list[Frame]] = []
     rows = 0
     for frame in frames:
         last = runs[-1][-1] if runs else frame

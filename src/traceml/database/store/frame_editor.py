@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -16,19 +16,24 @@ import msgpack
 import numpy as np
 
 from traceml.database.schema import LINES, LOSSES, Table
-from traceml.database.store.frame_compression import decode, encode
-from traceml.database.store.records import step_offset
+from traceml.database.store.frame_compression import encode
+from traceml.database.store.records import (
+    FRAME_COLUMNS,
+    FRAME_OVERHEAD_BYTES,
+    FRAME_ROWS,
+    Frame,
+    decoded_frame,
+    step_offset,
+)
 from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, TableSums, sum_rows
 from traceml.database.store.thinning import thinned_rows
 
-__all__ = ["FRAME_OVERHEAD_BYTES", "SUMMED", "THINNED", "EditedFrame", "FrameEditor"]
+__all__ = ["SUMMED", "THINNED", "FrameEditor"]
 
 SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
 """Tables whose rows are summed."""
 THINNED = SUMMED | {LINES.name, LOSSES.name}
 """Tables whose old rows may be thinned."""
-FRAME_OVERHEAD_BYTES = 40
-"""Bytes of a frame in the store in addition to its rows: header and index, measured."""
 
 # A transaction of this many takes some 30 ms.
 _MAX_FRAMES = 10_000
@@ -43,30 +48,7 @@ _ADD_EMPTIED = (
     "INSERT INTO emptied (tbl, stream, rows, next_seq) VALUES (?, ?, ?, ?) ON CONFLICT (tbl, stream) "
     "DO UPDATE SET rows = rows + excluded.rows, next_seq = max(next_seq, excluded.next_seq)"
 )
-_QUERY = (
-    "SELECT frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0) FROM frames "
-    "LEFT JOIN thinnings ON thinnings.id = frames.id WHERE frames.id IN ({}) ORDER BY frames.id"
-)
-
-
-@dataclass(slots=True, eq=False)
-class EditedFrame:
-    """A frame of a packed table with its rows decoded; see `records.Frame`. `size` is what it takes in the store."""
-
-    id: int
-    stream: int
-    seq: int
-    n: int
-    first_step: int
-    last_step: int
-    data: bytes
-    thinned: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        """Number of the row after it."""
-        return self.seq + self.n + self.thinned
+_QUERY = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id IN ({{}}) ORDER BY frames.id"  # noqa: S608 - no values
 
 
 class FrameEditor:
@@ -116,35 +98,34 @@ class FrameEditor:
         """Set a fact of the run."""
         self._meta.append((key, msgpack.packb(value)))
 
-    def load(self, table: Table, numbers: Sequence[int]) -> list[EditedFrame]:
+    def load(self, table: Table, numbers: Sequence[int]) -> list[Frame]:
         """Return frames by id, in order; those that are gone are missing.
 
         Raises:
             ValueError: one of them is damaged.
         """
         query = _QUERY.format(",".join("?" * len(numbers)))
-        return [_decoded(table, *row) for row in self._database.execute(query, list(numbers)).fetchall()]
+        rows = self._database.execute(query, list(numbers)).fetchall()
+        return [decoded_frame(table.name, row, table.row_bytes) for row in rows]
 
-    def merge(self, table: Table, frames: Sequence[EditedFrame]) -> EditedFrame:
+    def merge(self, table: Table, frames: Sequence[Frame]) -> Frame:
         """Replace consecutive frames of a stream by one, which has the id of the last."""
         last = frames[-1]
         with_steps = [frame for frame in frames if frame.n] or [last]
-        merged = EditedFrame(
-            id=last.id,
-            stream=last.stream,
+        merged = replace(
+            last,
             seq=frames[0].seq,
             n=sum(frame.n for frame in frames),
             first_step=with_steps[0].first_step,
             last_step=with_steps[-1].last_step,
             data=b"".join(frame.data for frame in frames),
             thinned=sum(frame.thinned for frame in frames),
-            size=0,
         )
         self._gone += [frame.id for frame in frames[:-1]]
         self._gone_thinned += [frame.id for frame in frames[:-1] if frame.thinned]
         return self._replace(table, merged)
 
-    def thin(self, table: Table, frame: EditedFrame, level: int) -> EditedFrame:
+    def thin(self, table: Table, frame: Frame, level: int) -> Frame:
         """Remove the rows of a frame that do not stay at a level, or all of it; return what is left."""
         left = thinned_rows(table.name, np.frombuffer(frame.data, table.dtype), level)
         if not len(left):
@@ -153,20 +134,17 @@ class FrameEditor:
             return frame
 
         has_steps = step_offset(table.dtype) is not None
-        thinned = EditedFrame(
-            id=frame.id,
-            stream=frame.stream,
-            seq=frame.seq,
+        thinned = replace(
+            frame,
             n=len(left),
             first_step=int(left["step"][0]) if has_steps else frame.first_step,
             last_step=int(left["step"][-1]) if has_steps else frame.last_step,
             data=left.tobytes(),
             thinned=frame.thinned + frame.n - len(left),
-            size=0,
         )
         return self._replace(table, thinned)
 
-    def add_sums(self, table: Table, frames: Sequence[EditedFrame]) -> None:
+    def add_sums(self, table: Table, frames: Sequence[Frame]) -> None:
         """Add consecutive frames of a stream to the stored sums of its table."""
         stream, number = frames[0].stream, self._tables[table.name]
         query = "SELECT next_seq, data FROM summaries WHERE tbl = ? AND stream = ?"
@@ -182,7 +160,7 @@ class FrameEditor:
         self._bytes += len(encoded)
         self._sums.append((number, stream, max(frames[-1].end, next_seq), frames[-1].id, encoded))
 
-    def _emptied(self, table: Table, frame: EditedFrame) -> EditedFrame:
+    def _emptied(self, table: Table, frame: Frame) -> Frame:
         """Remove a frame. Its rows stay counted: those that are missing otherwise are lost."""
         self._gone.append(frame.id)
         if frame.thinned:
@@ -193,36 +171,11 @@ class FrameEditor:
         self._empty[key] = (rows + frame.n + frame.thinned, max(frame.end, end))
         return replace(frame, n=0, data=b"", size=0)
 
-    def _replace(self, table: Table, frame: EditedFrame) -> EditedFrame:
+    def _replace(self, table: Table, frame: Frame) -> Frame:
         codec, data = encode(table, frame.data)
         self._rows.append((frame.seq, frame.n, frame.first_step, frame.last_step, int(codec), data, frame.id))
         self._bytes += len(data)
         if frame.thinned:
             self._thinned.append((frame.id, frame.thinned))
 
-        frame.size = len(data) + FRAME_OVERHEAD_BYTES
-        return frame
-
-
-def _decoded(
-    table: Table,
-    number: int,
-    stream: int,
-    seq: int,
-    n: int,
-    first_step: int,
-    last_step: int,
-    codec: int,
-    data: bytes,
-    thinned: int,
-) -> EditedFrame:
-    try:
-        rows = decode(codec, data, table.row_bytes)
-    except ValueError as error:
-        raise ValueError(f"frame {number} of {table.name}: {error}") from error
-
-    if len(rows) != n * table.row_bytes:
-        raise ValueError(f"frame {number} of {table.name} has {len(rows)} bytes for {n} rows")
-
-    size = len(data) + FRAME_OVERHEAD_BYTES
-    return EditedFrame(number, stream, seq, n, first_step, last_step, rows, thinned, size)
+        return replace(frame, size=len(data) + FRAME_OVERHEAD_BYTES)

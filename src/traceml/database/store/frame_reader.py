@@ -14,20 +14,25 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.store.frame_compression import decode, decode_planes
-from traceml.database.store.records import Frame, dtype_of, in_ranges, step_offset
+from traceml.database.store.frame_compression import decode_planes
+from traceml.database.store.records import (
+    FRAME_COLUMNS,
+    FRAME_ROWS,
+    Frame,
+    decoded_frame,
+    dtype_of,
+    in_ranges,
+    step_offset,
+)
 from traceml.database.store.store_file import open_for_reading, translate_errors
 from traceml.errors import StoreError
 
-__all__ = ["FRAME_COLUMNS", "FRAME_ROWS", "META_BATCH", "FrameReader"]
+__all__ = ["META_BATCH", "FrameReader"]
 
 # A read transaction ends with each batch, so a slow reader never keeps the writer from reusing its log.
 _BATCH = 64
 META_BATCH = 8192
 """Frames per statement where only their numbers are read."""
-
-FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
-FRAME_ROWS = "frames LEFT JOIN thinnings ON thinnings.id = frames.id"
 
 _THREADS = 4
 _SHARE = 16  # frames per task of a thread
@@ -278,18 +283,9 @@ class FrameReader:
             raise self._damaged(str(error)) from error
 
     def _decoded(self, table: str, row: tuple[Any, ...]) -> Frame:
-        number, stream, seq, n, first, last, codec, data, thinned = row
         dtype = self._dtypes[table]
         _check_types(table, row)
-        try:
-            decoded = decode(codec, data, dtype.itemsize if dtype is not None else 1)
-        except ValueError as error:
-            raise ValueError(f"frame {number} of {table}: {error}") from error
-
-        if dtype is not None and len(decoded) != n * dtype.itemsize:
-            raise ValueError(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
-
-        return Frame(number, stream, table, seq, n, first, last, decoded, thinned)
+        return decoded_frame(table, row, None if dtype is None else dtype.itemsize)
 
     def _part(self, table: str, row: tuple[Any, ...], rows: _RowChoice) -> Frame:
         """Return some rows of a frame."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from traceml.database.schema import METRICS
 from traceml.database.store.compaction import FANOUT, Compaction
-from traceml.database.store.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, THINNED, FrameEditor
+from traceml.database.store.frame_editor import SUMMED, THINNED, FrameEditor
+from traceml.database.store.records import FRAME_OVERHEAD_BYTES
 from traceml.database.store.retention import Retention, ThinnedFrame
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import RELAYED_WHOLE
-from traceml.database.store.frame_reader import FRAME_ROWS, META_BATCH, FrameReader
-from traceml.database.store.records import Frame, RunEvent, StreamIdentity, StreamRecord, assembled
+from traceml.database.store.frame_reader import META_BATCH, FrameReader
+from traceml.database.store.records import FRAME_ROWS, Frame, RunEvent, StreamIdentity, StreamRecord, assembled
 from traceml.database.store.summaries import STEP_TABLES, StepSums, TableSums, sum_rows
 from traceml.database.store.thinning import STATE_KEY
 
@@ -136,6 +136,12 @@ class StoreReader(FrameReader):
     def log_rows(self, name: str) -> list[tuple[int, dict[str, Any]]]:
         """Return (stream, map) for each map of a log, in append order within a stream."""
         return [(frame.stream, row) for frame in self.frames(name) for row in frame.maps()]
+
+    def first_maps(self, log: str, stream: int, frames: int) -> Iterator[dict[str, Any]]:
+        """Yield the maps of a stream's first frames of a log; none where the store is older than the log."""
+        if log in self.tables:
+            for frame in self.frames(log, stream=stream, limit=frames):
+                yield from frame.maps()
 
     def frame_count(self, table: str) -> int:
         """Return the number of frames of a table."""
@@ -298,8 +304,8 @@ class StoreReader(FrameReader):
         query = f"SELECT {columns} FROM {FRAME_ROWS} WHERE frames.id > ? ORDER BY frames.id LIMIT ?"  # noqa: S608
         while rows := self._fetch(query, self._progress_after, META_BATCH):
             for frame, stream, number, seq, n in rows:
-                is_known = number in self._names and _is_stream(stream, self._newest_stream)
-                if not is_known or not isinstance(n, int) or not isinstance(seq, int):
+                is_whole = number in self._names and all(isinstance(each, int) for each in (stream, seq, n))
+                if not is_whole or not 0 < stream <= self._newest_stream(stream):
                     continue  # damaged: its table, stream or number of rows is unknown
 
                 total = self._progress.setdefault((self._names[number], stream), _Progress(frame))
@@ -325,10 +331,6 @@ def _spread(count: int, most: int) -> NDArray[np.bool_]:
     chosen = np.zeros(count, bool)
     chosen[:: -(-count // most)] = chosen[-1:] = True
     return chosen
-
-
-def _is_stream(stream: Any, newest: Callable[[int], int]) -> bool:
-    return isinstance(stream, int) and 0 < stream <= newest(stream)
 
 
 def _names(tables: str | Collection[str]) -> frozenset[str]:

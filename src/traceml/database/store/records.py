@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -10,18 +10,28 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.store.frame_compression import decode
 from traceml.errors import StoreError
 
 __all__ = [
+    "FRAME_COLUMNS",
+    "FRAME_OVERHEAD_BYTES",
+    "FRAME_ROWS",
     "Frame",
     "RunEvent",
     "StreamIdentity",
     "StreamRecord",
     "assembled",
+    "decoded_frame",
     "dtype_of",
     "in_ranges",
     "step_offset",
 ]
+
+FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
+FRAME_ROWS = "frames LEFT JOIN thinnings ON thinnings.id = frames.id"
+FRAME_OVERHEAD_BYTES = 40
+"""Bytes of a frame in the store in addition to its rows: header and index, measured."""
 
 
 class StreamIdentity(NamedTuple):
@@ -108,6 +118,8 @@ class Frame:
     last_step: int
     data: bytes
     thinned: int = 0
+    size: int = field(default=0, compare=False)
+    """Bytes that it takes in the store."""
 
     @property
     def end(self) -> int:
@@ -153,6 +165,28 @@ class Frame:
 
 
 _INT = Struct("<q")
+
+
+def decoded_frame(table: str, row: tuple[Any, ...], row_bytes: int | None) -> Frame:
+    """Return a frame with its rows decoded.
+
+    Args:
+        row: its `FRAME_COLUMNS`.
+        row_bytes: size of a row of a packed table; None for a log.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    number, stream, seq, n, first, last, codec, data, thinned = row
+    try:
+        decoded = decode(codec, data, row_bytes or 1)
+    except ValueError as error:
+        raise ValueError(f"frame {number} of {table}: {error}") from error
+
+    if row_bytes is not None and len(decoded) != n * row_bytes:
+        raise ValueError(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
+
+    return Frame(number, stream, table, seq, n, first, last, decoded, thinned, len(data) + FRAME_OVERHEAD_BYTES)
 
 
 def dtype_of(layout: Any) -> np.dtype[Any] | None:

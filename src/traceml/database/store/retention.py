@@ -16,7 +16,8 @@ import msgpack
 
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.compaction import FULL_ROWS
-from traceml.database.store.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, THINNED, EditedFrame, FrameEditor
+from traceml.database.store.frame_editor import SUMMED, THINNED, FrameEditor
+from traceml.database.store.records import FRAME_OVERHEAD_BYTES, Frame
 from traceml.database.store.thinning import STATE_KEY
 
 __all__ = ["Retention", "ThinnedFrame"]
@@ -126,7 +127,7 @@ class Retention:
         middle = min(self.up_to + (last_id - self.up_to) // 2, up_to)
         return _ThinningPass(self.up_to, middle, max(self.level, 1)) if middle > self.up_to else None
 
-    def _next_frames(self, walk: _ThinningPass) -> tuple[str, list[EditedFrame]]:
+    def _next_frames(self, walk: _ThinningPass) -> tuple[str, list[Frame]]:
         """Return the next frames of a pass, all of one table, without those that are not in the sums yet."""
         name = walk.tables[0]
         if walk.after < walk.first:
@@ -145,7 +146,7 @@ class Retention:
         ready = [number for number, stream in found if name not in SUMMED or number <= walk.summed.get(stream, 0)]
         return name, self._editor.load(_table(name), ready)
 
-    def _thin(self, name: str, frame: EditedFrame, level: int) -> EditedFrame:
+    def _thin(self, name: str, frame: Frame, level: int) -> Frame:
         self.resized(-frame.size, frame.id)
         thinned = self._editor.thin(_table(name), frame, level)
         self._old_bytes += thinned.size
