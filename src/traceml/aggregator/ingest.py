@@ -38,8 +38,7 @@ def _layout(table: Any) -> tuple[int, int]:
     if not isinstance(table, Table):
         return 0, -1
 
-    names = [column.name for column in table.columns]
-    return table.row_bytes, 8 * names.index("step") if "step" in names else -1
+    return table.row_bytes, 8 * table.index["step"] if "step" in table.index else -1
 
 
 _LAYOUTS = {name: _layout(table) for name, table in TABLES.items()}

@@ -84,8 +84,10 @@ class LiveVerdict:
 
     def _steps(self) -> int:
         """Return the number of steps to diagnose; where hosts are merged, those that are sent of each chosen rank."""
-        ranks = self._live.intake.facts.world_size
-        return STEPS_COMPARED if self._live.representatives else _steps_for(ranks)
+        if self._live.representatives:
+            return STEPS_COMPARED
+
+        return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(self._live.intake.facts.world_size, 1)))
 
     def _is_confirmed(self, findings: list[Finding]) -> bool:
         """Ask for the rows that findings near a limit need; return whether they are there, or do not come."""
@@ -96,10 +98,6 @@ class LiveVerdict:
         confirmed = self._requests.is_confirmed(findings, self._live.representatives)
         self._unconfirmed = 0 if confirmed else self._unconfirmed + 1
         return confirmed or self._unconfirmed > _LONGEST_UNCONFIRMED
-
-
-def _steps_for(ranks: int) -> int:
-    return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(ranks, 1)))
 
 
 def _event(findings: list[Finding], window: AlignedSteps) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from traceml.process_ends import EndedBySignal
 
 if TYPE_CHECKING:
     from traceml.supervise.launch_screen import MakeScreen
-    from traceml.supervise.supervisor import Screen
 
 __all__ = ["main", "make_parser"]
 
@@ -96,7 +95,7 @@ def _run(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str,
     from traceml.supervise.launch_screen import terminal_screen
     from traceml.supervise.page_process import PageScreen
 
-    screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
+    screen: MakeScreen = {"none": lambda _run_dir: None, "web": PageScreen}.get(options.live, terminal_screen)
     traced = Tracing(make_screen=screen, report=options.report, **tracing) if tracing is not None else None
     with ended_by(signal.SIGTERM, signal.SIGHUP):
         run_script(_launcher(options), script, tracing=traced)
@@ -235,7 +234,3 @@ def _numbers(text: str) -> str | int | list[int]:
 
 def _split(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
-
-
-def _no_screen(run_dir: Path) -> Screen | None:  # noqa: ARG001 - the form is given
-    return None

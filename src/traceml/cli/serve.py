@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
             run_id=options.run_id,
             exit_when_idle=options.exit_when_idle,
             on_rank=reports.prepare if options.exit_when_idle else None,
-            on_run_finished=partial(_write_report, reports),
+            on_run_finished=lambda run_dir: _log.info("report: %s", reports.write(run_dir)),
             on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
             retention_gb=None if config.retention == "off" else config.retention,
@@ -206,10 +206,6 @@ def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregato
 
     if options.fd is None:
         print(f"traceml aggregator at {host}:{port}, runs go to {aggregator.registry.runs_dir}", flush=True)
-
-
-def _write_report(reports: ReportProcess, run_dir: Path) -> None:
-    _log.info("report: %s", reports.write(run_dir))
 
 
 def _clean_up(reports: ReportProcess, run_dir: Path, *, keep: int | None) -> None:

@@ -15,7 +15,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs import run as stored
 from traceml.runs.report.report import full_report
 from traceml.runs.rows.digest import read_digest
-from traceml.runs.rows.series import SeriesFollower
+from traceml.runs.rows.series import digest_series
 
 __all__ = ["NotebookRun", "Run", "load_run"]
 
@@ -54,10 +54,8 @@ class NotebookRun(stored.Run):
         """Return the HTML that a notebook shows for a run at the end of a cell."""
         with closing(StoreReader(self.path / STORE_NAME)) as reader:
             digest = read_digest(reader)
-            follower = SeriesFollower()
-            follower.take(digest, reader)
             self._report = full_report(digest, reader, self.path)
-            return inline_html(self._report, follower.series(digest))
+            return inline_html(self._report, digest_series(digest, reader))
 
 
 Run = NotebookRun

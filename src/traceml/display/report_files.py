@@ -14,7 +14,7 @@ from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report, save_report, update_trackers, write_atomic
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.digest import Digest, read_digest
-from traceml.runs.rows.series import SeriesFollower
+from traceml.runs.rows.series import digest_series
 from traceml.settings import load
 
 __all__ = ["page_text", "refresh_reports", "write_page", "write_reports"]
@@ -91,6 +91,4 @@ def page_text(run_dir: Path) -> str:
 
 
 def _page(digest: Digest, reader: StoreReader, report: Report) -> str:
-    follower = SeriesFollower()
-    follower.take(digest, reader)
-    return report_page(report, follower.series(digest), about_run(reader))
+    return report_page(report, digest_series(digest, reader), about_run(reader))

@@ -7,12 +7,13 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["MASKED", "is_reference", "is_secret_name", "looks_random", "name_kind"]
+__all__ = ["MASKED", "is_reference", "is_secret_name", "looks_random", "name_kind", "words_of"]
 
 MASKED: Final = "[masked:"
 
 
-def _words(text: str) -> frozenset[str]:
+def words_of(text: str) -> frozenset[str]:
+    """Return the words of a text, as a list of names is written."""
     return frozenset(text.split())
 
 
@@ -25,28 +26,28 @@ _STRONG = re.compile(
 _STRONG_WORDS = frozenset(
     {"secret", "secrets", "pwd", "authorization", "cookie", "cookies", "bearer", "htpasswd", "jwt"}
 )
-_OF_KEYS = _words(
+_OF_KEYS = words_of(
     "api access secret private auth encryption signing master account storage service ssh gpg deploy license "
     "subscription shared admin root hmac aes"
 )
-_OF_TOKENS = _words(
+_OF_TOKENS = words_of(
     "auth access api bearer refresh hub hf huggingface github gitlab slack bot session csrf xsrf security oauth id "
     "wandb mlflow clearml aim openai anthropic npm pypi vault personal registry deploy push user login "
     "service secret jwt telegram discord notion jira azure aws gcp google traceml ci job"
 )
 # Last words that describe a secret, so that the value is not one (`password_length`, `secret_name`).
-_DESCRIBES = _words(
+_DESCRIBES = words_of(
     "length len size dim dims name type count num file files path dir env min max policy expiry ttl timeout required "
     "enabled version dropout rate ratio prob per index idx manager store backend provider variable header mode limit "
     "budget loss weight weights embedding embeddings vocab"
 )
 _WEAK_WORDS = frozenset({"auth", "pass", "key", "pw"})
 _PERSONAL = {
-    "email": _words("email emails mail e.mail email.address mail.address"),
-    "phone": _words("phone telephone fax msisdn phone.number telephone.number mobile.number cell.number"),
-    "card": _words("creditcard cardnumber cvv cvc credit.card card.number"),
+    "email": words_of("email emails mail e.mail email.address mail.address"),
+    "phone": words_of("phone telephone fax msisdn phone.number telephone.number mobile.number cell.number"),
+    "card": words_of("creditcard cardnumber cvv cvc credit.card card.number"),
 }
-_USERS = _words("user username logname login user.name")
+_USERS = words_of("user username logname login user.name")
 _NO_SECRETS = frozenset(
     {"", "none", "null", "true", "false", "yes", "no", "auto", "basic", "bearer", "str", "int", "bool"}
 )

@@ -6,6 +6,8 @@ import re
 from functools import cache
 from typing import Final
 
+from traceml.privacy.name_rules import words_of
+
 __all__ = [
     "ASSIGNED",
     "CARD",
@@ -31,10 +33,6 @@ __all__ = [
 def compiled(expression: str) -> re.Pattern[str]:
     """Compile a pattern on first use: a training process that masks few parameters needs almost none."""
     return re.compile(expression)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 _PRIVATE_KEY = (
@@ -117,7 +115,7 @@ ASSIGNED: Final = (
 FLAG: Final = r"(?P<head>(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80})[ \t]{1,3})(?!-)" + _VALUE
 CODE: Final = r".*[(\[{]|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$|f?r?[\"']?$"
 EMAIL: Final = r"(?<![\w.+%-])([\w.+%-]{1,64})@((?:[A-Za-z0-9-]{1,63}\.){1,6})([A-Za-z]{2,24})(?![\w-]|\.\w)"
-FILES = _words("pth ckpt json yaml yml txt log png jpg csv npz npy bin onnx safetensors html toml cfg ini git")
+FILES = words_of("pth ckpt json yaml yml txt log png jpg csv npz npy bin onnx safetensors html toml cfg ini git")
 PHONE: Final = (
     r"(?<![\w.+/-])(?:\+[1-9]\d{0,2}[ -]?(?:\(\d{1,4}\)[ -]?)?\d{1,4}(?:[ -]?\d{2,4}){2,4}"
     r"|\(\d{3}\)[ ]?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-]|\.\d)"

@@ -126,19 +126,10 @@ class RunView:
         return self.steps.speed(running=self.run.state == "running")
 
     @property
-    def samples_per_second(self) -> float | None:
-        """Samples per second of the whole job, of the same time as the steps per second; None where not known."""
-        return rate_of(self.steps.samples_per_step, self.steps_per_second)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens per second of the whole job, over the same time as the samples; None where the input is not text."""
-        return rate_of(self.steps.tokens_per_step, self.steps_per_second)
-
-    @property
     def data_rates(self) -> list[tuple[str, str]]:
         """Tokens and samples of the whole job per second, as (unit, number); empty where not known."""
-        rates = (("tokens", self.tokens_per_second), ("samples", self.samples_per_second))
+        per_step = (("tokens", self.steps.tokens_per_step), ("samples", self.steps.samples_per_step))
+        rates = [(unit, rate_of(number, self.steps_per_second)) for unit, number in per_step]
         return [(unit, rate_text(rate)) for unit, rate in rates if rate is not None]
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams.stream import Stream, StreamPeer, StreamState
@@ -28,6 +28,8 @@ CONFIRM_S = 5.0
 MANY_HOSTS = 512
 """From this many hosts on, their rows become frames after some seconds: a frame of each message would be merged again a
 minute later, which took a sixth of the center's work."""
+
+T = TypeVar("T")
 
 
 class RelayedRank:
@@ -183,22 +185,21 @@ class RelayedHosts:
         host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next), "sample_interval_s": interval_s})
 
     def _second(self, host: _RelayedHost, message: dict[str, Any]) -> None:
-        rows, number = message.get("rows"), message.get("number")
-        chosen, above = message.get("choice"), message.get("above")
+        rows, number, run = message.get("rows"), message.get("number"), host.run
         if not isinstance(rows, list) or not isinstance(number, int):
             raise ProtocolError("the message of a host has no rows and number")
 
         for each in rows:
             self._take_rows(host, each)
 
-        if chosen is not None and host.run is not None:
-            self._choose(host.run, host.key, chosen)
+        if run is not None and message.get("choice") is not None:
+            self._choose(run, host.key, message["choice"])
 
-        if above is not None and host.run is not None:
-            self._add_above(host.run, host.key, above)
+        if run is not None and message.get("above") is not None:
+            run.live.representatives.add(host.key, _parsed(WorkAbove.from_row, message["above"]))
 
-        if message.get("sums") is not None and host.run is not None:
-            self._take_sums(host.run, host.key, message["sums"])
+        if run is not None and message.get("sums") is not None:
+            self._take_sums(run, host.key, message["sums"])
 
         for each in message.get("ends") or ():
             self._end(host, each)
@@ -221,11 +222,7 @@ class RelayedHosts:
 
     @staticmethod
     def _choose(run: ActiveRun, key: str, row: Any) -> None:
-        try:
-            choice = replace(HostChoice.from_row(row), host=key)
-        except ValueError as error:
-            raise ProtocolError(str(error)) from error
-
+        choice = replace(_parsed(HostChoice.from_row, row), host=key)
         ranks = (choice.typical, *choice.ordinary, *choice.sent, *choice.ended)
         if min(ranks) < 0 or max(ranks) >= run.world_size:
             raise ProtocolError(f"the choice of a host has ranks beyond the {run.world_size} of its run")
@@ -234,20 +231,9 @@ class RelayedHosts:
             run.store.event(HOST_CHOICE, {"attempt": run.attempt, "choice": choice.to_row()})
 
     @staticmethod
-    def _add_above(run: ActiveRun, key: str, row: Any) -> None:
-        try:
-            run.live.representatives.add(key, WorkAbove.from_row(row))
-        except ValueError as error:
-            raise ProtocolError(str(error)) from error
-
-    @staticmethod
     def _take_sums(run: ActiveRun, key: str, row: Any) -> None:
         """Store the sums of a host; those that came before count no more."""
-        try:
-            ranks = HostSums.from_row(row).ranks
-        except ValueError as error:
-            raise ProtocolError(str(error)) from error
-
+        ranks = _parsed(HostSums.from_row, row).ranks
         if not ranks or min(ranks) < 0 or max(ranks) >= run.world_size:
             raise ProtocolError(f"the sums of a host are of other ranks than the {run.world_size} of its run")
 
@@ -265,3 +251,10 @@ class RelayedHosts:
         if stream.peer is link and not stream.ended:
             stream.exit |= facts
             run.end_relayed(stream, found)
+
+
+def _parsed(read: Callable[[Any], T], row: Any) -> T:
+    try:
+        return read(row)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error

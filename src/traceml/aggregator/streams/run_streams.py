@@ -13,7 +13,7 @@ from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.run_facts import RunFacts
 from traceml.aggregator.streams.admission import Admission
-from traceml.aggregator.streams.stream import Incarnation, Stream, StreamPeer, StreamState, moment_s
+from traceml.aggregator.streams.stream import Incarnation, Stream, StreamPeer, StreamState
 from traceml.aggregator.streams.stream_ends import note_oom, resumed_at
 from traceml.aggregator.streams.stream_table import StreamTable
 from traceml.database.store.reader import StoreReader, StreamIdentity
@@ -39,7 +39,7 @@ class RunStreams:
         self.key = key
         self.named = named
         self._table = StreamTable()
-        self._touched_s = moment_s()
+        self._touched_s = time.monotonic()
         # A run that this aggregator only finishes ended with the last sign of its ranks, perhaps days ago.
         self._is_attended = False
         self._signs_s: list[float] = []
@@ -179,7 +179,7 @@ class RunStreams:
     def disconnected(self, stream: Stream) -> None:
         """Record that a connection is gone."""
         stream.disconnect()
-        self._touched_s = moment_s()
+        self._touched_s = time.monotonic()
         if not stream.ended:
             self._table.disconnected[stream] = None
 
@@ -258,7 +258,7 @@ class RunStreams:
         """
         stream.state = state
         self._table.disconnected.pop(stream, None)
-        self._touched_s = moment_s()
+        self._touched_s = time.monotonic()
         if state is not StreamState.FINISHED:
             stream.exit.setdefault("at_s", stream.exit.get("reported_s", self._facts.now_s()))
             note_oom(stream)
@@ -279,7 +279,7 @@ class RunStreams:
         self.live.resize(self.world_size)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self._facts.reopen()
-        self._touched_s = moment_s()
+        self._touched_s = time.monotonic()
         self._facts.write(self.store)
 
     def _resume(self) -> None:

@@ -19,7 +19,7 @@ from traceml.inspection.control_groups import cgroup_paths
 from traceml.inspection.oom_kills import OomWatch
 from traceml.transport.hello import Hello
 
-__all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState", "moment_s"]
+__all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState"]
 
 _BOOT = boot_id()
 _U64 = struct.Struct(">Q")
@@ -209,8 +209,3 @@ class Stream:
             self.peer.write(b"".join([_ACK_HEADS[table] + _U64.pack(seq) for table, seq in self.unacked.items()]))
 
         self.unacked.clear()
-
-
-def moment_s() -> float:
-    """Return the monotonic time in seconds, by which changes of streams are compared."""
-    return time.monotonic()

@@ -39,7 +39,7 @@ class RunsPage:
             self._columns_box()
             self._edits = EditBar(client, refresh)
             with Container("div", "card runs") as self._card:
-                self._table = RunsTable(self._sort, self._pick)
+                self._table = RunsTable(lambda name: self._go(self._query.sorted_by(name)), self._pick)
                 self._none = TextNode("p", "No run meets these conditions.", "note", id="none-found")
 
             self._pager()
@@ -127,9 +127,6 @@ class RunsPage:
         self._query = query
         self._client.run_javascript(f"history.replaceState(null, '', {query.address!r})")
         background_tasks.create(self._show(), name="list of runs")
-
-    def _sort(self, name: str) -> None:
-        self._go(self._query.sorted_by(name))
 
     def _turn(self, by: int) -> None:
         pages = self._part.pages if self._part is not None else 1

@@ -12,7 +12,7 @@ from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.comparison import step_changes, value_text
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ParamChange, run_letter
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 
 __all__ = ["compared_losses", "compared_params", "compared_runs", "significance_word"]
 
@@ -57,13 +57,10 @@ def compared_params(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
     found = []
     for name in dict.fromkeys(name for rows in each for name in rows):
         base = next(rows[name].a for rows in each if name in rows)
-        found.append((name, [value_text(value) for value in (base, *(_b(rows.get(name), base) for rows in each))]))
+        values = [base, *(rows[name].b if name in rows else base for rows in each)]
+        found.append((name, list(map(value_text, values))))
 
     return found
-
-
-def _b(row: ParamChange | None, base: float | str | None) -> float | str | None:
-    return base if row is None else row.b
 
 
 def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:

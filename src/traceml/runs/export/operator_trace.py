@@ -120,11 +120,9 @@ class _ProfileMerger:
 
     def events(self, each: ProfiledRank) -> Iterator[dict[str, Any]]:
         """Yield the events of a rank: names, steps and phases, operators."""
-        document = _document(each)
+        base_ns, decoded = _decoded(each)
         stream = self._streams.get((each.rank, each.pid))
         shift_ns = self._clocks.of_date(stream.id, 0) if stream is not None else 0
-        base_ns = document.baseTimeNanoseconds
-        decoded = [_event(raw, each) for raw in document.traceEvents]
         self.operators.add(decoded, base_ns, each.calls)
         if not self._origin_ns:
             self._origin_ns = _first_ns(decoded, base_ns + shift_ns)
@@ -207,18 +205,15 @@ def _streams(reader: StoreReader) -> dict[tuple[int, int], StreamRecord]:
     return {(each.rank, each.identity.pid): each for each in reader.streams() if each.is_rank}
 
 
-def _document(each: ProfiledRank) -> _TraceDocument:
+def _decoded(each: ProfiledRank) -> tuple[int, list[dict[str, Any]]]:
+    """Return the time to which the events of a trace are relative, and the events."""
     try:
-        return msgspec.json.decode(zlib.decompress(each.data, 31), type=_TraceDocument)
+        document = msgspec.json.decode(zlib.decompress(each.data, 31), type=_TraceDocument)
+        events = [msgspec.json.decode(raw, type=dict[str, Any]) for raw in document.traceEvents]
     except (zlib.error, msgspec.DecodeError) as error:
         raise TraceMLError(f"the trace of rank {each.rank} is damaged: {error}. Profile again") from error
 
-
-def _event(raw: msgspec.Raw, each: ProfiledRank) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise TraceMLError(f"the trace of rank {each.rank} is damaged: {error}. Profile again") from error
+    return document.baseTimeNanoseconds, events
 
 
 def _first_ns(events: Iterable[dict[str, Any]], base_ns: int) -> int:

@@ -59,7 +59,7 @@ class SampleTracks:
         self._tables: dict[str, Callable[[StreamRecord, Any], None]] = {
             PROCESS.name: self._process,
             TORCH_MEMORY.name: self._torch_memory,
-            HOST.name: self._host,
+            HOST.name: lambda stream, rows: self._of_host(stream, rows, _HOST),
             GPU.name: self._gpu,
         }
 
@@ -101,9 +101,6 @@ class SampleTracks:
             of_device = rows[devices == device]
             counter = _counter(f"device {device} memory", of_device, _TORCH, np.ones(len(of_device), bool))
             self._of_rank(stream, of_device["t_ns"], [counter])
-
-    def _host(self, stream: StreamRecord, rows: Any) -> None:
-        self._of_host(stream, rows, _HOST)
 
     def _gpu(self, stream: StreamRecord, rows: Any) -> None:
         numbers = rows["index"]

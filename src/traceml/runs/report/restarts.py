@@ -35,7 +35,8 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
     found = []
     hung = {event.data.get("attempt") for event in reader.events(kind=ABORT)}
     for (attempt, streams), (_, following) in pairwise(attempts_of(reader).items()):
-        if ended := _hung(streams) if attempt in hung else _ended(streams):
+        # An attempt that was ended as it hung ended at the step of its first rank.
+        if ended := _Ended(newest_exits(streams)[0], [], "hung") if attempt in hung else _ended(streams):
             died = next(stream for stream in streams if stream.rank == ended.first.rank)
             before = resumes_at(died, checkpoints(streams))
             found.append(_section(attempt, ended, _lost_s(reader, streams, following), before))
@@ -75,11 +76,6 @@ def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
         return _Ended(last, [], _BY_SCHEDULER[cause])
 
     return _Ended(causes[0], sorted(each.rank for each in causes), _reason(causes[0])) if causes else None
-
-
-def _hung(streams: Sequence[StreamRecord]) -> _Ended:
-    """Return the end of an attempt that was ended as it hung, at the step of its first rank."""
-    return _Ended(newest_exits(streams)[0], [], "hung")
 
 
 def _section(attempt: int, ended: _Ended, lost_s: float | None, before: int) -> RestartSection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -221,13 +220,14 @@ def lines(digest: Digest) -> list[LineSection]:
     for section in found.values():
         section.share = _number(section.samples / of_phase[section.phase])
 
-    ordered = sorted(found.values(), key=lambda section: -section.samples)
-    kept = {id(section) for phase in of_phase for section in _of_phase(ordered, phase)[:_MAX_LINES]}
-    return [section for section in ordered if id(section) in kept]
+    kept: list[LineSection] = []
+    of_phase.clear()
+    for section in sorted(found.values(), key=lambda section: -section.samples):
+        of_phase[section.phase] += 1
+        if of_phase[section.phase] <= _MAX_LINES:
+            kept.append(section)
 
-
-def _of_phase(sections: Sequence[LineSection], phase: str) -> list[LineSection]:
-    return [section for section in sections if section.phase == phase]
+    return kept
 
 
 def _line(seen: SampledLine) -> LineSection:

@@ -20,7 +20,7 @@ from traceml.runs.rows.bins import StepBins
 from traceml.runs.rows.digest import Digest, read_digest
 from traceml.runs.rows.metric_series import MetricSeries, MetricSeriesSet
 
-__all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series"]
+__all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "digest_series", "read_series"]
 
 Floats = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -182,10 +182,14 @@ def read_series(run_dir: Path) -> RunSeries:
         StoreError: the store cannot be read.
     """
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        digest = read_digest(reader)
-        follower = SeriesFollower()
-        follower.take(digest, reader)
-        return follower.series(digest)
+        return digest_series(read_digest(reader), reader)
+
+
+def digest_series(digest: Digest, reader: StoreReader) -> RunSeries:
+    """Return the series of the digest of a whole run."""
+    follower = SeriesFollower()
+    follower.take(digest, reader)
+    return follower.series(digest)
 
 
 def _joined_bins(bins: StepBins) -> int:
