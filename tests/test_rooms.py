@@ -81,7 +81,6 @@ SUBROOMS = {
     },
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
-    "diagnosis.training": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "database"},
     "diagnosis.merged_hosts": {
         "diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database",
     },

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
-from tests.diagnosis.rules.test_batch_sizes import steps_of, uneven
+from tests.diagnosis.rules.test_data_imbalance import steps_of, uneven
 from tests.diagnosis.rules.test_slowdown import AT, history
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
 from traceml.database.schema import Compiled

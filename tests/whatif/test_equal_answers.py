@@ -9,8 +9,8 @@ from tests.diagnosis.fabricated import Fault, Job, adds, takes_turns, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.replay import new_step_times, with_typical_work
 from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.speedup import new_step_times, with_typical_work
 from traceml.whatif.operations import JobTrace, Layout, Operation
 from traceml.whatif.simulation import Simulator
 

@@ -20,16 +20,17 @@ from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
-from traceml.diagnosis.rules.batch_sizes import data_imbalance
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
-from traceml.diagnosis.rules.compute import nothing_found
-from traceml.diagnosis.rules.contention import cpu_contention, is_kept_waiting
-from traceml.diagnosis.rules.epoch_starts import workers_restarted
+from traceml.diagnosis.rules.correctness import duplicate_data, loss_not_finite, never_synchronized, steps_skipped
+from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_kept_waiting
+from traceml.diagnosis.rules.data_imbalance import data_imbalance
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
+from traceml.diagnosis.rules.no_bottleneck import nothing_found
 from traceml.diagnosis.rules.outside_steps import outside_steps
-from traceml.diagnosis.rules.periods import periodic_steps
+from traceml.diagnosis.rules.periodic_steps import periodic_steps
+from traceml.diagnosis.rules.restarted_workers import workers_restarted
 from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowdown, with_its_steps, with_own_steps
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.device_faults import device_faults
@@ -38,12 +39,10 @@ from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.even_models import as_one_training, trainings_of
-from traceml.diagnosis.steps.replay import replayed
 from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
+from traceml.diagnosis.steps.speedup import replayed
 from traceml.diagnosis.steps.step_history import StepHistory
-from traceml.diagnosis.training.skipped_updates import steps_skipped
-from traceml.diagnosis.training.training_data import duplicate_data, loss_not_finite, never_synchronized
 from traceml.formatting import count_text, ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "diagnose"]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
-from tests.diagnosis.rules.test_contention import samples
+from tests.diagnosis.rules.test_cpu_contention import samples
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine

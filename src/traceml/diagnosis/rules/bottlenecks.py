@@ -30,8 +30,8 @@ from traceml.diagnosis.rules.loading_advice import (
     with_waited_loader,
 )
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
-from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import (
     bytes_text,

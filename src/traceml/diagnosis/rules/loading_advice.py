@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
-from traceml.diagnosis.rules.epoch_starts import begins_each_step, keeping_workers
+from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, percent_text, plural
 

@@ -18,8 +18,8 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
-from traceml.diagnosis.rules.changes import SideChange, changes, larger_batches
-from traceml.diagnosis.steps.level_changes import MIN_FACTOR, LevelChange, level_change, steady_growth
+from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
+from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, level_change, steady_growth
 from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text

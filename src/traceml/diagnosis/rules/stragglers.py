@@ -29,8 +29,8 @@ from traceml.diagnosis.rules.straggler_words import (
     share_late,
     waited_for_core,
 )
-from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
+from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
 from traceml.diagnosis.steps.step_split import Floats
 

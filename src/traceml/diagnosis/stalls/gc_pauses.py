@@ -14,8 +14,8 @@ from traceml.diagnosis.facts.sampled_lines import parsed_place
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.replay import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, library_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
 

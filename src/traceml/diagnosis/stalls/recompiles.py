@@ -15,8 +15,8 @@ from traceml.diagnosis.facts.sampled_lines import parsed_place
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.replay import saved_ns
 from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.speedup import saved_ns
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import duration_text, gain_text, line_text, percent_text, plural
 

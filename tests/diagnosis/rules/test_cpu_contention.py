@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.diagnosis.rules.contention import cpu_contention
+from traceml.diagnosis.rules.cpu_contention import cpu_contention
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, grouped=False)

@@ -10,8 +10,8 @@ from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.correctness import steps_skipped
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.training.skipped_updates import steps_skipped
 
 
 def skipped(steps: list[int], total: int = 300) -> SkippedSteps:

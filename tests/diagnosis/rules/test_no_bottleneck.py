@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.compute import WITHOUT_ANOMALIES, for_compute
+from traceml.diagnosis.rules.no_bottleneck import WITHOUT_ANOMALIES, for_compute
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, grouped=False)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
-from tests.diagnosis.training.test_skipped_updates import skipped
+from tests.diagnosis.rules.test_skipped_updates import skipped
 from traceml.database.schema import LOSSES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.correctness import loss_not_finite
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.training.training_data import loss_not_finite
 
 NAN, INF = math.nan, math.inf
 

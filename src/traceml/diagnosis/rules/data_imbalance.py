@@ -7,8 +7,8 @@ import numpy as np
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.replay import new_step_times, speedup
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.speedup import new_step_times, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, percent_text, ranks_text
 

@@ -11,8 +11,8 @@ from tests.diagnosis.fabricated import Job, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.even_models import as_one_training, trainings_of
 from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 
 OWN = {"input_wait": 0.5, "forward": 16.0, "backward": 32.0, "optimizer": 6.0, "other": 0.8}
 ALONE = Job(ranks=1, steps=600, grouped=False, own=OWN)

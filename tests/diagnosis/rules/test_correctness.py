@@ -7,7 +7,7 @@ import pytest
 
 from traceml.database.schema import FINGERPRINTS, STEPS, pack_bits
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.training.training_data import duplicate_data, never_synchronized
+from traceml.diagnosis.rules.correctness import duplicate_data, never_synchronized
 
 STEPS_SEEN = [0, 1, 2, 50, 51, 52]
 

@@ -10,7 +10,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.periods import regular
+from traceml.diagnosis.rules.periodic_steps import regular
 from traceml.diagnosis.ruleset import diagnose
 from traceml.formatting import ordinal_text
 
