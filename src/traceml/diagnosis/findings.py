@@ -10,7 +10,7 @@ import msgspec
 
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 
-__all__ = ["Finding", "in_order", "plain", "significant"]
+__all__ = ["Finding", "in_order", "known", "plain", "significant"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +37,33 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     evidence: dict[str, Any] = {}
     cost_share: float = 0.0
     speedup_if_fixed: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        kind: Kind,
+        *,
+        summary: str,
+        next: str,  # noqa: A002 - the name of the field
+        evidence: Mapping[str, Any],
+        severity: Severity | None = None,
+        ranks: tuple[int, ...] = (),
+        phase: str | None = None,
+        cost_share: float = 0.0,
+        speedup_if_fixed: float = 1.0,
+    ) -> Finding:
+        """Return a finding; its severity follows from kind and cost, unless it is given."""
+        return cls(
+            kind=kind,
+            severity=severity or kind.severity_for(cost_share),
+            ranks=ranks,
+            phase=phase,
+            summary=summary,
+            next=next,
+            evidence=dict(evidence),
+            cost_share=cost_share,
+            speedup_if_fixed=speedup_if_fixed,
+        )
 
     @property
     def gain(self) -> float | None:
@@ -102,6 +129,11 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
         return finding.cost_share * (1.0 if finding.kind.rule.of_run else in_steps)
 
     return sorted(findings, key=lambda finding: (not finding.is_urgent, -cost(finding)))
+
+
+def known(**facts: Any) -> dict[str, Any]:
+    """Return the facts that are known: not None."""
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def significant(value: SupportsFloat | None) -> float | None:

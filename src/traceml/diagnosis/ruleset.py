@@ -300,9 +300,8 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
         why = "the script only logs, its steps are not traced"
 
     advice = _for_more(facts.state, began=began) if ended else _to_come(seen, facts, began=began)
-    return Finding(
-        kind=Kind.INSUFFICIENT_DATA,
-        severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
+    return Finding.of(
+        Kind.INSUFFICIENT_DATA,
         summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.",
         next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else advice,
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
@@ -348,9 +347,8 @@ def _unknown_backward(window: AlignedSteps, segments: Segments) -> Finding | Non
     if share < _UNKNOWN_SHARE:
         return None
 
-    return Finding(
-        kind=Kind.INSUFFICIENT_DATA,
-        severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
+    return Finding.of(
+        Kind.INSUFFICIENT_DATA,
         phase="backward",
         summary=(
             f"{ns_text(backward)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) is backward or "

@@ -9,7 +9,7 @@ from traceml.diagnosis.deaths.end_words import exit_words, step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text
 
@@ -33,8 +33,7 @@ _OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's serv
 
 def failed_because_of_peer(ended: RankExit) -> bool:
     """Whether a rank's exception shows that another one was gone."""
-    text = (ended.exception or "").lower()
-    return exit_words(ended) is None and any(word in text for word in _PEER_GONE)
+    return exit_words(ended) is None and ended.says(*_PEER_GONE)
 
 
 def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
@@ -53,16 +52,20 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
 
     first, diverged = gone[0], facts.progress.diverged if facts.progress is not None else None
     return [
-        Finding(
-            kind=Kind.RANK_LOST,
-            severity=Kind.RANK_LOST.severity_for(0.0),
+        Finding.of(
+            Kind.RANK_LOST,
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
             summary=_summary(gone, causes, failed) + (f" {diverged.text}" if diverged is not None else ""),
             next=_advice(first, failed, diverged),
-            evidence={"cause": "left_early", "code": first.code or 0, **_steps(first)}
-            | ({} if diverged is None else {"apart_since_step": diverged.since})
-            | {"followed": sorted(each.rank for each in causes), "exception": failed.exception},
+            evidence=known(
+                cause="left_early",
+                code=first.code or 0,
+                last_step=first.last_step,
+                apart_since_step=None if diverged is None else diverged.since,
+                followed=sorted(each.rank for each in causes),
+                exception=failed.exception,
+            ),
             cost_share=1.0,
         )
     ]
@@ -77,10 +80,6 @@ def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -
 
 def _lost_its_group(ended: RankExit) -> bool:
     return failed_because_of_peer(ended) and (ended.exception or "").lower().startswith(_OF_GROUPS)
-
-
-def _steps(ended: RankExit) -> dict[str, int]:
-    return {} if ended.last_step is None else {"last_step": ended.last_step}
 
 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:

@@ -23,26 +23,10 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 
 
-def _lacks_shared_memory(ended: RankExit) -> bool:
-    text = (ended.exception or "").lower()
-    return "shared memory" in text or "bus error" in text or "/dev/shm" in text  # noqa: S108 - part of a message
-
-
-def _lacks_files(ended: RankExit) -> bool:
-    text = (ended.exception or "").lower()
-    # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
-    return "too many open files" in text or "items of ancdata" in text
-
-
-def _lacks_file_size(ended: RankExit) -> bool:
-    return ended.signal == signal.SIGXFSZ or "file too large" in (ended.exception or "").lower()
-
-
 def _lacks_disk(ended: RankExit) -> bool:
-    text = (ended.exception or "").lower()
     # The last is what torch.save says when its file could not be written to the end.
-    is_cut = "inline_container.cc" in text and "unexpected pos" in text
-    return is_cut or "no space left" in text or "quota exceeded" in text
+    is_cut = ended.says("inline_container.cc") and ended.says("unexpected pos")
+    return is_cut or ended.says("no space left", "quota exceeded")
 
 
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
@@ -127,7 +111,7 @@ def _for_files(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_peer(ended: RankExit, _facts: JobFacts) -> str:
-    if any(words in (ended.exception or "").lower() for words in _NOT_CONNECTED):
+    if ended.says(*_NOT_CONNECTED):
         return (
             f"Rank {ended.rank} could not reach another rank: look in the output for one that ended, or that started "
             "later than the time limit of init_process_group allows; between hosts, check the interface "
@@ -247,11 +231,11 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         "A timer that the script or a library has set (signal.alarm, setitimer) ran out, and nothing handled it.",
     ),
     (
-        lambda ended, _: _lacks_file_size(ended),
+        lambda ended, _: ended.signal == signal.SIGXFSZ or ended.says("file too large"),
         "A file became larger than its shell or host allows (ulimit -f): raise the limit, or save in several files.",
     ),
     (lambda ended, _: ended.signal == BUS_ERROR, _for_bus_error),
-    (lambda ended, _: _lacks_shared_memory(ended), lambda *_: for_shared_memory()),
+    (lambda ended, _: ended.says("shared memory", "bus error", "/dev/shm"), for_shared_memory()),  # noqa: S108 - a message
     (
         lambda ended, _: _lacks_disk(ended),
         (
@@ -260,7 +244,8 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
             "the one before."
         ),
     ),
-    (lambda ended, _: _lacks_files(ended), _for_files),
+    # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
+    (lambda ended, _: ended.says("too many open files", "items of ancdata"), _for_files),
     (
         lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1,
         _for_sizes,
@@ -283,9 +268,9 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     ),
     (lambda ended, _: exit_words(ended) is not None, _for_exit_text),
     (lambda ended, facts: failed_because_of_peer(ended) and facts.world_size > 1, _for_peer),
-    (lambda ended, _: "dataloader timed out after" in (ended.exception or "").lower(), _for_no_batch),
+    (lambda ended, _: ended.says("dataloader timed out after"), _for_no_batch),
     (
-        lambda ended, _: ended.open_phase == "checkpoint" and "pickle" in (ended.exception or "").lower(),
+        lambda ended, _: ended.open_phase == "checkpoint" and ended.says("pickle"),
         (
             "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
             "function, a lock or an open file in them cannot be pickled."

@@ -10,7 +10,7 @@ from traceml.diagnosis.deaths.scheduler_ends import advice_on, failed_before, lo
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import duration_text
 from traceml.process_ends import signal_name
@@ -47,9 +47,9 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
     lost = lost_steps(last, facts.exits)
     return [
-        Finding(
-            kind=Kind.RANK_LOST,
-            severity=Severity.WARNING if returned else Kind.RANK_LOST.severity_for(0.0),
+        Finding.of(
+            Kind.RANK_LOST,
+            severity=Severity.WARNING if returned else None,
             phase=None if returned else last.open_phase,
             summary=_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
             next=f"{_reason(by)}. {_SAVED if lost == 0 else _ADVICE}"
@@ -93,13 +93,12 @@ def _reason(by: EndingSignal) -> str:
 
 
 def _evidence(by: EndingSignal, last: RankExit, lost: int | None) -> dict[str, object]:
-    known = {
-        "cause": "ended_from_outside",
-        "signal": by.number,
-        "sender": by.sender or None,
-        "sender_pid": by.sender_pid,
-        "step": last.step,
-        "last_step": last.last_step,
-        "lost_steps": lost,
-    }
-    return {key: value for key, value in known.items() if value is not None}
+    return known(
+        cause="ended_from_outside",
+        signal=by.number,
+        sender=by.sender or None,
+        sender_pid=by.sender_pid,
+        step=last.step,
+        last_step=last.last_step,
+        lost_steps=lost,
+    )

@@ -9,7 +9,7 @@ from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_worker
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, ranks_text
 from traceml.process_ends import exit_text
@@ -38,9 +38,8 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
 
     died = f"{capitalized(death_words(first))} on {ranks_text((rank,))}{_worker_step(first)}{more}"
     return [
-        Finding(
-            kind=Kind.WORKER_LOST,
-            severity=Kind.WORKER_LOST.severity_for(0.0),
+        Finding.of(
+            Kind.WORKER_LOST,
             ranks=tuple(sorted({rank for rank, _ in lost})),
             phase="input_wait",
             summary=f"{died}. The script went on; batches of that iterator may be missing.",
@@ -69,18 +68,17 @@ def death_words(lost: LostWorker) -> str:
 
 def worker_evidence(lost: LostWorker) -> dict[str, Any]:
     """Return the facts about a death, as a finding has them."""
-    known = {
-        "worker": lost.worker,
-        "workers": lost.workers,
-        "worker_pid": lost.pid,
-        "worker_signal": lost.signal,
-        "worker_code": lost.code,
-        "step": lost.step,
-        "oom_kills": lost.oom_kills,
-        "shm_bytes": lost.shm_bytes if lost.signal == BUS_ERROR else None,
-        "memory_limit_bytes": lost.memory_limit_bytes if lost.signal == KILL else None,
-    }
-    return {key: value for key, value in known.items() if value is not None}
+    return known(
+        worker=lost.worker,
+        workers=lost.workers,
+        worker_pid=lost.pid,
+        worker_signal=lost.signal,
+        worker_code=lost.code,
+        step=lost.step,
+        oom_kills=lost.oom_kills,
+        shm_bytes=lost.shm_bytes if lost.signal == BUS_ERROR else None,
+        memory_limit_bytes=lost.memory_limit_bytes if lost.signal == KILL else None,
+    )
 
 
 def _worker_step(lost: LostWorker) -> str:

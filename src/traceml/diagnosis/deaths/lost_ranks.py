@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryKind
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import GrowthCause, growth_cause
 from traceml.formatting import capitalized, ranks_text
@@ -50,9 +50,9 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     grown = _grown_container(first, memory, facts)
     summary = _summary(causes, memory, followed, worker, lost)
     return [
-        Finding(
-            kind=Kind.RANK_LOST,
-            severity=Severity.WARNING if was_cut_off(first) else Kind.RANK_LOST.severity_for(0.0),
+        Finding.of(
+            Kind.RANK_LOST,
+            severity=Severity.WARNING if was_cut_off(first) else None,
             ranks=ranks,
             phase=first.open_phase,
             summary=summary if grown is None else f"{summary}{grown.text}",
@@ -150,17 +150,16 @@ def _summary(
 def _evidence(
     ended: RankExit, memory: MemoryEnd | None, followed: Sequence[int], lost: int | None
 ) -> dict[str, object]:
-    known = {
+    return known(
         **(memory.evidence() if memory is not None else {}),
-        "signal": ended.signal,
-        "code": ended.code,
-        "exception": ended.exception,
+        signal=ended.signal,
+        code=ended.code,
+        exception=ended.exception,
         **place_evidence(ended),
-        "step": ended.step,
-        "last_step": ended.last_step,
-        "lost_steps": lost,
-        "host": ended.host,
-        "stack": ended.stack,
-        "followed": list(followed) or None,
-    }
-    return {key: value for key, value in known.items() if value is not None}
+        step=ended.step,
+        last_step=ended.last_step,
+        lost_steps=lost,
+        host=ended.host,
+        stack=ended.stack,
+        followed=list(followed) or None,
+    )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.memory_growth import DeviceMemory
 from traceml.formatting import bytes_text
 
 __all__ = ["MemoryEnd", "memory_end", "memory_end_of_worker"]
@@ -119,9 +117,7 @@ def memory_end_of_worker(worker: LostWorker, rank: int, facts: JobFacts) -> Memo
 
     return MemoryEnd(
         cause="killed",
-        used_bytes=last.used_bytes,
-        peak_bytes=last.peak_bytes,
-        per_minute_bytes=last.per_minute_bytes,
+        **asdict(last),
         limit_bytes=worker.memory_limit_bytes,
         limit_of="group",
         of_workers=True,
@@ -135,9 +131,7 @@ def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
         cause="killed" if ended.oom else "host_allocation",
         certain=ended.oom != "host",
         requested_bytes=_requested(text),
-        used_bytes=None if last is None else last.used_bytes,
-        peak_bytes=None if last is None else last.peak_bytes,
-        per_minute_bytes=None if last is None else last.per_minute_bytes,
+        **({} if last is None else asdict(last)),
         limit_bytes=limit,
         limit_of=limit_of,
     )
@@ -158,7 +152,8 @@ def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
 
 
 def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
-    device = _fullest([each for each in facts.memory.devices() if each.rank == ended.rank])
+    own = (each for each in facts.memory.devices() if each.rank == ended.rank)
+    device = max(own, key=lambda each: each.allocated_bytes, default=None)
     capacity = _CAPACITY.search(text)
     total = _bytes(capacity["size"], capacity["unit"]) if capacity else None
     return MemoryEnd(
@@ -169,10 +164,6 @@ def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
         limit_bytes=total or (device.total_bytes if device else None),
         limit_of="device",
     )
-
-
-def _fullest(devices: Sequence[DeviceMemory]) -> DeviceMemory | None:
-    return max(devices, key=lambda each: each.allocated_bytes, default=None)
 
 
 def _requested(text: str) -> int | None:

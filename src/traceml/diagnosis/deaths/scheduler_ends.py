@@ -10,7 +10,7 @@ from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import left_text, plural
 from traceml.process_ends import signal_name
@@ -71,9 +71,8 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
     last, cause = found
     lost, limit_s = lost_steps(last, facts.exits), _limit_s(cause, last, facts)
     return [
-        Finding(
-            kind=Kind.RANK_LOST,
-            severity=Kind.RANK_LOST.severity_for(0.0),
+        Finding.of(
+            Kind.RANK_LOST,
             ranks=(),
             phase=last.open_phase,
             summary=f"{_did(cause, limit_s)}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
@@ -175,13 +174,12 @@ def _how(ended: RankExit) -> str:
 
 
 def _evidence(ended: RankExit, cause: str, lost: int | None, limit_s: float | None) -> dict[str, object]:
-    known = {
-        "cause": cause,
-        "limit_s": limit_s,
-        "signal": ended.signal,
-        "code": ended.code,
-        "step": ended.step,
-        "last_step": ended.last_step,
-        "lost_steps": lost,
-    }
-    return {key: value for key, value in known.items() if value is not None}
+    return known(
+        cause=cause,
+        limit_s=limit_s,
+        signal=ended.signal,
+        code=ended.code,
+        step=ended.step,
+        last_step=ended.last_step,
+        lost_steps=lost,
+    )

@@ -145,6 +145,10 @@ class JobFacts:
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
 
+    def of_host(self, rank: int) -> str:
+        """Return ` of node1` for a rank's host; empty where there is one host, or that of the rank is not known."""
+        return f" of {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""
+
     @cached_property
     def wait_share(self) -> float:
         """Share of ready time in which main threads waited for a core: the median over ranks, 0 where not known."""

@@ -251,15 +251,8 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
     counts = Counter({bit: int(((low["throttle_reasons"] & bit) != 0).sum()) for bit in REASONS})
     # The hardware's reason says more than the limit that the driver reports with it.
     bit = max(REASONS, key=lambda each: (counts[each] >= len(low) / 2 and each != _POWER_LIMIT, counts[each]))
-    found = LoweredClock(
-        index=int(low["index"][0]),
-        reason=REASONS[bit],
-        share=float(is_low.mean()),
-        clock_mhz=float(np.median(low["sm_clock_mhz"])),
-        usual_mhz=float(np.median(usual["sm_clock_mhz"])) if len(usual) else None,
-        temperature_c=float(low["temperature_c"].max()),
-        power_w=float(low["power_w"].mean()),
-    )
+    usual_mhz = float(np.median(usual["sm_clock_mhz"])) if len(usual) else None
+    found = _low_clock(busy, is_low, REASONS[bit], usual_mhz)
     return None if bit == _POWER_LIMIT and found.lost < MIN_DROP else found
 
 
@@ -270,14 +263,18 @@ def _capped_clock(rows: NDArray[np.void], highest_mhz: int) -> LoweredClock | No
     if len(busy) < MIN_SAMPLES or is_set.mean() < MIN_SHARE:
         return None
 
-    capped = busy[is_set]
-    found = LoweredClock(
-        index=int(capped["index"][0]),
-        reason=SET_LIMIT,
-        share=float(is_set.mean()),
-        clock_mhz=float(np.median(capped["sm_clock_mhz"])),
-        usual_mhz=float(highest_mhz),
-        temperature_c=float(capped["temperature_c"].max()),
-        power_w=float(capped["power_w"].mean()),
-    )
+    found = _low_clock(busy, is_set, SET_LIMIT, float(highest_mhz))
     return found if found.lost >= _MIN_CAP else None
+
+
+def _low_clock(busy: NDArray[np.void], is_low: NDArray[np.bool_], reason: str, usual_mhz: float | None) -> LoweredClock:
+    low = busy[is_low]
+    return LoweredClock(
+        index=int(low["index"][0]),
+        reason=reason,
+        share=float(is_low.mean()),
+        clock_mhz=float(np.median(low["sm_clock_mhz"])),
+        usual_mhz=usual_mhz,
+        temperature_c=float(low["temperature_c"].max()),
+        power_w=float(low["power_w"].mean()),
+    )

@@ -9,7 +9,7 @@ import numpy as np
 from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
@@ -50,9 +50,8 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
     first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
     shown = first or (None if named else next(iter(found.snapshots.values())))
     phase = shown.phase if shown is not None and shown.phase else None
-    return Finding(
-        kind=Kind.HANG,
-        severity=Kind.HANG.severity_for(0.0),
+    return Finding.of(
+        Kind.HANG,
         ranks=named,
         phase=phase,
         summary=hang_summary(found) + (f" {diverged.text}" if diverged is not None else ""),
@@ -69,27 +68,26 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
     line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
     failed = failed_thread(found)
     operation, seen = found.blame.operation, shown.seen_line if shown is not None else None
-    known = {
-        "cause": str(found.blame.cause),
-        "quiet_s": round(found.quiet_s, 1),
-        "busy": found.is_busy or None,
-        "batches": max(found.blame.data.batches) if found.blame.data is not None else None,
-        "batches_of_others": min(found.blame.data.others) if found.blame.data is not None else None,
-        "file": line.file if line else None,
-        "line": line.line if line else None,
-        "function": line.function if line else None,
-        "seen": f"{seen.file}:{seen.line} {seen.function}" if line is None and seen is not None else None,
-        "step": shown.step if shown is not None and shown.step >= 0 else None,
-        "operation": (operation_text(operation) or None) if operation is not None else None,
-        "sizes": list(operation.sizes) or None if operation is not None else None,
-        "waiting": sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
-        "answered": shown.answered if shown is not None else None,
-        "process_state": (shown.process_state or None) if shown is not None else None,
-        "state": (doing(shown) or None) if shown is not None else None,
-        "worker": worker.pid if worker is not None else None,
-        "thread": (thread.name or None) if thread is not None else None,
-        "failed_thread": failed[1].name if failed is not None else None,
-        "thread_exception": failed[1].exception if failed is not None else None,
-        "blocker": shown.blocker.pid if shown is not None and shown.blocker is not None else None,
-    }
-    return {key: value for key, value in known.items() if value is not None}
+    return known(
+        cause=str(found.blame.cause),
+        quiet_s=round(found.quiet_s, 1),
+        busy=found.is_busy or None,
+        batches=max(found.blame.data.batches) if found.blame.data is not None else None,
+        batches_of_others=min(found.blame.data.others) if found.blame.data is not None else None,
+        file=line.file if line else None,
+        line=line.line if line else None,
+        function=line.function if line else None,
+        seen=f"{seen.file}:{seen.line} {seen.function}" if line is None and seen is not None else None,
+        step=shown.step if shown is not None and shown.step >= 0 else None,
+        operation=(operation_text(operation) or None) if operation is not None else None,
+        sizes=list(operation.sizes) or None if operation is not None else None,
+        waiting=sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
+        answered=shown.answered if shown is not None else None,
+        process_state=(shown.process_state or None) if shown is not None else None,
+        state=(doing(shown) or None) if shown is not None else None,
+        worker=worker.pid if worker is not None else None,
+        thread=(thread.name or None) if thread is not None else None,
+        failed_thread=failed[1].name if failed is not None else None,
+        thread_exception=failed[1].exception if failed is not None else None,
+        blocker=shown.blocker.pid if shown is not None and shown.blocker is not None else None,
+    )

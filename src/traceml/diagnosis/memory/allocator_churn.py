@@ -36,9 +36,8 @@ def _finding(ranks: tuple[int, ...], rank: int, turnover: SegmentTurnover, facts
     place = _place(rank, facts)
     gives, requests = ("give", "request") if len(ranks) > 1 else ("gives", "requests")
     cause = f"empty_cache() is called at {line_text(*place)}" if place else _CAUSES
-    return Finding(
-        kind=Kind.ALLOCATOR_CHURN,
-        severity=Kind.ALLOCATOR_CHURN.severity_for(0.0),
+    return Finding.of(
+        Kind.ALLOCATOR_CHURN,
         ranks=ranks if len(ranks) < facts.world_size else (),
         summary=(
             f"{capitalized(ranks_text(ranks))} {gives} {turnover.per_step:.1f} blocks of device memory per step back "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from traceml.diagnosis.facts.growing_objects import GrowingObjects
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate
+from traceml.diagnosis.findings import known
 from traceml.formatting import count_text, line_text, plural
 
 __all__ = ["GrowthCause", "growth_cause", "is_kept_in_copies"]
@@ -47,16 +48,16 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
     if found is None:
         return None
 
-    evidence = {
-        "container": found.path,
-        "container_type": found.kind,
-        "elements": found.count,
-        "elements_per_step": found.per_step,
-        "holds_graph": found.holds_graph,
-        "file": found.file,
-        "function": found.function,
-        **({} if found.line is None else {"line": found.line}),
-    }
+    evidence = known(
+        container=found.path,
+        container_type=found.kind,
+        elements=found.count,
+        elements_per_step=found.per_step,
+        holds_graph=found.holds_graph,
+        file=found.file,
+        function=found.function,
+        line=found.line,
+    )
     is_most = found.per_step * found.item_bytes >= _MOST * growth.bytes_per_step
     return GrowthCause(
         _text(found),

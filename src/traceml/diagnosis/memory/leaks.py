@@ -105,8 +105,8 @@ def _finding(
     is_open = unread > 0 and copied is None and (cause is None or cause.is_cache)
     grown = grown_workers(workers, growth) if workers else _grown(facts, kind, rank, growth)
     ranks = () if len(found) >= facts.world_size else tuple(sorted(found))
-    return Finding(
-        kind=Kind.MEMORY_LEAK,
+    return Finding.of(
+        Kind.MEMORY_LEAK,
         severity=_severity(room, unread if is_open else 0.0),
         ranks=ranks,
         summary=f"{grown}{_full(room)}{why.text if why else _UNSEEN if is_unseen else ''}{_MAY_END if is_open else ''}",

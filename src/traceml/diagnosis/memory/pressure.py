@@ -45,11 +45,10 @@ def _hosts(facts: JobFacts) -> list[Finding]:
 def _full_host(facts: JobFacts, rank: int, host: HostMemory) -> Finding:
     name = facts.hosts.get(rank)
     own = sum(size for each, size in facts.memory.resident().items() if facts.hosts.get(each) == name)
-    at = f" of {name}" if name and len(set(facts.hosts.values())) > 1 else " of the host"
+    at = facts.of_host(rank) or " of the host"
     share = host.used_bytes / max(host.total_bytes, 1)
-    return Finding(
-        kind=Kind.MEMORY_PRESSURE,
-        severity=Kind.MEMORY_PRESSURE.severity_for(0.0),
+    return Finding.of(
+        Kind.MEMORY_PRESSURE,
         summary=(
             f"{bytes_text(host.used_bytes)} of the {bytes_text(host.total_bytes)} memory{at} are in use "
             f"({percent_text(share)}); the training processes hold {bytes_text(own)}."
@@ -82,9 +81,8 @@ def _devices(facts: JobFacts) -> list[Finding]:
     )
     where = f" of {ranks_text((worst.rank,))}" if facts.world_size > 1 else ""
     return [
-        Finding(
-            kind=Kind.MEMORY_PRESSURE,
-            severity=Kind.MEMORY_PRESSURE.severity_for(0.0),
+        Finding.of(
+            Kind.MEMORY_PRESSURE,
             ranks=() if len(ranks) >= facts.world_size else tuple(sorted(ranks)),
             summary=(
                 f"Tensors took up to {bytes_text(worst.peak_bytes)} of the device's {bytes_text(worst.total_bytes)}"
@@ -137,8 +135,8 @@ def _uneven(needs: dict[int, int], total: int, words: str) -> list[Finding]:
 
     tight = words.startswith("device") and most >= TIGHT_SHARE * total
     return [
-        Finding(
-            kind=Kind.MEMORY_IMBALANCE,
+        Finding.of(
+            Kind.MEMORY_IMBALANCE,
             severity=Severity.WARNING if tight else Severity.INFO,
             ranks=(rank,),
             summary=(

@@ -20,7 +20,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import (
     Advised,
@@ -152,9 +152,8 @@ class _PhaseCost:
             evidence: what it is based on in addition to the times of the part.
         """
         share = self.saved_ns / self.step_ns
-        return Finding(
-            kind=kind,
-            severity=kind.severity_for(share),
+        return Finding.of(
+            kind,
             ranks=self.ranks,
             phase=self.part,
             summary=summary,
@@ -359,7 +358,7 @@ def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -
     means = removed.mean(axis=1)
     has = means >= 0.5 * float(np.max(means, initial=0))
     saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
-    ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
+    ranks = segments.named(has)
     return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
 
 
@@ -400,9 +399,9 @@ def _fetch_evidence(pipeline: Pipeline | None, advised: Advised) -> dict[str, ob
     return {
         "fetch_ms": pipeline.fetch_ns / 1e6,
         "fetch_cpu_share": pipeline.fetch_cpu,
-        **({} if pipeline.worker_cores is None else {"worker_cores": pipeline.worker_cores}),
+        **known(worker_cores=pipeline.worker_cores),
         "speedup_with_data_ready": pipeline.gain_with(0.0, workers=0),
-        **({} if advised.workers is None else {"workers_advised": advised.workers}),
+        **known(workers_advised=advised.workers),
     }
 
 

@@ -81,9 +81,8 @@ def _finding(
 ) -> Finding:
     """Return the finding on communication that takes `cost` of a step; its gain is 1 where none can be promised."""
     share = cost / max(step, 1.0)
-    return Finding(
-        kind=Kind.COMM_BOUND,
-        severity=Kind.COMM_BOUND.severity_for(share),
+    return Finding.of(
+        Kind.COMM_BOUND,
         phase="comm",
         summary=summary,
         next=action,

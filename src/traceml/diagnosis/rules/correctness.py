@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.skipped_steps import SkippedSteps
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
@@ -50,9 +50,8 @@ def loss_not_finite(
     wasted = steps - since
     share = wasted / max(steps, 1)
     return [
-        Finding(
-            kind=Kind.NUMERIC,
-            severity=Kind.NUMERIC.severity_for(share),
+        Finding.of(
+            Kind.NUMERIC,
             ranks=ranks,
             phase="backward",
             summary=(
@@ -89,9 +88,8 @@ def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:
     whose = ranks if len(found) == 1 else found[0][0]
     more = "" if len(found) == 1 else f" ({len(found)} such groups of ranks)"
     return [
-        Finding(
-            kind=Kind.DUPLICATE_DATA,
-            severity=Kind.DUPLICATE_DATA.severity_for(share),
+        Finding.of(
+            Kind.DUPLICATE_DATA,
             ranks=() if len(ranks) == world_size and len(found) == 1 else ranks,
             summary=(
                 f"{capitalized(ranks_text(whose))} had identical batches in {compared} of {compared} steps that were "
@@ -120,9 +118,8 @@ def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, ru
     numbers = batches.only_numbers
     at_most = f"no collective of more than {plural(numbers, 'number')}" if numbers else "no collective"
     return [
-        Finding(
-            kind=Kind.NO_GRADIENT_SYNC,
-            severity=Kind.NO_GRADIENT_SYNC.severity_for(0.0),
+        Finding.of(
+            Kind.NO_GRADIENT_SYNC,
             summary=(
                 f"The {world_size} ranks share a process group, but called {at_most} in {count_text(steps)} steps: "
                 "each trains a model of its own, and only one of them will be saved or used."
@@ -165,9 +162,8 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
     loss = _loss_since(since, losses)
     cause = "their gradients were" if loss is None else f"their loss ({loss}), and so their gradients, were"
     return [
-        Finding(
-            kind=Kind.STEPS_SKIPPED,
-            severity=Kind.STEPS_SKIPPED.severity_for(share),
+        Finding.of(
+            Kind.STEPS_SKIPPED,
             phase="optimizer",
             summary=(
                 f"The optimizer skipped {count_text(count)} of {count_text(skipped.rows)} steps "
@@ -179,7 +175,7 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
                 "skipped": count,
                 "steps": skipped.rows,
                 "since_step": since,
-                **({} if loss is None else {"loss": loss}),
+                **known(loss=loss),
             },
             cost_share=share,
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
@@ -33,20 +33,19 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
     throttled = _throttled_share(facts)
     return [
-        Finding(
-            kind=Kind.CPU_CONTENTION,
-            severity=Kind.CPU_CONTENTION.severity_for(waited),
+        Finding.of(
+            Kind.CPU_CONTENTION,
             ranks=ranks,
             summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}",
             next=_advice(facts) if throttled is None else QUOTA_ADVICE,
-            evidence={
-                "cpu_wait_share": waited,
-                **({} if facts.cores_per_rank is None else {"cores_per_rank": facts.cores_per_rank}),
-                **({} if use.busy_cores is None else {"busy_cores_per_rank": use.busy_cores}),
-                **({} if facts.others_cores is None else {"others_cores": facts.others_cores}),
-                **({"core_takers": dict(facts.core_takers)} if facts.core_takers else {}),
-                **({} if throttled is None else {"throttled_share": throttled}),
-            },
+            evidence=known(
+                cpu_wait_share=waited,
+                cores_per_rank=facts.cores_per_rank,
+                busy_cores_per_rank=use.busy_cores,
+                others_cores=facts.others_cores,
+                core_takers=dict(facts.core_takers) or None,
+                throttled_share=throttled,
+            ),
             cost_share=waited,
             speedup_if_fixed=1 / (1 - waited),
         )

@@ -86,9 +86,8 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
     ranks = _always_largest(segments, sizes)
     whose = f"; that is {ranks_text(ranks)} in nearly all steps" if ranks else ""
     spread = float((sizes.max(axis=0) / sizes.min(axis=0)).mean())
-    return Finding(
-        kind=Kind.DATA_IMBALANCE,
-        severity=Kind.DATA_IMBALANCE.severity_for(share),
+    return Finding.of(
+        Kind.DATA_IMBALANCE,
         ranks=ranks,
         summary=(
             f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "

@@ -157,9 +157,8 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     rank_text = f" on rank {rank}" if rank is not None else ""
-    return Finding(
-        kind=Kind.JITTER,
-        severity=Kind.JITTER.severity_for(share),
+    return Finding.of(
+        Kind.JITTER,
         ranks=() if rank is None else (rank,),
         phase=phase,
         summary=(
@@ -261,7 +260,7 @@ def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Float
     if some.all() and part not in COMPUTE:
         return None  # all ranks, in a part that has a finding of its own
 
-    ranks = () if some.all() else tuple(int(rank) for rank in segments.ranks[some])
+    ranks = segments.named(some)
     if len(ranks) == 1:
         return _seldom_late(segments, facts, part, ranks[0], (base, late_ns), float(late.mean()), saved, step_ns)
 
@@ -303,9 +302,8 @@ def _seldom_late(
     share, gain = saved / step_ns, speedup(step_ns, saved)
     mine = float(segments.parts[part][segments.ranks == rank].mean()) / step_ns
     line = blamed_line(facts.lines, part, mine, (rank,), segments.ranks[segments.ranks != rank].tolist())
-    return Finding(
-        kind=kind,
-        severity=kind.severity_for(share),
+    return Finding.of(
+        kind,
         ranks=(rank,),
         phase=part,
         summary=(
@@ -338,9 +336,8 @@ def _turns_finding(
 ) -> Finding:
     kind = straggler_kind(part)
     share, gain = saved / step_ns, speedup(step_ns, saved)
-    return Finding(
-        kind=kind,
-        severity=kind.severity_for(share),
+    return Finding.of(
+        kind,
         ranks=ranks,
         phase=part,
         summary=(

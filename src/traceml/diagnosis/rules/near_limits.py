@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import bytes_text, count_text, left_text, percent_text, plural, ranks_text
 
@@ -77,8 +77,8 @@ def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
         where = f" on {ranks_text((use.rank,))}" if use.resource in _OF_RANK else ""
         summary = f"{_amounts(use)} {words} in use{where}{_when(use)}."
 
-    return Finding(
-        kind=Kind.LIMIT_NEAR,
+    return Finding.of(
+        Kind.LIMIT_NEAR,
         severity=Severity.CRITICAL if soon else Severity.WARNING,
         ranks=(use.rank,) if use.resource in _OF_RANK else (),
         summary=summary,
@@ -87,9 +87,7 @@ def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
             "resource": use.resource.name.lower(),
             "used": use.used,
             "limit": use.limit,
-            **({} if folder is None else {"folder": folder}),
-            **({} if use.left_s is None else {"left_s": use.left_s}),
-            **({} if use.left_steps is None else {"left_steps": use.left_steps}),
+            **known(folder=folder, left_s=use.left_s, left_steps=use.left_steps),
         },
     )
 

@@ -69,9 +69,8 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
     summary, action = short or (_healthy(step, shares) + where + pause, action or _when_healthy(shares, facts))
-    return Finding(
-        kind=Kind.HEALTHY,
-        severity=Kind.HEALTHY.severity_for(0.0),
+    return Finding.of(
+        Kind.HEALTHY,
         summary=summary + uncovered_time_text(facts.time),
         next=action,
         evidence=evidence,
@@ -149,9 +148,8 @@ def _compute_bound(
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares)
     line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(_sampled(shares)[heaviest])
-    return Finding(
-        kind=Kind.COMPUTE_BOUND,
-        severity=Kind.COMPUTE_BOUND.severity_for(0.0),
+    return Finding.of(
+        Kind.COMPUTE_BOUND,
         phase=heaviest,
         summary=(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "

@@ -150,8 +150,8 @@ def _part_of_run(time: RunTime) -> str:
 def _startup_finding(
     time: RunTime, startup_s: float, summary: str, advice: str, evidence: Mapping[str, Any], waited_s: float = 0.0
 ) -> Finding:
-    return Finding(
-        kind=Kind.STARTUP,
+    return Finding.of(
+        Kind.STARTUP,
         severity=Severity.WARNING if startup_s - waited_s >= LONG_STARTUP_S else Severity.INFO,
         summary=summary,
         next=advice,
@@ -247,9 +247,8 @@ def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, 
     short_s = min(time.short_evaluations_s, seconds)
     often = "once" if times == 1 else f"{count_text(times)} times"
     others = ", besides shorter ones" if short_s >= _REPORTED_SHORT * seconds else ""
-    return Finding(
-        kind=Kind.EVAL_HEAVY,
-        severity=Kind.EVAL_HEAVY.severity_for(share),
+    return Finding.of(
+        Kind.EVAL_HEAVY,
         summary=(
             f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {often} "
             f"{duration_text((seconds - short_s) / times)}{others}"

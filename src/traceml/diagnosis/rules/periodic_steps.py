@@ -199,9 +199,8 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
-    return Finding(
-        kind=Kind.RESIDUAL_HEAVY,
-        severity=Kind.RESIDUAL_HEAVY.severity_for(share),
+    return Finding.of(
+        Kind.RESIDUAL_HEAVY,
         phase=period.part,
         summary=(
             f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "

@@ -118,9 +118,8 @@ def _finding(
     who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
     each_step = begins_each_step(facts.epochs)
     times = "for each step" if each_step else f"{plural(count, 'time')}, at the start of an epoch"
-    return Finding(
-        kind=Kind.INPUT_BOUND,
-        severity=Kind.INPUT_BOUND.severity_for(share),
+    return Finding.of(
+        Kind.INPUT_BOUND,
         phase=_PART,
         summary=(
             f"{who} restarted {times}: {ns_text(each_ns)} each, "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, changed_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
 from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, level_change, steady_growth
@@ -138,9 +138,9 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         **({"changed": {each.name: [each.before, each.then] for each in beside}} if beside else {}),
         **(line.evidence(phase_share) if line else {}),
     }
-    return Finding(
-        kind=Kind.SLOWDOWN,
-        severity=Severity.INFO if is_meant else Kind.SLOWDOWN.severity_for(share),
+    return Finding.of(
+        Kind.SLOWDOWN,
+        severity=Severity.INFO if is_meant else None,
         ranks=ranks,
         phase=part,
         summary=_summary(change, evidence, None if is_meant else share, _where(part, ranks, line, crowded=crowded))
@@ -162,7 +162,7 @@ def _steps_evidence(bins: StepHistory, change: LevelChange) -> dict[str, Any]:
     return {
         "shape": change.shape,
         "since_step": since,
-        **({} if end is None else {"until_step": end}),
+        **known(until_step=end),
         **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),
     }
 

@@ -485,9 +485,8 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
 
     more_work = facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0
     only_lacking = lacking and not _due_to_code_ns(segments, facts, late.rows, late.part, late.excess_ns)
-    return Finding(
-        kind=kind,
-        severity=kind.severity_for(share),
+    return Finding.of(
+        kind,
         ranks=ranks,
         phase=late.part,
         summary=late_summary(segments, late, ranks, share, gain, line)

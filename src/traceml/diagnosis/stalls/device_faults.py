@@ -37,12 +37,11 @@ def device_faults(facts: JobFacts) -> list[Finding]:
         return []
 
     severity, worst = max(found, key=lambda each: (each[0] is Severity.CRITICAL, len(each[1].xids)))
-    host = f" of {facts.hosts[worst.rank]}" if len(set(facts.hosts.values())) > 1 and worst.rank in facts.hosts else ""
     return [
-        Finding(
-            kind=Kind.DEVICE_FAULT,
+        Finding.of(
+            Kind.DEVICE_FAULT,
             severity=severity,
-            summary=f"GPU {worst.index}{host}: {'; '.join(_faults(worst))}.",
+            summary=f"GPU {worst.index}{facts.of_host(worst.rank)}: {'; '.join(_faults(worst))}.",
             next=_advice(worst, severity),
             evidence={
                 "devices": sorted({each.index for _, each in found}),

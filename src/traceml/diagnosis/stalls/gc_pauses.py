@@ -101,7 +101,7 @@ def _collections(window: AlignedSteps, segments: Segments, facts: JobFacts, *, c
 
     totals = sum(taken.values(), np.zeros_like(segments.own)).sum(axis=1)
     has = totals >= 0.5 * totals.max()
-    ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
+    ranks = segments.named(has)
     rows = _rows_in(window, facts, segments, called=called)
     lead = int(segments.ranks[int(totals.argmax())])
     single = rows[rows["count"] == 1]
@@ -145,9 +145,8 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
     gain = speedup(segments.step_ns, cost.saved_ns - kept_ns)
     file, line, function = cost.place
     place = line_text(file, line, function) if cost.called and file and line and function else None
-    return Finding(
-        kind=Kind.GC_PAUSES,
-        severity=Kind.GC_PAUSES.severity_for(share),
+    return Finding.of(
+        Kind.GC_PAUSES,
         ranks=cost.ranks,
         summary=(
             f"{_subject(cost, place)} {ns_text(cost.saved_ns)} of each {ns_text(step_ns)} step "

@@ -139,9 +139,8 @@ def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
     place = line_text(file, line, function) if file and line and function and _OWN not in file else None
     more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
     took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
-    return Finding(
-        kind=Kind.RECOMPILES,
-        severity=Kind.RECOMPILES.severity_for(share),
+    return Finding.of(
+        Kind.RECOMPILES,
         summary=(
             f"torch.compile recompiled {place or 'the model'}{more} {plural(seen.number, 'time')}{took}"
             f"{_why(seen)}.{_given_up(seen)}"

@@ -106,8 +106,8 @@ def _finding(ranks: tuple[int, ...], stops: Sequence[Stop], share: float, *, oth
     times = "" if len(stops) == 1 else f" {plural(len(stops), 'time')}"
     most = "" if len(stops) == 1 else f", the longest {duration_text(longest.seconds)}"
     held = " The other ranks had to wait." if others_wait else ""
-    return Finding(
-        kind=Kind.STOPPED,
+    return Finding.of(
+        Kind.STOPPED,
         severity=Severity.WARNING if share >= WARNING_SHARE else Severity.INFO,
         ranks=ranks,
         summary=(

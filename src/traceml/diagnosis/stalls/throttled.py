@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import SET_LIMIT, LoweredClock
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import percent_text
 
@@ -20,15 +20,13 @@ def throttled(facts: JobFacts) -> list[Finding]:
         return []
 
     rank, worst = max(found, key=lambda each: (each[1].lost, each[1].share))
-    host = f" of {facts.hosts[rank]}" if len(set(facts.hosts.values())) > 1 and rank in facts.hosts else ""
     return [
-        Finding(
-            kind=Kind.THROTTLED,
-            severity=Kind.THROTTLED.severity_for(0.0),
+        Finding.of(
+            Kind.THROTTLED,
             summary=(
-                f"In {percent_text(worst.share)} of the samples in which it computed, GPU {worst.index}{host} ran at "
-                f"{worst.clock_mhz:.0f} MHz{_instead(worst)}, because of: {worst.reason}"
-                f"{_at(worst)}."
+                f"In {percent_text(worst.share)} of the samples in which it computed, GPU {worst.index}"
+                f"{facts.of_host(rank)} ran at {worst.clock_mhz:.0f} MHz{_instead(worst)}, because of: "
+                f"{worst.reason}{_at(worst)}."
             ),
             next=_advice(worst.reason),
             evidence={
@@ -36,7 +34,7 @@ def throttled(facts: JobFacts) -> list[Finding]:
                 "reason": worst.reason,
                 "share": worst.share,
                 "clock_mhz": worst.clock_mhz,
-                **({} if worst.usual_mhz is None else {"usual_clock_mhz": worst.usual_mhz}),
+                **known(usual_clock_mhz=worst.usual_mhz),
                 "temperature_c": worst.temperature_c,
                 "power_w": worst.power_w,
             },

@@ -77,6 +77,10 @@ class Segments:
         shift = self.shift[columns]
         return self.step[columns] + shift, max(usual_ns + float(shift.mean()), 0.0)
 
+    def named(self, has: NDArray[np.bool_]) -> tuple[int, ...]:
+        """Return the ranks that a finding names, given which rows it is about: none if it is about all."""
+        return () if has.all() else tuple(self.ranks[has].tolist())
+
     def ranks_of(self, rows: NDArray[np.intp]) -> list[int]:
         """Return the ranks of some rows, and those that they stand for."""
         ranks = self.ranks[rows].tolist()

@@ -66,6 +66,11 @@ class RankExit:
     cut_off: bool | None = None
     untraced: bool = False
 
+    def says(self, *words: str) -> bool:
+        """Return whether its exception has any of these words, in lower case."""
+        text = (self.exception or "").lower()
+        return any(word in text for word in words)
+
     @property
     def gone_s(self) -> float | None:
         """Epoch seconds from which the process certainly was gone; None where that is not known."""
