@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from traceml.inspection.control_groups import ROOT, cgroup_paths
-from traceml.inspection.oom_kills import OomWatch, oom_counter
+from traceml.inspection.control_groups import ROOT, OomWatch, cgroup_paths, oom_counter
 
 _LIMIT_BYTES = 96 << 20
 # It moves into the group, waits for a line, and takes more memory than the group may have.

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from traceml.inspection.thread_numbers import thread_number
+from traceml.inspection.thread_frames import thread_number
 
 FORKED = """
 import os, sys, threading
-from traceml.inspection.thread_numbers import thread_number
+from traceml.inspection.thread_frames import thread_number
 
 def fork():
     child = os.fork()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.forked import client as forked
-from traceml.supervise.unread_output import UnreadOutput
+from traceml.supervise.output import UnreadOutput
 
 
 class Pipe:

@@ -32,8 +32,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
-from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
-from traceml.diagnosis.steps.step_sample import SampledSteps
+from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows, SampledSteps
 
 __all__ = ["RowIntake"]
 

@@ -1,10 +1,10 @@
-"""Folders of a process's control groups, in both versions."""
+"""Folders of a process's control groups, in both versions, and the out-of-memory kills that they count."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ROOT", "cgroup_folders", "cgroup_paths", "parent_folders"]
+__all__ = ["ROOT", "OomWatch", "cgroup_folders", "cgroup_paths", "count_kills", "oom_counter", "parent_folders"]
 
 ROOT = "/sys/fs/cgroup"
 """Where the control groups are mounted."""
@@ -44,3 +44,65 @@ def cgroup_folders(controller: str, groups: dict[str, str], root: str = ROOT) ->
         *parent_folders(root, groups.get("", "/")),
         *parent_folders(f"{root}/{controller}", groups.get(controller, "/")),
     ]
+
+
+_FIELD = "oom_kill "
+_FILES = ("memory.events", "memory.oom_control")  # version 2, version 1
+_HOST = Path("/proc/vmstat")
+
+
+class OomWatch:
+    """Counts the kernel's out-of-memory kills in a process's control group from now on, also once the process is gone.
+
+    Where the group has no counter, the host's counter is used: its kills may be those of other programs.
+
+    Args:
+        groups: its control groups, as `control_groups.cgroup_paths` returns them; None reads them.
+    """
+
+    __slots__ = ("_before", "_host", "_path", "_root")
+
+    def __init__(
+        self, pid: int | str = "self", *, groups: dict[str, str] | None = None, root: str = ROOT, host: Path = _HOST
+    ) -> None:
+        self._host, self._root = host, root
+        self._path = oom_counter(cgroup_paths(pid=pid) if groups is None else groups, root, host)
+        self._before = count_kills(self._path)
+
+    def follow(self, groups: dict[str, str]) -> None:
+        """Count in another control group once the process has moved to it, as `systemd-run` or a script itself does.
+
+        Args:
+            groups: its control groups now. A process that ends is in the root group for a moment.
+        """
+        if groups.get("memory", groups.get("", "/")) == "/":
+            return
+
+        path = oom_counter(groups, self._root, self._host)
+        if path not in (self._path, self._host):
+            self._path, self._before = path, count_kills(path)
+
+    def killed(self) -> str | None:
+        """Return `group` after a kill in the process's group, `host` after one on the host; None without one."""
+        before, now = self._before, count_kills(self._path)
+        if before is None or now is None or now <= before:
+            return None
+
+        return "host" if self._path == self._host else "group"
+
+
+def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) -> Path:
+    """Return the file that counts the kills of the innermost visible group; the host's where there is none."""
+    folders = cgroup_folders("memory", groups, root) if groups else []
+    paths = (Path(folder) / name for folder in folders for name in _FILES)
+    return next((path for path in paths if count_kills(path) is not None), host)
+
+
+def count_kills(path: Path) -> int | None:
+    """Return the kills in a counter's file; None where it has none."""
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(_FIELD)), None)

@@ -11,16 +11,27 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import logging
 import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import process_info, read_status, threads_of
 
-__all__ = ["STACK_SIGNAL", "SignaledStacks", "create_stack_file", "find_stack_file", "is_registered", "register",
-           "signal_target"]  # fmt: skip
+__all__ = [
+    "STACK_SIGNAL",
+    "ReportingInit",
+    "SignaledStacks",
+    "create_stack_file",
+    "find_stack_file",
+    "is_registered",
+    "register",
+    "signal_target",
+]
 
 STACK_SIGNAL = signal.SIGRTMAX - 3
 """Makes a process's faulthandler write its Python stacks. SIGUSR1 and SIGUSR2 stay free for the user."""
@@ -186,3 +197,26 @@ def _system_call(pid: int) -> str:
             return file.read().split()[0]
     except (OSError, IndexError):
         return ""
+
+
+_log = logging.getLogger("traceml")
+
+
+class ReportingInit:
+    """A `worker_init_fn` that registers the worker's stacks, then calls the user's own.
+
+    Attributes:
+        original: the user's; None without one.
+    """
+
+    def __init__(self, original: Callable[[int], object] | None) -> None:
+        self.original = original
+
+    def __call__(self, worker: int) -> None:
+        """Set up the worker of this number, in its process."""
+        with fail_open(_log, "inspection", "the stacks of a loader worker cannot be reported"):
+            if not is_registered(os.getpid()):
+                register(create_stack_file())
+
+        if self.original is not None:
+            self.original(worker)

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from traceml.inspection.thread_numbers import number_of
+from traceml.inspection.thread_frames import number_of
 
 __all__ = ["SHORT_S", "OtherThreads", "SwitchInterval", "reduce_timer_slack", "switch_interval", "thread_cpu_ns"]
 

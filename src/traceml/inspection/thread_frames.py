@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["stack_frames", "thread_frame", "thread_frames"]
+__all__ = ["number_of", "stack_frames", "thread_frame", "thread_frames", "thread_number"]
 
 _COLLECTS_ANYWHERE = sys.version_info < (3, 12)
 _MAX_DEPTH = 1000
@@ -92,3 +92,13 @@ class _CollectorPause:
 
 _pause = _CollectorPause()
 os.register_at_fork(after_in_child=_pause.forget)
+
+
+def thread_number(ident: int) -> int:
+    """Return the kernel's number of a thread by Python's; 0 if it is not known."""
+    return next((number_of(thread) for thread in threading.enumerate() if thread.ident == ident), 0)
+
+
+def number_of(thread: threading.Thread) -> int:
+    """Return the kernel's number of a thread; 0 if it is not known."""
+    return os.getpid() if thread is threading.main_thread() else thread.native_id or 0

@@ -32,8 +32,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
-from traceml.inspection.thread_frames import stack_frames, thread_frame
-from traceml.inspection.thread_numbers import thread_number
+from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_number
 from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
 from traceml.recorder.user_code import UserCode
 

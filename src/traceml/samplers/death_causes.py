@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from traceml.inspection.control_groups import cgroup_paths
-from traceml.inspection.oom_kills import count_kills, oom_counter
+from traceml.inspection.control_groups import cgroup_paths, count_kills, oom_counter
 from traceml.samplers import cgroup
 from traceml.samplers.limits import file_system
 

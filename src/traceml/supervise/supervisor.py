@@ -25,10 +25,9 @@ from traceml.inspection.program_names import program_name
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
-from traceml.supervise.output import OutputCopy
+from traceml.supervise.output import OutputCopy, UnreadOutput
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
 from traceml.supervise.slurm_jobs import scheduler_facts
-from traceml.supervise.unread_output import UnreadOutput
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 

@@ -1,11 +1,14 @@
-"""Read a job's operations from Parquet, and its layout from YAML."""
+"""Read a job's operations from Parquet, and its layout from YAML.
+
+What is missing in a column, no number or no duration is refused with its row.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from msgspec.structs import replace
@@ -14,11 +17,10 @@ from numpy.typing import NDArray
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.installation import install_command
 from traceml.whatif.operations import KINDS, JobTrace, Layout, Operation
-from traceml.whatif.trace_columns import COLUMNS, trace_columns
 
 __all__ = ["layout_differences", "load_job", "unknown_kinds"]
 
-_NEEDED = ("dp_size", "pp_size")  # the trace is compared with these
+_NEEDED_LAYOUT = ("dp_size", "pp_size")  # the trace is compared with these
 _NEEDS = f"traceml whatif needs {{}}: {install_command('whatif')}"
 
 Integers = NDArray[np.int64]
@@ -38,7 +40,7 @@ def load_job(trace: Path, meta: Path) -> JobTrace:
         UsageError: a file cannot be read, or the two do not fit together.
     """
     layout = _layout(meta)
-    rows = trace_columns(trace, _table(trace))
+    rows = _trace_columns(trace, _table(trace))
     steps, step_of = np.unique(rows["step"], return_inverse=True)
     dp_ranks, dp_of = np.unique(rows["dp_rank"], return_inverse=True)
     operations, operation_of = _operations(rows)
@@ -116,7 +118,7 @@ def _layout(path: Path) -> Layout:
         if name != "trial_name" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UsageError(f"{path}: {name} is {value!r}, expected a positive integer")
 
-    if missing := [name for name in _NEEDED if name not in known]:
+    if missing := [name for name in _NEEDED_LAYOUT if name not in known]:
         raise UsageError(f"{path} has no {' and no '.join(missing)}: add the sizes of the job's layout")
 
     layout = Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
@@ -133,10 +135,10 @@ def _table(path: Path) -> Any:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
-                raise UsageError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+            if missing := [name for name in _COLUMNS if name not in file.schema_arrow.names]:
+                raise UsageError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
 
-            table = file.read(columns=list(COLUMNS))
+            table = file.read(columns=list(_COLUMNS))
     except FileNotFoundError as error:
         raise TraceNotFoundError(f"there is no file {path}") from error
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -193,3 +195,72 @@ def _worker_ranks(rows: Mapping[str, Any], dp_of: Integers, layout: Layout) -> I
     _, stage_of = np.unique(rows["stage"], return_inverse=True)
     ranks[dp_of, stage_of] = rows["rank"]
     return ranks
+
+
+_NEEDED = ("dp_rank", "stage", "rank", "step", "seq_id")
+_OPTIONAL = ("mc", "gmc", "mb_id")  # -1, or no value, where an operation has none
+_LARGEST = 2**53  # integer that a float holds with all before it
+_SECONDS = ("start_ts", "duration")
+_COLUMNS = (*_NEEDED, *_OPTIONAL, "optype", *_SECONDS)
+
+
+def _trace_columns(path: Path, table: Any) -> dict[str, Any]:
+    """Return the columns of a table of pyarrow as arrays; `optype` as (labels, codes).
+
+    Raises:
+        UsageError: a value is not what its column holds.
+    """
+    rows: dict[str, Any] = {name: _integers(path, table, name) for name in (*_NEEDED, *_OPTIONAL)}
+    for name in _SECONDS:
+        values = _numbers(path, table, name).astype(np.float64)
+        is_wrong = ~np.isfinite(values) if name == "start_ts" else ~(np.isfinite(values) & (values >= 0))
+        expected = "a time in seconds" if name == "start_ts" else "seconds, 0 or more"
+        _refuse_first(path, table, name, is_wrong, expected)
+        rows[name] = values
+
+    rows["optype"] = _kinds(path, table)
+    return rows
+
+
+def _numbers(path: Path, table: Any, name: str) -> NDArray[Any]:
+    """Return a column, NaN where it has no value; of a column without a missing one its own type."""
+    import pyarrow.types as types
+
+    column = table[name]
+    if not (types.is_integer(column.type) or types.is_floating(column.type)):
+        _refuse(path, table, name, 0, f"a number, not {column.type}")
+
+    return np.asarray(column.to_numpy())
+
+
+def _integers(path: Path, table: Any, name: str) -> NDArray[np.int64]:
+    values = _numbers(path, table, name)
+    if values.dtype.kind != "f":
+        return values.astype(np.int64)
+
+    if name in _OPTIONAL:
+        values = np.where(np.isnan(values), -1, values)
+
+    _refuse_first(path, table, name, ~((np.abs(values) <= _LARGEST) & (values == np.round(values))), "an integer")
+    return values.astype(np.int64)
+
+
+def _kinds(path: Path, table: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    import pyarrow
+
+    texts = table["optype"].cast(pyarrow.string()).fill_null("").to_numpy().astype(str)
+    labels, codes = np.unique(texts, return_inverse=True)
+    _refuse_first(path, table, "optype", (labels == "")[codes], "a kind of operation")
+    return labels, codes
+
+
+def _refuse_first(path: Path, table: Any, name: str, is_wrong: NDArray[np.bool_], expected: str) -> None:
+    if is_wrong.any():
+        _refuse(path, table, name, int(np.argmax(is_wrong)), expected)
+
+
+def _refuse(path: Path, table: Any, name: str, row: int, expected: str) -> NoReturn:
+    value = table[name][row].as_py()
+    raise UsageError(
+        f"{path}: {name} of row {row} is {'missing' if value is None else repr(value)}, expected {expected}"
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from traceml.database.schema import LINES, LOSSES
 from traceml.database.store.thinning import BLOCK_STEPS, kept, sample_blocks, thinned_rows
-from traceml.diagnosis.facts.loss_history import LossHistory
+from traceml.diagnosis.facts.numerics import LossHistory
 
 
 @pytest.mark.parametrize("level", range(8))

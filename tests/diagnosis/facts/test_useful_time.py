@@ -7,7 +7,7 @@ import pytest
 
 from traceml.database.schema import STEPS
 from traceml.database.store.summaries import sum_rows
-from traceml.diagnosis.facts.useful_time import UsefulTime, useful_time
+from traceml.diagnosis.facts.run_time import UsefulTime, useful_time
 
 S = 10**9
 

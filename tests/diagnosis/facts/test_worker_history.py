@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.facts.watched_workers import watched, worker_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 MB = 1 << 20

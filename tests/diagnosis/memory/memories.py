@@ -10,7 +10,7 @@ from tests.diagnosis.facts.watched_workers import worker_rows
 from traceml.database.schema import HOST, PROCESS, TORCH_MEMORY
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 
 MB, GB = 1 << 20, 1 << 30
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.diagnosis.memory.memories import GB, device
-from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
+from traceml.diagnosis.facts.device_events import TurnoverHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory

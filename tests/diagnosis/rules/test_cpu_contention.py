@@ -13,7 +13,7 @@ from traceml.database.schema import GPU, HOST, PROCESS, Resource, Table
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.cpu_contention import cpu_contention
 from traceml.diagnosis.ruleset import diagnose

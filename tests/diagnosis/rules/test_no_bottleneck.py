@@ -9,7 +9,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.no_bottleneck import WITHOUT_ANOMALIES, for_compute
 from traceml.diagnosis.ruleset import diagnose

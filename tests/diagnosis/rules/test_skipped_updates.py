@@ -8,7 +8,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.skipped_steps import SkippedSteps
+from traceml.diagnosis.facts.numerics import SkippedSteps
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.correctness import steps_skipped
 from traceml.diagnosis.ruleset import diagnose

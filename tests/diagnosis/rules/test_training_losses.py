@@ -11,7 +11,7 @@ from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.rules.test_skipped_updates import skipped
 from traceml.database.schema import LOSSES
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.loss_history import LossHistory
+from traceml.diagnosis.facts.numerics import LossHistory
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.correctness import loss_not_finite
 from traceml.diagnosis.ruleset import diagnose

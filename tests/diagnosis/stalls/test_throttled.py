@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import GPU
-from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
+from traceml.diagnosis.facts.device_events import GpuHealthHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.findings import Finding

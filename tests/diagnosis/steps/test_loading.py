@@ -13,7 +13,7 @@ from tests.diagnosis.rules.test_cpu_contention import samples
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import for_input
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.segments import segments_of

@@ -8,7 +8,7 @@ import pytest
 
 from tests.diagnosis.fabricated import MS
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import Advised, for_input
 from traceml.diagnosis.steps.loading import Pipeline
 

@@ -10,9 +10,8 @@ from traceml.database.schema import DEVICE_STEPS, EVALS, USER_PHASES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.kept_steps import KeptSteps
+from traceml.diagnosis.steps.kept_steps import KeptSteps, SampledSteps
 from traceml.diagnosis.steps.segments import segments_of
-from traceml.diagnosis.steps.step_sample import SampledSteps
 
 BLOCKS = [range(64), range(640, 704), range(1984, 2000)]
 STEPS = np.concatenate([np.array(block) for block in BLOCKS])

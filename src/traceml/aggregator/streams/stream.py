@@ -15,8 +15,7 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive, pid_here
 from traceml.database.schema import TABLES
-from traceml.inspection.control_groups import cgroup_paths
-from traceml.inspection.oom_kills import OomWatch
+from traceml.inspection.control_groups import OomWatch, cgroup_paths
 from traceml.transport.hello import Hello
 
 __all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState"]

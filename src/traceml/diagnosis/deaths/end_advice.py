@@ -9,8 +9,8 @@ from traceml.database.schema import Resource
 from traceml.diagnosis.advice import explicit_exit
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off
+from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
-from traceml.diagnosis.deaths.worker_advice import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import count_text, percent_text, ranks_text

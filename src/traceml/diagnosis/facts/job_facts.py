@@ -11,25 +11,23 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.core_waits import medians_of_others, ranks_without_core
-from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
-from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
+from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.growing_objects import GrowingObjects
-from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples, MachineUse
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
 from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine, StretchLines
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop
 from traceml.diagnosis.facts.topology import Topology
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory, WorkerUse
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts"]

@@ -12,27 +12,24 @@ from numpy.typing import NDArray
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
-from traceml.diagnosis.facts.devices.gpu_health import GpuHealthHistory
-from traceml.diagnosis.facts.devices.segment_turnover import TurnoverHistory
+from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, merged_exits, with_last_step
 from traceml.diagnosis.facts.growing_objects import GrowingObjects, growing_of
 from traceml.diagnosis.facts.job_facts import OVERSUBSCRIBED, JobFacts
-from traceml.diagnosis.facts.loss_history import LossHistory
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.memory_growth import MemoryHistory
+from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
 from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, StretchLines
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.facts.stopped_time import Stop, stop_of
 from traceml.diagnosis.facts.topology import TopologyHistory
-from traceml.diagnosis.facts.trainings.trained_models import TrainedModels
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts, ModelFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]

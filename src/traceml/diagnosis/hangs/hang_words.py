@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
-from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.blame import HangCause, UnevenData
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import (
     REMOTE_CALLS,
@@ -16,7 +16,6 @@ from traceml.diagnosis.hangs.rank_state import (
     doing,
     user_line,
 )
-from traceml.diagnosis.hangs.uneven_data import UnevenData
 from traceml.formatting import (
     capitalized,
     count_text,

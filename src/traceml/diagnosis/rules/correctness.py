@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.loss_history import LossHistory
+from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     worker_wait_share,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.training_objects import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, percent_text, plural

@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from typing import Any
 
 from traceml.fail_open import fail_open
-from traceml.inspection.worker_init import ReportingInit
+from traceml.inspection.stack_signal import ReportingInit
 from traceml.instrument.facts.descriptions import start_method
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches

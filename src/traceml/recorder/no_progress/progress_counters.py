@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
 from traceml.inspection.kernel_state import io_bytes, written_bytes
 from traceml.inspection.received_bytes import received_bytes
-from traceml.inspection.thread_frames import stack_frames, thread_frame
-from traceml.inspection.thread_numbers import thread_number
+from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_number
 from traceml.recorder.no_progress.awaited_child import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads
 

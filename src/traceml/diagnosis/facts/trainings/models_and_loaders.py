@@ -1,0 +1,112 @@
+"""Data loaders and models, as ranks describe them, and the steps at which another model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LoaderFacts", "ModelFacts", "TrainedModels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderFacts:
+    """A data loader, as the rank described it.
+
+    Attributes:
+        number: of the loader in its process, in the order of their first use; None where it is not known.
+        made: loaders with the same data set, length and workers that the script has made, at least half of them.
+        objects: its data set's containers of many Python objects: path, type, count, and type `of` one object.
+        samplers: classes that choose its samples, by qualified name, without torch's.
+        trainer: framework that makes the loader from its own arguments: transformers, or fastai, which starts new
+            workers in each epoch; None for a script's own.
+    """
+
+    dataset: str | None = None
+    length: int | None = None
+    num_workers: int | None = None
+    in_memory: bool | None = None
+    batch_size: int | None = None
+    pin_memory: bool | None = None
+    persistent_workers: bool | None = None
+    start_method: str | None = None
+    number: int | None = None
+    made: int = 1
+    objects: Sequence[Mapping[str, Any]] = ()
+    samplers: Sequence[str] = ()
+    trainer: str | None = None
+
+    @property
+    def likeness(self) -> tuple[str | None, int | None, int | None]:
+        """Data and workers, which loaders that a script makes for each epoch have in common."""
+        return self.dataset, self.length, self.num_workers
+
+    def option(self, name: str) -> str:
+        """Return the name under which the script sets an argument of DataLoader: that of its trainer, if it has one."""
+        return f"dataloader_{name}" if self.trainer == "transformers" else name
+
+    @property
+    def place(self) -> str:
+        """Class to which the script gives these arguments: `DataLoader` or `TrainingArguments`."""
+        return "TrainingArguments" if self.trainer == "transformers" else "DataLoader"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The trained model, as the rank described it."""
+
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    compiled: bool | None = None
+
+
+MAX_RANKS = 8
+"""Ranks whose models are compared: they stand for the others."""
+MAX_RETURNS = 256
+"""Earlier models that are trained again count this many times: a search trains some hundred."""
+_DESCRIBED = {"model": ("model", "parameters"), "optimizer": ("optimizer", "tensors")}
+
+
+class TrainedModels:
+    """Notes when models and optimizers of another size are trained; equal ones, as of folds, are the same."""
+
+    def __init__(self) -> None:
+        self._now: dict[int, dict[str, tuple[Any, ...]]] = {}
+        self._first: dict[int, dict[tuple[Any, ...], int]] = {}  # what was trained -> its first step
+        self._training: dict[int, int] = {}  # the first step of what is trained now
+        self._returns: dict[int, int] = {}
+        self._steps: set[int] = set()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps before which another one appeared, ascending; the first ones of a run are not among them."""
+        return tuple(sorted(self._steps))
+
+    @property
+    def returns(self) -> dict[int, int]:
+        """Those of the steps before which an earlier one was trained again, with its first step."""
+        return dict(self._returns)
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take the facts of a rank's model or optimizer."""
+        kind, step = str(row.get("kind")), row.get("step")
+        names = _DESCRIBED.get(kind)
+        if names is None or rank >= MAX_RANKS or not isinstance(step, int):
+            return
+
+        now = self._now.setdefault(rank, {})
+        now[kind] = tuple(row.get(name) for name in names)
+        first = self._first.setdefault(rank, {}).setdefault((now.get("model"), now.get("optimizer")), step)
+        if first != self._training.get(rank, 0):
+            self._begin(rank, step, first)
+
+    def _begin(self, rank: int, step: int, first: int) -> None:
+        if first < step and len(self._returns) >= MAX_RETURNS:
+            return
+
+        self._training[rank] = first
+        self._steps.add(step)
+        self._returns.pop(step, None)
+        if first < step:
+            self._returns[step] = first
