@@ -71,7 +71,10 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *device_faults(facts),
         *_training(facts),
     ]
-    around = [*outside_steps(window, facts), *stopped_ranks(window, facts), *_memory(facts)]
+    around = [*outside_steps(window, facts), *stopped_ranks(window, facts)]
+    for rule in (memory_leaks, memory_pressure, memory_imbalance, allocator_churn):
+        around += rule(facts)
+
     main = [*lost, *(finding for finding in around if finding.severity is not Severity.INFO)]
     remarks = [finding for finding in around if finding.severity is Severity.INFO]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
@@ -141,10 +144,6 @@ def _training(facts: JobFacts) -> list[Finding]:
         found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
 
     return found
-
-
-def _memory(facts: JobFacts) -> list[Finding]:
-    return [*memory_leaks(facts), *memory_pressure(facts), *memory_imbalance(facts), *allocator_churn(facts)]
 
 
 def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:

@@ -1,7 +1,4 @@
-"""Handle of the process that answers Prometheus, in its parent: a job's or the aggregator's process.
-
-The parent holds the listening socket, so that a server that dies is replaced at the same address.
-"""
+"""Handle of the process that answers Prometheus, in its parent: a job's or the aggregator's process."""
 
 from __future__ import annotations
 
@@ -22,18 +19,17 @@ from traceml.errors import TraceMLError
 from traceml.installation import install_command
 from traceml.supervise.listen_address import ListenAddress
 from traceml.supervise.processes import spawn_server
-from traceml.supervise.restarting_process import RestartingProcess
+from traceml.supervise.restarting_process import RestartingServer
 from traceml.transport import auth
 
 __all__ = ["MetricsProcess", "metrics_beside"]
 
 _NICE = 5  # as the page: at 19 an answer would take seconds where the training uses every core
-_STOP_TIMEOUT_S = 5.0
 
 _log = logging.getLogger("traceml")
 
 
-class MetricsProcess(RestartingProcess):
+class MetricsProcess(RestartingServer):
     """The metrics of one folder of runs. A context manager: its entry starts the server, its exit ends it.
 
     Args:
@@ -47,16 +43,15 @@ class MetricsProcess(RestartingProcess):
         TraceMLError: `prometheus_client` is not installed, or the port cannot be used.
     """
 
+    kind = auth.METRICS
+
     def __init__(self, runs_dir: Path, address: ListenAddress, secret: str | None = None) -> None:
         if find_spec("prometheus_client") is None:
             needs = "metrics for Prometheus need prometheus_client, which is not installed"
             raise TraceMLError(f"{needs}: {install_command('prometheus')}")
 
-        super().__init__()
-        self.runs_dir = runs_dir.absolute()
+        super().__init__(runs_dir, _listen(address))
         self.address = address
-        self._listener = _listen(address)
-        self.port: int = self._listener.getsockname()[1]
         self.token = None if address.is_loopback else self._token(secret)
         self.token_file: Path | None = None
 
@@ -70,9 +65,6 @@ class MetricsProcess(RestartingProcess):
 
         self.start()
         return self
-
-    def __repr__(self) -> str:
-        return f"<metrics process at port {self.port}>"
 
     @property
     def url(self) -> str:
@@ -90,18 +82,13 @@ class MetricsProcess(RestartingProcess):
 
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the server on our socket."""
-        fd = self._listener.fileno()
+        fd = self.listener.fileno()
         config = {"fd": fd, "token": self.token, "runs_dir": str(self.runs_dir), "nice": _NICE}
         return spawn_server("traceml.display.monitoring", config, (fd,))
 
     def close(self) -> None:
         """End the server. May be called again."""
-        if self.process is not None and self.running:
-            self.process.terminate()
-            self.wait_or_kill(_STOP_TIMEOUT_S)
-
-        self.process = None
-        self._listener.close()
+        super().close()
         if self.token_file is not None:
             self.token_file.unlink(missing_ok=True)
 
@@ -110,8 +97,7 @@ class MetricsProcess(RestartingProcess):
         if secret is not None:
             return hmac.new(secret.encode(), b"traceml metrics", hashlib.sha256).hexdigest()
 
-        before = auth.discover(self.port, include_dead=True, kind=auth.METRICS)
-        return before.token if before is not None and before.token else auth.new_token()
+        return self.kept_token()
 
 
 @contextlib.contextmanager

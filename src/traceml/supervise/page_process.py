@@ -1,7 +1,6 @@
 """Handle of the web page process in its parent, a job's or the aggregator's process.
 
-The parent holds the listening socket, so a page that dies is replaced at the same address. The token stays with the
-port: browsers reconnect by themselves, also after a restart of the parent.
+The token stays with the port: browsers reconnect by themselves, also after a restart of the parent.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from traceml.errors import TraceMLError
 from traceml.installation import install_command
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.processes import spawn_server
-from traceml.supervise.restarting_process import RestartingProcess
+from traceml.supervise.restarting_process import RestartingServer
 from traceml.transport import auth
 
 __all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "page_address", "page_beside"]
@@ -34,12 +33,11 @@ DEFAULT_PORT = 29766
 # Below the training, but not at 19: where the training uses every core, a click would then take seconds.
 _NICE = 5
 _FAREWELL_S = 0.8  # for browsers to receive the run's end
-_STOP_TIMEOUT_S = 5.0
 
 _log = logging.getLogger("traceml")
 
 
-class PageProcess(RestartingProcess):
+class PageProcess(RestartingServer):
     """The page of one folder of runs. A context manager: its entry starts the page, its exit ends it.
 
     Args:
@@ -50,16 +48,13 @@ class PageProcess(RestartingProcess):
         TraceMLError: the page's libraries are not installed, or the port is in use.
     """
 
+    kind = auth.PAGE
+
     def __init__(self, runs_dir: Path, port: int = DEFAULT_PORT, *, any_port: bool = False, nice: int = _NICE) -> None:
         _check_installed()
-        super().__init__()
-        self.runs_dir = runs_dir.absolute()
-        self._listener = _listen(port, any_port=any_port)
+        super().__init__(runs_dir, _listen(port, any_port=any_port))
         self._nice = nice
-        self.port: int = self._listener.getsockname()[1]
-        before = auth.discover(self.port, include_dead=True, kind=auth.PAGE)
-        # the socket is ours, so no other process serves this port any longer
-        self.token = before.token if before is not None else auth.new_token()
+        self.token = self.kept_token()
 
     def __enter__(self) -> Self:
         try:
@@ -69,9 +64,6 @@ class PageProcess(RestartingProcess):
 
         self.start()
         return self
-
-    def __repr__(self) -> str:
-        return f"<page process at port {self.port}>"
 
     @property
     def pid(self) -> int | None:
@@ -88,7 +80,7 @@ class PageProcess(RestartingProcess):
 
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the page's server on our socket."""
-        fd = self._listener.fileno()
+        fd = self.listener.fileno()
         config = {"token": self.token, "runs_dir": str(self.runs_dir), "nice": self._nice}
         return spawn_server("traceml.display.web", config, (fd,), str(fd))
 
@@ -97,11 +89,8 @@ class PageProcess(RestartingProcess):
         if self.process is not None and self.running:
             self.process.send_signal(signal.SIGUSR1)
             time.sleep(_FAREWELL_S)
-            self.process.terminate()
-            self.wait_or_kill(_STOP_TIMEOUT_S)
 
-        self.process = None
-        self._listener.close()
+        super().close()
 
 
 class PageScreen(PassThroughScreen):

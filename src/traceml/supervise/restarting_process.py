@@ -1,19 +1,23 @@
-"""A helper process that is restarted when it dies."""
+"""Helper processes that are restarted when they die."""
 
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 from traceml.errors import TraceMLError
 from traceml.own_programs import end_process
+from traceml.transport import auth
 
-__all__ = ["RestartPolicy", "RestartingProcess"]
+__all__ = ["RestartPolicy", "RestartingProcess", "RestartingServer"]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STABLE_S = 0.5, 30.0, 60.0
+_STOP_TIMEOUT_S = 5.0
 
 _log = logging.getLogger("traceml")
 
@@ -100,3 +104,36 @@ class RestartingProcess:
         """Wait for the end of the process; kill it if it takes longer than `timeout_s`."""
         if self.process is not None:
             end_process(self.process, timeout_s)
+
+
+class RestartingServer(RestartingProcess):
+    """A server at a socket that its parent holds, so that one that dies is replaced at the same address.
+
+    Attributes:
+        kind: what it serves, `auth.PAGE` or `auth.METRICS`.
+    """
+
+    kind: str
+
+    def __init__(self, runs_dir: Path, listener: socket.socket) -> None:
+        super().__init__()
+        self.runs_dir = runs_dir.absolute()
+        self.listener = listener
+        self.port: int = listener.getsockname()[1]
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} process at port {self.port}>"
+
+    def close(self) -> None:
+        """End the server. May be called again."""
+        if self.process is not None and self.running:
+            self.process.terminate()
+            self.wait_or_kill(_STOP_TIMEOUT_S)
+
+        self.process = None
+        self.listener.close()
+
+    def kept_token(self) -> str:
+        """Return the token of the last server at this port, which is ours now; a new one without one."""
+        before = auth.discover(self.port, include_dead=True, kind=self.kind)
+        return before.token if before is not None and before.token else auth.new_token()

@@ -168,28 +168,6 @@ def _for_exit_code(ended: RankExit, _facts: JobFacts) -> str:
     )
 
 
-def _for_exit_text(ended: RankExit, _facts: JobFacts) -> str:
-    return f"The script ended itself with this text: look at the condition that leads to {ended.place or 'it'}."
-
-
-def _for_lost_host(ended: RankExit, _facts: JobFacts) -> str:
-    return (
-        f"Look at the host{_name_of_host(ended)}: whether it or its network was down, and whether the launch agent "
-        "there was killed or stopped; the launcher ends a job whose agent is silent for 15 s."
-    )
-
-
-def _for_gone(ended: RankExit, _facts: JobFacts) -> str:
-    return (
-        f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
-        "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
-    )
-
-
-def _for_silent(ended: RankExit, _facts: JobFacts) -> str:
-    return f"Look at the host{_name_of_host(ended)} and its network: the rank lost its connection without a report."
-
-
 def _name_of_host(ended: RankExit) -> str:
     return f" {ended.host}" if ended.host else ""
 
@@ -266,7 +244,12 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: ended.signal is not None,
         "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command.",
     ),
-    (lambda ended, _: exit_words(ended) is not None, _for_exit_text),
+    (
+        lambda ended, _: exit_words(ended) is not None,
+        lambda ended, _: (
+            f"The script ended itself with this text: look at the condition that leads to {ended.place or 'it'}."
+        ),
+    ),
     (lambda ended, facts: failed_because_of_peer(ended) and facts.world_size > 1, _for_peer),
     (lambda ended, _: ended.says("dataloader timed out after"), _for_no_batch),
     (
@@ -280,10 +263,27 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: bool(ended.exception and ended.file),
         lambda ended, _: f"Read {ended.place} on rank {ended.rank}; the full traceback is in the run's output.",
     ),
-    (lambda ended, _: was_cut_off(ended), lambda *_: explicit_exit()),
-    (lambda ended, _: ended.state == "lost" and bool(ended.host_lost), _for_lost_host),
-    (lambda ended, _: ended.state == "lost" and bool(ended.process_gone), _for_gone),
-    (lambda ended, _: ended.state == "lost", _for_silent),
+    (lambda ended, _: was_cut_off(ended), explicit_exit()),
+    (
+        lambda ended, _: ended.state == "lost" and bool(ended.host_lost),
+        lambda ended, _: (
+            f"Look at the host{_name_of_host(ended)}: whether it or its network was down, and whether the launch agent "
+            "there was killed or stopped; the launcher ends a job whose agent is silent for 15 s."
+        ),
+    ),
+    (
+        lambda ended, _: ended.state == "lost" and bool(ended.process_gone),
+        lambda ended, _: (
+            f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
+            "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
+        ),
+    ),
+    (
+        lambda ended, _: ended.state == "lost",
+        lambda ended, _: (
+            f"Look at the host{_name_of_host(ended)} and its network: the rank lost its connection without a report."
+        ),
+    ),
     (
         lambda ended, _: signal_of_code(ended.code) is not None,
         lambda ended, _: (

@@ -6,8 +6,8 @@ import signal
 
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
-from traceml.diagnosis.facts.sampled_lines import parsed_place
-from traceml.formatting import bytes_text, cut_text, exception_line, line_text, phase_words
+from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
+from traceml.formatting import bytes_text, cut_text, exception_line, phase_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 
 __all__ = ["end_text", "exit_words", "place_evidence", "seen_text", "signal_of_code", "step_text", "was_cut_off"]
@@ -99,8 +99,8 @@ def step_text(ended: RankExit) -> str:
 
 def seen_text(ended: RankExit) -> str:
     """Return the line in which a rank was seen last: `, last seen at train.py:23 load`; "" where it has one."""
-    file, line, function = _seen(ended)
-    return f", last seen at {line_text(file, line, function)}" if file and line and function else ""
+    place = place_words(*_seen(ended))
+    return f", last seen at {place}" if place else ""
 
 
 def place_evidence(ended: RankExit) -> dict[str, object]:

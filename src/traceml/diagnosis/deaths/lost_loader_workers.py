@@ -44,7 +44,8 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
     rank, first = lost[0]
     more = f"; {count_text(len(lost) - 1)} more died later" if len(lost) > 1 else ""
 
-    died = f"{capitalized(death_words(first))} on {ranks_text((rank,))}{_worker_step(first)}{more}"
+    step = ", before the first step" if first.step is None else f", in step {count_text(first.step)}"
+    died = f"{capitalized(death_words(first))} on {ranks_text((rank,))}{step}{more}"
     return [
         Finding.of(
             Kind.WORKER_LOST,
@@ -87,10 +88,6 @@ def worker_evidence(lost: LostWorker) -> dict[str, Any]:
         shm_bytes=lost.shm_bytes if lost.signal == BUS_ERROR else None,
         memory_limit_bytes=lost.memory_limit_bytes if lost.signal == KILL else None,
     )
-
-
-def _worker_step(lost: LostWorker) -> str:
-    return ", before the first step" if lost.step is None else f", in step {count_text(lost.step)}"
 
 
 BUS_ERROR = 7

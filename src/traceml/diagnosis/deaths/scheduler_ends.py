@@ -70,12 +70,13 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
 
     last, cause = found
     lost, limit_s = lost_steps(last, facts.exits), _limit_s(cause, last, facts)
+    did = f"{_CAUSES[cause].what}{'' if limit_s is None else f' of {left_text(limit_s)}'}"
     return [
         Finding.of(
             Kind.RANK_LOST,
             ranks=(),
             phase=last.open_phase,
-            summary=f"{_did(cause, limit_s)}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
+            summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
             next=_CAUSES[cause].next,
             evidence=_evidence(last, cause, lost, limit_s),
             cost_share=1.0,
@@ -159,10 +160,6 @@ def _limit_s(cause: str, last: RankExit, facts: JobFacts) -> float | None:
 
     told = None if facts.ended_by is None else facts.ended_by.limit_s
     return told or last.limit_s or facts.job_limit_s
-
-
-def _did(cause: str, limit_s: float | None) -> str:
-    return f"The scheduler {_CAUSES[cause].what}{'' if limit_s is None else f' of {left_text(limit_s)}'}"
 
 
 def _how(ended: RankExit) -> str:

@@ -106,19 +106,19 @@ class PauseHistory:
         ranks: Sequence[int] | NDArray[np.int64],
         steps: NDArray[np.int64],
         cause: Pause,
-        wanted: Callable[[Rows], NDArray[np.bool_]],
+        wanted: Callable[[Rows], NDArray[np.bool_]] | None = None,
     ) -> dict[str, Floats]:
         """Return nanoseconds by phase, rank x step.
 
         Args:
             steps: numbers of the steps, ascending.
             cause: what the pauses are.
-            wanted: selects rows.
+            wanted: selects rows; None: all.
         """
         sums: dict[str, Floats] = {}
         for row in np.flatnonzero(np.isin(ranks, list(self.ranks(cause)))).tolist():
             rows = self.rows(int(ranks[row]), cause)
-            for phase, columns, ns in _shares(rows[wanted(rows)], steps):
+            for phase, columns, ns in _shares(rows if wanted is None else rows[wanted(rows)], steps):
                 values = sums.setdefault(phase, np.zeros((len(ranks), len(steps)), np.float32))
                 np.add.at(values[row], columns, ns)
 

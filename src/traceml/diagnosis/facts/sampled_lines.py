@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
+from traceml.formatting import line_text
 
-__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "StretchLines", "parsed_place"]
+__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "StretchLines", "parsed_place", "place_words"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names for the time before the first step and between steps, in addition to those of the phases."""
@@ -303,6 +304,11 @@ def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     sums = np.zeros((len(keys), rows.shape[1] - len(LINE_KEYS)), np.int64)
     np.add.at(sums, at.reshape(-1), rows[:, len(LINE_KEYS) :])
     return np.column_stack([keys, sums])
+
+
+def place_words(file: str | None, line: int | None, function: str | None) -> str:
+    """Return a place in words, `train.py:23 load`; empty where it is not known."""
+    return line_text(file, line, function) if file and line and function else ""
 
 
 def parsed_place(text: str | None) -> tuple[str | None, int | None, str | None]:

@@ -96,15 +96,12 @@ def _text(found: GrowingObjects) -> str:
     own = found.kind in _OF_LIBRARIES
     kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
     kind = _TEXTS.get(kind, kind)
+    at_most = f" of at most {count_text(found.max_size)}" if found.max_size else ""
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
     return (
         f" Meanwhile the {kind} {found.path}{_where(found)} gained {_rate(found)}{holds}; "
-        f"{'there were' if own else 'it had'} {count_text(found.count)}{_at_most(found)}{_counted_at(found)}."
+        f"{'there were' if own else 'it had'} {count_text(found.count)}{at_most}{_counted_at(found)}."
     )
-
-
-def _at_most(found: GrowingObjects) -> str:
-    return f" of at most {count_text(found.max_size)}" if found.max_size else ""
 
 
 def _counted_at(found: GrowingObjects) -> str:

@@ -68,7 +68,8 @@ def _full_host(facts: JobFacts, rank: int, host: HostMemory) -> Finding:
 
 
 def _devices(facts: JobFacts) -> list[Finding]:
-    full = [each for each in facts.memory.devices() if each.total_bytes > 0 and _is_full(each)]
+    known = [each for each in facts.memory.devices() if each.total_bytes > 0]
+    full = [each for each in known if _share(each) >= FULL_SHARE or each.retries >= MIN_RETRIES]
     if not full:
         return []
 
@@ -105,10 +106,6 @@ def _devices(facts: JobFacts) -> list[Finding]:
 
 def _share(device: DeviceMemory) -> float:
     return device.peak_bytes / max(device.total_bytes, 1)
-
-
-def _is_full(device: DeviceMemory) -> bool:
-    return _share(device) >= FULL_SHARE or device.retries >= MIN_RETRIES
 
 
 def memory_imbalance(facts: JobFacts) -> list[Finding]:

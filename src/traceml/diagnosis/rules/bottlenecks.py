@@ -19,6 +19,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
+from traceml.diagnosis.facts.sampled_lines import place_words
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
@@ -37,7 +38,6 @@ from traceml.formatting import (
     bytes_text,
     capitalized,
     gain_text,
-    line_text,
     ns_text,
     percent_text,
     phase_words,
@@ -334,11 +334,8 @@ def _of_save(known: Saves | None) -> str:
     if known is None:
         return ""
 
-    where = (
-        f", in {line_text(known.file, known.line, known.function)}"
-        if known.file and known.line and known.function
-        else ""
-    )
+    place = place_words(known.file, known.line, known.function)
+    where = f", in {place}" if place else ""
     if known.size_bytes is None or known.bytes_per_s is None:
         return where
 

@@ -260,11 +260,11 @@ def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Float
     if some.all() and part not in COMPUTE:
         return None  # all ranks, in a part that has a finding of its own
 
-    ranks = segments.named(some)
-    if len(ranks) == 1:
-        return _seldom_late(segments, facts, part, ranks[0], (base, late_ns), float(late.mean()), saved, step_ns)
+    turns_of = _Turns(part, segments.named(some), base, late_ns, float(late.mean()))
+    if len(turns_of.ranks) == 1:
+        return _seldom_late(segments, facts, turns_of, saved, step_ns)
 
-    return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), even, step_ns)
+    return _taking_turns(segments, turns_of, even, step_ns)
 
 
 def _waits_ns(facts: JobFacts, step_ns: float) -> float:
@@ -287,75 +287,71 @@ def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float)
     return np.asarray(outliers if columns is None else outliers & columns)
 
 
-def _seldom_late(
-    segments: Segments,
-    facts: JobFacts,
-    part: str,
-    rank: int,
-    levels_ns: tuple[float, float],
-    often: float,
-    saved: float,
-    step_ns: float,
-) -> Finding:
+@dataclass(frozen=True)
+class _Turns:
+    """Ranks that are late in some steps, in one part of the step.
+
+    Attributes:
+        ranks: none for all.
+        usual_ns, late_ns: time of the part in the other steps, and in these.
+        often: share of the steps in which one of them is late.
+    """
+
+    part: str
+    ranks: tuple[int, ...]
+    usual_ns: float
+    late_ns: float
+    often: float
+
+    def finding(self, saved: float, step_ns: float, summary: str, action: str, **evidence: object) -> Finding:
+        """Return the finding about them.
+
+        Args:
+            saved: time by which a step would be shorter without that.
+            summary: the sentence up to what steps would be then.
+            evidence: beside the times.
+        """
+        gain, kind = speedup(step_ns, saved), straggler_kind(self.part)
+        return Finding.of(
+            kind,
+            ranks=self.ranks,
+            phase=self.part,
+            summary=f"{summary}, steps would be {gain_text(gain)}.",
+            next=action,
+            evidence={
+                "step_ms": step_ns / 1e6,
+                "usual_ms": self.usual_ns / 1e6,
+                "late_ms": self.late_ns / 1e6,
+                "share_of_steps_late": self.often,
+                **evidence,
+            },
+            cost_share=saved / step_ns,
+            speedup_if_fixed=gain,
+        )
+
+
+def _seldom_late(segments: Segments, facts: JobFacts, turns: _Turns, saved: float, step_ns: float) -> Finding:
     """Return the finding about a single rank that is late in some steps: no other takes a turn."""
-    kind, (base, late_ns) = straggler_kind(part), levels_ns
-    share, gain = saved / step_ns, speedup(step_ns, saved)
+    part, (rank,) = turns.part, turns.ranks
     mine = float(segments.parts[part][segments.ranks == rank].mean()) / step_ns
     line = blamed_line(facts.lines, part, mine, (rank,), segments.ranks[segments.ranks != rank].tolist())
-    return Finding.of(
-        kind,
-        ranks=(rank,),
-        phase=part,
-        summary=(
-            f"Rank {rank} slows the others down in {percent_text(often)} of the steps: its {phase_words(part)} takes "
-            f"{ns_text(late_ns)} then instead of {ns_text(base)}{line.of_it if line else ''}; without that, steps "
-            f"would be {gain_text(gain)}."
-        ),
-        next=advice.for_straggler(part, (rank,), facts, line),
-        evidence={
-            "step_ms": step_ns / 1e6,
-            "usual_ms": base / 1e6,
-            "late_ms": late_ns / 1e6,
-            "share_of_steps_late": often,
-            **(line.evidence(mine) if line else {}),
-        },
-        cost_share=share,
-        speedup_if_fixed=gain,
+    summary = (
+        f"Rank {rank} slows the others down in {percent_text(turns.often)} of the steps: its {phase_words(part)} takes "
+        f"{ns_text(turns.late_ns)} then instead of {ns_text(turns.usual_ns)}{line.of_it if line else ''}; without that"
     )
+    action = advice.for_straggler(part, (rank,), facts, line)
+    return turns.finding(saved, step_ns, summary, action, **(line.evidence(mine) if line else {}))
 
 
-def _turns_finding(
-    segments: Segments,
-    part: str,
-    ranks: tuple[int, ...],
-    base: float,
-    late_ns: float,
-    often: float,
-    saved: float,
-    step_ns: float,
-) -> Finding:
-    kind = straggler_kind(part)
-    share, gain = saved / step_ns, speedup(step_ns, saved)
-    return Finding.of(
-        kind,
-        ranks=ranks,
-        phase=part,
-        summary=(
-            f"{capitalized(ranks_text(ranks))} take turns being slow: in {percent_text(often)} of the steps "
-            f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work, "
-            f"steps would be {gain_text(gain)}."
-        ),
-        next=(
-            "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by "
-            "length), no work that only one rank does at a time."
-        ),
-        evidence={
-            "step_ms": step_ns / 1e6,
-            "usual_ms": base / 1e6,
-            "late_ms": late_ns / 1e6,
-            "share_of_steps_late": often,
-            "imbalance_ms": float((segments.own.max(axis=0) - median_over_ranks(segments.own)).mean()) / 1e6,
-        },
-        cost_share=share,
-        speedup_if_fixed=gain,
+def _taking_turns(segments: Segments, turns: _Turns, saved: float, step_ns: float) -> Finding:
+    summary = (
+        f"{capitalized(ranks_text(turns.ranks))} take turns being slow: in {percent_text(turns.often)} of the steps "
+        f"{phase_words(turns.part)} takes {ns_text(turns.late_ns)} on one of them instead of "
+        f"{ns_text(turns.usual_ns)}; with even work"
     )
+    action = (
+        "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by length), "
+        "no work that only one rank does at a time."
+    )
+    imbalance_ns = float((segments.own.max(axis=0) - median_over_ranks(segments.own)).mean())
+    return turns.finding(saved, step_ns, summary, action, imbalance_ms=imbalance_ns / 1e6)

@@ -68,7 +68,8 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     heavy = None if short else _heavy_code(facts, shares)
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
-    summary, action = short or (_healthy(step, shares) + where + pause, action or _when_healthy(shares, facts))
+    healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause}"
+    summary, action = short or (healthy, action or _when_healthy(shares, facts))
     return Finding.of(
         Kind.HEALTHY,
         summary=summary + uncovered_time_text(facts.time),
@@ -222,10 +223,6 @@ def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[st
         f"Use larger batches{now}: the {ns_text(loop * step)} that Python and the loader take for each step are then "
         "spread over more samples."
     )
-
-
-def _healthy(step: float, shares: dict[str, float]) -> str:
-    return f"A step takes {ns_text(step)}: {_largest(shares)}."
 
 
 def _largest(shares: dict[str, float]) -> str:

@@ -116,7 +116,7 @@ def _has_cores(bins: StepHistory, change: LevelChange, part: str, facts: JobFact
 
 
 def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
-    beside = _beside(bins, change, facts)
+    beside = [*_batches(bins, change), *_use(bins, change, facts)]
     crowded = _is_crowded(change, beside)
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
     part = None if crowded else _part(bins, change, facts)
@@ -206,11 +206,6 @@ def _share(bins: StepHistory, part: str, at: NDArray[np.bool_]) -> float:
     return part_ns / max(step_ns, 1.0)
 
 
-def _beside(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
-    """Return what else changed: in the slow steps against the others, or in the last third against the first."""
-    return [*_batches(bins, change), *_use(bins, change, facts)]
-
-
 def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
     """Return that batches were larger, where that explains half of what the steps lost, or all of it."""
     if not len(bins.elements):
@@ -226,7 +221,7 @@ def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
 
 
 def _use(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
-    """Return what else changed on the hosts."""
+    """Return what else changed on the hosts in the slow steps; in the last third against the first where all grow."""
     third = len(bins.steps) // 3
     starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())

@@ -72,7 +72,9 @@ def late_summary(
             f"others (most of it in {phase_words(late.part)}); without it steps would be {gain_text(gain)}."
         )
 
-    gained = f", and without it steps would be {gain_text(gain)}{_pace(share, gain)}"
+    # Steps gain less than the late ranks lose where the next slowest work takes part of it.
+    pace = ", as what else is uneven then sets their pace" if share > 1 - 1 / gain + _UNEVEN else ""
+    gained = f", and without it steps would be {gain_text(gain)}{pace}"
     if 1 - 1 / gain < _HIDDEN * share:
         gained = " once what else is uneven is fixed"
 
@@ -82,11 +84,6 @@ def late_summary(
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time{gained}."
     )
-
-
-def _pace(share: float, gain: float) -> str:
-    """Return why steps gain less than the late ranks lose: the next slowest work takes part of it."""
-    return ", as what else is uneven then sets their pace" if share > 1 - 1 / gain + _UNEVEN else ""
 
 
 def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:

@@ -10,14 +10,14 @@ import numpy as np
 from traceml.database.schema import Pause
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
-from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, library_text, line_text, ns_text, ordinal_text, percent_text, ranks_text
+from traceml.formatting import gain_text, library_text, ns_text, ordinal_text, percent_text, ranks_text
 
 __all__ = ["gc_pauses"]
 
@@ -144,7 +144,7 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
     kept_ns = min(cost.full_ns / every, cost.saved_ns)
     gain = speedup(segments.step_ns, cost.saved_ns - kept_ns)
     file, line, function = cost.place
-    place = line_text(file, line, function) if cost.called and file and line and function else None
+    place = place_words(*cost.place) if cost.called else ""
     return Finding.of(
         Kind.GC_PAUSES,
         ranks=cost.ranks,
@@ -168,16 +168,15 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
     )
 
 
-def _subject(cost: _Collections, place: str | None) -> str:
+def _subject(cost: _Collections, place: str) -> str:
     where = f" on {ranks_text(cost.ranks)}" if cost.ranks else ""
     file, line, function = parsed_place(cost.library)
-    if file and line and function:
-        inside = line_text(file, line, function)
+    if file and (inside := place_words(file, line, function)):
         through = f", through {place}," if place and place != inside else ""
         return f"The gc.collect() of {_library_name(file)} at {inside}{through}{where} takes"
 
     if cost.called:
-        return f"The script's gc.collect(){'' if place is None else f' at {place}'}{where} takes"
+        return f"The script's gc.collect(){f' at {place}' if place else ''}{where} takes"
 
     return f"The interpreter's garbage collector{where} takes"
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from traceml.database.schema import Compiled, Pause
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
-from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.speedup import saved_ns
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import duration_text, gain_text, line_text, percent_text, plural
+from traceml.formatting import duration_text, gain_text, percent_text, plural
 
 __all__ = ["recompiles"]
 
@@ -29,6 +29,8 @@ _SHAPE = re.compile(r"(size|stride) mismatch at index (\d+)|\.(size|shape|stride
 _GRADIENTS = "grad_mode"
 _OWN = "/torch/_dynamo/"  # a frame that torch puts around a module of its own
 _REPORTED_SHARE, _REPORTED_GAIN = 0.01, 1.05
+_MAX_SHARE = 0.99
+_GIVEN_UP = " The recompile limit was reached: inputs that fit no compiled version run in eager mode."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tup
     Args:
         facts: the compilations that ranks have reported, and the run's wall time.
     """
-    taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _all)
+    taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION)
     # A compilation explains a long step, even if it is too short for a finding.
     without = _without(segments, sum(taken.values(), np.zeros_like(segments.own))) if taken else {}
     seen = _recompiled(segments, facts)
@@ -65,13 +67,6 @@ def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tup
     share = _window_share(window, segments, facts) if facts.time is None else _run_share(seen, facts.time.wall_s)
     found = [_finding(segments, seen, share)] if share >= WARNING_SHARE or seen.limit else []
     return found, without
-
-
-_MAX_SHARE = 0.99
-
-
-def _all(rows: Rows) -> NDArray[np.bool_]:
-    return np.ones(len(rows), bool)
 
 
 def _window_share(window: AlignedSteps, segments: Segments, facts: JobFacts) -> float:
@@ -136,14 +131,15 @@ def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
 def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
     file, line, function = seen.place
     gain = 1 / (1 - min(share, _MAX_SHARE))
-    place = line_text(file, line, function) if file and line and function and _OWN not in file else None
+    place = "" if _OWN in (file or "") else place_words(*seen.place)
     more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
+    why = f"; the last reason: {seen.guard}" if seen.guard else ""
     took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
     return Finding.of(
         Kind.RECOMPILES,
         summary=(
             f"torch.compile recompiled {place or 'the model'}{more} {plural(seen.number, 'time')}{took}"
-            f"{_why(seen)}.{_given_up(seen)}"
+            f"{why}.{_GIVEN_UP if seen.limit else ''}"
         ),
         next=_advice(seen) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
         evidence={
@@ -156,16 +152,6 @@ def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
         },
         cost_share=share,
         speedup_if_fixed=gain,
-    )
-
-
-def _why(seen: _Recompiled) -> str:
-    return f"; the last reason: {seen.guard}" if seen.guard else ""
-
-
-def _given_up(seen: _Recompiled) -> str:
-    return (
-        " The recompile limit was reached: inputs that fit no compiled version run in eager mode." if seen.limit else ""
     )
 
 

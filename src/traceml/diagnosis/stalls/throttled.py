@@ -20,12 +20,13 @@ def throttled(facts: JobFacts) -> list[Finding]:
         return []
 
     rank, worst = max(found, key=lambda each: (each[1].lost, each[1].share))
+    instead = "" if worst.usual_mhz is None else f" instead of {worst.usual_mhz:.0f}"
     return [
         Finding.of(
             Kind.THROTTLED,
             summary=(
                 f"In {percent_text(worst.share)} of the samples in which it computed, GPU {worst.index}"
-                f"{facts.of_host(rank)} ran at {worst.clock_mhz:.0f} MHz{_instead(worst)}, because of: "
+                f"{facts.of_host(rank)} ran at {worst.clock_mhz:.0f} MHz{instead}, because of: "
                 f"{worst.reason}{_at(worst)}."
             ),
             next=_advice(worst.reason),
@@ -40,10 +41,6 @@ def throttled(facts: JobFacts) -> list[Finding]:
             },
         )
     ]
-
-
-def _instead(worst: LoweredClock) -> str:
-    return "" if worst.usual_mhz is None else f" instead of {worst.usual_mhz:.0f}"
 
 
 def _at(worst: LoweredClock) -> str:
