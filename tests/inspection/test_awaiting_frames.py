@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from tests.eventually import eventually
-from traceml.inspection.awaiting_frames import awaiting_frames
-from traceml.inspection.thread_frames import thread_frame
+from traceml.inspection.thread_frames import awaiting_frames, thread_frame
 
 Program = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 

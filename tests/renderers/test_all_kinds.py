@@ -51,9 +51,9 @@ from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.facts.stopped_time import Stop
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.facts.wall_parts import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose

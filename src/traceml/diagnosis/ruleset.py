@@ -33,11 +33,10 @@ from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
 from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowdown, with_its_steps, with_own_steps
 from traceml.diagnosis.rules.stragglers import stragglers
-from traceml.diagnosis.stalls.device_faults import device_faults
+from traceml.diagnosis.stalls.device_health import device_faults, throttled
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
-from traceml.diagnosis.stalls.throttled import throttled
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments, segments_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of

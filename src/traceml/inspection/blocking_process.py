@@ -37,7 +37,7 @@ def blocking_process(pid: int, thread: int, locks: Path = _LOCKS) -> int | None:
     return _lock_holder(pid, locks)
 
 
-def file_lock_holder(path: str, locks: Path = _LOCKS) -> int | None:
+def file_lock_holder(path: str) -> int | None:
     """Return the process that has a lock on a file; None if none has, as where the file itself is the lock."""
     try:
         status = os.stat(path)  # noqa: PTH116 - the path of another library
@@ -45,7 +45,7 @@ def file_lock_holder(path: str, locks: Path = _LOCKS) -> int | None:
         return None
 
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    held = (words for words in _lock_lines(locks) if words[5:6] == [file] and words[1:2] != [_BLOCKED])
+    held = (words for words in _lock_lines(_LOCKS) if words[5:6] == [file] and words[1:2] != [_BLOCKED])
     return next((int(words[4]) for words in held if words[4].isdecimal() and words[4] != "0"), None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis.facts.stopped_time import Stop, stop_of, without_stops
+from traceml.diagnosis.facts.wall_parts import Stop, stop_of, without_stops
 
 PARTS = {"startup": 5.0, "steps": 20.0, "evaluation": 1.0, "between_epochs": 2.0, "idle": 4.0}
 

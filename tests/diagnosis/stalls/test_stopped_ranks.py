@@ -8,7 +8,7 @@ from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.stopped_time import Stop
+from traceml.diagnosis.facts.wall_parts import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose

@@ -27,9 +27,9 @@ from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, StretchLines
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.facts.stopped_time import Stop, stop_of
 from traceml.diagnosis.facts.topology import TopologyHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
+from traceml.diagnosis.facts.wall_parts import Stop, stop_of
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]

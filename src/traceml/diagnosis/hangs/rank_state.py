@@ -14,7 +14,7 @@ from traceml.database.snapshots import (
     WorkerSnapshot,
 )
 from traceml.formatting import line_text
-from traceml.inspection.awaiting_frames import is_event_loop
+from traceml.inspection.thread_frames import is_event_loop
 
 __all__ = [
     "REMOTE_CALLS",

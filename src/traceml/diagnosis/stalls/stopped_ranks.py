@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.stopped_time import Stop
+from traceml.diagnosis.facts.wall_parts import Stop
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps

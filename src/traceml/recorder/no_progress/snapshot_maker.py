@@ -22,7 +22,6 @@ from traceml.database.snapshots import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
-from traceml.inspection.awaiting_frames import awaiting_frames
 from traceml.inspection.kernel_state import (
     UsageRates,
     io_bytes,
@@ -31,7 +30,7 @@ from traceml.inspection.kernel_state import (
     thread_cpu_ns,
     wait_state,
 )
-from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_number
+from traceml.inspection.thread_frames import awaiting_frames, stack_frames, thread_frame, thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.awaited_child import awaited_child

@@ -11,8 +11,8 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.snapshots import ABORT
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
-from traceml.diagnosis.deaths.scheduler_ends import end_by_scheduler
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection

@@ -13,8 +13,7 @@ from traceml.database.store.reader import StreamRecord
 from traceml.database.store.summaries import StepSums, TableSums
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.run_time import RunTime, UsefulTime, useful_time
-from traceml.diagnosis.facts.stopped_time import Stop, without_stops
-from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
+from traceml.diagnosis.facts.wall_parts import ProcessSums, Stop, wall_parts, without_stops
 from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["checkpoints", "resumes_at", "wall_time"]

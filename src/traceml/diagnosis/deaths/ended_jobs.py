@@ -1,4 +1,4 @@
-"""Jobs that the scheduler ended: at their time limit, or for another job; and the steps that an end loses."""
+"""Jobs that were ended as a whole, by the scheduler or another process; and the steps that an end loses."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import NamedTuple
 
 from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
-from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known
-from traceml.diagnosis.kinds import Kind
-from traceml.formatting import left_text, plural
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import duration_text, left_text, plural
 from traceml.process_ends import signal_name
 
-__all__ = ["advice_on", "end_by_scheduler", "ended_by_scheduler", "failed_before", "lost_steps", "lost_steps_text"]
+__all__ = [
+    "end_by_scheduler",
+    "ended_by_scheduler",
+    "ended_from_outside",
+    "lost_steps",
+    "lost_steps_text",
+]
 
 # A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR2@120.
 _EARLY_S = {
@@ -27,6 +33,19 @@ _EARLY_S = {
 }
 
 _CLOCKS_S = 0.5  # clocks of hosts differ a little
+_LATE_S = 600.0  # a script that goes on for longer, and then ends well, has ignored the signal
+_SENDERS = (
+    (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
+    (("timeout",), "The command `timeout` ended it: give it more time"),
+    (("systemd-oomd", "earlyoom"), "It ends programs when the host lacks memory: use less, or a host with more"),
+    (("systemd", "init"), "Its unit was stopped, its session was closed, or the machine shuts down"),
+    (("pbs", "sge", "lsf", "res", "condor"), "Ask the scheduler why it ended the job"),
+)
+_OUTSIDE = "A container is ended by its runtime: a deleted or evicted pod, a preempted node, docker stop"
+_HANG_UP = "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid"
+_UNKNOWN = "Find out what sent it: a scheduler's limit or preemption, or a kill command"
+_ADVICE = "Save a checkpoint on the signal, or often, and resume from the last one."
+_SAVED = "Resume from the checkpoint, which has all steps."
 
 
 class _Words(NamedTuple):
@@ -78,7 +97,7 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
             phase=last.open_phase,
             summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
             next=_CAUSES[cause].next,
-            evidence=_evidence(last, cause, lost, limit_s),
+            evidence=_evidence(last, lost, cause=cause, limit_s=limit_s, signal=last.signal, code=last.code),
             cost_share=1.0,
         )
     ]
@@ -100,12 +119,7 @@ def end_by_scheduler(
     return last, str(_cause(last, job_end_s))
 
 
-def advice_on(cause: str) -> str:
-    """Return what to do about an end by the scheduler."""
-    return _CAUSES[cause].next
-
-
-def failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
+def _failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
     """Return whether a rank had failed by itself when the job was asked to end."""
     return any(ended.at_s is not None and ended.at_s < by.at_s - _CLOCKS_S for ended in causes)
 
@@ -147,7 +161,7 @@ def _by_its_words(
     bad: Sequence[RankExit], causes: Sequence[RankExit], by: EndingSignal | None
 ) -> tuple[RankExit, str] | None:
     """Return the rank that came furthest and the cause that the scheduler gave to the launcher."""
-    if by is None or by.scheduler is None or not bad or failed_before(causes, by):
+    if by is None or by.scheduler is None or not bad or _failed_before(causes, by):
         return None
 
     return max(bad, key=lambda each: each.last_step or 0), by.scheduler
@@ -170,13 +184,70 @@ def _how(ended: RankExit) -> str:
     return f" (exit code {ended.code})" if ended.code else ""
 
 
-def _evidence(ended: RankExit, cause: str, lost: int | None, limit_s: float | None) -> dict[str, object]:
-    return known(
-        cause=cause,
-        limit_s=limit_s,
-        signal=ended.signal,
-        code=ended.code,
-        step=ended.step,
-        last_step=ended.last_step,
-        lost_steps=lost,
-    )
+def _evidence(ended: RankExit, lost: int | None, **more: object) -> dict[str, object]:
+    return known(**more, step=ended.step, last_step=ended.last_step, lost_steps=lost)
+
+
+def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
+    """Return the finding about a job that its launcher was asked to end; empty where a rank had failed before.
+
+    Args:
+        causes: ends of ranks that nothing else explains.
+    """
+    by = facts.ended_by
+    if by is None or _failed_before(causes, by):
+        return []
+
+    returned = not ended_badly(facts.exits)
+    if returned and by.waited_s > _LATE_S:
+        return []
+
+    last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
+    lost = lost_steps(last, facts.exits)
+    return [
+        Finding.of(
+            Kind.RANK_LOST,
+            severity=Severity.WARNING if returned else None,
+            phase=None if returned else last.open_phase,
+            summary=_outside_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
+            next=f"{_for_sender(by)}. {_SAVED if lost == 0 else _ADVICE}"
+            if by.scheduler is None
+            else _CAUSES[by.scheduler].next,
+            evidence=_evidence(
+                last,
+                lost,
+                cause="ended_from_outside",
+                signal=by.number,
+                sender=by.sender or None,
+                sender_pid=by.sender_pid,
+            ),
+            cost_share=1.0,
+        )
+    ]
+
+
+def _outside_summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str:
+    name = f"{signal_name(by.number)} from {_sender(by)}"
+    if returned:
+        after = f", {duration_text(by.waited_s)} later" if by.waited_s else ""
+        return f"{name} asked the job to end, and it exited on its own{after}{step_text(last)}"
+
+    return f"{name} ended the job{step_text(last)}"
+
+
+def _sender(by: EndingSignal) -> str:
+    if by.sender_pid == 0:
+        return "outside the container"
+
+    if by.sender_pid is None:
+        return "another process" if by.number != signal.SIGHUP else "the terminal"
+
+    return f"{by.sender or 'a program that has ended'} (process {by.sender_pid})"
+
+
+def _for_sender(by: EndingSignal) -> str:
+    if by.sender_pid == 0:
+        return _OUTSIDE
+
+    known = (text for names, text in _SENDERS if by.sender.startswith(names))
+    return next(known, _HANG_UP if by.number == signal.SIGHUP else _UNKNOWN)
