@@ -74,10 +74,7 @@ class Kind(StrEnum):
     _rule: KindRule
 
     HEALTHY = "HEALTHY", KindRule(headlines.healthy, Severity.INFO)
-    COMPUTE_BOUND = (
-        "COMPUTE_BOUND",
-        KindRule(headlines.compute, Severity.INFO),
-    )
+    COMPUTE_BOUND = "COMPUTE_BOUND", KindRule(headlines.compute, Severity.INFO)
     INPUT_BOUND = "INPUT_BOUND", KindRule(headlines.input_wait)
     H2D_BOUND = "H2D_BOUND", KindRule("Copies to the device slow training down: {share}")
     COMM_BOUND = "COMM_BOUND", KindRule("Communication between ranks slows training down: {share}")
@@ -98,10 +95,7 @@ class Kind(StrEnum):
     STOPPED = "STOPPED", KindRule(headlines.stopped, cost_of=_RUN_TIME)
     STEPS_SKIPPED = "STEPS_SKIPPED", KindRule(headlines.skipped, cost_of=_STEPS)
     SLOWDOWN = "SLOWDOWN", KindRule(headlines.slowdown)
-    DATA_IMBALANCE = (
-        "DATA_IMBALANCE",
-        KindRule("Batches differ in size, and ranks wait for the largest: {share}"),
-    )
+    DATA_IMBALANCE = "DATA_IMBALANCE", KindRule("Batches differ in size, and ranks wait for the largest: {share}")
     DUPLICATE_DATA = "DUPLICATE_DATA", KindRule(headlines.duplicates, cost_of="the ranks' work")
     NO_GRADIENT_SYNC = (
         "NO_GRADIENT_SYNC",

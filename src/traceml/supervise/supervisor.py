@@ -173,11 +173,7 @@ class Supervisor:
     def _start_job(self, terminal: ScriptPipe | None) -> subprocess.Popen[bytes]:
         failures_in, failures_out = os.pipe()
         os.set_blocking(failures_in, False)
-        environ = {
-            **os.environ,
-            **self._job.environ,
-            **self._aggregator.environ(),
-        }
+        environ = {**os.environ, **self._job.environ, **self._aggregator.environ()}
         if self._job.elastic:
             environ["TRACEML_FAILURES_FD"] = str(failures_out)
 

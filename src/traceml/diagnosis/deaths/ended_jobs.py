@@ -15,13 +15,7 @@ from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import duration_text, left_text, plural
 from traceml.process_ends import signal_name
 
-__all__ = [
-    "end_by_scheduler",
-    "ended_by_scheduler",
-    "ended_from_outside",
-    "lost_steps",
-    "lost_steps_text",
-]
+__all__ = ["end_by_scheduler", "ended_by_scheduler", "ended_from_outside", "lost_steps", "lost_steps_text"]
 
 # A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR2@120.
 _EARLY_S = {

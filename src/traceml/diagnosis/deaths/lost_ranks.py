@@ -30,14 +30,11 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     """Return the finding about lost ranks, the first to end with its cause, or about a job ended as a whole."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)
-    if by_scheduler := ended_by_scheduler(bad, causes, facts):
-        return by_scheduler
-    if from_outside := ended_from_outside(causes, facts):
-        return from_outside
-    if left := left_early(causes, facts):
-        return left
-    if not causes:
-        return []
+    as_a_whole = (
+        ended_by_scheduler(bad, causes, facts) or ended_from_outside(causes, facts) or left_early(causes, facts)
+    )
+    if as_a_whole or not causes:
+        return as_a_whole
 
     first = causes[0]
     worker = worker_causing_end(first, facts)

@@ -143,6 +143,11 @@ class JobFacts:
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
 
+    @property
+    def loader_workers(self) -> int:
+        """Number of workers of the training's loader; 0 without any."""
+        return (self.loader.num_workers if self.loader else None) or 0
+
     def of_host(self, rank: int) -> str:
         """Return ` of node1` for a rank's host; empty where there is one host, or that of the rank is not known."""
         return f" of {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""

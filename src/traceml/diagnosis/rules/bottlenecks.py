@@ -23,26 +23,12 @@ from traceml.diagnosis.facts.sampled_lines import place_words
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
-from traceml.diagnosis.rules.loading_advice import (
-    Advised,
-    for_input,
-    of_new_iterators,
-    of_sampler,
-    with_waited_loader,
-)
+from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler, with_waited_loader
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import (
-    bytes_text,
-    capitalized,
-    gain_text,
-    ns_text,
-    percent_text,
-    phase_words,
-    ranks_text,
-)
+from traceml.formatting import bytes_text, capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["checkpoints", "input_bound", "residual", "transfers"]
 
@@ -186,7 +172,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     if uncounted is not None:
         cost = dataclasses.replace(cost, uncounted=(*cost.uncounted, uncounted))
 
-    if facts.loader is not None and facts.loader.num_workers and by_sampler is None:
+    if facts.loader_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
 
     advised = by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline)

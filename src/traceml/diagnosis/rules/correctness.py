@@ -170,12 +170,7 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
                 "not finite, so these steps trained nothing."
             ),
             next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,
-            evidence={
-                "skipped": count,
-                "steps": skipped.rows,
-                "since_step": since,
-                **known(loss=loss),
-            },
+            evidence={"skipped": count, "steps": skipped.rows, "since_step": since, **known(loss=loss)},
             cost_share=share,
         )
     ]

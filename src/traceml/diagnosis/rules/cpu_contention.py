@@ -57,8 +57,7 @@ def is_kept_waiting(facts: JobFacts) -> bool:
 
     All their other work then takes less than half of the time, however long it looks by the wall clock.
     """
-    workers = (facts.loader.num_workers if facts.loader else None) or 0
-    return facts.waited_share >= _MOSTLY and _foreign_cores(facts, workers) >= OTHERS_CORES
+    return facts.waited_share >= _MOSTLY and _foreign_cores(facts) >= OTHERS_CORES
 
 
 def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
@@ -72,12 +71,12 @@ def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
     return some, float(np.median([shares[rank] for rank in some]))
 
 
-def _foreign_cores(facts: JobFacts, workers: int) -> float:
+def _foreign_cores(facts: JobFacts) -> float:
     """Return the cores that other programs use at least: those that are known, or that loader workers cannot use."""
     here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
     busy = 1.0 if facts.workers_busy is None else facts.workers_busy
     others = facts.others_cores or 0.0
-    return max(others - here * workers * busy, min(sum(facts.core_takers.values()), others))
+    return max(others - here * facts.loader_workers * busy, min(sum(facts.core_takers.values()), others))
 
 
 def core_takers(facts: JobFacts) -> str | None:
@@ -86,7 +85,7 @@ def core_takers(facts: JobFacts) -> str | None:
     if others is None or others < OTHERS_CORES:
         return None
 
-    own = ", its loader workers among them," if facts.loader and facts.loader.num_workers else ""
+    own = ", its loader workers among them," if facts.loader_workers else ""
     return f"other processes{own} used {cores_text(others)}"
 
 
@@ -126,8 +125,7 @@ def _taker_names(facts: JobFacts) -> str:
 
 
 def _advice(facts: JobFacts) -> str:
-    workers = (facts.loader.num_workers if facts.loader else None) or 0
-    if _foreign_cores(facts, workers) >= OTHERS_CORES:
+    if _foreign_cores(facts) >= OTHERS_CORES:
         return (
             "End or move the other programs on this host (`top` names them), or give the training cores of its own "
             "(a container's CPU limit, taskset, Slurm's --cpus-per-task)."
@@ -135,10 +133,10 @@ def _advice(facts: JobFacts) -> str:
 
     threads = f"OMP_NUM_THREADS={facts.cores_per_rank}" if facts.cores_per_rank else "a smaller OMP_NUM_THREADS"
     what = ["fewer ranks per host"] if facts.world_size > 1 else []
-    what += ["fewer loader workers"] if workers else []
+    what += ["fewer loader workers"] if facts.loader_workers else []
     what += [threads] if facts.threads is None or facts.threads > (facts.cores_per_rank or 1) else []
     tries = ", or ".join(what or ["more cores"])
-    if facts.others_cores is None or (workers and facts.workers_busy is None and core_takers(facts)):
+    if facts.others_cores is None or (facts.loader_workers and facts.workers_busy is None and core_takers(facts)):
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
     return f"The run itself needs more cores than there are: try {tries}."

@@ -70,12 +70,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause}"
     summary, action = short or (healthy, action or _when_healthy(shares, facts))
-    return Finding.of(
-        Kind.HEALTHY,
-        summary=summary + uncovered_time_text(facts.time),
-        next=action,
-        evidence=evidence,
-    )
+    return Finding.of(Kind.HEALTHY, summary=summary + uncovered_time_text(facts.time), next=action, evidence=evidence)
 
 
 def _without_pauses(segments: Segments) -> NDArray[np.intp]:

@@ -74,7 +74,7 @@ def workers_restarted(
     window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about workers that each epoch restarts, and the waiting as it would be without that."""
-    workers = facts.loader.num_workers if facts.loader else None
+    workers = facts.loader_workers
     keeping = keeping_workers(facts)
     if not workers or keeping is None or _PART not in segments.parts:
         return [], {}
@@ -114,7 +114,7 @@ def _finding(
     keeping: KeptWorkers,
 ) -> Finding:
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
-    workers = facts.loader.num_workers if facts.loader is not None else None
+    workers = facts.loader_workers
     who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
     each_step = begins_each_step(facts.epochs)
     times = "for each step" if each_step else f"{plural(count, 'time')}, at the start of an epoch"

@@ -344,8 +344,7 @@ def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Other
 
     base = {name: max(float(usual.parts[name].mean()), 1.0) for name in COMPUTE if name in usual.parts}
     excess = {
-        name: _measured_steps(segments, name, segments.parts[name][rows].mean(axis=0) - usual.parts[name])
-        for name in base
+        name: segments.in_measured(name, segments.parts[name][rows].mean(axis=0) - usual.parts[name]) for name in base
     }
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
@@ -377,7 +376,7 @@ def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) 
     """Return whether the excess is not chance: it is steady, or nearly all long steps are of these ranks."""
     excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in segments.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
-    steady = [np.sum(list(excess.values()), axis=0), _measured_steps(segments, "backward", backward)]
+    steady = [np.sum(list(excess.values()), axis=0), segments.in_measured("backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
     share = (mean + mean_backward) / segments.step_ns
     needed = MIN_Z_SCORE + 10 * max(0.0, 0.2 - share)
@@ -386,11 +385,6 @@ def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) 
         return True
 
     return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(usual.long_steps, rows, usual.rows)
-
-
-def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:
-    """Return the steps in which the part was measured; in the others backward is a mean without its noise."""
-    return values[segments.measured] if part == "backward" and segments.measured.size == values.size else values
 
 
 def _mean_and_error(values: Floats) -> tuple[float, float]:

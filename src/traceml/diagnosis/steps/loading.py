@@ -123,7 +123,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     Args:
         step_ns: mean step of the run, if other causes have been taken away in the window.
     """
-    workers = (facts.loader.num_workers if facts.loader else None) or 0
+    workers = facts.loader_workers
     if workers and are_pauses(segments, workers):
         return None
 

@@ -77,6 +77,15 @@ class Segments:
         shift = self.shift[columns]
         return self.step[columns] + shift, max(usual_ns + float(shift.mean()), 0.0)
 
+    def in_measured(self, part: str, values: Floats) -> Floats:
+        """Return the values of the steps in which a part was measured; in others backward is a mean without its noise.
+
+        Args:
+            values: of one rank or several, the steps last.
+        """
+        is_known = part != "backward" or self.measured.size != values.shape[-1]
+        return values if is_known else values[..., self.measured]
+
     def named(self, has: NDArray[np.bool_]) -> tuple[int, ...]:
         """Return the ranks that a finding names, given which rows it is about: none if it is about all."""
         return () if has.all() else tuple(self.ranks[has].tolist())

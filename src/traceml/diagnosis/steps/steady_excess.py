@@ -74,10 +74,7 @@ def _of_part(segments: Segments, part: str, min_ns: float) -> Iterator[SteadyExc
 
 def _excess(segments: Segments, part: str) -> Floats:
     """Return each rank's work in a part beyond the mean of the others, in the steps that measured it."""
-    values = segments.parts[part]
-    if part == "backward" and segments.measured.size == values.shape[1]:
-        values = values[:, segments.measured]
-
+    values = segments.in_measured(part, segments.parts[part])
     others = (values.sum(axis=0) - values) / max(len(values) - 1, 1)
     return np.asarray(values - others)
 

@@ -13,6 +13,7 @@ from traceml.database.schema import LINE_PHASES, unpack_bits
 from traceml.database.snapshot_timing import first_snapshot_s
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
+from traceml.diagnosis.facts.sampled_lines import parsed_place
 
 __all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
 
@@ -369,6 +370,8 @@ def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int,
 
 def _frame(text: str | None) -> FrameSnapshot | None:
     """Return the frame of `FILE:LINE FUNCTION`."""
-    place, _, function = (text or "").rpartition(" ")
-    file, _, line = place.rpartition(":")
-    return FrameSnapshot(file=file, line=int(line), function=function, is_user=True) if line.isdecimal() else None
+    file, line, function = parsed_place(text)
+    if file is None or line is None or function is None:
+        return None
+
+    return FrameSnapshot(file=file, line=line, function=function, is_user=True)
