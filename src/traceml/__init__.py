@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from traceml.launch.launcher.logs.log_handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.launch.launcher.submission.submitted_job import SubmittedJob
     from traceml.recorder.annotations import phase, set_step, trace, trace_data, trace_step
-    from traceml.recorder.current import is_enabled
+    from traceml.recorder.current_recorder import is_enabled
     from traceml.recorder.lifecycle import shutdown
     from traceml.recorder.recorder import Recorder
     from traceml.runs.find import RunInfo
@@ -93,7 +93,7 @@ _NAMES = {
     "traceml.launch.launcher.logs.log_handlers": "add_filter_to_handler file_handler stream_handler",
     "traceml.launch.launcher.submission.submitted_job": "SubmittedJob",
     "traceml.recorder.annotations": "phase set_step trace trace_data trace_step",
-    "traceml.recorder.current": "is_enabled",
+    "traceml.recorder.current_recorder": "is_enabled",
     "traceml.recorder.lifecycle": "shutdown",
     "traceml.recorder.recorder": "Recorder",
     "traceml.runs.find": "RunInfo",

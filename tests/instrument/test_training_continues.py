@@ -28,8 +28,8 @@ from traceml.instrument import (
     Instrumentation,
     accumulator,
     backward,
-    clock_forms,
     forward,
+    hot_fields,
     install,
     loader,
     optimizer,
@@ -39,7 +39,7 @@ from traceml.instrument import (
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.search import discovery
 
-_CLOCKED = (accumulator, backward, clock_forms, discovery, forward, loader, optimizer, overhead, step_clock)
+_CLOCKED = (accumulator, backward, hot_fields, discovery, forward, loader, optimizer, overhead, step_clock)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 _SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.

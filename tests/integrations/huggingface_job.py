@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import traceml
 from tests.integrations.left_behind import digest, state_of
 from traceml.integrations.huggingface import TraceMLCallback, TraceMLTrainer
-from traceml.recorder.current import is_enabled
+from traceml.recorder.current_recorder import is_enabled
 
 ROWS = 88
 SAVE_S = 0.03

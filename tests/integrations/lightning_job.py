@@ -15,7 +15,7 @@ import torch
 import traceml
 from tests.integrations.left_behind import digest, state_of
 from traceml.integrations.lightning import TraceMLCallback, TraceMLLogger
-from traceml.recorder.current import is_enabled
+from traceml.recorder.current_recorder import is_enabled
 
 package: Any = import_module(sys.argv[2])
 LOSS_S = 0.005

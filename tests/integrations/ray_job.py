@@ -13,7 +13,7 @@ import torch
 from ray.train import report
 
 from traceml.integrations.ray import trace
-from traceml.recorder.current import is_enabled
+from traceml.recorder.current_recorder import is_enabled
 
 
 def train(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from traceml.errors import SettingsError
 from traceml.integrations.training_session import TrainingSession
-from traceml.recorder.current import state
+from traceml.recorder.current_recorder import state
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from traceml.samplers.available import open_samplers
+from traceml.samplers.sampler_selection import open_samplers
 from traceml.samplers.torch_memory import SegmentWatch, TorchMemorySampler
 
 

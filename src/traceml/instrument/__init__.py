@@ -7,6 +7,6 @@ script imports them. May import `database` and leaf modules.
 from __future__ import annotations
 
 from traceml.instrument.install import Instrumentation, install
-from traceml.instrument.user import traced
+from traceml.instrument.user_phases import traced
 
 __all__ = ["Instrumentation", "install", "traced"]

@@ -122,7 +122,7 @@ class StepAccumulator:
     """Times of the open step, by phase.
 
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
-    read and write the fields of this class directly; `clock_forms` says where they are.
+    read and write the fields of this class directly; `hot_fields` says where they are.
 
     A step may be cut into segments (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
     `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `samples`, `elements`,

@@ -20,7 +20,7 @@ _LEAVES = frozenset(
     f"{_PACKAGE}{name}"
     for name in (
         "accumulator",
-        "clock_forms",
+        "hot_fields",
         "step_clock",
         "step_segments",
         "evaluation",

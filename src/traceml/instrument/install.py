@@ -16,16 +16,16 @@ from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
 from traceml.instrument.checkpoints.save_folder import SaveFolder
 from traceml.instrument.checkpoints.save_log import SaveLog
-from traceml.instrument.clock_forms import new_clock
 from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.framework_trainers import TRAINERS
 from traceml.instrument.groups.default_group import DefaultGroup
+from traceml.instrument.hot_fields import new_clock
 from traceml.instrument.import_hook import PostImportHook, is_imported
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
 from traceml.instrument.search.iterators import Feeding, feeding_of
-from traceml.instrument.user import StepBlock, UserPhases
+from traceml.instrument.user_phases import StepBlock, UserPhases
 from traceml.instrument.values.step_pace import StepPace
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class Instrumentation:
             self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
-        from traceml.instrument import calls
+        from traceml.instrument import timed_calls
         from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.facts import descriptions  # noqa: F401 - loaded now, for `skip_own_code`
@@ -330,7 +330,7 @@ class Instrumentation:
         self._patch_loaders(batches)
         self._guarded(lambda: self._checkpoints.patch_torch(patches))
         types = built_devices() if self._device_types is None else self._device_types
-        calls.patch_copies(patches, clock, types)
+        timed_calls.patch_copies(patches, clock, types)
         self._device = CudaDevice() if "cuda" in types else None
         self._patch_distributed()
         self._watch_constructors(on_optimizer_type)
@@ -366,17 +366,17 @@ class Instrumentation:
         self._guarded(lambda: report_worker_stacks(patches))
 
     def _patch_distributed(self) -> None:
-        from traceml.instrument import calls
+        from traceml.instrument import timed_calls
         from traceml.instrument.values.collective_sizes import CollectiveSizes
 
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available():
             self._sizes = CollectiveSizes(lambda info: self._guarded(lambda: self._facts.report(info)))
-            calls.patch_collectives(self._patches, self.clock, self._sizes)
+            timed_calls.patch_collectives(self._patches, self.clock, self._sizes)
             self._group.patch()
 
         if hasattr(sys.modules.get("torch.distributed.rpc"), "init_rpc"):  # else torch was built without it
-            calls.patch_remote_calls(self._patches, self.clock, lambda *_: self._facts.report({"kind": "rpc"}))
+            timed_calls.patch_remote_calls(self._patches, self.clock, lambda *_: self._facts.report({"kind": "rpc"}))
 
     def _look_for_device(self) -> None:
         """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
@@ -419,7 +419,7 @@ class Instrumentation:
         self._overhead = HookOverhead(timed_backward, self._flight)
 
     def _on_functional_import(self) -> None:
-        from traceml.instrument.calls import patch_functional_collectives
+        from traceml.instrument.timed_calls import patch_functional_collectives
 
         self._guarded(lambda: patch_functional_collectives(self._patches, self.clock))
 

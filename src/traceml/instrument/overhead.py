@@ -15,7 +15,7 @@ from collections.abc import Callable
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LOGS, PACKED, STEPS, USER_PHASES, Phase, Table, unpack_bits
-from traceml.instrument.clock_forms import new_clock
+from traceml.instrument.hot_fields import new_clock
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["HookOverhead", "entered_phases"]

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from traceml.integrations.training_session import TrainingSession
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.track.rank.log_calls import log_image, log_metrics, log_params
 
 __all__ = ["TraceMLTracker", "trace_all_ranks"]

@@ -15,7 +15,7 @@ from types import ModuleType, new_class
 from typing import Any, Self, TypeVar
 
 from traceml.integrations.training_session import TrainingSession
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.track.rank.experiment import Orchestrator
 from traceml.track.rank.frameworks.framework_capture import is_captured
 from traceml.track.rank.log_calls import log_metrics, log_params

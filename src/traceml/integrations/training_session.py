@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from traceml import settings
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.exits import status_of
 from traceml.recorder.lifecycle import note_exit, shutdown
 from traceml.recorder.run_notices import dismiss, show_verdict
 from traceml.session.startup import load_forgiving, start
-from traceml.track.rank import capturing
+from traceml.track.rank import capture_lifecycle
 
 __all__ = ["TrainingSession"]
 
@@ -60,7 +60,7 @@ class TrainingSession:
         if recorder_now is None or not recorder_now.enabled:
             return None
 
-        capturing.start(collect=False)
+        capture_lifecycle.start(collect=False)
         return recorder_now.instrumentation
 
     def _with(self, defaults: dict[str, Any]) -> dict[str, Any]:

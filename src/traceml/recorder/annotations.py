@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, overload
 
-from traceml.recorder.current import state
+from traceml.recorder.current_recorder import state
 
 __all__ = ["phase", "set_step", "trace", "trace_data", "trace_step"]
 
@@ -126,6 +126,6 @@ def trace(function: Any = None, /) -> Any:
 
 
 def _traced(function: F, name: str) -> F:
-    from traceml.instrument.user import traced
+    from traceml.instrument.user_phases import traced
 
     return traced(function, lambda: phase(name))

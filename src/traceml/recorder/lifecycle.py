@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.recorder.current import notify_change, notify_start, state
+from traceml.recorder.current_recorder import notify_change, notify_start, state
 
 if TYPE_CHECKING:
     from pathlib import Path

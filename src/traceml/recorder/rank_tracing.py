@@ -150,7 +150,7 @@ class RankTracing:
 
     def _samplers(self) -> Sequence[Sampler]:
         from traceml.instrument.workers.loader_workers import worker_pids
-        from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
+        from traceml.samplers.sampler_selection import open_samplers  # 5 ms, for nothing where only logging is wanted
 
         return open_samplers(
             local_rank=self._rank()[1], workers=worker_pids, save_folder=self._save_folder, note=self._note

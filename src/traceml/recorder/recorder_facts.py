@@ -17,7 +17,7 @@ from traceml.fail_open import fail_open
 from traceml.inspection.git_head import git_head, repository_folders
 from traceml.privacy import secrets_only
 from traceml.recorder.identity import Identity
-from traceml.recorder.switches import switches_above
+from traceml.recorder.network_topology import switches_above
 from traceml.samplers.base import SamplerStatistics
 from traceml.version import __version__
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from traceml.fail_open import fail_open
 from traceml.installation import warn_of_foreign
-from traceml.session.switch import is_switched_on
+from traceml.session.traceml_variable import is_switched_on
 
 __all__ = ["start_if_wanted"]
 
@@ -62,7 +62,7 @@ def start_if_wanted() -> None:
 
 def _may_train() -> bool:
     """Whether this process may train, and is not traced in another way."""
-    from traceml.recorder.current import current_recorder
+    from traceml.recorder.current_recorder import current_recorder
 
     if current_recorder() is not None:  # also a disabled one: the script has decided
         return False

@@ -65,7 +65,7 @@ def watch_children(start_child: Callable[[], None]) -> None:
 
 def _may_train(target: Any) -> bool:
     """Whether a child's training would be a rank: this process is not one of a launcher's, and records."""
-    from traceml.recorder.current import current_recorder
+    from traceml.recorder.current_recorder import current_recorder
 
     with fail_open(_log, "session", "a child process trains without tracing", once=True):
         recorder = current_recorder()

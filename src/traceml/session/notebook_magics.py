@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.lifecycle import note_exit, shutdown
 
 if TYPE_CHECKING:

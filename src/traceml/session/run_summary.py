@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from traceml.fail_open import fail_open
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 
 __all__ = ["summary"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.recorder import lifecycle
-from traceml.recorder.current import current_recorder
-from traceml.session.switch import is_switched_on
+from traceml.recorder.current_recorder import current_recorder
+from traceml.session.traceml_variable import is_switched_on
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +106,7 @@ def start(config: Config, *, wait: bool = True, hold: bool = False) -> Recorder:
 
     if config.enabled and (config.backend or config.collectors):  # most jobs do without it
         with fail_open(_log, "track", "tracking could not be started"):
-            from traceml.track.rank.capturing import follow_recorder
+            from traceml.track.rank.capture_lifecycle import follow_recorder
 
             follow_recorder()
 
@@ -114,7 +114,7 @@ def start(config: Config, *, wait: bool = True, hold: bool = False) -> Recorder:
     recorder.viewer = _show_run
     if recorder.enabled and config.frameworks and not (config.backend or config.collectors):
         with fail_open(_log, "track", "values that frameworks log are not captured"):
-            from traceml.track.rank.framework_watch import watch_frameworks
+            from traceml.track.rank.capture_without_trackers import watch_frameworks
 
             watch_frameworks(recorder)
 

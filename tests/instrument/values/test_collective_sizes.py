@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed
 
-from traceml.instrument.calls import patch_collectives
 from traceml.instrument.patches import Patches
+from traceml.instrument.timed_calls import patch_collectives
 from traceml.instrument.values.collective_sizes import CollectiveSizes
 
 

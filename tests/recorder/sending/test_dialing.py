@@ -45,7 +45,7 @@ steps()
 # The same for a script that only logs: the first call starts a recorder.
 LOGGING = """
 import json, time, traceml
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 traceml.log_metric("loss", 1.0)
 while current_recorder().run_dir is None:
     time.sleep(0.01)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from traceml import settings
-from traceml.recorder.current import current_recorder, on_change
+from traceml.recorder.current_recorder import current_recorder, on_change
 from traceml.recorder.identity import script_name
 from traceml.track.rank.announcement import announcement
 from traceml.track.rank.logger import Logger

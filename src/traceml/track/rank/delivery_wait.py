@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
 from traceml.own_programs import own_program
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.dialing import dial_as_client
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.logger import deferred_values

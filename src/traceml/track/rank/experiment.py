@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from traceml.recorder.current import current_recorder, on_change
+from traceml.recorder.current_recorder import current_recorder, on_change
 from traceml.recorder.identity import script_name
 from traceml.settings import Config
 from traceml.track import wandb_sweep
-from traceml.track.rank import capturing, delivery_wait, media
+from traceml.track.rank import capture_lifecycle, delivery_wait, media
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import (
     PER_EXPERIMENT,
@@ -154,7 +154,7 @@ class Experiment:
         if self.config:
             self.log_params(self.config)
 
-        capturing.start(config if recorder is not None else None)
+        capture_lifecycle.start(config if recorder is not None else None)
 
     def end(self, state: str = "finished") -> None:
         """End it: trackers close their run when all is delivered. `with` does this too.
@@ -173,9 +173,9 @@ class Experiment:
         loggers.deactivate(logger)
         recorder = current_recorder()
         if not open_experiments or recorder is None:
-            capturing.pause()
+            capture_lifecycle.pause()
         else:
-            capturing.start(open_experiments[-1]._config_over(recorder.config))
+            capture_lifecycle.start(open_experiments[-1]._config_over(recorder.config))
 
     def stop(self) -> None:
         """End it; Tracelet's name for `end`."""
@@ -278,7 +278,7 @@ def _renew_lock(forked: bool) -> None:
 
 
 on_change(_renew_lock)
-capturing.follow_recorder()  # a logging call may start the recorder
+capture_lifecycle.follow_recorder()  # a logging call may start the recorder
 
 
 def _tags_of(tags: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:

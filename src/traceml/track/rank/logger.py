@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import METRICS, Slot
 from traceml.instrument.native.extension import extension
 from traceml.privacy import secrets_only
-from traceml.recorder.current import on_change
+from traceml.recorder.current_recorder import on_change
 from traceml.track.rank.logged_values import DeferredValue, number_of, plain, step_of
 from traceml.track.rank.logging_recorder import recorder_for_logging
 

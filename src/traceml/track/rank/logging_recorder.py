@@ -10,7 +10,7 @@ from typing import Any
 from traceml import settings
 from traceml.errors import TraceMLError
 from traceml.recorder import lifecycle
-from traceml.recorder.current import state
+from traceml.recorder.current_recorder import state
 from traceml.recorder.identity import spawned_from
 from traceml.recorder.recorder import Recorder
 from traceml.recorder.run_notices import announce

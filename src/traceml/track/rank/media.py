@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.uploads import FileUpload
 from traceml.track.rank.media_encoding import histogram_of, image_of
 

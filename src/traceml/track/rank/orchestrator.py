@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from traceml.database.schema import MetricKind
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.lifecycle import shutdown
 from traceml.track.plugins.metric import Metric
 from traceml.track.rank import media

@@ -8,7 +8,7 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import SettingsError, UsageError
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current_recorder import current_recorder
 from traceml.track.rank.announcement import PER_EXPERIMENT
 from traceml.track.rank.experiment import Experiment, names_of, open_experiments
 

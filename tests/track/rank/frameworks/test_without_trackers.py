@@ -9,7 +9,7 @@ from traceml.database.schema import MetricKind
 from traceml.runs.report.report import build_report
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
-from traceml.track.rank.framework_watch import MODULES
+from traceml.track.rank.capture_without_trackers import MODULES
 
 SCRIPT = """
     import os
@@ -17,7 +17,7 @@ SCRIPT = """
 
     traceml.init(local=False, backend=[])
     import sys
-    assert "traceml.track.rank.capturing" not in sys.modules  # nothing is paid before a framework is used
+    assert "traceml.track.rank.capture_lifecycle" not in sys.modules  # nothing is paid before a framework is used
 
     import torch
     from torch.utils.tensorboard import SummaryWriter

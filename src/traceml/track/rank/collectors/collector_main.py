@@ -24,7 +24,7 @@ from traceml.privacy import Masker
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import load
-from traceml.track.rank.collectors.readings import readings
+from traceml.track.rank.collectors.reading_schedule import readings
 
 __all__ = ["main"]
 

@@ -133,7 +133,7 @@ class AutoCapture:
 
     def _start_thread(self, name: str) -> None:
         from traceml.privacy import Masker
-        from traceml.track.rank.collectors.readings import readings
+        from traceml.track.rank.collectors.reading_schedule import readings
 
         def guard() -> fail_open:
             return fail_open(_log, "track", f"collector {name!r} failed")

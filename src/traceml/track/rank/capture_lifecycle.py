@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import PluginError
 from traceml.fail_open import fail_open
-from traceml.recorder.current import current_recorder, on_start
+from traceml.recorder.current_recorder import current_recorder, on_start
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import check_backends
 from traceml.track.rank.tracker_warnings import TrackerWarnings
@@ -16,7 +16,7 @@ from traceml.track.rank.tracker_warnings import TrackerWarnings
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
-    from traceml.track.rank.autocapture import AutoCapture
+    from traceml.track.rank.auto_capture import AutoCapture
 
 __all__ = ["follow_recorder", "pause", "start"]
 
@@ -70,7 +70,7 @@ def start(config: Config | None = None, *, collect: bool = True, numbers_only: b
 
         return
 
-    from traceml.track.rank.autocapture import AutoCapture  # it imports the registry of plugins
+    from traceml.track.rank.auto_capture import AutoCapture  # it imports the registry of plugins
     from traceml.track.rank.orchestrator import Orchestrator
 
     own = recorder.rank_identity

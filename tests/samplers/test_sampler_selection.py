@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from traceml.fail_open import failures
-from traceml.samplers import available
-from traceml.samplers.available import open_samplers
+from traceml.samplers import sampler_selection
+from traceml.samplers.sampler_selection import open_samplers
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_sampler_that_cannot_be_started(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(available, "GpuSampler", fail)
+    monkeypatch.setattr(sampler_selection, "GpuSampler", fail)
     caplog.set_level(logging.DEBUG, logger="traceml")
     before = failures().get("samplers", 0)
 

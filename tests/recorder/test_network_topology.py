@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from traceml.recorder.identity import identify
+from traceml.recorder.network_topology import switches_above
 from traceml.recorder.recorder_facts import process_facts
-from traceml.recorder.switches import switches_above
 from traceml.settings import Config
 
 _TREE = """

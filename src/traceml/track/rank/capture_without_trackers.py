@@ -41,6 +41,6 @@ def watch_frameworks(recorder: Recorder) -> None:
 
 def _capture() -> None:
     with fail_open(_log, "track", "values that frameworks log are not captured"):
-        from traceml.track.rank import capturing
+        from traceml.track.rank import capture_lifecycle
 
-        capturing.start(collect=False, numbers_only=True)
+        capture_lifecycle.start(collect=False, numbers_only=True)
