@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 
 from tests.track.conftest import Script, ended_run, finish
+from traceml.track.backends.jsonl import JsonlBackend
+from traceml.track.plugins import plugin_registry
+from traceml.track.plugins.plugin_metadata import PluginMetadata, PluginType, first_set
 from traceml.track.rank.tracker_places import moved_options, place_options
+
+
+class Elsewhere(JsonlBackend):
+    """A backend of a third party with two options for its place."""
+
+    metadata = PluginMetadata(
+        name="elsewhere", version="1", option_variables={"url": first_set("ELSEWHERE_URL")},
+        exclusive_options=("url", "folder"),
+    )  # fmt: skip
+
 
 SPACE = {"TRACKIO_SPACE_ID": "me/space", "TRACKIO_SERVER_URL": "http://t", "TRACKIO_DIR": "/t"}
 
@@ -47,6 +60,15 @@ def test_a_present_place_replaces_that_of_the_run(monkeypatch):
     assert moved_options("trackio", announced, {"server_url": "http://t"}) == {"server_url": "http://t", "sample": 10}
     monkeypatch.setenv("TRACKIO_DIR", "/mine")
     assert moved_options("trackio", announced, {"timeout_s": 5}) == {"dir": "/mine", "sample": 10, "timeout_s": 5}
+
+
+def test_a_third_partys_backend_declares_what_sets_its_options(monkeypatch):
+    """In its own metadata, as the built-in ones do."""
+    monkeypatch.setitem(plugin_registry._registered, PluginType.BACKEND, {})
+    plugin_registry.register(Elsewhere)
+
+    assert place_options("elsewhere", {}, {"ELSEWHERE_URL": "http://e"}) == {"url": "http://e"}
+    assert place_options("elsewhere", {"folder": "f"}, {"ELSEWHERE_URL": "http://e"}) == {}
 
 
 @pytest.mark.process

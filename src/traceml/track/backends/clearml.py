@@ -31,7 +31,7 @@ from traceml.track.backends.append_file import AppendFile, cut_back
 from traceml.track.backends.batch_backend import BatchBackend
 from traceml.track.backends.safe_names import flattened, merged_tags, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_metadata import PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
 __all__ = ["ClearMLBackend"]
 
@@ -52,16 +52,21 @@ class ClearMLBackend(BatchBackend):
         dependencies=("clearml",),
         extra="clearml",
         options={"mode": str, "offline_dir": str, "api_host": str},
+        option_variables={
+            "api_host": first_set("CLEARML_API_HOST"),
+            "mode": lambda environ: "offline" if environ.get("CLEARML_OFFLINE_MODE", "0") not in {"", "0"} else "",
+        },
         address_option="api_host",
         key_variable="CLEARML_API_SECRET_KEY",
         environment=("CLEARML_*", "TRAINS_*"),
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        options, self._experiment = config.get("options") or {}, config["experiment"]
+        options = self.metadata.with_environment(config.get("options") or {})
+        self._experiment = config["experiment"]
         self._offline = _is_offline(options)
         self._cache = Path(options.get("offline_dir") or Path(config["run_dir"], "clearml")).expanduser().absolute()
-        self._host = str(options.get("api_host") or os.environ.get("CLEARML_API_HOST") or "")
+        self._host = str(options.get("api_host") or "")
         self._traceml_run = str(config.get("run_id", ""))
         self._id: str | None = config.get("continue_run")
         self._task: Any = None
@@ -297,9 +302,8 @@ class _RawEvent:
 
 
 def _is_offline(options: Mapping[str, Any]) -> bool:
-    """Whether to work offline: by option or environment, else when there are no credentials."""
-    mode = options.get("mode") or ("offline" if os.environ.get("CLEARML_OFFLINE_MODE", "0") not in {"", "0"} else None)
-    if mode is not None:
+    """Whether to work offline: by option, else when there are no credentials."""
+    if mode := options.get("mode"):
         return str(mode) == "offline"
 
     config = Path(os.environ.get("CLEARML_CONFIG_FILE") or Path.home() / "clearml.conf")

@@ -24,7 +24,7 @@ from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
 from traceml.track.backends.safe_names import flattened, json_number, safe_name
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_metadata import PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
 __all__ = ["MLflowBackend"]
 
@@ -57,6 +57,7 @@ class MLflowBackend(BatchBackend):
         dependencies=("mlflow",),
         extra="mlflow",
         options={"tracking_uri": str},
+        option_variables={"tracking_uri": first_set("MLFLOW_TRACKING_URI")},
         address_option="tracking_uri",
         key_variable="MLFLOW_TRACKING_TOKEN",
         environment=(
@@ -66,8 +67,8 @@ class MLflowBackend(BatchBackend):
     idempotent: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        options = config.get("options") or {}
-        given = str(options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or _LOCAL)
+        options = self.metadata.with_environment(config.get("options") or {})
+        given = str(options.get("tracking_uri") or _LOCAL)
         self._is_default = given == _LOCAL
         self._uri = _default_uri(config) if self._is_default else given
         previous = str((config.get("mark") or {}).get("database") or "")

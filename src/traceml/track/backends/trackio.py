@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from traceml.track.backends.batch_backend import BatchBackend
 from traceml.track.backends.safe_names import plain_value, safe_name, utf8_text
 from traceml.track.backends.trackio_places import TrackioEntry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_metadata import PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
 __all__ = ["TrackioBackend"]
 
@@ -47,6 +46,11 @@ class TrackioBackend(BatchBackend):
         dependencies=("trackio",),
         extra="trackio",
         options={"dir": str, "server_url": str},
+        option_variables={
+            "server_url": first_set("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"),
+            "dir": first_set("TRACKIO_DIR"),
+        },
+        exclusive_options=("server_url", "dir"),
         address_option="server_url",
         key_variable="TRACKIO_WRITE_TOKEN",
         environment=("TRACKIO_*", "HF_TOKEN"),
@@ -54,9 +58,10 @@ class TrackioBackend(BatchBackend):
     idempotent: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        options, self._experiment = config.get("options") or {}, config["experiment"]
-        self._server = _server(options)
-        given = options.get("dir") or os.environ.get("TRACKIO_DIR") or Path(config["run_dir"]).parent / "trackio"
+        options = self.metadata.with_environment(config.get("options") or {})
+        self._experiment = config["experiment"]
+        self._server = str(options.get("server_url") or "")
+        given = options.get("dir") or Path(config["run_dir"]).parent / "trackio"
         self._folder = Path(given).expanduser().absolute()
         self._id = str(config.get("continue_run") or safe_name(str(self._experiment["id"]), _REFUSED_ID, 128))
         self._is_continued = bool(config.get("continue_run"))
@@ -181,14 +186,6 @@ class TrackioBackend(BatchBackend):
         self._config |= values
         empty = TrackioEntry({}, 0, str(self._config["_Created"]), f"{self._id}-config")
         self._opened.write(self._run, [empty], self._config)
-
-
-def _server(options: Mapping[str, Any]) -> str:
-    """Return the server or Space of the options, else that of the environment, as Trackio does; empty for a folder."""
-    if options.get("dir") or options.get("server_url"):
-        return str(options.get("server_url") or "")
-
-    return os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or ""
 
 
 def _now() -> str:

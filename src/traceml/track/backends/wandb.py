@@ -26,7 +26,7 @@ from traceml.track.backends.batch_backend import BatchBackend
 from traceml.track.backends.safe_names import merged_tags, plain_value, safe_name
 from traceml.track.backends.wandb_formats import history_request, wait_for_end
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_metadata import PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
 __all__ = ["WandbBackend"]
 
@@ -55,16 +55,22 @@ class WandbBackend(BatchBackend):
         dependencies=("wandb",),
         extra="wandb",
         options={"mode": str, "entity": str, "base_url": str, "dir": str},
+        option_variables={
+            "base_url": first_set("WANDB_BASE_URL"),
+            "entity": first_set("WANDB_ENTITY"),
+            "mode": lambda environ: mode if (mode := environ.get("WANDB_MODE", "")) in {"online", "offline"} else "",
+        },
         address_option="base_url",
         key_variable="WANDB_API_KEY",
         environment=("WANDB_*",),
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        options, self._experiment = config.get("options") or {}, config["experiment"]
+        options = self.metadata.with_environment(config.get("options") or {})
+        self._experiment = config["experiment"]
         self._mode: Any = options.get("mode") or _default_mode()
         self._entity = options.get("entity")
-        self._base_url = options.get("base_url") or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+        self._base_url = options.get("base_url") or "https://api.wandb.ai"
         self._folder = Path(options.get("dir") or config["run_dir"]).expanduser().absolute()
         self._sweep = os.environ.get("WANDB_SWEEP_ID")
         joined = os.environ.get("WANDB_RUN_ID") if self._sweep else None
@@ -301,11 +307,7 @@ class WandbBackend(BatchBackend):
 
 
 def _default_mode() -> str:
-    """Return the mode: that of the environment, else online when there is a key."""
-    mode = os.environ.get("WANDB_MODE")
-    if mode in {"online", "offline"}:
-        return mode
-
+    """Return the mode that nothing sets: online when there is a key."""
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     has_key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
     return "online" if has_key else "offline"
