@@ -13,11 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from enum import StrEnum
 from typing import NamedTuple
 
 __all__ = [
+    "AwaitedKind",
     "ProcessInfo",
     "ProcessUsage",
+    "Rate",
     "UsageRates",
     "WaitState",
     "awaited_descriptor",
@@ -49,6 +52,7 @@ _ON_DESCRIPTOR = {
 }
 _POLLS = {"x86_64": (7, 271), "aarch64": (73,)}  # poll, ppoll
 _SELECTS = {"x86_64": (23, 270), "aarch64": (72,)}  # select, pselect6
+_SHORTEST_S = 0.1  # of a rate: the kernel counts CPU time in hundredths
 _POLLED = struct.Struct("@i")
 _MAX_SELECTED = 1024
 # Calls that look a path up, by its argument: open, stat, lstat, access, openat, newfstatat, faccessat, statx.
@@ -81,6 +85,14 @@ class ProcessInfo(NamedTuple):
     group: int = 0
     terminal: int = 0
     cpu_s: float = 0.0
+
+
+class AwaitedKind(StrEnum):
+    """First word of `waits_on`, before an address or a path; other values of it are one word."""
+
+    CONNECTION = "tcp"
+    CONNECTING = "connect"
+    LOCK = "lock"
 
 
 class WaitState(NamedTuple):
@@ -187,6 +199,21 @@ def tree_usage(pid: int) -> ProcessUsage:
     return ProcessUsage(cpu_s, moved)
 
 
+class Rate:
+    """Growth of a count per second, from one reading to the next."""
+
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+
+    def read(self, count: float | None, now_s: float) -> float | None:
+        """Return the growth since the last reading; None without one, where it was just now, or without a count."""
+        before, self._before = self._before, (count, now_s) if count is not None else None
+        if before is None or count is None or now_s - before[1] < _SHORTEST_S:
+            return None
+
+        return max(count - before[0], 0.0) / (now_s - before[1])
+
+
 class UsageRates:
     """Cores, and bytes per second, that a process and its descendants use from one reading to the next.
 
@@ -196,18 +223,14 @@ class UsageRates:
 
     def __init__(self, pid: int, idle_bytes: Callable[[], int] = int) -> None:
         self._pid, self._idle_bytes = pid, idle_bytes
-        self._before: tuple[float, ...] | None = None
+        self._cores, self._bytes = Rate(), Rate()
 
     def read(self) -> tuple[float | None, float | None]:
         """Return cores and bytes per second since the last reading; None without one, or where it was just now."""
         use = tree_usage(self._pid)
-        now = use.cpu_s, use.io_bytes - self._idle_bytes(), time.monotonic()
-        before, self._before = self._before, now
-        if before is None or now[2] - before[2] < 0.1:
-            return None, None
-
-        cpu_s, moved, passed_s = (max(after - earlier, 0.0) for after, earlier in zip(now, before, strict=True))
-        return round(cpu_s / passed_s, 3), round(moved / passed_s, 1)
+        moved, now_s = use.io_bytes - self._idle_bytes(), time.monotonic()
+        cores, bytes_per_s = self._cores.read(use.cpu_s, now_s), self._bytes.read(moved, now_s)
+        return cores and round(cores, 3), bytes_per_s and round(bytes_per_s, 1)
 
 
 def children_of(pid: int) -> list[int]:
@@ -415,8 +438,8 @@ def _peer(pid: int, inode: str) -> str:
         for line in _read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
             words = line.split()
             if words[9:10] == [inode] and (port := int(words[2].rpartition(":")[2], 16)):
-                state = "connect" if words[3] == _CONNECTING else "tcp"
-                return f"{state} {_address(words[2].rpartition(':')[0], family)}:{port}"
+                kind = AwaitedKind.CONNECTING if words[3] == _CONNECTING else AwaitedKind.CONNECTION
+                return f"{kind} {_address(words[2].rpartition(':')[0], family)}:{port}"
 
     return ""
 

@@ -14,6 +14,7 @@ from traceml.database.snapshots import (
     WorkerSnapshot,
 )
 from traceml.formatting import line_text
+from traceml.inspection.kernel_state import AwaitedKind
 from traceml.inspection.thread_frames import is_event_loop
 
 __all__ = [
@@ -81,9 +82,12 @@ _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
 _FROZEN = "frozen by its control group"
 _FREEZERS = ("__refrigerator", "do_freezer_trap", "get_signal")
 _VFORKS = ("kernel_clone", "wait_for_vfork_done")
-_POLLED_LOCK = "lock "
+_POLLED_LOCK = f"{AwaitedKind.LOCK} "
 # What `waits_on` says of a connection.
-_CONNECTIONS = {"tcp": "waiting for the network ({})", "connect": "connecting to {}"}
+_CONNECTIONS: dict[str, str] = {
+    AwaitedKind.CONNECTION: "waiting for the network ({})",
+    AwaitedKind.CONNECTING: "connecting to {}",
+}
 _DISK = ("request_wait_answer", "fuse_", "io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
 
 

@@ -23,6 +23,8 @@ from traceml.database.snapshots import (
     WorkerSnapshot,
 )
 from traceml.inspection.kernel_state import (
+    AwaitedKind,
+    Rate,
     UsageRates,
     io_bytes,
     is_job_suspended,
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
     from traceml.instrument.loader import DataProgress
 
 __all__ = ["SnapshotMaker", "frame_flags"]
-
-_TOO_SHORT_NS = 100_000_000
 
 
 class SnapshotMaker:
@@ -81,7 +81,8 @@ class SnapshotMaker:
         self._store_threads = StoreThreads()
         self._rates = UsageRates(os.getpid(), self._bytes_of_idle)
         self._rates.read()
-        self._thread_used = self._thread_use()
+        self._thread_rate = Rate()
+        self._thread_share()
 
     def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
         """Return a snapshot of this moment."""
@@ -107,7 +108,7 @@ class SnapshotMaker:
             outer_line=user[-1] if len(user) > 1 else None,
             process_state=seen.state,
             wchan=seen.wchan,
-            waits_on=f"lock {lock}" if lock else seen.waits_on,
+            waits_on=f"{AwaitedKind.LOCK} {lock}" if lock else seen.waits_on,
             blocker=blocker_of(os.getpid(), number, child=awaited_child(frame, self._user.contains), lock=lock),
             cpu_share=cpu_share,
             thread_share=self._thread_share(),
@@ -177,18 +178,11 @@ class SnapshotMaker:
     def _opened(self) -> int:
         return open_phase(self._slots, self._steps.appended > 0)[0]
 
-    def _thread_use(self) -> tuple[int | None, int]:
-        """Return the CPU time of the training thread, None where it is not known, and the time, in nanoseconds."""
-        return thread_cpu_ns(thread_number(self._thread()) or os.getpid()), time.monotonic_ns()
-
     def _thread_share(self) -> float | None:
         """Return the cores that the training thread has used since the last call; None if not known, or just now."""
-        (before_ns, from_ns), self._thread_used = self._thread_used, self._thread_use()
-        used_ns, now_ns = self._thread_used
-        if used_ns is None or before_ns is None or now_ns - from_ns < _TOO_SHORT_NS:
-            return None
-
-        return round((used_ns - before_ns) / (now_ns - from_ns), 6)
+        used_ns = thread_cpu_ns(thread_number(self._thread()) or os.getpid())
+        share = self._thread_rate.read(None if used_ns is None else used_ns / 1e9, time.monotonic())
+        return share and round(share, 6)
 
 
 def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:

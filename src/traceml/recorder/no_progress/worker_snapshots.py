@@ -7,7 +7,7 @@ import time
 
 from traceml.database.blocker_snapshot import blocker_of
 from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
-from traceml.inspection.kernel_state import process_info, wait_state
+from traceml.inspection.kernel_state import Rate, process_info, wait_state
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file, signal_target
 from traceml.inspection.stack_text import main_frames
 from traceml.inspection.user_files import display_path, is_user_file
@@ -30,7 +30,7 @@ class WorkerSnapshots:
         self._file, self._disturb_after_s = file, disturb_after_s
         self._asked: dict[tuple[int, bool], tuple[FrameSnapshot, ...]] = {}
         self._batch: int | None = None
-        self._cpu: dict[int, tuple[float, float]] = {}
+        self._rates: dict[int, Rate] = {}
 
     def make(self, quiet_s: float, awaited: int | None) -> tuple[WorkerSnapshot, ...]:
         """Return snapshots of all workers.
@@ -87,16 +87,9 @@ class WorkerSnapshots:
                 os.close(own)
 
     def _cpu_share(self, pid: int) -> float | None:
-        info, now_s = process_info(pid), time.monotonic()
-        if info is None:
-            return None
-
-        before = self._cpu.get(pid)
-        self._cpu[pid] = info.cpu_s, now_s
-        if before is None or now_s - before[1] < 0.1:
-            return None
-
-        return round((info.cpu_s - before[0]) / (now_s - before[1]), 3)
+        info = process_info(pid)
+        share = self._rates.setdefault(pid, Rate()).read(info.cpu_s if info is not None else None, time.monotonic())
+        return share and round(share, 3)
 
 
 def _frames_of_worker(text: str) -> list[FrameSnapshot]:
