@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, overload
 
 from traceml.recorder.current_recorder import state
@@ -20,19 +20,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _NoOp:
-    """A context manager that does nothing; one object serves all calls."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> _NoOp:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        return None
-
-
-_NO_OP = _NoOp()
+_NO_OP = nullcontext()  # one object serves all calls
 
 
 def phase(name: str) -> AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_
 from traceml.inspection.kernel_state import io_bytes, written_bytes
 from traceml.inspection.received_bytes import received_bytes
 from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_number
-from traceml.recorder.no_progress.awaited_child import awaited_child
+from traceml.recorder.no_progress.library_waits import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads
 
 if TYPE_CHECKING:

@@ -35,8 +35,7 @@ from traceml.inspection.kernel_state import (
 from traceml.inspection.thread_frames import awaiting_frames, stack_frames, thread_frame, thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
-from traceml.recorder.no_progress.awaited_child import awaited_child
-from traceml.recorder.no_progress.awaited_lock import awaited_lock
+from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock
 from traceml.recorder.no_progress.store_threads import StoreThreads
 from traceml.recorder.no_progress.thread_snapshots import other_threads
 from traceml.recorder.no_progress.transfer_snapshots import open_transfer, with_root

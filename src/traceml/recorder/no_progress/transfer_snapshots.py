@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import takewhile
 from types import FrameType
 
 from traceml.database.snapshots import GroupSnapshot
-from traceml.inspection.thread_frames import stack_frames
+from traceml.recorder.no_progress.library_waits import library_frames
 
 __all__ = ["open_transfer", "with_root"]
 
 _FILE = "/torch/distributed/distributed_c10d.py"
 _PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_list": "src"}
 _ROOTS = {"broadcast": "src", "scatter": "src", "reduce": "dst", "gather": "dst"}
-_MAX_DEPTH = 50
 
 
 def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
@@ -50,8 +48,7 @@ def with_root(
 
 def _calls(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
     """Return the open functions of torch.distributed below the user's code, the innermost first."""
-    own = takewhile(lambda each: not is_user(each), stack_frames(frame, _MAX_DEPTH))
-    return (each for each in own if each.f_code.co_filename.endswith(_FILE))
+    return (each for each in library_frames(frame, is_user) if each.f_code.co_filename.endswith(_FILE))
 
 
 def _rank(call: FrameType, name: str) -> int | None:

@@ -1,19 +1,23 @@
-"""The child that a thread waits for, of real processes."""
+"""Waits of a thread in a library: for a child, of real processes, and for a lock file, in libraries that poll one."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
+import filelock
 import pytest
 
 from tests.eventually import eventually
 from traceml.database.blocker_snapshot import blocker_of
-from traceml.recorder.no_progress.awaited_child import awaited_child
+from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock
 
 pytestmark = pytest.mark.process
 
@@ -67,3 +71,42 @@ def test_a_function_of_that_name_elsewhere_waits_for_no_child() -> None:
     finally:
         event.set()
         thread.join(240)
+
+
+def in_filelock(path: Path, until: threading.Event) -> None:
+    lock = filelock.FileLock(path)
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(cancel_check=until.is_set)
+
+
+def in_torch(path: Path, until: threading.Event) -> None:
+    from torch.utils.file_baton import FileBaton
+
+    FileBaton(str(path)).wait()
+    assert until.is_set()
+
+
+@pytest.mark.parametrize(("wait", "is_held"), [(in_filelock, True), (in_torch, False)])
+def test_the_file_is_found_by_the_library_that_polls_it(
+    tmp_path: Path, wait: Callable[[Path, threading.Event], None], is_held: bool
+) -> None:
+    """And who has it, where that is a lock of the kernel; torch's is there as long as the file is."""
+    path, until = tmp_path / "lock", threading.Event()
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=wait, args=(path, until), daemon=True)
+        thread.start()
+
+        def found() -> str:
+            return awaited_lock(sys._current_frames().get(thread.ident or 0), is_test)
+
+        eventually(lambda: found() == str(path), "the wait for the lock")
+        holder = blocker_of(0, 0, lock=str(path))
+        assert (holder is not None and holder.pid > 0) if is_held else True
+
+    until.set()
+    path.unlink(missing_ok=True)
+    thread.join(240)
+    assert not thread.is_alive()
+    assert awaited_lock(sys._getframe(), is_test) == ""
+    assert blocker_of(0, 0, lock=str(path)) is None
