@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Table
@@ -21,7 +22,7 @@ _START_NS = 30 * 10**9
 _NEVER_NS = 2**62
 
 
-class Sampler(Protocol):
+class Sampler(ABC):
     """Reads values periodically and returns them as rows of one table.
 
     `sample` runs on the recorder's thread, takes microseconds, and raises when it cannot read; the scheduler counts it.
@@ -29,8 +30,9 @@ class Sampler(Protocol):
 
     name: ClassVar[str]
     table: ClassVar[Table]
-    start_interval_s: ClassVar[float | None]  # during the first 30 s, if shorter than the interval
+    start_interval_s: ClassVar[float | None] = None  # during the first 30 s, if shorter than the interval
 
+    @abstractmethod
     def sample(self, t_ns: int, step: int) -> Iterable[SampleRow]:
         """Return the rows of one sample.
 
@@ -39,7 +41,7 @@ class Sampler(Protocol):
             step: the open training step; -1 without one.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - some samplers have none
         """Release resources."""
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from traceml.database.schema import GPU, Table
-from traceml.samplers.base import SampleRow
+from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.nvml import Nvml, NvmlError
 from traceml.samplers.nvml_health import HealthWatch, NvmlHealth
+from traceml.samplers.torch_memory import initialized_cuda
 from traceml.samplers.visible_gpus import VARIABLE
 
 __all__ = ["GpuSampler"]
 
 
-class GpuSampler:
+class GpuSampler(Sampler):
     """Samples every visible device: others may be another user's.
 
     Args:
@@ -29,7 +29,6 @@ class GpuSampler:
 
     name: ClassVar[str] = "gpu"
     table: ClassVar[Table] = GPU
-    start_interval_s: ClassVar[float | None] = None
 
     def __init__(self, nvml: Nvml | None = None, note: Callable[..., None] | None = None) -> None:
         self._nvml = nvml or Nvml()
@@ -61,7 +60,7 @@ class GpuSampler:
     def _follow_variable(self) -> None:
         """Use the devices that the script has made visible since, as CUDA does until it is initialized."""
         visible = os.environ.get(VARIABLE)
-        if visible == self._visible or _is_cuda_initialized():
+        if visible == self._visible or initialized_cuda() is not None:
             return
 
         self._visible, self._devices = visible, self._nvml.devices(visible)
@@ -72,8 +71,3 @@ class GpuSampler:
             self._faults.close()
 
         self._nvml.close()
-
-
-def _is_cuda_initialized() -> bool:
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # None, too, while torch is still being imported
-    return cuda is not None and bool(cuda.is_initialized())

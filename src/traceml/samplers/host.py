@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from traceml.database.schema import HOST, Table
 from traceml.samplers import cgroup
-from traceml.samplers.base import SampleRow
+from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import ProcFile
 
 __all__ = ["HostSampler"]
@@ -15,7 +15,7 @@ __all__ = ["HostSampler"]
 _SECTOR_BYTES = 512  # the unit of /proc/diskstats, for every disk
 
 
-class HostSampler:
+class HostSampler(Sampler):
     """Samples the machine, or the memory of the container if it is limited.
 
     Raises:
@@ -24,7 +24,6 @@ class HostSampler:
 
     name: ClassVar[str] = "host"
     table: ClassVar[Table] = HOST
-    start_interval_s: ClassVar[float | None] = None
 
     def __init__(self) -> None:
         self._cores = cgroup.cores()

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from traceml.database.schema import LIMITS, Resource, Table
 from traceml.samplers import cgroup
-from traceml.samplers.base import SampleRow
+from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import read_text
 
 __all__ = ["HostLimitsSampler", "LimitsSampler"]
@@ -22,7 +22,7 @@ _CHANGE = 0.01
 _OLD_NS = 60 * 10**9
 
 
-class LimitsSampler:
+class LimitsSampler(Sampler):
     """Samples the limits of this process: open files, CPU time.
 
     A row is returned when the use has changed by a hundredth of the limit, and once a minute.
@@ -30,7 +30,6 @@ class LimitsSampler:
 
     name: ClassVar[str] = "limits"
     table: ClassVar[Table] = LIMITS
-    start_interval_s: ClassVar[float | None] = None
 
     def __init__(self) -> None:
         self._kept: dict[Resource, tuple[int, int]] = {}
@@ -41,9 +40,6 @@ class LimitsSampler:
             usage = read()
             if usage is not None and usage[1] > 0 and self._is_new(kind, t_ns, *usage):
                 yield t_ns, step, int(kind), *usage
-
-    def close(self) -> None:
-        """Do nothing: there are no resources."""
 
     def _resources(self) -> tuple[tuple[Resource, Callable[[], _Usage]], ...]:
         return (Resource.OPEN_FILES, open_files), (Resource.CPU_TIME, cpu_time)

@@ -8,7 +8,7 @@ import time
 from typing import ClassVar
 
 from traceml.database.schema import PROCESS, Table
-from traceml.samplers.base import SampleRow
+from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import ProcFile
 
 __all__ = ["ProcessSampler"]
@@ -18,7 +18,7 @@ _UNKNOWN = -1
 _MINOR_FAULTS, _MAJOR_FAULTS, _THREADS, _RESIDENT_PAGES = 7, 9, 17, 21
 
 
-class ProcessSampler:
+class ProcessSampler(Sampler):
     """Samples this process.
 
     Each read of a file releases the GIL, and taking it back from a busy training thread costs more than the read

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from traceml.database.schema import TORCH_MEMORY, Table
-from traceml.samplers.base import SampleRow
+from traceml.samplers.base import Sampler, SampleRow
 
-__all__ = ["SegmentWatch", "TorchMemorySampler"]
+__all__ = ["SegmentWatch", "TorchMemorySampler", "initialized_cuda"]
 
 _FIRST_NS = 5 * 10**9
 _LATER = 4
@@ -60,7 +60,7 @@ class SegmentWatch:
             )  # fmt: skip
 
 
-class TorchMemorySampler:
+class TorchMemorySampler(Sampler):
     """Samples torch.cuda's allocator after the script has initialized CUDA; before, it calls neither.
 
     Args:
@@ -70,7 +70,6 @@ class TorchMemorySampler:
 
     name: ClassVar[str] = "torch_memory"
     table: ClassVar[Table] = TORCH_MEMORY
-    start_interval_s: ClassVar[float | None] = None
 
     def __init__(self, modules: Any = None, note: Callable[..., None] | None = None) -> None:
         self._segments = None if note is None else SegmentWatch(note)
@@ -78,9 +77,8 @@ class TorchMemorySampler:
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
         """Yield one row per device on which this process has allocated."""
-        torch = self._modules.get("torch")
-        cuda = getattr(torch, "cuda", None)  # None, too, while torch is still being imported
-        if cuda is None or not cuda.is_initialized():
+        cuda = initialized_cuda(self._modules)
+        if cuda is None:
             return
 
         for device in range(cuda.device_count()):
@@ -95,8 +93,11 @@ class TorchMemorySampler:
                 retries = figures.get("num_alloc_retries", 0)
                 yield t_ns, step, device, allocated, reserved, peak, total, retries, _pinned_bytes(cuda)
 
-    def close(self) -> None:
-        """Do nothing: there are no resources."""
+
+def initialized_cuda(modules: Any = sys.modules) -> Any:
+    """Return `torch.cuda` if the script has initialized it, else None: asking more would initialize it."""
+    cuda = getattr(modules.get("torch"), "cuda", None)  # None, too, while torch is still being imported
+    return cuda if cuda is not None and cuda.is_initialized() else None
 
 
 def _total_bytes(cuda: Any, device: int) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from traceml.clock import TICKS_PER_S
 from traceml.database.schema import LOADER_WORKERS, Table
-from traceml.samplers.base import SampleRow
+from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import read_text
 
 __all__ = ["EAGER_READS", "Groups", "LoaderWorkersSampler"]
@@ -55,7 +55,7 @@ class _Budget:
         self._due_ns = t_ns + int(cost_ns / self._share)
 
 
-class LoaderWorkersSampler:
+class LoaderWorkersSampler(Sampler):
     """Samples the workers of each iterator, within a budget: the memory of one process at a time, in turns.
 
     A reading walks all pages: 1 GiB takes 40 ms, so that there is one each 20 s. Between them the kernel's counter
@@ -67,7 +67,6 @@ class LoaderWorkersSampler:
 
     name: ClassVar[str] = "loader_workers"
     table: ClassVar[Table] = LOADER_WORKERS
-    start_interval_s: ClassVar[float | None] = None
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
@@ -92,9 +91,6 @@ class LoaderWorkersSampler:
         yield from rows
         if self._memory.allows(t_ns):
             self._read_memory(t_ns, pids)
-
-    def close(self) -> None:
-        """Do nothing: there are no resources."""
 
     def _row(self, t_ns: int, step: int, loader: int, pids: tuple[int, ...]) -> SampleRow | None:
         alive = {pid: ticks for pid in pids if (ticks := self._ticks(pid)) is not None}

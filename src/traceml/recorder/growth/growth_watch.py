@@ -7,7 +7,6 @@ rarer until they cover growth that counts, and the second reading of the contain
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -18,6 +17,7 @@ from traceml.database.schema import Slot
 from traceml.inspection.thread_frames import thread_frame
 from traceml.inspection.user_files import display_path
 from traceml.samplers.procfs import ProcFile
+from traceml.samplers.torch_memory import initialized_cuda
 
 if TYPE_CHECKING:
     from traceml.recorder.growth.held_objects import HeldObjects
@@ -141,8 +141,8 @@ class GrowthWatch:
     def _read_bytes(self) -> int:
         """Return resident memory, and what torch has allocated on devices."""
         resident = int(self._statm.read().split(None, 2)[1]) * self._page_bytes
-        cuda = getattr(sys.modules.get("torch"), "cuda", None)
-        if cuda is None or not cuda.is_initialized():
+        cuda = initialized_cuda()
+        if cuda is None:
             return resident
 
         return resident + sum(int(cuda.memory_allocated(device)) for device in range(cuda.device_count()))
