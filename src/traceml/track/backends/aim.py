@@ -58,7 +58,6 @@ class AimBackend(BatchBackend):
         self._traceml_run = str(config.get("run_id", ""))
         self._hash: str | None = config.get("continue_run")
         self._run: Any = None
-        self._ended: float | None = None
 
     @property
     def target(self) -> str:
@@ -179,10 +178,6 @@ class AimBackend(BatchBackend):
         """Copy a file to the artifacts of the repository."""
         name = safe_name(artifact_name or Path(artifact_path).name, _UNCLEAN, _LONGEST_NAME)
         self._run.log_artifact(artifact_path, name, block=True)
-
-    def end_time(self, timestamp: float) -> None:
-        """Keep the time for the run's end."""
-        self._ended = timestamp
 
     def end_state(self, state: str) -> None:
         """Record the state in which the training ended."""

@@ -9,8 +9,15 @@ __all__ = ["BatchBackend"]
 
 
 class BatchBackend(BackendInterface):
-    """Sends one value as a batch of one; subclasses have `log_metrics`."""
+    """Sends one value as a batch of one, and keeps the time of the end; subclasses have `log_metrics`."""
+
+    _ended: float | None = None
+    """Epoch seconds at which the training ended; None where they are not known."""
 
     def log_metric(self, name: str, value: float, step: int) -> None:
         """Send one value."""
         self.log_metrics([Metric(name, value, step)])
+
+    def end_time(self, timestamp: float) -> None:
+        """Keep the time for the run's end."""
+        self._ended = timestamp

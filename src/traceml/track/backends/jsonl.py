@@ -38,7 +38,6 @@ class JsonlBackend(FileBackend):
         super().__init__(folder, path, keep=bool(config.get("continue_run")))
         self._copies = "path" in options  # else files stay in the run's artifacts folder
         self._experiment = experiment
-        self._ended: float | None = None
 
     @property
     def url(self) -> str:
@@ -98,10 +97,6 @@ class JsonlBackend(FileBackend):
         """Write the path of the file."""
         name = artifact_name or Path(artifact_path).name
         self._write([{"type": "artifact", "name": name, "path": self._stored_path(Path(artifact_path), name)}])
-
-    def end_time(self, timestamp: float) -> None:
-        """Keep the time for the last line."""
-        self._ended = timestamp
 
     def end_state(self, state: str) -> None:
         """Write the state and the time in which the training ended."""

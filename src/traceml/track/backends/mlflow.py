@@ -83,7 +83,6 @@ class MLflowBackend(BatchBackend):
         self._duplicates = DuplicateShifter()
         self._paths = RepeatedPaths((config.get("mark") or {}).get("paths"))
         self._client: Any = None
-        self._ended_ms: int | None = None  # None: the time of the call
 
     @property
     def target(self) -> str:
@@ -210,14 +209,10 @@ class MLflowBackend(BatchBackend):
             link.symlink_to(Path(artifact_path).absolute())
             self._client.log_artifact(self._run_id, str(link), folder or None)
 
-    def end_time(self, timestamp: float) -> None:
-        """Keep the time for the run's end."""
-        self._ended_ms = round(1000 * timestamp)
-
     def end_state(self, state: str) -> None:
         """Record the state and the time in which the training ended."""
         with _errors():
-            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"), self._ended_ms)
+            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"), self._ended_ms())
 
     def end_experiment(self) -> None:
         """Finish the run unless `end_state` did."""
@@ -226,9 +221,13 @@ class MLflowBackend(BatchBackend):
 
         with _errors():
             if self._client.get_run(self._run_id).info.status == "RUNNING":
-                self._client.set_terminated(self._run_id, end_time=self._ended_ms)
+                self._client.set_terminated(self._run_id, end_time=self._ended_ms())
 
         self._client = None
+
+    def _ended_ms(self) -> int | None:
+        """Return the time of the end; None for that of the call."""
+        return None if self._ended is None else round(1000 * self._ended)
 
     def mark(self) -> dict[str, Any]:
         """Return the run, the rows of its last millisecond, and its newest paths."""

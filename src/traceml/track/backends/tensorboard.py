@@ -49,7 +49,6 @@ class TensorBoardBackend(FileBackend):
         super().__init__(folder, run_folder / file)
         # TensorBoard keeps the first hyperparameters of a run, so they are written once, at its end.
         self._hparams: dict[str, Any] = dict((config.get("mark") or {}).get("hparams") or {})
-        self._ended: float | None = None
         self._event: Any = None
         self._summary: Any = None
 
@@ -128,10 +127,6 @@ class TensorBoardBackend(FileBackend):
         """Write the path of the file: TensorBoard stores no files."""
         name = artifact_name or Path(artifact_path).name
         self.log_text(f"artifacts/{name}", json.dumps({"path": artifact_path}), 0)
-
-    def end_time(self, timestamp: float) -> None:
-        """Keep the time for the session's end."""
-        self._ended = timestamp
 
     def end_state(self, state: str) -> None:
         """Write the state in which the training ended, and the hyperparameters with the run's times."""

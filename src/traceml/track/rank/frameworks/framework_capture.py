@@ -139,6 +139,12 @@ class FrameworkCapture(FrameworkInterface):
             else:
                 orchestrator.route_metric(Metric(str(name), value, step, kind=self.kind))
 
+    @staticmethod
+    def params(orchestrator: OrchestratorInterface, params: Mapping[str, Any]) -> None:
+        """Log parameters, if there are any."""
+        if params:
+            orchestrator.log_params(params)
+
     def _report(self, name: str, failure: Exception) -> None:
         with self.guard(name):
             raise failure

@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 from traceml.database.schema import MetricKind
-from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
 
@@ -26,7 +25,7 @@ class HuggingFaceCapture(FrameworkCapture):
 
     def _patch(self, module: ModuleType) -> None:
         self.around(module.CallbackHandler, "on_log", _logged, self.values)
-        self.around(module.CallbackHandler, "on_train_begin", _arguments, _log_params)
+        self.around(module.CallbackHandler, "on_train_begin", _arguments, self.params)
 
 
 def _logged(
@@ -37,7 +36,3 @@ def _logged(
 
 def _arguments(_handler: Any, args: Any, *_: Any, **__: Any) -> dict[str, Any]:
     return dict(args.to_sanitized_dict())  # without the hub's token
-
-
-def _log_params(orchestrator: OrchestratorInterface, params: dict[str, Any]) -> None:
-    orchestrator.log_params(params)

@@ -49,7 +49,7 @@ class LightningCapture(FrameworkCapture):
 
     def _patch_trainer(self, module: ModuleType) -> None:
         # The function as the trainer's module imports it.
-        self.around(module, "_log_hyperparams", _hyperparameters, _log_params)
+        self.around(module, "_log_hyperparams", _hyperparameters, self.params)
 
     def _patch_fabric(self, module: ModuleType) -> None:
         self.around(module.Fabric, "log_dict", _logged_by_fabric, self.values)
@@ -108,11 +108,6 @@ def _hyperparameters(trainer: Any) -> dict[str, Any]:
             found |= {str(key): value for key, value in part.hparams_initial.items() if key != "_class_path"}
 
     return found
-
-
-def _log_params(orchestrator: OrchestratorInterface, params: dict[str, Any]) -> None:
-    if params:
-        orchestrator.log_params(params)
 
 
 def _with_own(base: Any, name: str) -> Iterator[Any]:

@@ -40,12 +40,12 @@ class TensorBoardCapture(FrameworkCapture):
         convert = _converter(module.__name__)
         self.around(writer, "add_scalar", _scalar, self._values)
         self.around(writer, "add_scalars", _scalars, self._values)
-        self.around(writer, "add_text", _text, _log_text)
-        self.around(writer, "add_histogram", _histogram, _log_histogram, is_number=False)
-        self.around(writer, "add_histogram_raw", _histogram_raw, _log_histogram, is_number=False)
+        self.around(writer, "add_text", _text, _given_to("log_text"))
+        self.around(writer, "add_histogram", _histogram, _given_to("log_histogram"), is_number=False)
+        self.around(writer, "add_histogram_raw", _histogram_raw, _given_to("log_histogram"), is_number=False)
         # Figures and lists of figures go through add_image(s), and the metrics of add_hparams through add_scalar.
-        self.around(writer, "add_image", convert, _log_image, is_number=False)
-        self.around(writer, "add_images", convert, _log_image, is_number=False)
+        self.around(writer, "add_image", convert, _given_to("log_image"), is_number=False)
+        self.around(writer, "add_images", convert, _given_to("log_image"), is_number=False)
         self._patch_hparams(writer)
 
     @uncounted
@@ -171,21 +171,9 @@ def _converter(module: str) -> Callable[..., tuple[str, Any, int | None, float]]
     return image
 
 
-def _log_text(orchestrator: OrchestratorInterface, call: tuple[str, str, int | None, float]) -> None:
-    name, text, step, timestamp = call
-    orchestrator.log_text(name, text, step, timestamp)
-
-
-def _log_image(orchestrator: OrchestratorInterface, call: tuple[str, Any, int | None, float]) -> None:
-    name, image, step, timestamp = call
-    orchestrator.log_image(name, image, step, timestamp)
-
-
-def _log_histogram(
-    orchestrator: OrchestratorInterface, call: tuple[str, list[float], list[float], int | None, float]
-) -> None:
-    name, counts, edges, step, timestamp = call
-    orchestrator.log_histogram(name, counts, edges, step, timestamp)
+def _given_to(name: str) -> Callable[[OrchestratorInterface, tuple[Any, ...]], None]:
+    """Return a function that gives the values of a call to a method of the orchestrator."""
+    return lambda orchestrator, call: getattr(orchestrator, name)(*call)
 
 
 def _step(step: Any) -> int | None:
