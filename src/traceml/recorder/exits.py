@@ -261,7 +261,7 @@ def _place_left(leaving: SystemExit) -> _Place:
     if not own:
         return {}
 
-    return {"file": display_path(own[-1].filename), "line": own[-1].lineno or 0, "function": own[-1].name}
+    return _place(own[-1])
 
 
 def _place_of(frame: FrameType | None) -> _Place:
@@ -271,6 +271,10 @@ def _place_of(frame: FrameType | None) -> _Place:
         return {} if code is None else {"file": display_path(code.co_filename), "line": line, "function": code.co_name}
 
     return {}
+
+
+def _place(frame: traceback.FrameSummary) -> _Place:
+    return {"file": display_path(frame.filename), "line": frame.lineno or 0, "function": frame.name}
 
 
 def _described(error: BaseException) -> dict[str, Any]:
@@ -286,8 +290,7 @@ def _described(error: BaseException) -> dict[str, Any]:
     if shown:
         # The innermost line may be deep in a library; the user needs the line of their own code that led there.
         own = [frame for frame in shown if is_user_file(frame.filename)]
-        frame = (own or shown)[-1]
-        facts |= {"file": display_path(frame.filename), "line": frame.lineno or 0, "function": frame.name}
+        facts |= _place((own or shown)[-1])
 
     phases = [phase for frame in frames if (phase := _PHASE_OF.get(os.path.normpath(frame.filename))) is not None]
     if phases:

@@ -41,6 +41,12 @@ _ENDING_S = 4.0
 _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
 
+# Settings of the job that its aggregator goes by.
+_PASSED_ON = (
+    "delivery_nice", "retention", "on_finding_after", "profile_on_finding", "keep_runs", "fleet_dir", "otlp_endpoint",
+)  # fmt: skip
+
+
 class _PortOccupiedError(AggregatorUnavailableError):
     """The port belongs to a program that is not an aggregator."""
 
@@ -257,17 +263,12 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     if config.tls:
         environ["TRACEML_TLS"] = "1"
     environ["TRACEML_OUTLIVES"] = "1"  # it outlives a launch's worker, to deliver the worker's rows
-    environ["TRACEML_DELIVERY_NICE"] = str(config.delivery_nice)
-    environ["TRACEML_RETENTION"] = str(config.retention)
     environ["TRACEML_ON_FINDING"] = json.dumps(config.on_finding)
-    environ["TRACEML_ON_FINDING_AFTER"] = str(config.on_finding_after)
-    environ["TRACEML_PROFILE_ON_FINDING"] = str(config.profile_on_finding)
-    if config.keep_runs is not None:
-        environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
-    if config.fleet_dir is not None:
-        environ["TRACEML_FLEET_DIR"] = str(config.fleet_dir.absolute())
-    if config.otlp_endpoint is not None:
-        environ["TRACEML_OTLP_ENDPOINT"] = config.otlp_endpoint
+    for name in _PASSED_ON:
+        value = getattr(config, name)
+        if value is not None:
+            environ[f"TRACEML_{name.upper()}"] = str(value.absolute() if isinstance(value, Path) else value)
+
     if config.debug:
         environ["TRACEML_DEBUG"] = "1"
 

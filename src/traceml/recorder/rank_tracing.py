@@ -174,7 +174,7 @@ class RankTracing:
                     self._flight,
                     self._training_thread,
                     is_feeding=self._is_feeding,
-                    is_evaluating=self._evaluates,
+                    is_evaluating=lambda: self.is_evaluating,
                     interval_s=interval_s,
                 )
             )
@@ -187,7 +187,7 @@ class RankTracing:
     def _watch_pauses(self) -> None:
         with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not reported"):
             saves = self.instrumentation.saves if self.instrumentation is not None else None
-            self._pauses = PauseRecorder(self._flight, self._evaluates, UserCode().contains, saves)
+            self._pauses = PauseRecorder(self._flight, lambda: self.is_evaluating, UserCode().contains, saves)
             self._thread.every_turn(self._pauses)
 
     def _watch_progress(self) -> None:
@@ -210,9 +210,6 @@ class RankTracing:
     def _is_feeding(self, frame: FrameType) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None
         return feeding is not None and feeding.contains(frame)
-
-    def _evaluates(self) -> bool:
-        return self.is_evaluating
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None

@@ -24,7 +24,7 @@ from traceml.version import __version__
 if TYPE_CHECKING:
     from traceml.settings import Config
 
-__all__ = ["RecorderStatistics", "capacities", "child_capacities", "process_facts"]
+__all__ = ["RecorderStatistics", "capacities", "child_capacities", "process_facts", "wanted_collectors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +134,23 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
     }
 
 
+def wanted_collectors(config: Config) -> list[str]:
+    """Return the built-in collectors that the settings ask for; one process of a job runs them."""
+    wanted = {"git": config.track_git, "environment": config.track_env, "system": config.track_system}
+    return [name for name, is_on in wanted.items() if is_on]
+
+
 def _to_collect(identity: Identity, config: Config) -> dict[str, Any]:
     """Return what rank 0 leaves to the aggregator of its host to read; nothing where it reads by itself."""
     if identity.rank_identity.rank != 0 or config.backend or config.collectors:
         return {}
 
-    wanted = {"git": config.track_git, "environment": config.track_env, "system": config.track_system}
-    names = [name for name, is_on in wanted.items() if is_on]
     path = [os.path.abspath(each) for each in sys.path[:_MAX_PATHS]]  # noqa: PTH100 - no Path for each
-    return {"collect": {"names": names, "path": path, "mask": list(config.mask), "after_s": config.collect_after}}
+    return {
+        "collect": {
+            "names": wanted_collectors(config),
+            "path": path,
+            "mask": list(config.mask),
+            "after_s": config.collect_after,
+        }
+    }

@@ -7,7 +7,6 @@ readers of the row find the file. Without an aggregator the spool stays next to 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import itertools
@@ -16,7 +15,6 @@ import os
 import queue
 import re
 import shutil
-import stat
 import threading
 import time
 from collections import deque
@@ -26,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from traceml.clock import boot_id
 from traceml.database.flight.flight_folders import pending_row_path, spool_folder
 from traceml.database.flight.row_rings import pack_map
 from traceml.fail_open import fail_open
@@ -34,6 +31,7 @@ from traceml.fork_gate import fork_gate
 from traceml.own_files import make_own_folder
 from traceml.recorder.sending.blob_table import BlobTable
 from traceml.run_folder import ARTIFACTS
+from traceml.transport.folder_aggregator import folder_id
 
 __all__ = ["FileUpload", "FileUploader", "RefusedFileError"]
 
@@ -339,10 +337,5 @@ def _reachable(welcome: Mapping[str, Any]) -> Path | None:
     if not run_dir or not isinstance(identity, list | tuple):
         return None
 
-    with contextlib.suppress(OSError):
-        status = Path(run_dir).stat()
-        same = list(identity) == [boot_id(), status.st_dev, status.st_ino]
-        if same and stat.S_ISDIR(status.st_mode) and os.access(run_dir, os.W_OK | os.X_OK):
-            return Path(run_dir, ARTIFACTS)
-
-    return None
+    is_same = list(identity) == folder_id(Path(run_dir)) != []
+    return Path(run_dir, ARTIFACTS) if is_same and os.access(run_dir, os.W_OK | os.X_OK) else None

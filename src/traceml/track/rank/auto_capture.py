@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import MetricKind
 from traceml.fail_open import fail_open
+from traceml.recorder.recorder_facts import wanted_collectors
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_base import FrameworkPlugin
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -114,10 +115,7 @@ class AutoCapture:
     def _collectors(self) -> tuple[list[str], list[str]]:
         """Return the collectors for a process of their own, and those that only this process can import."""
         config = self._config
-        names = []
-        if self._rank == 0:
-            wanted = {"git": config.track_git, "environment": config.track_env, "system": config.track_system}
-            names = [name for name, is_on in wanted.items() if is_on]
+        names = wanted_collectors(config) if self._rank == 0 else []
         if self._local_rank == 0:
             names += [name for name in dict.fromkeys(config.collectors) if name not in names]
 
