@@ -259,11 +259,7 @@ def patch_clipping(patches: Patches, clock: StepClock) -> None:
     from torch.nn import utils
 
     for name in _CLIPPING:
-        original = getattr(utils, name)
-        wrapper = timed_update(original, clock)
-        for module in (utils.clip_grad, utils):
-            if getattr(module, name, None) is original:
-                patches.wrap(module, name, wrapper)
+        patches.wrap_in((utils, utils.clip_grad), name, lambda original: timed_update(original, clock))
 
     patches.wrap(GradScaler, "unscale_", timed_update(GradScaler.unscale_, clock))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = ["Patches"]
@@ -21,6 +21,14 @@ class Patches:
         """Replace `owner.name` by a function; the function takes over the original's name and docstring."""
         functools.update_wrapper(wrapper, getattr(owner, name))
         self.replace(owner, name, wrapper)
+
+    def wrap_in(self, modules: Sequence[Any], name: str, wrap: Callable[[Any], Any]) -> None:
+        """Wrap the first module's function of this name, in each of the modules that hold it."""
+        original = getattr(modules[0], name)
+        wrapper = wrap(original)
+        for module in modules:
+            if getattr(module, name, None) is original:
+                self.wrap(module, name, wrapper)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name`; remember the owner's own attribute, not an inherited one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -82,11 +83,8 @@ def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes
     # `vars`, not `getattr`: access to deprecated names would warn.
     names = [name for name in c10d.__all__ if _COLLECTIVE.match(name) and type(vars(c10d).get(name)) is FunctionType]
     for name in names:
-        original = getattr(c10d, name)
-        wrapper = timed_call(original, _COMM, clock, sizes.note_message if _MESSAGE.search(name) else sizes.note)
-        for module in (c10d, distributed):
-            if getattr(module, name, None) is original:
-                patches.wrap(module, name, wrapper)
+        note = sizes.note_message if _MESSAGE.search(name) else sizes.note
+        patches.wrap_in((c10d, distributed), name, partial(timed_call, phase=_COMM, clock=clock, note=note))
 
     if (broadcast := vars(distributed).get(_OF_BUFFERS)) is not None:
         patches.wrap(distributed, _OF_BUFFERS, timed_call(broadcast, _COMM, clock))
@@ -115,9 +113,7 @@ def patch_remote_calls(patches: Patches, clock: StepClock, note: _Note) -> None:
     """
     package, api = sys.modules["torch.distributed.rpc"], sys.modules["torch.distributed.rpc.api"]
     for name in _REMOTE_CALLS:
-        wrapper = timed_call(getattr(api, name), _COMM, clock)
-        for module in (api, package):
-            patches.wrap(module, name, wrapper)
+        patches.wrap_in((api, package), name, partial(timed_call, phase=_COMM, clock=clock))
 
     future, reference = sys.modules["torch"]._C.Future, vars(package)["RRef"].__base__  # what C++ returns
     for owner, name in ((future, "wait"), (reference, "to_here")):

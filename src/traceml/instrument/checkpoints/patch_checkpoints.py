@@ -42,12 +42,9 @@ class CheckpointPatches:
 
     def patch_torch(self, patches: Patches) -> None:
         """Wrap `torch.save` and `torch.load`."""
-        torch, serialization = sys.modules["torch"], sys.modules["torch.serialization"]
-        saves = self.saving(torch.save, _argument(1, "f"))
-        loads = self._marks.loading(torch.load, _argument(0, "f"))
-        for module in (torch, serialization):
-            patches.wrap(module, "save", saves)
-            patches.wrap(module, "load", loads)
+        modules = sys.modules["torch"], sys.modules["torch.serialization"]
+        patches.wrap_in(modules, "save", partial(self.saving, find=_argument(1, "f")))
+        patches.wrap_in(modules, "load", partial(self._marks.loading, find=_argument(0, "f")))
 
     def patch_distributed(self, patches: Patches) -> None:
         """Wrap the functions of `torch.distributed.checkpoint`, whose checkpoint is a folder."""
@@ -60,13 +57,8 @@ class CheckpointPatches:
             ("load", self._marks.loading),
         ):
             original = getattr(package, name, None)
-            if original is None:
-                continue
-
-            wrapper = wrap(original, find)
-            for module in (package, sys.modules.get(original.__module__)):
-                if getattr(module, name, None) is original:
-                    patches.wrap(module, name, wrapper)
+            if original is not None:
+                patches.wrap_in((package, sys.modules.get(original.__module__)), name, partial(wrap, find=find))
 
     def patch_safetensors(self, patches: Patches) -> None:
         """Wrap two inner functions of safetensors: other packages hold references to the public ones."""

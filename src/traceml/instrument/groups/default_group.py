@@ -44,11 +44,7 @@ class DefaultGroup:
         """Watch the functions that make and destroy the group; torch.distributed is imported and available."""
         distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
         for name, change in (("init_process_group", self._making), ("destroy_process_group", self._dropping)):
-            original = getattr(c10d, name)
-            wrapper = change(original)
-            for module in (c10d, distributed):
-                if getattr(module, name, None) is original:
-                    self._patches.wrap(module, name, wrapper)
+            self._patches.wrap_in((c10d, distributed), name, change)
 
         self.find()
 
