@@ -25,6 +25,7 @@ __all__ = [
     "WaitState",
     "awaited_descriptor",
     "children_of",
+    "core_wait_ns",
     "current_syscall",
     "end_started_processes",
     "io_bytes",
@@ -143,6 +144,12 @@ def thread_cpu_ns(thread: int) -> int | None:
     """Return the CPU time of a thread of this process; None where the kernel does not tell it."""
     fields = _read(f"/proc/self/task/{thread}/schedstat").split()
     return int(fields[0]) if fields else None
+
+
+def core_wait_ns(task: str) -> int:
+    """Return how long a thread, `PID` or `PID/task/TID`, has waited for a core; 0 where that is not known."""
+    fields = _read(f"/proc/{task}/schedstat").split()
+    return int(fields[1]) if len(fields) > 1 else 0
 
 
 def read_status(pid: int, name: str, thread: int | None = None) -> str:

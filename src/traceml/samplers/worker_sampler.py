@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from traceml.clock import TICKS_PER_S
 from traceml.database.schema import LOADER_WORKERS, Table
+from traceml.inspection.kernel_state import core_wait_ns
 from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import read_text
 
@@ -105,7 +106,7 @@ class LoaderWorkersSampler(Sampler):
             pids[0],
             len(alive),
             sum(alive.values()) * _TICK_NS,
-            sum(map(_waited_ns, alive)),
+            sum(core_wait_ns(str(pid)) for pid in alive),
             len(_cores(alive)),
             private,
             anonymous,
@@ -145,12 +146,6 @@ class LoaderWorkersSampler(Sampler):
         self._reads += 1
         cost_ns = time.thread_time_ns() - began
         self._memory.spent(t_ns, cost_ns // _EAGER if self._reads <= EAGER_READS else cost_ns)
-
-
-def _waited_ns(pid: int) -> int:
-    """Return the time that the main thread of a process waited for a core; 0 where it is not known."""
-    fields = (read_text(f"/proc/{pid}/schedstat") or "").split()
-    return int(fields[1]) if len(fields) > 1 else 0
 
 
 def _cores(pids: Iterable[int]) -> set[int]:

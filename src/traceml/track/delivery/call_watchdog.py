@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from traceml.inspection.kernel_state import core_wait_ns
 from traceml.track.tracker_state import EXIT_AGAIN
 
 __all__ = ["CallWatchdog"]
@@ -28,7 +29,7 @@ class CallWatchdog:
 
     def __init__(self, on_hang: Callable[[str, float], None]) -> None:
         self._on_hang = on_hang
-        self._schedstat = f"/proc/self/task/{threading.get_native_id()}/schedstat"
+        self._task = f"self/task/{threading.get_native_id()}"
         self._call: tuple[str, float, float] | None = None
         self._end_at_s: float | None = None
         self._thread = threading.Thread(target=self._watch, name="traceml-watchdog", daemon=True)
@@ -63,10 +64,4 @@ class CallWatchdog:
 
     def _counted_s(self) -> float:
         """Return a clock that stops while the calling thread waits for a core."""
-        try:
-            with open(self._schedstat, "rb") as file:
-                waited_ns = int(file.read().split()[1])
-        except (OSError, ValueError, IndexError):
-            waited_ns = 0  # a kernel without these statistics
-
-        return time.monotonic() - waited_ns / 1e9
+        return time.monotonic() - core_wait_ns(self._task) / 1e9

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from traceml.inspection.kernel_state import core_wait_ns
 from traceml.own_programs import end_process, own_program
 from traceml.process_ends import end_of_status
 from traceml.run_folder import TRACKERS_FOLDER
@@ -131,7 +132,7 @@ class DeliveryProcess:
 
         is_done = state.phase is DeliveryPhase.DONE
         now = (state.passed, state.delivered, state.derived, state.cursor.get("frame"), is_done)
-        waited_s = _core_wait_s(self.pid)
+        waited_s = core_wait_ns(str(self.pid)) / 1e9
         if now != self._seen:
             self._seen, self._moved_s, self._waited_s = now, time.monotonic(), waited_s
 
@@ -213,14 +214,6 @@ class DeliveryProcess:
     def _pause(self) -> None:
         self._due_s = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-
-
-def _core_wait_s(pid: int | None) -> float:
-    """Return how long a process's main thread has waited for a core; 0 where the kernel does not report it."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 @contextlib.contextmanager
