@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DeferredValue", "number_of", "plain", "step_of"]
+__all__ = ["DeferredValue", "copied_to_host", "number_of", "plain", "step_of"]
 
 _TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
@@ -21,19 +22,7 @@ class DeferredValue:
     __slots__ = ("_event", "_host")
 
     def __init__(self, tensor: Any) -> None:
-        import sys
-
-        torch = sys.modules["torch"]
-        self._event: Any = None
-        detached = tensor.detach().reshape(())
-        if detached.device.type == "cuda":
-            # Into pinned memory, or the copy would wait for the device.
-            self._host = torch.empty((), dtype=detached.dtype, pin_memory=True)
-            self._host.copy_(detached, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(detached.device))
-        else:
-            self._host = detached.clone()  # later code may change it in place; resolved on the recorder's thread
+        self._host, self._event = copied_to_host(tensor.detach().reshape(()))  # resolved on the recorder's thread
 
     @property
     def ready(self) -> bool:
@@ -46,6 +35,23 @@ class DeferredValue:
             self._event.synchronize()
 
         return float(self._host)
+
+
+def copied_to_host(tensor: Any) -> tuple[Any, Any]:
+    """Start copying a tensor, which may change, without waiting for its device.
+
+    Returns:
+        the copy, and a CUDA event after which it is complete; without CUDA a clone on the device, and None.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.clone(), None
+
+    torch = sys.modules["torch"]
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # else the copy would wait for the device
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return host, event
 
 
 def number_of(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.recorder.sending.uploads import RefusedFileError
+from traceml.track.rank.logged_values import copied_to_host
 
 __all__ = ["histogram_of", "image_of", "png"]
 
@@ -120,19 +121,13 @@ def _suffix_of(data: bytes) -> str:
 
 def _fetch_tensor(tensor: Any) -> Callable[[], Any]:
     """Start copying a tensor without waiting for its device; return a function that gives it as an array."""
-    torch = sys.modules["torch"]
-    detached = tensor.detach()
-    if detached.device.type != "cuda":
-        copy = detached.clone()
-        return lambda: copy.cpu().float().numpy() if copy.is_floating_point() else copy.cpu().numpy()
-
-    host = torch.empty(detached.shape, dtype=detached.dtype, pin_memory=True)
-    host.copy_(detached, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(detached.device))
+    copy, event = copied_to_host(tensor.detach())
 
     def fetch() -> Any:
-        event.synchronize()
+        if event is not None:
+            event.synchronize()
+
+        host = copy.cpu()
         return host.float().numpy() if host.is_floating_point() else host.numpy()
 
     return fetch
