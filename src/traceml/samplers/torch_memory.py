@@ -89,7 +89,8 @@ class TorchMemorySampler(Sampler):
                 self._segments.take(t_ns, step, device, figures)
 
             if reserved or peak:
-                allocated, total = figures.get("allocated_bytes.all.current", 0), _total_bytes(cuda, device)
+                allocated = figures.get("allocated_bytes.all.current", 0)
+                total = int(cuda.get_device_properties(device).total_memory)
                 retries = figures.get("num_alloc_retries", 0)
                 yield t_ns, step, device, allocated, reserved, peak, total, retries, _pinned_bytes(cuda)
 
@@ -98,10 +99,6 @@ def initialized_cuda(modules: Any = sys.modules) -> Any:
     """Return `torch.cuda` if the script has initialized it, else None: asking more would initialize it."""
     cuda = getattr(modules.get("torch"), "cuda", None)  # None, too, while torch is still being imported
     return cuda if cuda is not None and cuda.is_initialized() else None
-
-
-def _total_bytes(cuda: Any, device: int) -> int:
-    return int(cuda.get_device_properties(device).total_memory)
 
 
 def _pinned_bytes(cuda: Any) -> int:

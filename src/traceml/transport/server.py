@@ -274,7 +274,7 @@ class Peer(asyncio.BufferedProtocol):
         self.send({"t": "welcome", "v": WIRE_VERSION, "mac": answer, **extra})
         self.state = "open"
         _log.debug("welcomed %r", self)
-        self._server.welcomed(self)
+        self._server.handshakes.discard(self)
 
 
 class Server:
@@ -359,10 +359,6 @@ class Server:
                 f"{room} connections are the most that this aggregator's descriptor limit of {self._limit} allows; "
                 "start it after `ulimit -n 65536`", retry=True,
             )  # fmt: skip
-
-    def welcomed(self, peer: Peer) -> None:
-        """Remove a peer from the list of open handshakes."""
-        self.handshakes.discard(peer)
 
     def forget(self, peer: Peer) -> None:
         """Remove a closed connection from all lists."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from traceml.errors import BackendUnauthorizedError
 
@@ -40,22 +40,6 @@ class TrackioEntry:
     key: str
 
 
-class TrackioPlace(Protocol):
-    """A place that stores entries, media and artifacts; each call returns when they are stored."""
-
-    def write(self, run: TrackioRun, entries: Sequence[TrackioEntry], config: Mapping[str, Any] | None) -> None:
-        """Store entries, those of known keys not again, and the run's whole config unless it is None."""
-
-    def config(self, run: TrackioRun) -> dict[str, Any]:
-        """Return the stored config of the run; empty when there is none."""
-
-    def put_media(self, run: TrackioRun, path: Path, name: str, step: int) -> None:
-        """Store a file of the run under a name."""
-
-    def put_artifact(self, run: TrackioRun, name: str, path: Path, inner: str, title: str) -> None:
-        """Store a version of an artifact of one file; equal content makes no new version."""
-
-
 class TrackioFolder:
     """Databases in a folder, written by Trackio's own storage.
 
@@ -71,7 +55,7 @@ class TrackioFolder:
         self._storage: Any = SQLiteStorage
 
     def write(self, run: TrackioRun, entries: Sequence[TrackioEntry], config: Mapping[str, Any] | None) -> None:
-        """Store entries in one transaction."""
+        """Store entries in one transaction, those of known keys not again, and the whole config unless it is None."""
         self._storage.bulk_log(
             project=run.project,
             run=run.name,
@@ -84,7 +68,7 @@ class TrackioFolder:
         )
 
     def config(self, run: TrackioRun) -> dict[str, Any]:
-        """Return the stored config."""
+        """Return the stored config; empty when there is none."""
         return dict(self._storage.get_run_config(run.project, run_id=run.id) or {})
 
     def put_media(self, run: TrackioRun, path: Path, name: str, step: int) -> None:
@@ -159,6 +143,9 @@ class TrackioServer:
     def _call(self, function: str, /, **arguments: Any) -> Any:
         with _errors():
             return self._client.predict(api_name=f"/{function}", **arguments)
+
+
+TrackioPlace = TrackioFolder | TrackioServer
 
 
 def _artifact(run: TrackioRun, name: str, title: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class FrameworkCapture(FrameworkInterface):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             orchestrator = self._orchestrator
-            if orchestrator is None or self.is_inside():
+            if orchestrator is None or is_captured():
                 return original(*args, **kwargs)
 
             if not is_number and getattr(orchestrator, "numbers_only", False):
@@ -125,10 +125,6 @@ class FrameworkCapture(FrameworkInterface):
             return result
 
         self._patches.wrap(owner, name, call)
-
-    def is_inside(self) -> bool:
-        """Whether this thread is inside a captured call."""
-        return is_captured()
 
     def values(self, orchestrator: OrchestratorInterface, call: tuple[Mapping[str, Any], int | None]) -> None:
         """Log values at a step; values of a nested map are named `outer/inner`."""

@@ -18,7 +18,7 @@ from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
-from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
+from traceml.track.rank.frameworks.framework_capture import FrameworkCapture, is_captured
 
 __all__ = ["TensorBoardCapture"]
 
@@ -56,7 +56,7 @@ class TensorBoardCapture(FrameworkCapture):
         def add_hparams(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             orchestrator = self._orchestrator
-            if orchestrator is not None and not self.is_inside():
+            if orchestrator is not None and not is_captured():
                 with self.guard("add_hparams"):
                     orchestrator.log_params(_hparams(*args, **kwargs))
 
