@@ -10,7 +10,7 @@ from typing import Any
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
-from traceml.aggregator.checks.cpu_contention import CpuContention
+from traceml.aggregator.checks.competing_processes import CompetingProcesses
 from traceml.aggregator.checks.hung_jobs import HungJobs
 from traceml.aggregator.collecting.source_readings import SourceReadings
 from traceml.aggregator.live_verdict import LiveVerdict
@@ -47,7 +47,7 @@ class RunChecks:
         self._hung = HungJobs(report)
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, UnresponsiveRanks] = {}
-        self._contention: dict[ActiveRun, CpuContention] = {}
+        self._contention: dict[ActiveRun, CompetingProcesses] = {}
 
     def check(self, run: ActiveRun) -> LiveVerdict:
         """Check an open run, and return its verdict. Call it once a second."""
@@ -56,7 +56,7 @@ class RunChecks:
             stream.follow_groups()
 
         self._silent.setdefault(run, UnresponsiveRanks(run, self._start)).check()
-        self._contention.setdefault(run, CpuContention(run, self._start)).check()
+        self._contention.setdefault(run, CompetingProcesses(run, self._start)).check()
         verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
         verdict.update(run.store)
         self.alerts.check(run, verdict.findings)

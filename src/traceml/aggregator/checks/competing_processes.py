@@ -14,14 +14,14 @@ from traceml.inspection.busy_processes import BusyProcesses
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
 
-__all__ = ["CpuContention"]
+__all__ = ["CompetingProcesses"]
 
 _EVERY_S = 3.0
 _PAUSE = 500
 """Pause after a reading, as a multiple of its own CPU time: readings take at most a 500th of a core."""
 
 
-class CpuContention:
+class CompetingProcesses:
     """Looks for other processes while the ranks of a run on the host of rank 0 wait for cores."""
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
