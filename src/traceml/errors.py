@@ -111,11 +111,20 @@ class SettingsError(TraceMLError, ValueError):
 
 
 class AggregatorUnavailableError(TraceMLError, ConnectionError):
-    """No aggregator answered at the address within the time allowed, or one could not take this process in yet."""
+    """No aggregator answered at the address within the time allowed, or one could not take this process in yet.
+
+    Attributes:
+        is_local: whether the job was to start its own.
+    """
+
+    is_local = False
 
     def __init__(self, host: str, port: int, waited_s: float, reason: str, *, refused: bool = False) -> None:
+        super().__init__(reason)
         self.host, self.port, self.waited_s, self.reason, self.refused = host, port, waited_s, reason, refused
-        super().__init__(self._refusal_text() if refused else self._silence_text())
+
+    def __str__(self) -> str:
+        return self._refusal_text() if self.refused else self._silence_text()
 
     def _refusal_text(self) -> str:
         reason = self.reason.rstrip(".")
@@ -125,10 +134,11 @@ class AggregatorUnavailableError(TraceMLError, ConnectionError):
         )
 
     def _silence_text(self) -> str:
+        own = "" if self.is_local else "let this job start its own with traceml.init(local=True), "
         return (
             f"no traceml aggregator answered at {self.host}:{self.port} within {self.waited_s:.1f} s "
-            f"(last try: {self.reason}). Start one with `traceml serve`, let this job start its own with "
-            "traceml.init(local=True), or turn tracing off with TRACEML_ENABLED=0."
+            f"(last try: {self.reason}). Start one with `traceml serve`, {own}or turn tracing off with "
+            "TRACEML_ENABLED=0."
         )
 
 

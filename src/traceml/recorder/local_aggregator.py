@@ -65,9 +65,14 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
         AggregatorUnavailableError: none answers and none could be started; the text says why.
         AggregatorRefusedError: one answers and refuses.
     """
-    if not config.address_given:
-        return _of_folder(config, hello, is_ending)
+    try:
+        return (_of_address if config.address_given else _of_folder)(config, hello, is_ending)
+    except AggregatorUnavailableError as error:
+        error.is_local = True
+        raise
 
+
+def _of_address(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
     try:
         try:
             return _at_given_address(config, hello, is_ending)
