@@ -269,7 +269,7 @@ static inline void extend(Timeline *timeline, int64_t when) {
 static void add_busy(Timeline *timeline, int mask, int64_t from, int64_t to) {
   extend(timeline, to - 1);
   while (from < to) {
-    int64_t bin = from >> timeline->shift, until = (bin + 1) << timeline->shift;
+    int64_t bin = from >> timeline->shift, until = (bin + 1) * ((int64_t)1 << timeline->shift);
     if (until > to) until = to;
     for (int c = 0; c < CLASSES; c++)
       if (mask >> c & 1) timeline->busy[c][bin - timeline->base] += until - from;
