@@ -144,6 +144,7 @@ def test_an_aggregator_that_stops_ends_the_reading(
     rank = aggregator.rank()
     eventually(slow_git.exists)
     rank.close("finished")
+    eventually(lambda: aggregator.state() == "finished")  # else its git would outlive the test
 
 
 def test_a_short_run_starts_no_process(serve: Callable[..., Serving], repository: Path, slow_git: Path) -> None:
