@@ -32,6 +32,7 @@ def clock(monkeypatch):
 
     moved = Clock()
     monkeypatch.setattr(run_module, "time", moved)
+    monkeypatch.setattr("traceml.aggregator.streams.run_streams.time", moved)
     monkeypatch.setattr("traceml.aggregator.streams.stream.time", moved)
     return moved
 
