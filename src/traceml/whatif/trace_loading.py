@@ -1,6 +1,6 @@
 """Read a job's operations from Parquet, and its layout from YAML.
 
-What is missing in a column, no number or no duration is refused with its row.
+A missing, non-numeric or invalid value raises an error that names its row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sender of a host's runs to another aggregator, in a thread of the host's."""
+"""Sender of a host's runs to another aggregator, in a thread of the host's aggregator."""
 
 from __future__ import annotations
 

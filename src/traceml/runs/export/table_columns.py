@@ -120,7 +120,7 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
 }
 _NAMES = {"name_id": "name", "line_id": "line", "library_id": "library", "text_id": "text"}
 _ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause}
-_NULLED = "backward_own_ns"
+_NULLED = ("backward_own_ns",)
 
 
 def _table(table: Table) -> ExportTable:
@@ -204,7 +204,7 @@ def _columns_of(
     if name == "bits":
         return _bits(rows)
 
-    return {_RENAMED.get(name, name): np.ma.masked_less(values, 0) if name == _NULLED else values}
+    return {_RENAMED.get(name, name): np.ma.masked_less(values, 0) if name in _NULLED else values}
 
 
 def _repeated(numbers: NDArray[np.int64], text_of: Callable[[int], str | None]) -> RepeatedTexts:
