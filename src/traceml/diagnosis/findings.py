@@ -10,7 +10,7 @@ import msgspec
 
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 
-__all__ = ["Finding", "in_order", "known", "plain", "significant"]
+__all__ = ["Finding", "in_order", "known_facts", "plain", "significant"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +131,7 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
     return sorted(findings, key=lambda finding: (not finding.is_urgent, -cost(finding)))
 
 
-def known(**facts: Any) -> dict[str, Any]:
+def known_facts(**facts: Any) -> dict[str, Any]:
     """Return the facts that are known: not None."""
     return {name: fact for name, fact in facts.items() if fact is not None}
 

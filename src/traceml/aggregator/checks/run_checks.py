@@ -47,7 +47,7 @@ class RunChecks:
         self._hung = HungJobs(report)
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, UnresponsiveRanks] = {}
-        self._contention: dict[ActiveRun, CompetingProcesses] = {}
+        self._competing: dict[ActiveRun, CompetingProcesses] = {}
 
     def check(self, run: ActiveRun) -> LiveVerdict:
         """Check an open run, and return its verdict. Call it once a second."""
@@ -56,7 +56,7 @@ class RunChecks:
             stream.follow_groups()
 
         self._silent.setdefault(run, UnresponsiveRanks(run, self._start)).check()
-        self._contention.setdefault(run, CompetingProcesses(run, self._start)).check()
+        self._competing.setdefault(run, CompetingProcesses(run, self._start)).check()
         verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
         verdict.update(run.store)
         self.alerts.check(run, verdict.findings)
@@ -83,7 +83,7 @@ class RunChecks:
         self._profiles.forget(run)
         self._verdicts.pop(run, None)
         self._silent.pop(run, None)
-        self._contention.pop(run, None)
+        self._competing.pop(run, None)
         self._hung.forget(run)
 
     async def close(self) -> None:

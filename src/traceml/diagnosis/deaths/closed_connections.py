@@ -9,7 +9,7 @@ from traceml.diagnosis.deaths.end_words import exit_words, step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text
 
@@ -58,7 +58,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
             phase=None,
             summary=_summary(gone, causes, failed) + (f" {diverged.text}" if diverged is not None else ""),
             next=_advice(first, failed, diverged),
-            evidence=known(
+            evidence=known_facts(
                 cause="left_early",
                 code=first.code or 0,
                 last_step=first.last_step,

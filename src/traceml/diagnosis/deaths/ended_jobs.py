@@ -10,7 +10,7 @@ from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import duration_text, left_text, plural
 from traceml.process_ends import signal_name
@@ -179,7 +179,7 @@ def _how(ended: RankExit) -> str:
 
 
 def _evidence(ended: RankExit, lost: int | None, **more: object) -> dict[str, object]:
-    return known(**more, step=ended.step, last_step=ended.last_step, lost_steps=lost)
+    return known_facts(**more, step=ended.step, last_step=ended.last_step, lost_steps=lost)
 
 
 def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:

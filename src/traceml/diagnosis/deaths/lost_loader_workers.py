@@ -8,7 +8,7 @@ from typing import Any
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import bytes_text, capitalized, count_text, ranks_text
 from traceml.process_ends import CRASHES, exit_text
@@ -77,7 +77,7 @@ def death_words(lost: LostWorker) -> str:
 
 def worker_evidence(lost: LostWorker) -> dict[str, Any]:
     """Return the facts about a death, as a finding has them."""
-    return known(
+    return known_facts(
         worker=lost.worker,
         workers=lost.workers,
         worker_pid=lost.pid,

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryKind
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import GrowthCause, growth_cause
 from traceml.formatting import capitalized, ranks_text
@@ -145,7 +145,7 @@ def _summary(
 def _evidence(
     ended: RankExit, memory: MemoryEnd | None, followed: Sequence[int], lost: int | None
 ) -> dict[str, object]:
-    return known(
+    return known_facts(
         **(memory.evidence() if memory is not None else {}),
         signal=ended.signal,
         code=ended.code,

@@ -9,7 +9,7 @@ import numpy as np
 from traceml.database.snapshots import RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
@@ -68,7 +68,7 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
     line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
     failed = failed_thread(found)
     operation, seen = found.blame.operation, shown.seen_line if shown is not None else None
-    return known(
+    return known_facts(
         cause=str(found.blame.cause),
         quiet_s=round(found.quiet_s, 1),
         busy=found.is_busy or None,

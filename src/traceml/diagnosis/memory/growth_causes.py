@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from traceml.diagnosis.facts.growing_objects import GrowingObjects
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate
-from traceml.diagnosis.findings import known
+from traceml.diagnosis.findings import known_facts
 from traceml.formatting import count_text, line_text, plural
 
 __all__ = ["GrowthCause", "growth_cause", "is_kept_in_copies"]
@@ -48,7 +48,7 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
     if found is None:
         return None
 
-    evidence = known(
+    evidence = known_facts(
         container=found.path,
         container_type=found.kind,
         elements=found.count,

@@ -21,7 +21,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
 from traceml.diagnosis.facts.sampled_lines import place_words
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler, with_waited_loader
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
@@ -382,9 +382,9 @@ def _fetch_evidence(pipeline: Pipeline | None, advised: Advised) -> dict[str, ob
     return {
         "fetch_ms": pipeline.fetch_ns / 1e6,
         "fetch_cpu_share": pipeline.fetch_cpu,
-        **known(worker_cores=pipeline.worker_cores),
+        **known_facts(worker_cores=pipeline.worker_cores),
         "speedup_with_data_ready": pipeline.gain_with(0.0, workers=0),
-        **known(workers_advised=advised.workers),
+        **known_facts(workers_advised=advised.workers),
     }
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
@@ -170,7 +170,7 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
                 "not finite, so these steps trained nothing."
             ),
             next=_FOR_GRADIENTS if loss is None else _FOR_LOSS,
-            evidence={"skipped": count, "steps": skipped.rows, "since_step": since, **known(loss=loss)},
+            evidence={"skipped": count, "steps": skipped.rows, "since_step": since, **known_facts(loss=loss)},
             cost_share=share,
         )
     ]

@@ -6,7 +6,7 @@ import numpy as np
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
@@ -38,7 +38,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
             ranks=ranks,
             summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}",
             next=_advice(facts) if throttled is None else QUOTA_ADVICE,
-            evidence=known(
+            evidence=known_facts(
                 cpu_wait_share=waited,
                 cores_per_rank=facts.cores_per_rank,
                 busy_cores_per_rank=use.busy_cores,

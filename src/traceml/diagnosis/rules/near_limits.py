@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import bytes_text, count_text, left_text, percent_text, plural, ranks_text
 
@@ -87,7 +87,7 @@ def _finding(use: ResourceUse, folders: Mapping[int, str]) -> Finding:
             "resource": use.resource.name.lower(),
             "used": use.used,
             "limit": use.limit,
-            **known(folder=folder, left_s=use.left_s, left_steps=use.left_steps),
+            **known_facts(folder=folder, left_s=use.left_s, left_steps=use.left_steps),
         },
     )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, changed_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
 from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, level_change, steady_growth
@@ -162,7 +162,7 @@ def _steps_evidence(bins: StepHistory, change: LevelChange) -> dict[str, Any]:
     return {
         "shape": change.shape,
         "since_step": since,
-        **known(until_step=end),
+        **known_facts(until_step=end),
         **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.diagnosis.facts.device_events import GpuHealth
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import SET_LIMIT, LoweredClock
-from traceml.diagnosis.findings import Finding, known
+from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import count_text, percent_text, plural
 
@@ -115,7 +115,7 @@ def throttled(facts: JobFacts) -> list[Finding]:
                 "reason": worst.reason,
                 "share": worst.share,
                 "clock_mhz": worst.clock_mhz,
-                **known(usual_clock_mhz=worst.usual_mhz),
+                **known_facts(usual_clock_mhz=worst.usual_mhz),
                 "temperature_c": worst.temperature_c,
                 "power_w": worst.power_w,
             },

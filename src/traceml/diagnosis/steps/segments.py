@@ -83,8 +83,8 @@ class Segments:
         Args:
             values: of one rank or several, the steps last.
         """
-        is_known = part != "backward" or self.measured.size != values.shape[-1]
-        return values if is_known else values[..., self.measured]
+        is_in_all = part != "backward" or self.measured.size != values.shape[-1]
+        return values if is_in_all else values[..., self.measured]
 
     def named(self, has: NDArray[np.bool_]) -> tuple[int, ...]:
         """Return the ranks that a finding names, given which rows it is about: none if it is about all."""
