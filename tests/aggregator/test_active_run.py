@@ -12,6 +12,7 @@ from tests.aggregator.test_registry import Silent, hello, join, leave, registry 
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams.stream import StreamState
 from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_header import FlightState
 from traceml.database.schema import Slot
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
@@ -258,6 +259,24 @@ def test_the_middle_of_a_loop_is_known_when_the_flight_file_is_gone(registry, tm
 
     assert stream.exit["code"] == 0
     assert stream.state is StreamState.LOST
+
+
+@pytest.mark.parametrize("ending", ["nothing", "the interpreter", "shutdown"])
+def test_only_a_process_whose_recorder_saw_no_end_skipped_its_exit(registry, tmp_path, ending):  # noqa: F811
+    """Neither one that the interpreter ended, nor one that had ended its tracing before."""
+    flight = FlightFile.create(tmp_path, {})
+    if ending == "the interpreter":
+        flight.open_slots[Slot.EXIT_START] = 1
+    elif ending == "shutdown":
+        flight.open_slots[Slot.STATE] = FlightState.FINISHED
+
+    path = flight.path
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 2, pid=2**22 + 1, flight=str(path)))
+    run.disconnected(stream)
+    run.check_absent()
+
+    assert stream.exit.get("skipped_exit") == (True if ending == "nothing" else None)
 
 
 def test_the_code_of_the_process_counts_where_its_script_had_ended_well(registry, tmp_path):  # noqa: F811

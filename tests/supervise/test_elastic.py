@@ -50,16 +50,21 @@ def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
 WAITS = "import time; time.sleep(2); print('ready', flush=True); time.sleep(600)"
 
 
+def start_torchrun(script: Path, ranks: int, failures_fd: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", str(ranks), script],
+        env={**os.environ, "TRACEML_FAILURES_FD": str(failures_fd)}, pass_fds=(failures_fd,), stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.process
 def test_ranks_that_torchrun_ends_on_a_signal_are_stopped(tmp_path: Path) -> None:
     """As after Ctrl-C, of which a rank in a long call into C takes no notice: nobody else has killed them."""
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
     ours, theirs = os.pipe()
-    with subprocess.Popen(
-        [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", "1", script],
-        env={**os.environ, "TRACEML_FAILURES_FD": str(theirs)}, pass_fds=(theirs,), stdout=subprocess.PIPE, text=True,
-    ) as torchrun:  # fmt: skip
+    with start_torchrun(script, 1, theirs) as torchrun:
         os.close(theirs)
         try:
             assert torchrun.stdout is not None
@@ -79,11 +84,10 @@ def test_the_end_of_a_rank_that_torchrun_thinks_well_of_is_reported(tmp_path: Pa
     script = tmp_path / "leaves.py"
     script.write_text("import os, time; rank = int(os.environ['RANK']); time.sleep(1 + rank); os._exit(3 * rank)")
     ours, theirs = os.pipe()
-    subprocess.run(
-        [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", "2", script],
-        env={**os.environ, "TRACEML_FAILURES_FD": str(theirs)}, pass_fds=(theirs,), check=False,
-    )  # fmt: skip
-    os.close(theirs)
+    with start_torchrun(script, 2, theirs) as torchrun:
+        os.close(theirs)
+        torchrun.communicate()
+
     with open(ours) as lines:
         ends = {end["rank"]: end["exitcode"] for end in map(json.loads, lines)}
 

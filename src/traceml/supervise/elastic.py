@@ -175,7 +175,7 @@ def end_rest(agent: Any) -> None:
 
 
 def _ended(agent: Any, has_code: Callable[[int | None], bool]) -> list[tuple[int, Any]]:
-    """Return ends of workers that torchrun does not report itself: those without a failure, or all after a signal.
+    """Return the ends of workers that torchrun does not report itself, as without a failure, or after a signal to it.
 
     It reads attributes that are private to torch: where they are missing, the ranks' own reports are used.
     """

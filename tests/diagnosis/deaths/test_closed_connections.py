@@ -34,7 +34,7 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
 
 def test_a_process_that_left_by_os_exit_is_no_script_that_ended() -> None:
     """More batches do not help: it skipped the rest of its script."""
-    (finding,) = rank_lost(JobFacts(exits=(CUT, replace(LEFT, cut_off=True)), world_size=2))
+    (finding,) = rank_lost(JobFacts(exits=(CUT, replace(LEFT, skipped_exit=True)), world_size=2))
 
     assert finding.summary.startswith(
         "Rank 1's process ended with exit code 0 after 41 steps while rank 0 still trained"

@@ -73,8 +73,8 @@ def note_flight(stream: Stream, image: FlightSnapshot) -> None:
     """Add what the flight file of a dead process shows: its launcher may report the end when the file is gone."""
     in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
     stream.flight_state = image.state
-    if not image.slot(Slot.EXIT_START):
-        stream.exit["cut_off"] = True
+    if not image.slot(Slot.EXIT_START) and image.state is not FlightState.FINISHED:
+        stream.exit["skipped_exit"] = True
         stream.was_in_loop = in_loop and image.open_step is not None
 
 

@@ -72,7 +72,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
 
 
 def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -> str:
-    if first.cut_off:
+    if first.skipped_exit:
         return explicit_exit()
 
     return even_batches() if failed.in_step and diverged is None else same_collectives()
@@ -84,7 +84,10 @@ def _lost_its_group(ended: RankExit) -> bool:
 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:
     ranks = sorted(each.rank for each in gone)
-    one, more, code = ("process", "processes", " with exit code 0") if gone[0].cut_off else ("script", "scripts", "")
+    one, more, code = "script", "scripts", ""
+    if gone[0].skipped_exit:
+        one, more, code = "process", "processes", " with exit code 0"
+
     whose = f"{ranks_text(ranks)}'s {one}" if len(ranks) == 1 else f"the {more} of {ranks_text(ranks)}"
     counts = {each.steps for each in gone}
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""

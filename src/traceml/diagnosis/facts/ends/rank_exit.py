@@ -33,7 +33,7 @@ class RankExit:
         scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
         limit_s: the job's time limit, seconds, where the scheduler reported it.
         host_lost: reason for which the launcher gave up its host.
-        cut_off: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
+        skipped_exit: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
         untraced: whether the script only logs: then nothing is known of its steps.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
@@ -63,7 +63,7 @@ class RankExit:
     scheduler: str | None = None
     limit_s: float | None = None
     host_lost: str | None = None
-    cut_off: bool | None = None
+    skipped_exit: bool | None = None
     untraced: bool = False
 
     def says(self, *words: str) -> bool:
