@@ -1,5 +1,5 @@
 """Tables of rows: the schema, the rank's flight file (`flight`), and the run's store (`store`).
 
-`schema` and `flight` run in the rank; `flight.postmortem` in whoever reads a dead rank's file; `store` in the
-aggregator and in readers. Imports only leaf modules.
+`schema` runs in every process, `flight` in the rank, `store` in the aggregator and in readers. A module that runs
+elsewhere says so in a line `Process:`. Imports only leaf modules.
 """

@@ -1,4 +1,7 @@
-"""Snapshot of the process that another one waits for."""
+"""Snapshot of the process that another one waits for.
+
+Process: rank, aggregator and agent.
+"""
 
 from __future__ import annotations
 

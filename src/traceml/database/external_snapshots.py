@@ -2,6 +2,8 @@
 
 Somebody holds the GIL inside a call into C, or the process is stopped, or stuck in the kernel. Its flight file has
 step and phase, /proc the state, and faulthandler the stack, where it is safe to ask.
+
+Process: aggregator and agent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Time without progress after which a rank takes its first snapshot. Light, as each rank imports it."""
+"""Time without progress after which a rank takes its first snapshot. Light, as each rank imports it.
+
+Process: rank and aggregator.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ readers get the same map.
 
 Values that are not known are left out of the row and have their default here. A reader ignores keys that it does not
 know and values of another type: rows may come from a newer version, or from a rank that was dying.
+
+Process: the rank makes snapshots; the aggregator and readers read them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Record of what an aggregator has read for a rank that does not collect: code, environment and machine."""
+"""Record of what an aggregator has read for a rank that does not collect: code, environment and machine.
+
+Process: the aggregator writes, readers read.
+"""
 
 from __future__ import annotations
 

@@ -2,5 +2,6 @@
 
 Also the journal on disk, for logged rows beyond that memory, and the reading of a dead rank's files.
 
-Written in the rank; `postmortem` runs in the aggregator and on hosts of a launch. Imports `database.schema`; no numpy.
+Runs in the rank, except for modules with a line `Process:`, which read the files of other processes. Imports
+`database.schema`; no numpy.
 """

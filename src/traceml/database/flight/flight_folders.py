@@ -2,6 +2,8 @@
 
 A flight file is in memory where there is room. Its journals, and files that wait for upload, are on disk: in the runs
 folder, else in the temporary folder. All have the flight file's name without its suffix, the stem, which is unique.
+
+Process: rank, aggregator, and the agent of a launch.
 """
 
 from __future__ import annotations

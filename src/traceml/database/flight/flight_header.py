@@ -2,6 +2,8 @@
 
 The file: a page of int64 words (prologue, open slots, counters), the identity twice (one is current while the other is
 rewritten), the layout of the tables, and the tables themselves.
+
+Process: the rank writes; the aggregator, readers and the agent of a launch read.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A live rank holds a POSIX lock on its file. The kernel drops the lock when the process ends for any reason, even if its
 forked children are still running. Another host may not see the lock: some network filesystems keep locks to a host.
+
+Process: aggregator, `traceml report` and `sync`, and the agent of a launch; a rank, for what earlier ones left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The open slots of a rank that still runs, read from its flight file by another process of its host."""
+"""The open slots of a rank that still runs, read from its flight file by another process of its host.
+
+Process: aggregator and agent, for a rank that cannot answer.
+"""
 
 from __future__ import annotations
 

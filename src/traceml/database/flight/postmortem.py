@@ -2,6 +2,8 @@
 
 A live rank holds a POSIX lock on its file. The kernel drops the lock when the process ends for any reason, even if its
 forked children are still running.
+
+Process: aggregator, `traceml report` and `sync`, and the agent of a launch.
 """
 
 from __future__ import annotations

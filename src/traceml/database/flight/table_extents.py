@@ -1,4 +1,7 @@
-"""Layout and counters of the tables in a flight file, and the parts that can be read when others are damaged."""
+"""Layout and counters of the tables in a flight file, and the parts that can be read when others are damaged.
+
+Process: those of `postmortem`.
+"""
 
 from __future__ import annotations
 
