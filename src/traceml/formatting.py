@@ -137,7 +137,7 @@ def ns_text(nanoseconds: float) -> str:
 
 
 def factor_text(value: float) -> str:
-    """Return a speed-up: `628x`, `4.7x`, `1.13x`."""
+    """Return a ratio: `628x`, `4.7x`, `1.13x`."""
     if value >= 99.95:
         return f"{value:,.0f}x"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from traceml.errors import UsageError
+from traceml.formatting import factor_text
 from traceml.installation import install_command
 from traceml.whatif.straggler_cost import WhatIf
 
@@ -37,7 +38,9 @@ def draw_heatmap(result: WhatIf, path: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(scores, cmap="Reds", vmin=_LOWEST, vmax=_HIGHEST, aspect="auto")
     axes.set(xlabel="data-parallel rank", ylabel="pipeline stage")
-    axes.set_title(f"{result.job.trial_name}: {result.slowdown:.2f}x as long by stragglers".lstrip(": "), fontsize=10)
+    axes.set_title(
+        f"{result.job.trial_name}: {factor_text(result.slowdown)} as long by stragglers".lstrip(": "), fontsize=10
+    )
     axes.set_xticks(range(len(dp_ranks)), [str(each) for each in dp_ranks])
     axes.set_yticks(range(len(stages)), [str(each) for each in stages])
     if len(dp_ranks) * len(stages) <= _LABELED_CELLS:

@@ -605,7 +605,7 @@ def test_a_collective_in_flight_is_not_waited_for_by_a_sleeping_rank():
     flying = (group(6, "all_reduce"),)
     sleeps = snapshot(1, line(6, "stuck"), groups=flying, wchan="hrtimer_nanosleep")
 
-    assert found(snapshot(0, line(9), groups=flying, wchan="hrtimer_nanosleep"), sleeps).evidence["cause"] == "stands"
+    assert found(snapshot(0, line(9), groups=flying, wchan="hrtimer_nanosleep"), sleeps).evidence["cause"] == "stuck"
 
 
 def test_a_backward_that_computes_waits_for_nobody():
@@ -624,7 +624,7 @@ def test_one_process_waits_in_no_collective():
     """Its backward is long, and there is no other rank."""
     finding = found(snapshot(0, ENGINE, line(28), phase="backward"), ranks=1)
 
-    assert finding.evidence["cause"] == "stands"
+    assert finding.evidence["cause"] == "stuck"
 
 
 def test_an_older_snapshot_does_not_replace_a_newer_one():

@@ -122,7 +122,7 @@ def test_more_cpu_time_is_no_lack_of_cores(ratio: float, found: bool, parts: tup
     assert ("COMPUTE_STRAGGLER" in kinds) == found
     if found:
         assert kinds["COMPUTE_STRAGGLER"].ranks == (3,)
-        assert kinds["COMPUTE_STRAGGLER"].summary.endswith("Rank 3 used 1.8x the CPU time of the others.")
+        assert kinds["COMPUTE_STRAGGLER"].summary.endswith("Rank 3 used 1.80x the CPU time of the others.")
 
 
 @pytest.mark.parametrize(("run", "line"), [(0.36, 7), (0.1, 9)])

@@ -34,7 +34,7 @@ class HangCause(StrEnum):
     CIRCLE = "circle"  # ranks wait for each other in different groups
     NETWORK = "network"  # all are in the same collective
     RENDEZVOUS = "rendezvous"  # all are in init_process_group: they do not find each other
-    STANDS = "stands"  # no rank waits for another
+    STUCK = "stuck"  # no rank waits for another
     UNANSWERED = "unanswered"  # too little is known
 
 
@@ -103,7 +103,7 @@ def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int
     found = {rank: collective_wait(snapshot) for rank, snapshot in snapshots.items()} if world_size > 1 else {}
     waits = {rank: wait for rank, wait in found.items() if wait is not None}
     if not waits:
-        return Blame(HangCause.STANDS, tuple(sorted(snapshots)), waits)
+        return Blame(HangCause.STUCK, tuple(sorted(snapshots)), waits)
 
     targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
     roots, circle = _walk(targets)

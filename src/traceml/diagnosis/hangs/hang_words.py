@@ -65,8 +65,8 @@ def hang_summary(found: DetectedHang) -> str:
         text = f"no rank has made progress for {_age(found)}: {_places(found, found.snapshots)}{silent}"
     elif cause is HangCause.ENDED:
         text = _ended_text(found)
-    elif cause is HangCause.STANDS:
-        text = _stands_text(found)
+    elif cause is HangCause.STUCK:
+        text = _stuck_text(found)
     else:
         text = _late_text(found)
 
@@ -74,7 +74,7 @@ def hang_summary(found: DetectedHang) -> str:
 
 
 def _failed_thread_text(found: DetectedHang) -> str:
-    """Return the sentence about the thread of a rank that blocks the others, or stands, which has failed before."""
+    """Return the sentence about the thread of a rank that blocks the others, or is stuck, which has failed before."""
     rank, thread = failed_thread(found) or (0, None)
     if thread is None:
         return ""
@@ -85,9 +85,9 @@ def _failed_thread_text(found: DetectedHang) -> str:
 
 
 def failed_thread(found: DetectedHang) -> tuple[int, ThreadSnapshot] | None:
-    """Return a rank that blocks the others, or stands, and its newest thread that an exception has ended."""
-    standing = found.blame.ranks or sorted(found.snapshots)
-    threads = ((rank, each) for rank in standing if rank in found.snapshots for each in found.snapshots[rank].threads)
+    """Return a rank that blocks the others, or is stuck, and its newest thread that an exception has ended."""
+    stuck = found.blame.ranks or sorted(found.snapshots)
+    threads = ((rank, each) for rank in stuck if rank in found.snapshots for each in found.snapshots[rank].threads)
     return next(((rank, each) for rank, each in threads if each.exception), None)
 
 
@@ -123,7 +123,7 @@ def _of_data_text(found: DetectedHang, data: UnevenData, what: str) -> str:
     return f"{ranks_text(data.ranks)} never reached {what or 'the collective'}: {text} for {_age(found, data.ranks)}"
 
 
-def _stands_text(found: DetectedHang) -> str:
+def _stuck_text(found: DetectedHang) -> str:
     ranks = sorted(found.snapshots)
     if len(ranks) == 1 or len({_place(found, rank) for rank in ranks}) == 1:
         has = "has" if len(ranks) == 1 else "have"

@@ -10,7 +10,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.speedup import new_step_times, speedup
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, ns_text, percent_text, ranks_text
+from traceml.formatting import factor_text, gain_text, ns_text, percent_text, ranks_text
 
 __all__ = ["data_imbalance"]
 
@@ -91,9 +91,9 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
         ranks=ranks,
         summary=(
             f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "
-            f"largest in a step is {spread:.1f}x the smallest. No rank is slow, but the others wait {ns_text(cost)} of "
-            f"each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the largest{whose}; "
-            f"with equal sizes, steps would be {gain_text(gain)}."
+            f"largest in a step is {factor_text(spread)} the smallest. No rank is slow, but the others wait "
+            f"{ns_text(cost)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the "
+            f"largest{whose}; with equal sizes, steps would be {gain_text(gain)}."
         ),
         next=_EVEN_RANKS.format(ranks_text(ranks)) if ranks else _EVEN_BATCHES,
         evidence={

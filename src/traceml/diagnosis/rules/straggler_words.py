@@ -10,7 +10,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.segments import LateRanks, Segments
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, factor_text, gain_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["late_evidence", "late_summary", "mean_of_others", "more_cpu_time", "share_late", "waited_for_core"]
 
@@ -44,7 +44,7 @@ def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:
     if run is None:
         return ""
 
-    return f" {capitalized(ranks_text(ranks))} used {run[0] / run[1]:.1f}x the CPU time of the others."
+    return f" {capitalized(ranks_text(ranks))} used {factor_text(run[0] / run[1])} the CPU time of the others."
 
 
 def late_summary(

@@ -10,7 +10,7 @@ from traceml.formatting import duration_text, line_text, phase_label, plural, pr
 
 __all__ = ["MissingRank", "RankStack", "stacks_text"]
 
-_STANDS_S = 2.0
+_STUCK_S = 2.0
 _STATES = {
     "T": "stopped by a signal",
     "t": "stopped by a debugger",
@@ -90,8 +90,8 @@ def _facts(snapshots: Sequence[RankSnapshot]) -> Iterable[str]:
 
     yield phase_label(snapshots[0].phase)
     shortest, longest = min(snapshot.quiet_s for snapshot in snapshots), max(snapshot.quiet_s for snapshot in snapshots)
-    if longest >= _STANDS_S:
-        least = f"{duration_text(shortest)} to " if longest - shortest > _STANDS_S else ""
+    if longest >= _STUCK_S:
+        least = f"{duration_text(shortest)} to " if longest - shortest > _STUCK_S else ""
         yield f"no progress for {least}{duration_text(longest)}"
 
 
