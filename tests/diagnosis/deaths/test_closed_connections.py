@@ -92,6 +92,30 @@ def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
     assert "destroy_process_group" in finding.next
 
 
+@pytest.mark.parametrize(
+    ("exception", "advice"),
+    [
+        ("RuntimeError: ProcessGroupGloo::allgather: invalid tensor size at index 0", "Read a.py:3"),
+        ("RuntimeError: Distributed package doesn't have NCCL built in", "Read a.py:3"),
+        ("RuntimeError: Cannot use ReduceOp.PREMUL_SUM with Gloo", "Read a.py:3"),
+        ("ValueError: Invalid process group specified", "Read a.py:3"),
+        ("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, invalid usage", "Read a.py:3"),
+        ("BrokenPipeError: [Errno 32] Broken pipe", "Read a.py:3"),
+        (
+            "RuntimeError: [gloo/transport/tcp/pair.cc:456] Is there a distributed collective mismatch in your code?",
+            "equal sizes and types",
+        ),
+    ],
+)
+def test_a_call_that_is_wrong_by_itself_is_the_cause(exception: str, advice: str) -> None:
+    """A message that only names a backend or a group tells of no rank that left; what the others meet is its end."""
+    wrong = RankExit(rank=1, state="failed", code=1, exception=exception, file="a.py", line=3, at_s=2.0, last_step=40)
+    (finding,) = rank_lost(JobFacts(exits=(replace(CUT, at_s=1.0), wrong), world_size=2))
+
+    assert (finding.ranks, finding.evidence["followed"]) == ((1,), [0])
+    assert advice in finding.next
+
+
 def test_one_process_has_no_other_rank() -> None:
     """A closed connection is to a server."""
     alone = RankExit(rank=0, state="failed", code=1, exception="BrokenPipeError: [Errno 32] Broken pipe", file="a.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives
-from traceml.diagnosis.deaths.end_words import exit_words, step_text
+from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
@@ -15,25 +15,35 @@ from traceml.formatting import capitalized, plural, ranks_text
 
 __all__ = ["failed_because_of_peer", "left_early"]
 
+_OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's server closes connections too
 _PEER_GONE = (
     "connection closed by peer",
     "connection reset by peer",
     "broken pipe",
     "socket closed",
     "socket timeout",
-    "gloo",
-    "nccl",
+    "gloo/",  # of the source file that follows
+    "connectfullmesh",
+    "monitoredbarrier",
+    "nccl error",
+    "nccl communicator",
+    "watchdog",
     "distbackenderror",
     "distnetworkerror",
-    "process group",
     "store->get",
 )
-_OF_GROUPS = ("runtimeerror", "torch.distributed.", "dist")  # a data set's server closes connections too
+_OWN_ERRORS = ("collective mismatch", "invalid usage", "invalid argument", "duplicate gpu", "cuda error")
+"""What the same sources say of a call that its own arguments or device made fail."""
 
 
 def failed_because_of_peer(ended: RankExit) -> bool:
-    """Whether a rank's exception shows that another one was gone."""
-    return exit_words(ended) is None and ended.says(*_PEER_GONE)
+    """Whether a rank's exception shows that another one was gone.
+
+    That a message has the name of a backend is not enough: the call may have been wrong by itself
+    (`ProcessGroupGloo::allgather: invalid tensor size`, `Distributed package doesn't have NCCL built in`).
+    """
+    is_of_group = (ended.exception or "").lower().startswith(_OF_GROUPS)
+    return is_of_group and ended.says(*_PEER_GONE) and not ended.says(*_OWN_ERRORS)
 
 
 def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
@@ -43,7 +53,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
         causes: ends of ranks that nothing else explains.
     """
     gone = [each for each in facts.exits if each.state == "finished"]
-    if not gone or not causes or not all(map(_lost_its_group, causes)):
+    if not gone or not causes or not all(map(failed_because_of_peer, causes)):
         return []
 
     failed = min(causes, key=lambda each: each.rank)
@@ -76,10 +86,6 @@ def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -
         return explicit_exit()
 
     return even_batches() if failed.in_step and diverged is None else same_collectives()
-
-
-def _lost_its_group(ended: RankExit) -> bool:
-    return failed_because_of_peer(ended) and (ended.exception or "").lower().startswith(_OF_GROUPS)
 
 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:

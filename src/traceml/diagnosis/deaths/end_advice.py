@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.advice import explicit_exit
+from traceml.diagnosis.advice import explicit_exit, same_collectives
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
@@ -251,6 +251,10 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         ),
     ),
     (lambda ended, facts: failed_because_of_peer(ended) and facts.world_size > 1, _for_peer),
+    (
+        lambda ended, _: ended.says("collective mismatch"),
+        f"{same_collectives()} Their tensors must have equal sizes and types, too.",
+    ),
     (lambda ended, _: ended.says("dataloader timed out after"), _for_no_batch),
     (
         lambda ended, _: ended.open_phase == "checkpoint" and ended.says("pickle"),
