@@ -143,6 +143,23 @@ def test_a_rank_that_also_lacks_a_core_is_slow_by_its_code(run: float, line: int
     assert "is not the cause" not in found.next
 
 
+def test_ranks_with_one_fault_do_not_hide_each_other_s_line() -> None:
+    """Two of four ranks, on two cores: the line is of both, and of none that is not late."""
+    lines = [_sampled(rank, part, 7, 40) for rank in range(4) for part in ("forward", "other")]
+    facts = JobFacts(
+        world_size=4,
+        main_wait=dict.fromkeys(range(4), 0.5),
+        core_wait=dict.fromkeys(range(4), 0.2),
+        lines=[*lines, *(_sampled(rank, "other", 9, 20) for rank in (2, 3))],
+    )
+    # By noise a third rank is above the last one.
+    faults = adds("other", 4.5, (2, 3)), adds("forward", 1.8, (0,))
+
+    found = diagnose(window_of(Job(ranks=4, steps=200), *faults), facts)[0]
+
+    assert (found.kind, found.ranks) == ("STRAGGLER", (2, 3))
+
+
 def test_the_line_of_the_loop_is_not_blamed_for_loader_workers() -> None:
     """A late rank waits for its workers in the line that asks for a batch, as all ranks do."""
     select = "selectors.py:402 _PollLikeSelector.select"

@@ -80,10 +80,20 @@ _MIN_MEASURED = 20
 
 @dataclass(frozen=True)
 class _Others:
-    """The ranks that are not late, by whose work late ones are judged, each of thousands."""
+    """The ranks that are not late, by whose work late ones are judged, each of thousands.
+
+    Attributes:
+        late: the ranks that are judged, of which some may turn out not to be late.
+    """
 
     segments: Segments
     rows: NDArray[np.intp]
+    late: NDArray[np.intp]
+
+    @cached_property
+    def all_rows(self) -> NDArray[np.intp]:
+        """All ranks but these, also those whose lateness is known."""
+        return np.delete(np.arange(len(self.segments.ranks)), self.late)
 
     @cached_property
     def own(self) -> Floats:
@@ -172,7 +182,7 @@ def _late_steadily(segments: Segments, facts: JobFacts, steady: SteadyExcess) ->
     if max(steady.mean_ns - _without_core_ns(segments, facts, row), own_ns) < EXCESS_SHARE * segments.step_ns:
         return None
 
-    if not own_ns and (lacking or _is_slower_overall(segments, row, _Others(segments, others), steady.part)):
+    if not own_ns and (lacking or _is_slower_overall(segments, row, _Others(segments, others, row), steady.part)):
         return None
 
     return _late(segments, facts, row, others, steady.part, everywhere=False)
@@ -204,7 +214,7 @@ def _without_near(
 def _late_groups(
     segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]
 ) -> list[LateRanks]:
-    usual = _Others(segments, others)
+    usual = _Others(segments, others, rows)
     excess = (segments.own[rows] - usual.own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - usual.own.mean()).max())
     # All other ranks must be clearly apart from the late ones.
@@ -278,7 +288,7 @@ def _blamed_part(
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
     lacking = _may_lack_cores(segments, facts, rows)
-    own_ns = _own_line_ns(segments, facts, rows, part, by_part[part]) if lacking else 0.0
+    own_ns = _own_line_ns(segments, facts, rows, usual.all_rows, part, by_part[part]) if lacking else 0.0
     more_ns = _more_work_ns(segments, facts, rows, excess) if lacking else 0.0
     explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns, more_ns)
     if own_ns:
@@ -301,19 +311,26 @@ def _runs_own_line(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], 
     """Return whether a line of the slow part that only these ranks run explains a reportable excess by itself."""
     by_part = _excess_by_part(segments, rows, usual)
     part = max(by_part, key=lambda name: by_part[name])
-    return _own_line_ns(segments, facts, rows, part, by_part[part]) >= EXCESS_SHARE * segments.step_ns
+    return _own_line_ns(segments, facts, rows, usual.all_rows, part, by_part[part]) >= EXCESS_SHARE * segments.step_ns
 
 
-def _own_line_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
-    """Return the time per step of late ranks in a line that no other rank runs; 0 below a third of the excess."""
-    others = np.delete(np.arange(len(segments.ranks)), rows)
+def _own_line_ns(
+    segments: Segments,
+    facts: JobFacts,
+    rows: NDArray[np.intp],
+    others: NDArray[np.intp],
+    part: str,
+    excess_ns: float,
+) -> float:
+    """Return the time per step of late ranks in a line that the others do not run; 0 below a third of the excess."""
     share = own_line_share(facts.lines, part, segments.ranks_of(rows), segments.ranks_of(others))
     return share * segments.step_ns if share * segments.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
 
 
 def _due_to_code_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
     """Return the time per step by which ranks are late for what they run, not for lack of cores; 0 if unsure."""
-    own_ns = _own_line_ns(segments, facts, rows, part, excess_ns)
+    others = np.delete(np.arange(len(segments.ranks)), rows)
+    own_ns = _own_line_ns(segments, facts, rows, others, part, excess_ns)
     return own_ns or _more_work_ns(segments, facts, rows, excess_ns)
 
 
