@@ -724,6 +724,17 @@ def test_a_rank_that_failed_at_work_did_not_hang():
     assert judged(facts([in_backward(0)], failed, ended, state="failed", silent=(1,))) is None
 
 
+@pytest.mark.parametrize(("exception", "is_hang"), [("Timed out waiting 8000ms for recv", True), ("no", False)])
+def test_a_collective_s_time_limit_may_be_short(exception: str, is_hang: bool) -> None:
+    """It ended the wait before a pause counts as a hang; a rank of which only rows tell may have worked."""
+    gave_up = RankExit(rank=0, state="failed", code=1, exception=f"RuntimeError: {exception}")
+    swept = RankExit(rank=1, state="killed", signal=15, stopped=True)
+    waiting, stuck = (replace(each, quiet_s=7.0) for each in (in_backward(0), STUCK))
+
+    assert (found(waiting, stuck, exits=(gave_up, swept), state="failed") is not None) == is_hang
+    assert found(waiting, replace(stuck, answered="rows"), exits=(gave_up, swept), state="failed") is None
+
+
 def test_a_finished_run_has_not_hung():
     """However long it stood still at some time."""
     assert found(in_backward(0), STUCK, exits=[RankExit(rank=rank) for rank in (0, 1)], state="finished") is None

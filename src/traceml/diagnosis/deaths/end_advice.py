@@ -8,18 +8,20 @@ from collections.abc import Callable
 from traceml.database.schema import Resource
 from traceml.diagnosis.advice import explicit_exit, same_collectives
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
-from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off
+from traceml.diagnosis.deaths.end_words import exit_words, seen_text, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.formatting import count_text, percent_text, ranks_text
+from traceml.formatting import count_text, percent_text, phase_words, ranks_text
 from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
 
 _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection refused", "no route to host")
 """What process groups say when they cannot be set up."""
+_MOST_TOLD = 3
+"""Ranks of which it is told where they were."""
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 
 
@@ -110,13 +112,29 @@ def _for_files(ended: RankExit, facts: JobFacts) -> str:
     )
 
 
-def _for_peer(ended: RankExit, _facts: JobFacts) -> str:
+def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
+    elsewhere = [
+        f"rank {each.rank} was in {phase_words(each.open_phase)}{seen_text(each)}"
+        for each in facts.exits
+        if each.rank != ended.rank and each.open_phase and each.open_phase != ended.open_phase
+    ]
+    where = f": {', '.join(elsewhere[:_MOST_TOLD])}" if elsewhere else ""
+    return (
+        f"Rank {ended.rank} waited for other ranks until the time limit of its collective{where}. Let all ranks come "
+        "to it, or give what takes so long more time: init_process_group(timeout=...)."
+    )
+
+
+def _for_peer(ended: RankExit, facts: JobFacts) -> str:
     if ended.says(*_NOT_CONNECTED):
         return (
             f"Rank {ended.rank} could not reach another rank: look in the output for one that ended, or that started "
             "later than the time limit of init_process_group allows; between hosts, check the interface "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall."
         )
+
+    if ended.gave_up:
+        return _for_time_limit(ended, facts)
 
     return (
         "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "

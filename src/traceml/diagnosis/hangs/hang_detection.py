@@ -152,7 +152,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     started = any(each.step >= 0 for each in ranks)
     usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
     usual_s = max(usual_s, _busy_factor(found) * progress.timeout_s) if found.is_busy else usual_s
-    if progress.was_aborted:
+    if progress.was_aborted or (not by_rows and any(ended.gave_up for ended in exits.values())):
         return found
 
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.

@@ -11,6 +11,9 @@ from traceml.formatting import line_text
 
 __all__ = ["RankExit", "ended_badly", "merged_exits", "with_last_step"]
 
+_TIME_LIMITS = ("timed out waiting", "monitoredbarrier in", "in monitoredbarrier after", "collective operation timeout")
+"""What process groups say when the others have not come in time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankExit:
@@ -75,6 +78,11 @@ class RankExit:
     def gone_s(self) -> float | None:
         """Epoch seconds from which the process certainly was gone; None where that is not known."""
         return max((at_s for at_s in (self.at_s, self.reported_s) if at_s is not None), default=None)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether it waited for other ranks until the time limit of a collective."""
+        return self.says(*_TIME_LIMITS)
 
     @property
     def in_step(self) -> bool:
