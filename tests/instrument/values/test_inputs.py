@@ -613,6 +613,21 @@ def test_fingerprints_tell_batches_apart() -> None:
     assert fingerprint_of(x) == fingerprint_of(x.clone()) != fingerprint_of(x + 1)
 
 
+def test_labels_tell_batches_of_made_up_inputs_apart(traced: Traced) -> None:
+    """A data set that draws its inputs, with one seed on all ranks, gives equal ones with labels of other samples."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, labels = torch.randn(8, 4), torch.arange(8)
+    for batch in DataLoader([(inputs, labels), (inputs, labels), (inputs, labels + 8)], batch_size=None):
+        model(batch[0]).sum().backward()
+        optimizer.step()
+
+    traced.finish()
+    first, equal, other = (row["fingerprint"] for row in traced.table("fingerprints"))
+    assert first == equal != other
+    assert fingerprint_of(inputs, {"y": labels}.values()) == first != fingerprint_of(inputs)
+
+
 def test_a_batch_of_as_many_elements_has_its_own_samples(traced: Traced) -> None:
     """As where a batch has as many tokens, in sequences of another length."""
     model = nn.Linear(1, 1)

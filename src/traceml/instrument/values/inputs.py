@@ -9,9 +9,10 @@ numbers. Where there are others, one of them is taken. A tensor in a list is one
 are, as often as a batch. Texts that are compared with each other, a list of mappings with `input_ids`, are together the
 elements of their samples.
 
-A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU. Ranks that
-train on the same batches have the same ones. It takes some 10 us, so the first 3 batches of an epoch have one, and one
-in 256 after them, at most one in 192 steps: 0.05 us per step.
+A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU, and of 16 of
+each of the next tensors in it: made-up inputs may be alike on all ranks, by one seed, where their labels are not. Ranks
+that train on the same batches have the same ones. It takes some 10 us a tensor, so the first 3 batches of an epoch have
+one, and one in 256 after them, at most one in 192 steps: 0.1 us per step with labels.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _PREFERRED = "input_ids"
 _DEPTH = 3  # of nested containers: more is not a batch
 _WIDTH = 16  # entries of a container in which a tensor is looked for
 _NUMBERS = 16
+_TENSORS = 4  # of a batch that a fingerprint is of
 _DISTINCT = 4  # numbers that differ: batches of mostly zeros could be equal by chance
 _FIRST_BATCHES = 3
 _LATER_MASK = 255  # one batch in 256
@@ -89,7 +91,7 @@ class BatchReader:
         clock = self._clock
         clock.inspects = False
         try:
-            clock.fingerprint = clock.fingerprint or fingerprint_of(_first_tensor(batch, _DEPTH))
+            clock.fingerprint = clock.fingerprint or fingerprint_of(_first_tensor(batch, _DEPTH), _values_of(batch))
             clock.dirty = True
             self._taken += 1
             self._wanted -= 1
@@ -176,18 +178,36 @@ class BatchReader:
             raise error
 
 
-def fingerprint_of(tensor: Any) -> int:
-    """Return the hash of 16 numbers of a tensor; 0 where it is not on the CPU, or they are too few or too alike."""
+def fingerprint_of(tensor: Any, others: Iterable[Any] = ()) -> int:
+    """Return the hash of 16 numbers of a tensor; 0 where it is not on the CPU, or they are too few or too alike.
+
+    Args:
+        others: of the same batch; those that are tensors on the CPU change the hash, too.
+    """
+    numbers = _spread_numbers(tensor)
+    if len(numbers) < _NUMBERS or len(set(numbers)) < _DISTINCT:
+        return 0
+
+    beside = [other for _, other in zip(range(_TENSORS), others, strict=False) if other is not tensor]
+    return hash((tensor.numel(), *numbers, *(number for other in beside for number in _spread_numbers(other)))) & _MASK
+
+
+def _spread_numbers(tensor: Any) -> list[float]:
+    """Return 16 numbers that are spread over a tensor, or all of a smaller one; none where it is not on the CPU."""
     if type(tensor) is not torch.Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
-        return 0
+        return []
 
-    count = tensor.numel()
-    if count < _NUMBERS or not tensor.is_contiguous():
-        return 0
+    if not tensor.is_contiguous():
+        return []
 
-    stride = (count // _NUMBERS - 1) | 1  # odd: the rows of images are often a power of two
-    numbers = tensor.detach().view(-1)[::stride][:_NUMBERS].tolist()
-    return hash((count, *numbers)) & _MASK if len(set(numbers)) >= _DISTINCT else 0
+    stride = max((tensor.numel() // _NUMBERS - 1) | 1, 1)  # odd: the rows of images are often a power of two
+    numbers: list[float] = tensor.detach().view(-1)[::stride][:_NUMBERS].tolist()
+    return numbers
+
+
+def _values_of(batch: Any) -> Iterable[Any]:
+    """Return what is in a batch: a list, a tuple or a mapping."""
+    return batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
 
 
 def _compared_elements(values: Iterable[Any], first: Any) -> int:
