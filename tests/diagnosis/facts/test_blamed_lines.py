@@ -49,6 +49,24 @@ def test_the_share_of_a_line_that_samples_miss_is_its_least(share: float, says: 
     assert named.of_it.startswith(f", {says} ")
 
 
+def test_waiting_inside_a_phase_does_not_hide_a_late_rank_s_line() -> None:
+    """Ranks wait for each other in backward, which the hooks count as communication: a gradient's hook is late."""
+    usual = [line("backward", "train", 85, rank=0), line("forward", "forward", 15, rank=0)]
+    late = [line("backward", "train", 40, rank=1), line("forward", "forward", 15, rank=1)]
+    hook = line("backward", "slow_gradient", 45, rank=1, number=9)
+
+    named = blamed_line([*usual, *late, hook], "backward", 0.6, [1], [0], waiting=0.25)
+    assert named is not None
+    assert (named.place, named.share) == ("train.py:9 slow_gradient", 0.75)
+    assert blamed_line([*usual, *late, hook], "backward", 0.6, [1], [0]) is None
+
+    slow = [line("backward", "train", 85, rank=1), line("forward", "forward", 15, rank=1)]
+    less = [line("backward", "train", 30, rank=0), line("forward", "forward", 70, rank=0)]
+    all_of_it = blamed_line([*less, *slow], "backward", 0.6, [1], [0], waiting=0.25)
+    assert all_of_it is not None
+    assert all_of_it.share == 1.0
+
+
 def test_imports_inside_steps_are_not_blamed():
     """A library that imports modules in the first steps, which are not judged, hides no line of the others."""
     importing = "<frozen importlib._bootstrap>:1165 _find_and_load"

@@ -164,6 +164,7 @@ def blamed_line(
     phase_share: float,
     ranks: Collection[int] = (),
     others: Collection[int] = (),
+    waiting: float = 0.0,
 ) -> BlamedLine | None:
     """Return the function that most of a phase is spent in; None where the samples do not show one.
 
@@ -172,13 +173,19 @@ def blamed_line(
         phase_share: the phase's share of the step, as measured by the hooks.
         ranks: the ranks to look at; empty for all.
         others: ranks to compare with: what they do too is not to blame.
+        waiting: share of the step that these ranks wait for others inside the phase, which is none of it for the hooks.
     """
     usual = tuple(_seen_on(lines, others)) if others else ()
-    return changed_line(tuple(_seen_on(lines, ranks)), part, phase_share, usual, pace=1.0)
+    return changed_line(tuple(_seen_on(lines, ranks)), part, phase_share, usual, pace=1.0, waiting=waiting)
 
 
 def changed_line(
-    lines: Sequence[SampledLine], part: str, phase_share: float, usual: Sequence[SampledLine], pace: float
+    lines: Sequence[SampledLine],
+    part: str,
+    phase_share: float,
+    usual: Sequence[SampledLine],
+    pace: float,
+    waiting: float = 0.0,
 ) -> BlamedLine | None:
     """Return the function by which a phase takes longer in some steps; None where the samples do not show one.
 
@@ -187,23 +194,25 @@ def changed_line(
         phase_share: the phase's share of them, as measured by the hooks.
         usual: samples of the other steps; without any, the function that most of the phase is spent in is returned.
         pace: how long a usual step takes, in slow steps.
+        waiting: as of `blamed_line`.
     """
     code = part if part in PHASE_LABELS or part == "other" else _USER
     functions, total, in_steps = _by_function(lines, code)
-    if total < MIN_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
+    if total < MIN_SAMPLES or total / in_steps > phase_share + waiting + MAX_EXCESS:
         return None
 
     expected, _, in_usual_steps = _by_function(usual, code)
     scale = pace * in_steps / max(in_usual_steps, 1)
     excess = {place: samples - expected[place] * scale for place, samples in functions.items()}
     place = max(excess, key=lambda name: excess[name], default=None)
-    whole = max(total, phase_share * in_steps)
+    whole = max(total - waiting * in_steps, phase_share * in_steps)
     if place is None or not _is_named(functions, place, whole, excess[place] if usual else None):
         return None
 
     own, common = _by_line(lines, code, place), _by_line(usual, code, place)
     line = max(own, key=lambda number: own[number] - common[number] * scale)
-    return BlamedLine(place[0], line, place[1], functions[place] / whole, total, total < HIDDEN_RATIO * whole)
+    share = min(functions[place] / whole, 1.0)
+    return BlamedLine(place[0], line, place[1], share, total, total < HIDDEN_RATIO * whole)
 
 
 def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int], others: Collection[int]) -> float:
@@ -369,7 +378,7 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
         whole: samples that the phase should have.
         excess: samples beyond those of the other ranks.
     """
-    samples = functions[place]
+    samples = min(functions[place], whole)
     is_certain = _least_share(samples, whole) >= NAMED_SHARE
     if excess is not None:
         return excess >= NAMED_OF_EXCESS * whole and (is_certain or whole >= MIN_SHARE_SAMPLES)

@@ -476,6 +476,11 @@ def _lacks_cores(segments: Segments, facts: JobFacts, late: LateRanks) -> bool:
     return not is_known or _without_core_ns(segments, facts, late.rows) >= WAITING_SHARE * late.excess_ns
 
 
+def _waiting_share(segments: Segments, late: LateRanks) -> float:
+    """Return the share of the step that late ranks wait for others, mostly inside backward."""
+    return max(1.0 - float(segments.own[late.rows].mean()) / segments.step_ns, 0.0)
+
+
 def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(
@@ -488,7 +493,11 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     kind = straggler_kind(late.part)
     mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
     others = segments.ranks_of(late.others)
-    line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
+    line = None
+    if not late.everywhere:
+        waiting = _waiting_share(segments, late) if late.part == "backward" else 0.0
+        line = blamed_line(facts.lines, late.part, mine, ranks, others, waiting)
+
     lacking = late.part != "input_wait" and _lacks_cores(segments, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if late.group is not None and line is None and late.part != "input_wait":
