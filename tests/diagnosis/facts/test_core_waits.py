@@ -52,6 +52,20 @@ def test_a_rank_without_steps_is_not_compared_with_those_that_train():
     assert waits.of_ready_time() == {1: pytest.approx(0.25)}
 
 
+def test_the_step_in_which_a_job_hangs_is_left_out() -> None:
+    """It waits for no core for a minute, which says nothing about the steps before; a long step that ends counts."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 0, 0), (1000, 400, 500, 30)))
+    assert waits.of_wall_time() == {0: pytest.approx(0.5)}
+
+    waits.add(0, rows((2000, 800, 1000, 60), (3000, 810, 1010, 61), (4000, 810, 1010, 61), (63_000, 811, 1011, 61)))
+    assert waits.of_wall_time() == {0: pytest.approx(0.5)}
+    assert waits.of_ready_time() == {0: pytest.approx(5 / 9)}
+
+    waits.add(0, rows((64_000, 812, 1012, 62)))
+    assert waits.of_wall_time() == {0: pytest.approx(1012 / 64_000)}
+
+
 def test_too_little_is_not_known():
     """A single reading has no share, and neither has a short time."""
     waits = CoreWaits()

@@ -2,7 +2,7 @@
 
 Ranks that start at the same time import torch on the same cores, so the time before the first step says nothing about
 training. The kernel's counters are exact, and are read once or twice a second: the time between two readings is
-training if a step was open at both.
+training if a step was open at both. A step counts when it has ended: the one in which a job hangs may last for hours.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MIN_OBSERVED_NS = 2e8
 LACKING_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
+_Sums = tuple[int, int, int]
+_NOTHING: _Sums = (0, 0, 0)
 _READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
 
 
@@ -41,24 +43,35 @@ class CoreWaits:
     def __init__(self) -> None:
         self._first: dict[int, tuple[int, ...]] = {}
         self._last: dict[int, tuple[int, ...]] = {}
-        self._training: dict[int, tuple[int, int, int]] = {}
+        self._training: dict[int, _Sums] = {}  # wall time, run and waited, in steps that have ended
+        self._open: dict[int, list[_Sums]] = {}  # the same between readings, from that before the step open last
         self._before: dict[int, tuple[int, int]] = {}  # run and waited before the first step
         self._begun: set[int] = set()  # ranks that had a step
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
-        last, (wall, run, wait) = self._last.get(rank), self._training.get(rank, (0, 0, 0))
+        last, ended, of_open = self._last.get(rank), self._training.get(rank, _NOTHING), self._open.setdefault(rank, [])
         for row in zip(*(rows[name].tolist() for name in _READ), strict=True):
             self._note_start_up(rank, (row[1], row[2]), step=row[3])
             if last is None:
                 self._first[rank] = row
-            elif last[3] >= 0 and row[3] >= 0:
-                wall, run, wait = wall + row[0] - last[0], run + row[1] - last[1], wait + row[2] - last[2]
+            elif last[3] >= 0:
+                if row[3] != last[3]:
+                    ended = _sum(ended, *of_open)
+                    of_open.clear()
+
+                if row[3] >= 0:
+                    of_open.append((row[0] - last[0], row[1] - last[1], row[2] - last[2]))
 
             last = row
 
         if last is not None:
-            self._last[rank], self._training[rank] = last, (wall, run, wait)
+            self._last[rank], self._training[rank] = last, ended
+
+    def _trained(self, rank: int) -> _Sums:
+        """Return wall time, run and waited in training; the last step, where only one reading saw it open."""
+        of_open = self._open[rank]
+        return _sum(self._training[rank], *(of_open if len(of_open) == 1 else ()))
 
     def _note_start_up(self, rank: int, run_and_wait_ns: tuple[int, int], step: int) -> None:
         if step >= 0:
@@ -88,7 +101,7 @@ class CoreWaits:
         return {rank: wait / (run + wait) for rank, (run, wait) in observed.items() if run + wait >= MIN_OBSERVED_NS}
 
     def _run_and_wait(self, rank: int) -> tuple[int, int]:
-        _, run, wait = self._training[rank]
+        _, run, wait = self._trained(rank)
         if run + wait >= MIN_OBSERVED_NS:
             return run, wait
 
@@ -97,7 +110,13 @@ class CoreWaits:
 
     def of_wall_time(self) -> dict[int, float]:
         """Return the share of wall time in training that a main thread waited for a core, where that is known."""
-        return {rank: wait / wall for rank, (wall, _, wait) in self._training.items() if wall >= MIN_OBSERVED_NS}
+        trained = {rank: self._trained(rank) for rank in self._training}
+        return {rank: wait / wall for rank, (wall, _, wait) in trained.items() if wall >= MIN_OBSERVED_NS}
+
+
+def _sum(*sums: _Sums) -> _Sums:
+    wall, run, wait = zip(*sums, strict=True)
+    return sum(wall), sum(run), sum(wait)
 
 
 class CoreTakerHistory:
