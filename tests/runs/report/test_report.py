@@ -387,7 +387,8 @@ def test_a_running_run_can_be_reported(tmp_path):
 
 def test_a_run_that_nobody_keeps_is_lost(tmp_path):
     """A running run whose aggregator is gone is lost; it ended when the store was last written."""
-    writer = open_store(tmp_path / "run", state="running", ended=None)
+    writer = open_store(tmp_path / "run", state="running", ended=None, world_size=1)
+    add_rank(writer, 0, rows_of(Job(ranks=1, steps=50, grouped=False))[0], state="running")
     import socket
 
     from traceml.clock import boot_id
@@ -403,6 +404,7 @@ def test_a_run_that_nobody_keeps_is_lost(tmp_path):
     run = report["run"]
 
     assert run["state"] == "lost"
+    assert [rank["state"] for rank in report["ranks"]] == ["lost"]
     assert (run["ended"], run["duration_s"]) == (STARTED + 60, 60)
     assert not any("Wait for more" in finding["next"] for finding in report["findings"])
 

@@ -38,6 +38,7 @@ from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.metrics import MetricSummary
 from traceml.runs.rows.sample_totals import SampleTotals
 from traceml.runs.rows.step_totals import StepTotals
+from traceml.runs.run_state import state_of
 
 __all__ = ["lines", "memory", "metrics", "phases", "ranks", "steps", "system", "telemetry", "time"]
 
@@ -171,15 +172,16 @@ def _number(value: float) -> float:
 
 
 def ranks(digest: Digest) -> list[RankSection]:
-    """Return the state of each rank of the last attempt, and its end."""
+    """Return the state of each rank of the last attempt, and its end; of a lost run none is known to run."""
     latest = digest.kept.reached()
+    is_lost = state_of(digest.run, digest.aggregator) == "lost"
     return [
         RankSection(
             rank=rank,
             host=stream.host,
             pid=stream.identity.pid,
             steps=steps_of(digest, rank, latest),
-            state=stream.state,
+            state="lost" if is_lost and stream.state == "running" else stream.state,
             exit=_exit(digest, stream, latest),
         )
         for rank, stream in sorted(digest.ranks.items())
