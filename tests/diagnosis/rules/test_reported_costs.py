@@ -106,4 +106,4 @@ def test_a_late_rank_that_hides_another_says_why_it_gains_less():
     late = diagnose(window, JobFacts(world_size=4))[0]
 
     assert late.speedup_if_fixed < 0.9 / (1 - late.cost_share)
-    assert late.summary.endswith("steps would be 1.66x faster, as what else is uneven then sets their pace.")
+    assert late.summary.endswith("steps would be 1.66x faster, not more, as other differences between ranks remain.")

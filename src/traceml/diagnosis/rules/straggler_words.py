@@ -73,10 +73,10 @@ def late_summary(
         )
 
     # Steps gain less than the late ranks lose where the next slowest work takes part of it.
-    pace = ", as what else is uneven then sets their pace" if share > 1 - 1 / gain + _UNEVEN else ""
+    pace = ", not more, as other differences between ranks remain" if share > 1 - 1 / gain + _UNEVEN else ""
     gained = f", and without it steps would be {gain_text(gain)}{pace}"
     if 1 - 1 / gain < _HIDDEN * share:
-        gained = " once what else is uneven is fixed"
+        gained = ", saved only once other differences between ranks are removed, too"
 
     where = line.of_it if line else ""
     whose = "their" if len(ranks) > 1 else "its"
