@@ -160,9 +160,8 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
         remaining = replayed(remaining, without_restarts)
 
     periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
-    if periodic:
-        found += periodic
-        remaining = replayed(remaining, without_long)
+    found += periodic
+    remaining = replayed(remaining, without_long)
 
     found += input_bound(remaining, facts, step_ns, "restarts of workers" if restarted else None)
     for rule in (transfers, residual, checkpoints):

@@ -152,6 +152,29 @@ def test_what_runs_there_is_named_with_its_line():
     assert "If half as often is enough, run train.py:70 log_images every 50th step: " in found.next
 
 
+def trains_more(every: int, ms: float) -> list:
+    """Return the faults of a second optimizer, which steps in every n-th step."""
+    return [adds("forward", ms, every=every), adds("backward", 2 * ms, every=every), adds("optimizer", ms, every=every)]
+
+
+@pytest.mark.parametrize("every", [5, 16])
+@pytest.mark.parametrize("job", [ALONE, Job(ranks=2, steps=300)])
+def test_training_more_in_every_nth_step_is_no_finding(job, every):
+    """A generator after five updates of its critic, or a policy: neither long steps nor jitter."""
+    found = findings(job, *trains_more(every, 10))
+
+    assert [each.kind for each in found] in ([Kind.COMPUTE_BOUND], [Kind.HEALTHY])
+
+
+def test_other_code_in_the_steps_that_train_more_is_a_finding():
+    """Pictures of the generator are drawn in each fifth of its updates."""
+    found = findings(ALONE, *trains_more(5, 10), adds("other", 200, every=25))
+
+    assert [(each.kind, each.phase) for each in found] == [(Kind.RESIDUAL_HEAVY, "other")]
+    assert found[0].evidence["every_n_steps"] == 25
+    assert found[0].evidence.get("phases") is None
+
+
 def test_the_model_s_own_line_is_not_to_run_half_as_often():
     """Samples of a diffusion model are drawn every 50th step; its forward runs in each step."""
     line = SampledLine(0, "forward", "/home/me/unet.py", 5, "UNet.forward", None, 120)

@@ -16,8 +16,8 @@ from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, usual
 from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import UNNAMED, Segments
-from traceml.diagnosis.steps.speedup import saved_ns, speedup
+from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments
+from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text
 
@@ -75,12 +75,37 @@ class _Period:
 def periodic_steps(
     window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about long steps at a fixed distance, and the parts of the step without them."""
+    """Return the finding about long steps at a fixed distance, and the parts of the step without them.
+
+    Steps that train more are no finding, nor jitter; what else is long in them may be one.
+    """
     period = _period(window, segments)
+    if period is not None and (usual_work := _without_more_training(segments, period.columns)):
+        found, without = periodic_steps(window, replayed(segments, usual_work), facts, step_ns)
+        return found, usual_work | without
+
     if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
     return [_finding(segments, facts, period, step_ns)], period.removed
+
+
+def _without_more_training(segments: Segments, columns: NDArray[np.intp]) -> dict[str, Floats]:
+    """Return computation as it would be if some steps did not train more; empty where that is not why they are long.
+
+    They have longer backward passes, and forward or the optimizer is longer, too: the updates of a generator, or of a
+    policy. Half as often would be another training.
+    """
+    typical = {
+        part: float(np.median(excess_over_usual(values, columns).max(axis=0)))  # by the median, as for joint parts
+        for part, values in segments.parts.items()
+    }
+    longer = {part for part, excess_ns in typical.items() if excess_ns > JOINT_SHARE * max(typical.values())}
+    is_training = max(typical, key=lambda part: typical[part]) in COMPUTE and "backward" in longer
+    work = longer & {*COMPUTE}
+    return (
+        {part: _without_excess(segments.parts[part], columns) for part in work} if is_training and len(work) > 1 else {}
+    )
 
 
 def _period(window: AlignedSteps, segments: Segments) -> _Period | None:
