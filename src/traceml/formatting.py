@@ -16,6 +16,7 @@ __all__ = [
     "exception_line",
     "factor_text",
     "gain_text",
+    "largest_text",
     "left_text",
     "library_text",
     "line_text",
@@ -304,6 +305,12 @@ def code_parts(text: str) -> list[tuple[str, bool]]:
 def phase_label(phase: str) -> str:
     """Return a phase's name for a column or a bar."""
     return _PHASES[phase][0] if phase in _PHASES else phase
+
+
+def largest_text(largest: float | None, whole: float | None) -> str:
+    """Return `most of it`, or `the largest part` where that is less than half of the whole."""
+    is_most = largest is None or whole is None or 2 * largest >= whole
+    return "most of it" if is_most else "the largest part"
 
 
 def part_words(part: str) -> str:

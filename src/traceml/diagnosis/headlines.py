@@ -11,6 +11,7 @@ from traceml.formatting import (
     count_text,
     duration_text,
     factor_text,
+    largest_text,
     left_text,
     line_text,
     ms_text,
@@ -221,12 +222,13 @@ def healthy(finding: FindingFacts) -> str:
 
 def compute(finding: FindingFacts) -> str:
     """Return `The model's own compute limits this run, most of it in backward`."""
-    share = finding.evidence.get("steps_share")
-    phase = phase_words(finding.phase) if finding.phase else "the step"
+    evidence, share = finding.evidence, finding.evidence.get("steps_share")
+    heaviest = evidence.get("share_by_phase", {}).get(finding.phase)
+    part = f"{largest_text(heaviest, evidence.get('compute_share'))} in {phase_words(finding.phase or 'the step')}"
     if share is None:
-        return f"The model's own compute limits this run, most of it in {phase}"
+        return f"The model's own compute limits this run, {part}"
 
-    return f"Compute limits the steps, most of it in {phase}; they are {percent_text(share)} of the run's time"
+    return f"Compute limits the steps, {part}; they are {percent_text(share)} of the run's time"
 
 
 def input_wait(finding: FindingFacts) -> str:

@@ -41,6 +41,27 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
     assert never not in text
 
 
+@pytest.mark.parametrize(
+    ("own", "says", "headline"),
+    [
+        ({"forward": 4.0, "backward": 8.0, "optimizer": 1.5}, "most of it backward", "most of it in backward"),
+        (
+            {"forward": 4.0, "backward": 5.0, "optimizer": 3.5},
+            "the largest part backward",
+            "the largest part in backward",
+        ),
+        ({"forward": 3.0, "backward": 3.0, "optimizer": 4.5}, "the largest part", "the largest part in optimizer"),
+    ],
+)
+def test_most_is_said_of_half_of_the_computation(own: dict[str, float], says: str, headline: str) -> None:
+    """Of three phases the heaviest may have a third."""
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts())[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert says in found.summary
+    assert found.headline == f"The model's own compute limits this run, {headline}"
+
+
 ENGINE = "torch/autograd/graph.py:966 _engine_run_backward"
 
 

@@ -15,7 +15,7 @@ from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
 from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
-from traceml.formatting import count_text, duration_text, ns_text, percent_text, phase_words
+from traceml.formatting import count_text, duration_text, largest_text, ns_text, percent_text, phase_words
 
 __all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "for_compute", "nothing_found"]
 
@@ -148,14 +148,15 @@ def _compute_bound(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
         summary=(
-            f"{percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
-            f"{phase_words(heaviest)} ({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
+            f"{percent_text(compute)} of each {ns_text(step)} step is computation, "
+            f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
+            f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0))}"
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
             f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
         ),
         next=for_compute(heaviest, facts, device=segments.device),
-        evidence=evidence | line,
+        evidence=evidence | {"compute_share": compute} | line,
     )
 
 
@@ -254,12 +255,12 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
 
 def _optimizer(facts: JobFacts) -> str:
     if facts.fused:
-        return "The optimizer dominates, and is fused already: step less often, on larger batches."
+        return "The optimizer takes the most, and is fused already: step less often, on larger batches."
 
     if facts.fused is None:
-        return "The optimizer dominates: step less often, on larger batches, or use one that computes less."
+        return "The optimizer takes the most: step less often, on larger batches, or use one that computes less."
 
-    return "The optimizer dominates: use its fused form (fused=True), or step less often on larger batches."
+    return "The optimizer takes the most: use its fused form (fused=True), or step less often on larger batches."
 
 
 def _on_device(facts: JobFacts) -> list[str]:
@@ -285,7 +286,10 @@ def _on_cpu(facts: JobFacts) -> list[str]:
     model, cores, threads = facts.model or ModelFacts(), facts.cores_per_rank, facts.threads
     found = []
     if threads and cores and threads < cores and not facts.oversubscribed:
-        found.append(f"torch uses {threads} of {cores} cores, so set OMP_NUM_THREADS={cores}")
+        found.append(
+            f"torch uses {threads} of {cores} cores, so let it use {cores} (OMP_NUM_THREADS, "
+            "or torch.set_num_threads where the script calls that)"
+        )
 
     if not model.compiled:
         found.append("torch.compile")
