@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from traceml.inspection import thread_frames as thread_frames_module
-from traceml.inspection.thread_frames import thread_frame, thread_frames
+from traceml.inspection.thread_frames import running_line, thread_frame, thread_frames
 
 STRESS = """
 import gc, json, os, random, sys, threading, time
@@ -53,6 +54,15 @@ while time.monotonic() < end or len(walks) < 1000:
 
 os._exit(0)
 """
+
+
+@pytest.mark.parametrize(("at", "line"), [(0, 10), (4, 11), (8, 11), (12, 12), (20, 12)])
+def test_an_instruction_without_a_line_has_that_before_it(at: int, line: int) -> None:
+    """The compiler's jumps have none, in some versions of Python."""
+    lines = [(0, 2, 10), (2, 8, 11), (8, 12, None), (12, 18, 12), (18, 22, None)]
+    code = SimpleNamespace(co_firstlineno=10, co_lines=lambda: iter(lines))
+
+    assert running_line(SimpleNamespace(f_lineno=None, f_lasti=at, f_code=code)) == line
 
 
 def test_frames_of_threads_are_read_here_only() -> None:

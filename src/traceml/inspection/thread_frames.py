@@ -21,6 +21,7 @@ __all__ = [
     "awaiting_frames",
     "is_event_loop",
     "number_of",
+    "running_line",
     "stack_frames",
     "thread_frame",
     "thread_frames",
@@ -64,6 +65,22 @@ def stack_frames(frame: FrameType | None, most: int = _MAX_DEPTH) -> Iterator[Fr
 
         yield frame
         frame = frame.f_back
+
+
+def running_line(frame: FrameType) -> int:
+    """Return the line that a frame runs; at an instruction without one, as a jump to a loop's begin, that before it."""
+    line: int | None = frame.f_lineno
+    if line is not None:
+        return line
+
+    line, at = frame.f_code.co_firstlineno, frame.f_lasti
+    for start, _, of_instruction in frame.f_code.co_lines():
+        if start > at:
+            break
+
+        line = of_instruction or line
+
+    return line
 
 
 class _CollectorPause:

@@ -32,7 +32,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
-from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_number
+from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_number
 from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
 from traceml.recorder.user_code import UserCode
 
@@ -290,7 +290,7 @@ class LineSampler:
             if code.co_filename.startswith(_IMPORT_SYSTEM):  # five of six frames of an import
                 importing = code if code.co_filename == IMPORTING else importing
             elif self._user.contains(found):
-                return phase, code, found.f_lineno, importing or library
+                return phase, code, running_line(found), importing or library
             else:
                 library = library or (None if _is_hidden(code) else code)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from traceml.inspection.thread_frames import stack_frames
+from traceml.inspection.thread_frames import running_line, stack_frames
 from traceml.inspection.user_files import is_starter, is_user_file
 
 __all__ = ["UserCode", "user_line"]
@@ -43,7 +43,7 @@ def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> 
     """Return the code and line of the innermost frame of the user's code; None, 0 where there is none."""
     for each in stack_frames(frame, _MAX_DEPTH):
         if is_user(each):
-            return each.f_code, each.f_lineno or 0
+            return each.f_code, running_line(each)
 
     return None, 0
 

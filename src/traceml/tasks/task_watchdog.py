@@ -21,7 +21,7 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
-from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_frames
+from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_frames
 from traceml.tasks.execution import expire
 from traceml.tasks.task_record import TaskRecord, ThreadState
 from traceml.tasks.task_statistics import FINAL, RUNNING
@@ -283,4 +283,4 @@ def _is_foreign(frame: FrameType) -> bool:
 
 
 def _location(frame: FrameType) -> _CodeLocation:
-    return _CodeLocation(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+    return _CodeLocation(frame.f_code.co_filename, running_line(frame), frame.f_code.co_qualname)

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from types import FrameType
 
-from traceml.inspection.thread_frames import stack_frames, thread_frames
+from traceml.inspection.thread_frames import running_line, stack_frames, thread_frames
 from traceml.launch.wire.fd_socket import FdSocket
 
 __all__ = ["serve_stacks"]
@@ -43,6 +43,6 @@ def _stacks() -> str:
 
 def _lines(frame: FrameType | None) -> str:
     return "".join(
-        f'  File "{each.f_code.co_filename}", line {each.f_lineno} in {each.f_code.co_name}\n'
+        f'  File "{each.f_code.co_filename}", line {running_line(each)} in {each.f_code.co_name}\n'
         for each in stack_frames(frame, _MAX_FRAMES)
     )

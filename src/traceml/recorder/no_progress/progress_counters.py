@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
 from traceml.inspection.kernel_state import io_bytes, written_bytes
 from traceml.inspection.received_bytes import received_bytes
-from traceml.inspection.thread_frames import stack_frames, thread_frame, thread_number
+from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_number
 from traceml.recorder.no_progress.library_waits import awaited_child
 from traceml.recorder.no_progress.store_threads import StoreThreads
 
@@ -110,7 +110,7 @@ class ProgressCounters:
         for frame in stack_frames(thread_frame(self._thread()), _MAX_DEPTH):
             # A module is counted as its import goes on.
             if frame.f_code.co_name == "<module>" or self._user.contains(frame):
-                is_new |= self._is_further(frame.f_code, frame.f_lineno or 0)
+                is_new |= self._is_further(frame.f_code, running_line(frame))
 
         return is_new
 

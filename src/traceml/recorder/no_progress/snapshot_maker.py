@@ -32,7 +32,7 @@ from traceml.inspection.kernel_state import (
     thread_cpu_ns,
     wait_state,
 )
-from traceml.inspection.thread_frames import awaiting_frames, stack_frames, thread_frame, thread_number
+from traceml.inspection.thread_frames import awaiting_frames, running_line, stack_frames, thread_frame, thread_number
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock
@@ -152,7 +152,7 @@ class SnapshotMaker:
             if not (is_package_file(code.co_filename) or is_import_machinery(code.co_filename)):
                 is_user = self._user.contains(each)
                 file = display_path(code.co_filename)
-                line = FrameSnapshot(file=file, line=each.f_lineno or 0, function=code.co_qualname, is_user=is_user)
+                line = FrameSnapshot(file=file, line=running_line(each), function=code.co_qualname, is_user=is_user)
                 frames.append(line)
                 user += [line] if is_user else []
 

@@ -23,6 +23,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
+from traceml.inspection.thread_frames import running_line
 from traceml.instrument.native.extension import extension
 from traceml.recorder.user_code import user_line
 
@@ -128,7 +129,7 @@ class CollectionWatch:
         return collect
 
     def _caller_of(self, frame: FrameType) -> tuple[CodeType, int, CodeType | None, int]:
-        own = frame.f_code, frame.f_lineno or 0
+        own = frame.f_code, running_line(frame)
         if self._is_user(frame):
             return *own, None, 0
 
