@@ -59,6 +59,35 @@ def test_the_length_of_epochs_is_known_by_their_starts():
         assert found.epoch_steps == known
 
 
+@pytest.mark.parametrize(
+    ("first", "says", "never", "gain"),
+    [(800, "first batch of an epoch, 8", "num_workers", 2.05), (60, "num_workers=", "first batch", 1.13)],
+)
+def test_a_first_batch_that_takes_long_is_not_made_sooner_by_workers(first, says, never, gain):
+    """A shuffle buffer is filled at the start of each epoch of 50 steps: the others have to gain by workers."""
+    starts = np.zeros(4, EPOCHS.dtype)
+    starts["step"], starts["ns"] = np.arange(4) * 50 + 25, (first + 2) * MS
+    segments = segments_of(window_of(ALONE, adds("input_wait", 2), adds("input_wait", first, every=50)), JobFacts())
+    wait_ns = float(segments.parts["input_wait"].mean())
+
+    found = pipeline_of(segments, JobFacts(loader=FOLDER, epochs=starts), wait_ns)
+    advised = for_input(JobFacts(loader=FOLDER, epochs=starts), found)
+
+    assert found is not None
+    assert found.step_ns(0) == pytest.approx(segments.step_ns, rel=0.01)
+    assert says in advised.text
+    assert never not in advised.text
+    assert advised.gain == pytest.approx(gain, rel=0.05)
+
+
+def test_a_stream_has_to_be_divided_among_workers():
+    """Each worker of an iterable data set reads all of it, unless its code asks which worker runs it."""
+    undivided = JobFacts(loader=replace(FOLDER, is_undivided=True))
+
+    assert "get_worker_info" in for_input(undivided, pipeline(298, 95)).text
+    assert "get_worker_info" not in for_input(JobFacts(loader=FOLDER), pipeline(298, 95)).text
+
+
 def test_workers_that_wait_may_exceed_the_cores():
     """A fetch that sleeps needs no core."""
     slow = pipeline(64, 8, cpu=0.0)

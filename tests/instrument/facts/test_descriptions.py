@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset, random_split
+from torch.utils.data import (
+    BatchSampler,
+    ChainDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    get_worker_info,
+    random_split,
+)
 
 from traceml.instrument.facts.descriptions import loader_facts, optimizer_facts
 
@@ -52,6 +62,26 @@ class Buckets(BatchSampler):
 def test_samplers_that_are_none_of_torchs(options, classes):
     """Their functions run in the training process, which the lines name by class."""
     assert loader_facts(DataLoader(range(8), **options))["samplers"] == classes
+
+
+class Lines(IterableDataset):
+    def __iter__(self):
+        return iter(range(8))
+
+
+class Divided(Lines):
+    def __iter__(self):
+        worker = get_worker_info()
+        return iter(range(8) if worker is None else range(worker.id, 8, worker.num_workers))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "is_undivided"), [(Lines(), True), (Divided(), False), (ChainDataset([Divided()]), False)]
+)
+def test_a_stream_that_each_worker_would_read_is_known(dataset, is_undivided):
+    """A library's own data sets divide themselves, or hold others that do."""
+    assert loader_facts(DataLoader(dataset))["is_undivided"] is is_undivided
+    assert loader_facts(DataLoader(range(8)))["is_undivided"] is False
 
 
 def test_a_part_of_a_data_set_is_named_by_the_whole():

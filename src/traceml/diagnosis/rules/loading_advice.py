@@ -17,7 +17,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
-from traceml.formatting import cores_text, count_text, gain_text, percent_text, plural
+from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = ["Advised", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
 
@@ -64,6 +64,9 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
     cores = _on(pipeline, facts)
     if pipeline.is_handover:
         return _fewer_handovers(loader, pipeline, cores)
+
+    if pipeline.first_wait_ns >= NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
+        return _cheaper_first(loader, pipeline)
 
     if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
@@ -173,7 +176,23 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
     )
     setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}"
     text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
+    if loader.is_undivided and not pipeline.workers:
+        text += (
+            " It is an iterable data set: divide it among the workers (torch.utils.data.get_worker_info), or each of "
+            "them reads all of it."
+        )
+
     return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
+
+
+def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
+    gain, first = pipeline.gain_with_usual_first(), ns_text(pipeline.first_ns + pipeline.fetch_ns)
+    return Advised(
+        f"Most of the waiting is for the first batch of an epoch, {first}, and workers begin it no sooner. Make "
+        f"what {_data(loader)} or its sampler does first cheaper (filling a "
+        f"shuffle buffer, listing or opening files), or keep it from epoch to epoch; {gain_text(gain, 'at most')}.",
+        gain,
+    )
 
 
 def _fewer_handovers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:

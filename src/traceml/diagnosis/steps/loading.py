@@ -25,6 +25,7 @@ AHEAD = 4
 """Batches that some workers make in advance: a longer series of slow ones is waited for."""
 _LEVELS = 16
 _LONG_WAIT = 3.0
+_MIN_EPOCH = 4.0  # steps of an epoch, to tell its first one apart
 _HELD_SHARE = 0.8
 _MIN_READY = 0.05
 
@@ -45,6 +46,7 @@ class Pipeline:
         is_handover: whether it waits for that, and not for the workers to make batches.
         epoch_steps: mean number of batches of an epoch; None where that is not known. Workers make the first one of an
             epoch only when the training asks for it.
+        first_ns: how much longer than `fetch_ns` the first batch of an epoch takes, as to fill a shuffle buffer.
         lost_ns: time of a step that another cause takes, which is not in the others: it stays.
         levels: how long a batch takes in equal parts of the run, by `fetch_ns`: workers that are ahead for some batches
             do not make up for the slow ones of an epoch.
@@ -60,19 +62,20 @@ class Pipeline:
     take_ns: float = TAKE_NS
     is_handover: bool = False
     epoch_steps: float | None = None
+    first_ns: float = 0.0
     lost_ns: float = 0.0
     levels: tuple[float, ...] = (1.0,)
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with this many workers: that of the training, of the workers, or of the cores."""
         if not workers:
-            return self.rest_ns + self.fetch_ns
+            return self.rest_ns + self.fetch_ns + self.first_wait_ns
 
         slowest = sum(self._slowest_ns(workers, self.fetch_ns * level) for level in self.levels) / len(self.levels)
         if self.epoch_steps is None:
             return slowest
 
-        first = self.rest_ns + self.take_ns + self.fetch_ns
+        first = self.rest_ns + self.take_ns + self.fetch_ns + self.first_ns
         return slowest + max(first - slowest, 0.0) / self.epoch_steps
 
     def _slowest_ns(self, workers: int, fetch_ns: float) -> float:
@@ -101,8 +104,12 @@ class Pipeline:
             fetch_share: new / old time of a batch.
             workers: number of workers then; None for that of now.
         """
-        cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share)
+        cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share, first_ns=self.first_ns * fetch_share)
         return self._gain_to(cheaper.step_ns(self.workers if workers is None else workers))
+
+    def gain_with_usual_first(self) -> float:
+        """Return old / new step time if the first batch of an epoch took as long as the others."""
+        return self._gain_to(replace(self, first_ns=0.0).step_ns(self.workers))
 
     def gain_on_all_cores(self) -> float:
         """Return old / new step time if the workers could use all cores of the rank."""
@@ -110,6 +117,11 @@ class Pipeline:
 
     def _gain_to(self, step_ns: float) -> float:
         return (self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns)
+
+    @property
+    def first_wait_ns(self) -> float:
+        """Mean time of a step by which the first batches of epochs take longer."""
+        return self.first_ns / self.epoch_steps if self.epoch_steps else 0.0
 
     @property
     def takes_cpu(self) -> bool:
@@ -132,6 +144,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     use = facts.worker_use if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
     handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
+    epoch_steps, first_ns = _epoch_steps(facts), 0.0 if workers else _first_ns(facts, wait_ns)
     busy: float | None
     if use is not None and handover:  # they wait for orders in between
         fetch_ns, busy = workers * segments.step_ns * use.ready, 1.0
@@ -140,7 +153,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         if use is not None and bound:
             fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _MIN_READY)
     else:
-        fetch_ns, busy = wait_ns, fetch_cpu(facts)
+        fetch_ns, busy = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), fetch_cpu(facts)
 
     computes = 1.0 if busy is None else busy
     rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
@@ -159,15 +172,23 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         worker_cores=use.cores if use is not None and bound else None,
         take_ns=wait_ns if handover else TAKE_NS,
         is_handover=handover,
-        epoch_steps=_epoch_steps(facts),
+        epoch_steps=epoch_steps,
+        first_ns=first_ns,
         lost_ns=max(step_ns - segments.step_ns, 0.0),
-        levels=(1.0,) if workers else _levels(segments),
+        levels=(1.0,) if workers else _levels(segments, epoch_steps if first_ns else None),
     )
 
 
-def _levels(segments: Segments) -> tuple[float, ...]:
-    """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`."""
+def _levels(segments: Segments, epoch_steps: float | None) -> tuple[float, ...]:
+    """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`.
+
+    Args:
+        epoch_steps: steps of an epoch, if the first one's batch takes longer: the longest waits are these.
+    """
     waits = segments.parts["input_wait"].mean(axis=0)
+    if epoch_steps is not None:
+        waits = np.sort(waits)[: len(waits) - round(len(waits) / epoch_steps)]
+
     means = np.sort([part.mean() for part in np.array_split(waits, max(len(waits) // AHEAD, 1))])
     parts = np.array_split(means / max(float(means.mean()), 1.0), min(len(means), _LEVELS))
     return tuple(float(part.mean()) for part in parts)
@@ -177,6 +198,18 @@ def _epoch_steps(facts: JobFacts) -> float | None:
     """Return the mean number of steps of an epoch, by the steps that wait for the first batch of one."""
     starts = facts.epochs["step"]
     return max((int(starts[-1]) - int(starts[0])) / (len(starts) - 1), 1.0) if len(starts) > 1 else None
+
+
+def _first_ns(facts: JobFacts, wait_ns: float) -> float:
+    """Return how much longer than the others the first batch of an epoch takes; 0 where it is about as long."""
+    epoch_steps, rows = _epoch_steps(facts), facts.epochs
+    later = rows[rows["first"] == 0]
+    if epoch_steps is None or epoch_steps < _MIN_EPOCH or not len(later):
+        return 0.0
+
+    first_ns = float(later["ns"].mean())
+    usual_ns = max(wait_ns - first_ns / epoch_steps, 0.0) / (1 - 1 / epoch_steps)
+    return first_ns - usual_ns if first_ns > _LONG_WAIT * usual_ns else 0.0
 
 
 def are_pauses(segments: Segments, workers: int) -> bool:

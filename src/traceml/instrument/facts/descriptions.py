@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from traceml.inspection.thread_frames import stack_frames
+from traceml.inspection.user_files import is_user_file
 from traceml.instrument.facts.own_attributes import attribute_values, named_attributes, own_attribute
 
 __all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
@@ -16,6 +17,7 @@ _SEQUENCES = (2, 3)  # dimensions of a batch of sequences, of numbers and of vec
 _HUGGING_FACE = ("transformers.", "sentence_transformers.", "trl.")  # trainers that take TrainingArguments
 _FASTAI = "fastai.data.load"
 _OF_SAMPLERS = ("torch", "builtins", "abc", "collections", "typing")  # modules of torch's samplers and of base classes
+_WORKER_INFO = "get_worker_info"
 _MAX_RANKS = 256
 _MANY_OBJECTS = 10_000
 _CONTAINERS = (list, tuple, dict, set)
@@ -41,8 +43,20 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
         "samplers": _sampler_classes(own),
+        "is_undivided": _is_undivided(dataset),
         "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
+
+
+def _is_undivided(dataset: Any) -> bool:
+    """Return whether a data set is iterable, and the script's code of its class does not ask which worker runs it."""
+    kinds = type(dataset).__mro__
+    if not any(kind.__name__ == "IterableDataset" for kind in kinds):
+        return False
+
+    codes = [code for kind in kinds for each in vars(kind).values() if (code := getattr(each, "__code__", None))]
+    own = [code for code in codes if is_user_file(code.co_filename)]
+    return any(code.co_name == "__iter__" for code in own) and not any(_WORKER_INFO in code.co_names for code in own)
 
 
 def _sampler_classes(loader: Any) -> list[str]:

@@ -20,6 +20,7 @@ class LoaderFacts:
         samplers: classes that choose its samples, by qualified name, without torch's.
         trainer: framework that makes the loader from its own arguments: transformers, or fastai, which starts new
             workers in each epoch; None for a script's own.
+        is_undivided: whether its data set is iterable, and its code does not ask which worker runs it.
     """
 
     dataset: str | None = None
@@ -35,6 +36,7 @@ class LoaderFacts:
     objects: Sequence[Mapping[str, Any]] = ()
     samplers: Sequence[str] = ()
     trainer: str | None = None
+    is_undivided: bool = False
 
     @property
     def likeness(self) -> tuple[str | None, int | None, int | None]:
