@@ -78,6 +78,8 @@ def test_a_slow_hook_of_all_ranks_is_named(engine: int, named: bool) -> None:
 
     assert found.kind is Kind.COMPUTE_BOUND
     assert ("67 % of backward is in train.py:8 quantize" in found.summary) == named
+    assert ("Make train.py:8 quantize cheaper" in found.next) == named
+    assert ("To go faster" in found.next) != named
     assert "of backward is in train.py:22" not in found.summary
 
 
@@ -94,7 +96,39 @@ def test_code_in_backward_is_named_although_ranks_wait_there() -> None:
 
     assert found.kind is Kind.HEALTHY
     assert "69 % of backward is in train.py:8 compress" in found.summary
+    assert "Nothing needs fixing" not in found.next
+    assert found.speedup_if_fixed == pytest.approx(1 / (1 - found.evidence["line_share"]))
     assert found.evidence["line_share"] == pytest.approx(0.66, abs=0.03)
+
+
+def test_backward_without_its_own_code_gains_what_is_promised() -> None:
+    """Two thirds of backward are in the backward of a Function, which loops in Python."""
+    lines = [
+        SampledLine(0, "backward", "/me/train.py", 8, "Quantize.backward", None, 120),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 60),
+        SampledLine(0, "forward", "/me/train.py", 21, "main", None, 40),
+    ]
+    slow, fixed = (window_of(ALONE, *faults) for faults in ([adds("backward", 16)], []))
+
+    found = diagnose(slow, JobFacts(lines=lines))[0]
+
+    assert "Make train.py:8 Quantize.backward cheaper" in found.next
+    assert found.speedup_if_fixed == pytest.approx(slow.total.mean() / fixed.total.mean(), rel=0.1)
+
+
+def test_activations_that_are_computed_again_are_not_to_be_made_cheaper() -> None:
+    """With checkpointing the model's forward runs in backward, and its operations have no frames of their own."""
+    lines = [
+        SampledLine(0, "forward", "/me/net.py", 12, "Block.forward", None, 60),
+        SampledLine(0, "backward", "/me/net.py", 12, "Block.forward", None, 90),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 30),
+    ]
+
+    found = diagnose(window_of(ALONE), JobFacts(lines=lines))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert "To go faster" in found.next
+    assert found.speedup_if_fixed == 1.0
 
 
 LINEAR = "torch/nn/modules/linear.py:130 Linear.forward"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +17,7 @@ from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
 from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
-from traceml.formatting import count_text, duration_text, largest_text, ns_text, percent_text, phase_words
+from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
 __all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "for_compute", "nothing_found"]
 
@@ -69,8 +71,54 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause}"
-    summary, action = short or (healthy, action or _when_healthy(shares, facts))
-    return Finding.of(Kind.HEALTHY, summary=summary + uncovered_time_text(facts.time), next=action, evidence=evidence)
+    own = _own_backward(facts, heavy, shares, device=segments.device)
+    cheaper = own.advice if own else _when_healthy(shares, facts)
+    summary, action = short or (healthy, action or cheaper)
+    return Finding.of(
+        Kind.HEALTHY,
+        summary=summary + uncovered_time_text(facts.time),
+        next=action,
+        evidence=evidence,
+        speedup_if_fixed=own.gain if own else 1.0,
+    )
+
+
+class _OwnBackward(NamedTuple):
+    """Code of the script that takes much of the step inside backward: a hook, or the backward of a Function.
+
+    Attributes:
+        gain: old / new step time without it; 1 where that is not known.
+    """
+
+    line: BlamedLine
+    gain: float
+
+    @property
+    def advice(self) -> str:
+        without = f"; without it steps would be {gain_text(self.gain)}" if self.gain > 1.0 else ""
+        return (
+            f"Make {self.line.place} cheaper, which backward calls (a hook, or the backward of a Function){without}. "
+            "If it loops in Python, use operations on whole tensors."
+        )
+
+
+def _own_backward(
+    facts: JobFacts, heavy: tuple[str, BlamedLine] | None, shares: dict[str, float], *, device: bool
+) -> _OwnBackward | None:
+    """Return the script's own code in backward that takes much of the step; None where it is forward's again.
+
+    Forward's own code may be torch's operations, which have no frames. So may that of backward, where activations are
+    computed again (checkpointing): then it is seen in forward, too.
+    """
+    if heavy is None or heavy[0] != "backward" or facts.detects_anomalies:
+        return None
+
+    line, is_known = heavy[1], not (device or heavy[1].is_rough)  # samples of the CPU say nothing of a device's time
+    if any((each.part, each.file, each.function) == ("forward", line.file, line.function) for each in facts.lines):
+        return None
+
+    gain = 1 / max(1.0 - line.share * _sampled(shares)["backward"], 0.01) if is_known else 1.0
+    return _OwnBackward(line, gain)
 
 
 def _without_pauses(segments: Segments) -> NDArray[np.intp]:
@@ -144,6 +192,7 @@ def _compute_bound(
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares)
     line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(_sampled(shares)[heaviest])
+    own = _own_backward(facts, heavy, shares, device=segments.device)
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
@@ -155,8 +204,9 @@ def _compute_bound(
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
             f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
         ),
-        next=for_compute(heaviest, facts, device=segments.device),
+        next=own.advice if own else for_compute(heaviest, facts, device=segments.device),
         evidence=evidence | {"compute_share": compute} | line,
+        speedup_if_fixed=own.gain if own else 1.0,
     )
 
 
