@@ -478,6 +478,18 @@ def test_few_steps_are_insufficient():
     assert "20 are needed" in found.summary
 
 
+def test_few_long_steps_say_what_took_their_time():
+    """A step of gradient accumulation may take seconds, and a run have a dozen of them."""
+    lines = [SampledLine(0, "input_wait", "/me/train.py", 8, "Files.__getitem__", None, 90)]
+    lines.append(SampledLine(0, "forward", "/me/train.py", 22, "main", None, 10))
+    window = window_of(Job(ranks=1, grouped=False, steps=8), adds("input_wait", 3000))
+    found = diagnose(window, JobFacts(lines=lines, state="finished"))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "20 are needed. On average each of them took 2.99 s: 99.5 % data loading" in found.summary
+    assert "of data loading is in train.py:8 Files.__getitem__." in found.summary
+
+
 @pytest.mark.parametrize(
     ("steps", "lines", "advice"),
     [

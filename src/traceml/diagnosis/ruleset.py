@@ -27,7 +27,7 @@ from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_kept_waiti
 from traceml.diagnosis.rules.data_imbalance import data_imbalance
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
-from traceml.diagnosis.rules.no_bottleneck import nothing_found
+from traceml.diagnosis.rules.no_bottleneck import nothing_found, shares_text
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
@@ -48,6 +48,7 @@ __all__ = ["MIN_STEPS", "diagnose"]
 
 MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
+_SHOWN_STEPS = 3  # of so many it is told what took their time
 _UNKNOWN_SHARE = 0.30
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
@@ -297,9 +298,10 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
         why = "the script only logs, its steps are not traced"
 
     advice = _for_more(facts.state, began=began) if ended else _to_come(seen, facts, began=began)
+    so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
     return Finding.of(
         Kind.INSUFFICIENT_DATA,
-        summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.",
+        summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.{so_far}",
         next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else advice,
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
     )

@@ -19,7 +19,7 @@ from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
-__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "for_compute", "nothing_found"]
+__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "for_compute", "nothing_found", "shares_text"]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
@@ -50,13 +50,7 @@ BUSY_SHARE = 0.7
 
 def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
-    kept = _without_pauses(segments)
-    step = max(float(segments.step[kept].mean()), 1.0)
-    means = {part: float(values[:, kept].mean()) for part, values in segments.parts.items()}
-    shares = {part: mean / step for part, mean in means.items()}
-    if segments.grouped:
-        shares[_WAITING] = max(0.0, 1.0 - sum(shares.values()))
-
+    step, shares = _step_shares(segments, _without_pauses(segments))
     evidence = _evidence(segments, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     if compute >= COMPUTE_SHARE and segments.backward_known:
@@ -81,6 +75,25 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
         evidence=evidence,
         speedup_if_fixed=own.gain if own else 1.0,
     )
+
+
+def shares_text(segments: Segments, facts: JobFacts) -> str:
+    """Return what the steps of a window took their time for, too few for a verdict: a sentence, with its line."""
+    step, shares = _step_shares(segments, np.arange(len(segments.step)))
+    heaviest = max(shares, key=lambda part: shares[part])
+    line = None if heaviest == _WAITING else own_line(facts.lines, heaviest, shares[heaviest])
+    where = f"; {line.share_text} of {phase_words(heaviest)} is in {line.place}" if line else ""
+    return f" On average each of them took {ns_text(step)}: {_largest(shares)}{where}."
+
+
+def _step_shares(segments: Segments, columns: NDArray[np.intp]) -> tuple[float, dict[str, float]]:
+    """Return the mean of some steps, and the share of each part in it."""
+    step = max(float(segments.step[columns].mean()), 1.0)
+    shares = {part: float(values[:, columns].mean()) / step for part, values in segments.parts.items()}
+    if segments.grouped:
+        shares[_WAITING] = max(0.0, 1.0 - sum(shares.values()))
+
+    return step, shares
 
 
 class _OwnBackward(NamedTuple):
@@ -272,7 +285,7 @@ def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[st
 
 
 def _largest(shares: dict[str, float]) -> str:
-    largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
+    largest = [(part, share) for part, share in sorted(shares.items(), key=lambda item: -item[1])[:3] if share >= 0.005]
     return ", ".join(
         f"{percent_text(share)} {part if part == _WAITING else phase_words(part)}" for part, share in largest
     )
