@@ -323,6 +323,26 @@ def test_a_rank_that_was_late_before_is_not_late_since_then(parts):
     assert "shape" not in late.evidence
 
 
+@pytest.mark.parametrize(
+    ("usual_ms", "growth_ms", "waited", "told"),
+    [(1.0, 0.2, 0.0, True), (1.0, 0.2, 0.3, False), (1.0, 0.2, -1, False), (5.0, 0.1, 0.0, False)],
+)
+def test_backward_that_grows_far_more_than_cores_explain_is_told_in_seconds(usual_ms, growth_ms, waited, told):
+    """A recurrent state that is not detached: backward goes through all steps before, and is nearly all of a step."""
+    samples = MachineSamples()
+    rows = np.zeros(40, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(0, 960, 24), np.arange(40) * 250 * MS
+    rows["main_wait_ns"] = rows["t_ns"] * waited if waited >= 0 else -1
+    samples.add(PROCESS.name, 0, rows)
+    parts = {"forward": np.full(BINS, 0.2) * MS, "backward": (usual_ms + AT * growth_ms) * MS}
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+    findings = slowdown(run, JobFacts(samples=samples))
+
+    assert [each.phase for each in findings] == (["backward"] if told else [])
+    assert all("detach" in each.next for each in findings)
+
+
 @pytest.mark.parametrize(("waited", "told"), [(0.0, True), (0.3, False), (-1, False)])
 def test_slow_seconds_of_one_phase_count_if_the_ranks_had_their_cores(waited, told):
     """100 steps of 45 ms; the kernel counts the waiting of the main thread, or says -1."""

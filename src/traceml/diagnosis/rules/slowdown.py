@@ -36,6 +36,8 @@ MIN_COMPUTE_NS = 3e9
 """A slow part of one computing phase lasts so long where the ranks had their cores, as counted by the kernel."""
 MIN_COMPARED_SHARE = 0.25
 """And the rest of a rank's work, which is not slower, is at least this share of that phase."""
+NOT_OF_CORES = 2.5
+"""By this factor steps do not become slower because a core does: another thread on it, or its clock."""
 HAS_CORE_WAIT = 0.05
 """A rank has its core if it waits for one for less of the time."""
 SOME_RANKS_SHARE = 1 / 3
@@ -108,11 +110,15 @@ def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Col
 
 
 def _has_cores(bins: StepHistory, change: LevelChange, part: str, facts: JobFacts) -> bool:
-    """Return whether ranks had their cores meanwhile: the kernel counted, and other work did not become slower."""
+    """Return whether ranks had their cores meanwhile: the kernel counted, and other work did not become slower.
+
+    If there is no other work to compare with, the steps are far slower than a core that is shared would make them.
+    """
     usual, _ = _levels_of(bins, change)
     compared = sum(usual.values()) - usual[part] - usual.get(_COMM, 0.0)
     waited = facts.samples.use(*_steps_of(bins, change)).waited
-    return waited is not None and waited < HAS_CORE_WAIT and compared >= MIN_COMPARED_SHARE * usual[part]
+    is_compared = compared >= MIN_COMPARED_SHARE * usual[part] or change.factor >= NOT_OF_CORES
+    return waited is not None and waited < HAS_CORE_WAIT and is_compared
 
 
 def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
@@ -414,6 +420,12 @@ def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line:
             f"If {what} fills a cache then, or the files are in memory afterwards, a longer run has a smaller share of "
             "it, and loader workers (num_workers) would fetch samples while the model computes. Otherwise look at what "
             "it does only then."
+        )
+
+    if part == "backward" and change.shape == "growth":
+        return (
+            "Look for what links the graph to that of the steps before: a state that is not detached "
+            "(detach_()), a loss that is added up with its graph, retain_graph=True. Otherwise at growing batches."
         )
 
     if line is not None and change.shape == "growth":
