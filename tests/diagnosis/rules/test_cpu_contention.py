@@ -56,6 +56,15 @@ def test_other_programs_are_reported():
     assert "End or move the other programs" in found.next
 
 
+@pytest.mark.parametrize(("threads", "told"), [(16, True), (2, False), (None, False)])
+def test_threads_that_crowd_each_other_beside_other_programs_are_told(threads, told):
+    """Sixteen threads on two cores are slow, whoever else uses these."""
+    (found,) = cpu_contention(crowded(samples(busy=1.2), threads=threads))
+
+    assert "End or move the other programs" in found.next
+    assert ("Torch has 16 threads: set OMP_NUM_THREADS=2" in found.next) is told
+
+
 def test_cores_of_a_bound_rank_are_not_those_that_others_use():
     """It is bound to one core, and other programs use more of the machine than that."""
     (found,) = cpu_contention(replace(crowded(samples(busy=0.2)), cores={"h": 1}))

@@ -18,6 +18,7 @@ OTHERS_CORES = 0.5
 _MAX_SHARE = 0.9
 _MOSTLY = 0.5
 """From this share on, waiting for other programs is a finding of its own, not a remark on another one."""
+_IN_SCRIPT = " (or torch.set_num_threads, where the script calls that)"
 _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
@@ -125,18 +126,25 @@ def _taker_names(facts: JobFacts) -> str:
 
 
 def _advice(facts: JobFacts) -> str:
+    cores, many = facts.cores_per_rank, _has_many_threads(facts)
     if _foreign_cores(facts) >= OTHERS_CORES:
+        also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
         return (
             "End or move the other programs on this host (`top` names them), or give the training cores of its own "
-            "(a container's CPU limit, taskset, Slurm's --cpus-per-task)."
+            f"(a container's CPU limit, taskset, Slurm's --cpus-per-task).{also}"
         )
 
-    threads = f"OMP_NUM_THREADS={facts.cores_per_rank}" if facts.cores_per_rank else "a smaller OMP_NUM_THREADS"
+    threads = f"OMP_NUM_THREADS={cores}{_IN_SCRIPT}" if cores else "a smaller OMP_NUM_THREADS"
     what = ["fewer ranks per host"] if facts.world_size > 1 else []
     what += ["fewer loader workers"] if facts.loader_workers else []
-    what += [threads] if facts.threads is None or facts.threads > (facts.cores_per_rank or 1) else []
+    what += [threads] if facts.threads is None or facts.threads > (cores or 1) else []
     tries = ", or ".join(what or ["more cores"])
     if facts.others_cores is None or (facts.loader_workers and facts.workers_busy is None and core_takers(facts)):
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
     return f"The run itself needs more cores than there are: try {tries}."
+
+
+def _has_many_threads(facts: JobFacts) -> bool:
+    """Return whether torch computes with more threads than a rank has cores."""
+    return bool(facts.threads and facts.cores_per_rank and facts.threads > facts.cores_per_rank)
