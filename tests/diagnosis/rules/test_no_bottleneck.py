@@ -116,6 +116,23 @@ def test_backward_without_its_own_code_gains_what_is_promised() -> None:
     assert found.speedup_if_fixed == pytest.approx(slow.total.mean() / fixed.total.mean(), rel=0.1)
 
 
+@pytest.mark.parametrize(("busy", "waited", "told"), [(0.1, 0.0, True), (0.95, 0.0, False), (0.3, 0.6, False)])
+def test_code_in_forward_that_waits_is_to_be_made_cheaper(busy: float, waited: float, told: bool) -> None:
+    """A hook that sleeps; code that computes may be the model's own operations, also while it waits for a core."""
+    times = {"watched_ns": 400_000_000, "cpu_ns": int(400_000_000 * busy)}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 8, "log", None, 120, **times),
+        SampledLine(0, "forward", "/me/train.py", 22, "main", LINEAR, 60),
+        SampledLine(0, "backward", "/me/train.py", 23, "main", ENGINE, 90),
+    ]
+
+    found = diagnose(window_of(ALONE, adds("forward", 14)), JobFacts(lines=lines, main_wait={0: waited}))
+    verdict = next(each for each in found if each.kind in (Kind.COMPUTE_BOUND, Kind.CPU_CONTENTION))
+
+    assert ("Make train.py:8 log cheaper, which waits inside forward" in verdict.next) is told
+    assert not told or verdict.speedup_if_fixed == pytest.approx(1.8, abs=0.15)
+
+
 def test_activations_that_are_computed_again_are_not_to_be_made_cheaper() -> None:
     """With checkpointing the model's forward runs in backward, and its operations have no frames of their own."""
     lines = [

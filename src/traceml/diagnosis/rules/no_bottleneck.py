@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, main_library
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, busy_share, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
@@ -65,7 +65,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause}"
-    own = _own_backward(facts, heavy, shares, device=segments.device)
+    own = _own_code(facts, heavy, shares, device=segments.device)
     cheaper = own.advice if own else _when_healthy(shares, facts)
     summary, action = short or (healthy, action or cheaper)
     return Finding.of(
@@ -96,42 +96,50 @@ def _step_shares(segments: Segments, columns: NDArray[np.intp]) -> tuple[float, 
     return step, shares
 
 
-class _OwnBackward(NamedTuple):
-    """Code of the script that takes much of the step inside backward: a hook, or the backward of a Function.
+class _OwnCode(NamedTuple):
+    """Code of the script in forward or backward, that takes much of the step and is no computation of torch.
 
     Attributes:
+        what: what it is.
         gain: old / new step time without it; 1 where that is not known.
     """
 
     line: BlamedLine
+    what: str
     gain: float
 
     @property
     def advice(self) -> str:
         without = f"; without it steps would be {gain_text(self.gain)}" if self.gain > 1.0 else ""
-        return (
-            f"Make {self.line.place} cheaper, which backward calls (a hook, or the backward of a Function){without}. "
-            "If it loops in Python, use operations on whole tensors."
-        )
+        return f"Make {self.line.place} cheaper, {self.what}{without}. {_FOR_OWN_CODE}"
 
 
-def _own_backward(
+_FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it only watches, run it every n-th step."
+_WAITS = 0.5
+"""Code waits, and does not compute, if it is on a core for less of its time."""
+
+
+def _own_code(
     facts: JobFacts, heavy: tuple[str, BlamedLine] | None, shares: dict[str, float], *, device: bool
-) -> _OwnBackward | None:
-    """Return the script's own code in backward that takes much of the step; None where it is forward's again.
+) -> _OwnCode | None:
+    """Return the script's own code that takes much of the step; None where it may be operations of torch.
 
-    Forward's own code may be torch's operations, which have no frames. So may that of backward, where activations are
-    computed again (checkpointing): then it is seen in forward, too.
+    These have no frames of their own. So code in forward counts if it waits, and code in backward unless forward runs
+    it too, as where activations are computed again (checkpointing).
     """
-    if heavy is None or heavy[0] != "backward" or facts.detects_anomalies:
+    if heavy is None or device or facts.detects_anomalies:  # of a device's time, samples of the CPU say nothing
         return None
 
-    line, is_known = heavy[1], not (device or heavy[1].is_rough)  # samples of the CPU say nothing of a device's time
-    if any((each.part, each.file, each.function) == ("forward", line.file, line.function) for each in facts.lines):
+    part, line = heavy
+    seen = [each for each in facts.lines if (each.file, each.function) == (line.file, line.function)]
+    busy = busy_share(seen, part)
+    waits = busy is not None and busy < _WAITS * (1.0 - facts.wait_share)
+    if not waits and (part == "forward" or any(each.part == "forward" for each in seen)):
         return None
 
-    gain = 1 / max(1.0 - line.share * _sampled(shares)["backward"], 0.01) if is_known else 1.0
-    return _OwnBackward(line, gain)
+    called = "which backward calls (a hook, or the backward of a Function)"
+    what = f"which waits inside {part} (for a sleep, a disk, a server or another thread)" if waits else called
+    return _OwnCode(line, what, 1.0 if line.is_rough else 1 / max(1.0 - line.share * _sampled(shares)[part], 0.01))
 
 
 def _without_pauses(segments: Segments) -> NDArray[np.intp]:
@@ -205,7 +213,7 @@ def _compute_bound(
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares)
     line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(_sampled(shares)[heaviest])
-    own = _own_backward(facts, heavy, shares, device=segments.device)
+    own = _own_code(facts, heavy, shares, device=segments.device)
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
