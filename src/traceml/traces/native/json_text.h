@@ -11,7 +11,7 @@
 #define MAX_DEPTH 60
 #define MAX_DIGITS 18 /* digits of a number that always fits in 64 bits */
 
-enum outcome { OK, CUT, BAD, TOO_DEEP };
+enum outcome { OK, CUT, BAD, TOO_DEEP, OVER }; /* OVER: the object has no more members */
 
 typedef struct {
     const uint8_t *at;
@@ -20,13 +20,13 @@ typedef struct {
 } slice;
 
 typedef struct {
-    const uint8_t *p, *end;
+    const uint8_t *p, *end; /* less than 4 GiB apart */
     int unsure;
     int decimals; /* decimals of a time in the text that make it nanoseconds */
 } cursor;
 
 static inline const uint8_t *skip_space(const uint8_t *p) {
-    while (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t') p++;
+    while (*p <= ' ' && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t')) p++;
     return p;
 }
 
@@ -67,15 +67,12 @@ static inline const uint8_t *special(const uint8_t *p, const uint8_t *end) {
     return p;
 }
 
-/* Text after its opening quote; moves the cursor past the closing one. */
-static inline int take_string(cursor *c, slice *text, int *escaped) {
-    const uint8_t *p = c->p;
-    text->at = p;
-    *escaped = 0;
-    for (;;) {
-        p = special(p, c->end);
+/* Pass what `special` stopped at, up to the closing quote of a text. */
+static int pass_special(cursor *c, const uint8_t **at, int *escaped) {
+    const uint8_t *p = *at;
+    for (;; p = special(p, c->end)) {
         while (*p >= 0x20 && *p != '"' && *p != '\\') p++;
-        if (*p == '"') break;
+        if (*p == '"') return *at = p, OK;
         if (*p != '\\') return ended(c, p);
 
         *escaped = 1;
@@ -90,11 +87,18 @@ static inline int take_string(cursor *c, slice *text, int *escaped) {
             return ended(c, p + 1);
         }
     }
+}
 
-    if (p - text->at > UINT32_MAX) return BAD;
+/* Text after its opening quote; moves the cursor past the closing one. */
+static inline int take_string(cursor *c, slice *text, int *escaped) {
+    const uint8_t *start = c->p, *p = special(start, c->end);
+    *escaped = 0;
+    if (*p != '"') {
+        int outcome = pass_special(c, &p, escaped);
+        if (outcome) return outcome;
+    }
 
-    text->length = (uint32_t)(p - text->at);
-    text->tag = 's';
+    *text = (slice){start, (uint32_t)(p - start), 's'};
     c->p = p + 1;
     return OK;
 }
@@ -110,6 +114,19 @@ static inline int digits_in(uint64_t eight) {
     return other ? __builtin_ctzll(other) >> 3 : 8;
 }
 #endif
+
+/* Behind an integer of up to seven digits that surely ends there; NULL for any other text. */
+static inline const uint8_t *skip_small(const uint8_t *p, const uint8_t *end) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint64_t eight;
+    if (end - p < 8) return NULL;
+
+    memcpy(&eight, p, 8);
+    int count = digits_in(eight);
+    if (count - 1u < 7 && (*p != '0' || count == 1) && (p[count] == ',' || p[count] == '}')) return p + count;
+#endif
+    return NULL;
+}
 
 static inline const uint8_t *skip_digits(const uint8_t *p, const uint8_t *end) {
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__

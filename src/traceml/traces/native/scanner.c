@@ -25,10 +25,13 @@ enum kind { MISSING, INTEGER, FLOAT, TEXT };
 enum column { NAME, CAT, PID, TID, ID, COLUMNS };
 enum field { OTHER, TS, DUR, PH, ARGS, ID2, LABELS }; /* from LABELS on: the columns */
 
-/* A key as written, with its quotes and the colon, and what it means. Tracers write the same keys in the same order. */
+/* A key as written, and what it means. Tracers write the same keys in the same order.
+ *
+ * The text is all that is between the values: from the comma (or the brace) in front of the key to the value.
+ */
 typedef struct {
-    uint64_t text[2], mask[2];
-    uint32_t length; /* 0: none is expected */
+    uint64_t text[4], mask[4];
+    uint32_t length; /* 0: none is expected, and the words equal no text */
     uint32_t meaning;
 } expected_key;
 
@@ -83,7 +86,14 @@ static int take_label(cursor *c, slice *label) {
     if (!is_digit(*c->p) && *c->p != '-') return c->unsure = 1, skip_value(c);
 
     number n;
-    const uint8_t *start = c->p, *p = skip_digits(start, c->end);
+    const uint8_t *start = c->p, *p = skip_small(start, c->end);
+    if (p) {
+        *label = (slice){start, (uint32_t)(p - start), 'n'};
+        c->p = p;
+        return OK;
+    }
+
+    p = skip_digits(start, c->end);
     if (p > start && (*start != '0' || p == start + 1) && p - start <= MAX_DIGITS && p < c->end && *p != '.' &&
         (*p | 32) != 'e') {
         *label = (slice){start, (uint32_t)(p - start), 'n'};
@@ -172,21 +182,32 @@ static int take_key(cursor *c, slice *key, int *escaped) {
     return OK;
 }
 
-static inline int is_expected(const cursor *c, const expected_key *key) {
-    uint64_t text[2];
-    if (!key->length || c->end - c->p < (int64_t)sizeof text) return 0;
+/* Whether bytes differ from the words of a key `first` and the next. */
+static inline uint64_t differ(const uint8_t *p, const expected_key *key, int first) {
+    uint64_t one, two;
+    memcpy(&one, p + 8 * first, 8);
+    memcpy(&two, p + 8 * first + 8, 8);
+    return ((one ^ key->text[first]) & key->mask[first]) | ((two ^ key->text[first + 1]) & key->mask[first + 1]);
+}
 
-    memcpy(text, c->p, sizeof text);
-    return !(((text[0] ^ key->text[0]) & key->mask[0]) | ((text[1] ^ key->text[1]) & key->mask[1]));
+static inline int is_expected(const cursor *c, const expected_key *key) {
+    if (c->end - c->p < (int64_t)sizeof key->text || differ(c->p, key, 0)) return 0;
+    return key->length <= 16 || !differ(c->p, key, 2);
+}
+
+static void expect_none(expected_key *key) {
+    *key = (expected_key){.text = {~0ull}, .mask = {~0ull}};
 }
 
 static void expect(expected_key *key, const uint8_t *text, const uint8_t *end) {
-    *key = (expected_key){.meaning = key->meaning};
+    expect_none(key);
     if (end - text > (int64_t)sizeof key->text) return;
 
     key->length = (uint32_t)(end - text);
-    memcpy(key->text, text, key->length);
+    memset(key->mask, 0, sizeof key->mask);
     memset(key->mask, 0xFF, key->length);
+    memset(key->text, 0, sizeof key->text);
+    memcpy(key->text, text, key->length);
 }
 
 static uint32_t field_of(slice key) {
@@ -206,48 +227,55 @@ static uint32_t wanted_key(const scanner *s, slice key) {
     return k;
 }
 
-/* A key that was not expected, which is from now on, unless Python has to read it. */
-static int take_other_member(cursor *c, scanner *s, expected_key *place, int of_args) {
+/* A member that was not expected, up to its value; it is from now on, unless Python has to read its key. */
+static int take_other_member(cursor *c, scanner *s, expected_key *place, int of_args, int first) {
     slice key;
     int escaped, outcome;
     const uint8_t *start = c->p;
+    c->p = skip_space(start);
+    if (*c->p == '}') return c->p++, OVER;
+    if (*c->p != (first ? '{' : ',')) return ended(c, c->p);
+
+    c->p = skip_space(c->p + 1);
+    if (first && *c->p == '}') return c->p++, OVER;
     if ((outcome = take_key(c, &key, &escaped))) return outcome;
     if (escaped && (s->keys || !of_args)) c->unsure = 1;
 
+    c->p = skip_space(c->p);
     memmove(place + 1, place, sizeof *place * (WAYS - 1));
+    if (escaped) expect_none(place);
+    else expect(place, start, c->p);
     place->meaning = of_args ? wanted_key(s, key) : field_of(key);
-    if (escaped)
-        place->length = 0;
-    else
-        expect(place, start, c->p);
     return OK;
 }
 
-/* A key up to its value, at a place of an event or of its args, with what it means. */
-static inline int take_member(cursor *c, scanner *s, expected_key *place, int of_args, uint32_t *meaning) {
-    for (int way = 0;; way++) {
-        if (way == WAYS) {
-            int outcome = take_other_member(c, s, place, of_args);
-            if (outcome) return outcome;
-            *meaning = place->meaning;
-            break;
-        }
+/* A member up to its value, at a place of an event or of its args, with what it means; OVER at the end of the object.
+ *
+ * The cursor is behind the member before, or at the brace in front of the first one.
+ */
+static inline int take_member(cursor *c, scanner *s, expected_key *place, int of_args, int first, uint32_t *meaning) {
+    if (*c->p == '}') return c->p++, OVER;
 
+    for (int way = 0; way < WAYS; way++) {
         if (is_expected(c, &place[way])) {
-            c->p += place[way].length;
+            c->p = skip_space(c->p + place[way].length);
             *meaning = place[way].meaning;
-            break;
+            return OK;
         }
     }
 
-    c->p = skip_space(c->p);
-    return OK;
+    int outcome = take_other_member(c, s, place, of_args, first);
+    *meaning = place->meaning;
+    return outcome;
 }
 
 static inline int skip_member(cursor *c) {
     slice text;
     int escaped;
-    return *c->p == '"' ? (c->p++, take_string(c, &text, &escaped)) : skip_value(c);
+    if (*c->p == '"') return c->p++, take_string(c, &text, &escaped);
+
+    const uint8_t *end = skip_small(c->p, c->end);
+    return end ? (c->p = end, OK) : skip_value(c);
 }
 
 static int take_args(cursor *c, event *e, scanner *s) {
@@ -255,21 +283,13 @@ static int take_args(cursor *c, event *e, scanner *s) {
 
     if (*c->p != '{') return skip_value(c);
 
-    c->p = skip_space(c->p + 1);
-    if (*c->p == '}') return c->p++, OK;
-
     for (uint32_t at = 0;; at++) {
         uint32_t k;
-        int outcome = take_member(c, s, s->of_args[at % PLACES], 1, &k);
-        if (outcome) return outcome;
+        int outcome = take_member(c, s, s->of_args[at % PLACES], 1, !at, &k);
+        if (outcome) return outcome == OVER ? OK : outcome;
 
         outcome = k < s->keys ? take_arg(c, &e->args[k]) : skip_member(c);
         if (outcome) return outcome;
-
-        c->p = skip_space(c->p);
-        if (*c->p == '}') return c->p++, OK;
-        if (*c->p != ',') return ended(c, c->p);
-        c->p = skip_space(c->p + 1);
     }
 }
 
@@ -295,33 +315,25 @@ static inline int take_value(cursor *c, event *e, scanner *s, uint32_t field) {
 }
 
 static int take_event(cursor *c, event *e, scanner *s) {
-    memset(e, 0, offsetof(event, args));
+    e->ph = 0, e->fractional = e->unusual_id = 0;
+    for (int k = 0; k < COLUMNS; k++) e->labels[k].tag = 0;
     for (uint32_t k = 0; k < s->keys; k++) e->args[k].kind = MISSING;
     e->ts_ns = NO_TIME, e->dur_ns = -1;
     c->unsure = 0;
     if (*c->p != '{') return BAD;
 
-    c->p = skip_space(c->p + 1);
-    if (*c->p == '}') return c->p++, OK;
-
     for (uint32_t at = 0;; at++) {
         uint32_t field;
-        int outcome = take_member(c, s, s->of_event[at % PLACES], 0, &field);
-        if (outcome) return outcome;
+        int outcome = take_member(c, s, s->of_event[at % PLACES], 0, !at, &field);
+        if (outcome) return outcome == OVER ? OK : outcome;
         if ((outcome = take_value(c, e, s, field))) return outcome;
-
-        c->p = skip_space(c->p);
-        if (*c->p == '}') return c->p++, OK;
-        if (*c->p != ',') return ended(c, c->p);
-        c->p = skip_space(c->p + 1);
     }
 }
 
 /* Number of a text of a column, in which that of the row before is likely. */
 static inline int32_t intern_in(scanner *s, enum column column, slice text, const uint8_t *end) {
-    uint32_t last = s->last[column];
-    if (last < s->names.count && text.tag && is_text(&s->names, &s->names.entries[last], text, word_at(text.at, text.length, end)))
-        return (int32_t)last;
+    const entry *last = &s->names.entries[s->last[column]];
+    if (text.tag && is_text(&s->names, last, text, word_at(text.at, text.length, end))) return (int32_t)s->last[column];
 
     int32_t number = intern(&s->names, text, end);
     if (number >= 0) s->last[column] = (uint32_t)number;
@@ -334,13 +346,12 @@ static inline int has_identity(uint8_t ph) {
 
 static int put_row(scanner *s, columns *out, const event *e, const uint8_t *end) {
     int64_t row = out->rows;
-    int32_t *const labels[COLUMNS] = {out->name, out->cat, out->pid, out->tid, out->id};
-    int short_of_memory = 0;
-    for (int k = 0; k < COLUMNS; k++) {
-        labels[k][row] = k != ID || has_identity(e->ph) ? intern_in(s, k, e->labels[k], end) : -1;
-        short_of_memory |= labels[k][row] == -2;
-    }
-
+    int32_t name = out->name[row] = intern_in(s, NAME, e->labels[NAME], end);
+    int32_t cat = out->cat[row] = intern_in(s, CAT, e->labels[CAT], end);
+    int32_t pid = out->pid[row] = intern_in(s, PID, e->labels[PID], end);
+    int32_t tid = out->tid[row] = intern_in(s, TID, e->labels[TID], end);
+    int32_t id = out->id[row] = has_identity(e->ph) ? intern_in(s, ID, e->labels[ID], end) : -1;
+    int short_of_memory = name == -2 || cat == -2 || pid == -2 || tid == -2 || id == -2;
     out->ph[row] = e->ph;
     out->ts_ns[row] = e->ts_ns, out->dur_ns[row] = e->dur_ns;
     out->fractional |= e->fractional;
@@ -405,7 +416,7 @@ scanner *traceml_scanner_new(const char *texts, int64_t length, int32_t keys, in
 
     name_table *names = &s->names;
     names->capacity = 1024, names->mask = 4095, names->arena_size = 1 << 16;
-    names->entries = malloc(sizeof(entry) * names->capacity);
+    names->entries = calloc(names->capacity, sizeof(entry)); /* `last` of a column refers to the first before there is one */
     names->slots = calloc((size_t)names->mask + 1, sizeof(uint32_t));
     names->arena = malloc(names->arena_size);
     s->key_text = malloc((size_t)length + 1);
@@ -414,6 +425,9 @@ scanner *traceml_scanner_new(const char *texts, int64_t length, int32_t keys, in
     memcpy(s->key_text, texts, (size_t)length);
     take_texts(take_texts(s->key_text, s->key, keys), s->wanted_name, wanted);
     s->keys = (uint32_t)keys, s->wanted = wanted;
+    for (int at = 0; at < PLACES; at++)
+        for (int way = 0; way < WAYS; way++) expect_none(&s->of_event[at][way]), expect_none(&s->of_args[at][way]);
+
     return s;
 }
 
@@ -423,7 +437,7 @@ int32_t traceml_scanner_count(const scanner *s) { return (int32_t)s->names.count
 const uint8_t *traceml_scanner_texts(const scanner *s, int32_t first, int64_t *ends) {
     const entry *known = s->names.entries;
     for (uint32_t i = (uint32_t)first; i < s->names.count; i++)
-        ends[i - (uint32_t)first] = (int64_t)(known[i].at - known[first].at) + known[i].length + 1;
+        ends[i - (uint32_t)first] = (int64_t)(known[i].at - known[first].at + (known[i].shape >> 8) + 1);
 
     return s->names.arena + known[first].at;
 }
@@ -433,6 +447,8 @@ int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end
                 columns *out) {
     cursor c = {text + start, text + end, 0, decimals};
     event e;
+    if (end - start > UINT32_MAX) return out->stop = start, DEEP;
+
     for (;;) {
         for (;; c.p++) {
             uint8_t b = *c.p;

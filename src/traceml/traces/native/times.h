@@ -9,6 +9,11 @@
 #define MAX_TIME_LENGTH 60 /* as written; a longer one is for the scanner in Python */
 #define MAX_EXPONENT 99
 
+static const int64_t tens[] = {1ll, 10ll, 100ll, 1000ll, 10000ll, 100000ll, 1000000ll, 10000000ll, 100000000ll,
+                               1000000000ll, 10000000000ll, 100000000000ll, 1000000000000ll, 10000000000000ll,
+                               100000000000000ll, 1000000000000000ll, 10000000000000000ll, 100000000000000000ll,
+                               1000000000000000000ll};
+
 /* Value of an exponent; more than MAX_EXPONENT where it is larger or smaller than that allows. */
 static int exponent_of(const number *n) {
     const uint8_t *p = n->exponent;
@@ -36,24 +41,57 @@ static int64_t rounded_ns(const uint8_t *digits, int count, int finer) {
     return ns + (next > 5 || (next == 5 && (rest || ns & 1)));
 }
 
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+/* Value of the first digits, one to eight, of eight bytes. */
+static inline uint64_t value_of(uint64_t eight, int count) {
+    uint64_t v = (eight << (64 - 8 * count)) & 0x0F0F0F0F0F0F0F0Full; /* with zeros before the digits */
+    v = v * 2561 >> 8;                                                /* two digits each, then four, then eight */
+    v = (v & 0x00FF00FF00FF00FFull) * 6553601 >> 16;
+    return (v & 0x0000FFFF0000FFFFull) * 42949672960001ull >> 32;
+}
+#endif
+
 /* Append digits to a value, which is right for up to MAX_DIGITS in all; return the end of the digits. */
 static inline const uint8_t *take_digits(const uint8_t *p, const uint8_t *end, uint64_t *value) {
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    static const uint64_t tens[] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000};
     for (int count = 8; count == 8 && end - p >= 8; p += count) {
         uint64_t v;
         memcpy(&v, p, 8);
         if (!(count = digits_in(v))) return p;
 
-        v = (v << (64 - 8 * count)) & 0x0F0F0F0F0F0F0F0Full; /* with zeros before the digits */
-        v = v * 2561 >> 8;                                   /* two digits each, then four, then eight */
-        v = (v & 0x00FF00FF00FF00FFull) * 6553601 >> 16;
-        v = (v & 0x0000FFFF0000FFFFull) * 42949672960001ull >> 32;
-        *value = *value * tens[count] + v;
+        *value = *value * (uint64_t)tens[count] + value_of(v, count);
     }
 #endif
     for (; is_digit(*p); p++) *value = *value * 10 + (uint64_t)(*p - '0');
     return p;
+}
+
+/* A whole time of up to 16 digits that surely ends there; returns 0 for any other text, which is not consumed. */
+static inline int take_whole_time(cursor *c, int64_t *ns) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint64_t eight, value;
+    const uint8_t *p = c->p;
+    if (c->end - p <= 16) return 0;
+
+    memcpy(&eight, p, 8);
+    int count = digits_in(eight), more = 0;
+    if (!count || (*p == '0' && count > 1)) return 0;
+
+    value = value_of(eight, count);
+    if (count == 8) {
+        memcpy(&eight, p + 8, 8);
+        more = digits_in(eight);
+        if (more) value = value * (uint64_t)tens[more] + value_of(eight, more);
+    }
+
+    p += count + more;
+    if ((*p != ',' && *p != '}') || __builtin_mul_overflow((int64_t)value, tens[c->decimals], ns)) return 0;
+
+    c->p = p;
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* A usual time: up to MAX_DIGITS digits before and behind the point, without sign and exponent.
@@ -61,10 +99,6 @@ static inline const uint8_t *take_digits(const uint8_t *p, const uint8_t *end, u
  * Returns 0 for any other text, which is not consumed.
  */
 static inline int take_usual_time(cursor *c, int64_t *ns, int *fractional) {
-    static const int64_t tens[] = {1ll, 10ll, 100ll, 1000ll, 10000ll, 100000ll, 1000000ll, 10000000ll, 100000000ll,
-                                   1000000000ll, 10000000000ll, 100000000000ll, 1000000000000ll, 10000000000000ll,
-                                   100000000000000ll, 1000000000000000ll, 10000000000000000ll, 100000000000000000ll,
-                                   1000000000000000000ll};
     uint64_t whole = 0, part = 0;
     const uint8_t *point = take_digits(c->p, c->end, &whole), *p = point;
     if (point == c->p || point - c->p > MAX_DIGITS || (*c->p == '0' && point > c->p + 1)) return 0;
@@ -93,7 +127,7 @@ static inline int take_usual_time(cursor *c, int64_t *ns, int *fractional) {
 /* A time as nanoseconds; `fractional` is set when it has a point or an exponent. */
 static int take_time(cursor *c, int64_t *ns, int *fractional) {
     number n;
-    if (take_usual_time(c, ns, fractional)) return OK;
+    if (take_whole_time(c, ns) || take_usual_time(c, ns, fractional)) return OK;
     if (*c->p != '-' && !is_digit(*c->p)) return c->unsure = 1, skip_value(c);
 
     int outcome = take_number(c, &n);
