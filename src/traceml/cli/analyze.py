@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
-from traceml.installation import install_command
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 
@@ -98,6 +98,8 @@ def _check_plot(path: str | None) -> None:
         raise UsageError(f"--plot: there is no folder {Path(path).parent}")
 
     if find_spec("matplotlib") is None:
+        from traceml.installation import install_command
+
         raise UsageError(f"--plot needs Matplotlib: {install_command('plot')}")
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,9 @@ from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.comparison.compare import compare_sides
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

@@ -6,13 +6,13 @@ import argparse
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from types import ModuleType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import shtab
 import tyro
 
 from traceml import cli
-from traceml.cli.options.parsing import option_texts, parse
+from traceml.cli.options.parsing import option_texts, parse, tyro_hints
 
 __all__ = ["main", "whole_parser"]
 
@@ -66,7 +66,7 @@ def _parser_of(command: str, module: ModuleType) -> argparse.ArgumentParser:
 
 def _made(options: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    hints, texts = get_type_hints(options, include_extras=True), option_texts(options)
+    hints, texts = tyro_hints(options), option_texts(options)
     for field in fields(options):
         hint, notes = _plain(hints[field.name])
         known = next((note for note in notes if hasattr(note, "metavar")), None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,9 @@ from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight
 from traceml.settings import load
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -21,6 +21,9 @@ from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.export.export_progress import no_progress
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Annotated
 
 from traceml.cli.options.parsing import config_over, parse
 from traceml.formatting import plural, printable
 from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

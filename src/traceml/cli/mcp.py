@@ -8,14 +8,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from traceml.cli.assistants.run_tools import RunTools
 from traceml.cli.options.parsing import config_over, parse
 from traceml.errors import TraceMLError
 from traceml.version import __version__
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["build_server", "main"]
 

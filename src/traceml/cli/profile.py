@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import tyro
@@ -35,6 +35,9 @@ from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_
 from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
 from traceml.settings import PROFILE_AFTER_S, Config
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main", "parse_ranks", "profiled_text"]
 

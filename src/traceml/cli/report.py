@@ -7,7 +7,7 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +26,9 @@ from traceml.runs.find import find_run
 from traceml.runs.report.line_shares import LinesDocument
 from traceml.runs.report.report_types import Report, TrackerSection, read_report
 from traceml.track.tracker_state import states_of
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["current_report", "main"]
 

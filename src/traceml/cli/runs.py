@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import tyro
@@ -25,12 +25,14 @@ from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_t
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.runs.run_state import UNREADABLE_STATES
 
+if TYPE_CHECKING:
+    import tyro
+
 __all__ = ["EDITS", "main"]
 
 _COLUMNS = "id,state,verdict,ranks,samples/s,took,size"
 _WIDTHS = {"state": 8, "verdict": 17, "ranks": 5, "samples/s": 9, "took": 7, "size": 8}
 _LONGEST = 40
-_Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class RunsOptions:
     """With --prune: the number of runs to keep."""
     json: bool = False
     """Print the list as JSON and nothing else."""
-    runs_dir: _Dir = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -205,7 +207,7 @@ class RemoveOptions:
     """Do not ask; needed where standard input is not a terminal."""
     json: bool = False
     """Print the removed runs as JSON and nothing else."""
-    runs_dir: _Dir = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -221,7 +223,7 @@ class TagOptions:
     """Remove these tags instead of adding them."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: _Dir = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -235,7 +237,7 @@ class NoteOptions:
     """The note; an empty one removes it; without it, that of the run is printed."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: _Dir = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -249,7 +251,7 @@ class RenameOptions:
     """The name; without it, the run has its own name again."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: _Dir = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -263,7 +265,7 @@ class ArchiveOptions:
     """List them again."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: _Dir = None
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

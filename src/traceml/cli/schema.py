@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Annotated
 
 from traceml.cli.assistants.json_documents import DOCUMENTS, document_schema
 from traceml.cli.options.parsing import parse
 from traceml.errors import TraceMLError, UsageError
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

@@ -6,10 +6,9 @@ import contextlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-import tyro
 
 from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
 from traceml.cli.jobs.running_job import aggregator_of, running_job
@@ -17,6 +16,9 @@ from traceml.cli.options.parsing import config_over, parse
 from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
 from traceml.settings import Config
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["ask_ranks", "main", "stacks_document"]
 

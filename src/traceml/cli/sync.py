@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -40,6 +40,9 @@ from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
 from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.rank.tracker_places import moved_options
 from traceml.track.tracker_state import DeliveryPhase, locked
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["STALL_LIMIT_S", "main"]
 

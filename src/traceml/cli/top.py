@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -18,6 +18,9 @@ from traceml.display.terminal.top_app import TopApp
 from traceml.errors import UsageError
 from traceml.renderers.text.card import print_report
 from traceml.runs.live_run import LiveRun
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

@@ -6,12 +6,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Annotated
 
 from traceml.cli.options.parsing import parse
 from traceml.formatting import printable
+
+if TYPE_CHECKING:
+    import tyro
 
 __all__ = ["main"]
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, Union, get_
 
 from traceml.cli.options.examples import examples_text
 from traceml.cli.options.number_range import check_ranges
+from traceml.cli.options.plain_arguments import plain_hints, read_plain
 from traceml.errors import UsageError
 
 if TYPE_CHECKING:
     from traceml.settings import Config
 
-__all__ = ["CommandParser", "WrappingFormatter", "config_over", "option_texts", "parse", "wrapped"]
+__all__ = ["CommandParser", "WrappingFormatter", "config_over", "option_texts", "parse", "tyro_hints", "wrapped"]
 
 T = TypeVar("T")
 
@@ -78,18 +79,27 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     Raises:
         UsageError: the arguments are wrong; one line, with a suggestion if there is one.
     """
+    hints = plain_hints(options)
+    parsed = read_plain(options, argv, hints)
+    if parsed is None:
+        parsed = _read_by_tyro(options, argv, prog)
+
+    check_ranges(parsed, hints)
+    return parsed
+
+
+def _read_by_tyro(options: type[T], argv: list[str], prog: str) -> T:
     import tyro
 
     texts = option_texts(options) if {"-h", "--help"} & {*argv} else {}  # it takes milliseconds
     declared = options.__annotations__
     options.__annotations__ = {
-        name: Annotated[_light(hint), _explained(texts.get(name))]
-        for name, hint in get_type_hints(options, include_extras=True).items()
+        name: Annotated[_light(hint), _explained(texts.get(name))] for name, hint in tyro_hints(options).items()
     }
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), _wrapped_output():
-            parsed = tyro.cli(
+            return tyro.cli(
                 options,
                 prog=prog,
                 description=_description(options, prog),
@@ -104,8 +114,12 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     finally:
         options.__annotations__ = declared  # completion reads them
 
-    check_ranges(parsed)
-    return parsed
+
+def tyro_hints(options: type[Any]) -> dict[str, Any]:
+    """Return the types of a dataclass of options, whose module need not import tyro."""
+    import tyro
+
+    return get_type_hints(options, localns={"tyro": tyro}, include_extras=True)
 
 
 def option_texts(options: type[Any]) -> dict[str, str]:
