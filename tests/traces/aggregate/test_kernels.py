@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import tempfile
 import tracemalloc
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_sorting_says_when_there_is_no_room(monkeypatch):
     def full(**options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sorting.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     sorter = sorting.ExternalSorter(limit=10, run=5)
     with pytest.raises(StoreError, match="Set TMPDIR"):
         sorter.add(np.arange(50))

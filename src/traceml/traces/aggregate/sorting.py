@@ -7,7 +7,6 @@ runs block by block. A trace that is in order, or nearly, as most are, costs lit
 from __future__ import annotations
 
 import heapq
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,6 +92,8 @@ class ExternalSorter:
             self._spill()
 
     def _spill(self) -> None:
+        import tempfile  # few traces are that long
+
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="traceml-")  # noqa: SIM115 - closed with the sorter

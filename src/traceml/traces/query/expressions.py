@@ -7,7 +7,6 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
 
@@ -146,6 +145,8 @@ def check_field(field: str, where: str, *, measures: bool = False) -> None:
     known = (*FIELDS, *MEASURES) if measures else FIELDS
     if field in known or (field.startswith(ARGS) and len(field) > len(ARGS)):
         return
+
+    from difflib import get_close_matches
 
     close = get_close_matches(field, known, n=1)
     meant = f" Did you mean {close[0]}?" if close else ""
