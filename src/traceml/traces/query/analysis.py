@@ -183,7 +183,10 @@ class Analysis:
         passed = self.filter.rows(batch) if self.filter else None
         rows = self._rows(batch)
         chosen = passed
-        if not bool((roles == EventRole.SPAN).all()):
+        if bool((roles == EventRole.SPAN).all()):
+            self.phase_counts["X"] += len(roles)
+        else:
+            self._count_phases(batch)
             chosen = (roles == EventRole.SPAN) if passed is None else passed & (roles == EventRole.SPAN)
             self._feed_edges(batch, rows, roles)
             self._count_points(roles, passed)
@@ -194,7 +197,6 @@ class Analysis:
         if batch.exact:
             chosen = self._feed_exact(batch.exact, rows, np.ones(len(roles), np.bool_) if chosen is None else chosen)
 
-        self._count_phases(batch)
         self._feed_spans(rows if chosen is None or chosen.all() else rows.select(chosen))
 
     def _feed_arguments(self, batch: EventBatch, group: Ids, chosen: NDArray[np.bool_] | None) -> None:
