@@ -95,7 +95,7 @@ class Driver:
 
                 selector.select(0.05)
 
-            if time.monotonic() - self._pinged_s > 0.25:
+            if self.of("hello") and time.monotonic() - self._pinged_s > 0.25:
                 self._pinged_s = time.monotonic()
                 self.channel.send("ping")
 
@@ -131,6 +131,7 @@ class Driver:
 
     def prepare(self, **fields: Any) -> dict[str, Any]:
         """Have a zygote made for a new job; return what the agent tells of it."""
+        self.until(lambda: self.of("hello"))  # before it an agent may read a package, and no messages
         self._jobs += 1
         self.job = f"job {self._jobs}"
         about: dict[str, Any] = {
@@ -217,6 +218,9 @@ class Driver:
 
     def _take(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
+        if message["t"] == "package":
+            self.channel.send_raw(bootstrap.sent_package())
+
         if message["t"] != "stream":
             return
 

@@ -17,7 +17,7 @@ import pytest
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
 from traceml.launch.wire import bootstrap
-from traceml.launch.wire.package_import import import_code
+from traceml.launch.wire.package_import import PACKAGE, import_code
 
 # An agent that is not its launcher's child, as those of other hosts.
 _REMOTE = (
@@ -122,6 +122,21 @@ def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:
 
     assert found[0].startswith("/proc/")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_agent_with_the_same_files_is_sent_none(tmp_path: Path) -> None:
+    """It imports this very package from where it is, and so do zygote and workers."""
+    program = bootstrap.remote_program()
+    with Driver(bootstrap.agent_command(sys.executable), program=program, cwd=tmp_path) as driver:
+        driver.prepare(sys_path=[], cwd=str(tmp_path))
+
+        def where() -> str:
+            import traceml
+
+            return traceml.__file__
+
+        assert driver.run(where) == [f"{PACKAGE}/__init__.py"]
+        assert driver.of("package") == []
 
 
 def test_the_cleanup_of_a_lost_agent_needs_nothing_installed(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Commands that start agents, also on hosts where the package is not installed.
 
 The command is one line, which process lists show; it reads the program from its standard input. On this machine and
-with the same Python, the program contains the package's path. Elsewhere it writes the greeting, reads the package (a
-zip file) from its standard input into a memory file, and imports it from there: nothing is written to a disk.
+with the same Python, the program contains the package's path. Elsewhere it writes the greeting. A host that has the
+same files at the same paths (a shared file system, the same image) imports them. Any other asks for the package, reads
+it (a zip file) from its standard input into a memory file, and imports it from there: nothing is written to a disk.
 
 Process: launcher, which starts agents, and agent, which starts the zygote.
 """
@@ -18,12 +19,12 @@ import zipfile
 from pathlib import Path
 
 from traceml.inspection import kernel_state
-from traceml.launch.wire import process_cleanup
-from traceml.launch.wire.channel_frames import GREETING
+from traceml.launch.wire import package_check, process_cleanup
+from traceml.launch.wire.channel_frames import GREETING, message_frame
 from traceml.launch.wire.package_import import PACKAGE, archive_path, import_code, zip_import_code
 from traceml.launch.wire.process_cleanup import AGENT_NAME
 
-__all__ = ["agent_command", "cleanup_program", "local_program", "remote_program"]
+__all__ = ["agent_command", "cleanup_program", "local_program", "remote_program", "sent_package"]
 
 # Packages that an agent, a zygote or a traced worker may need.
 _PACKAGES = (
@@ -53,13 +54,23 @@ if sys.version_info < (3, 11):
     sys.stderr.write(words % (sys.version.split()[0], sys.executable))
     sys.exit(78)
 os.write(1, {greeting!r})
-fd, left = os.memfd_create("traceml"), {size}
-while left:
-    piece = os.read(0, min(left, 65536))
-    if not piece:
-        sys.exit("traceml: the launcher closed the connection")
-    left -= os.write(fd, piece)
+exec({check!r})
+exec({installed!r} if has_files{files!r} else {sent!r})
 """
+_RECEIVE = """
+os.write(1, {request!r})
+def receive(left, take):
+    while left:
+        piece = os.read(0, min(left, 65536))
+        if not piece:
+            sys.exit("traceml: the launcher closed the connection")
+        left -= take(piece)
+size = bytearray()
+receive({head}, lambda piece: size.extend(piece) or len(piece))
+fd = os.memfd_create("traceml")
+receive(int.from_bytes(size, "big"), lambda piece: os.write(fd, piece))
+"""
+_SIZE = struct.Struct(">Q")
 # Modules by name and source, each after those that it imports: that host may have no traceml.
 _RUN_SOURCES = """
 import sys, types
@@ -90,12 +101,27 @@ def local_program() -> bytes:
 
 
 def remote_program() -> bytes:
-    """Return the program of an agent elsewhere, followed by the package; it writes the greeting."""
-    bundle = _bundle()
-    code = _REMOTE.replace("{greeting!r}", repr(GREETING)).replace("{size}", str(len(bundle)))
+    """Return the program of an agent elsewhere; it writes the greeting, and the message `package` if it needs one."""
+    receive = _RECEIVE.replace("{request!r}", repr(message_frame("package"))).replace("{head}", str(_SIZE.size))
     # the path of the reaper, which outlives all others: programs that workers start find it too
-    code += zip_import_code('"/proc/%d/fd/%d" % (os.getpid(), fd)')
-    return _line(code + _FORK_AND_RUN + "main()\n") + bundle
+    sent = receive + zip_import_code('"/proc/%d/fd/%d" % (os.getpid(), fd)')
+    parts = {
+        "greeting": GREETING,
+        "check": inspect.getsource(package_check),
+        "installed": import_code(),
+        "files": _installed_files(),
+        "sent": sent,
+    }
+    code = _REMOTE
+    for name, value in parts.items():
+        code = code.replace(f"{{{name}!r}}", repr(value))
+
+    return _line(code + _FORK_AND_RUN + "main()\n")
+
+
+def sent_package() -> bytes:
+    """Return what an agent that has asked for the package reads: its size and a zip file."""
+    return _SIZE.pack(len(_bundle())) + _bundle()
 
 
 def cleanup_program(mark: str, agent: int) -> bytes:
@@ -115,13 +141,31 @@ def _bundle() -> bytes:
     return _packed(root) if root.is_dir() else Path(archive_path()).read_bytes()
 
 
+@functools.cache
+def _installed_files() -> tuple[list[str], int, dict[str, str]]:
+    """Return the arguments of `package_check.has_files`; those of no host if this package is itself in a zip file."""
+    root = Path(PACKAGE)
+    if not root.is_dir():
+        return [PACKAGE], -1, {}
+
+    specs = {name: importlib.util.find_spec(name) for name in (*_FIRST, *_EXTRA)}
+    origins = {name: str(spec.origin) for name, spec in specs.items() if spec is not None}
+    folders = list(dict.fromkeys(str(source.parent) for source in _sources(root)))
+    folders += [str(Path(origin).parent) for origin in origins.values()]
+    return folders, package_check.files_stamp(folders), origins
+
+
+def _sources(root: Path) -> list[Path]:
+    """Return the package's modules that are sent; those in its own folder first."""
+    found = [*root.glob("*.py"), *(path for package in _PACKAGES for path in (root / package).rglob("*.py"))]
+    return [path for path in found if not path.relative_to(root).as_posix().startswith(_ELSEWHERE)]
+
+
 def _packed(root: Path) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        sources = [*root.glob("*.py"), *(path for package in _PACKAGES for path in (root / package).rglob("*.py"))]
-        for source in sources:
-            if not source.relative_to(root).as_posix().startswith(_ELSEWHERE):
-                _add(archive, source, str(source.relative_to(root.parent)))
+        for source in _sources(root):
+            _add(archive, source, str(source.relative_to(root.parent)))
 
         for place, name in [*(("first", name) for name in _FIRST), *(("extra", name) for name in _EXTRA)]:
             spec = importlib.util.find_spec(name)

@@ -21,13 +21,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import msgpack
-
-from traceml.errors import ProtocolError
 from traceml.formatting import left_text
 from traceml.launch.wire.channel_frames import (
     CHUNK_BYTES,
-    MAX_MESSAGE_BYTES,
     ChannelClosedError,
     ChannelDecoder,
     FrameKind,
@@ -35,6 +31,7 @@ from traceml.launch.wire.channel_frames import (
     credit_of,
     frame_head,
     map_of,
+    message_frame,
 )
 from traceml.launch.wire.channel_streams import STREAM_WINDOW_BYTES, IncomingStream, OutgoingStream
 
@@ -121,15 +118,7 @@ class Channel:
         Raises:
             ProtocolError: a field cannot be encoded, or the message is too large.
         """
-        try:
-            body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ProtocolError(f"cannot encode a {t!r} message: {error}") from error
-
-        if len(body) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"a {t!r} message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}: use a stream")
-
-        self._urgent.append(frame_head(len(body), FrameKind.MESSAGE) + body)
+        self._urgent.append(message_frame(t, **fields))
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s: sent %s", self.name, _summary({"t": t, **fields}))
 

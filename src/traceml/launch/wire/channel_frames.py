@@ -14,7 +14,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.errors import TraceMLError
+from traceml.errors import ProtocolError, TraceMLError
 
 __all__ = [
     "CHUNK_BYTES",
@@ -27,6 +27,7 @@ __all__ = [
     "credit_of",
     "frame_head",
     "map_of",
+    "message_frame",
 ]
 
 # Written first by an agent: everything before it is noise (banners, output of a shell's start-up files).
@@ -67,6 +68,23 @@ class FrameKind(IntEnum):
 def frame_head(size: int, kind: FrameKind, stream_id: int = 0) -> bytes:
     """Return what precedes a body of `size` bytes."""
     return _HEAD.pack(size, kind, stream_id)
+
+
+def message_frame(t: str, **fields: Any) -> bytes:
+    """Return the frame of the message `t`.
+
+    Raises:
+        ProtocolError: a field cannot be encoded, or the message is too large.
+    """
+    try:
+        body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"cannot encode a {t!r} message: {error}") from error
+
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a {t!r} message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}: use a stream")
+
+    return frame_head(len(body), FrameKind.MESSAGE) + bytes(body)
 
 
 def credit_frame(stream_id: int, n: int) -> bytes:

@@ -138,7 +138,7 @@ class AgentConnection:
         _connections.add(self)
         self.channel = Channel(outer_out, outer_in, side="launcher", name=spec.name, greeting=True)
         _log.debug("%s: agent started by %s, pid %d", spec.name, spec.transport, self._process.pid)
-        # made when it is written: packing it takes as long as half a connection, which begins on all hosts meanwhile
+        # made when it is written: comparing files takes time, and connections begin on all hosts meanwhile
         self.channel.open_with(bootstrap.remote_program if bundled else bootstrap.local_program)
 
     def __repr__(self) -> str:
@@ -149,6 +149,12 @@ class AgentConnection:
     def alive(self) -> bool:
         """Whether the program that carries the channel still runs."""
         return not self.channel.closed and self._process.poll() is None
+
+    def send_package(self) -> None:
+        """Send our package to a host that has asked for it; until its hello nothing else may be sent."""
+        package = bootstrap.sent_package()
+        _log.debug("%s: has other files: the package is sent, %d bytes", self.spec.name, len(package))
+        self.channel.send_raw(package)
 
     def read_errors(self) -> bytes | None:
         """Read stderr and keep its last lines; return the bytes, empty if there is nothing now, None at its end."""

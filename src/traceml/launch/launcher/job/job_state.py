@@ -105,6 +105,9 @@ class JobState:
         if before is not None and host.activity != before:
             _log.debug("%s: %s, was %s", host.name, host.activity, before)
 
+    def _on_package(self, host: JobHost, _message: dict[str, Any]) -> None:
+        host.connection.send_package()
+
     def _on_hello(self, host: JobHost, message: dict[str, Any]) -> None:
         host.connection.hello = message
         self._prepare(host)
