@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import platform
 import signal
 import socket
 import struct
@@ -363,7 +362,7 @@ def awaited_descriptor(thread: int, call: Sequence[int]) -> int:
         call: its system call, as `current_syscall` returns it.
     """
     number, first, second, third, *_ = *call, -1, -1, -1, -1
-    machine = platform.machine()
+    machine = os.uname().machine
     if number in _ON_DESCRIPTOR.get(machine, ()):
         return first
 
@@ -374,7 +373,7 @@ def awaited_descriptor(thread: int, call: Sequence[int]) -> int:
 
 
 def _waits_for_input(call: Sequence[int]) -> bool:
-    machine = platform.machine()
+    machine = os.uname().machine
     waits = (_READS.get(machine, -1), *_POLLS.get(machine, ()), *_SELECTS.get(machine, ()))
     return bool(call) and call[0] in waits  # readline waits in pselect6
 
@@ -411,7 +410,7 @@ def _target(pid: int, descriptor: int) -> str:
 
 def _looked_up(pid: int, call: Sequence[int]) -> str:
     """Return the path that a system call looks up; empty for another call, or if it may not be read."""
-    at = _LOOKUPS.get(platform.machine(), {}).get(call[0], -1) if call else -1
+    at = _LOOKUPS.get(os.uname().machine, {}).get(call[0], -1) if call else -1
     if at < 0:
         return ""
 

@@ -13,7 +13,6 @@ import faulthandler
 import fcntl
 import logging
 import os
-import platform
 import signal
 import time
 from collections.abc import Callable
@@ -97,7 +96,7 @@ def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
         return pid
 
     call = _system_call(pid)
-    waits_safely = even_if_disturbed or bool(call and call not in _ENDED_EARLY.get(platform.machine(), {call}))
+    waits_safely = even_if_disturbed or bool(call and call not in _ENDED_EARLY.get(os.uname().machine, {call}))
     return threads[1].pid if len(threads) > 1 else pid if waits_safely else None
 
 

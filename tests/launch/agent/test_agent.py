@@ -103,6 +103,7 @@ def test_an_agent_imports_no_more_than_it_needs() -> None:
     assert "traceml.launch.agent.agent_hello" in before
     assert "traceml.launch.agent.worker_group" not in before
     assert not {"inspect", "zipfile", "traceml.database", "traceml.privacy"} & after
+    assert not {"platform", "shutil", "traceml.formatting"} & (before | after)
 
 
 def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:

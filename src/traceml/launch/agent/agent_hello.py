@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import socket
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ def hello() -> dict[str, Any]:
         "v": _VERSION,
         "pid": os.getpid(),
         "hostname": socket.gethostname(),
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "executable": sys.executable,
         "cores": len(os.sched_getaffinity(0)),
         "address": connection[2] if len(connection) == 4 else None,

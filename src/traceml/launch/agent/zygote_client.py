@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -151,6 +150,8 @@ class ZygoteClient:
         code_fd = _pipe_with(code.encode())
         command = [sys.executable, "-c", f"exec(open({code_fd}).read())", "traceml-workers"]  # as process lists show it
         if self.spec.env_file is not None:
+            import shutil  # with compressors of archives
+
             bash = shutil.which("bash") or "/bin/bash"
             command = [bash, "-c", _SOURCE, "bash", self.spec.folder, self.spec.env_file, *command]
 

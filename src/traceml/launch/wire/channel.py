@@ -21,7 +21,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from traceml.formatting import left_text
 from traceml.launch.wire.channel_frames import (
     CHUNK_BYTES,
     ChannelClosedError,
@@ -325,6 +324,8 @@ class Channel:
         self._quiet_s += min(now_s - self._checked_s, _LONGEST_TICK_S)
         self._checked_s = now_s
         if silence_s and self._quiet_s > silence_s:
+            from traceml.formatting import left_text  # its patterns cost an agent more than its own channel
+
             raise ChannelClosedError(f"nothing was received from the other side for {left_text(self._quiet_s)}")
 
         if self._quiet_s - self._asked_s >= PING_S:

@@ -104,7 +104,7 @@ def test_a_host_without_torch_runs_what_needs_none(hosts: Hosts, bare_python: Pa
 def test_a_python_of_another_version_gets_no_function(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
     """Its bytecode would crash there. What travels is unpacked by what packed it, not by what is installed there."""
     other = tmp_path / "python"
-    code = "import platform, sys; platform.python_version = lambda: '3.99.1'; exec(sys.argv[1])"
+    code = "import sys; sys.version = '3.99.1 (other)'; exec(sys.argv[1])"
     other.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
     other.chmod(0o755)
     library = next((bare_python.parents[1] / "lib").glob("python*/site-packages"))
