@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -110,6 +110,12 @@ SUBROOMS = {
     "traces.reader": {"traces.native"},
     "traces.aggregate": {"traces.native"},
     "traces.query": {"traces.reader", "traces.aggregate"},
+}  # fmt: skip
+# Rooms whose files run in several processes: each of their folders says in which.
+ROOMS_OF_MANY_PROCESSES = {"launch", "supervise"}
+# Folders of one process, with the words for it.
+WORDS_OF_PROCESSES = {
+    "launch.launcher": r"\blauncher\b", "launch.agent": r"\bagent\b", "launch.worker": r"\b(zygote|workers?)\b",
 }  # fmt: skip
 # Packages that a folder's process must never load.
 FORBIDDEN = {
@@ -250,12 +256,49 @@ def test_folders_are_small() -> None:
 def test_a_folder_says_what_it_may_import() -> None:
     """The docstring of a folder has two parts: what lives there, and where it runs and what it may import."""
     docstrings = {
-        name: next(ast.get_docstring(node) or "" for node in nodes_of(path) if isinstance(node, ast.Module))
-        for name, path in _files().items()
-        if path.name == "__init__.py" and name != "traceml"
+        name: _docstring(path) for name, path in _files().items() if path.name == "__init__.py" and name != "traceml"
     }
 
     assert [name for name, text in docstrings.items() if not re.search(r"\bimports?\b", text.lower())] == []
+    many = {name: text for name, text in docstrings.items() if name.split(".")[1] in ROOMS_OF_MANY_PROCESSES}
+    assert [name for name, text in many.items() if not _processes(text)] == []
+
+
+def test_a_module_of_the_wire_names_its_processes() -> None:
+    """The line `Process:` of each module of `launch/wire` has the processes whose folders import it, and no other."""
+    importers = defaultdict(set)
+    for name, path in _files().items():
+        for each in _imported_files(path):
+            importers[each].add(name)
+
+    told, found = {}, {}
+    for name in [name for name in _files() if name.startswith("traceml.launch.wire.")]:
+        line = _processes(_docstring(_files()[name]))
+        told[name] = {folder for folder, word in WORDS_OF_PROCESSES.items() if re.search(word, line)}
+        found[name] = {".".join(each.split(".")[1:3]) for each in _reached(name, importers)} & WORDS_OF_PROCESSES.keys()
+
+    assert told == found
+
+
+def _docstring(path: Path) -> str:
+    return next(ast.get_docstring(node) or "" for node in nodes_of(path) if isinstance(node, ast.Module))
+
+
+def _processes(docstring: str) -> str:
+    """Return the sentence of a docstring that names processes; empty if there is none."""
+    found = re.search(r"^Process: (.+?)\.(\s|$)", docstring, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+def _reached(name: str, graph: Mapping[str, set[str]]) -> set[str]:
+    """Return what a node leads to, directly or through others."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        waiting.extend(more := graph.get(waiting.pop(), set()) - seen)
+        seen |= more
+
+    return seen
 
 
 def test_rooms_do_not_import_the_package() -> None:
@@ -278,13 +321,7 @@ def _circles() -> list[set[str]]:
     inside = {name: path for name, path in _files().items() if _room_of(path) not in FACES}
     graph = {name: _imported_files(path) & inside.keys() - {name} for name, path in inside.items()}
     for name in graph:
-        seen: set[str] = set()
-        waiting = [name]
-        while waiting:
-            waiting.extend(more := graph[waiting.pop()] - seen)
-            seen |= more
-
-        reach[name] = seen
+        reach[name] = _reached(name, graph)
 
     found = {frozenset({name, *(each for each in seen if name in reach[each])}) for name, seen in reach.items()}
     return [set(circle) for circle in found if len(circle) > 1]

@@ -1,8 +1,10 @@
-"""Jobs over many hosts, by process: `launcher`, `agent` and `worker` each hold one process's code, or a file says so.
+"""Jobs over many hosts; one folder per process, and `wire/` for what several of them run.
 
-`wire` holds what two of these processes share. `tests/test_rooms.py` lists which may import which.
+Process: `launcher/` in the caller of `launch`; `agent/` in the agent of each host; `worker/` in the zygote there and
+the workers that it forks; each file of `wire/` in those that its line `Process:` names. A file elsewhere with such a
+line runs in another process than its folder. May import the packages below; `tests/test_rooms.py` lists which folder
+may import which, and compares the lines of `wire/` with the files that import them.
 
-A launch that hangs on one host: `launcher.job.job` has the states that each host goes through. `launcher.job.job_host`
-names the present one in errors and in the log of `TRACEML_LOG_LEVEL=debug`. `launcher.hosts.agent_connection` starts
-the agent there and says why it failed.
+A launch that hangs on one host: `launcher.job.job` waits for each step of the start-up (`_gather`, `_await`) and says
+who is late; `launcher.job.job_host` has the host's state (`activity`). More: docs/launch.md, "When a launch hangs".
 """

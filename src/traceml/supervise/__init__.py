@@ -1,6 +1,6 @@
 """Jobs on this host: `traceml run`, and the helper processes of a job or an aggregator.
 
-Runs in the process of the command; `elastic` and `torchrun_logs` run in torchrun's. `otlp_process` and `report_process`
-are used by `traceml serve` alone, so they run in the aggregator's process. May import `display` and the packages below.
+Process: the command, which is `traceml run`, or the launcher of a traced launch; a file with a line `Process:` runs in
+another one. May import `display`, `renderers` and `transport`.
 `X_process.py` is the handle in the parent; the process itself is X's `__main__.py`, or `display/report_main.py`.
 """

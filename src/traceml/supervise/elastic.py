@@ -3,6 +3,8 @@
 `python -m traceml.supervise.elastic [torchrun options] SCRIPT …` does what `torchrun` does. It also writes one JSON
 line per failed process to the descriptor in TRACEML_FAILURES_FD, in every attempt. It exits with the status of the rank
 that failed first: its exit code, or 128 + n for signal n. torchrun itself always exits with 1.
+
+Process: torchrun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The live view of a traced launch, and the output that appears above it."""
+"""The live view of a traced launch, and the output that appears above it.
+
+Process: launcher.
+"""
 
 from __future__ import annotations
 

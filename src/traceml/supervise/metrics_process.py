@@ -1,4 +1,7 @@
-"""Handle of the process that answers Prometheus, in its parent: a job's or the aggregator's process."""
+"""Handle of the process that answers Prometheus, in its parent.
+
+Process: the command, or the aggregator of `traceml serve`.
+"""
 
 from __future__ import annotations
 

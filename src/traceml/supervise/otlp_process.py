@@ -1,4 +1,7 @@
-"""Handle of the process that sends metrics and spans to an OpenTelemetry collector, in the aggregator's process."""
+"""Handle of the process that sends metrics and spans to an OpenTelemetry collector.
+
+Process: aggregator, started by `traceml serve`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Handle of the web page process in its parent, a job's or the aggregator's process.
+"""Handle of the web page process in its parent.
 
 The token stays with the port: browsers reconnect by themselves, also after a restart of the parent.
+
+Process: the command, or the aggregator of `traceml serve`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Handle of the processes that write the reports of ended runs, in their parent, the aggregator's process."""
+"""Handle of the processes that write the reports of ended runs.
+
+Process: aggregator, started by `traceml serve`.
+"""
 
 from __future__ import annotations
 

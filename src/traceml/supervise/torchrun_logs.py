@@ -1,6 +1,8 @@
 """`torchrun --logs-specs traceml`: the output of each rank as a file in the run's folder, named by its rank.
 
 torchrun loads it by the entry point `torchrun.logs_specs`.
+
+Process: torchrun.
 """
 
 from __future__ import annotations

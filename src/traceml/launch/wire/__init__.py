@@ -1,5 +1,5 @@
 """Code that two or more processes of a launch share: channel, tunnel, payloads, log records, process clean-up.
 
-The docstring of each module names its processes.
+Process: each module names its own, `Process:`, as the last line of its docstring.
 May import the leaves and `database` only.
 """

@@ -5,7 +5,7 @@ with the same Python, the program contains the package's path. Elsewhere it writ
 same files at the same paths (a shared file system, the same image) imports them. Any other asks for the package, reads
 it (a zip file) from its standard input into a memory file, and imports it from there: nothing is written to a disk.
 
-Process: launcher, which starts agents, and agent, which starts the zygote.
+Process: launcher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Check whether a host has the very files that the launcher would send there.
 
-Process: the launcher names the files; a program that starts an agent, which has nothing but this source, compares.
+The program of `bootstrap` has this source, and compares on the host before anything is imported there.
+
+Process: launcher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Code by which another process imports this very package, installed or not.
+"""Code by which another process imports this very package, installed or not: an agent, and its zygote.
 
-Process: launcher, which starts agents with it, and agent, which starts the zygote with it.
+Process: launcher and agent.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A serialized value is `<8sQI` (magic, length of the pickle, number of buffers), a `<Q` length per buffer, the pickle,
 and the buffers, each at a multiple of 64 bytes. Buffers are not copied: the sender sends them from where they are, and
-a received tensor uses the memory that the value was received into.
+a received tensor uses the memory that the value was received into. What lies between them passes values on unread.
 
-Process: launcher, zygote and workers; the agent passes values on unread.
+Process: launcher, zygote and workers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Threads of numpy's OpenBLAS: none in the zygote, which must have one thread only, and each worker's share later."""
+"""Threads of numpy's OpenBLAS: none in the zygote, which must have one thread only, and each worker's share later.
+
+Process: zygote, and then workers.
+"""
 
 from __future__ import annotations
 

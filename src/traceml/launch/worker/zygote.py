@@ -2,6 +2,8 @@
 
 It computes nothing, has one thread and uses no GPU, so that forked workers can do all of that. If it or the agent dies,
 the other one ends the processes of the job.
+
+Process: zygote, until it forks; each child goes on in `worker_main`.
 """
 
 from __future__ import annotations
