@@ -11,7 +11,7 @@ import pytest
 
 import traceml
 from traceml import cli
-from traceml.errors import RunNotFoundError, SettingsError, UsageError
+from traceml.errors import AgentFailedError, RunNotFoundError, SettingsError, UsageError
 
 
 @pytest.fixture
@@ -114,6 +114,16 @@ def test_errors_are_one_line_on_stderr(command, capsys, error, status):
     assert shown.out == ""
     assert shown.err.splitlines()[0] == f"traceml probe: {error}"
     assert [line.split(":")[0] for line in shown.err.splitlines()[1:]] == (["hint"] if status == 2 else [])
+
+
+def test_notes_of_an_error_follow_it(command, capsys):
+    """What an error has as notes, such as a host's state or the stack of a rank, is told after it."""
+    error = AgentFailedError("node1", "it closed the connection")
+    error.add_note("host node2: it is down")
+    command(raising(error))
+
+    assert cli.main(["probe"]) == 3
+    assert capsys.readouterr().err == "traceml probe: host node1: it closed the connection.\nhost node2: it is down\n"
 
 
 def test_interrupt_is_130(command, capsys):

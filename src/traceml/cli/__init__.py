@@ -155,7 +155,9 @@ def _title(args: list[str]) -> str:
 
 
 def _explain(title: str, error: TraceMLError) -> int:
-    _print_error(f"{title}: {error}")
+    for text in (f"{title}: {error}", *getattr(error, "__notes__", ())):
+        _print_error(text)
+
     if isinstance(error, SettingsError):
         _print_error("hint: `python -m traceml.settings` describes every setting")
         return EXIT_USAGE

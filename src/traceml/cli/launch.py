@@ -21,7 +21,7 @@ from traceml.cli.options.shared_options import (
     script_words,
 )
 from traceml.cli.options.submit_options import add_submit_options, await_job, check_submit_options, submit_script
-from traceml.errors import TraceMLError, UsageError, WorkerFailedError
+from traceml.errors import UsageError, WorkerFailedError
 from traceml.formatting import printable
 from traceml.process_ends import EndedBySignal
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     except EndedBySignal as error:
         _explain(error, f"traceml launch: ended by {signal.Signals(error.number).name}")
         return 128 + error.number
-    except (TraceMLError, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:
         _explain(error)
         raise
 

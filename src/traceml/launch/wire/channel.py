@@ -104,6 +104,11 @@ class Channel:
         """The bytes received before the other side's greeting."""
         return self._decoder.noise
 
+    @property
+    def greeted(self) -> bool:
+        """Whether the other side's greeting was received, or none is expected."""
+        return self._decoder.greeted
+
     # --- sending -----------------------------------------------------------------------------------------------------
 
     @property

@@ -126,11 +126,12 @@ class ChannelDecoder:
 
     Attributes:
         noise: the bytes received before the greeting.
+        greeted: whether the greeting was received, or none is expected.
     """
 
     def __init__(self, *, greeting: bool) -> None:
         self.noise = b""
-        self._greeted = not greeting
+        self.greeted = not greeting
         self._head, self._body = bytearray(), bytearray()
         self._kind, self._stream, self._left = FrameKind.MESSAGE, 0, 0
 
@@ -142,7 +143,7 @@ class ChannelDecoder:
         Raises:
             ChannelClosedError: a frame is invalid, or there is too much noise before the greeting.
         """
-        view = data if self._greeted else self._skip_noise(data)
+        view = data if self.greeted else self._skip_noise(data)
         while view:
             if not self._left:
                 view = self._read_head(view)
@@ -166,7 +167,7 @@ class ChannelDecoder:
         self.noise += view
         before, found, after = self.noise.partition(GREETING)
         if found:
-            self.noise, self._greeted = before, True
+            self.noise, self.greeted = before, True
             return memoryview(after)
 
         if len(self.noise) > _MAX_NOISE_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -40,6 +41,16 @@ def launch_each(hosts: Hosts, options: dict[str, Any]) -> dict[str, tuple[str, s
     env = {"PYTHONPATH": PYTHONPATH}
     told = json.loads(hosts.launcher.python(script, hosts.ssh_config, json.dumps(options), env=env).stdout)
     return {name: tuple(values) for name, values in told.items()}
+
+
+def _end_of(link: AgentConnection) -> str | None:
+    """Return why the channel was closed; None while it is open."""
+    try:
+        link.channel.receive()
+    except ChannelClosedError as error:
+        return error.reason
+
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -128,20 +139,43 @@ def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
     loud.write_text("#!/bin/sh\necho 'Welcome to the machine'\nexit 4\n")
     loud.chmod(0o755)
     link = AgentConnection(HostSpec("localhost", "local", 1), str(loud), None)
-
-    def closed() -> str | None:
-        try:
-            link.channel.receive()
-        except ChannelClosedError as error:
-            return error.reason
-
-        return None
-
-    error = link.failure(eventually(closed, "the channel to close"))
+    error = link.failure(eventually(lambda: _end_of(link), "the channel to close"))
 
     assert "exit code 4" in error.reason
     assert error.words == ["Welcome to the machine"]
     assert not link.alive
+
+
+def test_a_connection_that_broke_during_the_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command to try shows how far a connection gets; once Python runs there, its processes."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(
+        "#!/bin/sh\ncase \"$*\" in *-G*) exit 0;; esac\nprintf '\\n\\000traceml-agent/1\\000\\n'; exit 255\n"
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    link = AgentConnection(HostSpec("node1:2222", "ssh", 1), "/opt/python", tmp_path / "config")
+    assert link.by_hand == f"ssh -v -F {tmp_path}/config -p 2222 node1 /opt/python -V"
+
+    error = link.failure(eventually(lambda: _end_of(link), "the channel to close"))
+
+    assert error.reason == "the connection broke after Python had started there"
+    assert f"ssh -F {tmp_path}/config -p 2222 node1 ps ax -o pid,stat" in str(error)
+
+
+def test_something_that_accepts_and_says_nothing_is_reported(hosts: Hosts) -> None:
+    """A hanging sshd is told apart from a host that is down."""
+    code = "import socket, time; s = socket.create_server(('', 2323)); print('up', flush=True); time.sleep(600)"
+    mute = hosts["node2"].start(sys.executable, "-c", code)
+    try:
+        assert mute.stdout is not None
+        mute.stdout.readline()
+        told = launch_each(hosts, {"node2:2323": {}})
+    finally:
+        mute.kill()
+        mute.communicate()
+
+    assert told["node2:2323"][1].startswith("something listens there and says nothing")
 
 
 def test_an_agent_that_was_stopped_is_reported() -> None:

@@ -14,6 +14,7 @@ import pytest
 import traceml
 from tests.launch import jobs
 from traceml.errors import AgentFailedError, LaunchTimeoutError, PayloadError, RemoteTracebackError, WorkerFailedError
+from traceml.launch.launcher.job import job
 
 
 def launched(func: Callable[..., Any], *args: Any, **options: Any) -> traceml.LaunchResult:
@@ -123,15 +124,21 @@ def test_who_misses_a_collective_is_named() -> None:
     assert "worker.py" not in notes
 
 
-def test_start_up_has_a_limit(tmp_path: Path) -> None:
-    """A host that is not ready in time is named."""
+def test_start_up_has_a_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is not ready in time is named, with its state and what to try: at the limit, and once before."""
+    monkeypatch.setattr(job, "_SLOW_S", 0.25)
     endless = tmp_path / "env.sh"
     endless.write_text("sleep 86200\n")
 
     with pytest.raises(LaunchTimeoutError, match=r"timeout of 2 s\. Still waiting for: host localhost") as caught:
         launched(jobs.nothing, timeout=2, env_file=endless)
 
+    late = "host localhost (preparing; try `ps ax -o pid,stat,wchan:20,args | grep traceml-`)"
     assert caught.value.absent == ["host localhost"]
+    assert late in caught.value.__notes__
+    assert caplog.messages == [f"the launch has waited 0.25 s for {late}"]
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), TimeoutError)
 
 

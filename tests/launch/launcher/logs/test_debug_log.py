@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import traceml
 from tests.launch import jobs
 from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
+from traceml.launch.launcher.logs.debug_log import debug_log
 
 
 @pytest.fixture
@@ -30,6 +32,20 @@ def test_messages_and_states_are_logged(log_dir: Path) -> None:
     positions = [log.index(f"localhost: {step}") for step in steps]
     assert positions == sorted(positions)
     assert "localhost: idle, was 1 of 1 workers ended" in log
+
+
+def test_warnings_are_shown_as_without_it(
+    log_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the log and, where nobody has configured logging, on standard error."""
+    log = logging.getLogger("traceml.launch")
+    monkeypatch.setattr(log, "propagate", False)  # pytest's handlers are above it
+    with debug_log(lambda: log_dir):
+        log.warning("the launch has waited")
+
+    assert capsys.readouterr().err.splitlines()[1:] == ["the launch has waited"]
+    assert "WARNING the launch has waited" in (log_dir / "launch-debug.log").read_text()
+    assert log.handlers == []
 
 
 def test_a_failure_names_the_log(log_dir: Path) -> None:

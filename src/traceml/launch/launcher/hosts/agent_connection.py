@@ -39,6 +39,7 @@ exec ssh "$@" -- "$host" "$command"
 
 _KEPT_LINES = 20
 _READ_BYTES = 65536
+_SSH_FAILED = 255  # exit status of ssh itself
 _TOO_OLD = 78  # exit status of the bootstrap program
 _SILENT_S = 6.0  # longer than any pause of a connection that works: both sides send something every few seconds
 _LOST = "A host whose agent is silent that long counts as lost, and the job ends: the other ranks would wait for it."
@@ -67,6 +68,11 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
         r"Connection refused",
         "the connection was refused: nothing listens there",
         "Check that sshd runs on it, and the port in the ssh configuration.",
+    ),
+    (
+        r"timed out during banner exchange",
+        "something listens there and says nothing: its sshd hangs, or another program has the port",
+        "`ssh -v {host}` shows the last step; check the load of the host and the log of its sshd.",
     ),
     (
         r"timed out|Timeout, server|No route to host|Network is unreachable|Host is down",
@@ -108,7 +114,7 @@ class AgentConnection:
     def __init__(self, spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
         self.spec = spec
         self.hello: dict[str, Any] | None = None
-        self._python = python
+        self._python, self._ssh_config_file = python, ssh_config_file
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._partial_line = b""
         inner_in, outer_in = os.pipe()
@@ -156,6 +162,15 @@ class AgentConnection:
         _log.debug("%s: has other files: the package is sent, %d bytes", self.spec.name, len(package))
         self.channel.send_raw(package)
 
+    @property
+    def by_hand(self) -> str:
+        """A command that shows why the agent's start takes long: how far a connection gets, or its processes."""
+        reach = _reach(self.spec, self._ssh_config_file)
+        if reach and not self.channel.greeted:
+            return shlex.join([reach[0], "-v", *reach[1:], self._python, "-V"])  # srun knows -v too
+
+        return shlex.join([*reach, "ps", "ax", "-o", "pid,stat,wchan:20,args"]) + " | grep traceml-"
+
     def read_errors(self) -> bytes | None:
         """Read stderr and keep its last lines; return the bytes, empty if there is nothing now, None at its end."""
         try:
@@ -167,8 +182,12 @@ class AgentConnection:
         self._lines += [line.decode(errors="replace").rstrip() for line in lines if line.strip()]
         return data or None
 
-    def failure(self, reason: str) -> AgentFailedError:
-        """Close the connection; return the error that explains why it broke."""
+    def failure(self, reason: str, during: str = "while the job ran") -> AgentFailedError:
+        """Close the connection; return the error that explains why it broke.
+
+        Args:
+            during: what its host did, for a connection that had worked.
+        """
         silence_s, was_stopped = self.channel.silence_s, self._is_stopped()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_WAIT_S)
@@ -184,7 +203,7 @@ class AgentConnection:
         if self.hello is not None:
             self._clean_up(str(self.hello["mark"]), int(self.hello["pid"]))
 
-        what, advice = self._explain(status, "\n".join(output), reason, silence_s)
+        what, advice = self._explain(status, "\n".join(output), reason, silence_s, during)
         if was_stopped:
             advice = f"Its process was stopped by a signal (SIGSTOP, Ctrl-Z). {_LOST}"
 
@@ -242,12 +261,12 @@ class AgentConnection:
             with self._cleanup.stdin as stdin:
                 stdin.write(bootstrap.cleanup_program(mark, agent))
 
-    def _explain(self, status: int | None, output: str, reason: str, silence_s: float) -> tuple[str, str]:
+    def _explain(self, status: int | None, output: str, reason: str, silence_s: float, during: str) -> tuple[str, str]:
         """Return what happened, and advice."""
         host, carrier = self.spec.name, {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
         ended = f"{carrier} {_describe_exit(status)}"
         if self.hello is not None:
-            what = f"its agent was lost while the job ran ({reason}; {ended})"
+            what = f"its agent was lost {during} ({reason}; {ended})"
             return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
 
         advice = "The launcher starts the Python at its own path; give that host's path with `python=`."
@@ -264,6 +283,9 @@ class AgentConnection:
         for pattern, meaning, advice in _MEANINGS:
             if carrier != "the agent" and re.search(pattern, output):
                 return meaning, advice.format(host=host)
+
+        if status == _SSH_FAILED and carrier == "ssh" and self.channel.greeted:
+            return "the connection broke after Python had started there", f"Try `{self.by_hand}`."
 
         hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
         return f"its agent did not start ({reason}; {ended})", hand.strip()
@@ -301,11 +323,22 @@ def _command(spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str
     if spec.transport == "srun":
         return [*step_command(spec.name, spec.het_group), *agent]
 
-    host, port = split_port(spec.name)
-    options = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
-    options += [] if port is None else ["-p", str(port)]
+    _, *options, host = _reach(spec, ssh_config_file)
     command = "exec " + shlex.join(agent)
     return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", host, command, str(_CONNECT_TIMEOUT_S), *options, *_SSH_OPTIONS]
+
+
+def _reach(spec: HostSpec, ssh_config_file: str | os.PathLike[str] | None) -> list[str]:
+    """Return what a user types before a command for this host; empty for our own."""
+    if spec.transport == "local":
+        return []
+
+    if spec.transport == "srun":
+        return ["srun", "--overlap", "-w", spec.name]
+
+    host, port = split_port(spec.name)
+    options = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
+    return ["ssh", *options, *([] if port is None else ["-p", str(port)]), host]
 
 
 def _describe_exit(status: int | None) -> str:

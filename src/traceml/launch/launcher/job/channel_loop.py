@@ -179,8 +179,9 @@ class ChannelLoop:
             self.add(host)
             return
 
+        during = "while the job ran" if host.started else f"while its state was `{host.activity}`"
         host.lost = True
-        self._on_lost(host, host.connection.failure(reason))
+        self._on_lost(host, host.connection.failure(reason, during))
 
     def _register(self, host: JobHost) -> None:
         connection = host.connection

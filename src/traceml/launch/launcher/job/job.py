@@ -40,6 +40,7 @@ _CAUSE_S = 1.0
 # After the first unusable host: the time for others to report too.
 _HOST_ERROR_GRACE_S = 1.0
 _STACKS_S = 2.0
+_SLOW_S = 15.0  # a step of the start-up that takes longer is told, with what is late
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
@@ -69,6 +70,8 @@ class LaunchJob:
         self._sender = PayloadSender(spec.call, self._id)
         self._state = JobState(self._hosts, self._id, make_logs=make_logs, prepare=self._prepare, tracing=tracing)
         self._waiting_for, self._wait_logged_s = "", time.monotonic()
+        self._late: Callable[[], list[str]] | None = None  # of a step of the start-up: what is late
+        self._began_s = 0.0
         self._loop = ChannelLoop(
             on_message=self._state.on_message,
             on_stderr=self._state.on_stderr,
@@ -111,7 +114,7 @@ class LaunchJob:
 
     def _gather(self) -> None:
         """Wait until every host's agent has answered and its zygote is ready."""
-        self._waiting_for = "agents"
+        self._begin("agents", lambda: [host.late_text for host in self._late_hosts()])
         for host in self._hosts:
             self._loop.add(host)
             if host.connection.hello:
@@ -126,10 +129,14 @@ class LaunchJob:
             self._raise_host_errors()
 
         if not done:
-            late = [f"host {h.name}" for h in hosts if not h.hello]
-            doing = "connecting to the hosts" if late else "preparing the hosts (env_file, import of torch)"
-            late = late or [f"host {h.name}" for h in hosts if not self._is_prepared(h)]
-            raise LaunchTimeoutError(self._spec.timeout_s, doing, late)
+            late = self._late_hosts()
+            prepares = all(host.hello for host in late)
+            doing = "preparing the hosts (env_file, import of torch)" if prepares else "connecting to the hosts"
+            error = LaunchTimeoutError(self._spec.timeout_s, doing, [f"host {host.name}" for host in late])
+            for host in late:
+                error.add_note(host.late_text)
+
+            raise error
 
     def _start(self) -> None:
         """Start the workers, and wait until they are in one process group."""
@@ -137,7 +144,8 @@ class LaunchJob:
         workers = self._state.workers
         first, backend = self._hosts[0], self._choose_backend()
         first.connection.channel.send("reserve", job=self._id, address=rendezvous_address(self._hosts))
-        self._await(lambda: self._state.rendezvous, "finding a port for the workers to meet at", [f"host {first.name}"])
+        doing = "finding a port for the workers to meet at"
+        self._await(lambda: self._state.rendezvous, doing, lambda: [f"host {first.name}"])
         assert self._state.rendezvous is not None
         address, port = self._state.rendezvous
         if backend is not None and address != _LOOPBACK:
@@ -168,7 +176,7 @@ class LaunchJob:
 
         self._sender.fill(self._loop.run_once)
         doing = "starting the workers" + (f" and their process group ({backend})" if backend else "")
-        self._await(lambda: all(w.ready for w in workers), doing, None)
+        self._await(lambda: all(w.ready for w in workers), doing, lambda: [str(w) for w in workers if not w.ready])
 
     def _check_paths(self, address: str, port: int) -> None:
         """Have every other host connect to where the ranks meet: workers would try until the timeout."""
@@ -176,22 +184,23 @@ class LaunchJob:
         for host in others:
             host.connection.channel.send("probe", job=self._id, address=address, port=port)
 
-        names = [host.name for host in others]
-        doing = f"connecting from the other hosts to {address}:{port}"
-        self._await(lambda: state.probed.issuperset(names), doing, [f"host {name}" for name in names])
+        def late() -> list[str]:
+            return [f"host {host.name}" for host in others if host.name not in state.probed]
+
+        self._await(lambda: not late(), f"connecting from the other hosts to {address}:{port}", late)
         if state.host_errors:
             self._raise_host_errors()
 
     def _watch(self) -> None:
         """Wait for the results, without a time limit."""
-        self._waiting_for = "results"
+        self._begin("results")
         state = self._state
         self._loop.run_until(lambda: state.failures or all(worker.done for worker in state.workers))
         self._raise_failures()
 
     def _release(self) -> None:
         """Let the workers end. Until now they were held, as others may have needed them."""
-        self._waiting_for = "the end of the workers"
+        self._begin("the end of the workers")
         for host in self._hosts:
             host.connection.channel.send("release", job=self._id)
 
@@ -228,18 +237,17 @@ class LaunchJob:
 
         raise first_cause(state.failures)
 
-    def _await(self, condition: Callable[[], object], doing: str, absent: list[str] | None) -> None:
+    def _await(self, condition: Callable[[], object], doing: str, late: Callable[[], list[str]]) -> None:
         """Wait for a step of the start-up.
 
         Raises:
-            LaunchTimeoutError: it takes too long; `absent` names the late hosts, None: the workers that are not ready.
+            LaunchTimeoutError: it takes too long; `late` names the hosts or workers that are missing.
         """
-        self._waiting_for = doing
+        self._begin(doing, late)
         done = self._loop.run_until(lambda: self._state.failures or condition(), self._left_s())
         self._raise_failures()
         if not done:
-            late = absent or [str(worker) for worker in self._state.workers if not worker.ready]
-            raise LaunchTimeoutError(self._spec.timeout_s, doing, late)
+            raise LaunchTimeoutError(self._spec.timeout_s, doing, late())
 
     def _abort(self, error: BaseException) -> None:
         """End everything; add the workers' stacks to an error that does not explain itself."""
@@ -357,15 +365,26 @@ class LaunchJob:
                 self._state.failures += [worker_hung(each) for each in self._state.workers if not each.ended][:1]
 
         now_s = time.monotonic()
+        if self._late is not None and now_s - self._began_s >= _SLOW_S and not self._state.stopping:
+            late, self._late = "; ".join(self._late()), None
+            _log.warning("the launch has waited %g s for %s", _SLOW_S, late)
+
         if now_s - self._wait_logged_s >= _WAIT_LOG_S:
             self._wait_logged_s = now_s
             phases = ", ".join(f"{host.name} ({host.activity})" for host in self._hosts)
             _log.debug("waiting for %s: %s", self._waiting_for, phases)
 
+    def _begin(self, waiting_for: str, late: Callable[[], list[str]] | None = None) -> None:
+        self._waiting_for, self._late, self._began_s = waiting_for, late, time.monotonic()
+
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _left_s(self) -> float:
         return self._deadline_s - time.monotonic()
+
+    def _late_hosts(self) -> list[JobHost]:
+        """Return the hosts that have not answered; once all have, those that are not prepared."""
+        return [h for h in self._hosts if not h.hello] or [h for h in self._hosts if not self._is_prepared(h)]
 
     def _is_prepared(self, host: JobHost) -> bool:
         return host.prepared is not None and (self._tracing is None or self._tracing.is_ready(host.name))

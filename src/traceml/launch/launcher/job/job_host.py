@@ -81,13 +81,21 @@ class JobHost:
         return int(self.spec.workers or self.hello.get("gpus") or self.spec.cpu_workers or self.hello.get("cores") or 1)
 
     @property
+    def late_text(self) -> str:
+        """The host, its current activity, and a command that shows why it takes long."""
+        return f"host {self.name} ({self.activity}; try `{self.connection.by_hand}`)"
+
+    @property
     def activity(self) -> str:
         """The host's current activity, for logs."""
         if self.lost or self.idle:
             return "lost" if self.lost else "idle"
 
+        if not self.hello:
+            return "starting the agent" if self.connection.channel.greeted else "connecting"
+
         if not self.started:
-            return "connecting" if not self.hello else "preparing" if self.prepared is None else "prepared"
+            return "preparing" if self.prepared is None else "prepared"
 
         ended, ready, done = (sum(getattr(w, name) for w in self.workers) for name in ("ended", "ready", "done"))
         count = len(self.workers)

@@ -14,6 +14,7 @@ from traceml.launch.launcher.logs.log_handlers import level_of
 
 __all__ = ["debug_log"]
 
+_STDERR = "standard error"
 _FILE_NAME = "launch-debug.log"
 _LAYOUT = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
 _log = logging.getLogger("traceml.launch")
@@ -33,18 +34,25 @@ def debug_log(log_folder: Callable[[], Path | None]) -> Iterator[None]:
 
         return
 
+    # warnings are shown as without this log: a logger that has a handler of its own is not given logging's last one
+    shown = None if _log.hasHandlers() else logging.lastResort
     handler, where = _open(log_folder())
     handler.setFormatter(logging.Formatter(_LAYOUT, datefmt="%Y-%m-%d %H:%M:%S"))
     sys.stderr.write(f"traceml: the launch protocol is logged to {where}\n")
     before = _log.level
-    _log.addHandler(handler)
+    handlers = [handler] if shown is None or where == _STDERR else [handler, shown]
+    for each in handlers:
+        _log.addHandler(each)
+
     _log.setLevel(logging.DEBUG)
     try:
         with _note_on_failure(f"Log of the launch protocol: {where}", LaunchTimeoutError, AgentFailedError):
             yield
     finally:
         _log.setLevel(before)
-        _log.removeHandler(handler)
+        for each in handlers:
+            _log.removeHandler(each)
+
         handler.close()
 
 
@@ -55,7 +63,7 @@ def _open(folder: Path | None) -> tuple[logging.Handler, str]:
             path = folder / _FILE_NAME
             return logging.FileHandler(path, encoding="utf-8"), str(path)
 
-    return logging.StreamHandler(), "standard error"
+    return logging.StreamHandler(), _STDERR
 
 
 @contextlib.contextmanager
