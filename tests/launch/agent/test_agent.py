@@ -157,7 +157,7 @@ def test_the_cleanup_of_a_lost_agent_needs_nothing_installed(tmp_path: Path) -> 
 
 def test_an_old_python_says_so(tmp_path: Path) -> None:
     """The code that an agent boots from is understood by Pythons that are too old for it."""
-    program = bootstrap.remote_program().replace(b"sys.version_info < (3, 11)", b"True")
+    program = bootstrap.remote_program().replace(b"sys.version_info < (3, 11)", b"sys.version_info > (3, 11)")
     done = subprocess.run(bootstrap.agent_command(sys.executable), input=program, capture_output=True, check=False)
 
     assert done.returncode == 78

@@ -46,6 +46,13 @@ _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
 # Without a buffer: what follows the line is for the program.
 _READ_LINE = 'import io;exec(io.open(0,"rb",0,closefd=False).readline())'
+_READ_PROGRAM = """
+import os
+program = b""
+while len(program) < {size}:
+    program += os.read(0, {size} - len(program)) or os._exit(1)
+exec(program)
+"""
 # Valid syntax for old Pythons too, so that they can report their version.
 _REMOTE = """
 import os, sys
@@ -97,7 +104,7 @@ def agent_command(python: str) -> list[str]:
 
 def local_program() -> bytes:
     """Return the program of an agent that is a child of this process."""
-    return _line(import_code() + _FORK_AND_RUN + "main(local=True)\n")
+    return _program(import_code() + _FORK_AND_RUN + "main(local=True)\n")
 
 
 def remote_program() -> bytes:
@@ -116,7 +123,7 @@ def remote_program() -> bytes:
     for name, value in parts.items():
         code = code.replace(f"{{{name}!r}}", repr(value))
 
-    return _line(code + _FORK_AND_RUN + "main()\n")
+    return _program(code + _FORK_AND_RUN + "main()\n")
 
 
 def sent_package() -> bytes:
@@ -127,11 +134,13 @@ def sent_package() -> bytes:
 def cleanup_program(mark: str, agent: int) -> bytes:
     """Return a program that ends what a lost agent has left on its host; see `process_cleanup.end_job`."""
     modules = [(module.__name__, inspect.getsource(module)) for module in (kernel_state, process_cleanup)]
-    return _line(f"modules = {modules!r}\n{_RUN_SOURCES}module.end_job({mark!r}, {agent})\n")
+    return _program(f"modules = {modules!r}\n{_RUN_SOURCES}module.end_job({mark!r}, {agent})\n")
 
 
-def _line(code: str) -> bytes:
-    return f"exec({code!r})\n".encode()
+def _program(code: str) -> bytes:
+    """Return a short line that reads the rest at once and executes it: the command reads the line byte by byte."""
+    program = code.encode()
+    return f"exec({_READ_PROGRAM.format(size=len(program))!r})\n".encode() + program
 
 
 @functools.cache
