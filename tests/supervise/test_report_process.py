@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -41,12 +43,12 @@ def maker():
     maker.close()
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_both_reports_are_written_by_another_process(run, maker, prepared):
+@pytest.mark.parametrize("prepare", [ReportProcess.prepare, ReportProcess.fork, None])
+def test_both_reports_are_written_by_another_process(run, maker, prepare):
     """Prepared or not, `report.json` and `report.html` are there when the call returns; so for the next run."""
     for _ in range(2):
-        if prepared:
-            maker.prepare()
+        if prepare is not None:
+            prepare(maker)
 
         assert maker.write(run) == run / "report.json"
         assert json.loads((run / "report.json").read_text())["verdict"]["kind"] in (run / "report.html").read_text()
@@ -69,6 +71,32 @@ def test_the_page_alone(run, maker):
 
     assert (run / "mine.html").read_text().startswith("<!doctype html>")
     assert not (run / "report.json").exists()
+
+
+def is_free(path: Path) -> bool:
+    with path.open("w") as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+
+    return False
+
+
+def test_a_fork_keeps_no_file_of_its_parent_open(maker, tmp_path):
+    """What its parent closes is closed: a socket at which ranks would wait, the lock of a folder."""
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        maker.fork()
+
+    eventually(lambda: is_free(tmp_path / "lock"))
+
+
+def test_a_fork_that_fails_is_reported(run, maker, monkeypatch):
+    """Its exception never goes on in the parent's code; the parent is told how it ended."""
+    monkeypatch.setattr("traceml.display.report_main.work", lambda *_: 1 / 0)
+    maker.fork()
+
+    with pytest.raises(TraceMLError, match="its process ended with exit code 1"):
+        maker.write(run)
 
 
 def test_a_killed_process_is_reported_with_what_to_do(run, maker):

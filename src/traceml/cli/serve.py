@@ -26,6 +26,7 @@ from traceml.cli.options.number_range import PORT, NumberRange
 from traceml.cli.options.parsing import CommandParser, WrappingFormatter
 from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.errors import TraceMLError
+from traceml.fail_open import fail_open
 from traceml.own_programs import own_program
 from traceml.run_folder import RELAY_NAME
 from traceml.supervise.metrics_process import metrics_beside
@@ -66,6 +67,10 @@ def main(argv: list[str]) -> int:
         token = config.token or _previous_token(port)
         # Where the job is over, somebody waits for its verdict.
         reports = ReportProcess(0 if options.exit_when_idle else BESIDE_RUNS)
+        if options.exit_when_idle:
+            with fail_open(_log, "aggregator", "the first report is not prepared"):
+                reports.fork()
+
         aggregator = Aggregator(
             config.runs_dir,
             token,

@@ -1,4 +1,4 @@
-"""Entry point of the process that writes a run's reports: `python -m traceml.display.report_main NICE`.
+"""Process that writes a run's reports: `python -m traceml.display.report_main NICE`, or a fork of the aggregator.
 
 It loads its modules, then waits on standard input for one request, and answers it on standard output, both JSON. It is
 a process of its own because a report needs memory and time: neither its end nor its memory concerns other runs.
@@ -13,42 +13,49 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from traceml.errors import TraceMLError
 from traceml.priority import lower_priority
 
-__all__ = ["main"]
+__all__ = ["work"]
 
 _KILLED_FIRST = "1000"
 
 
-def main() -> int:
-    """Write what is asked for; return the exit status."""
+def work(nice: int, requests: IO[str], answers: IO[str]) -> None:
+    """Write what the first request asks for, and answer it; return without one when the aggregator has ended.
+
+    Args:
+        nice: nice value of this process.
+    """
     # A scheduler sends it to all processes of a job, whose report this one makes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    lower_priority(int(sys.argv[1]))
+    lower_priority(nice)
     _be_killed_first()
     gc.disable()  # the process ends with the report
     import numpy.ma  # noqa: F401 - numpy's functions of sets import it when first called
 
-    from traceml.display import report_files
+    import traceml.display.report_files  # noqa: F401 - needed at once when it is asked for
 
-    request = sys.stdin.readline()
-    if not request:
-        return 0  # the aggregator has ended, and wants nothing
+    if request := requests.readline():
+        answers.write(json.dumps(_write(**json.loads(request))) + "\n")
+        answers.flush()
 
-    run_dir, page = Path(json.loads(request)["run_dir"]), json.loads(request)["page"]
+
+def _write(run_dir: str, page: str | None) -> dict[str, str]:
+    """Write both reports of a run, or its page alone; return the path or the error."""
+    from traceml.display.report_files import write_page, write_reports
+
     try:
         if page is None:
-            _answer(path=str(report_files.write_reports(run_dir)))
-        else:
-            report_files.write_page(run_dir, Path(page))
-            _answer(path=page)
-    except (TraceMLError, OSError) as error:
-        _answer(error=str(error))
+            return {"path": str(write_reports(Path(run_dir)))}
 
-    return 0
+        write_page(Path(run_dir), Path(page))
+    except (TraceMLError, OSError) as error:
+        return {"error": str(error)}
+
+    return {"path": page}
 
 
 def _be_killed_first() -> None:
@@ -59,12 +66,7 @@ def _be_killed_first() -> None:
         pass
 
 
-def _answer(**values: Any) -> None:
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    status = main()
+    work(int(sys.argv[1]), sys.stdin, sys.stdout)
     logging.shutdown()
-    os._exit(status)  # the files are written, and somebody waits for this end: no module need be taken apart
+    os._exit(0)  # the files are written, and somebody waits for this end: no module need be taken apart

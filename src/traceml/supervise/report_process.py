@@ -5,11 +5,15 @@ Process: aggregator, started by `traceml serve`.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from traceml.errors import TraceMLError
@@ -23,6 +27,8 @@ BESIDE_RUNS = 5
 """Nice value while other training continues. At 19, where all cores are in use, reports would take minutes."""
 _LIMIT_S = 120.0
 
+_log = logging.getLogger("traceml")
+
 
 class ReportProcess:
     """Handle of the processes that write the reports of ended runs, one run at a time.
@@ -34,6 +40,22 @@ class ReportProcess:
         self._nice = nice
         self._prepared: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
+
+    def fork(self) -> None:
+        """Prepare as `prepare` does, by a fork of this process: it has loaded nearly all that a report needs.
+
+        Call it before this process starts threads.
+
+        Raises:
+            OSError: the system is out of processes or memory.
+        """
+        self._prepared = subprocess.Popen(
+            [sys.executable],  # never executed: the fork goes on as the other process
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # as for `_start`
+            preexec_fn=_become_report_process(self._nice),  # noqa: PLW1509 - no other thread holds a lock
+        )
 
     def prepare(self) -> None:
         """Start the process of the next report now: it loads its modules, and waits. This shortens the end of a run.
@@ -80,6 +102,30 @@ class ReportProcess:
         if process is not None:
             with process:
                 process.communicate()
+
+
+def _become_report_process(nice: int) -> Callable[[], None]:
+    """Return what a fork does between its start and its end: standard input and output are pipes to its parent."""
+
+    def become() -> None:
+        # Sockets and locks of the parent, and a pipe on whose end it waits.
+        for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+            if number > 2:
+                with contextlib.suppress(OSError):  # that of the list itself
+                    os.close(number)
+
+        try:
+            from traceml.display.report_main import work
+
+            with open(0, closefd=False) as requests, open(1, "w", closefd=False) as answers:
+                work(nice, requests, answers)
+        except BaseException:  # noqa: BLE001 - an exception must not go on in the parent's code
+            _log.exception("a report could not be made")
+            os._exit(1)
+
+        os._exit(0)
+
+    return become
 
 
 def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
