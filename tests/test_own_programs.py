@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import gc
 import http.client
 import json
 import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from tests.display.monitoring.collector import collecting
 from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from tests.source_tree import SOURCE, nodes_of, source_files
-from traceml.own_programs import own_program
+from traceml.own_programs import importing, own_program
 from traceml.supervise.page_process import PageProcess
 from traceml.track.delivery.probe import probe
 
@@ -190,3 +192,32 @@ def test_the_command(poisoned, words):
     """As users type it, which puts the folder first on its path, and as `serve` and aggregators start it."""
     assert run(poisoned, *words).returncode in (0, 1, 2, 3)  # there is no run, nor a terminal
     assert imported(poisoned) == []
+
+
+def test_nothing_is_collected_while_a_program_imports():
+    """The collector is on again afterwards, also after a failure; one that was off stays off."""
+    with suppress(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with importing():
+            pass
+
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.process
+def test_the_end_of_a_command_searches_no_module_for_garbage():
+    """What is left is out of the collector's sight when the interpreter ends."""
+    code = (
+        "import gc, sys; from traceml.cli import run_program; sys.argv[1:] = ['--version']; run_program(); "
+        "print(gc.get_count()[0] < 100, gc.get_freeze_count() > 1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "True True"

@@ -10,6 +10,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         sys.path[0] = sys.executable.rpartition("/")[0]
 
-    from traceml.cli import main
+    from traceml.cli import run_program
 
-    sys.exit(main())
+    sys.exit(run_program())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from subprocess import Popen
 
-__all__ = ["end_process", "own_program", "search_working_directory"]
+__all__ = ["end_process", "importing", "own_program", "search_working_directory"]
 
 
 def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
@@ -24,6 +26,18 @@ def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[
         unbuffered: what it prints appears at once, in a file too.
     """
     return [sys.executable, "-uP" if unbuffered else "-P", "-m", module, *arguments]
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Search for no garbage while a program of ours imports: it would be searched for in modules, which all stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def end_process(process: Popen[Any], timeout_s: float) -> None:

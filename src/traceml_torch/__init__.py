@@ -93,12 +93,12 @@ class _AccelerateTracker(metaclass=_AccelerateName):
 def main() -> int:
     """Run the command `traceml`; return its exit status."""
     try:
-        from traceml.cli import main as run_command
+        from traceml.cli import run_program
     except ImportError as error:
         _explain("the command cannot run", error)
         return 3
 
-    return run_command()
+    return run_program()
 
 
 def _explain(what: str, error: Exception) -> None:
