@@ -34,7 +34,7 @@ __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _START_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 60.0, 20.0
 _LAST_SNAPSHOT_S, _SNAPSHOT_S = 0.2, 1.0
-_FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.01, 0.05, 1.5
+_FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.002, 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
 
