@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import socket
 import sys
 import time
@@ -133,7 +132,7 @@ def _slurm_step(environ: Mapping[str, str]) -> str | None:
 
 def new_run_id(name: str) -> str:
     """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{run_name_of(name)}-{secrets.token_hex(2)}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{run_name_of(name)}-{os.urandom(2).hex()}"
 
 
 def safe_run_id(text: str) -> str:

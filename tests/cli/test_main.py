@@ -209,14 +209,21 @@ def test_reader_that_goes_away_ends_a_table_alike(command, monkeypatch):
 
 
 @pytest.mark.process
-def test_overview_imports_nothing_heavy():
-    """Finding a command costs no import of rich, tyro, numpy, torch or pydantic."""
-    probe = "import sys, traceml.cli as c; c.main(['--version']); print([m for m in %r if m in sys.modules])"
-    heavy = ["rich", "tyro", "numpy", "torch", "pydantic", "asyncio"]
+@pytest.mark.parametrize(
+    ("first", "heavy"),
+    [
+        ("import traceml.cli as c; c.main(['--version'])", ["rich", "tyro", "numpy", "torch", "pydantic", "asyncio"]),
+        (
+            "import traceml.cli.run",
+            ["rich", "numpy", "torch", "asyncio", "platform", "secrets", "_hashlib", "tempfile"],
+        ),
+    ],
+)
+def test_commands_import_nothing_heavy(first, heavy):
+    """Finding a command costs no import of a large library; the start of a script by `traceml run` neither."""
+    probe = f"{first}; import sys; print([m for m in {heavy} if m in sys.modules])"
 
-    done = subprocess.run(
-        [sys.executable, "-c", probe % heavy], capture_output=True, text=True, check=True, timeout=240
-    )
+    done = subprocess.run([sys.executable, "-P", "-c", probe], capture_output=True, text=True, check=True, timeout=240)
 
     assert done.stdout.splitlines()[-1] == "[]"
 

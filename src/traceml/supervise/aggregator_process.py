@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +100,8 @@ class AggregatorProcess(RestartingProcess):
         Raises:
             TraceMLError: it cannot be written.
         """
+        import tempfile  # with `random` and OpenSSL's hashes: 5 ms, for which `traceml run`'s script would wait
+
         try:
             create_runs_dir(self.runs_dir)
             with tempfile.TemporaryFile(dir=self.runs_dir):
@@ -194,6 +195,9 @@ class AggregatorProcess(RestartingProcess):
 
     def prepare_requests(self) -> None:
         """Import what requests need. Call it once the job is started: the script must not wait for this."""
+        import hashlib  # noqa: F401 - by `transport.auth`, when it proves the token
+        import hmac  # noqa: F401 - likewise
+
         from traceml.transport import client  # noqa: F401
 
     def _connect(self, timeout_s: float, **options: Any) -> Connection:

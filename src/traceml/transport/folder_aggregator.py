@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -183,6 +182,8 @@ def _lock(runs_dir: Path, *, create: bool) -> tuple[int, bool]:
     try:
         return _locked(runs_dir / _OPEN / name, create=create)
     except OSError:  # a folder of another user, or a filesystem without locks
+        import hashlib  # not above: OpenSSL's take 3 ms to load
+
         known = hashlib.sha256(os.fsencode(runs_dir.resolve())).hexdigest()[:16]
         return _locked(auth.runtime_folder() / f"folder-{known}", create=create)
 
