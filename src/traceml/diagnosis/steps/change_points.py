@@ -6,9 +6,11 @@ or a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_history import Floats
 
@@ -77,7 +79,7 @@ def steady_growth(values: Floats) -> LevelChange | None:
     if slope <= 0 or tau < MIN_TAU:
         return None
 
-    jump = min(range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1), key=lambda end: _fit(values, 0, end))
+    _, (_, jump) = _best(values, [(0, end) for end in range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1)])
     if _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
         return None
 
@@ -97,7 +99,7 @@ def _jump(values: Floats) -> LevelChange | None:
         for first in range(_MIN_SEGMENT, count - _MIN_SEGMENT)
         for last in range(first + _MIN_SEGMENT, count - _MIN_SEGMENT + 1)
     ]
-    fits = [min((_fit(values, *part), part) for part in parts) for parts in (simple, between)]
+    fits = [_best(values, parts) for parts in (simple, between)]
     first, last = fits[1][1] if fits[1][0] < _SIMPLER * fits[0][0] else fits[0][1]
     inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
     slow, usual = float(np.median(inside)), float(np.median(outside))
@@ -112,15 +114,27 @@ def _jump(values: Floats) -> LevelChange | None:
     return LevelChange("stays" if last == count else "first" if first == 0 else "recovers", first, last, usual, slow)
 
 
-def _fit(values: Floats, first: int, last: int) -> float:
-    """Return the absolute deviation of the values from two levels, inside and outside of a part."""
-    return _deviation(values[first:last]) + _deviation(np.concatenate([values[:first], values[last:]]))
+def _best(values: Floats, parts: Sequence[tuple[int, int]]) -> tuple[float, tuple[int, int]]:
+    """Return the part that explains the values best, [first, last), after its misfit.
+
+    It is the sum of absolute deviations from two levels, inside and outside of the part.
+    """
+    order = np.argsort(values)
+    ordered = values[order]
+    first, last = np.array(parts).T[..., None]
+    inside = (order >= first) & (order < last)
+    levels = np.where(inside, _medians(ordered, inside), _medians(ordered, ~inside))
+    misfits = np.abs(ordered - levels).sum(axis=1)
+    best = int(misfits.argmin())
+    return float(misfits[best]), parts[best]
 
 
-def _deviation(values: Floats) -> float:
-    """Return the sum of absolute deviations from the median: the upper half less the lower one, without the median."""
-    ordered, count = np.sort(values), len(values)
-    return float(ordered[(count + 1) // 2 :].sum() - ordered[: count // 2].sum())
+def _medians(ordered: Floats, chosen: NDArray[np.bool_]) -> Floats:
+    """Return the lower median of what each row chooses, as a column."""
+    numbers = chosen.cumsum(axis=1)
+    middle = (numbers >= (numbers[:, -1:] + 1) // 2).argmax(axis=1)
+    medians: Floats = ordered[middle][:, None]
+    return medians
 
 
 def _levels(values: Floats, at: int) -> Floats:
