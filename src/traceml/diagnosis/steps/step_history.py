@@ -122,9 +122,14 @@ class StepHistory:
 
 
 def _usual(values: NDArray[np.floating[Any]], starts: Sequence[int], ends: Sequence[int]) -> Floats:
-    """Return the median by span of the last axis."""
-    spans = zip(starts, ends, strict=True)
-    return np.stack([np.median(values[..., at:end], axis=-1) for at, end in spans], axis=-1)
+    """Return the median by span of the last axis; spans of one length at once, since most have the same."""
+    at, lengths = np.asarray(starts), np.subtract(ends, starts)
+    groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+    medians = [
+        np.median(values[..., at[group, None] + np.arange(lengths[group[0]])], axis=-1, overwrite_input=True)
+        for group in groups
+    ]
+    return np.concatenate(medians, axis=-1)[..., np.argsort(np.concatenate(groups))]
 
 
 def _of_longest(segments: Segments) -> dict[str, Floats]:
