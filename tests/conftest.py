@@ -114,7 +114,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LACKING] = {part.name: part for part in missing()}
     config.stash[_STARTED] = started = []
     starts = _STARTS  # which outlives this module at the interpreter's end
-    sys.addaudithook(lambda event, _: started.append(event) if event in starts else None)
+
+    def note(event: str, values: tuple[Any, ...]) -> None:
+        if event in starts and values[:1] != ("fc-list",):  # Matplotlib's first import on a machine lists its fonts
+            started.append(event)
+
+    sys.addaudithook(note)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
