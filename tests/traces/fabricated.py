@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import zstandard
@@ -20,6 +21,7 @@ from traceml.traces.reader.reading import TraceReader, read
 __all__ = ["FORMS", "brute_force", "events_of", "frames", "make_events", "members", "normalized", "read_all"]
 
 Event = dict[str, Any]
+_WITH_ID = frozenset("bensftNOD")  # kinds of events that have one
 NAMES = [
     "read",
     "wr,ite",
@@ -128,10 +130,13 @@ def _reparsed(events: Iterable[Event]) -> list[Event]:
 
 def normalized(event: Event) -> str:
     """Return the parts of an event that columns hold, as one text."""
+    return _normalized(event, [_time(event.get("ts")), _time(event.get("dur"))])
+
+
+def _normalized(event: Event, times: list[str | None]) -> str:
     args = event.get("args") or {}
     kind = "X" if event["ph"] == 1 else event["ph"]
-    known = event.get("id") if kind in set("bensftNOD") else None
-    times = [_time(event.get("ts")), _time(event.get("dur"))]
+    known = event.get("id") if kind in _WITH_ID else None
     return repr(
         [kind, *(_label(event.get(key)) for key in ("name", "cat", "pid", "tid")), _label(known), *times, _size(args)]
     )
@@ -147,7 +152,7 @@ def _label(value: Any) -> Any:
     return json.dumps(value)
 
 
-def _time(value: Any) -> Any:
+def _time(value: Any) -> str | None:
     """Return microseconds, rounded to nanoseconds, as a text; None where the event has none."""
     if isinstance(value, str):
         value = Decimal(value)
@@ -155,7 +160,11 @@ def _time(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return None
 
-    time_ns = round(Fraction(value) * 1000)
+    return _microseconds(round(Fraction(value) * 1000))
+
+
+@lru_cache(1 << 16)  # damaged files are read hundreds of times
+def _microseconds(time_ns: int) -> str:
     return str(Fraction(time_ns, 1000))
 
 
@@ -185,19 +194,15 @@ def events_of(batch: EventBatch, reading: TraceReader) -> list[str]:
 def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
     strings, size = reading.strings, batch.args["size"]
     event = {key: strings[int(getattr(batch, key)[row])] for key in ("name", "cat", "pid", "tid", "id")}
-    event["ph"] = chr(batch.ph[row])
     ts, dur = int(batch.ts_ns[row]), int(batch.dur_ns[row])
-    event["ts"] = None if ts == NO_TIME else Fraction(ts, 1000)
-    event["dur"] = None if dur == -1 else Fraction(dur, 1000)
-    if row in batch.exact:
-        event["ts"], event["dur"] = (None if time is None else Fraction(time, 1000) for time in batch.exact[row])
-
+    times = batch.exact.get(row, (None if ts == NO_TIME else ts, None if dur == -1 else dur))
     kind = int(size.kinds[row])
     whole, number, text = int(size.integers[row]), float(size.floats[row]), strings[int(size.texts[row])]
     known = [None, whole, number, text][kind]
     assert (kind == TEXT) == (text is not None)
     assert kind != MISSING or math.isnan(number)
-    return normalized(event | {"args": {"size": Decimal(number) if kind == 2 else known}})
+    event |= {"ph": chr(batch.ph[row]), "args": {"size": Decimal(number) if kind == 2 else known}}
+    return _normalized(event, [None if time is None else _microseconds(time) for time in times])
 
 
 def facts_of(reading: TraceReader) -> TraceFileFacts:
