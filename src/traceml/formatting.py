@@ -73,6 +73,7 @@ _PHASES = {
     "other": ("other", "code outside the known phases"),
     "startup": ("start-up", "start-up"),
     "outside": ("outside steps", "code outside steps"),
+    "after": ("after the last step", "code after the last step"),
     "evaluation": ("evaluation", "evaluation"),
     "exit": ("exit", "the end of the process"),
 }

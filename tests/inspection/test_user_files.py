@@ -22,6 +22,7 @@ def test_our_files_are_known_by_both_names() -> None:
     for root in ("/proc/7/fd/3", "/home/me/src"):
         assert names["is_package_file"](f"{root}/traceml/instrument/backward.py")
         assert not names["is_user_file"](f"{root}/traceml/instrument/backward.py")
+        assert not names["is_user_file"](f"{root}/traceml_torch/__init__.py")
 
     assert not names["is_package_file"]("/home/me/src/train.py")
     assert names["is_user_file"]("/home/me/src/train.py")

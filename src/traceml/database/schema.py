@@ -31,6 +31,7 @@ __all__ = [
     "JOURNALED",
     "LIMITS",
     "LINES",
+    "LINE_AFTER_STEPS",
     "LINE_OTHER",
     "LINE_OUTSIDE",
     "LINE_PHASES",
@@ -533,6 +534,8 @@ LINE_PHASES = {
     LINE_STARTUP: "startup",
 }
 """Names of the values of `phase` in `LINES`."""
+LINE_AFTER_STEPS = "after"
+"""Name for rows after the last step of a run that has ended, which readers recognize by their time."""
 IMPORTING = "<frozen importlib._bootstrap>"
 """File of the library function of samples that were taken while a module was imported."""
 LINES = Table(

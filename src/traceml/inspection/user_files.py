@@ -23,8 +23,9 @@ __all__ = [
 
 _DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
 _STANDARD = f"{Path(os.__file__).parent}/"
-PACKAGE_FOLDERS = tuple(f"{Path(each).parent.parent}/" for each in {__file__, (lambda: None).__code__.co_filename})
-"""Names of the package\'s folder in tracebacks.
+_FOLDERS = {str(Path(each).parent.parent) for each in (__file__, (lambda: None).__code__.co_filename)}
+PACKAGE_FOLDERS = tuple(f"{folder}{ending}/" for folder in _FOLDERS for ending in ("", "_torch"))
+"""Names of the folders of `traceml` and `traceml_torch` in tracebacks.
 
 On another host of a launch the code comes from a zip file, and is named as where it was compiled.
 """

@@ -52,6 +52,19 @@ def test_what_runs_after_the_last_step_has_no_part_in_its_phases(step):
     assert found == {("other", 1): 20, ("other", 2): 10, ("outside", 3): 970}
 
 
+def test_what_runs_after_the_last_step_of_an_ended_run_has_its_own_part():
+    """While the run goes on, it may be the next step."""
+    counts = LineCounts()
+    for flushed in (rows(5, 65, (LINE_OTHER, 1)), rows(10, -1, (LINE_OTHER, 2), (LINE_OUTSIDE, 3))):
+        counts.add(0, flushed)
+
+    running, ended = (counts.lines(NAMES, [6 * S], has_ended=has_ended) for has_ended in (False, True))
+
+    assert {(each.part, each.line) for each in running} == {("other", 1), ("outside", 3)}
+    assert {(each.part, each.line) for each in ended} == {("other", 1), ("outside", 3), ("after", 2)}
+    assert all(each.part != "after" for each in counts.lines(NAMES, [0], has_ended=True))  # without any step
+
+
 def test_what_hangs_soon_after_samples_were_sent_has_no_part_in_the_steps():
     """Nearly all of the five seconds in which step 65 ended are after it."""
     counts = LineCounts()

@@ -23,6 +23,10 @@ def findings(wall_s: float, *faults, lines=(), evaluations=0, waited_s=0.0, run_
     return diagnose(window_of(ALONE, *faults), facts)
 
 
+def line_of(part: str, function: str, samples: int) -> SampledLine:
+    return SampledLine(0, part, "/x/train.py", 7, function, None, samples)
+
+
 def test_a_run_of_steps_says_nothing_about_its_time():
     """Nearly all of the time is steps."""
     (found,) = findings(100.0, startup=5.0, steps=93.0, idle=2.0)
@@ -37,6 +41,17 @@ def test_a_verdict_on_steps_says_what_it_covers():
     assert found.kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
     assert "they are 45 % of the run's time" in found.headline
     assert "The rest of the run's 1:40: after the last step 25 %, evaluation 20 %." in found.summary
+
+
+@pytest.mark.parametrize(("steps", "is_advised"), [(25.0, True), (55.0, False)])
+def test_code_after_the_last_step_is_named(steps, is_advised):
+    """It is advised against where it takes more of the run than the steps."""
+    lines = (line_of("after", "evaluate", 97), line_of("after", "plot", 3), line_of("other", "main", 40))
+
+    found = findings(100.0, lines=lines, startup=100.0 - steps - 40.0, steps=steps, idle=40.0)[0]
+
+    assert "after the last step 40 % (97 % of it in train.py:7 evaluate)" in found.summary
+    assert found.next.startswith("Look at train.py:7 evaluate, after the last step: it takes 39 % of") == is_advised
 
 
 @pytest.mark.parametrize(

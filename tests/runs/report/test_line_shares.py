@@ -36,6 +36,15 @@ def test_phases_have_the_time_of_the_hooks():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("phases", "seconds"), [(("outside",), (4.0,)), (("outside", "after"), (1.0, 3.0))])
+def test_time_after_the_last_step_is_that_of_its_lines(phases, seconds):
+    """Without lines of its own it is time outside steps, where an evaluation is."""
+    report = report_with(*(line(phase, 9, 1.0) for phase in phases))
+    report.time.parts.append(TimePart("idle", 3.0, 0.15))
+
+    assert {each.phase: each.seconds for each in lines_by_phase(report)} == dict(zip(phases, seconds, strict=True))
+
+
 def test_a_line_is_there_once():
     """With the library functions that it had called."""
     (phase,) = lines_by_phase(

@@ -300,7 +300,7 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             save_folders=dict(self.save_folders),
             memory=self.memory,
-            lines=LazyLines(self.lines, self.names, ends_ns),
+            lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != "running"),
             stretch_lines=StretchLines(self.lines, self.names, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
+from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import line_text
 
-__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "StretchLines", "parsed_place", "place_words"]
+__all__ = [
+    "OUTSIDE_STEPS",
+    "LazyLines",
+    "LineCounts",
+    "SampledLine",
+    "StretchLines",
+    "parsed_place",
+    "place_words",
+]
 
-OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
-"""Names for the time before the first step and between steps, in addition to those of the phases."""
+OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTER_STEPS)
+"""Names for the time before the first step, between steps and after them, in addition to those of the phases."""
 
 _OUTSIDE = (LINE_STARTUP, LINE_OUTSIDE)
 _SAMPLES = len(LINE_KEYS)
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
 _MAX_SPANS = 64  # stretches of the run that are told apart, of each of so many ranks
 _MAX_SPAN_RANKS = 64
+_NONE = np.empty((0, len(LINE_KEYS) + len(LINE_SUMS) + 1), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +95,24 @@ class LineCounts:
         inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
         return _sampled_lines(inside, names), _sampled_lines(outside, names)
 
-    def lines(self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = ()) -> tuple[SampledLine, ...]:
+    def lines(
+        self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = (), *, has_ended: bool = False
+    ) -> tuple[SampledLine, ...]:
         """Return the lines of all ranks, the most frequent of each rank first.
 
         Args:
             names: texts of each rank by id.
             ends_ns: time at which the last step of each rank ended, 0 for none. After it a rank may hang, or have ended
                 its training: what it does then has no part in the phases of the steps.
+            has_ended: whether the run has: then these lines follow as those of `LINE_AFTER_STEPS`.
         """
-        summed = {rank: each.summed(ends_ns[rank] if rank < len(ends_ns) else 0) for rank, each in self._ranks.items()}
-        return _sampled_lines(summed, names)
+        ends = {rank: ends_ns[rank] if rank < len(ends_ns) else 0 for rank in self._ranks}
+        lines = _sampled_lines({rank: each.summed(ends[rank]) for rank, each in self._ranks.items()}, names)
+        if not has_ended:
+            return lines
+
+        after = {rank: each.summed_after(ends[rank]) for rank, each in self._ranks.items() if ends[rank] > 0}
+        return lines + tuple(replace(each, part=LINE_AFTER_STEPS) for each in _sampled_lines(after, names))
 
 
 def _sampled_lines(
@@ -158,6 +175,10 @@ class _RankCounts:
     def summed(self, end_ns: int) -> NDArray[np.int64]:
         """Return the sums, of phases of steps those that were counted mostly before a time."""
         return _by_time([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns)])
+
+    def summed_after(self, end_ns: int) -> NDArray[np.int64]:
+        """Return the sums of those that were counted mostly after a time."""
+        return _by_time([_NONE, *(each for middle_ns, each in self._newest if middle_ns > end_ns)])
 
 
 class _Stretch(NamedTuple):
@@ -246,15 +267,17 @@ class LazyLines(Sequence[SampledLine]):
     """The lines of a run, made when a rule asks for them: a live verdict seldom does, and has many ranks.
 
     Args:
-        ends_ns: time at which the last step of each rank ended.
+        ends_ns, has_ended: as of `LineCounts.lines`.
     """
 
-    def __init__(self, counts: LineCounts, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int]) -> None:
-        self._counts, self._names, self._ends_ns = counts, names, ends_ns
+    def __init__(
+        self, counts: LineCounts, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int], *, has_ended: bool
+    ) -> None:
+        self._counts, self._names, self._ends_ns, self._has_ended = counts, names, ends_ns, has_ended
 
     @cached_property
     def _lines(self) -> tuple[SampledLine, ...]:
-        return self._counts.lines(self._names, self._ends_ns)
+        return self._counts.lines(self._names, self._ends_ns, has_ended=self._has_ended)
 
     @overload
     def __getitem__(self, at: int) -> SampledLine: ...

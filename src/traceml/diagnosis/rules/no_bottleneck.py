@@ -15,7 +15,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
-from traceml.diagnosis.rules.outside_steps import uncovered_time_text
+from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_time_text
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
@@ -68,12 +68,13 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     own = _own_code(facts, heavy, shares, device=segments.device)
     cheaper = own.advice if own else _when_healthy(shares, facts)
     summary, action = short or (healthy, action or cheaper)
+    after = after_steps_advice(facts)
     return Finding.of(
         Kind.HEALTHY,
-        summary=summary + uncovered_time_text(facts.time),
-        next=action,
+        summary=summary + uncovered_time_text(facts),
+        next=after or action,
         evidence=evidence,
-        speedup_if_fixed=own.gain if own else 1.0,
+        speedup_if_fixed=own.gain if own and not after else 1.0,
     )
 
 
@@ -214,6 +215,8 @@ def _compute_bound(
     heavy = _heavy_code(facts, shares)
     line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(_sampled(shares)[heaviest])
     own = _own_code(facts, heavy, shares, device=segments.device)
+    after = after_steps_advice(facts)
+    faster = own.advice if own else for_compute(heaviest, facts, device=segments.device)
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
@@ -223,11 +226,11 @@ def _compute_bound(
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0))}"
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
-            f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts.time)}"
+            f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts)}"
         ),
-        next=own.advice if own else for_compute(heaviest, facts, device=segments.device),
+        next=after or faster,
         evidence=evidence | {"compute_share": compute} | line,
-        speedup_if_fixed=own.gain if own else 1.0,
+        speedup_if_fixed=own.gain if own and not after else 1.0,
     )
 
 

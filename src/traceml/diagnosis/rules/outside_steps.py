@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from traceml.database.schema import LINE_AFTER_STEPS
 from traceml.diagnosis.facts.blamed_lines import (
     NAMED_SHARE,
     BlamedLine,
@@ -18,6 +19,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
@@ -25,7 +27,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import is_grouped
 from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 
-__all__ = ["outside_steps", "uncovered_time_text"]
+__all__ = ["after_steps_advice", "outside_steps", "uncovered_time_text"]
 
 STARTUP_S = 5.0
 """A shorter start-up is not reported."""
@@ -267,18 +269,38 @@ def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, 
     )
 
 
-def uncovered_time_text(time: RunTime | None) -> str:
+def uncovered_time_text(facts: JobFacts) -> str:
     """Return the sentence on what a verdict about steps does not cover; empty where steps are nearly all of the run."""
+    time = facts.time
     if time is None or time.is_steps:
         return ""
 
-    return f" The rest of the run's {duration_text(time.wall_s)}: {_largest(time)}."
+    return f" The rest of the run's {duration_text(time.wall_s)}: {_largest(time, facts.lines)}."
 
 
-def _largest(time: RunTime) -> str:
+def after_steps_advice(facts: JobFacts) -> str:
+    """Return the advice where code after the last step takes more of the run than the steps; else empty."""
+    time = facts.time
+    line = outside_line(facts.lines, LINE_AFTER_STEPS)
+    if time is None or line is None or time.share("idle") < max(HEAVY_SHARE, time.in_steps):
+        return ""
+
+    share = percent_text(line.share * time.share("idle"))
+    return (
+        f"Look at {line.place}, after the last step: it takes {share} of the run. Make it "
+        "cheaper, or run it apart from the training."
+    )
+
+
+def _largest(time: RunTime, lines: Sequence[SampledLine]) -> str:
     others: Sequence[str] = sorted(
         (part for part in time.seconds if part not in ("steps", "checkpoint", "between_epochs")),
         key=lambda part: -time.seconds[part],
     )
     shown = [part for part in others[:2] if time.share(part) >= 0.05]
-    return ", ".join(f"{part_words(part)} {percent_text(time.share(part))}" for part in shown)
+    return ", ".join(f"{part_words(part)} {percent_text(time.share(part))}{_where(part, lines)}" for part in shown)
+
+
+def _where(part: str, lines: Sequence[SampledLine]) -> str:
+    line = outside_line(lines, LINE_AFTER_STEPS) if part == "idle" else None
+    return f" ({line.share_text} of it in {line.place})" if line else ""

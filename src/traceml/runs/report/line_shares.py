@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, Phase
+from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, Phase
 from traceml.runs.json_document import JsonDocument
 from traceml.runs.report.report_types import LineSection, Report
 
@@ -16,7 +16,7 @@ __all__ = ["LibraryCall", "LineShare", "LinesDocument", "PhaseLines", "lines_by_
 
 _USER = Phase.USER.label
 _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
-_OUTSIDE_PARTS = ("evaluation", "between_epochs", "idle", "restart")
+_OUTSIDE_PARTS = ("evaluation", "between_epochs", "restart")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class PhaseLines:
     """The lines of one phase, the most frequent first.
 
     Attributes:
-        phase: a phase, `other`, `startup`, or `outside` (between steps).
+        phase: a phase, `other`, `startup`, `outside` (between steps), or `after` (after the last step).
         samples: samples of the phase.
         seconds: time of the phase on one rank, by the hooks; None where it is not known.
         lines: its lines.
@@ -137,5 +137,8 @@ def _seconds(report: Report) -> dict[str, float]:
         parts = {part.part: part.seconds for part in report.time.parts}
         seconds[_STARTUP] = parts.get("startup", 0.0)
         seconds[_OUTSIDE] = sum(parts.get(part, 0.0) for part in _OUTSIDE_PARTS)
+        # Code that an evaluation leads to is outside, also after the last step.
+        after = LINE_AFTER_STEPS if any(each.phase == LINE_AFTER_STEPS for each in report.lines) else _OUTSIDE
+        seconds[after] = seconds.get(after, 0.0) + parts.get("idle", 0.0)
 
     return seconds

@@ -181,8 +181,8 @@ class Digest:
         return diagnose(window, self.facts.build(latest.tolist(), ends_ns.tolist()))
 
     def sampled_lines(self) -> tuple[SampledLine, ...]:
-        """Return the sampled lines of all ranks, in the phases of steps without what they did after the last one."""
-        return self.facts.lines.lines(self.names, self.kept.end_ns.tolist())
+        """Return the sampled lines of all ranks, what they did after the last step apart from its phases."""
+        return self.facts.lines.lines(self.names, self.kept.end_ns.tolist(), has_ended=self.state != "running")
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
