@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from subprocess import Popen
 
-__all__ = ["end_process", "importing", "own_program", "search_working_directory"]
+__all__ = ["change_command_line", "end_process", "importing", "own_program", "search_working_directory"]
 
 
 def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
@@ -26,6 +27,20 @@ def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[
         unbuffered: what it prints appears at once, in a file too.
     """
     return [sys.executable, "-uP" if unbuffered else "-P", "-m", module, *arguments]
+
+
+def change_command_line(words: list[str]) -> None:
+    """Show another command line of this process, in `ps` and `/proc/PID/cmdline`; what is too long is cut off.
+
+    A fork has the one of its parent, and who looks for that one by its command line, to end it, must not find two. The
+    kernel shows the memory in which the arguments lie (proc(5), `arg_start` and `arg_end`).
+    """
+    import ctypes
+
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    text = b"\0".join(map(os.fsencode, words))[: end - start - 1]
+    ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 @contextmanager

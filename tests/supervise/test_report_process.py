@@ -21,8 +21,12 @@ from traceml.run_folder import STORE_NAME
 from traceml.supervise.report_process import ReportProcess
 
 
+def waiting_pids() -> list[int]:
+    return [child.pid for child in psutil.Process().children() if "traceml.display.report_main" in command_of(child)]
+
+
 def waiting_pid() -> int:
-    (pid,) = (child.pid for child in psutil.Process().children() if "traceml.display.report_main" in command_of(child))
+    (pid,) = waiting_pids()
     return pid
 
 
@@ -118,10 +122,11 @@ def test_a_store_that_cannot_be_read_is_reported_with_its_reason(run, maker):
         maker.write(run)
 
 
-def test_the_waiting_process_yields_to_others_and_ends_with_its_parent(maker):
+@pytest.mark.parametrize("prepare", [ReportProcess.prepare, ReportProcess.fork])
+def test_the_waiting_process_yields_to_others_and_ends_with_its_parent(maker, prepare):
     """It is killed first when memory runs out, has a lower priority, and ends when nobody can ask it any more."""
-    maker.prepare()
-    pid = waiting_pid()
+    prepare(maker)
+    pid = eventually(waiting_pids)[0]
     with Path(f"/proc/{pid}/oom_score_adj").open() as score:
         eventually(lambda: (score.seek(0), score.read().strip() == "1000")[1])
 

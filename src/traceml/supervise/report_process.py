@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.errors import TraceMLError
-from traceml.own_programs import own_program
+from traceml.own_programs import change_command_line, own_program
 from traceml.process_ends import end_of_status
 from traceml.supervise.processes import spawn
 
@@ -89,7 +89,7 @@ class ReportProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         return spawn(
-            own_program("traceml.display.report_main", str(self._nice)),
+            _command(self._nice),
             environ=os.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -104,6 +104,10 @@ class ReportProcess:
                 process.communicate()
 
 
+def _command(nice: int) -> list[str]:
+    return own_program("traceml.display.report_main", str(nice))
+
+
 def _become_report_process(nice: int) -> Callable[[], None]:
     """Return what a fork does between its start and its end: standard input and output are pipes to its parent."""
 
@@ -115,6 +119,7 @@ def _become_report_process(nice: int) -> Callable[[], None]:
                     os.close(number)
 
         try:
+            change_command_line(_command(nice))
             from traceml.display.report_main import work
 
             with open(0, closefd=False) as requests, open(1, "w", closefd=False) as answers:
