@@ -128,7 +128,7 @@ def test_large_values_of_this_host_are_each_launchs_own() -> None:
     del result, zeros, ones
     gc.collect()
     files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    assert not [name for name in files if "memfd:traceml" in name]
+    assert not [name for name in files if "memfd:traceml" in name and "stacks" not in name]  # those are of all tests
 
 
 def test_what_cannot_be_sent_is_named() -> None:
