@@ -23,6 +23,7 @@ from typing import NoReturn
 __all__ = ["end_process", "exit_status"]
 
 _FILE: type = io.IOBase.__mro__[1]  # of all files; IOBase itself is an abstract class, whose checks run code of others
+_WRITTEN_TO = (io.FileIO, io.BufferedWriter, io.BufferedRandom)
 _LAST_ERROR = ("last_type", "last_value", "last_traceback", "last_exc")
 
 
@@ -78,6 +79,8 @@ def _finalize_modules(inherited: Mapping[str, object]) -> None:
             setattr(sys, name, None)  # its traceback refers to the frames of a script
 
     own = _forget_modules(inherited)
+    # In a cycle, the collector may close a file before the one that writes to it, as a GzipFile does when it is closed.
+    written_to = [file for file in gc.get_objects() if type(file) in _WRITTEN_TO]
     gc.collect()  # what nothing else refers to is finalized while its module is intact
     for reference in reversed(own):
         module = reference()
@@ -85,6 +88,7 @@ def _finalize_modules(inherited: Mapping[str, object]) -> None:
             _clear(vars(module))
 
     gc.collect()
+    del written_to
 
 
 def _forget_modules(inherited: Mapping[str, object]) -> list[weakref.ref[ModuleType]]:
