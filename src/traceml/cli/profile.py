@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-import tyro
 from rich.console import Console
 from rich.text import Text
 

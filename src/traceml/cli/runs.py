@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-import tyro
 from rich.console import Console
 from rich.text import Text
 
