@@ -15,15 +15,7 @@ from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES,
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import line_text
 
-__all__ = [
-    "OUTSIDE_STEPS",
-    "LazyLines",
-    "LineCounts",
-    "SampledLine",
-    "StretchLines",
-    "parsed_place",
-    "place_words",
-]
+__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "StretchLines", "parsed_place", "place_words"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTER_STEPS)
 """Names for the time before the first step, between steps and after them, in addition to those of the phases."""

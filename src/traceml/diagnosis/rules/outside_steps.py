@@ -281,14 +281,17 @@ def uncovered_time_text(facts: JobFacts) -> str:
 def after_steps_advice(facts: JobFacts) -> str:
     """Return the advice where code after the last step takes more of the run than the steps; else empty."""
     time = facts.time
+    if time is None or time.share("idle") < max(HEAVY_SHARE, time.in_steps):
+        return ""
+
     line = outside_line(facts.lines, LINE_AFTER_STEPS)
-    if time is None or line is None or time.share("idle") < max(HEAVY_SHARE, time.in_steps):
+    if line is None:
         return ""
 
     share = percent_text(line.share * time.share("idle"))
     return (
-        f"Look at {line.place}, after the last step: it takes {share} of the run. Make it "
-        "cheaper, or run it apart from the training."
+        f"Look at {line.place}, after the last step: it takes {share} of the run. Make it cheaper, or run it apart "
+        "from the training."
     )
 
 
