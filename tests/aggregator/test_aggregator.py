@@ -385,7 +385,7 @@ def test_a_report_that_cannot_be_made_concerns_no_other_run(serving):
 
 
 def report_process(aggregator) -> int | None:
-    """Return the id of the process that waits to write a report: a fork of the aggregator, with its own command line."""
+    """Return the id of the process that waits to write a report: a fork with a command line of its own."""
     children = psutil.Process(aggregator.process.pid).children()
     return next((child.pid for child in children if "traceml.display.report_main" in command_of(child)), None)
 
