@@ -20,6 +20,7 @@ from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
+from traceml.diagnosis.resumed_steps import counted_on
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.correctness import duplicate_data, loss_not_finite, never_synchronized, steps_skipped
@@ -60,6 +61,10 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     Args:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
     """
+    return [counted_on(each, facts.resumes_at) for each in _found(window, facts)]
+
+
+def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     ended = hang(window, facts) or rank_lost(facts)
     explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
     lost = [

@@ -192,6 +192,7 @@ class RunStreams:
         if at > stream.resumes_at:
             stream.resumes_at = at
             self.store.update_stream(stream.id, resumes_at=at)
+            self.live.note_checkpoint(stream)
 
     def _pause_senders(self, why: str) -> None:
         """Stop reading from ranks, and send them the reason; without one resume."""

@@ -85,10 +85,12 @@ class JobFacts:
         pauses: times in which the interpreter or torch.compile paused the training.
         stops: rank -> times in which its process did not run.
         turnover: device memory that ranks give back to the driver and request again.
+        resumes_at: steps in the checkpoint from which the ranks, whose steps count from 0, have resumed.
         topology: place of each rank: host, switches, NVLink domain, coordinates of the device mesh.
     """
 
     world_size: int = 1
+    resumes_at: int = 0
     group: bool | None = None
     backend: str | None = None
     hosts: Mapping[int, str] = field(default_factory=dict)

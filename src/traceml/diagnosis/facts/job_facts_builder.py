@@ -64,7 +64,9 @@ class JobFactsBuilder:
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
-        """Steps of each rank in the training that it resumes."""
+        """Steps of each rank in the training that it resumes, which its own numbers include."""
+        self.resumes_at = 0
+        """Steps in the checkpoint that this attempt has read, whatever its ranks count."""
         self.losses, self.batches = LossHistory(), BatchHistory()
         self.progress = ProgressHistory()
         self.pauses = PauseHistory(self.names)
@@ -260,6 +262,11 @@ class JobFactsBuilder:
         self.exits[ended.rank] = merged_exits(before, ended) if before else ended
 
     @property
+    def counted_before(self) -> int:
+        """Steps of the training before those of this attempt, where its ranks count from 0."""
+        return 0 if self.steps_before else self.resumes_at
+
+    @property
     def is_grouped(self) -> bool:
         """Whether the ranks are known to have made a process group."""
         return bool(self._facts.get("backend")) or self.batches.group.size > 1
@@ -279,6 +286,7 @@ class JobFactsBuilder:
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         facts = JobFacts(
             world_size=self.world_size,
+            resumes_at=self.counted_before,
             group=True if self._facts.get("backend") else None,
             hosts=dict(self.hosts),
             cores=cores,
