@@ -36,6 +36,7 @@ from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowd
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.device_health import device_faults, throttled
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
+from traceml.diagnosis.stalls.joined_ranks import without_joined_steps
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -86,7 +87,10 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     if len(window) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
 
-    window = without_stopped_steps(window, facts)
+    window = without_joined_steps(without_stopped_steps(window, facts), facts)
+    if len(window) < MIN_STEPS:
+        return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
+
     segments = segments_of(window, facts)
     timing = _timing(window, segments, facts)
     remarks += [each for each in timing if each.severity is Severity.INFO]

@@ -84,6 +84,7 @@ class JobFacts:
         progress: progress of each rank; None where it is not known.
         pauses: times in which the interpreter or torch.compile paused the training.
         stops: rank -> times in which its process did not run.
+        joined: rank -> steps at which it has left `with Join(...)`, and waited for ranks with more batches.
         turnover: device memory that ranks give back to the driver and request again.
         resumes_at: steps in the checkpoint from which the ranks, whose steps count from 0, have resumed.
         topology: place of each rank: host, switches, NVLink domain, coordinates of the device mesh.
@@ -136,6 +137,7 @@ class JobFacts:
     progress: JobProgress | None = None
     pauses: PauseHistory = field(default_factory=PauseHistory)
     stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
+    joined: Mapping[int, Sequence[int]] = field(default_factory=dict)
     turnover: TurnoverHistory = field(default_factory=TurnoverHistory)
     health: GpuHealthHistory = field(default_factory=GpuHealthHistory)
     topology: Topology = field(default_factory=Topology)

@@ -75,6 +75,7 @@ class JobFactsBuilder:
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
         self.topology = TopologyHistory()
         self.stops: dict[int, list[Stop]] = {}
+        self.joined: dict[int, list[int]] = {}
         """Times in which a rank did not run."""
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
@@ -134,6 +135,10 @@ class JobFactsBuilder:
         if isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
 
+    def _take_joined(self, rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("step"), int):
+            self.joined.setdefault(rank, []).append(row["step"])
+
     def _take_stopped(self, rank: int, row: Mapping[str, Any]) -> None:
         if (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
@@ -182,6 +187,7 @@ class JobFactsBuilder:
         "exit": _take_exit,
         "resumed": _take_resumed,
         "stopped": _take_stopped,
+        "joined": _take_joined,
         "worker_lost": _take_lost_worker,
         "saves": _take_saves,
         "segments": lambda self, rank, row: self.turnover.add(rank, row),
@@ -317,6 +323,7 @@ class JobFactsBuilder:
             progress=self._progress(),
             pauses=self.pauses,
             stops=dict(self.stops),
+            joined=dict(self.joined),
             turnover=self.turnover,
             health=self.health,
             topology=self.topology.build(self.hosts),
