@@ -840,6 +840,15 @@ def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
     assert found(in_backward(0), silent, runs_again) is None
 
 
+def test_a_rank_that_sleeps_on_is_where_its_own_snapshot_was():
+    """Its recorder lacks a core at this moment: what another process sees, no stack and no collective, is no news."""
+    own = replace(STUCK, quiet_s=65.0, at_ns=NOW_NS - 10 * S)
+    silent = replace(STUCK, quiet_s=4.0, at_ns=NOW_NS, frames=(), groups=(), answered="kernel")
+
+    assert "it has been in train.py:6 stuck, sleeping for 75 s" in summary(found(in_backward(0), own, silent))
+    assert "stuck" not in summary(found(in_backward(0), own, replace(silent, process_state="D", quiet_s=75.0)))
+
+
 def test_a_recorder_without_a_core_is_no_loop_of_the_rank():
     """It sleeps in all snapshots, whether or not its recorder could take them."""
     at = [replace(STUCK, at_ns=NOW_NS - (9 - number) * S) for number in range(5)]

@@ -348,8 +348,17 @@ def _tells_no_more(last: RankSnapshot, before: RankSnapshot) -> bool:
 
 
 def _lacks_a_core(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
-    """Whether another process took a snapshot of a rank that polls: its threads waited for a core for a moment."""
-    return before.is_polling and snapshot.answered == "kernel" and snapshot.process_state in _ALIVE
+    """Whether another process took a snapshot of a rank whose threads waited for a core for a moment.
+
+    That rank polls, or sleeps in the same place as in its own snapshot before.
+    """
+    sleeps_on = before.answered == _ITSELF and _place(snapshot) == _place(before)
+    is_known = before.is_polling or sleeps_on
+    return is_known and snapshot.answered == "kernel" and snapshot.process_state in _ALIVE
+
+
+def _place(snapshot: RankSnapshot) -> tuple[int, bool, str, str]:
+    return snapshot.step, snapshot.in_step, snapshot.phase, snapshot.process_state
 
 
 def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
