@@ -48,6 +48,7 @@ class JobFacts:
         threads: torch threads per rank.
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         core_wait: rank -> the same as a share of wall time in training.
+        core_wait_s: rank -> seconds of training in which its waits for a core were counted.
         startup_wait_s: seconds that main threads waited for a core before the first step: the median over ranks.
         startup_run_s: seconds that they ran.
         core_takers: cores that other processes on the host of rank 0 used meanwhile, by name, those that used most;
@@ -99,6 +100,7 @@ class JobFacts:
     threads: int | None = None
     main_wait: Mapping[int, float] = field(default_factory=dict)
     core_wait: Mapping[int, float] = field(default_factory=dict)
+    core_wait_s: Mapping[int, float] = field(default_factory=dict)
     startup_wait_s: float = 0.0
     startup_run_s: float = 0.0
     core_takers: Mapping[str, float] = field(default_factory=dict)

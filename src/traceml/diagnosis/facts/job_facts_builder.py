@@ -298,6 +298,7 @@ class JobFactsBuilder:
             cores=cores,
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
+            core_wait_s=self._waits.observed_s(),
             startup_wait_s=self._waits.of_start_up_s(),
             startup_run_s=self._waits.run_in_start_up_s(),
             core_takers=self.core_takers.most(),
