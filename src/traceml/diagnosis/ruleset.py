@@ -306,7 +306,7 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
     if is_untraced := facts.only_logs and not began:
         why = "the script only logs, its steps are not traced"
 
-    advice = _for_more(facts.state, began=began) if ended else _to_come(seen, facts, began=began)
+    advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
     so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
     return Finding.of(
         Kind.INSUFFICIENT_DATA,
@@ -325,19 +325,28 @@ def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
     if began:
         return f"Wait for more steps: {seen} of {MIN_STEPS} so far, after the first ones."
 
-    startup = OUTSIDE_STEPS[0]
-    line = outside_line(facts.lines, startup)
-    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
-    mostly = " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
+    mostly = _most_of_start_up(facts)
     return f"Wait for the first step; so far the start-up is mostly {mostly}." if mostly else "Wait for the first step."
 
 
-def _for_more(state: str, *, began: bool) -> str:
-    if state == "lost":
+def _most_of_start_up(facts: JobFacts) -> str:
+    """Return what most of the start-up is: `imports in train.py:3`; empty where that is not known."""
+    startup = OUTSIDE_STEPS[0]
+    line = outside_line(facts.lines, startup)
+    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
+    return " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
+
+
+def _for_more(facts: JobFacts, *, began: bool) -> str:
+    if facts.state == "lost":
         return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
 
     if began:
         return f"Let the run make at least {MIN_STEPS + 10} training steps."
+
+    mostly = _most_of_start_up(facts) if facts.state == "stopped" else ""
+    if mostly:
+        return f"Let the run come to its training: the start-up was mostly {mostly}."
 
     return (
         "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "
