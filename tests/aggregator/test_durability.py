@@ -100,12 +100,14 @@ def test_full_disk_holds_the_ranks_back_and_loses_nothing(serving, tiny_disk):
     wait_for_acks(rank, "steps", 10)
     ballast = fill(disk)
 
-    sent = 10
+    sent, received = 10, []
     while "trying again" not in aggregator.log.read_text():
         rank.send_rows("steps", sent, 1000, step_rows(sent, 1000))
         sent += 1000
-        rank.receive(0.05)
+        received += rank.receive(0.05)
 
+    told = eventually(lambda: [each for each in [*received, *rank.receive(0.2)] if each["t"] == "stalled"])
+    assert "database or disk is full" in told[0]["why"]
     stuck = rank.acked["steps"]
     assert stuck < sent
     assert aggregator.process.poll() is None

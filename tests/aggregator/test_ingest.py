@@ -32,7 +32,7 @@ class Way:
     def __init__(self, folder) -> None:
         self.path = folder / STORE_NAME
         self.store = StoreWriter(self.path)
-        self.held: list[bool] = []
+        self.held: list[str] = []
         self.ingest = Ingest(self.store, LiveRows(1), self.held.append)
         self.stream = stream_of(0)
         assert self.store.stream(StreamIdentity(0, 0, "host", 100, 1, "r0")) == self.stream.id
@@ -92,7 +92,7 @@ def test_failed_commit_keeps_everything_and_holds_the_ranks_back(way, monkeypatc
     monkeypatch.setattr(way.store, "commit", full)
     way.take(0, 10)
     assert not way.ingest.commit()
-    assert way.held == [True]
+    assert way.held == ["database or disk is full"]
     assert way.peer.acks == []
 
     way.take(10, 10)
@@ -100,7 +100,7 @@ def test_failed_commit_keeps_everything_and_holds_the_ranks_back(way, monkeypatc
     assert not way.ingest.commit()  # it waits a second between two tries
     assert way.ingest.commit(force=True)
 
-    assert way.held == [True, False]
+    assert way.held == ["database or disk is full", ""]
     assert way.steps() == [*range(20)]
     assert way.ingest.statistics().failed_commits == 1
 

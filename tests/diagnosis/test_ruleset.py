@@ -596,6 +596,14 @@ def test_a_job_that_was_interrupted_before_it_trained_was_stopped(end):
     assert "output" not in found.next
 
 
+def test_a_job_that_was_stopped_in_its_start_up_is_told_what_that_was():
+    """Nothing says that its script trains in an unusual way."""
+    lines = [SampledLine(0, "startup", "/x/train.py", 3, "<module>", f"{IMPORTING}:1 _find_and_load", 40)]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="stopped", lines=lines))[0]
+
+    assert found.next == "Let the run come to its training: the start-up was mostly imports in train.py:3."
+
+
 def test_a_lost_rank_outranks_timing():
     """A rank killed by a signal is the verdict; the timing finding comes after it."""
     lost = RankExit(rank=1, state="killed", signal=9, last_step=99, open_step=100, open_phase="backward")

@@ -489,3 +489,33 @@ def test_a_process_that_leaves_in_the_middle_has_not_finished(traceml: Traceml, 
     lost = [finding["summary"] for finding in ended.report["findings"] if finding["kind"] == "RANK_LOST"]
     middle = "Rank 0 ended with exit code 0 in the middle of its script, in step 30, in code outside the known phases."
     assert lost == ([middle] if state == "lost" else [])
+
+
+GIVES_UP = """
+import datetime, os, time, torch
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+rank = torch.distributed.get_rank()
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(40):
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+if rank:
+    time.sleep(12)
+try:
+    torch.distributed.barrier()
+except RuntimeError:
+    pass
+os._exit(0)
+"""
+
+
+def test_a_job_whose_ranks_all_end_well_has_not_hung(traceml: Traceml) -> None:
+    """Rank 0 gives up a barrier and leaves by os._exit(0), while rank 1 is busy elsewhere."""
+    script = traceml.folder / "gives_up.py"
+    script.write_text(GIVES_UP)
+
+    ended = traceml("run", "--nproc-per-node", "2", script, TRACEML_HANG_TIMEOUT="5")
+
+    assert (ended.status, ended.report["run"]["state"]) == (0, "finished")
+    assert not {"HANG", "RANK_LOST"} & {finding["kind"] for finding in ended.report["findings"]}

@@ -84,6 +84,41 @@ def test_a_process_whose_thread_gets_the_gil_is_not_asked(code: str) -> None:
         os.close(file)
 
 
+_IN_TURNS = """
+def descend(depth):
+    return depth and descend(depth - 1)
+
+def spin():
+    while True:
+        descend(20)
+
+def wake():
+    print(threading.get_native_id(), flush=True)
+    while True:
+        time.sleep(0.002)
+
+print("ready", flush=True)
+for run in (wake, spin, spin):
+    threading.Thread(target=run, daemon=True).start()
+
+time.sleep(600)
+"""
+
+
+def test_a_process_whose_threads_run_in_turns_is_not_asked() -> None:
+    """On a busy host a thread may ask for the GIL for seconds, and get it yet: one that wakes often looks the same."""
+    with standing(_IN_TURNS) as told:
+        thread, file = int(told.line()), find_stack_file(told.pid)
+        assert file is not None
+        for _ in range(10):
+            asked = SignaledStacks(told.pid, file, silent_thread=thread)
+            assert asked.wait(2) == ""
+            assert not asked.was_sent
+
+        assert told.process.poll() is None
+        os.close(file)
+
+
 def test_a_thread_that_had_no_core_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy host it wakes a few times only; it gets the signal once it has woken often enough within one probe."""
     monkeypatch.setattr(stack_signal, "_PROBES_S", 3600.0)

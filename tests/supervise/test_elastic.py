@@ -50,11 +50,11 @@ def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
 WAITS = "import time; time.sleep(2); print('ready', flush=True); time.sleep(600)"
 
 
-def start_torchrun(script: Path, ranks: int, failures_fd: int) -> subprocess.Popen[str]:
+def start_torchrun(script: Path, ranks: int, failures_fd: int, stdin: int | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", str(ranks), script],
-        env={**os.environ, "TRACEML_FAILURES_FD": str(failures_fd)}, pass_fds=(failures_fd,), stdout=subprocess.PIPE,
-        text=True,
+        env={**os.environ, "TRACEML_FAILURES_FD": str(failures_fd)}, pass_fds=(failures_fd,), stdin=stdin,
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -92,3 +92,23 @@ def test_the_end_of_a_rank_that_torchrun_thinks_well_of_is_reported(tmp_path: Pa
         ends = {end["rank"]: end["exitcode"] for end in map(json.loads, lines)}
 
     assert ends == {0: 0, 1: 3}
+
+
+@pytest.mark.process
+def test_ranks_that_end_well_are_reported_when_they_end(tmp_path: Path) -> None:
+    """One that leaves by os._exit(0) says no bye: it would count as lost, while the others still run and at the end."""
+    script = tmp_path / "leaves.py"
+    script.write_text("import os, sys; os.environ['RANK'] == '0' and os._exit(0); sys.stdin.readline()")
+    ours, theirs = os.pipe()
+    held, release = os.pipe()
+    with start_torchrun(script, 2, theirs, stdin=held) as torchrun:
+        os.close(theirs)
+        with open(ours) as lines:
+            first = json.loads(lines.readline())
+            os.close(release)
+            rest = [*map(json.loads, lines)]
+
+    os.close(held)
+    assert (first["rank"], first["exitcode"]) == (0, 0)
+    assert [(end["rank"], end["exitcode"]) for end in rest] == [(1, 0)]
+    assert torchrun.returncode == 0

@@ -27,6 +27,7 @@ __all__ = ["Ingest", "IngestStatistics"]
 
 _RETRY_S = 1.0
 _REMIND_S = 60.0
+_NOTICE_S = 10.0  # a rank gives up a connection after 30 s of silence
 _STEP = struct.Struct("<q")
 _SEQ_LIMIT = 2**62
 
@@ -59,10 +60,11 @@ class Ingest:
     """Ingest of one run's rows into its store and its live diagnosis.
 
     Args:
-        pause_senders: pauses (True) or resumes the run's ranks while the store cannot be written.
+        pause_senders: pauses the run's ranks while the store cannot be written, for the given reason; with an empty
+            one they resume.
     """
 
-    def __init__(self, store: StoreWriter, live: LiveRows, pause_senders: Callable[[bool], None]) -> None:
+    def __init__(self, store: StoreWriter, live: LiveRows, pause_senders: Callable[[str], None]) -> None:
         self.artifacts = Artifacts(store.path.parent)
         self._store = store
         self._live = live
@@ -70,7 +72,7 @@ class Ingest:
         self._touched: dict[Stream, None] = {}
         self._rows = self._repeated = self._commits = self._failed = 0
         self._failing_since_s: float | None = None
-        self._retry_at_s = self._remind_at_s = 0.0
+        self._retry_at_s = self._remind_at_s = self._notice_at_s = 0.0
 
     @property
     def stalled(self) -> bool:
@@ -184,8 +186,11 @@ class Ingest:
         self._failed += 1
         self._retry_at_s = now_s + _RETRY_S
         if self._failing_since_s is None:
-            self._failing_since_s, self._remind_at_s = now_s, now_s
-            self._pause_senders(True)
+            self._failing_since_s, self._remind_at_s, self._notice_at_s = now_s, now_s, now_s
+
+        if now_s >= self._notice_at_s:
+            self._notice_at_s = now_s + _NOTICE_S
+            self._pause_senders(str(error))
 
         if now_s >= self._remind_at_s:
             self._remind_at_s = now_s + _REMIND_S
@@ -195,7 +200,7 @@ class Ingest:
         assert self._failing_since_s is not None
         _log.warning("the store can be written again after %.1f s", time.monotonic() - self._failing_since_s)
         self._failing_since_s = None
-        self._pause_senders(False)
+        self._pause_senders("")
 
 
 def _skip_maps(data: bytes, count: int) -> bytes:

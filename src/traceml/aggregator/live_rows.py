@@ -48,6 +48,7 @@ class LiveRows:
     def begin_attempt(self) -> None:
         """Forget which ranks of the previous attempt represented others, and which had not connected."""
         self._absent.clear()
+        self.intake.facts.resumes_at = 0
         self.intake.kept.representatives = Representatives()
 
     def silence(self, host: str) -> None:
@@ -69,8 +70,14 @@ class LiveRows:
     def resume(self, stream: Stream) -> None:
         """Add a rank as an earlier aggregator left it."""
         self.intake.facts.host(stream.rank, stream.incarnation.host)
+        self.note_checkpoint(stream)
         if stream.is_diagnosed:
             self.intake.names[stream.rank] = stream.names
+
+    def note_checkpoint(self, stream: Stream) -> None:
+        """Record the checkpoint that a rank has read: one may read it for all."""
+        if stream.is_diagnosed:
+            self.intake.facts.resumes_at = max(self.intake.facts.resumes_at, stream.resumes_at)
 
     def end(self, stream: Stream) -> None:
         """Record how a rank ended."""

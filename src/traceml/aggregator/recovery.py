@@ -209,6 +209,9 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
         return facts
 
     facts["at_s"] = image.last_beat_s
+    if not image.slot(Slot.EXIT_START):  # an exception has left its loops by then
+        facts["in_loop"] = image.slot(Slot.ITERATING) > 0
+
     if image.slot(Slot.SAVED_IN):
         facts |= {"saved_steps": image.slot(Slot.SAVED), "saved_in": image.slot(Slot.SAVED_IN)}
 

@@ -20,6 +20,7 @@ from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
+from traceml.diagnosis.resumed_steps import counted_on
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.correctness import duplicate_data, loss_not_finite, never_synchronized, steps_skipped
@@ -35,6 +36,7 @@ from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowd
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.device_health import device_faults, throttled
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
+from traceml.diagnosis.stalls.joined_ranks import without_joined_steps
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -60,6 +62,10 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     Args:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
     """
+    return [counted_on(each, facts.resumes_at) for each in _found(window, facts)]
+
+
+def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     ended = hang(window, facts) or rank_lost(facts)
     explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
     lost = [
@@ -81,7 +87,10 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     if len(window) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
 
-    window = without_stopped_steps(window, facts)
+    window = without_joined_steps(without_stopped_steps(window, facts), facts)
+    if len(window) < MIN_STEPS:
+        return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
+
     segments = segments_of(window, facts)
     timing = _timing(window, segments, facts)
     remarks += [each for each in timing if each.severity is Severity.INFO]
@@ -297,7 +306,7 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
     if is_untraced := facts.only_logs and not began:
         why = "the script only logs, its steps are not traced"
 
-    advice = _for_more(facts.state, began=began) if ended else _to_come(seen, facts, began=began)
+    advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
     so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
     return Finding.of(
         Kind.INSUFFICIENT_DATA,
@@ -316,19 +325,28 @@ def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
     if began:
         return f"Wait for more steps: {seen} of {MIN_STEPS} so far, after the first ones."
 
-    startup = OUTSIDE_STEPS[0]
-    line = outside_line(facts.lines, startup)
-    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
-    mostly = " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
+    mostly = _most_of_start_up(facts)
     return f"Wait for the first step; so far the start-up is mostly {mostly}." if mostly else "Wait for the first step."
 
 
-def _for_more(state: str, *, began: bool) -> str:
-    if state == "lost":
+def _most_of_start_up(facts: JobFacts) -> str:
+    """Return what most of the start-up is: `imports in train.py:3`; empty where that is not known."""
+    startup = OUTSIDE_STEPS[0]
+    line = outside_line(facts.lines, startup)
+    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
+    return " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
+
+
+def _for_more(facts: JobFacts, *, began: bool) -> str:
+    if facts.state == "lost":
         return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
 
     if began:
         return f"Let the run make at least {MIN_STEPS + 10} training steps."
+
+    mostly = _most_of_start_up(facts) if facts.state == "stopped" else ""
+    if mostly:
+        return f"Let the run come to its training: the start-up was mostly {mostly}."
 
     return (
         "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "

@@ -139,9 +139,9 @@ def threads_of(pid: int) -> list[ProcessInfo]:
     return [each for each in found if each is not None]
 
 
-def thread_cpu_ns(thread: int) -> int | None:
-    """Return the CPU time of a thread of this process; None where the kernel does not tell it."""
-    fields = _read(f"/proc/self/task/{thread}/schedstat").split()
+def thread_cpu_ns(thread: int, pid: int | None = None) -> int | None:
+    """Return the CPU time of a thread of a process, by default of this one; None where the kernel does not tell it."""
+    fields = _read(f"/proc/{pid or 'self'}/task/{thread}/schedstat").split()
     return int(fields[0]) if fields else None
 
 

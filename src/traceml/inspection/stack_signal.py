@@ -1,9 +1,9 @@
 """Python stacks of a process whose own thread cannot report them: faulthandler writes them on a signal.
 
 faulthandler reads the frames of all threads without the GIL. A process in which another thread runs Python code crashes
-after 3 to 80 such signals. So only a silent process gets one: its thread asks for the GIL in vain, so another thread
-holds it inside one call into C, and no frame changes. The signal is sent to one thread: one to the process would end a
-wait of the user's C code early.
+after 3 to 80 such signals. So only a silent process gets one: its thread asks for the GIL in vain, and no two other
+threads run in turns, so one holds it inside one call into C, and no frame changes. The signal is sent to one thread:
+one to the process would end a wait of the user's C code early.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.fail_open import fail_open
-from traceml.inspection.kernel_state import process_info, read_status, threads_of
+from traceml.inspection.kernel_state import process_info, read_status, thread_cpu_ns, threads_of
 
 __all__ = [
     "STACK_SIGNAL",
@@ -42,6 +42,9 @@ _MAX_BYTES = 1024 * 1024
 _PROBE_S, _MIN_WAKES = 0.1, 8
 # Where others use the cores it wakes less often: then another probe may do.
 _PROBES_S = 0.45
+# A thread hands the GIL over after a switch interval on a core, while another one wants it. One that runs for three
+# of them, and no other does, holds it in one call; what only wakes to ask for it runs for microseconds.
+_RUNS_NS, _HOLDS_NS = 1_000_000, 15_000_000
 _FIRST_S, _QUIET_S = 0.3, 0.05
 # A signal ends the waits of these system calls in user code: sleep, poll, select, epoll.
 _ENDED_EARLY = {
@@ -114,8 +117,11 @@ class SignaledStacks:
         """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
         self.was_sent = False
         """Whether the signal was sent."""
+        self.may_run_python = False
+        """Whether its threads may run Python code in turns: it was not safe to ask, and the silent one may answer."""
         self._pid, self._file, self._silent_thread, self._target = pid, file, silent_thread, target
         self._wakes = self._wakes_of() if silent_thread is not None else 0
+        self._ran_ns = self._run_times() if silent_thread is not None else {}
         self._probe_s = self._began_s = time.monotonic()
         self._sent_s, self._grown_s, self._size = 0.0, 0.0, 0
 
@@ -169,7 +175,22 @@ class SignaledStacks:
         if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _MIN_WAKES:
             return None
 
+        self.may_run_python = self._run_in_turns()
+        if self.may_run_python:
+            return None
+
         return self._pid if main.state == "R" else self._silent_thread
+
+    def _run_in_turns(self) -> bool:
+        """Return whether more than one other thread has run, or none for long enough to tell."""
+        ran = [ran_ns - self._ran_ns.get(thread, 0) for thread, ran_ns in self._run_times().items()]
+        running = [ran_ns for ran_ns in ran if ran_ns > _RUNS_NS]
+        return len(running) > 1 or (len(running) == 1 and running[0] < _HOLDS_NS)
+
+    def _run_times(self) -> dict[int, int]:
+        """Return the CPU time of each thread but the silent one."""
+        threads = (each.pid for each in threads_of(self._pid) if each.pid != self._silent_thread)
+        return {thread: cpu_ns for thread in threads if (cpu_ns := thread_cpu_ns(thread, self._pid)) is not None}
 
     def _wakes_of(self) -> int:
         return int(read_status(self._pid, "voluntary_ctxt_switches", self._silent_thread) or 0)

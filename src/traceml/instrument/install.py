@@ -86,6 +86,7 @@ class Instrumentation:
                 "torch": self._on_torch_import,
                 "torch.distributed._functional_collectives": self._on_functional_import,
                 "torch.distributed.checkpoint": self._on_checkpoint_import,
+                "torch.distributed.algorithms.join": self._on_join_import,
                 "torch.distributed.optim.optimizer": self._on_rpc_import,
                 "safetensors.torch": self._on_safetensors_import,
                 **{name: functools.partial(self._on_trainer_import, name) for name in TRAINERS},
@@ -433,6 +434,11 @@ class Instrumentation:
         kind = sys.modules["torch.distributed.optim.optimizer"].DistributedOptimizer
         self._guarded(lambda: patch_optimizer_type(self._patches, self.clock, kind))
         self._guarded(lambda: patch_distributed_backward(self._patches, self.clock))
+
+    def _on_join_import(self) -> None:
+        from traceml.instrument.groups.join_waits import patch_join
+
+        self._guarded(lambda: patch_join(self._patches, self.clock, self._facts.report))
 
     def _on_safetensors_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
 
-__all__ = ["is_helper_process", "note_exit", "on_end", "on_shutdown", "shutdown", "start"]
+__all__ = ["is_helper_process", "note_exit", "note_return", "on_end", "on_shutdown", "shutdown", "start"]
 
 _log = logging.getLogger("traceml")
 _lock = threading.Lock()
@@ -129,6 +129,13 @@ def note_exit(error: BaseException | None, status: int) -> None:
     if state.recorder is not None:
         with fail_open(_log, "recorder", "the end of this process could not be recorded"):
             state.recorder.note_exit(error, status)
+
+
+def note_return() -> None:
+    """Record that the launched function of this process has returned; see `Recording.note_return`."""
+    if state.recorder is not None:
+        with fail_open(_log, "recorder", "the return of the launched function could not be recorded"):
+            state.recorder.note_return()
 
 
 def _stop(reason: str) -> None:

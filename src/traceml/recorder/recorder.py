@@ -267,6 +267,11 @@ class Recorder:
         if self._recording is not None and self.enabled and self.pid == os.getpid():
             self._recording.note(kind, **facts)
 
+    def note_return(self) -> None:
+        """Record that the launched function has returned; see `Recording.note_return`."""
+        if self._recording is not None and self.enabled and self.pid == os.getpid():
+            self._recording.note_return()
+
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; see `Recording.note_exit`."""
         if self._recording is not None and self.enabled and self.pid == os.getpid():

@@ -185,6 +185,12 @@ class Recording:
         """Append a row to `info`; see `Recorder.note`."""
         self.flight.log("info").append({"kind": kind, "t_ns": monotonic_ns(), **facts}, urgent=urgent)
 
+    def note_return(self) -> None:
+        """Record that the launched function has returned; the process ends when those of all ranks have."""
+        step = self.flight.open_slots[Slot.STEP]
+        self.note("returned", urgent=True, last_step=step - 1 + self.tracing.has_stepped if step >= 0 else -1)
+        self.thread.wake()
+
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; only the first call counts, and an interrupt of an end that went well so far."""
         if self.exit_noted and (self.failed or not isinstance(error, KeyboardInterrupt)):

@@ -110,7 +110,7 @@ def _reporter(fd_text: str | None) -> Any:
 
 
 def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
-    """Make torchrun's agent report the failures of each attempt, also of those that it restarts.
+    """Make torchrun's agent report the failures of each attempt, also of those that it restarts, and ends without one.
 
     `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are reported at the
     end.
@@ -122,6 +122,7 @@ def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
 
     reported: list[bool] = []
     agents: list[Any] = []
+    ended_well: set[int] = set()
     original = getattr(getattr(api, "LocalElasticAgent", None), "_monitor_workers", None)
     if original is None:
         return reported, agents
@@ -132,9 +133,12 @@ def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
         result = original(self, *args, **kwargs)
         if failures := getattr(result, "failures", None):
             report(failures.items(), running)
-            report(_ended(self, lambda code: code == 0))  # one that left by os._exit says no bye
             reported.append(True)
 
+        # One that left by os._exit(0) says no bye, and counts as lost until its code is known.
+        well = [(rank, end) for rank, end in _ended(self, lambda code: code == 0) if end.pid not in ended_well]
+        ended_well.update(end.pid for _, end in well)
+        report(well)
         return result
 
     api.LocalElasticAgent._monitor_workers = monitor

@@ -161,6 +161,22 @@ def test_an_abort_in_a_collective_names_the_ranks_elsewhere(phases: tuple, says:
     assert never not in finding.next
 
 
+def test_an_abort_after_the_loop_over_the_data_is_one_of_uneven_batches() -> None:
+    """A rank with fewer batches comes to the next collective of the script; the others are in backward."""
+    aborted = RankExit(
+        rank=2, state="killed", signal=6, file="train.py", line=9, stack="...", open_phase="comm", in_loop=False, at_s=1
+    )
+    others = [RankExit(rank=rank, state="killed", signal=15, stopped=True, open_phase="backward") for rank in (0, 1)]
+
+    uneven = (
+        "Rank 2 had left its loop over the data, and ranks 0, 1 were in backward. If the data ended there, give each"
+    )
+    for in_loop, says in ((False, uneven), (True, "Call that collective on every rank, or on none")):
+        ended = replace(aborted, in_loop=in_loop)
+        finding = rank_lost(JobFacts(exits=(*others, ended), world_size=3))[0]
+        assert finding.next.startswith(says), finding.next
+
+
 def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
     """Gloo ends a process that gets more or less than it expects; elsewhere an abort is an extension's crash."""
     for phase, world_size, words in (

@@ -25,6 +25,19 @@ def test_a_signal_is_reported_with_step_and_phase():
     assert "out-of-memory" in finding.next
 
 
+def test_the_phase_of_one_rank_is_not_said_of_all():
+    """Under torchrun alone nobody reports which rank a signal has ended first."""
+    ends = [
+        RankExit(rank=rank, state="lost", process_gone=True, open_step=60, open_phase=phase, at_s=2.0 - rank)
+        for rank, phase in enumerate(("backward", "other"))
+    ]
+
+    finding = rank_lost(JobFacts(exits=tuple(ends), world_size=2))[0]
+
+    assert finding.summary == "Ranks 0, 1 ended without a report: by a signal or by os._exit, in step 60."
+    assert finding.phase is None
+
+
 def test_a_kill_is_reported_with_the_line_that_was_seen_last():
     """A signal from outside names none, but a sample may have seen one in the phase that was open."""
     ended = RankExit(rank=3, state="killed", signal=9, open_step=42, open_phase="other", seen="/a/train.py:23 load")

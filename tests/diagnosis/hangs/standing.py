@@ -66,6 +66,7 @@ def facts(
     samples_s: int = 1,
     was_aborted: bool = False,
     calls: Callable[[int, int], int] | None = None,
+    returned: tuple[int, ...] = (),
     names: dict[int, dict[int, str]] | None = None,
     **process: Any,
 ) -> JobFacts:
@@ -82,6 +83,7 @@ def facts(
         rows: whether steps were seen at all.
         samples_s: seconds of samples before the end, one each second.
         was_aborted: whether it was ended because it hung.
+        returned: ranks whose launched function has returned, after all of these steps.
         calls: returns the column `bits` of a rank's step.
         names: texts of each rank by id.
         process: what the ranks tell about their settings.
@@ -104,6 +106,9 @@ def facts(
         samples["t_ns"], samples["step"] = last_ns - np.arange(samples_s, -1, -1) * S, steps
         if not any(ended.rank == rank and ended.state == "finished" for ended in exits):
             builder.process_rows(rank, samples)
+
+    for rank in returned:
+        builder.info(rank, {"kind": "returned", "t_ns": LAST_NS, "last_step": steps - 1})
 
     for each in snapshots:
         builder.info(each.rank, each.to_info())

@@ -840,6 +840,32 @@ def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
     assert found(in_backward(0), silent, runs_again) is None
 
 
+def test_a_function_that_has_returned_comes_to_no_collective():
+    """A launch holds its process until the others return, too: it is in no code of the user, and no hang alone."""
+    waits = snapshot(1, wchan="unix_stream_read_generic", groups=(group(14, "all_reduce", flying=False),))
+    finding = found(in_backward(0), waits, returned=(1,))
+
+    assert finding.evidence["cause"] == "ended"
+    assert finding.summary == (
+        "Rank 1's function returned after 40 steps; rank 0 waits for it in all_reduce #15 in backward "
+        "(train.py:28 main), for 75 s."
+    )
+    assert found(waits, replace(waits, rank=0), returned=(0, 1)) is None
+    stopped = [RankExit(rank=rank, state="killed", signal=15, stopped=True) for rank in (0, 1)]
+    assert summary(found(in_backward(0), waits, returned=(1,), exits=stopped, state="stopped")).startswith(
+        "Rank 1's function returned after 40 steps; rank 0 waits for it"
+    )
+
+
+def test_a_rank_that_sleeps_on_is_where_its_own_snapshot_was():
+    """Its recorder lacks a core at this moment: what another process sees, no stack and no collective, is no news."""
+    own = replace(STUCK, quiet_s=65.0, at_ns=NOW_NS - 10 * S)
+    silent = replace(STUCK, quiet_s=4.0, at_ns=NOW_NS, frames=(), groups=(), answered="kernel")
+
+    assert "it has been in train.py:6 stuck, sleeping for 75 s" in summary(found(in_backward(0), own, silent))
+    assert "stuck" not in summary(found(in_backward(0), own, replace(silent, process_state="D", quiet_s=75.0)))
+
+
 def test_a_recorder_without_a_core_is_no_loop_of_the_rank():
     """It sleeps in all snapshots, whether or not its recorder could take them."""
     at = [replace(STUCK, at_ns=NOW_NS - (9 - number) * S) for number in range(5)]

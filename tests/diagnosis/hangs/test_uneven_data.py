@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.diagnosis.hangs.standing import call, found, group, in_backward, line, snapshot
-from traceml.database.snapshots import RankSnapshot
+from tests.diagnosis.hangs.standing import TORCH, call, found, group, in_backward, line, snapshot
+from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 
 
 def in_barrier(rank: int, number: int = 15, **known: object) -> RankSnapshot:
@@ -32,6 +32,21 @@ def test_the_numbers_of_batches_are_told():
     assert finding.headline == "The data of rank 1 ended, and the others wait"
     assert (finding.ranks, finding.evidence["cause"]) == ((1,), "data_ended")
     assert (finding.evidence["batches"], finding.evidence["batches_of_others"]) == (51, 52)
+
+
+def test_a_rank_in_join_answers_no_collective_of_the_script():
+    """It has ended early, as it may: the advice to use Join would be none."""
+    shadow = FrameSnapshot(file=f"{TORCH}/distributed/algorithms/join.py", line=240, function="Join.__exit__")
+    joined = snapshot(
+        1, call("all_reduce"), shadow, line(8), phase="comm", groups=(group(15, "all_reduce"),), batches=30, epoch=1,
+        data_ended=True,
+    )  # fmt: skip
+    waiting = snapshot(0, call("barrier"), line(13), phase="comm", groups=(group(15, "barrier"),), batches=40, epoch=1)
+    finding = found(waiting, joined)
+
+    assert finding is not None
+    assert finding.evidence["cause"] == "data_ended"
+    assert finding.next.startswith("Move collectives of the script out of `with Join(...)`")
 
 
 def test_ranks_that_can_never_meet_hang_at_once():

@@ -242,3 +242,15 @@ def test_waiting_for_other_programs_most_of_the_time_comes_first(busy, waited, f
 
     assert {each.kind for each in found} == {Kind.INPUT_BOUND, Kind.CPU_CONTENTION}
     assert found[0].kind is first
+
+
+@pytest.mark.parametrize(("counted_s", "is_told"), [(1.0, False), (10.0, True)])
+def test_a_second_of_readings_does_not_show_that_ranks_have_their_cores(counted_s: float, is_told: bool) -> None:
+    """A rank that shares its core with a program for that second is late in each step; such as before a hang."""
+    job = Job(ranks=2, steps=60)
+    waits = dict.fromkeys((0, 1), 0.02)
+    facts = JobFacts(world_size=2, main_wait=waits, core_wait=waits, core_wait_s=dict.fromkeys((0, 1), counted_s))
+
+    found = diagnose(window_of(job, adds("other", 5, (0,))), facts)
+
+    assert any(each.kind is Kind.STRAGGLER for each in found) is is_told

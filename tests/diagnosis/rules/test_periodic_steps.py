@@ -238,3 +238,12 @@ def test_rare_long_steps_by_chance_stay_jitter(seed):
     found = diagnose(window_of(ALONE, at_once("other", 150, 0.04), seed=seed), JobFacts())
 
     assert [each.kind for each in found] == [Kind.JITTER]
+
+
+@pytest.mark.parametrize("waited", [0.0, 0.5])
+def test_a_few_long_steps_without_cores_have_no_period(waited):
+    """Of 36 steps six may be at one distance by chance, where each step waits for a core."""
+    job = Job(ranks=2, steps=36)
+    found = findings(job, adds("backward", 900, every=6), main_wait=dict.fromkeys((0, 1), waited))
+
+    assert any("every_n_steps" in each.evidence for each in found) is (waited == 0.0)

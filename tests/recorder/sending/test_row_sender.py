@@ -15,6 +15,7 @@ from traceml.recorder.sending import row_sender as module
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.send_cursor import Losses
 from traceml.transport.client import ClockOffset
+from traceml.transport.client_handshake import TemporaryRefusalError
 from traceml.transport.framing import decode_log
 
 
@@ -328,6 +329,57 @@ def test_a_silent_connection_is_given_up(flight: FlightFile, monkeypatch: pytest
     assert ended == [131, 193]
     assert sender.connections == 3
     assert [wire.rows_of("steps") for wire in wires] == [[(0, 1)]] * 3  # sent again over each
+
+
+def test_an_aggregator_that_cannot_store_is_not_lost(
+    flight: FlightFile, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so every 10 s, on a full disk: the reason is told once, and the connection is kept."""
+    now_ns = 10**15
+    monkeypatch.setattr(module, "monotonic_ns", lambda: now_ns)
+    wire = Wire()
+    sender = make(flight, wire)
+    add_steps(flight, 1)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        for second in range(100):
+            now_ns += 10**9
+            wire.inbox = [{"t": "stalled", "why": "the disk is full"}] if second % 10 == 0 else []
+            sender.pump()
+
+    assert wire.closed is None
+    assert [record.getMessage() for record in caplog.records] == [
+        (
+            "the aggregator cannot store rows now (the disk is full); training goes on, and the last 4,096 steps and "
+            "all logged values are kept until it can"
+        )
+    ]
+
+
+def test_a_temporary_refusal_is_no_lost_aggregator(flight: FlightFile, caplog: pytest.LogCaptureFixture) -> None:
+    """A logged file that the aggregator cannot write: it lives, and may take it later."""
+    wire = Wire()
+    sender = make(flight, wire)
+    settle(sender)
+    add_steps(flight, 100)
+    refusal = TemporaryRefusalError("a file cannot be written: No space left on device")
+    wire.receive = _raising(refusal)  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING, "traceml"):
+        sender.pump()
+
+    assert [record.getMessage() for record in caplog.records] == [
+        (
+            "the aggregator cannot store rows now (a file cannot be written: No space left on device); training goes "
+            "on, the last 4,096 steps and all logged values are kept, and the connection is retried"
+        )
+    ]
+    assert wire.closed
+
+
+def _raising(error: Exception) -> Any:
+    def raises(*_: Any) -> Any:
+        raise error
+
+    return raises
 
 
 def test_commands_are_answered(flight: FlightFile) -> None:

@@ -192,11 +192,15 @@ class RunStreams:
         if at > stream.resumes_at:
             stream.resumes_at = at
             self.store.update_stream(stream.id, resumes_at=at)
+            self.live.note_checkpoint(stream)
 
-    def _pause_senders(self, pause: bool) -> None:
+    def _pause_senders(self, why: str) -> None:
+        """Stop reading from ranks, and send them the reason; without one resume."""
         for stream in self.connected:
             if stream.peer is not None:
-                stream.peer.pause(pause)
+                stream.peer.pause(bool(why))
+                if why:
+                    stream.peer.send({"t": "stalled", "why": why})
 
     def _update_facts(self, hello: Hello, attempt: int) -> None:
         """Update the run's facts from a rank's hello."""

@@ -6,14 +6,14 @@ import signal
 from collections.abc import Callable
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.advice import explicit_exit, same_collectives
+from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, seen_text, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.formatting import count_text, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, count_text, percent_text, phase_words, ranks_text
 from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
@@ -145,6 +145,9 @@ def _for_peer(ended: RankExit, facts: JobFacts) -> str:
 def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     """Return advice on a process that its backend ended because another rank sent more or less than it expects."""
     reason = f"The output of rank {ended.rank} gives the reason (`terminate called`)."
+    if uneven := _for_left_loop(facts):
+        return f"{uneven} {reason}"
+
     in_backward = [each.rank for each in facts.exits if each.open_phase == "backward"]
     if not in_backward:
         return (
@@ -156,6 +159,20 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     return (
         f"Call that collective on every rank, or on none: {ranks_text(in_backward)} {be} in backward. Its sizes and "
         f"types must be equal too: where they differ, the backend ends the process. {reason}"
+    )
+
+
+def _for_left_loop(facts: JobFacts) -> str:
+    """Return advice where the loop over the data of some ranks was over, and others were in backward; else ""."""
+    left = [each.rank for each in facts.exits if each.in_loop is False and each.open_phase != "backward"]
+    training = [each.rank for each in facts.exits if each.open_phase == "backward"]
+    if not left or not training:
+        return ""
+
+    their, be = "its" if len(left) == 1 else "their", "was" if len(training) == 1 else "were"
+    return (
+        f"{capitalized(ranks_text(left))} had left {their} loop over the data, and {ranks_text(training)} {be} in "
+        f"backward. {even_batches()}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer, left_early
 from traceml.diagnosis.deaths.end_advice import for_exit
@@ -36,7 +37,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     if as_a_whole or not causes:
         return as_a_whole
 
-    first = causes[0]
+    first, at_end = causes[0], _in_common(causes)
     worker = worker_causing_end(first, facts)
     ranks = tuple(sorted(ended.rank for ended in causes))
     followed = [ended.rank for ended in bad if ended not in causes]
@@ -49,7 +50,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
             Kind.RANK_LOST,
             severity=Severity.WARNING if was_cut_off(first) else None,
             ranks=ranks,
-            phase=first.open_phase,
+            phase=at_end.open_phase,
             summary=summary if grown is None else f"{summary}{grown.text}",
             next=for_worker(worker) if worker else grown.action if grown else for_exit(first, facts, memory),
             evidence={
@@ -120,6 +121,13 @@ def _of_container(ended: RankExit, grown: GrowthCause | None) -> dict[str, objec
     return {} if grown is None else {key: value for key, value in grown.evidence.items() if key not in own}
 
 
+def _in_common(causes: Sequence[RankExit]) -> RankExit:
+    """Return the end of the first rank, without a phase where the others were in another one."""
+    first = causes[0]
+    is_same = all(ended.open_phase == first.open_phase for ended in causes)
+    return first if is_same else replace(first, open_phase=None)
+
+
 def _summary(
     causes: Sequence[RankExit],
     memory: MemoryEnd | None,
@@ -131,7 +139,7 @@ def _summary(
     subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
     how = f"ended because {death_words(worker)}" if worker else end_text(first, memory, many=len(causes) > 1)
     seen = seen_text(first) if worker is None and len(causes) == 1 else ""
-    text = f"{subject} {how}{step_text(first)}{seen}"
+    text = f"{subject} {how}{step_text(_in_common(causes))}{seen}"
     if memory is not None and len(causes) == 1:
         text += memory.words()
 

@@ -108,6 +108,10 @@ class CoreWaits:
         first, last = self._first[rank], self._last[rank]
         return last[1] - first[1], last[2] - first[2]
 
+    def observed_s(self) -> dict[int, float]:
+        """Return the seconds of training between the readings of each rank."""
+        return {rank: self._trained(rank)[0] / 1e9 for rank in self._training}
+
     def of_wall_time(self) -> dict[int, float]:
         """Return the share of wall time in training that a main thread waited for a core, where that is known."""
         trained = {rank: self._trained(rank) for rank in self._training}

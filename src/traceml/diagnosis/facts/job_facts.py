@@ -48,6 +48,7 @@ class JobFacts:
         threads: torch threads per rank.
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         core_wait: rank -> the same as a share of wall time in training.
+        core_wait_s: rank -> seconds of training in which its waits for a core were counted.
         startup_wait_s: seconds that main threads waited for a core before the first step: the median over ranks.
         startup_run_s: seconds that they ran.
         core_takers: cores that other processes on the host of rank 0 used meanwhile, by name, those that used most;
@@ -84,11 +85,14 @@ class JobFacts:
         progress: progress of each rank; None where it is not known.
         pauses: times in which the interpreter or torch.compile paused the training.
         stops: rank -> times in which its process did not run.
+        joined: rank -> steps at which it has left `with Join(...)`, and waited for ranks with more batches.
         turnover: device memory that ranks give back to the driver and request again.
+        resumes_at: steps in the checkpoint from which the ranks, whose steps count from 0, have resumed.
         topology: place of each rank: host, switches, NVLink domain, coordinates of the device mesh.
     """
 
     world_size: int = 1
+    resumes_at: int = 0
     group: bool | None = None
     backend: str | None = None
     hosts: Mapping[int, str] = field(default_factory=dict)
@@ -96,6 +100,7 @@ class JobFacts:
     threads: int | None = None
     main_wait: Mapping[int, float] = field(default_factory=dict)
     core_wait: Mapping[int, float] = field(default_factory=dict)
+    core_wait_s: Mapping[int, float] = field(default_factory=dict)
     startup_wait_s: float = 0.0
     startup_run_s: float = 0.0
     core_takers: Mapping[str, float] = field(default_factory=dict)
@@ -134,6 +139,7 @@ class JobFacts:
     progress: JobProgress | None = None
     pauses: PauseHistory = field(default_factory=PauseHistory)
     stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
+    joined: Mapping[int, Sequence[int]] = field(default_factory=dict)
     turnover: TurnoverHistory = field(default_factory=TurnoverHistory)
     health: GpuHealthHistory = field(default_factory=GpuHealthHistory)
     topology: Topology = field(default_factory=Topology)

@@ -64,7 +64,9 @@ class JobFactsBuilder:
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
         self.steps_before: dict[int, int] = {}
-        """Steps of each rank in the training that it resumes."""
+        """Steps of each rank in the training that it resumes, which its own numbers include."""
+        self.resumes_at = 0
+        """Steps in the checkpoint that this attempt has read, whatever its ranks count."""
         self.losses, self.batches = LossHistory(), BatchHistory()
         self.progress = ProgressHistory()
         self.pauses = PauseHistory(self.names)
@@ -73,6 +75,7 @@ class JobFactsBuilder:
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
         self.topology = TopologyHistory()
         self.stops: dict[int, list[Stop]] = {}
+        self.joined: dict[int, list[int]] = {}
         """Times in which a rank did not run."""
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
@@ -132,6 +135,10 @@ class JobFactsBuilder:
         if isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
 
+    def _take_joined(self, rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("step"), int):
+            self.joined.setdefault(rank, []).append(row["step"])
+
     def _take_stopped(self, rank: int, row: Mapping[str, Any]) -> None:
         if (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
@@ -180,6 +187,7 @@ class JobFactsBuilder:
         "exit": _take_exit,
         "resumed": _take_resumed,
         "stopped": _take_stopped,
+        "joined": _take_joined,
         "worker_lost": _take_lost_worker,
         "saves": _take_saves,
         "segments": lambda self, rank, row: self.turnover.add(rank, row),
@@ -260,6 +268,11 @@ class JobFactsBuilder:
         self.exits[ended.rank] = merged_exits(before, ended) if before else ended
 
     @property
+    def counted_before(self) -> int:
+        """Steps of the training before those of this attempt, where its ranks count from 0."""
+        return 0 if self.steps_before else self.resumes_at
+
+    @property
     def is_grouped(self) -> bool:
         """Whether the ranks are known to have made a process group."""
         return bool(self._facts.get("backend")) or self.batches.group.size > 1
@@ -279,11 +292,13 @@ class JobFactsBuilder:
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         facts = JobFacts(
             world_size=self.world_size,
+            resumes_at=self.counted_before,
             group=True if self._facts.get("backend") else None,
             hosts=dict(self.hosts),
             cores=cores,
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
+            core_wait_s=self._waits.observed_s(),
             startup_wait_s=self._waits.of_start_up_s(),
             startup_run_s=self._waits.run_in_start_up_s(),
             core_takers=self.core_takers.most(),
@@ -309,6 +324,7 @@ class JobFactsBuilder:
             progress=self._progress(),
             pauses=self.pauses,
             stops=dict(self.stops),
+            joined=dict(self.joined),
             turnover=self.turnover,
             health=self.health,
             topology=self.topology.build(self.hosts),

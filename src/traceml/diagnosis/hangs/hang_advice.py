@@ -9,7 +9,13 @@ from traceml.diagnosis.advice import even_batches, same_collectives
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_words import failed_thread
-from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, is_blocked_by_full_pipe
+from traceml.diagnosis.hangs.rank_state import (
+    awaited_thread,
+    blocked_worker,
+    doing,
+    is_blocked_by_full_pipe,
+    is_in_join,
+)
 from traceml.formatting import ranks_text
 
 __all__ = ["hang_advice"]
@@ -25,6 +31,9 @@ def hang_advice(found: DetectedHang) -> str:
 
     if cause is HangCause.UNANSWERED and not found.blame.ranks:
         return _OF_CALLS
+
+    if cause in _APART and any(map(is_in_join, snapshots.values())):
+        return _OF_JOIN
 
     if what is not None:
         return what
@@ -50,6 +59,11 @@ def _check_process(found: DetectedHang) -> str:
 
 
 _OF_TRANSFERS = "Give each send a receive on the other rank, and each receive a send, in the same order on both ranks."
+_APART = (HangCause.DATA_ENDED, HangCause.MISMATCH, HangCause.SIZES)
+_OF_JOIN = (
+    "Move collectives of the script out of `with Join(...)`: a rank without data answers those of the models and "
+    "optimizers that Join was given, and no others. Or give each rank the same number of batches (drop_last=True)."
+)
 _OF_CALLS = (
     "Find out what these calls wait for: no rank is known to wait for another one. A timeout turns such a wait into an "
     "error."

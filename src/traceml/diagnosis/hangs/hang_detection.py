@@ -67,7 +67,7 @@ def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
 
 
 def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:
-    ended = {each.rank: each for each in facts.exits}
+    ended = {**_returned(progress), **{each.rank: each for each in facts.exits}}
     alive = {rank: each for rank, each in progress.ranks.items() if rank not in ended}
     alive_s = _ALIVE_S + min(2 * facts.world_size / _RANKS_PER_S, _SENDING_S)
     snapshots = _snapshots(list(alive.values()), alive_s)
@@ -76,6 +76,15 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedH
 
     found = _judged(snapshots, ended, facts.world_size, unsteady=_unsteady(progress), is_over=False)
     return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
+
+
+def _returned(progress: JobProgress) -> dict[int, RankExit]:
+    """Return the ends of ranks whose launched function has returned: they come to no further collective."""
+    return {
+        rank: RankExit(rank=rank, last_step=each.returned_at, returned=True)
+        for rank, each in progress.ranks.items()
+        if each.returned_at is not None
+    }
 
 
 def _snapshots(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankSnapshot] | None:
@@ -133,7 +142,7 @@ def _busy_factor(found: DetectedHang) -> int:
 def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:
     """Return the hang in which a job was ended."""
     exits = {each.rank: each for each in facts.exits}
-    finished = {rank: ended for rank, ended in exits.items() if ended.state == "finished"}
+    finished = {rank: ended for rank, ended in exits.items() if ended.state == "finished"} | _returned(progress)
     ranks = [each for rank, each in progress.ranks.items() if rank not in finished]
     snapshots = {
         each.rank: _with_exit(each.snapshot, exits.get(each.rank)) for each in ranks if each.snapshot is not None

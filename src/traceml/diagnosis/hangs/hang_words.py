@@ -155,8 +155,10 @@ def _ended_text(found: DetectedHang) -> str:
         if others and min(others) > count:
             after += f", the others had {count_text(min(others))}"
 
-    whose = f"{ranks_text(gone)}'s script" if len(gone) == 1 else f"the scripts of {ranks_text(gone)}"
-    return f"{whose} ended{after}{_waiters_text(found)}, for {_age(found)}"
+    returned = any(found.ended[rank].returned for rank in gone if rank in found.ended)
+    what, ended = ("function", "returned") if returned else ("script", "ended")
+    whose = f"{ranks_text(gone)}'s {what}" if len(gone) == 1 else f"the {what}s of {ranks_text(gone)}"
+    return f"{whose} {ended}{after}{_waiters_text(found)}, for {_age(found)}"
 
 
 def _different_text(found: DetectedHang) -> str:

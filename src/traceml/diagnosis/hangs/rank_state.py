@@ -28,6 +28,7 @@ __all__ = [
     "is_blocked_by_full_pipe",
     "is_busy",
     "is_excused",
+    "is_in_join",
     "transfers",
     "user_line",
 ]
@@ -37,6 +38,7 @@ BUSY_CORES = 0.2
 _BUSY_BYTES_PER_S = 10_000
 
 _DISTRIBUTED = "/torch/distributed/"
+_JOIN = "/torch/distributed/algorithms/join.py"
 _POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list")
 REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote", "shutdown", "_wait_all", "_all_gather", "_barrier")
 """Calls of torch.distributed.rpc: what they wait for is what the other rank runs for them."""
@@ -151,6 +153,11 @@ def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
 
     runs = runs or (blocker is not None and blocker.state == "R")
     return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or transfers(snapshot)
+
+
+def is_in_join(snapshot: RankSnapshot) -> bool:
+    """Whether a rank has left `with Join(...)`, and answers the collectives of the ranks that still have data."""
+    return any(frame.function.endswith("__exit__") and frame.file.endswith(_JOIN) for frame in snapshot.frames)
 
 
 def transfers(snapshot: RankSnapshot) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import hypot
+from math import hypot, inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,8 @@ ranks, four on two busy cores, differ by less than 1.1."""
 MORE_WORK_SHARE = 0.5
 """That explains the lateness if it is this share of the excess."""
 
+MIN_COUNTED_S = 3.0
+"""With waits for a core that were counted for less time, it is not known whether ranks have their cores."""
 MANY_ROWS = 64
 """More late ranks than this are judged one by one only if they are not a group: a stage has thousands."""
 
@@ -350,8 +352,13 @@ def _more_work_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], e
 
 
 def _may_lack_cores(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
-    """Return whether the ranks have too few cores, or these ranks wait for one more than the others."""
-    return facts.oversubscribed or facts.without_core.issuperset(segments.ranks[rows].tolist())
+    """Return whether the ranks have too few cores, or these ranks wait for one more than the others.
+
+    Also where that was counted for so short a time that a program may have come and gone.
+    """
+    ranks = segments.ranks[rows].tolist()
+    counted = [facts.core_wait_s[rank] for rank in ranks if rank in facts.core_wait_s]
+    return facts.oversubscribed or facts.without_core.issuperset(ranks) or min(counted, default=inf) < MIN_COUNTED_S
 
 
 def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Others, part: str) -> bool:

@@ -13,8 +13,9 @@ from traceml.launch.wire.fd_socket import FdSocket
 
 __all__ = ["StackReader"]
 
-# A worker that has a core answers within the interpreter's switch interval, 5 ms, unless the GIL is held in C.
-_SILENT_S, _GIVE_UP_S = 1.0, 1.3
+# A worker that has a core answers within the interpreter's switch interval, 5 ms, unless the GIL is held in C. On a
+# busy host one whose threads run Python code may take its time.
+_SILENT_S, _GIVE_UP_S, _BUSY_GIVE_UP_S = 1.0, 1.3, 4.0
 _STATES = {
     "R": "running",
     "S": "sleeping",
@@ -36,7 +37,7 @@ class StackReader:
         self._waiting = self._closed = False
         self._text = ""
         self._pid = 0
-        self._requested_s = 0.0
+        self._requested_s, self._give_up_s = 0.0, _GIVE_UP_S
         self._signaled: SignaledStacks | None = None
 
     @property
@@ -52,7 +53,7 @@ class StackReader:
         """Request a worker's stacks."""
         self._receive()
         self._pid, self._text, self._signaled = pid, "", None
-        self._requested_s = time.monotonic()
+        self._requested_s, self._give_up_s = time.monotonic(), _GIVE_UP_S
         if not self._waiting:  # else the answer to an earlier request is still to come
             try:
                 self._socket.send("stacks")
@@ -72,9 +73,10 @@ class StackReader:
 
         if self._signaled is not None and self._signaled.step():
             self._text = main_first(self._signaled.text)
+            self._give_up_s = _BUSY_GIVE_UP_S if self._signaled.may_run_python else _GIVE_UP_S
             self._signaled = None
 
-        return bool(self._text) or (self._signaled is None and silent_s > _GIVE_UP_S)
+        return bool(self._text) or (self._signaled is None and silent_s > self._give_up_s)
 
     def answer(self, pid: int | None) -> dict[str, Any]:
         """Return the stacks, the main thread's first, and the kernel's state: `stack`, `state`, `wchan`."""

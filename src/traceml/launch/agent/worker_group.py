@@ -284,7 +284,7 @@ class WorkerGroup:
         self.tick()
 
     def request_stacks(self) -> None:
-        """Collect the stacks of all workers; send them within about a second, once for repeated requests."""
+        """Collect the stacks of all workers; send them within a second (busy ones: 4), once for repeated requests."""
         if self._stack_requests is not None:
             return
 

@@ -83,6 +83,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
 
         _send(agent, "ready")
         result = _run_script(request) if request["script"] else _run_function(agent, request)
+        _note_return(request)
     except SystemExit as leaving:
         status = exit_status(leaving)
         _note_end(request, leaving, status)
@@ -117,6 +118,14 @@ def _note_end(request: Mapping[str, Any], error: BaseException | None, status: i
         from traceml.recorder.lifecycle import note_exit
 
         note_exit(error, status)
+
+
+def _note_return(request: Mapping[str, Any]) -> None:
+    """Tell the recorder that the function has returned: the process waits for the other ranks."""
+    if request["trace"]:
+        from traceml.recorder.lifecycle import note_return
+
+        note_return()
 
 
 # --- set-up of the process -------------------------------------------------------------------------------------------

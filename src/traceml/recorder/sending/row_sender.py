@@ -21,6 +21,7 @@ from traceml.formatting import left_text
 from traceml.recorder.sending.send_cursor import SendCursor
 from traceml.recorder.sending.uploads import FileUploader
 from traceml.transport.client import ClockOffset, Connection
+from traceml.transport.client_handshake import TemporaryRefusalError
 
 __all__ = ["RowSender"]
 
@@ -39,6 +40,7 @@ _LONGEST_SAMPLE_NS = 60 * 10**9
 _SAMPLED = frozenset(
     table.name for table in (PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY, LIMITS, LINES)
 )
+_NOT_STORED = "the aggregator cannot store rows now (%s); training goes on"
 _MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
 Command = Callable[[Mapping[str, Any]], Any]
@@ -312,6 +314,8 @@ class RowSender:
         for message in messages:
             if message["t"] == "command":
                 connection.send(_reply(message, self._commands))
+            elif message["t"] == "stalled":
+                self._warn_once("stalled", _NOT_STORED + f", and {self._kept} until it can", message.get("why"))
 
         is_acked = connection.acked != self._acked
         if messages or is_acked:
@@ -381,11 +385,15 @@ class RowSender:
 
     def _disconnected(self, error: Exception) -> None:
         refused = isinstance(error, AggregatorRefusedError)
-        self._warn_once(
-            "lost",
-            f"lost the aggregator (%s); training goes on, {self._kept}, and the connection is retried",
-            error,
-        )
+        if isinstance(error, TemporaryRefusalError):
+            self._warn_once("stalled", _NOT_STORED + f", {self._kept}, and the connection is retried", error)
+        else:
+            self._warn_once(
+                "lost",
+                f"lost the aggregator (%s); training goes on, {self._kept}, and the connection is retried",
+                error,
+            )
+
         self.detach()
         # A thousand ranks that lost one aggregator must not reconnect in the same instant.
         self._retry_after(_REFUSED_PAUSE_S if refused else _FIRST_PAUSE_S)

@@ -202,7 +202,7 @@ def _exit(digest: Digest, stream: StreamRecord, latest: Ints) -> ExitSection:
         code=ended.code,
         signal=ended.signal,
         exception=ended.exception,
-        last_step=last_step,
+        last_step=last_step if last_step is None else last_step + digest.facts.counted_before,
         open_phase=ended.open_phase,
         stack=ended.stack,
     )

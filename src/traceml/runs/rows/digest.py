@@ -229,6 +229,7 @@ class Digest:
             self.first.pop(rank, None)
 
         self.streams[record.id] = record
+        self.facts.resumes_at = max(self.facts.resumes_at, int(record.facts.get("resumes_at", 0)))
         if current is None or record.id >= current.id:
             self.ranks[rank] = record
 

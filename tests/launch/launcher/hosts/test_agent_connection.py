@@ -163,6 +163,30 @@ def test_a_connection_that_broke_during_the_start_is_reported(tmp_path: Path, mo
     assert f"ssh -F {tmp_path}/config -p 2222 node1 ps ax -o pid,stat" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("said", "tries"),
+    [
+        ("Host key verification failed.", ["ssh {} node1", "ssh-keygen -R '[node1]:2222'"]),
+        ("root@node1: Permission denied (publickey).", ["ssh {} node1 true"]),
+        ("Connection timed out during banner exchange", ["ssh -v {} node1"]),
+        ("what is this", ["ssh -v {} node1 true"]),
+    ],
+)
+def test_the_commands_to_try_reach_the_host(
+    said: str, tries: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have its port and the configuration that the launcher uses."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\ncase \"$*\" in *-G*) exit 0;; esac\necho '{said}' >&2; exit 255\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    link = AgentConnection(HostSpec("node1:2222", "ssh", 1), "/opt/python", tmp_path / "config")
+    error = link.failure(eventually(lambda: _end_of(link), "the channel to close"))
+
+    for command in tries:
+        assert f"`{command.format(f'-F {tmp_path}/config -p 2222')}`" in str(error)
+
+
 def test_something_that_accepts_and_says_nothing_is_reported(hosts: Hosts) -> None:
     """A hanging sshd is told apart from a host that is down."""
     code = "import socket, time; s = socket.create_server(('', 2323)); print('up', flush=True); time.sleep(600)"

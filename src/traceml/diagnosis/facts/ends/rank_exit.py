@@ -38,6 +38,8 @@ class RankExit:
         host_lost: reason for which the launcher gave up its host.
         skipped_exit: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
         untraced: whether the script only logs: then nothing is known of its steps.
+        in_loop: whether a loop over a data loader was open, of a process that ended at once.
+        returned: whether only the launched function has ended: its process waits for the other ranks.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
 
@@ -67,6 +69,8 @@ class RankExit:
     limit_s: float | None = None
     host_lost: str | None = None
     skipped_exit: bool | None = None
+    in_loop: bool | None = None
+    returned: bool | None = None
     untraced: bool = False
 
     def says(self, *words: str) -> bool:

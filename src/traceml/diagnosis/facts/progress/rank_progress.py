@@ -43,6 +43,7 @@ class RankProgress:
         alive_s: seconds since its recorder sent anything, by the clock of its host.
         step: last step that ended, -1 before the first.
         is_unsteady: whether it alternates between running and sleeping: a loop, which may be work.
+        returned_at: last step of a rank whose launched function has returned: it waits for the others; else None.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class RankProgress:
     alive_s: float
     step: int
     is_unsteady: bool = False
+    returned_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class ProgressHistory:
         self._over: dict[int, int] = {}  # timestamp of the end of the pause that the snapshot is about
         self._changes: dict[int, int] = {}  # of the process's state from snapshot to snapshot, in the same pause
         self._quiet = [0.0, 0.0]
+        self._returned: dict[int, int] = {}  # last step of ranks whose launched function has returned
 
     def snapshot_of(self, rank: int) -> RankSnapshot | None:
         """Return the newest snapshot of a rank without progress; None if it makes progress."""
@@ -167,6 +170,9 @@ class ProgressHistory:
             self.timeout_s = float(timeout_s) if isinstance(timeout_s, int | float) else self.timeout_s
             self.aborts = row.get("on_hang") == "abort"
 
+        if kind == "returned":
+            self._returned[rank] = row["last_step"] if isinstance(row.get("last_step"), int) else -1
+
         if kind == "snapshot":
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
         elif isinstance(t_ns, int) and kind not in _NO_PROGRESS:
@@ -219,6 +225,7 @@ class ProgressHistory:
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
         self.was_aborted = False
+        self._returned.pop(rank, None)
         self._step_sequences.forget()
         if rank < len(self._steps):
             self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
@@ -300,7 +307,8 @@ class ProgressHistory:
 
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
-        return RankProgress(rank, snapshot, quiet_s, alive_s, step, self._changes.get(rank, 0) >= _CHANGES)
+        is_unsteady = self._changes.get(rank, 0) >= _CHANGES
+        return RankProgress(rank, snapshot, quiet_s, alive_s, step, is_unsteady, self._returned.get(rank))
 
     def _unseen_s(self) -> float:
         """Return how long a recorder that runs may make no progress without a snapshot."""
@@ -348,8 +356,17 @@ def _tells_no_more(last: RankSnapshot, before: RankSnapshot) -> bool:
 
 
 def _lacks_a_core(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
-    """Whether another process took a snapshot of a rank that polls: its threads waited for a core for a moment."""
-    return before.is_polling and snapshot.answered == "kernel" and snapshot.process_state in _ALIVE
+    """Whether another process took a snapshot of a rank whose threads waited for a core for a moment.
+
+    That rank polls, or sleeps in the same place as in its own snapshot before.
+    """
+    sleeps_on = before.answered == _ITSELF and _place(snapshot) == _place(before)
+    is_known = before.is_polling or sleeps_on
+    return is_known and snapshot.answered == "kernel" and snapshot.process_state in _ALIVE
+
+
+def _place(snapshot: RankSnapshot) -> tuple[int, bool, str, str]:
+    return snapshot.step, snapshot.in_step, snapshot.phase, snapshot.process_state
 
 
 def _state(snapshot: RankSnapshot) -> tuple[bool, str]:

@@ -57,12 +57,12 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|No .*host key is known for",
         "its host key was not accepted",
-        "Connect once by hand (`ssh {host}`) and check the key; `ssh-keygen -R {host}` removes an old one.",
+        "Connect once by hand (`{ssh}`) and check the key; `ssh-keygen -R {known_host}` removes an old one.",
     ),
     (
         r"Permission denied \(|Too many authentication failures",
         "permission denied: it accepts none of your ssh keys",
-        "`ssh {host} true` must work without a prompt: check user and key in the ssh configuration, or ssh's agent.",
+        "`{ssh} true` must work without a prompt: check user and key in the ssh configuration, or ssh's agent.",
     ),
     (
         r"Connection refused",
@@ -72,7 +72,7 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
     (
         r"timed out during banner exchange",
         "something listens there and says nothing: its sshd hangs, or another program has the port",
-        "`ssh -v {host}` shows the last step; check the load of the host and the log of its sshd.",
+        "`{verbose}` shows the last step; check the load of the host and the log of its sshd.",
     ),
     (
         r"timed out|Timeout, server|No route to host|Network is unreachable|Host is down",
@@ -167,9 +167,14 @@ class AgentConnection:
         """A command that shows why the agent's start takes long: how far a connection gets, or its processes."""
         reach = _reach(self.spec, self._ssh_config_file)
         if reach and not self.channel.greeted:
-            return shlex.join([reach[0], "-v", *reach[1:], self._python, "-V"])  # srun knows -v too
+            return self._shown_by(self._python, "-V")
 
         return shlex.join([*reach, "ps", "ax", "-o", "pid,stat,wchan:20,args"]) + " | grep traceml-"
+
+    def _shown_by(self, *command: str) -> str:
+        """Return the line of a shell that runs a command on the host, and tells how far the connection gets."""
+        carrier, *reach = _reach(self.spec, self._ssh_config_file)
+        return shlex.join([carrier, "-v", *reach, *command])  # srun knows -v too
 
     def read_errors(self) -> bytes | None:
         """Read stderr and keep its last lines; return the bytes, empty if there is nothing now, None at its end."""
@@ -263,7 +268,7 @@ class AgentConnection:
 
     def _explain(self, status: int | None, output: str, reason: str, silence_s: float, during: str) -> tuple[str, str]:
         """Return what happened, and advice."""
-        host, carrier = self.spec.name, {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
+        carrier = {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
         ended = f"{carrier} {_describe_exit(status)}"
         if self.hello is not None:
             what = f"its agent was lost {during} ({reason}; {ended})"
@@ -282,13 +287,22 @@ class AgentConnection:
 
         for pattern, meaning, advice in _MEANINGS:
             if carrier != "the agent" and re.search(pattern, output):
-                return meaning, advice.format(host=host)
+                return meaning, self._with_commands(advice)
 
         if status == _SSH_FAILED and carrier == "ssh" and self.channel.greeted:
             return "the connection broke after Python had started there", f"Try `{self.by_hand}`."
 
-        hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
-        return f"its agent did not start ({reason}; {ended})", hand.strip()
+        hand = "" if carrier == "the agent" else f"Try `{self._shown_by('true')}`."
+        return f"its agent did not start ({reason}; {ended})", hand
+
+    def _with_commands(self, advice: str) -> str:
+        """Fill in the commands that reach this host."""
+        host, port = split_port(self.spec.name)
+        return advice.format(
+            ssh=shlex.join(_reach(self.spec, self._ssh_config_file)),
+            verbose=self._shown_by(),
+            known_host=host if port is None else shlex.quote(f"[{host}]:{port}"),
+        )
 
 
 def _explain_loss(output: str, silence_s: float) -> str:
