@@ -88,6 +88,7 @@ class JobFactsBuilder:
         self._training_loader: tuple[int, int] | None = None
         self._loaders_made: dict[tuple[Any, ...], int] = {}
         self._model: ModelFacts | None = None
+        self._read_first: set[int] = set()  # ranks that read a checkpoint before their first step
         self._facts: dict[str, Any] = {}
         """Fields of `JobFacts` that single rows give."""
 
@@ -131,6 +132,9 @@ class JobFactsBuilder:
     def _take_resumed(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("before"), int):
             self.steps_before[rank] = row["before"]
+
+    def _take_loaded(self, rank: int, _row: Mapping[str, Any]) -> None:
+        self._read_first.add(rank)
 
     def _take_stopped(self, rank: int, row: Mapping[str, Any]) -> None:
         if (stop := stop_of(row)) is not None:
@@ -179,6 +183,7 @@ class JobFactsBuilder:
         "training_loader": _take_training_loader,
         "exit": _take_exit,
         "resumed": _take_resumed,
+        "loaded": _take_loaded,
         "stopped": _take_stopped,
         "worker_lost": _take_lost_worker,
         "saves": _take_saves,
@@ -315,7 +320,11 @@ class JobFactsBuilder:
             epochs=self._epochs,
             time=self.time,
             exits=tuple(
-                replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs)
+                replace(
+                    with_last_step(self.exits[rank], latest),
+                    untraced=self.only_logs,
+                    counts_anew=rank in self._read_first and rank not in self.steps_before,
+                )
                 for rank in sorted(self.exits)
             ),
             state=self.state,

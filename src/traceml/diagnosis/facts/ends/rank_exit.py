@@ -37,6 +37,7 @@ class RankExit:
         limit_s: the job's time limit, seconds, where the scheduler reported it.
         host_lost: reason for which the launcher gave up its host.
         skipped_exit: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
+        counts_anew: whether it read a checkpoint before its first step, and its steps are counted from 0 nevertheless.
         untraced: whether the script only logs: then nothing is known of its steps.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
@@ -68,6 +69,7 @@ class RankExit:
     host_lost: str | None = None
     skipped_exit: bool | None = None
     untraced: bool = False
+    counts_anew: bool = False
 
     def says(self, *words: str) -> bool:
         """Return whether its exception has any of these words, in lower case."""
@@ -87,7 +89,8 @@ class RankExit:
     @property
     def in_step(self) -> bool:
         """Whether it ended in a step: the time of an evaluation, and that after the training, is in none."""
-        return self.open_step is not None and self.open_phase not in ("evaluation", "exit")
+        is_open = self.open_step is not None and self.open_step != self.last_step
+        return is_open and self.open_phase not in ("evaluation", "exit")
 
     @property
     def step(self) -> int | None:
