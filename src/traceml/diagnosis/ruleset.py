@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.blamed_lines import import_share, outside_line
+from traceml.diagnosis.facts.blamed_lines import import_share, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.findings import Finding, in_order
@@ -50,6 +50,7 @@ MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
 _SHOWN_STEPS = 3  # of so many it is told what took their time
 _UNKNOWN_SHARE = 0.30
+_NAMED_IMPORTS = 0.1  # of a run without steps, imports are told from this share of its time on
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 
@@ -301,9 +302,14 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
 
     advice = _for_more(facts.state, began=began) if ended else _to_come(seen, facts, began=began)
     so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
-    line = outside_line(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
+    line = line_beside_imports(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
     if line is not None:
+        imports = import_share(facts.lines, OUTSIDE_STEPS[0]).share
         so_far = f" {line.share_text.capitalize()} of the run's time is in {line.place}."
+        if imports >= _NAMED_IMPORTS:
+            beside = f"Beside imports, which take {percent_text(imports)} of the run's time"
+            so_far = f" {beside}, {line.share_text} of the rest is in {line.place}."
+
         advice = f"If the run should be faster, look at {line.place}. {advice}"
 
     return Finding.of(
