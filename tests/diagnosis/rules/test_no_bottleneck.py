@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.no_bottleneck import WITHOUT_ANOMALIES, for_compute
+from traceml.diagnosis.rules.no_bottleneck import WITHOUT_ANOMALIES, WITHOUT_PROFILER, for_compute
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, grouped=False)
@@ -298,15 +298,18 @@ def test_two_snapshots_are_told_with_their_line():
     assert "Two steps took 3.0" in found.summary
     assert "mostly in train.py:9 snapshot." in found.summary
     assert found.next == "Find out what train.py:9 snapshot did in these steps, and whether it needs to."
-    assert found.headline.startswith("2 steps take 6")
+    assert found.headline.startswith("2 steps take 70 % of all step time")
     assert found.evidence["pause_share"] == pytest.approx(6_000 / (6_000 + 390 * 7), rel=0.05)
 
 
-def test_detection_of_anomalies_is_turned_off_first():
-    """It makes each backward pass slower, and is left on by mistake."""
-    by_compute = diagnose(window_of(ALONE), JobFacts(detects_anomalies=True))[0]
-    by_health = diagnose(window_of(HALF_BUSY), JobFacts(detects_anomalies=True))[0]
+@pytest.mark.parametrize(
+    ("left_on", "advice"), [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)]
+)
+def test_what_searches_for_errors_is_turned_off_first(left_on, advice):
+    """It makes each step slower, and is left on by mistake."""
+    by_compute = diagnose(window_of(ALONE), JobFacts(**left_on))[0]
+    by_health = diagnose(window_of(HALF_BUSY), JobFacts(**left_on))[0]
 
     assert (by_compute.kind, by_health.kind) == (Kind.COMPUTE_BOUND, Kind.HEALTHY)
-    assert by_compute.next == by_health.next == WITHOUT_ANOMALIES
-    assert WITHOUT_ANOMALIES not in (each.next for each in diagnose(window_of(ALONE), JobFacts()))
+    assert by_compute.next == by_health.next == advice
+    assert advice not in (each.next for each in diagnose(window_of(ALONE), JobFacts()))

@@ -136,6 +136,9 @@ class JobFactsBuilder:
     def _take_loaded(self, rank: int, _row: Mapping[str, Any]) -> None:
         self._read_first.add(rank)
 
+    def _take_profiler(self, _rank: int, row: Mapping[str, Any]) -> None:
+        self._facts["profiles"] = bool(row.get("on")) and self._facts.get("profiles", True)
+
     def _take_stopped(self, rank: int, row: Mapping[str, Any]) -> None:
         if (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
@@ -195,6 +198,7 @@ class JobFactsBuilder:
         "collectives": lambda self, rank, row: self.batches.collective(rank, row),
         "compilation": lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
         "anomaly_detection": lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
+        "profiler": _take_profiler,
         "rollouts": lambda self, *_: self._facts.update(collects=True),
         "rpc": lambda self, *_: self._facts.update(rpc=True),
         "plays": lambda self, *_: self._facts.update(plays=True),

@@ -20,7 +20,7 @@ from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
-__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "for_compute", "nothing_found", "shares_text"]
+__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "WITHOUT_PROFILER", "for_compute", "nothing_found", "shares_text"]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
@@ -46,6 +46,11 @@ _WAITING = "waiting for other ranks"
 WITHOUT_ANOMALIES = (
     "Turn off autograd's anomaly detection (set_detect_anomaly, detect_anomaly): it records the stack of each "
     "operation and checks each gradient, which only the search for a NaN needs."
+)
+WITHOUT_PROFILER = (
+    "Turn off torch's profiler, or let it record some steps only (schedule=torch.profiler.schedule(wait=100, warmup=2, "
+    "active=5, repeat=1)): it records each operation of every step, which makes all of them slower, and keeps it in "
+    "memory."
 )
 
 BUSY_SHARE = 0.7
@@ -328,9 +333,14 @@ def _largest(shares: dict[str, float]) -> str:
     )
 
 
+def _left_on(facts: JobFacts) -> str:
+    """Return advice on what is for the search of errors, and makes all steps slower; else empty."""
+    return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
+
+
 def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
-    if facts.detects_anomalies:
-        return WITHOUT_ANOMALIES
+    if left_on := _left_on(facts):
+        return left_on
 
     if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
@@ -340,8 +350,8 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
 
 def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     """Return the advice."""
-    if facts.detects_anomalies:
-        return WITHOUT_ANOMALIES
+    if left_on := _left_on(facts):
+        return left_on
 
     if phase == "optimizer":
         return _optimizer(facts)
