@@ -24,6 +24,7 @@ from traceml.formatting import (
 from traceml.process_ends import exit_text, signal_name
 
 __all__ = [
+    "NEARLY_ALL",
     "FindingFacts",
     "compute",
     "device_fault",
@@ -53,6 +54,8 @@ _MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
 _HALF = 0.5
+NEARLY_ALL = 0.8
+"""A line with a smaller share of the phase in which every n-th step is long has most of that, and not all."""
 
 
 class FindingFacts(Protocol):
@@ -207,7 +210,8 @@ def user_code(finding: FindingFacts) -> str:
     line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
         where = phases_text(evidence.get("phases", [finding.phase or "other"]), line)
-        return f"Every {ordinal_text(int(every))} step is long, in {where}: {_of_step_time(finding)}"
+        mostly = "mostly " if line and line_share is not None and line_share < NEARLY_ALL * share else ""
+        return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {_of_step_time(finding)}"
 
     if line and line_share is None:  # few samples
         return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
@@ -390,7 +394,7 @@ def insufficient_data(finding: FindingFacts) -> str:
         return "Not enough data for a verdict"
 
     place = line_text(evidence["file"], evidence["line"], evidence["function"])
-    return f"No training step was seen; most of the run's time is in {place}"
+    return f"No training step was seen; most of the work is in {place}"
 
 
 def unknown(finding: FindingFacts) -> str:

@@ -238,3 +238,16 @@ def test_rare_long_steps_by_chance_stay_jitter(seed):
     found = diagnose(window_of(ALONE, at_once("other", 150, 0.04), seed=seed), JobFacts())
 
     assert [each.kind for each in found] == [Kind.JITTER]
+
+
+@pytest.mark.parametrize(
+    ("line_share", "words"), [(0.3, "long, mostly in a.py:8 step"), (0.48, "long, in a.py:8 step")]
+)
+def test_a_line_with_a_part_of_the_long_steps_has_not_all_of_it(line_share, words):
+    """The model is called between the steps of an environment, in the same phase."""
+    line = {"file": "/x/a.py", "line": 8, "function": "step", "line_share": line_share}
+    found = Finding.of(
+        Kind.RESIDUAL_HEAVY, summary="", next="", phase="other", evidence={"every_n_steps": 16, **line}, cost_share=0.5
+    )
+
+    assert words in found.headline
