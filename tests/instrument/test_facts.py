@@ -82,6 +82,20 @@ def test_detection_of_anomalies_is_reported_while_it_is_on(traced: Traced) -> No
     assert [row["on"] for row in traced.info if row["kind"] == "anomaly_detection"] == [True, False]
 
 
+def test_a_profiler_is_reported_while_it_records(traced: Traced) -> None:
+    """One that is left on is on at each look; it is told when it has ended."""
+    model = net()
+    optimizer = sgd(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        for (x,) in data(3):
+            train(model, optimizer, x)
+
+    for (x,) in data(130):
+        train(model, optimizer, x)
+
+    assert [row["on"] for row in traced.info if row["kind"] == "profiler"] == [True, False]
+
+
 def test_usual_trainings_report_no_detection_of_anomalies(traced: Traced) -> None:
     """Nothing is told of what is off."""
     model = net()
@@ -89,7 +103,7 @@ def test_usual_trainings_report_no_detection_of_anomalies(traced: Traced) -> Non
     for (x,) in data(70):
         train(model, optimizer, x)
 
-    assert "anomaly_detection" not in {row["kind"] for row in traced.info}
+    assert not {"anomaly_detection", "profiler"} & {row["kind"] for row in traced.info}
 
 
 def test_models_and_optimizers_have_their_step(traced: Traced) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
-from traceml.database.schema import Phase, StepFlag
+from traceml.database.schema import Phase, Slot, StepFlag
 
 N = 20
 WIDTH = 4
@@ -661,3 +661,30 @@ def test_the_end_of_the_loop_is_known(traced: Traced) -> None:
         assert clock.loop_has_ended
 
     assert not any(seen)
+
+
+def test_a_step_is_done_once_its_optimizer_has_stepped(traced: Traced) -> None:
+    """What fails from then on, before a part of another step begins, comes after it."""
+    model = net()
+    optimizer = sgd(model)
+    clock, done = traced.instrumentation.clock, []
+    for x in torch.randn(4, 2, WIDTH):
+        loss = model(x).sum()
+        loss.backward()
+        done.append(clock.step_is_done)
+        optimizer.step()
+        assert clock.step_is_done
+
+    assert not any(done)
+    clock.open_slots[Slot.STEP_START] -= 10**12
+    assert clock.is_overdue()
+
+
+def test_with_several_optimizers_a_step_is_not_known_to_be_done(traced: Traced) -> None:
+    """The generator's part of a GAN follows that of the discriminator."""
+    model, other = net(), net()
+    optimizers = [sgd(model), sgd(other)]
+    for (x,) in data(3):
+        train(model, optimizers[0], x)
+        assert not traced.instrumentation.clock.step_is_done
+        train(other, optimizers[1], x)

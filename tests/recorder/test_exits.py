@@ -71,6 +71,41 @@ def test_a_script_that_ends_well_does_not_end_in_its_evaluation(
         assert stored_steps(serving) == list(range(5))
 
 
+LOOPS = """
+import torch, traceml
+traceml.init()
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def forward():
+    return model(torch.ones(2, 4))
+for _ in range(5):
+    forward().sum().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "step", "phase"),
+    [
+        ("raise ValueError", 4, None),
+        ("torch.save(model.state_dict(), 'missing/model.pt')", 4, "checkpoint"),
+        ("forward().sum().backward()\nraise ValueError", 5, None),
+        ("model(torch.ones(2, 5))", 5, "forward"),
+    ],
+    ids=["after the loop", "saves after the loop", "before the optimizer", "in the next forward"],
+)
+def test_an_error_after_a_loop_without_a_loader_is_in_no_step(
+    serving: Serving, run_script: Run, ending: str, step: int, phase: str | None
+) -> None:
+    """Once the optimizer has stepped, the last step is done; all five are stored."""
+    run_script(LOOPS + ending)
+
+    (row,) = exit_rows(serving)
+    ended = RankExit.from_facts(0, "failed", row)
+    assert (ended.step, ended.in_step, ended.open_phase) == (step, step == 5, phase)
+    assert stored_steps(serving) == list(range(5))
+
+
 @pytest.mark.parametrize(
     ("ending", "status", "expected"),
     [

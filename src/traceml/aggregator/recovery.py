@@ -231,6 +231,9 @@ def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str,
 
     if image.is_in_step:
         facts |= {"open_step": image.open_step, "open_since_ns": since_ns}
+        if image.step_is_done:
+            facts["last_step"] = image.open_step
+
         if began_ns := image.slot(Slot.STEP_START):
             facts["open_s"] = max(image.slot(Slot.HEARTBEAT) - began_ns, 0) / 1e9
 

@@ -216,7 +216,9 @@ class Slot(IntEnum):
     EXIT_START = 20  # monotonic timestamp at which the process began to end, 0 before
     HEARTBEAT = 21  # monotonic timestamp of the last time the recorder's thread woke
     RECORDER_THREAD = 22  # the kernel's id of that thread
-    EVALUATING = 23  # 1 while the model is evaluated, 2 after the training loop, else 0: as of the last heartbeat
+    # 1 while the model is evaluated, 2 after the training loop, 3 in a step whose optimizer has stepped and that takes
+    # far longer than usual, as what follows a loop without a loader; else 0: as of the last heartbeat
+    EVALUATING = 23
     SAVED = 24  # number of steps in the last checkpoint that was saved, 0 before the first
     SAVED_IN = 25  # number of its folder, see instrument/checkpoints/checkpoint_marks.py
     ITERATING = 26  # number of data loaders that a loop has not read to their end

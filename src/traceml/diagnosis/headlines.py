@@ -24,6 +24,7 @@ from traceml.formatting import (
 from traceml.process_ends import exit_text, signal_name
 
 __all__ = [
+    "NEARLY_ALL",
     "FindingFacts",
     "compute",
     "device_fault",
@@ -32,6 +33,7 @@ __all__ = [
     "hang",
     "healthy",
     "input_wait",
+    "insufficient_data",
     "leak",
     "limit",
     "lost_ranks",
@@ -52,6 +54,8 @@ _MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
 _HALF = 0.5
+NEARLY_ALL = 0.8
+"""A line with a smaller share of the phase in which every n-th step is long has most of that, and not all."""
 
 
 class FindingFacts(Protocol):
@@ -96,9 +100,8 @@ def lost_ranks(finding: FindingFacts) -> str:
         return f"Ended by the scheduler: {by_scheduler}"
 
     if evidence.get("cause") == "ended_from_outside":
-        step = evidence.get("step")
-        when = "" if step is None else f" at step {count_text(int(step))}"
-        return f"The job was ended from outside by {signal_name(int(evidence['signal']))}{when}"
+        how = signal_name(int(evidence["signal"]))
+        return f"The job was ended from outside by {how}{_when_ended(evidence)}"
 
     if evidence.get("cause") == "left_early":
         return f"{capitalized(ranks_text(finding.ranks))} ended before the others"
@@ -116,10 +119,19 @@ def lost_ranks(finding: FindingFacts) -> str:
     elif (code := evidence.get("code")) is not None:
         how = f" with exit code {code}"
 
-    step = evidence.get("step", evidence.get("last_step"))
-    when = "" if step is None else f" at step {count_text(int(step))}"
     where = "" if finding.phase is None else f", in {phase_words(finding.phase)}"
-    return f"{capitalized(ranks_text(finding.ranks))} ended{how}{when}{where}"
+    return f"{capitalized(ranks_text(finding.ranks))} ended{how}{_when_ended(evidence)}{where}"
+
+
+def _when_ended(evidence: Mapping[str, Any]) -> str:
+    """Return ` at step 37`, ` after step 37` where it had ended, ` at step 37 of this run` where a script went on."""
+    last = evidence.get("last_step")
+    step = evidence.get("step", last)
+    if step is None:
+        return ""
+
+    own = " of this run" if evidence.get("counts_anew") else ""
+    return f" {'after' if step == last else 'at'} step {count_text(int(step))}{own}"
 
 
 def _worker_end(evidence: Mapping[str, Any]) -> str:
@@ -198,7 +210,8 @@ def user_code(finding: FindingFacts) -> str:
     line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
         where = phases_text(evidence.get("phases", [finding.phase or "other"]), line)
-        return f"Every {ordinal_text(int(every))} step is long, in {where}: {_of_step_time(finding)}"
+        mostly = "mostly " if line and line_share is not None and line_share < NEARLY_ALL * share else ""
+        return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {_of_step_time(finding)}"
 
     if line and line_share is None:  # few samples
         return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
@@ -210,7 +223,12 @@ def user_code(finding: FindingFacts) -> str:
 
 
 def healthy(finding: FindingFacts) -> str:
-    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or that they are too short."""
+    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or what else is to be known."""
+    if (paused := finding.evidence.get("pause_share")) is not None:
+        count = int(finding.evidence["pauses"])
+        steps = "One step takes" if count == 1 else f"{count} steps take"
+        return f"{steps} {percent_text(paused)} of all step time; the others are fine"
+
     if finding.evidence.get("too_short"):
         return f"Steps of {ms_text(finding.evidence['step_ms'])} are too short to judge"
 
@@ -367,6 +385,16 @@ def stopped(finding: FindingFacts) -> str:
         return f"The machine of {ranks} was suspended for {how_long}"
 
     return f"{capitalized(ranks)} {'was' if len(finding.ranks) == 1 else 'were'} stopped for {how_long}"
+
+
+def insufficient_data(finding: FindingFacts) -> str:
+    """Return `Not enough data for a verdict`, or the line of a run without steps."""
+    evidence = finding.evidence
+    if "function" not in evidence:
+        return "Not enough data for a verdict"
+
+    place = line_text(evidence["file"], evidence["line"], evidence["function"])
+    return f"No training step was seen; most of the work is in {place}"
 
 
 def unknown(finding: FindingFacts) -> str:

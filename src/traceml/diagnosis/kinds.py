@@ -113,7 +113,7 @@ class Kind(StrEnum):
     HANG = "HANG", KindRule(headlines.hang, Severity.CRITICAL, sorts_first=True, cost_of="")
     RANK_LOST = "RANK_LOST", KindRule(headlines.lost_ranks, Severity.CRITICAL, sorts_first=True, cost_of="")
     WORKER_LOST = "WORKER_LOST", KindRule(headlines.lost_worker, Severity.WARNING, sorts_first=True)
-    INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
+    INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule(headlines.insufficient_data, Severity.INFO)
 
     def __new__(cls, value: str, rule: KindRule) -> Kind:
         """Make the member of one declaration."""

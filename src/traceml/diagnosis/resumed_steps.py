@@ -1,6 +1,5 @@
 """Step numbers of a training that resumes from a checkpoint: the script counts on, its restarted process from 0.
 
-
 The rules judge the steps of one process. What they say names the steps as the script does.
 """
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.blamed_lines import import_share, outside_line
+from traceml.diagnosis.facts.blamed_lines import import_share, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.findings import Finding, in_order
@@ -52,6 +52,7 @@ MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
 _SHOWN_STEPS = 3  # of so many it is told what took their time
 _UNKNOWN_SHARE = 0.30
+_NAMED_IMPORTS = 0.1  # of a run without steps, imports are told from this share of its time on
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 
@@ -169,18 +170,20 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
         found += restarted
         remaining = replayed(remaining, without_restarts)
 
+    whole = remaining
     periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
     found += periodic
     remaining = replayed(remaining, without_long)
 
     found += input_bound(remaining, facts, step_ns, "restarts of workers" if restarted else None)
-    for rule in (transfers, residual, checkpoints):
-        found += rule(remaining, facts, step_ns)
-
-    if not alternating:
-        # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
-        long = jitter(remaining, facts, step_ns)
-        found += [each for each in long if not (found_late and each.phase == "comm")]
+    found += transfers(remaining, facts, step_ns)
+    # What rare long steps do is no steady cost of code outside the phases.
+    long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)
+    without_long_steps = replayed(remaining, without_rare_ones)
+    found += residual(without_long_steps, facts, step_ns, whole if long or periodic else None)
+    found += checkpoints(remaining, facts, step_ns)
+    # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
+    found += [each for each in long if not (found_late and each.phase == "comm")]
 
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
@@ -308,11 +311,26 @@ def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
 
     advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
     so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
+    line = line_beside_imports(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
+    if line is not None:
+        imports = import_share(facts.lines, OUTSIDE_STEPS[0]).share
+        so_far = f" {line.share_text.capitalize()} of the run's time is in {line.place}."
+        if imports >= _NAMED_IMPORTS:
+            beside = f"Beside imports, which take {percent_text(imports)} of the run's time"
+            so_far = f" {beside}, {line.share_text} of the rest is in {line.place}."
+
+        advice = f"If the run should be faster, look at {line.place}. {advice}"
+
     return Finding.of(
         Kind.INSUFFICIENT_DATA,
         summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.{so_far}",
         next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else advice,
-        evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
+        evidence={
+            "steps": seen,
+            "needed": MIN_STEPS,
+            "missing": "steps",
+            **({} if line is None else line.evidence(1.0)),
+        },
     )
 
 

@@ -222,7 +222,7 @@ class Instrumentation:
             self._guarded(lambda: self._look_for_iterators(alive))
 
         self._guarded(self._group.report_mesh)
-        self._guarded(self._facts.anomaly_detection)
+        self._guarded(self._facts.debugging)
         return self._discovery is None or self.clock.optimizers_alive > 0
 
     def _find_models(self, alive: Callable[[], AliveObjects]) -> None:
@@ -268,7 +268,7 @@ class Instrumentation:
 
         self._look_for_device()
         self._guarded(self._facts.training_loader)
-        self._guarded(self._facts.anomaly_detection)
+        self._guarded(self._facts.debugging)
         self._guarded(self._report_rollouts)
 
         self._guarded(self._group.find if clock.group is None else self._group.report_mesh)

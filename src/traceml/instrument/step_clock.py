@@ -16,7 +16,7 @@ from traceml.database.schema import Phase, Slot, StepFlag
 from traceml.instrument.accumulator import CHECK_FORWARD, FIRST_USER, NOT_READY, ON_FORWARD, OTHER, Began, StepListener
 from traceml.instrument.evaluation import EvaluationStretch
 from traceml.instrument.step_segments import SegmentedStep
-from traceml.instrument.values.last_step import usual_end
+from traceml.instrument.values.last_step import is_overdue, usual_end
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -87,6 +87,25 @@ class StepClock(SegmentedStep):
             return False
 
         return not (self.forward_ns or self.backwards or self.attempt)
+
+    @property
+    def step_is_done(self) -> bool:
+        """Whether an optimizer has stepped in the open step, and no part of another step has begun since.
+
+        With several optimizers another one may follow.
+        """
+        if self.is_evaluating:
+            return self.has_stepped
+
+        if self.pending:
+            return self.batch is None and self._is_idle()
+
+        return bool(self.attempt) and not self._may_step_again(self.attempt)
+
+    def is_overdue(self) -> bool:
+        """Whether the open step is done, and takes far longer than those before: a loop may be over."""
+        began_ns: int = self.open_slots[_STEP_START]
+        return began_ns > 0 and self.step_is_done and is_overdue(self.ring, monotonic_ns() - began_ns)
 
     def boundary(self, t: int, loader: Any) -> None:
         """Handle a request to a loader: decide what kind of segment ends here.

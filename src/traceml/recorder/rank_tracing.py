@@ -124,6 +124,11 @@ class RankTracing:
         """Whether the training loop is over, as far as is known, so that the open step does not count."""
         return self.instrumentation is not None and self.instrumentation.clock.loop_has_ended
 
+    @property
+    def step_is_done(self) -> bool:
+        """Whether an optimizer has stepped in the open step, and no part of another step has begun since."""
+        return self.instrumentation is not None and self.instrumentation.clock.step_is_done
+
     def phase_left(self, error: BaseException | None) -> dict[str, str]:
         """Return the phase that an exception has left, where the traceback does not show it."""
         phase = self.instrumentation.clock.phase_of(error) if self.instrumentation is not None else None
@@ -203,9 +208,20 @@ class RankTracing:
             self._note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
 
     def _check_progress(self, last: bool) -> None:
-        self._flight.open_slots[Slot.EVALUATING] = 1 if self.is_evaluating else 2 if self.loop_has_ended else 0
+        self._flight.open_slots[Slot.EVALUATING] = self._outside_steps()
         self._progress_watch(last)
         self._thread.is_attentive = self._progress_watch.is_quiet or self.profiles.is_used
+
+    def _outside_steps(self) -> int:
+        """Return what `Slot.EVALUATING` has."""
+        if self.is_evaluating:
+            return 1
+
+        if self.loop_has_ended:
+            return 2
+
+        clock = self._step_clock()
+        return 3 if clock is not None and clock.is_overdue() else 0
 
     def _is_feeding(self, frame: FrameType) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None

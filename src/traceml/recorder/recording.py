@@ -202,9 +202,10 @@ class Recording:
         reported = {**self.tracing.phase_left(cause_of(error)), **describe(error)}
         facts: dict[str, Any] = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
         if slots[Slot.STEP] >= 0:
-            closes = not status and self.tracing.has_stepped  # the end of training closes the open step
+            is_done = self._is_between_phases(reported) and self.tracing.step_is_done
+            closes = is_done if status else self.tracing.has_stepped  # the end of training closes the open step
             facts["last_step"] = slots[Slot.STEP] - 1 + closes  # a resumed training does not count from 0
-            if self._is_in_step(status, reported):
+            if not is_done and self._is_in_step(status, reported):
                 facts["step"] = slots[Slot.STEP]
 
             if began_ns := slots[Slot.STEP_START]:
@@ -233,10 +234,14 @@ class Recording:
         Args:
             reported: facts about the exception, with the phase that it has left.
         """
-        if reported.get("open_phase") in (None, Phase.CHECKPOINT.label) and self.tracing.loop_has_ended:
+        if self._is_between_phases(reported) and self.tracing.loop_has_ended:
             return False
 
         return bool(status) or self.tracing.has_stepped
+
+    def _is_between_phases(self, reported: Mapping[str, Any]) -> bool:
+        """Whether no phase that belongs to a step is open: a script also saves after its last one."""
+        return reported.get("open_phase") in (None, Phase.CHECKPOINT.label)
 
     @property
     def held(self) -> bool:

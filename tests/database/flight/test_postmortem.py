@@ -150,6 +150,18 @@ def test_the_open_step_is_none_after_the_last_one(tmp_path: Path, slots: dict[Sl
     flight.close(unlink=True)
 
 
+@pytest.mark.parametrize(("backward_at", "is_done"), [(0, True), (950, False)], ids=["between phases", "in backward"])
+def test_a_step_that_is_overdue_is_done_unless_a_phase_is_open(tmp_path: Path, backward_at: int, is_done: bool) -> None:
+    """The recorder said so at its last heartbeat: another step may have begun since."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+    flight.open_slots[Slot.STEP_START], flight.open_slots[Slot.EVALUATING] = 900, 3
+    flight.open_slots[Phase.BACKWARD] = backward_at
+
+    assert FlightSnapshot(flight.path, flight.path.read_bytes()).step_is_done is is_done
+    flight.close(unlink=True)
+
+
 @pytest.mark.parametrize(("exit_start", "is_evaluating"), [(0, True), (950, False)])
 def test_a_process_that_ends_does_not_evaluate(tmp_path: Path, exit_start: int, is_evaluating: bool) -> None:
     """Of the last evaluation nothing else shows the end."""

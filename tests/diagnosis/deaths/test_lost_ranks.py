@@ -59,6 +59,10 @@ def test_a_kill_is_reported_with_the_line_that_was_seen_last():
         ({"open_step": 42, "open_phase": "evaluation"}, ", in evaluation, after step 41."),
         ({"open_step": 42, "last_step": 41, "open_phase": "exit"}, ", in the end of the process, after step 41."),
         ({"last_step": 41, "open_phase": "checkpoint"}, ", in checkpoint saving, after step 41."),
+        (
+            {"open_step": 41, "last_step": 41, "open_phase": "other"},
+            ", in code outside the known phases, after step 41.",
+        ),
         ({"untraced": True}, "."),
     ],
 )
@@ -70,6 +74,19 @@ def test_an_end_outside_the_steps_is_in_none(where, words):
     finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, **where),)))[0]
 
     assert finding.summary == f"Rank 0 was killed by signal 15 (SIGTERM){words}"
+    assert " at step" not in finding.headline
+
+
+@pytest.mark.parametrize(("open_step", "words"), [(42, "in step 42 of this run"), (None, "after step 41 of this run")])
+def test_steps_of_a_run_that_went_on_from_a_checkpoint_are_its_own(open_step, words):
+    """The script may count them on from there; ours begin at 0."""
+    ended = RankExit(
+        rank=0, state="failed", exception="ValueError", open_step=open_step, last_step=41, counts_anew=True
+    )
+    (finding,) = rank_lost(JobFacts(exits=(ended,)))
+
+    assert finding.summary == f"Rank 0 ended with ValueError, {words}."
+    assert finding.headline.endswith("step 42 of this run" if open_step else "after step 41 of this run")
 
 
 @pytest.mark.parametrize("seen", [None, "/a/train.py:23 load"])

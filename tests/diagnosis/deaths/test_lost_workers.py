@@ -58,7 +58,7 @@ def test_the_rank_ended_because_of_the_worker_that_was_noted():
     assert finding.summary == (
         "Rank 0 ended because loader worker 1 (process 4711) was killed by signal 9 (SIGKILL), after step 107."
     )
-    assert finding.headline == "Rank 0 ended because one of its loader workers was killed by SIGKILL at step 107"
+    assert finding.headline == "Rank 0 ended because one of its loader workers was killed by SIGKILL after step 107"
     assert "ended no process here" in finding.next
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 
 
@@ -43,3 +45,15 @@ def test_models_that_are_trained_again_are_told() -> None:
 
     assert facts.build().other_models == (100, 200, 300)
     assert facts.build().same_models == {200: 0, 300: 100}
+
+
+@pytest.mark.parametrize(
+    ("looks", "is_left_on"), [([True], True), ([True, False], False), ([True, False, True], False)]
+)
+def test_a_profiler_is_left_on_if_it_never_was_off(looks: list[bool], is_left_on: bool) -> None:
+    """One with a schedule is on now and then."""
+    facts = JobFactsBuilder()
+    for on in looks:
+        facts.info(0, {"kind": "profiler", "on": on})
+
+    assert facts.build(latest=(100,)).profiles is is_left_on

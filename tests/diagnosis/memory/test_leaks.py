@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import MemoryHistory, MemoryKind
 from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -67,6 +68,23 @@ def test_only_a_leak_that_ends_the_run_comes_before_slow_steps():
     ]
 
     assert kinds == ["MEMORY_LEAK", "INPUT_BOUND"]
+
+
+@pytest.mark.parametrize(
+    ("state", "ran_s", "kind"),
+    [
+        ("finished", 10.0, Kind.INPUT_BOUND),
+        ("finished", 20.0, Kind.MEMORY_LEAK),
+        ("running", 10.0, Kind.MEMORY_LEAK),
+        ("failed", 10.0, Kind.MEMORY_LEAK),
+    ],
+)
+def test_a_run_that_finished_had_room_for_its_leak(state, ran_s, kind):
+    """Memory would be full 13 s later: what the run lost by slow data is more, unless it was close to its end."""
+    window, time = window_of(ALONE, adds("input_wait", 20)), RunTime.of(ran_s, {"steps": ran_s})
+    facts = JobFacts(loader=LoaderFacts(num_workers=0), state=state, time=time, **leaking(15 * GB))
+
+    assert diagnose(window, facts)[0].kind is kind
 
 
 def test_the_ranks_of_a_host_fill_it_together():

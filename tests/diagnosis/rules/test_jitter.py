@@ -42,6 +42,24 @@ def test_the_line_of_rare_long_steps_is_named():
     assert 0.2 < found.evidence["line_share"] < 0.4
 
 
+def test_long_steps_are_no_steady_cost():
+    """An asynchronous save makes the next steps long, too: 8 % of them. All steps together are not what is slow."""
+    found = diagnose(window_of(ALONE, at_once("other", 200, 0.08)), JobFacts(lines=sampled(ALONE)))
+
+    assert [each.kind for each in found] == [Kind.JITTER]
+    assert "mostly in train.py:70 rebuild" in found[0].summary
+
+
+def test_a_steady_cost_beside_long_steps_is_told_without_them():
+    """Its bar on the card includes them."""
+    job = Job(ranks=1, steps=400, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": 6.0})
+    found = diagnose(window_of(job, at_once("other", 200, 0.08)), JobFacts())
+
+    steady = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+    assert "not counting rare long steps" in steady.summary
+    assert steady.cost_share == pytest.approx(6 / (22 + 200 * 0.08), rel=0.3)
+
+
 def test_one_step_that_is_nearly_all_of_it_is_reported_alone():
     """The mean of a pause of 30 s and two of 100 ms is no time that any step took."""
     short, one = adds("other", 100, every=150), adds("other", 30_000, every=ALONE.steps)

@@ -87,6 +87,28 @@ def test_a_script_that_ended_well_without_a_step_had_no_long_start_up(state, rep
     assert (Kind.STARTUP in kinds) is reported
 
 
+def test_a_run_without_steps_names_its_line():
+    """A script that only infers, or prepares data, spends its time somewhere, too."""
+    lines = (
+        SampledLine(0, "startup", "/x/infer.py", 12, "tokenize", None, 80),
+        SampledLine(0, "startup", "/x/infer.py", 1, "<module>", None, 20),
+    )
+    facts = JobFacts(time=RunTime.of(80.0, {}), state="finished", lines=lines)
+    (found,) = diagnose(window_of(replace(ALONE, steps=0)), facts)
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert found.headline == "No training step was seen; most of the work is in infer.py:12 tokenize"
+    assert "80 % of the run's time is in infer.py:12 tokenize." in found.summary
+    imports = SampledLine(0, "startup", "/x/infer.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 100)
+    (beside, *_) = diagnose(window_of(replace(ALONE, steps=0)), replace(facts, lines=(imports, *lines)))
+    assert (
+        "Beside imports, which take 50 % of the run's time, 80 % of the rest is in infer.py:12 tokenize."
+        in beside.summary
+    )
+    assert found.next.startswith("If the run should be faster, look at infer.py:12 tokenize.")
+    assert (found.evidence["line"], found.evidence["function"]) == (12, "tokenize")
+
+
 def test_a_start_up_names_its_line():
     """Half of the samples before the first step."""
     lines = (

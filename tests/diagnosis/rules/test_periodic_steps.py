@@ -247,3 +247,16 @@ def test_a_few_long_steps_without_cores_have_no_period(waited):
     found = findings(job, adds("backward", 900, every=6), main_wait=dict.fromkeys((0, 1), waited))
 
     assert any("every_n_steps" in each.evidence for each in found) is (waited == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("line_share", "words"), [(0.3, "long, mostly in a.py:8 step"), (0.48, "long, in a.py:8 step")]
+)
+def test_a_line_with_a_part_of_the_long_steps_has_not_all_of_it(line_share, words):
+    """The model is called between the steps of an environment, in the same phase."""
+    line = {"file": "/x/a.py", "line": 8, "function": "step", "line_share": line_share}
+    found = Finding.of(
+        Kind.RESIDUAL_HEAVY, summary="", next="", phase="other", evidence={"every_n_steps": 16, **line}, cost_share=0.5
+    )
+
+    assert words in found.headline

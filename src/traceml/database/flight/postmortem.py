@@ -163,6 +163,11 @@ class FlightSnapshot:
         is_over = self._slots[Slot.EVALUATING] == 2 and not self._slots[Slot.ITERATING]
         return self.open_step is not None and not (is_over or self._slots[Slot.EXIT_START])
 
+    @property
+    def step_is_done(self) -> bool:
+        """Whether the open step is the last one, as far as is known: the process was in none of its phases."""
+        return self._slots[Slot.EVALUATING] == 3 and self.open_phase[0] is None
+
     def slot(self, slot: Slot) -> int:
         """Return the value of a slot."""
         return self._slots[slot]

@@ -86,15 +86,19 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
 
 
 def step_text(ended: RankExit) -> str:
-    """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`."""
+    """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`.
+
+    A script that goes on from a checkpoint may count on where that one ended: `, in step 42 of this run`.
+    """
     if ended.untraced:
         return ""
 
     inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
+    step = f"step {ended.step} of this run" if ended.counts_anew else f"step {ended.step}"
     if ended.in_step:
-        return f", in step {ended.step}{inside}"
+        return f", in {step}{inside}"
 
-    return f"{inside}, before the first step" if ended.step is None else f"{inside}, after step {ended.step}"
+    return f"{inside}, before the first step" if ended.step is None else f"{inside}, after {step}"
 
 
 def seen_text(ended: RankExit) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "import_share",
     "iterator_share",
     "leading_lines",
+    "line_beside_imports",
     "main_library",
     "ordering_share",
     "outside_line",
@@ -368,6 +369,11 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
 
     line = _by_line(lines, part, place).most_common(1)[0][0]
     return BlamedLine(place[0], line, place[1], samples / total, total)
+
+
+def line_beside_imports(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
+    """Return `outside_line` of the time in which no modules are imported."""
+    return outside_line([each for each in lines if not _imports(each)], part)
 
 
 def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: float | None = None) -> bool:

@@ -57,6 +57,7 @@ class JobFacts:
         rpc: whether ranks call functions of each other (torch.distributed.rpc).
         fused: whether the optimizer is a fused one; None where no fused form of it is known.
         detects_anomalies: whether autograd's detection of anomalies is on.
+        profiles: whether torch's profiler was on in all steps, as far as they were looked at.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         plays: whether models are called between trainings, without a loader, with one sample each time.
         only_logs: whether the script logs values and is not traced.
@@ -109,6 +110,7 @@ class JobFacts:
     rpc: bool = False
     fused: bool | None = None
     detects_anomalies: bool = False
+    profiles: bool = False
     collects: bool = False
     plays: bool = False
     only_logs: bool = False

@@ -75,8 +75,8 @@ class JobFactsBuilder:
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
         self.topology = TopologyHistory()
         self.stops: dict[int, list[Stop]] = {}
-        self.joined: dict[int, list[int]] = {}
         """Times in which a rank did not run."""
+        self.joined: dict[int, list[int]] = {}
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
@@ -91,6 +91,7 @@ class JobFactsBuilder:
         self._training_loader: tuple[int, int] | None = None
         self._loaders_made: dict[tuple[Any, ...], int] = {}
         self._model: ModelFacts | None = None
+        self._read_first: set[int] = set()  # ranks that read a checkpoint before their first step
         self._facts: dict[str, Any] = {}
         """Fields of `JobFacts` that single rows give."""
 
@@ -139,6 +140,12 @@ class JobFactsBuilder:
         if isinstance(row.get("step"), int):
             self.joined.setdefault(rank, []).append(row["step"])
 
+    def _take_loaded(self, rank: int, _row: Mapping[str, Any]) -> None:
+        self._read_first.add(rank)
+
+    def _take_profiler(self, _rank: int, row: Mapping[str, Any]) -> None:
+        self._facts["profiles"] = bool(row.get("on")) and self._facts.get("profiles", True)
+
     def _take_stopped(self, rank: int, row: Mapping[str, Any]) -> None:
         if (stop := stop_of(row)) is not None:
             self.stops.setdefault(rank, []).append(stop)
@@ -186,6 +193,7 @@ class JobFactsBuilder:
         "training_loader": _take_training_loader,
         "exit": _take_exit,
         "resumed": _take_resumed,
+        "loaded": _take_loaded,
         "stopped": _take_stopped,
         "joined": _take_joined,
         "worker_lost": _take_lost_worker,
@@ -198,6 +206,7 @@ class JobFactsBuilder:
         "collectives": lambda self, rank, row: self.batches.collective(rank, row),
         "compilation": lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
         "anomaly_detection": lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
+        "profiler": _take_profiler,
         "rollouts": lambda self, *_: self._facts.update(collects=True),
         "rpc": lambda self, *_: self._facts.update(rpc=True),
         "plays": lambda self, *_: self._facts.update(plays=True),
@@ -331,7 +340,11 @@ class JobFactsBuilder:
             epochs=self._epochs,
             time=self.time,
             exits=tuple(
-                replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs)
+                replace(
+                    with_last_step(self.exits[rank], latest),
+                    untraced=self.only_logs,
+                    counts_anew=rank in self._read_first and rank not in self.steps_before and not self.resumes_at,
+                )
                 for rank in sorted(self.exits)
             ),
             state=self.state,

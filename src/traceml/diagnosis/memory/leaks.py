@@ -107,7 +107,7 @@ def _finding(
     ranks = () if len(found) >= facts.world_size else tuple(sorted(found))
     return Finding.of(
         Kind.MEMORY_LEAK,
-        severity=_severity(room, unread if is_open else 0.0),
+        severity=_severity(room, unread if is_open else 0.0, facts),
         ranks=ranks,
         summary=f"{grown}{_full(room)}{why.text if why else _UNSEEN if is_unseen else ''}{_MAY_END if is_open else ''}",
         next=why.action if why else f"{_ADVICE[kind]}{_NATIVE if is_unseen else ''}",
@@ -126,9 +126,13 @@ def _finding(
     )
 
 
-def _severity(room: _Room | None, unread_steps: float) -> Severity:
-    """Return how bad it is; a cache would stop growing after `unread_steps`, which is 0 if it is not a cache."""
-    if room is not None and room.left_s <= SOON_S and (not unread_steps or room.left_steps < unread_steps):
+def _severity(room: _Room | None, unread_steps: float, facts: JobFacts) -> Severity:
+    """Return how bad it is; a cache would stop growing after `unread_steps`, which is 0 if it is not a cache.
+
+    A run that finished had room: only one that would not have had it for as long again was close to its end.
+    """
+    soon_s = min(SOON_S, facts.time.wall_s) if facts.time is not None and facts.state == "finished" else SOON_S
+    if room is not None and room.left_s <= soon_s and (not unread_steps or room.left_steps < unread_steps):
         return Severity.CRITICAL
 
     return Severity.INFO if unread_steps else Severity.WARNING

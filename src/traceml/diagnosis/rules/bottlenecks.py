@@ -42,6 +42,7 @@ MIN_UNCOUNTED = 0.02
 """What does not count is named from this share of the part on."""
 MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
+_RARE = "rare long steps"
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
@@ -83,7 +84,7 @@ class _PhaseCost:
         removed = values * np.float32(self.share)
         saved = saved_ns(self.segments, {self.part: values - removed})
         if saved > RARE_FACTOR * self.saved_ns:
-            return dataclasses.replace(self, uncounted=("rare long steps", *self.uncounted))
+            return dataclasses.replace(self, uncounted=(_RARE, *self.uncounted))
 
         return dataclasses.replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
 
@@ -195,8 +196,12 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
 
 
-def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """Find time in the user's own phases, or outside all phases."""
+def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segments | None = None) -> list[Finding]:
+    """Find time in the user's own phases, or outside all phases.
+
+    Args:
+        whole: the same with long steps that another finding has; None for none.
+    """
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
     for part in segments.parts:
@@ -216,6 +221,9 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             cost = cost.reported()
+            if whole is not None and _RARE not in cost.uncounted and _is_longer(whole, segments, part):
+                cost = dataclasses.replace(cost, uncounted=(_RARE, *cost.uncounted))
+
             line = cost.line(facts)
             library = cost.library(facts)
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
@@ -230,6 +238,10 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line)))
 
     return found
+
+
+def _is_longer(whole: Segments, segments: Segments, part: str) -> bool:
+    return float(whole.parts[part].mean()) > RARE_FACTOR * float(segments.parts[part].mean())
 
 
 def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:

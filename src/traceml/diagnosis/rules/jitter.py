@@ -79,25 +79,39 @@ class _LongSteps:
     usual_ns: float
 
 
-def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """Find rare long steps that cost much together and that no part explains."""
+def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> tuple[list[Finding], dict[str, Floats]]:
+    """Find rare long steps that cost much together and that no part explains; also return their part without them."""
     events = _unexplained(segments)
+    found = _rare_long_steps(segments, facts, events, step_ns)
+    if found is None:
+        return [], {}
+
+    part = found.phase
+    if part is None or part not in events.excess:
+        return [found], {}
+
+    values = segments.parts[part].copy()
+    values[:, events.columns] -= events.excess[part].astype(values.dtype)
+    return [found], {part: values}
+
+
+def _rare_long_steps(segments: Segments, facts: JobFacts, events: _LongSteps, step_ns: float) -> Finding | None:
     if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
-        return []
+        return None
 
     cost = float((segments.step[events.columns] - events.usual_ns).sum()) / len(segments.step)
     if cost < least_cost_ns(step_ns):
-        return []
+        return None
 
     if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
-        return []
+        return None
 
     found = _jitter(segments, facts, events, cost, step_ns)
     if facts.oversubscribed and "line" not in found.evidence and cost <= _core_wait(facts) * step_ns:
-        return []
+        return None
 
     if found.phase is None and _in_a_row(events.columns):
-        return []
+        return None
 
     waits_for_evaluation = (
         found.phase == "comm"
@@ -105,7 +119,7 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
         and bool(facts.time.evaluators)
         and len(events.columns) <= _PER_EVALUATION * facts.time.evaluations
     )
-    return [] if waits_for_evaluation else [found]
+    return None if waits_for_evaluation else found
 
 
 def _in_a_row(columns: NDArray[np.intp]) -> bool:

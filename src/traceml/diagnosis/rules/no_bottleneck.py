@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
-__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "for_compute", "nothing_found", "shares_text"]
+__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "WITHOUT_PROFILER", "for_compute", "nothing_found", "shares_text"]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
@@ -32,16 +33,24 @@ SHORT_LOOP_SHARE = 0.25
 HEAVY_CODE_SHARE = 0.25
 """Code of the script in forward or backward is named if it takes this share of the step."""
 
-_PAUSE_NS, _PAUSE_SHARE = 5e9, 0.25
-"""A single step is reported from this time on, if it is this share of all steps."""
+_PAUSE_NS, _PAUSE_SHARE = 5e8, 0.25
+"""One or two steps are reported from this time each on, if they are this share of all steps."""
+_CROWDED_PAUSE_NS = 5e9
+"""With too few cores from this time on: other programs cause shorter ones."""
+_PAUSES = 2
+"""So many are no rare long steps yet."""
 _PAUSE_PART = 0.7
 """If no line is known, the part of the step is named if it took at least this share of it."""
-_FIND_PAUSE = "Find out what the long step did: `traceml report --lines` shows the lines in which it was seen."
 
 _WAITING = "waiting for other ranks"
 WITHOUT_ANOMALIES = (
     "Turn off autograd's anomaly detection (set_detect_anomaly, detect_anomaly): it records the stack of each "
     "operation and checks each gradient, which only the search for a NaN needs."
+)
+WITHOUT_PROFILER = (
+    "Turn off torch's profiler, or let it record some steps only (schedule=torch.profiler.schedule(wait=100, warmup=2, "
+    "active=5, repeat=1)): it records each operation of every step, which makes all of them slower, and keeps it in "
+    "memory."
 )
 
 BUSY_SHARE = 0.7
@@ -60,14 +69,15 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     if short is not None:
         evidence["too_short"] = True
 
-    pause, action = _pause(segments, facts, step)
+    pause = _pauses(segments, facts, step)
+    evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares)
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
-    healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause}"
+    healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     own = _own_code(facts, heavy, shares, device=segments.device)
     cheaper = own.advice if own else _when_healthy(shares, facts)
-    summary, action = short or (healthy, action or cheaper)
+    summary, action = short or (healthy, pause.action or cheaper)
     after = after_steps_advice(facts)
     return Finding.of(
         Kind.HEALTHY,
@@ -158,35 +168,56 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
     return np.setdiff1d(np.arange(count), longest)
 
 
-def _pause(segments: Segments, facts: JobFacts, step: float) -> tuple[str, str]:
-    """Return (sentence, advice) about one long pause; empty ones where it is too short to matter."""
+class _Pauses(NamedTuple):
+    """One or two long pauses of a run: a sentence, advice and evidence; empty where they are too short to matter."""
+
+    text: str = ""
+    action: str = ""
+    evidence: Mapping[str, object] = {}
+
+
+def _pauses(segments: Segments, facts: JobFacts, step: float) -> _Pauses:
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
     times = np.maximum(segments.step, segments.longest(segments.own))
-    at = int(times.argmax())
-    longest = float(times[at])
-    if longest < _PAUSE_NS or longest < _PAUSE_SHARE * float(segments.step.sum()):
-        return "", ""
+    from_ns = _CROWDED_PAUSE_NS if facts.oversubscribed else _PAUSE_NS
+    least = max(from_ns, 2 * step, float(times.max()) / 2)  # the mean of a longer and a shorter one tells of neither
+    at = np.array(
+        [column for column in np.argsort(-times)[: 1 if segments.grouped else _PAUSES] if times[column] >= least],
+        np.intp,
+    )
+    total = float(times[at].sum())
+    if not len(at) or total < _PAUSE_SHARE * float(segments.step.sum()):
+        return _Pauses()
 
-    part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max()), default="other")
+    part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max(axis=0).sum()), default="other")
     line = _line_of_pause(segments, facts, part, at)
-    is_known = part != "other" and float(segments.parts[part][:, at].max()) >= _PAUSE_PART * longest
+    in_part = float(segments.parts[part][:, at].max(axis=0).sum()) if part in segments.parts else 0.0
+    is_known = part != "other" and in_part >= _PAUSE_PART * total
     where = line.place if line else phase_words(part) if is_known else ""
     mostly = f", mostly in {where}" if where else ""
-    action = f"Find out what {line.place} did in that step, and whether it needs to." if line else _FIND_PAUSE
-    return (
-        f" One step took {ns_text(longest)}, {count_text(round(longest / step))} times the mean of the others{mostly}.",
+    mean = total / len(at)
+    factor = count_text(round(mean / max(step, 1.0)))
+    steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
+    action = (
+        f"Find out what {line.place} did in {they}, and whether it needs to."
+        if line
+        else f"Find out what {they} did: `traceml report --lines` shows the lines in which the training was seen."
+    )
+    return _Pauses(
+        f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{mostly}.",
         action,
+        {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(total / float(segments.step.sum()), 1.0)},
     )
 
 
-def _line_of_pause(segments: Segments, facts: JobFacts, part: str, at: int) -> BlamedLine | None:
-    """Return the line of one part of one step, where that step has most of what its samples are about."""
+def _line_of_pause(segments: Segments, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
+    """Return the line of one part of some steps, where these have most of what its samples are about."""
     values = segments.parts.get(part)
     if values is None:
         return None
 
-    row = int(values[:, at].argmax())
-    if values[row, at] < LINE_SHARE * values[row].sum():
+    row = int(values[:, at].sum(axis=1).argmax())
+    if values[row, at].sum() < LINE_SHARE * values[row].sum():
         return None
 
     share = float(values[row].sum()) / max(float(segments.step.sum()), 1.0)
@@ -226,7 +257,7 @@ def _compute_bound(
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0))}"
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
-            f"{_pause(segments, facts, step)[0]}{uncovered_time_text(facts)}"
+            f"{_pauses(segments, facts, step).text}{uncovered_time_text(facts)}"
         ),
         next=after or faster,
         evidence=evidence | {"compute_share": compute} | line,
@@ -286,8 +317,8 @@ def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[st
     now = f" (batch_size is {batch})" if batch else ""
     others = {part: share for part, share in shares.items() if part not in COMPUTE}
     summary = (
-        f"Steps of {ns_text(step)} are too short to judge: {percent_text(loop)} of each is the loop's own overhead "
-        f"({_largest(others)})."
+        f"{percent_text(loop)} of each {ns_text(step)} step is the loop's own overhead ({_largest(others)}); no part "
+        "of it reaches the millisecond from which costs are judged."
     )
     return summary, (
         f"Use larger batches{now}: the {ns_text(loop * step)} that Python and the loader take for each step are then "
@@ -302,9 +333,14 @@ def _largest(shares: dict[str, float]) -> str:
     )
 
 
+def _left_on(facts: JobFacts) -> str:
+    """Return advice on what is for the search of errors, and makes all steps slower; else empty."""
+    return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
+
+
 def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
-    if facts.detects_anomalies:
-        return WITHOUT_ANOMALIES
+    if left_on := _left_on(facts):
+        return left_on
 
     if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
@@ -314,8 +350,8 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
 
 def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     """Return the advice."""
-    if facts.detects_anomalies:
-        return WITHOUT_ANOMALIES
+    if left_on := _left_on(facts):
+        return left_on
 
     if phase == "optimizer":
         return _optimizer(facts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis import headlines
 from traceml.diagnosis.advice import for_rollouts
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -226,6 +227,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share) if held else None
     where = phases_text(period.phases, line.place if line else None)
+    mostly = "mostly " if line and line.share < headlines.NEARLY_ALL else ""
     long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
@@ -234,7 +236,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
         phase=period.part,
         summary=(
             f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "
-            f"{ns_text(usual_ns)}, in {where}: {percent_text(share)} of step time."
+            f"{ns_text(usual_ns)}, {mostly}in {where}: {percent_text(share)} of step time."
         ),
         next=_advice(facts, period, line, half),
         evidence={

@@ -30,6 +30,8 @@ _GRADIENTS = "grad_mode"
 _OWN = "/torch/_dynamo/"  # a frame that torch puts around a module of its own
 _REPORTED_SHARE, _REPORTED_GAIN = 0.01, 1.05
 _MAX_SHARE = 0.99
+_MOSTLY = 0.5
+"""A step of which compiling takes this share is long for what else a first call does, too."""
 _GIVEN_UP = " The recompile limit was reached: inputs that fit no compiled version run in eager mode."
 
 
@@ -119,11 +121,14 @@ def _often(rows: Rows) -> Rows:
 def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
     """Return the parts without compiling, which a call of the model does first, then its backward pass."""
     without: dict[str, Floats] = {}
+    mostly = (ns >= _MOSTLY * np.maximum(segments.step, 1)).any(axis=0)
     for part in _TAKEN_FROM:
         if part in segments.parts:
             values = segments.parts[part]
             without[part] = np.maximum(values - ns, 0)
             ns = ns - (values - without[part])
+            usual = np.median(values, axis=1, keepdims=True)
+            without[part][:, mostly] = np.minimum(without[part][:, mostly], usual)
 
     return without
 

@@ -121,9 +121,13 @@ class FactReports:
 
         self.report(optimizer_facts(optimizer), step=self._clock.step)
 
-    def anomaly_detection(self) -> None:
-        """Report whether autograd detects anomalies, once it was on."""
+    def debugging(self) -> None:
+        """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""
         torch = sys.modules.get("torch")  # a script may have steps without it
-        is_on = torch is not None and bool(torch.is_anomaly_enabled())
-        if is_on or "anomaly_detection" in self._reported:
-            self.report({"kind": "anomaly_detection", "on": is_on})
+        profiler = sys.modules.get("torch.autograd.profiler")
+        self._switch("anomaly_detection", is_on=torch is not None and bool(torch.is_anomaly_enabled()))
+        self._switch("profiler", is_on=bool(getattr(profiler, "_is_profiler_enabled", False)))
+
+    def _switch(self, kind: str, *, is_on: bool) -> None:
+        if is_on or kind in self._reported:
+            self.report({"kind": kind, "on": is_on})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from traceml.database.schema import PHASE_COLUMNS, STEPS
@@ -9,7 +10,7 @@ from traceml.database.schema import PHASE_COLUMNS, STEPS
 if TYPE_CHECKING:
     from traceml.database.flight.row_rings import Ring
 
-__all__ = ["usual_end"]
+__all__ = ["is_overdue", "usual_end"]
 
 _EARLIER_STEPS = 32
 _FACTOR = 2.0
@@ -29,10 +30,23 @@ def usual_end(ring: Ring, now_ns: int, total_ns: int, timed_ns: int) -> int:
         total_ns: time from the step's begin until then.
         timed_ns: time in its phases.
     """
-    rows = STEPS.struct.iter_unpack(ring.take(max(ring.appended - _EARLIER_STEPS, 0), _EARLIER_STEPS).data)
-    others: list[int] = [row[_TOTAL] - sum(row[at] for at in _PHASES) for row in rows]
+    others: list[int] = [row[_TOTAL] - sum(row[at] for at in _PHASES) for row in _earlier(ring)]
     other_ns = total_ns - timed_ns
     if not others or other_ns <= _FACTOR * max(others):
         return now_ns
 
     return now_ns - other_ns + sorted(others)[len(others) // 2]
+
+
+def is_overdue(ring: Ring, total_ns: int) -> bool:
+    """Return whether a step takes far longer than each of those before it.
+
+    Args:
+        ring: the rows of the steps before.
+        total_ns: time since the step's begin.
+    """
+    return total_ns > _FACTOR * max((row[_TOTAL] for row in _earlier(ring)), default=total_ns)
+
+
+def _earlier(ring: Ring) -> Iterator[tuple[int, ...]]:
+    return STEPS.struct.iter_unpack(ring.take(max(ring.appended - _EARLIER_STEPS, 0), _EARLIER_STEPS).data)

@@ -37,6 +37,7 @@ class RankExit:
         limit_s: the job's time limit, seconds, where the scheduler reported it.
         host_lost: reason for which the launcher gave up its host.
         skipped_exit: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
+        counts_anew: whether it read a checkpoint before its first step, and its steps are counted from 0 nevertheless.
         untraced: whether the script only logs: then nothing is known of its steps.
         in_loop: whether a loop over a data loader was open, of a process that ended at once.
         returned: whether only the launched function has ended: its process waits for the other ranks.
@@ -72,6 +73,7 @@ class RankExit:
     in_loop: bool | None = None
     returned: bool | None = None
     untraced: bool = False
+    counts_anew: bool = False
 
     def says(self, *words: str) -> bool:
         """Return whether its exception has any of these words, in lower case."""
@@ -91,7 +93,8 @@ class RankExit:
     @property
     def in_step(self) -> bool:
         """Whether it ended in a step: the time of an evaluation, and that after the training, is in none."""
-        return self.open_step is not None and self.open_phase not in ("evaluation", "exit")
+        is_open = self.open_step is not None and self.open_step != self.last_step
+        return is_open and self.open_phase not in ("evaluation", "exit")
 
     @property
     def step(self) -> int | None:
