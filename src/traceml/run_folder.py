@@ -14,11 +14,14 @@ __all__ = [
     "RELAY_NAME",
     "REPORT_NAME",
     "STORE_NAME",
+    "STORE_PATH_BYTES",
     "TRACKERS_FOLDER",
     "UNREAD_LOG",
 ]
 
 STORE_NAME = "store.db"
+# SQLite opens no longer path: it has room for 512 bytes, with the "-journal" behind it.
+STORE_PATH_BYTES = 504
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 # Tags, note and name that people gave the run.

@@ -79,7 +79,7 @@ def test_damage_is_reported_and_the_rest_is_written(run_dir, tmp_path, capsys):
     ("words", "said"),
     [
         ([], "no format given"),
-        (["-o", "x.txt"], "no format given"),
+        (["-o", "x.txt"], "no format has the extension of x.txt: use --format"),
         (["--format", "pfw", "-o", "x.json"], "ends in .pfw.gz or .pfw"),
         (["--format", "xml"], "unknown format xml. Formats: perfetto, pfw, parquet, csv\n"),
         (["--format", "csv", "-o", "store.db"], "store.db is a file"),

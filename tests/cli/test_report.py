@@ -107,10 +107,10 @@ def test_a_gate_without_a_kind_is_refused(slow, capsys, words):
 
 def test_unknown_kind_lists_the_kinds(slow, capsys):
     """An unknown kind is a usage error, before anything is read, with the kinds there are."""
-    assert cli.main(["report", "nowhere", "--fail-on", "SLOW"]) == 2
+    assert cli.main(["report", "nowhere", "--fail-on", "Slow,jitter"]) == 2
 
     error = capsys.readouterr().err
-    assert "SLOW" in error
+    assert "no such kind: Slow. " in error
     assert "COMM_BOUND" in error
 
 

@@ -79,6 +79,12 @@ def test_without_runs_there_is_nothing_to_deliver(runs_dir, capsys):
     assert capsys.readouterr().out == "Nothing to deliver\n"
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    """A misspelt folder is no folder in which everything is delivered."""
+    assert cli.main(["sync", "--runs-dir", str(tmp_path / "gone")]) == 0
+    assert capsys.readouterr().out == f"There is no folder {tmp_path / 'gone'}\n"
+
+
 def test_what_runs_owe_is_delivered_once(runs_dir, capsys):
     """All runs that asked for a tracker; a run that did not is left alone until it is named."""
     first, second, third = logged(runs_dir, "a", "jsonl"), logged(runs_dir, "b"), logged(runs_dir, "c", "jsonl")

@@ -114,6 +114,20 @@ def test_what_is_not_there_is_reported_with_what_is(runs, tmp_path):
         find_run(None, tmp_path / "nothing")
 
 
+def test_a_file_is_no_folder_of_runs(tmp_path):
+    """An empty list would say that there are no runs, which is not known."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(RunNotFoundError, match=r"/file is no folder of runs: name one with --runs-dir"):
+        list_runs(tmp_path / "file")
+
+
+def test_a_text_that_is_too_long_for_a_name_is_no_run(runs):
+    """The system's error about its length would not say which runs there are."""
+    with pytest.raises(RunNotFoundError, match="20260102-000000-train-0002"):
+        find_run("x" * 5000, runs)
+
+
 def test_a_list_tells_state_and_verdict(runs):
     """The newest first, with the facts of each."""
     save_report(runs / "20260102-000000-train-0002", build_report(runs / "20260102-000000-train-0002"))

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from traceml.errors import AggregatorUnavailableError
-from traceml.supervise.aggregator_process import AggregatorProcess
+from traceml.errors import AggregatorUnavailableError, TraceMLError
+from traceml.settings import load
+from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 
 COMPUTES, WAITS = "while True: sum(range(10**5))", "input()"
+
+
+def test_a_job_of_a_traced_script_has_an_id_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It inherits that of the script's run, whose store another aggregator writes; one that it sets itself counts."""
+    monkeypatch.setenv("TRACEML_RUNS_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACEML_RUN_ID", "outer")
+    (tmp_path / "outer").mkdir()
+
+    assert choose_run_id(load(), "inner") == "outer"  # a job that is started again under its id
+
+    monkeypatch.setenv("TRACEML_ADDRESS", "127.0.0.1:9")
+    assert "-inner-" in choose_run_id(load(), "inner")
+
+    monkeypatch.setenv("TRACEML_RUN_ID", "own")
+    assert choose_run_id(load(), "inner") == "own"
+
+
+def test_a_folder_whose_store_sqlite_could_not_open_is_refused(tmp_path: Path) -> None:
+    """Before the job starts: it would run to its end, and nothing of it would be stored."""
+    parent = tmp_path / ("y" * 200)
+    runs_dir = parent / ("x" * (504 - len(f"{parent}//a-run/store.db")))
+    runs_dir.mkdir(parents=True)
+    with closing(sqlite3.connect(runs_dir / "a-run-store.db")) as store:  # as long as a-run/store.db
+        store.execute("CREATE TABLE rows (id)")
+
+    AggregatorProcess("a-run", runs_dir).check()
+
+    with pytest.raises(TraceMLError, match=r"SQLite takes no path of more than 504 bytes.*--runs-dir"):
+        AggregatorProcess("a-run2", runs_dir).check()
+
+    with pytest.raises(TraceMLError, match=r"SQLite"):
+        AggregatorProcess("a-run2", runs_dir).spawn_process()
 
 
 class LateAggregator(AggregatorProcess):

@@ -94,7 +94,8 @@ def _format(options: ExportOptions) -> str:
     export_format = format_of(Path(options.output)) if options.output else None
     if export_format is None:
         formats = " or ".join(FORMATS)
-        raise UsageError(f"no format given: use --format {formats}, or an output with an extension, as run.pfw.gz")
+        what = f"no format has the extension of {options.output}" if options.output else "no format given"
+        raise UsageError(f"{what}: use --format {formats}, or an output with an extension, as run.pfw.gz")
 
     return export_format
 

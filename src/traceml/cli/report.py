@@ -143,13 +143,13 @@ def _trackers_now(run_dir: Path) -> list[TrackerSection]:
 
 
 def _kinds(words: tuple[str, ...]) -> frozenset[str]:
-    kinds = {part.upper().replace("-", "_") for word in words for part in word.split(",") if part}
-    if unknown := sorted(kinds - set(Kind)):
+    kinds = {part: part.upper().replace("-", "_") for word in words for part in word.split(",") if part}
+    if unknown := sorted(part for part, kind in kinds.items() if kind not in set(Kind)):
         raise UsageError(
             f"--fail-on: no such kind: {', '.join(unknown)}. Kinds: {', '.join(Kind)}. RUN comes before --fail-on"
         )
 
-    return frozenset(kinds)
+    return frozenset(kinds.values())
 
 
 def _gate(report: Report, unwanted: frozenset[str]) -> int:

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     job = LocalJob(
         command=_command(options, target, arguments),
         elastic=_elastic(options),
-        run_id=choose_run_id(config.run_id, config.run_name or default_name(target, is_module=options.module)),
+        run_id=choose_run_id(config, config.run_name or default_name(target, is_module=options.module)),
         runs_dir=config.runs_dir.absolute(),
         environ=given(
             TRACEML_RUN_NAME=options.run_name,

@@ -107,7 +107,8 @@ def main(argv: list[str]) -> int:
         rows = [{"run": run, **{name: getattr(tracker, name) for name in _PRINTED}} for run, tracker in outcomes]
         print(json.dumps(rows, indent=2))
     elif not outcomes:
-        print("Nothing to deliver")
+        is_misspelt = options.runs_dir is not None and not config.runs_dir.is_dir()
+        print(printable(f"There is no folder {config.runs_dir}" if is_misspelt else "Nothing to deliver"))
 
     left = [
         each

@@ -206,15 +206,25 @@ def _some(names: list[str]) -> str:
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
-    """Return the folders of all runs in a folder, in no particular order."""
+    """Return the folders of all runs in a folder, in no particular order.
+
+    Raises:
+        RunNotFoundError: there is something else than a folder.
+    """
     if not runs_dir.is_dir():
+        if runs_dir.exists():
+            raise RunNotFoundError(f"{runs_dir} is no folder of runs: name one with --runs-dir or TRACEML_RUNS_DIR.")
+
         return []
 
     return [path for path in runs_dir.iterdir() if not path.is_symlink() and _is_run(path)]
 
 
 def _is_run(path: Path) -> bool:
-    return (path / STORE_NAME).is_file() or (path / REPORT_NAME).is_file()
+    try:
+        return (path / STORE_NAME).is_file() or (path / REPORT_NAME).is_file()
+    except OSError:  # a name that is too long, or a folder that may not be searched
+        return False
 
 
 def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:

@@ -7,6 +7,7 @@ takes over the port if one dies. The aggregator ends with the launching process.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -21,12 +22,13 @@ from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.inspection.kernel_state import process_info
 from traceml.own_programs import own_program
-from traceml.run_folder import AGGREGATOR_LOG
+from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.folder_aggregator import create_runs_dir
 
 if TYPE_CHECKING:
+    from traceml.settings import Config
     from traceml.transport.client import Connection
 
 __all__ = ["AggregatorProcess", "choose_run_id"]
@@ -103,7 +105,7 @@ class AggregatorProcess(RestartingProcess):
         import tempfile  # with `random` and OpenSSL's hashes: 5 ms, for which `traceml run`'s script would wait
 
         try:
-            create_runs_dir(self.runs_dir)
+            self._create_runs_dir()
             with tempfile.TemporaryFile(dir=self.runs_dir):
                 pass
         except OSError as error:
@@ -117,7 +119,7 @@ class AggregatorProcess(RestartingProcess):
         """
         log_path = self.run_dir / AGGREGATOR_LOG
         try:
-            create_runs_dir(self.runs_dir)
+            self._create_runs_dir()
             log_path.parent.mkdir(parents=True, exist_ok=True)
             log = log_path.open("ab")
         except OSError as error:
@@ -135,6 +137,13 @@ class AggregatorProcess(RestartingProcess):
                 pass_fds=(fd,),
                 own_session=True,
             )
+
+    def _create_runs_dir(self) -> None:
+        if len(os.fsencode(self.run_dir / STORE_NAME)) > STORE_PATH_BYTES:
+            reason = f"SQLite takes no path of more than {STORE_PATH_BYTES} bytes, and the store's is longer"
+            raise OSError(errno.ENAMETOOLONG, reason)
+
+        create_runs_dir(self.runs_dir)
 
     def take_last_snapshots(self) -> None:
         """Have it take snapshots of ranks without progress, before a signal ends them; at most a fifth of a second.
@@ -283,13 +292,18 @@ def _unwritable(folder: Path, error: OSError) -> TraceMLError:
     )
 
 
-def choose_run_id(wanted: str | None, name: str) -> str:
+def choose_run_id(config: Config, name: str) -> str:
     """Return the run id that the user asked for, or a new one that contains `name`.
+
+    A job that a traced script starts is a run of its own: the id that it inherits is that of the script's run.
 
     Raises:
         UsageError: the id cannot be a folder's name.
     """
     try:
-        return safe_run_id(wanted) if wanted else new_run_id(name)
+        wanted = safe_run_id(config.run_id) if config.run_id else None
     except ValueError as error:
         raise UsageError(f"run_id: {error}") from error
+
+    inherited = wanted is not None and config.supervised and (config.runs_dir / wanted).exists()
+    return new_run_id(name) if wanted is None or inherited else wanted

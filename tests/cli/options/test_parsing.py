@@ -96,6 +96,25 @@ def test_what_is_missing_is_named(words, names):
         parse(Needy, words, prog="traceml thing")
 
 
+@dataclass(frozen=True)
+class Optional:
+    """Need a word."""
+
+    word: tyro.conf.Positional[str]
+    """The word."""
+    keep_all: bool = False
+    """Not an unknown option."""
+
+
+def test_an_unknown_option_is_named_before_a_word_that_is_missing():
+    """tyro reports the missing word alone; the option that is not known is the mistake."""
+    with pytest.raises(UsageError, match=r"^unrecognized options: --other$"):
+        parse(Optional, ["--keep-all", "--other=1"], prog="traceml thing")
+
+    with pytest.raises(UsageError, match=r"^(?!unrecognized)"):
+        parse(Optional, ["--keep_all"], prog="traceml thing")
+
+
 @pytest.mark.parametrize("flag", ["--port", "--hosts"])
 def test_an_option_without_its_value_is_named(flag):
     """The commands with a parser of their own say it in the same words."""

@@ -217,6 +217,29 @@ def test_wrapped_keeps_words_whole():
     assert wrapped("", 5) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("it takes 27 % of it", ["it takes", "27 % of it"]),
+        ("it is at 436 MiB, now", ["it is at", "436 MiB, now"]),
+        ("it was 1 h 27 min ago", ["it was 1 h", "27 min ago"]),
+        ("step 5 has it, or 12 more", ["step 5 has", "it, or 12", "more"]),
+    ],
+)
+def test_a_number_stays_with_its_unit(text, lines):
+    """A line that begins with a unit reads as if its number were missing."""
+    assert wrapped(text, 12 if "MiB" in text else 10) == lines
+
+
+def test_nothing_is_cut_in_40_columns():
+    """Title and step times leave out what finds no room, rather than half of a number."""
+    lines = [line.plain for line in card(run_view(healthy()), Viewport(40, 24)).renderables]
+
+    assert lines[0].endswith("─ finished ─")
+    assert len(lines[0]) == 40
+    assert not [line for line in lines if "…" in line]
+
+
 def test_a_long_path_loses_its_middle_only():
     """Its file and line stay, whatever the width; addresses are left as they are."""
     path = "/tmp/venv/lib/python3.11/site-packages/stable_baselines3/common/utils.py:623,"

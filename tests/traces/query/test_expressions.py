@@ -110,6 +110,24 @@ def test_groups_that_make_no_sense(text):
         parse_where(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("cat=POSIX AND", "cat=POSIX -> HERE ->  AND"),
+        ("cat=POSIX or ", "cat=POSIX -> HERE ->  or"),
+        ("cat=POSIX AND size>4096", "cat=POSIX -> HERE ->  AND size>4096"),
+        ("cat=POSIX && (size > 1)", "cat=POSIX -> HERE ->  && (size > 1)"),
+        ("name=a, cat=b OR NAM=c", "name=a, cat=b -> HERE ->  OR NAM=c"),
+    ],
+)
+def test_a_condition_of_no_field_is_no_part_of_a_value(text, place):
+    """A misspelt field, or none, after AND or OR would otherwise be compared as text, and match nothing."""
+    with pytest.raises(UsageError, match="another condition is expected") as refused:
+        parse_where(text)
+
+    assert place in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["name='a|b'", "name~a|b", "name=this or that", "name=R&D", "cat~'^(POSIX|STDIO)$'"])
 def test_values_that_only_look_joined(text):
     """Quotes protect a value, alternatives belong to a pattern, and words are words."""

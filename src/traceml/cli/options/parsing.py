@@ -38,6 +38,7 @@ _NOT_A_NUMBER = re.compile(
     r"error parsing (\S+): no type matching \{None\}\|(FLOAT|INT) could be instantiated from \[(.*)\]"
 )
 _NO_WORDS = re.compile(r"error parsing (\S+): needs a value")
+_NO_WORD = re.compile(r"[\w./]+ needs a value$")  # of a positional argument
 _NO_CHOICE = re.compile(r"'None', |, 'None'")  # the default of an option, which cannot be given
 _NOT_INT = re.compile(r"error parsing (\S+): invalid literal for int\(\) with base 10: (.*)")
 _NOT_FLOAT = re.compile(r"error parsing (\S+): could not convert string to float: (.*)")
@@ -110,9 +111,19 @@ def _read_by_tyro(options: type[T], argv: list[str], prog: str) -> T:
         if not error.code:
             raise
 
-        raise UsageError(_one_line(output.getvalue())) from None
+        message = _one_line(output.getvalue())
+        unknown = _unknown_options(options, argv) if _NO_WORD.match(message) else ""
+        raise UsageError(unknown or message) from None
     finally:
         options.__annotations__ = declared  # completion reads them
+
+
+def _unknown_options(options: type[Any], argv: list[str]) -> str:
+    """Return what tyro says of unknown options; it reports a missing positional argument first."""
+    known = {f"--{name}".replace("_", "-") for name in (*options.__annotations__, "help")}
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    unknown = sorted(word for word in given if word.replace("_", "-") not in known)
+    return f"unrecognized options: {', '.join(unknown)}" if unknown else ""
 
 
 def tyro_hints(options: type[Any]) -> dict[str, Any]:

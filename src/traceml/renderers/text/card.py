@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -37,6 +38,8 @@ __all__ = ["card", "print_card", "print_report", "verdict_style", "wrapped"]
 _STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
 
 _MAX_WIDTH = 100  # longer lines are harder to read
+# Where a line may end: not between a number and its unit.
+_BREAKS = re.compile(r"(?<!\d)\s+|\s+(?!(?:%|[num]?s|min|h|(?:[KMGT]i?)?B)(?!\w))")
 _LABEL = 8  # columns of the labels at the left
 _RANK_ROWS = 8
 _PHASE_COLUMNS = 5
@@ -92,7 +95,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
     measured = [
         *_time_lines(view, width),
         *([_steps_line(view, width, viewport)] if view.steps.count else []),
-        *_data_line(view, viewport),
+        *_data_lines(view, width, viewport),
         *_labeled("Basis", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
@@ -126,8 +129,9 @@ def _top(view: RunView, width: int, viewport: Viewport) -> Text:
 
     left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
     left.append(view.verdict.kind, style=verdict_style(view.verdict)).append(" ")
-    texts = [f" {', '.join(facts)}, {view.outcome} {rule}", f" {facts[0]}, {view.outcome} {rule}"]
-    right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), f" {view.outcome} {rule}")
+    described = (f"{', '.join(facts)}, {view.outcome}", f"{facts[0]}, {view.outcome}", view.outcome, view.run.state)
+    texts = [f" {text} {rule}" for text in described]
+    right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), rule)
     fill = max(width - left.cell_len - len(right), 1)
     return left.append(rule * fill, style="dim").append(right)
 
@@ -155,10 +159,12 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
 def wrapped(text: str, width: int) -> list[str]:
     """Return the text in lines of at most `width` columns, broken between words; a longer word has a line of its own.
 
+    A number stays with its unit.
+
     Of a path that is longer the middle is left out: its file and line always stay.
     """
     lines: list[str] = []
-    for whole in text.split():
+    for whole in _BREAKS.split(text.strip()) if text.strip() else ():
         word = place_text(whole, width) if "://" not in whole else whole
         if lines and len(lines[-1]) + 1 + len(word) <= width:
             lines[-1] += f" {word}"
@@ -186,7 +192,7 @@ def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:
     line = Text(" ").append("Steps".ljust(_LABEL), style="dim")
     line.append(f"{rate_text(view.steps_per_second)} steps/s", style="bold")
     times = {"mean": steps.mean_ms, "p50": steps.p50_ms, "p95": steps.p95_ms, "p99": steps.p99_ms}
-    for left_out in ((), ("p95",), ("p95", "p50")):
+    for left_out in ((), ("p95",), ("p95", "p50"), ("p95", "p50", "p99")):
         shown = "  ".join(f"{name} {ms_text(ms)}" for name, ms in times.items() if name not in left_out)
         if line.cell_len + 5 + len(shown) <= width:
             break
@@ -194,12 +200,13 @@ def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:
     return line.append(f"  {viewport.glyphs.dot}  {shown}")
 
 
-def _data_line(view: RunView, viewport: Viewport) -> Iterator[Text]:
+def _data_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:
     """Yield what the whole job trains on per second, where it is known."""
     parts = [f"{number} {unit}/s" for unit, number in view.data_rates]
     if parts:
         parts += [view.shared_data] if view.shared_data else []
-        yield Text(" ").append("Data".ljust(_LABEL), style="dim").append(f"  {viewport.glyphs.dot}  ".join(parts))
+        line = Text(" ").append("Data".ljust(_LABEL), style="dim").append(f"  {viewport.glyphs.dot}  ".join(parts))
+        yield from [line] if line.cell_len <= width else _labeled("Data", ", ".join(parts), width)
 
 
 def _time_lines(view: RunView, width: int) -> Iterator[Text]:

@@ -43,6 +43,10 @@ _BEGINS = re.compile(
     rf"\s*(?:{_OPERATOR.pattern}|(?:not\s+)?in\s*\()",
     re.IGNORECASE,
 )
+# Within a value: nobody means it as text. A field that does not exist would otherwise match nothing, silently.
+_NO_CONDITION = re.compile(
+    rf"\s(?:and(?![^\s(])|or(?![^\s(])|&&?\s)[\s(]*(?:$|[A-Za-z_][\w.:/-]*\s*(?:{_OPERATOR.pattern}))", re.IGNORECASE
+)
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)$")
 _TIMES = {"": 1, "us": 1, "ns": Fraction(1, 1000), "ms": 1000, "s": 10**6}
 _SIZES = {"b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
@@ -204,6 +208,10 @@ class _ConditionParser:
         value = self._text[start:at].replace("\\,", ",").strip()
         if not value:
             raise self._misread("a value is expected")
+
+        if joined := _NO_CONDITION.search(self._text[start:at]):
+            self._at = start + joined.start()
+            raise self._misread("another condition is expected after AND or OR, or quotes around the value,")
 
         self._at = at
         return value

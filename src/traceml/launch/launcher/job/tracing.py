@@ -116,9 +116,7 @@ class Tracing:
         **given: Any,
     ) -> None:
         config = settings.load(**given)
-        self._aggregator = AggregatorProcess(
-            choose_run_id(config.run_id, config.run_name or name), config.runs_dir.absolute()
-        )
+        self._aggregator = AggregatorProcess(choose_run_id(config, config.run_name or name), config.runs_dir.absolute())
         self._environ = {
             "TRACEML_RUN_NAME": config.run_name or name,
             "TRACEML_PROJECT": config.project,

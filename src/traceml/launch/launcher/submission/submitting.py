@@ -48,7 +48,7 @@ def submit(call: AllocationCall, options: SlurmOptions, name: str, run_name: str
         raise SlurmError("sbatch and srun are not on the PATH: submit from a login node of the cluster")
 
     config = settings.load()
-    run_id = choose_run_id(config.run_id, run_name or config.run_name or name)
+    run_id = choose_run_id(config, run_name or config.run_name or name)
     executor = submitit.SlurmExecutor(_folder(options, config.log_dir), max_num_timeout=options.retries)
     executor.update_parameters(**options.parameters(name), setup=_setup(executor.folder, run_id, options.warning_s))
     try:
