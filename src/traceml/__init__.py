@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from traceml.launch.launcher.launcher import Launcher, launch
     from traceml.launch.launcher.logs.log_handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.launch.launcher.submission.submitted_job import SubmittedJob
-    from traceml.recorder.annotations import phase, set_step, trace, trace_data, trace_step
     from traceml.recorder.current_recorder import is_enabled
     from traceml.recorder.lifecycle import shutdown
     from traceml.recorder.recorder import Recorder
+    from traceml.recorder.tracing_api import phase, set_step, trace, trace_data, trace_step
     from traceml.runs.find import RunInfo
     from traceml.runs.run import runs
     from traceml.session.run_summary import summary
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
         log_params,
         log_text,
     )
-    from traceml.track.rank.tracelet import start_logging, stop_logging
+    from traceml.track.rank.start_logging import start_logging, stop_logging
     from traceml.version import __version__ as __version__
 
 # Public names by module, imported on first use: `import traceml` costs a training script nothing.
@@ -92,7 +92,7 @@ _NAMES = {
     "traceml.launch.launcher.launcher": "Launcher launch",
     "traceml.launch.launcher.logs.log_handlers": "add_filter_to_handler file_handler stream_handler",
     "traceml.launch.launcher.submission.submitted_job": "SubmittedJob",
-    "traceml.recorder.annotations": "phase set_step trace trace_data trace_step",
+    "traceml.recorder.tracing_api": "phase set_step trace trace_data trace_step",
     "traceml.recorder.current_recorder": "is_enabled",
     "traceml.recorder.lifecycle": "shutdown",
     "traceml.recorder.recorder": "Recorder",
@@ -113,7 +113,7 @@ _NAMES = {
     "traceml.track.rank.log_calls": (
         "get_active_experiment log_artifact log_histogram log_image log_metric log_metrics log_params log_text"
     ),
-    "traceml.track.rank.tracelet": "start_logging stop_logging",
+    "traceml.track.rank.start_logging": "start_logging stop_logging",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = ("dask", "integrations")  # whose names users write in full, as traceml.dask.TraceMLDaskWorkerPlugin

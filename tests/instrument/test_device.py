@@ -22,10 +22,10 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.fail_open import failures
-from traceml.instrument import accumulator, backward, device, forward, install, loader, optimizer, step_clock
+from traceml.instrument import backward, device, forward, install, loader, optimizer, phase_timer, step_clock
 from traceml.instrument.native.extension import use_time
 
-_CLOCKED = (accumulator, backward, forward, loader, optimizer, step_clock)
+_CLOCKED = (phase_timer, backward, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
 _FIRST = 5  # by then steps are known to be long; from here on all are measured
 

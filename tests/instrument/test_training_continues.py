@@ -26,7 +26,6 @@ from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import failures
 from traceml.instrument import (
     Instrumentation,
-    accumulator,
     backward,
     forward,
     hot_fields,
@@ -34,12 +33,13 @@ from traceml.instrument import (
     loader,
     optimizer,
     overhead,
+    phase_timer,
     step_clock,
 )
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.search import discovery
 
-_CLOCKED = (accumulator, backward, hot_fields, discovery, forward, loader, optimizer, overhead, step_clock)
+_CLOCKED = (phase_timer, backward, hot_fields, discovery, forward, loader, optimizer, overhead, step_clock)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 _SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.
@@ -56,12 +56,12 @@ _GUARDS = frozenset(
         "Instrumentation.phase",
         "SaveLog.add_nested",
         "SaveLog.end",
-        "StepAccumulator.cancel",
-        "StepAccumulator.enter",
-        "StepAccumulator.fail",
-        "StepAccumulator.leave",
-        "StepAccumulator.stop",
-        "StepAccumulator.workers_ended",
+        "PhaseTimer.cancel",
+        "PhaseTimer.enter",
+        "PhaseTimer.fail",
+        "PhaseTimer.leave",
+        "PhaseTimer.stop",
+        "PhaseTimer.workers_ended",
         "CellClock.enter_user",
         "CellClock.leave_user",
         "CellField.__get__",  # a field of the clock, which is a member in C
@@ -318,9 +318,9 @@ def test_clocks_slots_and_events_may_raise(
 
     kinds = chance.choice([("clock",), ("slots",), ("device",), ("clock", "slots", "device")])
     if "clock" in kinds:
-        use_time(failing(accumulator.monotonic_ns))
+        use_time(failing(phase_timer.monotonic_ns))
         for module in _CLOCKED:
-            monkeypatch.setattr(module, "monotonic_ns", failing(accumulator.monotonic_ns))
+            monkeypatch.setattr(module, "monotonic_ns", failing(phase_timer.monotonic_ns))
 
     if "device" in kinds:
         for name in ("record", "query", "elapsed_time"):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.instrument.conftest import Traced
 from traceml.database.schema import StepFlag
 from traceml.instrument import traced as traced_function
-from traceml.instrument.accumulator import StepAccumulator
+from traceml.instrument.phase_timer import PhaseTimer
 
 
 def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
@@ -79,10 +79,10 @@ def test_a_phase_around_the_whole_loop_is_booked_in_each_step(traced: Traced) ->
 def test_steps_with_phases_close_as_usual_ones(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a step inside of a phase takes the rules for unusual steps."""
     model, optimizer, x = parts()
-    phase, step = traced.instrumentation.phase, StepAccumulator.append_step
+    phase, step = traced.instrumentation.phase, PhaseTimer.append_step
     closed: list[int] = []
 
-    def append_step(clock: StepAccumulator, *args: Any) -> None:
+    def append_step(clock: PhaseTimer, *args: Any) -> None:
         closed.append(clock.step)
         step(clock, *args)
 
@@ -94,7 +94,7 @@ def test_steps_with_phases_close_as_usual_ones(traced: Traced, monkeypatch: pyte
 
     steps(3)
     with monkeypatch.context() as patch:
-        patch.setattr(StepAccumulator, "append_step", append_step)
+        patch.setattr(PhaseTimer, "append_step", append_step)
         steps(4)
         assert not closed
 

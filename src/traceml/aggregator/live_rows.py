@@ -51,9 +51,9 @@ class LiveRows:
         self.intake.facts.resumes_at = 0
         self.intake.kept.representatives = Representatives()
 
-    def silence(self, host: str) -> None:
+    def mark_unreachable(self, host: str) -> None:
         """Record that a host is out of reach: its ranks are not compared."""
-        self.representatives.silence(host)
+        self.representatives.mark_unreachable(host)
         self.fresh = True
 
     def join(self, stream: Stream) -> None:

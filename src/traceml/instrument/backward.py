@@ -19,9 +19,9 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accumulator import OTHER, Began, on_training_thread
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import OTHER, Began, on_training_thread
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["patch_backward", "patch_distributed_backward", "timed_backward"]

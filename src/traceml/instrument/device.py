@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from traceml.database.flight.row_rings import Ring
 from traceml.database.schema import DEVICE_PHASES, DEVICE_STEPS, PHASE_COLUMNS, Phase
 from traceml.fail_open import fail_open
-from traceml.instrument.accumulator import OTHER
+from traceml.instrument.phase_timer import OTHER
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["CudaDevice", "DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "StreamDevice", "built_devices"]

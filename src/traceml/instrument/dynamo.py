@@ -19,7 +19,7 @@ _PACKAGE = "traceml.instrument."
 _LEAVES = frozenset(
     f"{_PACKAGE}{name}"
     for name in (
-        "accumulator",
+        "phase_timer",
         "hot_fields",
         "step_clock",
         "step_segments",

@@ -14,7 +14,7 @@ import sys
 from typing import Any, Protocol
 
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import CHECK_FORWARD, ON_FORWARD, StepAccumulator
+from traceml.instrument.phase_timer import CHECK_FORWARD, ON_FORWARD, PhaseTimer
 
 __all__ = ["EvaluationStretch"]
 
@@ -48,7 +48,7 @@ class EvaluationStretch:
         is_play: the same of calls in training mode.
     """
 
-    def __init__(self, clock: StepAccumulator, rules: StepRules) -> None:
+    def __init__(self, clock: PhaseTimer, rules: StepRules) -> None:
         self._clock, self._rules = clock, rules
         self.start = 0
         self.is_rollout = self.is_play = False

@@ -23,9 +23,9 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, Began, on_training_thread
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, Began, on_training_thread
 from traceml.instrument.step_clock import StepClock
 
 __all__ = [

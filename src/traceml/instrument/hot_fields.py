@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import MICRO_BATCHES_MASK, STEPS, Phase, Slot, StepFlag, pack_bits
-from traceml.instrument.accumulator import (
+from traceml.instrument.native.extension import extension
+from traceml.instrument.phase_timer import (
     CHECK_FORWARD,
     NOT_READY,
     ON_FORWARD,
@@ -22,7 +23,6 @@ from traceml.instrument.accumulator import (
     StepListener,
     on_training_thread,
 )
-from traceml.instrument.native.extension import extension
 from traceml.instrument.step_clock import StepClock
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
-from traceml.instrument.accumulator import OTHER, Began, on_training_thread
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import OTHER, Began, on_training_thread
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.workers.loader_workers import follow_iterator
 

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
 from traceml.instrument.facts.own_attributes import own_attribute
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import NOT_READY, OTHER, Began, on_training_thread
 from traceml.instrument.step_clock import StepClock
 
 __all__ = [

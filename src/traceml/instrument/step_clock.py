@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.accumulator import CHECK_FORWARD, FIRST_USER, NOT_READY, ON_FORWARD, OTHER, Began, StepListener
 from traceml.instrument.evaluation import EvaluationStretch
+from traceml.instrument.phase_timer import CHECK_FORWARD, FIRST_USER, NOT_READY, ON_FORWARD, OTHER, Began, StepListener
 from traceml.instrument.step_segments import SegmentedStep
 from traceml.instrument.values.last_step import is_overdue, usual_end
 

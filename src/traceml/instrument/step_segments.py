@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.accumulator import CHECK_FORWARD, StepAccumulator, StepListener
+from traceml.instrument.phase_timer import CHECK_FORWARD, PhaseTimer, StepListener
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -25,7 +25,7 @@ _FACTOR = 2  # the last evaluation may take this many times as long as usual
 
 
 class _FirstPart(NamedTuple):
-    """The part of a step before its cut, which may become a step by itself; see `StepAccumulator.append_step`.
+    """The part of a step before its cut, which may become a step by itself; see `PhaseTimer.append_step`.
 
     Attributes:
         joined_by: id of the optimizer that steps after the cut.
@@ -42,7 +42,7 @@ class _FirstPart(NamedTuple):
     data: tuple[int, int]
 
 
-class SegmentedStep(StepAccumulator):
+class SegmentedStep(PhaseTimer):
     """Times of the open step before and after its last cut, and the rows that the parts become."""
 
     def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:

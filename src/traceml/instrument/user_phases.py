@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from traceml.database.flight.journaled_tables import NameTable
-from traceml.instrument.accumulator import FIRST_USER
+from traceml.instrument.phase_timer import FIRST_USER
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]

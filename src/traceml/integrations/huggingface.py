@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from traceml.integrations.training_session import TrainingSession
-from traceml.recorder.annotations import set_step
+from traceml.recorder.tracing_api import set_step
 
 __all__ = ["TraceMLCallback", "TraceMLTrainer"]
 

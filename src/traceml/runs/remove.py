@@ -61,7 +61,7 @@ def remove_ended(infos: Sequence[RunInfo]) -> None:
 def is_delivered(run_dir: Path) -> bool:
     """Return whether every tracker of a run has received everything that was logged."""
     from traceml.database.store.reader import StoreReader  # imports numpy
-    from traceml.track.delivery.plan import requested_backends
+    from traceml.track.delivery.delivery_plan import requested_backends
 
     done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
     try:

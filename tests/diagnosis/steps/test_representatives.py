@@ -155,7 +155,7 @@ def test_hosts_out_of_reach_are_not_compared_until_they_are_back():
     kept = kept_of(0, 4)
     kept.representatives.take(choice())
     kept.representatives.take(choice("b", 4, (4,)))
-    kept.representatives.silence("b")
+    kept.representatives.mark_unreachable("b")
 
     aligned = kept.aligned()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from traceml.aggregator.process_groups import kill_group
+from traceml.aggregator.child_programs import kill_group
 from traceml.errors import TraceMLError
 from traceml.version import __version__
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.process_groups import kill_group
+from traceml.aggregator.child_programs import kill_group
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import TraceMLError

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from traceml.aggregator.child_programs import kill_group
 from traceml.aggregator.collecting.source_request import SourceRequest, find_request
-from traceml.aggregator.process_groups import kill_group
 from traceml.database.schema import INFO
 from traceml.database.source_reading import SOURCE, SourceReading
 from traceml.errors import PluginError

@@ -162,7 +162,7 @@ class RelayedHosts:
             run.disconnected(stream)
 
         if gone and host.run is not None:
-            host.run.live.silence(host.key)
+            host.run.live.mark_unreachable(host.key)
 
     def _join(self, host: _RelayedHost, message: dict[str, Any]) -> None:
         number, facts = message.get("id"), message.get("hello")

@@ -241,7 +241,7 @@ class Representatives:
             if len(self._waiting) > _MAX_WAITING:
                 self._scatter()
 
-    def silence(self, host: str) -> None:
+    def mark_unreachable(self, host: str) -> None:
         """Record that a host cannot be reached, until its next choice."""
         self._silent.add(host)
 

@@ -21,11 +21,11 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.fail_open import fail_open
-from traceml.instrument.accumulator import NOT_READY
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.optimizer import is_wrapper
 from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import NOT_READY
 from traceml.instrument.search.alive_objects import AliveObjects, find_alive
 from traceml.instrument.step_clock import StepClock
 

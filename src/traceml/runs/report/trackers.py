@@ -7,7 +7,7 @@ from pathlib import Path
 from traceml.database.schema import METRICS
 from traceml.database.store.reader import StoreReader
 from traceml.runs.report.report_types import TrackerSection
-from traceml.track.delivery.plan import requested_backends
+from traceml.track.delivery.delivery_plan import requested_backends
 from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, TrackerState, states_of
 

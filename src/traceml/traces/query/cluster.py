@@ -17,7 +17,6 @@ from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.installation import install_command
 from traceml.traces.aggregate.pairs import SpanMatcher
 from traceml.traces.aggregate.sorting import ExternalSorter
-from traceml.traces.query.allocator import keep_freed_memory
 from traceml.traces.query.analysis import Analysis, TraceQuery
 from traceml.traces.query.fields import FieldContext
 from traceml.traces.query.file_parts import (
@@ -30,6 +29,7 @@ from traceml.traces.query.file_parts import (
     split,
 )
 from traceml.traces.query.labels import Labels
+from traceml.traces.query.malloc_setting import keep_freed_memory
 from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
 from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
 

@@ -16,8 +16,8 @@ from traceml.errors import BackendRefusedError
 from traceml.own_files import is_file_inside
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
+from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
-from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment
 from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch, RecordReader
 from traceml.track.delivery.refusals import count_refused
 from traceml.track.delivery.tracker_session import TrackerSession, ranked

@@ -27,8 +27,8 @@ from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.batch_sender import BatchSender
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.credentials import read_key_file
+from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.derived import INPUT_TABLES
-from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded

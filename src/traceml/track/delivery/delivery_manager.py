@@ -9,8 +9,8 @@ from pathlib import Path
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
+from traceml.track.delivery.delivery_plan import DeliveryPlan
 from traceml.track.delivery.delivery_process import STOP_S, DeliveryProcess
-from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import states_of
 
 __all__ = ["STALL_LIMIT_S", "DeliveryManager", "RunDeliveries"]

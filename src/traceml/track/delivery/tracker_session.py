@@ -13,7 +13,7 @@ from traceml.errors import PluginError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.privacy import Masker
 from traceml.track.delivery.call_watchdog import CallWatchdog
-from traceml.track.delivery.plan import PlannedExperiment
+from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.filters import backend_options
 from traceml.track.plugins.failure_kinds import StartError
 from traceml.track.plugins.interfaces import BackendInterface

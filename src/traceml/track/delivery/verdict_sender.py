@@ -11,7 +11,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.own_files import read_regular
 from traceml.run_folder import REPORT_NAME
 from traceml.track.delivery.audit import AuditLog
-from traceml.track.delivery.plan import PlannedExperiment
+from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.tracker_session import TrackerSession
 from traceml.track.filters import DeliveryFilter
 from traceml.track.tracker_state import TrackerState

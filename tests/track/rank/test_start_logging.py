@@ -11,7 +11,7 @@ from tests.track.conftest import Script, ended_run, finish
 from traceml.errors import SettingsError, UsageError
 
 
-def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
+def test_start_loggings_functions(script: Script, tmp_path: Path) -> None:
     """start_logging and stop_logging; what is not stopped ends with the script."""
     finish(
         script("""

@@ -28,7 +28,7 @@ __all__ = [
     "OTHER",
     "UPKEEP_MASK",
     "Began",
-    "StepAccumulator",
+    "PhaseTimer",
     "StepListener",
     "on_training_thread",
 ]
@@ -118,7 +118,7 @@ class StepDeviceTimer(Protocol):
         """Read what is complete, at the end of the run."""
 
 
-class StepAccumulator:
+class PhaseTimer:
     """Times of the open step, by phase.
 
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
