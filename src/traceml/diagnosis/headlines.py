@@ -24,7 +24,6 @@ from traceml.formatting import (
 from traceml.process_ends import exit_text, signal_name
 
 __all__ = [
-    "NEARLY_ALL",
     "FindingFacts",
     "compute",
     "device_fault",
@@ -54,7 +53,7 @@ _MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
 _HALF = 0.5
-NEARLY_ALL = 0.8
+_MOSTLY = 0.8
 """A line with a smaller share of the phase in which every n-th step is long has most of that, and not all."""
 
 
@@ -210,7 +209,7 @@ def user_code(finding: FindingFacts) -> str:
     line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
         where = phases_text(evidence.get("phases", [finding.phase or "other"]), line)
-        mostly = "mostly " if line and line_share is not None and line_share < NEARLY_ALL * share else ""
+        mostly = "mostly " if line and line_share is not None and line_share < _MOSTLY * share else ""
         return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {_of_step_time(finding)}"
 
     if line and line_share is None:  # few samples

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis import headlines
 from traceml.diagnosis.advice import for_rollouts
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -42,6 +41,8 @@ JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
+MOSTLY_SHARE = 0.8
+"""A line with a smaller share of the longest part has most of it, and not all."""
 NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
 SOONER_SHARE = 1 / 3
@@ -227,7 +228,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share) if held else None
     where = phases_text(period.phases, line.place if line else None)
-    mostly = "mostly " if line and line.share < headlines.NEARLY_ALL else ""
+    mostly = "mostly " if line and line.share < MOSTLY_SHARE else ""
     long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
     long_ns = float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
