@@ -6,6 +6,7 @@ A process is forked if nothing in its options or environment asks for a new inte
 from __future__ import annotations
 
 import atexit
+import hashlib
 import inspect
 import os
 import select
@@ -13,20 +14,31 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.forked.fork_request import APPLIED_LATER, Request, can_be_forked, note_started, number_from, send
+from tests.eventually import eventually
+from tests.forked.fork_request import (
+    APPLIED_LATER,
+    Request,
+    can_be_forked,
+    note_started,
+    number_from,
+    read_at_start,
+    send,
+)
 from tests.forked.sibling import is_possible
 
 __all__ = ["TRACKERS", "Popen", "run"]
 
+_PROGRAM = Path(__file__).with_name("server.py")
 TRACKERS = frozenset({"aim", "clearml", "mlflow", "trackio", "wandb"})
 
 
 class _Server:
-    """The process that forks, kept until this one ends.
+    """The process that forks, kept until this one ends. Workers of one run of the tests share it.
 
     Args:
         kind: what it has imported; see `server`.
@@ -34,13 +46,40 @@ class _Server:
 
     def __init__(self, kind: str) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
-        one_thread = self._environ = kept | {"OMP_NUM_THREADS": "1"}
+        self._environ = kept | {"OMP_NUM_THREADS": "1"}
         self._computes = kind == "torch"
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, str(Path(__file__).with_name("server.py")), str(theirs.fileno()), kind]
-        self._process = subprocess.Popen(command, env=one_thread, pass_fds=[theirs.fileno()])
-        theirs.close()
+        self._process: subprocess.Popen[bytes] | None = None
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        self._address = f"\0{__name__}-{run}-{kind}-{_digest(read_at_start(self._environ))}"
+        self._sock = eventually(lambda: self._connect() or self._start(kind), "the process that forks")
         atexit.register(self._close)
+
+    def _connect(self) -> socket.socket | None:
+        """Return a socket of the running server; None: there is none, or its last client has just left it."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with suppress(ConnectionRefusedError, ConnectionResetError):
+            sock.connect(self._address)
+            if sock.recv(1):
+                return sock
+
+        sock.close()
+        return None
+
+    def _start(self, kind: str) -> socket.socket | None:
+        """Start a server; return a socket of it. None: another process has the address, as it starts one."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            try:
+                listening.bind(self._address)
+            except OSError:
+                return None
+
+            listening.listen()
+            sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            fds = [theirs.fileno(), listening.fileno()]
+            command = [sys.executable, str(_PROGRAM), kind, *map(str, fds)]
+            self._process = subprocess.Popen(command, env=self._environ, pass_fds=fds)
+            theirs.close()
+            return sock
 
     def environ_for(self, requested: Mapping[str, str] | None) -> Mapping[str, str]:
         """Return its environment; as many threads as requested where nothing computes."""
@@ -57,7 +96,12 @@ class _Server:
 
     def _close(self) -> None:
         self._sock.close()
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
+
+
+def _digest(values: Mapping[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]
 
 
 @cache

@@ -18,7 +18,16 @@ if __package__:
 else:  # in the process that forks, which knows nothing of the tests
     from program import Program
 
-__all__ = ["APPLIED_LATER", "Request", "can_be_forked", "fork_as_siblings", "note_started", "number_from", "send"]
+__all__ = [
+    "APPLIED_LATER",
+    "Request",
+    "can_be_forked",
+    "fork_as_siblings",
+    "note_started",
+    "number_from",
+    "read_at_start",
+    "send",
+]
 
 # Read when the interpreter or a shared module starts: what differs from the server's asks for a new interpreter.
 _READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TORCH_")
@@ -81,11 +90,13 @@ def can_be_forked(options: Options, mine: Mapping[str, str]) -> bool:
     if program is None or not (program.kind or Path(request.folder, program.target).is_file()):
         return False
 
-    return all(
-        request.environ.get(name) == mine.get(name)
-        for name in {*request.environ, *mine}
-        if name.startswith(_READ_AT_START) and name not in APPLIED_LATER | _SET_BY_LIBRARIES
-    )
+    return read_at_start(request.environ) == read_at_start(mine)
+
+
+def read_at_start(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that must be the same in a process and in the one that it is forked from."""
+    later = APPLIED_LATER | _SET_BY_LIBRARIES
+    return {name: value for name, value in environ.items() if name.startswith(_READ_AT_START) and name not in later}
 
 
 def send(sock: socket.socket, request: Request, options: Options) -> tuple[int, int]:

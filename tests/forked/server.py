@@ -1,4 +1,4 @@
-"""Process that has imported torch and forks a child for each request: `python server.py SOCKET_FD KIND`.
+"""Process that has imported torch and forks a child for each request: `python server.py KIND SOCKET_FD LISTENING_FD`.
 
 A child runs a script, a module or code as `python` does. The parent reports its process id and its wait status through
 a pipe that comes with the request. It has no threads, and has called nothing of the modules that it has imported.
@@ -7,6 +7,7 @@ a pipe that comes with the request. It has no threads, and has called nothing of
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -40,43 +42,71 @@ class Server:
     """Loop of a process that forks.
 
     Args:
-        sock: of the client.
+        client: the first one.
+        listening: socket at which other ones of this user connect.
         for_parent: the new processes are children of the parent, which waits for them.
     """
 
-    def __init__(self, sock: socket.socket, *, for_parent: bool = False) -> None:
-        self._sock = sock
+    def __init__(
+        self, client: socket.socket, listening: socket.socket | None = None, *, for_parent: bool = False
+    ) -> None:
+        self._clients = {client.fileno(): client}
+        self._listening = listening
         self._for_parent = for_parent
         self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        for sock in filter(None, (client, listening)):
+            self._poll.register(sock, select.POLLIN)
+
         self._children: dict[int, tuple[int, int]] = {}  # by pidfd: the process, the pipe for its status
 
     def serve(self) -> Request:
-        """Serve requests. Return in each new process; in this one, exit when the client is gone."""
+        """Serve requests. Return in each new process; in this one, exit when all clients are gone."""
         while True:
             for fd, _ in self._poll.poll():
-                if fd != self._sock.fileno():
+                if fd in self._children:
                     self._report_end(fd)
-                elif (request := self._receive()) is not None:
+                elif self._listening is not None and fd == self._listening.fileno():
+                    self._accept(self._listening)
+                elif (request := self._receive(self._clients[fd])) is not None:
                     return request
 
-    def _receive(self) -> Request | None:
+    def _accept(self, listening: socket.socket) -> None:
+        client, _ = listening.accept()
+        _, user, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user != os.getuid():
+            client.close()
+            return
+
+        with contextlib.suppress(BrokenPipeError):  # it is gone again
+            client.send(b"1")
+
+        self._clients[client.fileno()] = client
+        self._poll.register(client, select.POLLIN)
+
+    def _receive(self, client: socket.socket) -> Request | None:
         """Receive a request and fork; return the request in the child."""
-        data, received, _, _ = socket.recv_fds(self._sock, 1 << 20, _MAX_FDS)
+        try:
+            data, received, _, _ = socket.recv_fds(client, 1 << 20, _MAX_FDS)
+        except ConnectionResetError:  # it was killed
+            data, received = b"", []
+
         if not data:
-            os._exit(0)
+            self._forget(client)
+            return None
 
         status, *fds = received
         request = Request(**json.loads(data))
         if (pid := fork_sibling() if self._for_parent else os.fork()) == 0:
-            self._sock.detach()
+            for sock in filter(None, (self._listening, *self._clients.values())):
+                sock.detach()
+
             _place_fds(fds, request.fds)
             return request
 
         for fd in fds:
             os.close(fd)
 
-        os.write(status, b"%d\n" % pid)
+        _write(status, pid)
         if self._for_parent:
             os.close(status)
         else:
@@ -86,17 +116,25 @@ class Server:
 
         return None
 
+    def _forget(self, client: socket.socket) -> None:
+        self._poll.unregister(client)
+        del self._clients[client.fileno()]
+        client.close()
+        if not self._clients:
+            os._exit(0)
+
     def _report_end(self, pidfd: int) -> None:
         pid, pipe = self._children.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        try:
-            os.write(pipe, b"%d\n" % status)
-        except BrokenPipeError:
-            pass  # nobody waits for it
-
+        _write(pipe, status)
         os.close(pipe)
+
+
+def _write(pipe: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+        os.write(pipe, b"%d\n" % number)
 
 
 def _place_fds(received: list[int], numbers: list[int]) -> None:
@@ -225,7 +263,7 @@ if __name__ == "__main__":
     filters = list(warnings.filters)
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's, which pandas imports
-    kind = sys.argv[2]
+    kind = sys.argv[1]
     withheld = dict.fromkeys(WITHHELD.get(kind, ()))
     sys.modules.update(withheld)
     for name in (*SMALL, *PLAIN.get(kind, ())):
@@ -242,7 +280,7 @@ if __name__ == "__main__":
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
-    request = _begin(Server(socket.socket(fileno=int(sys.argv[1]))).serve(), preloaded)
+    request = _begin(Server(*(socket.socket(fileno=int(fd)) for fd in sys.argv[2:])).serve(), preloaded)
     while request.forks:
         sock = start_helper()
         if sock is not None:

@@ -243,6 +243,23 @@ def test_the_kernel_ends_its_children(starter: client.Popen) -> None:
     assert child in [each.pid for each in others]
 
 
+def test_clients_share_the_process_that_forks(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As workers of one run of the tests are; it stays as long as one of them."""
+
+    def parent() -> str:
+        code = "import os; print(os.getppid())"
+        return client.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True).stdout
+
+    first = parent()
+    with monkeypatch.context() as patch:
+        another = client._Server("torch")
+        patch.setattr(client, "_server", lambda kind: another)
+        assert parent() == first
+        another._close()
+
+    assert parent() == first
+
+
 SPAWNS = """
 import multiprocessing, os, sys, tempfile
 from pathlib import Path
