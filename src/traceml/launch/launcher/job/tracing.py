@@ -117,7 +117,9 @@ class Tracing:
     ) -> None:
         config = settings.load(**given)
         self._aggregator = AggregatorProcess(
-            choose_run_id(config.run_id, config.run_name or name), config.runs_dir.absolute()
+            choose_run_id(config.run_id, config.run_name or name),
+            config.runs_dir.absolute(),
+            on_completing=load_card,
         )
         self._environ = {
             "TRACEML_RUN_NAME": config.run_name or name,
@@ -299,9 +301,6 @@ class Tracing:
 
         if status and (why := scheduler_facts(os.environ)):
             self._exits = [exited | why for exited in self._exits]
-
-        if self._begun:
-            load_card()
 
         self._finished = self._begun and self._aggregator.finish(self._exits, status, ended_by)
         return self._finished
