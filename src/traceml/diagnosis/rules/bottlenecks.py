@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -46,8 +44,7 @@ SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
 
-@dataclass(frozen=True, slots=True)
-class _PhaseCost:
+class _PhaseCost(msgspec.Struct, frozen=True):
     """Cost of a part of the step.
 
     Attributes:
@@ -73,7 +70,7 @@ class _PhaseCost:
 
     def scaled(self, share: float, *uncounted: str) -> _PhaseCost:
         """Return a share of it; the rest is what `uncounted` names."""
-        return dataclasses.replace(
+        return replace(
             self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, uncounted=uncounted
         )
 
@@ -83,9 +80,9 @@ class _PhaseCost:
         removed = values * np.float32(self.share)
         saved = saved_ns(self.segments, {self.part: values - removed})
         if saved > RARE_FACTOR * self.saved_ns:
-            return dataclasses.replace(self, uncounted=("rare long steps", *self.uncounted))
+            return replace(self, uncounted=("rare long steps", *self.uncounted))
 
-        return dataclasses.replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
+        return replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
 
     @property
     def of_step(self) -> str:
@@ -170,7 +167,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
     if uncounted is not None:
-        cost = dataclasses.replace(cost, uncounted=(*cost.uncounted, uncounted))
+        cost = replace(cost, uncounted=(*cost.uncounted, uncounted))
 
     if facts.loader_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
