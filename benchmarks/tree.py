@@ -17,10 +17,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -135,7 +136,7 @@ def measure(level: str, ranks: int, seconds: int) -> Figures:
         merged = time.process_time()
         central.take([HostSecond.decoded(message) for message in messages])
         window, known = central.snapshot(STEPS_COMPARED)
-        findings = diagnose(window, replace(facts, latest=known.latest))
+        findings = diagnose(window, msgspec.structs.replace(facts, latest=known.latest))
         asked = central.wanted(findings)
         figures.host_s += merged - began
         figures.center_s += time.process_time() - merged

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "DEFAULT_PROJECT",
@@ -26,8 +26,7 @@ DEFAULT_PROJECT = "default"
 """Project of runs for which nobody names one."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankIdentity:
+class RankIdentity(NamedTuple):
     """Rank of a process in its job, in the terms of torch.distributed."""
 
     rank: int = 0

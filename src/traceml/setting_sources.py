@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple, get_origin
 
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
@@ -45,8 +44,7 @@ SettingEntry = tuple[str, str, Any]
 """(source, setting, value)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Declaration:
+class Declaration(NamedTuple):
     """Declaration of one setting, for tools that print or check it."""
 
     name: str

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import structs
 
 from tests.diagnosis.fabricated import MS, Fault, Job, adds, at_once, takes_turns, window_of
 from traceml.database.schema import EPOCHS, LINE_OTHER, PAUSES, Pause
@@ -40,7 +41,7 @@ class Training:
 
     def findings(self) -> list[Finding]:
         """Return its findings."""
-        return diagnose(window_of(self.job, *self.faults), replace(self.facts, world_size=self.job.ranks))
+        return diagnose(window_of(self.job, *self.faults), structs.replace(self.facts, world_size=self.job.ranks))
 
     def step_ms(self) -> float:
         """Return its mean step."""
@@ -129,9 +130,10 @@ FOLLOWED: tuple[Followed, ...] = (
              Training(ALONE, (adds("checkpoint", 10.0, every=20),))),
     Followed("one iterator for all epochs", Kind.INPUT_BOUND, "Set persistent_workers=True in the DataLoader, and use",
              Training(ALONE, (_first_steps(200),), _epochs(200)), Training(ALONE, (), _epochs(0)),
-             Training(ALONE, (_first_steps(200),), _epochs(200, replace(WORKERS, persistent_workers=True)))),
+             Training(ALONE, (_first_steps(200),), _epochs(200, structs.replace(WORKERS, persistent_workers=True)))),
     Followed("one loader for all epochs", Kind.INPUT_BOUND, "Make the DataLoader once, before the loop over epochs",
-             Training(ALONE, (_first_steps(200),), _epochs(200, replace(WORKERS, persistent_workers=True, made=8))),
+             Training(ALONE, (_first_steps(200),),
+                      _epochs(200, structs.replace(WORKERS, persistent_workers=True, made=8))),
              Training(ALONE, (), _epochs(0)), Training(ALONE, (_first_steps(200),), _epochs(200))),
     Followed("collecting every 500th step", Kind.GC_PAUSES, "every 500th step",
              Training(ALONE, (adds("other", 30.0),), _collections(30)), Training(ALONE), _FAST),

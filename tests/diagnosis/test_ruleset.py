@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, rows_of, takes_turns, window_of
 from traceml.database.schema import IMPORTING, STEPS, StepFlag, pack_bits
@@ -128,7 +129,7 @@ def test_a_users_phase_on_one_rank_is_named():
     """A user's phase is reported by its name."""
     job = Job()
     window = window_of(job, adds("user", 20, (0,)))
-    named = replace(window, user={"augment": window.times["user"]})
+    named = structs.replace(window, user={"augment": window.times["user"]})
 
     found = diagnose(named, JobFacts(world_size=2))[0]
 
@@ -226,7 +227,7 @@ def test_a_users_heavy_phase_is_residual_under_its_name():
     """The user's phase that takes the time is named."""
     window = window_of(ALONE, adds("user", 10))
 
-    found = diagnose(replace(window, user={"metrics": window.times["user"]}), JobFacts())[0]
+    found = diagnose(structs.replace(window, user={"metrics": window.times["user"]}), JobFacts())[0]
 
     assert (found.kind, found.phase) == (Kind.RESIDUAL_HEAVY, "metrics")
 
@@ -648,7 +649,7 @@ def test_device_times_have_a_lower_floor_for_communication():
     window = window_of(job)
 
     assert diagnose(window, JobFacts(world_size=2))[0].kind is Kind.HEALTHY
-    assert diagnose(replace(window, device=True), JobFacts(world_size=2))[0].kind is Kind.COMM_BOUND
+    assert diagnose(structs.replace(window, device=True), JobFacts(world_size=2))[0].kind is Kind.COMM_BOUND
 
 
 def test_rows_with_nothing_in_them_do_no_harm():

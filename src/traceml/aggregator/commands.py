@@ -7,9 +7,10 @@ import itertools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
@@ -58,13 +59,12 @@ class CommandError(Exception):
     """A command that cannot be carried out; the text goes back to its sender."""
 
 
-@dataclass(slots=True)
-class _RankQuery:
+class _RankQuery(msgspec.Struct):
     """A command that was forwarded to ranks, and their answers so far."""
 
     waiting: set[int]
-    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    answers: dict[int, dict[str, Any]] = {}
+    done: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
     def answer(self, rank: int, reply: dict[str, Any]) -> None:
         self.answers[rank] = reply

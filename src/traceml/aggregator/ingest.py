@@ -7,10 +7,10 @@ import logging
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import msgspec
 
 from traceml.aggregator.artifacts import Artifacts
 from traceml.aggregator.streams.stream import Stream
@@ -45,8 +45,7 @@ def _layout(table: Any) -> tuple[int, int]:
 _LAYOUTS = {name: _layout(table) for name, table in TABLES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class IngestStatistics:
+class IngestStatistics(msgspec.Struct, frozen=True):
     """Counts of rows stored, rows sent again after a reconnect, commits, and failed commits."""
 
     rows: int

@@ -143,7 +143,7 @@ def run_job(
             on_start=None if quiet else lambda: print_start(job.run_dir, live=live != "web"),
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
-            on_ended=load_card,
+            on_completing=load_card,
         ) as supervisor:
             outcome = supervisor.run()
             print_final_report(

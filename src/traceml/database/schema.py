@@ -76,8 +76,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One field of a packed row: its name (with its unit as suffix), struct code, and meaning."""
 
     name: str

@@ -6,8 +6,9 @@ Process: the aggregator writes, readers read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Self
+
+import msgspec
 
 __all__ = ["SOURCE", "SourceReading"]
 
@@ -15,8 +16,7 @@ SOURCE = "source"
 """Kind of the event in the run's store."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceReading:
+class SourceReading(msgspec.Struct, frozen=True):
     """One reading, for one start of a job.
 
     Attributes:
@@ -27,7 +27,7 @@ class SourceReading:
     """
 
     stream: int
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = {}
     unread: str = ""
 
     @classmethod

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from traceml.diagnosis import headlines
 from traceml.formatting import capitalized, percent_text, phase_words, ranks_text
@@ -39,8 +40,7 @@ class Severity(StrEnum):
 _STEP_TIME, _RUN_TIME, _STEPS = "step time", "the run's time", "the steps"
 
 
-@dataclass(frozen=True, slots=True)
-class KindRule:
+class KindRule(msgspec.Struct, frozen=True):
     """Rules of a kind.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 
 import numpy as np
@@ -261,7 +260,7 @@ def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFact
     training = window.select(columns)
     segments, _ = _without_explained(training, segments_of(training, facts), facts)
     after = window.steps[window.steps > training.steps[-1]]
-    return dataclasses.replace(
+    return replace(
         StepHistory.of(training, segments),
         start=int(training.steps[0]),
         end=int(after[0] if len(after) else training.steps[-1] + 1),

@@ -9,9 +9,8 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from traceml.clock import process_start_ticks
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
@@ -36,8 +35,7 @@ _PARENT = "TRACEML_PARENT"
 _spawned: SpawnedFrom | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Identity of one recorder, whose rows are numbered from 0.
 
     Args:
@@ -83,8 +81,8 @@ class Identity:
         Args:
             provisional: whether it may become a rank itself; a forked one does not.
         """
-        return replace(
-            self, recorder=secrets.token_hex(8), provisional=provisional, parent=self.parent or self.recorder
+        return self._replace(
+            recorder=secrets.token_hex(8), provisional=provisional, parent=self.parent or self.recorder
         )
 
     def probe(self, config: Config) -> Hello:
@@ -113,8 +111,7 @@ class Identity:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class SpawnedFrom:
+class SpawnedFrom(NamedTuple):
     """Facts about the recording process that has started this one.
 
     Args:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -42,8 +44,7 @@ SMALL_SHARE = 0.005
 """Share of a step, or of the run's time, below which a phase or part is only in the report."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankRow:
+class RankRow(msgspec.Struct, frozen=True):
     """One rank: its step by phase in the report's order, memory, state."""
 
     rank: int
@@ -73,8 +74,7 @@ class RankRow:
         return tuple((phase, ms / total) for phase, ms in self.phases) if total > 0 else ()
 
 
-@dataclass(frozen=True, slots=True)
-class RunView:
+class RunView(msgspec.Struct, frozen=True):
     """A report, and its ranks as rows."""
 
     report: Report
@@ -223,8 +223,7 @@ class RunView:
         return f"no data{yet} from {ranks_text(absent)} (of {count_text(self.run.world_size)})"
 
 
-@dataclass(frozen=True, slots=True)
-class LiveView:
+class LiveView(msgspec.Struct, frozen=True):
     """A running run, and its steps per second over time, oldest first."""
 
     now: RunView

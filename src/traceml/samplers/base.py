@@ -6,7 +6,8 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from traceml.clock import monotonic_ns
@@ -57,16 +58,11 @@ class SamplerStatistics:
     max_ns: int
 
 
-@dataclass(slots=True)
 class _Entry:
-    sampler: Sampler
-    interval_ns: int
-    start_interval_ns: int
-    due_ns: int
-    samples: int = 0
-    errors: int = 0
-    total_ns: int = 0
-    max_ns: int = 0
+    def __init__(self, sampler: Sampler, interval_ns: int, start_interval_ns: int, due_ns: int) -> None:
+        self.sampler = sampler
+        self.interval_ns, self.start_interval_ns, self.due_ns = interval_ns, start_interval_ns, due_ns
+        self.samples = self.errors = self.total_ns = self.max_ns = 0
 
     def reschedule(self, now_ns: int, started_ns: int) -> None:
         interval = self.start_interval_ns if now_ns - started_ns < _START_NS else self.interval_ns
@@ -76,7 +72,6 @@ class _Entry:
         self.due_ns += max(1, -(-passed // interval)) * interval
 
 
-@dataclass(slots=True)
 class SamplerScheduler:
     """Runs samplers when they are due.
 
@@ -86,20 +81,22 @@ class SamplerScheduler:
         on_error: called with (name, error) at the first failure of each sampler.
     """
 
-    samplers: Sequence[Sampler]
-    append: Callable[[str, SampleRow], None]
-    interval_s: float = 1.0
-    intervals_s: Mapping[str, float] = field(default_factory=dict)
-    on_error: Callable[[str, Exception], None] = lambda _name, _error: None
-    _entries: list[_Entry] = field(default_factory=list)
-    _started_ns: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        samplers: Sequence[Sampler],
+        append: Callable[[str, SampleRow], None],
+        interval_s: float = 1.0,
+        intervals_s: Mapping[str, float] = MappingProxyType({}),
+        on_error: Callable[[str, Exception], None] = lambda _name, _error: None,
+    ) -> None:
+        self.samplers, self.append = samplers, append
+        self.on_error = on_error
+        self._entries: list[_Entry] = []
         self._started_ns = monotonic_ns()
-        for sampler in self.samplers:
-            interval = self.intervals_s.get(sampler.name, self.interval_s)
+        for sampler in samplers:
+            interval = intervals_s.get(sampler.name, interval_s)
             start = interval
-            if sampler.start_interval_s is not None and sampler.name not in self.intervals_s:
+            if sampler.start_interval_s is not None and sampler.name not in intervals_s:
                 start = min(interval, sampler.start_interval_s)
 
             self._entries.append(_Entry(sampler, int(interval * 1e9), int(start * 1e9), self._started_ns))

@@ -13,11 +13,10 @@ import os
 import signal
 import sys
 import zipimport
-from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from traceml.process_ends import die_with_parent
 from traceml.session.startup import start_for_script
@@ -27,8 +26,7 @@ __all__ = ["main"]
 _OWN_FOLDER = Path(__file__).parent  # tracebacks leave out its files
 
 
-@dataclass(frozen=True, slots=True)
-class _Program:
+class _Program(NamedTuple):
     """Program to run: its code and its location."""
 
     code: CodeType

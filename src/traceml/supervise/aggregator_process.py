@@ -47,6 +47,7 @@ class AggregatorProcess(RestartingProcess):
 
     Args:
         runs_dir: folder of all runs, an absolute path.
+        on_completing: called before the aggregator is asked to complete the run, which takes it a moment.
         on_delivery: called once if the end has to wait for trackers that still receive logged values.
         settings: variables of its environment, in addition to ours.
     """
@@ -56,6 +57,7 @@ class AggregatorProcess(RestartingProcess):
         run_id: str,
         runs_dir: Path,
         *,
+        on_completing: Callable[[], object] = lambda: None,
         on_delivery: Callable[[], object] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
@@ -65,7 +67,7 @@ class AggregatorProcess(RestartingProcess):
         self.token = os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()  # `secrets` takes 5 ms to import
         self._listener: socket.socket | None = None
         self._stopping = False
-        self._on_delivery = on_delivery
+        self._on_completing, self._on_delivery = on_completing, on_delivery
         self._settings = dict(settings or {})
 
     def __repr__(self) -> str:
@@ -265,6 +267,7 @@ class AggregatorProcess(RestartingProcess):
         with contextlib.closing(connection):
             try:
                 connection.request("exits", {"exits": list(exits)}, timeout_s=_FINISH_TIMEOUT_S)
+                self._on_completing()
                 connection.request("finish", end, timeout_s=_FINISH_TIMEOUT_S)
             except OSError:  # a TimeoutError, or the connection broke
                 return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +15,8 @@ from traceml.formatting import printable
 from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME
 
 __all__ = ["load_card", "print_final_report"]
+
+_ASKING_S = 0.002  # the request goes out first
 
 _log = logging.getLogger("traceml")
 _UNFINISHED = """\
@@ -30,12 +33,14 @@ _MOVED = (
 def load_card() -> None:
     """Import the card's modules on a thread, while the aggregator completes the run: this takes a tenth of a second.
 
-    Not earlier: the supervisor stays small while the job runs.
+    Call it just before the aggregator is asked to. Not earlier: the supervisor stays small while the job runs, and each
+    answer of the aggregator would wait for the import to release the lock.
     """
     threading.Thread(target=_import_card, name="traceml-card", daemon=True).start()
 
 
 def _import_card() -> None:
+    time.sleep(_ASKING_S)
     import traceml.renderers.text.card  # noqa: F401
 
 

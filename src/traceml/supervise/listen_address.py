@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from traceml.loopback import is_loopback
 
@@ -12,8 +12,7 @@ __all__ = ["ListenAddress"]
 _ADDRESS = re.compile(r"(?:\[?(?P<host>[^\[\]\s]+?)\]?:)?(?P<port>\d{1,5})")
 
 
-@dataclass(frozen=True, slots=True)
-class ListenAddress:
+class ListenAddress(NamedTuple):
     """Address of the metrics; the default port is 29767."""
 
     host: str = "127.0.0.1"

@@ -8,8 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from traceml.errors import SlurmError
 
@@ -32,8 +31,7 @@ _AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by
 _log = logging.getLogger("traceml")
 
 
-@dataclass(frozen=True, slots=True)
-class SlurmJob:
+class SlurmJob(NamedTuple):
     """A job as Slurm describes it.
 
     Attributes:

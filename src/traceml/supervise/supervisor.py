@@ -16,9 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, Self
 
 from traceml.inspection.kernel_state import children_of, is_running
 from traceml.inspection.program_names import program_name
@@ -38,8 +38,7 @@ _BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job 
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
-@dataclass(frozen=True, slots=True)
-class LocalJob:
+class LocalJob(NamedTuple):
     """A job on this host.
 
     Args:
@@ -51,7 +50,7 @@ class LocalJob:
     elastic: bool
     run_id: str
     runs_dir: Path
-    environ: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = MappingProxyType({})
 
     @property
     def run_dir(self) -> Path:
@@ -59,8 +58,7 @@ class LocalJob:
         return self.runs_dir / self.run_id
 
 
-@dataclass(frozen=True, slots=True)
-class JobOutcome:
+class JobOutcome(NamedTuple):
     """The end of a job: `status` as in a shell, and whether the run is complete on disk."""
 
     status: int
@@ -91,7 +89,7 @@ class Supervisor:
         on_start: Callable[[], object] | None = None,
         on_delivery: Callable[[], object] | None = None,
         on_tick: Callable[[], object] | None = None,
-        on_ended: Callable[[], object] | None = None,
+        on_completing: Callable[[], object] = lambda: None,
     ) -> None:
         """Prepare a job.
 
@@ -101,14 +99,16 @@ class Supervisor:
             on_start: called once when the aggregator runs, before the job is started.
             on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
-            on_ended: called once when the processes of the job have ended, before the run is completed.
+            on_completing: called when the processes of the job have ended, and the run is being completed.
         """
         self._job = job
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
-        self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery, settings=job.environ)
-        self._on_start, self._on_tick, self._on_ended = on_start, on_tick, on_ended
+        self._aggregator = AggregatorProcess(
+            job.run_id, job.runs_dir, on_completing=on_completing, on_delivery=on_delivery, settings=job.environ
+        )
+        self._on_start, self._on_tick = on_start, on_tick
         self._failures: list[dict[str, Any]] = []
         self._signals: set[int] = set()
         self._ended_by: dict[str, Any] | None = None
@@ -137,9 +137,6 @@ class Supervisor:
             self._on_start()
 
         process = self._run_job()
-        if self._on_ended is not None:
-            self._on_ended()
-
         finished = self._finish(process)
         return JobOutcome(self._status(process), finished)
 

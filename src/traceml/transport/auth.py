@@ -12,8 +12,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from traceml.clock import boot_id, process_start_ticks
 from traceml.own_files import cache_home, check_own_folder, make_own_folder, open_own, replace_file
@@ -87,8 +87,7 @@ def same_mac(left: bytes, right: bytes) -> bool:
     return hmac.compare_digest(left, right)
 
 
-@dataclass(frozen=True, slots=True)
-class PublishedServer:
+class PublishedServer(NamedTuple):
     """Address and token of this user's aggregator on this host, as in its file.
 
     Args:
@@ -137,7 +136,7 @@ def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str =
     pid = os.getpid()
     entry = PublishedServer(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
     path = runtime_folder() / _name(port, kind)
-    replace_file(path, json.dumps(asdict(entry)).encode(), mode=0o600)
+    replace_file(path, json.dumps(entry._asdict()).encode(), mode=0o600)
     _sweep(path.parent)
     return path
 

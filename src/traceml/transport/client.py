@@ -12,8 +12,7 @@ import random
 import select
 import socket
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
@@ -41,8 +40,7 @@ _CLOCK_READINGS = 8
 _log = logging.getLogger("traceml")
 
 
-@dataclass(frozen=True, slots=True)
-class ClockOffset:
+class ClockOffset(NamedTuple):
     """Offset of the aggregator's wall clock from this host's monotonic clock, by the fastest exchange.
 
     Args:

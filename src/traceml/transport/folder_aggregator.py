@@ -13,9 +13,8 @@ import json
 import logging
 import os
 import socket
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from traceml.clock import boot_id
 from traceml.own_files import create_own, open_own
@@ -29,8 +28,7 @@ _LONGEST_BYTES = 65536
 _log = logging.getLogger("traceml")
 
 
-@dataclass(frozen=True, slots=True)
-class AggregatorAddress:
+class AggregatorAddress(NamedTuple):
     """Address of the aggregator of a runs folder.
 
     Args:
@@ -112,7 +110,7 @@ class FolderLock:
 
     def publish(self, address: AggregatorAddress | None) -> None:
         """Write the address of the folder's aggregator; with None remove it."""
-        text = json.dumps({**asdict(address), "pid": os.getpid()}) if address is not None else ""
+        text = json.dumps({**address._asdict(), "pid": os.getpid()}) if address is not None else ""
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, text.encode(), 0)

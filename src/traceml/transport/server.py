@@ -11,8 +11,10 @@ import logging
 import resource
 import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
+
+import msgspec
 
 from traceml.clock import monotonic_ns
 from traceml.errors import ProtocolError
@@ -70,8 +72,7 @@ class Handler(Protocol):
         """Record that a welcomed peer's connection has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerStatistics:
+class ServerStatistics(msgspec.Struct, frozen=True):
     """Counters of a server, and its current connections."""
 
     connections: int

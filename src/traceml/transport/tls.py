@@ -11,9 +11,10 @@ import hashlib
 import ssl
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import msgspec
 
 from traceml.errors import ProtocolError, TraceMLError
 from traceml.transport.auth import runtime_folder
@@ -25,8 +26,7 @@ _DAYS = "3650"  # a certificate lives as long as its aggregator; nobody checks i
 _MAKE_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class ServerIdentity:
+class ServerIdentity(msgspec.Struct, frozen=True):
     """Key and certificate of a server.
 
     Args:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from traceml.database.schema import LOADER_WORKERS
 from traceml.diagnosis.deaths.lost_loader_workers import worker_causing_end, worker_lost

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.hangs.standing import (
@@ -710,10 +711,10 @@ def test_a_job_that_was_interrupted_at_work_has_not_hung():
     assert judged(job) is None
     between = facts([], *(RankExit(rank=rank, state="killed", signal=2) for rank in (0, 1)), state="stopped", steps=39)
     progress = {
-        rank: replace(each, snapshot=replace(each.snapshot, in_step=False))
+        rank: structs.replace(each, snapshot=replace(each.snapshot, in_step=False))
         for rank, each in between.progress.ranks.items()
     }
-    assert judged(replace(between, progress=replace(between.progress, ranks=progress))) is None
+    assert judged(structs.replace(between, progress=structs.replace(between.progress, ranks=progress))) is None
 
 
 def test_a_rank_that_failed_at_work_did_not_hang():
@@ -801,7 +802,7 @@ def test_a_silent_rank_stands_still_until_its_end():
     assert found(in_backward(0), held, exits=early, state="failed", silent=(1,)) is None
 
     # Its own recorder could not run: the last sign of life is 70 s older than the end that the launcher saw.
-    seen = [early[0], replace(early[1], reported_s=1000.5)]
+    seen = [early[0], structs.replace(early[1], reported_s=1000.5)]
     assert "hold that holds the GIL, waiting for 75 s" in summary(
         found(in_backward(0), held, exits=seen, state="failed", silent=(1,))
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, at_once, takes_turns, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.database.schema import IMPORTING
@@ -100,7 +101,7 @@ def test_a_run_without_steps_names_its_line():
     assert found.headline == "No training step was seen; most of the work is in infer.py:12 tokenize"
     assert "80 % of the run's time is in infer.py:12 tokenize." in found.summary
     imports = SampledLine(0, "startup", "/x/infer.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 100)
-    (beside, *_) = diagnose(window_of(replace(ALONE, steps=0)), replace(facts, lines=(imports, *lines)))
+    (beside, *_) = diagnose(window_of(replace(ALONE, steps=0)), structs.replace(facts, lines=(imports, *lines)))
     assert (
         "Beside imports, which take 50 % of the run's time, 80 % of the rest is in infer.py:12 tokenize."
         in beside.summary
@@ -253,7 +254,7 @@ def test_own_code_that_lacked_a_core_is_still_named():
 
 
 def compiled(compile_s: float, startup_s: float, wall_s: float = 100.0, **parts: float):
-    time = replace(RunTime.of(wall_s, {"startup": startup_s, **parts}), compile_s=compile_s)
+    time = structs.replace(RunTime.of(wall_s, {"startup": startup_s, **parts}), compile_s=compile_s)
     lines = (SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 80),)
     found = diagnose(window_of(ALONE), JobFacts(time=time, lines=lines))
     return next((each for each in found if each.kind is Kind.STARTUP), None)
@@ -275,7 +276,7 @@ def test_compiling_in_the_first_steps_is_reported_as_such():
 
 def test_what_first_steps_do_once_is_start_up():
     """Kernels that are built in the first forward, after imports of 6 s: these are not all of it."""
-    time = replace(RunTime.of(22.0, {"startup": 18.0, "steps": 4.0}), set_up_s=12.0)
+    time = structs.replace(RunTime.of(22.0, {"startup": 18.0, "steps": 4.0}), set_up_s=12.0)
     facts = JobFacts(time=time, lines=(SampledLine(0, "startup", "/x/train.py", 1, "<module>", IMPORTING, 80),))
     found = next(each for each in diagnose(window_of(ALONE), facts) if each.kind is Kind.STARTUP)
 
@@ -367,7 +368,7 @@ def test_a_single_evaluation_is_not_made_half_as_often():
 def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str) -> None:
     """Validation on some batches of each epoch, and all data at the end; a check before them needs no word."""
     parts = {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}
-    time = replace(RunTime.of(100.0, parts, 1), short_evaluations_s=short_s)
+    time = structs.replace(RunTime.of(100.0, parts, 1), short_evaluations_s=short_s)
 
     found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1))[0]
 
@@ -378,7 +379,9 @@ def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str
 @pytest.mark.parametrize(("group", "share"), [(None, 0.4), (False, None)])
 def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: float | None) -> None:
     """Rank 0 of four evaluates for 40 s of 100: the mean is a tenth. Ranks without a group do not wait."""
-    time = replace(RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0)
+    time = structs.replace(
+        RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0
+    )
 
     found = diagnose(
         window_of(Job(ranks=4, steps=220, grouped=group is None)), JobFacts(time=time, world_size=4, group=group)
@@ -398,7 +401,9 @@ def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: 
 
 def test_what_one_rank_does_after_the_evaluation_is_no_evaluation() -> None:
     """All ranks evaluate; rank 0 then draws a plot: to evaluate on all ranks is no remedy."""
-    time = replace(RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0)
+    time = structs.replace(
+        RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0
+    )
     lines = [SampledLine(0, "outside", "/train.py", 48, "draw", None, 60)]
 
     found = diagnose(window_of(Job(ranks=2)), JobFacts(time=time, world_size=2, lines=lines))[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import HOST, LINE_OTHER, LINES, PROCESS, Phase, Resource
@@ -66,9 +65,7 @@ def test_a_jump_that_stays_is_reported_with_its_step():
 def test_larger_batches_are_told_where_they_explain_longer_steps(elements, explains, severity):
     """A curriculum of longer sequences makes all phases longer: no fault, if a sample takes no longer than before."""
     longer = AT >= 20
-    run = dataclasses.replace(
-        history(np.where(longer, 20.0, 0.0), alike=True), elements=np.where(longer, elements, 1000.0)
-    )
+    run = replace(history(np.where(longer, 20.0, 0.0), alike=True), elements=np.where(longer, elements, 1000.0))
     (finding,) = slowdown(run, JobFacts())
 
     assert (f"Meanwhile batches were {elements / 1000:.2g}" in finding.summary) is explains
@@ -88,7 +85,7 @@ def test_steps_with_larger_batches_are_a_remark(last, is_fault):
 
     window = window_of(Job(steps=900, ranks=1, comm=0.0, sigma=0.6).scaled(4), grow)
     elements = np.broadcast_to(np.linspace(1000, 1000 * last, len(window)), (1, len(window))).astype(np.float32)
-    findings = diagnose(dataclasses.replace(window, elements=elements), JobFacts())
+    findings = diagnose(replace(window, elements=elements), JobFacts())
 
     (at,) = (number for number, each in enumerate(findings) if each.kind is Kind.SLOWDOWN)
     assert (at == 0) is is_fault
@@ -98,7 +95,7 @@ def test_elements_of_batches_are_in_the_history():
     """Those of all ranks, where they are known."""
     window = window_of(Job(ranks=2))
     rows = np.full((2, len(window)), 16.0, np.float32)
-    known = dataclasses.replace(window, elements=rows)
+    known = replace(window, elements=rows)
     histories = [StepHistory.of(each, segments_of(each, JobFacts())) for each in (window, known)]
 
     assert histories[0].elements.tolist() in ([], [0.0] * len(histories[0].steps))

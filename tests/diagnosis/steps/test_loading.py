@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
@@ -124,7 +123,12 @@ def test_a_single_core_gains_nothing_by_workers():
         (None, LoaderFacts(num_workers=2, persistent_workers=False), "persistent_workers=True", "num_workers"),
         (None, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
         (None, LoaderFacts(num_workers=2, persistent_workers=True, made=3), "Make the DataLoader once", "Set pers"),
-        (pipeline(298, 95), replace(FOLDER, made=3), "num_workers=2 and persistent_workers=True in one DataL", "wait"),
+        (
+            pipeline(298, 95),
+            replace(FOLDER, made=3),
+            "num_workers=2 and persistent_workers=True in one DataL",
+            "wait",
+        ),
     ],
 )
 def test_advice_fits_the_loading(loading, loader, says, never):

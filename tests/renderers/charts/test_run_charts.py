@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import add_rank, rows_of, run_facts

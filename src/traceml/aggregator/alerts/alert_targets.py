@@ -8,10 +8,11 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
+
+import msgspec
 
 from traceml.aggregator.child_programs import kill_group
 from traceml.errors import TraceMLError
@@ -49,8 +50,7 @@ def target_of(text: str) -> AlertTarget:
     return WebhookAlert(text) if is_url else CommandAlert(text)
 
 
-@dataclass(frozen=True, slots=True)
-class CommandAlert:
+class CommandAlert(msgspec.Struct, frozen=True):
     """A command, run by the shell in the folder in which the aggregator was started.
 
     Attributes:
@@ -125,8 +125,7 @@ def _environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.upper() not in _OWN_SECRETS}
 
 
-@dataclass(frozen=True, slots=True)
-class WebhookAlert:
+class WebhookAlert(msgspec.Struct, frozen=True):
     """A URL that alerts are posted to.
 
     Attributes:

@@ -9,9 +9,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.alert_targets import AlertTarget
@@ -30,12 +31,11 @@ _log = logging.getLogger("traceml")
 _Key = tuple[Kind, tuple[int, ...], str | None]
 
 
-@dataclass(slots=True)
-class _RunAlerts:
+class _RunAlerts(msgspec.Struct):
     """Findings of one run: since when each persists, and those that were sent."""
 
-    since_s: dict[_Key, float] = field(default_factory=dict)
-    sent: set[_Key] = field(default_factory=set)
+    since_s: dict[_Key, float] = {}
+    sent: set[_Key] = msgspec.field(default_factory=set)
 
 
 class FindingAlerts:

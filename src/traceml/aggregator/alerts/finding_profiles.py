@@ -7,9 +7,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.child_programs import kill_group
@@ -32,8 +33,7 @@ _STEPS_S, _LIMIT_S = 120, 300
 _log = logging.getLogger("traceml")
 
 
-@dataclass(slots=True)
-class _PersistingVerdict:
+class _PersistingVerdict(msgspec.Struct):
     """A verdict about computation: its kind, since when it persists or was tried last, and the tries."""
 
     after_s: float

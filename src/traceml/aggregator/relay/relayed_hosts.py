@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
+
+import msgspec
+from msgspec import structs
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams.stream import Stream, StreamPeer, StreamState
@@ -56,8 +59,7 @@ class RelayedRank:
         """Do nothing: the connection is the host's."""
 
 
-@dataclass(slots=True)
-class _RelayedHost:
+class _RelayedHost(msgspec.Struct):
     """A connected host, and its ranks by the number that it has given them.
 
     Attributes:
@@ -68,7 +70,7 @@ class _RelayedHost:
 
     peer: Peer
     key: str
-    ranks: dict[int, tuple[ActiveRun, Stream, RelayedRank]] = field(default_factory=dict)
+    ranks: dict[int, tuple[ActiveRun, Stream, RelayedRank]] = {}
     run: ActiveRun | None = None
     taken: int = 0
     stored: int = 0
@@ -222,7 +224,7 @@ class RelayedHosts:
 
     @staticmethod
     def _choose(run: ActiveRun, key: str, row: Any) -> None:
-        choice = replace(_parsed(HostChoice.from_row, row), host=key)
+        choice = structs.replace(_parsed(HostChoice.from_row, row), host=key)
         ranks = (choice.typical, *choice.ordinary, *choice.sent, *choice.ended)
         if min(ranks) < 0 or max(ranks) >= run.world_size:
             raise ProtocolError(f"the choice of a host has ranks beyond the {run.world_size} of its run")

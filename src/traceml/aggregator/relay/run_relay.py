@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
 from traceml.database.store.frame_compression import encode
@@ -41,8 +43,7 @@ _MAX_UNSENT_BYTES = 4 << 20
 _JOIN_S, _FLUSH_S = 5.0, 1.0
 
 
-@dataclass(slots=True)
-class _RelayedStream:
+class _RelayedStream(msgspec.Struct):
     """A stream of the run, as far as it is sent.
 
     Attributes:
@@ -54,8 +55,8 @@ class _RelayedStream:
 
     rank: int
     attempt: int
-    acked: dict[str, int] = field(default_factory=dict)
-    held: dict[str, list[Frame]] = field(default_factory=dict)
+    acked: dict[str, int] = {}
+    held: dict[str, list[Frame]] = {}
     is_joined: bool = False
     is_ended: bool = False
 

@@ -4,9 +4,10 @@ came to it. Such a rank has a flight file that it holds, which names its job.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from traceml.clock import boot_id
 from traceml.database.external_snapshots import ExternalSnapshots
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["RankProcess", "UnconnectedRanks"]
 
 
-@dataclass(frozen=True, slots=True)
-class RankProcess:
+class RankProcess(msgspec.Struct, frozen=True):
     """A rank of this host.
 
     Attributes:

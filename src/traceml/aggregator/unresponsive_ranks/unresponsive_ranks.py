@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from traceml.aggregator.unresponsive_ranks.unconnected_ranks import RankProcess, UnconnectedRanks
 from traceml.database.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["UnresponsiveRanks", "store_snapshot"]
 
 
-@dataclass(slots=True)
-class _Silence:
+class _Silence(msgspec.Struct):
     """A rank that is silent, and the snapshots of it."""
 
     snapshots: ExternalSnapshots

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from traceml.database.flight.flight_header import COUNTERS_AT, MAGIC, OPEN_SLOTS_AT, own_mapping
 from traceml.database.flight.open_phase import open_phase
@@ -24,8 +25,7 @@ _RECENT_NS = 10**9
 _BYTES = _STEPS_AT + _COUNT.size
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSlots:
+class LiveSlots(msgspec.Struct, frozen=True):
     """Open slots at one moment, and the number of steps that had ended."""
 
     slots: tuple[int, ...]

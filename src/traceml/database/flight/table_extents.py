@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -36,8 +35,7 @@ UNREADABLE = (ValueError, TypeError, msgpack.UnpackException)
 _log = logging.getLogger("traceml")
 
 
-@dataclass(frozen=True, slots=True)
-class TableExtent:
+class TableExtent(NamedTuple):
     """Location of a table in the file."""
 
     name: str
@@ -46,8 +44,7 @@ class TableExtent:
     row_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TableCounters:
+class TableCounters(NamedTuple):
     """Counters of one table when the process died, in rows.
 
     `base` is the number of a log's first map in memory; earlier maps are stored or in the journal.

@@ -14,7 +14,8 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from traceml.database.schema import LOGGED, METRICS, PACKED, TABLES, Table
 from traceml.database.store.frame_editor import SUMMED, FrameEditor
@@ -37,15 +38,14 @@ _STALE_S, _STALE_OF_MANY_S = 300.0, 900.0
 _Key = tuple[int, str]
 
 
-@dataclass(slots=True)
-class _Tail:
+class _Tail(msgspec.Struct):
     """Frames of one (stream, table) that are not large yet: ids by level, in order, and their rows.
 
     The last `unsummed` frames of level 0 are new: not in the sums yet, the first of them since `since_s`.
     """
 
-    ids: list[array[int]] = field(default_factory=lambda: [array("q") for _ in range(_LEVELS)])
-    rows: list[int] = field(default_factory=lambda: [0] * _LEVELS)
+    ids: list[array[int]] = msgspec.field(default_factory=lambda: [array("q") for _ in range(_LEVELS)])
+    rows: list[int] = msgspec.field(default_factory=lambda: [0] * _LEVELS)
     unsummed: int = 0
     unsummed_rows: int = 0
     since_s: float = 0.0

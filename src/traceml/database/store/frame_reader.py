@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,15 +41,14 @@ _FrameChoice = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 _RowChoice = Callable[[NDArray[np.uint8]], NDArray[np.bool_]]
 
 
-@dataclass(slots=True)
-class _Following:
+class _Following(msgspec.Struct):
     """One pass over frames: the cursor after it, and per (table, stream) the number of the next row.
 
     While it goes on, the writer may merge frames that were read with ones that were not.
     """
 
     cursor: int
-    next_seq: dict[tuple[str, int], int] = field(default_factory=dict)
+    next_seq: dict[tuple[str, int], int] = {}
 
 
 class FrameReader:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +23,7 @@ _TRIES = 5  # the writer removes frames for some seconds, now and then
 _NO_CURSOR = np.iinfo(np.int64).max
 
 
-@dataclass(slots=True)
-class _Progress:
+class _Progress(msgspec.Struct):
     """Progress of a (stream, table): its frames, number of stored rows, and the number of the next row."""
 
     first_id: int

@@ -7,6 +7,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,8 +49,7 @@ class StreamIdentity(NamedTuple):
     recorder: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamRecord:
+class StreamRecord(msgspec.Struct, frozen=True):
     """A stored stream.
 
     Attributes:
@@ -92,8 +92,7 @@ class StreamRecord:
         return rows if isinstance(rows, int) else 0
 
 
-@dataclass(frozen=True, slots=True)
-class RunEvent:
+class RunEvent(msgspec.Struct, frozen=True):
     """An event of the run; `id` is the cursor."""
 
     id: int

@@ -9,10 +9,10 @@ See `thinning`.
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgpack
+import msgspec
 
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.compaction import FULL_ROWS
@@ -25,16 +25,15 @@ __all__ = ["Retention", "ThinnedFrame"]
 _BATCH = 16
 
 
-@dataclass(slots=True)
-class _ThinningPass:
+class _ThinningPass(msgspec.Struct):
     """A walk over all frames between two ids, table by table."""
 
     first: int
     last: int
     level: int
-    tables: list[str] = field(default_factory=lambda: sorted(THINNED))
+    tables: list[str] = msgspec.field(default_factory=lambda: sorted(THINNED))
     after: int = -1
-    summed: dict[int, int] = field(default_factory=dict)
+    summed: dict[int, int] = {}
 
 
 class ThinnedFrame(NamedTuple):

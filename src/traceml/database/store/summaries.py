@@ -19,11 +19,11 @@ monotonic time it covers), in tables of steps `first_step` and `last_step`, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,8 +75,7 @@ _Rows = NDArray[np.void]
 _Values = Callable[[_Rows], NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(msgspec.Struct, frozen=True):
     """One field of a bin, and its values for single rows."""
 
     name: str
@@ -137,8 +136,7 @@ def _present(rows: _Rows, name: str) -> NDArray[np.bool_]:
     return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TableSums:
+class TableSums(msgspec.Struct, frozen=True, eq=False):
     """Sums of a table's rows of one stream, or of several that were joined.
 
     Attributes:
@@ -212,8 +210,7 @@ class TableSums:
         return cls(table, int(width), bins, counted)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepSums:
+class StepSums(msgspec.Struct, frozen=True, eq=False):
     """Sums of all steps of one stream, or of several that were joined; each table has its own width.
 
     A phase that the device times (see `schema.DEVICE_PHASES`) has its CPU time in `steps`: in group 1 this is only the

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgpack
+import msgspec
 
 from traceml.database.schema import INFO
 from traceml.database.store.frame_compression import decode, encode
@@ -34,13 +34,12 @@ _log = logging.getLogger("traceml")
 _Key = tuple[int, str]
 
 
-@dataclass(slots=True)
-class FrameBuffer:
+class FrameBuffer(msgspec.Struct):
     """Consecutive rows of one (stream, table) that become a frame."""
 
     seq: int
     n: int = 0
-    parts: list[bytes] = field(default_factory=list)
+    parts: list[bytes] = []
     first_step: int = -1
     last_step: int = -1
     packed: tuple[int, bytes] | None = None

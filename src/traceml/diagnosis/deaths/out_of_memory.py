@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import asdict, dataclass
+
+import msgspec
+from msgspec.structs import asdict
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
@@ -33,8 +35,7 @@ _CAPACITY = re.compile(
 _MIN_GROWN = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEnd:
+class MemoryEnd(msgspec.Struct, frozen=True):
     """An end for lack of memory, and what is known of the memory then.
 
     Attributes:

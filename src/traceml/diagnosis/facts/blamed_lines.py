@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from typing import Any
+
+import msgspec
 
 from traceml.database.schema import IMPORTING, PHASE_LABELS, Phase
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
@@ -79,8 +80,7 @@ _Place = tuple[str, str, int | None]
 """File and function; the lines of a module have nothing in common, so each is a place of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampledShare:
+class SampledShare(msgspec.Struct, frozen=True):
     """A share of a number of samples, 0..1."""
 
     share: float
@@ -109,8 +109,7 @@ class SampledShare:
         return "all" if self.share > 0.99 else percent_text(self.share)
 
 
-@dataclass(frozen=True, slots=True)
-class BlamedLine:
+class BlamedLine(msgspec.Struct, frozen=True):
     """The function that holds most of a phase, with its main line; of a module's own code the line.
 
     The main line is the most frequent one; of late ranks, the one that they are in more often than the others.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import msgspec
 
 __all__ = ["GpuHealth", "GpuHealthHistory", "SegmentTurnover", "TurnoverHistory"]
 
@@ -12,8 +13,7 @@ _MAX_XIDS = 16
 _COUNTERS = ("ecc_errors", "remap_pending", "remap_failed", "max_clock_mhz")
 
 
-@dataclass(slots=True)
-class GpuHealth:
+class GpuHealth(msgspec.Struct):
     """A device.
 
     Attributes:
@@ -32,7 +32,7 @@ class GpuHealth:
     remap_pending: int = -1
     remap_failed: int = -1
     max_clock_mhz: int = -1
-    xids: list[tuple[int, int]] = field(default_factory=list)
+    xids: list[tuple[int, int]] = []
 
     @property
     def new_errors(self) -> int:

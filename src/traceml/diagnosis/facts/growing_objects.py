@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
+
+import msgspec
 
 __all__ = ["GrowingObjects", "growing_of"]
 
@@ -15,8 +16,7 @@ MIN_KEPT = 0.5
 """A container is never cleared if it has so much of what came to it at its rate."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrowingObjects:
+class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
     """A container, or a tensor with its graph; see `recorder.growth.held_objects`.
 
     Attributes:
@@ -78,7 +78,7 @@ class GrowingObjects:
         return counts and (self.holds_graph or self.per_step * self.item_bytes >= MIN_SHARE * bytes_per_step)
 
 
-_FIELDS = {field.name for field in fields(GrowingObjects)}
+_FIELDS = set(GrowingObjects.__struct_fields__)
 
 
 def growing_of(row: Mapping[str, Any]) -> tuple[GrowingObjects, ...]:

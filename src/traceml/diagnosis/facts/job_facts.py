@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,8 +36,7 @@ OVERSUBSCRIBED = 0.25
 """From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobFacts:
+class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Facts for the rules in addition to the window; each has a value that means "not known".
 
     Attributes:
@@ -96,16 +95,16 @@ class JobFacts:
     resumes_at: int = 0
     group: bool | None = None
     backend: str | None = None
-    hosts: Mapping[int, str] = field(default_factory=dict)
-    cores: Mapping[str, int] = field(default_factory=dict)
+    hosts: Mapping[int, str] = {}
+    cores: Mapping[str, int] = {}
     threads: int | None = None
-    main_wait: Mapping[int, float] = field(default_factory=dict)
-    core_wait: Mapping[int, float] = field(default_factory=dict)
-    core_wait_s: Mapping[int, float] = field(default_factory=dict)
+    main_wait: Mapping[int, float] = {}
+    core_wait: Mapping[int, float] = {}
+    core_wait_s: Mapping[int, float] = {}
     startup_wait_s: float = 0.0
     startup_run_s: float = 0.0
-    core_takers: Mapping[str, float] = field(default_factory=dict)
-    samples: MachineSamples = field(default_factory=MachineSamples)
+    core_takers: Mapping[str, float] = {}
+    samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
     model: ModelFacts | None = None
     rpc: bool = False
     fused: bool | None = None
@@ -115,36 +114,36 @@ class JobFacts:
     plays: bool = False
     only_logs: bool = False
     other_models: tuple[int, ...] = ()
-    same_models: Mapping[int, int] = field(default_factory=dict)
+    same_models: Mapping[int, int] = {}
     compile_s: float | None = None
     loader: LoaderFacts | None = None
-    loaders: Mapping[int, Sequence[LoaderFacts]] = field(default_factory=dict)
-    workers: WorkerHistory = field(default_factory=WorkerHistory)
-    lost_workers: Mapping[int, Sequence[LostWorker]] = field(default_factory=dict)
-    growing: Mapping[int, Sequence[GrowingObjects]] = field(default_factory=dict)
+    loaders: Mapping[int, Sequence[LoaderFacts]] = {}
+    workers: WorkerHistory = msgspec.field(default_factory=WorkerHistory)
+    lost_workers: Mapping[int, Sequence[LostWorker]] = {}
+    growing: Mapping[int, Sequence[GrowingObjects]] = {}
     exits: tuple[RankExit, ...] = ()
     ended_by: EndingSignal | None = None
     job_end_s: float | None = None
     job_limit_s: float | None = None
     limits: tuple[ResourceUse, ...] = ()
-    save_folders: Mapping[int, str] = field(default_factory=dict)
-    memory: MemoryHistory = field(default_factory=MemoryHistory)
+    save_folders: Mapping[int, str] = {}
+    memory: MemoryHistory = msgspec.field(default_factory=MemoryHistory)
     lines: Sequence[SampledLine] = ()
-    stretch_lines: StretchLines = field(default_factory=StretchLines)
+    stretch_lines: StretchLines = msgspec.field(default_factory=StretchLines)
     skipped: SkippedSteps | None = None
-    epochs: NDArray[np.void] = field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
+    epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
     time: RunTime | None = None
     state: str = "running"
     losses: LossHistory | None = None
     batches: BatchHistory | None = None
     latest: tuple[int, ...] = ()
     progress: JobProgress | None = None
-    pauses: PauseHistory = field(default_factory=PauseHistory)
-    stops: Mapping[int, Sequence[Stop]] = field(default_factory=dict)
-    joined: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    turnover: TurnoverHistory = field(default_factory=TurnoverHistory)
-    health: GpuHealthHistory = field(default_factory=GpuHealthHistory)
-    topology: Topology = field(default_factory=Topology)
+    pauses: PauseHistory = msgspec.field(default_factory=PauseHistory)
+    stops: Mapping[int, Sequence[Stop]] = {}
+    joined: Mapping[int, Sequence[int]] = {}
+    turnover: TurnoverHistory = msgspec.field(default_factory=TurnoverHistory)
+    health: GpuHealthHistory = msgspec.field(default_factory=GpuHealthHistory)
+    topology: Topology = msgspec.field(default_factory=Topology)
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None where it is not known."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
@@ -38,7 +38,7 @@ _KEPT = {name: name for name in ("backend", "fused", "job_end_s", "job_limit_s")
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = _MAX_LOST = 64
 _MAX_EPOCHS = 65_536
-_LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
+_LOADER_FIELDS = tuple(LoaderFacts.__struct_fields__)
 
 
 class JobFactsBuilder:
@@ -170,7 +170,7 @@ class JobFactsBuilder:
         device = str(row.get("device") or "cpu").partition(":")[0]
         self.accelerator = device if device not in _NO_ACCELERATOR else self.accelerator
         if self._model is None or row.get("compiled"):
-            self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__dataclass_fields__})
+            self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__struct_fields__})
 
         self.batches.model(rank, row)
         self._take_setup(rank, row)

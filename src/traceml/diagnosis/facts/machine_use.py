@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,8 +41,7 @@ _SET_LIMIT, SET_LIMIT = 0x2, "a clock limit that was set"
 _MIN_CAP = 0.25  # loss of the highest clock from which on a limit is reported: few devices keep that under load
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoweredClock:
+class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
     """A device whose clock was lowered.
 
     Attributes:
@@ -68,8 +67,7 @@ class LoweredClock:
         return max(1 - self.clock_mhz / self.usual_mhz, 0.0) if self.usual_mhz else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineUse:
+class MachineUse(msgspec.Struct, frozen=True, kw_only=True):
     """Means over a range of steps; None where they are not known.
 
     Attributes:
@@ -96,16 +94,15 @@ class MachineUse:
     memory_share: float | None = None
 
 
-@dataclass
-class MachineSamples:
+class MachineSamples(msgspec.Struct):
     """Samples of processes, hosts and devices, by rank, thinned evenly over the run.
 
     Attributes:
         machine_cores: cores of the machine that each rank is on.
     """
 
-    machine_cores: dict[int, int] = field(default_factory=dict)
-    _kept: dict[tuple[str, int], _Thinned] = field(default_factory=dict)
+    machine_cores: dict[int, int] = {}
+    _kept: dict[tuple[str, int], _Thinned] = {}
 
     def add(self, table: str, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank, in order."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +15,7 @@ _MIN_ROWS, _MIN_NS = 3, 10**9
 _STEADY = (0.25, 0.75)
 
 
-@dataclass(frozen=True, slots=True)
-class EndMemory:
+class EndMemory(msgspec.Struct, frozen=True):
     """Resident memory of a rank, or private memory of its loader's workers, in the last sample.
 
     Attributes:

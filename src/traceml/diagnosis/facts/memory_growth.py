@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,8 +57,7 @@ class MemoryKind(StrEnum):
     WORKERS = "workers"  # private memory of a rank's loader workers, all together
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthEstimate:
+class GrowthEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """Growth of a curve after its warm-up.
 
     Attributes:
@@ -280,8 +279,7 @@ def _lowest_of_parts(points: _Points, count: int) -> _Points:
     return np.concatenate([_lowest(points[:cut], each + 1), _lowest(points[cut:], each)])
 
 
-@dataclass(frozen=True, slots=True)
-class HostMemory:
+class HostMemory(msgspec.Struct, frozen=True):
     """Memory of a host, or of its container where that has a limit.
 
     Attributes:
@@ -294,8 +292,7 @@ class HostMemory:
     held_share: float
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
+class DeviceMemory(msgspec.Struct, frozen=True):
     """Memory of a device as torch's allocator in one rank sees it.
 
     Attributes:

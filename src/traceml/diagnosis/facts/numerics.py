@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,8 +11,7 @@ from traceml.database.schema import StepFlag, unpack_bits
 __all__ = ["LossHistory", "SkippedSteps"]
 
 
-@dataclass(slots=True)
-class _RankLosses:
+class _RankLosses(msgspec.Struct):
     """The newest losses of a rank: where they stopped being finite, None while they are, and the last finite one."""
 
     since: int | None = None

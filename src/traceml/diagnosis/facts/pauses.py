@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 
+import msgspec
 import numpy as np
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
@@ -23,8 +24,7 @@ Rows = NDArray[np.void]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Saves:
+class Saves(msgspec.Struct, frozen=True):
     """Checkpoints of the rank that took longest for them; None where a fact is not known.
 
     Attributes:
@@ -44,7 +44,7 @@ class Saves:
 
     def evidence(self) -> dict[str, object]:
         """Return what is known, as a finding's evidence."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class PauseHistory:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,8 +26,7 @@ _MIN_PERIODS = 50
 _WARM_UP = 10  # steps: until then models are loaded, and optimizers make their state
 
 
-@dataclass(frozen=True, slots=True)
-class ResourceUse:
+class ResourceUse(msgspec.Struct, frozen=True):
     """Use of a resource by one rank or its host.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,8 +34,7 @@ HEAVY_SHARE = 0.25
 """A part of the wall time that is worth a word: start-up or evaluation is reported from this share on."""
 
 
-@dataclass(frozen=True, slots=True)
-class UsefulTime:
+class UsefulTime(msgspec.Struct, frozen=True):
     """Steps of a rank, each counted once; those that a later attempt makes again are repeated.
 
     Attributes:
@@ -64,8 +63,7 @@ class UsefulTime:
         )
 
 
-@dataclass(frozen=True)
-class RunTime:
+class RunTime(msgspec.Struct, frozen=True):
     """Wall time of a run.
 
     Attributes:
@@ -81,9 +79,9 @@ class RunTime:
     """
 
     wall_s: float
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = {}
     evaluations: int = 0
-    useful: UsefulTime = field(default_factory=UsefulTime)
+    useful: UsefulTime = msgspec.field(default_factory=UsefulTime)
     compile_s: float = 0.0
     set_up_s: float = 0.0
     evaluators: tuple[int, ...] = ()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, overload
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
@@ -28,8 +29,7 @@ _MAX_SPAN_RANKS = 64
 _NONE = np.empty((0, len(LINE_KEYS) + len(LINE_SUMS) + 1), np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledLine:
+class SampledLine(msgspec.Struct, frozen=True):
     """A line of the user's code, and how often it was seen.
 
     Attributes:

@@ -7,8 +7,9 @@ and no other rank is.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from traceml.formatting import count_text
 
@@ -34,8 +35,7 @@ _Key = Callable[[int], str | int | None]
 _NOWHERE: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankGroup:
+class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that share something.
 
     Attributes:
@@ -70,8 +70,7 @@ class RankGroup:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Topology:
+class Topology(msgspec.Struct, frozen=True, kw_only=True):
     """Places of ranks, as far as they are known.
 
     Attributes:
@@ -81,10 +80,10 @@ class Topology:
         mesh: rank -> dimension of the device mesh -> coordinate.
     """
 
-    hosts: Mapping[int, str] = field(default_factory=dict)
-    domains: Mapping[str, str] = field(default_factory=dict)
-    switches: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    mesh: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    hosts: Mapping[int, str] = {}
+    domains: Mapping[str, str] = {}
+    switches: Mapping[int, tuple[str, ...]] = {}
+    mesh: Mapping[int, Mapping[str, int]] = {}
 
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
         """Return the smallest group that explains slow ranks; None where they are not a group.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +16,7 @@ __all__ = ["ProcessSums", "Stop", "stop_of", "wall_parts", "without_stops"]
 _S = 1e9
 
 
-@dataclass(slots=True)
-class ProcessSums:
+class ProcessSums(msgspec.Struct):
     """Sums of one process of a rank; plain numbers, so that they can be kept as JSON.
 
     Attributes:

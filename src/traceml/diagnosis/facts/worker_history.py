@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +19,7 @@ COPIED_SHARE = 0.5
 _ONE_GENERATION = ("loader", "pid", "workers")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerUse:
+class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
     """The workers of a loader of a rank.
 
     Attributes:
@@ -41,8 +40,7 @@ class WorkerUse:
         return min(self.busy + self.waited, 1.0)
 
 
-@dataclass(slots=True)
-class _Watched:
+class _Watched(msgspec.Struct):
     """Sums over one loader of a rank."""
 
     last: NDArray[np.void]
@@ -61,11 +59,10 @@ class _Watched:
         return WorkerUse(busy=busy, waited=waited, workers=workers, cores=int(self.last["cores"][0]))
 
 
-@dataclass
-class WorkerHistory:
+class WorkerHistory(msgspec.Struct):
     """Rows of `schema.LOADER_WORKERS`, summed by rank and loader; in the first step workers start."""
 
-    _watched: dict[tuple[int, int], _Watched] = field(default_factory=dict)
+    _watched: dict[tuple[int, int], _Watched] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank, in order."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from traceml.database.snapshots import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
@@ -43,8 +44,7 @@ _DIFFERENT = (HangCause.MISMATCH, HangCause.SIZES, HangCause.ROOTS)
 _APART = (*_DIFFERENT, HangCause.CIRCLE)
 
 
-@dataclass(frozen=True, slots=True)
-class Blame:
+class Blame(msgspec.Struct, frozen=True):
     """Ranks that block a job.
 
     Attributes:
@@ -274,8 +274,7 @@ def _minority(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sorted(rank for group in named for rank in group))
 
 
-@dataclass(frozen=True, slots=True)
-class UnevenData:
+class UnevenData(msgspec.Struct, frozen=True):
     """Ranks whose data has ended, and the batches of all.
 
     Attributes:

@@ -6,7 +6,9 @@ Also afterwards: a job that somebody ended while it hung has hung.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
@@ -32,8 +34,7 @@ _SLOW_STEPS = 3
 _ALIVE_S, _RANKS_PER_S, _SENDING_S = 15.0, 100, 120.0
 
 
-@dataclass(frozen=True, slots=True)
-class DetectedHang:
+class DetectedHang(msgspec.Struct, frozen=True):
     """A job that hangs, or has hung.
 
     Attributes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import msgspec
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
@@ -53,8 +54,7 @@ _NATIVE = " If nothing is kept there, native code does it: an extension, a decod
 _MAY_END = " The data is read for the first time: a cache that fills looks the same."
 
 
-@dataclass(frozen=True, slots=True)
-class _Room:
+class _Room(msgspec.Struct, frozen=True):
     """Time until a memory is full."""
 
     left_s: float

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
@@ -158,8 +159,7 @@ def _sums(rows: Iterable[Rows]) -> TableSums:
     return sums.widened(max(_SUM_STEPS, sums.width))
 
 
-@dataclass(frozen=True, slots=True)
-class RankChoice:
+class RankChoice(msgspec.Struct, frozen=True):
     """The ranks of a host, divided.
 
     Attributes:

@@ -7,11 +7,11 @@ are those of the store (`database.store.summaries`): any number of them can be j
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import msgpack
+import msgspec
 import numpy as np
 
 from traceml.database.schema import STEPS
@@ -24,8 +24,7 @@ __all__ = ["HostSecond"]
 _BINS = TableSums.empty(STEPS).bins.dtype
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HostSecond:
+class HostSecond(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The message of a host about a second.
 
     Attributes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import msgpack
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from traceml.database.schema import DEVICE_STEPS, NAMES, STEPS, TABLES, USER_PHASES, Table
 from traceml.database.store.reader import StoreReader
@@ -22,8 +23,7 @@ HOST_SUMS = "host_sums"
 _NAMES = tuple(table.name for table in STEP_TABLES)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class HostSums:
+class HostSums(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Sums of all steps of some ranks.
 
     Attributes:

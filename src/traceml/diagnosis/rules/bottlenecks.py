@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -47,8 +45,7 @@ SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
 
-@dataclass(frozen=True, slots=True)
-class _PhaseCost:
+class _PhaseCost(msgspec.Struct, frozen=True):
     """Cost of a part of the step.
 
     Attributes:
@@ -74,7 +71,7 @@ class _PhaseCost:
 
     def scaled(self, share: float, *uncounted: str) -> _PhaseCost:
         """Return a share of it; the rest is what `uncounted` names."""
-        return dataclasses.replace(
+        return replace(
             self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, uncounted=uncounted
         )
 
@@ -84,9 +81,9 @@ class _PhaseCost:
         removed = values * np.float32(self.share)
         saved = saved_ns(self.segments, {self.part: values - removed})
         if saved > RARE_FACTOR * self.saved_ns:
-            return dataclasses.replace(self, uncounted=(_RARE, *self.uncounted))
+            return replace(self, uncounted=(_RARE, *self.uncounted))
 
-        return dataclasses.replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
+        return replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
 
     @property
     def of_step(self) -> str:
@@ -171,7 +168,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
     if uncounted is not None:
-        cost = dataclasses.replace(cost, uncounted=(*cost.uncounted, uncounted))
+        cost = replace(cost, uncounted=(*cost.uncounted, uncounted))
 
     if facts.loader_workers and by_sampler is None:
         line = None  # it is the loop's own: the work is in the workers' processes
@@ -222,7 +219,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             cost = cost.reported()
             if whole is not None and _RARE not in cost.uncounted and _is_longer(whole, segments, part):
-                cost = dataclasses.replace(cost, uncounted=(_RARE, *cost.uncounted))
+                cost = replace(cost, uncounted=(_RARE, *cost.uncounted))
 
             line = cost.line(facts)
             library = cost.library(facts)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,8 +64,7 @@ def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
     return float(middle), float(middle * max(2.0, np.exp(sigmas * spread)))
 
 
-@dataclass(frozen=True)
-class _LongSteps:
+class _LongSteps(msgspec.Struct, frozen=True):
     """Long steps without an explanation.
 
     Attributes:
@@ -301,8 +299,7 @@ def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float)
     return np.asarray(outliers if columns is None else outliers & columns)
 
 
-@dataclass(frozen=True)
-class _Turns:
+class _Turns(msgspec.Struct, frozen=True):
     """Ranks that are late in some steps, in one part of the step.
 
     Attributes:

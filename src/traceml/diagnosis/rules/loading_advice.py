@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from traceml.diagnosis.facts.blamed_lines import (
     NAMED_SHARE,

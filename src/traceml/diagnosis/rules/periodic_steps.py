@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,8 +50,7 @@ LIGHT_SHARE = 0.1
 """Steps with less than this share of the excess of those that have half of it are noise between these."""
 
 
-@dataclass(frozen=True)
-class _Period:
+class _Period(msgspec.Struct, frozen=True):
     """Long steps at a fixed distance.
 
     Attributes:

@@ -5,7 +5,6 @@ The rules look at the usual step in equal bins of the whole run.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +94,7 @@ def _change(bins: StepHistory, facts: JobFacts) -> LevelChange | None:
         return change
 
     rest_ns = float(np.median(bins.step_ns - bins.parts_ns[part]))
-    return dataclasses.replace(own, before_ns=rest_ns + own.before_ns, after_ns=rest_ns + own.after_ns)
+    return replace(own, before_ns=rest_ns + own.before_ns, after_ns=rest_ns + own.after_ns)
 
 
 def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:

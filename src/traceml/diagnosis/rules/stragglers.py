@@ -8,10 +8,10 @@ from a core or a host that is slower in everything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import hypot, inf
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -80,8 +80,7 @@ _BATCHES = 8
 _MIN_MEASURED = 20
 
 
-@dataclass(frozen=True)
-class _Others:
+class _Others(msgspec.Struct, frozen=True, dict=True):
     """The ranks that are not late, by whose work late ones are judged, each of thousands.
 
     Attributes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from traceml.database.schema import Pause
@@ -31,8 +31,7 @@ _MAX_EVERY = 1000
 _OLDEST = 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Collections:
+class _Collections(msgspec.Struct, frozen=True):
     """Collections of one origin in a window.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,8 +35,7 @@ _MOSTLY = 0.5
 _GIVEN_UP = " The recompile limit was reached: inputs that fit no compiled version run in eager mode."
 
 
-@dataclass(frozen=True, slots=True)
-class _Recompiled:
+class _Recompiled(msgspec.Struct, frozen=True):
     """Compilations of a run beyond the first of each function, of the rank that spent most on them.
 
     Attributes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +16,7 @@ __all__ = ["AlignedSteps", "Ints"]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class AlignedSteps:
+class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
     """Steps that all ranks have.
 
     Attributes:
@@ -40,13 +39,13 @@ class AlignedSteps:
     times: Mapping[str, Floats]
     total: Floats
     backward_own: Floats
-    user: Mapping[str, Floats] = field(default_factory=dict)
+    user: Mapping[str, Floats] = {}
     missing_ranks: tuple[int, ...] = ()
     device: bool = False
-    elements: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    samples: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    elements: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    samples: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    stands_for: Mapping[int, tuple[int, ...]] = {}
+    above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.steps)

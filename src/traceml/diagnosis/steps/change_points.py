@@ -7,8 +7,8 @@ or a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,8 +28,7 @@ _MIN_SEGMENT = 3
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
 
-@dataclass(frozen=True, slots=True)
-class LevelChange:
+class LevelChange(msgspec.Struct, frozen=True):
     """A slow part of the run, and what steps take in it and outside.
 
     Attributes:

@@ -6,10 +6,10 @@ Of a long run they are a sample: blocks of consecutive steps, spread over the ru
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -30,8 +30,7 @@ _HELD_SHARE = 0.8
 _MIN_READY = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
+class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     """A training step, and the making of its batch in this process or in workers.
 
     Attributes:

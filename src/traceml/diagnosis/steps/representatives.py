@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,8 +26,7 @@ _MAX_WAITING = 4096  # where no verdict reads them
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HostChoice:
+class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
     """The ranks of a host whose rows are sent on.
 
     Attributes:
@@ -102,8 +101,7 @@ class HostChoice:
             raise ValueError(f"the choice of a host cannot be read: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class WorkAbove:
+class WorkAbove(msgspec.Struct, frozen=True):
     """Own work of the longest of a host's ordinary ranks beyond that of the typical one, for consecutive steps.
 
     Attributes:
@@ -141,8 +139,7 @@ def packed_ms(values_ns: Floats) -> bytes:
     return bytes((values_ns / _NS_PER_MS).astype(_PACKED_MS).tobytes())
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
+class _Chosen(msgspec.Struct, frozen=True):
     """The newest choices of all hosts as arrays.
 
     Attributes:

@@ -8,10 +8,11 @@ after the row's sync point and delays the next one, so it is counted there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -32,8 +33,7 @@ _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(msgspec.Struct, frozen=True, dict=True):
     """Own work of each rank, by part of the step, between the sync points of a window.
 
     Attributes:
@@ -65,9 +65,9 @@ class Segments:
     device: bool
     begins: NDArray[np.bool_]
     stretches: NDArray[np.intp]
-    stands_for: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    above: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    shift: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    stands_for: Mapping[int, tuple[int, ...]] = {}
+    above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    shift: Floats = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
 
     def as_measured(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:
         """Return the times of some steps, and what is usual for them, as the run had them."""
@@ -136,8 +136,7 @@ class Segments:
         return replace(self, parts=merged, own=own, step=step)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LateRanks:
+class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that are late for the same reason; `rows` and `others` are indices of the window's ranks.
 
     `group` is the host, switch or part of the mesh that they are, None for single ranks.

@@ -7,10 +7,10 @@ looked for in each training by itself.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -41,7 +41,7 @@ def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[i
     waiting = np.maximum(segments.step - segments.own.mean(axis=0), 0)
     step = changed.own.mean(axis=0) + _even(waiting[None], trainings)[0]
     even = segments.changed(parts, np.asarray(step, segments.step.dtype))
-    return dataclasses.replace(even, shift=segments.step - even.step)
+    return replace(even, shift=segments.step - even.step)
 
 
 def trainings_of(

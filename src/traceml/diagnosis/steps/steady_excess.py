@@ -8,8 +8,8 @@ steps, as from another program, is recognized by the means of batches and of qua
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from traceml.diagnosis.steps.segments import Segments
@@ -30,8 +30,7 @@ _MIN_STEPS = 10
 _MAX_BATCHES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class SteadyExcess:
+class SteadyExcess(msgspec.Struct, frozen=True):
     """A rank's excess in a part of the step.
 
     Attributes:

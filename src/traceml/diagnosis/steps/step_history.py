@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -22,8 +23,7 @@ _END = 1 << 62
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class StepHistory:
+class StepHistory(msgspec.Struct, frozen=True):
     """Usual step by bin of the whole run: medians over its steps.
 
     The others wait for the rank that takes longest, so its work is that of the step: a mean over ranks would count most
@@ -47,12 +47,12 @@ class StepHistory:
     steps: NDArray[np.int64]
     step_ns: Floats
     parts_ns: Mapping[str, Floats]
-    ranks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    own_ns: Floats = field(default_factory=lambda: np.empty((0, 0)))
-    elements: Floats = field(default_factory=lambda: np.empty(0))
-    single_steps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    single_ns: Floats = field(default_factory=lambda: np.empty(0))
-    single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    ranks: NDArray[np.int64] = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
+    own_ns: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0)))
+    elements: Floats = msgspec.field(default_factory=lambda: np.empty(0))
+    single_steps: NDArray[np.int64] = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
+    single_ns: Floats = msgspec.field(default_factory=lambda: np.empty(0))
+    single_parts_ns: Mapping[str, NDArray[np.floating[Any]]] = {}
     start: int = 1
     end: int = _END
     of_run: float = 1.0

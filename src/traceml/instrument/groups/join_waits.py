@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from traceml.instrument.accumulator import StepAccumulator
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import PhaseTimer
 
 __all__ = ["patch_join"]
 
@@ -16,7 +16,7 @@ MODULE = "torch.distributed.algorithms.join"
 
 
 @uncounted
-def patch_join(patches: Patches, clock: StepAccumulator, report: Callable[[dict[str, Any]], None]) -> None:
+def patch_join(patches: Patches, clock: PhaseTimer, report: Callable[[dict[str, Any]], None]) -> None:
     """Report the step that has the wait at the end of each `with Join(...)`."""
 
     def reporting(original: Callable[..., Any]) -> Callable[..., Any]:

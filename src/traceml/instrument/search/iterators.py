@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import CodeType, FrameType, FunctionType, GeneratorType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from traceml.inspection.thread_frames import stack_frames
@@ -25,8 +24,7 @@ _MAX_DEPTH = 200
 _QUEUES = (("queue", "Queue"), ("multiprocessing.queues", "Queue"), ("multiprocessing.queues", "SimpleQueue"))
 
 
-@dataclass(frozen=True, slots=True)
-class Feeding:
+class Feeding(NamedTuple):
     """Code by which the training loop gets its batches.
 
     Attributes:
@@ -45,7 +43,7 @@ class Feeding:
             return self
 
         going_on = frozenset(each.gi_code for each in self.suspended if each.gi_frame is not None)
-        return replace(self, generators=going_on | _queue_codes(), suspended=None)
+        return self._replace(generators=going_on | _queue_codes(), suspended=None)
 
     def contains(self, frame: FrameType) -> bool:
         """Return whether a frame runs for an iterator that the training loop has asked for a batch."""

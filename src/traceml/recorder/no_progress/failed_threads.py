@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from traceml.database.snapshots import MAX_THREADS, FrameSnapshot, ThreadSnapshot
 from traceml.recorder.exits import describe
+
+if TYPE_CHECKING:
+    from traceml.database.snapshots import ThreadSnapshot
 
 __all__ = ["FailedThreads"]
 
@@ -18,7 +19,7 @@ class FailedThreads:
     """Notes the threads of this process that end with an exception, by `threading.excepthook`."""
 
     def __init__(self) -> None:
-        self._failed: deque[ThreadSnapshot] = deque(maxlen=MAX_THREADS)
+        self._failed: list[ThreadSnapshot] = []
         self._previous: Callable[[Any], Any] = threading.excepthook
 
     def install(self) -> None:
@@ -36,12 +37,19 @@ class FailedThreads:
 
     def _hook(self, args: Any) -> None:
         with suppress(Exception):
-            self._failed.append(_snapshot(args))
+            self._note(args)
 
         self._previous(args)
 
+    def _note(self, args: Any) -> None:
+        from traceml.database.snapshots import MAX_THREADS  # a rank without failures does not pay for it
+
+        self._failed = [*self._failed, _snapshot(args)][-MAX_THREADS:]
+
 
 def _snapshot(args: Any) -> ThreadSnapshot:
+    from traceml.database.snapshots import FrameSnapshot, ThreadSnapshot
+
     facts = describe(args.exc_value)
     name, message = facts.get("exception", args.exc_type.__name__), facts.get("message", "")
     line = FrameSnapshot(file=facts.get("file", ""), line=facts.get("line", 0), function=facts.get("function", ""))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from traceml.database.flight.row_rings import ByteLog, Ring
 from traceml.recorder.sending.blob_table import BlobTable
@@ -13,12 +12,12 @@ __all__ = ["Losses", "SendCursor"]
 _SLICE_ROWS = 2048
 
 
-@dataclass(slots=True)
 class Losses:
     """Rows that were overwritten before they were stored, as ranges, so that none is counted twice."""
 
-    _ranges: list[tuple[int, int]] = field(default_factory=list)
-    _settled: int = 0
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self._settled = 0
 
     @property
     def rows(self) -> int:
@@ -37,13 +36,12 @@ class Losses:
             self._settled += first_stop - first_start
 
 
-@dataclass(slots=True)
 class SendCursor:
     """Position in one table: rows below `sent` are on the wire."""
 
-    table: Ring | ByteLog | BlobTable
-    sent: int = 0
-    losses: Losses = field(default_factory=Losses)
+    def __init__(self, table: Ring | ByteLog | BlobTable, sent: int = 0) -> None:
+        self.table, self.sent = table, sent
+        self.losses = Losses()
 
     def resume(self, seq: int) -> None:
         """Continue where the aggregator says, even if it asks again for rows that it acknowledged."""

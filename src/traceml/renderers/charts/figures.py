@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 from traceml.formatting import count_text, ms_text
 from traceml.renderers.charts import run_charts
@@ -22,8 +23,7 @@ _ROW = 22  # height of a rank's bar
 _MAX_HEIGHT = 620
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(msgspec.Struct, frozen=True):
     """A chart with its title and a line on how to read it; `height` is in units of 1/500 of its width."""
 
     title: str

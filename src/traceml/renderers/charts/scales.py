@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 __all__ = ["CHAR", "Scale", "category_scale", "rounded", "text_of", "value_scale"]
 
@@ -15,8 +16,7 @@ _LABEL_GAP = 14
 _MOST = 1e300  # beyond it, differences overflow
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(msgspec.Struct, frozen=True):
     """An axis from `start` to `end` on the drawing.
 
     Attributes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from traceml.formatting import printable
 from traceml.renderers.charts.scales import CHAR, Scale, rounded, text_of
@@ -17,8 +18,7 @@ Points = list[tuple[float, float, float]]
 """(x, from, to): a mark begins at 0, or at the top of the one below it; `to` is NaN where there is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plot:
+class Plot(msgspec.Struct, frozen=True):
     """The area inside the axes, as its scales; `right` where there is a second y axis."""
 
     x: Scale

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -19,8 +18,7 @@ _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
 _OUTSIDE_PARTS = ("evaluation", "between_epochs", "restart")
 
 
-@dataclass(frozen=True, slots=True)
-class LibraryCall:
+class LibraryCall(msgspec.Struct, frozen=True):
     """A library function that a line of the user's code had called.
 
     Attributes:
@@ -32,8 +30,7 @@ class LibraryCall:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
-class LineShare:
+class LineShare(msgspec.Struct, frozen=True):
     """A line of the user's code in a phase.
 
     Attributes:
@@ -51,8 +48,7 @@ class LineShare:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
-class PhaseLines:
+class PhaseLines(msgspec.Struct, frozen=True):
     """The lines of one phase, the most frequent first.
 
     Attributes:

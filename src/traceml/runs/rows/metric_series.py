@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,8 +20,7 @@ _MAX_NAMES = 500
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class MetricSeries:
+class MetricSeries(msgspec.Struct, frozen=True):
     """One metric over steps; joined values have their mean and extremes, NaN is a gap.
 
     Attributes:

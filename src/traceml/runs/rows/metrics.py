@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,8 +31,7 @@ _WAIT_ROWS = 32  # of a rank above 0, until its losses stand for the run's
 _NO_TRAINING = ("val", "eval", "test")
 
 
-@dataclass(frozen=True, slots=True)
-class MetricFrame:
+class MetricFrame(msgspec.Struct, frozen=True):
     """Values that one rank logged, sorted by name; those of a name in the order of logging.
 
     Attributes:

@@ -6,10 +6,10 @@ A running and an ended run give the same numbers, as both come from a digest of 
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,8 +35,7 @@ _SAMPLES = 240
 _DEVICE_LAG = 32
 
 
-@dataclass(frozen=True, slots=True)
-class StepSeries:
+class StepSeries(msgspec.Struct, frozen=True):
     """Step times and phases over the run, one value per bin of steps; NaN where a bin is empty.
 
     Attributes:
@@ -57,8 +56,7 @@ class StepSeries:
         return len(self.steps)
 
 
-@dataclass(frozen=True, slots=True)
-class HeatMap:
+class HeatMap(msgspec.Struct, frozen=True):
     """Own work over the run, rank x bin of steps; with very many ranks, the slowest of each group.
 
     Attributes:
@@ -75,8 +73,7 @@ class HeatMap:
     excess: Floats
 
 
-@dataclass(frozen=True, slots=True)
-class SampleSeries:
+class SampleSeries(msgspec.Struct, frozen=True):
     """Sampled values over time.
 
     Attributes:
@@ -90,8 +87,7 @@ class SampleSeries:
     values: Floats
 
 
-@dataclass(frozen=True, slots=True)
-class RunSeries:
+class RunSeries(msgspec.Struct, frozen=True):
     """All series of a run.
 
     Attributes:
@@ -114,15 +110,14 @@ class RunSeries:
     attempt: int = 0
 
 
-@dataclass(slots=True)
-class SeriesFollower:
+class SeriesFollower(msgspec.Struct):
     """Makes the series of a run that a digest follows; bounded in memory, cheap to update.
 
     Call `take` after each update of the digest, from its beginning or after a `backfill`, and `series` to draw them.
     """
 
-    _bins: StepBins = field(default_factory=StepBins)
-    _lines: MetricSeriesSet = field(default_factory=MetricSeriesSet)
+    _bins: StepBins = msgspec.field(default_factory=StepBins)
+    _lines: MetricSeriesSet = msgspec.field(default_factory=MetricSeriesSet)
     _attempt: int = -1
 
     def backfill(self, run_dir: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
@@ -27,8 +28,7 @@ __all__ = ["SetUpSums", "StepTotals", "step_totals"]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class StepTotals:
+class StepTotals(msgspec.Struct, frozen=True):
     """Sums over steps, in nanoseconds: rank x bin of equal width in steps.
 
     Attributes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
@@ -33,8 +35,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-@dataclass(slots=True)
-class PlannedExperiment:
+class PlannedExperiment(msgspec.Struct):
     """One experiment of a run, the same on all its ranks.
 
     Attributes:
@@ -47,7 +48,7 @@ class PlannedExperiment:
     key: str
     number: int
     row: dict[str, Any]
-    begun_on: set[int] = field(default_factory=set)
+    begun_on: set[int] = msgspec.field(default_factory=set)
     started: float = 0.0
 
     @property

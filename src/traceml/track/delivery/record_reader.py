@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import msgspec
 
 from traceml.database.schema import LOGGED, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
@@ -36,8 +37,7 @@ class LoggedRecord(NamedTuple):
     row: dict[str, Any]
 
 
-@dataclass(slots=True)
-class RecordBatch:
+class RecordBatch(msgspec.Struct):
     """Rows between two cursors, in the order of the store, which per process is the order of the calls.
 
     Attributes:
@@ -52,10 +52,10 @@ class RecordBatch:
 
     cursor: dict[str, int]
     rows: int = 0
-    metrics: dict[tuple[int, int], list[Metric]] = field(default_factory=dict)
-    logged: list[LoggedRecord] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
-    reached: dict[tuple[int, str], int] = field(default_factory=dict)
+    metrics: dict[tuple[int, int], list[Metric]] = {}
+    logged: list[LoggedRecord] = []
+    frames: list[Frame] = []
+    reached: dict[tuple[int, str], int] = {}
     is_last: bool = True
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+import msgspec
 
 from traceml.errors import BackendBusyError, BackendRefusedError, BackendUnauthorizedError, PluginError, SettingsError
 
@@ -31,8 +32,7 @@ class FailureKind(StrEnum):
     BROKEN = "broken"  # another installation
 
 
-@dataclass(frozen=True, slots=True)
-class TrackerFailure:
+class TrackerFailure(msgspec.Struct, frozen=True):
     """One classified failure."""
 
     kind: FailureKind

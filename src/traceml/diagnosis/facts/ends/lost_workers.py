@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
+
+import msgspec
 
 __all__ = ["LostWorker", "lost_worker_of", "worker_in"]
 
@@ -15,8 +16,7 @@ _SIGNAL = re.compile(r"is killed by signal: (?P<words>[^.]+)")
 _STATUS = re.compile(r"with exit code (?P<code>\d+)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LostWorker:
+class LostWorker(msgspec.Struct, frozen=True, kw_only=True):
     """A loader worker that died.
 
     Attributes:
@@ -35,7 +35,7 @@ class LostWorker:
     memory_limit_bytes: int | None = None
 
 
-_FIELDS = [field.name for field in fields(LostWorker)]
+_FIELDS = LostWorker.__struct_fields__
 
 
 def lost_worker_of(row: Mapping[str, Any]) -> LostWorker | None:

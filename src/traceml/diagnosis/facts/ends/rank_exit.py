@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from signal import SIGINT
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from traceml.formatting import line_text
 
@@ -15,8 +17,7 @@ _TIME_LIMITS = ("timed out waiting", "monitoredbarrier in", "in monitoredbarrier
 """What process groups say when the others have not come in time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankExit:
+class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     """The end of a rank, usually a failure.
 
     Attributes:
@@ -137,8 +138,8 @@ class RankExit:
         return is_signal or (self.exception or "").startswith("KeyboardInterrupt")
 
 
-_COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))
-_EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name != "rank")
+_COPIED = tuple(name for name in RankExit.__struct_fields__ if name not in ("rank", "state", "host"))
+_EXIT_FIELDS = tuple(name for name in RankExit.__struct_fields__ if name != "rank")
 
 
 def merged_exits(before: RankExit, after: RankExit) -> RankExit:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +34,7 @@ _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, anoth
 _NO_PROGRESS = ("snapshot", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
 
 
-@dataclass(frozen=True, slots=True)
-class RankProgress:
+class RankProgress(msgspec.Struct, frozen=True):
     """A rank and its progress until now, or until its end.
 
     Attributes:
@@ -55,8 +55,7 @@ class RankProgress:
     returned_at: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobProgress:
+class JobProgress(msgspec.Struct, frozen=True):
     """Progress of all ranks.
 
     Attributes:
@@ -67,7 +66,7 @@ class JobProgress:
         diverged: ranks that have called more collectives than others, and since when; None where all agree.
     """
 
-    ranks: Mapping[int, RankProgress] = field(default_factory=dict)
+    ranks: Mapping[int, RankProgress] = {}
     timeout_s: float = DEFAULT_TIMEOUT_S
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +19,7 @@ _LISTED = 3  # different numbers of collectives that a sentence lists
 _MAX_SLOTS, _MIN_SLOTS, _CELLS = 1024, 64, 262_144
 
 
-@dataclass(frozen=True, slots=True)
-class DivergedRanks:
+class DivergedRanks(msgspec.Struct, frozen=True):
     """Ranks whose numbers of collectives differ, in all steps from one on.
 
     Attributes:

@@ -6,9 +6,9 @@ One rule for report, verdict, charts, exports and trackers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,8 +17,7 @@ from traceml.database.schema import unpack_bits
 __all__ = ["GroupUse"]
 
 
-@dataclass
-class GroupUse:
+class GroupUse(msgspec.Struct):
     """Facts on the process group of a job. Plain values, so that they can be stored as JSON.
 
     Attributes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 __all__ = ["LoaderFacts", "ModelFacts", "TrainedModels"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderFacts:
+class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     """A data loader, as the rank described it.
 
     Attributes:
@@ -53,8 +53,7 @@ class LoaderFacts:
         return "TrainingArguments" if self.trainer == "transformers" else "DataLoader"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The trained model, as the rank described it."""
 
     model: str | None = None

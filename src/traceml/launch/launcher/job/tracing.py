@@ -116,7 +116,9 @@ class Tracing:
         **given: Any,
     ) -> None:
         config = settings.load(**given)
-        self._aggregator = AggregatorProcess(choose_run_id(config, config.run_name or name), config.runs_dir.absolute())
+        self._aggregator = AggregatorProcess(
+            choose_run_id(config, config.run_name or name), config.runs_dir.absolute(), on_completing=load_card
+        )
         self._environ = {
             "TRACEML_RUN_NAME": config.run_name or name,
             "TRACEML_PROJECT": config.project,
@@ -297,9 +299,6 @@ class Tracing:
 
         if status and (why := scheduler_facts(os.environ)):
             self._exits = [exited | why for exited in self._exits]
-
-        if self._begun:
-            load_card()
 
         self._finished = self._begun and self._aggregator.finish(self._exits, status, ended_by)
         return self._finished
