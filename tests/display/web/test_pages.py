@@ -141,6 +141,36 @@ def test_runs_are_labeled_and_deleted(visit: Visits, runs_dir: Path) -> None:
     remove_ended([describe_run(runs_dir / "20250101-000000-kept-0002")])
 
 
+def test_the_first_paint_of_the_list_is_what_the_scripts_build(visit: Visits) -> None:
+    """It is in the server's response: with heading, arrow, tags and all rows; its controls take no input yet."""
+    elements = """() => [...document.querySelectorAll("#app .top, #app .top *, #content *")].map((each) => [
+      each.tagName, each.className, each.hidden, each.getAttribute("href"),
+      [...each.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data.trim()).join("")])"""
+    built = []
+    for scripts in (False, True):
+        mine = visit(java_script_enabled=scripts)
+        mine.open("/")  # with the token
+        page = mine.open("/?group=verdict&sort=-ranks", token=False)
+        if scripts:
+            page.wait_for_function("window.did_handshake")
+        else:
+            controls = page.locator("input:not([inert]), button:not([inert], #close-keys), select:not([inert])")
+            assert controls.count() == 0
+
+        built.append(page.evaluate(elements))
+
+    assert len(built[0]) > 150
+    assert built[0] == built[1]
+
+
+def test_the_first_paint_of_a_run_has_its_verdict(visit: Visits) -> None:
+    page = visit(java_script_enabled=False).open(f"/run/{SLOW}")
+
+    expect(page.locator("h1")).to_contain_text("Rank 2 is slow in forward")
+    assert page.locator("link[rel=stylesheet]").count() == 0
+    assert "@import" not in page.content()
+
+
 def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
     """Verdict, evidence and advice are at the top, charts below; the address has no token."""
     mine = visit()

@@ -8,7 +8,7 @@ from a core or a host that is slower in everything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import hypot, inf
 
 import msgspec
@@ -92,9 +92,9 @@ class _Others(msgspec.Struct, frozen=True, dict=True):
     late: NDArray[np.intp]
 
     @cached_property
-    def all_rows(self) -> NDArray[np.intp]:
-        """All ranks but these, also those whose lateness is known."""
-        return np.delete(np.arange(len(self.segments.ranks)), self.late)
+    def all_ranks(self) -> list[int]:
+        """All ranks but the judged ones, also those whose lateness is known."""
+        return self.segments.ranks_of(np.delete(np.arange(len(self.segments.ranks)), self.late))
 
     @cached_property
     def own(self) -> Floats:
@@ -289,7 +289,7 @@ def _blamed_part(
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
     lacking = _may_lack_cores(segments, facts, rows)
-    own_ns = _own_line_ns(segments, facts, rows, usual.all_rows, part, by_part[part]) if lacking else 0.0
+    own_ns = _own_line_ns(segments, facts, rows, usual.all_ranks, part, by_part[part]) if lacking else 0.0
     more_ns = _more_work_ns(segments, facts, rows, excess) if lacking else 0.0
     explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns, more_ns)
     if own_ns:
@@ -312,26 +312,26 @@ def _runs_own_line(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], 
     """Return whether a line of the slow part that only these ranks run explains a reportable excess by itself."""
     by_part = _excess_by_part(segments, rows, usual)
     part = max(by_part, key=lambda name: by_part[name])
-    return _own_line_ns(segments, facts, rows, usual.all_rows, part, by_part[part]) >= EXCESS_SHARE * segments.step_ns
+    return _own_line_ns(segments, facts, rows, usual.all_ranks, part, by_part[part]) >= EXCESS_SHARE * segments.step_ns
 
 
 def _own_line_ns(
     segments: Segments,
     facts: JobFacts,
     rows: NDArray[np.intp],
-    others: NDArray[np.intp],
+    others: list[int],
     part: str,
     excess_ns: float,
 ) -> float:
     """Return the time per step of late ranks in a line that the others do not run; 0 below a third of the excess."""
-    share = own_line_share(facts.lines, part, segments.ranks_of(rows), segments.ranks_of(others))
+    share = own_line_share(facts.lines, part, segments.ranks_of(rows), others)
     return share * segments.step_ns if share * segments.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
 
 
 def _due_to_code_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
     """Return the time per step by which ranks are late for what they run, not for lack of cores; 0 if unsure."""
     others = np.delete(np.arange(len(segments.ranks)), rows)
-    own_ns = _own_line_ns(segments, facts, rows, others, part, excess_ns)
+    own_ns = _own_line_ns(segments, facts, rows, segments.ranks_of(others), part, excess_ns)
     return own_ns or _more_work_ns(segments, facts, rows, excess_ns)
 
 
@@ -413,9 +413,19 @@ def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) 
 def _mean_and_error(values: Floats) -> tuple[float, float]:
     """Return the mean and its standard error, from the means of batches of steps, as noise may last some steps."""
     number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
-    batches = [float(batch.mean()) for batch in np.array_split(values, number)]
-    error = float(np.std(batches, ddof=1)) / len(batches) ** 0.5 if len(batches) > 1 else 0.0
-    return float(np.mean(batches)), max(error, 1.0)
+    begins, sizes = _batches(len(values), number)
+    means = np.add.reduceat(values, begins, dtype=np.float64) / sizes
+    mean = float(means.sum()) / number
+    spread = means - mean
+    error = (float(spread @ spread) / (number * (number - 1))) ** 0.5 if number > 1 else 0.0
+    return mean, max(error, 1.0)
+
+
+@lru_cache(maxsize=16)
+def _batches(steps: int, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the beginning and the size of each of several batches of steps, as equal as can be."""
+    ends = np.arange(number + 1) * steps // number
+    return ends[:-1], np.diff(ends)
 
 
 def _errors(values: Floats) -> float:

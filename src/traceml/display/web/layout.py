@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,6 +16,7 @@ from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 
 __all__ = ["Banner", "add_head", "draw", "theme_of", "top_bar"]
 
+_THEME_COOKIES = ("traceml_theme", "traceml_chosen_theme")  # the last theme, and the one that the user has chosen
 _KEYS = (
     ("1 to 9", "go to a section"),
     ("j, k", "next, previous run in the list"),
@@ -34,15 +36,6 @@ def _head() -> str:
     return f"<style>{colors}\n{style}</style><script>{charts}\n{script}</script>"
 
 
-# Shown by the browser before it has run the scripts that build the page, which takes most of a second; the style sheet
-# hides it then. It has no text of a run, as it is not escaped.
-_FIRST_PAINT = """
-<div id="first-paint" aria-hidden="true">
-  <div class="top"><div class="bar"><span class="brand">traceml</span></div></div>
-  <div class="page"><p class="note">Loading the page</p></div>
-</div>
-"""
-
 # The list of keys that `?` opens: the same on every page, so it is no part of what NiceGUI builds for each visit.
 _KEYS_DIALOG = f"""
 <dialog id="keys" aria-label="keys">
@@ -53,15 +46,16 @@ _KEYS_DIALOG = f"""
 """
 
 
-def add_head() -> None:
-    """Add style sheet, script, first paint and the list of keys to the page that is being built."""
-    ui.add_head_html(_head())
-    ui.add_body_html(_FIRST_PAINT + _KEYS_DIALOG)
+def add_head(cookies: Mapping[str, str]) -> None:
+    """Add style sheet, script and the list of keys to the page that is being built."""
+    themes = {name: cookies[name] for name in _THEME_COOKIES if cookies.get(name) in THEMES}
+    ui.add_head_html(f"<script>tracemlCookies={json.dumps(themes)}</script>{_head()}")
+    ui.add_body_html(_KEYS_DIALOG)
 
 
 def theme_of(cookies: dict[str, str]) -> str:
     """Return the theme that this browser used last; `light` for a new one, which then reports its own."""
-    theme = cookies.get("traceml_theme", "light")
+    theme = cookies.get(_THEME_COOKIES[0], "light")
     return theme if theme in THEMES else "light"
 
 

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from nicegui import Client, ui
 from starlette.requests import Request
+from starlette.responses import Response
 
 from traceml.display.web.compare_page import ComparePage, CompareSource, CompareState
+from traceml.display.web.first_paint import with_first_paint
 from traceml.display.web.layout import add_head, theme_of
 from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.display.web.pollers import PollerRegistry
@@ -57,13 +59,14 @@ class Pages:
         self._runs.refresh()
         self._list.refresh()
 
-    async def _show_list(self, client: Client, request: Request) -> None:
-        add_head()
+    async def _show_list(self, client: Client, request: Request) -> Response:
+        add_head(request.cookies)
         page = RunsPage(client, self._runs_dir, request.query_params, self._list.refresh)
         await self._follow(client, self._list, "", page.show)
+        return with_first_paint(client, request)
 
-    async def _show_run(self, client: Client, request: Request, run_id: str) -> None:
-        add_head()
+    async def _show_run(self, client: Client, request: Request, run_id: str) -> Response:
+        add_head(request.cookies)
         ui.page_title(f"{run_id} - traceml")
         theme = theme_of(request.cookies)
         self._themes.add(theme)
@@ -74,8 +77,10 @@ class Pages:
         else:
             page.show(RunState(run_id, exists=False))
 
-    async def _show_comparison(self, client: Client, request: Request, runs: str) -> None:
-        add_head()
+        return with_first_paint(client, request)
+
+    async def _show_comparison(self, client: Client, request: Request, runs: str) -> Response:
+        add_head(request.cookies)
         names = runs.split("/")[: len(LETTERS)]
         page = ComparePage(client, names, theme_of(request.cookies))
         ui.on("traceml_theme", lambda event: self._set_theme(page, event.args))
@@ -83,6 +88,8 @@ class Pages:
             await self._follow(client, self._compared, tuple(names), page.show)
         else:
             page.show(CompareState(problem="There is no such run."))
+
+        return with_first_paint(client, request)
 
     def _set_theme(self, page: RunPage | ComparePage, theme: object) -> None:
         if theme in ("light", "dark"):

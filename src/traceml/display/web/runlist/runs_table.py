@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 from nicegui import ui
@@ -38,6 +39,46 @@ class RunsTable(ui.element, component="runs_table.js"):  # type: ignore[misc, ca
         if (columns, rows) != (self.props["columns"], self.props["rows"]):
             self.props["columns"], self.props["rows"] = columns, rows
             self.update()
+
+    def html(self) -> str:
+        """Return what the template of `runs_table.js` builds."""
+        columns, rows = self.props["columns"], self.props["rows"]
+        return (
+            '<div class="scroll"><table><thead><tr><th scope="col" class="pickcell"><span class="visually-hidden">pick'
+            f"</span></th>{''.join(map(_html_heading, columns))}</tr></thead>"
+            f"<tbody>{''.join(_html_row(row, columns) for row in rows)}</tbody></table></div>"
+        )
+
+
+def _html_row(row: dict[str, Any], columns: list[dict[str, Any]]) -> str:
+    heading = row["heading"]
+    group = f'<tr class="groupline"><th colspan="{len(columns) + 1}" scope="colgroup">{escape(heading)}</th></tr>'
+    look = ' class="picked"' if row["picked"] else ""
+    pick = f'<input type="checkbox" inert{" checked" if row["picked"] else ""} aria-label="pick {escape(row["name"])}">'
+    cells = "".join(f'<td class="{col["look"]}">{_html_cell(row, col["name"])}</td>' for col in columns)
+    return f'{group if heading else ""}<tr{look}><td class="pickcell">{pick}</td>{cells}</tr>'
+
+
+def _html_cell(row: dict[str, Any], name: str) -> str:
+    if name == "name":
+        tags = "".join(f'<span class="pill">{escape(tag)}</span>' for tag in row["tags"])
+        return (
+            f'<a class="name" href="{escape(row["href"])}">{escape(row["name"])}</a>'
+            f'<span class="id mono">{escape(row["id"])}</span>'
+            + (f'<span class="tagline">{tags}</span>' if tags else "")
+            + (f'<span class="id">{escape(row["note"])}</span>' if row["note"] else "")
+        )
+
+    text = escape(row["cells"][name])
+    return f'<span class="pill {row["looks"][name]}">{text}</span>' if name in row["looks"] and text != "-" else text
+
+
+def _html_heading(column: dict[str, Any]) -> str:
+    arrow = {"ascending": " \u2191", "descending": " \u2193", "": ""}[column["order"]]
+    return (
+        f'<th scope="col" class="{column["look"]}" aria-sort="{column["order"] or "none"}"><button type="button" inert '
+        f'class="sort">{escape(column["label"])}<span aria-hidden="true">{arrow}</span></button></th>'
+    )
 
 
 def _first_headings(part: ListPart) -> list[tuple[str, RunFields]]:

@@ -3,8 +3,15 @@ window.tracemlCharts = (() => {
   const given = new Map(); // element id -> the option as the server sent it
   const waiting = new Map();
   const touch = window.matchMedia("(pointer: coarse)");
-  const settings = { axis: "step", smooth: 0, log: false };
-  try { Object.assign(settings, JSON.parse(localStorage.getItem("traceml-charts") ?? "{}")); } catch { /* private window */ }
+  let kept = null;
+
+  /* Read when they are needed: the first access to storage takes long, and would delay the first paint. */
+  function settings() {
+    if (kept) return kept;
+    kept = { axis: "step", smooth: 0, log: false };
+    try { Object.assign(kept, JSON.parse(localStorage.getItem("traceml-charts") ?? "{}")); } catch { /* private window */ }
+    return kept;
+  }
 
   const chartOf = (id) => window.getElement?.(Number(id))?.chart;
   const idOf = (card) => card.querySelector(".canvas")?.id.slice(1);
@@ -52,16 +59,16 @@ window.tracemlCharts = (() => {
   }
 
   function chosen(option, axes) {
-    const xs = axes?.[settings.axis];
+    const xs = axes?.[settings().axis];
     let series = option.series.map((each, at) => (xs ? { ...each, data: each.data.map((pair, n) => [xs[at][n], pair[1]]) } : each));
     let { xAxis, yAxis } = option;
     if (xs) {
       const all = xs.flat();
       const ends = { min: Math.min(...all), max: Math.max(...all) };
-      xAxis = { ...xAxis, ...ends, name: settings.axis === "seconds" ? "s" : "epoch" };
+      xAxis = { ...xAxis, ...ends, name: settings().axis === "seconds" ? "s" : "epoch" };
     }
-    if (settings.smooth > 0) series = series.flatMap(smoothed);
-    if (settings.log && !Array.isArray(yAxis)) {
+    if (settings().smooth > 0) series = series.flatMap(smoothed);
+    if (settings().log && !Array.isArray(yAxis)) {
       yAxis = { ...yAxis, type: "log", min: undefined, max: undefined };
       series = series.map((each) => ({ ...each, data: each.data.map(([x, y]) => [x, y > 0 ? y : null]) }));
     }
@@ -73,8 +80,8 @@ window.tracemlCharts = (() => {
     let mean = null, weight = 0;
     const data = line.data.map(([x, y]) => {
       if (y === null) return [x, null];
-      mean = settings.smooth * (mean ?? 0) + (1 - settings.smooth) * y;
-      weight = settings.smooth * weight + (1 - settings.smooth);
+      mean = settings().smooth * (mean ?? 0) + (1 - settings().smooth) * y;
+      weight = settings().smooth * weight + (1 - settings().smooth);
       return [x, mean / weight];
     });
     const faint = { ...line, lineStyle: { ...line.lineStyle, opacity: 0.25 }, tooltip: { show: false }, silent: true };
@@ -170,14 +177,14 @@ window.tracemlCharts = (() => {
   }
 
   function set(control) {
-    settings[control.dataset.setting] = control.type === "checkbox" ? control.checked : control.type === "range" ? Number(control.value) : control.value;
-    try { localStorage.setItem("traceml-charts", JSON.stringify(settings)); } catch { /* private window */ }
+    settings()[control.dataset.setting] = control.type === "checkbox" ? control.checked : control.type === "range" ? Number(control.value) : control.value;
+    try { localStorage.setItem("traceml-charts", JSON.stringify(settings())); } catch { /* private window */ }
     for (const [id, option] of given) if (isMetric(id)) drawOne(id, option);
   }
 
   function showSettings() {
     for (const control of document.querySelectorAll("[data-setting]")) {
-      const value = settings[control.dataset.setting];
+      const value = settings()[control.dataset.setting];
       if (control.type === "checkbox") control.checked = value;
       else control.value = value;
     }

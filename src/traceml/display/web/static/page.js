@@ -2,30 +2,38 @@
 window.traceml = (() => {
   const root = document.documentElement;
   const system = window.matchMedia("(prefers-color-scheme: dark)");
-  const chosen = () => {
-    try { return localStorage.getItem("traceml-theme"); } catch { return null; }
-  };
-  const theme = () => chosen() ?? (system.matches ? "dark" : "light");
+  // The theme that was chosen, and the one of the last visit; given by the server, as access to cookies or storage takes
+  // long in a new tab, and would delay the first paint.
+  const cookies = { ...window.tracemlCookies };
+  function keep(name, value) {
+    if (cookies[name] === value) return;
+    cookies[name] = value;
+    document.cookie = `${name}=${value}; path=/; max-age=31536000; SameSite=Lax`;
+  }
+  const theme = () => cookies.traceml_chosen_theme ?? (system.matches ? "dark" : "light");
 
   function applyTheme() {
     const name = theme();
     root.dataset.theme = name;
-    document.cookie = `traceml_theme=${name}; path=/; max-age=31536000; SameSite=Lax`;
     const button = document.getElementById("theme");
     if (button) button.textContent = name === "dark" ? "Light" : "Dark";
     // Retried until NiceGUI is connected: the server then redraws the charts if it had assumed another theme.
-    const tell = () => (window.did_handshake ? emitEvent("traceml_theme", name) : setTimeout(tell, 30));
+    const tell = () => {
+      if (!window.did_handshake) return setTimeout(tell, 30);
+      keep("traceml_theme", name);
+      emitEvent("traceml_theme", name);
+    };
     tell();
   }
 
   /* Calls a function when NiceGUI has built the page, which takes seconds on a busy machine. */
   function whenBuilt(act) {
-    if (document.getElementById("content")) act();
+    if (document.getElementById("content") && !document.getElementById("first-paint")) act();
     else setTimeout(() => whenBuilt(act), 25);
   }
 
   function toggleTheme() {
-    try { localStorage.setItem("traceml-theme", theme() === "dark" ? "light" : "dark"); } catch { /* private window */ }
+    keep("traceml_chosen_theme", theme() === "dark" ? "light" : "dark");
     applyTheme();
   }
 
@@ -66,8 +74,8 @@ window.traceml = (() => {
     if (number >= 1 && tabs()[number - 1]) tabs()[number - 1].click();
     else if (event.key === "t") toggleTheme();
     else if (event.key === "r") location.href = "/";
-    else if (event.key === "/") document.getElementById("search")?.focus();
-    else if (event.key === "j" || event.key === "k") move(event.key === "j" ? 1 : -1);
+    else if (event.key === "/") whenBuilt(() => document.getElementById("search")?.focus());
+    else if (event.key === "j" || event.key === "k") whenBuilt(() => move(event.key === "j" ? 1 : -1));
     else if (event.key === "?") help();
     else return;
     event.preventDefault();
