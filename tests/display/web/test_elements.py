@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
 from nicegui import Client, ui
 
-from traceml.display.web.elements import Prose
+from tests.renderers.reports import healthy
+from traceml.display.web.elements import Prose, TextNode
+from traceml.display.web.verdict_card import VerdictCard
+from traceml.renderers.views import run_view
 
 
 def test_commands_in_a_text_are_code() -> None:
@@ -20,3 +24,15 @@ def test_commands_in_a_text_are_code() -> None:
     assert own_text is None
     assert built == [("span", "Run "), ("code", "traceml stacks"), ("span", " <b>.")]
     assert prose.default_slot.children[0] is first
+
+
+def test_commands_in_the_notes_of_a_verdict_are_code() -> None:
+    """As in its sentences: steps that are not stored are told with the command that stores them."""
+    made = healthy()
+    view = run_view(replace(made, run=replace(made.run, steps_waiting=3)))
+    with Client(ui.page("/verdict"), request=None) as client:
+        VerdictCard().show(view)
+        shown = [(each.tag, each.text) for each in client.elements.values() if isinstance(each, TextNode)]
+
+    assert ("code", "traceml sync") in shown
+    assert not any("`" in text for _, text in shown)

@@ -31,7 +31,7 @@ class VerdictCard:
                     self._next = Prose("span")
 
                 self._figures = FactList("figures")
-                self._notes = TextNode("p", "", "note")
+                self._notes = Prose("p", "note")
 
             with Container("div", "evidence"):
                 TextNode("h2", "Evidence")
