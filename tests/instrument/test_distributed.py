@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -102,13 +103,12 @@ def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) 
     """Backward takes equally long on both ranks; its own part shows that rank 1 is the slow one."""
     ranks = found["ddp"]
 
-    def mean(rank: int, column: str) -> float:
-        rows = [row for row in ranks[rank]["rows"][4:] if row["callback"]]
-        return sum(row[column] for row in rows) / len(rows) / 1e6
+    def median(rank: int, column: str) -> float:  # a rank that has to wait for a core once is late in one step
+        return statistics.median(row[column] for row in ranks[rank]["rows"][4:] if row["callback"]) / 1e6
 
-    assert mean(1, "backward_own_ns") > 5
-    assert mean(0, "backward_own_ns") < mean(0, "backward_ns") - 2
-    assert mean(0, "backward_own_ns") < mean(1, "backward_own_ns") / 2
+    assert median(1, "backward_own_ns") > 5
+    assert median(0, "backward_own_ns") < median(0, "backward_ns") - 2
+    assert median(0, "backward_own_ns") < median(1, "backward_own_ns") / 2
 
 
 @pytest.mark.process
