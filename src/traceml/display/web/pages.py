@@ -11,6 +11,7 @@ from nicegui import Client, ui
 from starlette.requests import Request
 from starlette.responses import Response
 
+from traceml.display.web.chart_cache import THEMES
 from traceml.display.web.compare_page import ComparePage, CompareSource, CompareState
 from traceml.display.web.first_paint import with_first_paint
 from traceml.display.web.layout import add_head, theme_of
@@ -92,9 +93,9 @@ class Pages:
         return with_first_paint(client, request)
 
     def _set_theme(self, page: RunPage | ComparePage, theme: object) -> None:
-        if theme in ("light", "dark"):
-            self._themes.add(str(theme))
-            page.set_theme(str(theme))
+        if isinstance(theme, str) and theme in THEMES:
+            self._themes.add(theme)
+            page.set_theme(theme)
 
     def _open_run(self, key: Hashable) -> RunSource:
         return RunSource(self._runs_dir / str(key), self._themes)
