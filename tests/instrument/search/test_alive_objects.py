@@ -5,8 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import pytest
 import torch
 
+from traceml.instrument.native.extension import extension
 from traceml.instrument.search.alive_objects import find_alive, of_types
 
 
@@ -39,5 +41,32 @@ def test_nothing_is_kept_alive_by_a_search() -> None:
     assert ref() is None
 
 
-def test_objects_of_subclasses_are_left_out() -> None:
+class Unhashable(type):
+    """Metaclass whose code must not run."""
+
+    def __hash__(cls) -> int:
+        raise AssertionError("the search has run a metaclass's code")
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_objects_of_subclasses_are_left_out(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACEML_NATIVE", native)
     assert of_types([1, True, "1", 2], {int}) == [1, 2]
+    assert of_types([1, 2.0, "3", None, b"4"], {int, bytes, type(None)}) == [1, None, b"4"]
+    assert of_types([1, 2.0], set()) == []
+    many = [type(f"Kind{number}", (), {}) for number in range(1000)]
+    objects = [kind() for kind in many]
+    assert of_types(objects, set(many[::3])) == objects[::3]
+
+
+@pytest.mark.needs("compiler")
+def test_the_search_in_c_runs_no_code_of_a_metaclass() -> None:
+    odd = Unhashable("Odd", (), {})()
+    assert extension().of_types([odd, 1], (int,)) == [1]
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.parametrize("arguments", [(), ([],), ((), ()), ([], [int])])
+def test_the_search_in_c_takes_a_list_and_a_tuple(arguments: tuple[object, ...]) -> None:
+    with pytest.raises(TypeError):
+        extension().of_types(*arguments)

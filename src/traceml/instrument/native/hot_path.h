@@ -69,6 +69,7 @@ PyTypeObject *make_user_phase_type(void);
 PyObject *use_time(PyObject *module, PyObject *source);
 PyObject *metric_writer(PyObject *module, PyObject *args);
 PyObject *passing_on(PyObject *module, PyObject *own);
+PyObject *of_types(PyObject *module, PyObject *args);
 
 PyObject *method_enter(PyObject *self, PyObject *number);
 PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);

@@ -15,6 +15,7 @@ static PyMethodDef functions[] = {
     {"type_changed", type_changed, METH_O, NULL},
     {"metric_writer", metric_writer, METH_VARARGS, NULL},
     {"passing_on", passing_on, METH_O, NULL},
+    {"of_types", of_types, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

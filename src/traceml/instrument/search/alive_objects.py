@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from traceml.instrument.native.extension import extension
+
 __all__ = ["AliveObjects", "find_alive", "of_types"]
 
 
@@ -39,8 +41,13 @@ def find_alive() -> AliveObjects:
     return AliveObjects(*([each for each in found if type(each) in types] for types in kinds))
 
 
-def of_types(objects: Sequence[Any], types: AbstractSet[type[Any]]) -> list[Any]:
+def of_types(objects: list[Any], types: AbstractSet[type[Any]]) -> list[Any]:
     """Return the objects of these types, not of subclasses."""
+    native = extension()
+    if native is not None and hasattr(native, "of_types"):  # an older build has it not
+        found: list[Any] = native.of_types(objects, tuple(types))
+        return found
+
     # `isinstance` would read `__class__`, which runs the code of proxies.
     return list(compress(objects, map(types.__contains__, map(type, objects))))
 
