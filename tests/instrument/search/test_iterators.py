@@ -13,6 +13,7 @@ import torch
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
+from traceml.inspection.thread_frames import stack_frames
 
 X = torch.randn(2, 4)
 
@@ -28,7 +29,7 @@ class Asked:
         """Note whether the caller runs for the training's iterator."""
         frame, feeding = sys._getframe(1), self._traced.instrumentation.feeding
         if feeding is not None:
-            self.answers.setdefault(frame.f_code.co_name, set()).add(feeding.contains(frame))
+            self.answers.setdefault(frame.f_code.co_name, set()).add(feeding.contains(stack_frames(frame)))
 
         return X
 
