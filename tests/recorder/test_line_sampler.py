@@ -283,6 +283,28 @@ def test_a_generator_that_yields_meanwhile_has_its_caller(
     assert {row[1].rpartition(".")[2] for row in rows} == {"takes"}
 
 
+@pytest.mark.parametrize(
+    ("qualname", "function"),
+    [
+        ("stats.<locals>.<listcomp>.<genexpr>", "stats"),
+        ("features.<locals>.<lambda>", "features"),
+        ("Metric.update.<locals>.<lambda>.<locals>.<dictcomp>", "Metric.update"),
+        ("Model.<lambda>", "Model"),
+        ("<setcomp>.<genexpr>", "<module>"),
+        ("<lambda>", "<module>"),
+        ("main.<locals>.step", "main.<locals>.step"),
+    ],
+)
+def test_an_expression_is_of_the_function_around_it(flight: FlightFile, qualname: str, function: str) -> None:
+    """Else what a function does in a comprehension or a lambda is not counted as its own."""
+    work = releases_the_lock.__code__.replace(co_qualname=qualname)
+
+    with Training(lambda: exec(work)) as training:
+        rows = sampled(flight, training, samples=10)
+
+    assert {row[1].rpartition(" ")[2] for row in rows} >= {function}
+
+
 def imports() -> None:
     sys.modules.pop("slow_module", None)
     __import__("slow_module")

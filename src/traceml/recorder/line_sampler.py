@@ -59,7 +59,7 @@ _SLEEPS = 2  # each sample has two, and the cost of the second one is known
 _MIN_S, _MAX_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
-_COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
+_EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
 _IMPORT_SYSTEM = "<frozen importlib"
 _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
@@ -320,12 +320,12 @@ def _random() -> float:
 
 
 def _function(code: CodeType) -> str:
-    """Return the name of the function, also for a comprehension inside it."""
+    """Return the name of the function, also for a comprehension or a lambda inside it."""
     name = code.co_qualname
-    while name.endswith(_COMPREHENSIONS):
-        name = name.rpartition(".<locals>.")[0]
+    while name.rpartition(".")[2] in _EXPRESSIONS:
+        name = name.rpartition(".")[0].removesuffix(".<locals>")
 
-    return name
+    return name or "<module>"
 
 
 def _is_hidden(code: CodeType) -> bool:
