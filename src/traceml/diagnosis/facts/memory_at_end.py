@@ -59,7 +59,7 @@ class MemoryTail:
         """Return the memory in the last sample; None without any.
 
         Args:
-            trained: whether the rank has trained, maybe too short for a sample: what it loaded before is no growth then.
+            trained: whether the rank has trained, maybe too short for a sample: what it loaded before is no growth.
         """
         if not len(self._sizes):
             return None
