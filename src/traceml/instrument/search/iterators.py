@@ -20,7 +20,12 @@ from traceml.inspection.thread_frames import stack_frames
 
 __all__ = ["Feeding", "feeding_of"]
 
-_QUEUES = (("queue", "Queue"), ("multiprocessing.queues", "Queue"), ("multiprocessing.queues", "SimpleQueue"))
+_QUEUES = (
+    ("queue", "Queue", "get"),
+    ("multiprocessing.queues", "Queue", "get"),
+    ("multiprocessing.queues", "SimpleQueue", "get"),
+    ("multiprocessing.pool", "IMapIterator", "next"),  # results of a pool's processes
+)
 
 
 class Feeding(NamedTuple):
@@ -73,6 +78,5 @@ def _gives(generator: GeneratorType[Any, Any, Any], callers: set[CodeType]) -> b
 
 def _queue_codes() -> frozenset[CodeType]:
     """Return the code by which queues give their next item."""
-    kinds = (getattr(sys.modules.get(module), name, None) for module, name in _QUEUES)
-    gets = (getattr(kind, "get", None) for kind in kinds)
+    gets = (getattr(getattr(sys.modules.get(module), kind, None), name, None) for module, kind, name in _QUEUES)
     return frozenset(get.__code__ for get in gets if isinstance(get, FunctionType))
