@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import json
 import os
 import sys
@@ -204,7 +205,7 @@ def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
     """Where other code runs for an iterator that gives batches, the phase of the sample is that of waiting for data."""
     with Training(releases_the_lock) as training:
         flight.open_slots[Slot.STEP_START] = 1
-        sampler = LineSampler(flight, training.ident, is_feeding=lambda _frame: True)
+        sampler = LineSampler(flight, training.ident, is_feeding=lambda _stack: True)
         sampler.sample(time.sleep)
         flight.open_slots[Phase.FORWARD] = 2
         sampler.sample(time.sleep)
@@ -254,6 +255,54 @@ def test_library_frames_are_skipped_and_reported(flight: FlightFile) -> None:
     of_line = [row for row in rows if row[1] == f"{__file__}:{line} dumps"]
     assert sum(row[3] for row in of_line) >= SAMPLES // 2
     assert any("json/encoder.py" in row[2] for row in of_line)
+
+
+def test_a_generator_that_yields_meanwhile_has_its_caller(
+    flight: FlightFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training goes on while a sample is counted, as on busy cores: the line that called a library's generator."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    monkeypatch.syspath_prepend(str(packages))
+    body = "def items():\n    while True:\n        sum(range(100_000))\n        yield\n"
+    (packages / "library_of_items.py").write_text(body)
+    items = importlib.import_module("library_of_items").items()
+
+    def takes() -> None:
+        next(items)
+        time.sleep(0.01)
+
+    def read_late(_thread: int) -> int:
+        time.sleep(0.005)
+        return 0
+
+    monkeypatch.setattr(line_sampler, "thread_cpu_ns", read_late)
+    with Training(takes) as training:
+        rows = sampled(flight, training)
+
+    assert {row[1].rpartition(".")[2] for row in rows} == {"takes"}
+
+
+@pytest.mark.parametrize(
+    ("qualname", "function"),
+    [
+        ("stats.<locals>.<listcomp>.<genexpr>", "stats"),
+        ("features.<locals>.<lambda>", "features"),
+        ("Metric.update.<locals>.<lambda>.<locals>.<dictcomp>", "Metric.update"),
+        ("Model.<lambda>", "Model"),
+        ("<setcomp>.<genexpr>", "<module>"),
+        ("<lambda>", "<module>"),
+        ("main.<locals>.step", "main.<locals>.step"),
+    ],
+)
+def test_an_expression_is_of_the_function_around_it(flight: FlightFile, qualname: str, function: str) -> None:
+    """Else what a function does in a comprehension or a lambda is not counted as its own."""
+    work = releases_the_lock.__code__.replace(co_qualname=qualname)
+
+    with Training(lambda: exec(work)) as training:
+        rows = sampled(flight, training, samples=10)
+
+    assert {row[1].rpartition(" ")[2] for row in rows} >= {function}
 
 
 def imports() -> None:

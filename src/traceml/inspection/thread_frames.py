@@ -26,6 +26,7 @@ __all__ = [
     "thread_frame",
     "thread_frames",
     "thread_number",
+    "thread_stack",
 ]
 
 _COLLECTS_ANYWHERE = sys.version_info < (3, 12)
@@ -39,6 +40,15 @@ def thread_frame(ident: int) -> FrameType | None:
         _make_objects(frame)
 
     return frame
+
+
+def thread_stack(ident: int, most: int = _MAX_DEPTH) -> list[FrameType]:
+    """Return a thread's frames at one moment, the innermost first.
+
+    Whoever walks `f_back` once the thread has gone on finds no caller of a generator that has yielded meanwhile.
+    """
+    with _pause:
+        return list(stack_frames(sys._current_frames().get(ident), most))
 
 
 def thread_frames() -> dict[int, FrameType]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +32,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.open_phase import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
-from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_number
+from traceml.inspection.thread_frames import running_line, thread_number, thread_stack
 from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
 from traceml.recorder.user_code import UserCode
 
@@ -59,7 +59,7 @@ _SLEEPS = 2  # each sample has two, and the cost of the second one is known
 _MIN_S, _MAX_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
-_COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
+_EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
 _IMPORT_SYSTEM = "<frozen importlib"
 _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
@@ -86,7 +86,8 @@ class LineSampler:
         flight: takes the rows of `schema.LINES`, and has the open slots.
         thread: returns the id of the training thread.
         user: recognizes the user's code.
-        is_feeding: returns whether a frame runs for an iterator that gives batches and is no DataLoader.
+        is_feeding: returns whether a stack (the innermost frame first) runs for an iterator that gives batches and is
+            no DataLoader.
         is_evaluating: returns whether an evaluation runs, whose time is in no step.
         interval_s: usual time between two samples.
     """
@@ -96,7 +97,7 @@ class LineSampler:
         flight: FlightFile,
         thread: Callable[[], int],
         user: UserCode | None = None,
-        is_feeding: Callable[[FrameType], bool] | None = None,
+        is_feeding: Callable[[Sequence[FrameType]], bool] | None = None,
         is_evaluating: Callable[[], bool] | None = None,
         interval_s: float = 0.1,
     ) -> None:
@@ -109,7 +110,7 @@ class LineSampler:
         self._slots, self._steps, self._lines = flight.open_slots, flight.ring("steps"), flight.ring("lines")
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
-        self._is_feeding = is_feeding or (lambda _frame: False)
+        self._is_feeding = is_feeding or (lambda _stack: False)
         self._is_evaluating = is_evaluating or (lambda: False)
         self._others, self._cost_ns = OtherThreads(), 0.0
         self._switch_s, self._judged = SHORT_S, 0  # its interval, and samples since the last look at the cost
@@ -161,16 +162,16 @@ class LineSampler:
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
         before = self._reading()
         wait(max(0.0, _MIN_S + (_MAX_S - _MIN_S) * _random() - late_s))
-        frame = thread_frame(self._thread())
+        stack = thread_stack(self._thread(), _MAX_DEPTH)
         after = self._reading()  # at once: the training thread goes on after 50 us
-        counts = self._count(frame, after.opened[0], after.t_ns)
+        counts = self._count(stack, after.opened[0], after.t_ns)
         if counts is not None and before.opened == after.opened:
             counts[1] += after.t_ns - before.t_ns
             counts[2] += after.cpu_ns - before.cpu_ns
 
     def _take_now(self) -> None:
-        frame = thread_frame(self._thread())
-        self._count(frame, self._opened()[0], monotonic_ns())
+        stack = thread_stack(self._thread(), _MAX_DEPTH)
+        self._count(stack, self._opened()[0], monotonic_ns())
 
     def _judge(self, cost_ns: int) -> None:
         self._cost_ns += (_SLEEPS * cost_ns - self._cost_ns) / _COST_SAMPLES
@@ -246,12 +247,12 @@ class LineSampler:
         slots[Slot.LINE], slots[Slot.LINE_PHASE] = -1 if ids is None else ids[0], key[0]
         slots[Slot.LINE_AT] = at_ns
 
-    def _count(self, frame: FrameType | None, phase: int, at_ns: int) -> list[int] | None:
+    def _count(self, stack: Sequence[FrameType], phase: int, at_ns: int) -> list[int] | None:
         """Count a sample; return the counts of its line where they are those of the open phase."""
-        if frame is None or _is_own_work(frame, phase):
+        if not stack or _is_own_work(stack[0], phase):
             return None
 
-        key = self._key(frame, phase)
+        key = self._key(stack, phase)
         self._note(key, at_ns)
         self._close_ended(at_ns)
         counts = self._open.get(key)
@@ -277,15 +278,15 @@ class LineSampler:
 
         return thread_cpu_ns(self._native)
 
-    def _key(self, frame: FrameType, phase: int) -> _Key:
+    def _key(self, stack: Sequence[FrameType], phase: int) -> _Key:
         if phase not in _OWN_TABLES and self._is_evaluating():
             phase = LINE_OUTSIDE
-        elif phase == LINE_OTHER and self._is_feeding(frame):
+        elif phase == LINE_OTHER and self._is_feeding(stack):
             phase = _INPUT_WAIT
 
         library: CodeType | None = None
         importing: CodeType | None = None
-        for found in stack_frames(frame, _MAX_DEPTH):
+        for found in stack:
             code = found.f_code
             if code.co_filename.startswith(_IMPORT_SYSTEM):  # five of six frames of an import
                 importing = code if code.co_filename == IMPORTING else importing
@@ -319,12 +320,12 @@ def _random() -> float:
 
 
 def _function(code: CodeType) -> str:
-    """Return the name of the function, also for a comprehension inside it."""
+    """Return the name of the function, also for a comprehension or a lambda inside it."""
     name = code.co_qualname
-    while name.endswith(_COMPREHENSIONS):
-        name = name.rpartition(".<locals>.")[0]
+    while name.rpartition(".")[2] in _EXPRESSIONS:
+        name = name.rpartition(".")[0].removesuffix(".<locals>")
 
-    return name
+    return name or "<module>"
 
 
 def _is_hidden(code: CodeType) -> bool:

@@ -223,9 +223,9 @@ class RankTracing:
         clock = self._step_clock()
         return 3 if clock is not None and clock.is_overdue() else 0
 
-    def _is_feeding(self, frame: FrameType) -> bool:
+    def _is_feeding(self, stack: Sequence[FrameType]) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None
-        return feeding is not None and feeding.contains(frame)
+        return feeding is not None and feeding.contains(stack)
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None

@@ -97,6 +97,17 @@ def test_the_list_that_grew_until_the_end_is_named(end: dict[str, object], line:
     assert finding.evidence["function"] == function
 
 
+@pytest.mark.parametrize(("asked", "is_too_large"), [("16.4 TiB", True), ("2.00 GiB", False)])
+def test_an_allocation_larger_than_the_host_blames_no_growth(asked: str, is_too_large: bool) -> None:
+    """It fails on an empty host, too."""
+    text = f"numpy._core._exceptions._ArrayMemoryError: Unable to allocate {asked} for an array with shape (9, 9)"
+
+    finding = lost(state="failed", exception=text, file="/a/train.py", line=5, function="similarity", last_step=41)
+
+    assert ("more each minute" in finding.summary) is ("holds on to memory" in finding.next) is not is_too_large
+    assert ("larger than all the memory" in finding.next) is is_too_large
+
+
 def test_a_list_that_grew_is_not_blamed_for_another_end() -> None:
     """A kill command, and an end for lack of memory of a rank that did not grow."""
     grew = {1: growing_of({"grown": [KEPT]})}

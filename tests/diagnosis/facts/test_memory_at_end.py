@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.memory_at_end import EndMemory, MemoryTail
 MIB = 1 << 20
 
 
-def at_end(sizes_mib: Sequence[float], *, before: int = 0) -> EndMemory | None:
+def at_end(sizes_mib: Sequence[float], *, before: int = 0, trained: bool = False) -> EndMemory | None:
     """One sample a second; the first `before` of them before the first step."""
     tail = MemoryTail()
     seconds = np.arange(len(sizes_mib))
@@ -20,7 +20,7 @@ def at_end(sizes_mib: Sequence[float], *, before: int = 0) -> EndMemory | None:
         row = np.array([second * 10**9]), np.array([int(size * MIB)])
         tail.add(*row, np.array([second >= before]))
 
-    return tail.at_end()
+    return tail.at_end(trained=trained)
 
 
 def test_growth_is_reported_per_minute() -> None:
@@ -62,3 +62,10 @@ def test_a_death_while_loading_tells_that_growth() -> None:
 
     assert end is not None
     assert end.per_minute_bytes == 3000 * MIB
+
+
+def test_a_training_too_short_for_a_sample_has_not_grown_by_what_was_loaded_before() -> None:
+    """41 steps in 30 ms."""
+    end = at_end([50 * second for second in range(10)], before=99, trained=True)
+
+    assert end == EndMemory(450 * MIB, 450 * MIB, None)

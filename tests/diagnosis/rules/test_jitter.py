@@ -71,6 +71,15 @@ def test_one_step_that_is_nearly_all_of_it_is_reported_alone():
     assert "without them steps would be" in alike.summary
 
 
+def test_pauses_are_told_without_the_shorter_steps_beside_them():
+    """Two waits of 3 s for a lock, and eight steps of 60 ms: 10 steps of 650 ms were none of them."""
+    found = jitter(ALONE, adds("other", 60, every=45), adds("other", 3_000, every=190), lines=())
+
+    assert found.summary.startswith("2 of 390 steps take 3."), found.summary
+    assert found.evidence["long_steps"] == 2
+    assert found.evidence["mean_long_ms"] == pytest.approx(3_000, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("main_wait", "core_wait", "line", "told"),
     [(0.5, 0.5, False, False), (0.5, 0.5, True, True), (0.5, 0.05, False, True), (0.1, 0.5, False, True)],

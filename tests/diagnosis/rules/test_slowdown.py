@@ -18,6 +18,7 @@ from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.segments import segments_of
 from traceml.diagnosis.steps.step_history import StepHistory
 
+METRICS = (SampledLine(0, "other", "/x/train.py", 23, "metrics", None, 180),)
 MS = 1e6
 BINS, WIDTH = 60, 16
 AT = np.arange(BINS)
@@ -402,6 +403,47 @@ def test_the_heaviest_phase_is_not_to_blame_if_all_are_slower():
     assert finding.phase is None
 
 
+@pytest.mark.parametrize(
+    "lines", [(), (*METRICS, SampledLine(0, "backward", "/x/train.py", 30, "<module>", None, 180))]
+)
+def test_phases_that_grow_together_are_not_called_all(lines):
+    """A memory bank that each step compares with makes a loss outside the model grow, and its backward."""
+    usual = {"forward": 1.0, "backward": 1.5, "optimizer": 0.5, "other": 1.0}
+    parts = {name: (ms + AT * 0.4 * (name in ("backward", "other"))) * MS for name, ms in usual.items()}
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(run, JobFacts(lines=lines))
+
+    assert (finding.phase, finding.evidence["phases"]) == ("other", ["other", "backward"])
+    place = "train.py:23 metrics" if lines else "code outside the known phases"
+    assert f", in {place} and backward; that costs" in finding.summary
+    assert finding.next.startswith("Look at")
+    assert "All phases" not in finding.next
+
+
+@pytest.mark.parametrize(("waited", "phase"), [(0.0, "forward"), (-1, None)])
+def test_phases_that_fewer_cores_may_slow_are_told_as_most_of_it(waited, phase):
+    """Forward and backward take 1.6x as long: named where the kernel counted that the training had its core."""
+    samples = MachineSamples()
+    rows = np.zeros(40, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(0, 960, 24), np.arange(40) * 500 * MS
+    rows["main_wait_ns"] = rows["t_ns"] * waited if waited >= 0 else -1
+    samples.add(PROCESS.name, 0, rows)
+    usual = {"forward": 6.0, "backward": 10.0, "optimizer": 4.0, "other": 2.0}
+    parts = {
+        name: ms * np.where(AT >= 30, 1.6 if name in ("forward", "backward") else 1.0, 1.0) * MS
+        for name, ms in usual.items()
+    }
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(run, JobFacts(samples=samples))
+
+    assert finding.phase == phase
+    assert "alike" not in finding.summary
+    assert ("most of it in forward and backward" in finding.summary) is (phase is None)
+    assert ("other programs on the host" in finding.next) is (phase is None)
+
+
 @pytest.mark.parametrize(("waited", "phase"), [(0.0, "backward"), (0.9, None)])
 def test_with_too_few_cores_a_phase_is_compared_with_each_other(waited, phase):
     """Backward takes 1.64x and forward 1.47x as long, while the optimizer takes less by chance."""
@@ -441,7 +483,6 @@ QUEUE = (
     SampledLine(0, "input_wait", "/x/train.py", 9, "main", "/lib/queue.py:180 Queue.get", 120),
     SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 60),
 )
-METRICS = (SampledLine(0, "other", "/x/train.py", 23, "metrics", None, 180),)
 
 
 @pytest.mark.parametrize(("since", "lines", "told"), [(60, QUEUE, False), (230, QUEUE, True), (60, METRICS, True)])

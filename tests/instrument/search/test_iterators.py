@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import queue
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
+from traceml.inspection.thread_frames import stack_frames
 
 X = torch.randn(2, 4)
 
@@ -28,7 +31,7 @@ class Asked:
         """Note whether the caller runs for the training's iterator."""
         frame, feeding = sys._getframe(1), self._traced.instrumentation.feeding
         if feeding is not None:
-            self.answers.setdefault(frame.f_code.co_name, set()).add(feeding.contains(frame))
+            self.answers.setdefault(frame.f_code.co_name, set()).add(feeding.contains(stack_frames(frame)))
 
         return X
 
@@ -154,3 +157,27 @@ def test_the_queue_of_another_thread_feeds_the_training(traced: Traced) -> None:
         assert ask.answers.pop("_get") == {True}
         log()
         assert ask.answers.pop("_get") == {False}
+
+
+def test_the_results_of_a_pool_feed_the_training(traced: Traced) -> None:
+    """The loop takes its batches from `imap`, which is no generator."""
+    ask = Asked(traced)
+
+    class Items(collections.deque[Any]):
+        def popleft(self) -> Any:
+            ask()
+            return super().popleft()
+
+    model = net()
+    optimizer = sgd(model)
+    with ThreadPool(1) as pool:
+        results: Any = pool.imap(lambda _: X, range(3))
+        with results._cond:
+            results._items = Items(results._items)
+
+        train(model, optimizer, next(results))
+        ask.answers.clear()
+        for x in results:
+            train(model, optimizer, x)
+
+    assert ask.answers == {"popleft": {True}}

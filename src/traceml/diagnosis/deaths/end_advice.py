@@ -82,6 +82,11 @@ def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_memory(memory: MemoryEnd) -> str:
+    if memory.is_too_large:
+        return (
+            "That one allocation is larger than all the memory that there is: look at the sizes that the line makes it "
+            "of, such as each sample by each other one."
+        )
     if memory.cause == "device_allocation":
         return (
             "Use a smaller batch, activation checkpointing, or shard the model; a batch or evaluation that is larger "

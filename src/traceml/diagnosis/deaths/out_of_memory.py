@@ -71,7 +71,13 @@ class MemoryEnd(msgspec.Struct, frozen=True):
     @property
     def grows(self) -> bool:
         """Whether resident memory grew steadily until the end, by an amount that counts."""
-        return (self.per_minute_bytes or 0) >= _MIN_GROWN
+        return (self.per_minute_bytes or 0) >= _MIN_GROWN and not self.is_too_large
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the allocation that failed alone is larger than all the memory that there is."""
+        asked, limit = self.requested_bytes, self.limit_bytes
+        return asked is not None and limit is not None and asked > limit
 
     def _limit_words(self) -> str:
         if self.limit_bytes is None:
@@ -126,7 +132,7 @@ def memory_end_of_worker(worker: LostWorker, rank: int, facts: JobFacts) -> Memo
 
 
 def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
-    last = facts.memory.at_end(ended.rank)
+    last = facts.memory.at_end(ended.rank, trained=ended.last_step is not None)
     limit, limit_of = _host_limit(ended, facts)
     return MemoryEnd(
         cause="killed" if ended.oom else "host_allocation",

@@ -55,12 +55,17 @@ class MemoryTail:
         self._times, self._sizes = times[recent][-_MAX_ROWS:], sizes[recent][-_MAX_ROWS:]
         self._peak = max(self._peak, int(sizes.max()))
 
-    def at_end(self) -> EndMemory | None:
-        """Return the memory in the last sample; None without any."""
+    def at_end(self, *, trained: bool = False) -> EndMemory | None:
+        """Return the memory in the last sample; None without any.
+
+        Args:
+            trained: whether the rank has trained, maybe too short for a sample: what it loaded before is no growth.
+        """
         if not len(self._sizes):
             return None
 
-        return EndMemory(int(self._sizes[-1]), self._peak, self._per_minute())
+        rate = None if trained and not self._training else self._per_minute()
+        return EndMemory(int(self._sizes[-1]), self._peak, rate)
 
     def _per_minute(self) -> int | None:
         """Return the growth of the longest part up to the end that is steady: it may have begun late."""

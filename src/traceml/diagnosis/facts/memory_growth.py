@@ -369,9 +369,13 @@ class MemoryHistory:
         found = {rank: curve.newest() for (rank, kind, _), curve in self._curves.items() if kind is MemoryKind.RESIDENT}
         return {rank: size for rank, size in sorted(found.items()) if size is not None}
 
-    def at_end(self, rank: int) -> EndMemory | None:
-        """Return the resident memory of a rank in its last sample; None without any."""
-        return _at_end(self._tails, rank)
+    def at_end(self, rank: int, *, trained: bool = False) -> EndMemory | None:
+        """Return the resident memory of a rank in its last sample; None without any.
+
+        Args:
+            trained: whether the rank has trained.
+        """
+        return _at_end(self._tails, rank, trained=trained)
 
     def workers_at_end(self, rank: int) -> EndMemory | None:
         """Return the private memory of all workers of a rank's loader in the last sample; None without any."""
@@ -397,9 +401,9 @@ class MemoryHistory:
         return (each for each in self.rising() if each[3].steady)
 
 
-def _at_end(tails: Mapping[int, MemoryTail], rank: int) -> EndMemory | None:
+def _at_end(tails: Mapping[int, MemoryTail], rank: int, *, trained: bool = False) -> EndMemory | None:
     tail = tails.get(rank)
-    return None if tail is None else tail.at_end()
+    return None if tail is None else tail.at_end(trained=trained)
 
 
 def _host(rows: NDArray[np.void]) -> HostMemory:

@@ -19,7 +19,7 @@ from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["LINE_SHARE", "excess_over_usual", "jitter", "late_in_turns", "usual"]
+__all__ = ["LINE_SHARE", "excess_over_usual", "heavy_ones", "jitter", "late_in_turns", "usual"]
 
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
@@ -43,8 +43,10 @@ MIN_EVENTS = 3
 """Fewer long steps are single events."""
 IN_A_ROW_SHARE = 0.7
 """If so many long steps directly follow another one, they are a stretch, as the first calls of L-BFGS."""
-ONE_STEP_SHARE = 0.8
-"""One long step has this share of what all of them cost: then it is reported alone."""
+HEAVY_SHARE = 0.8
+"""Some long steps have this share of what all of them cost: then these are told alone."""
+LIGHT_SHARE = 0.1
+"""Steps with less than this share of the excess of those that have half of it are noise between these."""
 LINE_SHARE = 0.6
 """The phase's line is named if the long steps have this share of the phase."""
 _ONE_RANK_EVENTS = 6
@@ -165,7 +167,8 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
     share, gain = cost / step_ns, speedup(step_ns, cost)
     long, usual_ns = segments.as_measured(events.columns, events.usual_ns)
-    how_long, them = _how_long(long, usual_ns, len(segments.step))
+    long = _told(long, usual_ns)
+    how_long, them = _how_long(long, len(segments.step))
     line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     rank_text = f" on rank {rank}" if rank is not None else ""
@@ -193,10 +196,22 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     )
 
 
-def _how_long(long: Floats, usual_ns: float, steps: int) -> tuple[str, str]:
-    """Return `11 of 210 steps take 136 ms` and `them`: the mean, which says nothing where nearly all is in one step."""
-    excess = long - usual_ns
-    if excess.max() >= ONE_STEP_SHARE * excess.sum():
+def _told(long: Floats, usual_ns: float) -> Floats:
+    """Return the long steps that are told: the mean of a pause of seconds and of shorter steps is no time of any."""
+    heavy = heavy_ones(long - usual_ns)
+    return long[heavy] if (long - usual_ns)[heavy].sum() >= HEAVY_SHARE * (long - usual_ns).sum() else long
+
+
+def heavy_ones(excess: Floats) -> NDArray[np.bool_]:
+    """Return which times beyond the usual are not only noise beside the others."""
+    ascending = np.sort(excess)
+    half_at = ascending[np.searchsorted(np.cumsum(ascending), ascending.sum() / 2)]
+    return np.asarray(excess >= LIGHT_SHARE * half_at)
+
+
+def _how_long(long: Floats, steps: int) -> tuple[str, str]:
+    """Return `11 of 210 steps take 136 ms` and `them`."""
+    if len(long) == 1:
         return f"One of {steps} steps takes {ns_text(float(long.max()))}", "it"
 
     return f"{len(long)} of {steps} steps take {ns_text(float(long.mean()))}", "them"

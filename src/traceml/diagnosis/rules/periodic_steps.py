@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, usual
+from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, heavy_ones, usual
 from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments
@@ -46,8 +46,6 @@ NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
 SOONER_SHARE = 1 / 3
 """At most this many of them come sooner after another one than the distance."""
-LIGHT_SHARE = 0.1
-"""Steps with less than this share of the excess of those that have half of it are noise between these."""
 
 
 class _Period(msgspec.Struct, frozen=True):
@@ -190,7 +188,7 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
         excess: their time beyond the usual.
         seen: numbers of all steps that are judged, ascending.
     """
-    heavy = excess >= LIGHT_SHARE * _half_at(excess)
+    heavy = heavy_ones(excess)
     for every in np.unique(np.diff(steps[heavy])):
         follows = np.isin(steps, steps + every)
         known = np.isin(steps + every, seen) | np.isin(steps - every, seen)
@@ -212,12 +210,6 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
             return int(every), members
 
     return None
-
-
-def _half_at(values: Floats) -> float:
-    """Return the value from which on the largest ones have half of the sum."""
-    ascending = np.sort(values)
-    return float(ascending[np.searchsorted(np.cumsum(ascending), ascending.sum() / 2)])
 
 
 def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: float) -> Finding:

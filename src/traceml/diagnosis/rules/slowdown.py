@@ -6,7 +6,7 @@ The rules look at the usual step in equal bins of the whole run.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -21,7 +21,7 @@ from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larg
 from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, level_change, steady_growth
 from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
-from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, phases_text, ranks_text
 
 __all__ = ["is_continued", "is_of_the_host", "slowdown", "with_its_steps", "with_own_steps"]
 
@@ -47,14 +47,54 @@ MIN_COST_RATIO = 0.5
 """Ranks that are late only in the slow part cost about as much as it does; those late before it too, more than that."""
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
+JOINT_SHARE = 0.9
+"""Else phases that have this share of it together are, the fewest that do."""
 EXPLAINED_LOSS = 0.5
 """What explains this share of what the steps lost is a cause of it."""
 SAME_PACE = 1.15
 """Steps that are longer by no more than this factor of the growth of their batches have more work, and no fault."""
 _COMM = "comm"
 _OTHER = "other"
+_FOLLOWING = ("backward", "optimizer")  # longer for what the phases before them do: a larger graph
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
+
+
+class _Where(NamedTuple):
+    """Where in the step it became slower.
+
+    Attributes:
+        parts: phases that are blamed, the one that may be the cause first; empty where none is.
+        mostly: phases that have nearly all of it, where fewer cores may be the cause of that; empty if all are alike.
+        is_crowded: whether the loss of cores explains it.
+        line: of the first phase, by which the slow steps are longer.
+        phase_share: that phase's share of them.
+    """
+
+    parts: tuple[str, ...] = ()
+    mostly: tuple[str, ...] = ()
+    is_crowded: bool = False
+    line: BlamedLine | None = None
+    phase_share: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The end of the sentence; empty where cores were taken."""
+        if len(self.parts) == 1:
+            return f", in {phase_words(self.parts[0])}" + (self.line.of_it if self.line else "")
+
+        if self.parts:
+            return f", in {phases_text(self.parts, self.line.place if self.line else None)}"
+
+        if self.mostly:
+            return f", most of it in {phases_text(self.mostly, None)}"
+
+        return "" if self.is_crowded else ", in all phases alike"
+
+    def evidence(self) -> dict[str, Any]:
+        """Return the phases, if there are several, and the line."""
+        phases = {"phases": list(self.parts)} if len(self.parts) > 1 else {}
+        return phases | (self.line.evidence(self.phase_share) if self.line else {})
 
 
 def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...]] = ()) -> list[Finding]:
@@ -99,38 +139,36 @@ def _change(bins: StepHistory, facts: JobFacts) -> LevelChange | None:
 
 def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:
     """Return whether the slow part is slow enough; where a busy host makes the same picture, also long enough."""
-    part = _part(bins, change, facts)
-    if (part is not None and part not in (*COMPUTE, _COMM)) or _ranks(bins, change) in late:
+    parts = _parts(bins, change, facts)
+    if (len(parts) == 1 and parts[0] not in (*COMPUTE, _COMM)) or _ranks(bins, change) in late:
         return change.factor >= MIN_FACTOR
 
     lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
-    least_ns = MIN_COMPUTE_NS if part in COMPUTE and _has_cores(bins, change, part, facts) else MIN_ALIKE_NS
-    return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= least_ns
+    is_sure = bool(parts) and _COMM not in parts and _has_cores(bins, change, parts, facts)
+    return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= (MIN_COMPUTE_NS if is_sure else MIN_ALIKE_NS)
 
 
-def _has_cores(bins: StepHistory, change: LevelChange, part: str, facts: JobFacts) -> bool:
+def _has_cores(bins: StepHistory, change: LevelChange, parts: Sequence[str], facts: JobFacts) -> bool:
     """Return whether ranks had their cores meanwhile: the kernel counted, and other work did not become slower.
 
     If there is no other work to compare with, the steps are far slower than a core that is shared would make them.
     """
     usual, _ = _levels_of(bins, change)
-    compared = sum(usual.values()) - usual[part] - usual.get(_COMM, 0.0)
+    own = sum(usual[part] for part in parts)
+    compared = sum(usual.values()) - own - usual.get(_COMM, 0.0)
     waited = facts.samples.use(*_steps_of(bins, change)).waited
-    is_compared = compared >= MIN_COMPARED_SHARE * usual[part] or change.factor >= NOT_OF_CORES
+    is_compared = compared >= MIN_COMPARED_SHARE * own or change.factor >= NOT_OF_CORES
     return waited is not None and waited < HAS_CORE_WAIT and is_compared
 
 
 def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
     beside = [*_batches(bins, change), *_use(bins, change, facts)]
     crowded = _is_crowded(change, beside)
-    # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
-    part = None if crowded else _part(bins, change, facts)
     ranks = _ranks(bins, change)
     share = lost / mean * bins.of_run
-    line, phase_share = (None, 0.0) if part in (None, _COMM) else _line(bins, change, facts, part, ranks)
-    if part == _OTHER and line is None and _may_be_cores(change, facts):
-        part, crowded = None, True
-
+    # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
+    where = _Where(is_crowded=True) if crowded else _place(bins, change, facts, ranks)
+    part = where.parts[0] if where.parts else None
     if ranks:
         bins, change = _of_ranks(bins, change, ranks, part)
 
@@ -141,22 +179,34 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         "before_ms": change.before_ns / 1e6,
         "after_ms": change.after_ns / 1e6,
         **({"changed": {each.name: [each.before, each.then] for each in beside}} if beside else {}),
-        **(line.evidence(phase_share) if line else {}),
+        **where.evidence(),
     }
+    whose = f", because of {ranks_text(ranks)}" if ranks else ""
+    is_beside = bool(beside) and (is_meant or where.is_crowded or where.line is None)
     return Finding.of(
         Kind.SLOWDOWN,
         severity=Severity.INFO if is_meant else None,
         ranks=ranks,
         phase=part,
-        summary=_summary(change, evidence, None if is_meant else share, _where(part, ranks, line, crowded=crowded))
-        + _meanwhile(beside),
-        next=beside[0].advice
-        if beside and (is_meant or crowded or line is None)
-        else _advice(change, part, ranks, line),
+        summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + _meanwhile(beside),
+        next=beside[0].advice if is_beside else _advice(change, where, ranks),
         evidence=evidence,
         cost_share=share,
         speedup_if_fixed=1.0 if is_meant else 1 / max(1 - share, 0.01),
     )
+
+
+def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> _Where:
+    """Return where in the step it became slower."""
+    parts = _parts(bins, change, facts)
+    if not parts:
+        return _Where(mostly=_together(*_levels_of(bins, change)))
+
+    line, phase_share = (None, 0.0) if parts[0] == _COMM else _line(bins, change, facts, parts[0], ranks)
+    if parts[0] == _OTHER and line is None and _may_be_cores(change, facts):
+        return _Where(is_crowded=True)
+
+    return _Where(parts, line=line, phase_share=phase_share)
 
 
 def _steps_evidence(bins: StepHistory, change: LevelChange) -> dict[str, Any]:
@@ -286,6 +336,46 @@ def _part(bins: StepHistory, change: LevelChange, facts: JobFacts) -> str | None
     return part if more / max(rest, 1.0) < similar else None
 
 
+def _parts(bins: StepHistory, change: LevelChange, facts: JobFacts) -> tuple[str, ...]:
+    """Return the phases that became longer while the rest did not, the one that may be the cause first; none if all.
+
+    Where a part of the run has fewer cores, or they are slower, some phases become longer than others, too: several are
+    named together only if steps are slower than that would make them, or the ranks had their cores.
+    """
+    part = _part(bins, change, facts)
+    if part is not None:
+        return (part,)
+
+    parts = _together(*_levels_of(bins, change))
+    is_sure = change.factor >= NOT_OF_CORES or (bool(parts) and _has_cores(bins, change, parts, facts))
+    return parts if is_sure and _COMM not in parts else ()
+
+
+def _together(usual: Mapping[str, float], slow: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the fewest phases that have nearly all of the difference; none if the rest became slower, too."""
+    differences = {name: slow[name] - usual[name] for name in usual}
+    ordered = sorted(usual, key=lambda name: -differences[name])
+    whole = sum(value for value in differences.values() if value > 0)
+    some = next(
+        (
+            ordered[:count]
+            for count in range(1, len(ordered))
+            if _sum(differences, ordered[:count]) >= JOINT_SHARE * whole
+        ),
+        [],
+    )
+    rest = [name for name in ordered if name not in some]
+    own, least = _sum(usual, some), SIMILAR_FACTOR * _sum(differences, some)
+    if not some or whole <= 0 or _sum(differences, rest) * max(own, 1.0) >= least * max(_sum(usual, rest), 1.0):
+        return ()
+
+    return tuple(sorted(some, key=lambda name: name in _FOLLOWING))
+
+
+def _sum(values: Mapping[str, float], names: Sequence[str]) -> float:
+    return sum(values[name] for name in names)
+
+
 def _compared(usual: Mapping[str, float], part: str) -> list[str]:
     """Return the other computing phases that are long enough to compare one with."""
     least = MIN_COMPARED_SHARE * usual[part]
@@ -325,14 +415,6 @@ def _levels_of(bins: StepHistory, change: LevelChange) -> tuple[dict[str, float]
 
 def _medians(bins: StepHistory, at: NDArray[np.bool_]) -> dict[str, float]:
     return {name: float(np.median(values[at])) for name, values in bins.parts_ns.items()}
-
-
-def _where(part: str | None, ranks: tuple[int, ...], line: BlamedLine | None, *, crowded: bool) -> str:
-    whose = f", because of {ranks_text(ranks)}" if ranks else ""
-    if part is None:
-        return whose if crowded else f"{whose}, in all phases alike"
-
-    return f"{whose}, in {phase_words(part)}" + (line.of_it if line else "")
 
 
 def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | None, where: str) -> str:
@@ -412,7 +494,8 @@ def is_of_the_host(slower: Finding) -> bool:
     return alike and _OF_CORES.issuperset(slower.evidence.get("changed", ()))
 
 
-def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line: BlamedLine | None) -> str:
+def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...]) -> str:
+    line, part = where.line, where.parts[0] if len(where.parts) == 1 else None
     if part == "input_wait" and change.shape == "first":
         what = "the data set" if line is None else line.place
         return (
@@ -434,11 +517,11 @@ def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line:
         return f"Look at what {line.place} does only then."
 
     of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
-    if part is None:
+    of_host = f"other programs on the host{of_ranks}, clocks lowered by heat or power, and swapping at that time."
+    if not where.parts and not where.mostly:  # also where cores were taken
         return (
             "All phases are slower, so no single piece of code is the cause. If steps have no more work then "
-            f"(longer episodes or sequences), look for other programs on the host{of_ranks}, clocks lowered by heat "
-            "or power, and swapping at that time."
+            f"(longer episodes or sequences), look for {of_host}"
         )
 
     if part == _COMM:
@@ -453,7 +536,9 @@ def _advice(change: LevelChange, part: str | None, ranks: tuple[int, ...], line:
             "holds it."
         )
 
-    return (
-        f"Look at what changes in {phase_words(part)}{of_ranks} then: batch size, sequence length, recompilation, a "
-        "growing list."
-    )
+    phases = phases_text(where.parts or where.mostly, None)
+    what = "batch size, sequence length, recompilation, a growing list"
+    if where.parts:
+        return f"Look at what changes in {phases}{of_ranks} then: {what}."
+
+    return f"If {phases} have more work then ({what}), look at that. Otherwise for {of_host}"

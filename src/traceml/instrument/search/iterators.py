@@ -20,8 +20,12 @@ from traceml.inspection.thread_frames import stack_frames
 
 __all__ = ["Feeding", "feeding_of"]
 
-_MAX_DEPTH = 200
-_QUEUES = (("queue", "Queue"), ("multiprocessing.queues", "Queue"), ("multiprocessing.queues", "SimpleQueue"))
+_QUEUES = (
+    ("queue", "Queue", "get"),
+    ("multiprocessing.queues", "Queue", "get"),
+    ("multiprocessing.queues", "SimpleQueue", "get"),
+    ("multiprocessing.pool", "IMapIterator", "next"),  # results of a pool's processes
+)
 
 
 class Feeding(NamedTuple):
@@ -45,9 +49,9 @@ class Feeding(NamedTuple):
         going_on = frozenset(each.gi_code for each in self.suspended if each.gi_frame is not None)
         return self._replace(generators=going_on | _queue_codes(), suspended=None)
 
-    def contains(self, frame: FrameType) -> bool:
-        """Return whether a frame runs for an iterator that the training loop has asked for a batch."""
-        for inner, caller in pairwise(stack_frames(frame, _MAX_DEPTH)):
+    def contains(self, stack: Iterable[FrameType]) -> bool:
+        """Return whether a stack, the innermost frame first, runs for an iterator that the training loop has asked."""
+        for inner, caller in pairwise(stack):
             code = inner.f_code
             if caller.f_code in self.callers and (code in self.generators or code.co_name == "__next__"):
                 return True
@@ -74,6 +78,5 @@ def _gives(generator: GeneratorType[Any, Any, Any], callers: set[CodeType]) -> b
 
 def _queue_codes() -> frozenset[CodeType]:
     """Return the code by which queues give their next item."""
-    kinds = (getattr(sys.modules.get(module), name, None) for module, name in _QUEUES)
-    gets = (getattr(kind, "get", None) for kind in kinds)
+    gets = (getattr(getattr(sys.modules.get(module), kind, None), name, None) for module, kind, name in _QUEUES)
     return frozenset(get.__code__ for get in gets if isinstance(get, FunctionType))
