@@ -209,6 +209,7 @@ class RankSnapshot(_Record):
         cpu_share: cores that the rank and its children have used since the snapshot before; None if not known.
         thread_share: cores that the training thread has used meanwhile; None if not known.
         io_bytes_per_s: bytes that they have read and written; None if not known.
+        has_output: whether threads other than the training thread have written a little since the last progress.
         is_waiting_for_gil: whether the training thread waits for the GIL, which another thread holds in a call into C.
         is_waiting_for_terminal: whether the main thread reads from a terminal.
         is_debugged: whether a debugger is attached or in the stack.
@@ -246,6 +247,7 @@ class RankSnapshot(_Record):
     cpu_share: float | None = _of(float)
     thread_share: float | None = _of(float)
     io_bytes_per_s: float | None = _of(float)
+    has_output: bool = False
     is_waiting_for_gil: bool = False
     is_waiting_for_terminal: bool = False
     is_debugged: bool = False

@@ -555,6 +555,15 @@ def test_a_rank_that_computes_gets_twice_as_long_if_others_wait_for_it():
     assert found(in_backward(0), reads, hang_timeout_s=14.0) is not None
 
 
+def test_a_rank_whose_other_threads_report_now_and_then_gets_twice_as_long_if_others_wait_for_it():
+    """A thread that prints that it lives would hide the hang; one that works in the background may be slow."""
+    reports = replace(STUCK, has_output=True)
+
+    assert found(in_backward(0), reports, hang_timeout_s=40.0) is None
+    assert summary(found(in_backward(0), reports, hang_timeout_s=34.0)) == summary(found(in_backward(0), STUCK))
+    assert found(replace(in_backward(0), has_output=True), STUCK, hang_timeout_s=40.0) is not None
+
+
 def test_a_job_that_computes_gets_five_times_as_long():
     """Nobody waits for it: it prepares its data."""
     busy = replace(STUCK, rank=0, cpu_share=1.0, process_state="R", wchan="")

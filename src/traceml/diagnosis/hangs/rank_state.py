@@ -136,9 +136,9 @@ def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
 def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     """Whether the rank, or the process that it waits for, computes or transfers; waiting for other ranks is not that.
 
-    One that is ready to run computes, however little of a core it gets, unless it only polls. A rank whose own thread
-    was silent is not busy: it holds the GIL inside one call. Only before the first step such a call may read a large
-    file.
+    One that is ready to run computes, however little of a core it gets, unless it only polls. Another thread
+    that writes a little may work for it, or only report that the process lives. A rank whose own thread was silent is
+    not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
     """
     if not is_alone and collective_wait(snapshot) is not None:
         return False
@@ -152,7 +152,7 @@ def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
         return True
 
     runs = runs or (blocker is not None and blocker.state == "R")
-    return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or transfers(snapshot)
+    return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or snapshot.has_output or transfers(snapshot)
 
 
 def is_in_join(snapshot: RankSnapshot) -> bool:

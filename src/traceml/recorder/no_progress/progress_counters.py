@@ -1,24 +1,24 @@
 """Signs of progress in a rank, cheap ones first.
 
 These are a row, batch, phase or collective; a written byte (output, a checkpoint), also of a child that the training
-thread waits for; and a line of the user's code, or of a module that is being imported, below all lines seen in its
-function since the last progress. A loop that polls a file runs the same lines again and again, which is no progress.
-Nor are the answers of torch's store, which ranks that wait for others ask all the time.
+thread waits for, but of other threads only many (`thread_output`); and a line of the user's code, or of a module that
+is being imported, below all lines seen in its function since the last progress. A loop that polls a file runs the same
+lines again and again, which is no progress. Nor are the answers of torch's store, which ranks that wait for others ask
+all the time.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
-from traceml.inspection.kernel_state import io_bytes, written_bytes
+from traceml.inspection.kernel_state import written_bytes
 from traceml.inspection.received_bytes import received_bytes
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_number
 from traceml.recorder.no_progress.library_waits import awaited_child
-from traceml.recorder.no_progress.store_threads import StoreThreads
+from traceml.recorder.no_progress.thread_output import ThreadOutput
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -57,33 +57,37 @@ class ProgressCounters:
         self._done: tuple[Any, ...] = ()
         self._rest: tuple[Any, ...] | None = None
         self._received = 0
-        self._store_threads = StoreThreads()
+        self._output = ThreadOutput(lambda: thread_number(thread()))
         # The furthest line that was seen in each function, by id of its code, whose hash takes long.
         self._lines: dict[int, tuple[CodeType, int]] = {}
 
+    @property
+    def has_output(self) -> bool:
+        """Whether other threads have written since the last progress, though too little to be progress."""
+        return self._output.is_some
+
     def moved(self) -> bool:
         """Return whether there was progress since the last call."""
+        moved = self._moved()
+        if moved:
+            self._output.forget()
+
+        return moved
+
+    def _moved(self) -> bool:
         done = (*(table.appended for table in self._tables), *(self._slots[word] for word in _WORDS))
         if done != self._done:
             self._done, self._rest = done, None
             self._lines.clear()
             return True
 
-        moved = self._written_bytes(), self._written_by_child(), self._received_bytes()
+        moved = self._output.progress_bytes(), self._written_by_child(), self._received_bytes()
         before, self._rest = self._rest, (*self._work(), self._collectives(), *moved)
         if before not in (None, self._rest):
             self._lines.clear()
             return True
 
         return self._is_elsewhere()
-
-    def _written_bytes(self) -> int:
-        """Return the bytes that threads of this process have written, but for ours and the store's."""
-        own = str(threading.get_native_id())
-        if not self._store_threads():
-            return io_bytes("self")[1] - io_bytes(f"self/task/{own}")[1]
-
-        return sum(io_bytes(f"self/task/{thread}")[1] for thread in self._store_threads.others if thread != own)
 
     def _written_by_child(self) -> int:
         """Return the bytes that the child which the training thread waits for has written, and its own children."""

@@ -87,7 +87,7 @@ class ProgressWatch:
         if is_last and self._progress.moved():
             self._resume(monotonic_ns())
 
-        snapshot = self._snapshots().make(self.quiet_s, is_last=is_last)
+        snapshot = self._make(is_last=is_last)
         if is_last and snapshot.quiet_s >= _LAST_SNAPSHOT_S:
             self._send(snapshot, monotonic_ns())
 
@@ -106,6 +106,9 @@ class ProgressWatch:
 
         return self._maker
 
+    def _make(self, *, is_last: bool = False) -> RankSnapshot:
+        return self._snapshots().make(self.quiet_s, has_output=self._progress.has_output, is_last=is_last)
+
     def _resume(self, now: int) -> None:
         is_over, self.is_quiet = self.is_quiet, False
         # A process that ends proves no progress: it may have been interrupted in the middle of a hang.
@@ -121,7 +124,7 @@ class ProgressWatch:
 
     def _snapshot(self, now: int) -> None:
         self.is_quiet = True
-        snapshot = self._snapshots().make(self.quiet_s)
+        snapshot = self._make()
         state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
         state["busy"] = is_busy = (snapshot.cpu_share or 0) >= _BUSY_CORES or (
             snapshot.io_bytes_per_s or 0

@@ -83,7 +83,7 @@ class SnapshotMaker:
         self._thread_rate = Rate()
         self._thread_share()
 
-    def make(self, quiet_s: float, *, is_last: bool = False) -> RankSnapshot:
+    def make(self, quiet_s: float, *, has_output: bool, is_last: bool = False) -> RankSnapshot:
         """Return a snapshot of this moment."""
         frame = thread_frame(self._thread())
         frames, user = self._stack(frame)
@@ -112,6 +112,7 @@ class SnapshotMaker:
             cpu_share=cpu_share,
             thread_share=self._thread_share(),
             io_bytes_per_s=io_bytes_per_s,
+            has_output=has_output,
             is_waiting_for_terminal=seen.is_terminal_input,
             is_debugged=debugged or bool(seen.tracer),
             is_suspended=info is not None and is_job_suspended(info),

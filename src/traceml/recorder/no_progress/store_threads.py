@@ -21,8 +21,6 @@ class StoreThreads:
     """Finds them again when the threads of the process change; for one thread."""
 
     def __init__(self) -> None:
-        self.others: list[str] = []
-        """The kernel's numbers of all other threads, as of the last call."""
         self._known: list[str] = []
         self._looks = 0
         self._found: list[str] = []
@@ -39,7 +37,6 @@ class StoreThreads:
         if self._looks < _LOOKS:
             self._looks += 1
             self._found = [task for task in tasks if _name(task).startswith(_NAME)]
-            self.others = [task for task in tasks if task not in self._found]
 
         return self._found
 
