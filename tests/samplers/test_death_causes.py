@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from traceml.samplers.death_causes import DeathCauses
+from traceml.samplers.limits import DeathCauses
 
 
 def test_kills_are_counted_from_the_start(tmp_path: Path) -> None:

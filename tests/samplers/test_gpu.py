@@ -11,8 +11,7 @@ import pytest
 
 from traceml.database.schema import GPU
 from traceml.samplers.gpu import GpuSampler
-from traceml.samplers.nvml import Nvml, NvmlError
-from traceml.samplers.visible_gpus import has_own_gpus
+from traceml.samplers.nvml import Nvml, NvmlError, has_own_gpus
 
 MIG = "MIG-8c4f9b2e-1111-2222-3333-444444444444"
 

@@ -9,12 +9,16 @@ Process: aggregator and agent.
 from __future__ import annotations
 
 import os
+import struct
 import time
 from pathlib import Path
 
+import msgspec
+
 from traceml.clock import monotonic_ns
 from traceml.database.blocker_snapshot import blocker_of
-from traceml.database.flight.live_slots import LiveSlots, read_live_slots
+from traceml.database.flight.flight_header import COUNTERS_AT, MAGIC, OPEN_SLOTS_AT, open_phase, own_mapping
+from traceml.database.schema import LINE_PHASES, OPEN_SLOTS, PACKED, STEPS, Slot
 from traceml.database.snapshots import MAX_FRAMES, MAX_THREADS, FrameSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.inspection.kernel_state import (
     UsageRates,
@@ -28,6 +32,7 @@ from traceml.inspection.kernel_state import (
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file
 from traceml.inspection.stack_text import main_frames, other_frames
 from traceml.inspection.user_files import is_debugger, is_user_file
+from traceml.own_files import opened_own
 
 __all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
 
@@ -37,6 +42,12 @@ _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_l
 _DEAD = ("Z", "X")
 _BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
+
+_SLOTS = struct.Struct(f"@{OPEN_SLOTS}q")
+_COUNT = struct.Struct("@q")
+_STEPS_AT = COUNTERS_AT + 64 * PACKED.index(STEPS)
+_SLOTS_END = _STEPS_AT + _COUNT.size
+_RECENT_NS = 10**9
 
 
 class ExternalSnapshots:
@@ -55,7 +66,15 @@ class ExternalSnapshots:
 
     def slots(self) -> LiveSlots | None:
         """Return what the rank had open when its recorder woke last; None without a readable file."""
-        return read_live_slots(self._flight)
+        own = own_mapping(self._flight)  # closing a second descriptor of an own file would drop its lock
+        if own is not None:
+            return _parsed(own[:_SLOTS_END])
+
+        try:
+            with opened_own(self._flight) as descriptor:
+                return _parsed(os.pread(descriptor, _SLOTS_END, 0))
+        except OSError:
+            return None
 
     def make(self, *, is_last: bool = False) -> RankSnapshot | None:
         """Return a snapshot of this moment; it takes up to a second.
@@ -187,3 +206,59 @@ def _callers(text: str) -> list[ThreadSnapshot]:
 def _frame(found: tuple[str, int, str]) -> FrameSnapshot:
     file, line, function = found
     return FrameSnapshot(file=file, line=line, function=function, is_user=is_user_file(file))
+
+
+class LiveSlots(msgspec.Struct, frozen=True):
+    """Open slots at one moment, and the number of steps that had ended."""
+
+    slots: tuple[int, ...]
+    steps: int
+
+    @property
+    def heartbeat_ns(self) -> int:
+        """Monotonic timestamp of the last time the recorder's thread woke, 0 before the first."""
+        return self.slots[Slot.HEARTBEAT]
+
+    @property
+    def recorder_thread(self) -> int:
+        """The kernel's id of the recorder's thread, 0 before its start."""
+        return self.slots[Slot.RECORDER_THREAD]
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the process has begun to end."""
+        return self.slots[Slot.EXIT_START] > 0
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is open."""
+        return self.slots[Slot.STEP_START] > 0
+
+    @property
+    def step(self) -> int:
+        """The open step, else the last one that ended; -1 before the first."""
+        step = self.slots[Slot.STEP]
+        return step if self.in_step else max(step, self.steps) - 1
+
+    @property
+    def phase(self) -> str:
+        """The innermost open phase, as in `schema.LINE_PHASES`, or `exit`."""
+        return "exit" if self.is_ending else LINE_PHASES[open_phase(self.slots, self.steps > 0)[0]]
+
+    @property
+    def line_id(self) -> int:
+        """Id in `names` of the user's line that was sampled last; -1 if that was long before the recorder fell silent.
+
+        In the phase that is open any sample shows where it is; one of another phase, where it just was.
+        """
+        phase, since_ns = open_phase(self.slots, self.steps > 0)
+        at_ns = self.slots[Slot.LINE_AT]
+        is_of_phase = self.slots[Slot.LINE_PHASE] == phase and at_ns >= since_ns > 0
+        return self.slots[Slot.LINE] if at_ns and (is_of_phase or self.heartbeat_ns - at_ns <= _RECENT_NS) else -1
+
+
+def _parsed(data: bytes) -> LiveSlots | None:
+    if len(data) < _SLOTS_END or not data.startswith(MAGIC):
+        return None
+
+    return LiveSlots(_SLOTS.unpack_from(data, OPEN_SLOTS_AT), _COUNT.unpack_from(data, _STEPS_AT)[0])

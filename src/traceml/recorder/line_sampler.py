@@ -29,7 +29,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight.open_phase import open_phase
+from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
 from traceml.inspection.thread_frames import running_line, thread_number, thread_stack

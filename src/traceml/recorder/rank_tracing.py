@@ -19,7 +19,7 @@ from traceml.recorder.pauses.pause_recorder import PauseRecorder
 from traceml.recorder.profile_server import ProfileServer
 from traceml.recorder.user_code import UserCode
 from traceml.samplers.base import Sampler, SamplerScheduler
-from traceml.samplers.death_causes import DeathCauses
+from traceml.samplers.limits import DeathCauses
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile

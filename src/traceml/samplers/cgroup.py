@@ -101,12 +101,9 @@ def _quota(root: str, groups: dict[str, str]) -> float | None:
 
 def _memory_folders(root: str, membership: str | None) -> list[tuple[str, str, str, str]]:
     groups = cgroup_paths(membership)
-    second = [
-        (folder, "memory.current", "memory.max", "inactive_file ")
-        for folder in parent_folders(root, groups.get("", "/"))
+    second = parent_folders(root, groups.get("", "/"))
+    first = parent_folders(f"{root}/memory", groups.get("memory", "/"))
+    return [
+        *((folder, "memory.current", "memory.max", "inactive_file ") for folder in second),
+        *((folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file ") for folder in first),
     ]
-    first = [
-        (folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file ")
-        for folder in parent_folders(f"{root}/memory", groups.get("memory", "/"))
-    ]
-    return second + first

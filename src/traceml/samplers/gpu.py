@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from traceml.database.schema import GPU, Table
 from traceml.samplers.base import Sampler, SampleRow
-from traceml.samplers.nvml import Nvml, NvmlError
+from traceml.samplers.nvml import VISIBLE_DEVICES, Nvml, NvmlError
 from traceml.samplers.nvml_health import HealthWatch, NvmlHealth
 from traceml.samplers.torch_memory import initialized_cuda
-from traceml.samplers.visible_gpus import VARIABLE
 
 __all__ = ["GpuSampler"]
 
@@ -32,14 +31,13 @@ class GpuSampler(Sampler):
 
     def __init__(self, nvml: Nvml | None = None, note: Callable[..., None] | None = None) -> None:
         self._nvml = nvml or Nvml()
-        self._visible = os.environ.get(VARIABLE)
+        self._visible = os.environ.get(VISIBLE_DEVICES)
         self._devices = self._nvml.devices(self._visible)
         if not self._devices:
             self._nvml.close()
             raise NvmlError("the driver reports no device, or none is visible")
 
-        watched = NvmlHealth(self._nvml.library, self._devices) if note is not None else None
-        self._faults = HealthWatch(watched, note) if watched is not None and note is not None else None
+        self._faults = HealthWatch(NvmlHealth(self._nvml.library, self._devices), note) if note is not None else None
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
         """Yield one row per device; a lost device does not hide the others."""
@@ -59,7 +57,7 @@ class GpuSampler(Sampler):
 
     def _follow_variable(self) -> None:
         """Use the devices that the script has made visible since, as CUDA does until it is initialized."""
-        visible = os.environ.get(VARIABLE)
+        visible = os.environ.get(VISIBLE_DEVICES)
         if visible == self._visible or initialized_cuda() is not None:
             return
 

@@ -1,4 +1,7 @@
-"""Samples of resources that have a limit: open files, CPU time, shared memory, disk, processes, memory, CPU quota."""
+"""Samples of resources that have a limit: open files, CPU time, shared memory, disk, processes, memory, CPU quota.
+
+Also what a child of this process may have died of: memory and shared memory that ran out.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from traceml.database.schema import LIMITS, Resource, Table
+from traceml.inspection.control_groups import cgroup_paths, count_kills, oom_counter
 from traceml.samplers import cgroup
 from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import read_text
 
-__all__ = ["HostLimitsSampler", "LimitsSampler"]
+__all__ = ["DeathCauses", "HostLimitsSampler", "LimitsSampler"]
 
 _Usage = tuple[int, int] | None
 # A row is kept when the use has changed by this share of the limit, or is this old.
@@ -153,3 +158,35 @@ def file_system(path: str) -> _Usage:
 
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     return used, used + found.f_bavail * found.f_frsize
+
+
+class DeathCauses:
+    """Tells what may have killed a child of this process.
+
+    Args:
+        counter: file in which the kernel counts processes that its out-of-memory killer ended; found if None.
+    """
+
+    def __init__(self, counter: str | None = None) -> None:
+        self._counter = oom_counter(cgroup_paths()) if counter is None else Path(counter)
+        self._before = count_kills(self._counter)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is known: `oom_kills` since the start, `shm_bytes`, `memory_limit_bytes`."""
+        shared = file_system("/dev/shm")  # noqa: S108 - it is only measured
+        kills, memory = count_kills(self._counter), _memory_limit()
+        known = {
+            "oom_kills": None if kills is None or self._before is None else kills - self._before,
+            "shm_bytes": shared[1] if shared else None,
+            "memory_limit_bytes": memory,
+        }
+        return {key: value for key, value in known.items() if value is not None}
+
+
+def _memory_limit() -> int | None:
+    group = cgroup.limited_memory()
+    if group is None:
+        return None
+
+    group.close()
+    return group.limit_bytes

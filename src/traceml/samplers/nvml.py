@@ -1,4 +1,4 @@
-"""NVML by its C interface: the driver includes the library, so no package is needed."""
+"""NVML by its C interface, whose library comes with the driver; and the devices that CUDA_VISIBLE_DEVICES names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from traceml.samplers.visible_gpus import visible_gpus
+__all__ = ["VISIBLE_DEVICES", "Nvml", "NvmlDevice", "NvmlError", "has_own_gpus"]
 
-__all__ = ["Nvml", "NvmlDevice", "NvmlError"]
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+"""CUDA itself is not asked for its devices, as that would initialize it."""
 
 _TEMPERATURE_GPU = 0
 _CLOCK_SM = 1
@@ -59,7 +60,7 @@ class Nvml:
             except OSError as error:
                 raise NvmlError(f"no NVML: {error}") from None
 
-        self._library = library
+        self.library = library
         self._check("nvmlInit_v2", library.nvmlInit_v2())
 
     def devices(self, visible: str | None = None) -> list[NvmlDevice]:
@@ -72,17 +73,17 @@ class Nvml:
         if visible is None:
             return list(gpus.values())
 
-        named = visible_gpus(visible, {index: self._uuid(device) for index, device in gpus.items()})
+        named = _visible_gpus(visible, {index: self._uuid(device) for index, device in gpus.items()})
         found = [gpus[name] if isinstance(name, int) else self._mig_device(name, gpus) for name in named]
         return [device for device in found if device is not None]
 
     def _gpus(self) -> list[NvmlDevice]:
         count = ctypes.c_uint()
-        self._check("nvmlDeviceGetCount_v2", self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
+        self._check("nvmlDeviceGetCount_v2", self.library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
         found = []
         for index in range(count.value):
             handle = ctypes.c_void_p()
-            status = self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+            status = self.library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
             if status == 0:  # a device without permission, or off the bus, does not hide the others
                 found.append(NvmlDevice(index, handle))
 
@@ -90,13 +91,13 @@ class Nvml:
 
     def _uuid(self, device: NvmlDevice) -> str:
         text = ctypes.create_string_buffer(_UUID_BYTES)
-        status = self._library.nvmlDeviceGetUUID(device.handle, text, ctypes.c_uint(_UUID_BYTES))
+        status = self.library.nvmlDeviceGetUUID(device.handle, text, ctypes.c_uint(_UUID_BYTES))
         return text.value.decode("ascii", "replace") if status == 0 else ""
 
     def _mig_device(self, name: str, gpus: Mapping[int, NvmlDevice]) -> NvmlDevice | None:
         """Return the MIG device of a name; None if there is none, or the driver knows no MIG devices."""
         mig, parent, index = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_uint()
-        library = self._library
+        library = self.library
         try:
             status = (
                 library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(mig))
@@ -115,14 +116,10 @@ class Nvml:
         Raises:
             NvmlError: all calls fail: the device is lost.
         """
-        library, handle = self._library, device.handle
+        library, handle = self.library, device.handle
         utilization, memory = _Utilization(), _Memory()
-        temperature, milliwatts, clock, reasons = (
-            ctypes.c_uint(),
-            ctypes.c_uint(),
-            ctypes.c_uint(),
-            ctypes.c_ulonglong(),
-        )
+        temperature, milliwatts, clock = ctypes.c_uint(), ctypes.c_uint(), ctypes.c_uint()
+        reasons = ctypes.c_ulonglong()
         answers = (
             library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(utilization)) == 0,
             library.nvmlDeviceGetMemoryInfo(device.mig or handle, ctypes.byref(memory)) == 0,
@@ -145,15 +142,47 @@ class Nvml:
             reasons.value & 0x7FFFFFFFFFFFFFFF if has_reasons else _UNKNOWN,
         )
 
-    @property
-    def library(self) -> Any:
-        """The loaded library."""
-        return self._library
-
     def close(self) -> None:
         """Release the driver."""
-        self._library.nvmlShutdown()
+        self.library.nvmlShutdown()
 
     def _check(self, call: str, status: int) -> None:
         if status != 0:
             raise NvmlError(f"{call} returned {status}")
+
+
+def _visible_gpus(text: str, uuids: Mapping[int, str]) -> list[int | str]:
+    """Return the visible GPUs in CUDA's order: each by its index, or the name of a MIG device.
+
+    The list ends at the first entry that names no device, as for CUDA, and a device that is named twice makes all
+    invisible. Indices are taken as NVML's, which are CUDA's with CUDA_DEVICE_ORDER=PCI_BUS_ID, or with equal GPUs.
+    """
+    found: list[int | str] = []
+    for entry in _entries(text):
+        device = _device_of(entry, uuids)
+        if device is None:
+            break
+
+        found.append(device)
+
+    return found if len(set(found)) == len(found) else []
+
+
+def has_own_gpus(local_rank: int, text: str | None) -> bool:
+    """Whether the launcher gave this rank GPUs of its own: none of those that it sees has its local rank as index."""
+    return text is not None and 0 < len(_entries(text)) <= local_rank
+
+
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",")] if text.strip() else []
+
+
+def _device_of(entry: str, uuids: Mapping[int, str]) -> int | str | None:
+    if entry.startswith("MIG-"):
+        return entry
+
+    if entry.startswith("GPU-"):
+        alike = [index for index, uuid in uuids.items() if uuid.lower().startswith(entry.lower())]
+        return alike[0] if len(alike) == 1 else None
+
+    return int(entry) if entry.isdecimal() and int(entry) in uuids else None

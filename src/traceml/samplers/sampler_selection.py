@@ -11,9 +11,9 @@ from traceml.samplers.base import Sampler
 from traceml.samplers.gpu import GpuSampler
 from traceml.samplers.host import HostSampler
 from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
+from traceml.samplers.nvml import VISIBLE_DEVICES, has_own_gpus
 from traceml.samplers.process import ProcessSampler
 from traceml.samplers.torch_memory import TorchMemorySampler
-from traceml.samplers.visible_gpus import VARIABLE, has_own_gpus
 from traceml.samplers.worker_sampler import Groups, LoaderWorkersSampler
 
 __all__ = ["open_samplers"]
@@ -45,7 +45,7 @@ def open_samplers(
     ]
     if local_rank == 0:
         factories += [HostSampler, lambda: GpuSampler(note=note), lambda: HostLimitsSampler(save_folder)]
-    elif has_own_gpus(local_rank, os.environ.get(VARIABLE)):
+    elif has_own_gpus(local_rank, os.environ.get(VISIBLE_DEVICES)):
         factories += [lambda: GpuSampler(note=note)]
 
     opened: list[Sampler] = []

@@ -172,16 +172,6 @@ def _check(name: str, value: object) -> None:
         raise ProtocolError("the hello's 'clock' is not [monotonic_ns, epoch_ns]")
 
 
-_TYPES: dict[str, Any] = {
-    "rank": int,
-    "world_size": int,
-    "local_rank": int,
-    "attempt": int,
-    "pid": int,
-    "start_ticks": int,
-    "restarts_left": int,
-    "script_ms": int,
-    "schemas": dict,
-    "runs_dir_id": (list, tuple),
-    "clock": (list, tuple),
-}
+_NUMBERS = ("rank", "world_size", "local_rank", "attempt", "pid", "start_ticks", "restarts_left", "script_ms")
+_LISTS = ("runs_dir_id", "clock")
+_TYPES: dict[str, Any] = {**dict.fromkeys(_NUMBERS, int), **dict.fromkeys(_LISTS, (list, tuple)), "schemas": dict}

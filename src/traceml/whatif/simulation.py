@@ -6,8 +6,6 @@ data-parallel ranks and several scenarios are simulated at once, as axes of arra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,13 +95,9 @@ def _own_times(job: JobTrace, dependencies: Dependencies) -> Times:
 
 def _ideal_times(job: JobTrace, own_s: Times) -> Times:
     ideal = np.empty(len(own_s))
-    for kind, members in _by_kind(job):
-        times = own_s[members]
-        ideal[members] = np.median(times) if kind in MEDIAN_KINDS else times.mean()
+    kinds = np.array([operation.kind for operation in job.operations])
+    for kind in np.unique(kinds):
+        times = own_s[kinds == kind]
+        ideal[kinds == kind] = np.median(times) if kind in MEDIAN_KINDS else times.mean()
 
     return ideal
-
-
-def _by_kind(job: JobTrace) -> Iterator[tuple[str, list[int]]]:
-    for kind in dict.fromkeys(operation.kind for operation in job.operations):
-        yield kind, [i for i, operation in enumerate(job.operations) if operation.kind == kind]

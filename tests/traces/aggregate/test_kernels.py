@@ -12,7 +12,7 @@ import pytest
 
 from traceml.errors import StoreError
 from traceml.traces.aggregate import nesting, numbering, overlap, pairs, sorting, stats
-from traceml.traces.aggregate.sketch import bucket, middle
+from traceml.traces.aggregate.stats import bucket, middle
 from traceml.traces.native import library as native
 
 MODULES = (native, overlap, nesting, numbering, pairs, stats)

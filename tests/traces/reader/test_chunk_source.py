@@ -16,8 +16,8 @@ import pytest
 
 from tests.traces.fabricated import FORMS, brute_force, facts_of, make_events, members, read_all
 from traceml.traces.reader import compressed_chunks, gzip_source
-from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunk_source import open_source
+from traceml.traces.reader.chunks import TextBuffer
 from traceml.traces.reader.gzip_salvage import MAGIC, new_inflater
 
 EVENTS = make_events(3000, 5, plain=True)

@@ -13,6 +13,7 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,14 @@ import msgpack
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.row_rings import pack_map
-from traceml.database.schema import OPEN_SLOTS, Slot
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, OPEN_SLOTS, Phase, Slot
 from traceml.own_files import create_own
 
 __all__ = [
-    "COUNTERS_AT",
-    "DATA_AT",
-    "DEAD_SINCE_AT",
-    "IDENTITY_AT",
-    "LAYOUT_AT",
-    "MAGIC",
-    "OPEN_SLOTS_AT",
-    "PROLOGUE",
-    "VERSION",
-    "FlightHeader",
-    "FlightState",
-    "FolderClaim",
-    "MappedFile",
-    "is_locked",
-    "lock_holder",
+    "COUNTERS_AT", "DATA_AT", "DEAD_SINCE_AT", "IDENTITY_AT", "LAYOUT_AT", "MAGIC", "OPEN_SLOTS_AT", "PROLOGUE",
+    "VERSION", "FlightHeader", "FlightState", "FolderClaim", "MappedFile", "is_locked", "lock_holder", "open_phase",
     "own_mapping",
-]
+]  # fmt: skip
 
 MAGIC = b"TRACEMLF"
 VERSION = 3
@@ -56,6 +44,9 @@ _IDENTITY_BYTES = 4096
 LAYOUT_AT = 12288
 _LAYOUT_BYTES = 4096
 DATA_AT = 16384
+
+_PHASES = len(Phase)
+_STEP_START, _EXIT_START = int(Slot.STEP_START), int(Slot.EXIT_START)
 
 _FLOCK = struct.Struct("@hhqqi4x")
 # Files of this process by (pid, device, inode). Closing any descriptor of such a file would drop its lock, so it is
@@ -229,3 +220,18 @@ def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:
         del kept[max(kept, key=lambda key: len(pack_map({key: kept[key]})))]
 
     return packed
+
+
+def open_phase(slots: Sequence[int] | memoryview[int], has_steps: bool) -> tuple[int, int]:
+    """Return the innermost open phase, as in `schema.LINE_PHASES`, and the time at which it, or its step, was opened.
+
+    Args:
+        has_steps: whether a step has ended in this process.
+    """
+    began = 0 if slots[_EXIT_START] else slots[_STEP_START]  # an exit is in no step, though it may close one
+    opened = list(slots[:_PHASES])  # read once, as another process may write them
+    latest = max(opened)
+    if latest > 0:
+        return opened.index(latest), latest
+
+    return LINE_OTHER if began else LINE_OUTSIDE if has_steps else LINE_STARTUP, began

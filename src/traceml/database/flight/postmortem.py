@@ -39,7 +39,6 @@ from traceml.database.flight.row_rings import RowSlice
 from traceml.database.flight.table_extents import (
     UNREADABLE,
     TableCounters,
-    TableExtent,
     damaged,
     read_counters,
     read_layout,
@@ -77,9 +76,9 @@ class FlightSnapshot:
         self._stems = [folder / path.stem for folder in folders if _is_own_folder(folder)]
         self._prologue = _prologue(path, data)
         self.identity = self._read_identity()
-        self._tables = self._read_layout()
-        words = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
-        self._slots: tuple[int, ...] = words
+        layout = unpacked_header(path, data[LAYOUT_AT : LAYOUT_AT + self._prologue[8]])
+        self._tables = read_layout(path, layout, self._prologue[2])
+        self._slots: tuple[int, ...] = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
         self._counters: dict[str, TableCounters] = {}
 
     def __repr__(self) -> str:
@@ -322,10 +321,6 @@ class FlightSnapshot:
             raise damaged(self.path, "its identity is not a map")
 
         return found
-
-    def _read_layout(self) -> dict[str, tuple[int, TableExtent]]:
-        entries = unpacked_header(self.path, self._data[LAYOUT_AT : LAYOUT_AT + self._prologue[8]])
-        return read_layout(self.path, entries, self._prologue[2])
 
 
 def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:

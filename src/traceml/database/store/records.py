@@ -15,19 +15,9 @@ from traceml.database.store.frame_compression import decode
 from traceml.errors import StoreError
 
 __all__ = [
-    "FRAME_COLUMNS",
-    "FRAME_OVERHEAD_BYTES",
-    "FRAME_ROWS",
-    "Frame",
-    "RunEvent",
-    "StreamIdentity",
-    "StreamRecord",
-    "assembled",
-    "decoded_frame",
-    "dtype_of",
-    "in_ranges",
-    "step_offset",
-]
+    "FRAME_COLUMNS", "FRAME_OVERHEAD_BYTES", "FRAME_ROWS", "Frame", "RunEvent", "StreamIdentity", "StreamRecord",
+    "assembled", "decoded_frame", "dtype_of", "in_ranges", "step_offset",
+]  # fmt: skip
 
 FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
 FRAME_ROWS = "frames LEFT JOIN thinnings ON thinnings.id = frames.id"

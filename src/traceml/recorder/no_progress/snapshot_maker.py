@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
 from traceml.database.blocker_snapshot import blocker_of
-from traceml.database.flight.open_phase import open_phase
+from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import (
     MAX_FRAMES,

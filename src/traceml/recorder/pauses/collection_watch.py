@@ -20,7 +20,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight.open_phase import open_phase
+from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.thread_frames import running_line

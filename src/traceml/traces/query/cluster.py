@@ -10,6 +10,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from traceml.traces.query.file_parts import (
 from traceml.traces.query.labels import Labels
 from traceml.traces.query.malloc_setting import keep_freed_memory
 from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
-from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
+from traceml.traces.reader.columns import StringTable, TraceFileFacts
+from traceml.traces.reader.native_scanner import new_scanner
+from traceml.traces.reader.python_scanner import PythonScanner
 
 __all__ = ["analyze_part", "dask_client", "run_on"]
 
@@ -89,8 +92,7 @@ def analyze_part(query: TraceQuery, part: FilePart, paths: list[str], labels: La
 
 
 def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
-    strings = StringTable()
-    context = FieldContext(strings, [Path(path) for path in paths])
+    context = FieldContext(StringTable(), [Path(path) for path in paths])
     context.labels = labels
     analysis = Analysis(query, context)
     analysis.begin_source(part.source)
@@ -103,7 +105,7 @@ def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Label
         return _whole(analysis, part)
 
     try:
-        boundaries = read_part(part, query.args, strings, analysis.feed, query.metadata)
+        boundaries = read_part(part, _scanner(analysis), analysis.feed)
     except IndivisibleError as error:
         return str(error)
 
@@ -117,16 +119,12 @@ def _whole(analysis: Analysis, part: FilePart) -> PartResult:
     reading = read([part.path], args=query.args, strings=strings, workers=1, metadata=query.metadata)
     try:
         for batch in reading:
-            analysis.feed(_as_source(batch, part.source))
+            batch.source = part.source
+            analysis.feed(batch)
     except TraceEmptyError:
         pass  # other files may have events: the client checks that
 
     return partial_of(analysis), reading.files[0]
-
-
-def _as_source(batch: EventBatch, source: int) -> EventBatch:
-    batch.source = source
-    return batch
 
 
 class _WholeError(Exception):
@@ -167,7 +165,9 @@ def _by_file(
 ) -> Iterator[tuple[list[FilePart], Iterator[PartResult]]]:
     """Yield the parts of each file with their results, in order; a bounded number runs at a time."""
     files = [split(source, path, least=4 * threads) for source, path in enumerate(context.paths)]
-    files = [[_all_of(parts)] if source in whole else parts for source, parts in enumerate(files)]
+    for source in whole:
+        files[source] = [replace(files[source][0], end=files[source][-1].end, whole=True)]
+
     paths = [str(path) for path in context.paths]
     waiting = deque(part for parts in files for part in parts)
     running: deque[Any] = deque()
@@ -186,11 +186,6 @@ def _by_file(
 
     for parts in files:
         yield parts, results(len(parts))
-
-
-def _all_of(parts: list[FilePart]) -> FilePart:
-    first = parts[0]
-    return FilePart(first.source, first.path, 0, parts[-1].end, True, first.wrapped)
 
 
 def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
@@ -218,11 +213,14 @@ def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[Part
 def _absorb_fitting(
     analysis: Analysis, partial: PartialAnalysis, part: FilePart, left: PartBoundaries, right: PartBoundaries | None
 ) -> None:
-    query = analysis.query
-    between = join_parts(left, right, part, query.args, analysis.context.strings, query.metadata)
+    between = join_parts(left, right, part, _scanner(analysis))
     absorb(analysis, partial, part.source)
     if between is not None:
         analysis.feed(between)
+
+
+def _scanner(analysis: Analysis) -> PythonScanner:
+    return new_scanner(tuple(analysis.query.args), analysis.context.strings, analysis.query.metadata)
 
 
 @contextmanager

@@ -13,19 +13,9 @@ from typing import Any
 from traceml.errors import UsageError
 
 __all__ = [
-    "ARGS",
-    "FIELDS",
-    "MEASURES",
-    "AllOf",
-    "AnyOf",
-    "Condition",
-    "Expression",
-    "Negation",
-    "all_fields",
-    "check_field",
-    "comparisons",
-    "parse_by",
-]
+    "ARGS", "FIELDS", "MEASURES", "AllOf", "AnyOf", "Condition", "Expression", "Negation", "all_fields", "check_field",
+    "comparisons", "parse_by",
+]  # fmt: skip
 
 FIELDS = ("name", "cat", "pid", "tid", "rank", "host", "file", "source", "ph")
 MEASURES = ("ts", "dur")  # microseconds; in conditions only

@@ -7,20 +7,19 @@ fit (damage, a false member, text without an event) is read in one go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from traceml.errors import TraceMLError
-from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunk_source import open_source
-from traceml.traces.reader.columns import EventBatch, FileDamage, StringTable, TraceFileFacts
+from traceml.traces.reader.chunks import TextBuffer
+from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_start, time_decimals
 from traceml.traces.reader.gzip_salvage import MAGIC
-from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner, Text
 from traceml.traces.reader.scan_result import ScanResult
 from traceml.traces.reader.trace_files import GZIP_MAGIC, is_zstd
@@ -101,19 +100,12 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
     ]
 
 
-def read_part(
-    part: FilePart,
-    keys: Sequence[str],
-    strings: StringTable,
-    take: Callable[[EventBatch], None],
-    metadata: Collection[str] | None = None,
-) -> PartBoundaries:
+def read_part(part: FilePart, scanner: PythonScanner, take: Callable[[EventBatch], None]) -> PartBoundaries:
     """Read a part, and pass each batch to `take`.
 
     Raises:
         IndivisibleError: the file has to be read in one go.
     """
-    scanner = new_scanner(tuple(keys), strings, metadata)
     scanner.rows.decimals = part.decimals
     reader = _PartReader(part, scanner)
     for chunk in _chunks(part, reader.boundaries):
@@ -178,12 +170,7 @@ class _PartReader:
 
 
 def join_parts(
-    left: PartBoundaries,
-    right: PartBoundaries | None,
-    part: FilePart,
-    keys: Sequence[str],
-    strings: StringTable,
-    metadata: Collection[str] | None = None,
+    left: PartBoundaries, right: PartBoundaries | None, part: FilePart, scanner: PythonScanner
 ) -> EventBatch | None:
     """Return the events between a part and the next one, None when there are none.
 
@@ -201,7 +188,6 @@ def join_parts(
         raise IndivisibleError(f"{part.path}: the parts do not fit")
 
     text = left.tail + (right.head if right else b"")
-    scanner = new_scanner(tuple(keys), strings, metadata)
     scanner.rows.decimals = part.decimals
     result = scanner.scan(text, 0, wrapped=part.wrapped, final=right is None)
     findings = result.findings

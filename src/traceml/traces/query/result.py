@@ -8,8 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from traceml.formatting import plural
-from traceml.traces.aggregate.sketch import RELATIVE_ERROR, quantile
-from traceml.traces.aggregate.stats import ArgumentSum, GroupStat
+from traceml.traces.aggregate.stats import RELATIVE_ERROR, ArgumentSum, GroupStat, quantile
 from traceml.traces.query.analysis import Analysis
 from traceml.traces.query.measures import USUAL, Measure
 from traceml.traces.reader.columns import FileDamage, TraceFileFacts
@@ -99,11 +98,10 @@ def _measured(stat: GroupStat, measure: Measure, fractional: bool) -> int | floa
         return None
 
     variance = _ratio(stat.count * stat.squares - stat.total**2, stat.count * (stat.count - 1) * 10**6)
-    return variance if measure.name == "var" else _root(variance)
+    if measure.name == "var":
+        return variance
 
-
-def _root(value: int | float) -> int | float:
-    return math.isqrt(value) if isinstance(value, int) else math.sqrt(value)
+    return math.isqrt(variance) if isinstance(variance, int) else math.sqrt(variance)
 
 
 def microseconds(time_ns: int, *, fractional: bool) -> int | float:

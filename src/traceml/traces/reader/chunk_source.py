@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from traceml.traces.reader.buffers import TextBuffer
-from traceml.traces.reader.chunks import CHUNK_BYTES, Chunk, ChunkSource
+from traceml.traces.reader.chunks import CHUNK_BYTES, Chunk, ChunkSource, TextBuffer
 from traceml.traces.reader.gzip_source import GzipChunks
 from traceml.traces.reader.trace_files import GZIP_MAGIC, ZSTD_START_BYTES, is_zstd
 from traceml.traces.reader.zstd_source import ZstdChunks

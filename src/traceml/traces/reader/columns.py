@@ -18,18 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "FLOAT",
-    "INTEGER",
-    "MISSING",
-    "NO_TIME",
-    "TEXT",
-    "ArgColumn",
-    "EventBatch",
-    "ExactTimes",
-    "FileDamage",
-    "StringTable",
-    "TraceFileFacts",
-]
+    "FLOAT", "INTEGER", "MISSING", "NO_TIME", "TEXT", "ArgColumn", "EventBatch", "ExactTimes", "FileDamage",
+    "StringTable", "TraceFileFacts",
+]  # fmt: skip
 
 ExactTimes = tuple[int | None, int | None]  # begin and duration of an event, in nanoseconds of any size
 NO_TIME = -(2**63)  # in `ts_ns`: the event has no time

@@ -11,8 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from traceml.traces.reader.buffers import TextBuffer
-from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk
+from traceml.traces.reader.chunks import CHUNK_BYTES, MAX_TEXT_BYTES, Chunk, TextBuffer
 from traceml.traces.reader.columns import FileDamage
 
 __all__ = ["CompressedChunks", "Inflater"]

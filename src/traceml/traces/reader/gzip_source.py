@@ -8,8 +8,7 @@ ended, and the next chunk is valid only if it begins there. A file of one large 
 from __future__ import annotations
 
 from traceml.traces.native.library import find
-from traceml.traces.reader.buffers import TextBuffer
-from traceml.traces.reader.chunks import GAP
+from traceml.traces.reader.chunks import GAP, TextBuffer
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
 from traceml.traces.reader.gzip_salvage import MAGIC, is_member, new_inflater, next_member, read_at, salvaged

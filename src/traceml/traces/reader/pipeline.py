@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from traceml.traces.reader.buffers import TextBuffer
 from traceml.traces.reader.chunk_source import open_source
-from traceml.traces.reader.chunks import Chunk, ChunkSource
-from traceml.traces.reader.columns import EventBatch, FileDamage, StringTable, TraceFileFacts
+from traceml.traces.reader.chunks import Chunk, ChunkSource, TextBuffer
+from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.file_reader import FileReader, ScanAhead
 from traceml.traces.reader.formats import find_start
-from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
 
 __all__ = ["ReadPipeline"]
@@ -49,18 +47,11 @@ class ReadPipeline:
 
     Args:
         files: the files; completed while they are read.
+        make_scanner: returns a scanner for one thread.
     """
 
-    def __init__(
-        self,
-        files: list[TraceFileFacts],
-        keys: tuple[str, ...],
-        strings: StringTable,
-        workers: int,
-        metadata: Collection[str] | None = None,
-    ) -> None:
-        self._files, self._keys, self._strings, self._workers = files, keys, strings, workers
-        self._metadata = metadata
+    def __init__(self, files: list[TraceFileFacts], make_scanner: Callable[[], PythonScanner], workers: int) -> None:
+        self._files, self._make_scanner, self._workers = files, make_scanner, workers
         self._taking = threading.Lock()
         self._tasks = self._all_tasks()
         self._sources: list[ChunkSource] = []
@@ -72,7 +63,7 @@ class ReadPipeline:
 
     def batches(self) -> Iterator[EventBatch]:
         """Yield the batches of all files in order; raise the first error of a thread."""
-        scanner = self._new_scanner()
+        scanner = self._make_scanner()
         scanned: dict[int, _ChunkTask] = {}
         number = 0
         try:
@@ -91,9 +82,6 @@ class ReadPipeline:
             self._executor.shutdown(cancel_futures=True)
             for source in self._sources:
                 source.close()
-
-    def _new_scanner(self) -> PythonScanner:
-        return new_scanner(self._keys, self._strings, self._metadata)
 
     def _submit(self) -> None:
         self._running.append(self._executor.submit(self._scan_next))
@@ -128,7 +116,7 @@ class ReadPipeline:
 
         task.chunk = task.load()
         if not task.first:
-            scanner = self._scanners.pop() if self._scanners else self._new_scanner()
+            scanner = self._scanners.pop() if self._scanners else self._make_scanner()
             scanner.rows.decimals = task.reader.decimals
             start = find_start(task.chunk.text)
             if start is not None:

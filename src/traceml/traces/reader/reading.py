@@ -7,12 +7,15 @@ that long), the columns of a few chunks, and the distinct strings.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from traceml.errors import TraceEmptyError
 from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
+from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.pipeline import ReadPipeline
+from traceml.traces.reader.python_scanner import PythonScanner
 from traceml.traces.reader.trace_files import discover, is_systrace
 
 __all__ = ["TraceReader", "read"]
@@ -53,7 +56,8 @@ def read(
     """
     threads = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
     known = StringTable() if strings is None else strings
-    return TraceReader(discover(paths), tuple(dict.fromkeys(args)), known, threads, metadata)
+    make_scanner = partial(new_scanner, tuple(dict.fromkeys(args)), known, metadata)
+    return TraceReader(discover(paths), known, make_scanner, threads)
 
 
 class TraceReader:
@@ -65,16 +69,11 @@ class TraceReader:
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        keys: tuple[str, ...],
-        strings: StringTable,
-        workers: int,
-        metadata: Collection[str] | None = None,
+        self, paths: Sequence[Path], strings: StringTable, make_scanner: Callable[[], PythonScanner], workers: int
     ) -> None:
         self.files = [TraceFileFacts(path, path.stat().st_size) for path in paths]
         self.strings = strings
-        self._keys, self._workers, self._metadata = keys, workers, metadata
+        self._make_scanner, self._workers = make_scanner, workers
 
     def __iter__(self) -> Iterator[EventBatch]:
         """Yield batches: file after file, in the order of each file.
@@ -82,7 +81,7 @@ class TraceReader:
         Raises:
             TraceEmptyError: at the end, when no file contains an event.
         """
-        yield from ReadPipeline(self.files, self._keys, self.strings, self._workers, self._metadata).batches()
+        yield from ReadPipeline(self.files, self._make_scanner, self._workers).batches()
         if not any(facts.events for facts in self.files):
             raise TraceEmptyError(_nothing_in(self.files))
 

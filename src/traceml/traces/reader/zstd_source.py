@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from traceml.traces.reader.buffers import TextBuffer
-from traceml.traces.reader.chunks import GAP
+from traceml.traces.reader.chunks import GAP, TextBuffer
 from traceml.traces.reader.columns import FileDamage
 from traceml.traces.reader.compressed_chunks import CompressedChunks, Inflater
 from traceml.traces.reader.gzip_salvage import next_member, read_at
