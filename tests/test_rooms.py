@@ -129,8 +129,8 @@ FORBIDDEN = {
 # Modules for users, which no other module imports.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
-    "formatting", "former_settings", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
-    "loopback", "own_files", "own_programs", "priority", "fail_open", "fork_gate", "process_ends", "run_folder",
+    "formatting", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
+    "loopback", "own_files", "own_programs", "fail_open", "fork_gate", "process_ends", "run_folder",
     "version", "privacy", "inspection",
 }  # fmt: skip
 

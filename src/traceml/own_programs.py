@@ -1,4 +1,4 @@
-"""Helper programs of ours: the commands that start them, and their end."""
+"""Helper programs of ours: the commands that start them, their priority, and their end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from subprocess import Popen
 
-__all__ = ["change_command_line", "end_process", "importing", "own_program", "search_working_directory"]
+__all__ = [
+    "change_command_line",
+    "end_process",
+    "importing",
+    "lower_priority",
+    "own_program",
+    "search_working_directory",
+]
+
+_LOWEST = 19
 
 
 def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
@@ -70,3 +79,24 @@ def search_working_directory() -> None:
     """Let this process find modules of the user, such as a tracker: after all that are installed."""
     with suppress(OSError):  # the folder is gone
         sys.path.append(str(Path.cwd()))
+
+
+def lower_priority(nice: int = _LOWEST) -> None:
+    """Lower the CPU priority of this process; do nothing where the system refuses that.
+
+    Linux groups processes by session (autogroup), and `nice` counts only among the processes of one session. So a
+    process that leads a session makes its session nice too.
+    """
+    try:
+        os.nice(nice)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:
+        pass
+
+    if os.getsid(0) != os.getpid():
+        return  # the session has other processes too
+
+    try:
+        Path("/proc/self/autogroup").write_text(str(nice))
+    except OSError:  # a kernel without groups
+        pass

@@ -11,9 +11,16 @@ from typing import Any, NamedTuple, get_origin
 
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
-from traceml.former_settings import former_setting, is_automatic_mode
 
-__all__ = ["ENV_PREFIX", "INTERNAL_ENV", "USER_ENV", "Declaration", "SettingEntry", "SettingSources"]
+__all__ = [
+    "ENV_PREFIX",
+    "INTERNAL_ENV",
+    "USER_ENV",
+    "Declaration",
+    "SettingEntry",
+    "SettingSources",
+    "former_setting",
+]
 
 ENV_PREFIX = "TRACEML_"
 
@@ -42,6 +49,37 @@ _ALIASES = {"backends": "backend"}
 _PORT_DIGITS = 5
 SettingEntry = tuple[str, str, Any]
 """(source, setting, value)."""
+# Settings of traceml-ai, another product of the same import name: the argument of its `init`, or its variable without
+# TRACEML_ -> the setting here.
+_RENAMED = {
+    "aggregator_host": "host",
+    "aggregator_bind_host": "host",
+    "aggregator_port": "port",
+    "connect_timeout_sec": "connect_timeout",
+    "interval": "sample_interval",
+    "logs_dir": "runs_dir",
+    "on_missing_aggregator": "on_missing",
+    "session_id": "run_id",
+}
+_ELSEWHERE = {
+    "dashboard_port": "`traceml serve --web PORT`",
+    "disabled": "`enabled=False`, or TRACEML_ENABLED=0",
+    "enable_logging": "`log_level`, or TRACEML_LOG_LEVEL=debug",
+    "expected_world_size": "nothing to set: the ranks report the size of the job",
+    "html_report": "nothing to set: each run has a report.html",
+    "master_addr": "an option of `traceml run`, as of torchrun: --master-addr",
+    "master_port": "an option of `traceml run`, as of torchrun: --master-port",
+    "mode": "nothing to set for mode='auto'; steps are marked by hand with `traceml.trace_step()`",
+    "nnodes": "an option of `traceml run`, as of torchrun: --nnodes",
+    "node_rank": "an option of `traceml run`, as of torchrun: --node-rank",
+    "nproc_per_node": "an option of `traceml run`, as of torchrun: --nproc-per-node",
+    "profile": "`traceml profile`, on a running job",
+    "ui_mode": "`traceml run --live terminal|web|none`",
+    **dict.fromkeys(
+        ("patch_backward", "patch_dataloader", "patch_forward", "patch_h2d"),
+        "nothing to set: all phases are measured",
+    ),
+}
 
 
 class Declaration(NamedTuple):
@@ -177,7 +215,7 @@ class SettingSources:
 
     def _checked(self, key: str, value: Any, source: str, written: str) -> Iterator[SettingEntry]:
         """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
-        if is_automatic_mode(key, value):
+        if (key, value) == ("mode", "auto"):  # of traceml-ai: all that there is here
             return
 
         name = self._known(key, value, source, written)
@@ -211,3 +249,17 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of too many digits, and tables too deep
         raise SettingsError(path.name, f"is not TOML: {error}", source=str(path), allowed="a TOML file") from error
+
+
+def former_setting(key: str, *, is_variable: bool) -> str | None:
+    """Return the spelling here of a setting of traceml-ai; None for any other name.
+
+    Args:
+        key: its argument of `init`, or its variable in lower case and without the prefix.
+        is_variable: name the variable, not the argument.
+    """
+    renamed = _RENAMED.get(key)
+    if renamed is not None:
+        return f"TRACEML_{renamed.upper()}" if is_variable else f"`{renamed}`"
+
+    return _ELSEWHERE.get(key)

@@ -61,7 +61,7 @@ def _is_broken_early(line: str, below: str) -> bool:
 
 @pytest.mark.parametrize("command", ["demo", "profile"])
 def test_help_has_the_defaults_in_force(command, capsys, monkeypatch):
-    """tyro adds none: each number and each choice that an option has when it is not given stands in its text."""
+    """argparse adds none: each number and each choice that an option has when it is not given stands in its text."""
     monkeypatch.setenv("COLUMNS", "200")
     options = getattr(import_module(cli.COMMANDS[command][0]), f"{command.title()}Options")
     defaults = [each.default for each in fields(options)]

@@ -178,7 +178,7 @@ def test_lines_are_printed_as_a_flame_graph(slow, capsys):
 
 @pytest.mark.process
 def test_a_written_report_needs_few_modules(tmp_path):
-    """Neither numpy and the modules that make reports, nor typeguard, which some options would make tyro import."""
+    """Neither numpy and the modules that make reports, nor tyro, which is for scripts."""
     run = store_run(tmp_path / "run", Job(steps=60))
     save_report(run, build_report(run))
     code = "import sys; from traceml import cli; cli.main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
@@ -187,4 +187,4 @@ def test_a_written_report_needs_few_modules(tmp_path):
 
     assert "HEALTHY" in done.stdout
     loaded = set(done.stderr.split())
-    assert not {"numpy", "typeguard", "asyncio", "traceml.runs.report.report", "traceml.diagnosis.ruleset"} & loaded
+    assert not {"numpy", "tyro", "asyncio", "traceml.runs.report.report", "traceml.diagnosis.ruleset"} & loaded

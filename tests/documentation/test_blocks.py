@@ -25,7 +25,7 @@ from traceml import cli, settings, traces
 from traceml.cli.completion import whole_parser
 from traceml.cli.options.parsing import parse
 from traceml.cli.runs import EDITS
-from traceml.former_settings import former_setting
+from traceml.setting_sources import former_setting
 
 # Python that needs other hosts, or a framework's training: the test that runs the same call.
 CALLED_ELSEWHERE = {

@@ -10,16 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceNotFoundError, UsageError
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -35,28 +32,28 @@ class AnalyzeOptions:
     Damaged files are read as far as possible, and the damage is reported.
     """
 
-    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH ...")] = ()
+    paths: Annotated[tuple[str, ...], Positional("PATH ...")] = ()
     """Files, folders of them, or patterns."""
-    by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...")] = None
+    by: Annotated[str | None, Metavar("FIELD,...")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
-    where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS")] = ""
+    where: Annotated[str, Metavar("CONDITIONS")] = ""
     """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern) and
     IN (a, b); AND, OR, NOT and parentheses join them. Units are optional (2.5ms, 4KiB); without one, ts and dur are in
     microseconds."""
-    agg: Annotated[str | None, tyro.conf.arg(metavar="MEASURE,...")] = None
+    agg: Annotated[str | None, Metavar("MEASURE,...")] = None
     """Columns of the groups: count, sum, mean, min, max, self, std, var, percentiles (p95), sums of arguments
     (sum:args.size)."""
-    top: Annotated[int | None, NumberRange(), tyro.conf.arg(metavar="N")] = None
+    top: Annotated[int | None, NumberRange(), Metavar("N")] = None
     """Number of groups (default: 20, all with --json)."""
     overlap: bool = False
     """With --by: show the overlap of computing, I/O and communication too."""
     timeline: bool = False
     """With --by: show the timeline too."""
-    plot: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    plot: Annotated[str | None, Metavar("FILE")] = None
     """Also draw the groups: FILE.html (a page that opens without a network) or FILE.png."""
     json: bool = False
     """Print the result as JSON and nothing else."""
-    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    dask: Annotated[str | None, Metavar("ADDRESS")] = None
     """Read the files on the workers of this Dask scheduler; they need them under the same paths."""
     no_cache: bool = False
     """Read the files even if the result is cached."""

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
 
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import change_text, compared_card
@@ -21,9 +21,6 @@ from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.comparison.compare import compare_sides
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -40,18 +37,18 @@ class CompareOptions:
     The test takes the autocorrelation of step times into account: see docs/report.md.
     """
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")] = ()
+    runs: Annotated[tuple[str, ...], Positional("RUN...")] = ()
     """Runs: folders, ids, names, the last four characters of ids, or report.json files. The first is the baseline."""
-    baseline: Annotated[str | None, tyro.conf.arg(metavar="A")] = None
+    baseline: Annotated[str | None, Metavar("A")] = None
     """Compare with this run: as above, a tag or a run name (the newest counts), or last-healthy: the newest earlier
     run of the project, with as many ranks, that finished without a warning. Without runs, the latest is compared."""
     json: bool = False
     """Print the comparison as JSON and nothing else."""
     md: bool = False
     """Print it as Markdown, for a pull request."""
-    fail_over: Annotated[float | None, NumberRange(float, minimum=0), tyro.conf.arg(metavar="PCT")] = None
+    fail_over: Annotated[float | None, NumberRange(float, minimum=0), Metavar("PCT")] = None
     """Exit with 1 when steps take more than PCT percent longer than the baseline's and the change is significant."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -8,22 +8,19 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.checks.host_checks import host_checks
 from traceml.cli.checks.local_checks import Check, Setting, all_checks, setting_values
-from traceml.cli.options.parsing import parse
+from traceml.cli.options.parsing import Metavar, parse
 from traceml.cli.options.shared_options import host_names
 from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight
 from traceml.settings import load
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -42,12 +39,12 @@ class DoctorOptions:
     """Print the settings alone, with their values and sources."""
     backends: bool = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
-    hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")] = ()
+    hostnames: Annotated[tuple[str, ...], Metavar("HOST")] = ()
     """Also check these hosts, or those of a hostfile, over ssh, or the Slurm nodes (`slurm`) with srun: versions,
     devices, clocks, speeds."""
-    ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    ssh_config_file: Annotated[Path | None, Metavar("FILE")] = None
     """Configuration file for ssh, instead of your own."""
-    python: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    python: Annotated[str | None, Metavar("PATH")] = None
     """The interpreter on those hosts (default: the path of this one)."""
 
 

@@ -8,21 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.export.export_progress import no_progress
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -41,15 +38,15 @@ class ExportOptions:
     The run may be running or damaged: everything readable is written. If parts are missing, the exit status is 3.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
+    run: Annotated[str | None, Positional("[RUN]")] = None
     """The run: its folder, id or name, or the last four characters of its id (default: the latest run)."""
-    format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT")] = None
+    format: Annotated[str | None, Metavar("FORMAT")] = None
     """perfetto, pfw, parquet or csv (default: by the extension of the output)."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH")] = None
+    output: Annotated[str | None, Metavar("PATH", "-o")] = None
     """File or folder to write (default: named after the run, in the working directory)."""
     json: bool = False
     """Print what was written as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

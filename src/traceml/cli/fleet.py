@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.formatting import plural, printable
 from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -30,20 +27,20 @@ class FleetOptions:
     With the setting fleet_dir, each run is added at its end; --update adds those of a folder.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
+    run: Annotated[str | None, Positional("[RUN]")] = None
     """The run: its id, or the last four characters of its id (default: the newest run)."""
     update: bool = False
     """First add the ended runs that the dataset does not have yet."""
-    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS")] = None
+    where: Annotated[str | None, Metavar("CONDITIONS")] = None
     """Only runs that meet all of these: 'project=vision hosts~gpu-04 !state=failed'. Names: id, name, project, month,
     script, model, ranks, hosts, batch_size, steps, step_ms, state, verdict, and other facts of the dataset."""
     json: bool = False
     """Print the result as JSON and nothing else."""
-    dataset: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    dataset: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the dataset (default: the setting fleet_dir, without it `fleet` in the folder of runs)."""
-    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    dask: Annotated[str | None, Metavar("ADDRESS")] = None
     """Read the dataset on the workers of this Dask scheduler; they need it under the same path."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -8,15 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from traceml.cli.assistants.run_tools import RunTools
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, config_over, parse
 from traceml.errors import TraceMLError
 from traceml.version import __version__
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["build_server", "main"]
 
@@ -38,9 +35,9 @@ class McpOptions:
     Add it to a client with the command: traceml mcp --runs-dir DIR
     """
 
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs; no others are read (default: the setting runs_dir)."""
-    traces: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR ...")] = ()
+    traces: Annotated[tuple[str, ...], Metavar("DIR")] = ()
     """Folders whose traces analyze may read, in addition to the runs folder."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 from rich.console import Console
@@ -21,7 +21,7 @@ from traceml.cli.assistants.json_documents import OperatorRecord, ProfileDocumen
 from traceml.cli.jobs.profile_client import ProfileClient, ProfileRequest, RankWindow
 from traceml.cli.jobs.running_job import aggregator_of, running_job
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.cli.report import current_report
 from traceml.database.store.reader import StoreReader
 from traceml.errors import TraceMLError, UsageError
@@ -34,9 +34,6 @@ from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_
 from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
 from traceml.settings import PROFILE_AFTER_S, Config
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main", "parse_ranks", "profiled_text"]
 
@@ -55,15 +52,15 @@ class ProfileOptions:
     The script needs no change. With --cpu: draw the sampled lines of a run as a flame graph.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
+    run: Annotated[str | None, Positional("[RUN|ADDRESS]")] = None
     """A run's folder, id or name, or host:port of an aggregator here (default: the newest running job, or run)."""
-    ranks: Annotated[str | None, tyro.conf.arg(metavar="RANKS")] = None
+    ranks: Annotated[str | None, Metavar("RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
-    steps: Annotated[int, NumberRange(maximum=MAX_STEPS), tyro.conf.arg(metavar="N")] = 5
+    steps: Annotated[int, NumberRange(maximum=MAX_STEPS), Metavar("N")] = 5
     """Number of steps (default: 5)."""
-    timeout: Annotated[float, NumberRange(float, minimum=0, above=True), tyro.conf.arg(metavar="S")] = _LIMIT_S
+    timeout: Annotated[float, NumberRange(float, minimum=0, above=True), Metavar("S")] = _LIMIT_S
     """Seconds in which the steps have to end (default: 120)."""
-    limit_mb: Annotated[int, NumberRange(maximum=4096), tyro.conf.arg(metavar="MB")] = 256
+    limit_mb: Annotated[int, NumberRange(maximum=4096), Metavar("MB")] = 256
     """Largest trace of a rank, in megabytes (default: 256)."""
     stacks: bool = False
     """Record Python functions too, which slows the steps down further."""
@@ -71,11 +68,11 @@ class ProfileOptions:
     """Write the lines that were sampled so far as a flame graph; needs no running job."""
     on_finding: bool = False
     """Let the aggregator profile by itself, once, when the verdict has been computation for a minute."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    output: Annotated[str | None, Metavar("FILE", "-o")] = None
     """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
     json: bool = False
     """Print one JSON document and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

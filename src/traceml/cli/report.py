@@ -7,11 +7,11 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from rich.console import Console
 
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
@@ -26,9 +26,6 @@ from traceml.runs.report.line_shares import LinesDocument
 from traceml.runs.report.report_types import Report, TrackerSection, read_report
 from traceml.track.tracker_state import states_of
 
-if TYPE_CHECKING:
-    import tyro
-
 __all__ = ["current_report", "main"]
 
 EXIT_GATE = 1
@@ -41,21 +38,21 @@ class ReportOptions:
     The run may be running or ended.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]")] = None
+    run: Annotated[str | None, Positional("[RUN]")] = None
     """The run: its folder, id or name, or the last four characters of its id (default: the latest run)."""
     json: bool = False
     """Print the report, or with --lines the lines, as JSON and nothing else."""
     md: bool = False
     """Print the report as Markdown, for a pull request."""
-    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    html: Annotated[str | None, Metavar("FILE")] = None
     """Write the report with its charts as one HTML file, and print nothing."""
     lines: bool = False
     """Show in which lines of the code the time was spent, by phase, from samples of the training threads."""
-    format: Annotated[Literal["speedscope", "perfetto"] | None, tyro.conf.arg(metavar="FORMAT")] = None
+    format: Annotated[Literal["speedscope", "perfetto"] | None, Metavar("FORMAT")] = None
     """With --lines: print them as a flame graph for speedscope.app (speedscope) or ui.perfetto.dev (perfetto)."""
-    fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND")] = ()
+    fail_on: Annotated[tuple[str, ...], Metavar("KIND")] = ()
     """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
@@ -23,9 +23,6 @@ from traceml.runs.remove import is_delivered, prune, refuse_running, remove_ende
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
 from traceml.runs.run_state import UNREADABLE_STATES
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["EDITS", "main"]
 
@@ -41,25 +38,25 @@ class RunsOptions:
     Runs are removed and labeled by `traceml runs rm|tag|note|rename|archive RUN`.
     """
 
-    where: Annotated[str | None, tyro.conf.arg(metavar="CONDITIONS")] = None
+    where: Annotated[str | None, Metavar("CONDITIONS")] = None
     """Only runs that meet all of these: 'lr<0.1 tag:baseline state=finished'. Names are columns, parameters or metrics.
     Operators: = != < <= > >= ~ (contains). A word alone is searched in id, project, state, verdict, tags; ! negates."""
-    sort: Annotated[str | None, tyro.conf.arg(metavar="FIELD")] = None
+    sort: Annotated[str | None, Metavar("FIELD")] = None
     """Sort by this column, parameter or metric, the smallest first (default: the newest first)."""
     reverse: bool = False
     """Sort the other way round."""
-    columns: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...")] = None
+    columns: Annotated[str | None, Metavar("FIELD,...")] = None
     """Columns to show: id, name, project, user, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
     started, tags, note, archived, git.commit, git.branch, git.dirty, and any parameter or metric (its last value)."""
     archived: bool = False
     """List archived runs too."""
     prune: bool = False
     """Remove all but the newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
-    keep: Annotated[int | None, NumberRange(minimum=0), tyro.conf.arg(metavar="N")] = None
+    keep: Annotated[int | None, NumberRange(minimum=0), Metavar("N")] = None
     """With --prune: the number of runs to keep."""
     json: bool = False
     """Print the list as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -200,13 +197,13 @@ def _cell(run: RunFields, name: str) -> str:
 class RemoveOptions:
     """Remove runs with everything in their folders. Asks first; a running job is refused."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
+    runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ()
     """Folders or ids of the runs."""
     yes: bool = False
     """Do not ask; needed where standard input is not a terminal."""
     json: bool = False
     """Print the removed runs as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -214,15 +211,15 @@ class RemoveOptions:
 class TagOptions:
     """Add tags to a run, or remove them."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
-    tags: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TAG ...")] = ()
+    tags: Annotated[tuple[str, ...], Positional("TAG ...")] = ()
     """The tags; without any, those of the run are printed."""
     remove: bool = False
     """Remove these tags instead of adding them."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -230,13 +227,13 @@ class TagOptions:
 class NoteOptions:
     """Write a note for a run."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
-    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]")] = None
+    text: Annotated[str | None, Positional("[TEXT]")] = None
     """The note; an empty one removes it; without it, that of the run is printed."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -244,13 +241,13 @@ class NoteOptions:
 class RenameOptions:
     """Give a run another name in lists and on its page."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
+    name: Annotated[str, Positional("NAME")] = ""
     """The name; without it, the run has its own name again."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 
@@ -258,13 +255,13 @@ class RenameOptions:
 class ArchiveOptions:
     """Leave runs out of lists without removing them; `traceml runs --archived` lists them."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
+    runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ()
     """Folders or ids of the runs."""
     undo: bool = False
     """List them again."""
     json: bool = False
     """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

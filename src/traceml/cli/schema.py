@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from traceml.cli.assistants.json_documents import DOCUMENTS, document_schema
-from traceml.cli.options.parsing import parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceMLError, UsageError
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -24,9 +21,9 @@ class SchemaOptions:
     Without a name, the documents are listed.
     """
 
-    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    name: Annotated[str | None, Positional("[NAME]")] = None
     """report, lines, compare, compares, analysis, whatif, fleet, runs, stacks or profile."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
+    output: Annotated[str | None, Metavar("DIR", "-o")] = None
     """Write all of them to this folder instead."""
     json: bool = False
     """Print the list of documents as JSON and nothing else; a schema always is JSON."""

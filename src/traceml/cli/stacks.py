@@ -6,19 +6,16 @@ import contextlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 
 from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
 from traceml.cli.jobs.running_job import aggregator_of, running_job
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.snapshots import RankSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
 from traceml.settings import Config
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["ask_ranks", "main", "stacks_document"]
 
@@ -32,11 +29,11 @@ class StacksOptions:
     Ranks with equal stacks are shown together. The job goes on undisturbed.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
+    run: Annotated[str | None, Positional("[RUN|ADDRESS]")] = None
     """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job)."""
     json: bool = False
     """Print one JSON document and nothing else."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

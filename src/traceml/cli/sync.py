@@ -12,13 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from traceml.aggregator.unfinished_runs import finish_flights, finish_run
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
@@ -40,9 +40,6 @@ from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.rank.tracker_places import moved_options
 from traceml.track.tracker_state import DeliveryPhase, locked
 
-if TYPE_CHECKING:
-    import tyro
-
 __all__ = ["STALL_LIMIT_S", "main"]
 
 EXIT_UNDELIVERED = 3
@@ -62,9 +59,9 @@ class SyncOptions:
     Exits with 3 when something could not be delivered: it stays in the run, for another try.
     """
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]")] = ()
+    runs: Annotated[tuple[str, ...], Positional("[RUN ...]")] = ()
     """Folders or ids of runs (default: all that have something to deliver)."""
-    backend: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    backend: Annotated[tuple[str, ...], Metavar("NAME")] = ()
     """Only these trackers, also ones that the run did not use, with options and addresses of the present settings."""
     json: bool = False
     """Print the result as JSON and nothing else."""
@@ -72,7 +69,7 @@ class SyncOptions:
     """Wait for runs that are still running, instead of leaving them to their aggregator."""
     ended: bool = False
     """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
 
 from traceml.cli.jobs.running_job import running_job
-from traceml.cli.options.parsing import config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.cli.report import current_report
 from traceml.display.terminal.fullscreen import FullScreen
 from traceml.display.terminal.top_app import TopApp
 from traceml.errors import UsageError
 from traceml.renderers.text.card import print_report
 from traceml.runs.live_run import LiveRun
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -37,11 +34,11 @@ class TopOptions:
     Arrows, PgUp and PgDn scroll; ? lists the keys; q or Ctrl-C quits, and the job continues.
     """
 
-    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]")] = None
+    run: Annotated[str | None, Positional("[RUN|ADDRESS]")] = None
     """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job)."""
     json: bool = False
     """Print the report so far as JSON, once, and nothing else; needs no terminal."""
-    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    runs_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
 

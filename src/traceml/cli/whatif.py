@@ -6,13 +6,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from traceml.cli.options.parsing import parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.formatting import printable
-
-if TYPE_CHECKING:
-    import tyro
 
 __all__ = ["main"]
 
@@ -28,15 +25,15 @@ class WhatifOptions:
     docs/whatif.md describes the columns of the trace.
     """
 
-    trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE.parquet")]
+    trace: Annotated[Path, Positional("TRACE.parquet")]
     """Parquet file with a row for each operation."""
-    meta: Annotated[Path, tyro.conf.arg(metavar="META.yaml")]
+    meta: Annotated[Path, Metavar("META.yaml")]
     """YAML file with dp_size, pp_size, tp_size, vpp_size and world_size of the job."""
     json: bool = False
     """Print the result as JSON and nothing else."""
-    heatmap: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    heatmap: Annotated[Path | None, Metavar("FILE.png")] = None
     """Write a picture of the workers' slowdowns."""
-    timeline: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    timeline: Annotated[Path | None, Metavar("FILE.json")] = None
     """Write ten steps as recorded and without stragglers, for ui.perfetto.dev."""
 
 

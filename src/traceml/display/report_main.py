@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from traceml.errors import TraceMLError
-from traceml.priority import lower_priority
+from traceml.own_programs import lower_priority
 
 __all__ = ["work"]
 

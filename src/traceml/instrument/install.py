@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
-from traceml.instrument.checkpoints.save_folder import SaveFolder
-from traceml.instrument.checkpoints.save_log import SaveLog
+from traceml.instrument.checkpoints.save_log import SaveFolder, SaveLog
 from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.framework_trainers import TRAINERS
 from traceml.instrument.groups.default_group import DefaultGroup
@@ -358,7 +357,7 @@ class Instrumentation:
     def _patch_loaders(self, batches: BatchReader) -> None:
         """Time waits for batches, and watch the processes that make them."""
         from traceml.instrument.loader import patch_loaders
-        from traceml.instrument.workers.worker_deaths import watch_workers
+        from traceml.instrument.workers.loader_workers import watch_workers
         from traceml.instrument.workers.worker_stacks import report_worker_stacks
 
         clock, patches = self.clock, self._patches
@@ -436,7 +435,7 @@ class Instrumentation:
         self._guarded(lambda: patch_distributed_backward(self._patches, self.clock))
 
     def _on_join_import(self) -> None:
-        from traceml.instrument.groups.join_waits import patch_join
+        from traceml.instrument.groups.default_group import patch_join
 
         self._guarded(lambda: patch_join(self._patches, self.clock, self._facts.report))
 

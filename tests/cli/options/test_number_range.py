@@ -14,7 +14,6 @@ import pytest
 from traceml import cli
 from traceml.cli import COMMANDS
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import tyro_hints
 
 
 def _numeric_options() -> Iterator[tuple[str, str, Any]]:
@@ -27,7 +26,7 @@ def _numeric_options() -> Iterator[tuple[str, str, Any]]:
                     yield command, action.option_strings[0], action.type
         else:
             options = next(one for one in vars(module).values() if _is_options(one, name))
-            for field, hint in tyro_hints(options).items():
+            for field, hint in typing.get_type_hints(options, include_extras=True).items():
                 plain = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
                 if {int, float} & {plain, *typing.get_args(plain)}:
                     ranges = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, NumberRange)]

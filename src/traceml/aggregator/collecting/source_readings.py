@@ -31,7 +31,7 @@ __all__ = ["SourceReadings"]
 
 # The priority first: the imports alone are half of the work.
 _BOOT = (
-    "from traceml.priority import lower_priority; lower_priority({nice}); "
+    "from traceml.own_programs import lower_priority; lower_priority({nice}); "
     "from traceml.track.rank.collectors.collector_main import main; main()"
 )
 _POLL_S, _POLLS = 1.0, 60

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from traceml.errors import UsageError
-
-__all__ = ["PORT", "NumberRange", "check_ranges", "node_count"]
+__all__ = ["PORT", "NumberRange", "node_count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +61,6 @@ class NumberRange:
 
 
 PORT = NumberRange(minimum=0, maximum=65535)
-
-
-def check_ranges(options: Any, hints: Mapping[str, Any]) -> None:
-    """Check the numbers of an options dataclass.
-
-    Args:
-        hints: the types of its fields.
-
-    Raises:
-        UsageError: one is not in the range that its field names.
-    """
-    for name, hint in hints.items():
-        value = getattr(options, name)
-        for note in getattr(hint, "__metadata__", ()):
-            if isinstance(note, NumberRange) and value is not None and not note.contains(value):
-                raise UsageError(f"--{name.replace('_', '-')} takes {note}, not {value}")
 
 
 def node_count(text: str) -> str:

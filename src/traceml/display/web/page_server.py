@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceml.display.web.notice import notice
+from traceml.display.web.token_middleware import notice
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 from http.cookies import CookieError, SimpleCookie
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
-
-from traceml.display.web.notice import notice
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-__all__ = ["TOKEN_PARAMETER", "TokenMiddleware", "cookie_name", "cookie_value"]
+__all__ = ["TOKEN_PARAMETER", "TokenMiddleware", "cookie_name", "cookie_value", "notice"]
 
 TOKEN_PARAMETER = "token"  # noqa: S105 - the name of the parameter
 # Engine.io answers a request with it as a script, which any page may load; our own never asks for that.
@@ -155,3 +154,15 @@ async def _refuse(send: Send, *, wrong: bool) -> None:
     ]
     await send({"type": "http.response.start", "status": 401, "headers": [*headers, *_HEADERS]})
     await send({"type": "http.response.body", "body": body})
+
+
+def notice(status: int, what: str, how: str) -> str:
+    """Return the HTML of the page.
+
+    Args:
+        status: of the response.
+        what: why nothing is shown.
+        how: what to do about it, as HTML.
+    """
+    page = resources.files("traceml.display.web").joinpath("static/notice.html").read_text(encoding="utf-8")
+    return page.replace("{{status}}", str(status)).replace("{{what}}", what).replace("{{how}}", how)

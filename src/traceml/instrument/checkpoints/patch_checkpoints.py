@@ -16,8 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from traceml.database.schema import Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks, Find
-from traceml.instrument.checkpoints.save_folder import SaveFolder
-from traceml.instrument.checkpoints.save_log import SaveLog
+from traceml.instrument.checkpoints.save_log import SaveFolder, SaveLog
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock

@@ -1,4 +1,4 @@
-"""Checkpoints: how long each took, where it went, and who called for it."""
+"""Checkpoints: how long each took, where it went, who called for it, and the folder of all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["Save", "SaveLog", "target_path"]
+__all__ = ["Save", "SaveFolder", "SaveLog", "target_path"]
 
 _MAX_WAITING = 256
 _MAX_TARGETS = 64
@@ -117,3 +117,33 @@ def target_path(target: object) -> str | None:
     is_file = hasattr(target, "write") or hasattr(target, "read")
     path = getattr(target, "name", None) if is_file else target
     return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else None
+
+
+class SaveFolder:
+    """Folder into which checkpoints are written.
+
+    Args:
+        report: called with the folder when it is another one.
+
+    Attributes:
+        path: absolute, and common to the checkpoints so far where they have a folder each; None before the first.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.path: str | None = None
+        self._report = report
+
+    def note(self, target: Any) -> None:
+        """Note a path, or an open file; anything else has no folder."""
+        path = target_path(target)
+        if path is None or "://" in path:
+            return
+
+        folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120 - a link stays one, and it costs less
+        if self.path is not None and folder != self.path:
+            common = os.path.commonpath([self.path, folder])
+            folder = common if common.count("/") > 1 else folder
+
+        if folder != self.path:
+            self.path = folder
+            self._report(folder)

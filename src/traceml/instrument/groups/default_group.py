@@ -1,4 +1,7 @@
-"""The default process group: reported when the script makes it, forgotten when the script destroys it."""
+"""The default process group: reported when the script makes it, forgotten when the script destroys it.
+
+Also the steps at whose end ranks wait for others in `with Join(...)`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.fail_open import fail_open
 from traceml.instrument.importlib_bootstrap import uncounted
+from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
-    from traceml.instrument.patches import Patches
     from traceml.instrument.step_clock import StepClock
 
-__all__ = ["DefaultGroup"]
+__all__ = ["DefaultGroup", "patch_join"]
 
 _log = logging.getLogger("traceml")
+MODULE = "torch.distributed.algorithms.join"
 
 
 class DefaultGroup:
@@ -120,3 +125,21 @@ def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
             return 0
 
     return number
+
+
+@uncounted
+def patch_join(patches: Patches, clock: PhaseTimer, report: Callable[[dict[str, Any]], None]) -> None:
+    """Report the step that has the wait at the end of each `with Join(...)`."""
+
+    def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def exit_(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if clock.is_training_thread():
+                report({"kind": "joined", "step": clock.step})
+
+            return result
+
+        return exit_
+
+    join = sys.modules[MODULE].Join
+    patches.wrap(join, "__exit__", reporting(join.__exit__))

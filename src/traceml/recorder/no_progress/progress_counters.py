@@ -9,13 +9,16 @@ all the time.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import socket
+import sys
 from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
-from traceml.inspection.kernel_state import written_bytes
-from traceml.inspection.received_bytes import received_bytes
+from traceml.inspection.kernel_state import awaited_descriptor, current_syscall, written_bytes
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_number
 from traceml.recorder.no_progress.library_waits import awaited_child
 from traceml.recorder.no_progress.thread_output import ThreadOutput
@@ -24,12 +27,13 @@ if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.recorder.user_code import UserCode
 
-__all__ = ["ProgressCounters"]
+__all__ = ["ProgressCounters", "received_bytes"]
 
 _TABLES = (STEPS.name, USER_PHASES.name, EVALS.name, EPOCHS.name, METRICS.name)
 _WORDS = (*range(len(Phase)), int(Slot.STEP_START), int(Slot.USER_NAME), int(Slot.EXIT_START))
 _MAX_DEPTH, _MAX_CODES = 200, 4096
 _DISTRIBUTED = "/torch/distributed/"
+_RECEIVED_AT, _INFO_BYTES = 128, 136  # `tcpi_bytes_received` of struct tcp_info
 
 
 class ProgressCounters:
@@ -125,3 +129,24 @@ class ProgressCounters:
 
         self._lines[id(code)] = code, line
         return True
+
+
+def received_bytes(thread: int) -> int:
+    """Return the bytes that have arrived on the TCP connection that a thread of this process waits for; 0 without one.
+
+    Args:
+        thread: the kernel's id of the thread.
+    """
+    descriptor = awaited_descriptor(thread, current_syscall(thread)) if sys.platform == "linux" else -1
+    if descriptor < 0:
+        return 0
+
+    info, size = ctypes.create_string_buffer(_INFO_BYTES), ctypes.c_uint32(_INFO_BYTES)
+    # By the C function: a socket object of Python may change the socket's mode.
+    failed = _libc().getsockopt(descriptor, socket.IPPROTO_TCP, socket.TCP_INFO, info, ctypes.byref(size))
+    return 0 if failed or size.value < _INFO_BYTES else int.from_bytes(info.raw[_RECEIVED_AT:], sys.byteorder)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""A snapshot of the own process: stack, phase, process groups, loader workers, and what the kernel says."""
+"""A snapshot of the own process: stacks, phase, process groups, loader workers, and what the kernel says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_PHASES, Slot
 from traceml.database.snapshots import (
     MAX_FRAMES,
+    MAX_THREADS,
     FrameSnapshot,
     GroupSnapshot,
     RankSnapshot,
@@ -32,20 +33,25 @@ from traceml.inspection.kernel_state import (
     thread_cpu_ns,
     wait_state,
 )
-from traceml.inspection.thread_frames import awaiting_frames, running_line, stack_frames, thread_frame, thread_number
+from traceml.inspection.thread_frames import (
+    awaiting_frames,
+    running_line,
+    stack_frames,
+    thread_frame,
+    thread_frames,
+    thread_number,
+)
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
-from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock
+from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, open_transfer, with_root
 from traceml.recorder.no_progress.store_threads import StoreThreads
-from traceml.recorder.no_progress.thread_snapshots import other_threads
-from traceml.recorder.no_progress.transfer_snapshots import open_transfer, with_root
-from traceml.recorder.user_code import UserCode
+from traceml.recorder.user_code import UserCode, user_line
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument.loader import DataProgress
 
-__all__ = ["SnapshotMaker", "frame_flags"]
+__all__ = ["SnapshotMaker", "frame_flags", "other_threads"]
 
 
 class SnapshotMaker:
@@ -192,3 +198,35 @@ def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
         for each in frames
     )
     return compiles, any(is_debugger(each.file) for each in frames)
+
+
+def other_threads(training: int, user: UserCode) -> tuple[ThreadSnapshot, ...]:
+    """Return the threads that run the user's code, those that the interpreter waits for at its end first.
+
+    Once it waits, also those that run a library's.
+    """
+    frames = thread_frames()
+    others = {ident: frame for ident, frame in frames.items() if ident not in (training, threading.get_ident())}
+    found = sorted(_snapshots(others, user), key=lambda snapshot: (snapshot.is_daemon, snapshot.line is None))
+    return tuple(found[:MAX_THREADS])
+
+
+def _snapshots(frames: Mapping[int, FrameType], user: UserCode) -> Iterator[ThreadSnapshot]:
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    has_ended = not threading.main_thread().is_alive()
+    for ident, frame in frames.items():
+        code, line = user_line(frame, user.contains)
+        thread = known.get(ident)  # none of threads that a library has started in C, as those of torch.distributed.rpc
+        if code is None:
+            if has_ended and thread is not None and not thread.daemon:
+                yield ThreadSnapshot(name=thread.name)
+
+            continue
+
+        innermost = FrameSnapshot(
+            file=display_path(code.co_filename), line=line, function=code.co_qualname, is_user=True
+        )
+        if thread is None:
+            yield ThreadSnapshot(line=innermost, is_daemon=True)
+        else:
+            yield ThreadSnapshot(name=thread.name, line=innermost, is_daemon=thread.daemon)

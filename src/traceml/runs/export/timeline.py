@@ -5,6 +5,7 @@ Bounds of steps and all durations are exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import numpy as np
 from traceml.database.schema import (
     EVALS,
     FINGERPRINTS,
+    INFO,
     LIMITS,
     LINES,
     LOADER_WORKERS,
+    LOGGED,
     LOGS,
     LOSSES,
     METRICS,
@@ -24,23 +27,24 @@ from traceml.database.schema import (
     TELEMETRY,
 )
 from traceml.database.schema import STEPS as STEP_ROWS
-from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
-from traceml.runs.export.event_marks import EventMarks
 from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.metric_tracks import MetricTracks
 from traceml.runs.export.sample_tracks import SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
+from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.runs.rows.group_rows import read_group_use
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["TimelineExporter", "origin_of"]
+__all__ = ["EventMarks", "TimelineExporter", "origin_of"]
 
 _NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, PAUSES)
 _TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.name for log in LOGS))
+_TEXT = 500  # characters of a text that go into the trace
 
 
 class TimelineExporter:
@@ -159,3 +163,51 @@ def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
         first.append(int(float(started) * 1e9))
 
     return min(first, default=0) // 10**9 * 10**9
+
+
+class EventMarks:
+    """Writes events, and keeps the names of streams."""
+
+    def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
+        self._writer, self._tracks, self._clocks = writer, tracks, clocks
+        self._names: dict[tuple[int, int], str] = {}
+        self.logs: dict[str, Callable[[StreamRecord, Mapping[str, Any]], None]] = {
+            INFO.name: self._info,
+            LOGGED.name: self._logged,
+        }
+
+    def name(self, stream: int, number: int, name: str) -> None:
+        """Record a name by its number."""
+        self._names[stream, number] = name
+
+    def name_of(self, stream: int, number: int) -> str:
+        """Return a name by its number."""
+        return self._names.get((stream, number), f"(name {number})")
+
+    def event(self, event: RunEvent) -> None:
+        """Write an event of the run."""
+        pid, tid = self._tracks.host("aggregator")
+        text = event.kind if event.kind != "verdict" else f"verdict {event.data.get('verdict', {}).get('kind', '')}"
+        facts = _plain({"event": event.kind, **event.data})
+        self._writer.write_instant(text, event.epoch_ns, cat="event", scope="g", pid=pid, tid=tid, args=facts)
+
+    def _info(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
+        at_ns = self._clocks.of_stamp(stream.id, int(row.get("t_ns", 0)))
+        self._mark(stream, str(row.get("kind", "info")), at_ns, row)
+
+    def _logged(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
+        at_ns = self._clocks.of_date(stream.id, int(row.get("t_ns", 0)))
+        self._mark(stream, " ".join(str(row[key]) for key in ("kind", "name") if row.get(key)), at_ns, row)
+
+    def _mark(self, stream: StreamRecord, name: str, at_ns: int, row: Mapping[str, Any]) -> None:
+        pid, tid = self._tracks.rank(stream, EVENTS)
+        self._writer.write_instant(name, at_ns, cat="event", pid=pid, tid=tid, args=_plain(row))
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain fields of a row, with texts cut."""
+    return {
+        key: value[:_TEXT] if isinstance(value, str) else value
+        for key, value in row.items()
+        if isinstance(value, (str, int, float, bool)) and key != "t_ns"
+    }

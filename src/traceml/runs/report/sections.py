@@ -36,7 +36,7 @@ from traceml.runs.report.report_types import (
 from traceml.runs.report.throughput import put_batch_sizes
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.metrics import MetricSummary
-from traceml.runs.rows.sample_totals import SampleTotals
+from traceml.runs.rows.samples import SampleTotals
 from traceml.runs.rows.step_totals import StepTotals
 from traceml.runs.run_state import state_of
 

@@ -47,8 +47,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import MAX_CELLS, slots_for
 from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice
 from traceml.runs.rows.metrics import MetricSummary
-from traceml.runs.rows.sample_totals import SampleTotals
-from traceml.runs.rows.samples import Samples, rows_for
+from traceml.runs.rows.samples import Samples, SampleTotals, rows_for
 from traceml.runs.rows.step_ranges import step_ranges
 from traceml.runs.rows.step_totals import SetUpSums, StepTotals, step_totals
 

@@ -1,20 +1,33 @@
-"""Samples of processes, hosts and devices over time, bounded per rank."""
+"""Samples of processes, hosts and devices: rows over time, bounded per rank, and exact totals of all."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
+from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
+from traceml.database.store.summaries import TableSums
 
-__all__ = ["Samples", "rows_for"]
+__all__ = ["SampleTotals", "Samples", "rows_for"]
 
 _MAX_ROWS = 4096
 _MIN_ROWS = 256
 # 23 MB of the largest table.
 _MAX_ROWS_OF_ALL = 1 << 18
+Floats = NDArray[np.float64]
+# What the report says of each table, and the column that numbers the devices of a rank.
+_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    PROCESS.name: ("rss_bytes",),
+    TORCH_MEMORY.name: ("peak_allocated_bytes",),
+    HOST.name: ("cpu_pct", "memory_used_bytes", "memory_total_bytes"),
+    GPU.name: ("utilization_pct", "memory_used_bytes", "memory_total_bytes", "temperature_c", "power_w"),
+}
+_DEVICES = {TORCH_MEMORY.name: "device", GPU.name: "index"}
+_MAX_DEVICES = 1 << 16
 
 
 def rows_for(ranks: int) -> int:
@@ -70,3 +83,72 @@ class Samples:
             rows = join_rows([rows[:older:2], rows[older:]])
 
         return rows
+
+
+class SampleTotals:
+    """Greatest value and mean of sampled columns by rank and device."""
+
+    tables = frozenset(_COLUMNS)
+    """Names of the tables that are summed."""
+
+    def __init__(self) -> None:
+        # table -> rank -> device -> (greatest value, sum, number of values) x column
+        self._found: dict[str, dict[int, dict[int, Floats]]] = {}
+
+    def start(self, table: Table, rank: int, sums: TableSums) -> None:
+        """Take the sums of all samples of a rank so far."""
+        columns, names = _COLUMNS.get(table.name, ()), sums.bins.dtype.names or ()
+        for record in sums.bins if columns else ():
+            most, whole = [record[f"{name}_max"] for name in columns], [record[name] for name in columns]
+            counts = [record[f"{name}_rows" if f"{name}_rows" in names else "rows"] for name in columns]
+            self._add(table, rank, int(record["group"]), np.array([most, whole, counts], np.float64))
+
+    def take(self, table: Table, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
+        """Take further samples of many ranks, in any order.
+
+        Args:
+            table: their table; those that the report does not use are ignored.
+        """
+        columns = _COLUMNS.get(table.name, ())
+        if not columns or not len(rows):
+            return
+
+        devices = rows[_DEVICES[table.name]] if table.name in _DEVICES else np.zeros(len(rows), np.int64)
+        keys = ranks * _MAX_DEVICES + devices
+        order = np.argsort(keys, kind="stable")
+        found, starts = np.unique(keys[order], return_index=True)
+        values = np.stack([rows[name][order].astype(np.float64) for name in columns])
+        parts = (
+            np.fmax.reduceat(values, starts, axis=1),
+            np.add.reduceat(np.nan_to_num(values), starts, axis=1),
+            np.add.reduceat(~np.isnan(values), starts, axis=1, dtype=np.int64),
+        )
+        for key, new in zip(found.tolist(), np.stack(parts).transpose(2, 0, 1), strict=True):
+            self._add(table, key // _MAX_DEVICES, key % _MAX_DEVICES, new)
+
+    def most(self, table: Table, rank: int, column: str, device: int | None = None) -> float | None:
+        """Return the greatest value of a column, of one or of all devices of a rank; None without samples."""
+        at, found = _COLUMNS[table.name].index(column), self._devices(table, rank)
+        chosen = found.values() if device is None else [found[device]] if device in found else []
+        return max((float(each[0, at]) for each in chosen if not np.isnan(each[0, at])), default=None)
+
+    def mean(self, table: Table, rank: int, column: str, device: int = 0) -> float | None:
+        """Return the mean of a column of a rank's device; None without samples."""
+        at, found = _COLUMNS[table.name].index(column), self._devices(table, rank).get(device)
+        return float(found[1, at] / found[2, at]) if found is not None and found[2, at] else None
+
+    def ranks(self, table: Table) -> list[int]:
+        """Return the ranks that have samples."""
+        return sorted(self._found.get(table.name, ()))
+
+    def devices(self, table: Table, rank: int) -> list[int]:
+        """Return the devices of a rank that have samples."""
+        return sorted(self._devices(table, rank))
+
+    def _devices(self, table: Table, rank: int) -> dict[int, Floats]:
+        return self._found.get(table.name, {}).get(rank, {})
+
+    def _add(self, table: Table, rank: int, device: int, new: Floats) -> None:
+        devices = self._found.setdefault(table.name, {}).setdefault(rank, {})
+        known = devices.get(device)
+        devices[device] = new if known is None else np.concatenate([np.fmax(known[:1], new[:1]), known[1:] + new[1:]])

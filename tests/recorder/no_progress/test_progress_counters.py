@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.eventually import eventually
-from traceml.inspection.received_bytes import received_bytes
+from traceml.recorder.no_progress.progress_counters import received_bytes
 
 
 @pytest.fixture

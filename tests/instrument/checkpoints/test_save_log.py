@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.instrument.conftest import Traced
-from traceml.instrument.checkpoints.save_folder import SaveFolder
+from traceml.instrument.checkpoints.save_log import SaveFolder
 
 
 def test_torch_save_tells_its_folder(traced: Traced, tmp_path: Path) -> None:
