@@ -356,6 +356,29 @@ def test_slow_seconds_of_one_phase_count_if_the_ranks_had_their_cores(waited, to
     assert (Kind.SLOWDOWN in kinds) is told
 
 
+@pytest.mark.parametrize(("waiting", "phase"), [(1, None), (0, "backward")])
+def test_a_rank_that_lacked_its_core_in_the_slow_steps_has_no_slow_phase(waiting, phase):
+    """In steps 150 to 249 its core was taken for half of the time; or that of another rank was."""
+    samples = MachineSamples()
+    rows = np.zeros(160, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(0, 400, 2.5), np.arange(160) * 250 * MS
+    for rank in range(4):
+        lacks = (rows["step"] >= 150) & (rows["step"] < 250) & (rank == waiting)
+        rows["main_wait_ns"] = np.cumsum(lacks * 0.5) * 250 * MS
+        samples.add(PROCESS.name, rank, rows)
+
+    window = window_of(Job(steps=400, ranks=4).scaled(4), _longer_in_between)
+    (finding, *_) = diagnose(window, JobFacts(world_size=4, samples=samples))
+
+    assert (finding.kind, finding.ranks, finding.phase) == (Kind.SLOWDOWN, (1,), phase)
+    assert ("Meanwhile rank 1 waited for a CPU core for" in finding.summary) is (phase is None)
+    assert finding.next.startswith("End or move") is (phase is None)
+
+
+def _longer_in_between(own, _random):
+    own["backward"][1][150:250] += 100.0
+
+
 def test_a_host_that_becomes_busier_is_told_once():
     """That the training waits for a core is the verdict, that it does so more than before a remark."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 import numpy as np
@@ -109,9 +109,10 @@ class MachineSamples(msgspec.Struct):
         if rank < MAX_RANKS and len(rows):
             self._kept.setdefault((table, rank), _Thinned()).add(rows)
 
-    def use(self, first: int = 1, last: int = _ALL) -> MachineUse:
-        """Return the use in steps `first` to `last`, without the last."""
-        spans = {rank: span for rank in range(MAX_RANKS) if (span := self._span(rank, first, last)) is not None}
+    def use(self, first: int = 1, last: int = _ALL, ranks: Collection[int] = ()) -> MachineUse:
+        """Return the use in steps `first` to `last`, without the last, of some ranks or of all."""
+        some = ranks or range(MAX_RANKS)
+        spans = {rank: span for rank in some if (span := self._span(rank, first, last)) is not None}
         processes = [_rates(rows) for rows in self._rows(PROCESS, spans)]
         hosts = list(self._rows(HOST, spans))
         disks = [_rate(rows, "disk_read_bytes") for rows in hosts]

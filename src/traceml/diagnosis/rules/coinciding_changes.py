@@ -46,13 +46,16 @@ class SideChange(NamedTuple):
 _CORES = "End or move what else runs on the host then (`top` names it), or give the training cores of its own."
 
 
-def changes(before: MachineUse, then: MachineUse, memory_of: str = "host") -> list[SideChange]:
+def changes(
+    before: MachineUse, then: MachineUse, *, memory_of: str = "host", use_of: str = "the training"
+) -> list[SideChange]:
     """Return what else changed with the steps, the likeliest cause first.
 
     Args:
         memory_of: whose memory the samples are of, the host's or the container's.
+        use_of: whose use it is, in words.
     """
-    found = (_cores(before, then), _others(before, then), _clock(before, then), _swap(before, then))
+    found = (_cores(before, then, use_of), _others(before, then), _clock(before, then), _swap(before, then))
     return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
 
 
@@ -69,11 +72,11 @@ def larger_batches(before: float, then: float, *, explains_all: bool = False) ->
     return SideChange("batch_elements", text, before, then, advice, is_work=explains_all)
 
 
-def _cores(before: MachineUse, then: MachineUse) -> SideChange | None:
+def _cores(before: MachineUse, then: MachineUse, use_of: str) -> SideChange | None:
     if before.waited is None or then.waited is None or then.waited - before.waited < WAITED:
         return None
 
-    text = f"the training waited for a CPU core for {percent_text(then.waited)} of the time"
+    text = f"{use_of} waited for a CPU core for {percent_text(then.waited)} of the time"
     return SideChange(
         "cpu_wait_share", f"{text} (otherwise {percent_text(before.waited)})", before.waited, then.waited, _CORES, True
     )

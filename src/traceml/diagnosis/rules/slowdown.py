@@ -156,15 +156,15 @@ def _has_cores(bins: StepHistory, change: LevelChange, parts: Sequence[str], fac
     usual, _ = _levels_of(bins, change)
     own = sum(usual[part] for part in parts)
     compared = sum(usual.values()) - own - usual.get(_COMM, 0.0)
-    waited = facts.samples.use(*_steps_of(bins, change)).waited
+    waited = facts.samples.use(*_steps_of(bins, change), _ranks(bins, change)).waited
     is_compared = compared >= MIN_COMPARED_SHARE * own or change.factor >= NOT_OF_CORES
     return waited is not None and waited < HAS_CORE_WAIT and is_compared
 
 
 def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
-    beside = [*_batches(bins, change), *_use(bins, change, facts)]
-    crowded = _is_crowded(change, beside)
     ranks = _ranks(bins, change)
+    beside = [*_batches(bins, change), *_use(bins, change, facts, ranks)]
+    crowded = _is_crowded(change, beside)
     share = lost / mean * bins.of_run
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
     where = _Where(is_crowded=True) if crowded else _place(bins, change, facts, ranks)
@@ -275,20 +275,27 @@ def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
     return [larger_batches(usual, slow, explains_all=slow_ns / usual_ns <= SAME_PACE * slow / usual)]
 
 
-def _use(bins: StepHistory, change: LevelChange, facts: JobFacts) -> list[SideChange]:
-    """Return what else changed on the hosts in the slow steps; in the last third against the first where all grow."""
+def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> list[SideChange]:
+    """Return what else changed on the hosts in the slow steps; in the last third against the first where all grow.
+
+    Args:
+        ranks: those whose own work became longer; empty for all.
+    """
     third = len(bins.steps) // 3
     starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())
     is_limited = all(map(facts.has_memory_limit, hosts or {None}))
-    memory_of = "container" if is_limited else "host"
     if change.shape == "growth":
-        return changes(
-            facts.samples.use(bins.start, starts[third]), facts.samples.use(starts[-1 - third], bins.end), memory_of
-        )
+        usual, slow = (bins.start, starts[third]), (starts[-1 - third], bins.end)
+    else:
+        usual = (bins.start, starts[change.first]) if change.first else (starts[change.last], bins.end)
+        slow = _steps_of(bins, change)
 
-    others = (bins.start, starts[change.first]) if change.first else (starts[change.last], bins.end)
-    return changes(facts.samples.use(*others), facts.samples.use(*_steps_of(bins, change)), memory_of)
+    return changes(
+        *(facts.samples.use(*steps, ranks) for steps in (usual, slow)),
+        memory_of="container" if is_limited else "host",
+        use_of=ranks_text(ranks) if ranks else "the training",
+    )
 
 
 def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
@@ -489,9 +496,13 @@ def is_continued(of_training: Finding, of_run: Finding) -> bool:
 
 
 def is_of_the_host(slower: Finding) -> bool:
-    """Return whether steps became slower in all phases, on all ranks, and nothing but the cores changed meanwhile."""
-    alike = slower.kind is Kind.SLOWDOWN and slower.phase is None and not slower.ranks
-    return alike and _OF_CORES.issuperset(slower.evidence.get("changed", ()))
+    """Return whether nothing but the cores changed when steps became slower, in all phases.
+
+    Some ranks alone became slower because of the cores only if they waited for these.
+    """
+    changed = slower.evidence.get("changed", ())
+    alike = slower.kind is Kind.SLOWDOWN and slower.phase is None and (not slower.ranks or "cpu_wait_share" in changed)
+    return alike and _OF_CORES.issuperset(changed)
 
 
 def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...]) -> str:
