@@ -41,7 +41,6 @@ def load_card() -> None:
 
 def _import_card() -> None:
     time.sleep(_ASKING_S)
-    import traceml.renderers.text.card  # noqa: F401
 
 
 def print_final_report(
