@@ -6,6 +6,8 @@ import ast
 import gc
 import http.client
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from tests.display.monitoring.collector import collecting
 from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from tests.source_tree import SOURCE, nodes_of, source_files
-from traceml.own_programs import importing, own_program
+from traceml.own_programs import end_process, importing, own_program
 from traceml.supervise.page_process import PageProcess
 from traceml.track.delivery.probe import probe
 
@@ -211,13 +213,62 @@ def test_nothing_is_collected_while_a_program_imports():
         gc.enable()
 
 
-@pytest.mark.process
-def test_the_end_of_a_command_searches_no_module_for_garbage():
-    """What is left is out of the collector's sight when the interpreter ends."""
-    code = (
-        "import gc, sys; from traceml.cli import run_program; sys.argv[1:] = ['--version']; run_program(); "
-        "print(gc.get_count()[0] < 100, gc.get_freeze_count() > 1000)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+LEAVING = """
+import atexit, sys, threading, time
+from traceml.own_programs import leave
 
-    assert done.stdout.splitlines()[-1] == "True True"
+class Kept:
+    def __del__(self):
+        print("a module was taken apart")
+
+def work():
+    time.sleep(0.2)
+    print("thread")
+
+kept = Kept()
+atexit.register(print, "handler")
+threading.Thread(target=work).start()
+print("unflushed", end=" ")
+leave(7)
+"""
+
+
+@pytest.mark.process
+def test_a_program_ends_after_its_threads_and_exit_handlers_and_takes_no_module_apart():
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (7, "unflushed thread\nhandler\n", "")
+
+
+@pytest.mark.process
+def test_a_program_ends_with_its_status_also_when_nobody_reads_its_output():
+    code = "import os; from traceml.own_programs import leave; print('x'); os.close(1); leave(5)"
+
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False).returncode == 5
+
+
+@pytest.mark.process
+def test_a_command_that_wrote_to_a_closed_pipe_ends_as_by_sigpipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "traceml", "--version"], stdout=writer, check=False)
+    os.close(writer)
+
+    assert done.returncode == 141
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_process_that_does_not_end_in_time_is_killed(asked):
+    """One that ends in time keeps its own status."""
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE
+    )
+    with sleeper:
+        sleeper.stdout.readline()
+        if asked:
+            sleeper.terminate()
+
+        end_process(sleeper, 30.0 if asked else 0.01)
+
+    assert sleeper.returncode == (-signal.SIGTERM if asked else -signal.SIGKILL)

@@ -12,4 +12,4 @@ if __name__ == "__main__":
 
     from traceml.cli import run_program
 
-    sys.exit(run_program())
+    run_program()

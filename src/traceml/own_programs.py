@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,6 +19,7 @@ __all__ = [
     "change_command_line",
     "end_process",
     "importing",
+    "leave",
     "lower_priority",
     "own_program",
     "search_working_directory",
@@ -66,13 +69,46 @@ def importing() -> Iterator[None]:
 
 def end_process(process: Popen[Any], timeout_s: float) -> None:
     """Wait for the end of a process that was asked to end; kill it after the timeout."""
+    if process.poll() is None:
+        _await_end(process, timeout_s)
+
+    if process.poll() is None:
+        process.kill()
+
+    process.wait()
+
+
+def _await_end(process: Popen[Any], timeout_s: float) -> None:
+    """Wait for the end of a process: `Popen.wait` with a timeout would notice it up to 50 ms later."""
+    import select
     from subprocess import TimeoutExpired
 
     try:
-        process.wait(timeout_s)
-    except TimeoutExpired:
-        process.kill()
-        process.wait()
+        ended = os.pidfd_open(process.pid)
+    except OSError:  # a kernel before 5.3
+        with suppress(TimeoutExpired):
+            process.wait(timeout_s)
+
+        return
+
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.poll(timeout_s * 1000)
+    os.close(ended)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as the interpreter does, but take no module apart, for which somebody would wait.
+
+    This takes 30 ms of a command of 0.2 s, and up to a second where torch is loaded.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader is gone, or it was closed
+            stream.flush()
+
+    os._exit(status)
 
 
 def search_working_directory() -> None:

@@ -10,15 +10,15 @@ Exit status: 0 success, 1 a failed gate (`--fail-on`, `--fail-over`), 2 a usage 
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 from traceml.errors import SettingsError, TraceMLError, UsageError
-from traceml.own_programs import importing
+from traceml.own_programs import importing, leave
 
 __all__ = ["COMMANDS", "main", "run_program"]
 
@@ -82,11 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def run_program() -> int:
-    """Run the command of this process; return its exit status."""
-    status = main()
-    gc.freeze()  # else the interpreter's end searches all modules for garbage: 30 ms of a command of 0.2 s
-    return status
+def run_program() -> NoReturn:
+    """Run the command of this process, and end with its exit status."""
+    leave(main())
 
 
 def _open_standard_streams() -> None:

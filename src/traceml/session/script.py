@@ -18,6 +18,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NamedTuple, NoReturn
 
+from traceml.own_programs import importing
 from traceml.process_ends import die_with_parent
 from traceml.session.startup import start_for_script
 
@@ -64,7 +65,9 @@ def _run(argv: list[str]) -> BaseException | None:
     # A run may be named before its module is found: after a file, as Python's own argv[0] will be.
     sys.argv = [words[0].replace(".", "/") + ".py" if module else words[0], *words[1:]]
     _end_with_torchrun()
-    start_for_script()
+    with importing():
+        start_for_script()
+
     _raise_interrupts()
     try:
         program = _find_module(words[0]) if module else _find_script(words[0])

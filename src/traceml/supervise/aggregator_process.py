@@ -205,7 +205,7 @@ class AggregatorProcess(RestartingProcess):
         return self._listener
 
     def prepare_requests(self) -> None:
-        """Import what requests need. Call it once the job is started: the script must not wait for this."""
+        """Import what requests need. Call it when the script no longer waits for this; again, it does nothing."""
         import hashlib  # noqa: F401 - by `transport.auth`, when it proves the token
         import hmac  # noqa: F401 - likewise
 

@@ -10,7 +10,6 @@ Process: torchrun.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from traceml.own_programs import importing
+from traceml.own_programs import importing, leave
 
 __all__ = ["end_rest", "first_failure", "main", "status_of"]
 
@@ -204,6 +203,4 @@ def _ended(agent: Any, has_code: Callable[[int | None], bool]) -> list[tuple[int
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    gc.freeze()  # else the interpreter's end searches torch's modules for garbage: 0.2 to 0.4 s, and somebody waits
-    sys.exit(status)
+    leave(main(sys.argv[1:]))

@@ -41,6 +41,7 @@ def load_card() -> None:
 
 def _import_card() -> None:
     time.sleep(_ASKING_S)
+    import traceml.display.other_trainings  # noqa: F401
     import traceml.renderers.text.card  # noqa: F401
 
 

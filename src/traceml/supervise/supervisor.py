@@ -32,6 +32,7 @@ from traceml.supervise.slurm_jobs import scheduler_facts
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
+_LOADING_S = 1.0  # in which the script and the aggregator load most of their modules, and need the cores
 _STDOUT, _STDERR = 1, 2
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 _BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
@@ -146,7 +147,6 @@ class Supervisor:
         terminal = _output_pipe() if self._make_screen is not None else None
         process = self._process = self._start_job(terminal)
         try:
-            self._aggregator.prepare_requests()
             if self._make_screen is not None:
                 self._screen = self._make_screen()
                 self._copy = OutputCopy(self._job.run_dir / OUTPUT_LOG)
@@ -193,6 +193,7 @@ class Supervisor:
 
     def _watch_job(self, process: subprocess.Popen[bytes], terminal: ScriptPipe | None) -> None:
         """Pass output and signals through until the job has ended."""
+        requests_from_s = time.monotonic() + _LOADING_S
         ended = os.pidfd_open(process.pid)
         self._selector.register(ended, selectors.EVENT_READ, "ended")
         if terminal is not None:
@@ -209,6 +210,9 @@ class Supervisor:
 
                 self._pass_signals(process)
                 self._aggregator.restart_if_dead()
+                if time.monotonic() > requests_from_s:
+                    self._aggregator.prepare_requests()
+
                 if self._screen is not None:
                     self._screen.tick()
 
