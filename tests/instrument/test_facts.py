@@ -122,6 +122,19 @@ def test_models_and_optimizers_have_their_step(traced: Traced) -> None:
     assert 2 <= builder.build().other_models[0] <= 3
 
 
+@pytest.mark.parametrize(("is_new", "begins"), [(True, [6, 12]), (False, [])])
+def test_trainings_of_equal_models_begin_anew(traced: Traced, is_new: bool, begins: list[int]) -> None:
+    """Each fold trains its model; a new optimizer for each epoch trains the one that there is."""
+    model = net()
+    for _ in range(3):
+        model = net() if is_new else model
+        optimizer = sgd(model)
+        for (x,) in data(6):
+            train(model, optimizer, x)
+
+    assert [row["step"] for row in traced.info if row["kind"] == "training_begins"] == begins
+
+
 def test_loaders_that_each_epoch_makes_are_counted(traced: Traced) -> None:
     """One loader for all epochs is none of them; of many only some counts are reported."""
     model = net()

@@ -212,6 +212,9 @@ def user_code(finding: FindingFacts) -> str:
         mostly = "mostly " if line and line_share is not None and line_share < _MOSTLY * share else ""
         return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {_of_step_time(finding)}"
 
+    if "trainings" in evidence:
+        return f"Set-up between {evidence['trainings']} trainings, in {line or where}: {_of_step_time(finding)}"
+
     if line and line_share is None:  # few samples
         return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
 

@@ -20,6 +20,7 @@ from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
 from traceml.diagnosis.resumed_steps import counted_on
+from traceml.diagnosis.rules.between_trainings import set_up_between
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.correctness import duplicate_data, loss_not_finite, never_synchronized, steps_skipped
@@ -170,6 +171,9 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
         remaining = replayed(remaining, without_restarts)
 
     whole = remaining
+    between, without_set_up = set_up_between(window, remaining, facts, step_ns)
+    found += between
+    remaining = replayed(remaining, without_set_up)
     periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
     found += periodic
     remaining = replayed(remaining, without_long)
@@ -179,7 +183,7 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     # What rare long steps do is no steady cost of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
-    found += residual(without_long_steps, facts, step_ns, whole if long or periodic else None)
+    found += residual(without_long_steps, facts, step_ns, whole if long or periodic or between else None)
     found += checkpoints(remaining, facts, step_ns)
     # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
     found += [each for each in long if not (found_late and each.phase == "comm")]

@@ -57,3 +57,21 @@ def test_a_profiler_is_left_on_if_it_never_was_off(looks: list[bool], is_left_on
         facts.info(0, {"kind": "profiler", "on": on})
 
     assert facts.build(latest=(100,)).profiles is is_left_on
+
+
+@pytest.mark.parametrize(
+    ("steps", "begins"),
+    [
+        ([40, 80, 120], (40, 80, 120)),
+        ([40, 41, 80], (40, 80)),  # two optimizers of a model, of which one steps later
+        (list(range(1, 100)), ()),  # a new one for each step
+        ([], ()),
+    ],
+)
+def test_trainings_begin_with_a_new_optimizer(steps: list[int], begins: tuple[int, ...]) -> None:
+    """Folds train equal models."""
+    facts = JobFactsBuilder()
+    for step in steps:
+        facts.info(0, {"kind": "training_begins", "step": step})
+
+    assert facts.build().trainings_begin == begins

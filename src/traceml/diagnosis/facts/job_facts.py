@@ -62,6 +62,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
         same_models: of these steps, those at which an earlier model was trained again -> first step of that model.
+        trainings_begin: first steps of optimizers of other parameters, but at the run's start: folds, trials.
         compile_s: seconds that torch.compile took; None where it is not known, as before the end.
         loader: the training data loader.
         loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.
@@ -115,6 +116,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     only_logs: bool = False
     other_models: tuple[int, ...] = ()
     same_models: Mapping[int, int] = {}
+    trainings_begin: tuple[int, ...] = ()
     compile_s: float | None = None
     loader: LoaderFacts | None = None
     loaders: Mapping[int, Sequence[LoaderFacts]] = {}

@@ -315,6 +315,7 @@ class JobFactsBuilder:
             model=self._model,
             other_models=self._models.steps,
             same_models=self._models.returns,
+            trainings_begin=self._models.begins,
             ended_by=self.ended_by,
             loader=self._loaders[0] if self._loaders else None,
             loaders=dict(self.loaders),

@@ -61,7 +61,7 @@ _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 
 
 class _Where(NamedTuple):
-    """Where in the step it became slower.
+    """Part of the step that became slower.
 
     Attributes:
         parts: phases that are blamed, the one that may be the cause first; empty where none is.

@@ -9,7 +9,7 @@ from traceml.inspection.thread_frames import stack_frames
 from traceml.inspection.user_files import is_user_file
 from traceml.instrument.facts.own_attributes import attribute_values, named_attributes, own_attribute
 
-__all__ = ["input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
+__all__ = ["first_parameter", "input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
@@ -211,6 +211,11 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
         "fused": bool(first["fused"]) if "fused" in first else None,  # None: it has no fused form
         "foreach": first.get("foreach"),
     }
+
+
+def first_parameter(optimizer: Any) -> Any:
+    """Return a parameter of an optimizer; None where it is not torch's, or has none."""
+    return next((each for group in _param_groups(optimizer) for each in group["params"]), None)
 
 
 def _param_groups(optimizer: Any) -> list[dict[str, Any]]:

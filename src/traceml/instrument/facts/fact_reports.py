@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ __all__ = ["FactReports"]
 Info = dict[str, Any]
 _LIKE = ("dataset", "length", "num_workers")
 _COUNTED = 8  # from here on only powers of two are reported
+_MAX_BEGINS = 256  # trainings whose first step is reported: a script may make a model for each step
 _WHOLE = 4  # calls with as many samples before a backward pass: views, or the networks of a GAN
 
 
@@ -31,6 +33,8 @@ class FactReports:
         self._clock, self._on_info = clock, on_info
         self._reported: dict[str, Info] = {}  # the last facts by kind
         self._loaders: Counter[tuple[Any, ...]] = Counter()  # those that were made, by the facts in `_LIKE`
+        self._begins = 0  # trainings that have begun after the first step
+        self._trained: Any = None  # weak reference to a parameter of the newest optimizer
 
     def report(self, info: Info, **more: Any) -> None:
         """Report facts if they differ from the last report of their kind; `more` is added, and not compared."""
@@ -116,10 +120,18 @@ class FactReports:
             self.report(facts)
 
     def optimizer(self, optimizer: Any) -> None:
-        """Report an optimizer."""
-        from traceml.instrument.facts.descriptions import optimizer_facts
+        """Report an optimizer, and a training that begins with it: of other parameters, be they as many."""
+        from traceml.instrument.facts.descriptions import first_parameter, optimizer_facts
 
-        self.report(optimizer_facts(optimizer), step=self._clock.step)
+        step, first = self._clock.step, first_parameter(optimizer)
+        self.report(optimizer_facts(optimizer), step=step)
+        if first is None or (self._trained is not None and self._trained() is first):
+            return
+
+        self._trained = weakref.ref(first)
+        self._begins += step > 0
+        if 0 < self._begins <= _MAX_BEGINS:
+            self.report({"kind": "training_begins", "step": step})
 
     def debugging(self) -> None:
         """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -64,6 +65,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 MAX_RANKS = 8
 """Ranks whose models are compared: they stand for the others."""
+MIN_TRAINING_STEPS = 5
+"""A training is that long: a script that makes a model for each step has one training."""
 MAX_RETURNS = 256
 """Earlier models that are trained again count this many times: a search trains some hundred."""
 _DESCRIBED = {"model": ("model", "parameters"), "optimizer": ("optimizer", "tensors")}
@@ -78,6 +81,14 @@ class TrainedModels:
         self._training: dict[int, int] = {}  # the first step of what is trained now
         self._returns: dict[int, int] = {}
         self._steps: set[int] = set()
+        self._begins: set[int] = set()  # steps at which an optimizer of other parameters stepped for the first time
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """First step of each training but the first, ascending, also of equal models."""
+        begins = [0, *sorted(self._begins)]
+        far = [step for before, step in pairwise(begins) if step - before >= MIN_TRAINING_STEPS]
+        return tuple(far) if 2 * len(far) > len(self._begins) else ()
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -92,6 +103,9 @@ class TrainedModels:
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's model or optimizer."""
         kind, step = str(row.get("kind")), row.get("step")
+        if kind == "training_begins" and isinstance(step, int):
+            self._begins.add(step)
+
         names = _DESCRIBED.get(kind)
         if names is None or rank >= MAX_RANKS or not isinstance(step, int):
             return

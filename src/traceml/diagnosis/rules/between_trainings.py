@@ -1,0 +1,102 @@
+"""Set-up between the trainings of a run: each fold or trial loads data and makes a model before its first step."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.rules.jitter import LINE_SHARE, LONG_NS, excess_over_usual
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.speedup import saved_ns, speedup
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.formatting import gain_text, ns_text, percent_text, phase_words
+
+__all__ = ["set_up_between"]
+
+MIN_BEGINS = 2
+"""One training after another is no series: the second may be another phase of it."""
+MOST_BEGINS = 0.6
+"""Trainings with a set-up are at least this share of those that begin."""
+_PART = "other"
+
+
+class _SetUp(msgspec.Struct, frozen=True):
+    """Set-up before the first steps of trainings.
+
+    Attributes:
+        usually: other code as it would be without.
+        each_ns: time of each set-up.
+        saved_ns: time by which the mean step would be shorter.
+    """
+
+    usually: Floats
+    each_ns: NDArray[np.float64]
+    saved_ns: float
+
+
+def set_up_between(
+    window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
+) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return the finding about set-up between trainings, and other code as it would be without.
+
+    It is counted for the step before, which ends when the next one begins, or for that one after an evaluation. It has
+    no part in how steps vary, however regular the trainings are.
+    """
+    begins = np.intersect1d(facts.trainings_begin, window.steps)
+    if len(begins) < MIN_BEGINS or facts.collects or _PART not in segments.parts:
+        return [], {}
+
+    found = _set_up(window, segments, begins)
+    is_usual = (found.each_ns >= LONG_NS).sum() >= max(MOST_BEGINS * len(begins), MIN_BEGINS)
+    if not is_usual or found.saved_ns < least_cost_ns(step_ns):
+        return [], {}
+
+    return [_finding(segments, facts, found, step_ns)], {_PART: found.usually}
+
+
+def _set_up(window: AlignedSteps, segments: Segments, begins: NDArray[np.int64]) -> _SetUp:
+    at = np.searchsorted(window.steps, begins)
+    columns = np.unique(np.concatenate([at - 1, at]))
+    values = segments.parts[_PART]
+    excess = np.zeros_like(values)
+    excess[:, columns] = excess_over_usual(values, columns)
+    each = excess.max(axis=0)
+    saved = saved_ns(segments, {_PART: values - excess})
+    return _SetUp(values - excess, np.asarray(each[at - 1] + each[at], np.float64), saved)
+
+
+def _finding(segments: Segments, facts: JobFacts, found: _SetUp, step_ns: float) -> Finding:
+    share, gain = found.saved_ns / step_ns, speedup(step_ns, found.saved_ns)
+    phase_share = float(segments.parts[_PART].mean()) / step_ns
+    held = found.saved_ns >= LINE_SHARE * phase_share * step_ns
+    line = own_line(facts.lines, _PART, phase_share) if held else None
+    trainings, each = len(facts.trainings_begin) + 1, ns_text(float(found.each_ns.mean()))
+    what = line.place if line else "what the script does there"
+    see = "" if line else " `traceml report --lines` shows the lines."
+    return Finding.of(
+        Kind.RESIDUAL_HEAVY,
+        phase=_PART,
+        summary=(
+            f"{trainings} trainings follow each other, and {each} pass before each next one, in "
+            f"{line.place if line else phase_words(_PART)}: {percent_text(share)} of step time."
+        ),
+        next=(
+            f"If it gives the same for all trainings, run {what} once, before the first one, or keep its result: "
+            f"{gain_text(gain, 'at most')}. Steps themselves take no longer for it.{see}"
+        ),
+        evidence={
+            "trainings": trainings,
+            "set_up_ms": float(found.each_ns.mean()) / 1e6,
+            "steps": len(segments.step),
+            "usual_ms": float(np.median(segments.step)) / 1e6,
+            **(line.evidence(phase_share) if line else {}),
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )

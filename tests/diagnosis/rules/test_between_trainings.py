@@ -1,0 +1,81 @@
+"""Set-up between folds and trials is told as such, and is neither a period nor jitter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Fault, Job, adds, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+TRIALS = Job(ranks=1, steps=400, grouped=False)
+REGULAR = (79, 159, 239, 319)
+IRREGULAR = (90, 131, 210, 333)
+LOADS = (
+    SampledLine(0, "other", "/x/search.py", 7, "load_data", None, 300),
+    SampledLine(0, "forward", "/x/search.py", 5, "forward", None, 300),
+)
+
+
+def adds_at(at: tuple[int, ...], ms: float = 1200.0) -> Fault:
+    """Return a fault: other code takes longer in some steps."""
+
+    def longer(own, _random):
+        own["other"][:, list(at)] += ms
+
+    return longer
+
+
+def findings(at: tuple[int, ...], begins: tuple[int, ...], ms: float = 1200.0) -> list[Finding]:
+    """Return what is said of that."""
+    return diagnose(window_of(TRIALS, adds_at(at, ms)), JobFacts(lines=LOADS, trainings_begin=begins))
+
+
+@pytest.mark.parametrize("at", [REGULAR, IRREGULAR], ids=["regular", "with early stopping"])
+@pytest.mark.parametrize("later", [0, 1], ids=["in the step before", "in the first step"])
+def test_set_up_between_trainings_is_no_work_of_every_nth_step(at, later):
+    """Half as often would be another search."""
+    (finding,) = findings(tuple(step + later for step in at), tuple(step + 1 for step in at))
+
+    assert (finding.kind, finding.phase, finding.evidence["trainings"]) == (Kind.RESIDUAL_HEAVY, "other", 5)
+    assert finding.evidence["set_up_ms"] == pytest.approx(1200, rel=0.02)
+    assert finding.headline.startswith("Set-up between 5 trainings, in search.py:7 load_data")
+    assert "1.20 s pass before each next one, in search.py:7 load_data" in finding.summary
+    assert finding.next.startswith("If it gives the same for all trainings, run search.py:7 load_data once")
+    assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.cost_share))
+    assert "Every" not in finding.summary + finding.next
+
+
+def test_set_up_once_gives_the_promised_gain():
+    """The same trials without loading again."""
+    begins = tuple(step + 1 for step in REGULAR)
+    (finding,) = findings(REGULAR, begins)
+
+    before, after = (window_of(TRIALS, *faults).total.mean() for faults in ([adds_at(REGULAR)], []))
+    assert finding.speedup_if_fixed == pytest.approx(before / after, rel=0.05)
+
+
+def test_other_regular_steps_are_told_as_before():
+    """Not all that is long in a run of several trainings is their set-up."""
+    (finding,) = diagnose(window_of(TRIALS, adds("other", 300, every=20)), JobFacts(trainings_begin=(80, 160, 240)))
+
+    assert finding.evidence["every_n_steps"] == 20
+
+
+def test_short_set_up_is_no_finding():
+    """A model is made in a millisecond."""
+    assert [each.kind for each in findings(REGULAR, tuple(step + 1 for step in REGULAR), ms=3.0)] == [
+        each.kind for each in findings((), ())
+    ]
+
+
+def test_the_steps_that_follow_are_counted_in_a_window():
+    """Of a long run only some trainings are seen."""
+    begins = (*np.arange(80, 400, 80).tolist(), 480, 560)
+    (finding,) = findings(REGULAR, begins)
+
+    assert finding.evidence["trainings"] == 7
