@@ -121,6 +121,34 @@ def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: P
     assert last.user_line.line == 2
 
 
+def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Path) -> None:
+    """It says no bye; its launcher knows that its exit code was 0, and tells it while the job runs."""
+    (tmp_path / "train.py").write_text(
+        "import os, time, traceml\n"
+        "traceml.init()\n"
+        "with traceml.trace_step():\n"
+        "    time.sleep(0.1)\n"
+        "os.environ['RANK'] == '0' and os._exit(0)\n"
+        "while not os.path.exists('over'):\n"
+        "    time.sleep(0.05)\n"
+    )
+    store = tmp_path / "runs" / "latest" / "store.db"
+    command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "--nproc-per-node", "2", "train.py"]
+
+    def states() -> dict[int, str]:
+        with StoreReader(store) as reader:
+            return {stream.rank: str(stream.state) for stream in reader.streams()}
+
+    with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
+        try:
+            eventually(lambda: store.exists() and states().get(0) == "finished", "rank 0 to be known as finished")
+            assert states()[1] == "running"
+            (tmp_path / "over").touch()
+            assert job.wait(240) == 0
+        finally:
+            job.kill()
+
+
 def test_slurm_is_asked_why_it_ends_the_job(tmp_path: Path) -> None:
     """Its answer is the verdict, with the time limit; such an answer of a real one takes a minute."""
     shown = "JobState=RUNNING StartTime=2020-01-01T00:00:00 EndTime=2020-01-01T00:30:00 TimeLimit=00:30:00"

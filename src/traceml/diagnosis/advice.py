@@ -21,6 +21,7 @@ __all__ = [
     "for_saving",
     "for_slow_group",
     "for_straggler",
+    "in_same_steps",
     "same_collectives",
 ]
 
@@ -274,6 +275,11 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
         f"Look{where} for inputs of unusual size or shape in those steps, recompilation, and other processes on the "
         "host."
     )
+
+
+def in_same_steps() -> str:
+    """Return the further advice on work that ranks do in turns."""
+    return " Or do it on all ranks in the same steps: now the others wait for each one that does it."
 
 
 def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, line: BlamedLine | None = None) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _START_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 60.0, 20.0
-_LAST_SNAPSHOT_S, _SNAPSHOT_S = 0.2, 1.0
+_LAST_SNAPSHOT_S, _SNAPSHOT_S, _ENDS_S = 0.2, 1.0, 1.0
 _FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.002, 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
@@ -157,6 +157,14 @@ class AggregatorProcess(RestartingProcess):
     def send_snapshot(self, snapshot: dict[str, Any]) -> None:
         """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
         self._ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
+
+    def tell_ends(self, exits: Sequence[dict[str, Any]]) -> None:
+        """Tell it of ranks that have ended while the job runs; `finish` tells it again.
+
+        Args:
+            exits: in the form of the command `exits`.
+        """
+        self._ask("exits", {"exits": list(exits)}, _ENDS_S)
 
     def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> None:
         end_s = time.monotonic() + limit_s

@@ -33,6 +33,7 @@ __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
 _LOADING_S = 1.0  # in which the script and the aggregator load most of their modules, and need the cores
+_WELL_S = 1.0  # after which the others of a rank that has ended well are not at their end, too
 _STDOUT, _STDERR = 1, 2
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 _BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
@@ -111,6 +112,7 @@ class Supervisor:
         )
         self._on_start, self._on_tick = on_start, on_tick
         self._failures: list[dict[str, Any]] = []
+        self._told_well, self._well_since_s = 0, 0.0  # how many of the good ends the aggregator knows
         self._signals: set[int] = set()
         self._ended_by: dict[str, Any] | None = None
         self._selector = selectors.DefaultSelector()
@@ -208,6 +210,7 @@ class Supervisor:
                 if "failures" in ready:
                     self._read_failures(ready["failures"].fd)
 
+                self._tell_good_ends()
                 self._pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if time.monotonic() > requests_from_s:
@@ -288,6 +291,15 @@ class Supervisor:
                 os.close(fd)
 
             self._failures += [json.loads(line) for line in lines.splitlines()]
+
+    def _tell_good_ends(self) -> None:
+        """Tell the aggregator of ranks that have ended well while others run: after os._exit(0) one looks lost."""
+        well = [each for each in self._failures if each["exitcode"] == 0]
+        if len(well) == self._told_well:
+            self._well_since_s = time.monotonic()
+        elif time.monotonic() - self._well_since_s >= _WELL_S:
+            self._aggregator.tell_ends(well)
+            self._told_well = len(well)
 
     def _status(self, process: subprocess.Popen[bytes]) -> int:
         return status_of(process.wait())

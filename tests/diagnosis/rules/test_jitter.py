@@ -159,6 +159,22 @@ def test_turns_cost_more_than_waiting_for_cores(waited: float, threads: int, fou
     assert any("take turns being slow" in each.summary for each in said) == found
 
 
+@pytest.mark.parametrize(("sigma", "ranks"), [(0.1, 2), (0.1, 4), (0.8, 4)])
+def test_code_that_ranks_run_in_turns_is_told_as_such(sigma: float, ranks: int) -> None:
+    """It costs a step all of it, and each rank a part; where all run it in each step, noise is no turn."""
+    facts = JobFacts(world_size=ranks)
+    job = Job(ranks=ranks, sigma=sigma)
+
+    (turns,) = diagnose(window_of(job, takes_turns("other", 40, tuple(range(ranks)))), facts)
+    assert (turns.kind, turns.ranks) == ("RESIDUAL_HEAVY", ())
+    assert "by the ranks in turns" in turns.summary
+    assert "in the same steps" in turns.next
+
+    noisy = Job(ranks=ranks, sigma=sigma, own={**Job().own, "other": 20.0})
+    found = next(each for each in diagnose(window_of(noisy), facts) if each.kind == "RESIDUAL_HEAVY")
+    assert "in turns" not in found.summary
+
+
 @pytest.mark.parametrize(("evaluations", "kinds"), [(10, {Kind.EVAL_HEAVY}), (2, {Kind.EVAL_HEAVY, Kind.JITTER})])
 def test_waiting_for_the_evaluation_of_a_rank_is_not_the_network(evaluations: int, kinds: set[Kind]) -> None:
     """Ten steps are long, after ten evaluations on rank 0; two evaluations leave most of them to explain."""

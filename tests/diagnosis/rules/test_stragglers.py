@@ -9,8 +9,10 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict, told
+from traceml.database.schema import PROCESS
 from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.rules.stragglers import find_late
 from traceml.diagnosis.ruleset import diagnose
@@ -123,6 +125,49 @@ def test_more_cpu_time_is_no_lack_of_cores(ratio: float, found: bool, parts: tup
     if found:
         assert kinds["COMPUTE_STRAGGLER"].ranks == (3,)
         assert kinds["COMPUTE_STRAGGLER"].summary.endswith("Rank 3 used 1.80x the CPU time of the others.")
+
+
+@pytest.mark.parametrize(
+    ("side", "threads", "kinds"),
+    [
+        ((0.05, 0.8), 1, ["COMPUTE_STRAGGLER", "CPU_CONTENTION"]),
+        ((0.7, 0.8), 1, ["CPU_CONTENTION"]),  # as on the other rank
+        ((0.05, 0.8), 4, ["CPU_CONTENTION"]),  # torch's own threads may be the ones that lack cores
+    ],
+)
+def test_a_thread_that_holds_the_lock_of_the_interpreter_is_told(
+    side: tuple[float, float], threads: int, kinds: list[str]
+) -> None:
+    """All parts of that rank are slower: its main thread neither runs nor waits for a core meanwhile."""
+    facts = JobFacts(
+        world_size=2,
+        main_wait={0: 0.35, 1: 0.55},
+        core_wait={0: 0.1, 1: 0.2},
+        core_wait_s={0: 10.0, 1: 10.0},
+        threads=threads,
+        samples=_using(side),
+    )
+    slower = [adds(part, 6.0, (1,)) for part in ("forward", "backward", "other")]
+
+    found = diagnose(window_of(Job(ranks=2, steps=200), *slower), facts)
+
+    assert [each.kind for each in found] == kinds
+    if len(found) > 1:
+        assert found[0].ranks == (1,)
+        assert "Other threads of rank 1 used 0.8 cores (those of the others 0.1 cores)" in found[0].summary
+        assert found[0].next.startswith("Look at what the other threads of rank 1 do")
+
+
+def _using(cores: tuple[float, ...]) -> MachineSamples:
+    """Return samples of ranks whose threads, but the main one, use so many cores; that one uses 0.2."""
+    samples = MachineSamples()
+    for rank, used in enumerate(cores):
+        rows = np.zeros(20, PROCESS.dtype)
+        rows["t_ns"], rows["step"] = np.arange(20) * 1e9, np.arange(20) * 10
+        rows["main_run_ns"], rows["cpu_ns"] = rows["t_ns"] * 0.2, rows["t_ns"] * (0.2 + used)
+        samples.add(PROCESS.name, rank, rows)
+
+    return samples
 
 
 @pytest.mark.parametrize(("run", "line"), [(0.36, 7), (0.1, 9)])

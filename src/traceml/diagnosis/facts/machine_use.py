@@ -126,6 +126,18 @@ class MachineSamples(msgspec.Struct):
             **self._devices(spans),  # type: ignore[arg-type]
         )
 
+    def side_cores(self) -> dict[int, float]:
+        """Return the cores that threads other than the main one used in training, by rank."""
+        spans = {rank: span for rank in range(MAX_RANKS) if (span := self._span(rank, 1, _ALL)) is not None}
+        found = {}
+        for rank, span in spans.items():
+            for rows in self._rows(PROCESS, {rank: span}):
+                if rows["main_run_ns"][0] >= 0:
+                    used = (_rate(rows, "cpu_ns") or 0.0) - (_rate(rows, "main_run_ns") or 0.0)
+                    found[rank] = max(used, 0.0) / 1e9
+
+        return found
+
     def lowered_clocks(self) -> dict[int, list[LoweredClock]]:
         """Return the devices whose clocks were lowered while they computed, by the rank that sampled them."""
         found: dict[int, list[LoweredClock]] = {}

@@ -35,6 +35,7 @@ ITERATOR_SHARE = 0.5
 CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
 RARE_FACTOR = 1.1
+_TURNS_RATIO, _LITTLE, _MOST_STEPS = 1.5, 0.25, 0.7
 """Rare long steps are not counted if a part costs more than this factor with them."""
 MIN_UNCOUNTED = 0.02
 """What does not count is named from this share of the part on."""
@@ -93,6 +94,22 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         lost_ns = max(float(self.removed.mean()), self.saved_ns)
         less = f", not counting {' and '.join(self.uncounted)}" if self.uncounted else ""
         return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share}{less})"
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether ranks have it in turns: half of them have little in most steps, and it costs more than the mean."""
+        by_rank = self.removed.mean(axis=1)
+        if self.ranks or len(by_rank) < 2 or self.saved_ns < _TURNS_RATIO * float(by_rank.max()):
+            return False
+
+        little = self.removed < _LITTLE * self.removed.max(axis=0)
+        return float((little.mean(axis=0) >= 0.5).mean()) >= _MOST_STEPS
+
+    @property
+    def turns_words(self) -> str:
+        """That in words: `, by the ranks in turns (each spends 20.7 ms per step on average)`; empty if it is not so."""
+        mean_ns = float(self.removed.mean())
+        return f", by the ranks in turns (each spends {ns_text(mean_ns)} per step on average)" if self.in_turns else ""
 
     @property
     def faster(self) -> str:
@@ -227,12 +244,15 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
             if line and library == advice.EVENT_LOOP:
                 where += ", where the event loop waits because no task can run"
 
+            where += cost.turns_words
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             has_forward = part == "other" and _is_without_forward(segments)
             trainer = cost.trainer(facts) if library is None else None
             two = cost.leading_lines(facts) if line is None and library is None else ()
             text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
-            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line)))
+            text += advice.in_same_steps() if cost.in_turns else ""
+            turns = {"in_turns": True} if cost.in_turns else {}
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns))
 
     return found
 

@@ -21,6 +21,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.long_steps import RARE, count_long_steps, long_steps_blame
+from traceml.diagnosis.rules.side_threads import side_threads
 from traceml.diagnosis.rules.straggler_words import (
     late_evidence,
     late_summary,
@@ -298,10 +299,19 @@ def _blamed_part(
     everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
     floor = EVERYWHERE_SHARE if everywhere or seldom or (lacking and not more_ns) else EXCESS_SHARE
-    if explained_ns < floor * segments.step_ns or (everywhere and facts.oversubscribed and not more_ns):
+    chance = everywhere and facts.oversubscribed and not more_ns
+    if explained_ns < floor * segments.step_ns or (chance and not _waits_for_side_threads(segments, facts, rows)):
         return None, everywhere
 
     return part, everywhere
+
+
+def _waits_for_side_threads(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+    """Return whether other threads of the ranks explain that they are slower in everything, beside a lack of cores.
+
+    Torch's own threads compute for the main one: where there are several, they say nothing.
+    """
+    return facts.threads == 1 and side_threads(facts, segments.ranks_of(rows)) is not None
 
 
 def _excess_by_part(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> dict[str, float]:
@@ -519,14 +529,22 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
 
-    more_work = facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0
+    beside = side_threads(facts, ranks) if late.everywhere else None
+    if beside is not None:
+        lacking, action = False, beside.advice
+
+    why = beside.text if beside is not None else ""
+    if lacking:
+        why = waited_for_core(facts, ranks, others)
+    elif not why and facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0:
+        why = more_cpu_time(facts, ranks)
+
     only_lacking = lacking and not _due_to_code_ns(segments, facts, late.rows, late.part, late.excess_ns)
     return Finding.of(
         kind,
         ranks=ranks,
         phase=late.part,
-        summary=late_summary(segments, late, ranks, share, gain, line)
-        + (waited_for_core(facts, ranks, others) if lacking else more_cpu_time(facts, ranks) if more_work else ""),
+        summary=late_summary(segments, late, ranks, share, gain, line) + why,
         next=advice.for_lacking_core(ranks, facts) if only_lacking else action,
         evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,

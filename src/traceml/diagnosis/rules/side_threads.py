@@ -1,0 +1,55 @@
+"""Late ranks whose other threads compute: while one of these runs Python code, the training waits for the GIL.
+
+Such a rank is slower in everything that runs Python, though it neither computes more nor waits for a core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.formatting import cores_text, ranks_text
+
+__all__ = ["SideThreads", "side_threads"]
+
+_CORES, _RATIO = 0.25, 3.0
+
+
+class SideThreads(msgspec.Struct, frozen=True):
+    """Cores that all threads but the main one used, of each late rank and of each other rank."""
+
+    ranks: Sequence[int]
+    cores: float
+    others: float
+
+    @property
+    def text(self) -> str:
+        """The sentence about them."""
+        whose = ranks_text(self.ranks)
+        each = " each" if len(self.ranks) > 1 else ""
+        return (
+            f" Other threads of {whose} used {cores_text(self.cores)}{each} (those of the others "
+            f"{cores_text(self.others)}): while one runs Python code, the training waits for the GIL."
+        )
+
+    @property
+    def advice(self) -> str:
+        """The next thing to do about them."""
+        return (
+            f"Look at what the other threads of {ranks_text(self.ranks)} do (`py-spy dump` shows it): do that in "
+            "another process, or less often."
+        )
+
+
+def side_threads(facts: JobFacts, ranks: Sequence[int]) -> SideThreads | None:
+    """Return the use of cores by other threads of late ranks; None where they use few, or the others' as many."""
+    used = facts.samples.side_cores()
+    mine = [used[rank] for rank in ranks if rank in used]
+    others = [cores for rank, cores in used.items() if rank not in ranks]
+    if len(mine) < len(ranks) or not others or min(mine) < max(_CORES, _RATIO * max(others)):
+        return None
+
+    return SideThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)))
