@@ -451,10 +451,7 @@ LOSSES = Table(
 )
 FINGERPRINTS = Table(
     "fingerprints",
-    (
-        _q("step", "training step"),
-        _q("fingerprint", "hash of 16 numbers of the batch; equal batches have equal ones"),
-    ),
+    (_q("step", "training step"), _q("fingerprint", "hash of 16 numbers of the batch; equal batches have equal ones")),
     capacity=1024,
 )
 PAUSES = Table(

@@ -77,11 +77,7 @@ class TraceMLTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        *args: Any,
-        traceml_enabled: bool = True,
-        traceml_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, *args: Any, traceml_enabled: bool = True, traceml_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         if traceml_enabled and not _callbacks(self):

@@ -48,7 +48,8 @@ class TrainingSession:
         if running is not None and not running.config.enabled:
             return None
 
-        arguments = self._with(defaults)
+        sources = settings.load(**self._arguments).sources
+        arguments = {name: each for name, each in defaults.items() if sources[name] == "default"} | self._arguments
         if running is None or not running.enabled or running.held:
             shutdown()  # what is held has stored nothing
             recorder = start(load_forgiving(arguments))
@@ -62,10 +63,6 @@ class TrainingSession:
 
         capture_lifecycle.start(collect=False)
         return recorder_now.instrumentation
-
-    def _with(self, defaults: dict[str, Any]) -> dict[str, Any]:
-        sources = settings.load(**self._arguments).sources
-        return {name: value for name, value in defaults.items() if sources[name] == "default"} | self._arguments
 
     def end(self, error: BaseException | None = None, *, show: bool = True) -> None:
         """Stop the recorder that was started here: remove all hooks, send all rows, show the verdict on rank 0.

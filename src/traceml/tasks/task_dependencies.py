@@ -9,14 +9,7 @@ from typing import Any
 from traceml.tasks.task_record import TaskEngine, TaskRecord
 from traceml.tasks.task_statistics import QUEUED
 
-__all__ = [
-    "blocked_set",
-    "depends_on",
-    "forget_dependencies",
-    "queued_dependencies",
-    "waiting_for",
-    "waiting_tasks",
-]
+__all__ = ["blocked_set", "depends_on", "forget_dependencies", "queued_dependencies", "waiting_for", "waiting_tasks"]
 
 # The targets of each waiting task, in order: other tasks, or all tasks of an engine.
 _targets: dict[TaskRecord, list[TaskRecord | TaskEngine]] = {}

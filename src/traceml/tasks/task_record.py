@@ -15,23 +15,10 @@ from traceml.errors import NotCallableError
 from traceml.tasks.task_statistics import FINAL, TaskStatistics
 
 __all__ = [
-    "LoopState",
-    "TaskEngine",
-    "TaskPool",
-    "TaskRecord",
-    "ThreadState",
-    "Waker",
-    "awaiting_thread",
-    "coroutine_task",
-    "current_task",
-    "idle_waiters",
-    "is_coroutine",
-    "name_of",
-    "set_thread_state",
-    "shorten",
-    "thread_state",
+    "LoopState", "TaskEngine", "TaskPool", "TaskRecord", "ThreadState", "Waker", "awaiting_thread", "coroutine_task",
+    "current_task", "idle_waiters", "is_coroutine", "name_of", "set_thread_state", "shorten", "thread_state",
     "wake_idle_waiters",
-]
+]  # fmt: skip
 
 
 def shorten(qualname: str) -> str:

@@ -159,7 +159,7 @@ class TaskWatchdog:
             now = perf_counter()
             self._expire(now)
             if interval_s is not None and now >= check_s:
-                self._check(now)
+                self._observations = {id(task): self._observe(task, runner, now) for task, runner in self._running()}
                 check_s = now + interval_s
 
             self._sleep(None if interval_s is None else check_s)
@@ -182,9 +182,6 @@ class TaskWatchdog:
             task = reference()
             if task is not None and task.state not in FINAL:
                 _time_out(task, thread)
-
-    def _check(self, now: float) -> None:
-        self._observations = {id(task): self._observe(task, runner, now) for task, runner in self._running()}
 
     def _observe(self, task: TaskRecord, runner: Any, now: float) -> _Observation:
         location, progress = _location_of(runner) or _CodeLocation("", 0, task.name), task.last_progress

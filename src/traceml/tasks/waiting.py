@@ -41,14 +41,7 @@ from traceml.tasks.task_record import (
 )
 from traceml.tasks.task_statistics import FINAL
 
-__all__ = [
-    "await_for",
-    "blocked_tasks",
-    "compensate_all",
-    "forget_waits",
-    "wait_for",
-    "wait_for_all",
-]
+__all__ = ["await_for", "blocked_tasks", "compensate_all", "forget_waits", "wait_for", "wait_for_all"]
 
 _MAX_DEPTH = 100  # tasks on one stack
 blocked_tasks: set[TaskRecord] = set()  # tasks whose threads sleep until another task has ended

@@ -19,23 +19,9 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.own_files import cache_home, check_own_folder, make_own_folder, open_own, replace_file
 
 __all__ = [
-    "AGGREGATOR",
-    "CLIENT_NONCE_TAG",
-    "METRICS",
-    "PAGE",
-    "PublishedServer",
-    "client_nonce",
-    "discover",
-    "mac",
-    "new_token",
-    "publish",
-    "published_by",
-    "read_token",
-    "runtime_folder",
-    "same_mac",
-    "server_nonce",
-    "withdraw",
-]
+    "AGGREGATOR", "CLIENT_NONCE_TAG", "METRICS", "PAGE", "PublishedServer", "client_nonce", "discover", "mac",
+    "new_token", "publish", "published_by", "read_token", "runtime_folder", "same_mac", "server_nonce", "withdraw",
+]  # fmt: skip
 
 # A client never answers a challenge that begins like its own nonces: else a false aggregator could forward the nonce of
 # one connection to a second connection of the same client, and use its answer as its own.

@@ -126,14 +126,7 @@ class Connection:
 
     @classmethod
     def connect(
-        cls,
-        host: str,
-        port: int,
-        hello: Hello,
-        token: str | None = None,
-        *,
-        timeout_s: float = 5.0,
-        tls: bool = False,
+        cls, host: str, port: int, hello: Hello, token: str | None = None, *, timeout_s: float = 5.0, tls: bool = False
     ) -> Self:
         """Connect by one try.
 

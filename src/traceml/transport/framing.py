@@ -60,9 +60,7 @@ def rows_frame(table: str, seq: int, n: int, data: bytes) -> bytes:
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(f"a rows frame of {size} bytes exceeds {MAX_FRAME_BYTES}: send fewer rows at a time")
 
-    return b"".join(
-        (_LENGTH.pack(size), head, _SEQ_N.pack(seq, b"\xa1n\xce", n, b"\xa4data\xc6", len(data)), data),
-    )
+    return b"".join((_LENGTH.pack(size), head, _SEQ_N.pack(seq, b"\xa1n\xce", n, b"\xa4data\xc6", len(data)), data))
 
 
 class Decoder:

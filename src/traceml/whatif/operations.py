@@ -10,29 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "BACKWARD",
-    "COLLECTIVES",
-    "COMPUTE",
-    "FORWARD",
-    "KINDS",
-    "MEDIAN_KINDS",
-    "TRANSFERS",
-    "JobTrace",
-    "Layout",
-    "Operation",
-    "reported_kind",
-]
+    "BACKWARD", "COLLECTIVES", "COMPUTE", "FORWARD", "KINDS", "MEDIAN_KINDS", "TRANSFERS", "JobTrace", "Layout",
+    "Operation", "reported_kind",
+]  # fmt: skip
 
 FORWARD, BACKWARD = "forward-compute", "backward-compute"
 COMPUTE = (FORWARD, BACKWARD)
 TRANSFERS = ("forward-send", "forward-recv", "backward-send", "backward-recv")
 # Collectives that all data-parallel ranks join.
-COLLECTIVES = (
-    "params-all-gather",
-    "grads-reduce-scatter",
-    "separate-grads-all-reduce",
-    "optimizer-clip-main-grad",
-)
+COLLECTIVES = ("params-all-gather", "grads-reduce-scatter", "separate-grads-all-reduce", "optimizer-clip-main-grad")
 # Kinds whose ideal time is the median, which a few delays of the network do not move; of the others it is the mean.
 MEDIAN_KINDS = frozenset((*TRANSFERS, *COLLECTIVES, "layernorm-grads-all-reduce", "embedding-grads-all-reduce"))
 KINDS = (*COMPUTE, *sorted(MEDIAN_KINDS), "optimizer", "gc")

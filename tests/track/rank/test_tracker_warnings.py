@@ -9,7 +9,7 @@ import pytest
 
 from tests.ports import free_port
 from tests.track.conftest import Script
-from traceml.track.rank.tracker_warnings import TrackerWarnings
+from traceml.track.rank.capture_lifecycle import TrackerWarnings
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 

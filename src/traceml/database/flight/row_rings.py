@@ -15,16 +15,7 @@ import msgpack
 
 from traceml.database.schema import Log, Table
 
-__all__ = [
-    "BASE",
-    "COUNTERS_PER_TABLE",
-    "ByteLog",
-    "Ring",
-    "RowSlice",
-    "map_ends",
-    "pack_map",
-    "stop_within",
-]
+__all__ = ["BASE", "COUNTERS_PER_TABLE", "ByteLog", "Ring", "RowSlice", "map_ends", "pack_map", "stop_within"]
 
 # Per table in the header: appended, sent, acked, dropped, and of a log the number of the first map in memory.
 COUNTERS_PER_TABLE = 8

@@ -48,12 +48,7 @@ class ThinnedFrame(NamedTuple):
 class Retention:
     """Thins the rows of summed tables."""
 
-    def __init__(
-        self,
-        database: sqlite3.Connection,
-        editor: FrameEditor,
-        tables: dict[str, int],
-    ) -> None:
+    def __init__(self, database: sqlite3.Connection, editor: FrameEditor, tables: dict[str, int]) -> None:
         self._database = database
         self._editor = editor
         self._tables = {name: tables[name] for name in THINNED}

@@ -217,11 +217,7 @@ class StoreWriter:
         return done
 
     def maintain(
-        self,
-        budget_s: float,
-        cursors: Sequence[int] = (),
-        limit_bytes: int | None = None,
-        now_s: float | None = None,
+        self, budget_s: float, cursors: Sequence[int] = (), limit_bytes: int | None = None, now_s: float | None = None
     ) -> bool:
         """Sum rows, merge small frames and thin old rows for a while; return whether something is left to do.
 

@@ -15,14 +15,7 @@ from traceml.database.schema import TABLES
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import StoreError, StoreVersionError
 
-__all__ = [
-    "STORE_VERSION",
-    "create",
-    "last_written_s",
-    "open_for_reading",
-    "open_for_writing",
-    "translate_errors",
-]
+__all__ = ["STORE_VERSION", "create", "last_written_s", "open_for_reading", "open_for_writing", "translate_errors"]
 
 STORE_VERSION = 3
 _APPLICATION_ID = 0x54524D4C  # "TRML"

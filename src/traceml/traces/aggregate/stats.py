@@ -139,14 +139,7 @@ class GroupStat:
         if other.least is not None and other.most is not None:
             self._take(other.count, other.total, other.least, other.most, other.counts)
 
-    def _take(
-        self,
-        count: int,
-        total: int,
-        least: int,
-        most: int,
-        counts: dict[int, int],
-    ) -> None:
+    def _take(self, count: int, total: int, least: int, most: int, counts: dict[int, int]) -> None:
         self.count += count
         self.total += total
         self.least = least if self.least is None or least < self.least else self.least

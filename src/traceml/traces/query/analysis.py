@@ -31,12 +31,8 @@ from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, EventBatch, E
 
 __all__ = ["FAR_NS", "KIND_BITS", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
 
-SIZES = (
-    "size",
-    "bytes",
-    "nbytes",
-    "ret",
-)  # arguments with the number of bytes read or written; the first that an event has is used
+# Arguments with the number of bytes read or written; the first that an event has is used.
+SIZES = ("size", "bytes", "nbytes", "ret")
 FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
 KIND_BITS = 3  # of a begin's mark: its kind of work; the others are the outcomes of EventFilter
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeVar
 
 from traceml.errors import UsageError
 from traceml.traces.query.expressions import (
@@ -53,6 +54,7 @@ _SIZES = {"b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "g
 _UNITS = {**_TIMES, **_SIZES, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _MAX_DEPTH = 50
 _Parse = Callable[[], Expression]
+Parsed = TypeVar("Parsed")
 
 
 def parse_where(text: str) -> tuple[Expression, ...]:
@@ -73,28 +75,19 @@ class _ConditionParser:
 
     def parts(self) -> tuple[Expression, ...]:
         """Return the parts between commas."""
-        found = [self._any()]
-        while self._takes(","):
-            found.append(self._any())
-
+        found = _sequence(self._any, lambda: self._takes(","))
         if self._text[self._at :].strip():
             raise self._misread("a comma, AND or OR is expected")
 
-        return tuple(found)
+        return found
 
     def _any(self) -> Expression:
-        parts = [self._all()]
-        while self._joins(_OR):
-            parts.append(self._all())
-
-        return parts[0] if len(parts) == 1 else AnyOf(tuple(parts))
+        parts = _sequence(self._all, lambda: self._joins(_OR))
+        return parts[0] if len(parts) == 1 else AnyOf(parts)
 
     def _all(self) -> Expression:
-        parts = [self._one()]
-        while self._joins(_AND):
-            parts.append(self._one())
-
-        return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
+        parts = _sequence(self._one, lambda: self._joins(_AND))
+        return parts[0] if len(parts) == 1 else AllOf(parts)
 
     def _one(self) -> Expression:
         if negated := _NOT.match(self._text, self._at):
@@ -105,12 +98,9 @@ class _ConditionParser:
 
     def _group(self) -> Expression:
         self._parentheses += 1
-        parts = [self._any()]
-        while self._takes(","):
-            parts.append(self._any())
-
+        parts = _sequence(self._any, lambda: self._takes(","))
         self._close()
-        return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
+        return parts[0] if len(parts) == 1 else AllOf(parts)
 
     def _nested(self, parse: _Parse) -> Expression:
         self._depth += 1
@@ -132,7 +122,7 @@ class _ConditionParser:
         if listed := _IN.match(self._text, self._at):
             check_field(field[1], "where", measures=True)
             self._at = listed.end()
-            found = AnyOf(tuple(self._alternatives(field[1])))
+            found = AnyOf(self._alternatives(field[1]))
             return Negation(found) if listed[1] else found
 
         symbol = _OPERATOR.match(self._text, self._at)
@@ -143,12 +133,9 @@ class _ConditionParser:
         self._at = symbol.end()
         return self._compared(field[1], symbol[0], self._value(symbol[0]))
 
-    def _alternatives(self, field: str) -> list[Condition]:
+    def _alternatives(self, field: str) -> tuple[Condition, ...]:
         self._parentheses += 1
-        found = [self._compared(field, "=", self._item())]
-        while self._takes(","):
-            found.append(self._compared(field, "=", self._item()))
-
+        found = _sequence(lambda: self._compared(field, "=", self._item()), lambda: self._takes(","))
         self._close()
         return found
 
@@ -164,17 +151,12 @@ class _ConditionParser:
     # ---- values: text, whether it was quoted, and its position ----
 
     def _value(self, symbol: str) -> tuple[str, bool, int]:
-        at = self._at
-        quoted = self._quoted()
-        if quoted is not None:
-            return quoted, True, at
-
-        value = self._plain()
-        if symbol != "~" and "|" in value:
+        value, quoted, at = self._item()
+        if not quoted and symbol != "~" and "|" in value:
             self._at = at
             raise self._misread("one value is expected: write IN (a, b) for several, and quote a value with |")
 
-        return value, False, at
+        return value, quoted, at
 
     def _item(self) -> tuple[str, bool, int]:
         at = self._at
@@ -253,6 +235,14 @@ class _ConditionParser:
     def _misread(self, expected: str) -> UsageError:
         text, at = self._text, self._at
         return UsageError(f"where: {expected} at character {at + 1}: {text[:at]} -> HERE -> {text[at:]}".rstrip())
+
+
+def _sequence(parse: Callable[[], Parsed], goes_on: Callable[[], bool]) -> tuple[Parsed, ...]:
+    found = [parse()]
+    while goes_on():
+        found.append(parse())
+
+    return tuple(found)
 
 
 def _number(value: str) -> Fraction | None:

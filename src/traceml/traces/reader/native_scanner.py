@@ -65,11 +65,7 @@ class NativeScanner(PythonScanner):
     """Scans with the native library."""
 
     def __init__(
-        self,
-        native: ctypes.CDLL,
-        keys: tuple[str, ...],
-        strings: StringTable,
-        metadata: Collection[str] | None = None,
+        self, native: ctypes.CDLL, keys: tuple[str, ...], strings: StringTable, metadata: Collection[str] | None = None
     ) -> None:
         super().__init__(keys, strings, metadata)
         wanted = metadata if metadata is not None and _are_comparable(metadata) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -160,14 +160,8 @@ class ScanResult:
     def after(self, head: ScanResult) -> ScanResult:
         """Return this result with the events of the text before it in front; `head` has no damage."""
         before, own = head.findings, self.findings
-        findings = ScanFindings(
-            fractional=before.fractional or own.fractional,
-            metadata=before.metadata + own.metadata,
-            damage=own.damage,
-            closed=own.closed,
-            searching=own.searching,
-            stop=own.stop,
-        )
+        fractional = before.fractional or own.fractional
+        findings = replace(own, fractional=fractional, metadata=before.metadata + own.metadata)
         return ScanResult(EventColumns.joined([head.columns, self.columns]), findings)
 
     def batch(self, source: int) -> EventBatch:

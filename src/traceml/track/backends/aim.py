@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from traceml.loopback import is_on_this_machine
-from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.safe_names import plain_value, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata

@@ -27,8 +27,7 @@ from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
-from traceml.track.backends.append_file import AppendFile, cut_back
-from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.backend_bases import AppendFile, BatchBackend, cut_back
 from traceml.track.backends.safe_names import flattened, merged_tags, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
@@ -172,18 +171,8 @@ class ClearMLBackend(BatchBackend):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text to the task's console."""
-        self._add(
-            [
-                {
-                    "type": "log",
-                    "task": self._id,
-                    "timestamp": round(time.time() * 1000),
-                    "level": "info",
-                    "worker": "traceml",
-                    "msg": _plain(f"{name} [{step}]: {text}"),
-                }
-            ]
-        )
+        event = {"type": "log", "task": self._id, "timestamp": round(time.time() * 1000), "level": "info"}
+        self._add([{**event, "worker": "traceml", "msg": utf8_text(f"{name} [{step}]: {text}")}])
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram as a plot."""
@@ -205,14 +194,10 @@ class ClearMLBackend(BatchBackend):
 
         title, series = _title_and_series(name)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        file = f"{title}_{series}_{step}_{digest}"
         with _errors():
             event = ImageEvent(
-                title,
-                series,
-                image_data=None,
-                local_image_path=str(path),
-                iter=step,
-                override_filename=f"{title}_{series}_{step}_{digest}",
+                title, series, image_data=None, local_image_path=str(path), iter=step, override_filename=file
             )
             manager = self._task._get_metrics_manager(self._task._get_default_report_storage_uri())
             manager._do_write_events([event])
@@ -274,7 +259,10 @@ class ClearMLBackend(BatchBackend):
 
     def _add(self, events: Sequence[dict[str, Any]]) -> None:
         if self._offline:
-            self._append(events)
+            assert self._events is not None, "start_experiment comes first"
+            with closing(AppendFile(self._events)) as file:  # a full disk leaves no incomplete line
+                file.write((json.dumps(list(events)) + "\n").encode())
+
             return
 
         with _errors():
@@ -283,12 +271,6 @@ class ClearMLBackend(BatchBackend):
             for first in range(0, len(events), _BATCH):
                 requests = [api.AddRequest(event=_RawEvent(each)) for each in events[first : first + _BATCH]]
                 self._task.send(api.AddBatchRequest(requests=requests), raise_on_errors=True)
-
-    def _append(self, events: Sequence[dict[str, Any]]) -> None:
-        """Append events to the offline session; a full disk leaves no incomplete line."""
-        assert self._events is not None, "start_experiment comes first"
-        with closing(AppendFile(self._events)) as file:
-            file.write((json.dumps(list(events)) + "\n").encode())
 
 
 class _RawEvent:
@@ -339,12 +321,10 @@ def _typed(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_typed(each) for each in value]
 
-    return value if isinstance(value, bool | int | float) else _plain(value)
+    if isinstance(value, bool | int | float):
+        return value
 
-
-def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return utf8_text(text)
+    return utf8_text(value if isinstance(value, str) else repr(value))
 
 
 def _pack(folder: Path) -> None:

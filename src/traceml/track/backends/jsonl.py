@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.track.backends.append_file import FileBackend
+from traceml.track.backends.backend_bases import FileBackend
 from traceml.track.backends.safe_names import json_number, safe_file_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata

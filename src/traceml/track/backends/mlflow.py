@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
-from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
 from traceml.track.backends.safe_names import flattened, json_number, safe_name
@@ -70,7 +70,9 @@ class MLflowBackend(BatchBackend):
         options = self.metadata.with_environment(config.get("options") or {})
         given = str(options.get("tracking_uri") or _LOCAL)
         self._is_default = given == _LOCAL
-        self._uri = _default_uri(config) if self._is_default else given
+        self._uri = (
+            f"sqlite:///{Path(config['run_dir']).absolute().parent / 'mlflow.db'}" if self._is_default else given
+        )
         previous = str((config.get("mark") or {}).get("database") or "")
         if self._is_default and (database := _database(previous)) is not None and database.exists():
             self._uri = previous  # the run's folder has been moved since
@@ -323,12 +325,7 @@ class MLflowBackend(BatchBackend):
         from mlflow.utils.rest_utils import http_request
 
         metrics = [
-            {
-                "key": key,
-                "value": json_number(value),
-                "timestamp": stamp,
-                "step": step,
-            }
+            {"key": key, "value": json_number(value), "timestamp": stamp, "step": step}
             for key, value, stamp, step in rows
         ]
         # without retry_codes the response is returned with its status and Retry-After
@@ -343,10 +340,6 @@ class MLflowBackend(BatchBackend):
         )
         if response.status_code != 200:
             _raise_for(response.status_code, response.text[:500], response.headers.get("Retry-After"))
-
-
-def _default_uri(config: Mapping[str, Any]) -> str:
-    return f"sqlite:///{Path(config['run_dir']).absolute().parent / 'mlflow.db'}"
 
 
 def _database(uri: str) -> Path | None:

@@ -9,15 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = [
-    "flattened",
-    "json_number",
-    "merged_tags",
-    "plain_value",
-    "safe_file_name",
-    "safe_name",
-    "utf8_text",
-]
+__all__ = ["flattened", "json_number", "merged_tags", "plain_value", "safe_file_name", "safe_name", "utf8_text"]
 
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180

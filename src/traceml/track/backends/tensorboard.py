@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.track.backends.append_file import FileBackend
+from traceml.track.backends.backend_bases import FileBackend
 from traceml.track.backends.safe_names import flattened, json_number, safe_file_name, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -181,12 +181,7 @@ class TensorBoardBackend(FileBackend):
         for event in events:
             data = event.SerializeToString()
             length = struct.pack("<Q", len(data))
-            parts += [
-                length,
-                struct.pack("<I", masked_crc32c(length)),
-                data,
-                struct.pack("<I", masked_crc32c(data)),
-            ]
+            parts += [length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))]
 
         self._append(b"".join(parts))
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
-from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.safe_names import merged_tags, plain_value, safe_name
 from traceml.track.backends.wandb_formats import history_request, wait_for_end
 from traceml.track.plugins.metric import Metric

@@ -19,14 +19,7 @@ from traceml.track.plugins.code_seal import is_sealed
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 
-__all__ = [
-    "DeliveryPlan",
-    "PlannedExperiment",
-    "delivery_settings",
-    "requested_backends",
-    "restricted",
-    "settings_of",
-]
+__all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "requested_backends", "restricted", "settings_of"]
 
 # Settings that an experiment's row may contain; the defaults apply to the others.
 _SETTINGS = (

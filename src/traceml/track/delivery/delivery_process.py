@@ -5,29 +5,20 @@ Its state file reports what it does; it is controlled by SIGTERM alone.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from traceml.inspection.kernel_state import core_wait_ns
 from traceml.own_programs import end_process, own_program
 from traceml.process_ends import end_of_status
 from traceml.run_folder import TRACKERS_FOLDER
 from traceml.track.delivery.credentials import environment_for
-from traceml.track.tracker_state import (
-    EXIT_BROKEN,
-    EXIT_DONE,
-    EXIT_TAKEN,
-    FAILING_PHASES,
-    DeliveryPhase,
-    TrackerState,
-)
+from traceml.track.tracker_state import EXIT_BROKEN, EXIT_DONE, EXIT_TAKEN, FAILING_PHASES, DeliveryPhase, TrackerState
 
 __all__ = ["STOP_S", "DeliveryProcess"]
 
@@ -216,9 +207,6 @@ class DeliveryProcess:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
-@contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[Any]:
+def _log_file(path: Path) -> BinaryIO:
     """Open a log for appending; start a new one when it is too long."""
-    mode = "ab" if not path.exists() or path.stat().st_size < _LOG_BYTES else "wb"
-    with path.open(mode) as file:
-        yield file
+    return path.open("ab" if not path.exists() or path.stat().st_size < _LOG_BYTES else "wb")

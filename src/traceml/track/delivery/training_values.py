@@ -41,7 +41,7 @@ class TrainingValues:
         if frame.table == LOSSES.name:
             self._take_losses(stream.rank, np.frombuffer(frame.data, LOSSES.dtype))
         elif stream.rank < _KNOWN_RANKS and not self._memory.get("decided"):
-            known = self._known(stream)
+            known = self._memory.setdefault("facts", {}).setdefault(str(stream.rank), {})
             if frame.table == INFO.name:
                 new = {row["kind"]: _facts(row) for row in frame.maps() if row.get("kind") in _KINDS}
                 known.update({kind: row for kind, row in new.items() if kind == "input" or kind not in known})
@@ -97,10 +97,6 @@ class TrainingValues:
         due, self._memory["loss_due"] = self._memory.get("loss_due", -1), step
         up_to = max(due, min(seen.values(), default=-1))
         return [sums.pop(key) for key in list(sums) if last or int(key) <= up_to]
-
-    def _known(self, stream: StreamRecord) -> dict[str, Any]:
-        known: dict[str, Any] = self._memory.setdefault("facts", {}).setdefault(str(stream.rank), {})
-        return known
 
     def _data_ranks(self, ranks: list[int], step: int) -> tuple[int, bool, bool]:
         """Return the number of ranks with data of their own, 0 where not known; is it text, are samples counted?"""

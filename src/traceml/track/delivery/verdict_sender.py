@@ -50,7 +50,8 @@ class VerdictSender:
 
         self._state.memory["verdict"] = signature
         self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
-        self._session.text(main, "traceml/verdict", _verdict_text(verdict), max(int(event.data.get("step") or 0), 0))
+        text = f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
+        self._session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
         self._audit.note("tags", ["traceml/verdict"], 1)
         self._state.derived += 1
 
@@ -93,7 +94,3 @@ def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
 def _has_no_step(verdict: dict[str, Any]) -> bool:
     """Whether a verdict only reports that no step was traced, as for a run that only logs."""
     return verdict.get("kind") == Kind.INSUFFICIENT_DATA and (verdict.get("evidence") or {}).get("steps") == 0
-
-
-def _verdict_text(verdict: dict[str, Any]) -> str:
-    return f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()

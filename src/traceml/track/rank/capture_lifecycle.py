@@ -1,9 +1,14 @@
-"""Start and stop of automatic capture, together with the recorder of this process."""
+"""Start and stop of automatic capture, together with the recorder of this process; and warnings about its trackers.
+
+Delivery runs in other processes, so the script would not show its errors. Each tracker is reported once: some time
+after the start, when a wrong address or key has shown, or at the end.
+"""
 
 from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.errors import PluginError
@@ -11,18 +16,19 @@ from traceml.fail_open import fail_open
 from traceml.recorder.current_recorder import current_recorder, on_start
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import check_backends
-from traceml.track.rank.tracker_warnings import TrackerWarnings
+from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, states_of
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
     from traceml.track.rank.auto_capture import AutoCapture
 
-__all__ = ["follow_recorder", "pause", "start"]
+__all__ = ["TrackerWarnings", "follow_recorder", "pause", "start"]
 
 _log = logging.getLogger("traceml")
 _ANNOUNCE_AFTER_S = 10.0
 _WARN_AFTER_S = 20.0
+_TEXT_CHARS = 200  # of a tracker's error
 _capture: AutoCapture | None = None
 _capturing_recorder: Recorder | None = None
 
@@ -107,3 +113,29 @@ def _stop() -> None:
     stopping, _capture = _capture, None
     if stopping is not None:
         stopping.stop()
+
+
+class TrackerWarnings:
+    """Warnings of one process about its run's trackers, each shown once."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def show(self, run_dir: Path) -> None:
+        """Warn about each tracker that fails now and was not reported yet.
+
+        Args:
+            run_dir: the run's folder; when it is on another host, nothing is known here.
+        """
+        for state in states_of(run_dir):
+            if state.phase not in FAILING_PHASES or not state.error or state.backend in self._warned:
+                continue
+
+            self._warned.add(state.backend)
+            error = state.error if len(state.error) <= _TEXT_CHARS else f"{state.error[:_TEXT_CHARS]}..."
+            is_broken = state.phase is DeliveryPhase.BROKEN
+            next_try = "once that is mended, " if is_broken else "it is tried again, and "
+            _log.warning(
+                "%s%s does not accept what is logged (%s). The rows are kept in %s: %s`traceml sync` delivers them.",
+                state.backend, f" at {state.target}" if state.target else "", error, run_dir, next_try,
+            )  # fmt: skip

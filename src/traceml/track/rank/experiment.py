@@ -29,12 +29,7 @@ from traceml.track.rank.orchestrator import Orchestrator
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = [
-    "Experiment",
-    "Orchestrator",
-    "names_of",
-    "open_experiments",
-]
+__all__ = ["Experiment", "Orchestrator", "names_of", "open_experiments"]
 
 
 class Experiment:

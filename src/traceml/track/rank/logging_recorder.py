@@ -46,7 +46,8 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
         if known is not None:
             config = known.config.over(**given)
         else:
-            config = settings.load(**{"local": True, **_settings_of_parent(), **given})
+            spawned = spawned_from()  # of a recorded process
+            config = settings.load(**{"local": True, **(spawned.settings if spawned is not None else {}), **given})
 
         recorder = lifecycle.start(config, wait=False, tracing=False, on_stored=announce)
     except TraceMLError as error:
@@ -58,9 +59,3 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
         return None
 
     return recorder if recorder.enabled else None
-
-
-def _settings_of_parent() -> dict[str, Any]:
-    """Return where the process that spawned this one records, as settings; empty where none has."""
-    spawned = spawned_from()
-    return spawned.settings if spawned is not None else {}

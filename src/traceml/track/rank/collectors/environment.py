@@ -18,10 +18,7 @@ from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = [
-    "EnvironmentCollector",
-    "SystemCollector",
-]
+__all__ = ["EnvironmentCollector", "SystemCollector"]
 
 # Variables that change what a training does; no others are read, and secrets among these are masked.
 _VARIABLES = re.compile(

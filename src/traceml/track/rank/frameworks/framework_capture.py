@@ -115,11 +115,10 @@ class FrameworkCapture(FrameworkInterface):
             finally:
                 _depth.value = 0
 
-            if failure is not None:
-                self._report(name, failure)
-                return result
-
             with self.guard(name):
+                if failure is not None:
+                    raise failure
+
                 after(orchestrator, values)
 
             return result
@@ -140,10 +139,6 @@ class FrameworkCapture(FrameworkInterface):
         """Log parameters, if there are any."""
         if params:
             orchestrator.log_params(params)
-
-    def _report(self, name: str, failure: Exception) -> None:
-        with self.guard(name):
-            raise failure
 
     @staticmethod
     def guard(name: str) -> fail_open:

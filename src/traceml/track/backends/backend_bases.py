@@ -1,4 +1,7 @@
-"""Files that only grow, and that a restart cuts back to their confirmed length; base of the backends that write one."""
+"""Bases of the built-in backends: of those that send a batch of values in one call, and of those that append to a file.
+
+Such a file only grows, and a restart cuts it back to its confirmed length.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendError
-from traceml.track.backends.batch_backend import BatchBackend
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
 
-__all__ = ["AppendFile", "FileBackend", "cut_back"]
+__all__ = ["AppendFile", "BatchBackend", "FileBackend", "cut_back"]
+
+
+class BatchBackend(BackendInterface):
+    """Sends one value as a batch of one, and keeps the time of the end; subclasses have `log_metrics`."""
+
+    _ended: float | None = None
+    """Epoch seconds at which the training ended; None where they are not known."""
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Send one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def end_time(self, timestamp: float) -> None:
+        """Keep the time for the run's end."""
+        self._ended = timestamp
 
 
 class AppendFile:
