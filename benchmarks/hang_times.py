@@ -179,7 +179,7 @@ def detector_costs(folder: Path) -> tuple[Costs, int]:
     import traceml
     from traceml.recorder.line_sampler import LineSampler
     from traceml.recorder.recorder_thread import RecorderThread
-    from traceml.recorder.stop_meter import StopMeter
+    from traceml.recorder.stop_detector import StopDetector
 
     costs, register = Costs(), RecorderThread.every_turn
     named: dict[Any, Callable[..., Any]] = {}
@@ -190,7 +190,7 @@ def detector_costs(folder: Path) -> tuple[Costs, int]:
 
     RecorderThread.every_turn = every_turn  # type: ignore[method-assign]
     LineSampler.sample = costs.timed("LineSampler", LineSampler.sample)  # type: ignore[method-assign]
-    StopMeter.turn = costs.timed("StopMeter", StopMeter.turn)  # type: ignore[method-assign]
+    StopDetector.turn = costs.timed("StopDetector", StopDetector.turn)  # type: ignore[method-assign]
     traceml.init(local=True, runs_dir=folder, quiet=True)
     torch.set_num_threads(1)
     net = torch.nn.Linear(64, 64)

@@ -91,7 +91,7 @@ def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes
 
     work: Any = getattr(c10d, "Work", None)
     if work is not None:
-        patches.replace(work, "wait", _timed_method(work.wait, _COMM, clock))
+        patches.replace(work, "wait", _waiting_method(work.wait, clock))
 
 
 def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
@@ -117,7 +117,7 @@ def patch_remote_calls(patches: Patches, clock: StepClock, note: _Note) -> None:
 
     future, reference = sys.modules["torch"]._C.Future, vars(package)["RRef"].__base__  # what C++ returns
     for owner, name in ((future, "wait"), (reference, "to_here")):
-        patches.replace(owner, name, _timed_method(getattr(owner, name), _COMM, clock))
+        patches.replace(owner, name, _waiting_method(getattr(owner, name), clock))
 
     patches.wrap(package, "init_rpc", timed_call(vars(package)["init_rpc"], _COMM, clock, note))
 
@@ -157,9 +157,9 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
 
 
 @uncounted
-def _timed_method(original: Any, phase: int, clock: StepClock) -> Callable[..., Any]:
-    """Return a timed method for a C type, whose instances bind only Python functions."""
-    timed = timed_call(original, phase, clock)
+def _waiting_method(original: Any, clock: StepClock) -> Callable[..., Any]:
+    """Return a timed wait for a C type, whose instances bind only Python functions."""
+    timed = timed_call(original, _COMM, clock)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return timed(self, *args, **kwargs)

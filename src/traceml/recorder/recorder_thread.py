@@ -18,7 +18,7 @@ from traceml.fork_gate import fork_gate
 from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
-from traceml.recorder.stop_meter import StopMeter
+from traceml.recorder.stop_detector import StopDetector
 from traceml.samplers.base import SamplerScheduler
 
 __all__ = ["FILES_TIMEOUT_S", "RecorderThread", "WakeSignal"]
@@ -92,7 +92,7 @@ class RecorderThread:
         self._sender, self._hook_ns, self._files = sender, hook_ns, files
         self._delayed: list[tuple[int, Callable[[], None]]] = []
         self._every_turn: list[Callable[[bool], None]] = []
-        self._stops: StopMeter | None = None
+        self._stops: StopDetector | None = None
         self._lines: LineSampler | None = None
         self._flight, self._slots = flight, flight.open_slots
         self._telemetry = flight.ring("telemetry")
@@ -123,9 +123,9 @@ class RecorderThread:
         """Sample the line of the training thread between turns; before the start, or on the thread."""
         self._lines = lines
 
-    def measure_stops(self, note: Callable[..., None]) -> None:
+    def detect_stops(self, note: Callable[..., None]) -> None:
         """Note when the process was stopped; before the start."""
-        self._stops = StopMeter(self._slots, note)
+        self._stops = StopDetector(self._slots, note)
 
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` on the thread, in its next turn."""

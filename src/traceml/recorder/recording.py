@@ -97,7 +97,7 @@ class Recording:
         self.thread = RecorderThread(
             self.flight, self.sender, self.tracing.scheduler(()), self.tracing.hook_ns, files=self.files
         )
-        self.thread.measure_stops(self.note)
+        self.thread.detect_stops(self.note)
 
     def connect(self) -> None:
         """Connect to the aggregator now.

@@ -39,8 +39,8 @@ class Losses:
 class SendCursor:
     """Position in one table: rows below `sent` are on the wire."""
 
-    def __init__(self, table: Ring | ByteLog | BlobTable, sent: int = 0) -> None:
-        self.table, self.sent = table, sent
+    def __init__(self, table: Ring | ByteLog | BlobTable) -> None:
+        self.table, self.sent = table, 0
         self.losses = Losses()
 
     def resume(self, seq: int) -> None:

@@ -117,7 +117,7 @@ def css_variables(theme: Theme) -> str:
     return "".join(f"--tm-{name}:{color};" for name, color in _named(theme).items())
 
 
-def _by_css(like: Theme) -> Theme:
+def _by_css() -> Theme:
     def var(name: str) -> str:
         return f"var(--tm-{name})"
 
@@ -127,15 +127,15 @@ def _by_css(like: Theme) -> Theme:
         muted=var("muted"),
         rule=var("rule"),
         ground=var("ground"),
-        phases=MappingProxyType({name: var(f"phases-{name}") for name in like.phases}),
-        users=tuple(var(f"users-{number}") for number in range(len(like.users))),
-        parts=MappingProxyType({name: var(f"parts-{name}") for name in like.parts}),
-        lines=tuple(var(f"lines-{number}") for number in range(len(like.lines))),
-        heat=tuple(var(f"heat-{number}") for number in range(len(like.heat))),
+        phases=MappingProxyType({name: var(f"phases-{name}") for name in LIGHT.phases}),
+        users=tuple(var(f"users-{number}") for number in range(len(LIGHT.users))),
+        parts=MappingProxyType({name: var(f"parts-{name}") for name in LIGHT.parts}),
+        lines=tuple(var(f"lines-{number}") for number in range(len(LIGHT.lines))),
+        heat=tuple(var(f"heat-{number}") for number in range(len(LIGHT.heat))),
         worse=var("worse"),
         better=var("better"),
     )
 
 
-BY_CSS = _by_css(LIGHT)
+BY_CSS = _by_css()
 """For drawings in a page whose style sheet declares the `css_variables` of a theme."""

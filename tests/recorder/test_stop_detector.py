@@ -15,7 +15,7 @@ import pytest
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
-from traceml.recorder.stop_meter import StopMeter
+from traceml.recorder.stop_detector import StopDetector
 
 _STOPPED_S = 2.0
 
@@ -24,18 +24,18 @@ SLEEPER = """
     import json, sys, threading, time
     from traceml.clock import monotonic_ns
     from traceml.database.schema import Slot
-    from traceml.recorder.stop_meter import StopMeter
+    from traceml.recorder.stop_detector import StopDetector
 
     slots = {Slot.STEP_START: monotonic_ns(), Slot.STEP: 7}
-    meter = StopMeter(slots, lambda kind, **facts: print(json.dumps({"kind": kind, **facts}), flush=True))
+    detector = StopDetector(slots, lambda kind, **facts: print(json.dumps({"kind": kind, **facts}), flush=True))
     ended, slept = threading.Event(), threading.Event()
 
     def run():
         while not ended.is_set():
-            meter.turn()
+            detector.turn()
             began_ns = monotonic_ns()
             ended.wait(0.1)
-            meter.slept(0.1, began_ns)
+            detector.slept(0.1, began_ns)
             slept.set()
 
     thread = threading.Thread(target=run)
@@ -96,11 +96,13 @@ def test_a_process_that_holds_the_gil_is_not_stopped(sleeper) -> None:
 def test_a_kernel_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the wait for cores a stop cannot be told from it, so nothing is noted, and nothing raises."""
     rows: list[str] = []
-    meter = StopMeter({Slot.STEP_START: 0, Slot.STEP: -1}, lambda kind, **_: rows.append(kind))
-    monkeypatch.setattr("traceml.recorder.stop_meter.ProcFile", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
-    meter.turn()
-    meter.slept(0.5, monotonic_ns() - 2_500_000_000)
-    meter.close()
+    detector = StopDetector({Slot.STEP_START: 0, Slot.STEP: -1}, lambda kind, **_: rows.append(kind))
+    monkeypatch.setattr(
+        "traceml.recorder.stop_detector.ProcFile", lambda *_: (_ for _ in ()).throw(FileNotFoundError())
+    )
+    detector.turn()
+    detector.slept(0.5, monotonic_ns() - 2_500_000_000)
+    detector.close()
 
     assert rows == []
 
@@ -118,11 +120,13 @@ def test_a_kernel_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_waiting_is_no_stop(monkeypatch: pytest.MonkeyPatch, used: tuple[int, int, int], noted: bool) -> None:
     """Who waits for a core, for the GIL or for a page was not stopped."""
     rows: list[str] = []
-    meter = StopMeter({Slot.STEP_START: 0, Slot.STEP: -1}, lambda kind, *, part, **_: rows.append(f"{kind} {part}"))
+    detector = StopDetector(
+        {Slot.STEP_START: 0, Slot.STEP: -1}, lambda kind, *, part, **_: rows.append(f"{kind} {part}")
+    )
     readings = iter([(5, 5, 5), tuple(5 + each for each in used)])
-    monkeypatch.setattr(StopMeter, "_used", lambda _: next(readings))
-    meter.turn()
-    meter.slept(0.5, monotonic_ns() - 2_500_000_000)
+    monkeypatch.setattr(StopDetector, "_used", lambda _: next(readings))
+    detector.turn()
+    detector.slept(0.5, monotonic_ns() - 2_500_000_000)
 
     assert rows == (["stopped startup"] if noted else [])
 
@@ -135,18 +139,18 @@ def test_a_suspended_machine_is_noted(
     rows: list[tuple[str, float, int, int]] = []
     slots = {Slot.STEP_START: 0, Slot.STEP: 6}
     readings = iter(seconds * 10**9 for seconds in (5, 5, 5 + asleep_s, 5 + asleep_s))
-    monkeypatch.setattr("traceml.recorder.stop_meter._suspended_ns", lambda: next(readings))
+    monkeypatch.setattr("traceml.recorder.stop_detector._suspended_ns", lambda: next(readings))
 
     def note(_kind: str, *, seconds: float, step: int, part: str, from_step: int, began_s: float) -> None:
         assert began_s <= time.time() - seconds + 1
         rows.append((part, seconds, from_step, step))
 
-    meter = StopMeter(slots, note)
-    meter.turn()
+    detector = StopDetector(slots, note)
+    detector.turn()
     slots[Slot.STEP] = 8
-    meter.slept(0.5, monotonic_ns())
-    meter.turn()
-    meter.close()
+    detector.slept(0.5, monotonic_ns())
+    detector.turn()
+    detector.close()
 
     assert rows == noted
 
@@ -155,9 +159,9 @@ def test_a_suspension_before_the_last_turn_is_noted(monkeypatch: pytest.MonkeyPa
     """A training that ends right after it has no further turn."""
     rows: list[str] = []
     readings = iter(seconds * 10**9 for seconds in (5, 5, 65))
-    monkeypatch.setattr("traceml.recorder.stop_meter._suspended_ns", lambda: next(readings))
-    meter = StopMeter({Slot.STEP_START: 0, Slot.STEP: 6}, lambda _kind, *, part, **_: rows.append(part))
-    meter.turn()
-    meter.close()
+    monkeypatch.setattr("traceml.recorder.stop_detector._suspended_ns", lambda: next(readings))
+    detector = StopDetector({Slot.STEP_START: 0, Slot.STEP: 6}, lambda _kind, *, part, **_: rows.append(part))
+    detector.turn()
+    detector.close()
 
     assert rows == ["suspended"]

@@ -11,14 +11,14 @@ from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
 from traceml.samplers.procfs import ProcFile
 
-__all__ = ["StopMeter"]
+__all__ = ["StopDetector"]
 
 _SHORTEST_NS = 1_500_000_000
 _MAX_CORE_WAIT = 0.25  # share of the time: more, and it waited for a core
 _MAX_SWITCHES = 20.0  # per second: a thread that waits for the GIL wakes 200 times a second
 
 
-class StopMeter:
+class StopDetector:
     """Tells a stopped process from one that waits for a core, the GIL or memory, when a sleep lasted too long.
 
     Whoever is stopped neither wakes nor waits for a core. All methods are for the thread that sleeps. Where the kernel
