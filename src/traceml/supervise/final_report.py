@@ -41,8 +41,8 @@ def load_card() -> None:
 
 def _import_card() -> None:
     time.sleep(_ASKING_S)
-    import traceml.display.other_trainings  # noqa: F401
-    import traceml.renderers.text.card  # noqa: F401
+    from traceml.display import other_trainings  # noqa: F401
+    from traceml.renderers.text import card  # noqa: F401
 
 
 def print_final_report(
