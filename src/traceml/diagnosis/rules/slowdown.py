@@ -292,7 +292,8 @@ def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[i
         slow = _steps_of(bins, change)
 
     return changes(
-        *(facts.samples.use(*steps, ranks) for steps in (usual, slow)),
+        facts.samples.use(*usual, ranks=ranks),
+        facts.samples.use(*slow, ranks=ranks),
         memory_of="container" if is_limited else "host",
         use_of=ranks_text(ranks) if ranks else "the training",
     )
