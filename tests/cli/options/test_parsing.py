@@ -53,7 +53,7 @@ def test_help_without_the_source_lists_the_options(capsys):
     ("words", "says"),
     [
         (["--jsn"], "did you mean --json?"),
-        (["extra"], "extra"),
+        (["extra"], "unrecognized arguments: extra"),
         (["--count", "x"], "--count"),
         (["--count"], "--count needs a value"),
         (["--kind", "c"], "--kind: invalid choice: 'c'"),

@@ -165,8 +165,11 @@ def _with_hyphens(word: str) -> str:
 
 def _unknown_text(words: Sequence[str], known: Sequence[str]) -> str:
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
-    near = get_close_matches(options[0], known, 1, 0.7) if options else []
-    return f"unrecognized options: {', '.join(options or words)}{f'; did you mean {near[0]}?' if near else ''}"
+    if not options:
+        return f"unrecognized arguments: {', '.join(words)}"
+
+    near = get_close_matches(options[0], known, 1, 0.7)
+    return f"unrecognized options: {', '.join(options)}{f'; did you mean {near[0]}?' if near else ''}"
 
 
 def config_over(runs_dir: str | None) -> Config:
