@@ -100,7 +100,7 @@ def test_an_agent_imports_no_more_than_it_needs() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     before, after = (set(line.split()) for line in shown.splitlines())
 
-    assert "traceml.launch.agent.agent_hello" in before
+    assert "traceml.launch.agent.machine" in before
     assert "traceml.launch.agent.worker_group" not in before
     assert not {"inspect", "zipfile", "traceml.database", "traceml.privacy"} & after
     assert not {"platform", "shutil", "traceml.formatting"} & (before | after)

@@ -9,7 +9,7 @@ import pytest
 import traceml
 from tests.launch import jobs
 from traceml.errors import UsageError
-from traceml.launch.launcher.function_call import FunctionCall, read_call
+from traceml.launch.launcher.launch_options import FunctionCall, read_call
 
 
 @pytest.mark.parametrize(

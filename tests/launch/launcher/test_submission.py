@@ -16,7 +16,7 @@ from tests.launch.hosts import Slurm
 from traceml import cli
 from traceml.errors import SlurmError, TraceMLError, UsageError
 from traceml.launch.launcher.launcher import Launcher
-from traceml.launch.launcher.submission.slurm_options import SlurmOptions
+from traceml.launch.launcher.submission.submitting import SlurmOptions
 
 pytestmark = pytest.mark.timeout(400)  # jobs start one after the other, and each imports torch
 _LONG_S = 150

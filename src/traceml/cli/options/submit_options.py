@@ -73,8 +73,7 @@ def submit_script(
         tracing: arguments of its `Tracing`; None: it is not traced.
     """
     from traceml.launch.launcher.submission.allocation_call import AllocationCall
-    from traceml.launch.launcher.submission.slurm_options import SlurmOptions
-    from traceml.launch.launcher.submission.submitting import submit
+    from traceml.launch.launcher.submission.submitting import SlurmOptions, submit
 
     asked = {key: value for key in _ASKED if (value := getattr(options, key)) is not None}
     slurm = SlurmOptions(**asked, sbatch=dict(map(_sbatch_option, options.sbatch)))

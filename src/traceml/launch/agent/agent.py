@@ -188,11 +188,7 @@ class Agent:
         self._preparing = True
         try:
             self._zygote = ZygoteClient(
-                self._selector,
-                spec,
-                mark=self._mark,
-                on_message=self._on_zygote,
-                on_output=self._forward_output,
+                self._selector, spec, mark=self._mark, on_message=self._on_zygote, on_output=self._forward_output
             )
         except OSError as error:
             self._send_prepared(message["job"], error={"kind": "died", "text": str(error)})

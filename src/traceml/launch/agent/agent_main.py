@@ -1,22 +1,29 @@
-"""Program of an agent: its standard streams, its session and its status."""
+"""Program of an agent: its standard streams, its session, its description of this host, and its status."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from traceml.launch.agent.agent_hello import hello
+from traceml.clock import boot_id
+from traceml.inspection.kernel_state import process_info
+from traceml.launch.agent.machine import addresses, count_gpus
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
+from traceml.launch.wire.payload_buffer import can_reach
 from traceml.launch.wire.process_cleanup import become_subreaper
+from traceml.version import __version__
 
 __all__ = ["main"]
 
 # A launcher whose loop runs sends something every few seconds.
 _SILENCE_S = 20.0
+_VERSION = 1
 
 
 def main(*, local: bool = False) -> NoReturn:
@@ -61,7 +68,7 @@ def main(*, local: bool = False) -> NoReturn:
 def _serve(channel: Channel, *, silence_s: float) -> str:
     """Introduce this host, and serve until the launcher is gone or ends the agent; return the reason."""
     mark = os.urandom(12).hex()
-    channel.send("hello", mark=mark, **hello())
+    channel.send("hello", mark=mark, **_hello())
     with contextlib.suppress(ChannelClosedError):  # the agent's loop notices it
         channel.flush()
 
@@ -69,3 +76,29 @@ def _serve(channel: Channel, *, silence_s: float) -> str:
     from traceml.launch.agent.agent import Agent
 
     return Agent(channel, mark=mark, silence_s=silence_s).run()
+
+
+def _hello() -> dict[str, Any]:
+    """Return the description of this agent and its host, its first message."""
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    try:
+        netns = str(Path("/proc/self/ns/net").readlink())
+    except OSError:
+        netns = ""
+
+    return {
+        "v": _VERSION,
+        "pid": os.getpid(),
+        "hostname": socket.gethostname(),
+        "python": sys.version.split()[0],
+        "executable": sys.executable,
+        "cores": len(os.sched_getaffinity(0)),
+        "address": connection[2] if len(connection) == 4 else None,
+        "peer": connection[0] if len(connection) == 4 else None,
+        "boot_id": boot_id(),
+        "netns": netns,
+        "addresses": list(addresses().values()),
+        "gpus": count_gpus(os.environ),
+        "near": (guard := process_info(os.getppid())) is not None and can_reach(guard.parent),
+        "traceml": __version__,
+    }

@@ -92,13 +92,7 @@ class WorkerGroup:
         ]
         ours, theirs = FdSocket.pair()
         worker = WorkerState(
-            rank,
-            local_rank,
-            socket=ours,
-            worker_end=theirs,
-            streams=list(streams.values()),
-            readers=readers,
-            tail=tail,
+            rank, local_rank, socket=ours, worker_end=theirs, streams=list(streams.values()), readers=readers, tail=tail
         )
         self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(worker))
         return worker

@@ -1,16 +1,111 @@
-"""State of one worker, as its agent knows it."""
+"""State of one worker, as its agent knows it, and its Python stacks."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from typing import Any
 
+from traceml.inspection.kernel_state import wait_state
+from traceml.inspection.stack_signal import SignaledStacks, create_stack_file
+from traceml.inspection.stack_text import main_first
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
-from traceml.launch.agent.stack_reader import StackReader
 from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
 
-__all__ = ["WorkerState"]
+__all__ = ["StackReader", "WorkerState"]
+
+# A worker that has a core answers within the interpreter's switch interval, 5 ms, unless the GIL is held in C. On a
+# busy host one whose threads run Python code may take its time.
+_SILENT_S, _GIVE_UP_S, _BUSY_GIVE_UP_S = 1.0, 1.3, 4.0
+_STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "waiting for a disk or a device",
+    "T": "stopped",
+    "t": "stopped by a debugger",
+    "Z": "dead",
+    "X": "gone",
+}
+
+
+class StackReader:
+    """The agent's side of a worker's stacks."""
+
+    def __init__(self) -> None:
+        self._socket, self._worker_end = FdSocket.pair()
+        self._file = create_stack_file()
+        self._thread: int | None = None
+        self._waiting = self._closed = False
+        self._text = ""
+        self._pid = 0
+        self._requested_s, self._give_up_s = 0.0, _GIVE_UP_S
+        self._signaled: SignaledStacks | None = None
+
+    @property
+    def worker_fds(self) -> tuple[int, int]:
+        """The worker's ends: the socket of its thread, and the file of its faulthandler."""
+        return self._worker_end.fileno(), self._file
+
+    def started(self) -> None:
+        """Close the worker's end here."""
+        self._worker_end.close()
+
+    def request(self, pid: int) -> None:
+        """Request a worker's stacks."""
+        self._receive()
+        self._pid, self._text, self._signaled = pid, "", None
+        self._requested_s, self._give_up_s = time.monotonic(), _GIVE_UP_S
+        if not self._waiting:  # else the answer to an earlier request is still to come
+            try:
+                self._socket.send("stacks")
+                self._waiting = True
+            except OSError:
+                return
+
+    def done(self) -> bool:
+        """Return whether the stacks are complete, or the worker does not answer."""
+        self._receive()
+        if self._text or self._closed:
+            return True
+
+        silent_s = time.monotonic() - self._requested_s
+        if self._signaled is None and silent_s > _SILENT_S and self._thread is not None:
+            self._signaled = SignaledStacks(self._pid, self._file, silent_thread=self._thread)
+
+        if self._signaled is not None and self._signaled.step():
+            self._text = main_first(self._signaled.text)
+            self._give_up_s = _BUSY_GIVE_UP_S if self._signaled.may_run_python else _GIVE_UP_S
+            self._signaled = None
+
+        return bool(self._text) or (self._signaled is None and silent_s > self._give_up_s)
+
+    def answer(self, pid: int | None) -> dict[str, Any]:
+        """Return the stacks, the main thread's first, and the kernel's state: `stack`, `state`, `wchan`."""
+        seen = wait_state(pid or 0)
+        return {"stack": self._text, "state": _STATES.get(seen.state, seen.state), "wchan": seen.wchan}
+
+    def close(self) -> None:
+        """Close our ends."""
+        self._socket.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+        self._closed = True
+
+    def _receive(self) -> None:
+        """Take the messages of the worker's thread."""
+        try:
+            while not self._closed and (received := self._socket.receive(wait=False)) is not None:
+                message, _ = received
+                if message["t"] == "thread":
+                    self._thread = message["tid"]
+                else:
+                    self._waiting, self._text = False, message["text"]
+        except EOFError:
+            self._closed = True
 
 
 class WorkerState:

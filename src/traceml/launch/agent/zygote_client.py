@@ -18,19 +18,8 @@ __all__ = ["ZygoteClient", "ZygoteSpec"]
 
 # Variables that the loader, Python or libraries read at start-up; a worker can set all others itself.
 _STARTUP_PREFIXES = (
-    "LD_",
-    "PYTHON",
-    "MALLOC_",
-    "GLIBC_",
-    "OMP_",
-    "KMP_",
-    "GOMP_",
-    "MKL_",
-    "OPENBLAS_",
-    "TORCH",
-    "PYTORCH",
-    "ATEN_",
-)
+    "LD_", "PYTHON", "MALLOC_", "GLIBC_", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH", "ATEN_",
+)  # fmt: skip
 # Sourced in the folder of the job, as paths may be relative; a file with a syntax error is not sourced at all.
 _SOURCE = """
 cd -- "$1" || exit 97; file=$2; shift 2

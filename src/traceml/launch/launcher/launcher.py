@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from traceml.launch.launcher.function_call import read_call
-from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchOptions, LaunchResult
+from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchOptions, LaunchResult, read_call
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.submission.submitted_job import SubmittedJob
@@ -109,8 +108,7 @@ class Launcher(LaunchOptions):
             UsageError: an argument has an invalid value.
         """
         from traceml.launch.launcher.submission.allocation_call import AllocationCall
-        from traceml.launch.launcher.submission.slurm_options import SlurmOptions
-        from traceml.launch.launcher.submission.submitting import submit
+        from traceml.launch.launcher.submission.submitting import SlurmOptions, submit
 
         self.check()
         own = {"func_args": func_args, "func_kwargs": func_kwargs, "log_handlers": log_handlers}

@@ -17,18 +17,9 @@ import msgpack
 from traceml.errors import ProtocolError, TraceMLError
 
 __all__ = [
-    "CHUNK_BYTES",
-    "GREETING",
-    "MAX_MESSAGE_BYTES",
-    "ChannelClosedError",
-    "ChannelDecoder",
-    "FrameKind",
-    "credit_frame",
-    "credit_of",
-    "frame_head",
-    "map_of",
-    "message_frame",
-]
+    "CHUNK_BYTES", "GREETING", "MAX_MESSAGE_BYTES", "ChannelClosedError", "ChannelDecoder", "FrameKind", "credit_frame",
+    "credit_of", "frame_head", "map_of", "message_frame",
+]  # fmt: skip
 
 # Written first by an agent: everything before it is noise (banners, output of a shell's start-up files).
 GREETING = b"\n\x00traceml-agent/1\x00\n"

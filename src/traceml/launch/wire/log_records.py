@@ -20,21 +20,9 @@ import msgpack
 __all__ = ["FIELDS", "RecordDecoder", "RecordHandler", "install"]
 
 FIELDS = (
-    "name",
-    "levelno",
-    "levelname",
-    "created",
-    "msecs",
-    "pathname",
-    "filename",
-    "module",
-    "lineno",
-    "funcName",
-    "process",
-    "processName",
-    "thread",
-    "threadName",
-)
+    "name", "levelno", "levelname", "created", "msecs", "pathname", "filename", "module", "lineno", "funcName",
+    "process", "processName", "thread", "threadName",
+)  # fmt: skip
 _CHUNK = struct.Struct("<HI?")
 _CHUNK_BYTES = select.PIPE_BUF - _CHUNK.size
 _MAX_MESSAGE_CHARACTERS = 1024 * 1024

@@ -133,7 +133,7 @@ def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | Non
                     if _fork(agent, *request):
                         return _close_in_worker(selector, agent, (read_end, write_end), request)
             except (EOFError, OSError):
-                _clean_up(mark)
+                terminate_all(lambda: find_leftovers([os.getpid()], mark=mark), grace_s=0)  # the agent is gone
                 return None
 
 
@@ -182,12 +182,6 @@ def _close_in_worker(
         os.close(fd)
 
     return request
-
-
-def _clean_up(mark: str) -> None:
-    """End the processes of the job, as the agent is gone."""
-    own = os.getpid()
-    terminate_all(lambda: find_leftovers([own], mark=mark), grace_s=0)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import pytest
 
 from traceml.errors import SlurmError, WorkerFailedError
 from traceml.launch.launcher import assembly
-from traceml.launch.launcher.function_call import FunctionCall
-from traceml.launch.launcher.launch_options import LaunchOptions
+from traceml.launch.launcher.launch_options import FunctionCall, LaunchOptions
 from traceml.launch.launcher.submission.allocation_call import AllocationCall
 
 

@@ -57,10 +57,7 @@ class JobFailure:
     """
 
     def __init__(
-        self,
-        error: BaseException | Callable[[], BaseException],
-        secondary: bool = False,
-        rank: int | None = None,
+        self, error: BaseException | Callable[[], BaseException], secondary: bool = False, rank: int | None = None
     ) -> None:
         self.secondary, self.rank = secondary, rank
         self._error = error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
@@ -137,11 +138,5 @@ def _candidates(first: JobHost, others: list[JobHost]) -> Iterator[str | None]:
 
 def _common_prefix(one: str, other: str) -> int:
     """Return the number of leading parts that two addresses have in common."""
-    count = 0
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-
-        count += 1
-
-    return count
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

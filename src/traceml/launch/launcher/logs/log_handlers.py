@@ -16,13 +16,13 @@ from traceml.settings import load
 
 __all__ = [
     "LineHandler",
+    "PlainHandler",
     "SourceFilter",
     "add_filter_to_handler",
     "file_handler",
     "level_of",
     "log_level",
     "new_log_folder",
-    "plain_handler",
     "stream_handler",
 ]
 
@@ -64,25 +64,8 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
     return _StreamHandler(hostname, local_rank, stream)
 
 
-def plain_handler(
-    hostname: str, local_rank: int | None = None, out: TextIO | None = None, err: TextIO | None = None
-) -> LineHandler:
-    """Return a handler that writes a worker's output unchanged.
-
-    Args:
-        hostname: the host, as it is named in `hostnames`.
-        local_rank: the worker's; None for the host's agent.
-        out: target of its stdout; None for `sys.stdout`.
-        err: target of its stderr; None for `sys.stderr`.
-    """
-    return _PlainHandler(hostname, local_rank, out, err)
-
-
 def add_filter_to_handler(
-    handler: logging.Handler,
-    hostname: str,
-    local_rank: int | None = None,
-    log_level: int | str = logging.NOTSET,
+    handler: logging.Handler, hostname: str, local_rank: int | None = None, log_level: int | str = logging.NOTSET
 ) -> None:
     """Restrict `handler` to the output of one worker, or of one host's agent.
 
@@ -332,18 +315,25 @@ class _StreamHandler(LineHandler):
             stream.flush()
 
 
-class _PlainHandler(_StreamHandler):
-    """Writes stderr and records of `logging` to another stream than stdout."""
+class PlainHandler(_StreamHandler):
+    """Writes a worker's output unchanged: its stderr and records of `logging` to `err`, else its stdout to `out`.
 
-    def __init__(self, hostname: str, local_rank: int | None, out: TextIO | None, err: TextIO | None) -> None:
+    Args:
+        out: None for `sys.stdout`.
+        err: None for `sys.stderr`.
+    """
+
+    def __init__(self, hostname: str, local_rank: int, out: TextIO | None, err: TextIO | None) -> None:
         super().__init__(hostname, local_rank, None, layout="%(message)s")
         self._out, self._err = out, err
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record to `err`."""
         self._stream = self._err or sys.stderr
         super().emit(record)
 
     def write_lines(self, text: str, level: int, kind: str) -> None:  # noqa: ARG002 - one needs the level, one the kind
+        """Write whole lines to the stream of their kind."""
         stream = (self._err or sys.stderr) if kind == "err" else (self._out or sys.stdout)
         if stream is not self._stream:
             self.flush_lines()  # keep the order of arrival

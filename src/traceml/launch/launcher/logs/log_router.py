@@ -24,9 +24,9 @@ from typing import Any, Literal
 from traceml.errors import UsageError
 from traceml.launch.launcher.logs.log_handlers import (
     LineHandler,
+    PlainHandler,
     SourceFilter,
     file_handler,
-    plain_handler,
     stream_handler,
 )
 from traceml.launch.wire.log_records import RecordDecoder
@@ -83,7 +83,7 @@ def make_handlers(
     first = next(iter(hosts))
     made: list[logging.Handler] = [
         stream_handler(first, stream=err if plain else out),
-        plain_handler(first, 0, out, err) if plain else stream_handler(first, 0, out),
+        PlainHandler(first, 0, out, err) if plain else stream_handler(first, 0, out),
     ]
     folder = log_folder()
     if folder is None:

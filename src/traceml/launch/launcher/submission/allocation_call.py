@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from traceml.errors import SlurmError
-from traceml.launch.launcher.function_call import FunctionCall
-from traceml.launch.launcher.launch_options import LaunchOptions
+from traceml.launch.launcher.launch_options import FunctionCall, LaunchOptions
 from traceml.process_ends import EndedBySignal, ended_by
 from traceml.supervise.slurm_jobs import is_cancelled, read_job, requeue_job, scheduler_end
 
