@@ -137,6 +137,30 @@ def test_evaluation_without_a_loader(traced: Traced, loop: Callable[[], None]) -
     assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("with_loader", [True, False])
+def test_set_up_of_the_next_fold_is_no_evaluation(traced: Traced, with_loader: bool) -> None:
+    """It comes after the last call, and another model is made and trained then, which is in training mode."""
+    set_up_s = 5 * REST_S
+    for _ in range(4):
+        time.sleep(set_up_s)
+        model = net()
+        optimizer = sgd(model)
+        for (x,) in data(5) if with_loader else [[X]] * 5:
+            train(model, optimizer, x)
+
+        model.eval()
+        with torch.no_grad():
+            for (x,) in data(CALLS) if with_loader else [[X]] * CALLS:
+                model(x)
+                time.sleep(0.001)
+
+    rows, evals = traced.finish(), traced.table("evals")
+    assert len(rows) == 20
+    assert len(evals) == 4
+    assert all(row["ns"] < set_up_s * 1e9 / 2 for row in evals)
+    assert [row["step"] for row in rows if row["total_ns"] > set_up_s * 1e9 / 2] == [5, 10, 15]
+
+
 def sampling_before_the_epoch() -> list[int]:
     """As NCF does: its next epoch has other samples. Nothing comes after the last evaluation."""
     model = net()

@@ -31,6 +31,7 @@ class StepRules(Protocol):
     open: bool
     explicit: bool
     exhausted_loader: Any
+    prepares: bool
 
     def begin_first_step(self, t: int) -> None:
         """Begin the first step."""
@@ -119,6 +120,7 @@ class EvaluationStretch:
                 self._rules.end_ready_part(t)
 
         clock.book_user_phases(t)
+        self._rules.prepares = False
         self.start, self._calls, self._last_call = t, 1, t
         self._times, self._closes_at = clock.times, clock.closes_at
         clock.closes_at = CHECK_FORWARD
@@ -132,6 +134,10 @@ class EvaluationStretch:
             self._rules.begin_first_step(t)
             return
 
+        if self._rules.prepares:
+            t = self.last_end(t)
+
+        self._rules.prepares = False
         clock.book_user_phases(t)
         kept = self._times + [0] * (len(clock.zeros) - len(self._times))
         saving = clock.times[_CHECKPOINT] - kept[_CHECKPOINT]
@@ -151,7 +157,7 @@ class EvaluationStretch:
         clock.plan_detail()
 
     def last_end(self, t: int) -> int:
-        """Return when the run's last stretch ended: if the script then does more, after what is usual for a call.
+        """Return when a stretch ended: if the script then does more than evaluate, after what is usual for a call.
 
         Or for the work after the last call, as long as in the stretches before.
         """
@@ -160,7 +166,7 @@ class EvaluationStretch:
         usual_ns = max(between_ns, call_ns)
         saving_ns = self._clock.times[_CHECKPOINT] - self._times[_CHECKPOINT]
         rest_ns = t - self._last_call - saving_ns
-        if rest_ns >= _PREPARATION * usual_ns:
+        if self._rules.prepares or rest_ns >= _PREPARATION * usual_ns:
             rest_ns = min(rest_ns, max(usual_ns, self._longest_rest_ns))
 
         return self._last_call + rest_ns + saving_ns

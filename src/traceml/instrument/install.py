@@ -401,7 +401,7 @@ class Instrumentation:
             self._guarded(lambda: self._discovery.note_optimizer(optimizer))
             if self.clock.thread == get_ident():
                 self._guarded(self._discovery.search_recent)
-                self._guarded(self.clock.optimizer_made)
+                self._guarded(lambda: self.clock.optimizer_made(trains_others=self._facts.trains_others(optimizer)))
 
         self._patches.wrap(optimizer_type, "__init__", __init__)
 

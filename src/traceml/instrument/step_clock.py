@@ -404,8 +404,13 @@ class StepClock(SegmentedStep):
         """Decide whether backward passes take the slow path."""
         self.detail = self.awaits_backward or self.fuses or not self.optimizers_seen or self.is_detailed(self.rows)
 
-    def optimizer_made(self) -> None:
-        """Handle a new optimizer: it may step in the open step, after another one."""
+    def optimizer_made(self, *, trains_others: bool = False) -> None:
+        """Handle a new optimizer: it may step in the open step, after another one.
+
+        Args:
+            trains_others: whether its parameters are not those of the optimizer before it.
+        """
+        self.prepares |= trains_others
         if self.optimizers_seen:
             self.has_new_optimizer = True
             self.usual_loader = NOT_READY

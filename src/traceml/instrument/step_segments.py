@@ -54,6 +54,7 @@ class SegmentedStep(PhaseTimer):
         self.joined = 0  # row of the last step in which another optimizer stepped, too
         self.first_part: _FirstPart | None = None  # of a step that another optimizer has joined
         self.longest_rest_ns = 0  # from the last batch of an evaluation to its end
+        self.prepares = False  # another model is to be trained since the last evaluation call, as in the next fold
 
     def _close_prefix(self) -> None:
         """Append the row of the part before the cut; the part after it becomes the next step."""
@@ -152,7 +153,14 @@ class SegmentedStep(PhaseTimer):
         self.dirty = True
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
-        """Move the segment from the step to evaluation; its checkpoint time stays in the step."""
+        """Move the segment from the step to evaluation; its checkpoint time stays in the step.
+
+        Without batches it is the time after them, of which set-up for another model is no part.
+        """
+        if self.prepares and not batches:
+            t = self.usual_rest_end(t)
+
+        self.prepares = False
         times_at_cut = [] if self.times_at_cut is None else self.times_at_cut
         kept = times_at_cut + [0] * (len(self.zeros) - len(times_at_cut))
         saving = self._saving_ns()
@@ -181,9 +189,9 @@ class SegmentedStep(PhaseTimer):
             self.device.discard()
 
     def usual_rest_end(self, t: int) -> int:
-        """Return when the work after the batches of the run's last evaluation ended: as late as in those before.
+        """Return when the work after the batches of an evaluation ended: as late as in those before.
 
-        What the script does at its end would belong to the evaluation.
+        What the script does at its end, or before the training of another model, would belong to the evaluation.
         """
         saving = self._saving_ns()
         return self.seg_start + saving + min(t - self.seg_start - saving, _FACTOR * self.longest_rest_ns)

@@ -125,13 +125,20 @@ class FactReports:
 
         step, first = self._clock.step, first_parameter(optimizer)
         self.report(optimizer_facts(optimizer), step=step)
-        if first is None or (self._trained is not None and self._trained() is first):
+        if first is None or (self._trained is not None and not self.trains_others(optimizer)):
             return
 
         self._trained = weakref.ref(first)
         self._begins += step > 0
         if 0 < self._begins <= _MAX_BEGINS:
             self.report({"kind": "training_begins", "step": step})
+
+    def trains_others(self, optimizer: Any) -> bool:
+        """Return whether an optimizer has other parameters than the newest one that has stepped."""
+        from traceml.instrument.facts.descriptions import first_parameter
+
+        first = first_parameter(optimizer)
+        return first is not None and self._trained is not None and self._trained() is not first
 
     def debugging(self) -> None:
         """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""
