@@ -243,6 +243,14 @@ def test_waiting_for_other_programs_most_of_the_time_comes_first(busy, waited, f
     assert found[0].kind is first
 
 
+@pytest.mark.parametrize(("counted_s", "is_told"), [(0.0, False), (0.5, False), (2.0, True)])
+def test_half_a_second_of_training_does_not_show_that_it_lacks_cores(counted_s: float, is_told: bool) -> None:
+    """Ranks that hang after 40 short steps waited for cores in their start-up: that costs their steps nothing."""
+    facts = replace(crowded(samples(busy=0.5), waited=0.9), core_wait_s={0: counted_s})
+
+    assert bool(cpu_contention(facts)) is is_told
+
+
 @pytest.mark.parametrize(("counted_s", "is_told"), [(1.0, False), (10.0, True)])
 def test_a_second_of_readings_does_not_show_that_ranks_have_their_cores(counted_s: float, is_told: bool) -> None:
     """A rank that shares its core with a program for that second is late in each step; such as before a hang."""

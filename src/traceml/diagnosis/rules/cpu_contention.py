@@ -16,6 +16,8 @@ __all__ = ["OTHERS_CORES", "core_takers", "cpu_contention", "is_kept_waiting"]
 OTHERS_CORES = 0.5
 """Other programs are named if they use this many cores or more."""
 _MAX_SHARE = 0.9
+_MIN_COUNTED_S = 1.0
+"""In less training than this the first steps and the start-up before them are most of what was counted."""
 _MOSTLY = 0.5
 """From this share on, waiting for other programs is a finding of its own, not a remark on another one."""
 _IN_SCRIPT = " (or torch.set_num_threads, where the script calls that)"
@@ -26,7 +28,8 @@ _SOME_SHARE = 0.25
 def cpu_contention(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks that had too few cores."""
     use, (ranks, waited) = facts.use, _waiting(facts)
-    if waited < WARNING_SHARE:
+    counted_s = list(facts.core_wait_s.values())
+    if waited < WARNING_SHARE or (counted_s and np.median(counted_s) < _MIN_COUNTED_S):
         return []
 
     waited = min(waited, _MAX_SHARE)
