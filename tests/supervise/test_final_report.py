@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,21 @@ def test_other_trainings_of_the_script_are_named(tmp_path: Path, others: int, wo
     assert ("child-0" in last) is bool(others)
     assert "another," not in last
     assert "alike" not in last
+
+
+LOADING = """
+import sys, threading
+from traceml.supervise.final_report import load_card
+load_card()
+for thread in threading.enumerate():
+    if thread.name == "traceml-card":
+        thread.join()
+before = set(sys.modules)
+import traceml.renderers.text.card, traceml.display.other_trainings
+print(before >= set(sys.modules))
+"""
+
+
+@pytest.mark.process
+def test_what_prints_the_card_is_loaded_before_it_is_asked() -> None:
+    assert subprocess.check_output([sys.executable, "-c", LOADING], text=True) == "True\n"

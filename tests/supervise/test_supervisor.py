@@ -61,6 +61,15 @@ def test_an_aggregator_that_does_not_answer_at_the_end_is_replaced(tmp_path: Pat
     assert not list((tmp_path / "runs" / ".open").iterdir())
 
 
+def test_the_end_is_prepared_when_the_ranks_have_said_bye(tmp_path: Path) -> None:
+    """Their processes take a moment to end: here this one waits for the preparation."""
+    told = tmp_path / "told"
+    script = f"import traceml; traceml.init(); traceml.shutdown(); wait_for({str(told)!r}); sys.exit(5)"
+    job = LocalJob([sys.executable, "-c", _FIND + script], elastic=False, run_id="a-run", runs_dir=tmp_path / "runs")
+    with Supervisor(job, on_completing=told.touch) as supervisor:
+        assert supervisor.run() == JobOutcome(status=5, finished=True)
+
+
 def test_an_aggregator_that_dies_again_and_again_is_started_again(tmp_path: Path) -> None:
     """However often it was killed, the next one is there at the end, and the job has not been touched."""
     outcome, run_dir = supervise(

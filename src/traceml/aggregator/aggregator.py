@@ -59,6 +59,7 @@ class Aggregator:
     Args:
         delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
+        on_left: called when all ranks of a run have said bye; their processes take a moment to end.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
@@ -76,6 +77,7 @@ class Aggregator:
         run_id: str | None = None,
         exit_when_idle: bool = False,
         on_rank: Callable[[], object] | None = None,
+        on_left: Callable[[], object] | None = None,
         on_run_finished: Callable[[Path], object] | None = None,
         on_run_settled: Callable[[Path], object] | None = None,
         retention_gb: float | None = None,
@@ -91,6 +93,7 @@ class Aggregator:
         self._run_id = run_id
         self._exit_when_idle = exit_when_idle
         self._on_rank = on_rank
+        self._on_left = on_left
         self._on_run_finished = on_run_finished
         self._on_run_settled = on_run_settled
         # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
@@ -452,6 +455,9 @@ class Aggregator:
         run, stream = peer.context
         run.bye(stream, reason, peer, failures)
         run.commit(force=True)
+        if self._on_left is not None and all(each.ended for each in run.streams):
+            self._on_left()
+
         if run.ingest.waiting:
             self._schedule()
 

@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
             run_id=options.run_id,
             exit_when_idle=options.exit_when_idle,
             on_rank=reports.prepare if options.exit_when_idle else None,
+            on_left=partial(_tell, options.left_fd) if options.left_fd is not None else None,
             on_run_finished=lambda run_dir: _log.info("report: %s", reports.write(run_dir)),
             on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
@@ -119,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
-    for descriptor in ("--fd", "--folder-fd", "--ready-fd"):
+    for descriptor in ("--fd", "--folder-fd", "--ready-fd", "--left-fd"):
         parser.add_argument(descriptor, type=NumberRange(minimum=0), help=argparse.SUPPRESS)
 
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
@@ -211,6 +212,12 @@ def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregato
 
     if options.fd is None:
         print(f"traceml aggregator at {host}:{port}, runs go to {aggregator.registry.runs_dir}", flush=True)
+
+
+def _tell(descriptor: int) -> None:
+    """Write a byte for the launcher, which may have died, or may not read."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b"\n")
 
 
 def _clean_up(reports: ReportProcess, run_dir: Path, *, keep: int | None) -> None:

@@ -66,6 +66,7 @@ class AggregatorProcess(RestartingProcess):
         self.runs_dir = runs_dir
         self.token = os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()  # `secrets` takes 5 ms to import
         self._listener: socket.socket | None = None
+        self._left: tuple[int, int] | None = None
         self._stopping = False
         self._on_completing, self._on_delivery = on_completing, on_delivery
         self._settings = dict(settings or {})
@@ -83,6 +84,17 @@ class AggregatorProcess(RestartingProcess):
     def run_dir(self) -> Path:
         """The run's folder."""
         return self.runs_dir / self.run_id
+
+    def watch_ranks(self) -> int:
+        """Return a descriptor that can be read when all ranks have said bye; `close` closes it.
+
+        Call it before the start. The processes of the ranks take a moment to end then.
+        """
+        if self._left is None:
+            self._left = os.pipe()
+            os.set_blocking(self._left[1], False)
+
+        return self._left[0]
 
     def environ(self, address: str | None = None) -> dict[str, str]:
         """Return the variables by which a rank finds the aggregator and its run.
@@ -130,13 +142,18 @@ class AggregatorProcess(RestartingProcess):
         fd = self._listen().fileno()
         command = own_program("traceml", "serve", "--fd", str(fd), "--run-id", self.run_id)
         command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle"]
+        passed = [fd]
+        if self._left is not None:
+            command += ["--left-fd", str(self._left[1])]
+            passed.append(self._left[1])
+
         with log:
             return spawn(
                 command,
                 environ={**os.environ, **self._settings, "TRACEML_TOKEN": self.token},
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=(fd,),
+                pass_fds=passed,
                 own_session=True,
             )
 
@@ -205,6 +222,9 @@ class AggregatorProcess(RestartingProcess):
             self.process.terminate()
 
         self.wait_or_kill(_STOP_TIMEOUT_S)
+        descriptors, self._left = self._left or (), None
+        for each in descriptors:
+            os.close(each)
 
     def _listen(self) -> socket.socket:
         if self._listener is None:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
@@ -31,18 +32,19 @@ _MOVED = (
 
 
 def load_card() -> None:
-    """Import the card's modules on a thread, while the aggregator completes the run: this takes a tenth of a second.
+    """Import the card's modules on a thread: this takes a tenth of a second.
 
-    Call it just before the aggregator is asked to. Not earlier: the supervisor stays small while the job runs, and each
-    answer of the aggregator would wait for the import to release the lock.
+    Call it when the ranks have said bye, or else just before the aggregator is asked to complete the run. Not earlier:
+    the supervisor stays small while the job runs. Not later: each answer of the aggregator would wait for the import
+    to release the lock. Again, it does nothing.
     """
     threading.Thread(target=_import_card, name="traceml-card", daemon=True).start()
 
 
 def _import_card() -> None:
     time.sleep(_ASKING_S)
-    from traceml.display import other_trainings  # noqa: F401
-    from traceml.renderers.text import card  # noqa: F401
+    import_module("traceml.renderers.text.card")
+    import_module("traceml.display.other_trainings")  # asked after the card is printed
 
 
 def print_final_report(

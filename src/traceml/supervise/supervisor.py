@@ -101,7 +101,8 @@ class Supervisor:
             on_start: called once when the aggregator runs, before the job is started.
             on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
-            on_completing: called when the processes of the job have ended, and the run is being completed.
+            on_completing: called when the ranks have said bye, and again when their processes have ended, before the
+                run is completed.
         """
         self._job = job
         self._make_screen = make_screen
@@ -110,7 +111,7 @@ class Supervisor:
         self._aggregator = AggregatorProcess(
             job.run_id, job.runs_dir, on_completing=on_completing, on_delivery=on_delivery, settings=job.environ
         )
-        self._on_start, self._on_tick = on_start, on_tick
+        self._on_start, self._on_tick, self._on_completing = on_start, on_tick, on_completing
         self._failures: list[dict[str, Any]] = []
         self._told_well, self._well_since_s = 0, 0.0  # how many of the good ends the aggregator knows
         self._signals: set[int] = set()
@@ -135,6 +136,7 @@ class Supervisor:
 
     def run(self) -> JobOutcome:
         """Run the job; return when all its processes have ended and the run is stored."""
+        self._selector.register(self._aggregator.watch_ranks(), selectors.EVENT_READ, "left")
         self._aggregator.start()
         if self._on_start is not None:
             self._on_start()
@@ -211,6 +213,11 @@ class Supervisor:
                     self._read_failures(ready["failures"].fd)
 
                 self._tell_good_ends()
+                if "left" in ready:
+                    self._selector.unregister(ready["left"].fd)
+                    self._aggregator.prepare_requests()
+                    self._on_completing()
+
                 self._pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if time.monotonic() > requests_from_s:
