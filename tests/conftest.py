@@ -53,7 +53,7 @@ _PROCESS_PATHS = (
     "track/rank/test_collectors.py",
     "track/test_everywhere.py",
 )
-_ALONE_PATHS = ("end_to_end/test_core_takers.py", "end_to_end/test_verdicts.py")
+_ALONE_PATHS = ("end_to_end/test_competing_processes.py", "end_to_end/test_verdicts.py")
 _LEFT_OUT = {"not process": _PROCESS_PATHS, "not alone and not frameworks": _ALONE_PATHS}  # by the value of `-m`
 _PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}
 _NEEDS_OF_FIXTURES = {

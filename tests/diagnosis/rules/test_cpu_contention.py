@@ -86,15 +86,15 @@ def test_a_quota_is_the_cause_where_the_container_is_throttled(throttled: int, i
 
 def test_the_processes_that_take_the_cores_are_named():
     """Those of other users have no name."""
-    (found,) = cpu_contention(crowded(samples(busy=0.5), core_takers={"ffmpeg": 1.04, "": 0.3}))
+    (found,) = cpu_contention(crowded(samples(busy=0.5), competing_processes={"ffmpeg": 1.04, "": 0.3}))
 
     assert "other processes used 1.5 cores (ffmpeg 1 core, processes of other users 0.3)." in found.summary
-    assert found.evidence["core_takers"] == {"ffmpeg": 1.04, "": 0.3}
+    assert found.evidence["competing_processes"] == {"ffmpeg": 1.04, "": 0.3}
 
 
 def test_processes_are_not_named_where_others_use_no_cores():
     """The ranks themselves take them all."""
-    (found,) = cpu_contention(crowded(samples(busy=1.9), core_takers={"cron": 0.1}))
+    (found,) = cpu_contention(crowded(samples(busy=1.9), competing_processes={"cron": 0.1}))
 
     assert "cron" not in found.summary
 
@@ -165,7 +165,7 @@ def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(takers, says):
     """They may sleep, in a training too short to watch them: who takes the cores is known, or open."""
     loader = LoaderFacts(num_workers=4)
 
-    (found,) = cpu_contention(crowded(samples(busy=0.5), threads=1, loader=loader, core_takers=takers))
+    (found,) = cpu_contention(crowded(samples(busy=0.5), threads=1, loader=loader, competing_processes=takers))
 
     assert says in found.next
     assert "The run itself" not in found.next

@@ -9,7 +9,7 @@ from tests.track.fabricated import LoggedRun
 from traceml.database.snapshots import SNAPSHOT
 from traceml.database.store.reader import RunEvent, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.findings import Finding
 from traceml.run_folder import STORE_NAME
 from traceml.runs.live_run import LiveRun
@@ -98,7 +98,7 @@ def verdict(of: Finding) -> tuple[str, dict]:
 
 def test_readings_displace_nothing():
     """After an hour of readings of the host, the end of a rank is still there, and no reading is."""
-    readings = [(CORE_TAKERS, {"cores": {"ffmpeg": 0.8}}), (SNAPSHOT, {"stream": 1})] * 1_200
+    readings = [(COMPETING_PROCESSES, {"cores": {"ffmpeg": 0.8}}), (SNAPSHOT, {"stream": 1})] * 1_200
 
     assert kept(("rank", {"rank": 0, "state": "failed"}), *readings) == [(0, "rank")]
 

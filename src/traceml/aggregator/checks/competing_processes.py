@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.inspection.busy_processes import BusyProcesses
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class CompetingProcesses:
         self._due_s = time.monotonic() + max(_EVERY_S, _PAUSE * cost_s)
         self._is_reading = False
         if found and not self._run.ended:
-            self._run.store.event(CORE_TAKERS, {"cores": found})
-            self._run.live.intake.facts.core_takers.add(found)
+            self._run.store.event(COMPETING_PROCESSES, {"cores": found})
+            self._run.live.intake.facts.competing_processes.add(found)
 
     def _measured(self, own: set[int]) -> tuple[dict[str, float], float]:
         began_s = time.thread_time()

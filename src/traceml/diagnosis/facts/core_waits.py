@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from traceml.inspection.busy_processes import MIN_CORES
 
 __all__ = [
-    "CORE_TAKERS",
-    "CoreTakerHistory",
+    "COMPETING_PROCESSES",
+    "CompetingProcessHistory",
     "CoreWaits",
     "medians_of_others",
     "ranks_without_core",
     "share_of_wall_time",
 ]
 
-CORE_TAKERS = "core_takers"
+COMPETING_PROCESSES = "competing_processes"
 """Kind of the event with cores by name of process, `{"cores": {"ffmpeg": 0.8}}`, those of other users as ''."""
 
 MIN_OBSERVED_NS = 2e8
@@ -123,7 +123,7 @@ def _sum(*sums: _Sums) -> _Sums:
     return sum(wall), sum(run), sum(wait)
 
 
-class CoreTakerHistory:
+class CompetingProcessHistory:
     """Other processes that used cores while ranks waited for one: sums of readings on the host of rank 0."""
 
     def __init__(self) -> None:

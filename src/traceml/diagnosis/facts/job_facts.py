@@ -50,8 +50,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         core_wait_s: rank -> seconds of training in which its waits for a core were counted.
         startup_wait_s: seconds that main threads waited for a core before the first step: the median over ranks.
         startup_run_s: seconds that they ran.
-        core_takers: cores that other processes on the host of rank 0 used meanwhile, by name, those that used most;
-            '' are processes of other users.
+        competing_processes: name -> cores that other processes on the host of rank 0 used meanwhile, those that used
+            most; '' are processes of other users.
         samples: use of cores, memory and devices over the run.
         rpc: whether ranks call functions of each other (torch.distributed.rpc).
         fused: whether the optimizer is a fused one; None where no fused form of it is known.
@@ -104,7 +104,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     core_wait_s: Mapping[int, float] = {}
     startup_wait_s: float = 0.0
     startup_run_s: float = 0.0
-    core_takers: Mapping[str, float] = {}
+    competing_processes: Mapping[str, float] = {}
     samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
     model: ModelFacts | None = None
     rpc: bool = False

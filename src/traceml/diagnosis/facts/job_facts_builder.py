@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
-from traceml.diagnosis.facts.core_waits import CoreTakerHistory, CoreWaits
+from traceml.diagnosis.facts.core_waits import CompetingProcessHistory, CoreWaits
 from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, lost_worker_of
@@ -81,7 +81,7 @@ class JobFactsBuilder:
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
         self._waits = CoreWaits()
-        self.core_takers = CoreTakerHistory()
+        self.competing_processes = CompetingProcessHistory()
         """Other processes on the host of rank 0, seen while a rank waited for a core."""
         self.samples = MachineSamples()
         """Use of cores, memory and devices."""
@@ -310,7 +310,7 @@ class JobFactsBuilder:
             core_wait_s=self._waits.observed_s(),
             startup_wait_s=self._waits.of_start_up_s(),
             startup_run_s=self._waits.run_in_start_up_s(),
-            core_takers=self.core_takers.most(),
+            competing_processes=self.competing_processes.most(),
             samples=self.samples,
             model=self._model,
             other_models=self._models.steps,

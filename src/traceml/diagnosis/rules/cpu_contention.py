@@ -11,7 +11,7 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
-__all__ = ["OTHERS_CORES", "core_takers", "cpu_contention", "is_kept_waiting"]
+__all__ = ["OTHERS_CORES", "cpu_contention", "is_kept_waiting"]
 
 OTHERS_CORES = 0.5
 """Other programs are named if they use this many cores or more."""
@@ -47,7 +47,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 cores_per_rank=facts.cores_per_rank,
                 busy_cores_per_rank=use.busy_cores,
                 others_cores=facts.others_cores,
-                core_takers=dict(facts.core_takers) or None,
+                competing_processes=dict(facts.competing_processes) or None,
                 throttled_share=throttled,
             ),
             cost_share=waited,
@@ -80,10 +80,10 @@ def _foreign_cores(facts: JobFacts) -> float:
     here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
     busy = 1.0 if facts.workers_busy is None else facts.workers_busy
     others = facts.others_cores or 0.0
-    return max(others - here * facts.loader_workers * busy, min(sum(facts.core_takers.values()), others))
+    return max(others - here * facts.loader_workers * busy, min(sum(facts.competing_processes.values()), others))
 
 
-def core_takers(facts: JobFacts) -> str | None:
+def _others_text(facts: JobFacts) -> str | None:
     """Return who else uses the cores, in words; None where other programs do not, or it is not known."""
     others = facts.others_cores
     if others is None or others < OTHERS_CORES:
@@ -110,17 +110,17 @@ def _who(facts: JobFacts, throttled: float | None) -> str:
     here = max(facts.cores.values())
     ranks = max(len(facts.hosts), 1)
     each = " each" if ranks > 1 else ""
-    others = core_takers(facts)
+    others = _others_text(facts)
     own = f"{'a rank' if ranks > 1 else 'it'} used {cores_text(facts.use.busy_cores)}{each if others is None else ''}"
     if others and (facts.others_cores or 0.0) > here:  # of the machine, of which the ranks are bound to a part
-        return f" {capitalized(own)}, {others}{_taker_names(facts)}."
+        return f" {capitalized(own)}, {others}{_process_names(facts)}."
 
-    return f" Of {cores_text(here)}, {own}" + (f", {others}{_taker_names(facts)}." if others else ".")
+    return f" Of {cores_text(here)}, {own}" + (f", {others}{_process_names(facts)}." if others else ".")
 
 
-def _taker_names(facts: JobFacts) -> str:
+def _process_names(facts: JobFacts) -> str:
     """Return ` (ffmpeg 1.2 cores, processes of other users 0.5)`; empty where no process is known."""
-    found = [(name or "processes of other users", cores) for name, cores in facts.core_takers.items()]
+    found = [(name or "processes of other users", cores) for name, cores in facts.competing_processes.items()]
     if not found:
         return ""
 
@@ -142,7 +142,7 @@ def _advice(facts: JobFacts) -> str:
     what += ["fewer loader workers"] if facts.loader_workers else []
     what += [threads] if facts.threads is None or facts.threads > (cores or 1) else []
     tries = ", or ".join(what or ["more cores"])
-    if facts.others_cores is None or (facts.loader_workers and facts.workers_busy is None and core_takers(facts)):
+    if facts.others_cores is None or (facts.loader_workers and facts.workers_busy is None and _others_text(facts)):
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
     return f"The run itself needs more cores than there are: try {tries}."

@@ -35,7 +35,7 @@ from traceml.database.schema import (
 from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
-from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -196,7 +196,7 @@ class Digest:
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
         self._host_sums: dict[str, HostSums] = {}
-        self._last_snapshot = self._last_takers = self._last_choice = self._last_sums = 0
+        self._last_snapshot = self._last_competing = self._last_choice = self._last_sums = 0
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -367,9 +367,9 @@ class Digest:
             if event.data.get("stream") in self.streams or event.data.get("attempt") == self.attempt:
                 self.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
-        for event in reader.events(self._last_takers, CORE_TAKERS):
-            self._last_takers = event.id
-            self.facts.core_takers.add(event.data.get("cores"))
+        for event in reader.events(self._last_competing, COMPETING_PROCESSES):
+            self._last_competing = event.id
+            self.facts.competing_processes.add(event.data.get("cores"))
 
         for event in reader.events(self._last_choice, HOST_CHOICE):
             self._last_choice = event.id

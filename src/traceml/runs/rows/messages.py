@@ -11,7 +11,7 @@ from traceml.database.schema import INFO, LOGGED
 from traceml.database.snapshots import SNAPSHOT
 from traceml.database.source_reading import SOURCE
 from traceml.database.store.reader import RunEvent, StoreReader
-from traceml.diagnosis.facts.core_waits import CORE_TAKERS
+from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
 from traceml.diagnosis.steps.representatives import HOST_CHOICE
 from traceml.formatting import ranks_text
@@ -24,7 +24,7 @@ _FIRST_READ = 5_000  # frames at the end of a store that are read at first
 _MAX_CHARS = 500
 _SILENT = {"end", "snapshot", "process", "sampler"}  # kinds of rows without information for people
 _EVENTS_KEPT = 200
-_READINGS = {SNAPSHOT, CORE_TAKERS, HOST_CHOICE, HOST_SUMS, SOURCE}
+_READINGS = {SNAPSHOT, COMPETING_PROCESSES, HOST_CHOICE, HOST_SUMS, SOURCE}
 """Kinds of events that are stored for the diagnosis, whose finding tells what they say, or for the run's overview."""
 _HIDDEN = {"kind", "t_ns", "experiment"}
 

@@ -51,5 +51,5 @@ def test_processes_that_take_the_cores_are_named(traceml: Traceml, tmp_path: Pat
         ended = traceml("run", script)
 
     found = next(each for each in ended.report["findings"] if each["kind"] == "CPU_CONTENTION")
-    assert NAME in found["evidence"]["core_takers"]
+    assert NAME in found["evidence"]["competing_processes"]
     assert NAME in found["summary"]
