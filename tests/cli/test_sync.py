@@ -28,7 +28,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import list_runs
 from traceml.runs.run import load_run
-from traceml.track.plugins.code_seal import seal
+from traceml.track.plugins.plugin_signature import sign
 from traceml.track.tracker_state import TrackerState, states_of
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -275,11 +275,11 @@ def test_folders_of_a_run_from_elsewhere_hide_no_library(runs_dir: Path, monkeyp
 
 
 def test_code_of_an_own_run_is_imported_unasked(runs_dir: Path) -> None:
-    """The rank has sealed what it announced."""
+    """The rank has signed what it announced."""
     folder = runs_dir.parent / "code"
     row = {"backends": [plugin_that_leaves_a_mark(folder)], "sys_path": [str(folder)], "registered": {}}
     run = LoggedRun(runs_dir / "a")
-    run.experiment(**row, id="a", seal=seal(row))
+    run.experiment(**row, id="a", signature=sign(row))
     run.end()
 
     assert cli.main(["sync", "a"]) == 0

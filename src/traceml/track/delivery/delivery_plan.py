@@ -15,9 +15,9 @@ from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.settings import Config
-from traceml.track.plugins.code_seal import is_sealed
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
+from traceml.track.plugins.plugin_signature import is_signed
 
 __all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "requested_backends", "restricted", "settings_of"]
 
@@ -138,8 +138,8 @@ class DeliveryPlan:
 
     @property
     def is_own(self) -> bool:
-        """Whether a process of this user has named the code of this run: every announcement bears its seal."""
-        return bool(self.experiments) and all(is_sealed(experiment.row) for experiment in self.experiments.values())
+        """Whether a process of this user has named the code of this run: every announcement bears its signature."""
+        return bool(self.experiments) and all(is_signed(experiment.row) for experiment in self.experiments.values())
 
     def check_installed(self, *backends: str) -> None:
         """Check that backends are built in or of an installed package, not imported from a path that the run names.

@@ -42,9 +42,9 @@ def announcement(
     Raises:
         UsageError: an option holds a secret.
     """
-    from traceml.track.plugins.code_seal import seal
     from traceml.track.plugins.plugin_metadata import PluginType
     from traceml.track.plugins.plugin_registry import registered
+    from traceml.track.plugins.plugin_signature import sign
 
     refuse_secrets(options)
     row = {
@@ -66,7 +66,7 @@ def announcement(
         "source": sys.argv[0] if sys.argv else "",
         "user": _user() if config.track_env else "",
     }
-    return row | {"seal": seal(row)}
+    return row | {"signature": sign(row)}
 
 
 def _user() -> str:

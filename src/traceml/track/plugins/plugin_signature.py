@@ -1,4 +1,4 @@
-"""Seal of the code that a run names: proof that a process of this user has named it.
+"""Signature of the code that a run names: proof that a process of this user has named it.
 
 A delivery imports the plugins of a run from the folders in its announcement. In a run from elsewhere they may be
 anybody's, so the announcement bears an HMAC of them with a key that is in a file of this user. A copy of an own run
@@ -20,14 +20,14 @@ from typing import Any
 
 from traceml.own_files import cache_home, create_own, make_own_folder, opened_own
 
-__all__ = ["is_sealed", "seal"]
+__all__ = ["is_signed", "sign"]
 
 _FIELDS = ("backends", "registered", "sys_path")
 _KEY_BYTES = 32
 
 
-def seal(row: Mapping[str, Any]) -> str:
-    """Return the seal of an announcement's plugins and folders; empty where this user can keep no key."""
+def sign(row: Mapping[str, Any]) -> str:
+    """Return the signature of an announcement's plugins and folders; empty where this user can keep no key."""
     try:
         key = _read_key() or _make_key()
     except OSError:
@@ -36,14 +36,14 @@ def seal(row: Mapping[str, Any]) -> str:
     return _digest(key, row)
 
 
-def is_sealed(row: Mapping[str, Any]) -> bool:
-    """Return whether an announcement bears the seal of this user."""
+def is_signed(row: Mapping[str, Any]) -> bool:
+    """Return whether an announcement bears the signature of this user."""
     try:
         key = _read_key()
     except OSError:
         return False
 
-    return key is not None and hmac.compare_digest(_digest(key, row).encode(), str(row.get("seal")).encode())
+    return key is not None and hmac.compare_digest(_digest(key, row).encode(), str(row.get("signature")).encode())
 
 
 def _digest(key: bytes, row: Mapping[str, Any]) -> str:
