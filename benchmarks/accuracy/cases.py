@@ -302,6 +302,15 @@ _MIXTURES = (
     _mixture("pseudo_labels_wait", "INPUT_BOUND", phase="input_wait", steps=160),
     # Updating the averages is a seventh of its step, outside the known phases.
     _mixture("evaluates_averages", *QUIET, "EVAL_HEAVY", "RESIDUAL_HEAVY", steps=240, never=_LOUD - {"RESIDUAL_HEAVY"}),
+    _mixture(
+        "trials",
+        "RESIDUAL_HEAVY",
+        phase="other",
+        function="load",
+        steps=240,
+        unsaid=("every 80th",),
+        never=frozenset({"JITTER", "EVAL_HEAVY"}),
+    ),
     _mixture("plots_at_the_end", steps=200, never=_LOUD | {"EVAL_HEAVY"}),
 )
 

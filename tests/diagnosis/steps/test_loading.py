@@ -206,6 +206,34 @@ def test_a_worker_does_not_make_up_for_slow_batches_in_a_row(row):
     assert found.gain(1) == pytest.approx((fetch_ms + rest_ms) / with_one_worker(fetches_ms, rest_ms), rel=0.15)
 
 
+def with_workers(fetches_ms, rest_ms: float, workers: int) -> float:
+    """Return the mean step of a training whose workers make batches in turns, each two in advance at most."""
+    begun, made, ended = [0.0] * (2 * workers), [0.0] * workers, 0.0
+    for number, fetch_ms in enumerate(fetches_ms):
+        at = number % workers
+        made[at] = max(made[at], begun[-2 * workers]) + fetch_ms
+        begun.append(max(made[at], ended))
+        ended = begun[-1] + rest_ms
+
+    return ended / len(fetches_ms)
+
+
+@pytest.mark.parametrize("workers", [2, 8, 16])
+def test_workers_do_not_make_up_for_a_rare_long_batch(workers):
+    """One of 100 batches waits for a file server for 2 s: the other workers are ahead of it by two batches each."""
+    segments = segments_of(
+        window_of(Job(ranks=1, steps=410, grouped=False), adds("input_wait", 2000, every=100)), JobFacts()
+    )
+    fetches_ms = segments.parts["input_wait"][0] / MS
+    fetch_ms = float(fetches_ms.mean())
+    found = pipeline_of(segments, JobFacts(loader=FOLDER), fetch_ms * MS)
+
+    assert found is not None
+    rest_ms = segments.step_ns / MS - fetch_ms
+    played_ms = with_workers(fetches_ms, rest_ms, workers)
+    assert found.gain(workers) == pytest.approx((fetch_ms + rest_ms) / played_ms, rel=0.1)
+
+
 def test_waiting_for_a_core_is_work():
     """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]

@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handov
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["Pipeline", "fetch_cpu", "pipeline_of"]
 
@@ -23,7 +24,10 @@ RARE_WAITS = 0.6
 """With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
 AHEAD = 4
 """Batches that some workers make in advance: a longer series of slow ones is waited for."""
+PREFETCH = 2
+"""Batches that each worker has in advance (torch's prefetch_factor): a single slow one is waited for beyond these."""
 _LEVELS = 16
+_MAX_OUTLIERS = 256
 _LONG_WAIT = 3.0
 _MIN_EPOCH = 4.0  # steps of an epoch, to tell its first one apart
 _HELD_SHARE = 0.8
@@ -49,6 +53,8 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         lost_ns: time of a step that another cause takes, which is not in the others: it stays.
         levels: how long a batch takes in equal parts of the run, by `fetch_ns`: workers that are ahead for some batches
             do not make up for the slow ones of an epoch.
+        outliers: how long single batches take that are far longer than the mean, by `fetch_ns`.
+        batches: number of all batches.
     """
 
     fetch_ns: float
@@ -64,18 +70,26 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     first_ns: float = 0.0
     lost_ns: float = 0.0
     levels: tuple[float, ...] = (1.0,)
+    outliers: tuple[float, ...] = ()
+    batches: int = 1
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with this many workers: that of the training, of the workers, or of the cores."""
         if not workers:
             return self.rest_ns + self.fetch_ns + self.first_wait_ns
 
-        slowest = sum(self._slowest_ns(workers, self.fetch_ns * level) for level in self.levels) / len(self.levels)
+        in_a_row = sum(self._slowest_ns(workers, self.fetch_ns * level) for level in self.levels) / len(self.levels)
+        single = sum(self._beyond_ns(workers, self.fetch_ns * each) for each in self.outliers) / self.batches
+        slowest = max(in_a_row, self._slowest_ns(workers, self.fetch_ns) + single)
         if self.epoch_steps is None:
             return slowest
 
         first = self.rest_ns + self.take_ns + self.fetch_ns + self.first_ns
         return slowest + max(first - slowest, 0.0) / self.epoch_steps
+
+    def _beyond_ns(self, workers: int, fetch_ns: float) -> float:
+        """Return how long a single slow batch is waited for when those that the others have in advance are used."""
+        return max(fetch_ns - PREFETCH * workers * self._slowest_ns(workers, self.fetch_ns), 0.0)
 
     def _slowest_ns(self, workers: int, fetch_ns: float) -> float:
         slowest = max(self.rest_ns + self.take_ns, fetch_ns / workers)
@@ -175,19 +189,36 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         first_ns=first_ns,
         lost_ns=max(step_ns - segments.step_ns, 0.0),
         levels=(1.0,) if workers else _levels(segments, epoch_steps if first_ns else None),
+        outliers=() if workers or _is_undivided(facts) else _outliers(segments, epoch_steps if first_ns else None),
+        batches=segments.parts["input_wait"].shape[1],
     )
 
 
-def _levels(segments: Segments, epoch_steps: float | None) -> tuple[float, ...]:
-    """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`.
+def _is_undivided(facts: JobFacts) -> bool:
+    """Return whether workers would read parts of an iterable data set, and wait for their slow batches together."""
+    return facts.loader is not None and facts.loader.is_undivided
+
+
+def _outliers(segments: Segments, epoch_steps: float | None) -> tuple[float, ...]:
+    """Return how long the single batches take that are far longer than the mean, by the mean; see `Pipeline`."""
+    waits = _waits(segments, epoch_steps)
+    by_mean = np.sort(waits)[-_MAX_OUTLIERS:] / max(float(waits.mean()), 1.0)
+    return tuple(by_mean[by_mean >= PREFETCH].tolist())
+
+
+def _waits(segments: Segments, epoch_steps: float | None) -> Floats:
+    """Return the waits for batches in order, without the first one of each epoch if it takes longer, by size then.
 
     Args:
         epoch_steps: steps of an epoch, if the first one's batch takes longer: the longest waits are these.
     """
     waits = segments.parts["input_wait"].mean(axis=0)
-    if epoch_steps is not None:
-        waits = np.sort(waits)[: len(waits) - round(len(waits) / epoch_steps)]
+    return waits if epoch_steps is None else np.sort(waits)[: len(waits) - round(len(waits) / epoch_steps)]
 
+
+def _levels(segments: Segments, epoch_steps: float | None) -> tuple[float, ...]:
+    """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`."""
+    waits = _waits(segments, epoch_steps)
     means = np.sort([part.mean() for part in np.array_split(waits, max(len(waits) // AHEAD, 1))])
     parts = np.array_split(means / max(float(means.mean()), 1.0), min(len(means), _LEVELS))
     return tuple(float(part.mean()) for part in parts)
