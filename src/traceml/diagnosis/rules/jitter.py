@@ -44,7 +44,7 @@ MIN_EVENTS = 3
 IN_A_ROW_SHARE = 0.7
 """If so many long steps directly follow another one, they are a stretch, as the first calls of L-BFGS."""
 ONE_STEP_SHARE = 0.8
-"""One long step has this share of what all of them cost: then it is reported alone."""
+"""One long step, or two, have this share of what all of them cost: then these are reported alone."""
 LINE_SHARE = 0.6
 """The phase's line is named if the long steps have this share of the phase."""
 _ONE_RANK_EVENTS = 6
@@ -194,10 +194,14 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
 
 
 def _how_long(long: Floats, usual_ns: float, steps: int) -> tuple[str, str]:
-    """Return `11 of 210 steps take 136 ms` and `them`: the mean, which says nothing where nearly all is in one step."""
+    """Return `11 of 210 steps take 136 ms` and `them`: the mean, of one or two alone where these have nearly all."""
     excess = long - usual_ns
     if excess.max() >= ONE_STEP_SHARE * excess.sum():
         return f"One of {steps} steps takes {ns_text(float(long.max()))}", "it"
+
+    longest = np.sort(long)[-2:]
+    if float(longest.sum()) - 2 * usual_ns >= ONE_STEP_SHARE * excess.sum():  # a pause between the steps of two ranks
+        return f"2 of {steps} steps take {ns_text(float(longest.mean()))}", "them"
 
     return f"{len(long)} of {steps} steps take {ns_text(float(long.mean()))}", "them"
 
