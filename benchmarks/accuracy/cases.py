@@ -424,6 +424,7 @@ _WAITS = (
     _case("hang, stop itself", "waits stop_itself", "HANG", blamed=(0,), cause="stands", hang_timeout_s=10.0,
           fails=True),
     *(_wait(how, ranks=2) for how in ("locked_file", "silent_peer", "long_child", "poll_file", "backtrack")),
+    _wait("beside_signs_of_life", ranks=2),
     _wait("at_exit_waits", function="no_producer"),
     _wait("thread_at_exit", function="silent_peer"),
     _wait("item_in_c", ranks=2),

@@ -59,6 +59,19 @@ def no_producer() -> None:
     queue.Queue().get()
 
 
+def report_life() -> None:
+    """Print that the process lives, again and again."""
+    while True:
+        print("alive", flush=True)
+        time.sleep(2)
+
+
+def beside_signs_of_life() -> None:
+    """Wait for an item that nobody puts into the queue, beside a thread that prints now and then."""
+    threading.Thread(target=report_life, daemon=True).start()
+    queue.Queue().get()
+
+
 def locked_database() -> None:
     """Write to a database that another connection has locked."""
     path = Path(tempfile.mkdtemp()) / "index.db"
@@ -299,7 +312,7 @@ PLAIN = (
     two_locks, no_producer, locked_database, locked_file, unread_child, silent_peer, silent_server, full_backlog,
     question, long_child, unjoined_queue, spin, poll_file, backtrack, pause_in_c, thread_result, at_exit_waits,
     thread_at_exit, save_long, fetch_with_output, fetch_slowly, solve, debug, hold_interpreter, stop_itself,
-    fill_stderr,
+    fill_stderr, beside_signs_of_life,
 )  # fmt: skip
 
 

@@ -141,6 +141,19 @@ def test_no_line_is_named_where_most_of_the_phase_is_in_usual_steps():
     assert "mostly in the forward pass" in found.summary or "mostly in forward" in found.summary
 
 
+def test_two_steps_with_nearly_all_of_it_are_told_alone():
+    """One rank pauses between two steps, the other waits in the next one: the mean over ranks has half in each."""
+
+    def pause(own, random):
+        own["other"][:, [200, 201]] += 5500
+        own["other"][:, ::40] += 30
+
+    found = jitter(ALONE, pause, lines=())
+
+    assert found.summary.startswith("2 of 390 steps take 5.5")
+    assert found.evidence["long_steps"] == 2
+
+
 def test_without_samples_the_lines_are_pointed_to():
     """The advice is no longer to wrap code in phases."""
     found = jitter(ALONE, at_once("other", 200, 0.03), lines=())
