@@ -111,8 +111,7 @@ class MachineSamples(msgspec.Struct):
 
     def use(self, first: int = 1, last: int = _ALL, ranks: Collection[int] = ()) -> MachineUse:
         """Return the use in steps `first` to `last`, without the last, of some ranks or of all."""
-        some = ranks or range(MAX_RANKS)
-        spans = {rank: span for rank in some if (span := self._span(rank, first, last)) is not None}
+        spans = self._spans(first, last, ranks)
         processes = [_rates(rows) for rows in self._rows(PROCESS, spans)]
         hosts = list(self._rows(HOST, spans))
         disks = [_rate(rows, "disk_read_bytes") for rows in hosts]
@@ -128,9 +127,8 @@ class MachineSamples(msgspec.Struct):
 
     def side_cores(self) -> dict[int, float]:
         """Return the cores that threads other than the main one used in training, by rank."""
-        spans = {rank: span for rank in range(MAX_RANKS) if (span := self._span(rank, 1, _ALL)) is not None}
         found = {}
-        for rank, span in spans.items():
+        for rank, span in self._spans(1, _ALL).items():
             for rows in self._rows(PROCESS, {rank: span}):
                 if rows["main_run_ns"][0] >= 0:
                     used = (_rate(rows, "cpu_ns") or 0.0) - (_rate(rows, "main_run_ns") or 0.0)
@@ -161,6 +159,11 @@ class MachineSamples(msgspec.Struct):
                 found.setdefault(rank, []).append(one)
 
         return found
+
+    def _spans(self, first: int, last: int, ranks: Collection[int] = ()) -> dict[int, tuple[int, int]]:
+        """Return the times of the samples within a range of steps, by rank: of some, or of all that have any."""
+        some = ranks or range(MAX_RANKS)
+        return {rank: span for rank in some if (span := self._span(rank, first, last)) is not None}
 
     def _span(self, rank: int, first: int, last: int) -> tuple[int, int] | None:
         """Return the times of the samples of a rank that are within a range of steps."""

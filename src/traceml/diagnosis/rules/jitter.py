@@ -43,7 +43,7 @@ MIN_EVENTS = 3
 """Fewer long steps are single events."""
 IN_A_ROW_SHARE = 0.7
 """If so many long steps directly follow another one, they are a stretch, as the first calls of L-BFGS."""
-HEAVY_SHARE = 0.8
+TOLD_SHARE = 0.8
 """Some long steps have this share of what all of them cost: then these are told alone."""
 LIGHT_SHARE = 0.1
 """Steps with less than this share of the excess of those that have half of it are noise between these."""
@@ -199,7 +199,7 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
 def _told(long: Floats, usual_ns: float) -> Floats:
     """Return the long steps that are told: the mean of a pause of seconds and of shorter steps is no time of any."""
     heavy = heavy_ones(long - usual_ns)
-    return long[heavy] if (long - usual_ns)[heavy].sum() >= HEAVY_SHARE * (long - usual_ns).sum() else long
+    return long[heavy] if (long - usual_ns)[heavy].sum() >= TOLD_SHARE * (long - usual_ns).sum() else long
 
 
 def heavy_ones(excess: Floats) -> NDArray[np.bool_]:

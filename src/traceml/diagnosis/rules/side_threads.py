@@ -15,7 +15,10 @@ from traceml.formatting import cores_text, ranks_text
 
 __all__ = ["SideThreads", "side_threads"]
 
-_CORES, _RATIO = 0.25, 3.0
+MIN_SIDE_CORES = 0.25
+"""Other threads that use fewer cores are no cause."""
+SIDE_RATIO = 3.0
+"""Nor are those that use less than this multiple of what the other ranks' do."""
 
 
 class SideThreads(msgspec.Struct, frozen=True):
@@ -49,7 +52,7 @@ def side_threads(facts: JobFacts, ranks: Sequence[int]) -> SideThreads | None:
     used = facts.samples.side_cores()
     mine = [used[rank] for rank in ranks if rank in used]
     others = [cores for rank, cores in used.items() if rank not in ranks]
-    if len(mine) < len(ranks) or not others or min(mine) < max(_CORES, _RATIO * max(others)):
+    if len(mine) < len(ranks) or not others or min(mine) < max(MIN_SIDE_CORES, SIDE_RATIO * max(others)):
         return None
 
     return SideThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)))
