@@ -212,12 +212,12 @@ class Supervisor:
                 if "failures" in ready:
                     self._read_failures(ready["failures"].fd)
 
-                self._tell_good_ends()
                 if "left" in ready:
                     self._selector.unregister(ready["left"].fd)
                     self._aggregator.prepare_requests()
                     self._on_completing()
 
+                self._tell_good_ends()
                 self._pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if time.monotonic() > requests_from_s:
