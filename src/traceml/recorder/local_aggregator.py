@@ -25,6 +25,7 @@ from traceml.recorder.detached_process import DetachedProcess
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
 from traceml.transport.client import Connection, connect
+from traceml.transport.client_handshake import addresses_of
 from traceml.transport.folder_aggregator import AggregatorAddress, FolderLock, address_of
 from traceml.transport.hello import Hello
 
@@ -242,7 +243,7 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
 
 def _listen(config: Config) -> socket.socket | None:
     """Listen on the aggregator's address; return None when another process does."""
-    family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+    family, _, _, _, address = addresses_of(config.host, config.port)[0]
     try:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:

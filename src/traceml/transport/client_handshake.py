@@ -23,6 +23,7 @@ __all__ = [
     "RECEIVE_BYTES",
     "ClientHandshake",
     "TemporaryRefusalError",
+    "addresses_of",
     "client_tls",
     "keep_alive",
     "open_socket",
@@ -150,15 +151,24 @@ def client_tls() -> TlsLayer:
     return TlsLayer(client_context(), server_side=False)
 
 
+def addresses_of(host: str, port: int) -> Sequence[_Address]:
+    """Return the addresses of a TCP server, as `socket.getaddrinfo` does.
+
+    Raises:
+        OSError: the name is not known.
+    """
+    # As bytes: for a name as text, the codec of international names and its tables are loaded, 260 KB in each rank.
+    name = host.encode() if host.isascii() else host
+    return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+
+
 def open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
     """Connect to an aggregator.
 
     Raises:
         OSError: none listens there, or it did not answer in time.
     """
-    # As bytes: for a name as text, the codec of international names and its tables are loaded, 260 KB in each rank.
-    name = host.encode() if host.isascii() else host
-    addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    addresses = addresses_of(host, port)
     with fork_gate.opened():  # for the connection, which may take long; no fork while a name is looked up
         sock = _connect_to_any(addresses, timeout_s)
 
