@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 
+from tests.eventually import eventually
 from traceml.inspection import thread_frames as thread_frames_module
-from traceml.inspection.thread_frames import running_line, thread_frame, thread_frames
+from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_frames, thread_stack
 
 STRESS = """
 import gc, json, os, random, sys, threading, time
@@ -54,6 +56,37 @@ while time.monotonic() < end or len(walks) < 1000:
 
 os._exit(0)
 """
+
+
+def test_a_generator_that_yields_during_the_walk_has_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frame has none then; the walk is done again."""
+    goes_on, has_yielded, ends = threading.Event(), threading.Event(), threading.Event()
+
+    def items() -> Iterator[None]:
+        goes_on.wait()
+        yield
+
+    def takes() -> None:
+        for _ in items():
+            has_yielded.set()
+            ends.wait()
+
+    def yields_meanwhile(frame: FrameType | None, most: int) -> Iterator[FrameType]:
+        for each in stack_frames(frame, most):
+            yield each
+            if each.f_code is items.__code__:
+                goes_on.set()
+                has_yielded.wait()
+
+    thread = threading.Thread(target=takes)
+    thread.start()
+    eventually(lambda: "items" in [each.f_code.co_name for each in thread_stack(thread.ident or 0)])
+    monkeypatch.setattr(thread_frames_module, "stack_frames", yields_meanwhile)
+    functions = [each.f_code.co_name for each in thread_stack(thread.ident or 0, 100)]
+    ends.set()
+    thread.join()
+    assert "takes" in functions
+    assert "items" not in functions
 
 
 @pytest.mark.parametrize(("at", "line"), [(0, 10), (4, 11), (8, 11), (12, 12), (20, 12)])

@@ -9,6 +9,7 @@ begins while frames are read.
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
 import threading
@@ -31,6 +32,8 @@ __all__ = [
 
 _COLLECTS_ANYWHERE = sys.version_info < (3, 12)
 _MAX_DEPTH = 1000
+_WALKS = 10
+_YIELDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def thread_frame(ident: int) -> FrameType | None:
@@ -45,10 +48,21 @@ def thread_frame(ident: int) -> FrameType | None:
 def thread_stack(ident: int, most: int = _MAX_DEPTH) -> list[FrameType]:
     """Return a thread's frames at one moment, the innermost first.
 
-    Whoever walks `f_back` once the thread has gone on finds no caller of a generator that has yielded meanwhile.
+    Whoever walks `f_back` once the thread has gone on finds no caller of a generator that has yielded meanwhile. The
+    thread may go on during this walk too, which is then done again.
     """
     with _pause:
-        return list(stack_frames(sys._current_frames().get(ident), most))
+        for _ in range(_WALKS):
+            frames = list(stack_frames(sys._current_frames().get(ident), most))
+            if not frames or not _is_suspended(frames[-1]):
+                break
+
+    return frames
+
+
+def _is_suspended(frame: FrameType) -> bool:
+    """Whether a generator or a coroutine has yielded: one that runs has a caller."""
+    return bool(frame.f_code.co_flags & _YIELDS) and frame.f_back is None
 
 
 def thread_frames() -> dict[int, FrameType]:
