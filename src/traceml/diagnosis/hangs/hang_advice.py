@@ -150,6 +150,9 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if "file lock" in what and blocker is not None and blocker.is_self:
         return "Open the file once: another open file of the same process waits for its lock, too."
 
+    if "file lock" in what and blocker is not None and blocker.rank is not None:
+        return f"Let {ranks_text((blocker.rank,))} release the lock before it waits for other ranks."
+
     if "file lock" in what and blocker is not None:
         return f"Find out why process {blocker.pid} keeps the lock, or end it: `kill {blocker.pid}`."
 
