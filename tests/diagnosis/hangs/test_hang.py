@@ -282,7 +282,7 @@ def test_a_remote_call_is_told_with_the_thread_that_may_run_it():
     assert "network" not in summary(finding) + finding.next
 
 
-@pytest.mark.parametrize(("state", "words"), [("R", "what that line computes"), ("S", "ctypes.PyDLL does not")])
+@pytest.mark.parametrize(("state", "words"), [("R", "what that call computes"), ("S", "ctypes.PyDLL does not")])
 def test_a_call_that_holds_the_interpreter_has_advice(state, words):
     """By whether it computes."""
     held = snapshot(1, line(24, "hold"), answered="signal", process_state=state, quiet_s=500.0)

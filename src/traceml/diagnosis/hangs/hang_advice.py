@@ -116,7 +116,7 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
 
     if snapshot.process_state == "R":
         return (
-            "Look at what that line computes and with which data: a regular expression can take forever on some texts, "
+            "Look at what that call computes and with which data: a regular expression can take forever on some texts, "
             "and no other thread runs meanwhile."
         )
 
