@@ -205,7 +205,7 @@ class Recording:
             is_done = self._is_between_phases(reported) and self.tracing.step_is_done
             closes = is_done if status else self.tracing.has_stepped  # the end of training closes the open step
             facts["last_step"] = slots[Slot.STEP] - 1 + closes  # a resumed training does not count from 0
-            if not is_done and self._is_in_step(status, reported):
+            if is_done or self._is_in_step(status, reported):  # the same as the last one where that ends only now
                 facts["step"] = slots[Slot.STEP]
 
             if began_ns := slots[Slot.STEP_START]:
