@@ -185,10 +185,11 @@ class Recording:
         """Append a row to `info`; see `Recorder.note`."""
         self.flight.log("info").append({"kind": kind, "t_ns": monotonic_ns(), **facts}, urgent=urgent)
 
-    def note_return(self) -> None:
-        """Record that the launched function has returned; the process ends when those of all ranks have."""
+    def note_return(self, *, is_script: bool) -> None:
+        """Record that the launched function or script is over; the process ends when those of all ranks are."""
         step = self.flight.open_slots[Slot.STEP]
-        self.note("returned", urgent=True, last_step=step - 1 + self.tracing.has_stepped if step >= 0 else -1)
+        last_step = step - 1 + self.tracing.has_stepped if step >= 0 else -1
+        self.note("returned", urgent=True, last_step=last_step, script=is_script)
         self.thread.wake()
 
     def note_exit(self, error: BaseException | None, status: int) -> None:

@@ -860,6 +860,9 @@ def test_a_function_that_has_returned_comes_to_no_collective():
         "Rank 1's function returned after 40 steps; rank 0 waits for it in all_reduce #15 in backward "
         "(train.py:28 main), for 75 s."
     )
+    assert summary(found(in_backward(0), waits, returned=(1,), ran_script=True)).startswith(
+        "Rank 1's script ended after 40 steps; rank 0 waits for it in all_reduce #15"
+    )
     assert found(waits, replace(waits, rank=0), returned=(0, 1)) is None
     stopped = [RankExit(rank=rank, state="killed", signal=15, stopped=True) for rank in (0, 1)]
     assert summary(found(in_backward(0), waits, returned=(1,), exits=stopped, state="stopped")).startswith(

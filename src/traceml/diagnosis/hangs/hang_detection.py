@@ -80,9 +80,9 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedH
 
 
 def _returned(progress: JobProgress) -> dict[int, RankExit]:
-    """Return the ends of ranks whose launched function has returned: they come to no further collective."""
+    """Return the ends of ranks whose launched function or script is over: they come to no further collective."""
     return {
-        rank: RankExit(rank=rank, last_step=each.returned_at, returned=True)
+        rank: RankExit(rank=rank, last_step=each.returned_at, returned=not each.ran_script)
         for rank, each in progress.ranks.items()
         if each.returned_at is not None
     }
