@@ -15,6 +15,7 @@ from traceml.inspection import stack_signal
 from traceml.inspection.kernel_state import process_info
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file, is_registered, signal_target
 from traceml.inspection.stack_text import main_first, main_frames
+from traceml.inspection.user_files import PACKAGE_FOLDERS
 
 pytestmark = pytest.mark.process
 
@@ -204,5 +205,7 @@ def test_the_main_thread_is_the_last_one_written() -> None:
 
     assert main_frames(text) == [("b c.py", 2, "inner"), ("b c.py", 9, "<module>")]
     assert main_first(text).startswith("Current thread 0x2")
+    started = f'{text}  File "{PACKAGE_FOLDERS[0]}session/entry.py", line 26 in <module>\n'
+    assert main_frames(started) == main_frames(text)  # what starts a script is in no traceback either
     assert main_frames(text + "\n...\n") == []
     assert main_frames("") == []

@@ -103,6 +103,8 @@ def test_an_error_after_a_loop_without_a_loader_is_in_no_step(
     (row,) = exit_rows(serving)
     ended = RankExit.from_facts(0, "failed", row)
     assert (ended.step, ended.in_step, ended.open_phase) == (step, step == 5, phase)
+    assert ended.open_step == step
+    assert ended.open_s is not None  # that its end writes the row of this step is no progress of a job that hung
     assert stored_steps(serving) == list(range(5))
 
 

@@ -66,7 +66,7 @@ def ask_ranks(run_dir: Path, config: Config) -> tuple[list[RankStack], list[Miss
 
 def stacks_document(run_dir: Path, ranks: list[RankStack], missing: list[MissingRank]) -> StacksDocument:
     """Return the stacks of a job as the document `traceml.stacks/1`."""
-    found = [StacksRank(host=each.host, pid=each.pid, **_fields(each.snapshot)) for each in ranks]
+    found = [StacksRank(host=each.host, **_fields(each.snapshot)) for each in ranks]
     return StacksDocument(run=run_dir.name, ranks=found, missing=missing)
 
 
@@ -77,6 +77,6 @@ def _fields(snapshot: RankSnapshot) -> dict[str, Any]:
 def _ranks(reply: dict[str, Any]) -> list[RankStack]:
     stacks = reply["stacks"]
     return [
-        RankStack(str(row["host"]), int(row["pid"]), RankSnapshot.from_row({**row, "frames": stacks[row["stack"]]}))
+        RankStack(str(row["host"]), RankSnapshot.from_row({**row, "frames": stacks[row["stack"]]}))
         for row in reply["ranks"]
     ]

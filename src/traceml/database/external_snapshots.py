@@ -98,6 +98,7 @@ class ExternalSnapshots:
         return RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank,
+            pid=self._pid,
             quiet_s=silent_s(slots),
             step=slots.step,
             in_step=slots.in_step,

@@ -176,6 +176,8 @@ class Slot(IntEnum):
     LINE = 27  # id in `names` of the user's line in the last sample, -1 without one
     LINE_PHASE = 28  # the phase of that sample, as in `LINE_PHASES`
     LINE_AT = 29  # monotonic timestamp of that sample, 0 before the first
+    TRAINING_THREAD = 30  # Python's id of the training thread as of the last heartbeat, 0 before the first
+    LOGGED = 31  # number of values that this thread has logged since then
 
 
 class StepFlag(IntFlag):

@@ -119,6 +119,7 @@ class ProcessSnapshot(_Record):
     Attributes:
         pid: its process id.
         is_self: whether it is the one that waits.
+        rank: the rank that it is, which a reader adds; None for another process.
         name: its program; empty if not known.
         state: letter of the kernel, see `WorkerSnapshot.state`.
         wchan: name of the kernel function in which it sleeps.
@@ -127,6 +128,7 @@ class ProcessSnapshot(_Record):
 
     pid: int = 0
     is_self: bool = False
+    rank: int | None = _of(int)
     name: str = ""
     state: str = ""
     wchan: str = ""
@@ -186,6 +188,7 @@ class RankSnapshot(_Record):
     Attributes:
         at_ns: monotonic timestamp of the snapshot, by the clock of the rank's host.
         rank: the rank.
+        pid: its process; 0 if not known.
         quiet_s: seconds since its last progress: a row, batch, forward, collective, moved user stack, output, or byte
             of a checkpoint.
         step: the open training step, else the last one that has ended; -1 before the first.
@@ -230,6 +233,7 @@ class RankSnapshot(_Record):
 
     at_ns: int = 0
     rank: int = 0
+    pid: int = 0
     quiet_s: float = 0.0
     step: int = -1
     in_step: bool = False

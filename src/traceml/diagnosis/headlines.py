@@ -225,7 +225,10 @@ def user_code(finding: FindingFacts) -> str:
 
 
 def healthy(finding: FindingFacts) -> str:
-    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or what else is to be known."""
+    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or what else is to be known.
+
+    If code of the script could be made cheaper, that is its line.
+    """
     if (paused := finding.evidence.get("pause_share")) is not None:
         count = int(finding.evidence["pauses"])
         steps = "One step takes" if count == 1 else f"{count} steps take"
@@ -234,6 +237,9 @@ def healthy(finding: FindingFacts) -> str:
     if finding.evidence.get("too_short"):
         return f"Steps of {ms_text(finding.evidence['step_ms'])} are too short to judge"
 
+    if finding.evidence.get("own_code"):
+        return _of_own_code(finding.evidence)
+
     share = finding.evidence.get("steps_share")
     return (
         "No bottleneck found" if share is None else f"Steps are fine; they are {percent_text(share)} of the run's time"
@@ -241,7 +247,10 @@ def healthy(finding: FindingFacts) -> str:
 
 
 def compute(finding: FindingFacts) -> str:
-    """Return `The model's own compute limits this run, most of it in backward`."""
+    """Return `The model's own compute limits this run, most of it in backward`, or the line that could be cheaper."""
+    if finding.evidence.get("own_code"):
+        return _of_own_code(finding.evidence)
+
     evidence, share = finding.evidence, finding.evidence.get("steps_share")
     heaviest = evidence.get("share_by_phase", {}).get(finding.phase)
     part = f"{largest_text(heaviest, evidence.get('compute_share'))} in {phase_words(finding.phase or 'the step')}"
@@ -249,6 +258,13 @@ def compute(finding: FindingFacts) -> str:
         return f"The model's own compute limits this run, {part}"
 
     return f"Compute limits the steps, {part}; they are {percent_text(share)} of the run's time"
+
+
+def _of_own_code(evidence: Mapping[str, Any]) -> str:
+    """Return `74 % of step time is spent in train.py:19 log_gradient`."""
+    line = line_text(evidence["file"], evidence["line"], evidence["function"])
+    share = evidence.get("line_share")  # None where few samples saw it
+    return f"{percent_text(share) if share else 'Much'} of step time is spent in {line}"
 
 
 def input_wait(finding: FindingFacts) -> str:

@@ -131,11 +131,11 @@ def note_exit(error: BaseException | None, status: int) -> None:
             state.recorder.note_exit(error, status)
 
 
-def note_return() -> None:
-    """Record that the launched function of this process has returned; see `Recording.note_return`."""
+def note_return(*, is_script: bool) -> None:
+    """Record that the launched function or script of this process is over; see `Recording.note_return`."""
     if state.recorder is not None:
         with fail_open(_log, "recorder", "the return of the launched function could not be recorded"):
-            state.recorder.note_return()
+            state.recorder.note_return(is_script=is_script)
 
 
 def _stop(reason: str) -> None:

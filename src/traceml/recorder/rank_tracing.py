@@ -208,7 +208,8 @@ class RankTracing:
             self._note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
 
     def _check_progress(self, last: bool) -> None:
-        self._flight.open_slots[Slot.EVALUATING] = self._outside_steps()
+        slots = self._flight.open_slots
+        slots[Slot.EVALUATING], slots[Slot.TRAINING_THREAD] = self._outside_steps(), self._training_thread()
         self._progress_watch(last)
         self._thread.is_attentive = self._progress_watch.is_quiet or self.profiles.is_used
 

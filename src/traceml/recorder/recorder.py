@@ -267,10 +267,10 @@ class Recorder:
         if self._recording is not None and self.enabled and self.pid == os.getpid():
             self._recording.note(kind, **facts)
 
-    def note_return(self) -> None:
-        """Record that the launched function has returned; see `Recording.note_return`."""
+    def note_return(self, *, is_script: bool) -> None:
+        """Record that the launched function or script is over; see `Recording.note_return`."""
         if self._recording is not None and self.enabled and self.pid == os.getpid():
-            self._recording.note_return()
+            self._recording.note_return(is_script=is_script)
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; see `Recording.note_exit`."""

@@ -185,10 +185,11 @@ class Recording:
         """Append a row to `info`; see `Recorder.note`."""
         self.flight.log("info").append({"kind": kind, "t_ns": monotonic_ns(), **facts}, urgent=urgent)
 
-    def note_return(self) -> None:
-        """Record that the launched function has returned; the process ends when those of all ranks have."""
+    def note_return(self, *, is_script: bool) -> None:
+        """Record that the launched function or script is over; the process ends when those of all ranks are."""
         step = self.flight.open_slots[Slot.STEP]
-        self.note("returned", urgent=True, last_step=step - 1 + self.tracing.has_stepped if step >= 0 else -1)
+        last_step = step - 1 + self.tracing.has_stepped if step >= 0 else -1
+        self.note("returned", urgent=True, last_step=last_step, script=is_script)
         self.thread.wake()
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
@@ -205,7 +206,7 @@ class Recording:
             is_done = self._is_between_phases(reported) and self.tracing.step_is_done
             closes = is_done if status else self.tracing.has_stepped  # the end of training closes the open step
             facts["last_step"] = slots[Slot.STEP] - 1 + closes  # a resumed training does not count from 0
-            if not is_done and self._is_in_step(status, reported):
+            if is_done or self._is_in_step(status, reported):  # the same as the last one where that ends only now
                 facts["step"] = slots[Slot.STEP]
 
             if began_ns := slots[Slot.STEP_START]:

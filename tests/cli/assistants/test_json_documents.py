@@ -122,13 +122,15 @@ def test_stacks():
     frame = FrameSnapshot(file="train.py", line=3, function="wait", is_user=True)
     worker = WorkerSnapshot(index=1, pid=5, cpu_share=0.5, frames=(frame,), waits_for_batch=3)
     snapshot = RankSnapshot(
-        rank=1, frames=(frame,), user_line=frame, groups=(GroupSnapshot(members=(0, 1), peer=1),), workers=(worker,)
-    )
-    made = stacks_document(Path("run"), [RankStack("h0", 7, snapshot)], [MissingRank(0, "h1", "does not answer")])
+        rank=1, pid=7, frames=(frame,), user_line=frame, groups=(GroupSnapshot(members=(0, 1), peer=1),),
+        workers=(worker,),
+    )  # fmt: skip
+    made = stacks_document(Path("run"), [RankStack("h0", snapshot)], [MissingRank(0, "h1", "does not answer")])
 
     document = json.loads(msgspec.json.encode(made))
     valid("stacks", document)
-    assert (document["ranks"][0]["host"], document["ranks"][0]["frames"][0]["line"]) == ("h0", 3)
+    (rank,) = document["ranks"]
+    assert (rank["host"], rank["pid"], rank["frames"][0]["line"]) == ("h0", 7, 3)
     assert msgspec.convert(document, StacksDocument) == made
 
 

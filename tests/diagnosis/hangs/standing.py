@@ -67,6 +67,7 @@ def facts(
     was_aborted: bool = False,
     calls: Callable[[int, int], int] | None = None,
     returned: tuple[int, ...] = (),
+    ran_script: bool = False,
     names: dict[int, dict[int, str]] | None = None,
     **process: Any,
 ) -> JobFacts:
@@ -84,6 +85,7 @@ def facts(
         samples_s: seconds of samples before the end, one each second.
         was_aborted: whether it was ended because it hung.
         returned: ranks whose launched function has returned, after all of these steps.
+        ran_script: whether it was a script.
         calls: returns the column `bits` of a rank's step.
         names: texts of each rank by id.
         process: what the ranks tell about their settings.
@@ -108,7 +110,7 @@ def facts(
             builder.process_rows(rank, samples)
 
     for rank in returned:
-        builder.info(rank, {"kind": "returned", "t_ns": LAST_NS, "last_step": steps - 1})
+        builder.info(rank, {"kind": "returned", "t_ns": LAST_NS, "last_step": steps - 1, "script": ran_script})
 
     for each in snapshots:
         builder.info(each.rank, each.to_info())

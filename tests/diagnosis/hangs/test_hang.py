@@ -282,7 +282,7 @@ def test_a_remote_call_is_told_with_the_thread_that_may_run_it():
     assert "network" not in summary(finding) + finding.next
 
 
-@pytest.mark.parametrize(("state", "words"), [("R", "what that line computes"), ("S", "ctypes.PyDLL does not")])
+@pytest.mark.parametrize(("state", "words"), [("R", "what that call computes"), ("S", "ctypes.PyDLL does not")])
 def test_a_call_that_holds_the_interpreter_has_advice(state, words):
     """By whether it computes."""
     held = snapshot(1, line(24, "hold"), answered="signal", process_state=state, quiet_s=500.0)
@@ -859,6 +859,9 @@ def test_a_function_that_has_returned_comes_to_no_collective():
     assert finding.summary == (
         "Rank 1's function returned after 40 steps; rank 0 waits for it in all_reduce #15 in backward "
         "(train.py:28 main), for 75 s."
+    )
+    assert summary(found(in_backward(0), waits, returned=(1,), ran_script=True)).startswith(
+        "Rank 1's script ended after 40 steps; rank 0 waits for it in all_reduce #15"
     )
     assert found(waits, replace(waits, rank=0), returned=(0, 1)) is None
     stopped = [RankExit(rank=rank, state="killed", signal=15, stopped=True) for rank in (0, 1)]

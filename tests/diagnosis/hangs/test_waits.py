@@ -169,6 +169,18 @@ def test_a_worker_before_a_locked_file_is_not_told_to_be_spawned() -> None:
     assert "`kill 77`" in finding.next
 
 
+def test_a_rank_that_holds_the_lock_is_named() -> None:
+    """It waits for the one that it keeps out; ending it would end the job."""
+    holder = ProcessSnapshot(pid=77, name="python train.py", state="S", wchan="futex_do_wait")
+    waits = snapshot(1, line(28), groups=BEHIND, pid=78, blocker=holder, **LOCK)
+    finding = found(in_backward(0, pid=77), waits)
+
+    assert finding is not None
+    assert finding.ranks == (1,)
+    assert "waiting for a file lock (/tmp/lock, held by rank 0) for 75 s" in finding.summary
+    assert finding.next == "Let rank 0 release the lock before it waits for other ranks."
+
+
 def test_a_rank_that_is_ready_to_run_computes() -> None:
     """On a busy host it gets less than a fifth of a core."""
     runs = snapshot(0, line(6, "solve"), process_state="R", cpu_share=0.05)

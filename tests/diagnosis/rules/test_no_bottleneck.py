@@ -80,6 +80,7 @@ def test_a_slow_hook_of_all_ranks_is_named(engine: int, named: bool) -> None:
     assert ("67 % of backward is in train.py:8 quantize" in found.summary) == named
     assert ("Make train.py:8 quantize cheaper" in found.next) == named
     assert ("To go faster" in found.next) != named
+    assert found.headline.endswith("of step time is spent in train.py:8 quantize") == named
     assert "of backward is in train.py:22" not in found.summary
 
 
@@ -97,6 +98,7 @@ def test_code_in_backward_is_named_although_ranks_wait_there() -> None:
     assert found.kind is Kind.HEALTHY
     assert "69 % of backward is in train.py:8 compress" in found.summary
     assert "Nothing needs fixing" not in found.next
+    assert found.headline.endswith(" % of step time is spent in train.py:8 compress")
     assert found.speedup_if_fixed == pytest.approx(1 / (1 - found.evidence["line_share"]))
     assert found.evidence["line_share"] == pytest.approx(0.66, abs=0.03)
 

@@ -444,6 +444,22 @@ def test_phases_that_grow_together_are_not_called_all(lines):
     assert "All phases" not in finding.next
 
 
+@pytest.mark.parametrize(("longer_ms", "phases"), [(20.0, ["other", "comm"]), (7.0, None)])
+def test_code_and_communication_that_grow_together_are_named(longer_ms, phases):
+    """As a list that all ranks exchange and append to in each step; less of it may be a host that becomes busier."""
+    random, grown = np.random.default_rng(0), longer_ms * AT / BINS
+    usual = {"forward": 0.6, "backward": 1.0, "optimizer": 0.3, "other": 4.0 + grown, "comm": 8.0 + grown}
+    parts = {name: ms * random.lognormal(0, 0.02, BINS) * MS for name, ms in usual.items()}
+    bins = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+    (finding,) = slowdown(bins, JobFacts())
+
+    assert finding.evidence["shape"] == "growth"
+    assert finding.evidence.get("phases") == phases
+    assert finding.phase == (phases and "other")
+    assert "in code outside the known phases and communication; that costs" in finding.summary
+    assert ("most of it" in finding.summary) is (phases is None)
+
+
 @pytest.mark.parametrize(("waited", "phase"), [(0.0, "forward"), (-1, None)])
 def test_phases_that_fewer_cores_may_slow_are_told_as_most_of_it(waited, phase):
     """Forward and backward take 1.6x as long: named where the kernel counted that the training had its core."""

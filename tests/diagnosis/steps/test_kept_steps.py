@@ -80,6 +80,18 @@ def test_a_rank_that_ended_is_not_waited_for():
     assert aligned.steps[-1] == 99
 
 
+def test_a_rank_that_ends_a_moment_before_the_others_is_compared():
+    """Without it, the last verdict of a job with a slow rank would be that no rank is late."""
+    kept = KeptSteps(128)
+    put(kept, 0, some_rows(0, 100))
+    put(kept, 1, some_rows(0, 100))
+    kept.end(1)
+    assert kept.aligned().ranks.tolist() == [0, 1]
+
+    put(kept, 0, some_rows(100, 1))
+    assert kept.aligned().ranks.tolist() == [0]
+
+
 def test_when_all_have_ended_the_common_steps_count():
     """At the end of a run, the steps that all ranks had are returned."""
     kept = KeptSteps(128)

@@ -106,7 +106,7 @@ def test_an_import_that_stands_still_has_the_frames_of_modules(run_script: Run, 
 
 
 def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) -> None:
-    """Steps, output, also a child's, and new lines of the script are progress, however long each takes."""
+    """Steps, output, also a child's, logged values and new lines of the script are, however long each takes."""
     body = "\n".join("        time.sleep(0.4)" for _ in range(9))
     done = run_script(
         f"""
@@ -120,8 +120,11 @@ def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) 
             time.sleep(0.4)
             print("written", flush=True)
         subprocess.run(["sh", "-c", "for part in 1 2 3 4 5 6 7 8 9; do sleep 0.4; echo $part; done"])
+        for _ in range(9):
+            time.sleep(0.4)
+            traceml.log_metric("score", 1.0)
         """,
-        TRACEML_HANG_TIMEOUT="6",  # each of the four takes longer than the 3 s after which a snapshot comes
+        TRACEML_HANG_TIMEOUT="6",  # each of the five takes longer than the 3 s after which a snapshot comes
     )
 
     assert done.returncode == 0, done.stderr
@@ -150,6 +153,37 @@ def test_a_loop_that_waits_for_a_file_stands_still(run_script: Run, serving: Ser
         "wait_for"
     }
     assert not any(snapshot.ended for snapshot in _snapshots(serving))
+
+
+@pytest.mark.parametrize("native", ["1", "0"], ids=["c", "python"])
+def test_values_that_another_thread_logs_are_no_progress(run_script: Run, serving: Serving, native: str) -> None:
+    """A thread that logs the load of the host goes on while the training hangs."""
+    code = """
+        import threading, time, traceml
+        traceml.init()
+
+        def watch_host():
+            while True:
+                traceml.log_metric("load", 0.5)
+                traceml.log_text("state", "up")
+                time.sleep(0.1)
+
+        threading.Thread(target=watch_host, daemon=True).start()
+
+        def hang():
+            while not seen and time.monotonic() < begun + 60:
+                time.sleep(0.1)
+
+        with traceml.trace_step():
+            begun = time.monotonic()
+            hang()
+        """
+    done = run_script(_noting(code), **_QUICK, TRACEML_NATIVE=native)
+
+    assert done.returncode == 0, done.stderr
+    assert {snapshot.user_line.function for snapshot in _snapshots(serving) if snapshot.user_line is not None} == {
+        "hang"
+    }
 
 
 def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) -> None:

@@ -21,7 +21,7 @@ _GROUP = GroupSnapshot(members=(0, 1), number=61, operation="all_reduce", sizes=
 
 def _stack(rank: int, **facts: object) -> RankStack:
     usual = {"step": 120, "in_step": True, "phase": "backward", "answered": "recorder", "process_state": "S"}
-    return RankStack("gpu1", 1000 + rank, RankSnapshot(rank=rank, **usual | facts))  # type: ignore[arg-type]
+    return RankStack("gpu1", RankSnapshot(rank=rank, pid=1000 + rank, **usual | facts))  # type: ignore[arg-type]
 
 
 def test_equal_stacks_are_shown_once() -> None:

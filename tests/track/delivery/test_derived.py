@@ -63,6 +63,15 @@ def test_step_time_and_shares_are_those_of_the_steps() -> None:
     assert found[0].timestamp == pytest.approx(STARTED_S + rows["t_end_ns"][-1] / S)
 
 
+def test_the_speed_does_not_count_the_start_up() -> None:
+    """The first steps come half a minute after the run began."""
+    (rows,) = rows_of(JOB)
+    rows["t_end_ns"] += 30 * S
+    found = derive(frames(STEPS, rows, 50), interval_s=1000)
+
+    assert named(found, "traceml/steps_per_s") == [pytest.approx(1e3 / named(found, "traceml/step_ms")[0], rel=0.01)]
+
+
 def test_intervals_are_of_the_runs_own_clock_and_cover_all_steps() -> None:
     (rows,) = rows_of(JOB)
     found = derive(frames(STEPS, rows, 7), interval_s=1.0)

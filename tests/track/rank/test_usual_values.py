@@ -64,6 +64,21 @@ def test_without_a_step_it_is_the_open_one(flight: FlightFile) -> None:
     assert [row[1] for row in rows(flight)] == [41]
 
 
+def test_values_of_the_training_thread_are_counted(flight: FlightFile) -> None:
+    """And not those of another thread: they are no progress."""
+    writer = usual_writer(flight, {"loss": [5, 0]}, EXPERIMENT)
+    assert writer is not None
+    assert writer("loss", 1.0, 0) is True
+    flight.open_slots[int(Slot.TRAINING_THREAD)] = threading.get_ident()
+    other = threading.Thread(target=writer, args=("loss", 2.0, 0))
+    other.start()
+    other.join()
+    assert writer("loss", 3.0, 0) is True
+
+    assert len(rows(flight)) == 3
+    assert flight.open_slots[int(Slot.LOGGED)] == 1
+
+
 @pytest.mark.parametrize(
     "given",
     [

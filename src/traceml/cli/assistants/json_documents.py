@@ -38,7 +38,6 @@ class StacksRank(RankSnapshot):
     """A rank of `traceml stacks`: where it runs, and the snapshot of it."""
 
     host: str = ""
-    pid: int = 0
 
 
 class StacksDocument(msgspec.Struct, kw_only=True):

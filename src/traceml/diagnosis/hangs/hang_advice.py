@@ -116,7 +116,7 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
 
     if snapshot.process_state == "R":
         return (
-            "Look at what that line computes and with which data: a regular expression can take forever on some texts, "
+            "Look at what that call computes and with which data: a regular expression can take forever on some texts, "
             "and no other thread runs meanwhile."
         )
 
@@ -149,6 +149,9 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
     if "file lock" in what and blocker is not None and blocker.is_self:
         return "Open the file once: another open file of the same process waits for its lock, too."
+
+    if "file lock" in what and blocker is not None and blocker.rank is not None:
+        return f"Let {ranks_text((blocker.rank,))} release the lock before it waits for other ranks."
 
     if "file lock" in what and blocker is not None:
         return f"Find out why process {blocker.pid} keeps the lock, or end it: `kill {blocker.pid}`."

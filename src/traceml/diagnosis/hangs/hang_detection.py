@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
-from traceml.database.snapshots import FrameSnapshot, RankSnapshot
+from traceml.database.snapshots import FrameSnapshot, ProcessSnapshot, RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
@@ -75,14 +75,14 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedH
     if snapshots is None:
         return None
 
-    found = _judged(snapshots, ended, facts.world_size, unsteady=_unsteady(progress), is_over=False)
+    found = _judged(snapshots, ended, facts, unsteady=_unsteady(progress), is_over=False)
     return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
 
 
 def _returned(progress: JobProgress) -> dict[int, RankExit]:
-    """Return the ends of ranks whose launched function has returned: they come to no further collective."""
+    """Return the ends of ranks whose launched function or script is over: they come to no further collective."""
     return {
-        rank: RankExit(rank=rank, last_step=each.returned_at, returned=True)
+        rank: RankExit(rank=rank, last_step=each.returned_at, returned=not each.ran_script)
         for rank, each in progress.ranks.items()
         if each.returned_at is not None
     }
@@ -103,22 +103,40 @@ def _unsteady(progress: JobProgress) -> set[int]:
 def _judged(
     snapshots: Mapping[int, RankSnapshot],
     ended: Mapping[int, RankExit],
-    world_size: int,
+    facts: JobFacts,
     *,
     unsteady: Collection[int],
     is_over: bool,
 ) -> DetectedHang | None:
-    is_alone = world_size == 1
+    snapshots = _with_blocking_ranks(snapshots, facts.hosts)
+    is_alone = facts.world_size == 1
     if any(is_excused(snapshot, is_alone=is_alone) for snapshot in snapshots.values()):
         return None
 
     quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
-    blamed = blame(snapshots, ended.keys(), world_size)
+    blamed = blame(snapshots, ended.keys(), facts.world_size)
     busy = any(
         is_busy(snapshot, is_alone=is_alone) or (rank in unsteady and rank not in blamed.waits)
         for rank, snapshot in snapshots.items()
     )
     return DetectedHang(snapshots, blamed, quiet_s, busy, ended, is_over)
+
+
+def _with_blocking_ranks(snapshots: Mapping[int, RankSnapshot], hosts: Mapping[int, str]) -> dict[int, RankSnapshot]:
+    """Add to the processes that ranks and their workers wait for which ranks they are."""
+    ranks = {(hosts.get(rank), each.pid): rank for rank, each in snapshots.items() if each.pid}
+
+    def named(blocker: ProcessSnapshot | None, host: str | None) -> ProcessSnapshot | None:
+        return blocker if blocker is None else replace(blocker, rank=ranks.get((host, blocker.pid)))
+
+    return {
+        rank: replace(
+            each,
+            blocker=named(each.blocker, hosts.get(rank)),
+            workers=tuple(replace(worker, blocker=named(worker.blocker, hosts.get(rank))) for worker in each.workers),
+        )
+        for rank, each in snapshots.items()
+    }
 
 
 def _limit_s(found: DetectedHang, progress: JobProgress, step_p99_s: float) -> float:
@@ -155,7 +173,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if not all(snapshot.in_step for snapshot in by_rows):
         return None  # an evaluation, as far as the rows tell
 
-    found = _judged(snapshots, finished, facts.world_size, unsteady=_unsteady(progress), is_over=True)
+    found = _judged(snapshots, finished, facts, unsteady=_unsteady(progress), is_over=True)
     if found is None:
         return None
 

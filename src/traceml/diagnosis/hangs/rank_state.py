@@ -13,7 +13,7 @@ from traceml.database.snapshots import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
-from traceml.formatting import line_text
+from traceml.formatting import line_text, ranks_text
 from traceml.inspection.kernel_state import AwaitedKind
 from traceml.inspection.thread_frames import is_event_loop
 
@@ -303,6 +303,9 @@ def _held_by(holder: ProcessSnapshot | None) -> list[str]:
 
     if holder.is_self:
         return ["held by this process itself"]
+
+    if holder.rank is not None:
+        return [f"held by {ranks_text((holder.rank,))}"]
 
     return [", ".join(filter(None, [f"held by process {holder.pid}", holder.name]))]
 

@@ -91,9 +91,9 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
         ranks=ranks,
         summary=(
             f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "
-            f"largest in a step is {factor_text(spread)} the smallest. No rank is slow, but the others wait "
-            f"{ns_text(cost)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) for the one with the "
-            f"largest{whose}; with equal sizes, steps would be {gain_text(gain)}."
+            f"largest in a step is {factor_text(spread)} the smallest. No rank is slow, but the others wait for the "
+            f"one with the largest{whose}. That costs {ns_text(cost)} of each {ns_text(segments.step_ns)} step "
+            f"({percent_text(share)}): with equal sizes, steps would be {gain_text(gain)}."
         ),
         next=_EVEN_RANKS.format(ranks_text(ranks)) if ranks else _EVEN_BATCHES,
         evidence={

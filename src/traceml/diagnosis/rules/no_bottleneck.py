@@ -73,9 +73,10 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares)
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
-    evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
-    healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     own = _own_code(facts, heavy, shares, device=segments.device)
+    evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
+    evidence |= {} if own is None else {"own_code": True}
+    healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     cheaper = own.advice if own else _when_healthy(shares, facts)
     summary, action = short or (healthy, pause.action or cheaper)
     after = after_steps_advice(facts)
@@ -244,8 +245,10 @@ def _compute_bound(
     heaviest = max((part for part in COMPUTE if part in shares), key=lambda part: shares[part])
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares)
-    line = {} if heavy is None or heavy[0] != heaviest else heavy[1].evidence(_sampled(shares)[heaviest])
     own = _own_code(facts, heavy, shares, device=segments.device)
+    is_named = heavy is not None and (own is not None or heavy[0] == heaviest)
+    line = heavy[1].evidence(_sampled(shares)[heavy[0]]) if heavy is not None and is_named else {}
+    line |= {} if own is None else {"own_code": True}
     after = after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=segments.device)
     return Finding.of(

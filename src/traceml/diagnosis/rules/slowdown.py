@@ -55,7 +55,7 @@ SAME_PACE = 1.15
 """Steps that are longer by no more than this factor of the growth of their batches have more work, and no fault."""
 _COMM = "comm"
 _OTHER = "other"
-_FOLLOWING = ("backward", "optimizer")  # longer for what the phases before them do: a larger graph
+_FOLLOWING = ("backward", "optimizer", _COMM)  # longer for what the phases before them do: a larger graph, more to send
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 
@@ -144,7 +144,8 @@ def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Col
         return change.factor >= MIN_FACTOR
 
     lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
-    is_sure = bool(parts) and _COMM not in parts and _has_cores(bins, change, parts, facts)
+    is_known = bool(parts) and (_COMM not in parts or change.factor >= NOT_OF_CORES)
+    is_sure = is_known and _has_cores(bins, change, parts, facts)
     return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= (MIN_COMPUTE_NS if is_sure else MIN_ALIKE_NS)
 
 
@@ -155,7 +156,7 @@ def _has_cores(bins: StepHistory, change: LevelChange, parts: Sequence[str], fac
     """
     usual, _ = _levels_of(bins, change)
     own = sum(usual[part] for part in parts)
-    compared = sum(usual.values()) - own - usual.get(_COMM, 0.0)
+    compared = sum(value for name, value in usual.items() if name not in (*parts, _COMM))
     waited = facts.samples.use(*_steps_of(bins, change), _ranks(bins, change)).waited
     is_compared = compared >= MIN_COMPARED_SHARE * own or change.factor >= NOT_OF_CORES
     return waited is not None and waited < HAS_CORE_WAIT and is_compared
@@ -348,15 +349,18 @@ def _parts(bins: StepHistory, change: LevelChange, facts: JobFacts) -> tuple[str
     """Return the phases that became longer while the rest did not, the one that may be the cause first; none if all.
 
     Where a part of the run has fewer cores, or they are slower, some phases become longer than others, too: several are
-    named together only if steps are slower than that would make them, or the ranks had their cores.
+    named together only if steps are slower than that would make them, or the ranks had their cores. Communication also
+    takes longer where ranks meet later: it is among them only in the first case.
     """
     part = _part(bins, change, facts)
     if part is not None:
         return (part,)
 
     parts = _together(*_levels_of(bins, change))
-    is_sure = change.factor >= NOT_OF_CORES or (bool(parts) and _has_cores(bins, change, parts, facts))
-    return parts if is_sure and _COMM not in parts else ()
+    if change.factor >= NOT_OF_CORES:
+        return parts
+
+    return parts if parts and _COMM not in parts and _has_cores(bins, change, parts, facts) else ()
 
 
 def _together(usual: Mapping[str, float], slow: Mapping[str, float]) -> tuple[str, ...]:

@@ -185,9 +185,9 @@ class KeptSteps:
     def aligned(self, last: int = 200, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
         """Return the newest steps that all live ranks have.
 
-        Ranks that ended, or that are behind by more than half the ring, are left out. When all ranks have ended, the
-        steps they had in common are returned. Steps in which a rank was profiled are left out: they take longer, and
-        the other ranks wait.
+        Ranks that ended before others went on, or that are behind by more than half the ring, are left out. When all
+        ranks have ended, the steps they had in common are returned. Steps in which a rank was profiled are left out:
+        they take longer, and the other ranks wait.
 
         Args:
             last: maximum number of steps (less for thousands of ranks).
@@ -248,8 +248,8 @@ class KeptSteps:
             seen[self.representatives.unsent[self.representatives.unsent < len(seen)]] = False
 
         live = seen & ~self._ended
-        if not live.any():
-            live = seen
+        # One that ends a moment before the others is compared until these have newer steps.
+        live = seen & (live | (self._latest >= self._latest[live].max())) if live.any() else seen
 
         if not live.any():
             return np.empty(0, np.int64), ()

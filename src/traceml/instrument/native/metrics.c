@@ -6,7 +6,7 @@ static const char kind_of_writer[] = "traceml.instrument.native.metrics";
 typedef struct {
     PyObject *entries; /* name -> [its id, ...] */
     PyObject *ring, *acquire, *release;
-    long long *step, *count, *first_row;
+    long long *slots, *count, *first_row;
     long long mask, limit, experiment;
     Py_buffer slots_buffer, ring_buffer, count_buffer;
 } MetricWriter;
@@ -33,7 +33,7 @@ static int read_value(PyObject *number, double *value) {
 static int read_step(const MetricWriter *writer, PyObject *number, long long *step) {
     if (number != Py_None && !PyLong_CheckExact(number)) return -1;
 
-    *step = number == Py_None ? *writer->step : PyLong_AsLongLong(number);
+    *step = number == Py_None ? writer->slots[SLOT_STEP] : PyLong_AsLongLong(number);
     return (*step == -1 && PyErr_Occurred()) || (number == Py_None && *step < 0) ? -1 : 0;
 }
 
@@ -67,6 +67,7 @@ static int write_value(MetricWriter *writer, long long step, long long id, doubl
     memcpy(row + METRICS_VALUE, &value, sizeof value);
     row[METRICS_EXPERIMENT] = writer->experiment;
     __atomic_store_n(writer->count, n + 1, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
+    if ((unsigned long)writer->slots[SLOT_TRAINING_THREAD] == this_thread()) writer->slots[SLOT_LOGGED]++;
     return 1;
 }
 
@@ -107,7 +108,7 @@ static void free_capsule(PyObject *capsule) { free_writer(PyCapsule_GetPointer(c
 
 static int is_within(const MetricWriter *writer, long long offset, long long slot) {
     const long long word = (long long)sizeof(long long), row = METRICS_COLUMNS * word;
-    return writer->slots_buffer.len >= (SLOT_STEP + 1) * word && slot >= 0 && slot < writer->count_buffer.len / word
+    return writer->slots_buffer.len >= (SLOT_LOGGED + 1) * word && slot >= 0 && slot < writer->count_buffer.len / word
         && offset >= 0 && offset % word == 0 && offset <= writer->ring_buffer.len && writer->mask >= 0
         && writer->mask < (writer->ring_buffer.len - offset) / row;
 }
@@ -124,7 +125,7 @@ static int map_memory(MetricWriter *writer, PyObject *slots, PyObject *buffer, l
         return -1;
     }
 
-    writer->step = (long long *)writer->slots_buffer.buf + SLOT_STEP;
+    writer->slots = (long long *)writer->slots_buffer.buf;
     writer->count = (long long *)writer->count_buffer.buf + slot;
     writer->first_row = (long long *)((char *)writer->ring_buffer.buf + offset);
     return 0;

@@ -83,7 +83,6 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
 
         _send(agent, "ready")
         result = _run_script(request) if request["script"] else _run_function(agent, request)
-        _note_return(request)
     except SystemExit as leaving:
         status = exit_status(leaving)
         _note_end(request, leaving, status)
@@ -102,6 +101,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         _await_release(agent)
         return 1
 
+    _note_return(request)
     if not _report_result(agent, result):
         return 1
 
@@ -121,11 +121,11 @@ def _note_end(request: Mapping[str, Any], error: BaseException | None, status: i
 
 
 def _note_return(request: Mapping[str, Any]) -> None:
-    """Tell the recorder that the function has returned: the process waits for the other ranks."""
+    """Tell the recorder that the function or script has ended well: the process waits for the other ranks."""
     if request["trace"]:
         from traceml.recorder.lifecycle import note_return
 
-        note_return()
+        note_return(is_script=bool(request["script"]))
 
 
 # --- set-up of the process -------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Signs of progress in a rank, cheap ones first.
 
-These are a row, batch, phase or collective; a written byte (output, a checkpoint), also of a child that the training
-thread waits for, but of other threads only many (`thread_output`); and a line of the user's code, or of a module that
-is being imported, below all lines seen in its function since the last progress. A loop that polls a file runs the same
-lines again and again, which is no progress. Nor are the answers of torch's store, which ranks that wait for others ask
-all the time.
+These are a row, batch, phase or collective; a value that the training thread logs; a byte that it writes (output, a
+checkpoint), also of a child that it waits for, but of other threads only many (`thread_output`); and a line of the
+user's code, or of a module that is being imported, below all lines seen in its function since the last progress. A loop
+that polls a file runs the same lines again and again, which is no progress. Nor are the answers of torch's store, which
+ranks that wait for others ask all the time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.schema import EPOCHS, EVALS, LOGGED, METRICS, STEPS, USER_PHASES, Phase, Slot
+from traceml.database.schema import EPOCHS, EVALS, STEPS, USER_PHASES, Phase, Slot
 from traceml.inspection.kernel_state import awaited_descriptor, current_syscall, written_bytes
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_number
 from traceml.recorder.no_progress.library_waits import awaited_child
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressCounters", "received_bytes"]
 
-_TABLES = (STEPS.name, USER_PHASES.name, EVALS.name, EPOCHS.name, METRICS.name)
-_WORDS = (*range(len(Phase)), int(Slot.STEP_START), int(Slot.USER_NAME), int(Slot.EXIT_START))
+_TABLES = (STEPS.name, USER_PHASES.name, EVALS.name, EPOCHS.name)
+_WORDS = (*range(len(Phase)), int(Slot.STEP_START), int(Slot.USER_NAME), int(Slot.EXIT_START), int(Slot.LOGGED))
 _MAX_DEPTH, _MAX_CODES = 200, 4096
 _DISTRIBUTED = "/torch/distributed/"
 _RECEIVED_AT, _INFO_BYTES = 128, 136  # `tcpi_bytes_received` of struct tcp_info
@@ -54,8 +54,7 @@ class ProgressCounters:
         work: Callable[[], Iterable[Any]],
         collectives: Callable[[], object],
     ) -> None:
-        logged = flight.log(LOGGED.name)
-        self._tables: list[Any] = [*(flight.ring(name) for name in _TABLES), logged]
+        self._tables: list[Any] = [flight.ring(name) for name in _TABLES]
         self._slots = flight.open_slots
         self._thread, self._user, self._work, self._collectives = thread, user, work, collectives
         self._done: tuple[Any, ...] = ()

@@ -103,6 +103,7 @@ class SnapshotMaker:
         return RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank(),
+            pid=os.getpid(),
             quiet_s=round(quiet_s, 3),
             step=step,
             in_step=in_step,

@@ -22,10 +22,9 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class RankStack:
-    """A rank's host, process id, and the snapshot of it."""
+    """A rank's host, and the snapshot of it."""
 
     host: str
-    pid: int
     snapshot: RankSnapshot
 
 
@@ -72,7 +71,7 @@ def _group_text(group: Sequence[RankStack]) -> str:
     snapshots = [each.snapshot for each in group]
     first = snapshots[0]
     ranks = ranks_text(snapshot.rank for snapshot in snapshots) if len(snapshots) > 1 else f"rank {first.rank}"
-    of_one = f" ({group[0].host}, pid {group[0].pid})" if len(group) == 1 else ""
+    of_one = f" ({group[0].host}, pid {first.pid})" if len(group) == 1 else ""
     lines = [f"{ranks}{of_one}: {', '.join(_facts(snapshots))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]

@@ -4,7 +4,7 @@ A pure function of the store's frames in their order. State between frames is in
 a frame that is read again gives the same values again, and every backend gets the same.
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
-- `traceml/steps_per_s`: of the lowest rank.
+- `traceml/steps_per_s`: of the lowest rank, since its first step or the interval before.
 - `traceml/samples_per_s`, `traceml/tokens_per_s`: of the whole job, at that speed, as in the report.
 - `traceml/loss`: mean over the interval of the losses that were read on the lowest rank that has any.
 - `traceml/share/<phase>`: share of step time, split as in the report (`diagnosis.step_split`). A step with device times
@@ -175,9 +175,9 @@ class DerivedMetrics:
 
     def _add_steps(self, number: int, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         memory, rank = self._memory, stream.rank
-        # A rank that started the aggregator itself may have stepped before the run existed.
-        began = min(self._started_ns, int(ends_ns[0]) - int(rows["total_ns"][0]))
-        lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": began, "productive": 0, "step": -1})
+        first_ns = int(ends_ns[0]) - int(rows["total_ns"][0])
+        began = min(self._started_ns, first_ns)  # it may have stepped before the run existed: it starts the aggregator
+        lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": first_ns, "productive": 0, "step": -1})
         memory.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
         memory["ranks"] = max(memory.get("ranks", 0), int(stream.facts.get("world_size", 0)), len(memory["step_of"]))
         if rank < lead["rank"]:

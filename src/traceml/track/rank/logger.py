@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import METRICS, Slot
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Logger", "deferred_values", "usual_writer"]
 
 _time_ns = time.time_ns
-_STEP, _ROW_BYTES = int(Slot.STEP), METRICS.row_bytes
+_STEP, _TRAINING_THREAD, _LOGGED = int(Slot.STEP), int(Slot.TRAINING_THREAD), int(Slot.LOGGED)
+_ROW_BYTES = METRICS.row_bytes
 # Masked before they are stored; everything else is masked when it is delivered.
 _MASKED = {"params", "tags"}
 
@@ -101,6 +103,7 @@ class Logger:
             if entry is None:
                 return
 
+        self._note_progress()
         if step is None:
             step = self._slots[_STEP]
             if step < 0:
@@ -143,6 +146,7 @@ class Logger:
         if flight is None:
             return False
 
+        self._note_progress()
         fields = {"kind": kind, "t_ns": t_ns or _time_ns(), "experiment": self._number}
         if step is not None:
             fields["step"] = step
@@ -213,6 +217,12 @@ class Logger:
         self._flight = self.usual = None
         if forked:
             self._deferred.clear()
+
+    def _note_progress(self) -> None:
+        """Count what the training thread logs: another thread may log what the host does while the training hangs."""
+        slots = self._slots
+        if get_ident() == slots[_TRAINING_THREAD]:
+            slots[_LOGGED] += 1
 
     def _enter(self, name: str) -> list[int] | None:
         """Return a new name's entry; None while nothing is recorded."""

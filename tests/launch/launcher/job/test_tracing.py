@@ -41,6 +41,8 @@ for step, (batch,) in enumerate(torch.utils.data.DataLoader(data, batch_size=4))
             os.kill(os.getpid(), 9)
     if what == "exit" and rank == 1 and step == 30:
         sys.exit(5)
+    if what == "leave" and rank == 1 and step == 30:
+        sys.exit()
     if what == "gil" and rank == dist.get_world_size() - 1 and step == 30:
         ctypes.PyDLL(None).sleep(600)
     if what == "crash" and rank == 1 and step == 30:
@@ -235,6 +237,20 @@ def test_a_rank_of_another_host_that_cannot_answer_has_a_snapshot_from_there(hos
     assert (verdict["kind"], verdict["ranks"]) == ("HANG", [1]), verdict
     assert f"in C code called at train.py:{line}" in verdict["summary"]
     assert "that holds the GIL, sleeping" in verdict["summary"]
+
+
+def test_a_script_that_is_over_while_others_wait_for_it_is_named(hosts: Hosts, folder: Path) -> None:
+    """A launch holds its process until all may end, so no connection is closed: nobody would notice."""
+    hosts.launcher.run(
+        *command(hosts, "--kill-after-report", "train.py", "leave", "60"),
+        env={"TRACEML_HANG_TIMEOUT": "8"},
+        cwd=folder,
+        check=False,
+    )
+    verdict = report_of(folder)["verdict"]
+
+    assert (verdict["kind"], verdict["ranks"], verdict["evidence"]["cause"]) == ("HANG", [1], "ended"), verdict
+    assert verdict["summary"].startswith("Rank 1's script ended after 30 steps; rank 0 waits for it in all_reduce")
 
 
 def test_a_lone_rank_that_cannot_end_itself_is_ended_by_the_launcher(hosts: Hosts, folder: Path) -> None:

@@ -43,7 +43,8 @@ class RankProgress(msgspec.Struct, frozen=True):
         alive_s: seconds since its recorder sent anything, by the clock of its host.
         step: last step that ended, -1 before the first.
         is_unsteady: whether it alternates between running and sleeping: a loop, which may be work.
-        returned_at: last step of a rank whose launched function has returned: it waits for the others; else None.
+        returned_at: last step of a rank whose launched function or script is over: it waits for the others; else None.
+        ran_script: whether that was a script.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class RankProgress(msgspec.Struct, frozen=True):
     step: int
     is_unsteady: bool = False
     returned_at: int | None = None
+    ran_script: bool = False
 
 
 class JobProgress(msgspec.Struct, frozen=True):
@@ -102,7 +104,8 @@ class ProgressHistory:
         self._over: dict[int, int] = {}  # timestamp of the end of the pause that the snapshot is about
         self._changes: dict[int, int] = {}  # of the process's state from snapshot to snapshot, in the same pause
         self._quiet = [0.0, 0.0]
-        self._returned: dict[int, int] = {}  # last step of ranks whose launched function has returned
+        # Last step of ranks whose launched function or script is over, and whether it was a script.
+        self._returned: dict[int, tuple[int, bool]] = {}
 
     def snapshot_of(self, rank: int) -> RankSnapshot | None:
         """Return the newest snapshot of a rank without progress; None if it makes progress."""
@@ -170,7 +173,8 @@ class ProgressHistory:
             self.aborts = row.get("on_hang") == "abort"
 
         if kind == "returned":
-            self._returned[rank] = row["last_step"] if isinstance(row.get("last_step"), int) else -1
+            last_step = row.get("last_step")
+            self._returned[rank] = last_step if isinstance(last_step, int) else -1, row.get("script") is True
 
         if kind == "snapshot":
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
@@ -307,7 +311,8 @@ class ProgressHistory:
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
         is_unsteady = self._changes.get(rank, 0) >= _CHANGES
-        return RankProgress(rank, snapshot, quiet_s, alive_s, step, is_unsteady, self._returned.get(rank))
+        returned_at, ran_script = self._returned.get(rank, (None, False))
+        return RankProgress(rank, snapshot, quiet_s, alive_s, step, is_unsteady, returned_at, ran_script)
 
     def _unseen_s(self) -> float:
         """Return how long a recorder that runs may make no progress without a snapshot."""
