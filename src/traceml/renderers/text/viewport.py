@@ -54,8 +54,9 @@ class Viewport:
         """Return the viewport of a console; ASCII characters where its encoding is not UTF."""
         glyphs = UNICODE if console.encoding.lower().startswith("utf") else ASCII
         color = console.color_system is not None and not console.no_color
-        # rich takes every dumb terminal for one of 80 columns.
-        width, height = terminal_size(console) if console.is_dumb_terminal else console.size
+        # rich takes a dumb terminal for one of 80 columns, unless COLUMNS tells.
+        is_unknown = console.is_dumb_terminal and "COLUMNS" not in os.environ
+        width, height = terminal_size(console) if is_unknown else console.size
         return cls(width, height, glyphs, color)
 
     def cut(self, line: Text, most: int = sys.maxsize) -> Text:
