@@ -464,6 +464,17 @@ def test_the_forward_of_a_training_without_modules_is_no_residual(ms, told):
     assert ("the model's forward is in this time, too" in found.next) is told
 
 
+@pytest.mark.parametrize(("ms", "told"), [(6.0, False), (30.0, True)])
+def test_an_update_by_hand_is_no_residual(ms, told):
+    """Weights that `p -= lr * p.grad` changes: no optimizer tells when."""
+    job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "other": ms})
+
+    found = verdict(job)
+
+    assert (found.kind is Kind.RESIDUAL_HEAVY) is told
+    assert ("not counting the update" in found.summary) is told
+
+
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
     found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)

@@ -51,7 +51,7 @@ def test_long_steps_are_no_steady_cost():
 
 def test_a_steady_cost_beside_long_steps_is_told_without_them():
     """Its bar on the card includes them."""
-    job = Job(ranks=1, steps=400, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": 6.0})
+    job = Job(ranks=1, steps=400, grouped=False, own={"forward": 8.0, "backward": 7.0, "optimizer": 1.0, "other": 6.0})
     found = diagnose(window_of(job, at_once("other", 200, 0.08)), JobFacts())
 
     steady = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)

@@ -128,6 +128,16 @@ def test_growth_is_reported_with_its_rate_and_line():
     assert "train.py:23 smooth" in finding.next
 
 
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_growth_that_speeds_up_is_told_from_its_first_step_and_within_what_was_measured(power):
+    """From 20 to 100 ms: a scan of a list that itself grows faster."""
+    (finding,) = found(80 * (AT / AT[-1]) ** power)
+
+    assert (finding.evidence["shape"], finding.evidence["since_step"]) == ("growth", 0)
+    assert finding.evidence["before_ms"] == pytest.approx(20, rel=0.1)
+    assert finding.evidence["after_ms"] == pytest.approx(100, rel=0.1)
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("longer", "shape"), [(AT / 6, "growth"), (np.where(AT >= 20, 9.0, 0.0), "stays")])
 def test_the_shape_of_one_part_is_found_on_a_busy_host(longer, shape, seed):

@@ -246,7 +246,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
 
             where += cost.turns_words
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
-            has_forward = part == "other" and _is_without_forward(segments)
+            has_forward = part == "other" and _is_unseen(segments, "forward")
             trainer = cost.trainer(facts) if library is None else None
             two = cost.leading_lines(facts) if line is None and library is None else ()
             text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
@@ -262,23 +262,30 @@ def _is_longer(whole: Segments, segments: Segments, part: str) -> bool:
 
 
 def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
-    """Return the cost of `other` without clearing gradients, and without the forward of a training without modules."""
-    known = {"clearing gradients": clearing_share(facts.lines), "the forward": _forward_share(segments)}
+    """Return the cost of `other` without clearing gradients, and without computation that no hook sees."""
+    known = {
+        "clearing gradients": clearing_share(facts.lines),
+        "the forward": _unseen_share(segments, "forward"),
+        "the update": _unseen_share(segments, "optimizer"),
+    }
     uncounted = {name: share for name, share in known.items() if share >= MIN_UNCOUNTED}
     return cost.scaled(max(1 - sum(uncounted.values()), 0.0), *uncounted)
 
 
-def _forward_share(segments: Segments) -> float:
-    """Return the share of `other` that is the forward of a training without modules: at most as long as backward."""
-    if not _is_without_forward(segments):
+def _unseen_share(segments: Segments, phase: str) -> float:
+    """Return the share of `other` that is a phase that no hook sees: at most as long as backward.
+
+    A training without modules has its forward there, one that updates its weights by hand the update.
+    """
+    if not _is_unseen(segments, phase):
         return 0.0
 
     return min(float(segments.parts["backward"].mean()) / max(float(segments.parts["other"].mean()), 1.0), 1.0)
 
 
-def _is_without_forward(segments: Segments) -> bool:
-    """Return whether no module was called, as in a training without modules."""
-    return "forward" not in segments.parts and "backward" in segments.parts
+def _is_unseen(segments: Segments, phase: str) -> bool:
+    """Return whether the steps have a backward, but not this phase."""
+    return phase not in segments.parts and "backward" in segments.parts
 
 
 def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Finding | None:

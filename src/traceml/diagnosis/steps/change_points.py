@@ -24,6 +24,8 @@ MIN_Z_SCORE = 6.0
 """A jump is this many standard errors, by the deviation of bins from their level."""
 MIN_TAU = 0.7
 """Growth is steady if the bins' order agrees with time by this much (Kendall's tau)."""
+MIN_RISE = 0.5
+"""Steps that rise by this share of a jump after it grow, and did not jump."""
 _MIN_SEGMENT = 3
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
@@ -64,7 +66,7 @@ def level_change(values: Floats) -> LevelChange | None:
 
 
 def steady_growth(values: Floats) -> LevelChange | None:
-    """Return a growth over the whole run, if a line explains it better than a jump.
+    """Return a growth over the whole run, if a line explains it better than a jump, or its slow part grows as well.
 
     Args:
         values: usual time of each of at least `MIN_BINS` bins, in ns.
@@ -79,11 +81,20 @@ def steady_growth(values: Floats) -> LevelChange | None:
         return None
 
     _, (_, jump) = _best(values, [(0, end) for end in range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1)])
-    if _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
+    is_jump = _spread(values - _levels(values, jump)) < _spread(values - level - slope * at)
+    if is_jump and not _rises_on(values[:jump], values[jump:]):
         return None
 
-    end = level + slope * at[-1]
-    return LevelChange("growth", 0, len(values), max(level, 1.0), end)
+    # Where growth is not linear, the line leaves the range of the steps at its ends.
+    before, end = max(level, float(values.min())), max(level + slope * at[-1], float(np.median(values[-_MIN_SEGMENT:])))
+    return LevelChange("growth", 0, len(values), before, end)
+
+
+def _rises_on(usual: Floats, slow: Floats) -> bool:
+    """Return whether the steps after a jump keep rising by much of it: growth that is not linear or began later."""
+    third = max(len(slow) // 3, 1)
+    rise = float(np.median(slow[-third:]) - np.median(slow[:third]))
+    return rise >= MIN_RISE * float(np.median(slow) - np.median(usual))
 
 
 def _jump(values: Floats) -> LevelChange | None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH, live_lines, panel_height
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, terminal_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from traceml.renderers.views import LiveView
 
-__all__ = ["BottomPanel", "ansi_bytes", "terminal_size"]
+__all__ = ["BottomPanel", "ansi_bytes"]
 
 _SCRIPT_ROWS = 5  # always left to the script; a smaller terminal has no view
 _MAX_UNFINISHED_DRAWS = 4
@@ -168,17 +168,6 @@ class BottomPanel:
                 select.select([], [self._fd], [], 1.0)
             except OSError:
                 self._lost = True
-
-
-def terminal_size(console: Console) -> tuple[int, int]:
-    """Return (columns, rows) of the console's own terminal; rich would ask the standard streams."""
-    try:
-        size = os.get_terminal_size(console.file.fileno())
-    except OSError:
-        return console.width, console.height
-
-    # A terminal without a known size (serial lines, some containers) reports 0.
-    return size.columns or console.width, size.lines or console.height
 
 
 def ansi_bytes(console: Console, line: Text, width: int) -> bytes:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from traceml.display.terminal.bottom_panel import ansi_bytes, terminal_size
+from traceml.display.terminal.bottom_panel import ansi_bytes
 from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH, live_lines
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, terminal_size
 
 if TYPE_CHECKING:
     from rich.console import Console

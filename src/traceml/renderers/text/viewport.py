@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport"]
+__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport", "terminal_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,10 @@ class Viewport:
         """Return the viewport of a console; ASCII characters where its encoding is not UTF."""
         glyphs = UNICODE if console.encoding.lower().startswith("utf") else ASCII
         color = console.color_system is not None and not console.no_color
-        return cls(console.width, console.height, glyphs, color)
+        # rich takes a dumb terminal for one of 80 columns, unless COLUMNS tells.
+        is_unknown = console.is_dumb_terminal and "COLUMNS" not in os.environ
+        width, height = terminal_size(console) if is_unknown else console.size
+        return cls(width, height, glyphs, color)
 
     def cut(self, line: Text, most: int = sys.maxsize) -> Text:
         """Return a line that does not wrap, cut to the width, and to at most some columns."""
@@ -64,3 +68,14 @@ class Viewport:
             line.append(self.glyphs.ellipsis)
 
         return line
+
+
+def terminal_size(console: Console) -> tuple[int, int]:
+    """Return (columns, rows) of the console's own terminal; rich would ask the standard streams."""
+    try:
+        size = os.get_terminal_size(console.file.fileno())
+    except OSError:
+        return console.width, console.height
+
+    # A terminal without a known size (serial lines, some containers) reports 0.
+    return size.columns or console.width, size.lines or console.height

@@ -1,0 +1,30 @@
+"""Size and capabilities of an output."""
+
+from __future__ import annotations
+
+import os
+import termios
+
+import pytest
+from rich.console import Console
+
+from traceml.renderers.text.viewport import Viewport
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 40), ("60", 60)])
+def test_a_dumb_terminal_has_its_own_width_unless_columns_tells(
+    columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A serial line or an editor's shell of 40 columns; rich says 80 for any dumb terminal."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("LINES", "20")
+
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (20, 40))
+    with os.fdopen(master, "wb"), os.fdopen(terminal, "w", encoding="utf-8") as file:
+        viewport = Viewport.of(Console(file=file))
+
+    assert viewport.width == width
