@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from subprocess import Popen
 
@@ -378,6 +379,28 @@ def test_damaged_frames_are_left_out_where_that_is_wanted(tmp_path):
     assert {text.split(":")[0] for text in reported} == {"frame 3 of evals", "frame 8 of evals"}
     with StoreReader(path) as reader, pytest.raises(StoreError, match="frame 3 of evals"):
         reader.frames_of(("evals",))
+
+
+def test_store_that_lost_its_end_is_damaged(tmp_path: Path) -> None:
+    """Frames of which a copied file has only zeros are no endless list of frames."""
+    path = make_store(tmp_path / "store.db")
+    with closing(sqlite3.connect(path)) as database:
+        [(root,)] = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'frames'")
+        [(size,)] = database.execute("PRAGMA page_size")
+
+    with path.open("r+b") as file:
+        begin = (root - 1) * size
+        file.seek(begin + 5)  # where its newest row begins
+        newest = int.from_bytes(file.read(2), "big")
+        file.seek(begin + newest)
+        file.write(bytes((size - newest) // 2))
+
+    reported: list[str] = []
+    with StoreReader(path, on_damage=reported.append) as reader:
+        reader.stored("evals")
+    assert "not in order" in reported[0]
+    with StoreReader(path) as reader, pytest.raises(StoreError, match="is damaged"):
+        reader.stored("evals")
 
 
 def test_layouts_are_those_of_the_store(tmp_path):
