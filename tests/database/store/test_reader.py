@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from subprocess import Popen
 
@@ -15,7 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.database.store.store_writers import STREAMS, frame
+from tests.database.store.store_writers import STREAMS, erase_newest_frames, frame
 from traceml.database.schema import STEPS
 from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
@@ -384,17 +383,7 @@ def test_damaged_frames_are_left_out_where_that_is_wanted(tmp_path):
 def test_store_that_lost_its_end_is_damaged(tmp_path: Path) -> None:
     """Frames of which a copied file has only zeros are no endless list of frames."""
     path = make_store(tmp_path / "store.db")
-    with closing(sqlite3.connect(path)) as database:
-        [(root,)] = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'frames'")
-        [(size,)] = database.execute("PRAGMA page_size")
-
-    with path.open("r+b") as file:
-        begin = (root - 1) * size
-        file.seek(begin + 5)  # where its newest row begins
-        newest = int.from_bytes(file.read(2), "big")
-        file.seek(begin + newest)
-        file.write(bytes((size - newest) // 2))
-
+    erase_newest_frames(path)
     reported: list[str] = []
     with StoreReader(path, on_damage=reported.append) as reader:
         reader.stored("evals")

@@ -153,6 +153,10 @@ class StoreReader(FrameReader):
         emptied = sum(rows for key, (rows, _) in self._emptied.items() if _matches(key, names, stream))
         return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, names, stream))
 
+    def check_frames(self) -> None:
+        """Report damage in the list of frames: what is missing there is missing in what is read, without a word."""
+        self._update_progress()
+
     def streams_with(self, table: str) -> set[int]:
         """Return the streams that have stored rows of a table."""
         self._update_progress()
