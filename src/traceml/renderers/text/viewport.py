@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport"]
+__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport", "plain_console"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +65,14 @@ class Viewport:
             line.append(self.glyphs.ellipsis)
 
         return line
+
+
+def plain_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
+    """Return a console without highlighting; with `COLUMNS=0`, for which rich prints nothing, its width is unknown."""
+    from rich.console import Console
+
+    console = Console(file=file, stderr=stderr, highlight=False)
+    if not console.width:
+        console.width = shutil.get_terminal_size().columns
+
+    return console
