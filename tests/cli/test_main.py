@@ -256,3 +256,12 @@ def test_help_keeps_to_a_narrow_terminal(command, monkeypatch, capsys):
     cli.main([*([command] if command else []), "--help"])
 
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 60
+
+
+def test_columns_of_0_are_unknown_ones(monkeypatch, capsys):
+    """A width that is not known is that of a pipe: rich alone would print nothing."""
+    monkeypatch.setenv("COLUMNS", "0")
+
+    assert cli.main(["doctor", "--settings"]) == 0
+
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) > 40

@@ -142,9 +142,8 @@ def test_a_narrow_terminal_shows_the_first_columns(three, capsys, monkeypatch, c
     assert cli.main(["runs"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split()[-1] == "size"
 
-    monkeypatch.setattr(
-        runs_command, "Console", partial(Console, force_terminal=True, no_color=True, color_system=None)
-    )
+    terminal = partial(Console, force_terminal=True, no_color=True, color_system=None)
+    monkeypatch.setattr(runs_command, "plain_console", terminal)
     assert cli.main(["runs"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == last

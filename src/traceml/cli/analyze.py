@@ -165,14 +165,12 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _show(result: dict[str, Any], options: AnalyzeOptions, measures: tuple[Measure, ...]) -> None:
-    from rich.console import Console
-
     from traceml.renderers.text.trace_analysis import SECTIONS, analysis_lines
-    from traceml.renderers.text.viewport import Viewport
+    from traceml.renderers.text.viewport import Viewport, plain_console
 
     chosen = {"groups": True, "aggregated": True, "overlap": options.overlap, "timeline": options.timeline}
     sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
-    console = Console(highlight=False)
+    console = plain_console()
     columns = [(measure.name, measure.column) for measure in measures]
     viewport, top = Viewport.of(console), options.top or _TOP
     for line in analysis_lines(result, viewport, top=top, sections=sections, columns=columns):

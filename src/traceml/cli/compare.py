@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import change_text, compared_card
 from traceml.renderers.text.comparison_markdown import comparison_markdown, comparisons_markdown
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, plain_console
 from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.comparison.compare import compare_sides
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
@@ -96,7 +94,7 @@ def _print(found: list[Comparison], options: CompareOptions) -> None:
     elif options.md:
         print(comparisons_markdown(several) if several else comparison_markdown(found[0]), end="")
     else:
-        console = Console(highlight=False)
+        console = plain_console()
         viewport = Viewport.of(console)
         shown = compared_runs(several, viewport) if several else compared_card(found[0], viewport)
         console.print(shown, soft_wrap=True)

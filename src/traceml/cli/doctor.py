@@ -20,6 +20,7 @@ from traceml.cli.options.shared_options import host_names
 from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight
+from traceml.renderers.text.viewport import plain_console
 from traceml.settings import load
 
 __all__ = ["main"]
@@ -60,10 +61,10 @@ def main(argv: list[str]) -> int:
         report = _as_json(checks, _settings())
         print(json.dumps(report | ({"preflight": asdict(found)} if found else {}), indent=2))
     elif options.settings:
-        _print_settings(Console(highlight=False), setting_values(load()))
+        _print_settings(plain_console(), setting_values(load()))
         checks = []
     else:
-        checks = _print_checks(Console(highlight=False), options)
+        checks = _print_checks(plain_console(), options)
 
     return EXIT_BROKEN if any(check.state == "broken" for check in checks) else 0
 

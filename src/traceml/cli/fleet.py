@@ -61,12 +61,10 @@ def main(argv: list[str]) -> int:
         print(document.to_json())
         return 0
 
-    from rich.console import Console
-
     from traceml.renderers.text.fleet_lines import fleet_lines
-    from traceml.renderers.text.viewport import Viewport
+    from traceml.renderers.text.viewport import Viewport, plain_console
 
-    console = Console(highlight=False)
+    console = plain_console()
     for line in fleet_lines(document, Viewport.of(console)):
         console.print(line, soft_wrap=True)
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
-
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.diagnosis.kinds import Kind
@@ -18,6 +16,7 @@ from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.line_table import print_lines
 from traceml.renderers.text.report_markdown import report_markdown
+from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.views import run_view
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.export.flame_graph import FLAME_GRAPHS
@@ -80,9 +79,9 @@ def main(argv: list[str]) -> int:
     elif options.format:
         print(json.dumps(FLAME_GRAPHS[options.format](report)))
     elif options.lines:
-        print_lines(run_view(report), console=Console(highlight=False))
+        print_lines(run_view(report), console=plain_console())
     else:
-        print_report(report, run_dir, console=Console(highlight=False))
+        print_report(report, run_dir, console=plain_console())
 
     return _gate(report, unwanted)
 

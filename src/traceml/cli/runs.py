@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.options.number_range import NumberRange
@@ -18,6 +17,7 @@ from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
+from traceml.renderers.text.viewport import plain_console
 from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
 from traceml.runs.remove import is_delivered, prune, refuse_running, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
@@ -156,7 +156,7 @@ def _print_unreadable(infos: Sequence[RunInfo]) -> None:
 
 def _print_list(runs: Sequence[RunFields], columns: list[str], *, may_cut: bool) -> None:
     """Print a line per run; the last columns are left out where the terminal has no room for them, if they may be."""
-    console = Console(highlight=False)
+    console = plain_console()
     rows = [[_cell(run, name) for name in columns] for run in runs]
     heads = ["run" if name == "id" else name for name in columns]
     widths = [

@@ -25,6 +25,7 @@ from traceml.database.store.store import merge_wal
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import PluginError, TraceMLError, UsageError
 from traceml.formatting import plural, printable
+from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.words import tracker_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
             raise UsageError(f"RUN comes before --backend: traceml sync {last} --backend {' '.join(names)}")
 
     outcomes: list[tuple[str, TrackerSection]] = []
-    console = Console(highlight=False, stderr=True)
+    console = plain_console(stderr=True)
     for run_dir in _wanted(options, config):
         try:
             found = _sync(run_dir, options, config, console)

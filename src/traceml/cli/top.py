@@ -16,6 +16,7 @@ from traceml.display.terminal.fullscreen import FullScreen
 from traceml.display.terminal.top_app import TopApp
 from traceml.errors import UsageError
 from traceml.renderers.text.card import print_report
+from traceml.renderers.text.viewport import plain_console
 from traceml.runs.live_run import LiveRun
 
 __all__ = ["main"]
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         print(current_report(running_job(options.run, config, only_there=is_named)).to_json())
         return 0
 
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal or console.is_dumb_terminal:
         raise UsageError("top needs a terminal; in a pipe use `traceml report`, which also works on a running job")
 

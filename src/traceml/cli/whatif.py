@@ -71,12 +71,10 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(msgspec.to_builtins(result, str_keys=True), indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
-        from traceml.renderers.text.viewport import Viewport
+        from traceml.renderers.text.viewport import Viewport, plain_console
         from traceml.renderers.text.what_if import what_if_lines
 
-        console = Console(highlight=False)
+        console = plain_console()
         for line in what_if_lines(result, Viewport.of(console)):
             console.print(line, soft_wrap=True)
 

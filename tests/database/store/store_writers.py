@@ -8,7 +8,9 @@ itself at ROWS rows. With WAIT it goes on after WAIT rows only when a line comes
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import msgpack
@@ -18,6 +20,7 @@ from traceml.database.store.reader import StreamIdentity
 from traceml.database.store.store import StoreWriter
 
 STREAMS = 3
+_INTERIOR = 5  # the first byte of a page of SQLite that has only the numbers of others
 
 
 def identity(rank: int) -> StreamIdentity:
@@ -33,6 +36,23 @@ def row(rank: int, seq: int) -> tuple[int, int, int, int]:
 def frame(rank: int, seq: int, n: int) -> bytes:
     """Return rows as they would come over the wire."""
     return b"".join(EVALS.struct.pack(*row(rank, number)) for number in range(seq, seq + n))
+
+
+def erase_newest_frames(path: Path) -> None:
+    """Fill the newest frames of a store with zeros, as SQLite reads the end of a file that was cut off in a page."""
+    with closing(sqlite3.connect(path)) as database:
+        [(page,)] = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'frames'")
+        [(size,)] = database.execute("PRAGMA page_size")
+
+    data = bytearray(path.read_bytes())
+    while data[(page - 1) * size] == _INTERIOR:
+        page = int.from_bytes(data[(page - 1) * size + 8 :][:4], "big")  # its last child
+
+    begin = (page - 1) * size
+    newest = int.from_bytes(data[begin + 5 :][:2], "big")  # where the rows of the page begin, the newest first
+    half = (size - newest) // 2
+    data[begin + newest : begin + newest + half] = bytes(half)
+    path.write_bytes(data)
 
 
 def write(path: Path, rows_per_frame: int, rows: int, wait: int = 0) -> None:

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.database.store.store_writers import STREAMS, frame
+from tests.database.store.store_writers import STREAMS, erase_newest_frames, frame
 from traceml.database.schema import STEPS
 from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
@@ -378,6 +378,18 @@ def test_damaged_frames_are_left_out_where_that_is_wanted(tmp_path):
     assert {text.split(":")[0] for text in reported} == {"frame 3 of evals", "frame 8 of evals"}
     with StoreReader(path) as reader, pytest.raises(StoreError, match="frame 3 of evals"):
         reader.frames_of(("evals",))
+
+
+def test_store_that_lost_its_end_is_damaged(tmp_path: Path) -> None:
+    """Frames of which a copied file has only zeros are no endless list of frames."""
+    path = make_store(tmp_path / "store.db")
+    erase_newest_frames(path)
+    reported: list[str] = []
+    with StoreReader(path, on_damage=reported.append) as reader:
+        reader.stored("evals")
+    assert "not in order" in reported[0]
+    with StoreReader(path) as reader, pytest.raises(StoreError, match="is damaged"):
+        reader.stored("evals")
 
 
 def test_layouts_are_those_of_the_store(tmp_path):

@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 
+from tests.database.store.store_writers import erase_newest_frames
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.export.exported import STEPS, events_in, rich_run
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
@@ -34,6 +35,17 @@ def test_damaged_frames_are_left_out_and_reported(tmp_path, form):
 
     assert exported.steps == 2 * STEPS - lost > 0
     assert [what.split(":")[0] for what in exported.damage] == [f"frame {number} of steps"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_store_that_lost_its_end_is_reported(tmp_path, form):
+    """Frames of which a copied file has only zeros are missing in the export, which says so."""
+    run_dir = rich_run(tmp_path / "run")
+    erase_newest_frames(run_dir / STORE_NAME)
+
+    exported = export_run(run_dir, form, tmp_path / OUTPUTS[form])
+
+    assert any("not in order" in what for what in exported.damage)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -153,6 +153,10 @@ class StoreReader(FrameReader):
         emptied = sum(rows for key, (rows, _) in self._emptied.items() if _matches(key, names, stream))
         return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, names, stream))
 
+    def check_frames(self) -> None:
+        """Report damage in the list of frames: what is missing there is missing in what is read, without a word."""
+        self._update_progress()
+
     def streams_with(self, table: str) -> set[int]:
         """Return the streams that have stored rows of a table."""
         self._update_progress()
@@ -302,6 +306,10 @@ class StoreReader(FrameReader):
         columns = "frames.id, stream, tbl, seq, n + coalesce(thinned, 0)"
         query = f"SELECT {columns} FROM {FRAME_ROWS} WHERE frames.id > ? ORDER BY frames.id LIMIT ?"  # noqa: S608
         while rows := self._fetch(query, self._progress_after, META_BATCH):
+            if rows[-1][0] <= self._progress_after:  # SQLite reads the rest of a page that was cut off as zeros
+                self._report_damage("its frames are not in order, as in a file that was cut off")
+                return
+
             for frame, stream, number, seq, n in rows:
                 is_whole = number in self._names and all(isinstance(each, int) for each in (stream, seq, n))
                 if not is_whole or not 0 < stream <= self._newest_stream(stream):

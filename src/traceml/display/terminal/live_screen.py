@@ -13,6 +13,7 @@ from rich.console import Console
 from traceml.display.terminal.bottom_panel import BottomPanel
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open
+from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.views import live_view
 from traceml.runs.live_run import LiveRun
 
@@ -42,7 +43,7 @@ class LiveScreen:
         follow: Callable[[Path], LiveRun] = LiveRun,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._panel = BottomPanel(console or Console(file=sys.stdout, highlight=False), interval_s=0.0)
+        self._panel = BottomPanel(console or plain_console(sys.stdout), interval_s=0.0)
         self._run: LiveRun | None = follow(run_dir)
         self._clock = clock
         self._due_s = float("-inf")

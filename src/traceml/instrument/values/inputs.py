@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
+from torch.fx import _symbolic_trace
 
 from traceml.fail_open import fail_open
 from traceml.instrument.step_clock import StepClock
@@ -77,7 +79,7 @@ class BatchReader:
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
         """Note the size of a forward's input."""
-        if self._broken:
+        if self._broken or _is_recorded():
             return
 
         try:
@@ -176,6 +178,15 @@ class BatchReader:
         self._clock.input_samples = self._clock.input_elements = 0
         with fail_open(_log, "instrument", "batches are no longer measured"):
             raise error
+
+
+def _is_recorded() -> bool:
+    """Whether torch records the call as a graph: torch.export, torch.jit.trace, make_fx.
+
+    What is asked of a tensor becomes part of the graph there, and a size that is read becomes a constant, so that
+    torch.export refuses a model whose batch is of any size.
+    """
+    return bool(torch.jit.is_tracing() or is_compiling() or _symbolic_trace._is_fx_tracing_flag)
 
 
 def fingerprint_of(tensor: Any, others: Iterable[Any] = ()) -> int:

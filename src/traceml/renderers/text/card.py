@@ -27,7 +27,7 @@ from traceml.formatting import (
     short_label,
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, plain_console
 from traceml.renderers.views import SMALL_SHARE, RankRow, RunView, run_view, verdict_look, visible_ranks
 from traceml.renderers.words import gain_sentence, tracker_text
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
@@ -60,7 +60,7 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
         StoreError: the file is not a report.
     """
     report = read_report(report_path)
-    console = Console(file=file, highlight=False)
+    console = plain_console(file)
     if (line := run_view(report).ended_before_training) is None:
         print_report(report, report_path.parent, console=console)
     else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport", "terminal_size"]
+__all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport", "plain_console", "terminal_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +80,14 @@ def terminal_size(console: Console) -> tuple[int, int]:
 
     # A terminal without a known size (serial lines, some containers) reports 0.
     return size.columns or console.width, size.lines or console.height
+
+
+def plain_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
+    """Return a console without highlighting; with `COLUMNS=0`, for which rich prints nothing, its width is unknown."""
+    from rich.console import Console
+
+    console = Console(file=file, stderr=stderr, highlight=False)
+    if not console.width:
+        console.width = shutil.get_terminal_size().columns
+
+    return console

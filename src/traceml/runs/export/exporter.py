@@ -76,6 +76,11 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
     damage: dict[str, None] = {}  # a frame may be read twice
     with closing(StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault)) as reader:
         try:
+            reader.check_frames()
+        except StoreError as error:
+            damage[str(error)] = None
+
+        try:
             return (_export_trace if ends else _export_tables)(reader, form, path, damage, progress)
         except StoreError:
             raise
