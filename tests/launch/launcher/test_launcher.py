@@ -80,20 +80,22 @@ def test_workers_are_in_a_process_group_unless_none_is_wanted() -> None:
 
 def test_agents_stay_for_the_next_launch_and_end_when_told() -> None:
     """Two launches get their workers from one process; after keep_agents=False none of it is left."""
-    first = traceml.launch(jobs.who, workers_per_host=1, **_HERE).rank(0)["parent"]
-    second = traceml.launch(jobs.who, workers_per_host=1, keep_agents=False, **_HERE).rank(0)["parent"]
+    one = {**_HERE, "workers_per_host": 1, "backend": None}
+    first = traceml.launch(jobs.who, **one).rank(0)["parent"]
+    second = traceml.launch(jobs.who, keep_agents=False, **one).rank(0)["parent"]
 
     assert first == second
     eventually(lambda: not psutil.pid_exists(first), "the fork server to be gone")
-    assert traceml.launch(jobs.who, workers_per_host=1, **_HERE).rank(0)["parent"] != first
+    assert traceml.launch(jobs.who, **one).rank(0)["parent"] != first
 
 
 def test_an_agent_that_died_meanwhile_is_replaced() -> None:
     """A launch does not fail because an idle agent was killed."""
-    server = traceml.launch(jobs.who, workers_per_host=1, **_HERE).rank(0)["parent"]
+    one = {**_HERE, "workers_per_host": 1, "backend": None}
+    server = traceml.launch(jobs.who, **one).rank(0)["parent"]
     psutil.Process(server).parent().kill()
 
-    assert traceml.launch(jobs.who, workers_per_host=1, **_HERE).rank(0)["parent"] != server
+    assert traceml.launch(jobs.who, **one).rank(0)["parent"] != server
 
 
 def test_variables_match_by_pattern(tmp_path: Path) -> None:
@@ -288,26 +290,29 @@ def test_a_forked_child_has_agents_of_its_own(tmp_path: Path) -> None:
 _HANG = """
     import sys, traceml
     from tests.launch import jobs
-    traceml.launch(jobs.hang_with_child, (sys.argv[1],), hostnames=["localhost"], workers_per_host=2)
+    backend = None if sys.argv[2] == "None" else sys.argv[2]
+    traceml.launch(jobs.hang_with_child, (sys.argv[1],), hostnames=["localhost"], workers_per_host=2, backend=backend)
 """
 
 
 @pytest.mark.parametrize(
-    ("send", "words"),
+    ("send", "words", "backend"),  # workers in a process group take a torch of their own: two ends have them
     [
-        (lambda pid: os.kill(pid, signal.SIGINT), True),
-        (lambda pid: os.killpg(pid, signal.SIGINT), True),
-        (lambda pid: os.kill(pid, signal.SIGTERM), False),
-        (lambda pid: os.kill(pid, signal.SIGKILL), False),
+        (lambda pid: os.kill(pid, signal.SIGINT), True, "None"),
+        (lambda pid: os.killpg(pid, signal.SIGINT), True, "gloo"),
+        (lambda pid: os.kill(pid, signal.SIGTERM), False, "None"),
+        (lambda pid: os.kill(pid, signal.SIGKILL), False, "gloo"),
     ],
     ids=["interrupt", "interrupt-group", "terminate", "kill"],
 )
-def test_nothing_is_left_when_the_launcher_ends(tmp_path: Path, send: Callable[[int], None], words: bool) -> None:
+def test_nothing_is_left_when_the_launcher_ends(
+    tmp_path: Path, send: Callable[[int], None], words: bool, backend: str
+) -> None:
     """However it ends, workers and what they started end too; Ctrl-C also tells where each rank was."""
     path, marker = tmp_path / "script.py", tmp_path / "marker"
     path.write_text(textwrap.dedent(_HANG))
     process = subprocess.Popen(
-        [sys.executable, path, marker],
+        [sys.executable, path, marker, backend],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

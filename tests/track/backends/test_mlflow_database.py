@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -138,6 +139,19 @@ def test_a_database_of_an_older_mlflow_is_upgraded(make: Maker, tmp_path: Path) 
     assert MlflowClient(f"sqlite:///{path}").get_run("abc").info.run_name == "old"
     assert (tmp_path / "mlflow.db.before-1").exists()
     _add_run(make, path)
+
+
+def test_a_database_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is awaited once, for all of the file: a power cut leaves the whole database, or none."""
+    path, synced = tmp_path / "mlflow.db", []
+
+    def note(fd: int) -> None:
+        synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    prepare_database(path, is_ours=True)
+
+    assert synced == [(path.stat().st_ino, path.stat().st_size, False)]
 
 
 def test_a_relative_path(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,10 @@ def prepare_database(path: Path, *, is_ours: bool) -> None:
 
 def _create(path: Path) -> None:
     draft = _draft(path)
-    with _engine(draft) as engine:
+    with _draft_engine(draft) as engine:
         _utils()._initialize_tables(engine)
 
-    draft.replace(path)
+    _publish(draft, path)
 
 
 def _repair(path: Path, *, is_ours: bool) -> None:
@@ -59,7 +60,7 @@ def _repair(path: Path, *, is_ours: bool) -> None:
     draft = _draft(path)
     try:
         _copy(path, draft)
-        with _engine(draft) as engine:
+        with _draft_engine(draft) as engine:
             _utils()._upgrade_db(engine)
     except Exception as error:
         # Alembic's own error: a newer MLflow wrote the file.
@@ -76,7 +77,7 @@ def _repair(path: Path, *, is_ours: bool) -> None:
 
     _log.warning("the MLflow database %s was upgraded; the earlier one is %s", path, kept)
     _copy(path, kept)
-    draft.replace(path)
+    _publish(draft, path)
 
 
 def _is_half_done(error: Exception) -> bool:
@@ -116,6 +117,14 @@ def _draft(path: Path) -> Path:
     return draft
 
 
+def _publish(draft: Path, path: Path) -> None:
+    """Rename a draft once the disk holds all of it."""
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+
+    draft.replace(path)
+
+
 def _unused(path: Path) -> Path:
     """Return a name next to the file for the earlier one."""
     names = (path.with_name(f"{path.name}.before-{number}") for number in range(1, 10_000))
@@ -135,6 +144,21 @@ def _engine(path: Path) -> Iterator[Any]:
         yield engine
     finally:
         engine.dispose()
+
+
+@contextlib.contextmanager
+def _draft_engine(draft: Path) -> Iterator[Any]:
+    """Return an engine that waits for no disk: MLflow's migrations wait for it a thousand times."""
+    from sqlalchemy import event
+
+    def set_up(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("PRAGMA journal_mode=MEMORY")
+
+    with _engine(draft) as engine:
+        event.listen(engine, "connect", set_up)
+        engine.dispose()  # the connection that was made before
+        yield engine
 
 
 @contextlib.contextmanager

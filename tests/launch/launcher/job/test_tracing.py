@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from tests.launch.hosts import Hosts, Slurm
 from tests.processes import command_of
 from traceml.runs.run import load_run
 
+# DDP and optimizers import torch._dynamo, which takes as long as torch itself: trainings that can do without have none.
 TRAIN = """
-import ctypes, os, sys, time
+import contextlib, ctypes, os, sys, time
 import torch, traceml
 import torch.distributed as dist
 
@@ -30,29 +32,35 @@ what, steps = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
-model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+model, optimizer = torch.nn.Linear(8, 8), None
+if what in ("train", "gil", "leave"):
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 data = torch.utils.data.TensorDataset(torch.randn(steps * 4, 8))
 print("rank", rank, "of", dist.get_world_size(), __name__, sys.argv[1:], flush=True)
 print("complaint of rank", rank, file=sys.stderr, flush=True)
 for step, (batch,) in enumerate(torch.utils.data.DataLoader(data, batch_size=4)):
-    if what == "kill" and rank == 1 and step == 30:
-        with traceml.phase("augment"):
-            os.kill(os.getpid(), 9)
-    if what == "exit" and rank == 1 and step == 30:
-        sys.exit(5)
-    if what == "leave" and rank == 1 and step == 30:
-        sys.exit()
-    if what == "gil" and rank == dist.get_world_size() - 1 and step == 30:
-        ctypes.PyDLL(None).sleep(600)
-    if what == "crash" and rank == 1 and step == 30:
-        deep(60, lambda: ctypes.string_at(0))
-    model(batch).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if what == "slow":
-        open(f"at-{rank}", "w").write(str(step))
-        time.sleep(0.02)
+    with contextlib.nullcontext() if optimizer else traceml.trace_step():
+        if what == "kill" and rank == 1 and step == 30:
+            with traceml.phase("augment"):
+                os.kill(os.getpid(), 9)
+        if what == "exit" and rank == 1 and step == 30:
+            sys.exit(5)
+        if what == "leave" and rank == 1 and step == 30:
+            sys.exit()
+        if what == "gil" and rank == dist.get_world_size() - 1 and step == 30:
+            ctypes.PyDLL(None).sleep(600)
+        if what == "crash" and rank == 1 and step == 30:
+            deep(60, lambda: ctypes.string_at(0))
+        model(batch).sum().backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            dist.all_reduce(model.weight.grad)
+        if what == "slow":
+            open(f"at-{rank}", "w").write(str(step))
+            time.sleep(0.02)
 dist.destroy_process_group()
 """
 
@@ -63,13 +71,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(hosts: Hosts, *words: str) -> list[str | Path]:
-    options = ["--hostnames", "node1", "alias2", "--ssh-config-file", hosts.ssh_config, "--workers-per-host", "1"]
+def command(hosts: Hosts, *words: str, names: Sequence[str] = ("node1", "alias2"), ranks: int = 2) -> list[str | Path]:
+    """Return the command that launches `ranks` ranks, on as few hosts as the test needs: each imports torch."""
+    workers = str(ranks // len(names))
+    options = ["--hostnames", *names, "--ssh-config-file", hosts.ssh_config, "--workers-per-host", workers]
     return [sys.executable, "-m", "traceml", "launch", *options, *words]
 
 
-def launched(hosts: Hosts, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return hosts.launcher.run(*command(hosts, *words), check=False, cwd=folder)
+def launched(hosts: Hosts, folder: Path, *words: str, **where: Any) -> subprocess.CompletedProcess[str]:
+    return hosts.launcher.run(*command(hosts, *words, **where), check=False, cwd=folder)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Ho
 
 def test_a_crash_is_reported_with_the_line_of_the_script(hosts: Hosts, folder: Path) -> None:
     """faulthandler of a worker writes to its output, 60 frames of it; the report has the line as under `run`."""
-    done = launched(hosts, folder, "train.py", "crash", "100")
+    done = launched(hosts, folder, "train.py", "crash", "100", names=["alias2"])
 
     assert done.returncode == 128 + signal.SIGSEGV
     verdict = report_of(folder)["verdict"]
@@ -134,7 +144,7 @@ def test_a_crash_is_reported_with_the_line_of_the_script(hosts: Hosts, folder: P
 
 def test_the_status_is_that_of_the_rank_that_failed(hosts: Hosts, folder: Path) -> None:
     """A module is launched like a script; a rank that leaves by sys.exit is the cause, not those that missed it."""
-    done = launched(hosts, folder, "-m", "train", "exit", "100")
+    done = launched(hosts, folder, "-m", "train", "exit", "100", names=["alias2"])
 
     assert done.returncode == 5
     verdict = report_of(folder)["verdict"]
@@ -183,7 +193,7 @@ def train(n):
         raise KeyError("no such thing")
     return n
 try:
-    traceml.launch(train, (3,), hostnames=["node1", "node2"], workers_per_host=1,
+    traceml.launch(train, (3,), hostnames=["node2"], workers_per_host=2,
                    ssh_config_file={str(hosts.ssh_config)!r}, trace=True)
 except KeyError as error:
     print("raised", error.args)
@@ -212,10 +222,10 @@ def test_a_launch_that_reaches_no_host_leaves_no_run(hosts: Hosts, folder: Path)
 
 def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> None:
     """Under salloc, srun carries the channel and the tunnel, and the job's nodes are used."""
-    words = [sys.executable, "-m", "traceml", "launch", "--workers-per-host", "1", "train.py", "train", "30"]
+    words = [sys.executable, "-m", "traceml", "launch", "--workers-per-host", "1", "train.py", "plain", "30"]
     done = slurm.run("salloc", "--quiet", "-N2", *words, cwd=folder)
 
-    assert done.stdout == "rank 0 of 2 __main__ ['train', '30']\n"
+    assert done.stdout == "rank 0 of 2 __main__ ['plain', '30']\n"
     report = report_of(folder)
     assert [(rank["host"], rank["steps"]) for rank in report["ranks"]] == [("node1", 30), ("node2", 30)]
     eventually(lambda: nothing_left(slurm.hosts), "the steps to end")
@@ -225,13 +235,13 @@ def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> No
 def test_a_rank_of_another_host_that_cannot_answer_has_a_snapshot_from_there(hosts: Hosts, folder: Path) -> None:
     """It holds the GIL: its host's agent tells its line, and the hung job is ended."""
     ended = hosts.launcher.run(
-        *command(hosts, "--kill-after-report", "train.py", "gil", "60"),
+        *command(hosts, "--kill-after-report", "train.py", "gil", "60", names=["alias2"]),
         env={"TRACEML_HANG_TIMEOUT": "8"},
         cwd=folder,
         check=False,
     )
     verdict = report_of(folder)["verdict"]
-    line = 1 + TRAIN.splitlines().index("        ctypes.PyDLL(None).sleep(600)")
+    line = 1 + TRAIN.splitlines().index("            ctypes.PyDLL(None).sleep(600)")
 
     assert ended.returncode != 0
     assert (verdict["kind"], verdict["ranks"]) == ("HANG", [1]), verdict
@@ -255,11 +265,12 @@ def test_a_script_that_is_over_while_others_wait_for_it_is_named(hosts: Hosts, f
 
 def test_a_lone_rank_that_cannot_end_itself_is_ended_by_the_launcher(hosts: Hosts, folder: Path) -> None:
     """It holds the GIL, on a host of which only its agent can kill it."""
-    options = ["--hostnames", "alias2", "--ssh-config-file", hosts.ssh_config, "--workers-per-host", "1"]
     ended = hosts.launcher.run(
-        sys.executable, "-m", "traceml", "launch", *options, "--kill-after-report", "train.py", "gil", "60",
-        env={"TRACEML_HANG_TIMEOUT": "8"}, cwd=folder, check=False,
-    )  # fmt: skip
+        *command(hosts, "--kill-after-report", "train.py", "gil", "60", names=["alias2"], ranks=1),
+        env={"TRACEML_HANG_TIMEOUT": "8"},
+        cwd=folder,
+        check=False,
+    )
     report = report_of(folder)
 
     assert ended.returncode == 1
