@@ -42,7 +42,7 @@ class LiveScreen:
         follow: Callable[[Path], LiveRun] = LiveRun,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._panel = BottomPanel(console or Console(file=sys.stdout, highlight=False), interval_s=0.0)
+        self._panel = BottomPanel(console or Console(file=sys.stdout, highlight=False))
         self._run: LiveRun | None = follow(run_dir)
         self._clock = clock
         self._due_s = float("-inf")
