@@ -91,22 +91,13 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
     )
 
 
-def _mean(blocks: NDArray[Any]) -> NDArray[Any]:
-    means: NDArray[Any] = blocks.mean(axis=1)
-    return means
-
-
-def _quantile(blocks: NDArray[Any], share: float) -> NDArray[Any]:
-    found: NDArray[Any] = np.quantile(blocks, share, axis=1)
-    return found
-
-
 _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    "mean": _mean,
-    "p50": partial(_quantile, share=0.5),
-    "p95": partial(_quantile, share=0.95),
-    "p99": partial(_quantile, share=0.99),
+    "mean": lambda blocks: blocks.mean(axis=1),
+    "p50": partial(np.quantile, q=0.5, axis=1),
+    "p95": partial(np.quantile, q=0.95, axis=1),
+    "p99": partial(np.quantile, q=0.99, axis=1),
 }
+"""Statistic of step times -> function that returns it for each block, a row."""
 
 
 def _time(a: ComparedRun, b: ComparedRun, name: str, *, test: bool) -> StatisticChange:
