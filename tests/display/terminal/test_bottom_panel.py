@@ -14,18 +14,9 @@ from traceml.renderers.views import live_view
 PANEL = 10  # two ranks
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
-
-
 @pytest.fixture
 def driver(terminal):
-    made = BottomPanel(terminal.console(), clock=Clock())
+    made = BottomPanel(terminal.console())
     yield made
     made.close()
 
@@ -205,24 +196,11 @@ def test_small_terminal_has_no_view(terminal, driver, size):
     assert terminal.read() == b"hello\n"
 
 
-def test_draws_are_bounded_in_rate(terminal):
-    """Views that come faster than the interval are not drawn."""
-    now = [0.0]
-    driver = BottomPanel(terminal.console(), interval_s=0.25, clock=lambda: now[0])
-    for _ in range(100):
-        driver.update(view())
-        now[0] += 0.01
-
-    terminal.visible_lines()
-    driver.close()
-    assert terminal.raw.count(b"\x1b[?2026h") == 4
-
-
 def test_pipe_gets_the_output_and_nothing_else():
     """In a pipe no view is written, and the script's bytes pass."""
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as file:
-        driver = BottomPanel(Console(file=file), clock=Clock())
+        driver = BottomPanel(Console(file=file))
         driver.update(view())
         driver.write(b"\xffhello\n")
         driver.update(view())
@@ -237,7 +215,7 @@ def test_terminal_that_goes_away_is_left_alone():
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as file:
-        driver = BottomPanel(Console(file=file, force_terminal=True), clock=Clock())
+        driver = BottomPanel(Console(file=file, force_terminal=True))
         driver.write(b"hello\n")
         driver.update(view())
         driver.close()
@@ -247,7 +225,7 @@ def test_no_color_is_honoured(terminal, monkeypatch):
     """With NO_COLOR no color is written."""
     monkeypatch.setenv("NO_COLOR", "1")
     console = Console(file=terminal.file, force_terminal=True, color_system="256", legacy_windows=False)
-    driver = BottomPanel(console, clock=Clock())
+    driver = BottomPanel(console)
 
     driver.update(view())
 

@@ -55,7 +55,7 @@ def _all(view, series, theme=LIGHT):
     return [*options, *(option for _, option in run_charts.metric_charts(series, theme))]
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK, BY_CSS], ids=lambda theme: theme.name)
+@pytest.mark.parametrize("theme", [LIGHT, DARK, BY_CSS], ids=["light", "dark", "css"])
 def test_every_chart_is_json(run, theme):
     """Options cross the wire to a browser: no NaN, no arrays, no functions."""
     drawn = [option for option in _all(*run, theme) if option is not None]

@@ -12,8 +12,6 @@ import atexit
 import os
 import re
 import select
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH, live_lines, panel_height
@@ -46,20 +44,14 @@ class BottomPanel:
 
     Args:
         console: the terminal; its size, encoding and colors decide how views look.
-        interval_s: least time between two draws; views in between are not drawn.
     """
 
-    def __init__(
-        self, console: Console, *, interval_s: float = 0.25, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._interval_s = interval_s
-        self._clock = clock
         self._fd = console.file.fileno()
         self._can_draw = console.is_terminal and not console.is_dumb_terminal
         self._reserved = 0  # rows of the panel
         self._size = (0, 0)
-        self._drawn_at = float("-inf")
         self._tail = b""
         self._postponed = 0
         self._lines: list[Text] = []
@@ -71,9 +63,8 @@ class BottomPanel:
         return self._reserved > 0
 
     def update(self, view: LiveView) -> None:
-        """Draw a view if a draw is due and the script is not within an escape sequence."""
-        now = self._clock()
-        if not self._can_draw or self._lost or now - self._drawn_at < self._interval_s:
+        """Draw a view if the script is not within an escape sequence."""
+        if not self._can_draw or self._lost:
             return
 
         if self._is_unfinished() and self._postponed < _MAX_UNFINISHED_DRAWS:
@@ -81,7 +72,6 @@ class BottomPanel:
             return
 
         self._postponed = 0
-        self._drawn_at = now
         self._show(view)
 
     def write(self, data: bytes) -> None:

@@ -43,7 +43,7 @@ class LiveScreen:
         follow: Callable[[Path], LiveRun] = LiveRun,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._panel = BottomPanel(console or plain_console(sys.stdout), interval_s=0.0)
+        self._panel = BottomPanel(console or plain_console(sys.stdout))
         self._run: LiveRun | None = follow(run_dir)
         self._clock = clock
         self._due_s = float("-inf")

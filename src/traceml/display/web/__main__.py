@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from traceml.display.web.page_server import PageConfig, serve
+from traceml.display.web.page_server import serve
 from traceml.own_programs import lower_priority
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     """Serve the page on the inherited socket."""
     config = json.loads(sys.stdin.readline())
     lower_priority(config["nice"])
-    serve(PageConfig(config["token"], Path(config["runs_dir"])), socket.socket(fileno=int(sys.argv[1])))
+    serve(Path(config["runs_dir"]), socket.socket(fileno=int(sys.argv[1])), config["token"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from traceml.display.web.pages import Pages
 
-__all__ = ["PageConfig", "serve"]
+__all__ = ["serve"]
 
 # A browser that was away for less is sent what it missed; else, or after a restart of the server, it reloads the page.
 _RECONNECT_S = 30.0
@@ -30,15 +29,7 @@ _HISTORY = 60
 _BACKLOG = 64
 
 
-@dataclass(frozen=True, slots=True)
-class PageConfig:
-    """Configuration of the page's server."""
-
-    token: str
-    runs_dir: Path
-
-
-def serve(config: PageConfig, sock: socket.socket) -> None:
+def serve(runs_dir: Path, sock: socket.socket, token: str) -> None:
     """Serve the pages on a listening socket until a signal stops the process."""
     # NiceGUI reads stored values at its import, and writes them back; our pages have none. A place that others can
     # write to, such as the temporary folder, would let them plant a pipe or a link there.
@@ -54,13 +45,13 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
     from traceml.display.web.unauthenticated_connections import UnauthenticatedConnections
 
     unauthenticated = UnauthenticatedConnections()
-    pages = Pages(config.runs_dir)
+    pages = Pages(runs_dir)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=partial(_lifespan, pages))
-    RunFiles(config.runs_dir).register(app)
+    RunFiles(runs_dir).register(app)
     pages.register()
     nicegui_app.add_exception_handler(404, _no_page)
     port = sock.getsockname()[1]
-    app.add_middleware(TokenMiddleware, token=config.token, port=port, on_authenticated=unauthenticated.discard)
+    app.add_middleware(TokenMiddleware, token=token, port=port, on_authenticated=unauthenticated.discard)
     # No bar over the page during a request: it has no name for screen readers, and pages say what they wait for.
     nicegui_app.config.quasar_config["loadingBar"]["skipHijack"] = True
     ui.run_with(

@@ -20,6 +20,7 @@ from traceml.renderers.charts.chart_options import (
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE
 from traceml.runs.comparison.comparison_types import Comparison
+from traceml.runs.rows.metrics import is_loss, name_without_rank
 from traceml.runs.rows.series import RunSeries, StepSeries
 
 __all__ = [
@@ -62,10 +63,10 @@ def overlaid_metric_charts(runs: Sequence[tuple[str, RunSeries]], theme: Theme =
     found: dict[str, list[tuple[str, Points]]] = {}
     for run, series in runs:
         for line in series.metrics:
-            if "/rank_" not in line.name:
+            if line.name == name_without_rank(line.name):
                 found.setdefault(line.name, []).append((run, pairs(line.steps, line.values)))
 
-    names = sorted(found, key=lambda name: (-len(found[name]), "loss" not in name.lower(), name_order(name)))[:_METRICS]
+    names = sorted(found, key=lambda name: (-len(found[name]), not is_loss(name), name_order(name)))[:_METRICS]
     colors = {run: theme.lines[place % len(theme.lines)] for place, (run, _) in enumerate(runs)}
     return [(name, _overlaid(found[name], theme, "", [colors[run] for run, _ in found[name]])) for name in names]
 

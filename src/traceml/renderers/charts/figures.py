@@ -12,7 +12,7 @@ from traceml.renderers.charts.chart_options import Option
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg import draw
 from traceml.renderers.views import RunView
-from traceml.runs.rows.metrics import OWN_LOSS
+from traceml.runs.rows.metrics import OWN_LOSS, name_without_rank
 from traceml.runs.rows.series import RunSeries
 
 __all__ = ["Figure", "figures"]
@@ -68,8 +68,7 @@ def _longest(series: RunSeries) -> str:
 
 
 def _logged(name: str, series: RunSeries) -> str:
-    mine = [line for line in series.metrics if line.name == name or line.name.startswith(f"{name}/rank_")]
-    missing = sum(line.missing for line in mine)
+    missing = sum(line.missing for line in series.metrics if name_without_rank(line.name) == name)
     source = "Read from each backward pass." if name == OWN_LOSS else "Logged by the training."
     return f"{count_text(missing)} values are not finite numbers." if missing else source
 

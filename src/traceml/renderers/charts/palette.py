@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 from traceml.diagnosis.facts.run_time import PARTS
 
@@ -18,16 +19,15 @@ class Theme:
     """The colors of a light or a dark page.
 
     Attributes:
-        name: `light`, `dark`, or `css` where the page's style sheet decides.
         text, muted, rule: text, axis labels, grid lines.
         phases: by phase, users: for the user's own phases.
         parts: by part of the run's time.
         lines: for other series: ranks, hosts, percentiles.
         heat: from zero to the maximum.
         worse, better: of a comparison.
+        page: background of a page.
     """
 
-    name: str
     text: str
     muted: str
     rule: str
@@ -39,6 +39,7 @@ class Theme:
     heat: tuple[str, ...]
     worse: str
     better: str
+    page: str
 
     def of_phases(self, names: Iterable[str]) -> dict[str, str]:
         """Return a color per phase; the user's own phases get theirs in order of appearance."""
@@ -54,13 +55,12 @@ class Theme:
         return colors
 
 
-# `comm` is neutral: most of it is waiting for the rank that is slow in a phase of another color.
 def _named_colors(names: Sequence[str], *colors: str) -> Mapping[str, str]:
     return MappingProxyType(dict(zip(names, colors, strict=True)))
 
 
+# `comm` is neutral: most of it is waiting for the rank that is slow in a phase of another color.
 LIGHT = Theme(
-    name="light",
     text="#1b2430",
     muted="#5d6b7c",
     rule="#dfe4ea",
@@ -76,9 +76,9 @@ LIGHT = Theme(
     heat=("#eef2f6", "#fdeecb", "#fbd38a", "#f6ae55", "#ee8434", "#de5a2b", "#c23a2a", "#9c2030", "#701230"),
     worse="#c62828",
     better="#1b7f3b",
+    page="#f5f7f9",
 )
 DARK = Theme(
-    name="dark",
     text="#e7ecf2",
     muted="#93a1b3",
     rule="#2b3645",
@@ -94,48 +94,36 @@ DARK = Theme(
     heat=("#1d2632", "#3a2f26", "#5e3f22", "#87501f", "#b2621f", "#d97a2b", "#f09a45", "#f8bd74", "#fde3b0"),
     worse="#ff7a70",
     better="#5cc98a",
+    page="#0d131b",
 )
-
-
-def _named(theme: Theme) -> dict[str, str]:
-    """Return the colors of a theme by the names of their CSS variables."""
-    colors: dict[str, str] = {}
-    for each in fields(theme):
-        value = getattr(theme, each.name)
-        if isinstance(value, tuple):
-            colors.update((f"{each.name}-{number}", color) for number, color in enumerate(value))
-        elif isinstance(value, Mapping):
-            colors.update((f"{each.name}-{name}", color) for name, color in value.items())
-        elif each.name != "name":
-            colors[each.name] = value
-
-    return colors
 
 
 def css_variables(theme: Theme) -> str:
     """Return declarations of the CSS variables that `BY_CSS` uses."""
-    return "".join(f"--tm-{name}:{color};" for name, color in _named(theme).items())
+    return "".join(f"--tm-{name}:{color};" for name, color in _named(theme))
 
 
-def _by_css() -> Theme:
-    def var(name: str) -> str:
+def _named(theme: Theme) -> Iterator[tuple[str, str]]:
+    """Yield the colors of a theme with the names of their CSS variables."""
+    for each in fields(theme):
+        value = getattr(theme, each.name)
+        if isinstance(value, str):
+            yield each.name, value
+        else:
+            keyed = value.items() if isinstance(value, Mapping) else enumerate(value)
+            yield from ((f"{each.name}-{key}", color) for key, color in keyed)
+
+
+def _variables(name: str, value: Any) -> Any:
+    """Return the value of a theme's field with CSS variables in place of its colors."""
+    if isinstance(value, str):
         return f"var(--tm-{name})"
 
-    return Theme(
-        name="css",
-        text=var("text"),
-        muted=var("muted"),
-        rule=var("rule"),
-        ground=var("ground"),
-        phases=MappingProxyType({name: var(f"phases-{name}") for name in LIGHT.phases}),
-        users=tuple(var(f"users-{number}") for number in range(len(LIGHT.users))),
-        parts=MappingProxyType({name: var(f"parts-{name}") for name in LIGHT.parts}),
-        lines=tuple(var(f"lines-{number}") for number in range(len(LIGHT.lines))),
-        heat=tuple(var(f"heat-{number}") for number in range(len(LIGHT.heat))),
-        worse=var("worse"),
-        better=var("better"),
-    )
+    if isinstance(value, tuple):
+        return tuple(f"var(--tm-{name}-{number})" for number in range(len(value)))
+
+    return MappingProxyType({key: f"var(--tm-{name}-{key})" for key in value})
 
 
-BY_CSS = _by_css()
+BY_CSS = Theme(**{each.name: _variables(each.name, getattr(LIGHT, each.name)) for each in fields(Theme)})
 """For drawings in a page whose style sheet declares the `css_variables` of a theme."""

@@ -32,6 +32,7 @@ from traceml.renderers.charts.chart_options import (
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE, RunView, visible_ranks
 from traceml.runs.rows.metric_series import MetricSeries
+from traceml.runs.rows.metrics import is_loss, name_without_rank
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [
@@ -186,9 +187,9 @@ def metric_charts(
     """
     by_name: dict[str, list[MetricSeries]] = {}
     for line in series.metrics:
-        by_name.setdefault(_without_rank(line.name), []).append(line)
+        by_name.setdefault(name_without_rank(line.name), []).append(line)
 
-    names = sorted(by_name, key=lambda name: (not _is_loss(name), name_order(name)))[:most]
+    names = sorted(by_name, key=lambda name: (not is_loss(name), name_order(name)))[:most]
     charts = [(name, _metric_chart(by_name[name], theme)) for name in names]
     if axes:
         for name, option in charts:
@@ -199,16 +200,16 @@ def metric_charts(
 
 def metric_count(series: RunSeries) -> int:
     """Return the number of metrics, several ranks counted once."""
-    return len({_without_rank(line.name) for line in series.metrics}) + series.hidden_metrics
+    return len({name_without_rank(line.name) for line in series.metrics}) + series.hidden_metrics
 
 
 def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
     """Return the loss and the step time over the same steps: whether a change in speed changed the training."""
-    losses = [line for line in series.metrics if _is_loss(line.name)]
+    losses = [line for line in series.metrics if is_loss(line.name)]
     if not losses or not len(series.steps):
         return None
 
-    loss = min(losses, key=lambda line: (line.name != _without_rank(line.name), "val" in line.name, line.name))
+    loss = min(losses, key=lambda line: (line.name != name_without_rank(line.name), "val" in line.name, line.name))
     option = blank(theme)
     option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
     option["yAxis"] = [
@@ -288,15 +289,6 @@ def _ordered(names: Iterable[str]) -> list[str]:
         *sorted({*present} - {*PHASE_ORDER, "other"}),
         *(["other"] * ("other" in present)),
     ]
-
-
-def _is_loss(name: str) -> bool:
-    return "loss" in name.lower()
-
-
-def _without_rank(name: str) -> str:
-    head, mark, rank = name.rpartition("/rank_")
-    return head if mark and rank.isdigit() else name
 
 
 def _steps_text(steps: Sequence[int]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from traceml.diagnosis.findings import Finding
 from traceml.renderers.charts.figures import figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
-from traceml.renderers.html.report_page import PAGE_COLORS, chart_grid, run_line, sample_line, verdict_card
+from traceml.renderers.html.report_page import chart_grid, run_line, sample_line, verdict_card
 from traceml.renderers.views import run_view
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries
@@ -40,16 +40,11 @@ def finding_html(finding: Finding) -> str:
 
 def _fragment(body: str) -> str:
     # The light colors are set on the element itself: a notebook that removes style sheets still shows the charts.
-    return f'<style>{_style_sheet()}</style><div class="tm-shown" style="{_colors(LIGHT.name)}">{body}</div>'
+    return f'<style>{_style_sheet()}</style><div class="tm-shown" style="{css_variables(LIGHT)}">{body}</div>'
 
 
 @cache
 def _style_sheet() -> str:
     rules = (Path(__file__).parent / "static" / "inline.css").read_text(encoding="utf-8")
-    dark = _colors(DARK.name).replace(";", "!important;")
+    dark = css_variables(DARK).replace(";", "!important;")
     return rules + "".join(f"{ground} .tm-shown{{{dark}}}" for ground in _DARK_GROUNDS)
-
-
-def _colors(name: str) -> str:
-    theme = {each.name: each for each in (LIGHT, DARK)}[name]
-    return f"{css_variables(theme)}--tm-page:{PAGE_COLORS[name]};"

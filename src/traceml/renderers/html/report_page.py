@@ -32,10 +32,7 @@ from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries
 
-__all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "sample_line", "verdict_card"]
-
-PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
-"""Background of a page by theme."""
+__all__ = ["chart_grid", "report_page", "run_line", "sample_line", "verdict_card"]
 
 
 def report_page(report: Report, series: RunSeries, about: About) -> str:
@@ -70,7 +67,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
 
 @cache
 def _style_sheet() -> str:
-    light, dark = (f"{css_variables(theme)}--tm-page:{PAGE_COLORS[theme.name]};" for theme in (LIGHT, DARK))
+    light, dark = css_variables(LIGHT), css_variables(DARK)
     rules = (Path(__file__).parent / "static" / "report.css").read_text(encoding="utf-8")
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{rules}"
 

@@ -13,6 +13,7 @@ from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.comparison import step_changes, value_text
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
+from traceml.runs.rows.metrics import is_loss
 
 __all__ = ["compared_losses", "compared_params", "compared_runs", "significance_word"]
 
@@ -47,7 +48,7 @@ def significance_word(comparison: Comparison) -> str:
 def compared_losses(comparisons: Comparisons) -> list[tuple[str, list[str]]]:
     """Return the losses that all runs have: name, and its last value in the baseline and in each run."""
     each = [{row.name: row for row in comparison.metrics} for comparison in comparisons.comparisons]
-    names = [name for name in each[0] if "loss" in name.lower() and all(name in rows for rows in each)]
+    names = [name for name in each[0] if is_loss(name) and all(name in rows for rows in each)]
     return [(name, [value_text(each[0][name].a), *(value_text(rows[name].b) for rows in each)]) for name in names]
 
 

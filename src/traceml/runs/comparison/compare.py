@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from traceml.runs.comparison.comparison_types import (
 from traceml.runs.comparison.significance import Difference, difference
 from traceml.runs.comparison.source_changes import package_changes, source_remarks, variable_changes
 from traceml.runs.report.report_types import Report
+from traceml.runs.rows.metrics import is_loss, name_without_rank
 
 __all__ = ["compare_runs", "compare_sides", "metric_changes", "param_changes"]
 
@@ -39,7 +39,6 @@ _WORTH = 0.005
 _BUSY = 0.10
 # Phases of at least this share of the step are large; they change alike if each changes by half of what the step does.
 _LARGE, _MIN_PHASES, _ALIKE = 0.05, 3, 0.5
-_OF_RANK = re.compile(r"/rank_\d+$")
 
 
 def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
@@ -91,22 +90,13 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
     )
 
 
-def _mean(blocks: NDArray[Any]) -> NDArray[Any]:
-    means: NDArray[Any] = blocks.mean(axis=1)
-    return means
-
-
-def _quantile(blocks: NDArray[Any], share: float) -> NDArray[Any]:
-    found: NDArray[Any] = np.quantile(blocks, share, axis=1)
-    return found
-
-
 _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    "mean": _mean,
-    "p50": partial(_quantile, share=0.5),
-    "p95": partial(_quantile, share=0.95),
-    "p99": partial(_quantile, share=0.99),
+    "mean": lambda blocks: blocks.mean(axis=1),
+    "p50": partial(np.quantile, q=0.5, axis=1),
+    "p95": partial(np.quantile, q=0.95, axis=1),
+    "p99": partial(np.quantile, q=0.99, axis=1),
 }
+"""Statistic of step times -> function that returns it for each block, a row."""
 
 
 def _time(a: ComparedRun, b: ComparedRun, name: str, *, test: bool) -> StatisticChange:
@@ -338,9 +328,9 @@ def _change(before: float | None, after: float | None) -> float | None:
 
 def metric_changes(a: Report, b: Report) -> list[MetricChange]:
     """Return the last values of metrics that both runs have, losses first; those of rank 0."""
-    names = [name for name in a.metrics if name in b.metrics and not _OF_RANK.search(name)]
+    names = [name for name in a.metrics if name in b.metrics and name == name_without_rank(name)]
     changes = [_metric(name, a.metrics[name].last, b.metrics[name].last) for name in names]
-    return sorted(changes, key=lambda change: ("loss" not in change.name.lower(), name_order(change.name)))
+    return sorted(changes, key=lambda change: (not is_loss(change.name), name_order(change.name)))
 
 
 def param_changes(a: Report, b: Report) -> list[ParamChange]:

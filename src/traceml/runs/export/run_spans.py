@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report_types import Report
+from traceml.runs.report.restarts import attempts_of
 from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.runs.rows.series import StepSeries, read_series
 
@@ -58,9 +59,10 @@ def run_spans(run_dir: Path, report: Report) -> list[RunSpan]:
     end_ns = start_ns + int((run.duration_s or 0.0) * _S)
     root = RunSpan(f"run {run.name}", start_ns, end_ns, "run", None, _facts(report))
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        streams = [stream for stream in reader.streams() if stream.is_rank]
-        attempts = list(_attempts(reader, streams, root))
-        return [root, *attempts, *_blocks(reader, streams, read_series(run_dir).steps)]
+        attempts = attempts_of(reader)
+        clocks = RunClocks(stream for streams in attempts.values() for stream in streams)
+        blocks = _blocks(reader, attempts, clocks, read_series(run_dir).steps)
+        return [root, *_attempts(reader, attempts, clocks, root), *blocks]
 
 
 def _facts(report: Report) -> dict[str, Value]:
@@ -80,17 +82,17 @@ def _facts(report: Report) -> dict[str, Value]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _attempts(reader: StoreReader, streams: Sequence[StreamRecord], root: RunSpan) -> Iterator[RunSpan]:
-    clocks, last = RunClocks(streams), max((stream.attempt for stream in streams), default=0)
-    for attempt in sorted({stream.attempt for stream in streams}):
-        of_attempt = [stream for stream in streams if stream.attempt == attempt]
+def _attempts(
+    reader: StoreReader, attempts: Mapping[int, Sequence[StreamRecord]], clocks: RunClocks, root: RunSpan
+) -> Iterator[RunSpan]:
+    for attempt, of_attempt in attempts.items():
         starts = [
             clocks.of_stamp(stream.id, int(stream.facts["clock"][0]))
             for stream in of_attempt
             if "clock" in stream.facts
         ]
         start_ns = max(min(starts, default=root.start_ns), root.start_ns)
-        end_ns = root.end_ns if attempt == last else _last_step_ns(reader, of_attempt, clocks)
+        end_ns = root.end_ns if attempt == max(attempts) else _last_step_ns(reader, of_attempt, clocks)
         facts: dict[str, Value] = {"traceml.attempt": attempt, "traceml.ranks": len({each.rank for each in of_attempt})}
         yield RunSpan(
             f"attempt {attempt}", start_ns, max(end_ns or start_ns, start_ns), f"attempt/{attempt}", "run", facts
@@ -106,16 +108,15 @@ def _last_step_ns(reader: StoreReader, streams: Sequence[StreamRecord], clocks: 
     return max(found, default=None)
 
 
-def _blocks(reader: StoreReader, streams: Sequence[StreamRecord], series: StepSeries) -> Iterator[RunSpan]:
+def _blocks(
+    reader: StoreReader, attempts: Mapping[int, Sequence[StreamRecord]], clocks: RunClocks, series: StepSeries
+) -> Iterator[RunSpan]:
     """Yield the blocks of steps of the charts, as the first rank of the last attempt passed them."""
-    last = max((stream.attempt for stream in streams), default=0)
-    stream = min(
-        (each for each in streams if each.attempt == last), key=lambda each: (each.rank, -each.id), default=None
-    )
-    if stream is None or not len(series):
+    if not attempts or not len(series):
         return
 
-    clocks = RunClocks(streams)
+    last = max(attempts)
+    stream = min(attempts[last], key=lambda each: (each.rank, -each.id))
     for index, (first, final, start_ns, end_ns) in _bounds(reader, stream, series):
         yield RunSpan(
             f"steps {first}-{final}" if final > first else f"step {first}",

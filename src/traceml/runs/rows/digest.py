@@ -33,7 +33,7 @@ from traceml.database.schema import (
     Table,
 )
 from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
-from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
@@ -196,7 +196,7 @@ class Digest:
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
         self._host_sums: dict[str, HostSums] = {}
-        self._last_snapshot = self._last_competing = self._last_choice = self._last_sums = 0
+        self._event_cursors: dict[str, int] = {}
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -361,23 +361,19 @@ class Digest:
 
     def _follow_snapshots(self, reader: StoreReader) -> None:
         """Take the snapshots that others have made of ranks which could not answer."""
-        for event in reader.events(self._last_snapshot, SNAPSHOT):
-            self._last_snapshot = event.id
+        for event in self._events(reader, SNAPSHOT):
             # A rank that had not connected has no stream.
             if event.data.get("stream") in self.streams or event.data.get("attempt") == self.attempt:
                 self.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
-        for event in reader.events(self._last_competing, COMPETING_PROCESSES):
-            self._last_competing = event.id
+        for event in self._events(reader, COMPETING_PROCESSES):
             self.facts.competing_processes.add(event.data.get("cores"))
 
-        for event in reader.events(self._last_choice, HOST_CHOICE):
-            self._last_choice = event.id
+        for event in self._events(reader, HOST_CHOICE):
             if event.data.get("attempt") == self.attempt:
                 self.kept.representatives.take(HostChoice.from_row(event.data.get("choice")))
 
-        for event in reader.events(self._last_sums, HOST_SUMS):
-            self._last_sums = event.id
+        for event in self._events(reader, HOST_SUMS):
             if event.data.get("attempt") == self.attempt:
                 self._host_sums[str(event.data.get("host"))] = HostSums.from_row(event.data.get("sums"))
 
@@ -388,6 +384,12 @@ class Digest:
         aborted = reader.last_event(ABORT)
         if aborted is not None and aborted.data.get("attempt") == self.attempt:
             self.facts.progress.was_aborted = True
+
+    def _events(self, reader: StoreReader, kind: str) -> Iterator[RunEvent]:
+        """Yield the events of a kind since the last call."""
+        for event in reader.events(self._event_cursors.get(kind, 0), kind):
+            self._event_cursors[kind] = event.id
+            yield event
 
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
         found = False

@@ -17,7 +17,8 @@ from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader
 from traceml.runs.rows.aligned_clocks import RunClocks
 
-__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden"]
+__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss",
+           "name_without_rank"]  # fmt: skip
 
 OWN_LOSS = "traceml/loss"
 """Name of the losses that traceml reads."""
@@ -52,11 +53,22 @@ class MetricFrame(msgspec.Struct, frozen=True):
 
 def is_hidden(names: Iterable[str]) -> bool:
     """Return whether the losses that traceml reads are left out: the training logs its own under one of the names."""
-    return any(_is_training_loss(name.lower()) for name in names if not name.startswith(OWN_LOSS))
+    return any(_is_training_loss(name) for name in names if not name.startswith(OWN_LOSS))
+
+
+def is_loss(name: str) -> bool:
+    """Return whether a metric is a loss, by its name."""
+    return "loss" in name.lower()
+
+
+def name_without_rank(name: str) -> str:
+    """Return the name under which rank 0 logs a metric: without `/rank_r`."""
+    head, mark, rank = name.rpartition("/rank_")
+    return head if mark and rank.isdigit() else name
 
 
 def _is_training_loss(name: str) -> bool:
-    return "loss" in name and not any(word in name for word in _NO_TRAINING)
+    return is_loss(name) and not any(word in name.lower() for word in _NO_TRAINING)
 
 
 class MetricReader:
