@@ -229,10 +229,8 @@ def healthy(finding: FindingFacts) -> str:
 
     If code of the script could be made cheaper, that is its line.
     """
-    if (paused := finding.evidence.get("pause_share")) is not None:
-        count = int(finding.evidence["pauses"])
-        steps = "One step takes" if count == 1 else f"{count} steps take"
-        return f"{steps} {percent_text(paused)} of all step time; the others are fine"
+    if "pause_share" in finding.evidence:
+        return f"{_of_pauses(finding.evidence)}; the others are fine"
 
     if finding.evidence.get("too_short"):
         return f"Steps of {ms_text(finding.evidence['step_ms'])} are too short to judge"
@@ -247,7 +245,13 @@ def healthy(finding: FindingFacts) -> str:
 
 
 def compute(finding: FindingFacts) -> str:
-    """Return `The model's own compute limits this run, most of it in backward`, or the line that could be cheaper."""
+    """Return `The model's own compute limits this run, most of it in backward`, or the line that could be cheaper.
+
+    Steps that take much of the time of all come first: compute limits the others.
+    """
+    if "pause_share" in finding.evidence:
+        return f"{_of_pauses(finding.evidence)}; compute limits the others"
+
     if finding.evidence.get("own_code"):
         return _of_own_code(finding.evidence)
 
@@ -258,6 +262,13 @@ def compute(finding: FindingFacts) -> str:
         return f"The model's own compute limits this run, {part}"
 
     return f"Compute limits the steps, {part}; they are {percent_text(share)} of the run's time"
+
+
+def _of_pauses(evidence: Mapping[str, Any]) -> str:
+    """Return `One step takes 52 % of all step time`."""
+    count = int(evidence["pauses"])
+    steps = "One step takes" if count == 1 else f"{count} steps take"
+    return f"{steps} {percent_text(evidence['pause_share'])} of all step time"
 
 
 def _of_own_code(evidence: Mapping[str, Any]) -> str:

@@ -304,6 +304,16 @@ def test_two_snapshots_are_told_with_their_line():
     assert found.evidence["pause_share"] == pytest.approx(6_000 / (6_000 + 390 * 7), rel=0.05)
 
 
+def test_a_pause_comes_before_the_compute_of_the_other_steps():
+    """The run is limited by one wait of 6 s as much as by its compute."""
+    job = Job(ranks=1, grouped=False, steps=400, own={"forward": 9.0, "backward": 9.0, "other": 0.1})
+    (found, *_) = diagnose(window_of(job, adds("other", 6_000.0, every=job.steps)), JobFacts())
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert found.headline == "One step takes 48 % of all step time; compute limits the others"
+    assert found.next.startswith("Find out what that step did")
+
+
 @pytest.mark.parametrize(
     ("left_on", "advice"), [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)]
 )

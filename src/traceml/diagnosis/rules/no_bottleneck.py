@@ -249,7 +249,7 @@ def _compute_bound(
     is_named = heavy is not None and (own is not None or heavy[0] == heaviest)
     line = heavy[1].evidence(_sampled(shares)[heavy[0]]) if heavy is not None and is_named else {}
     line |= {} if own is None else {"own_code": True}
-    after = after_steps_advice(facts)
+    pause, after = _pauses(segments, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=segments.device)
     return Finding.of(
         Kind.COMPUTE_BOUND,
@@ -260,10 +260,10 @@ def _compute_bound(
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0))}"
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
-            f"{_pauses(segments, facts, step).text}{uncovered_time_text(facts)}"
+            f"{pause.text}{uncovered_time_text(facts)}"
         ),
-        next=after or faster,
-        evidence=evidence | {"compute_share": compute} | line,
+        next=after or pause.action or faster,
+        evidence={**evidence, "compute_share": compute, **line, **pause.evidence},
         speedup_if_fixed=own.gain if own and not after else 1.0,
     )
 
