@@ -58,3 +58,11 @@ def test_a_trained_model_is_exported(
     traced.finish()
     assert graph == expected
     assert not [record for record in caplog.records if record.name == "traceml"]
+
+
+def test_a_torch_without_this_flag_trains(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no public name: without it batches are not measured, and the training goes on."""
+    monkeypatch.delattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
+    train(nn.Linear(4, 3))
+
+    assert [row["samples"] for row in traced.finish()] == [0]

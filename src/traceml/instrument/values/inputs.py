@@ -79,10 +79,13 @@ class BatchReader:
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: Any = None) -> None:
         """Note the size of a forward's input."""
-        if self._broken or _is_recorded():
+        if self._broken:
             return
 
         try:
+            if _is_recorded():
+                return
+
             tensor = _first_of((args, kwargs), _DEPTH + 1)
             self._note(tensor, model, (*args[:_WIDTH], *kwargs.values()))
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
