@@ -314,6 +314,26 @@ def test_a_pause_comes_before_the_compute_of_the_other_steps():
     assert found.next.startswith("Find out what that step did")
 
 
+@pytest.mark.parametrize(("other_ms", "kind"), [(0.1, Kind.COMPUTE_BOUND), (4.0, Kind.HEALTHY)])
+def test_no_gain_of_a_line_is_promised_for_the_advice_on_a_pause(other_ms: float, kind: Kind) -> None:
+    """A hook that sleeps in each step could be cheaper, too, but the advice is about the one long step."""
+    job = Job(ranks=1, grouped=False, own={"forward": 20.0, "backward": 6.0, "other": other_ms})
+    times = {"watched_ns": 400_000_000, "cpu_ns": 40_000_000}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 8, "log", None, 120, **times),
+        SampledLine(0, "forward", "/me/train.py", 22, "main", LINEAR, 60),
+        SampledLine(0, "backward", "/me/train.py", 23, "main", ENGINE, 90),
+    ]
+    facts = JobFacts(lines=lines, main_wait={0: 0.0})
+    paused, usual = (
+        diagnose(window_of(job, *pauses), facts)[0] for pauses in ([adds("other", 9_000.0, every=job.steps)], [])
+    )
+
+    assert (paused.kind, usual.kind) == (kind, kind)
+    assert paused.next.startswith("Find out what that step did")
+    assert paused.speedup_if_fixed == 1.0 < usual.speedup_if_fixed
+
+
 @pytest.mark.parametrize(
     ("left_on", "advice"), [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)]
 )

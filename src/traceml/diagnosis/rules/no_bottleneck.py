@@ -74,8 +74,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     heavy = None if short else _heavy_code(facts, shares)
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     own = _own_code(facts, heavy, shares, device=segments.device)
-    evidence |= {} if heavy is None else heavy[1].evidence(_sampled(shares)[heavy[0]])
-    evidence |= {} if own is None else {"own_code": True}
+    evidence |= _evidence_of_code(heavy, own, shares)
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     cheaper = own.advice if own else _when_healthy(shares, facts)
     summary, action = short or (healthy, pause.action or cheaper)
@@ -85,7 +84,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
         summary=summary + uncovered_time_text(facts),
         next=after or action,
         evidence=evidence,
-        speedup_if_fixed=own.gain if own and not after else 1.0,
+        speedup_if_fixed=own.gain if own and not (after or pause.action) else 1.0,
     )
 
 
@@ -152,6 +151,17 @@ def _own_code(
     called = "which backward calls (a hook, or the backward of a Function)"
     what = f"which waits inside {part} (for a sleep, a disk, a server or another thread)" if waits else called
     return _OwnCode(line, what, 1.0 if line.is_rough else 1 / max(1.0 - line.share * _sampled(shares)[part], 0.01))
+
+
+def _evidence_of_code(
+    heavy: tuple[str, BlamedLine] | None, own: _OwnCode | None, shares: dict[str, float]
+) -> dict[str, object]:
+    """Return the line in which the script's own code takes much of the step, and whether to make it cheaper."""
+    if heavy is None:
+        return {}
+
+    part, line = heavy
+    return line.evidence(_sampled(shares)[part]) | ({} if own is None else {"own_code": True})
 
 
 def _without_pauses(segments: Segments) -> NDArray[np.intp]:
@@ -246,9 +256,8 @@ def _compute_bound(
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares)
     own = _own_code(facts, heavy, shares, device=segments.device)
-    is_named = heavy is not None and (own is not None or heavy[0] == heaviest)
-    line = heavy[1].evidence(_sampled(shares)[heavy[0]]) if heavy is not None and is_named else {}
-    line |= {} if own is None else {"own_code": True}
+    is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
+    line = _evidence_of_code(heavy if is_named else None, own, shares)
     pause, after = _pauses(segments, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=segments.device)
     return Finding.of(
@@ -264,7 +273,7 @@ def _compute_bound(
         ),
         next=after or pause.action or faster,
         evidence={**evidence, "compute_share": compute, **line, **pause.evidence},
-        speedup_if_fixed=own.gain if own and not after else 1.0,
+        speedup_if_fixed=own.gain if own and not (after or pause.action) else 1.0,
     )
 
 
