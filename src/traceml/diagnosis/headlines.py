@@ -216,12 +216,16 @@ def user_code(finding: FindingFacts) -> str:
         return f"Set-up between {evidence['trainings']} trainings, in {line or where}: {_of_step_time(finding)}"
 
     if line and line_share is None:  # few samples
-        return f"{percent_text(share)} of step time is spent in {where}, mostly in {line}"
+        return f"{_spent_in(percent_text(share), where)}, mostly in {line}"
 
     if line and line_share and line_share >= _MOST * share:
         share, where = min(line_share, share), line  # of the phase, rare long steps are not in the cost
 
-    return f"{percent_text(share)} of step time is spent in {where}"
+    return _spent_in(percent_text(share), where)
+
+
+def _spent_in(share: str, where: str) -> str:
+    return f"{share} of step time is spent in {where}"
 
 
 def healthy(finding: FindingFacts) -> str:
@@ -275,7 +279,7 @@ def _of_own_code(evidence: Mapping[str, Any]) -> str:
     """Return `74 % of step time is spent in train.py:19 log_gradient`."""
     line = line_text(evidence["file"], evidence["line"], evidence["function"])
     share = evidence.get("line_share")  # None where few samples saw it
-    return f"{percent_text(share) if share else 'Much'} of step time is spent in {line}"
+    return _spent_in(percent_text(share) if share else "Much", line)
 
 
 def input_wait(finding: FindingFacts) -> str:

@@ -248,8 +248,11 @@ class KeptSteps:
             seen[self.representatives.unsent[self.representatives.unsent < len(seen)]] = False
 
         live = seen & ~self._ended
-        # One that ends a moment before the others is compared until these have newer steps.
-        live = seen & (live | (self._latest >= self._latest[live].max())) if live.any() else seen
+        if live.any():
+            # One that ends a moment before the others is compared until these have newer steps.
+            live |= seen & (self._latest >= self._latest[live].max())
+        else:
+            live = seen
 
         if not live.any():
             return np.empty(0, np.int64), ()
