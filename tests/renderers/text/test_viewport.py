@@ -6,9 +6,8 @@ import os
 import termios
 
 import pytest
-from rich.console import Console
 
-from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.text.viewport import Viewport, plain_console
 
 
 @pytest.mark.parametrize(("columns", "width"), [(None, 40), ("60", 60)])
@@ -25,6 +24,6 @@ def test_a_dumb_terminal_has_its_own_width_unless_columns_tells(
     master, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (20, 40))
     with os.fdopen(master, "wb"), os.fdopen(terminal, "w", encoding="utf-8") as file:
-        viewport = Viewport.of(Console(file=file))
+        viewport = Viewport.of(plain_console(file))
 
     assert viewport.width == width

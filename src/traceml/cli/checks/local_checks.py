@@ -307,12 +307,10 @@ def _devices() -> Check:
 
 
 def _terminal() -> Check:
-    from rich.console import Console
-
     from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH
-    from traceml.renderers.text.viewport import ASCII, Viewport
+    from traceml.renderers.text.viewport import ASCII, Viewport, plain_console
 
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
         return Check("terminal", "ok", "standard output is not a terminal: no live view")
 

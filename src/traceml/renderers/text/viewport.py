@@ -55,10 +55,7 @@ class Viewport:
         """Return the viewport of a console; ASCII characters where its encoding is not UTF."""
         glyphs = UNICODE if console.encoding.lower().startswith("utf") else ASCII
         color = console.color_system is not None and not console.no_color
-        # rich takes a dumb terminal for one of 80 columns, unless COLUMNS tells.
-        is_unknown = console.is_dumb_terminal and "COLUMNS" not in os.environ
-        width, height = terminal_size(console) if is_unknown else console.size
-        return cls(width, height, glyphs, color)
+        return cls(console.width, console.height, glyphs, color)
 
     def cut(self, line: Text, most: int = sys.maxsize) -> Text:
         """Return a line that does not wrap, cut to the width, and to at most some columns."""
@@ -83,11 +80,13 @@ def terminal_size(console: Console) -> tuple[int, int]:
 
 
 def plain_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
-    """Return a console without highlighting; with `COLUMNS=0`, for which rich prints nothing, its width is unknown."""
-    from rich.console import Console
+    """Return a console without highlighting, whose size is known also where rich's own is wrong."""
+    from rich.console import Console, ConsoleDimensions
 
     console = Console(file=file, stderr=stderr, highlight=False)
-    if not console.width:
+    if console.is_dumb_terminal and "COLUMNS" not in os.environ:  # rich takes each one for 80 columns wide
+        console.size = ConsoleDimensions(*terminal_size(console))
+    elif not console.width:  # COLUMNS=0, for which rich prints nothing
         console.width = shutil.get_terminal_size().columns
 
     return console
