@@ -8,6 +8,7 @@ Python's headers, the package is installed without them and gives the same answe
 
 from __future__ import annotations
 
+import compileall
 import os
 import runpy
 import shlex
@@ -66,10 +67,14 @@ HOT_PATH = Part(
 class NativeBuildHook(BuildHookInterface[Any]):
     """Compiles the native parts beside their sources."""
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - part of the interface
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the package is built; a wheel with native parts is for this platform only."""
         if self.target_name != "wheel":
             return
+
+        if version == "editable":
+            # pip writes the bytecode of copied modules only. With PYTHONDONTWRITEBYTECODE, every process would compile.
+            compileall.compile_dir(Path(self.root, "src"), quiet=2)
 
         built = [part for part in (SCANNER, HOT_PATH) if self._is_built(part)]
         if not built:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hatch_build import HOT_PATH, SCANNER, BuildError, build
+from hatchling.build import build_editable
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +33,21 @@ def test_the_scanner_is_built(tree: Path) -> None:
     assert library == tree / SCANNER.path
     assert ctypes.CDLL(str(library)).traceml_version() > 0
     assert list(library.parent.glob("*.so*")) == [library]
+
+
+def test_an_editable_package_has_bytecode(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every process compiles all modules again where PYTHONDONTWRITEBYTECODE is set, as in many containers."""
+    (tree / "docs").mkdir()
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "docs/verdicts.md"):
+        shutil.copy(ROOT / name, tree / name)
+
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("CC", "false")  # the native parts are not what this is about
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    build_editable(str(tmp_path))
+
+    sources, compiled = ([*(tree / "src").rglob(pattern)] for pattern in ("*.py", "*.pyc"))
+    assert len(compiled) == len(sources) > 0
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent/cc -m64", "false"])
