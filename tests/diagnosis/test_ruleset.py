@@ -397,6 +397,17 @@ def test_too_few_cores_withhold_blame():
     assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.CPU_CONTENTION
 
 
+def test_too_few_cores_explain_code_that_no_sample_shows():
+    """Code between the phases that takes no longer than the wait for cores is a finding if its line is known."""
+    crowded = {"main_wait": {0: 0.45}, "core_wait": {0: 0.4}}
+
+    assert verdict(ALONE, adds("other", 7)).kind is Kind.RESIDUAL_HEAVY
+    assert verdict(ALONE, adds("other", 7), **crowded).kind is Kind.CPU_CONTENTION
+    assert verdict(ALONE, adds("other", 20), **crowded).kind is Kind.RESIDUAL_HEAVY
+    lines = (structs.replace(GAME[0], samples=35), structs.replace(GAME[1], samples=65))
+    assert verdict(ALONE, adds("other", 7), **crowded, lines=lines).kind is Kind.RESIDUAL_HEAVY
+
+
 def test_a_strong_fault_is_named_even_with_too_few_cores():
     """Twenty milliseconds on a crowded host are no chance."""
     found = verdict(Job(ranks=4), adds("forward", 20, (1,)), main_wait=dict.fromkeys(range(4), 0.4))

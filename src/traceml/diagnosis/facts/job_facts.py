@@ -215,6 +215,10 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED
 
+    def is_core_wait(self, share: float) -> bool:
+        """Return whether ranks lacked cores, and waited for one that share of the time: it may be the whole cause."""
+        return self.oversubscribed and bool(self.core_wait) and share <= self.waited_share
+
     @cached_property
     def worker_use(self) -> WorkerUse | None:
         """Use of cores by the workers of the training's loader, or of one like it; None where it is not known."""

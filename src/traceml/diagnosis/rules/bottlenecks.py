@@ -238,8 +238,11 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
             if whole is not None and _RARE not in cost.uncounted and _is_longer(whole, segments, part):
                 cost = replace(cost, uncounted=(_RARE, *cost.uncounted))
 
-            line = cost.line(facts)
-            library = cost.library(facts)
+            line, library = cost.line(facts), cost.library(facts)
+            two = cost.leading_lines(facts) if line is None and library is None else ()
+            if not (named or line or library or two) and facts.is_core_wait(cost.saved_ns / step_ns):
+                continue
+
             where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
             if line and library == advice.EVENT_LOOP:
                 where += ", where the event loop waits because no task can run"
@@ -248,7 +251,6 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
             summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
             has_forward = part == "other" and _is_unseen(segments, "forward")
             trainer = cost.trainer(facts) if library is None else None
-            two = cost.leading_lines(facts) if line is None and library is None else ()
             text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
             text += advice.in_same_steps() if cost.in_turns else ""
             turns = {"in_turns": True} if cost.in_turns else {}

@@ -107,7 +107,7 @@ def _rare_long_steps(segments: Segments, facts: JobFacts, events: _LongSteps, st
         return None
 
     found = _jitter(segments, facts, events, cost, step_ns)
-    if facts.oversubscribed and "line" not in found.evidence and cost <= _core_wait(facts) * step_ns:
+    if "line" not in found.evidence and facts.is_core_wait(cost / step_ns):
         return None
 
     if found.phase is None and _in_a_row(events.columns):
@@ -125,11 +125,6 @@ def _rare_long_steps(segments: Segments, facts: JobFacts, events: _LongSteps, st
 def _in_a_row(columns: NDArray[np.intp]) -> bool:
     """Return whether most long steps follow each other; if all parts are longer, they have more work."""
     return bool((np.diff(columns) == 1).sum() >= IN_A_ROW_SHARE * (len(columns) - 1))
-
-
-def _core_wait(facts: JobFacts) -> float:
-    """Return the share of step time in which ranks waited for a core, which explains as much of long steps."""
-    return float(np.median(list(facts.core_wait.values()))) if facts.core_wait else 0.0
 
 
 def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
