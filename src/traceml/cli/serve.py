@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
         # Where the job is over, somebody waits for its verdict.
         reports = ReportProcess(0 if options.exit_when_idle else BESIDE_RUNS)
         if options.exit_when_idle:
+            import numpy.ma  # noqa: F401 - which both will need: 12 ms once, not twice
+
             with fail_open(_log, "aggregator", "the first report is not prepared"):
                 reports.fork()
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import takewhile
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from traceml.database.snapshots import GroupSnapshot
 from traceml.inspection.thread_frames import stack_frames
+
+if TYPE_CHECKING:
+    from traceml.database.snapshots import GroupSnapshot
 
 __all__ = ["awaited_child", "awaited_lock", "library_frames", "open_transfer", "with_root"]
 
@@ -63,6 +66,8 @@ def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool])
     Args:
         frame: what the thread runs.
     """
+    from traceml.database.snapshots import GroupSnapshot  # a healthy rank does not pay for it
+
     found = None
     for call in _calls(frame, is_user):
         name = call.f_code.co_name
