@@ -29,7 +29,6 @@ from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
-from traceml.transport.run_line import print_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -140,7 +139,7 @@ def run_job(
         with Supervisor(
             job,
             make_screen=make_screen,
-            on_start=None if quiet else lambda: print_start(job.run_dir, live=live != "web"),
+            on_start=None if quiet else lambda: _print_start(job.run_dir, live=live != "web"),
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
             on_completing=load_card,
@@ -156,6 +155,12 @@ def run_job(
             )
 
     return outcome.status
+
+
+def _print_start(run_dir: Path, *, live: bool) -> None:
+    from traceml.transport.run_line import print_start  # the script waits for no import of ours
+
+    print_start(run_dir, live=live)
 
 
 def _metrics(

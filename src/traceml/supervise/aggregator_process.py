@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
-from traceml.inspection.kernel_state import process_info
 from traceml.own_programs import own_program
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES
 from traceml.supervise.processes import spawn
@@ -262,6 +261,8 @@ class AggregatorProcess(RestartingProcess):
                     raise
 
     def _cpu_s(self) -> float:
+        from traceml.inspection.kernel_state import process_info
+
         info = process_info(self.process.pid) if self.process is not None and self.running else None
         return 0.0 if info is None else info.cpu_s
 

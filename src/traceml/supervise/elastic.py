@@ -10,7 +10,6 @@ Process: torchrun.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -103,6 +102,8 @@ def _reporter(fd_text: str | None) -> Any:
                 **({"stopped": True} if failure.local_rank in running and failure.exitcode in _CLOSING else {}),
             }
             with contextlib.suppress(BrokenPipeError):  # `traceml run` was killed: nobody reads it
+                import json  # `traceml run` imports this module, and its script waits
+
                 os.write(fd, json.dumps(line).encode() + b"\n")
 
     return report

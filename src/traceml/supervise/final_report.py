@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from importlib import import_module
@@ -12,7 +11,6 @@ from typing import TextIO
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.formatting import printable
 from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME
 
 __all__ = ["load_card", "print_final_report"]
@@ -59,6 +57,7 @@ def print_final_report(
         quiet: print no card, only what went wrong.
         file: target; standard output belongs to the script.
     """
+    from traceml.formatting import printable
     from traceml.renderers.text.card import print_card
 
     try:
@@ -87,6 +86,7 @@ def print_final_report(
 def _print_others(run_dir: Path, program: str, file: TextIO) -> None:
     """Print which other trainings the script has started, if any: the card is that of one run."""
     from traceml.display.other_trainings import other_trainings
+    from traceml.formatting import printable
 
     with fail_open(_log, "supervise", "other trainings of the script are not named"):
         if others := other_trainings(run_dir):
@@ -94,6 +94,8 @@ def _print_others(run_dir: Path, program: str, file: TextIO) -> None:
 
 
 def _copy_report(written: Path, report: Path, program: str, file: TextIO) -> None:
+    import shutil
+
     from traceml.display.report_files import write_page
 
     try:

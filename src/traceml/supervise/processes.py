@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import json
 import os
-import pty
 import signal
-import struct
 import subprocess
-import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
@@ -64,6 +59,8 @@ def spawn_server(
     Args:
         config: its configuration; not on the command line, which every user of the host can read.
     """
+    import json  # here and below: a script waits for the imports of `traceml run`
+
     settings_in, settings_out = os.pipe()
     try:
         return spawn(
@@ -139,6 +136,9 @@ class PseudoTerminal(ScriptPipe):
         self.follow_size()
 
     def _open(self) -> tuple[int, int]:
+        import pty
+        import termios
+
         master, slave = pty.openpty()
         attributes = termios.tcgetattr(slave)
         attributes[1] &= ~termios.OPOST  # no newline translation: the real terminal does it
@@ -147,6 +147,10 @@ class PseudoTerminal(ScriptPipe):
 
     def follow_size(self) -> None:
         """Give the pseudo-terminal the real one's size; the kernel signals a change to the script."""
+        import fcntl
+        import struct
+        import termios
+
         size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
         if size != self._size:
             self._size = size

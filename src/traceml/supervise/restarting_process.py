@@ -12,7 +12,6 @@ from typing import Self
 
 from traceml.errors import TraceMLError
 from traceml.own_programs import end_process
-from traceml.transport import auth
 
 __all__ = ["RestartPolicy", "RestartingProcess", "RestartingServer"]
 
@@ -135,5 +134,7 @@ class RestartingServer(RestartingProcess):
 
     def kept_token(self) -> str:
         """Return the token of the last server at this port, which is ours now; a new one without one."""
+        from traceml.transport import auth
+
         before = auth.discover(self.port, include_dead=True, kind=self.kind)
         return before.token if before is not None and before.token else auth.new_token()

@@ -7,7 +7,6 @@ kernel ends the job, and the aggregator ends with the job.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -20,14 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self
 
-from traceml.inspection.kernel_state import children_of, is_running
-from traceml.inspection.program_names import program_name
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy, UnreadOutput
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
-from traceml.supervise.slurm_jobs import scheduler_facts
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
@@ -98,7 +94,7 @@ class Supervisor:
         Args:
             make_screen: makes the live view once the job is started; the job's output goes through it, with a copy in
                 the run's folder. None: the job writes directly to our terminal or pipe.
-            on_start: called once when the aggregator runs, before the job is started.
+            on_start: called once when the aggregator runs and the job is started, whose interpreter loads meanwhile.
             on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
             on_completing: called when the ranks have said bye, and again when their processes have ended, before the
@@ -138,9 +134,6 @@ class Supervisor:
         """Run the job; return when all its processes have ended and the run is stored."""
         self._selector.register(self._aggregator.watch_ranks(), selectors.EVENT_READ, "left")
         self._aggregator.start()
-        if self._on_start is not None:
-            self._on_start()
-
         process = self._run_job()
         finished = self._finish(process)
         return JobOutcome(self._status(process), finished)
@@ -151,6 +144,9 @@ class Supervisor:
         terminal = _output_pipe() if self._make_screen is not None else None
         process = self._process = self._start_job(terminal)
         try:
+            if self._on_start is not None:
+                self._on_start()
+
             if self._make_screen is not None:
                 self._screen = self._make_screen()
                 self._copy = OutputCopy(self._job.run_dir / OUTPUT_LOG)
@@ -262,6 +258,8 @@ class Supervisor:
         if process is None or process.returncode is not None:
             return process is not None
 
+        from traceml.inspection.kernel_state import children_of, is_running  # the script waits for no import of ours
+
         return self._job.elastic and not any(map(is_running, children_of(process.pid)))
 
     def _keep_output(self, data: bytes) -> None:
@@ -277,6 +275,8 @@ class Supervisor:
 
         self._ended_by = {"signal": info.si_signo, "time": time.time()}
         if info.si_code != _SI_KERNEL:
+            from traceml.inspection.program_names import program_name
+
             self._ended_by |= {"sender": program_name(info.si_pid), "sender_pid": info.si_pid}
 
     def _show(self, terminal: ScriptPipe, *, at_end: bool = False) -> bool:
@@ -296,6 +296,8 @@ class Supervisor:
             if not lines:
                 self._selector.unregister(fd)
                 os.close(fd)
+
+            import json
 
             self._failures += [json.loads(line) for line in lines.splitlines()]
 
@@ -323,6 +325,8 @@ class Supervisor:
         ends = {-number for number in self._signals} | {128 + number for number in self._signals}
         failures = [each | {"stopped": True} if each["exitcode"] in ends else each for each in failures]
         if self._ended_by is not None:
+            from traceml.supervise.slurm_jobs import scheduler_facts
+
             self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
             self._ended_by |= scheduler_facts(os.environ)
 

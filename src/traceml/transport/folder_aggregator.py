@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple, Self
 
 from traceml.clock import boot_id
 from traceml.own_files import create_own, open_own
-from traceml.transport import auth
 
 __all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id", "reachable"]
 
@@ -44,6 +42,8 @@ class AggregatorAddress(NamedTuple):
     @property
     def token(self) -> str | None:
         """The token; None where the file cannot be read."""
+        from traceml.transport import auth
+
         return auth.read_token(Path(self.token_file)) if self.token_file else None
 
 
@@ -110,6 +110,8 @@ class FolderLock:
 
     def publish(self, address: AggregatorAddress | None) -> None:
         """Write the address of the folder's aggregator; with None remove it."""
+        import json  # here and below: `traceml run`, whose script waits, only makes the folder
+
         text = json.dumps({**address._asdict(), "pid": os.getpid()}) if address is not None else ""
         try:
             os.ftruncate(self._descriptor, 0)
@@ -134,6 +136,8 @@ def address_of(runs_dir: Path, port: int) -> AggregatorAddress | None:
     if (published := _published_address(runs_dir)) is not None:
         return published
 
+    from traceml.transport import auth
+
     usual = auth.discover(port)
     if usual is not None and usual.runs_dir and folder_id(Path(usual.runs_dir)) == (folder_id(runs_dir) or None):
         return AggregatorAddress(usual.host, usual.port)
@@ -143,6 +147,8 @@ def address_of(runs_dir: Path, port: int) -> AggregatorAddress | None:
 
 def _published_address(runs_dir: Path) -> AggregatorAddress | None:
     """Return the address in the folder's file, if the lock shows that its writer lives."""
+    import json
+
     try:
         descriptor, free = _lock(runs_dir, create=False)
     except OSError:
@@ -181,6 +187,8 @@ def _lock(runs_dir: Path, *, create: bool) -> tuple[int, bool]:
         return _locked(runs_dir / _OPEN / name, create=create)
     except OSError:  # a folder of another user, or a filesystem without locks
         import hashlib  # not above: OpenSSL's take 3 ms to load
+
+        from traceml.transport import auth
 
         known = hashlib.sha256(os.fsencode(runs_dir.resolve())).hexdigest()[:16]
         return _locked(auth.runtime_folder() / f"folder-{known}", create=create)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from dataclasses import dataclass
 
 __all__ = ["PORT", "NumberRange", "node_count"]
 
 
-@dataclass(frozen=True, slots=True)
 class NumberRange:
     """Numbers that an option takes: the `type` of an argparse option, or a note in `Annotated` on a field of options.
 
@@ -20,11 +18,18 @@ class NumberRange:
         words: words that the option takes too.
     """
 
-    kind: type[int] | type[float] = int
-    minimum: float = 1
-    maximum: float = math.inf
-    above: bool = False
-    words: tuple[str, ...] = ()
+    def __init__(
+        self,
+        kind: type[int] | type[float] = int,
+        minimum: float = 1,
+        maximum: float = math.inf,
+        above: bool = False,
+        words: tuple[str, ...] = (),
+    ) -> None:
+        self.kind, self.minimum, self.maximum, self.above, self.words = kind, minimum, maximum, above, words
+
+    def __repr__(self) -> str:
+        return f"NumberRange({self})"
 
     def __call__(self, text: str) -> float | str:
         """Return the value of a text, as argparse calls it.

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
 import re
-import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from traceml.cli.options.examples import examples_text
 from traceml.cli.options.number_range import NumberRange
@@ -29,8 +35,7 @@ _NO_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: expected (?:one argum
 _WRONG_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: takes")  # an option and its aliases
 
 
-@dataclass(frozen=True, slots=True)
-class Metavar:
+class Metavar(NamedTuple):
     """Note in `Annotated` on a field of options: how the help names its value.
 
     Args:
@@ -67,6 +72,8 @@ class WrappingFormatter(argparse.RawDescriptionHelpFormatter):
 
 def wrapped(text: str, columns: int) -> str:
     """Wrap the lines of a text that are wider than some columns; indented ones are examples and continue indented."""
+    import textwrap  # as the other imports below: `traceml run`, whose script waits, needs none of them
+
     lines = []
     for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()))
@@ -82,6 +89,8 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     Raises:
         UsageError: the arguments are wrong; one line, with a suggestion if there is one.
     """
+    from dataclasses import MISSING, fields
+
     parser = options_parser(options, prog, explained=not {"-h", "--help"}.isdisjoint(argv))
     found, unknown = parser.parse_known_intermixed_args(list(map(_with_hyphens, argv)))
     if unknown:
@@ -102,13 +111,15 @@ def options_parser(options: type[Any], prog: str, *, explained: bool = True) -> 
     Args:
         explained: give each option the text below its field, which takes milliseconds to find.
     """
+    from inspect import cleandoc
+
     hints, texts = get_type_hints(options, include_extras=True), _option_texts(options) if explained else {}
     arguments = {name: _argument(name, hint, texts.get(name)) for name, hint in hints.items()}
     words = [more["metavar"] for names, more in arguments.values() if not names[0].startswith("-")]
     parser = CommandParser(
         prog=prog,
         usage=" ".join([prog, "[-h] [OPTIONS]", *words]),
-        description=inspect.cleandoc(options.__doc__ or ""),
+        description=cleandoc(options.__doc__ or ""),
         formatter_class=WrappingFormatter,
         allow_abbrev=False,
     )
@@ -143,6 +154,10 @@ def _argument(name: str, hint: Any, text: str | None) -> tuple[list[str], dict[s
 
 def _option_texts(options: type[Any]) -> dict[str, str]:
     """Return the text below each option as one paragraph."""
+    import ast
+    import inspect
+    import textwrap
+
     texts: dict[str, str] = {}
     try:
         (declared,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
@@ -167,6 +182,8 @@ def _unknown_text(words: Sequence[str], known: Sequence[str]) -> str:
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not options:
         return f"unrecognized arguments: {', '.join(words)}"
+
+    from difflib import get_close_matches
 
     near = get_close_matches(options[0], known, 1, 0.7)
     return f"unrecognized options: {', '.join(options)}{f'; did you mean {near[0]}?' if near else ''}"
