@@ -7,7 +7,6 @@ first use.
 
 `python -m traceml.settings` writes the reference page `docs/settings.md`.
 """
-# ruff: noqa: RUF009 - `_set` is dataclasses.field with our metadata, meant for defaults
 
 from __future__ import annotations
 
@@ -15,10 +14,9 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_type_hints
 
 from traceml.ids import DEFAULT_PROJECT
 from traceml.setting_sources import ENV_PREFIX, INTERNAL_ENV, USER_ENV, Declaration, SettingSources
@@ -58,20 +56,44 @@ def _set(
     secret: bool = False,
 ) -> Any:
     """Declare one setting: its default, its description, and the limits of a number."""
-    limits = {"low": low, "high": high, "above": above}
-    metadata = {"doc": doc, "limits": limits, "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata, repr=not secret)
-
-    return field(default=default, metadata=metadata, repr=not secret)
+    return _SettingField(default, doc, {"low": low, "high": high, "above": above}, secret)
 
 
-@dataclass(frozen=True, kw_only=True)
+class _SettingField(NamedTuple):
+    default: Any
+    doc: str
+    limits: Mapping[str, float | None]
+    secret: bool
+
+
 class Config:
     """Settings in force, with the source of each in `sources`.
 
-    A source is `default`, `argument`, the name of an environment variable, or the path of a file.
+    A source is `default`, `argument`, the name of an environment variable, or the path of a file. An instance does not
+    change. It is no dataclass: `traceml run`, whose script waits, would take 8 ms to make one.
     """
+
+    def __init__(self, *, sources: Mapping[str, str] | None = None, **values: Any) -> None:
+        if unknown := values.keys() - _fields().keys():
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+
+        vars(self).update({name: _copy(each.default) for name, each in _fields().items()} | values)
+        vars(self)["sources"] = {} if sources is None else sources
+
+    def __setattr__(self, name: str, _value: object) -> NoReturn:
+        raise AttributeError(f"{name!r} cannot be set: settings in force do not change")
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name, each in _fields().items() if not each.secret)
+        return f"Config({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Config):
+            return NotImplemented
+
+        return all(getattr(self, name) == getattr(other, name) for name in _fields())
+
+    __hash__ = None  # type: ignore[assignment]  # some values are maps
 
     enabled: bool = _set(True, "Trace this process. When off, every call is a no-op: no thread, no connection.")
     host: str = _set(
@@ -227,7 +249,7 @@ class Config:
     )
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    sources: Mapping[str, str]
 
     def over(self, **arguments: Any) -> Config:
         """Return these settings with some replaced by arguments; see `load`.
@@ -237,7 +259,11 @@ class Config:
         """
         given = list(SettingSources(declarations()).arguments(arguments))
         sources = {**self.sources, **{name: source for source, name, _ in given}}
-        return replace(self, **{name: value for _, name, value in given}, sources=sources)
+        return self.replaced(**{name: value for _, name, value in given}, sources=sources)
+
+    def replaced(self, **values: Any) -> Config:
+        """Return these settings with other values, which are not checked."""
+        return Config(**{**vars(self), **values})
 
     @property
     def supervised(self) -> bool:
@@ -251,21 +277,19 @@ class Config:
 
 
 @cache
+def _fields() -> Mapping[str, _SettingField]:
+    return {name: each for name, each in vars(Config).items() if isinstance(each, _SettingField)}
+
+
+def _copy(default: Any) -> Any:
+    return dict(default) if isinstance(default, dict) else default
+
+
+@cache
 def declarations() -> Mapping[str, Declaration]:
     """Return every setting by name, in the order of declaration."""
     kinds = get_type_hints(Config)
-    table = {}
-    for each in fields(Config):
-        if each.name == "sources":
-            continue
-
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        about = each.metadata
-        table[each.name] = Declaration(
-            each.name, kinds[each.name], default, about["doc"], about["limits"], about["secret"]
-        )
-
-    return table
+    return {name: Declaration(name, kinds[name], *each) for name, each in _fields().items()}
 
 
 def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /, **arguments: Any) -> Config:

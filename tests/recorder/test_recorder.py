@@ -155,7 +155,7 @@ def test_a_short_training_waits_for_an_aggregator_that_starts_slowly(
     def slow(config: Config, *args: Any, **kwargs: Any) -> Connection:
         dialing.set()
         joined.wait(60)  # the recorder's end has given up, unless it waits for this
-        return dial(dataclasses.replace(config, local=False), *args, **kwargs)
+        return dial(config.replaced(local=False), *args, **kwargs)
 
     monkeypatch.setattr(threading.Thread, "join", impatient)
     monkeypatch.setattr(recording, "dial", slow)

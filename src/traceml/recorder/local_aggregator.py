@@ -15,7 +15,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from traceml.errors import AggregatorForeignError, AggregatorUnavailableError, TraceMLError
@@ -146,7 +145,7 @@ def _take_lock(config: Config) -> FolderLock | None:
 
 def _start_in_folder(config: Config, hello: Hello, lock: FolderLock, began_s: float, timeout_s: float) -> Connection:
     """Start the folder's aggregator, on the usual port if that is free; it inherits the lock."""
-    listener = _listen(config) or _listen(replace(config, port=0))
+    listener = _listen(config) or _listen(config.replaced(port=0))
     assert listener is not None, "a free port cannot be in use"
     with listener:
         host, port = listener.getsockname()[:2]
@@ -178,7 +177,7 @@ def _start_and_connect(
     timeout_s: float,
     lock: FolderLock | None = None,
 ) -> Connection:
-    config = replace(config, port=listener.getsockname()[1])
+    config = config.replaced(port=listener.getsockname()[1])
     try:
         process, log = _start(config, listener, lock)
     except OSError as error:

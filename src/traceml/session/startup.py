@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +141,7 @@ def start_held() -> None:
 
     config = load_forgiving({})
     if config.enabled:
-        here = replace(config, runs_dir=config.runs_dir.absolute())  # the script may change its folder
+        here = config.replaced(runs_dir=config.runs_dir.absolute())  # the script may change its folder
         at_first_optimizer(_release)
         start(here, wait=False, hold=True)
 

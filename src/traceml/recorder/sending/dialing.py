@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def dial_as_client(config: Config, run: str, *, timeout_s: float) -> Connection:
         AggregatorRefusedError: it answered and refused.
         AggregatorUnavailableError: none answered in time.
     """
-    return dial(replace(config, local=False), Hello(role="client", run=run), timeout_s=timeout_s)
+    return dial(config.replaced(local=False), Hello(role="client", run=run), timeout_s=timeout_s)
 
 
 def stored_elsewhere(config: Config, welcome: Mapping[str, Any]) -> str:

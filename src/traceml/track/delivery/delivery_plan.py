@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,7 @@ def delivery_settings(config: Config) -> dict[str, Any]:
 
 def restricted(config: Config, current: Config) -> Config:
     """Return a run's settings with the restrictions of the current ones added; no restriction of the run is lifted."""
-    return replace(
-        config,
+    return config.replaced(
         mask=(*config.mask, *(pattern for pattern in current.mask if not pattern.startswith("!"))),
         exclude=(*config.exclude, *current.exclude),
         include=config.include or current.include,
