@@ -196,6 +196,17 @@ def test_the_command(poisoned, words):
     assert imported(poisoned) == []
 
 
+def test_what_a_program_has_imported_is_never_searched_for_garbage():
+    before = gc.get_freeze_count()
+    try:
+        with importing():
+            pass
+
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+
+
 def test_nothing_is_collected_while_a_program_imports():
     """The collector is on again afterwards, also after a failure; one that was off stays off."""
     with suppress(ImportError), importing():

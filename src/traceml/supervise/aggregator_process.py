@@ -236,6 +236,7 @@ class AggregatorProcess(RestartingProcess):
         import hashlib  # noqa: F401 - by `transport.auth`, when it proves the token
         import hmac  # noqa: F401 - likewise
 
+        from traceml.inspection import kernel_state  # noqa: F401
         from traceml.transport import client  # noqa: F401
 
     def _connect(self, timeout_s: float, **options: Any) -> Connection:
@@ -276,7 +277,7 @@ class AggregatorProcess(RestartingProcess):
                 report_at_s = None
 
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_POLL_S)
+            pause_s = min(1.25 * pause_s, _LAST_POLL_S)
 
     def _replace(self) -> None:
         """Start a new aggregator in place of one that does not answer."""
