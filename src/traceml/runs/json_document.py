@@ -20,11 +20,28 @@ class JsonDocument:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document as plain dicts and lists."""
-        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        built: dict[str, Any] = msgspec.json.decode(self._encoded())
         return built
 
     def to_json(self) -> str:
         """Return the document as indented JSON."""
-        text = msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+        text = msgspec.json.format(self._encoded(), indent=2).decode()
         # Other characters are escaped: the output may go to a terminal or a tool that has no UTF-8.
         return text if text.isascii() else json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def _encoded(self) -> bytes:
+        try:
+            return msgspec.json.encode(self)
+        except UnicodeEncodeError:  # of a path whose bytes are not UTF-8
+            return msgspec.json.encode(_encodable(msgspec.to_builtins(self)))
+
+
+def _encodable(value: Any) -> Any:
+    """Return a value with a question mark for each lone surrogate in its texts, for which UTF-8 has no bytes."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(each) for key, each in value.items()}
+
+    return [_encodable(each) for each in value] if isinstance(value, list) else value
