@@ -447,6 +447,18 @@ def test_aggregator_of_a_launcher_waits_for_it(serving):
     assert aggregator.process.wait(240) == 0
 
 
+def test_aggregator_of_a_launcher_that_was_killed_at_once_ends_with_the_run(serving):
+    """The parent that it starts with is then init, which reports no end."""
+    launcher = subprocess.Popen(["true"])
+    launcher.wait()
+
+    aggregator = serving("--run-id", "job", "--exit-when-idle", "--launcher-pid", str(launcher.pid))
+    end_of(aggregator.rank())
+
+    assert aggregator.process.wait(240) == 0
+    assert aggregator.state() == "finished"
+
+
 def test_verdict_is_reported_while_the_run_goes_on(serving):
     """About once a second the windows are diagnosed, and the verdict is in the store."""
     aggregator = serving()

@@ -59,6 +59,7 @@ class Aggregator:
     Args:
         delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
+        launcher_pid: that launcher; by default the parent. It may be gone when this process comes to ask for its parent.
         on_left: called when all ranks of a run have said bye; their processes take a moment to end.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
@@ -75,6 +76,7 @@ class Aggregator:
         *,
         delivery_nice: int,
         run_id: str | None = None,
+        launcher_pid: int | None = None,
         exit_when_idle: bool = False,
         on_rank: Callable[[], object] | None = None,
         on_left: Callable[[], object] | None = None,
@@ -99,7 +101,7 @@ class Aggregator:
         # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
         self._deliveries = DeliveryManager(STALL_LIMIT_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
-        self._parent = os.getppid()
+        self._parent = os.getppid() if launcher_pid is None else launcher_pid
         self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, profiles)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}

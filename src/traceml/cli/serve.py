@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
             config.runs_dir,
             token,
             run_id=options.run_id,
+            launcher_pid=options.launcher_pid,
             exit_when_idle=options.exit_when_idle,
             on_rank=reports.prepare if options.exit_when_idle else None,
             on_left=partial(_tell, options.left_fd) if options.left_fd is not None else None,
@@ -122,8 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
-    for descriptor in ("--fd", "--folder-fd", "--ready-fd", "--left-fd"):
-        parser.add_argument(descriptor, type=NumberRange(minimum=0), help=argparse.SUPPRESS)
+    for number in ("--fd", "--folder-fd", "--ready-fd", "--left-fd", "--launcher-pid"):
+        parser.add_argument(number, type=NumberRange(minimum=0), help=argparse.SUPPRESS)
 
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
     parser.add_argument("--exit-when-idle", action="store_true", help=argparse.SUPPRESS)

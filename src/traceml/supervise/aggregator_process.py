@@ -140,7 +140,7 @@ class AggregatorProcess(RestartingProcess):
 
         fd = self._listen().fileno()
         command = own_program("traceml", "serve", "--fd", str(fd), "--run-id", self.run_id)
-        command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle"]
+        command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle", "--launcher-pid", str(os.getpid())]
         passed = [fd]
         if self._left is not None:
             command += ["--left-fd", str(self._left[1])]
