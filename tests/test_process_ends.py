@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from traceml.process_ends import StopRequest, end_of_status, exit_text, signal_name, signal_text
+from traceml.process_ends import (
+    StopRequest,
+    end_of_status,
+    exit_text,
+    forget_interrupts,
+    interrupts_held,
+    signal_name,
+    signal_text,
+)
 
 # The signal comes anywhere in `wait`, also where it is about to sleep, or was just woken.
 ROUNDS = """
@@ -68,3 +78,22 @@ def test_a_wait_ends_when_the_stop_is_requested() -> None:
     assert request.wait(60)
     assert request.is_set
     assert request.wait(60)  # at once
+
+
+def test_ctrl_c_waits_for_the_end_of_the_block() -> None:
+    """Also if another thread receives it, as the kernel chooses one that does not block it."""
+    reached = []
+
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012 - raised by the end of the block
+        other = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+        other.start()
+        other.join()
+        reached += signal.sigpending()
+
+    assert signal.SIGINT in reached
+
+
+def test_a_held_ctrl_c_can_be_forgotten() -> None:
+    with interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        forget_interrupts()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ __all__ = [
     "end_of_status",
     "ended_by",
     "exit_text",
+    "forget_interrupts",
+    "interrupts_held",
     "signal_name",
     "signal_text",
 ]
@@ -57,6 +60,32 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block, which has to be completed; meanwhile `sigpending` shows it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # it raises nothing here
+        return
+
+    def hold(number: int, _frame: object) -> None:
+        signal.raise_signal(number)  # another thread has received it: now it is pending in this one
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def forget_interrupts() -> None:
+    """Drop a Ctrl-C that is held back."""
+    while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
+        pass
 
 
 class StopRequest:

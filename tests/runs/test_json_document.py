@@ -18,4 +18,7 @@ class _Place(JsonDocument, msgspec.Struct):
 def test_a_path_whose_bytes_are_not_utf8_becomes_valid_json(form):
     path = os.fsdecode(b"runs/\xff")
 
-    assert form(_Place(path, {path: [path, "caf\u00e9"]})) == {"target": "runs/?", "names": {"runs/?": ["runs/?", "café"]}}
+    assert form(_Place(path, {path: [path, "caf\u00e9"]})) == {
+        "target": "runs/?",
+        "names": {"runs/?": ["runs/?", "café"]},
+    }

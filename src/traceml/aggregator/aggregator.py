@@ -59,7 +59,7 @@ class Aggregator:
     Args:
         delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
-        launcher_pid: that launcher; by default the parent. It may be gone when this process comes to ask for its parent.
+        launcher_pid: that launcher; by default the parent, unless it is gone when this process asks for it.
         on_left: called when all ranks of a run have said bye; their processes take a moment to end.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.

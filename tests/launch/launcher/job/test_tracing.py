@@ -151,6 +151,15 @@ def test_the_status_is_that_of_the_rank_that_failed(hosts: Hosts, folder: Path) 
     assert (verdict["kind"], verdict["ranks"], verdict["evidence"]["code"]) == ("RANK_LOST", [1], 5)
 
 
+def _holds_interrupts(process: psutil.Process) -> bool:
+    """Whether a launcher blocks SIGINT."""
+    if "train.py" not in command_of(process):
+        return False
+
+    blocked = Path(f"/proc/{process.pid}/status").read_text().partition("SigBlk:")[2].split()[0]
+    return bool(int(blocked, 16) & 1 << signal.SIGINT - 1)
+
+
 def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> None:
     """Its successor takes over, and ranks find it by the same way through the channel; then Ctrl-C ends everything."""
     process = hosts.launcher.start(*command(hosts, "train.py", "slow", "100000"), cwd=folder)
@@ -167,6 +176,8 @@ def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> Non
     at = step()
     eventually(lambda: step() > at + 20 and aggregator(), "more steps, and another aggregator")
     os.killpg(process.pid, signal.SIGINT)
+    eventually(lambda: any(map(_holds_interrupts, hosts.launcher.processes())), "the end of the job has begun")
+    os.killpg(process.pid, signal.SIGINT)  # a second one does not cut it short
     out, err = process.communicate(timeout=240)
 
     assert process.returncode == 130, err

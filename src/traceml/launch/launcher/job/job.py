@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
@@ -26,7 +27,7 @@ from traceml.launch.launcher.job.job_state import JobState, MakeLogs
 from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.launcher.logs.log_handlers import log_level
 from traceml.launch.wire import payload
-from traceml.process_ends import EndedBySignal
+from traceml.process_ends import EndedBySignal, forget_interrupts, interrupts_held
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
@@ -91,23 +92,30 @@ class LaunchJob:
             PayloadError: a result cannot be loaded here.
             Exception: what a worker raised.
         """
-        try:
-            with self._loop:
-                try:
-                    self._gather()
-                    self._start()
-                    self._watch()
-                    self._release()
-                except BaseException as error:
-                    self._abort(error)
-                    raise
-        except BaseException as error:
-            self._release_agents()
-            self._end_tracing(error)
-            raise
+        with ExitStack() as held:  # a second Ctrl-C must not cut short the end: the report would call the ranks lost
+            try:
+                with self._loop:
+                    try:
+                        self._gather()
+                        self._start()
+                        self._watch()
+                        self._release()
+                    except BaseException as error:
+                        held.enter_context(interrupts_held())
+                        self._abort(error)
+                        raise
+            except BaseException as error:
+                self._release_agents()
+                if isinstance(error, KeyboardInterrupt):  # one that comes from here on leaves values to `traceml sync`
+                    forget_interrupts()
 
-        self._release_agents()
-        self._end_tracing(None)
+                self._end_tracing(error)
+                raise
+
+            held.enter_context(interrupts_held())
+            self._release_agents()
+            self._end_tracing(None)
+
         return [[self._load(worker) for worker in host.workers] for host in self._hosts]
 
     # --- the steps -----------------------------------------------------------------------------------------------
