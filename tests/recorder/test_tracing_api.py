@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -96,6 +99,28 @@ def test_a_mistake_of_ours_does_not_end_the_job(
     assert "tracing could not be started" in caplog.text
     with traceml.trace_step():
         pass
+
+
+def test_a_callable_without_a_name_can_be_traced() -> None:
+    """As `functools.partial` and objects with `__call__` have none."""
+
+    class Doubling:
+        def __call__(self, value: int) -> int:
+            return 2 * value
+
+    assert traceml.trace(partial(max, 3))(2) == 3
+    assert traceml.trace(Doubling())(2) == 4
+
+
+@pytest.mark.parametrize("decorate", [traceml.trace, traceml.trace("named"), traceml.trace(None)])
+def test_only_what_can_be_called_is_traced(decorate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"trace\(5\): give a function or the name of a phase"):
+        decorate(5)
+
+
+def test_a_step_that_cannot_be_stored_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set_step\(1208925819614629174706176\): the largest number of a step is"):
+        traceml.set_step(2**80)
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, True, "3"])

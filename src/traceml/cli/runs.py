@@ -243,7 +243,7 @@ class RenameOptions:
 
     run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
-    name: Annotated[str, Positional("NAME")] = ""
+    name: Annotated[str, Positional("[NAME]")] = ""
     """The name; without it, the run has its own name again."""
     json: bool = False
     """Print the labels as JSON and nothing else."""

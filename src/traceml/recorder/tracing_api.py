@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar, overload
 
 from traceml.recorder.current_recorder import state
@@ -20,6 +21,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_LAST_STEP = 2**62  # leaves room for the steps that follow, in 8 bytes
 _NO_OP = nullcontext()  # one object serves all calls
 
 
@@ -68,10 +70,13 @@ def set_step(step: int) -> None:
         step: number of the next step, from 0.
 
     Raises:
-        ValueError: it is not a whole number from 0.
+        ValueError: it is not a whole number from 0, or too large to be stored.
     """
     if type(step) is not int or step < 0:
         raise ValueError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")
+
+    if step > _LAST_STEP:
+        raise ValueError(f"set_step({step}): the largest number of a step is {_LAST_STEP:,}")
 
     running = state.instrumentation
     if running is not None and running.set_step(step) is None and step:
@@ -106,14 +111,22 @@ def trace(function: Any = None, /) -> Any:
 
     Args:
         function: the function, or the phase's name; by default the function's name.
+
+    Raises:
+        TypeError: it is neither.
     """
     if function is None or isinstance(function, str):
-        return lambda decorated: _traced(decorated, function or decorated.__name__)
+        return lambda decorated: _traced(decorated, function)
 
-    return _traced(function, function.__name__)
+    return _traced(function, None)
 
 
-def _traced(function: F, name: str) -> F:
+def _traced(function: Any, name: str | None) -> Any:
+    if not callable(function):
+        raise TypeError(f"trace({function!r:.100}): give a function or the name of a phase")
+
     from traceml.instrument.user_phases import traced
 
-    return traced(function, lambda: phase(name))
+    named = function.func if isinstance(function, partial) else function
+    called = name or str(getattr(named, "__name__", type(named).__name__))  # an object with `__call__` has no name
+    return traced(function, lambda: phase(called))

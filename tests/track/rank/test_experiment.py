@@ -322,8 +322,8 @@ def test_a_sweeps_parameters(tmp_path: Path) -> None:
     assert wandb_sweep.parameters(environ | {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")}) == {}
 
 
-def test_wrong_steps_are_reported(script: Script, tmp_path: Path) -> None:
-    """A step that is no whole number is an error at the call; one that is a whole float is taken."""
+def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
+    """At the call; a step that is a whole float is taken."""
     out = finish(
         script("""
         import traceml
@@ -336,6 +336,11 @@ def test_wrong_steps_are_reported(script: Script, tmp_path: Path) -> None:
             traceml.log_metric(5, 1)
         except TypeError as error:
             print(error)
+        for call, given in ((traceml.log_params, 5), (traceml.log_params, ["ab", 3]), (traceml.log_metrics, None)):
+            try:
+                call(given)
+            except TypeError as error:
+                print(error)
         """)
     )
 
@@ -343,4 +348,7 @@ def test_wrong_steps_are_reported(script: Script, tmp_path: Path) -> None:
     assert "TypeError a step is a whole number, not 1.5" in out
     assert "ValueError a step must fit into 64 bits" in out
     assert "a metric's name is a text, not int 5" in out
+    assert "log_params takes a dict of names and values, not int 5" in out
+    assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
+    assert "log_metrics takes a dict of names and values, not NoneType None" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]

@@ -22,6 +22,7 @@ from traceml.track.rank.announcement import (
     choose_trackers,
     refuse_secrets,
 )
+from traceml.track.rank.logged_values import items_of, params_of
 from traceml.track.rank.logger import Logger
 from traceml.track.rank.logging_recorder import recorder_for_logging
 from traceml.track.rank.orchestrator import Orchestrator
@@ -203,12 +204,12 @@ class Experiment:
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log several values at one step."""
-        for name, value in metrics.items():
+        for name, value in items_of(metrics):
             self.log_metric(name, value, step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters."""
-        self._begun_logger().row("params", params=dict(params))
+        self._begun_logger().row("params", params=params_of(params))
 
     def log_hyperparameter(self, name: str, value: Any) -> None:
         """Log one parameter."""

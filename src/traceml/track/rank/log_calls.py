@@ -9,6 +9,7 @@ from typing import Any
 from traceml.track.rank import media
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.experiment import Experiment, open_experiments
+from traceml.track.rank.logged_values import items_of, params_of
 
 __all__ = [
     "get_active_experiment",
@@ -62,7 +63,7 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
     """
     logger = loggers.active
     usual = logger.usual
-    for name, value in metrics.items():
+    for name, value in items_of(metrics):
         if usual is None or not usual(name, value, step):
             logger.metric(name, value, step)
 
@@ -76,7 +77,7 @@ def log_params(params: Mapping[str, Any]) -> None:
     Args:
         params: name -> value; maps may be nested.
     """
-    loggers.active.row("params", params=dict(params))
+    loggers.active.row("params", params=params_of(params))
 
 
 def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:

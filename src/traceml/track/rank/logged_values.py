@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["DeferredValue", "copied_to_host", "number_of", "plain", "step_of"]
+__all__ = ["DeferredValue", "copied_to_host", "items_of", "number_of", "params_of", "plain", "step_of"]
 
 _TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
@@ -157,3 +157,32 @@ def _digits(number: int) -> str:
         return str(number)
     except ValueError:  # Python turns no more than 4,300 digits into a text
         return hex(number)[:_TEXT_CHARS]
+
+
+def items_of(metrics: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the names and values of a map.
+
+    Raises:
+        TypeError: it is no map.
+    """
+    try:
+        items: Iterable[tuple[Any, Any]] = metrics.items()
+        return items
+    except AttributeError:
+        raise _no_map("log_metrics", metrics) from None
+
+
+def params_of(params: Any) -> dict[Any, Any]:
+    """Return parameters, also given as pairs, as a dict.
+
+    Raises:
+        TypeError: they are neither.
+    """
+    try:
+        return dict(params)
+    except (TypeError, ValueError):
+        raise _no_map("log_params", params) from None
+
+
+def _no_map(call: str, given: Any) -> TypeError:
+    return TypeError(f"{call} takes a dict of names and values, not {type(given).__name__} {given!r:.100}")

@@ -11,6 +11,7 @@ from traceml.recorder.lifecycle import shutdown
 from traceml.track.plugins.metric import Metric
 from traceml.track.rank import media
 from traceml.track.rank.active_experiment import loggers
+from traceml.track.rank.logged_values import params_of
 from traceml.track.rank.logger import Logger
 from traceml.track.rank.logging_recorder import recorder_for_logging
 
@@ -58,7 +59,7 @@ class Orchestrator:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Append parameters."""
-        self._logger.row("params", params=dict(params))
+        self._logger.row("params", params=params_of(params))
 
     def log_text(self, name: str, text: str, step: int | None = None, timestamp: float | None = None) -> None:
         """Append a text; `timestamp` in epoch seconds."""
