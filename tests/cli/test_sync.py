@@ -117,6 +117,20 @@ def test_runs_of_other_users_are_delivered_only_when_they_are_named(runs_dir, ca
     assert values(first.path) == THREE
 
 
+def test_a_damaged_run_is_left_out_aloud(runs_dir, capsys):
+    """It may hold values that no tracker has."""
+    run = LoggedRun(runs_dir / "a")
+    run.end()
+    (runs_dir / "b").mkdir()
+    (runs_dir / "b" / "store.db").write_bytes(b"no database" * 100)
+
+    assert cli.main(["sync"]) == 0
+
+    out, err = capsys.readouterr()
+    assert out == "Nothing to deliver\n"
+    assert "1 run that cannot be read left out: `traceml report b` says why" in err
+
+
 def test_json_tells_what_became_of_each(runs_dir, capsys):
     run = LoggedRun(runs_dir / "a")
     run.experiment(["jsonl", "no-such-tracker"], id="a")

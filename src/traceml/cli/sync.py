@@ -128,15 +128,21 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
         yield from (find_run(run, runs_dir) for run in options.runs)
         return
 
-    foreign = []
+    foreign, unreadable = [], []
     for info in reversed(list_runs(runs_dir)):
-        if info.state in UNREADABLE_STATES or (info.state == "running" and not options.wait):
+        if info.state == "running" and not options.wait:
             continue
 
-        if info.path.stat().st_uid == os.geteuid():
+        if info.state in UNREADABLE_STATES:
+            unreadable.append(info.id)
+        elif info.path.stat().st_uid == os.geteuid():
             yield info.path.resolve()
         else:
             foreign.append(info.id)
+
+    if unreadable:
+        count = plural(len(unreadable), "run")
+        _warn(f"{count} that cannot be read left out: `traceml report {unreadable[-1]}` says why")
 
     if foreign:
         _warn(

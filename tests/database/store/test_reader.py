@@ -209,6 +209,15 @@ def test_database_of_someone_else_is_reported(tmp_path: Path, open_store: Callab
         open_store(path)
 
 
+def test_an_empty_file_is_named_so(tmp_path):
+    """As a full disk or a copy that was cut off leaves it."""
+    path = tmp_path / "store.db"
+    path.touch()
+
+    with pytest.raises(StoreError, match="is an empty file: its content was lost"):
+        StoreReader(path)
+
+
 @pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
 @pytest.mark.parametrize(("version", "which"), [(2, "the older"), (4, "a newer")])
 def test_store_of_another_version_is_reported(

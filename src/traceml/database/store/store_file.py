@@ -214,6 +214,9 @@ def _build(path: Path) -> None:
 
 
 def _check(database: sqlite3.Connection, path: Path) -> None:
+    if not path.stat().st_size and not database.execute("PRAGMA schema_version").fetchone()[0]:
+        raise StoreError(f"{path} is an empty file: its content was lost, or a copy of it was cut off. Move it away.")
+
     application = database.execute("PRAGMA application_id").fetchone()[0]
     if application != _APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not a traceml store. Move it away, or choose another folder.")
