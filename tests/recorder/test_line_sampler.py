@@ -22,7 +22,7 @@ from tests.eventually import eventually
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.postmortem import FlightSnapshot
-from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
+from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, LINES, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, switch_interval
 from traceml.inspection.user_files import PACKAGE_FOLDERS
 from traceml.recorder import line_sampler
@@ -533,6 +533,28 @@ def test_threads_that_compute_have_the_usual_switch_interval(flight: FlightFile,
             intervals.append(sys.getswitchinterval())
 
     assert intervals[-1] == usual
+
+
+@pytest.mark.parametrize("began", [0, 1], ids=["start-up", "training"])
+def test_threads_that_compute_are_seen_in_training(flight: FlightFile, began: int) -> None:
+    """The busiest one has its line, with the time that all of them computed."""
+    flight.open_slots[Slot.STEP_START] = began
+    with Training(releases_the_lock) as training, Training(holds_the_lock):
+        sampler = LineSampler(flight, training.ident)
+        for _ in range(1000):
+            sampler.sample(time.sleep)
+            if sampler._others.are_busy(training.ident()):
+                break
+
+        sampler.flush()
+
+    rows = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    seen = rows[rows["phase"] == LINE_THREADS]
+    assert len(seen) == began
+    for line_id, passed_ns, cpu_ns in seen[["line_id", "watched_ns", "cpu_ns"]].tolist():
+        names = {number: name for name, number in flight.names._ids.items()}
+        assert names[line_id].split()[1] in ("holds_the_lock", "Training._run")
+        assert 0 < cpu_ns <= 1.5 * passed_ns  # other tests may have left threads
 
 
 def test_the_sampling_thread_waits_precisely(flight: FlightFile) -> None:

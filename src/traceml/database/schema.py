@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOBS", "DEVICE_PHASES", "DEVICE_STEPS", "EPOCHS", "EVALS", "FINGERPRINTS", "GPU", "HOST", "IMPORTING", "INFO",
     "JOURNALED", "LIMITS", "LINES", "LINE_AFTER_STEPS", "LINE_OTHER", "LINE_OUTSIDE", "LINE_PHASES", "LINE_STARTUP",
-    "LOADER_WORKERS", "LOGGED", "LOGS", "LOSSES", "MAX_LOGGED_NUMBERS", "METRICS", "MICRO_BATCHES_MASK", "NAMES",
-    "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER", "PROCESS", "RELAYED_WHOLE",
-    "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES", "Column", "Compiled", "Log",
-    "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag", "Table", "native_layout", "other_ns",
-    "pack_bits", "unpack_bits",
+    "LINE_THREADS", "LOADER_WORKERS", "LOGGED", "LOGS", "LOSSES", "MAX_LOGGED_NUMBERS", "METRICS", "MICRO_BATCHES_MASK",
+    "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER", "PROCESS",
+    "RELAYED_WHOLE", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES", "Column", "Compiled",
+    "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag", "Table", "native_layout",
+    "other_ns", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 
@@ -478,12 +478,13 @@ PAUSES = Table(
     capacity=2048,
 )
 # Values of `phase` in `LINES` other than those of Phase.
-LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP = -1, -2, -3
+LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS = -1, -2, -3, -4
 LINE_PHASES = {
     **{int(phase): phase.label for phase in Phase},
     LINE_OTHER: "other",
     LINE_OUTSIDE: "outside",
     LINE_STARTUP: "startup",
+    LINE_THREADS: "threads",
 }
 """Names of the values of `phase` in `LINES`."""
 LINE_AFTER_STEPS = "after"
@@ -495,12 +496,16 @@ LINES = Table(
     (
         _q("t_ns", "monotonic timestamp of the last sample"),
         _q("step", "open training step, -1 without one"),
-        _q("phase", "Phase that was open; -1: other code in a step, -2: between steps, -3: before the first step"),
+        _q(
+            "phase",
+            "Phase that was open; -1: other code in a step, -2: between steps, -3: before the first step; -4: not the "
+            "training thread, but the busiest of the other Python threads, while there is a step",
+        ),
         _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
         _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),
         _q("samples", "number of samples since the last row of this phase and line"),
-        _q("watched_ns", "time before these samples in which the phase was watched without a break"),
-        _q("cpu_ns", "CPU time of the training thread in that time"),
+        _q("watched_ns", "time before these samples in which the phase, or the threads, were watched without a break"),
+        _q("cpu_ns", "CPU time of the training thread, or of all other Python threads, in that time"),
     ),
     capacity=1024,
 )

@@ -84,6 +84,10 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     CPU_CONTENTION = "CPU_CONTENTION", KindRule("The training waits for a CPU core: {share}")
+    GIL_CONTENTION = (
+        "GIL_CONTENTION",
+        KindRule("The training waits for Python's lock, which another thread holds: {share}"),
+    )
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
     STARTUP = "STARTUP", KindRule(headlines.startup, cost_of=_RUN_TIME)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule(headlines.evaluation, cost_of=_RUN_TIME)

@@ -26,6 +26,7 @@ from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.correctness import duplicate_data, loss_not_finite, never_synchronized, steps_skipped
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_kept_waiting
 from traceml.diagnosis.rules.data_imbalance import data_imbalance
+from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.no_bottleneck import nothing_found, shares_text
@@ -93,7 +94,7 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
 
     segments = segments_of(window, facts)
-    timing = _timing(window, segments, facts)
+    timing = _with_lock(_timing(window, segments, facts), segments, facts)
     remarks += [each for each in timing if each.severity is Severity.INFO]
     timing = [each for each in timing if each.severity is not Severity.INFO]
     main += _of_seen_ranks(timing, window, facts)
@@ -207,6 +208,14 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
 
     slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
+
+
+def _with_lock(timing: list[Finding], segments: Segments, facts: JobFacts) -> list[Finding]:
+    """Return the findings about steps with that about the interpreter's lock, which makes steps uneven, too."""
+    late = any(each.kind.rule.is_straggler for each in timing)
+    locked = [] if late else interpreter_lock(segments, facts, segments.step_ns)
+    uneven = (Kind.JITTER, Kind.SLOWDOWN) if locked else ()
+    return [*locked, *(each for each in timing if each.kind not in uneven or "function" in each.evidence)]
 
 
 def _without_explained(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[Segments, list[Finding]]:

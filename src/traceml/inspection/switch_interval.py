@@ -12,10 +12,19 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from traceml.inspection.thread_frames import number_of
 
-__all__ = ["SHORT_S", "OtherThreads", "SwitchInterval", "reduce_timer_slack", "switch_interval", "thread_cpu_ns"]
+__all__ = [
+    "SHORT_S",
+    "BusyThreads",
+    "OtherThreads",
+    "SwitchInterval",
+    "reduce_timer_slack",
+    "switch_interval",
+    "thread_cpu_ns",
+]
 
 SHORT_S = 50e-6
 """The short interval where the training thread has a core."""
@@ -57,6 +66,14 @@ def reduce_timer_slack() -> None:
         Path(f"/proc/{threading.get_native_id()}/timerslack_ns").write_text(str(_TIMER_SLACK_NS))
 
 
+class BusyThreads(NamedTuple):
+    """CPU time of other threads in a stretch of time, and the identifier of the one that used most of it."""
+
+    busiest: int
+    passed_ns: int
+    cpu_ns: int
+
+
 class OtherThreads:
     """Tells whether Python threads of the script compute at the same time as the training thread.
 
@@ -66,18 +83,26 @@ class OtherThreads:
     def __init__(self) -> None:
         self._used_ns: dict[int, int] = {}
         self._checked_ns = 0
-        self._are_busy = False
+        self._busiest: BusyThreads | None = None
 
     def are_busy(self, training: int) -> bool:
         """Return whether they computed for a fiftieth of a time of at least 250 ms before this call."""
+        self.check(training)
+        return self._busiest is not None
+
+    def check(self, training: int) -> BusyThreads | None:
+        """Look at them again if that is due; return what they did since the last time, if they were busy."""
         now = time.monotonic_ns()
         passed_ns = now - self._checked_ns
-        if passed_ns >= _CHECK_NS:
-            used = self._used(training)
-            busy_ns = sum(used_ns - self._used_ns.get(ident, used_ns) for ident, used_ns in used.items())
-            self._used_ns, self._checked_ns, self._are_busy = used, now, busy_ns > _BUSY_SHARE * passed_ns
+        if passed_ns < _CHECK_NS:
+            return None
 
-        return self._are_busy
+        used = self._used(training)
+        busy = {ident: used_ns - self._used_ns.get(ident, used_ns) for ident, used_ns in used.items()}
+        self._used_ns, self._checked_ns, busy_ns = used, now, sum(busy.values())
+        is_busy = busy_ns > _BUSY_SHARE * passed_ns
+        self._busiest = BusyThreads(max(busy, key=lambda each: busy[each]), passed_ns, busy_ns) if is_busy else None
+        return self._busiest
 
     def _used(self, training: int) -> dict[int, int]:
         """Return the CPU time of each thread but the training's and the caller's."""

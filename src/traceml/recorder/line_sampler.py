@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import open_phase
-from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
+from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
 from traceml.inspection.thread_frames import running_line, thread_number, thread_stack
 from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
@@ -151,6 +151,7 @@ class LineSampler:
             switch_interval.restore()
             raise
 
+        self._watch_others()
         if self._others.are_busy(self._thread()):
             switch_interval.restore()
 
@@ -158,6 +159,17 @@ class LineSampler:
             self._judge(time.thread_time_ns() - began_ns)
 
         self._schedule()
+
+    def _watch_others(self) -> None:
+        """Count the line of the busiest other Python thread, with the CPU time of all of them, in training."""
+        busy = self._others.check(self._thread())
+        if busy is None or self._opened()[0] in (LINE_OUTSIDE, LINE_STARTUP):
+            return
+
+        key = self._place(thread_stack(busy.busiest, _MAX_DEPTH), LINE_THREADS)
+        if (counts := self._counts_of(key)) is not None:
+            for at, one in enumerate((1, busy.passed_ns, busy.cpu_ns)):
+                counts[at] += one
 
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
         before = self._reading()
@@ -255,17 +267,22 @@ class LineSampler:
         key = self._key(stack, phase)
         self._note(key, at_ns)
         self._close_ended(at_ns)
-        counts = self._open.get(key)
+        counts = self._counts_of(key)
         if counts is None:
-            if len(self._counts) + len(self._open) >= _MAX_LINES:
-                return None
-
-            counts = self._open[key] = [0, 0, 0]
+            return None
 
         counts[0] += 1
         self.samples += 1
         self._startup += key[0] == LINE_STARTUP
         return counts if key[0] == phase else None
+
+    def _counts_of(self, key: _Key) -> list[int] | None:
+        """Return the counts of a line in the open step; None where there are too many lines."""
+        counts = self._open.get(key)
+        if counts is None and len(self._counts) + len(self._open) < _MAX_LINES:
+            counts = self._open[key] = [0, 0, 0]
+
+        return counts
 
     def _reading(self) -> _ThreadReading:
         """Return the time, the training thread's CPU time, and the open phase with the time at which it was opened."""
@@ -284,6 +301,10 @@ class LineSampler:
         elif phase == LINE_OTHER and self._is_feeding(stack):
             phase = _INPUT_WAIT
 
+        return self._place(stack, phase)
+
+    def _place(self, stack: Sequence[FrameType], phase: int) -> _Key:
+        """Return the innermost line of the user's code in a stack, and the library function that it has called."""
         library: CodeType | None = None
         importing: CodeType | None = None
         for found in stack:

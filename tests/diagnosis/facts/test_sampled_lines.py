@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINES, Phase
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINES, Phase
 from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine
 
 
@@ -24,6 +24,20 @@ def test_rows_are_summed_by_line():
         SampledLine(1, "forward", "/home/my project/train.py", 12, "Net.forward", names[1][5], 1),
     )
     assert counts.lines({})[0].file is None  # a name that has not arrived
+
+
+def test_rows_of_other_threads_are_apart():
+    """They are no samples of the training."""
+    rows = np.zeros(3, LINES.dtype)
+    rows["phase"], rows["line_id"], rows["library_id"] = [LINE_OTHER, LINE_THREADS, LINE_THREADS], [4, 5, 5], -1
+    rows["samples"], rows["watched_ns"], rows["cpu_ns"] = [3, 1, 1], [0, 250, 300], [0, 200, 100]
+    counts, names = LineCounts(), {1: {4: "/x/train.py:12 train", 5: "/x/train.py:3 watch"}}
+    counts.add(1, rows)
+
+    (thread,) = counts.of_other_threads(names)
+
+    assert [(each.part, each.function) for each in counts.lines(names)] == [("other", "train")]
+    assert (thread.function, thread.samples, thread.watched_ns, thread.cpu_ns) == ("watch", 2, 550, 300)
 
 
 S = 1_000_000_000

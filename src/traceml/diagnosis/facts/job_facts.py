@@ -77,6 +77,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         memory: memory of ranks, devices and hosts over the run.
         lines: lines in which the training threads were seen.
         stretch_lines: the same by stretch of the run.
+        thread_lines: lines in which the busiest other Python threads were seen, with the CPU time of all of them.
         skipped: steps without an update.
         epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
         time: the run's wall time by part; None where it is not known.
@@ -131,6 +132,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     save_folders: Mapping[int, str] = {}
     memory: MemoryHistory = msgspec.field(default_factory=MemoryHistory)
     lines: Sequence[SampledLine] = ()
+    thread_lines: Sequence[SampledLine] = ()
     stretch_lines: StretchLines = msgspec.field(default_factory=StretchLines)
     skipped: SkippedSteps | None = None
     epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))

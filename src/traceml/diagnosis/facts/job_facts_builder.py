@@ -326,6 +326,7 @@ class JobFactsBuilder:
             save_folders=dict(self.save_folders),
             memory=self.memory,
             lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != "running"),
+            thread_lines=self.lines.of_other_threads(self.names),
             stretch_lines=StretchLines(self.lines, self.names, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,

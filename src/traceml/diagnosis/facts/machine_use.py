@@ -136,6 +136,23 @@ class MachineSamples(msgspec.Struct):
 
         return found
 
+    def idle_ns(self) -> dict[int, tuple[float, float]]:
+        """Return the wall time per step in training, and that in which the main thread slept, by rank.
+
+        It sleeps where it neither runs nor waits for a core.
+        """
+        found = {}
+        for rank, span in self._spans(1, _ALL).items():
+            for rows in self._rows(PROCESS, {rank: span}):
+                last = rows[-1]
+                passed, ran, waited, steps = (
+                    float(last[name] - rows[0][name]) for name in ("t_ns", "main_run_ns", "main_wait_ns", "step")
+                )
+                if rows["main_wait_ns"][0] >= 0 and steps > 0:
+                    found[rank] = passed / steps, max(passed - ran - waited, 0.0) / steps
+
+        return found
+
     def lowered_clocks(self) -> dict[int, list[LoweredClock]]:
         """Return the devices whose clocks were lowered while they computed, by the rank that sampled them."""
         found: dict[int, list[LoweredClock]] = {}

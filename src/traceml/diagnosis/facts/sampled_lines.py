@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP
+from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, LINE_THREADS
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import line_text
 
@@ -57,9 +57,15 @@ class LineCounts:
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
         self._spans: dict[int, _RankStretches] = {}
+        self._threads: dict[int, NDArray[np.int64]] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
+        is_of_others = rows["phase"] == LINE_THREADS
+        if is_of_others.any():
+            self._threads[rank] = _summed([self._threads.get(rank, _NONE), _counts_of(rows[is_of_others], 0)])
+            rows = rows[~is_of_others]
+
         counts = self._ranks.get(rank)
         if counts is None:
             if len(self._ranks) < _MAX_SPAN_RANKS:
@@ -86,6 +92,10 @@ class LineCounts:
         divided = {rank: spans.divided(first, end, *ends[rank]) for rank, spans in self._spans.items() if rank in ends}
         inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
         return _sampled_lines(inside, names), _sampled_lines(outside, names)
+
+    def of_other_threads(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
+        """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
+        return _sampled_lines({rank: _by_time([counts]) for rank, counts in self._threads.items()}, names)
 
     def lines(
         self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = (), *, has_ended: bool = False

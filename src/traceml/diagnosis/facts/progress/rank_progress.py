@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_PHASES, unpack_bits
+from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
 from traceml.database.snapshot_timing import first_snapshot_s
 from traceml.database.snapshots import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
@@ -159,6 +159,7 @@ class ProgressHistory:
 
     def line_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LINES`; of the newest ones the line that was seen most."""
+        rows = rows[rows["phase"] != LINE_THREADS]
         if len(rows):
             newest = rows[rows["t_ns"] == rows["t_ns"].max()]
             row = newest[newest["samples"].argmax()]

@@ -1,0 +1,93 @@
+"""Other Python threads that compute: while one runs Python code, the training waits for the interpreter's lock.
+
+The training thread then neither runs nor waits for a core, in phases in which it only computes. The kernel's counters
+show that; which wait it is shows the CPU time of the other threads, of which one runs while the training waits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from traceml.database.schema import LINE_PHASES, LINE_THREADS
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, busy_share, outside_line
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding, known_facts
+from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.speedup import speedup
+from traceml.formatting import cores_text, gain_text, ns_text, percent_text
+
+__all__ = ["interpreter_lock"]
+
+MIN_CORES = 0.25
+"""Other threads that use fewer cores while they are busy are no cause."""
+EXPLAINED = 0.5
+"""The other threads computed for at least this share of the time in which the training waited."""
+MAX_BUSY = 0.9
+"""A training thread that computes for more of its phases waits for nothing: the main thread is another one."""
+
+
+def interpreter_lock(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Return the finding about waits for the interpreter's lock on all ranks; those of some make these late.
+
+    The time of a step outside the computing phases is taken for waiting of another kind, so it is the least.
+    """
+    idle = {} if segments.device else facts.samples.idle_ns()
+    waits = [asleep - max(wall - segments.compute_ns, 0.0) for wall, asleep in idle.values()]
+    cost, cores = min(waits, default=0.0), _cores(facts, list(idle))
+    if cost < least_cost_ns(step_ns) or cores < max(MIN_CORES, EXPLAINED * cost / step_ns) or _computes(facts):
+        return []
+
+    cost = min(cost, step_ns)
+    line = outside_line(facts.thread_lines, LINE_PHASES[LINE_THREADS])
+    gain = speedup(step_ns, cost)
+    return [
+        Finding.of(
+            Kind.GIL_CONTENTION,
+            summary=_summary(facts, cores, line, cost, step_ns)
+            + f"; without that steps would be {gain_text(gain, 'at least')}.",
+            next=_advice(line),
+            evidence=known_facts(
+                step_ms=step_ns / 1e6,
+                waiting_ms=cost / 1e6,
+                side_cores=cores,
+                **({} if line is None else {"file": line.file, "line": line.line, "function": line.function}),
+            ),
+            cost_share=cost / step_ns,
+            speedup_if_fixed=gain,
+        )
+    ]
+
+
+def _cores(facts: JobFacts, ranks: list[int]) -> float:
+    """Return the cores that other Python threads of each rank used while they were busy, the least over ranks."""
+    used = []
+    for rank in ranks:
+        mine = [each for each in facts.thread_lines if each.rank == rank]
+        used.append(sum(each.cpu_ns for each in mine) / max(sum(each.watched_ns for each in mine), 1))
+
+    return min(used, default=0.0)
+
+
+def _computes(facts: JobFacts) -> bool:
+    """Return whether the training thread is on a core in its phases, whatever the main thread does."""
+    shares = [share for part in COMPUTE if (share := busy_share(facts.lines, part)) is not None]
+    return bool(shares) and float(np.min(shares)) > MAX_BUSY
+
+
+def _summary(facts: JobFacts, cores: float, line: BlamedLine | None, cost: float, step_ns: float) -> str:
+    whose = "of each rank" if facts.world_size > 1 else "of the script"
+    where = "" if line is None else f", {line.share_text} of it in {line.place}"
+    return (
+        f"Other threads {whose} use {cores_text(cores)}{where}. While one of them runs Python code, the training waits "
+        f"for the interpreter's lock (GIL): at least {ns_text(cost)} of each {ns_text(step_ns)} step "
+        f"({percent_text(cost / step_ns)})"
+    )
+
+
+def _advice(line: BlamedLine | None) -> str:
+    what = "what the other threads do (`py-spy dump` shows it)" if line is None else line.place
+    return (
+        f"Move {what} into another process (multiprocessing, or a DataLoader's workers if it makes batches), or run "
+        "it less often: a thread of Python code takes the interpreter from the training."
+    )
