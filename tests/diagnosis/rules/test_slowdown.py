@@ -54,6 +54,14 @@ def test_a_jump_that_stays_is_reported_with_its_step():
     assert finding.headline == f"Steps take 2.0x as long since step {evidence['since_step']}"
 
 
+@pytest.mark.parametrize(("part", "told"), [("optimizer", True), ("forward", False)])
+def test_denormal_numbers_are_told_where_the_optimizer_becomes_slower(part: str, told: bool) -> None:
+    """Averages of weights without gradients shrink to such numbers after some hundred steps."""
+    (finding,) = found(np.where(AT >= 20, 20.0, 0.0), part=part)
+
+    assert (finding.phase, "torch.set_flush_denormal(True)" in finding.next) == (part, told)
+
+
 @pytest.mark.parametrize(
     ("elements", "explains", "severity"),
     [

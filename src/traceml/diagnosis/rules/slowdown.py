@@ -12,6 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.diagnosis.advice import flush_denormals
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, changed_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
@@ -190,7 +191,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         ranks=ranks,
         phase=part,
         summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + _meanwhile(beside),
-        next=beside[0].advice if is_beside else _advice(change, where, ranks),
+        next=beside[0].advice if is_beside else _advice(change, where, ranks, facts),
         evidence=evidence,
         cost_share=share,
         speedup_if_fixed=1.0 if is_meant else 1 / max(1 - share, 0.01),
@@ -510,8 +511,14 @@ def is_of_the_host(slower: Finding) -> bool:
     return alike and _OF_CORES.issuperset(changed)
 
 
-def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...]) -> str:
+def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: JobFacts) -> str:
     line, part = where.line, where.parts[0] if len(where.parts) == 1 else None
+    denormals = flush_denormals(facts)
+    if part == "optimizer" and change.shape in ("growth", "stays") and denormals:
+        return (
+            f"{denormals} If that changes nothing, look at what else changes in {phases_text(where.parts, None)} then."
+        )
+
     if part == "input_wait" and change.shape == "first":
         what = "the data set" if line is None else line.place
         return (
