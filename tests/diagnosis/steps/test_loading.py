@@ -141,7 +141,10 @@ def test_advice_fits_the_loading(loading, loader, says, never):
 
 @pytest.mark.parametrize(
     ("in_memory", "says"),
-    [(True, "Make what is done with the samples of Rows cheaper (transforms, "), (None, "Make Rows's __getitem__ ")],
+    [
+        (True, "Make what is done with the samples of Rows cheaper (transforms, "),
+        (None, "Make the samples of Rows cheaper (decode once "),
+    ],
 )
 def test_samples_in_memory_are_not_told_to_be_cached(in_memory, says):
     """Where more workers do not help: what takes the time is not reading them."""
@@ -288,7 +291,24 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     for workers in (JobFacts(workers=watched(2, busy=0.6), **usual), JobFacts(**usual)):
         found = pipeline_of(segments, workers, 4 * MS)
         assert found is not None
-        assert "Put a batch into fewer tensors" in for_input(workers, found).text
+        advised = for_input(workers, found)
+        assert "Put a batch into fewer tensors" in advised.text
+        assert advised.gain == pytest.approx(found.gain_without_handover())
+
+
+def test_workers_that_answer_late_because_they_compute_do_not_keep_up():
+    """Two workers compute all the time, on cores enough: the step would be as long without waits for answers."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
+    segments = segments_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
+    usual = {"loader": LoaderFacts(dataset="Rows", num_workers=2), "lines": lines, "hosts": {0: "h"}, "cores": {"h": 8}}
+    facts = JobFacts(workers=watched(2, busy=0.97), **usual)
+
+    found = pipeline_of(segments, facts, 14 * MS)
+
+    assert found is not None
+    advised = for_input(facts, found)
+    assert "2 workers do not keep up" in advised.text
+    assert advised.gain == pytest.approx(found.step_ns(2) / found.step_ns(advised.workers))
 
 
 def test_workers_bound_to_one_core_gain_by_all_of_them():

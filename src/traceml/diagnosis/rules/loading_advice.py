@@ -200,7 +200,9 @@ def _fewer_handovers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Adv
     gain = pipeline.gain(0)
     waits = "The workers keep up: training waits to receive their batches, tensor by tensor"
     if gain < WORTHWHILE:
-        return Advised(f"{waits}. Put a batch into fewer tensors (collate_fn), or use larger batches.")
+        most = pipeline.gain_without_handover()
+        how = "Put a batch into fewer tensors (collate_fn), or use larger batches"
+        return Advised(f"{waits}. {how}: {gain_text(most, 'at most')}.", most)
 
     instead = f"{loader.option('num_workers')}=0: a step's data takes {pipeline.fetch_ns / 1e6:.3g} ms in the training"
     return Advised(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
@@ -211,9 +213,12 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Adv
     if loader.in_memory:
         what, how = f"what is done with the samples of {_data(loader)}", "transforms, collate_fn"
     elif pipeline.takes_cpu:
-        what, how = f"{_data(loader)}'s __getitem__", "decode once and cache, smaller samples, transforms on the device"
+        what, how = (
+            f"the samples of {_data(loader)}",
+            "decode once and cache, smaller samples, transforms on the device",
+        )
     else:
-        what, how = f"{_data(loader)}'s __getitem__", "larger files, a faster or local disk, a cache in memory"
+        what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
 
     crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
     return Advised(

@@ -26,6 +26,8 @@ AHEAD = 4
 """Batches that some workers make in advance: a longer series of slow ones is waited for."""
 PREFETCH = 2
 """Batches that each worker has in advance (torch's prefetch_factor): a single slow one is waited for beyond these."""
+MOSTLY_HANDOVER = 0.5
+"""The wait for workers is one for receiving batches if this share of it would end with that."""
 _LEVELS = 16
 _MAX_OUTLIERS = 256
 _LONG_WAIT = 3.0
@@ -131,6 +133,15 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     def _gain_to(self, step_ns: float) -> float:
         return (self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns)
 
+    def gain_without_handover(self) -> float:
+        """Return old / new step time if receiving a batch took no longer than usual."""
+        return self._gain_to(self.ready_to_hand_over.step_ns(self.workers))
+
+    @property
+    def ready_to_hand_over(self) -> Pipeline:
+        """The same where receiving a batch takes no longer than usual."""
+        return replace(self, take_ns=TAKE_NS, is_handover=False)
+
     @property
     def first_wait_ns(self) -> float:
         """Mean time of a step by which the first batches of epochs take longer."""
@@ -175,7 +186,7 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         fetch_ns *= 1.0 - computes + used
         computes = used / max(1.0 - computes + used, _MIN_READY)
 
-    return Pipeline(
+    made = Pipeline(
         fetch_ns=fetch_ns,
         fetch_cpu=computes,
         rest_ns=rest_ns,
@@ -192,6 +203,10 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         outliers=() if workers or _is_undivided(facts) else _outliers(segments, epoch_steps if first_ns else None),
         batches=segments.parts["input_wait"].shape[1],
     )
+    # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
+    ready = made.ready_to_hand_over
+    saved_ns = made.step_ns(workers) - ready.step_ns(workers)
+    return ready if handover and use is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
 
 
 def _is_undivided(facts: JobFacts) -> bool:
