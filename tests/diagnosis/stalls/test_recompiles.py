@@ -109,6 +109,17 @@ def test_only_first_compilations_of_the_first_steps_are_set_up():
     assert pauses.set_up_compile_s(1) == 0.0
 
 
+def test_compilations_before_the_first_step_are_of_the_start_up():
+    """Without a loader the first step begins when its model is compiled; an evaluation later has no step either."""
+    pauses = compilations(*[Compiled.FIRST] * 4)
+    assert pauses.early_compile_s(0) == 0.0
+
+    pauses._rows[0]["step"], pauses._rows[0]["t_end_ns"] = [-1, -1, 0, -1], [1, 2, 3, 4]
+
+    assert pauses.early_compile_s(0) == pytest.approx(0.8)
+    assert pauses.early_compile_s(1) == 0.0
+
+
 def test_long_steps_beside_them_are_still_jitter():
     """Only the time of compilations is explained."""
     kinds = {

@@ -77,6 +77,20 @@ class PauseHistory:
         in_set_up = (rows["step"] >= 0) & (rows["step"] < SET_UP_STEPS)
         return float(rows["ns"][in_set_up & (rows["detail"] == Compiled.FIRST)].sum()) / 1e9
 
+    def early_compile_s(self, rank: int) -> float:
+        """Return the seconds of compiling before the first step of a rank.
+
+        Without a data loader a step begins with the forward, which a compiled model runs once it is compiled. An
+        evaluation between steps has no open step either, so these come before all that was in a step.
+        """
+        rows = self._rows.get(rank, np.empty(0, PAUSES.dtype))
+        ended = rows["t_end_ns"][rows["step"] >= 0]
+        if not len(ended):
+            return 0.0
+
+        is_early = (rows["cause"] == Pause.COMPILATION) & (rows["t_end_ns"] < ended.min())
+        return float(rows["ns"][is_early].sum()) / 1e9
+
     def text(self, rank: int, number: int) -> str:
         """Return a text of a rank by its id; empty where it is not known."""
         return self._names.get(rank, {}).get(int(number), "")

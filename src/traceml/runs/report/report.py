@@ -107,11 +107,14 @@ def run_wall_time(
     sums = digest.step_sums or reader.step_sums()
     ended_s, is_running = started_s + duration_s, state == "running"
     facts = digest.facts
-    return wall_time(
+    run_time = wall_time(
         streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
         compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in digest.ranks}, grouped=facts.is_grouped,
         untraced=facts.only_logs, hung_s=hung_s,
     )  # fmt: skip
+    early_s = sum(facts.pauses.early_compile_s(rank) for rank in digest.ranks) / max(len(digest.ranks), 1)
+    in_start_up_s = min(early_s, run_time.seconds.get("startup", 0.0))
+    return msgspec.structs.replace(run_time, compile_s=run_time.compile_s + in_start_up_s)
 
 
 def _hung_s(digest: Digest, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:
