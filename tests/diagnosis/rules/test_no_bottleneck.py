@@ -42,17 +42,6 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
 
 
 @pytest.mark.parametrize(
-    ("fused", "device", "told"),
-    [(False, "cpu", True), (True, None, True), (None, "cpu", False), (False, "cuda:0", False)],
-)
-def test_denormal_numbers_are_told_of_an_optimizer_on_a_cpu(fused: bool | None, device: str | None, told: bool) -> None:
-    """Not of one that keeps no averages, as L-BFGS, and not on a device."""
-    text = for_compute("optimizer", JobFacts(fused=fused, model=ModelFacts(device=device)), device=device == "cuda:0")
-
-    assert ("torch.set_flush_denormal(True)" in text) is told
-
-
-@pytest.mark.parametrize(
     ("own", "says", "headline"),
     [
         ({"forward": 4.0, "backward": 8.0, "optimizer": 1.5}, "most of it backward", "most of it in backward"),

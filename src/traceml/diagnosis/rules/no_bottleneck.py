@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import flush_denormals
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, busy_share, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
@@ -377,11 +376,6 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
 
 
 def _optimizer(facts: JobFacts) -> str:
-    denormals = None if facts.fused is None else flush_denormals(facts)
-    return _cheaper_optimizer(facts) + (f" {denormals}" if denormals else "")
-
-
-def _cheaper_optimizer(facts: JobFacts) -> str:
     if facts.fused:
         return "The optimizer takes the most, and is fused already: step less often, on larger batches."
 
