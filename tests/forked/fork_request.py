@@ -39,7 +39,7 @@ _SET_BY_LIBRARIES = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCH_NCCL_ASY
 # Modules that import much, of all that `traceml run`, aggregators and torchrun start; and those that start others.
 _STARTERS = {"mlflow", "traceml", "traceml.supervise.elastic", "torch.distributed.run"}
 _IMPORT_MUCH = ("from multiprocessing.spawn ", "from multiprocessing.forkserver ", "import torch")  # code of `-c`
-_LARGE = _STARTERS | {"traceml.display.report_main", "traceml.track.delivery", "uvicorn"}
+_LARGE = _STARTERS | {"alembic", "traceml.display.report_main", "traceml.track.delivery", "uvicorn"}
 
 Options = Mapping[str, Any]
 

@@ -29,7 +29,7 @@ SMALL = (
     "urllib.request", "zstandard",
 )  # fmt: skip
 PLAIN = {
-    "aim": ("aim",),
+    "aim": ("aim", "alembic.command", "alembic.config"),
     "clearml": ("PIL.Image", "attr", "furl", "jsonschema", "requests", "yaml"),
     "mlflow": ("aiohttp", "alembic", "fastapi", "graphene", "mlflow.store.tracking.sqlalchemy_store"),
     "trackio": ("gradio_client", "huggingface_hub"),

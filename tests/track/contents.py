@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from tests.forked import client as forked
 from tests.track.backends.wandb_reader import history, records
 from tests.track.readers import READERS, Value, trackio_run
 
@@ -275,7 +275,7 @@ print(json.dumps(out, default=str))
 def aim(run_dir: Path, number: str) -> Contents:
     """Read in a fresh process, as a user would."""
     command = [sys.executable, "-c", _AIM, str(run_dir.parent), number]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.run(command, imports="aim", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     read = json.loads(done.stdout.splitlines()[-1])
     return Contents(

@@ -102,7 +102,8 @@ def delivering(run_dir: str, backend: str, *more: str, **options: Any) -> forked
     It has the priority of the tests: beside them, one of the lowest priority would take minutes.
     """
     command = [sys.executable, "-m", "traceml.track.delivery", run_dir, backend, "--nice", "0", *more]
-    return forked.Popen(command, imports=backend if backend in forked.TRACKERS else "aggregator", **options)
+    imports = backend if backend in forked.TRACKERS else "aggregator"
+    return forked.Popen(command, imports=imports, forks=backend == "aim", **options)  # Aim starts Alembic
 
 
 def state_of(run_dir: Path, backend: str = "jsonl") -> TrackerState:

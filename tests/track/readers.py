@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from tests.forked import client as forked
 from tests.track.backends.wandb_reader import history
 
 __all__ = ["READERS", "Value", "aim", "clearml", "jsonl", "mlflow", "tensorboard", "trackio", "trackio_run", "wandb"]
@@ -80,7 +80,7 @@ def _name(title: str, series: str) -> str:
 def aim(run_dir: Path, number: str) -> list[Value]:
     """Read in a fresh process, as a user would."""
     command = [sys.executable, "-c", _AIM, str(run_dir.parent), number]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = forked.run(command, imports="aim", capture_output=True, text=True, check=True).stdout
     return sorted((name, step, value) for name, step, value in json.loads(out.splitlines()[-1]))
 
 
@@ -107,7 +107,7 @@ def trackio_run(run_dir: Path, number: str) -> dict[str, Any]:
     """Read a run in a fresh process, as Trackio's own page does."""
     command = [sys.executable, "-c", _TRACKIO, "tests", number]
     environment = {**os.environ, "TRACKIO_DIR": str(run_dir.parent / "trackio")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = forked.run(command, imports="trackio", capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -6,11 +6,14 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.forked import client as forked
 from tests.track.backends.conftest import Maker
 from traceml.track.plugins.metric import Metric
 
@@ -46,9 +49,19 @@ print(json.dumps(out, default=str))
 """
 
 
+@pytest.fixture(autouse=True)
+def _forked_migrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the process in which Aim prepares a repository's database."""
+    from aim.storage.migrations import utils
+
+    processes = SimpleNamespace(Popen=partial(forked.Popen, imports="aim"), SubprocessError=subprocess.SubprocessError)
+    monkeypatch.setattr(utils, "subprocess", processes)
+
+
 def _read(repo: Path, run: str) -> dict[str, Any]:
     """Read a run in a process of its own, as a user would."""
-    done = subprocess.run([sys.executable, "-c", READER, repo, run], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", READER, repo, run]
+    done = forked.run(command, imports="aim", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return out
