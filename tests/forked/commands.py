@@ -31,10 +31,12 @@ class Commands:
 
     Args:
         folder: where they are written.
+        new_session: start each process in a session of its own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, new_session: bool = False) -> None:
         self.folder = folder
+        self._new_session = new_session
         address = f"\0{__name__}-{os.getpid()}-{next(_numbers)}"
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.bind(address)
@@ -63,18 +65,20 @@ class Commands:
             except OSError:  # closed
                 return
 
-            threading.Thread(target=_run, args=(sock,), daemon=True).start()
+            threading.Thread(target=self._run, args=(sock,), daemon=True).start()
 
+    def _run(self, sock: socket.socket) -> None:
+        """Run what one command asks for; return its status to it."""
+        with sock:
+            data, fds, _, _ = socket.recv_fds(sock, 1 << 20, 3)
+            words, folder, environ = json.loads(data)
+            try:
+                process = Popen(
+                    words, cwd=folder, env=environ, stdin=fds[0], stdout=fds[1], stderr=fds[2],
+                    start_new_session=self._new_session, forks=True,
+                )  # fmt: skip
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
-def _run(sock: socket.socket) -> None:
-    """Run what one command asks for; return its status to it."""
-    with sock:
-        data, fds, _, _ = socket.recv_fds(sock, 1 << 20, 3)
-        words, folder, environ = json.loads(data)
-        try:
-            process = Popen(words, cwd=folder, env=environ, stdin=fds[0], stdout=fds[1], stderr=fds[2], forks=True)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-        sock.send(b"%d" % process.wait())
+            sock.send(b"%d" % process.wait())

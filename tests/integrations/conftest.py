@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +83,10 @@ def jobs_in(folder: Path, timeout_s: float = 240) -> Iterator[Job]:
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
         own = {"TRACEML_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        # Ray starts a dozen processes that import torch for themselves: to fork its driver gains nothing
-        popen = subprocess.Popen if script.startswith("ray") else partial(forked.Popen, forks=ranks > 1)
-        process = popen(
+        process = forked.Popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
             env=environ(folder, TRACEML_QUIET="", **own), cwd=folder, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=ranks > 1,
         )  # fmt: skip
         started.append(process)
         stdout, stderr = process.communicate(timeout=timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def fit(function: Any, **config: int) -> str:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+    forked = {"py_executable": sys.argv[1]}
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, runtime_env=forked)
     errors = [fit(both, epochs=3), fit(trace(fail), failing=1), fit(trace(fail), failing=0)]
     print(json.dumps({"errors": errors}), flush=True)
     ray.shutdown()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
+from tests.forked.commands import Commands
 from tests.integrations.conftest import Ended, jobs_in
 
 pytestmark = pytest.mark.timeout(400)
@@ -14,11 +16,12 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
-    """All trainings, on one Ray: it and its driver take more CPU time to start than a training."""
-    with jobs_in(tmp_path_factory.mktemp("ray"), timeout_s=300) as job:
+    """All trainings, on one Ray, whose workers are forked: to start them takes more CPU time than a training."""
+    folder = tmp_path_factory.mktemp("ray")
+    with closing(Commands(folder / "bin", new_session=True)) as commands, jobs_in(folder, timeout_s=300) as job:
         # Its watcher of nodes that are taken away is one more process that imports for seconds, for each training.
         quick = {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-        yield job("ray_job.py", RAY_TRAIN_V2_ENABLED="1", **quick)
+        yield job("ray_job.py", str(commands.folder / "python"), RAY_TRAIN_V2_ENABLED="1", **quick)
 
 
 def test_workers_are_the_ranks_of_one_run(ended: Ended) -> None:
