@@ -47,7 +47,7 @@ class _Server:
     def __init__(self, kind: str) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
         self._environ = kept | {"OMP_NUM_THREADS": "1"}
-        self._computes = kind == "torch"
+        self._computes = kind in {"lightning", "torch"}
         self._process: subprocess.Popen[bytes] | None = None
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
         self._address = f"\0{__name__}-{run}-{kind}-{_digest(read_at_start(self._environ))}"
@@ -114,8 +114,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     Args:
         forks: if possible, fork what it starts, too: aggregator, torchrun, ranks; it does not import torch itself.
-        imports: what it imports: `torch`, the name of a tracker, or the `aggregator`'s libraries only, since a process
-            with more has more to clear when it ends.
+        imports: what it imports: `torch`, `lightning` with it, the name of a tracker, or the `aggregator`'s libraries
+            only, since a process with more has more to clear when it ends.
     """
 
     _status_pipe: int | None = None

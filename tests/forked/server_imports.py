@@ -6,17 +6,17 @@ __all__ = ["BY_DEFAULT", "OWN", "PLAIN", "SHARED", "SMALL", "WITHHELD"]
 
 # Imports that cost much, by kind of server; of each, the ones that it needs. torch imports `_dynamo` only when an
 # optimizer is made.
-SHARED: dict[str, dict[str, tuple[str, ...]]] = {
-    "torch": {
-        "numpy": (),
-        "numpy.typing": ("numpy",),
-        "pydantic": (),
-        "pydantic_settings": ("pydantic",),
-        "torch": ("numpy",),
-        "torch._dynamo": ("torch",),
-        "torch.distributed.run": ("torch",),
-    },
+_TORCH: dict[str, tuple[str, ...]] = {
+    "numpy": (),
+    "numpy.typing": ("numpy",),
+    "pydantic": (),
+    "pydantic_settings": ("pydantic",),
+    "torch": ("numpy",),
+    "torch._dynamo": ("torch",),
+    "torch.distributed.run": ("torch",),
 }
+_LIGHTNING = {"lightning.pytorch": ("torch", "torch._dynamo"), "pytorch_lightning": ("torch", "torch._dynamo")}
+SHARED = {"torch": _TORCH, "lightning": _TORCH | _LIGHTNING}
 # Of other kinds: what most of ours import.
 BY_DEFAULT = {"numpy": (), "numpy.typing": ("numpy",)}
 # Of ours, the commands and what writes reports, with all that they import. What runs in ranks is imported anew there.

@@ -83,10 +83,11 @@ def jobs_in(folder: Path, timeout_s: float = 240) -> Iterator[Job]:
     def run(script: str, *arguments: str, ranks: int = 1, **values: str) -> Ended:
         own = {"TRACEML_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | values
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        imports = "lightning" if script == "lightning_job.py" else "torch"
         process = forked.Popen(
             [sys.executable, *launcher, str(HERE / script), *arguments],
             env=environ(folder, TRACEML_QUIET="", **own), cwd=folder, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, forks=ranks > 1,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, imports=imports, forks=ranks > 1,
         )  # fmt: skip
         started.append(process)
         stdout, stderr = process.communicate(timeout=timeout_s)

@@ -75,7 +75,8 @@ def captured(aggregator: Serving, tmp_path: Path, request: pytest.FixtureRequest
         own = {"TRACEML_PORT": str(aggregator.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUN_ID": job} | values
         done = forked.run(
             [sys.executable, "-W", "ignore", str(script), *arguments],
-            env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+            imports="lightning" if "lightning" in code else "torch", env=environ(tmp_path, **own), cwd=tmp_path,
+            capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]
