@@ -96,15 +96,22 @@ class Server:
 
         status, *fds = received
         request = Request(**json.loads(data))
+        ready, theirs = os.pipe()
         if (pid := fork_sibling() if self._for_parent else os.fork()) == 0:
             for sock in filter(None, (self._listening, *self._clients.values())):
                 sock.detach()
 
-            _place_fds(fds, request.fds)
+            if request.new_session:
+                os.setsid()
+
+            _place_fds(fds, request.fds)  # closes the pipe
             return request
 
-        for fd in fds:
+        for fd in (theirs, *fds):
             os.close(fd)
+
+        os.read(ready, 1)  # it is in its session, whose group may be signaled as soon as its id is known
+        os.close(ready)
 
         _write(status, pid)
         if self._for_parent:
@@ -166,9 +173,6 @@ def _become(request: Request, preloaded: Preloaded) -> None:
     """Make this process what a new interpreter is."""
     if request.death_signal:
         end_with_parent(os.getppid(), request.death_signal)
-
-    if request.new_session:
-        os.setsid()
 
     if is_possible():
         rename([sys.executable, *request.words], request.environ)

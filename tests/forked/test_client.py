@@ -136,6 +136,19 @@ print(random.random(), numpy.random.rand(), file=sys.stderr)
     assert one[1] != other[1]
 
 
+def test_it_leads_its_session_at_once(environ: dict[str, str]) -> None:
+    """Whoever signals its group as soon as it is started reaches no other process."""
+    for _ in range(20):
+        process = client.Popen(
+            [sys.executable, "-c", "input()"], env=environ, start_new_session=True, stdin=subprocess.PIPE, text=True
+        )
+        with process:
+            group = os.getpgid(process.pid)
+            process.communicate("\n")
+
+        assert (group, process.returncode) == (process.pid, 0)
+
+
 def test_it_is_signaled_and_waited_for(environ: dict[str, str]) -> None:
     """As long as it runs it has no status; a signal ends it, and time may run out."""
     with client.Popen(
