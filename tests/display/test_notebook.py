@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from html.parser import HTMLParser
 
 import pytest
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
 
 import traceml
 from tests.diagnosis.fabricated import Job, adds
+from tests.kernels import Kernel, forked_kernels
 from tests.runs.fabricated_store import store_run
 from traceml.errors import RunNotFoundError
 
@@ -41,15 +39,6 @@ for step in range(40):
 )
 
 
-class _Kernel(AsyncKernelManager):
-    """This interpreter as the kernel, whichever kernels are installed for others."""
-
-    @property
-    def kernel_spec(self):
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=argv, display_name="here", language="python")
-
-
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
     """An executed notebook: training, `run.show()` during it, `load_run()` at the end of a cell."""
@@ -63,10 +52,11 @@ def notebook(tmp_path_factory):
         notebook,
         timeout=240,
         allow_errors=True,
-        kernel_manager_class=_Kernel,
+        kernel_manager_class=Kernel,
         resources={"metadata": {"path": str(folder)}},
     )
-    return client.execute()
+    with forked_kernels():
+        return client.execute()
 
 
 def _html(cell):

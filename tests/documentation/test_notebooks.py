@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
 
 from tests.documentation.pages import ROOT
+from tests.kernels import Kernel, forked_kernels
 from traceml.diagnosis.kinds import Kind
 
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-
-
-class _Kernel(AsyncKernelManager):
-    """This interpreter as the kernel, whichever kernels are installed for others."""
-
-    @property
-    def kernel_spec(self):
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=argv, display_name="here", language="python")
 
 
 def _read(path: Path) -> nbformat.NotebookNode:
@@ -47,15 +36,16 @@ def test_it_opens_in_colab(path):
 @pytest.mark.process
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path, tmp_path, monkeypatch):
+def test_it_runs(path, tmp_path):
     """No cell fails, and `run.verdict` is a card of a known kind."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = _read(path)
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     resources = {"metadata": {"path": str(tmp_path)}}
-    done = nbclient.NotebookClient(
-        notebook, timeout=200, startup_timeout=200, kernel_manager_class=_Kernel, resources=resources
-    ).execute()
+    client = nbclient.NotebookClient(
+        notebook, timeout=200, startup_timeout=200, kernel_manager_class=Kernel, resources=resources
+    )
+    with forked_kernels("lightning" if path.stem == "lightning" else "torch"):
+        done = client.execute()
 
     outputs = {cell["id"]: cell.get("outputs", []) for cell in done.cells}
     (card,) = outputs["verdict"]
