@@ -69,8 +69,10 @@ _SHARED_FIXTURES = ("slurm", "hosts")
 _LONG_FIRST = (
     "test_fork_gate.py",  # forks 150 times, which takes ten times as long once this process has imported torch
     "end_to_end/test_run.py",
+    "display/web",
+    "track/backends",
     "instrument/test_training_continues.py",
-    "track/backends/test_round_trip.py",
+    "test_own_programs.py",
     "launch",
     "recorder",
     "aggregator",
@@ -82,7 +84,6 @@ _LONG_FIRST = (
     "track",
     "session",
     "supervise",
-    "display/web",
     "cli",
     "instrument",
 )
