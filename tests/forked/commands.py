@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -81,4 +82,6 @@ class Commands:
                 for fd in fds:
                     os.close(fd)
 
-            sock.send(b"%d" % process.wait())
+            status = process.wait()
+            with suppress(BrokenPipeError):  # who gave the command was ended before
+                sock.send(b"%d" % status)

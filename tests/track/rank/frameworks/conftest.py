@@ -66,17 +66,20 @@ def aggregator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture
 def captured(aggregator: Serving, tmp_path: Path, request: pytest.FixtureRequest) -> RunScript:
-    """Run code as a script of a run of its own; return what is in its store."""
+    """Run code as a script of a run of its own; return what is in its store.
 
-    def run(code: str, *arguments: str, **values: str) -> Captured:
+    It is forked from a process that has imported Lightning already, if it uses that, or what `imports` names.
+    """
+
+    def run(code: str, *arguments: str, imports: str = "", **values: str) -> Captured:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
         job = "".join(each if each.isalnum() else "-" for each in request.node.name).strip("-")
         own = {"TRACEML_PORT": str(aggregator.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUN_ID": job} | values
         done = forked.run(
             [sys.executable, "-W", "ignore", str(script), *arguments],
-            imports="lightning" if "lightning" in code else "torch", env=environ(tmp_path, **own), cwd=tmp_path,
-            capture_output=True, text=True, timeout=240,
+            imports=imports or ("lightning" if "lightning" in code else "torch"),
+            env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]

@@ -81,7 +81,7 @@ SCRIPT = """
 
 def test_three_frameworks(captured: RunScript) -> None:
     """SummaryWriter, Trainer and Lightning; images and histograms are kept only while there is a tracker."""
-    found = captured(SCRIPT)
+    found = captured(SCRIPT, imports="torch")
 
     assert ("written", 4, 2.0) in found.values(MetricKind.TENSORBOARD)
     assert [step for name, step, _ in found.values(MetricKind.HUGGINGFACE) if name == "loss"] == [2, 4]
