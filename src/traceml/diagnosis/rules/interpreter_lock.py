@@ -6,7 +6,8 @@ show that; which wait it is shows the CPU time of the other threads, of which on
 
 from __future__ import annotations
 
-import numpy as np
+from collections import Counter
+from collections.abc import Iterable
 
 from traceml.database.schema import LINE_PHASES, LINE_THREADS
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, busy_share, outside_line
@@ -32,9 +33,12 @@ def interpreter_lock(segments: Segments, facts: JobFacts, step_ns: float) -> lis
 
     The time of a step outside the computing phases is taken for waiting of another kind, so it is the least.
     """
-    idle = {} if segments.device else facts.samples.idle_ns()
+    if segments.device or not facts.thread_lines:
+        return []
+
+    idle = facts.samples.idle_ns()
     waits = [asleep - max(wall - segments.compute_ns, 0.0) for wall, asleep in idle.values()]
-    cost, cores = min(waits, default=0.0), _cores(facts, list(idle))
+    cost, cores = min(waits, default=0.0), _cores(facts, idle)
     if cost < least_cost_ns(step_ns) or cores < max(MIN_CORES, EXPLAINED * cost / step_ns) or _computes(facts):
         return []
 
@@ -59,20 +63,20 @@ def interpreter_lock(segments: Segments, facts: JobFacts, step_ns: float) -> lis
     ]
 
 
-def _cores(facts: JobFacts, ranks: list[int]) -> float:
+def _cores(facts: JobFacts, ranks: Iterable[int]) -> float:
     """Return the cores that other Python threads of each rank used while they were busy, the least over ranks."""
-    used = []
-    for rank in ranks:
-        mine = [each for each in facts.thread_lines if each.rank == rank]
-        used.append(sum(each.cpu_ns for each in mine) / max(sum(each.watched_ns for each in mine), 1))
+    cpu_ns, watched_ns = Counter[int](), Counter[int]()
+    for each in facts.thread_lines:
+        cpu_ns[each.rank] += each.cpu_ns
+        watched_ns[each.rank] += each.watched_ns
 
-    return min(used, default=0.0)
+    return min((cpu_ns[rank] / max(watched_ns[rank], 1) for rank in ranks), default=0.0)
 
 
 def _computes(facts: JobFacts) -> bool:
     """Return whether the training thread is on a core in its phases, whatever the main thread does."""
     shares = [share for part in COMPUTE if (share := busy_share(facts.lines, part)) is not None]
-    return bool(shares) and float(np.min(shares)) > MAX_BUSY
+    return min(shares, default=0.0) > MAX_BUSY
 
 
 def _summary(facts: JobFacts, cores: float, line: BlamedLine | None, cost: float, step_ns: float) -> str:
