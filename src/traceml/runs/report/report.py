@@ -31,7 +31,7 @@ from traceml.runs.report.restarts import earlier_hangs_s, restarts
 from traceml.runs.report.run_source import add_source
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
-from traceml.runs.report.wall_time import wall_time
+from traceml.runs.report.wall_time import wall_time, with_early_compiling
 from traceml.runs.rows.digest import MAX_STEP_ROWS, Digest, read_digest
 from traceml.runs.run_state import state_of
 from traceml.version import __version__
@@ -112,9 +112,7 @@ def run_wall_time(
         compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in digest.ranks}, grouped=facts.is_grouped,
         untraced=facts.only_logs, hung_s=hung_s,
     )  # fmt: skip
-    early_s = sum(facts.pauses.early_compile_s(rank) for rank in digest.ranks) / max(len(digest.ranks), 1)
-    in_start_up_s = min(early_s, run_time.seconds.get("startup", 0.0))
-    return msgspec.structs.replace(run_time, compile_s=run_time.compile_s + in_start_up_s)
+    return with_early_compiling(run_time, [facts.pauses.early_compile_s(rank) for rank in digest.ranks])
 
 
 def _hung_s(digest: Digest, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:

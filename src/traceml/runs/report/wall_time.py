@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.run_time import RunTime, UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, Stop, wall_parts, without_stops
 from traceml.runs.rows.aligned_clocks import RunClocks
 
-__all__ = ["checkpoints", "resumes_at", "wall_time"]
+__all__ = ["checkpoints", "resumes_at", "wall_time", "with_early_compiling"]
 
 _S = 1e9
 _WHOLE = 0.9  # share of the steps of the rank with most of them
@@ -100,6 +100,11 @@ def wall_time(
         evaluators_s=min(evaluators_s, time.wall_s),
         short_evaluations_s=short_s,
     )
+
+
+def with_early_compiling(time: RunTime, early_s: Sequence[float]) -> RunTime:
+    """Return a run's time with compiling before the first step, in seconds of each rank, as a part of the start-up."""
+    return replace(time, compile_s=time.compile_s + min(_mean(early_s), time.seconds.get("startup", 0.0)))
 
 
 def _end_so_far(processes: Iterable[Iterable[ProcessSums]], now_s: float) -> float:
