@@ -29,6 +29,7 @@ from tests.forked.fork_request import (
     read_at_start,
     send,
 )
+from tests.forked.server_imports import SHARED
 from tests.forked.sibling import is_possible
 
 __all__ = ["TRACKERS", "Popen", "run"]
@@ -47,7 +48,7 @@ class _Server:
     def __init__(self, kind: str) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
         self._environ = kept | {"OMP_NUM_THREADS": "1"}
-        self._computes = kind in {"lightning", "torch"}
+        self._computes = kind in SHARED
         self._process: subprocess.Popen[bytes] | None = None
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
         self._address = f"\0{__name__}-{run}-{kind}-{_digest(read_at_start(self._environ))}"
