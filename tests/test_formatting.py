@@ -17,7 +17,9 @@ from traceml.formatting import (
     left_text,
     line_text,
     ms_text,
+    name_at_rank,
     name_order,
+    name_without_rank,
     ns_text,
     ordinal_text,
     overhead_text,
@@ -212,6 +214,16 @@ def test_one_thing_is_no_plural():
 def test_left_text(seconds, text):
     """A limit of a fraction of a second is not 0 s."""
     assert left_text(seconds) == text
+
+
+@pytest.mark.parametrize(("name", "rank", "at_rank"), [("loss", 0, "loss"), ("loss", 12, "loss/rank_12")])
+def test_a_name_with_its_rank_is_read_back(name: str, rank: int, at_rank: str) -> None:
+    assert name_at_rank(name, rank) == at_rank
+    assert name_without_rank(at_rank) == name
+
+
+def test_a_name_that_only_resembles_one_with_a_rank_stays() -> None:
+    assert name_without_rank("norm/rank_loss") == "norm/rank_loss"
 
 
 def test_names_are_sorted_by_their_numbers():

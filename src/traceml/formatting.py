@@ -21,7 +21,9 @@ __all__ = [
     "library_text",
     "line_text",
     "ms_text",
+    "name_at_rank",
     "name_order",
+    "name_without_rank",
     "ns_text",
     "ordinal_text",
     "overhead_text",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 MISSING = "-"
+_RANK_MARK = "/rank_"
 # A step can lose nearly all of its time in the sum, but no run is made that much faster.
 _MAX_GAIN = 10
 
@@ -97,6 +100,17 @@ def name_order(name: str) -> tuple[tuple[int, str], ...]:
     numbers = [part.lstrip("0") if index % 2 else "" for index, part in enumerate(parts)]
     ordered = ((len(number), number or part) for part, number in zip(parts, numbers, strict=True))
     return (*ordered, (0, name))
+
+
+def name_at_rank(name: str, rank: int) -> str:
+    """Return the name of a rank's value where one run holds those of all ranks: `loss`, and `loss/rank_3` of rank 3."""
+    return f"{name}{_RANK_MARK}{rank}" if rank else name
+
+
+def name_without_rank(name: str) -> str:
+    """Return the name under which rank 0 logs the same value."""
+    head, mark, rank = name.rpartition(_RANK_MARK)
+    return head if mark and rank.isdigit() else name
 
 
 def cores_text(cores: float) -> str:

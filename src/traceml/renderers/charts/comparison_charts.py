@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.formatting import name_order, phase_label
+from traceml.formatting import name_order, name_without_rank, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     Points,
@@ -20,7 +20,7 @@ from traceml.renderers.charts.chart_options import (
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE
 from traceml.runs.comparison.comparison_types import Comparison
-from traceml.runs.rows.metrics import is_loss, name_without_rank
+from traceml.runs.rows.metrics import is_loss
 from traceml.runs.rows.series import RunSeries, StepSeries
 
 __all__ = [

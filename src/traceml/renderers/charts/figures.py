@@ -6,13 +6,13 @@ import math
 
 import msgspec
 
-from traceml.formatting import count_text, ms_text
+from traceml.formatting import count_text, ms_text, name_without_rank
 from traceml.renderers.charts import run_charts
 from traceml.renderers.charts.chart_options import Option
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg import draw
 from traceml.renderers.views import RunView
-from traceml.runs.rows.metrics import OWN_LOSS, name_without_rank
+from traceml.runs.rows.metrics import OWN_LOSS
 from traceml.runs.rows.series import RunSeries
 
 __all__ = ["Figure", "figures"]

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_ORDER
-from traceml.formatting import duration_text, name_order, part_words, percent_text, phase_label, plural
+from traceml.formatting import (
+    duration_text,
+    name_order,
+    name_without_rank,
+    part_words,
+    percent_text,
+    phase_label,
+    plural,
+)
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -32,7 +40,7 @@ from traceml.renderers.charts.chart_options import (
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE, RunView, visible_ranks
 from traceml.runs.rows.metric_series import MetricSeries
-from traceml.runs.rows.metrics import is_loss, name_without_rank
+from traceml.runs.rows.metrics import is_loss
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [

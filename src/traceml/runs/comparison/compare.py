@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.findings import significant
-from traceml.formatting import name_order, percent_text, plural
+from traceml.formatting import name_order, name_without_rank, percent_text, plural
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
@@ -29,7 +29,7 @@ from traceml.runs.comparison.comparison_types import (
 from traceml.runs.comparison.significance import Difference, difference
 from traceml.runs.comparison.source_changes import package_changes, source_remarks, variable_changes
 from traceml.runs.report.report_types import Report
-from traceml.runs.rows.metrics import is_loss, name_without_rank
+from traceml.runs.rows.metrics import is_loss
 
 __all__ = ["compare_runs", "compare_sides", "metric_changes", "param_changes"]
 

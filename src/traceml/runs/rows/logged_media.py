@@ -9,7 +9,7 @@ from typing import Any
 
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
-from traceml.formatting import name_order
+from traceml.formatting import name_at_rank, name_order
 from traceml.runs.rows.aligned_clocks import RunClocks
 
 __all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
@@ -100,7 +100,7 @@ class LoggedItems:
             return
 
         rank = self._ranks[stream]
-        key = kind, f"{name}/rank_{rank}" if rank else name
+        key = kind, name_at_rank(name, rank)
         if key not in self._found and len(self._found) >= _MAX_NAMES:
             return
 

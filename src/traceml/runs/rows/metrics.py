@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader
+from traceml.formatting import name_at_rank
 from traceml.runs.rows.aligned_clocks import RunClocks
 
-__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss",
-           "name_without_rank"]  # fmt: skip
+__all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss"]
 
 OWN_LOSS = "traceml/loss"
 """Name of the losses that traceml reads."""
@@ -59,12 +59,6 @@ def is_hidden(names: Iterable[str]) -> bool:
 def is_loss(name: str) -> bool:
     """Return whether a metric is a loss, by its name."""
     return "loss" in name.lower()
-
-
-def name_without_rank(name: str) -> str:
-    """Return the name under which rank 0 logs a metric: without `/rank_r`."""
-    head, mark, rank = name.rpartition("/rank_")
-    return head if mark and rank.isdigit() else name
 
 
 def _is_training_loss(name: str) -> bool:
@@ -133,8 +127,8 @@ class MetricReader:
     def _frame(self, stream: int, rows: NDArray[Any]) -> MetricFrame:
         rows = rows[np.argsort(rows["name_id"], kind="stable")]
         ids, starts = np.unique(rows["name_id"], return_index=True)
-        suffix = _suffix(self._ranks[stream])
-        names = [self._names.get((stream, number), f"(name {number})") + suffix for number in ids.tolist()]
+        rank = self._ranks[stream]
+        names = [name_at_rank(self._names.get((stream, number), f"(name {number})"), rank) for number in ids.tolist()]
         return MetricFrame(names, starts, rows)
 
 
@@ -143,11 +137,7 @@ def _of_losses(frame: Frame, rank: int, clocks: RunClocks) -> MetricFrame:
     rows = np.zeros(len(losses), METRICS.dtype)
     rows["t_ns"] = clocks.of_stamp(frame.stream, losses["t_ns"])
     rows["step"], rows["value"] = losses["step"], losses["loss"]
-    return MetricFrame([OWN_LOSS + _suffix(rank)], np.zeros(1, np.int64), rows)
-
-
-def _suffix(rank: int) -> str:
-    return f"/rank_{rank}" if rank else ""
+    return MetricFrame([name_at_rank(OWN_LOSS, rank)], np.zeros(1, np.int64), rows)
 
 
 class MetricFigures(NamedTuple):

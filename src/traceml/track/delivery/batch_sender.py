@@ -13,6 +13,7 @@ from typing import Any
 from traceml.database.schema import METRICS, STEPS
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import BackendRefusedError
+from traceml.formatting import name_at_rank
 from traceml.own_files import is_file_inside
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
@@ -20,7 +21,7 @@ from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch, RecordReader
 from traceml.track.delivery.refusals import count_refused
-from traceml.track.delivery.tracker_session import TrackerSession, ranked
+from traceml.track.delivery.tracker_session import TrackerSession
 from traceml.track.delivery.verdict_sender import VerdictSender
 from traceml.track.filters import DeliveryFilter
 from traceml.track.plugins.failure_kinds import FailureKind, classify
@@ -256,7 +257,7 @@ class BatchSender:
     def _calls(self, experiment: PlannedExperiment, logged: LoggedRecord, kind: str) -> Iterator[int]:
         """Make the call for a row; yield the bytes sent with it."""
         row, rank = logged.row, logged.stream.rank
-        name, step = ranked(str(row.get("name") or kind), rank), max(int(row.get("step") or 0), 0)
+        name, step = name_at_rank(str(row.get("name") or kind), rank), max(int(row.get("step") or 0), 0)
         if kind == "params":
             if params := self._params_of(experiment, row.get("params") or {}, rank):
                 self._session.params(experiment, params)
@@ -326,7 +327,7 @@ class BatchSender:
                 if len(sent) < _PARAMS_REMEMBERED:
                     sent[key] = _digest(value)
             elif sent.get(key) != _digest(value):
-                passing[ranked(key, rank)] = value
+                passing[name_at_rank(key, rank)] = value
 
         return passing
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import PluginError
+from traceml.formatting import name_at_rank
 from traceml.ids import DEFAULT_PROJECT
 from traceml.privacy import Masker
 from traceml.track.delivery.call_watchdog import CallWatchdog
@@ -21,7 +22,7 @@ from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend
 from traceml.track.tracker_state import TrackerState, states_of
 
-__all__ = ["RewindError", "TrackerSession", "ranked"]
+__all__ = ["RewindError", "TrackerSession"]
 
 # Extra time to start or end a run at a tracker: some wait for their threads, some upload then.
 _SLOW_S = 30.0
@@ -31,11 +32,6 @@ _BYTES_PER_S = 1 << 20
 
 class RewindError(Exception):
     """A backend can continue after a death only from the run's first row."""
-
-
-def ranked(name: str, rank: int) -> str:
-    """Return the name of a rank's value at a tracker, where one run holds all ranks."""
-    return name if rank == 0 else f"{name}/rank_{rank}"
 
 
 class TrackerSession:
@@ -140,7 +136,7 @@ class TrackerSession:
             names = self._ranked_names
             for row in rows:
                 if (row.name, row.rank) not in names:
-                    names[row.name, row.rank] = ranked(row.name, row.rank)
+                    names[row.name, row.rank] = name_at_rank(row.name, row.rank)
 
             rows = [replace(row, name=names[row.name, row.rank]) if row.rank else row for row in rows]
 
