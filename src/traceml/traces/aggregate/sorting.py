@@ -20,7 +20,8 @@ from traceml.errors import StoreError
 __all__ = ["LIMIT", "RUN", "ExternalSorter", "RowColumns"]
 
 LIMIT = 1 << 21  # rows in memory
-RUN = 1 << 17  # rows of a run
+RUN = 1 << 18  # rows of a run: their columns are large enough for huge pages, which numpy then asks for
+_ALIGNED_BYTES = 64
 
 RowColumns = tuple[NDArray[Any], ...]
 
@@ -84,7 +85,7 @@ class ExternalSorter:
         if not self._fresh:
             return
 
-        columns = tuple(np.concatenate(each) for each in zip(*self._fresh, strict=True))
+        columns = _together(self._fresh, self._fresh_rows)
         self._fresh, self._fresh_rows = [], 0
         self._runs.append(_SortedRun.of(len(self._runs), _sorted(columns)))
         self._held_rows += len(columns[0])
@@ -192,6 +193,23 @@ class _RunCursor:
             self.load()
 
         return taken
+
+
+def _together(parts: Sequence[RowColumns], rows: int) -> RowColumns:
+    """Return rows as columns in one piece of memory: fresh memory costs more than copying, small pages most."""
+    memory = np.empty(sum(_room(column, rows) for column in parts[0]), np.uint8)
+    columns, at = list[NDArray[Any]](), 0
+    for each in zip(*parts, strict=True):
+        into = memory[at : at + rows * each[0].itemsize].view(each[0].dtype)
+        columns.append(np.concatenate(each, out=into))
+        at += _room(each[0], rows)
+
+    return tuple(columns)
+
+
+def _room(column: NDArray[Any], rows: int) -> int:
+    """Return the bytes for rows of a column, up to where the next one is aligned."""
+    return -(-rows * column.itemsize // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
 def _most_at_once(runs: Iterable[_SortedRun]) -> int:

@@ -12,7 +12,7 @@
 #include <emmintrin.h>
 #endif
 
-#define VERSION 7  /* raised when arguments or constants of this library change; library.py expects it */
+#define VERSION 8  /* raised when arguments or constants of this library change; library.py expects it */
 #define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
 #define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
 #define FEW 4      /* values stored per group before a histogram is used: with many groups, most have no more */

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 __all__ = ["LIBRARY", "find", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_VERSION = 7
+_VERSION = 8
 _LOG = logging.getLogger("traceml")
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _RESULTS = {
     **dict.fromkeys(("traceml_find", "traceml_stats", "traceml_pairs", "traceml_nest", "traceml_match"), _I64),
-    **dict.fromkeys(("traceml_unnest", "traceml_overlap", "traceml_finish_overlap", "traceml_scanner_free"), None),
+    **dict.fromkeys(("traceml_unnest", "traceml_overlap", "traceml_finish_overlap"), None),
+    **dict.fromkeys(("traceml_scanner_free", "traceml_copy_rows"), None),
     **dict.fromkeys(("traceml_scanner_new", "traceml_scanner_texts"), _POINTER),
 }
 _ARGUMENTS = {
@@ -30,6 +31,7 @@ _ARGUMENTS = {
     "traceml_scanner_free": [_POINTER],
     "traceml_scanner_count": [_POINTER],
     "traceml_scanner_texts": [_POINTER, _I32, _POINTER],
+    "traceml_copy_rows": [_POINTER, _POINTER, _POINTER, _POINTER],
     "traceml_scan": [_POINTER, _POINTER, _I64, _I64, _I32, _I32, _POINTER],
 }
 

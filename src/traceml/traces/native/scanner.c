@@ -442,6 +442,30 @@ const uint8_t *traceml_scanner_texts(const scanner *s, int32_t first, int64_t *e
     return s->names.arena + known[first].at;
 }
 
+static void copy_numbers(int64_t rows, const int32_t *numbers, const int32_t *from, int32_t *to) {
+    for (int64_t i = 0; i < rows; i++) to[i] = from[i] < 0 ? -1 : numbers[from[i]];
+}
+
+/* Copy the rows of a scan behind the rows of `to`, with other numbers in place of those of texts. */
+void traceml_copy_rows(const scanner *s, const columns *from, columns *to, const int32_t *numbers) {
+    int64_t rows = from->rows, at = to->rows;
+    memcpy(to->ph + at, from->ph, (size_t)rows);
+    copy_numbers(rows, numbers, from->name, to->name + at);
+    copy_numbers(rows, numbers, from->cat, to->cat + at);
+    copy_numbers(rows, numbers, from->pid, to->pid + at);
+    copy_numbers(rows, numbers, from->tid, to->tid + at);
+    copy_numbers(rows, numbers, from->id, to->id + at);
+    memcpy(to->ts_ns + at, from->ts_ns, (size_t)rows * sizeof *to->ts_ns);
+    memcpy(to->dur_ns + at, from->dur_ns, (size_t)rows * sizeof *to->dur_ns);
+    for (uint32_t k = 0; k < s->keys; k++) {
+        int64_t here = (int64_t)k * from->capacity, there = (int64_t)k * to->capacity + at;
+        memcpy(to->arg_kinds + there, from->arg_kinds + here, (size_t)rows);
+        memcpy(to->arg_integers + there, from->arg_integers + here, (size_t)rows * sizeof *to->arg_integers);
+        memcpy(to->arg_floats + there, from->arg_floats + here, (size_t)rows * sizeof *to->arg_floats);
+        copy_numbers(rows, numbers, from->arg_texts + here, to->arg_texts + there);
+    }
+}
+
 /* Read events from `start` on; append them to the rows of `out`. */
 int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end, int32_t wrapped, int32_t decimals,
                 columns *out) {

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.traces.native.library import library
+from traceml.traces.native.library import library, pointer
 from traceml.traces.reader.columns import ArgColumn, StringTable
 from traceml.traces.reader.event_rows import EventRow, encodable
 from traceml.traces.reader.python_scanner import PythonScanner, Text, parse, parse_ranges
-from traceml.traces.reader.scan_result import ARG_COLUMNS, COLUMNS, ColumnBuilder, EventColumns, ScanFindings
+from traceml.traces.reader.scan_result import ARG_COLUMNS, COLUMNS, FRONT, ColumnBuilder, EventColumns, ScanFindings
 
 __all__ = ["NativeScanner", "new_scanner"]
 
@@ -26,7 +26,6 @@ _UNSURE = 1 << 12
 _MAX_KEYS = 32
 _AT_END, _CUT_OFF, _BROKEN, _CLOSED, _FULL, _DEEP = range(6)
 
-_NAMES = ("name", "cat", "pid", "tid", "id")
 _ARG_FIELDS = tuple(f"arg_{name}" for name in ARG_COLUMNS)
 
 
@@ -75,7 +74,7 @@ class NativeScanner(PythonScanner):
             raise MemoryError("no memory for the trace scanner")
 
         self._native, self._strings = native, strings
-        self._numbers = np.full(1, -1, np.int32)  # library's number -> number in strings; the last one is for "missing"
+        self._numbers = np.empty(0, np.int32)  # library's number -> number in strings
         self._columns: dict[str, NDArray[Any]] = {name: np.empty(_ROWS, kind) for name, kind in COLUMNS.items()}
         self._args = {name: np.empty((len(keys), _ROWS), kind) for name, kind in ARG_COLUMNS.items()}
         self._unsure = np.empty((_UNSURE, 3), np.int64)
@@ -148,22 +147,28 @@ class NativeScanner(PythonScanner):
     def _block(self, count: int, patches: dict[int, EventRow], dropped: list[int]) -> EventColumns:
         """Return a copy of the rows that the library filled, with its numbers of names replaced by the shared ones."""
         self._update_numbers()
-        arrays = {
-            name: self._numbers[column[:count]] if name in _NAMES else column[:count].copy()
-            for name, column in self._columns.items()
-        }
-        fields = {name: block[:, :count].copy() for name, block in self._args.items()}
-        fields["texts"] = self._numbers[fields["texts"]]
-        args = {key: ArgColumn(*(fields[name][place] for name in ARG_COLUMNS)) for place, key in enumerate(self._keys)}
-        block = EventColumns(arrays, args)
+        block, out = self._room(count)
+        native, found = self._native, ctypes.byref(self._out)
+        native.traceml_copy_rows(self._scanner, found, ctypes.byref(out), pointer(self._numbers))
         for row, values in patches.items():
             block.put(row, values)
 
         return block.without(dropped) if dropped else block
 
+    def _room(self, rows: int) -> tuple[EventColumns, _NativeColumns]:
+        """Return memory for rows, with room for some in front of them, and where the library is to put them."""
+        arrays = {name: np.empty(FRONT + rows, kind) for name, kind in COLUMNS.items()}
+        blocks = {name: np.empty((len(self._keys), FRONT + rows), kind) for name, kind in ARG_COLUMNS.items()}
+        args = {key: ArgColumn(*(block[place] for block in blocks.values())) for place, key in enumerate(self._keys)}
+        out = _NativeColumns(capacity=FRONT + rows, rows=FRONT)
+        for name, column in zip((*COLUMNS, *_ARG_FIELDS), (*arrays.values(), *blocks.values()), strict=True):
+            setattr(out, name, column.ctypes.data)
+
+        return EventColumns(arrays, args).behind(FRONT), out
+
     def _update_numbers(self) -> None:
         """Give names that are new in the library their shared numbers."""
-        known, count = len(self._numbers) - 1, self._native.traceml_scanner_count(self._scanner)
+        known, count = len(self._numbers), self._native.traceml_scanner_count(self._scanner)
         if known == count:
             return
 
@@ -173,7 +178,7 @@ class NativeScanner(PythonScanner):
         texts = ctypes.string_at(at, stops[-1])
         values = [_value(texts[start:stop]) for start, stop in zip([0, *stops], stops, strict=False)]
         numbers = self._strings.intern_all(values)
-        self._numbers = np.concatenate([self._numbers[:-1], np.array([*numbers, -1], np.int32)])
+        self._numbers = np.concatenate([self._numbers, np.array(numbers, np.int32)])
 
 
 def _address(text: Text) -> ctypes.c_char_p | int:

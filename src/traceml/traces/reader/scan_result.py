@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.traces.reader.columns import ArgColumn, EventBatch, ExactTimes, FileDamage
 from traceml.traces.reader.event_rows import EventRow
 
-__all__ = ["ARG_COLUMNS", "COLUMNS", "ColumnBuilder", "EventColumns", "ScanFindings", "ScanResult"]
+__all__ = ["ARG_COLUMNS", "COLUMNS", "FRONT", "ColumnBuilder", "EventColumns", "ScanFindings", "ScanResult"]
 
 # Column and type, in the order of an EventRow.
 COLUMNS: dict[str, Any] = {
@@ -27,15 +27,22 @@ COLUMNS: dict[str, Any] = {
 }
 # The same of an ArgColumn, in the order of an ArgValue.
 ARG_COLUMNS: dict[str, Any] = {"kinds": np.uint8, "integers": np.int64, "floats": np.float64, "texts": np.int32}
+FRONT = 4
+"""Rows of free memory in front of columns: for events across two chunks, which are known last."""
 
 
 @dataclass(slots=True)
 class EventColumns:
-    """Events as columns of equal length."""
+    """Events as columns of equal length.
+
+    Args:
+        whole: the same columns with the free memory in front of them, if there is any.
+    """
 
     arrays: dict[str, NDArray[Any]]
     args: dict[str, ArgColumn]
     exact: dict[int, ExactTimes] = field(default_factory=dict)
+    whole: EventColumns | None = None
 
     @classmethod
     def of_rows(cls, rows: Sequence[EventRow], keys: Sequence[str]) -> EventColumns:
@@ -74,6 +81,24 @@ class EventColumns:
     def __len__(self) -> int:
         return len(self.arrays["ph"])
 
+    def behind(self, rows: int) -> EventColumns:
+        """Return the columns without the first rows, whose memory is free from now on."""
+        arrays = {name: column[rows:] for name, column in self.arrays.items()}
+        args = {key: ArgColumn(*(getattr(arg, name)[rows:] for name in ARG_COLUMNS)) for key, arg in self.args.items()}
+        return EventColumns(arrays, args, whole=self)
+
+    def after(self, head: EventColumns) -> EventColumns:
+        """Return the columns with others in front of them: in the free memory there, else as a copy."""
+        first = -1 if self.whole is None else len(self.whole) - len(self) - len(head)
+        if self.whole is None or first < 0 or head.exact or self.exact:
+            return EventColumns.joined([head, self])
+
+        found = self.whole.behind(first)
+        for into, column in zip(found._columns(), head._columns(), strict=True):
+            into[: len(head)] = column
+
+        return found
+
     def put(self, place: int, row: EventRow) -> None:
         """Overwrite a row."""
         for name, value in zip(COLUMNS, row[:8], strict=True):
@@ -94,6 +119,11 @@ class EventColumns:
             {key: ArgColumn(*(getattr(arg, name)[keep] for name in ARG_COLUMNS)) for key, arg in self.args.items()},
             {int(np.count_nonzero(keep[:row])): times for row, times in self.exact.items()},
         )
+
+    def _columns(self) -> Iterator[NDArray[Any]]:
+        yield from self.arrays.values()
+        for arg in self.args.values():
+            yield from (getattr(arg, name) for name in ARG_COLUMNS)
 
 
 class ColumnBuilder:
@@ -162,7 +192,7 @@ class ScanResult:
         before, own = head.findings, self.findings
         fractional = before.fractional or own.fractional
         findings = replace(own, fractional=fractional, metadata=before.metadata + own.metadata)
-        return ScanResult(EventColumns.joined([head.columns, self.columns]), findings)
+        return ScanResult(self.columns.after(head.columns), findings)
 
     def batch(self, source: int) -> EventBatch:
         """Return the events as a batch of a file."""
