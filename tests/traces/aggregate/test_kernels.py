@@ -121,6 +121,22 @@ def test_nesting_is_the_same_without_the_library(seed, monkeypatch):
     assert compiled == run()
 
 
+def test_threads_share_the_lanes(monkeypatch):
+    """Blocks that are long enough for threads give the same sums as one thread does."""
+    columns = spans(4, count=60_000, lanes=7)
+
+    def run(cores):
+        monkeypatch.setattr(nesting.os, "sched_getaffinity", lambda _: range(cores))
+        sums = nesting.SelfTimes()
+        for at in range(0, 60_000, 20_000):
+            sums.add(*(each[at : at + 20_000] for each in columns))
+
+        sums.finish()
+        return [sums.self_ns(number) for number in range(9)]
+
+    assert run(cores=1) == run(cores=2) == run(cores=5)
+
+
 def test_deep_nesting(way):
     """Ten thousand nested spans, each with a nanosecond of its own at either end."""
     depth = 10_000

@@ -7,6 +7,8 @@ overlap belongs to the later one, so that the self times of a thread add up to t
 from __future__ import annotations
 
 import ctypes
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,69 @@ from traceml.traces.native.library import grown, library, pointer
 __all__ = ["SelfTimes"]
 
 _NODES = 1 << 10
+_MAX_PARTS = 4
+_FEW = 1 << 14  # spans: fewer are not worth a change of threads
 _MANY = 256  # spans with the same start: from this number on, sorting them is faster than inserting each
 
 
 class SelfTimes:
-    """Self time by group, from spans in the order of their starts; keeps the open spans of each thread."""
+    """Self time by group, from spans in the order of their starts.
+
+    With the library, threads share the lanes, and read a block of spans while the next one is made.
+    """
 
     def __init__(self) -> None:
+        parts = min(1 << len(os.sched_getaffinity(0)).bit_length() - 1, _MAX_PARTS) if library() else 1
+        self._parts = [_LaneTimes(part, parts - 1) for part in range(parts)]
+        self._threads: ThreadPoolExecutor | None = None
+        self._running: list[Future[None]] = []
+
+    def add(
+        self, start: NDArray[np.int64], duration: NDArray[np.int64], group: NDArray[np.int32], lane: NDArray[np.int32]
+    ) -> None:
+        """Add spans that start no earlier than those before; times in nanoseconds, a lane is a thread."""
+        columns: list[NDArray[Any]] = [np.ascontiguousarray(each) for each in (start, duration, group, lane)]
+        if (start[_MANY:] == start[:-_MANY]).any():
+            order = np.lexsort((-duration, start))  # the longest first: each is nested in the one before
+            columns = [column[order] for column in columns]
+
+        self._wait()
+        if len(self._parts) == 1 or len(start) < _FEW:
+            for part in self._parts:
+                part.add(columns)
+        else:
+            self._threads = self._threads or ThreadPoolExecutor(len(self._parts), "traceml-nest")
+            self._running = [self._threads.submit(part.add, columns) for part in self._parts]
+
+    def finish(self) -> None:
+        """Close the open spans."""
+        self._wait()
+        for part in self._parts:
+            part.finish()
+
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def self_ns(self, group: int) -> int:
+        """Return the self time of a group; complete after `finish`."""
+        return sum(part.self_ns(group) for part in self._parts)
+
+    def _wait(self) -> None:
+        for running in self._running:
+            running.result()
+
+        self._running = []
+
+
+class _LaneTimes:
+    """Self time by group in some of the lanes; keeps their open spans.
+
+    Args:
+        part: the last bits of the lanes' numbers; `mask` has all such bits.
+    """
+
+    def __init__(self, part: int, mask: int) -> None:
+        self._part, self._mask = ctypes.c_int32(part), ctypes.c_int32(mask)
         self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
         self._head, self._cursor = np.full(64, -1, np.int32), np.zeros(64, np.int64)
         self._start, self._end = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int64)
@@ -32,21 +90,15 @@ class SelfTimes:
         self._free = ctypes.c_int32(0)
         self._open: dict[int, list[tuple[int, int, int]]] = {}  # without the library: lane -> (start, end, group)
 
-    def add(
-        self, start: NDArray[np.int64], duration: NDArray[np.int64], group: NDArray[np.int32], lane: NDArray[np.int32]
-    ) -> None:
-        """Add spans that start no earlier than those before; times in nanoseconds, a lane is a thread."""
-        if not len(start):
+    def add(self, columns: list[NDArray[Any]]) -> None:
+        """Add spans: start, duration, group, lane."""
+        _, _, group, lane = columns
+        if not len(lane):
             return
 
         self._low, self._high = grown(self._low, int(group.max()) + 1), grown(self._high, int(group.max()) + 1)
         lanes = int(lane.max()) + 1
         self._head, self._cursor = grown(self._head, lanes, -1), grown(self._cursor, lanes)
-        columns: list[NDArray[Any]] = [np.ascontiguousarray(each) for each in (start, duration, group, lane)]
-        if (start[_MANY:] == start[:-_MANY]).any():
-            order = np.lexsort((-duration, start))  # the longest first: each is nested in the one before
-            columns = [column[order] for column in columns]
-
         if library():
             self._native(columns)
         else:
@@ -72,7 +124,7 @@ class SelfTimes:
         lib = library()
         assert lib is not None
         at, count = 0, len(columns[0])
-        given = [pointer(column) for column in columns]
+        given = [self._part, self._mask, *(pointer(column) for column in columns)]
         while True:
             lanes = [pointer(self._head), pointer(self._cursor)]
             nodes = [pointer(each) for each in (self._start, self._end, self._group, self._below)]

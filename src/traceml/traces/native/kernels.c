@@ -114,14 +114,17 @@ int64_t traceml_pairs(int64_t first, int64_t n, const int32_t *left, const int32
 
 /* Time by the innermost open span of each lane; spans are passed in the order of their starts.
  *
+ * Only lanes whose number ends in the bits `part` are read; `mask` has all such bits. Others are left to other threads.
+ *
  * The stack of a lane is a list in one pool of nodes (start, end, group, link to the node below). `free_head` is the
  * head of the list of unused nodes.
  */
-int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64_t *dur, const int32_t *group,
-                     const int32_t *lane, int32_t *head, int64_t *cursor, int64_t *node_start, int64_t *node_end,
-                     int32_t *node_group, int32_t *node_below, int32_t *free_head, uint64_t *low, int64_t *high) {
+int64_t traceml_nest(int64_t first, int64_t n, int32_t part, int32_t mask, const int64_t *start, const int64_t *dur,
+                     const int32_t *group, const int32_t *lane, int32_t *head, int64_t *cursor, int64_t *node_start,
+                     int64_t *node_end, int32_t *node_group, int32_t *node_below, int32_t *free_head, uint64_t *low,
+                     int64_t *high) {
   for (int64_t i = first; i < n; i++) {
-    if (dur[i] <= 0) continue;
+    if ((lane[i] & mask) != part || dur[i] <= 0) continue;
     if (*free_head < 0) return i;
     int64_t s = start[i], end = s + dur[i];
     int32_t l = lane[i], top = head[l];
