@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceNotFoundError, UsageError
+from traceml.own_programs import importing
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
 
@@ -110,7 +111,7 @@ def _plot(result: dict[str, Any], path: Path, top: int) -> None:
 
 def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
-    with _no_blas_threads(), _progress() as progress:
+    with _no_blas_threads(), importing(), _progress() as progress:
         try:
             return summarize(
                 options.paths,
