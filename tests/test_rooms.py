@@ -370,6 +370,26 @@ def test_modules_of_frameworks_need_no_import_of_their_own() -> None:
     assert shown == "TraceMLDaskWorkerPlugin traceml.integrations.ray\nFalse False\n"
 
 
+@pytest.mark.process
+def test_the_first_use_of_a_name_searches_for_no_garbage() -> None:
+    """A script has many objects, torch's among them. The collector is on again afterwards, unless it was off."""
+    code = (
+        "import gc, importlib, sys, traceml\n"
+        "gc.set_threshold(1, 1, 1)\n"
+        "gc.enable() if sys.argv[1] == 'on' else gc.disable()\n"
+        "loaded = []\n"
+        "gc.callbacks.append(lambda phase, _: loaded.append(len(sys.modules)))\n"
+        "before = len(sys.modules)\n"
+        "traceml.log_metric\n"
+        "print(before < len(sys.modules), {*loaded} <= {before, len(sys.modules)}, gc.isenabled())"
+    )
+    shown = [
+        subprocess.run([sys.executable, "-c", code, state], capture_output=True, text=True, check=True).stdout
+        for state in ("on", "off")
+    ]
+    assert shown == ["True True True\n", "True True False\n"]
+
+
 def test_completion_offers_users_names_alone() -> None:
     """`dir(traceml)` has the public names and the imported folders, and none that the module needs itself."""
     offered = {name for name in dir(traceml) if not name.startswith("__")}

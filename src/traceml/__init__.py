@@ -213,10 +213,24 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'traceml' has no attribute {name!r}")
 
-    import_module("traceml.installation").warn_of_foreign()
-    value = getattr(import_module(home), name)
+    value = getattr(_imported(home), name)
     globals()[name] = value  # the next access does not call this function
     return value
+
+
+def _imported(module: str) -> ModuleType:
+    """Import one of our modules, without a search for garbage: behind torch's import one of all objects is due."""
+    import gc
+    from importlib import import_module
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import_module("traceml.installation").warn_of_foreign()
+        return import_module(module)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load_ipython_extension(shell: Any) -> None:
