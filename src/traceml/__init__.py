@@ -220,17 +220,11 @@ def __getattr__(name: str) -> Any:
 
 def _imported(module: str) -> ModuleType:
     """Import one of our modules, without a search for garbage: behind torch's import one of all objects is due."""
-    import gc
     from importlib import import_module
 
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with import_module("traceml.collector_pause").collector_pause:
         import_module("traceml.installation").warn_of_foreign()
         return import_module(module)
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def load_ipython_extension(shell: Any) -> None:

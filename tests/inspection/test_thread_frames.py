@@ -14,6 +14,7 @@ from types import FrameType, SimpleNamespace
 import pytest
 
 from tests.eventually import eventually
+from traceml.collector_pause import collector_pause
 from traceml.inspection import thread_frames as thread_frames_module
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_frames, thread_stack
 
@@ -133,12 +134,10 @@ def test_the_collector_is_left_as_it_was(is_on: bool) -> None:
 @pytest.mark.process
 def test_a_child_that_is_forked_meanwhile_collects() -> None:
     """The thread that reads is not in the child: the pause ends there, and frames can be read."""
-    from traceml.inspection.thread_frames import _pause
-
     reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        with _pause:
+        with collector_pause:
             reading.set()
             done.wait(240)
 

@@ -8,15 +8,17 @@ begins while frames are read.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import takewhile
 from types import FrameType
 from typing import Any
+
+from traceml.collector_pause import collector_pause
 
 __all__ = [
     "awaiting_frames",
@@ -30,7 +32,7 @@ __all__ = [
     "thread_stack",
 ]
 
-_COLLECTS_ANYWHERE = sys.version_info < (3, 12)
+_pause = collector_pause if sys.version_info < (3, 12) else nullcontext()
 _MAX_DEPTH = 1000
 _WALKS = 10
 _YIELDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -105,44 +107,6 @@ def running_line(frame: FrameType) -> int:
         line = of_instruction or line
 
     return line
-
-
-class _CollectorPause:
-    """Keeps the collector off for some microseconds. A program that switches it off just then finds it on again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may come in between
-        self._depth = 0
-        self._is_off = False
-
-    def __enter__(self) -> None:
-        """Begin no collection from now on; those of `gc.collect` in another thread do no harm."""
-        self._lock.acquire()
-        self._depth += 1
-        if _COLLECTS_ANYWHERE and gc.isenabled():
-            self._is_off = True
-            gc.disable()
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._resume()
-
-        self._lock.release()
-
-    def forget(self) -> None:
-        """End a pause of the parent's other thread in a forked child."""
-        self._lock, self._depth = threading.RLock(), 0
-        self._resume()
-
-    def _resume(self) -> None:
-        if self._is_off:
-            self._is_off = False
-            gc.enable()
-
-
-_pause = _CollectorPause()
-os.register_at_fork(after_in_child=_pause.forget)
 
 
 def thread_number(ident: int) -> int:

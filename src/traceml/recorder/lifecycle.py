@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from traceml.collector_pause import collector_pause
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.recorder.current_recorder import notify_change, notify_start, state
@@ -52,8 +53,9 @@ def start(
         AggregatorUnavailableError: no aggregator answered within `connect_timeout`, and `on_missing` is `raise`.
         AggregatorRefusedError: it answered and refused, and `on_missing` is `raise`.
     """
-    from traceml.recorder.identity import spawned_from
-    from traceml.recorder.recorder import Recorder
+    with collector_pause:  # behind torch's import a search of all objects is due, which our imports would bring about
+        from traceml.recorder.identity import spawned_from
+        from traceml.recorder.recorder import Recorder
 
     if tracing and state.recorder is not None and state.recorder.is_child:  # it logged for its parent; now it is a rank
         shutdown()

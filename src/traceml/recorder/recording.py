@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
+from traceml.collector_pause import collector_pause
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_header import FlightState
@@ -122,7 +123,8 @@ class Recording:
     def start(self, *, tracing: bool) -> None:
         """Install the hooks, if tracing, and start the thread."""
         if tracing:
-            self.tracing.begin(self.thread, lambda action: action())
+            with collector_pause:  # it imports what the hooks need
+                self.tracing.begin(self.thread, lambda action: action())
 
         if not self._is_child:
             self.note("process", tracing=tracing, **process_facts(self.identity, self._config))
