@@ -561,6 +561,27 @@ def test_calls_with_one_sample_are_reported(traced: Traced, samples: int, *, has
     assert ("plays" in {row["kind"] for row in traced.info}) is reported
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_evaluation_without_gradients_is_reported(traced: Traced, mode: Callable[[], Any]) -> None:
+    """Advice to turn gradients off is of no use to a script that does."""
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(3):
+        for x in DataLoader(X, batch_size=4):
+            train(model, optimizer, x)
+
+        model.eval()
+        with mode():
+            for x in DataLoader(X, batch_size=8):
+                model(x)
+
+        model.train()
+
+    traced.finish()
+    reported = [row for row in traced.info if row["kind"] == "plain_evaluation"]
+    assert len(reported) == (mode is not torch.enable_grad)
+
+
 def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """As stable-baselines3 does it, whose policies act in `eval()`."""
     monkeypatch.setitem(sys.modules, "gymnasium", ModuleType("gymnasium"))

@@ -311,7 +311,11 @@ class Instrumentation:
         clock, patches = self.clock, self._patches
         show_torch()
         self._batches = batches = BatchReader(
-            clock, self._facts.input, self._facts.calls, lambda: self._facts.report({"kind": "plays"})
+            clock,
+            self._facts.input,
+            self._facts.calls,
+            lambda: self._facts.report({"kind": "plays"}),
+            lambda: self._facts.report({"kind": "plain_evaluation"}),
         )
         self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
         timer = timer_maker(clock, batches.measure)

@@ -338,11 +338,19 @@ def test_what_follows_an_evaluation_is_told_apart_by_its_line(library: str):
 
     assert found.headline == "60 % of the run's time is evaluation, mostly at train.py:15 finish_epoch"
     assert ("with what follows until the training goes on" in found.summary) is not is_model
-    assert ("larger ones under torch.inference_mode" in found.next) is is_model
+    assert ("larger ones, without gradients (torch.no_grad())" in found.next) is is_model
     assert found.next.startswith(
         "Evaluate half" if is_model else "Make train.py:15 finish_epoch cheaper, or run it half"
     )
     assert "saves 30 %" in found.next
+
+
+def test_gradients_are_not_advised_against_where_there_are_none():
+    """The model is evaluated under `torch.no_grad()` or `torch.inference_mode()` already."""
+    time = RunTime.of(100.0, {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}, 12)
+    found = diagnose(window_of(ALONE), JobFacts(time=time, plain_evaluation=True))[0]
+
+    assert found.next.endswith("on fewer batches, with larger ones, or in another process.")
 
 
 def test_self_play_is_not_made_half_as_often():

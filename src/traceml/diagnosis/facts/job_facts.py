@@ -59,6 +59,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         profiles: whether torch's profiler was on in all steps, as far as they were looked at.
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         plays: whether models are called between trainings, without a loader, with one sample each time.
+        plain_evaluation: whether a trained model is evaluated without gradients.
         only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
         same_models: of these steps, those at which an earlier model was trained again -> first step of that model.
@@ -114,6 +115,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     profiles: bool = False
     collects: bool = False
     plays: bool = False
+    plain_evaluation: bool = False
     only_logs: bool = False
     other_models: tuple[int, ...] = ()
     same_models: Mapping[int, int] = {}

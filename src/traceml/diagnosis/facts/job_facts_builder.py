@@ -210,6 +210,7 @@ class JobFactsBuilder:
         "rollouts": lambda self, *_: self._facts.update(collects=True),
         "rpc": lambda self, *_: self._facts.update(rpc=True),
         "plays": lambda self, *_: self._facts.update(plays=True),
+        "plain_evaluation": lambda self, *_: self._facts.update(plain_evaluation=True),
         "process": _take_process,
         "tracing": lambda self, *_: self._facts.update(only_logs=False),
         "optimizer": _take_setup,

@@ -207,7 +207,8 @@ def _evaluation(
     share, times = seconds / time.wall_s, max(time.evaluations, 1)
     saved = share * (1 - len(alone) / facts.world_size) if alone else share / 2
     saves = f"that saves {percent_text(saved)} of the run."
-    elsewhere = "with larger ones under torch.inference_mode(), or in another process."
+    gradients = "" if facts.plain_evaluation else ", without gradients (torch.no_grad())"
+    elsewhere = f"with larger ones{gradients}, or in another process."
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
     who = f" on {ranks_text(alone)}" if alone else ""
