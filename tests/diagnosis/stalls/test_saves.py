@@ -18,12 +18,13 @@ from traceml.diagnosis.ruleset import diagnose
 ALONE = Job(ranks=1, steps=220, grouped=False)
 
 
-def saves(size_bytes: int = 80 << 20, line: int = 5) -> PauseHistory:
+def saves(size_bytes: int = 80 << 20, line: int = 5, files: int = 1) -> PauseHistory:
     rows = np.zeros(11, PAUSES.dtype)
     rows["step"], rows["ns"], rows["count"], rows["cause"] = np.arange(10, 220, 20), int(100 * MS), 1, int(Pause.SAVE)
     rows["size_bytes"], rows["line_id"], rows["text_id"] = size_bytes, line, 6
     pauses = PauseHistory({0: {5: "/x/train.py:93 train", 6: "/data/last.pt"}})
-    pauses.add(0, rows)
+    rows["ns"] //= files
+    pauses.add(0, np.repeat(rows, files))
     return pauses
 
 
@@ -39,6 +40,11 @@ def test_line_size_and_speed_are_reported():
     assert "in train.py:93 train (80.0 MiB, 800 MiB/s)" in finding.summary
     assert finding.evidence["target"] == "/data/last.pt"
     assert finding.evidence["bytes_per_s"] == pytest.approx(800 << 20)
+
+
+def test_files_of_one_save_are_added_up():
+    """Model, optimizer and random states, as `save_state` of Accelerate writes them."""
+    assert "(120 MiB, 1.17 GiB/s)" in found(saves(size_bytes=40 << 20, files=3)).summary
 
 
 def test_what_is_not_known_is_left_out():

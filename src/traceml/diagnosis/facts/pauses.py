@@ -28,7 +28,7 @@ class Saves(msgspec.Struct, frozen=True):
     """Checkpoints of the rank that took longest for them; None where a fact is not known.
 
     Attributes:
-        size_bytes: mean size of one.
+        size_bytes: mean size of one; of several files that a step saves, their sum.
         target: file or folder of the newest.
         file, line, function: the user's line that called for most of them.
         asynchronous: True if the files of most are written after the call has returned.
@@ -111,7 +111,8 @@ class PauseHistory:
         sized = rows[rows["size_bytes"] > 0]
         total, seconds = float(sized["size_bytes"].sum()), max(float(sized["ns"].sum()), 1.0) / 1e9
         place = parsed_place(self.most_frequent(rank, rows, "line_id") or None)
-        size, speed = (total / len(sized), total / seconds) if len(sized) else (None, None)
+        times = len(np.unique(sized["step"]))
+        size, speed = (total / times, total / seconds) if times else (None, None)
         later = True if 2 * np.count_nonzero(rows["detail"]) > len(rows) else None
         return Saves(size, speed, self.text(rank, int(rows["text_id"][-1])) or None, *place, later)
 
