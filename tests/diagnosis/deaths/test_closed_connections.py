@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 
 CUT = RankExit(
     rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:4711",
@@ -170,9 +171,10 @@ def test_an_abort_after_the_loop_over_the_data_is_one_of_uneven_batches() -> Non
     uneven = (
         "Rank 2 had left its loop over the data, and ranks 0, 1 were in backward. If the data ended there, give each"
     )
-    for in_loop, says in ((False, uneven), (True, "Call that collective on every rank, or on none")):
+    loader, on_none = LoaderFacts(num_workers=0), "Call that collective on every rank, or on none"
+    for in_loop, used, says in ((False, loader, uneven), (True, loader, on_none), (False, None, on_none)):
         ended = replace(aborted, in_loop=in_loop)
-        finding = rank_lost(JobFacts(exits=(*others, ended), world_size=3))[0]
+        finding = rank_lost(JobFacts(exits=(*others, ended), world_size=3, loader=used))[0]
         assert finding.next.startswith(says), finding.next
 
 

@@ -171,7 +171,7 @@ def _for_left_loop(facts: JobFacts) -> str:
     """Return advice where the loop over the data of some ranks was over, and others were in backward; else ""."""
     left = [each.rank for each in facts.exits if each.in_loop is False and each.open_phase != "backward"]
     training = [each.rank for each in facts.exits if each.open_phase == "backward"]
-    if not left or not training:
+    if not left or not training or facts.loader is None:
         return ""
 
     their, be = "its" if len(left) == 1 else "their", "was" if len(training) == 1 else "were"
