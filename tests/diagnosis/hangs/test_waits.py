@@ -107,6 +107,7 @@ def test_a_wait_for_a_lock_tells_where_the_other_threads_are() -> None:
         "Rank 0 has been in train.py:6 stuck, waiting for a lock, with its thread 'Thread-1' in train.py:40 upload "
         "for 75 s."
     )
+    assert finding.next.startswith("Find out what thread 'Thread-1' waits for at train.py:40 upload: it may hold the")
 
 
 def test_a_thread_that_had_failed_is_told() -> None:

@@ -10,13 +10,14 @@ from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_words import failed_thread
 from traceml.diagnosis.hangs.rank_state import (
+    WAITS_FOR_THREAD,
     awaited_thread,
     blocked_worker,
     doing,
     is_blocked_by_full_pipe,
     is_in_join,
 )
-from traceml.formatting import ranks_text
+from traceml.formatting import line_text, ranks_text
 
 __all__ = ["hang_advice"]
 
@@ -106,7 +107,20 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
     if doing(snapshot) == "computing":
         return "Look at what that line computes, and with which data: a loop may never end there, or take very long."
 
-    return _for_wait(snapshot) or _for_held_lock(snapshot) or _check_process(found)
+    return _for_wait(snapshot) or _for_held_lock(snapshot) or _for_thread(snapshot) or _check_process(found)
+
+
+def _for_thread(snapshot: RankSnapshot) -> str:
+    """Return the advice about a lock or a queue for which the only other thread may be waited; empty for others."""
+    thread = snapshot.threads[0] if len(snapshot.threads) == 1 else None
+    if thread is None or thread.line is None or thread.exception or not doing(snapshot).endswith(WAITS_FOR_THREAD):
+        return ""
+
+    place = line_text(thread.line.file, thread.line.line, thread.line.function)
+    return (
+        f"Find out what thread {thread.name!r} waits for at {place}: it may hold the lock, or be the one to fill "
+        "or empty the queue. A lock must not be kept over a wait; acquire(timeout=60) turns such a wait into an error."
+    )
 
 
 def _for_held_lock(snapshot: RankSnapshot) -> str:
