@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, torch_share
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
@@ -160,6 +160,13 @@ def for_residual(
             "report --lines` shows all lines."
         )
 
+    if line is not None and is_waiting(facts.lines, part, line, facts.wait_share):
+        return (
+            f"{line.place} waits there (for a sleep, a disk, a server or another thread), and does not compute: find "
+            "out for what. If it is for batches, make them faster, or in more processes (a DataLoader with "
+            "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
+        )
+
     if line is not None:
         calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
         loss = ": a loss by fewer of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
@@ -234,8 +241,12 @@ def for_saving(half: float, *, asynchronous: bool) -> str:
     )
 
 
-def for_comm(facts: JobFacts, grad_phase: str) -> str:
-    """Return advice against waiting for the network."""
+def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -> str:
+    """Return advice against waiting for the network.
+
+    Args:
+        line: the line that calls most of the collectives.
+    """
     sharding = None if facts.batches is None else facts.batches.sharding
     if sharding is not None:
         keep = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
@@ -246,8 +257,9 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
         )
 
     if grad_phase == "comm":
+        which = "collectives" if line is None else f"the collectives of {line.place}"
         return (
-            "Call collectives less often, on one flattened tensor, or begin them earlier (async_op=True) and wait for "
+            f"Call {which} less often, on one flattened tensor, or begin them earlier (async_op=True) and wait for "
             "them later."
         )
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -48,6 +49,20 @@ def test_set_up_between_trainings_is_no_work_of_every_nth_step(at, later):
     assert finding.next.startswith("If it gives the same for all trainings, run search.py:7 load_data once")
     assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.cost_share))
     assert "Every" not in finding.summary + finding.next
+
+
+@pytest.mark.parametrize(("evaluation_s", "library"), [(2.0, None), (30.0, None), (2.0, "/lib/torch/nn/x.py:1 f")])
+def test_set_up_that_follows_an_evaluation_is_named(evaluation_s: float, library: str | None) -> None:
+    """Its samples are those of the evaluation, which ends where the next training begins."""
+    lines = (SampledLine(0, "outside", "/x/search.py", 7, "load_data", library, 80),)
+    time = RunTime.of(100.0, {"steps": 90.0, "evaluation": evaluation_s}, 5)
+    begins = tuple(step + 1 for step in REGULAR)
+    known = JobFacts(lines=lines, trainings_begin=begins, time=time)
+    finding = next(each for each in diagnose(window_of(TRIALS, adds_at(REGULAR)), known) if each.phase == "other")
+
+    is_named = evaluation_s < 4 and library is None
+    assert finding.evidence["trainings"] == 5
+    assert ("pass before each next one, in search.py:7 load_data" in finding.summary) is is_named
 
 
 def test_set_up_once_gives_the_promised_gain():

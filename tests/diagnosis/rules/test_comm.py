@@ -141,6 +141,31 @@ def test_collectives_of_the_script_are_another_cause():
     assert all("average the gradients" not in each.summary for each in diagnose(window, facts(4, 4)))
 
 
+@pytest.mark.parametrize(
+    ("library", "is_named"),
+    [
+        ("/lib/torch/distributed/distributed_c10d.py:3155 all_reduce", True),
+        ("/lib/torch/distributed/_functional_collectives.py:170 wait_tensor", False),
+    ],
+)
+def test_the_line_that_calls_the_collectives_is_named(library: str, is_named: bool) -> None:
+    """A parallel model calls its own, in the line that calls the model."""
+    window = window_of(Job(comm=20.0, steps=100))
+    window.times["comm"][:] += window.wait
+    lines = (
+        SampledLine(0, "comm", "/me/train.py", 13, "sync_metrics", library, 60),
+        SampledLine(0, "backward", "/me/train.py", 30, "train", None, 40),
+    )
+
+    finding = next(
+        each for each in diagnose(window, JobFacts(world_size=2, lines=lines)) if each.kind is Kind.COMM_BOUND
+    )
+
+    assert ("in collectives, all of it in train.py:13 sync_metrics, and no rank" in finding.summary) is is_named
+    assert ("Call the collectives of train.py:13 sync_metrics less often" in finding.next) is is_named
+    assert (finding.evidence.get("function") == "sync_metrics") is is_named
+
+
 def test_a_rank_without_steps_may_be_what_the_others_wait_for() -> None:
     """Rank 0 plays and broadcasts its games; a faster network, or fewer collectives, would gain nothing."""
     window = window_of(Job(comm=20.0, steps=100))

@@ -47,3 +47,14 @@ def test_headline_and_summary_have_one_share() -> None:
     share = finding.headline.partition(" of step time")[0]
 
     assert f"({share}, not counting rare long steps)" in finding.summary
+
+
+@pytest.mark.parametrize(("busy", "waits"), [(0.05, True), (0.95, False)])
+def test_code_that_waits_is_not_to_be_made_cheaper(busy: float, waits: bool) -> None:
+    """A loop that polls a deque until another thread has filled it."""
+    polls = SampledLine(0, "other", "/x/train.py", 15, "next_batch", None, 80, int(1e9), int(busy * 1e9))
+    forward = SampledLine(0, "forward", "/x/train.py", 9, "main", None, 20)
+    found = diagnose(window_of(ALONE, adds("other", 40)), JobFacts(lines=(polls, forward)))
+
+    finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+    assert finding.next.startswith("train.py:15 next_batch waits there" if waits else "Make train.py:15 next_batch")

@@ -55,6 +55,26 @@ def test_clearing_gradients_is_not_counted():
     assert ", not counting clearing gradients)" in finding.summary
 
 
+@pytest.mark.parametrize(("name", "is_loss"), [("cross_entropy", True), ("mse_loss", True), ("interpolate", False)])
+def test_a_loss_is_not_counted(name: str, is_loss: bool) -> None:
+    """It is computation of the model, as where it is a module; without it there is no training."""
+    lines = [
+        SampledLine(0, "other", "a.py", 3, "train", None, 80),
+        SampledLine(0, "other", "a.py", 4, "train", f"/lib/torch/nn/functional.py:3472 {name}", 20),
+    ]
+    finding, _ = found(Kind.RESIDUAL_HEAVY, adds("other", 20.0), facts=JobFacts(lines=lines))
+
+    assert (", not counting the loss)" in finding.summary) is is_loss
+
+
+def test_a_loss_that_takes_longer_than_the_model_counts() -> None:
+    """It is called more than once, as for each sample: less than forward takes is not counted."""
+    lines = [SampledLine(0, "other", "a.py", 4, "train", "/lib/torch/nn/functional.py:3472 cross_entropy", 100)]
+    finding, _ = found(Kind.RESIDUAL_HEAVY, adds("other", 60.0), facts=JobFacts(lines=lines))
+
+    assert 0.3 < finding.cost_share < 0.9
+
+
 def test_a_save_at_the_end_is_not_counted():
     """Scripts save and end: the window's last step is in the bar alone."""
 

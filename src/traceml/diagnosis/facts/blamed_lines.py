@@ -27,6 +27,7 @@ __all__ = [
     "SampledShare",
     "blamed_line",
     "busy_share",
+    "calls_collectives",
     "changed_line",
     "child_wait_share",
     "clearing_share",
@@ -34,9 +35,11 @@ __all__ = [
     "environment_share",
     "handover_share",
     "import_share",
+    "is_waiting",
     "iterator_share",
     "leading_lines",
     "line_beside_imports",
+    "loss_share",
     "main_library",
     "ordering_share",
     "outside_line",
@@ -67,13 +70,16 @@ _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/")
 _ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
+_COLLECTIVES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:")
 _CLEARS = re.compile(r"\bzero_grad$")
+_LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+_loss|kl_div)$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
 _AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
 _MIN_CLEARING = 5  # it only lowers a cost
 _Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
+_WAITS = 0.5  # code that is on a core for less of its time
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 
 _Place = tuple[str, str, int | None]
@@ -284,6 +290,12 @@ def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> fl
     return _samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
 
 
+def calls_collectives(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
+    """Return whether a function of the user is mostly in torch.distributed's own functions in the time of `comm`."""
+    seen = [each for each in _of_part(lines, "comm") if (each.file, each.function) == (line.file, line.function)]
+    return _samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
+
+
 def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:
     return sum(each.samples for each in lines if each.library and libraries.search(each.library))
 
@@ -307,6 +319,16 @@ def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
     return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
 
 
+def is_waiting(lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_share: float = 0.0) -> bool:
+    """Return whether a function waits in a phase (for a sleep, a disk, a server, a thread), and does not compute.
+
+    Args:
+        wait_share: share of the time that training threads waited for a core, which is no such waiting.
+    """
+    busy = busy_share([each for each in lines if (each.file, each.function) == (line.file, line.function)], part)
+    return busy is not None and busy < _WAITS * (1.0 - wait_share)
+
+
 def clearing_share(lines: Sequence[SampledLine]) -> float:
     """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 where that is not known.
 
@@ -317,6 +339,14 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
 
 def _clears(line: SampledLine) -> bool:
     return any(_CLEARS.search(name) for name in (line.function, line.library) if name)
+
+
+def loss_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` in torch's functions for losses, by samples; 0 where that is not known.
+
+    They are computation as the forward is, of which they are a part where the loss is a module.
+    """
+    return _share(lines, "other", lambda each: _LOSSES.search(each.library or ""), _MIN_CLEARING)
 
 
 def ordering_share(lines: Sequence[SampledLine]) -> float:

@@ -6,6 +6,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, outside_line, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
@@ -24,6 +26,7 @@ MIN_BEGINS = 2
 MOST_BEGINS = 0.6
 """Trainings with a set-up are at least this share of those that begin."""
 _PART = "other"
+_OUTSIDE = LINE_PHASES[LINE_OUTSIDE]
 
 
 class _SetUp(msgspec.Struct, frozen=True):
@@ -75,7 +78,8 @@ def _finding(segments: Segments, facts: JobFacts, found: _SetUp, step_ns: float)
     share, gain = found.saved_ns / step_ns, speedup(step_ns, found.saved_ns)
     phase_share = float(segments.parts[_PART].mean()) / step_ns
     held = found.saved_ns >= LINE_SHARE * phase_share * step_ns
-    line = own_line(facts.lines, _PART, phase_share) if held else None
+    own = own_line(facts.lines, _PART, phase_share) if held else None
+    line = own or _line_after_evaluation(facts, found)
     trainings, each = len(facts.trainings_begin) + 1, ns_text(float(found.each_ns.mean()))
     what = line.place if line else "what the script does there"
     see = "" if line else " `traceml report --lines` shows the lines."
@@ -95,8 +99,18 @@ def _finding(segments: Segments, facts: JobFacts, found: _SetUp, step_ns: float)
             "set_up_ms": float(found.each_ns.mean()) / 1e6,
             "steps": len(segments.step),
             "usual_ms": float(np.median(segments.step)) / 1e6,
-            **(line.evidence(phase_share) if line else {}),
+            **(line.evidence(phase_share if own else share) if line else {}),
         },
         cost_share=share,
         speedup_if_fixed=gain,
     )
+
+
+def _line_after_evaluation(facts: JobFacts, found: _SetUp) -> BlamedLine | None:
+    """Return the line of set-up that follows an evaluation, which ends where the next training begins, for samples."""
+    evaluation_s = 0.0 if facts.time is None else facts.time.seconds.get("evaluation", 0.0)
+    if float(found.each_ns.sum()) / 1e9 < evaluation_s:
+        return None
+
+    line = outside_line(facts.lines, _OUTSIDE)
+    return None if line is None or torch_share(facts.lines, _OUTSIDE, line) >= NAMED_SHARE else line

@@ -13,6 +13,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     clearing_share,
     iterator_share,
     leading_lines,
+    loss_share,
     main_library,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -42,6 +43,7 @@ MIN_UNCOUNTED = 0.02
 MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
 _RARE = "rare long steps"
+_LOSS_OF = ("other", "forward")
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
@@ -265,13 +267,21 @@ def _is_longer(whole: Segments, segments: Segments, part: str) -> bool:
 
 def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
     """Return the cost of `other` without clearing gradients, and without computation that no hook sees."""
+    forward = _unseen_share(segments, "forward")
     known = {
         "clearing gradients": clearing_share(facts.lines),
-        "the forward": _unseen_share(segments, "forward"),
+        "the loss": 0.0 if forward else _loss_share(segments, facts),
+        "the forward": forward,
         "the update": _unseen_share(segments, "optimizer"),
     }
     uncounted = {name: share for name, share in known.items() if share >= MIN_UNCOUNTED}
     return cost.scaled(max(1 - sum(uncounted.values()), 0.0), *uncounted)
+
+
+def _loss_share(segments: Segments, facts: JobFacts) -> float:
+    """Return the share of `other` that is the loss: at most as long as forward, or it is not called once."""
+    other, forward = (float(segments.parts[part].mean()) if part in segments.parts else 0.0 for part in _LOSS_OF)
+    return min(loss_share(facts.lines), forward / max(other, 1.0))
 
 
 def _unseen_share(segments: Segments, phase: str) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import blamed_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, calls_collectives
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -57,14 +58,26 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     if explicit > cost / 2 and (without_steps := _without_steps(facts)):
         return [_waiting_for_others(without_steps, cost, step, evidence)]
 
+    line = _calling_line(window, facts) if explicit > cost / 2 else None
+    evidence |= line.evidence(float(window.times["comm"].mean() / window.total.mean())) if line else {}
     where = "in collectives" if explicit > cost / 2 else "while backward waits for gradients"
+    where += line.of_it if line else ""
     gain = step / max(step - cost, 1.0)
     summary = (
         f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
         f"{gain_text(gain)}."
     )
-    action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward")
+    action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward", line)
     return [_finding(cost, step, summary, action, evidence, gain)]
+
+
+def _calling_line(window: AlignedSteps, facts: JobFacts) -> BlamedLine | None:
+    """Return the line that calls most of the collectives itself; None where a sharded model does it, or in no line."""
+    if facts.batches is not None and facts.batches.sharding is not None:
+        return None
+
+    line = own_line(facts.lines, "comm", float(window.times["comm"].mean() / window.total.mean()))
+    return line if line is not None and calls_collectives(facts.lines, line) else None
 
 
 def _is_little(cost: float, step: float, facts: JobFacts, floor_ns: float) -> bool:

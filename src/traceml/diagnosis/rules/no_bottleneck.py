@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, busy_share, main_library
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
@@ -126,8 +126,6 @@ class _OwnCode(NamedTuple):
 
 
 _FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it only watches, run it every n-th step."
-_WAITS = 0.5
-"""Code waits, and does not compute, if it is on a core for less of its time."""
 
 
 def _own_code(
@@ -142,10 +140,9 @@ def _own_code(
         return None
 
     part, line = heavy
-    seen = [each for each in facts.lines if (each.file, each.function) == (line.file, line.function)]
-    busy = busy_share(seen, part)
-    waits = busy is not None and busy < _WAITS * (1.0 - facts.wait_share)
-    if not waits and (part == "forward" or any(each.part == "forward" for each in seen)):
+    places = {(each.file, each.function) for each in facts.lines if each.part == "forward"}
+    waits = is_waiting(facts.lines, part, line, facts.wait_share)
+    if not waits and (part == "forward" or (line.file, line.function) in places):
         return None
 
     called = "which backward calls (a hook, or the backward of a Function)"
