@@ -146,6 +146,20 @@ def test_growth_that_speeds_up_is_told_from_its_first_step_and_within_what_was_m
     assert finding.evidence["after_ms"] == pytest.approx(100, rel=0.1)
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.05])
+@pytest.mark.parametrize("first", [12, 25, 45])
+def test_growth_that_begins_later_is_told_from_there(first: int, noise: float) -> None:
+    """A list is filled from a step on: neither a jump, nor a growth of the whole run."""
+    for seed in range(5):
+        (finding,) = found(np.maximum(AT - first, 0) * 2.0, noise=noise, seed=seed)
+
+        since = finding.evidence["since_step"]
+        assert finding.evidence["shape"] == "growth"
+        assert since == pytest.approx(first * WIDTH, abs=5 * WIDTH)
+        assert finding.evidence["growth_ms_per_step"] == pytest.approx(2.0 / WIDTH, rel=0.2)
+        assert finding.summary.startswith(f"Since step {since} steps grow by ")
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("longer", "shape"), [(AT / 6, "growth"), (np.where(AT >= 20, 9.0, 0.0), "stays")])
 def test_the_shape_of_one_part_is_found_on_a_busy_host(longer, shape, seed):

@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_l
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
-from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, level_change, steady_growth
+from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, growth, level_change
 from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, phases_text, ranks_text
@@ -130,7 +130,7 @@ def _change(bins: StepHistory, facts: JobFacts) -> LevelChange | None:
     if part in (None, *COMPUTE, _COMM):
         return change
 
-    own = steady_growth(bins.parts_ns[part])
+    own = growth(bins.parts_ns[part])
     if own is None:
         return change
 
@@ -213,9 +213,12 @@ def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple
 
 def _steps_evidence(bins: StepHistory, change: LevelChange) -> dict[str, Any]:
     usual_ns, slow_ns = change.before_ns, change.after_ns
-    since = bins.edge(change.first, usual_ns, slow_ns) if change.first else int(bins.first_step[0])
+    since = int(bins.first_step[change.first])
+    if change.first and change.shape != "growth":
+        since = bins.edge(change.first, usual_ns, slow_ns)
+
     end = bins.edge(change.last, slow_ns, usual_ns) if change.last < len(bins.steps) else None
-    per_step = (slow_ns - usual_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
+    per_step = (slow_ns - usual_ns) / max(int(bins.first_step[-1] - bins.first_step[change.first]), 1)
     return {
         "shape": change.shape,
         "since_step": since,
@@ -283,12 +286,12 @@ def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[i
     Args:
         ranks: those whose own work became longer; empty for all.
     """
-    third = len(bins.steps) // 3
+    third = (change.last - change.first) // 3
     starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())
     is_limited = all(map(facts.has_memory_limit, hosts or {None}))
     if change.shape == "growth":
-        usual, slow = (bins.start, starts[third]), (starts[-1 - third], bins.end)
+        usual, slow = (bins.start, starts[change.first or third]), (starts[-1 - third], bins.end)
     else:
         usual = (bins.start, starts[change.first]) if change.first else (starts[change.last], bins.end)
         slow = _steps_of(bins, change)
@@ -411,10 +414,10 @@ def _ranks(bins: StepHistory, change: LevelChange) -> tuple[int, ...]:
 
 
 def _usual_and_slow(bins: StepHistory, change: LevelChange) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the bins outside and inside the slow part; of growth the first and the last third."""
-    at, third = np.arange(len(bins.steps)), len(bins.steps) // 3
+    """Return the bins outside and inside the slow part; of growth the first third, or those before, and the last."""
+    at, third = np.arange(len(bins.steps)), (change.last - change.first) // 3
     if change.shape == "growth":
-        return at < third, at >= len(at) - third
+        return at < (change.first or third), at >= len(at) - third
 
     slow = (at >= change.first) & (at < change.last)
     return ~slow, slow
@@ -435,7 +438,8 @@ def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | No
     cost = "." if share is None else f"; that costs {percent_text(share)} of step time."
     if change.shape == "growth":
         per_step = ns_text(1e6 * evidence["growth_ms_per_step"])
-        return f"Steps grow by {per_step} each, from {usual} to {slow}{where}{cost}"
+        since = f"Since step {count_text(evidence['since_step'])} steps" if change.first else "Steps"
+        return f"{since} grow by {per_step} each, from {usual} to {slow}{where}{cost}"
 
     longer = f"a step takes {factor_text(change.factor)} as long ({slow} instead of {usual}){where}{cost}"
     since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))

@@ -1,7 +1,7 @@
 """Shape of step times over a run: steady growth, or a slow part that they jump into.
 
 Step times in equal bins are described by the simplest shape that explains them: level, levels with one or two jumps,
-or a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968).
+a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968), or a level that a line follows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_history import Floats
 
-__all__ = ["MIN_FACTOR", "LevelChange", "level_change", "steady_growth"]
+__all__ = ["MIN_FACTOR", "LevelChange", "growth", "level_change"]
 
 MIN_BINS = 12
 """Fewer bins have no shape."""
@@ -27,6 +27,8 @@ MIN_TAU = 0.7
 MIN_RISE = 0.5
 """Steps that rise by this share of a jump after it grow, and did not jump."""
 _MIN_SEGMENT = 3
+_MIN_LEVEL = 0.15  # growth that begins later than the run does so after this share of it
+_POWERS = (1.0, 1.5, 2.0, 3.0)  # of growth from the first step on, which may speed up
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
 
@@ -34,7 +36,7 @@ class LevelChange(msgspec.Struct, frozen=True):
     """A slow part of the run, and what steps take in it and outside.
 
     Attributes:
-        shape: `growth` of the whole run, or a slow part that `stays`, that `recovers`, or at the `first`.
+        shape: `growth` of the whole run or its rest, or a slow part that `stays`, that `recovers`, or at the `first`.
         first, last: its bins, [first, last).
         before_ns, after_ns: usual step outside and inside; of growth, at its beginning and end.
     """
@@ -62,10 +64,57 @@ def level_change(values: Floats) -> LevelChange | None:
     Args:
         values: usual step time of each bin, in ns.
     """
-    return steady_growth(values) or _jump(values) if len(values) >= MIN_BINS else None
+    return growth(values) or _jump(values) if len(values) >= MIN_BINS else None
 
 
-def steady_growth(values: Floats) -> LevelChange | None:
+def growth(values: Floats) -> LevelChange | None:
+    """Return a growth over the whole run, or from some bin to its end.
+
+    Args:
+        values: usual time of each of at least `MIN_BINS` bins, in ns.
+    """
+    return _late_growth(values) or _steady_growth(values)
+
+
+def _late_growth(values: Floats) -> LevelChange | None:
+    """Return a growth that begins after the run, if a level and a line explain it clearly better than other shapes."""
+    count = len(values)
+    firsts = range(max(_MIN_SEGMENT, int(_MIN_LEVEL * count)), count - 2 * _MIN_SEGMENT + 1)
+    fits = {first: _hinge(values, first) for first in firsts}
+    first = min(fits, key=lambda at: float(np.abs(values - fits[at]).sum()), default=0)
+    if not first or fits[first][-1] <= fits[first][0]:
+        return None
+
+    parts = [(0, end) for end in range(_MIN_SEGMENT, count - _MIN_SEGMENT + 1)]
+    others = [_best(values, parts)[0], *(float(np.abs(values - _power(values, power)).sum()) for power in _POWERS)]
+    usual, slow = values[:first], values[first:]
+    if float(np.abs(values - fits[first]).sum()) >= _SIMPLER * min(others) or not _rises_on(usual, slow):
+        return None
+
+    at = np.triu_indices(len(slow), 1)
+    if float(np.sign(slow[at[1]] - slow[at[0]]).mean()) < MIN_TAU:
+        return None
+
+    end = max(float(fits[first][-1]), float(np.median(slow[-_MIN_SEGMENT:])))
+    return LevelChange("growth", first, count, float(np.median(usual)), end)
+
+
+def _hinge(values: Floats, first: int) -> Floats:
+    """Return a level up to a bin, and a line that rises from it."""
+    level = float(np.median(values[:first]))
+    since = np.arange(len(values) - first) + 0.5
+    slope = max(float(np.median((values[first:] - level) / since)), 0.0)
+    return np.concatenate([np.full(first, level), level + slope * since])
+
+
+def _power(values: Floats, power: float) -> Floats:
+    """Return the best growth by a power of time from the first bin on."""
+    at = np.linspace(0.0, 1.0, len(values)) ** power
+    slope, level = np.polyfit(at, values, 1)
+    return np.asarray(level + slope * at, np.float64)
+
+
+def _steady_growth(values: Floats) -> LevelChange | None:
     """Return a growth over the whole run, if a line explains it better than a jump, or its slow part grows as well.
 
     Args:
