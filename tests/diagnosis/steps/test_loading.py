@@ -13,7 +13,7 @@ from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
-from traceml.diagnosis.rules.loading_advice import for_input
+from traceml.diagnosis.rules.loading_advice import WORTHWHILE, for_input
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
 from traceml.diagnosis.steps.segments import segments_of
 
@@ -294,6 +294,21 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
         advised = for_input(workers, found)
         assert "Put a batch into fewer tensors" in advised.text
         assert advised.gain == pytest.approx(found.gain_without_handover())
+
+
+def test_workers_whose_batches_cost_nothing_are_to_be_left_out():
+    """Eight workers that start anew in each epoch are not watched; fewer tensors would gain nothing."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
+    segments = segments_of(window_of(ALONE, adds("input_wait", 60)), JobFacts())
+    loader = LoaderFacts(num_workers=8)
+    facts = JobFacts(loader=loader, lines=lines, hosts={0: "h"}, cores={"h": 2})
+    found = pipeline_of(segments, facts, 60 * MS)
+
+    assert found is not None
+    assert found.gain_without_handover() < WORTHWHILE
+    advised = for_input(facts, found)
+    assert "Try num_workers=0, or 1" in advised.text
+    assert advised.gain is None
 
 
 def test_workers_that_answer_late_because_they_compute_do_not_keep_up():

@@ -64,7 +64,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
 
     cores = _on(pipeline, facts)
     if pipeline.is_handover:
-        return _fewer_handovers(loader, pipeline, cores)
+        return _fewer_handovers(facts, loader, pipeline, cores)
 
     if pipeline.first_wait_ns >= NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
         return _cheaper_first(loader, pipeline)
@@ -196,12 +196,19 @@ def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     )
 
 
-def _fewer_handovers(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
+def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
     gain = pipeline.gain(0)
     waits = "The workers keep up: training waits to receive their batches, tensor by tensor"
     if gain < WORTHWHILE:
         most = pipeline.gain_without_handover()
-        how = "Put a batch into fewer tensors (collate_fn), or use larger batches"
+        how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
+        if most < WORTHWHILE and facts.worker_use is None and pipeline.workers > (pipeline.cores or pipeline.workers):
+            fewer = (
+                f"Try {loader.option('num_workers')}=0, or 1: there are {pipeline.workers} workers for "
+                f"{plural(pipeline.cores or 1, 'core')}"
+            )
+            return Advised(f"{waits}. {fewer}. {how}.", None)
+
         return Advised(f"{waits}. {how}: {gain_text(most, 'at most')}.", most)
 
     instead = f"{loader.option('num_workers')}=0: a step's data takes {pipeline.fetch_ns / 1e6:.3g} ms in the training"
