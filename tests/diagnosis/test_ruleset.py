@@ -486,6 +486,24 @@ def test_an_update_by_hand_is_no_residual(ms, told):
     assert ("not counting the update" in found.summary) is told
 
 
+@pytest.mark.parametrize(("function", "told"), [("confusion", True), ("sgd", False)])
+def test_other_code_beside_an_update_by_hand_is_named(function, told):
+    """The functions that read gradients are known; the other one takes a quarter of the step, less than backward."""
+    job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "other": 8.0})
+    lines = (
+        SampledLine(0, "other", "/x/train.py", 8, "sgd", None, 30),
+        SampledLine(0, "other", "/x/train.py", 14, function, None, 70),
+        SampledLine(0, "backward", "/x/train.py", 30, "train", None, 200),
+    )
+
+    found = verdict(job, lines=lines, own_updates=frozenset({("/x/train.py", "sgd")}))
+
+    assert (found.kind is Kind.RESIDUAL_HEAVY) is told
+    assert ("not counting the update)" in found.summary) is told
+    assert (found.evidence.get("function") == "confusion") is told
+    assert found.speedup_if_fixed == pytest.approx(23 / (23 - 5.6) if told else 1.0, rel=0.05)
+
+
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
     found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -212,6 +212,39 @@ def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
         sampler.flush()
 
     assert [row[0] for row in rows_of(flight)] == [Phase.INPUT_WAIT, Phase.FORWARD]
+
+
+class Weight:
+    grad = 1.0
+
+
+def updates() -> None:
+    weight = Weight()
+    for _ in range(20_000):
+        weight.grad *= 0.5
+
+
+@pytest.mark.parametrize(
+    ("runs", "phase", "reported"),
+    [(updates, None, ["updates"]), (updates, Phase.BACKWARD, []), (holds_the_lock, None, [])],
+)
+def test_code_that_reads_gradients_is_reported_once(
+    flight: FlightFile, runs: Callable[[], object], phase: Phase | None, reported: list[str]
+) -> None:
+    """Of a training without an optimizer it may be the update; a hook in backward is none."""
+    seen: list[str] = []
+    with Training(runs) as training:
+        flight.open_slots[Slot.STEP_START] = 1
+        if phase is not None:
+            flight.open_slots[phase] = 2
+
+        sampler = LineSampler(flight, training.ident, on_gradients=lambda _file, function: seen.append(function))
+        for _ in range(SAMPLES):
+            sampler.sample(time.sleep)
+
+        sampler.flush()
+
+    assert sorted(set(seen)) == reported
 
 
 @pytest.mark.parametrize(("phase", "counts_as"), [(Phase.FORWARD, LINE_OUTSIDE), (Phase.CHECKPOINT, Phase.CHECKPOINT)])

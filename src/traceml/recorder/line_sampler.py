@@ -60,6 +60,7 @@ _MIN_S, _MAX_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
 _EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
+_GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients"})
 _IMPORT_SYSTEM = "<frozen importlib"
 _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
@@ -89,6 +90,7 @@ class LineSampler:
         is_feeding: returns whether a stack (the innermost frame first) runs for an iterator that gives batches and is
             no DataLoader.
         is_evaluating: returns whether an evaluation runs, whose time is in no step.
+        on_gradients: called with file and function of the user's code that reads gradients outside the phases.
         interval_s: usual time between two samples.
     """
 
@@ -99,6 +101,7 @@ class LineSampler:
         user: UserCode | None = None,
         is_feeding: Callable[[Sequence[FrameType]], bool] | None = None,
         is_evaluating: Callable[[], bool] | None = None,
+        on_gradients: Callable[[str, str], None] | None = None,
         interval_s: float = 0.1,
     ) -> None:
         self.samples = 0
@@ -112,6 +115,7 @@ class LineSampler:
         self._user = user or UserCode()
         self._is_feeding = is_feeding or (lambda _stack: False)
         self._is_evaluating = is_evaluating or (lambda: False)
+        self._on_gradients = on_gradients or (lambda _file, _function: None)
         self._others, self._cost_ns = OtherThreads(), 0.0
         self._switch_s, self._judged = SHORT_S, 0  # its interval, and samples since the last look at the cost
         self._native_of = self._native = 0  # training thread, and its id in the system
@@ -322,7 +326,10 @@ class LineSampler:
         return open_phase(self._slots, self._steps.appended > 0)
 
     def _names_of(self, key: _Key) -> tuple[int, int]:
-        _, code, line, library = key
+        phase, code, line, library = key
+        if phase == LINE_OTHER and code is not None and _reads_gradients(code):
+            self._on_gradients(display_path(code.co_filename), _function(code))
+
         user = self._id(code, line) if code is not None else -1
         return user, self._id(library, library.co_firstlineno) if library is not None else -1
 
@@ -347,6 +354,11 @@ def _function(code: CodeType) -> str:
         name = name.rpartition(".")[0].removesuffix(".<locals>")
 
     return name or "<module>"
+
+
+def _reads_gradients(code: CodeType) -> bool:
+    """Return whether a function has gradients by an attribute or a variable: `p.grad`, `grads`."""
+    return not _GRADIENTS.isdisjoint((*code.co_names, *code.co_varnames))
 
 
 def _is_hidden(code: CodeType) -> bool:

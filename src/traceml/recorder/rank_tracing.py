@@ -180,6 +180,7 @@ class RankTracing:
                     self._training_thread,
                     is_feeding=self._is_feeding,
                     is_evaluating=lambda: self.is_evaluating,
+                    on_gradients=self._note_own_update,
                     interval_s=interval_s,
                 )
             )
@@ -227,6 +228,12 @@ class RankTracing:
     def _is_feeding(self, stack: Sequence[FrameType]) -> bool:
         feeding = self.instrumentation.feeding if self.instrumentation is not None else None
         return feeding is not None and feeding.contains(stack)
+
+    def _note_own_update(self, file: str, function: str) -> None:
+        """Report a function that may update the weights of a training without an optimizer."""
+        clock = self._step_clock()
+        if clock is not None and not clock.optimizers_seen:
+            self._note("own_update", file=file, function=function)
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None

@@ -44,6 +44,7 @@ __all__ = [
     "ordering_share",
     "outside_line",
     "own_line_share",
+    "place_share",
     "torch_share",
     "worker_wait_share",
 ]
@@ -347,6 +348,12 @@ def loss_share(lines: Sequence[SampledLine]) -> float:
     They are computation as the forward is, of which they are a part where the loss is a module.
     """
     return _share(lines, "other", lambda each: _LOSSES.search(each.library or ""), _MIN_CLEARING)
+
+
+def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:
+    """Return the share of a part's samples in some functions, by file and name; None where there are few samples."""
+    found = _sampled_share(lines, part, lambda each: (each.file, each.function) in places)
+    return found.share if found.samples >= MIN_SAMPLES else None
 
 
 def ordering_share(lines: Sequence[SampledLine]) -> float:

@@ -60,6 +60,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         plays: whether models are called between trainings, without a loader, with one sample each time.
         plain_evaluation: whether a trained model is evaluated without gradients.
+        own_updates: (file, function) of code that reads gradients in trainings without an optimizer.
         only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
         same_models: of these steps, those at which an earlier model was trained again -> first step of that model.
@@ -116,6 +117,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     collects: bool = False
     plays: bool = False
     plain_evaluation: bool = False
+    own_updates: frozenset[tuple[str, str]] = frozenset()
     only_logs: bool = False
     other_models: tuple[int, ...] = ()
     same_models: Mapping[int, int] = {}

@@ -179,6 +179,10 @@ class JobFactsBuilder:
         self.batches.group.group(row)
         self._take_setup(rank, row)
 
+    def _take_own_update(self, _rank: int, row: Mapping[str, Any]) -> None:
+        place = str(row.get("file")), str(row.get("function"))
+        self._facts["own_updates"] = self._facts.get("own_updates", frozenset()) | {place}
+
     def _take_setup(self, rank: int, row: Mapping[str, Any]) -> None:
         self._facts |= {field: row[key] for key, field in _KEPT.items() if row.get(key) is not None}
         if isinstance(row.get("machine_cores"), int):
@@ -210,6 +214,7 @@ class JobFactsBuilder:
         "rollouts": lambda self, *_: self._facts.update(collects=True),
         "rpc": lambda self, *_: self._facts.update(rpc=True),
         "plays": lambda self, *_: self._facts.update(plays=True),
+        "own_update": _take_own_update,
         "plain_evaluation": lambda self, *_: self._facts.update(plain_evaluation=True),
         "process": _take_process,
         "tracing": lambda self, *_: self._facts.update(only_logs=False),

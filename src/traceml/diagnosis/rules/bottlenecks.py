@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     leading_lines,
     loss_share,
     main_library,
+    place_share,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
@@ -220,6 +221,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
     """
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
+    update, facts = _own_update(segments, facts)
+    segments, whole = _with_update(segments, update), None if whole is None else _with_update(whole, update)
     for part in segments.parts:
         if part in known:
             continue
@@ -233,6 +236,7 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
         cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
         if cost is not None and part == "other":
             cost = _without_torch(cost, segments, facts)
+            cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update >= MIN_UNCOUNTED else cost
 
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
@@ -259,6 +263,37 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns))
 
     return found
+
+
+def _own_update(segments: Segments, facts: JobFacts) -> tuple[float, JobFacts]:
+    """Return the share of `other` that updates weights by hand, and the facts with its lines as the optimizer's.
+
+    It is that of the functions that read gradients, by samples; none where backward is shorter: they do more than that.
+    """
+    if not facts.own_updates or not _is_unseen(segments, "optimizer") or "other" not in segments.parts:
+        return 0.0, facts
+
+    share = place_share(facts.lines, "other", facts.own_updates)
+    if share is None or share > _unseen_share(segments, "optimizer"):
+        return 0.0, facts
+
+    lines = tuple(
+        replace(each, part="optimizer")
+        if each.part == "other" and (each.file, each.function) in facts.own_updates
+        else each
+        for each in facts.lines
+    )
+    return share, replace(facts, lines=lines)
+
+
+def _with_update(segments: Segments, share: float) -> Segments:
+    """Return the segments with a share of `other` as the optimizer's."""
+    if not share:
+        return segments
+
+    other = segments.parts["other"]
+    moved = {"other": other * np.float32(1 - share), "optimizer": other * np.float32(share)}
+    return replace(segments, parts={**segments.parts, **moved})
 
 
 def _is_longer(whole: Segments, segments: Segments, part: str) -> bool:
