@@ -124,6 +124,40 @@ def test_the_line_that_takes_the_time_is_named(traceml: Traceml, tmp_path: Path)
     assert "beside.py:6 update_metric" in verdict["summary"]
 
 
+THREAD = """
+import threading, torch
+
+def keep_statistics():
+    number = 0
+    while True:
+        for i in range(1000): number = (number * 31 + i) % 1000003
+
+threading.Thread(target=keep_statistics, daemon=True).start()
+model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(9)))
+opt = torch.optim.Adam(model.parameters())
+for _ in range(300):
+    model(torch.randn(8, 64)).sum().backward()
+    opt.step(); opt.zero_grad()
+"""
+
+
+def test_a_thread_that_holds_the_interpreters_lock_is_named(traceml: Traceml, tmp_path: Path) -> None:
+    """Each operation of torch releases the lock, and gets it back 5 ms later."""
+    script = tmp_path / "thread.py"
+    script.write_text(THREAD)
+
+    ended = traceml("run", script)
+
+    assert ended.status == 0, ended.stderr
+    if ended.report["verdict"]["kind"] == "CPU_CONTENTION":
+        pytest.skip("the training waited for cores, which other programs used")
+
+    found = [each for each in ended.report["findings"] if each["kind"] == "GIL_CONTENTION"]
+    assert len(found) == 1, ended.report["findings"]
+    assert found[0]["evidence"]["function"] == "keep_statistics"
+    assert "keep_statistics into another process" in found[0]["next"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_an_example_as_pytorch_writes_them(traceml: Traceml, ranks: int) -> None:
     """Unmodified, with evaluation between epochs: every training step is counted, nobody is blamed."""

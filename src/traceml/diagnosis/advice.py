@@ -169,7 +169,7 @@ def for_residual(
 
     if line is not None:
         calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
-        loss = ": a loss by fewer of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
+        loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
         return (
             f"Make {line.place} cheaper{loss}, or take it out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; "
             "metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."

@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
-from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
@@ -41,7 +41,7 @@ from traceml.diagnosis.stalls.joined_ranks import without_joined_steps
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.segments import COMPUTE, Segments, segments_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed
 from traceml.diagnosis.steps.step_history import StepHistory
@@ -214,8 +214,13 @@ def _with_lock(timing: list[Finding], segments: Segments, facts: JobFacts) -> li
     """Return the findings about steps with that about the interpreter's lock, which makes steps uneven, too."""
     late = any(each.kind.rule.is_straggler for each in timing)
     locked = [] if late else interpreter_lock(segments, facts, segments.step_ns)
-    uneven = (Kind.JITTER, Kind.SLOWDOWN) if locked else ()
-    return [*locked, *(each for each in timing if each.kind not in uneven or "function" in each.evidence)]
+    return [*locked, *(each for each in timing if not (locked and _is_by_chance(each)))]
+
+
+def _is_by_chance(finding: Finding) -> bool:
+    """Return whether steps may only vary because another thread has the lock in some: no line, or computation."""
+    is_known = "function" in finding.evidence and finding.phase not in COMPUTE
+    return finding.kind in (Kind.JITTER, Kind.SLOWDOWN) and not is_known
 
 
 def _without_explained(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[Segments, list[Finding]]:
@@ -299,7 +304,8 @@ def _explains(slower: Finding, other: Finding) -> bool:
         return other.kind is Kind.JITTER and same
 
     if other.kind is Kind.INPUT_BOUND:  # of waits that have ended, no gain by workers can be told: a cache was filled
-        same = other.phase == slower.phase and "until_step" in slower.evidence
+        is_all = other.cost_share - slower.cost_share < WARNING_SHARE
+        same = other.phase == slower.phase and ("until_step" in slower.evidence or is_all)
     else:
         same = same and other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER)
 

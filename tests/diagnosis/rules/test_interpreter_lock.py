@@ -18,6 +18,7 @@ from traceml.diagnosis.ruleset import diagnose
 COMPUTING = {"input_wait": 0.5, "forward": 30.0, "backward": 30.0, "optimizer": 38.0, "other": 1.5}
 JOB = Job(ranks=1, steps=200, grouped=False, own=COMPUTING)
 SECOND = 10**9
+FORWARD = (SampledLine(0, "forward", "/me/train.py", 30, "main", None, 100),)
 
 
 def samples(*, ran: float, waited: float = 0.05, seconds: int = 20, pace: int = 10) -> MachineSamples:
@@ -105,3 +106,16 @@ def test_uneven_steps_are_not_reported_beside_it():
 
     assert Kind.JITTER in [each.kind for each in found(samples(ran=0.95), faults=faults)]
     assert (kinds[0], Kind.JITTER in kinds) == (Kind.GIL_CONTENTION, False)
+
+
+def test_computation_that_is_slower_at_times_is_not_reported_beside_it():
+    """Also where samples show a line of it: in some steps the training gets the lock at once."""
+
+    def at_first(own, _random) -> None:
+        own["forward"][:, :100] += 200
+
+    threads, faults = (monitor(0.9),), (at_first,)
+    kinds = [each.kind for each in found(samples(ran=0.1), *threads, faults=faults, lines=FORWARD)]
+
+    assert Kind.SLOWDOWN in [each.kind for each in found(samples(ran=0.95), faults=faults, lines=FORWARD)]
+    assert (kinds[0], Kind.SLOWDOWN in kinds) == (Kind.GIL_CONTENTION, False)

@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine, StretchLines
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
@@ -582,6 +583,23 @@ def test_waits_that_have_ended_are_no_reason_for_workers(slow, kinds):
 
     assert {each.kind for each in found} == kinds
     assert ("fills a cache" in found[0].next) == (found[0].kind is Kind.SLOWDOWN)
+
+
+@pytest.mark.parametrize(("before_ms", "kinds"), [(0.0, {Kind.SLOWDOWN}), (30.0, {Kind.SLOWDOWN, Kind.INPUT_BOUND})])
+def test_waits_that_begin_in_the_run_are_a_slowdown(before_ms, kinds):
+    """A store that becomes slow; where the data was waited for before, too, that is told as well."""
+
+    def later(own, _) -> None:
+        own["input_wait"] += before_ms
+        own["input_wait"][:, 300:] += 60
+
+    loader = LoaderFacts(num_workers=0)
+    found = diagnose(window_of(Job(ranks=1, steps=600, grouped=False), later), JobFacts(loader=loader))
+
+    assert {each.kind for each in found} == kinds
+    slower = next(each for each in found if each.kind is Kind.SLOWDOWN)
+    assert slower.evidence["since_step"] == 300
+    assert slower.next.endswith("Loader workers (num_workers) can read ahead meanwhile.")
 
 
 LATER = np.where(AT >= 45, 25.0, 0.0)

@@ -515,6 +515,11 @@ def is_of_the_host(slower: Finding) -> bool:
     return alike and _OF_CORES.issuperset(changed)
 
 
+def _may_read_ahead(part: str | None, facts: JobFacts) -> bool:
+    """Return whether the training waits for a loader that has no workers."""
+    return part == "input_wait" and facts.loader is not None and not facts.loader_workers
+
+
 def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: JobFacts) -> str:
     line, part = where.line, where.parts[0] if len(where.parts) == 1 else None
     denormals = flush_denormals(facts)
@@ -540,8 +545,9 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
     if line is not None and change.shape == "growth":
         return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
 
+    meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if _may_read_ahead(part, facts) else ""
     if line is not None:
-        return f"Look at what {line.place} does only then."
+        return f"Look at what {line.place} does only then.{meanwhile}"
 
     of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
     of_host = f"other programs on the host{of_ranks}, clocks lowered by heat or power, and swapping at that time."
@@ -560,7 +566,7 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
     if part == "input_wait":
         return (
             f"Look at the data{of_ranks} from that step on: larger files, another shard, a page cache that no longer "
-            "holds it."
+            f"holds it.{meanwhile}"
         )
 
     phases = phases_text(where.parts or where.mostly, None)
