@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.stragglers import find_late
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.segments import segments_of
@@ -67,6 +68,17 @@ def test_steps_that_are_late_are_counted(every: int, part: str, measured: int) -
 
     assert found.ranks == (1,)
     assert found.evidence["share_of_steps_late"] == pytest.approx(1 / every, abs=0.05)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("checkpoint", Kind.CHECKPOINT_STALLS), ("other", Kind.STRAGGLER)])
+def test_a_rank_that_saves_alone_is_no_slow_host(part: str, kind: Kind) -> None:
+    """After each save its caches are cold, and all that follows takes longer, too."""
+    slower = [adds(name, ms, (0,)) for name, ms in (("forward", 4.0), ("backward", 6.0), ("optimizer", 2.0))]
+    found = diagnose(window_of(Job(ranks=2, steps=200), adds(part, 18.0, (0,)), *slower), JobFacts(world_size=2))[0]
+
+    assert (found.kind, found.ranks) == (kind, (0,))
+    assert ("slower in every part" in found.summary) is (part == "other")
+    assert ("save less often" in found.next) is (part == "checkpoint")
 
 
 def _sampled(rank: int, part: str, number: int, samples: int) -> SampledLine:

@@ -64,6 +64,10 @@ SIMILAR_MIN_Z_SCORE = 2.0
 OWN_LINE_SHARE = 1 / 3
 """A line that only the late ranks run, and that has this share of their excess, shows that it is not for lack of cores.
 A sampler sees code that holds the interpreter's lock less often than it runs."""
+SAVING_SHARE = 0.5
+"""Ranks that save alone are late because of it from this share of their excess on."""
+NO_SAVING_RATIO = 0.1
+"""The others do not save if they spend less than this share of the time on it."""
 WAITING_SHARE = 0.5
 """Late ranks lack a core, and are not slow by their code, if waiting for one is this share of their excess."""
 MORE_WORK_RATIO = 1.2
@@ -296,7 +300,8 @@ def _blamed_part(
     if own_ns:
         return (part if explained_ns >= EXCESS_SHARE * segments.step_ns else None), False
 
-    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
+    alike = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
+    everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
     floor = EVERYWHERE_SHARE if everywhere or seldom or (lacking and not more_ns) else EXCESS_SHARE
     chance = everywhere and facts.oversubscribed and not more_ns
@@ -304,6 +309,12 @@ def _blamed_part(
         return None, everywhere
 
     return part, everywhere
+
+
+def _saves_alone(rows: NDArray[np.intp], usual: _Others, part: str, share: float) -> bool:
+    """Return whether ranks save, where others do not, for most of their excess: that is no slow host."""
+    others_ns, mine_ns = float(usual.parts[part].mean()), float(usual.segments.parts[part][rows].mean())
+    return part == "checkpoint" and share >= SAVING_SHARE and others_ns < NO_SAVING_RATIO * mine_ns
 
 
 def _waits_for_side_threads(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
