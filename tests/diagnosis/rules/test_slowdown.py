@@ -29,6 +29,7 @@ def history(change, *, noise=0.02, seed=0, part="other", alike=False):
     """Return a run of 20 ms steps whose bins are longer by `change` milliseconds, in one part or in all alike."""
     random = np.random.default_rng(seed)
     usual = {"forward": 6.0, "backward": 10.0, "optimizer": 2.0, "other": 2.0}
+    usual |= {} if part in usual else {part: 2.0}
     longer = np.broadcast_to(change, BINS)
     parts = {}
     for name, ms in usual.items():
@@ -600,6 +601,18 @@ def test_waits_that_begin_in_the_run_are_a_slowdown(before_ms, kinds):
     slower = next(each for each in found if each.kind is Kind.SLOWDOWN)
     assert slower.evidence["since_step"] == 300
     assert slower.next.endswith("Loader workers (num_workers) can read ahead meanwhile.")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_communication_that_grows_is_told_by_what_is_sent(is_known: bool) -> None:
+    """A list that all ranks gather in each step; the links are not the first thing to look at."""
+    library = "/lib/torch/distributed/distributed_c10d.py:4191 all_gather" if is_known else None
+    line = SampledLine(0, "comm", "/x/train.py", 15, "gather_predictions", library, 60)
+    (finding,) = found(np.maximum(AT, 0) * 2.0, line, part="comm")
+
+    assert (finding.phase, finding.evidence["shape"]) == ("comm", "growth")
+    who = "train.py:15 gather_predictions" if is_known else "the script"
+    assert finding.next.startswith(f"Look at how much {who} sends: an object that grows")
 
 
 LATER = np.where(AT >= 45, 25.0, 0.0)

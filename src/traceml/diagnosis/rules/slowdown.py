@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import flush_denormals
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, changed_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, changed_line, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known_facts
@@ -543,11 +543,20 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
         )
 
     if line is not None and change.shape == "growth":
-        return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
+        return f"Look at {line.place} for what it keeps, repeats or sends: a list, a history or a graph that grows."
 
     meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if _may_read_ahead(part, facts) else ""
     if line is not None:
         return f"Look at what {line.place} does only then.{meanwhile}"
+
+    if _COMM in where.parts and change.shape == "growth":
+        caller = outside_line(facts.lines, _COMM)
+        is_known = caller is not None and calls_collectives(facts.lines, caller)
+        return (
+            f"Look at how much {caller.place if caller and is_known else 'the script'} sends: an object that grows "
+            "(all_gather_object of a list), or larger tensors. Otherwise at the links between the ranks, and at what "
+            "else uses them."
+        )
 
     of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
     of_host = f"other programs on the host{of_ranks}, clocks lowered by heat or power, and swapping at that time."
