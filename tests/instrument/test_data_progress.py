@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, evaluate, net, sgd, train
@@ -75,3 +75,37 @@ def test_a_batch_that_fails_is_not_the_end(traced: Traced) -> None:
 
     train(model, optimizer, next(batches)[0])
     assert progress(traced) == (3, 1, False)
+
+
+@pytest.mark.parametrize(("shuffles", "sets", "reported"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_a_distributed_sampler_without_set_epoch_is_reported_once(
+    traced: Traced, *, shuffles: bool, sets: bool, reported: int
+) -> None:
+    """Each epoch then has the order of the first one; without shuffling that is meant."""
+    model = net()
+    optimizer, rows = sgd(model), data(8).dataset
+    sampler: DistributedSampler[object] = DistributedSampler(rows, num_replicas=2, rank=0, shuffle=shuffles)
+    loader = DataLoader(rows, batch_size=2, sampler=sampler)
+    for epoch in range(5):
+        if sets:
+            sampler.set_epoch(epoch)
+
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+    traced.finish()
+    assert [row["number"] for row in traced.info if row["kind"] == "same_order"] == [0] * reported
+
+
+def test_an_order_that_was_only_begun_does_not_count(traced: Traced) -> None:
+    """A batch that is looked at, and a run that is cut short, before `set_epoch` is called."""
+    model = net()
+    optimizer, rows = sgd(model), data(8).dataset
+    loader = DataLoader(rows, batch_size=2, sampler=DistributedSampler(rows, num_replicas=2, rank=0))
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+            break
+
+    traced.finish()
+    assert not [row for row in traced.info if row["kind"] == "same_order"]

@@ -345,7 +345,10 @@ def pressure(finding: FindingFacts) -> str:
 
 
 def duplicates(finding: FindingFacts) -> str:
-    """Return `Ranks 0-3 train on identical batches`."""
+    """Return `Ranks 0-3 train on identical batches`, or that each epoch has the same ones."""
+    if finding.evidence.get("same_order"):
+        return "Each epoch has the same order: set_epoch is not called"
+
     whose = capitalized(ranks_text(finding.ranks)) if finding.ranks else "All ranks"
     return f"{whose} train on identical batches"
 

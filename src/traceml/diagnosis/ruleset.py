@@ -23,7 +23,13 @@ from traceml.diagnosis.resumed_steps import counted_on
 from traceml.diagnosis.rules.between_trainings import set_up_between
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
-from traceml.diagnosis.rules.correctness import duplicate_data, loss_not_finite, never_synchronized, steps_skipped
+from traceml.diagnosis.rules.correctness import (
+    duplicate_data,
+    loss_not_finite,
+    never_synchronized,
+    same_order,
+    steps_skipped,
+)
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_kept_waiting
 from traceml.diagnosis.rules.data_imbalance import data_imbalance
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
@@ -145,7 +151,7 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
 
 def _training(facts: JobFacts) -> list[Finding]:
     """Find what is wrong with the training itself: its numbers, its data, its gradients."""
-    found: list[Finding] = []
+    found = same_order(facts)
     if facts.losses is not None:
         found += loss_not_finite(facts.losses, facts.latest, facts.world_size, facts.skipped)
 

@@ -365,7 +365,14 @@ class Instrumentation:
         from traceml.instrument.workers.worker_stacks import report_worker_stacks
 
         clock, patches = self.clock, self._patches
-        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._new_iterator), batches.inspect)
+        patch_loaders(
+            patches,
+            clock,
+            self._new_loader,
+            lambda: self._guarded(self._new_iterator),
+            batches.inspect,
+            lambda number: self._facts.report({"kind": "same_order", "number": number}),
+        )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
         self._guarded(lambda: report_worker_stacks(patches))
 

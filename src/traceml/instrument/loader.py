@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
+from traceml.instrument.facts.own_attributes import own_attribute
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import OTHER, Began, on_training_thread
@@ -19,6 +20,7 @@ __all__ = ["DataProgress", "LoaderToken", "TracedIterable", "patch_loaders"]
 
 T = TypeVar("T")
 _TAG = "_traceml_loader"
+_REPEATED = 2
 _INPUT_WAIT, _ITERATING = int(Phase.INPUT_WAIT), int(Slot.ITERATING)
 
 
@@ -49,6 +51,8 @@ class LoaderToken:
     _before: int | None = 0  # batches of the iterators before the newest one; None where one was left early
     _epoch = 0
     _last = -1  # batches of the newest iterator at its end; -1 before it
+    _drawn: Any = None  # epoch by which the sampler has drawn the newest order
+    _same = 0  # iterators before it that were read to their end in that order
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
@@ -73,6 +77,13 @@ class LoaderToken:
             self._iterator = weakref.ref(iterator, leave)
             self.read(clock, True)
             follow_iterator(iterator, self.number)
+
+    def repeats_order(self, loader: Any) -> bool:
+        """Return whether a new iterator is the third in a row whose sampler draws the same order: no `set_epoch`."""
+        drawn = _sampler_epoch(loader)
+        self._same = self._same + 1 if drawn is not None and drawn == self._drawn and self._last >= 0 else 0
+        self._drawn = drawn
+        return self._same == _REPEATED
 
     def end(self, clock: StepClock) -> None:
         """Record that its iterator has no batch left."""
@@ -105,6 +116,14 @@ class LoaderToken:
         if is_read is not self.is_read and clock.is_training_thread():
             self.is_read = is_read
             clock.open_slots[_ITERATING] += 1 if is_read else -1
+
+
+def _sampler_epoch(loader: Any) -> Any:
+    """Return the epoch of a DistributedSampler that shuffles by it; None of other samplers."""
+    sampler = own_attribute(loader, "sampler")
+    shuffles = own_attribute(sampler, "shuffle") is True
+    is_by_epoch = shuffles and any(kind.__name__ == "DistributedSampler" for kind in type(sampler).__mro__)
+    return own_attribute(sampler, "epoch") if is_by_epoch else None
 
 
 Begin = Callable[[Any], Began | None]
@@ -177,6 +196,7 @@ def patch_loaders(
     on_loader: Callable[[Any, int], None],
     on_iterator: Callable[[], None],
     on_batch: Callable[[Any], None],
+    on_same_order: Callable[[int], None] = lambda _number: None,
 ) -> None:
     """Time DataLoader's iterators.
 
@@ -184,6 +204,7 @@ def patch_loaders(
         on_loader: called with each loader and its number when its first iterator is created.
         on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
         on_batch: called with each batch while the clock `inspects` them.
+        on_same_order: called with the number of a loader whose DistributedSampler draws one order again and again.
     """
     from torch.utils.data import dataloader
 
@@ -197,7 +218,7 @@ def patch_loaders(
 
     patches.replace(iterator_type, _TAG, LoaderToken())
     patches.wrap(iterator_type, "__next__", timed_next)
-    tokens = _LoaderTokens(on_loader)
+    tokens = _LoaderTokens(on_loader, on_same_order)
     patches.wrap(dataloader.DataLoader, "__iter__", _timed_iter(clock, wait, original_iter, tokens, on_iterator))
     for name, follows in (("__init__", False), ("_reset", True)):  # workers are started between the two
         method = _noting(clock, getattr(iterator_type, name), tokens, dataloader.DataLoader, follows=follows)
@@ -322,8 +343,8 @@ def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type:
 class _LoaderTokens:
     """One token per loader, for the lifetime of the loader."""
 
-    def __init__(self, on_loader: Callable[[Any, int], None]) -> None:
-        self._on_loader = on_loader
+    def __init__(self, on_loader: Callable[[Any, int], None], on_same_order: Callable[[int], None]) -> None:
+        self._on_loader, self._on_same_order = on_loader, on_same_order
         self._seen = 0
         self._tokens: weakref.WeakKeyDictionary[Any, LoaderToken] = weakref.WeakKeyDictionary()
 
@@ -338,6 +359,9 @@ class _LoaderTokens:
             token = self._tokens[loader] = LoaderToken(self._seen)
             self._seen += 1
             self._on_loader(loader, token.number)
+
+        if token.repeats_order(loader):
+            self._on_same_order(token.number)
 
         return token
 

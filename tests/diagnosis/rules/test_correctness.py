@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from traceml.database.schema import FINGERPRINTS, STEPS, pack_bits
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.rules.correctness import duplicate_data, never_synchronized
+from traceml.diagnosis.rules.correctness import duplicate_data, never_synchronized, same_order
 
 STEPS_SEEN = [0, 1, 2, 50, 51, 52]
 
@@ -134,3 +135,17 @@ def test_a_logged_loss_is_no_exchange_of_gradients():
 def test_ranks_that_communicate_or_have_no_group_are_no_finding(batches, steps, running):
     """Collectives, parallel models, independent processes, and too few steps."""
     assert never_synchronized(batches, 2, steps, running=running) == []
+
+
+@pytest.mark.parametrize(("trained", "told"), [(1, True), (0, False)])
+def test_an_order_that_repeats_is_told_of_the_trainings_loader(trained: int, told: bool) -> None:
+    """An evaluation may read its data in the same order each time."""
+    builder = JobFactsBuilder(2)
+    for number in (0, 1):
+        builder.info(0, {"kind": "loader", "number": number, "num_workers": 0, "length": 100 + number})
+
+    builder.info(0, {"kind": "same_order", "number": 1})
+    builder.info(0, {"kind": "training_loader", "number": trained})
+
+    found = same_order(builder.build())
+    assert [each.headline for each in found] == ["Each epoch has the same order: set_epoch is not called"] * told

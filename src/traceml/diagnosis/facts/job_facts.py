@@ -60,6 +60,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
         plays: whether models are called between trainings, without a loader, with one sample each time.
         plain_evaluation: whether a trained model is evaluated without gradients.
+        same_order: numbers of loaders whose DistributedSampler drew one order in several epochs: no `set_epoch`.
         own_updates: (file, function) of code that reads gradients in trainings without an optimizer.
         only_logs: whether the script logs values and is not traced.
         other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
@@ -117,6 +118,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     collects: bool = False
     plays: bool = False
     plain_evaluation: bool = False
+    same_order: frozenset[int] = frozenset()
     own_updates: frozenset[tuple[str, str]] = frozenset()
     only_logs: bool = False
     other_models: tuple[int, ...] = ()

@@ -179,6 +179,10 @@ class JobFactsBuilder:
         self.batches.group.group(row)
         self._take_setup(rank, row)
 
+    def _take_same_order(self, _rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("number"), int):
+            self._facts["same_order"] = self._facts.get("same_order", frozenset()) | {row["number"]}
+
     def _take_own_update(self, _rank: int, row: Mapping[str, Any]) -> None:
         place = str(row.get("file")), str(row.get("function"))
         self._facts["own_updates"] = self._facts.get("own_updates", frozenset()) | {place}
@@ -214,6 +218,7 @@ class JobFactsBuilder:
         "rollouts": lambda self, *_: self._facts.update(collects=True),
         "rpc": lambda self, *_: self._facts.update(rpc=True),
         "plays": lambda self, *_: self._facts.update(plays=True),
+        "same_order": _take_same_order,
         "own_update": _take_own_update,
         "plain_evaluation": lambda self, *_: self._facts.update(plain_evaluation=True),
         "process": _take_process,

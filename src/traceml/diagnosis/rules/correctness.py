@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.findings import Finding, known_facts
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
-__all__ = ["duplicate_data", "loss_not_finite", "never_synchronized", "steps_skipped"]
+__all__ = ["duplicate_data", "loss_not_finite", "never_synchronized", "same_order", "steps_skipped"]
 
 MIN_LOST_STEPS = 3
 """A loss that is not finite in fewer steps than this may be one that GradScaler skips."""
@@ -100,6 +101,26 @@ def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:
             ),
             evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
             cost_share=share,
+        )
+    ]
+
+
+def same_order(facts: JobFacts) -> list[Finding]:
+    """Return the finding about a DistributedSampler whose epoch is never set: each epoch has the order of the first."""
+    number = None if facts.loader is None else facts.loader.number
+    if number not in facts.same_order:
+        return []
+
+    return [
+        Finding.of(
+            Kind.DUPLICATE_DATA,
+            severity=Severity.WARNING,
+            summary=(
+                "The DistributedSampler of the training's loader draws the same order in each epoch, as its "
+                "set_epoch() is not called: each rank has the same samples in the same batches again."
+            ),
+            next="Call loader.sampler.set_epoch(epoch) at the begin of each epoch, before the loop over its batches.",
+            evidence={"same_order": True},
         )
     ]
 
