@@ -253,6 +253,16 @@ def test_own_code_that_lacked_a_core_is_still_named():
     assert "train.py:12 tokenize: cache its result" in found.next
 
 
+def test_waiting_for_the_other_ranks_is_nothing_to_cache():
+    """`init_process_group` returns when all ranks have come."""
+    joins = "/lib/torch/distributed/distributed_c10d.py:1984 _new_process_group_helper"
+    lines = (SampledLine(0, "startup", "/x/train.py", 8, "<module>", joins, 80),)
+    found = findings(20.0, startup=9.0, steps=11.0, lines=lines, ranks=4)[-1]
+
+    assert "all of it in train.py:8" in found.summary
+    assert found.next.startswith("It waits there for the other ranks to join the process group")
+
+
 def compiled(compile_s: float, startup_s: float, wall_s: float = 100.0, **parts: float):
     time = structs.replace(RunTime.of(wall_s, {"startup": startup_s, **parts}), compile_s=compile_s)
     lines = (SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 80),)

@@ -37,6 +37,7 @@ __all__ = [
     "import_share",
     "is_waiting",
     "iterator_share",
+    "joins_ranks",
     "leading_lines",
     "line_beside_imports",
     "loss_share",
@@ -71,7 +72,7 @@ _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/")
 _ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
-_COLLECTIVES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:")
+_COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _CLEARS = re.compile(r"\bzero_grad$")
 _LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+_loss|kl_div)$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
@@ -293,7 +294,13 @@ def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> fl
 
 def calls_collectives(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
     """Return whether a function of the user is mostly in torch.distributed's own functions in the time of `comm`."""
-    seen = [each for each in _of_part(lines, "comm") if (each.file, each.function) == (line.file, line.function)]
+    return joins_ranks(lines, "comm", line)
+
+
+def joins_ranks(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
+    place = line.file, line.function, line.line if line.function == _MODULE else None
+    seen = [each for each in _of_part(lines, part) if _place_of(each) == place]
     return _samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
 
 

@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     SampledShare,
     child_wait_share,
     import_share,
+    joins_ranks,
     outside_line,
     torch_share,
 )
@@ -95,7 +96,8 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if lacks_cores and not own_code:
         advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
-        advice = _FOR_IMPORTS if mostly_imports else _for_startup(line)
+        waits = line is not None and joins_ranks(facts.lines, "startup", line)
+        advice = _FOR_IMPORTS if mostly_imports else _FOR_RANKS if waits else _for_startup(line)
 
     return _startup_finding(
         time,
@@ -182,6 +184,10 @@ _FOR_SET_UP = (
 _FOR_CHILDREN = (
     "A longer run has a smaller share of it. See what they do before they answer. Processes that are spawned, or come "
     "from a fork server, import all modules again on the same cores: start fewer of them, or import less in them."
+)
+_FOR_RANKS = (
+    "It waits there for the other ranks to join the process group: look at what these do before (imports, data that "
+    "one rank prepares for all), and start all ranks at the same time. A longer run has a smaller share of it."
 )
 _FOR_IMPORTS = (
     "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
