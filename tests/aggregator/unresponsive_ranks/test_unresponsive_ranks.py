@@ -105,20 +105,21 @@ def test_a_rank_that_holds_the_gil_in_c_is_reported_with_its_line(
 def test_a_rank_whose_thread_holds_the_gil_in_c_is_reported_with_that_thread(
     script: Callable[[str], Script], call: str
 ) -> None:
-    """The main thread sleeps, and wakes now and then to ask for the GIL."""
+    """The main thread wakes now and then, and asks for the GIL. The other one leaves it a core on a busy machine."""
     rank = script(
         f"""
-        import ctypes, re, threading, traceml
+        import ctypes, os, re, threading, traceml
         traceml.init()
 
         def hold():
-            {call}
+            os.nice(19); {call}
 
         other = threading.Thread(target=threading.Event().wait, daemon=True)
         other.start()
         print("ready", flush=True)
         threading.Thread(target=hold, daemon=True).start()
-        other.join()
+        while True:
+            other.join(0.01)
         """
     )
 
