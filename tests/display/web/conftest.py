@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_logged, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from tests.runs.report.test_restarts import FINE, RAISED, attempt, store
+from tests.system import chromium
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
@@ -96,12 +96,11 @@ def page_process(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Headless Chromium; tests without it come first, since its event loop would block asyncio in them."""
-    installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         names = "--host-resolver-rules=MAP *.example 127.0.0.1"  # of other sites, and of one that rebinds its name
         no_gpu = ["--disable-gpu", "--disable-gpu-compositing", "--disable-software-rasterizer"]
         arguments = ["--no-sandbox", *no_gpu, names]
-        browser = playwright.chromium.launch(executable_path=installed, args=arguments)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
         yield browser
         browser.close()
 

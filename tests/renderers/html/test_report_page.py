@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from html.parser import HTMLParser
 
 import msgpack
@@ -13,6 +12,7 @@ from playwright.sync_api import sync_playwright
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
 from tests.runs.rows.test_metric_series import log
+from tests.system import chromium
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
@@ -177,8 +177,7 @@ def test_a_rank_that_died_has_its_last_words(evil):
 def browser():
     """A real Chromium without a network."""
     with sync_playwright() as playwright:
-        installed = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield browser
         browser.close()
 
