@@ -33,12 +33,12 @@ $(VENV)/.lint: $(VENV)/.base
 demo: $(VENV)/.base
 	@$(BIN)/traceml demo
 
-# Lint, types, and every test that starts no process.
+# Lint, types, and every test that starts no process, without the longest.
 check: $(VENV)/.test $(VENV)/.lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint unit
 
 unit: $(VENV)/.test
-	$(PYTEST) -q -n $$(nproc) $(SHARE) -m "not process" $(ARGS)
+	$(PYTEST) -q -n $$(nproc) $(SHARE) -m "not process and not long" $(ARGS)
 
 # Everything, after the system packages that the tests need (tests/system.py).
 test: system $(VENV)/.test

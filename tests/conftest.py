@@ -54,7 +54,8 @@ _PROCESS_PATHS = (
     "track/test_everywhere.py",
 )
 _ALONE_PATHS = ("end_to_end/test_competing_processes.py", "end_to_end/test_verdicts.py")
-_LEFT_OUT = {"not process": _PROCESS_PATHS, "not alone and not frameworks": _ALONE_PATHS}  # by the value of `-m`
+# By the value of `-m`, which the Makefile gives.
+_LEFT_OUT = {"not process and not long": _PROCESS_PATHS, "not alone and not frameworks": _ALONE_PATHS}
 _PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}
 _NEEDS_OF_FIXTURES = {
     "browser": ("chromium",),

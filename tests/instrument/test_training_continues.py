@@ -235,7 +235,8 @@ def calls_of_ours(plain: list[float], folder: Path) -> dict[str, list[int]]:
     return calls
 
 
-@pytest.mark.timeout(400)  # 170 trainings, on a machine that runs other tests, too
+@pytest.mark.long
+@pytest.mark.timeout(400)  # 220 trainings, on a machine that runs other tests, too
 def test_each_function_of_ours_may_raise(
     form: str, cuda: FakeCuda, plain: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def fabricated(*faults, steps: int = 70) -> FaultyRun:
     return FaultyRun(CLUSTER, rows_of(Job(ranks=CLUSTER.ranks, steps=steps), *faults), "none", None, "forward")
 
 
-@pytest.mark.parametrize("seed", range(96))
+@pytest.mark.parametrize("seed", [*range(24), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(24, 96))])
 def test_merged_hosts_give_the_verdict_of_all_rows(seed):
     """Kind, ranks, phase and group are the same, except where the gain is just at a limit; the cost to some percent."""
     run = any_run(CLUSTER, seed)
