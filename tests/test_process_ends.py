@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -100,3 +101,53 @@ def test_a_held_ctrl_c_can_be_forgotten() -> None:
     with interrupts_held():
         signal.raise_signal(signal.SIGINT)
         forget_interrupts()
+
+
+LAUNCHER = """
+import os, signal, sys
+from traceml.process_ends import EndedBySignal, ended_by
+
+if "nohup" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+try:
+    with ended_by(signal.SIGTERM, signal.SIGHUP):
+        print("ready", flush=True)
+        sys.stdin.read()
+except EndedBySignal as error:
+    sys.exit(f"{signal.Signals(error.number).name}, {error.from_terminal}")
+sys.exit("not ended")
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("words", "end"), [((), "SIGHUP, False"), (("nohup",), "not ended")])
+def test_a_hang_up_ends_a_launcher_that_was_not_told_to_ignore_it(words, end) -> None:
+    """Its terminal did not close; under `nohup` the signal is dropped."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with launcher:
+        launcher.stdout.readline()
+        launcher.send_signal(signal.SIGHUP)
+        _, err = launcher.communicate()
+
+    assert err.strip() == end
+
+
+@pytest.mark.process
+def test_a_launcher_knows_that_its_terminal_was_closed(tmp_path) -> None:
+    """The kernel sends it SIGHUP when the terminal emulator, tmux or sshd goes."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.dup2(os.open(tmp_path / "end", os.O_WRONLY | os.O_CREAT), 2)
+        os.execv(sys.executable, [sys.executable, "-c", LAUNCHER])
+
+    os.read(terminal, 100)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+
+    assert (tmp_path / "end").read_text().strip() == "SIGHUP, True"

@@ -10,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "ended_by",
     "exit_text",
     "forget_interrupts",
+    "has_terminal",
+    "heeded",
     "interrupts_held",
     "signal_name",
     "signal_text",
@@ -37,24 +39,44 @@ class EndedBySignal(KeyboardInterrupt):
 
     Attributes:
         at_s: epoch seconds at which it came.
+        from_terminal: whether it came because this process's terminal was closed.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, from_terminal: bool = False) -> None:
         super().__init__()
-        self.number, self.at_s = number, time.time()
+        self.number, self.at_s, self.from_terminal = number, time.time(), from_terminal
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
+    """Return those of the signals that this process was not started to ignore, as SIGHUP is under `nohup`."""
+    return {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def has_terminal() -> bool:
+    """Return whether this process has a controlling terminal that is not closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+
+    return True
 
 
 @contextmanager
 def ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `EndedBySignal` in the block on the first of these signals; ignore later ones."""
+    """Raise `EndedBySignal` in the block on the first of these signals that is heeded; ignore later ones."""
+    had_terminal = has_terminal()
 
     def end(number: int, _frame: object) -> None:
-        for each in numbers:
+        for each in before:
             signal.signal(each, signal.SIG_IGN)
 
-        raise EndedBySignal(number)
+        raise EndedBySignal(number, from_terminal=number == signal.SIGHUP and had_terminal and not has_terminal())
 
-    before = {number: signal.signal(number, end) for number in numbers}
+    before = {number: signal.getsignal(number) for number in heeded(numbers)}
+    for number in before:
+        signal.signal(number, end)
+
     try:
         yield
     finally:

@@ -15,8 +15,10 @@ import pytest
 from tests.aggregator.conftest import ROOT, TOKEN, step_rows, wait_for_acks
 from tests.eventually import eventually
 from tests.processes import command_of
+from traceml.aggregator.active_run import ABANDONED_S
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.facts.ends.ending_signal import END
 from traceml.errors import AggregatorRefusedError, TraceMLError
 from traceml.run_folder import STORE_NAME
 from traceml.transport.client import connect
@@ -457,6 +459,19 @@ def test_aggregator_of_a_launcher_that_was_killed_at_once_ends_with_the_run(serv
 
     assert aggregator.process.wait(240) == 0
     assert aggregator.state() == "finished"
+
+
+def test_aggregator_whose_launcher_was_killed_before_its_ranks_connected_ends(serving):
+    """They end with it: none will come, and a run that began is lost."""
+    launcher = subprocess.Popen(["true"])
+    launcher.wait()
+
+    aggregator = serving("--run-id", "job", "--exit-when-idle", "--launcher-pid", str(launcher.pid))
+
+    assert aggregator.process.wait(ABANDONED_S - 1) == 0
+    assert aggregator.state() == "lost"
+    with aggregator.store() as store:
+        assert store.last_event(END).data["ended_by"]["launcher_pid"] == launcher.pid
 
 
 def test_verdict_is_reported_while_the_run_goes_on(serving):

@@ -404,6 +404,7 @@ def test_a_killed_command_leaves_no_process(traceml: Traceml, ranks: int) -> Non
     running.wait_for(lambda: (ended.run_dir / "report.json").exists(), "the report")
     assert ended.report["steps"]["count"] > 0
     assert ended.report["run"]["state"] in {"failed", "lost"}
+    assert ended.report["verdict"]["evidence"]["launcher_pid"] == running.process.pid
     assert "BrokenPipeError" not in ended.stderr
 
 

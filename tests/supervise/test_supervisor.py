@@ -130,6 +130,19 @@ def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: P
     assert last.user_line.line == 2
 
 
+def test_a_signal_that_the_command_ignores_ends_nothing(tmp_path: Path) -> None:
+    """Under `nohup` a closed terminal is no end, and not told as one."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        store = tmp_path / "runs" / "a-run" / "store.db"
+        outcome, run_dir = supervise(tmp_path, f"wait_for({str(store)!r}); os.kill(os.getppid(), signal.SIGHUP)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert outcome == JobOutcome(status=0, finished=True)
+    assert report_of(run_dir)["verdict"]["kind"] == "INSUFFICIENT_DATA"
+
+
 def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Path) -> None:
     """It says no bye; its launcher knows that its exit code was 0, and tells it while the job runs."""
     (tmp_path / "train.py").write_text(

@@ -35,6 +35,8 @@ SETTLE_S = 0.1
 RESTART_S = 120.0
 # For a run without connections whose missing ranks never came.
 ABANDONED_S = 60.0
+# Likewise when the launcher was killed that should have started them: they end with it.
+ORPHANED_S = 5.0
 # The launcher reports the end of the run; this is the longest wait for it.
 LAUNCHER_WAIT_S = 3600.0
 # Of each process, steps and samples of about half an hour stay complete, however many ranks there are.
@@ -196,7 +198,7 @@ class ActiveRun(RunStreams):
             return False  # its process is alive, or its connection was lost recently: it may reconnect
 
         if len(members) < self.world_size:
-            return quiet_s > ABANDONED_S
+            return quiet_s > (ORPHANED_S if self._has_lost_launcher else ABANDONED_S)
 
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
         return quiet_s > (RESTART_S if broken and self._facts.restarts_left else SETTLE_S)
@@ -206,6 +208,16 @@ class ActiveRun(RunStreams):
         if (found := ending_signal_of(ended_by)) is not None:
             self.live.intake.facts.ended_by = found
             self._ended_by = {"ended_by": ended_by}
+
+    def note_lost_launcher(self, pid: int) -> None:
+        """Note, once, that the launcher was killed: it has reported no end."""
+        if not self._ended_by:
+            self.note_ending({"launcher_pid": pid, "time": time.time()})
+            self._touched_s = time.monotonic()
+
+    @property
+    def _has_lost_launcher(self) -> bool:
+        return "launcher_pid" in (self._ended_by.get("ended_by") or {})
 
     def end_remaining(self, status: int | None) -> None:
         """Finalize every rank that has not ended: the launcher reports the end of the job and its status."""
@@ -289,7 +301,11 @@ class ActiveRun(RunStreams):
         return True
 
     def _final_state(self, status: int | None) -> str:
-        state = final_state(self._table.of_attempt(self.attempt), status)
+        members = self._table.of_attempt(self.attempt)
+        state = final_state(members, status)
+        if self._has_lost_launcher and state == "finished" and len(members) < self.world_size:
+            state = "lost"  # before its ranks could connect
+
         with fail_open(_log, "aggregator", f"whether run {self.id} has hung is not known"):
             return "hung" if state != "finished" and self.live.has_hung(state) else state
 

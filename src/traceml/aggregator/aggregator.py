@@ -295,6 +295,7 @@ class Aggregator:
         """
         for _ in range(_SETTLE_POLLS):
             for run in self.registry.open_runs:
+                self._check_launcher(run)
                 run.check_absent()
                 run.commit()
 
@@ -387,6 +388,7 @@ class Aggregator:
             self._settling.discard(run.run_dir)
 
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
+        self._check_launcher(run)
         run.check_absent()
         if diagnose:
             self._hosts.ask(run, self._checks.check(run).wanted)
@@ -405,6 +407,11 @@ class Aggregator:
     def _has_launcher(self, run: ActiveRun) -> bool:
         """Whether a live launcher will report the end of this run."""
         return run.id == self._run_id and os.getppid() == self._parent
+
+    def _check_launcher(self, run: ActiveRun) -> None:
+        """Note when the launcher of a run is gone that has reported no end."""
+        if run.id == self._run_id and run not in self._ending and os.getppid() != self._parent:
+            run.note_lost_launcher(self._parent)
 
     def _stop_if_idle(self) -> None:
         now_s = time.monotonic()

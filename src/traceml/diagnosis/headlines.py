@@ -99,6 +99,9 @@ def lost_ranks(finding: FindingFacts) -> str:
         return f"Ended by the scheduler: {by_scheduler}"
 
     if evidence.get("cause") == "ended_from_outside":
+        if evidence.get("launcher_pid") is not None:
+            return f"The job ended with its killed launcher{_when_ended(evidence)}"
+
         how = signal_name(int(evidence["signal"]))
         return f"The job was ended from outside by {how}{_when_ended(evidence)}"
 

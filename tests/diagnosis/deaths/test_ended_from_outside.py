@@ -40,6 +40,31 @@ def test_who_ended_the_job_is_reported_with_the_lost_steps() -> None:
     assert finding.evidence["lost_steps"] == 112
 
 
+def test_a_killed_launcher_takes_its_ranks_along() -> None:
+    """How they ended, nobody has seen; the last beat of their recorders is older than the launcher's death."""
+    ends = (RankExit(rank=rank, state="lost", last_step=811, at_s=AT_S - 3, process_gone=True) for rank in range(2))
+    (finding,) = rank_lost(job(*ends, by=EndingSignal(0, AT_S, launcher_pid=77)))
+
+    assert finding.summary.startswith(
+        "The job's launcher (process 77) was killed or crashed, and the job ended with it"
+    )
+    assert finding.headline.startswith("The job ended with its killed launcher")
+    assert (finding.ranks, finding.evidence["launcher_pid"], finding.evidence.get("signal")) == ((), 77, None)
+    assert finding.next.endswith("Save checkpoints often, and resume from the last one.")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [RankExit(rank=0, last_step=99), RankExit(rank=0, state="killed", signal=9, at_s=AT_S - 9)],
+    ids=["finished", "killed before"],
+)
+def test_a_launcher_that_is_killed_after_its_ranks_is_no_cause(end: RankExit) -> None:
+    """They had ended already."""
+    found = rank_lost(job(end, by=EndingSignal(0, AT_S, launcher_pid=77)))
+
+    assert "launcher_pid" not in {key for finding in found for key in finding.evidence}
+
+
 def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
     """It saved on the signal, and was advised to do so."""
     (finding,) = rank_lost(job(swept(0, saved_steps=812), swept(1)))
@@ -56,7 +81,8 @@ def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
         (EndingSignal(15, AT_S, "", 9), "from a program that has ended (process 9)", "kill command"),
         (EndingSignal(15, AT_S, "", 0), "from outside the container", "preempted node"),
         (EndingSignal(15, AT_S), "from another process", "kill command"),
-        (EndingSignal(1, AT_S), "SIGHUP from the terminal", "tmux"),
+        (EndingSignal(1, AT_S), "SIGHUP from another process", "kill command"),
+        (EndingSignal(1, AT_S, from_terminal=True), "SIGHUP from the terminal", "tmux"),
         (EndingSignal(15, AT_S, "systemd-oomd", 1), "from systemd-oomd", "memory"),
     ],
 )
@@ -128,6 +154,7 @@ def test_a_report_is_read() -> None:
 
     assert ending_signal_of(told) == SLURM
     assert ending_signal_of({"signal": 1, "time": AT_S}) == EndingSignal(1, AT_S)
+    assert ending_signal_of({"launcher_pid": 7, "time": AT_S}) == EndingSignal(0, AT_S, launcher_pid=7)
 
 
 def test_what_the_scheduler_said_is_read() -> None:

@@ -37,8 +37,13 @@ _SENDERS = (
 )
 _OUTSIDE = "A container is ended by its runtime: a deleted or evicted pod, a preempted node, docker stop"
 _HANG_UP = "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid"
+_LAUNCHER = (
+    "Find out what killed the launcher: `kill -9`, the limit of a job or a container, or the kernel for lack of memory "
+    "(dmesg)"
+)
 _UNKNOWN = "Find out what sent it: a scheduler's limit or preemption, or a kill command"
 _ADVICE = "Save a checkpoint on the signal, or often, and resume from the last one."
+_NO_WARNING = "Save checkpoints often, and resume from the last one."
 _SAVED = "Resume from the checkpoint, which has all steps."
 
 
@@ -115,7 +120,9 @@ def end_by_scheduler(
 
 def _failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
     """Return whether a rank had failed by itself when the job was asked to end."""
-    return any(ended.at_s is not None and ended.at_s < by.at_s - _CLOCKS_S for ended in causes)
+    # Ranks that a killed launcher takes with it tell nothing of their end.
+    known = [ended for ended in causes if by.launcher_pid is None or ended.state != "lost"]
+    return any(ended.at_s is not None and ended.at_s < by.at_s - _CLOCKS_S for ended in known)
 
 
 def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
@@ -183,7 +190,9 @@ def _evidence(ended: RankExit, lost: int | None, **more: object) -> dict[str, ob
 
 
 def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
-    """Return the finding about a job that its launcher was asked to end; empty where a rank had failed before.
+    """Return the finding about a job that its launcher was asked to end, or took with it when it was killed.
+
+    Empty where a rank had failed before.
 
     Args:
         causes: ends of ranks that nothing else explains.
@@ -193,7 +202,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
         return []
 
     returned = not ended_badly(facts.exits)
-    if returned and by.waited_s > _LATE_S:
+    if returned and (by.waited_s > _LATE_S or (by.launcher_pid is not None and facts.exits)):
         return []
 
     last = max(facts.exits, key=lambda each: each.last_step or 0, default=RankExit(rank=0))
@@ -201,19 +210,18 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
     return [
         Finding.of(
             Kind.RANK_LOST,
-            severity=Severity.WARNING if returned else None,
+            severity=Severity.WARNING if returned and by.launcher_pid is None else None,
             phase=None if returned else last.open_phase,
             summary=_outside_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
-            next=f"{_for_sender(by)}. {_SAVED if lost == 0 else _ADVICE}"
-            if by.scheduler is None
-            else _CAUSES[by.scheduler].next,
+            next=f"{_for_sender(by)}. {_to_resume(by, lost)}" if by.scheduler is None else _CAUSES[by.scheduler].next,
             evidence=_evidence(
                 last,
                 lost,
                 cause="ended_from_outside",
-                signal=by.number,
+                signal=by.number or None,
                 sender=by.sender or None,
                 sender_pid=by.sender_pid,
+                launcher_pid=by.launcher_pid,
             ),
             cost_share=1.0,
         )
@@ -221,6 +229,10 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
 
 
 def _outside_summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str:
+    if by.launcher_pid is not None:
+        which = f"The job's launcher (process {by.launcher_pid})"
+        return f"{which} was killed or crashed, and the job ended with it{step_text(last)}"
+
     name = f"{signal_name(by.number)} from {_sender(by)}"
     if returned:
         after = f", {duration_text(by.waited_s)} later" if by.waited_s else ""
@@ -230,18 +242,33 @@ def _outside_summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str
 
 
 def _sender(by: EndingSignal) -> str:
+    if by.from_terminal:
+        return "the terminal"
+
     if by.sender_pid == 0:
         return "outside the container"
 
     if by.sender_pid is None:
-        return "another process" if by.number != signal.SIGHUP else "the terminal"
+        return "another process"
 
     return f"{by.sender or 'a program that has ended'} (process {by.sender_pid})"
 
 
+def _to_resume(by: EndingSignal, lost: int | None) -> str:
+    if lost == 0:
+        return _SAVED
+
+    return _ADVICE if by.launcher_pid is None else _NO_WARNING
+
+
 def _for_sender(by: EndingSignal) -> str:
+    if by.launcher_pid is not None:
+        return _LAUNCHER
+
+    if by.from_terminal:
+        return _HANG_UP if by.number == signal.SIGHUP else _UNKNOWN
+
     if by.sender_pid == 0:
         return _OUTSIDE
 
-    known = (text for names, text in _SENDERS if by.sender.startswith(names))
-    return next(known, _HANG_UP if by.number == signal.SIGHUP else _UNKNOWN)
+    return next((text for names, text in _SENDERS if by.sender.startswith(names)), _UNKNOWN)

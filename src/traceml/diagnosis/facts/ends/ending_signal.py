@@ -1,4 +1,4 @@
-"""Signal by which another process ended the whole job, as its launcher received it."""
+"""Signal by which another process ended the whole job, as its launcher received it; or the launcher's own death."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EndingSignal(NamedTuple):
-    """A signal that ended a job.
+    """A signal that ended a job, or 0 where its launcher ended without a word, as by SIGKILL.
 
     Attributes:
         at_s: epoch seconds at which the launcher received it.
         sender: name of the program that sent it; empty where that is not known.
         sender_pid: its process, 0 if it is outside of this container; None where it is not known.
         waited_s: time from the signal to the end of the job, seconds.
+        from_terminal: whether it came because the launcher's terminal was closed.
+        launcher_pid: the launcher that ended without a word; None where it received a signal.
         scheduler: why the scheduler ended the job, as `RankExit` has it; None if it did not, or did not say.
         limit_s: the job's time limit, seconds; None where it is not known.
     """
@@ -33,16 +35,21 @@ class EndingSignal(NamedTuple):
     sender: str = ""
     sender_pid: int | None = None
     waited_s: float = 0.0
+    from_terminal: bool = False
+    launcher_pid: int | None = None
     scheduler: str | None = None
     limit_s: float | None = None
 
 
 def ending_signal_of(facts: object) -> EndingSignal | None:
-    """Return the signal that a launcher has reported: `{signal, time, sender, sender_pid, waited_s}`.
+    """Return the signal that a launcher has reported: `{signal, time, sender, sender_pid, from_terminal, waited_s}`.
 
     It may have what the scheduler said, too: see `scheduler_words`. None if it reported no signal, or one by which
-    nobody ends a job.
+    nobody ends a job. Of a launcher that is gone, its aggregator reports `{launcher_pid, time}`.
     """
+    if isinstance(facts, Mapping) and isinstance(pid := facts.get("launcher_pid"), int):
+        return EndingSignal(0, _seconds(facts.get("time")), launcher_pid=pid)
+
     if not isinstance(facts, Mapping) or facts.get("signal") not in _ENDING:
         return None
 
@@ -53,6 +60,7 @@ def ending_signal_of(facts: object) -> EndingSignal | None:
         sender=sender if isinstance(sender, str) else "",
         sender_pid=pid if isinstance(pid, int) else None,
         waited_s=_seconds(facts.get("waited_s")),
+        from_terminal=facts.get("from_terminal") is True,
         **scheduler_words(facts),
     )
 
