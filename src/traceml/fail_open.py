@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import suppress
 from types import TracebackType
 
 from traceml.errors import TraceMLError
 
-__all__ = ["fail_open", "failures"]
+__all__ = ["fail_open", "failures", "print_notice"]
 
 _MAX_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
 
@@ -83,3 +84,10 @@ def _is_repeat(package: str, what: str) -> bool:
 
     _logged.add((package, what))
     return False
+
+
+def print_notice(line: str) -> None:
+    """Print a line on standard error; a full disk, a closed terminal or a reader that has left costs only the line."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -115,3 +116,11 @@ print(before >= set(sys.modules))
 @pytest.mark.process
 def test_what_prints_the_card_is_loaded_before_it_is_asked() -> None:
     assert subprocess.check_output([sys.executable, "-c", LOADING], text=True) == "True\n"
+
+
+def test_a_target_that_takes_nothing_costs_only_the_card(run_dir: Path, tmp_path: Path) -> None:
+    """A closed terminal, or a file on a full disk: the copy of the report is written."""
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # of its end
+        print_final_report(run_dir, finished=True, program="traceml run", report=tmp_path / "mine.json", file=full)
+
+    assert (tmp_path / "mine.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -191,3 +192,47 @@ def test_slurm_is_asked_why_it_ends_the_job(tmp_path: Path) -> None:
 
     (found,) = (each for each in report_of(tmp_path / "runs" / "latest")["findings"] if each["kind"] == "RANK_LOST")
     assert found["summary"].startswith("The scheduler ended the job at its time limit of 30 min (SIGTERM)")
+
+
+IN_TERMINAL = """
+import sys
+from traceml.cli import main
+sys.exit(main(["run", "--live", "terminal", "--runs-dir", "runs", "script.py"]))
+"""
+
+
+def test_a_closed_terminal_ends_the_job_and_is_told_as_that(tmp_path: Path) -> None:
+    """The kernel tells only the session's leader; neither the view nor the card, which nobody reads, fails."""
+    (tmp_path / "script.py").write_text(
+        "import signal, time\nsignal.alarm(200)\nopen('ready', 'w')\nwhile True: print(time.time())\n"
+    )
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, "-c", IN_TERMINAL], {**os.environ, "TERM": "xterm"})
+
+    while not (tmp_path / "ready").exists():
+        os.read(terminal, 65536)
+
+    os.close(terminal)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    report = report_of(tmp_path / "runs" / "latest")
+    assert report["verdict"]["summary"].startswith("SIGHUP from the terminal ended the job")
+    assert report["ranks"][0]["exit"]["signal"] == signal.SIGHUP
+
+
+@pytest.mark.parametrize(("live", "stream"), [("auto", "stderr"), ("web", "stdout"), ("web", "stderr")])
+def test_output_that_cannot_be_written_ends_no_job(tmp_path: Path, live: str, stream: str) -> None:
+    """The disk under a log is full: the job's work and status do not depend on our lines, nor on its own output."""
+    (tmp_path / "script.py").write_text("import os, sys\nos.write(1, b'text')\nopen('done', 'w')\nsys.exit(5)\n")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "traceml", "run", "--live", live, "--runs-dir", "runs", "script.py"],
+            cwd=tmp_path,
+            check=False,
+            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: full},
+        )
+
+    assert (ended.returncode, (tmp_path / "done").exists()) == (5, True)
+    assert (tmp_path / "runs" / "latest" / "report.json").exists()

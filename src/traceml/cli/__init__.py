@@ -178,9 +178,10 @@ def _explain(title: str, error: TraceMLError) -> int:
 
 
 def _print_error(text: str) -> None:
+    from traceml.fail_open import print_notice
     from traceml.formatting import printable
 
-    print(printable(text, lines=True), file=sys.stderr, flush=True)
+    print_notice(printable(text, lines=True))
 
 
 def _status_of(error: SystemExit) -> int:

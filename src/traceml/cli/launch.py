@@ -22,6 +22,7 @@ from traceml.cli.options.shared_options import (
 )
 from traceml.cli.options.submit_options import add_submit_options, await_job, check_submit_options, submit_script
 from traceml.errors import UsageError, WorkerFailedError
+from traceml.fail_open import print_notice
 from traceml.formatting import printable
 from traceml.process_ends import EndedBySignal
 
@@ -105,7 +106,7 @@ def _explain(error: BaseException, text: str = "") -> None:
     """Print a text and an error's notes: the stack of each rank, and the absent ones."""
     for line in (text, *getattr(error, "__notes__", ())):
         if line:
-            print(printable(line, lines=True), file=sys.stderr, flush=True)
+            print_notice(printable(line, lines=True))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from traceml.cli.options.shared_options import (
     script_words,
 )
 from traceml.errors import TraceMLError, UsageError
+from traceml.fail_open import print_notice
 from traceml.installation import install_command
 from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
@@ -171,7 +171,7 @@ def _metrics(
 
     from traceml.supervise.metrics_process import metrics_beside
 
-    return metrics_beside(job.runs_dir, address, token, partial(print, file=sys.stderr, flush=True))
+    return metrics_beside(job.runs_dir, address, token, print_notice)
 
 
 def _page(job: LocalJob, live: str) -> AbstractContextManager[Callable[[], None] | None]:
@@ -267,7 +267,4 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
 def _print_delivery() -> None:
     """Print why the command still runs after the script's end."""
     if sys.stderr.isatty():
-        print(
-            "traceml: delivering what was logged, and alerts; Ctrl-C leaves logged values to `traceml sync`",
-            file=sys.stderr,
-        )
+        print_notice("traceml: delivering what was logged, and alerts; Ctrl-C leaves logged values to `traceml sync`")

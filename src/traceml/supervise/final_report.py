@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
@@ -60,6 +61,7 @@ def print_final_report(
     from traceml.formatting import printable
     from traceml.renderers.text.card import print_card
 
+    file = cast("TextIO", _Lossy(file))
     try:
         path = run_dir / REPORT_NAME
         if not finished or not path.exists():
@@ -81,6 +83,30 @@ def print_final_report(
 
     if not finished and run_dir.is_dir():
         file.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
+
+
+class _Lossy:
+    """A text stream that drops what cannot be written, as to a closed terminal or a full disk: the job's status counts.
+
+    Args:
+        file: the stream.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> None:
+        """Write the text if it can be."""
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        """Write what is buffered if it can be."""
+        with suppress(OSError):
+            self._file.flush()
 
 
 def _print_others(run_dir: Path, program: str, file: TextIO) -> None:

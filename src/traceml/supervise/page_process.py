@@ -13,7 +13,6 @@ import logging
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from typing import Self
 from urllib.parse import quote
 
 from traceml.errors import TraceMLError
+from traceml.fail_open import print_notice
 from traceml.installation import install_command
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.processes import spawn_server
@@ -135,8 +135,7 @@ def page_beside(run_dir: Path) -> Iterator[Callable[[], None]]:
 
 
 def _print_address(address: str) -> None:
-    sys.stderr.write(f"traceml: the page is at {address}\n")
-    sys.stderr.flush()
+    print_notice(f"traceml: the page is at {address}")
 
 
 def page_address(port: int, token: str, run_id: str | None = None) -> str:

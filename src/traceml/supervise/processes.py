@@ -122,8 +122,10 @@ class ScriptPipe:
         os.close(self.slave)
 
     def close(self) -> None:
-        """Close our end."""
-        os.close(self.master)
+        """Close our end; may be called again."""
+        if self.master >= 0:
+            os.close(self.master)
+            self.master = -1
 
 
 class PseudoTerminal(ScriptPipe):
@@ -151,7 +153,11 @@ class PseudoTerminal(ScriptPipe):
         import struct
         import termios
 
-        size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        try:
+            size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        except OSError:  # it was closed
+            return
+
         if size != self._size:
             self._size = size
             fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)

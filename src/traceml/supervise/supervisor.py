@@ -115,6 +115,7 @@ class Supervisor:
         self._heeded = heeded(FORWARDED_SIGNALS)
         self._had_terminal = has_terminal()
         self._ended_by: dict[str, Any] | None = None
+        self._reader_left = False
         self._selector = selectors.DefaultSelector()
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = UnreadOutput((_STDOUT, _STDERR), self._is_ending, self._keep_output)
@@ -207,6 +208,8 @@ class Supervisor:
                 ready = {key.data: key for key, _ in self._selector.select(_TICK_S)}
                 if "output" in ready and terminal is not None and not self._show(terminal):
                     self._selector.unregister(terminal.master)
+                    if self._reader_left:
+                        terminal.close()
 
                 if "failures" in ready:
                     self._read_failures(ready["failures"].fd)
@@ -249,7 +252,7 @@ class Supervisor:
 
             self._signals.add(info.si_signo)
             self._note_sender(info)
-            if info.si_code != _SI_KERNEL and process.poll() is None:
+            if not _is_for_job_too(info) and process.poll() is None:
                 process.send_signal(info.si_signo)
 
     def _is_ending(self) -> bool:
@@ -288,7 +291,11 @@ class Supervisor:
         """Show what the script wrote; return whether there may be more."""
         data = terminal.read()
         if data and self._screen is not None:
-            self._screen.write(data)
+            try:
+                self._screen.write(data)
+            except OSError:  # nobody takes it: the script's next write fails, as it does without us
+                self._reader_left = True
+                return False
 
         if data and self._copy is not None:
             self._copy.write(data)
@@ -336,6 +343,12 @@ class Supervisor:
             self._ended_by |= scheduler_facts(os.environ)
 
         return self._aggregator.finish(failures, self._status(process), self._ended_by)
+
+
+def _is_for_job_too(info: signal.struct_siginfo) -> bool:
+    """Whether the job has received a signal itself: a closed terminal tells only the leader of its session."""
+    leads = info.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
+    return info.si_code == _SI_KERNEL and not leads
 
 
 def _output_pipe() -> ScriptPipe:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from traceml.fail_open import print_notice
 from traceml.formatting import printable
 from traceml.transport import auth
 
@@ -18,8 +18,7 @@ def print_start(run_dir: Path, *, live: bool = True) -> None:
         run_dir: the run's folder.
         live: whether to say how to watch the run; not where its page was just named.
     """
-    sys.stderr.write(run_line("tracing", run_dir, live=live))
-    sys.stderr.flush()
+    print_notice(run_line("tracing", run_dir, live=live).rstrip("\n"))
 
 
 def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:

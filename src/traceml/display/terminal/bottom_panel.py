@@ -129,7 +129,13 @@ class BottomPanel:
             self._size = size
             atexit.register(self.close)
 
-        self._send(frame + self._frame(rows))
+        try:
+            frame += self._frame(rows)
+        except OSError:  # rich flushes the stream: the terminal was closed
+            self._lost = True
+            return
+
+        self._send(frame)
 
     def _frame(self, rows: int) -> bytes:
         """Return the bytes that draw the panel; they set the region too, since a script may reset the terminal."""
