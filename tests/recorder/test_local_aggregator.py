@@ -110,6 +110,19 @@ def test_it_is_nobodys_child(tmp_path: Path) -> None:
         assert store.stored("steps") == 5
 
 
+@pytest.mark.process
+def test_a_script_that_changes_its_folder_is_stored_where_it_began(tmp_path: Path) -> None:
+    """Its recorder starts the aggregator meanwhile; the other folder may not be writable."""
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "train.py"
+    script.write_text("import os, traceml\ntraceml.log_metric('loss', 1)\nos.chdir('elsewhere')\n")
+
+    subprocess.run([sys.executable, str(script)], env=environ(tmp_path), cwd=tmp_path, check=True)
+
+    assert list((tmp_path / "traceml_runs").glob("*/store.db"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
     """An address that is not this host's cannot be served from here; the error says so."""
     with pytest.raises(AggregatorUnavailableError, match="none can be started"):

@@ -194,6 +194,39 @@ def test_slurm_is_asked_why_it_ends_the_job(tmp_path: Path) -> None:
     assert found["summary"].startswith("The scheduler ended the job at its time limit of 30 min (SIGTERM)")
 
 
+_STEPS = """
+import traceml
+traceml.init()
+for _ in range(30):
+    with traceml.trace_step():
+        time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "code"),
+    [
+        ("os.execvp('sh', ['sh', '-c', 'exit 0'])", "finished", 0),
+        ("os.execvp('sh', ['sh', '-c', 'exit 4'])", "failed", 4),
+        ("open('empty', 'w'); os.chmod('empty', 0o700); os.execv('empty', ['empty'])", "failed", 1),
+    ],
+    ids=["ends well", "ends badly", "is none"],
+)
+def test_a_script_that_becomes_another_program_has_ended_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, state: str, code: int
+) -> None:
+    """All steps count, the process is not taken for lost, and the status is that of the program."""
+    monkeypatch.chdir(tmp_path)
+    outcome, run_dir = supervise(tmp_path, _STEPS + end)
+
+    report = report_of(run_dir)
+    assert outcome == JobOutcome(status=code, finished=True)
+    assert (report["steps"]["count"], report["run"]["attempt"]) == (30, 0)
+    assert (report["ranks"][0]["state"], report["ranks"][0]["exit"]["code"]) == (state, code)
+    exception = report["ranks"][0]["exit"]["exception"]
+    assert (exception or "").startswith("OSError") is (code == 1)
+
+
 IN_TERMINAL = """
 import sys
 from traceml.cli import main

@@ -6,6 +6,8 @@ the attribute `code` of one that ends the program, when the main thread has no P
 of that attribute detects that, also of `raise SystemExit(3)`. Python 3.11 has then no traceback of it any more, so
 `sys.exit` and `exit` note the place.
 
+By `os.execv` and its relatives a process becomes another program, without an end of the interpreter: these are wrapped.
+
 An interrupt while the interpreter ends, as it waits for a thread, passes `sys.unraisablehook`: the status stays.
 """
 
@@ -20,8 +22,10 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from traceml.database.schema import Phase
 from traceml.inspection.user_files import PACKAGE_FOLDERS, display_path, is_package_file, is_user_file
@@ -33,6 +37,7 @@ __all__ = ["ExitWatch", "address_limit_bytes", "cause_of", "describe", "end_by_i
 _PLACE = "_traceml_place"  # of a SystemExit: where the program was left
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _MAX_TEXT = 20_000
+_EXEC = ("execv", "execve")  # the others of `os.exec*` call these
 _ADDRESS_SPACE = "Max address space"
 _CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)$', re.MULTILINE)
@@ -52,6 +57,15 @@ _PHASE_OF = {
 _Quitter: Any = getattr(sys.modules.get("_sitebuiltins"), "Quitter", None)  # not there with `python -S`
 
 Report = Callable[[BaseException | None, int], None]
+
+
+class OnExec(Protocol):
+    """A listener for `os.exec*`."""
+
+    def __call__(self, *, failed: bool) -> object:
+        """Note that the process becomes another program, or that it did not."""
+
+
 _Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty where it is not known
 
 
@@ -60,14 +74,16 @@ class ExitWatch:
 
     Args:
         report: called with the exception (None for a normal end) and the exit status, while the process still runs.
+        on_exec: called before the process becomes another program, and again (`failed`) if it does not.
 
     Attributes:
         interrupted: whether an uncaught KeyboardInterrupt ends the program.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, on_exec: OnExec = lambda *, failed: None) -> None:  # noqa: ARG005
         self.interrupted = False
-        self._report = report
+        self._report, self._on_exec = report, on_exec
+        self._exec: dict[str, tuple[Any, Any]] = {}
         self._previous_hook: Any = None
         self._previous_unraisable: Any = None
         self._previous_exit: Any = None
@@ -85,6 +101,10 @@ class ExitWatch:
             self._quit = _Quitter.__call__ = self._watched_quit(previous)
 
         self._code.install()
+        for name in _EXEC:
+            previous = getattr(os, name)
+            self._exec[name] = previous, self._watched_exec(previous)
+            setattr(os, name, self._exec[name][1])
 
     def uninstall(self) -> None:
         """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
@@ -97,8 +117,12 @@ class ExitWatch:
         if _Quitter is not None and _Quitter.__call__ is self._quit:
             _Quitter.__call__ = self._previous_quit
 
+        for name, (previous, watched) in self._exec.items():
+            if getattr(os, name) is watched:
+                setattr(os, name, previous)
+
         self._code.uninstall()
-        self._report = _ignore
+        self._report, self._on_exec = _ignore, _ignore_exec
 
     def last_error(self) -> BaseException | None:
         """Return the exception that ended the main program, if a hook that replaced ours has printed it."""
@@ -136,6 +160,20 @@ class ExitWatch:
                 raise
 
         return __call__
+
+    def _watched_exec(self, original: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+        @wraps(original)
+        def execute(path: Any, *arguments: Any, **named: Any) -> NoReturn:
+            if not _is_program(path):
+                original(path, *arguments, **named)
+
+            self._on_exec(failed=False)
+            try:
+                original(path, *arguments, **named)
+            finally:
+                self._on_exec(failed=True)
+
+        return execute
 
     def _exited(self, leaving: SystemExit, status: Any) -> None:
         ended = SystemExit(status)  # without the frames of the one that ends the program
@@ -210,6 +248,18 @@ def end_by_interrupt() -> None:
 
 def _ignore(_error: BaseException | None, _status: int) -> None:
     """Ignore a report after `uninstall`."""
+
+
+def _ignore_exec(*, failed: bool) -> None:
+    """Ignore another program after `uninstall`."""
+
+
+def _is_program(path: Any) -> bool:
+    """Whether a path can be executed: `os.execvp` tries each folder of PATH."""
+    with suppress(TypeError, ValueError, OSError):
+        return Path(os.fsdecode(path)).is_file() and os.access(path, os.X_OK)
+
+    return False
 
 
 def status_of(error: BaseException) -> int:

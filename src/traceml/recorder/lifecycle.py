@@ -69,6 +69,7 @@ def start(
 
             return running
 
+        config = _in_fixed_folder(config)
         _set_log_level(config)
         parent = state.parent.identity if state.parent is not None and not tracing else None
         spawned = spawned_from() if not tracing and parent is None else None
@@ -88,6 +89,14 @@ def start(
         notify_start(recorder)
 
     return recorder
+
+
+def _in_fixed_folder(config: Config) -> Config:
+    """Return settings with an absolute `runs_dir`: the script may change its folder before the recorder connects."""
+    try:
+        return config.replaced(runs_dir=config.runs_dir.absolute())
+    except OSError:  # its folder was removed
+        return config
 
 
 def _set_log_level(config: Config) -> None:
@@ -133,6 +142,13 @@ def note_exit(error: BaseException | None, status: int) -> None:
             state.recorder.note_exit(error, status)
 
 
+def note_exec(*, failed: bool) -> None:
+    """Record that this process becomes another program, or that it did not; see `Recording.note_exec`."""
+    if state.recorder is not None:
+        with fail_open(_log, "recorder", "the end of the training could not be recorded"):
+            state.recorder.note_exec(failed=failed)
+
+
 def note_return(*, is_script: bool) -> None:
     """Record that the launched function or script of this process is over; see `Recording.note_return`."""
     if state.recorder is not None:
@@ -175,7 +191,7 @@ def _hook_process(*, watch: bool) -> None:
     if watch:
         from traceml.recorder.exits import ExitWatch
 
-        _watch = ExitWatch(note_exit)
+        _watch = ExitWatch(note_exit, note_exec)
         _watch.install()
 
     # A process that multiprocessing has forked ends without atexit, but runs these.

@@ -101,6 +101,11 @@ class RankTracing:
             self.instrumentation.close_open_step()
             self.instrumentation.uninstall()
 
+    def close_open_step(self) -> None:
+        """Append the step that is open: the training is over."""
+        if self.instrumentation is not None:
+            self.instrumentation.close_open_step()
+
     def forget(self) -> None:
         """Become a no-op in a forked child."""
         if self.instrumentation is not None:

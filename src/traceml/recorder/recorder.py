@@ -287,6 +287,11 @@ class Recorder:
         """Whether it is recorded how the process ends."""
         return self._recording is not None and self._recording.exit_noted
 
+    def note_exec(self, *, failed: bool) -> None:
+        """Record that the process becomes another program; see `Recording.note_exec`."""
+        if self._recording is not None and self.enabled:
+            self._recording.note_exec(failed=failed)
+
     def forget(self) -> None:
         """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""
         self._state = "stopped"

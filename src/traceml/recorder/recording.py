@@ -265,6 +265,23 @@ class Recording:
         """Whether an exit with an exception or a status other than 0 was recorded."""
         return self.flight.open_slots[Slot.STATE] == FlightState.FAILED
 
+    def note_exec(self, *, failed: bool) -> None:
+        """Record that the process becomes another program, whose end its launcher reports.
+
+        The rows stay in the flight file. Before the first step it has only prepared the training.
+
+        Args:
+            failed: whether it did not become one, and this program goes on.
+        """
+        slots = self.flight.open_slots
+        if failed:
+            self.exit_noted = False
+            slots[Slot.EXIT_START], slots[Slot.STATE] = 0, FlightState.RUNNING
+        elif self.flight.ring("steps").appended or self.tracing.has_stepped:
+            self.note_exit(None, 0)
+            self.tracing.close_open_step()
+            slots[Slot.STATE] = FlightState.FINISHED
+
     def files_done(self, timeout_s: float) -> bool:
         """Wait until the files being copied have arrived, while they make progress; return whether they have."""
         files = self.files

@@ -141,9 +141,8 @@ def start_held() -> None:
 
     config = load_forgiving({})
     if config.enabled:
-        here = config.replaced(runs_dir=config.runs_dir.absolute())  # the script may change its folder
         at_first_optimizer(_release)
-        start(here, wait=False, hold=True)
+        start(config, wait=False, hold=True)
 
 
 def _release() -> None:
