@@ -13,7 +13,7 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.ports import free_port
-from tests.recorder.conftest import environ, stored_steps
+from tests.recorder.conftest import Run, environ, stored_steps
 from tests.recorder.test_recorder import do_steps, my_flights
 from traceml.runs.report.report import build_report
 
@@ -128,3 +128,19 @@ def test_who_starts_an_aggregator_is_not_told_to_start_one(tmp_path: Path, caplo
     assert last.startswith("5 steps of this rank are not stored, as no aggregator answered (")
     assert str(runs_dir) in last
     assert "traceml serve`" not in last
+
+
+def test_rows_in_plain_memory_are_not_promised_to_be_kept(serving: Serving, run_script: Run) -> None:
+    """`ulimit -f 0` leaves no place for a flight file: they end with the process."""
+    lose_aggregator(serving)
+    done = run_script(
+        "import resource, signal, traceml\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "traceml.init(on_missing='warn')\n"
+        "traceml.log_metric('loss', 1)\n"
+    )
+
+    assert done.returncode == 0
+    assert "logged rows of this rank may be lost: " in done.stderr
+    assert "kept in None" not in done.stderr

@@ -13,6 +13,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
+from traceml.display import report_files
 from traceml.run_folder import STORE_NAME
 from traceml.supervise.final_report import print_final_report
 
@@ -116,6 +117,21 @@ print(before >= set(sys.modules))
 @pytest.mark.process
 def test_what_prints_the_card_is_loaded_before_it_is_asked() -> None:
     assert subprocess.check_output([sys.executable, "-c", LOADING], text=True) == "True\n"
+
+
+def test_an_error_of_ours_does_not_change_the_status(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory that lacks, or a mistake: it is logged, and the command ends with the job's status."""
+    monkeypatch.setattr(report_files, "write_reports", raise_memory_error)
+
+    print_final_report(run_dir, finished=False, program="traceml run", file=io.StringIO())
+
+    assert "the verdict cannot be shown" in caplog.text
+
+
+def raise_memory_error(*_: object) -> None:
+    raise MemoryError
 
 
 def test_a_target_that_takes_nothing_costs_only_the_card(run_dir: Path, tmp_path: Path) -> None:

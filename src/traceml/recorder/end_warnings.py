@@ -49,9 +49,16 @@ def end_warnings(
 
     what = [plural(waiting, "step")] if waiting else []
     what += ["logged rows"] if flight.holds_user_rows else []
+    why = f" ({sender.trouble})" if sender.trouble else ""
+    if flight.path is None:
+        yield (
+            f"{' and '.join(what)} of this rank may be lost: they are not known to be stored{why}, and there was no "
+            "place for a flight file that keeps them."
+        )
+        return
+
     until_s = time.time() + (USER_ROWS_KEPT_S if flight.holds_user_rows else ROWS_KEPT_S)
     until = time.strftime("%Y-%m-%d %H:%M" if flight.holds_user_rows else "%H:%M", time.localtime(until_s))
-    why = f" ({sender.trouble})" if sender.trouble else ""
     yield (
         f"{' and '.join(what)} of this rank are not stored yet{why}. They are kept in {flight.path} at least until "
         f"{until}: `traceml sync`, or `traceml serve` in this folder, stores them."

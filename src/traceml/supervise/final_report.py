@@ -58,10 +58,20 @@ def print_final_report(
         quiet: print no card, only what went wrong.
         file: target; standard output belongs to the script.
     """
+    told = cast("TextIO", _Lossy(file))
+    with fail_open(_log, "supervise", "the verdict cannot be shown"):  # for lack of memory, for example
+        _print_report(run_dir, program, report, told, finished=finished, quiet=quiet)
+
+    if not finished and run_dir.is_dir():
+        told.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
+
+
+def _print_report(
+    run_dir: Path, program: str, report: Path | None, file: TextIO, *, finished: bool, quiet: bool
+) -> None:
     from traceml.formatting import printable
     from traceml.renderers.text.card import print_card
 
-    file = cast("TextIO", _Lossy(file))
     try:
         path = run_dir / REPORT_NAME
         if not finished or not path.exists():
@@ -80,9 +90,6 @@ def print_final_report(
 
         if report is not None:
             _copy_report(path, report, program, file)
-
-    if not finished and run_dir.is_dir():
-        file.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
 
 
 class _Lossy:

@@ -6,9 +6,10 @@ import random
 import resource
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, run
 
 import msgpack
 import pytest
@@ -324,3 +325,18 @@ def test_what_a_writer_that_was_killed_left_half_made_is_removed(tmp_path: Path)
     StoreWriter(tmp_path / "store.db").close()
 
     assert [path.name for path in tmp_path.iterdir()] == ["store.db"]
+
+
+@pytest.mark.process
+def test_a_limit_of_the_size_of_files_is_named(tmp_path: Path) -> None:
+    """SQLite only says `disk I/O error`; there is space on the disk."""
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from traceml.database.store.store import StoreWriter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "StoreWriter(Path(sys.argv[1]))\n"
+    )
+    done = run([sys.executable, "-c", code, str(tmp_path / "store.db")], capture_output=True, text=True, check=False)
+
+    assert "Files may have 1 KiB here (ulimit -f): raise the limit" in done.stderr

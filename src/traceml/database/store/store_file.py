@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,6 +15,7 @@ import msgpack
 from traceml.database.schema import TABLES
 from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import StoreError, StoreVersionError
+from traceml.formatting import bytes_text
 
 __all__ = ["STORE_VERSION", "create", "last_written_s", "open_for_reading", "open_for_writing", "translate_errors"]
 
@@ -259,8 +261,17 @@ def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
             )
 
 
+def _size_limit_bytes() -> int | None:
+    """Return the limit of the size of files that this process writes; None without one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def _advice(path: Path, error: Exception) -> str:
     text = str(error)
+    if "disk I/O" in text and (limit := _size_limit_bytes()) is not None:
+        return f"Files may have {bytes_text(limit)} here (ulimit -f): raise the limit; unwritten rows are kept."
+
     if "full" in text or "disk I/O" in text:
         return f"Free some space on the disk of {path.parent}; unwritten rows are kept and written later."
 
