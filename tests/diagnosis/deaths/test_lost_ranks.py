@@ -478,3 +478,8 @@ def test_an_exit_with_a_number_names_its_line(place, says, advises):
 
     assert says in finding.summary
     assert advises in finding.next
+
+
+def test_a_time_that_is_no_number_is_left_out() -> None:
+    """As of a script that has replaced `time.time`: the report is made all the same."""
+    assert RankExit.from_facts(0, "finished", {"code": 0, "at_s": "no"}) == RankExit(rank=0, code=0)

@@ -128,6 +128,10 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         if known.get("last_step", 0) < 0:
             del known["last_step"]  # it counts appended rows: there were none
 
+        for name in _TIMES:  # a script may have replaced `time.time`
+            if not isinstance(known.get(name), int | float):
+                known.pop(name, None)
+
         known.setdefault("open_step", reported.get("step"))
         return cls(rank=rank, state=state, host=host, **known)
 
@@ -138,6 +142,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         return is_signal or (self.exception or "").startswith("KeyboardInterrupt")
 
 
+_TIMES = ("at_s", "reported_s", "open_s", "limit_s")
 _COPIED = tuple(name for name in RankExit.__struct_fields__ if name not in ("rank", "state", "host"))
 _EXIT_FIELDS = tuple(name for name in RankExit.__struct_fields__ if name != "rank")
 
