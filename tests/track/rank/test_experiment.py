@@ -352,3 +352,11 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
     assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
     assert "log_metrics takes a dict of names and values, not NoneType None" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]
+
+
+def test_resume_takes_an_id():
+    """`resume=True` would only be refused by the trackers, when nothing can be changed any more."""
+    with pytest.raises(TypeError, match="the id of a run or of an experiment, not bool True"):
+        traceml.Experiment(resume=True)
+
+    assert traceml.Experiment(resume="").resume is None

@@ -60,6 +60,7 @@ class Experiment:
     Raises:
         PluginError: there is no such tracker, or it has no such option; raised when the experiment begins.
         SettingsError: the settings are wrong.
+        TypeError: `resume` is no id.
         UsageError: an option holds a secret; the text says where it belongs.
     """
 
@@ -85,7 +86,7 @@ class Experiment:
         self._parent = parent if isinstance(parent, Experiment) else None
         self.parent = parent.id if isinstance(parent, Experiment) else parent
         """Id of the parent experiment, if there is one; set when it begins."""
-        self.resume = resume
+        self.resume = _id_to_resume(resume)
         self.iteration: int | None = None
         """Step of values that are logged without one; None for the training step, else a counter per name."""
         self.id: str = ""
@@ -299,3 +300,15 @@ def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
         return None
 
     return tuple(name.strip() for name in backend.split(",")) if isinstance(backend, str) else tuple(backend)
+
+
+def _id_to_resume(wanted: Any) -> str | None:
+    """Return the id of the run or experiment to continue; `resume=True` of another tracker names none.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if wanted and not isinstance(wanted, str):
+        raise TypeError(f"resume is the id of a run or of an experiment, not {type(wanted).__name__} {wanted!r:.100}")
+
+    return wanted or None
