@@ -9,6 +9,7 @@ from threading import get_native_id
 import pytest
 
 from traceml.own_files import (
+    OwnDescriptor,
     check_own_folder,
     create_own,
     is_file_inside,
@@ -145,3 +146,20 @@ def test_a_file_is_replaced_as_a_whole_and_never_through_a_planted_link(tmp_path
         replace_file(tmp_path, b"new")
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "victim"]
+
+
+def test_a_number_that_is_another_file_now_is_left_alone(tmp_path: Path) -> None:
+    """The script has closed ours, and opened one of its own."""
+    own = OwnDescriptor(os.open(tmp_path / "ours", os.O_CREAT | os.O_RDWR))
+    os.close(own.number)
+    theirs = os.open(tmp_path / "theirs", os.O_CREAT | os.O_RDWR)
+    os.dup2(theirs, own.number)
+
+    with pytest.raises(OSError, match="the script has closed this descriptor"):
+        own.check()
+
+    own.close()
+    assert os.fstat(own.number).st_ino == os.fstat(theirs).st_ino
+    os.close(theirs)
+    if theirs != own.number:
+        os.close(own.number)

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import get_native_id
 
 __all__ = [
+    "OwnDescriptor",
     "cache_home",
     "check_own_folder",
     "create_own",
@@ -29,6 +30,44 @@ __all__ = [
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077
 _MAX_BYTES = 256 << 20  # the report of a job of 65,536 ranks has less
+
+
+class OwnDescriptor:
+    """An open descriptor of ours in a process whose script may close it, as by `os.closerange`.
+
+    Its number may be that of a file of the script then, which is neither written to nor closed.
+
+    Args:
+        number: the descriptor.
+
+    Attributes:
+        file: device and inode of its file.
+    """
+
+    __slots__ = ("file", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number, self.file = number, _file_of(number)
+
+    def check(self) -> None:
+        """Check that it is still ours.
+
+        Raises:
+            OSError: the script has closed it.
+        """
+        if _file_of(self.number) != self.file:
+            raise OSError(errno.EBADF, "the script has closed this descriptor")
+
+    def close(self) -> None:
+        """Close it if it is still ours."""
+        with suppress(OSError):
+            self.check()
+            os.close(self.number)
+
+
+def _file_of(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def cache_home() -> Path:

@@ -367,3 +367,37 @@ def test_a_failed_start_leaves_nothing(
         pass
 
     assert "this torch is unknown" in caplog.text
+
+
+CLOSES_ALL = """
+import os, socket, time, traceml
+traceml.init(flush_interval=0.02)
+def train(steps):
+    for step in range(steps):
+        with traceml.trace_step():
+            time.sleep(0.001)
+        traceml.log_metric("loss", step)
+train(20)
+os.closerange(3, 256)
+pairs = [socket.socketpair() for _ in range(6)]
+files = [open(f"file-{number}", "w+") for number in range(12)]
+train(300)
+for number, file in enumerate(files):
+    file.write(str(number))
+traceml.shutdown()
+for number, file in enumerate(files):
+    file.seek(0)
+    assert file.read() == str(number)
+for pair in pairs:
+    for one, other in (pair, reversed(pair)):
+        one.sendall(b"own")
+        assert other.recv(100) == b"own"
+"""
+
+
+def test_a_script_that_closes_all_descriptors_keeps_those_that_it_opens_then(serving: Serving, run_script: Run) -> None:
+    """They may have the numbers of the recorder's: it writes to none, closes none, and connects again."""
+    done = run_script(CLOSES_ALL)
+
+    assert done.returncode == 0, done.stderr
+    assert stored_steps(serving) == list(range(320))

@@ -12,12 +12,14 @@ import re
 
 from traceml.inspection.stack_text import FRAME
 from traceml.inspection.user_files import is_package_file, is_user_file
+from traceml.own_files import OwnDescriptor
 
 __all__ = ["crash_facts", "disable_crash_stacks", "enable_crash_stacks"]
 
 _MAX_FRAMES, _MAX_CHARS = 20, 4000
 _CURRENT = "Current thread "
 _descriptor = -1  # it keeps its number for good, as faulthandler does
+_own: OwnDescriptor | None = None  # while it is in use
 _busy = False
 
 
@@ -28,7 +30,7 @@ def enable_crash_stacks(file: int) -> None:
         file: an open descriptor. A duplicate of it is used until `disable_crash_stacks`, which closes that: a POSIX
             lock on the file is lost then.
     """
-    global _descriptor, _busy
+    global _descriptor, _own, _busy
     if _busy or (_descriptor < 0 and faulthandler.is_enabled()):
         return
 
@@ -40,19 +42,26 @@ def enable_crash_stacks(file: int) -> None:
         os.dup2(file, _descriptor, inheritable=False)
         os.lseek(_descriptor, 0, os.SEEK_END)
 
-    _busy = True
+    _own, _busy = OwnDescriptor(_descriptor), True
 
 
 def disable_crash_stacks() -> None:
     """Write nothing more to the file, which ends; also in a forked child, whose crash is its own."""
-    global _busy
-    if not _busy:
+    global _descriptor, _busy
+    if not _busy or _own is None:
+        return
+
+    _busy = False
+    try:
+        _own.check()
+    except OSError:
+        faulthandler.disable()
+        _descriptor = -1
         return
 
     nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(nowhere, _descriptor, inheritable=False)
     os.close(nowhere)
-    _busy = False
 
 
 def crash_facts(text: str) -> dict[str, str | int]:

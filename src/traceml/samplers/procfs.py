@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from traceml.own_files import OwnDescriptor
+
 __all__ = ["ProcFile", "read_text"]
 
 
@@ -17,21 +19,21 @@ class ProcFile:
         OSError: it does not exist or may not be read.
     """
 
-    __slots__ = ("_fd", "_size", "path")
+    __slots__ = ("_own", "_size", "path")
 
     def __init__(self, path: str, size: int = 16384) -> None:
         self.path, self._size = path, size
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._own: OwnDescriptor | None = OwnDescriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def read(self) -> bytes:
         """Return the current content, at most `size` bytes."""
-        return os.pread(self._fd, self._size, 0)
+        return os.pread(-1 if self._own is None else self._own.number, self._size, 0)
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._own is not None:
+            self._own.close()
+            self._own = None
 
 
 def read_text(path: str) -> str | None:

@@ -18,6 +18,7 @@ from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
 from traceml.fork_gate import fork_gate
+from traceml.own_files import OwnDescriptor
 from traceml.transport.client_handshake import (
     RECEIVE_BYTES,
     ClientHandshake,
@@ -115,6 +116,7 @@ class Connection:
         """Per table the number of the next row that the aggregator wants; earlier rows are durable."""
         self.bytes_sent = 0
         self._sock = sock
+        self._own = OwnDescriptor(sock.fileno())
         self._decoder = decoder
         self._tls = tls
         self._peer = peer
@@ -284,7 +286,7 @@ class Connection:
                 self._send_bye(reason)
                 self.flush(0.2)
 
-        self._sock.close()
+        self._close_socket()
 
     def finish(self, reason: str, *, timeout_s: float) -> bool:
         """Send `bye` and wait until the aggregator has committed everything; return whether it has."""
@@ -297,9 +299,19 @@ class Connection:
         except ConnectionError:
             pass  # closed before its bye: the last acks are in `acked`
         finally:
-            self._sock.close()
+            self._close_socket()
 
         return False
+
+    def _check(self) -> None:
+        try:
+            self._own.check()
+        except OSError as error:
+            raise ConnectionAbortedError("the script has closed the connection's descriptor") from error
+
+    def _close_socket(self) -> None:
+        if self._sock.detach() >= 0:
+            self._own.close()
 
     def _send_bye(self, reason: str) -> None:
         _log.debug("bye to the aggregator at %s:%d: %s", *self._peer, reason)
@@ -331,6 +343,7 @@ class Connection:
             return len(frame)
 
         try:
+            self._check()
             sent = self._sock.send(frame)
         except BlockingIOError:
             sent = 0
@@ -346,6 +359,7 @@ class Connection:
             return
 
         try:
+            self._check()
             sent = self._sock.send(self._unsent)
         except BlockingIOError:
             return
@@ -357,6 +371,7 @@ class Connection:
     def _fill(self) -> bool:
         """Read the available bytes; return whether a message was complete."""
         try:
+            self._check()
             data = self._sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return False

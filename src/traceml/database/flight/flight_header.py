@@ -23,7 +23,7 @@ import msgpack
 from traceml.clock import monotonic_ns
 from traceml.database.flight.row_rings import pack_map
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, OPEN_SLOTS, Phase, Slot
-from traceml.own_files import create_own
+from traceml.own_files import OwnDescriptor, create_own
 
 __all__ = [
     "COUNTERS_AT", "DATA_AT", "DEAD_SINCE_AT", "IDENTITY_AT", "LAYOUT_AT", "MAGIC", "OPEN_SLOTS_AT", "PROLOGUE",
@@ -86,7 +86,9 @@ class MappedFile:
             os.close(self._descriptor)
             raise
 
-        _own_mappings[self._key()] = self.memory
+        self._own = OwnDescriptor(self._descriptor)
+        self._key = os.getpid(), *self._own.file
+        _own_mappings[self._key] = self.memory
 
     @property
     def descriptor(self) -> int:
@@ -101,13 +103,9 @@ class MappedFile:
         if unlink:
             self.path.unlink(missing_ok=True)
 
-        _own_mappings.pop(self._key(), None)
-        os.close(self._descriptor)  # drops the lock
+        _own_mappings.pop(self._key, None)
+        self._own.close()  # drops the lock
         self._descriptor = -1
-
-    def _key(self) -> tuple[int, int, int]:
-        status = os.fstat(self._descriptor)
-        return os.getpid(), status.st_dev, status.st_ino
 
 
 class FlightHeader:

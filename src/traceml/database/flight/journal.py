@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from traceml.database.flight.row_rings import RowSlice
-from traceml.own_files import create_own, make_own_folder, opened_own
+from traceml.own_files import OwnDescriptor, create_own, make_own_folder, open_own, opened_own
 
 __all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]
 
@@ -58,7 +58,7 @@ class Journal:
         """Number after the last row in the file."""
         self.keep = keep
         self._on_create = on_create
-        self._descriptor = -1
+        self._own: OwnDescriptor | None = None
         self._pid = os.getpid()
         self._size = 0
         self._firsts: list[int] = []
@@ -78,15 +78,14 @@ class Journal:
         Raises:
             OSError: the disk is full or not writable; nothing was appended.
         """
-        if self._descriptor < 0:
-            self._open()
-
+        own = self._own or self._open()
+        own.check()
         record = _RECORD.pack(_MAGIC, first, n, len(data), _checksum(_MAGIC, first, n, data)) + data
         try:
-            _write_all(self._descriptor, record, self._size)
+            _write_all(own.number, record, self._size)
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._size)
+                os.ftruncate(own.number, self._size)
 
             raise
 
@@ -101,33 +100,44 @@ class Journal:
         while place < len(self._records):
             first, (n, offset, size) = self._firsts[place], self._records[place]
             if first + n > row:
-                return first, n, os.pread(self._descriptor, size, offset)
+                return first, n, self._read(size, offset)
 
             place += 1
 
         return None
 
-    def _open(self) -> None:
+    def _read(self, size: int, offset: int) -> bytes:
+        """Read a part of the file, or of a new descriptor of it where the script has closed ours."""
+        try:
+            assert self._own is not None
+            self._own.check()
+        except OSError:
+            self._own = OwnDescriptor(open_own(self.path, os.O_RDWR))  # its lock is lost
+
+        return os.pread(self._own.number, size, offset)
+
+    def _open(self) -> OwnDescriptor:
         refused: OSError | None = None
         for path in self._places:
             try:
                 make_own_folder(path.parent)
-                self._descriptor = create_own(path)
+                self._own = OwnDescriptor(create_own(path))
             except OSError as error:
                 refused = refused or error
                 continue
 
             self.path = path
             self._on_create(path.parent)
-            return
+            return self._own
 
         raise refused or OSError(errno.ENOENT, "it has no folder", str(self.path))
 
     def trim(self, acked: int) -> None:
         """Empty the file when all its rows are stored."""
-        if self._records and acked >= self.end and not self.keep:
+        if self._own is not None and self._records and acked >= self.end and not self.keep:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, 0)
+                self._own.check()
+                os.ftruncate(self._own.number, 0)
                 self._firsts.clear()
                 self._records.clear()
                 self._size = 0
@@ -138,11 +148,11 @@ class Journal:
         Args:
             unlink: remove it, as all its rows are stored.
         """
-        if self._descriptor < 0:
+        if self._own is None:
             return
 
-        os.close(self._descriptor)
-        self._descriptor = -1
+        self._own.close()
+        self._own = None
         if unlink and self._pid == os.getpid():
             self.path.unlink(missing_ok=True)
 
