@@ -132,15 +132,16 @@ def keep_statistics():
     while True:
         for i in range(1000): number = (number * 31 + i) % 1000003
 
-threading.Thread(target=keep_statistics, daemon=True).start()
-model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(9)))
+model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
 opt = torch.optim.Adam(model.parameters())
-for _ in range(300):
+for step in range(220):
     model(torch.randn(8, 64)).sum().backward()
     opt.step(); opt.zero_grad()
+    if step == 9: threading.Thread(target=keep_statistics, daemon=True).start()  # not while modules are imported
 """
 
 
+@pytest.mark.alone  # ranks that wait for a core do not wait for the lock
 def test_a_thread_that_holds_the_interpreters_lock_is_named(traceml: Traceml, tmp_path: Path) -> None:
     """Each operation of torch releases the lock, and gets it back 5 ms later."""
     script = tmp_path / "thread.py"
@@ -149,9 +150,6 @@ def test_a_thread_that_holds_the_interpreters_lock_is_named(traceml: Traceml, tm
     ended = traceml("run", script)
 
     assert ended.status == 0, ended.stderr
-    if ended.report["verdict"]["kind"] == "CPU_CONTENTION":
-        pytest.skip("the training waited for cores, which other programs used")
-
     found = [each for each in ended.report["findings"] if each["kind"] == "GIL_CONTENTION"]
     assert len(found) == 1, ended.report["findings"]
     assert found[0]["evidence"]["function"] == "keep_statistics"
