@@ -85,7 +85,7 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *device_faults(facts),
         *_training(facts),
     ]
-    around = [*outside_steps(window, facts), *stopped_ranks(window, facts)]
+    around = [*outside_steps(window, facts), *stopped_ranks(window, facts), *same_order(facts)]
     for rule in (memory_leaks, memory_pressure, memory_imbalance, allocator_churn):
         around += rule(facts)
 
@@ -151,7 +151,7 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
 
 def _training(facts: JobFacts) -> list[Finding]:
     """Find what is wrong with the training itself: its numbers, its data, its gradients."""
-    found = same_order(facts)
+    found: list[Finding] = []
     if facts.losses is not None:
         found += loss_not_finite(facts.losses, facts.latest, facts.world_size, facts.skipped)
 

@@ -8,6 +8,7 @@ import pytest
 from traceml.database.schema import FINGERPRINTS, STEPS, pack_bits
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.kinds import Severity
 from traceml.diagnosis.rules.correctness import duplicate_data, never_synchronized, same_order
 
 STEPS_SEEN = [0, 1, 2, 50, 51, 52]
@@ -149,3 +150,4 @@ def test_an_order_that_repeats_is_told_of_the_trainings_loader(trained: int, tol
 
     found = same_order(builder.build())
     assert [each.headline for each in found] == ["Each epoch has the same order: set_epoch is not called"] * told
+    assert [each.severity for each in found] == [Severity.INFO] * told  # never in the place of a limit

@@ -114,7 +114,7 @@ def same_order(facts: JobFacts) -> list[Finding]:
     return [
         Finding.of(
             Kind.DUPLICATE_DATA,
-            severity=Severity.WARNING,
+            severity=Severity.INFO,
             summary=(
                 "The DistributedSampler of the training's loader draws the same order in each epoch, as its "
                 "set_epoch() is not called: each rank has the same samples in the same batches again."
