@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from traceml import settings
@@ -132,7 +133,8 @@ def _refuse_late(running: settings.Config, wanted: settings.Config) -> None:
     """Refuse settings of the recorder itself that differ from those in force."""
     for name in settings.declarations().keys() - PER_EXPERIMENT:
         value = getattr(wanted, name)
-        if value != getattr(running, name):
+        here = value.absolute() if isinstance(value, Path) else value  # as the recorder keeps the runs folder
+        if getattr(running, name) not in (value, here):
             problem = f"{value!r} comes too late: this process is recorded with {getattr(running, name)!r}"
             allowed = "the same value, or a call of traceml.shutdown() before"
             raise SettingsError(name, problem, source=_SOURCE, allowed=allowed)
