@@ -29,12 +29,14 @@ class Part:
         packages: the Debian packages that provide it; none where no package helps.
         is_there: whether this machine has it.
         remedy: what to do where no package helps.
+        is_optional: whether tests run without it, though slower.
     """
 
     name: str
     packages: tuple[str, ...]
     is_there: Callable[[], bool]
     remedy: str = ""
+    is_optional: bool = False
 
 
 def _programs(*names: str) -> Callable[[], bool]:
@@ -72,7 +74,7 @@ PARTS = (
     Part("shells", ("fish", "zsh"), _programs("fish", "zsh")),
     Part("tmux", ("tmux",), _programs("tmux")),
     Part("chromium", ("chromium",), lambda: chromium() is not None),
-    Part("headless", (_HEADLESS,), _programs(_HEADLESS)),  # no test needs it; those of Chromium are faster with it
+    Part("headless", (_HEADLESS,), _programs(_HEADLESS), is_optional=True),
     Part("root", (), lambda: os.getuid() == 0 and _can_mount(), "run the tests as root"),  # namespaces, mounts, chown
 )
 
@@ -103,8 +105,11 @@ def _install(parts: Sequence[Part]) -> None:
 
     print(f"installing system packages for the tests (once): {command}", flush=True)
     subprocess.run([*prefix, "apt-get", "update", "-qq"], check=False)
-    packages = [package for part in parts for package in part.packages]
-    subprocess.run([*prefix, "apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], check=False)
+    apt = [*prefix, "apt-get", "install", "-y", "-qq", "--no-install-recommends"]
+    for is_optional in (False, True):  # apart: apt-get installs nothing where it does not know one of the packages
+        packages = [package for part in parts if part.is_optional is is_optional for package in part.packages]
+        if packages:
+            subprocess.run([*apt, *packages], check=False)
 
 
 if __name__ == "__main__":
