@@ -574,7 +574,7 @@ def test_threads_that_compute_are_seen_in_training(flight: FlightFile, began: in
     flight.open_slots[Slot.STEP_START] = began
     with Training(releases_the_lock) as training, Training(holds_the_lock):
         sampler = LineSampler(flight, training.ident)
-        for _ in range(1000):
+        for _ in range(20_000):  # the threads may wait for a core of a busy host
             sampler.sample(time.sleep)
             if sampler._others.are_busy(training.ident()):
                 break
