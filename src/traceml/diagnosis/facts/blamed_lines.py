@@ -37,7 +37,6 @@ __all__ = [
     "import_share",
     "is_waiting",
     "iterator_share",
-    "joins_ranks",
     "leading_lines",
     "line_beside_imports",
     "loss_share",
@@ -292,12 +291,7 @@ def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> fl
     return _samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
 
 
-def calls_collectives(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
-    """Return whether a function of the user is mostly in torch.distributed's own functions in the time of `comm`."""
-    return joins_ranks(lines, "comm", line)
-
-
-def joins_ranks(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
     place = line.file, line.function, line.line if line.function == _MODULE else None
     seen = [each for each in _of_part(lines, part) if _place_of(each) == place]

@@ -58,8 +58,9 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     if explicit > cost / 2 and (without_steps := _without_steps(facts)):
         return [_waiting_for_others(without_steps, cost, step, evidence)]
 
-    line = _calling_line(window, facts) if explicit > cost / 2 else None
-    evidence |= line.evidence(float(window.times["comm"].mean() / window.total.mean())) if line else {}
+    share = float(window.times["comm"].mean() / window.total.mean())
+    line = _calling_line(share, facts) if explicit > cost / 2 else None
+    evidence |= line.evidence(share) if line else {}
     where = "in collectives" if explicit > cost / 2 else "while backward waits for gradients"
     where += line.of_it if line else ""
     gain = step / max(step - cost, 1.0)
@@ -71,13 +72,17 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     return [_finding(cost, step, summary, action, evidence, gain)]
 
 
-def _calling_line(window: AlignedSteps, facts: JobFacts) -> BlamedLine | None:
-    """Return the line that calls most of the collectives itself; None where a sharded model does it, or in no line."""
+def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
+    """Return the line that calls most of the collectives itself; None where a sharded model does it, or in no line.
+
+    Args:
+        share: the share of `comm` in the time of the steps.
+    """
     if facts.batches is not None and facts.batches.sharding is not None:
         return None
 
-    line = own_line(facts.lines, "comm", float(window.times["comm"].mean() / window.total.mean()))
-    return line if line is not None and calls_collectives(facts.lines, line) else None
+    line = own_line(facts.lines, "comm", share)
+    return line if line is not None and calls_collectives(facts.lines, "comm", line) else None
 
 
 def _is_little(cost: float, step: float, facts: JobFacts, floor_ns: float) -> bool:

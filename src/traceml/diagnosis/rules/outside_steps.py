@@ -12,9 +12,9 @@ from traceml.diagnosis.facts.blamed_lines import (
     NAMED_SHARE,
     BlamedLine,
     SampledShare,
+    calls_collectives,
     child_wait_share,
     import_share,
-    joins_ranks,
     outside_line,
     torch_share,
 )
@@ -96,7 +96,7 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if lacks_cores and not own_code:
         advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
-        waits = line is not None and joins_ranks(facts.lines, "startup", line)
+        waits = line is not None and calls_collectives(facts.lines, "startup", line)
         advice = _FOR_IMPORTS if mostly_imports else _FOR_RANKS if waits else _for_startup(line)
 
     return _startup_finding(

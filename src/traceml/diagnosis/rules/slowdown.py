@@ -286,12 +286,12 @@ def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[i
     Args:
         ranks: those whose own work became longer; empty for all.
     """
-    third = (change.last - change.first) // 3
     starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())
     is_limited = all(map(facts.has_memory_limit, hosts or {None}))
     if change.shape == "growth":
-        usual, slow = (bins.start, starts[change.first or third]), (starts[-1 - third], bins.end)
+        end, begin = _ends_of_growth(change)
+        usual, slow = (bins.start, starts[end]), (starts[begin], bins.end)
     else:
         usual = (bins.start, starts[change.first]) if change.first else (starts[change.last], bins.end)
         slow = _steps_of(bins, change)
@@ -413,11 +413,18 @@ def _ranks(bins: StepHistory, change: LevelChange) -> tuple[int, ...]:
     return tuple(bins.ranks[late].tolist()) if longer[~late].max() < SOME_RANKS_SHARE * longer.max() else ()
 
 
+def _ends_of_growth(change: LevelChange) -> tuple[int, int]:
+    """Return the bin at which the usual steps end, and that at which the slow ones begin: the last third."""
+    third = (change.last - change.first) // 3
+    return change.first or third, change.last - third
+
+
 def _usual_and_slow(bins: StepHistory, change: LevelChange) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the bins outside and inside the slow part; of growth the first third, or those before, and the last."""
-    at, third = np.arange(len(bins.steps)), (change.last - change.first) // 3
+    at = np.arange(len(bins.steps))
     if change.shape == "growth":
-        return at < (change.first or third), at >= len(at) - third
+        end, begin = _ends_of_growth(change)
+        return at < end, at >= begin
 
     slow = (at >= change.first) & (at < change.last)
     return ~slow, slow
@@ -520,6 +527,17 @@ def _may_read_ahead(part: str | None, facts: JobFacts) -> bool:
     return part == "input_wait" and facts.loader is not None and not facts.loader_workers
 
 
+def _for_growing_messages(facts: JobFacts) -> str:
+    """Return the advice about communication that takes longer from step to step."""
+    caller = outside_line(facts.lines, _COMM)
+    is_known = caller is not None and calls_collectives(facts.lines, _COMM, caller)
+    return (
+        f"Look at how much {caller.place if caller and is_known else 'the script'} sends: an object that grows "
+        "(all_gather_object of a list), or larger tensors. Otherwise at the links between the ranks, and at what "
+        "else uses them."
+    )
+
+
 def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: JobFacts) -> str:
     line, part = where.line, where.parts[0] if len(where.parts) == 1 else None
     denormals = flush_denormals(facts)
@@ -550,13 +568,7 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
         return f"Look at what {line.place} does only then.{meanwhile}"
 
     if _COMM in where.parts and change.shape == "growth":
-        caller = outside_line(facts.lines, _COMM)
-        is_known = caller is not None and calls_collectives(facts.lines, caller)
-        return (
-            f"Look at how much {caller.place if caller and is_known else 'the script'} sends: an object that grows "
-            "(all_gather_object of a list), or larger tensors. Otherwise at the links between the ranks, and at what "
-            "else uses them."
-        )
+        return _for_growing_messages(facts)
 
     of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
     of_host = f"other programs on the host{of_ranks}, clocks lowered by heat or power, and swapping at that time."

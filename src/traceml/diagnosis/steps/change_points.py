@@ -91,12 +91,17 @@ def _late_growth(values: Floats) -> LevelChange | None:
     if float(np.abs(values - fits[first]).sum()) >= _SIMPLER * min(others) or not _rises_on(usual, slow):
         return None
 
-    at = np.triu_indices(len(slow), 1)
-    if float(np.sign(slow[at[1]] - slow[at[0]]).mean()) < MIN_TAU:
+    if _tau(slow) < MIN_TAU:
         return None
 
     end = max(float(fits[first][-1]), float(np.median(slow[-_MIN_SEGMENT:])))
     return LevelChange("growth", first, count, float(np.median(usual)), end)
+
+
+def _tau(values: Floats) -> float:
+    """Return Kendall's tau between the values and their order in time."""
+    first, second = np.triu_indices(len(values), 1)
+    return float(np.sign(values[second] - values[first]).mean())
 
 
 def _hinge(values: Floats, first: int) -> Floats:
@@ -122,11 +127,9 @@ def _steady_growth(values: Floats) -> LevelChange | None:
     """
     at = np.arange(len(values), dtype=float)
     first, second = np.triu_indices(len(values), 1)
-    differences = values[second] - values[first]
-    slope = float(np.median(differences / (at[second] - at[first])))
+    slope = float(np.median((values[second] - values[first]) / (at[second] - at[first])))
     level = float(np.median(values - slope * at))
-    tau = float(np.sign(differences).mean())
-    if slope <= 0 or tau < MIN_TAU:
+    if slope <= 0 or _tau(values) < MIN_TAU:
         return None
 
     _, (_, jump) = _best(values, [(0, end) for end in range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1)])
