@@ -88,6 +88,9 @@ def _is_repeat(package: str, what: str) -> bool:
 
 def print_notice(line: str) -> None:
     """Print a line on standard error; a full disk, a closed terminal or a reader that has left costs only the line."""
+    if sys.stderr is None:
+        return
+
     with suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

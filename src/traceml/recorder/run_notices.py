@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceml.fail_open import fail_open
+from traceml.fail_open import fail_open, print_notice
 from traceml.formatting import printable
 from traceml.inspection.script_time import is_interactive
 from traceml.own_programs import own_program
@@ -53,7 +53,7 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         on_shutdown(_show_to_user)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
             does = "tracing" if recorder.tracing else "recording"
-            _write(run_line(does, run_dir))
+            print_notice(run_line(does, run_dir))
 
 
 def dismiss(run_dir: Path) -> None:
@@ -80,7 +80,7 @@ def show_verdict(run_dir: Path) -> None:
         _log.warning("the verdict cannot be shown: %s. See `traceml report %s`.", str(message).strip(), run_dir)
         return
 
-    _write(done.stdout)
+    print_notice(done.stdout.removesuffix("\n"))
 
 
 def await_report(run_dir: Path) -> None:
@@ -140,13 +140,7 @@ def _is_same(folder: Path, other: Path) -> bool:
 
 
 def _print(line: str) -> None:
-    _write(printable(line) + "\n")
-
-
-def _write(text: str) -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+    print_notice(printable(line))
 
 
 def _environ() -> dict[str, str]:

@@ -18,11 +18,11 @@ def print_start(run_dir: Path, *, live: bool = True) -> None:
         run_dir: the run's folder.
         live: whether to say how to watch the run; not where its page was just named.
     """
-    print_notice(run_line("tracing", run_dir, live=live).rstrip("\n"))
+    print_notice(run_line("tracing", run_dir, live=live))
 
 
 def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
-    """Return the line, with its end.
+    """Return the line.
 
     Args:
         does: `tracing` or `recording`.
@@ -30,7 +30,7 @@ def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
         live: whether to say how to watch the run.
     """
     watch = f"; live: {_live_view(run_dir)}" if live else ""
-    return printable(f"traceml: {does} this run; results in {short_path(run_dir)}{watch}") + "\n"
+    return printable(f"traceml: {does} this run; results in {short_path(run_dir)}{watch}")
 
 
 def short_path(run_dir: Path) -> str:
