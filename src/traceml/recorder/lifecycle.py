@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
 
-__all__ = ["is_helper_process", "note_exit", "note_return", "on_end", "on_shutdown", "shutdown", "start"]
+__all__ = [
+    "in_fixed_folder",
+    "is_helper_process",
+    "note_exit",
+    "note_return",
+    "on_end",
+    "on_shutdown",
+    "shutdown",
+    "start",
+]
 
 _log = logging.getLogger("traceml")
 _lock = threading.Lock()
@@ -69,7 +78,7 @@ def start(
 
             return running
 
-        config = _in_fixed_folder(config)
+        config = in_fixed_folder(config)
         _set_log_level(config)
         parent = state.parent.identity if state.parent is not None and not tracing else None
         spawned = spawned_from() if not tracing and parent is None else None
@@ -91,7 +100,7 @@ def start(
     return recorder
 
 
-def _in_fixed_folder(config: Config) -> Config:
+def in_fixed_folder(config: Config) -> Config:
     """Return settings with an absolute `runs_dir`: the script may change its folder before the recorder connects."""
     try:
         return config.replaced(runs_dir=config.runs_dir.absolute())

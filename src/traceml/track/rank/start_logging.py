@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from traceml import settings
 from traceml.errors import SettingsError, UsageError
 from traceml.recorder.current_recorder import current_recorder
+from traceml.recorder.lifecycle import in_fixed_folder
 from traceml.track.rank.announcement import PER_EXPERIMENT
 from traceml.track.rank.experiment import Experiment, names_of, open_experiments
 
@@ -94,7 +94,7 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     given = _changed_since(running) | given
     base = (running or settings.load()).over(**given)  # checks names and values
     if running is not None:
-        _refuse_late(running, base)
+        _refuse_late(running, in_fixed_folder(base))
 
     if switches:
         kept = [name for name in base.frameworks if switches.get(name, True)]
@@ -133,8 +133,7 @@ def _refuse_late(running: settings.Config, wanted: settings.Config) -> None:
     """Refuse settings of the recorder itself that differ from those in force."""
     for name in settings.declarations().keys() - PER_EXPERIMENT:
         value = getattr(wanted, name)
-        here = value.absolute() if isinstance(value, Path) else value  # as the recorder keeps the runs folder
-        if getattr(running, name) not in (value, here):
+        if value != getattr(running, name):
             problem = f"{value!r} comes too late: this process is recorded with {getattr(running, name)!r}"
             allowed = "the same value, or a call of traceml.shutdown() before"
             raise SettingsError(name, problem, source=_SOURCE, allowed=allowed)
