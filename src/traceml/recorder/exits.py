@@ -69,6 +69,10 @@ class OnExec(Protocol):
 _Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty where it is not known
 
 
+def _ignore_exec(*, failed: bool) -> None:
+    """Ignore that the process becomes another program."""
+
+
 class ExitWatch:
     """Reports the end of this process.
 
@@ -80,7 +84,7 @@ class ExitWatch:
         interrupted: whether an uncaught KeyboardInterrupt ends the program.
     """
 
-    def __init__(self, report: Report, on_exec: OnExec = lambda *, failed: None) -> None:  # noqa: ARG005
+    def __init__(self, report: Report, on_exec: OnExec = _ignore_exec) -> None:
         self.interrupted = False
         self._report, self._on_exec = report, on_exec
         self._exec: dict[str, tuple[Any, Any]] = {}
@@ -248,10 +252,6 @@ def end_by_interrupt() -> None:
 
 def _ignore(_error: BaseException | None, _status: int) -> None:
     """Ignore a report after `uninstall`."""
-
-
-def _ignore_exec(*, failed: bool) -> None:
-    """Ignore another program after `uninstall`."""
 
 
 def _is_program(path: Any) -> bool:

@@ -329,14 +329,8 @@ class LaunchJob:
 
         ended_by = None
         if isinstance(error, EndedBySignal):
-            status, ended_by = (
-                128 + error.number,
-                {
-                    "signal": error.number,
-                    "time": error.at_s,
-                    "from_terminal": error.from_terminal,
-                },
-            )
+            status = 128 + error.number
+            ended_by = {"signal": error.number, "time": error.at_s, "from_terminal": error.from_terminal}
 
         self._tracing.finish(status, ended_by)
 
