@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -54,6 +55,14 @@ def test_version(capsys):
     """--version prints the package's version."""
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"traceml {traceml.__version__}\n"
+
+
+def test_a_limit_of_processes_is_named(command, capsys):
+    """Where no further process may be started, the message names the limits that do that."""
+    command(raising(BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))))
+
+    assert cli.main(["probe"]) == cli.EXIT_ERROR
+    assert "pids.max" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Exit status: 0 success, 1 a failed gate (`--fail-on`, `--fail-over`), 2 a usage 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(_title(args), error)
     except OSError as error:
         _print_error(f"{_title(args)}: {error}")
+        if error.errno == errno.EAGAIN:  # of fork: the system's text names no limit
+            _print_error("hint: raise the limit of processes and threads (`ulimit -u`, or the container's pids.max)")
+
         return EXIT_ERROR
 
 
