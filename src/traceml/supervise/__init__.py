@@ -2,5 +2,6 @@
 
 Process: the command, which is `traceml run`, or the launcher of a traced launch; a file with a line `Process:` runs in
 another one. May import `display`, `renderers` and `transport`.
-`X_process.py` is the handle in the parent; the process itself is X's `__main__.py`, or `display/report_main.py`.
+`X_process.py` is the handle in the parent, and names the module of the process itself. `restarting_process.py` has the
+base of most handles.
 """
