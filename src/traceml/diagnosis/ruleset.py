@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
-from traceml.diagnosis.facts.blamed_lines import import_share, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
+from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_steps, unknown_backward
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
@@ -35,7 +34,7 @@ from traceml.diagnosis.rules.data_imbalance import data_imbalance
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
-from traceml.diagnosis.rules.no_bottleneck import nothing_found, shares_text
+from traceml.diagnosis.rules.no_bottleneck import nothing_found
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
@@ -51,15 +50,10 @@ from traceml.diagnosis.steps.segments import COMPUTE, Segments, segments_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed
 from traceml.diagnosis.steps.step_history import StepHistory
-from traceml.formatting import count_text, ns_text, percent_text
+from traceml.formatting import count_text
 
-__all__ = ["MIN_STEPS", "diagnose"]
+__all__ = ["diagnose"]
 
-MIN_STEPS = 20
-"""Fewer steps than this, after the first ones, are too few for a diagnosis."""
-_SHOWN_STEPS = 3  # of so many it is told what took their time
-_UNKNOWN_SHARE = 0.30
-_NAMED_IMPORTS = 0.1  # of a run without steps, imports are told from this share of its time on
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 
@@ -74,9 +68,27 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
 
 def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+    main, remarks = _apart(_beside_timing(window, facts))
+    in_steps = 1.0 if facts.time is None else facts.time.in_steps
+    judged = window if len(window) < MIN_STEPS else without_joined_steps(without_stopped_steps(window, facts), facts)
+    if len(judged) < MIN_STEPS:
+        return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
+
+    segments = segments_of(judged, facts)
+    timing, of_timing = _apart(_with_lock(_timing(judged, segments, facts), segments, facts))
+    main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
+    if contention := cpu_contention(facts):
+        return _with_contention(contention, main, timing, remarks, judged, facts)
+
+    nothing = [] if main else [unknown_backward(judged, segments) or nothing_found(segments, facts)]
+    return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
+
+
+def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+    """Return what is found without comparing the times of steps: ends and errors first."""
     ended = hang(window, facts) or rank_lost(facts)
     explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
-    lost = [
+    found = [
         *ended,
         *worker_lost(facts, explained),
         *steps_skipped(facts.skipped, facts.losses),
@@ -84,54 +96,50 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *throttled(facts),
         *device_faults(facts),
         *_training(facts),
+        *outside_steps(window, facts),
+        *stopped_ranks(window, facts),
+        *same_order(facts),
     ]
-    around = [*outside_steps(window, facts), *stopped_ranks(window, facts), *same_order(facts)]
     for rule in (memory_leaks, memory_pressure, memory_imbalance, allocator_churn):
-        around += rule(facts)
+        found += rule(facts)
 
-    main = [*lost, *(finding for finding in around if finding.severity is not Severity.INFO)]
-    remarks = [finding for finding in around if finding.severity is Severity.INFO]
+    return found
+
+
+def _apart(found: list[Finding]) -> tuple[list[Finding], list[Finding]]:
+    """Return the findings that may be the verdict, and the remarks."""
+    main = [each for each in found if each.severity is not Severity.INFO]
+    return main, [each for each in found if each.severity is Severity.INFO]
+
+
+def _with_contention(
+    contention: list[Finding],
+    main: list[Finding],
+    timing: list[Finding],
+    remarks: list[Finding],
+    window: AlignedSteps,
+    facts: JobFacts,
+) -> list[Finding]:
+    """Return all findings of a run that waited for cores: one about a host that became busier is the same cause."""
+    several = len(trainings_of(window, facts.other_models, facts.same_models)) > 1
+    of_host = [] if several else [replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)]
+    remarks = [*of_host, *remarks]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
-    if len(window) < MIN_STEPS:
-        return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
+    ordered = in_order([each for each in main if not is_of_the_host(each)], in_steps)
+    timing = [each for each in timing if not is_of_the_host(each)]
+    if timing and is_kept_waiting(facts) and not any(each.kind.rule.is_straggler for each in timing):
+        return [*_contention_first(ordered, contention, timing), *remarks]
 
-    window = without_joined_steps(without_stopped_steps(window, facts), facts)
-    if len(window) < MIN_STEPS:
-        return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
-
-    segments = segments_of(window, facts)
-    timing = _with_lock(_timing(window, segments, facts), segments, facts)
-    remarks += [each for each in timing if each.severity is Severity.INFO]
-    timing = [each for each in timing if each.severity is not Severity.INFO]
-    main += _of_seen_ranks(timing, window, facts)
-    crowded = cpu_contention(facts)
-    if crowded:  # a host that became busier is one cause, not two
-        several = len(trainings_of(window, facts.other_models, facts.same_models)) > 1
-        of_host = [] if several else [replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)]
-        remarks = [*of_host, *remarks]
-        main = [each for each in main if not is_of_the_host(each)]
-
-    timing = [each for each in timing if not (crowded and is_of_the_host(each))]
-    if crowded and timing and is_kept_waiting(facts) and not any(each.kind.rule.is_straggler for each in timing):
-        return [*_contention_first(in_order(main, in_steps), crowded, timing), *remarks]
-
-    if main:
-        # Waiting for cores makes all phases longer: next to another cause it is a remark.
-        as_remarks = [replace(finding, severity=Severity.INFO) for finding in crowded]
-        return [*in_order(main, in_steps), *as_remarks, *remarks]
-
-    if crowded:
-        return [*crowded, *remarks]
-
-    nothing = _unknown_backward(window, segments) or nothing_found(segments, facts)
-    return [*_of_seen_ranks([nothing], window, facts), *remarks]
+    # Waiting for cores makes all phases longer: next to another cause it is a remark.
+    beside = [replace(each, severity=Severity.INFO) for each in contention] if ordered else contention
+    return [*ordered, *beside, *remarks]
 
 
-def _contention_first(ordered: list[Finding], crowded: list[Finding], timing: list[Finding]) -> list[Finding]:
+def _contention_first(ordered: list[Finding], contention: list[Finding], timing: list[Finding]) -> list[Finding]:
     """Return the findings in order, with waiting for cores before those about the time of steps."""
     kinds = {each.kind for each in timing}
     place = next(number for number, each in enumerate(ordered) if each.kind in kinds)
-    return [*ordered[:place], *crowded, *ordered[place:]]
+    return [*ordered[:place], *contention, *ordered[place:]]
 
 
 def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -316,103 +324,3 @@ def _explains(slower: Finding, other: Finding) -> bool:
         same = same and other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER)
 
     return same and slower.cost_share >= _EXPLAINED_SHARE * other.cost_share
-
-
-def _too_few(window: AlignedSteps, facts: JobFacts) -> Finding:
-    seen = len(window)
-    began = len(window.ranks) > 0
-    why = f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
-    if not seen:
-        ranks = f"the {len(window.ranks)} ranks have no step in common" if len(window.ranks) > 1 else "no step"
-        why = f"{ranks} after the first ones" if began else "no step was seen"
-
-    ended = facts.state != "running"
-    failed = not began and facts.state == "failed"
-    if not began and facts.state == "stopped":
-        why = "the run was stopped before its first step"
-    if is_untraced := facts.only_logs and not began:
-        why = "the script only logs, its steps are not traced"
-
-    advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
-    so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
-    line = line_beside_imports(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
-    if line is not None:
-        imports = import_share(facts.lines, OUTSIDE_STEPS[0]).share
-        so_far = f" {line.share_text.capitalize()} of the run's time is in {line.place}."
-        if imports >= _NAMED_IMPORTS:
-            beside = f"Beside imports, which take {percent_text(imports)} of the run's time"
-            so_far = f" {beside}, {line.share_text} of the rest is in {line.place}."
-
-        advice = f"If the run should be faster, look at {line.place}. {advice}"
-
-    return Finding.of(
-        Kind.INSUFFICIENT_DATA,
-        summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.{so_far}",
-        next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else advice,
-        evidence={
-            "steps": seen,
-            "needed": MIN_STEPS,
-            "missing": "steps",
-            **({} if line is None else line.evidence(1.0)),
-        },
-    )
-
-
-_TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init(local=True) before training."
-_WHEN_FAILED = "Read the job's output to see why it failed before it trained."
-
-
-def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
-    """Return what a running job is doing until there are enough steps."""
-    if began:
-        return f"Wait for more steps: {seen} of {MIN_STEPS} so far, after the first ones."
-
-    mostly = _most_of_start_up(facts)
-    return f"Wait for the first step; so far the start-up is mostly {mostly}." if mostly else "Wait for the first step."
-
-
-def _most_of_start_up(facts: JobFacts) -> str:
-    """Return what most of the start-up is: `imports in train.py:3`; empty where that is not known."""
-    startup = OUTSIDE_STEPS[0]
-    line = outside_line(facts.lines, startup)
-    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
-    return " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
-
-
-def _for_more(facts: JobFacts, *, began: bool) -> str:
-    if facts.state == "lost":
-        return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
-
-    if began:
-        return f"Let the run make at least {MIN_STEPS + 10} training steps."
-
-    mostly = _most_of_start_up(facts) if facts.state == "stopped" else ""
-    if mostly:
-        return f"Let the run come to its training: the start-up was mostly {mostly}."
-
-    return (
-        "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "
-        "traceml.trace_step()."
-    )
-
-
-def _unknown_backward(window: AlignedSteps, segments: Segments) -> Finding | None:
-    """Report that own backward was not measured: slow computation and slow communication look the same then."""
-    if segments.backward_known:
-        return None
-
-    backward = float(window.times["backward"].mean())
-    share = backward / segments.step_ns
-    if share < _UNKNOWN_SHARE:
-        return None
-
-    return Finding.of(
-        Kind.INSUFFICIENT_DATA,
-        phase="backward",
-        summary=(
-            f"{ns_text(backward)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) is backward or "
-            "communication: the ranks' own backward work was not measured, so the two cannot be separated."
-        ),
-        next="Compare with a run on one rank: its backward is computation, the rest is communication.",
-        evidence={"backward_ms": backward / 1e6, "step_ms": segments.step_ns / 1e6, "missing": "backward_own_ns"},
-    )

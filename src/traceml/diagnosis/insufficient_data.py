@@ -1,0 +1,120 @@
+"""Findings about runs that show too little for a verdict: too few steps, or backward of which a part is waiting."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.facts.blamed_lines import import_share, line_beside_imports, outside_line
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.no_bottleneck import shares_text
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.formatting import ns_text, percent_text
+
+__all__ = ["MIN_STEPS", "too_few_steps", "unknown_backward"]
+
+MIN_STEPS = 20
+"""Fewer steps than this, after the first ones, are too few for a diagnosis."""
+_SHOWN_STEPS = 3  # of so many it is told what took their time
+_UNKNOWN_SHARE = 0.30
+_NAMED_IMPORTS = 0.1  # of a run without steps, imports are told from this share of its time on
+_TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init(local=True) before training."
+_WHEN_FAILED = "Read the job's output to see why it failed before it trained."
+
+
+def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
+    """Return the finding about a run with fewer than `MIN_STEPS` steps: why, and what its start-up does."""
+    seen = len(window)
+    began = len(window.ranks) > 0
+    why = f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
+    if not seen:
+        ranks = f"the {len(window.ranks)} ranks have no step in common" if len(window.ranks) > 1 else "no step"
+        why = f"{ranks} after the first ones" if began else "no step was seen"
+
+    ended = facts.state != "running"
+    failed = not began and facts.state == "failed"
+    if not began and facts.state == "stopped":
+        why = "the run was stopped before its first step"
+    if is_untraced := facts.only_logs and not began:
+        why = "the script only logs, its steps are not traced"
+
+    advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
+    so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
+    line = line_beside_imports(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
+    if line is not None:
+        imports = import_share(facts.lines, OUTSIDE_STEPS[0]).share
+        so_far = f" {line.share_text.capitalize()} of the run's time is in {line.place}."
+        if imports >= _NAMED_IMPORTS:
+            beside = f"Beside imports, which take {percent_text(imports)} of the run's time"
+            so_far = f" {beside}, {line.share_text} of the rest is in {line.place}."
+
+        advice = f"If the run should be faster, look at {line.place}. {advice}"
+
+    return Finding.of(
+        Kind.INSUFFICIENT_DATA,
+        summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.{so_far}",
+        next=_WHEN_FAILED if failed else _TO_TRACE if is_untraced else advice,
+        evidence={
+            "steps": seen,
+            "needed": MIN_STEPS,
+            "missing": "steps",
+            **({} if line is None else line.evidence(1.0)),
+        },
+    )
+
+
+def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
+    """Return what a running job is doing until there are enough steps."""
+    if began:
+        return f"Wait for more steps: {seen} of {MIN_STEPS} so far, after the first ones."
+
+    mostly = _most_of_start_up(facts)
+    return f"Wait for the first step; so far the start-up is mostly {mostly}." if mostly else "Wait for the first step."
+
+
+def _most_of_start_up(facts: JobFacts) -> str:
+    """Return what most of the start-up is: `imports in train.py:3`; empty where that is not known."""
+    startup = OUTSIDE_STEPS[0]
+    line = outside_line(facts.lines, startup)
+    imports = ["imports"] if import_share(facts.lines, startup).is_most else []
+    return " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
+
+
+def _for_more(facts: JobFacts, *, began: bool) -> str:
+    if facts.state == "lost":
+        return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
+
+    if began:
+        return f"Let the run make at least {MIN_STEPS + 10} training steps."
+
+    mostly = _most_of_start_up(facts) if facts.state == "stopped" else ""
+    if mostly:
+        return f"Let the run come to its training: the start-up was mostly {mostly}."
+
+    return (
+        "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "
+        "traceml.trace_step()."
+    )
+
+
+def unknown_backward(window: AlignedSteps, segments: Segments) -> Finding | None:
+    """Report that own backward was not measured: slow computation and slow communication look the same then."""
+    if segments.backward_known:
+        return None
+
+    backward = float(window.times["backward"].mean())
+    share = backward / segments.step_ns
+    if share < _UNKNOWN_SHARE:
+        return None
+
+    return Finding.of(
+        Kind.INSUFFICIENT_DATA,
+        phase="backward",
+        summary=(
+            f"{ns_text(backward)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) is backward or "
+            "communication: the ranks' own backward work was not measured, so the two cannot be separated."
+        ),
+        next="Compare with a run on one rank: its backward is computation, the rest is communication.",
+        evidence={"backward_ms": backward / 1e6, "step_ms": segments.step_ns / 1e6, "missing": "backward_own_ns"},
+    )
