@@ -5,6 +5,7 @@ from __future__ import annotations
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
+from traceml.diagnosis.steps.segments import UNNAMED_CODE
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
@@ -175,7 +176,7 @@ def for_residual(
             "metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
         )
 
-    if part not in ("other", "user"):
+    if part not in UNNAMED_CODE:
         return (
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
@@ -206,7 +207,7 @@ def _for_several_lines(trainer: BlamedLine | None, two: tuple[BlamedLine, ...]) 
 
 def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
     """Return advice on user code of a script that collects what it trains on; None where this is not known."""
-    if not facts.collects or part not in ("other", "user"):
+    if not facts.collects or part not in UNNAMED_CODE:
         return None
 
     played = environment_share(facts.lines, part)
@@ -287,7 +288,7 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
             "a thread or another process."
         )
 
-    if part in ("other", "user", None):
+    if part in (*UNNAMED_CODE, None):
         return (
             f"Look{where} for what runs only occasionally (logging, metrics, garbage collection, other programs); "
             "`traceml report --lines` shows the lines."

@@ -25,7 +25,7 @@ from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler, with_waited_loader
 from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED_CODE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import bytes_text, capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
@@ -37,8 +37,8 @@ ITERATOR_SHARE = 0.5
 CROWDED_SHARE = 0.20
 """The share from which code outside the phases is reported when the ranks have too few cores."""
 RARE_FACTOR = 1.1
-_TURNS_RATIO, _LITTLE, _MOST_STEPS = 1.5, 0.25, 0.7
 """Rare long steps are not counted if a part costs more than this factor with them."""
+_TURNS_RATIO, _LITTLE, _MOST_STEPS = 1.5, 0.25, 0.7
 MIN_UNCOUNTED = 0.02
 """What does not count is named from this share of the part on."""
 MIN_PART = 1.05
@@ -231,38 +231,52 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
             found.append(waiting)
             continue
 
-        named = part not in ("other", "user")
-        # A named phase explains its rare long steps; those of unnamed code are jitter.
-        cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
-        if cost is not None and part == "other":
-            cost = _without_torch(cost, segments, facts)
-            cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update >= MIN_UNCOUNTED else cost
+        cost = _cost_of_code(segments, part, facts, step_ns, update)
+        if cost is None:
+            continue
 
-        crowded = not named and facts.oversubscribed
-        if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
-            cost = cost.reported()
-            if whole is not None and _RARE not in cost.uncounted and _is_longer(whole, segments, part):
-                cost = replace(cost, uncounted=(_RARE, *cost.uncounted))
+        if whole is not None and _RARE not in cost.uncounted and _is_longer(whole, segments, part):
+            cost = replace(cost, uncounted=(_RARE, *cost.uncounted))
 
-            line, library = cost.line(facts), cost.library(facts)
-            two = cost.leading_lines(facts) if line is None and library is None else ()
-            if not (named or line or library or two) and facts.is_core_wait(cost.saved_ns / step_ns):
-                continue
-
-            where = phase_words(part) + (line.of_it if line else f", most of it in {library}" if library else "")
-            if line and library == advice.EVENT_LOOP:
-                where += ", where the event loop waits because no task can run"
-
-            where += cost.turns_words
-            summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
-            has_forward = part == "other" and _is_unseen(segments, "forward")
-            trainer = cost.trainer(facts) if library is None else None
-            text = advice.for_residual(part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
-            text += advice.in_same_steps() if cost.in_turns else ""
-            turns = {"in_turns": True} if cost.in_turns else {}
-            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns))
+        found += _residual_finding(cost, facts, has_forward=part == "other" and _is_unseen(segments, "forward"))
 
     return found
+
+
+def _cost_of_code(
+    segments: Segments, part: str, facts: JobFacts, step_ns: float, update_share: float
+) -> _PhaseCost | None:
+    """Return the cost of a part that is the script's own code; None if it is too small to be reported."""
+    # A named phase explains its rare long steps; those of unnamed code are jitter.
+    cost = _cost(segments, part, step_ns, rare_share=0.05 if part in UNNAMED_CODE else 0)
+    if cost is not None and part == "other":
+        cost = _without_torch(cost, segments, facts)
+        cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update_share >= MIN_UNCOUNTED else cost
+
+    crowded = part in UNNAMED_CODE and facts.oversubscribed
+    exceeds = cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE)
+    return cost.reported() if cost is not None and exceeds else None
+
+
+def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -> list[Finding]:
+    """Return the finding about a cost, and what has most of it; none if it may be waiting for a core."""
+    line, library = cost.line(facts), cost.library(facts)
+    two = cost.leading_lines(facts) if line is None and library is None else ()
+    is_known = cost.part not in UNNAMED_CODE or line or library or two
+    if not is_known and facts.is_core_wait(cost.saved_ns / cost.step_ns):
+        return []
+
+    where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
+    if line and library == advice.EVENT_LOOP:
+        where += ", where the event loop waits because no task can run"
+
+    where += cost.turns_words
+    summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
+    trainer = cost.trainer(facts) if library is None else None
+    text = advice.for_residual(cost.part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
+    text += advice.in_same_steps() if cost.in_turns else ""
+    turns = {"in_turns": True} if cost.in_turns else {}
+    return [cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)]
 
 
 def _own_update(segments: Segments, facts: JobFacts) -> tuple[float, JobFacts]:

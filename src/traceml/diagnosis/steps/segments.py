@@ -21,11 +21,22 @@ from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES, Floats
 
-__all__ = ["COMPUTE", "UNNAMED", "LateRanks", "Segments", "is_grouped", "median_over_ranks", "segments_of"]
+__all__ = [
+    "COMPUTE",
+    "UNNAMED",
+    "UNNAMED_CODE",
+    "LateRanks",
+    "Segments",
+    "is_grouped",
+    "median_over_ranks",
+    "segments_of",
+]
 
 COMPUTE = ("forward", "backward", "optimizer")
 """The parts that are computation."""
-UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
+UNNAMED_CODE = ("other", "user")
+"""Parts that are the script's own code, in no phase that it has named."""
+UNNAMED = (*COMPUTE, "h2d", "comm", *UNNAMED_CODE)
 """Parts whose long steps need an explanation; the others (input, checkpoint, a named phase) have their own findings."""
 
 # In a group these are split or shifted; user phases are parts by name.
