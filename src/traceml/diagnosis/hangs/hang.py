@@ -62,32 +62,41 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
 
 
 def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]:
-    worker = blocked_worker(shown) if shown is not None else None
-    thread = (awaited_thread(shown) or gil_holder(shown)) if shown is not None else None
-    line = user_line(worker) if worker is not None and user_line(worker) is not None else None
-    line = line or (thread.line if thread is not None else None) or (user_line(shown) if shown is not None else None)
-    failed = failed_thread(found)
-    operation, seen = found.blame.operation, shown.seen_line if shown is not None else None
-    return known_facts(
+    data, operation, failed = found.blame.data, found.blame.operation, failed_thread(found)
+    evidence = known_facts(
         cause=str(found.blame.cause),
         quiet_s=round(found.quiet_s, 1),
         busy=found.is_busy or None,
-        batches=max(found.blame.data.batches) if found.blame.data is not None else None,
-        batches_of_others=min(found.blame.data.others) if found.blame.data is not None else None,
-        file=line.file if line else None,
-        line=line.line if line else None,
-        function=line.function if line else None,
-        seen=f"{seen.file}:{seen.line} {seen.function}" if line is None and seen is not None else None,
-        step=shown.step if shown is not None and shown.step >= 0 else None,
-        operation=(operation_text(operation) or None) if operation is not None else None,
-        sizes=list(operation.sizes) or None if operation is not None else None,
         waiting=sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
-        answered=shown.answered if shown is not None else None,
-        process_state=(shown.process_state or None) if shown is not None else None,
-        state=(doing(shown) or None) if shown is not None else None,
+    )
+    if data is not None:
+        evidence |= {"batches": max(data.batches), "batches_of_others": min(data.others)}
+
+    if operation is not None:
+        evidence |= known_facts(operation=operation_text(operation) or None, sizes=list(operation.sizes) or None)
+
+    if failed is not None:
+        evidence |= known_facts(failed_thread=failed[1].name, thread_exception=failed[1].exception)
+
+    return evidence if shown is None else evidence | _of_snapshot(shown)
+
+
+def _of_snapshot(shown: RankSnapshot) -> dict[str, Any]:
+    """Return what the snapshot of the named rank shows: its line, or that of what it waits for, and its state."""
+    worker, thread = blocked_worker(shown), awaited_thread(shown) or gil_holder(shown)
+    line = user_line(worker) if worker is not None else None
+    line = line or (thread.line if thread is not None else None) or user_line(shown)
+    evidence = known_facts(
+        step=shown.step if shown.step >= 0 else None,
+        answered=shown.answered,
+        process_state=shown.process_state or None,
+        state=doing(shown) or None,
         worker=worker.pid if worker is not None else None,
         thread=(thread.name or None) if thread is not None else None,
-        failed_thread=failed[1].name if failed is not None else None,
-        thread_exception=failed[1].exception if failed is not None else None,
-        blocker=shown.blocker.pid if shown is not None and shown.blocker is not None else None,
+        blocker=shown.blocker.pid if shown.blocker is not None else None,
     )
+    if line is not None:
+        return evidence | {"file": line.file, "line": line.line, "function": line.function}
+
+    seen = shown.seen_line
+    return evidence | ({} if seen is None else {"seen": f"{seen.file}:{seen.line} {seen.function}"})
