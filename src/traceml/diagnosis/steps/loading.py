@@ -169,22 +169,16 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     bound = use is not None and use.cores < min(workers, cores or 1)
     handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
     epoch_steps, first_ns = _epoch_steps(facts), 0.0 if workers else _first_ns(facts, wait_ns)
-    busy: float | None
-    if use is not None and handover:  # they wait for orders in between
-        fetch_ns, busy = workers * segments.step_ns * use.ready, 1.0
-    elif workers:  # each makes batches all the time, as the training waits for them
-        fetch_ns, busy = workers * segments.step_ns, None if use is None else use.ready
-        if use is not None and bound:
-            fetch_ns, busy = fetch_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _MIN_READY)
+    if workers:
+        fetch_ns, computes = _fetch_of_workers(workers, use, segments.step_ns, facts, bound=bound, handover=handover)
     else:
-        fetch_ns, busy = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), fetch_cpu(facts)
+        own = fetch_cpu(facts)
+        fetch_ns, computes = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), 1.0 if own is None else own
 
-    computes = 1.0 if busy is None else busy
     rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
-    if workers and cores:  # what they cannot have used they waited for: that is not part of a fetch
-        used = min(computes, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
-        fetch_ns *= 1.0 - computes + used
-        computes = used / max(1.0 - computes + used, _MIN_READY)
+    if workers and cores:
+        free_ns = max(cores * segments.step_ns - rest_ns * rest_cores, 0.0)
+        fetch_ns, computes = _within_cores(fetch_ns, computes, free_ns)
 
     made = Pipeline(
         fetch_ns=fetch_ns,
@@ -207,6 +201,32 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     ready = made.ready_to_hand_over
     saved_ns = made.step_ns(workers) - ready.step_ns(workers)
     return ready if handover and use is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
+
+
+def _fetch_of_workers(
+    workers: int, use: WorkerUse | None, step_ns: float, facts: JobFacts, *, bound: bool, handover: bool
+) -> tuple[float, float]:
+    """Return how long a worker takes for a batch, and the share of it in which it computes, or waits for a core.
+
+    Args:
+        bound: whether the workers may use fewer cores than they are.
+        handover: whether the training receives batches that are ready.
+    """
+    if use is not None and handover:  # they wait for orders in between
+        return workers * step_ns * use.ready, 1.0
+
+    # Each makes batches all the time, as the training waits for them.
+    if use is not None and bound:
+        return workers * step_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _MIN_READY)
+
+    return workers * step_ns, 1.0 if use is None else use.ready
+
+
+def _within_cores(fetch_ns: float, computes: float, free_ns: float) -> tuple[float, float]:
+    """Return a fetch without its waiting for cores, of which it used at most `free_ns`, and the share that computes."""
+    used = min(computes, free_ns / fetch_ns)
+    share = 1.0 - computes + used
+    return fetch_ns * share, used / max(share, _MIN_READY)
 
 
 def _is_undivided(facts: JobFacts) -> bool:
