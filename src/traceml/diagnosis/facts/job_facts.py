@@ -37,123 +37,101 @@ OVERSUBSCRIBED = 0.25
 
 
 class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """Facts for the rules in addition to the window; each has a value that means "not known".
+    """Facts for the rules in addition to the window; each has a value that means "not known"."""
 
-    Attributes:
-        group: whether the ranks share a process group; None if only the rows can show it.
-        backend: the group's backend (gloo, nccl).
-        hosts: rank -> host.
-        cores: host -> cores that the job may use there.
-        threads: torch threads per rank.
-        main_wait: rank -> share of its main thread's ready time in which it waited for a core.
-        core_wait: rank -> the same as a share of wall time in training.
-        core_wait_s: rank -> seconds of training in which its waits for a core were counted.
-        startup_wait_s: seconds that main threads waited for a core before the first step: the median over ranks.
-        startup_run_s: seconds that they ran.
-        competing_processes: name -> cores that other processes on the host of rank 0 used meanwhile, those that used
-            most; '' are processes of other users.
-        samples: use of cores, memory and devices over the run.
-        rpc: whether ranks call functions of each other (torch.distributed.rpc).
-        fused: whether the optimizer is a fused one; None where no fused form of it is known.
-        detects_anomalies: whether autograd's detection of anomalies is on.
-        profiles: whether torch's profiler was on in all steps, as far as they were looked at.
-        collects: whether the script collects by its model what it trains on: rollouts of reinforcement learning.
-        plays: whether models are called between trainings, without a loader, with one sample each time.
-        plain_evaluation: whether a trained model is evaluated without gradients.
-        same_order: numbers of loaders whose DistributedSampler drew one order in several epochs: no `set_epoch`.
-        own_updates: (file, function) of code that reads gradients in trainings without an optimizer.
-        only_logs: whether the script logs values and is not traced.
-        other_models: steps before which a model or optimizer of another size appeared; not those of the run's start.
-        same_models: of these steps, those at which an earlier model was trained again -> first step of that model.
-        trainings_begin: first steps of optimizers of other parameters, but at the run's start: folds, trials.
-        compile_s: seconds that torch.compile took; None where it is not known, as before the end.
-        loader: the training data loader.
-        loaders: rank -> its data loaders, in the order of their first use; of equal ones in a row the first.
-        workers: worker processes of loaders over the run.
-        lost_workers: rank -> loader workers that died, the first of them.
-        growing: rank -> containers that grew while its memory did, at its last reading.
-        ended_by: signal that the launcher received and that ended the job; None without one.
-        job_end_s: epoch second at which the scheduler ends the job; None where it has no limit.
-        job_limit_s: that limit as a duration, seconds; None where it is not known.
-        limits: use of resources that have a limit.
-        save_folders: rank -> folder into which it wrote checkpoints.
-        memory: memory of ranks, devices and hosts over the run.
-        lines: lines in which the training threads were seen.
-        stretch_lines: the same by stretch of the run.
-        thread_lines: lines in which the busiest other Python threads were seen, with the CPU time of all of them.
-        skipped: steps without an update.
-        epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
-        time: the run's wall time by part; None where it is not known.
-        state: the run's state, as in the report.
-        batches: fingerprints of batches, and how ranks exchange gradients.
-        latest: last step of each rank, -1 before the first.
-        progress: progress of each rank; None where it is not known.
-        pauses: times in which the interpreter or torch.compile paused the training.
-        stops: rank -> times in which its process did not run.
-        joined: rank -> steps at which it has left `with Join(...)`, and waited for ranks with more batches.
-        turnover: device memory that ranks give back to the driver and request again.
-        resumes_at: steps in the checkpoint from which the ranks, whose steps count from 0, have resumed.
-        topology: place of each rank: host, switches, NVLink domain, coordinates of the device mesh.
-    """
-
-    world_size: int = 1
-    resumes_at: int = 0
-    group: bool | None = None
-    backend: str | None = None
-    hosts: Mapping[int, str] = {}
-    cores: Mapping[str, int] = {}
-    threads: int | None = None
-    main_wait: Mapping[int, float] = {}
-    core_wait: Mapping[int, float] = {}
-    core_wait_s: Mapping[int, float] = {}
-    startup_wait_s: float = 0.0
-    startup_run_s: float = 0.0
-    competing_processes: Mapping[str, float] = {}
-    samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
-    model: ModelFacts | None = None
-    rpc: bool = False
-    fused: bool | None = None
-    detects_anomalies: bool = False
-    profiles: bool = False
-    collects: bool = False
-    plays: bool = False
-    plain_evaluation: bool = False
-    same_order: frozenset[int] = frozenset()
-    own_updates: frozenset[tuple[str, str]] = frozenset()
-    only_logs: bool = False
-    other_models: tuple[int, ...] = ()
-    same_models: Mapping[int, int] = {}
-    trainings_begin: tuple[int, ...] = ()
-    compile_s: float | None = None
-    loader: LoaderFacts | None = None
-    loaders: Mapping[int, Sequence[LoaderFacts]] = {}
-    workers: WorkerHistory = msgspec.field(default_factory=WorkerHistory)
-    lost_workers: Mapping[int, Sequence[LostWorker]] = {}
-    growing: Mapping[int, Sequence[GrowingObjects]] = {}
-    exits: tuple[RankExit, ...] = ()
-    ended_by: EndingSignal | None = None
-    job_end_s: float | None = None
-    job_limit_s: float | None = None
-    limits: tuple[ResourceUse, ...] = ()
-    save_folders: Mapping[int, str] = {}
-    memory: MemoryHistory = msgspec.field(default_factory=MemoryHistory)
-    lines: Sequence[SampledLine] = ()
-    thread_lines: Sequence[SampledLine] = ()
-    stretch_lines: StretchLines = msgspec.field(default_factory=StretchLines)
-    skipped: SkippedSteps | None = None
-    epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
-    time: RunTime | None = None
-    state: str = "running"
-    losses: LossHistory | None = None
-    batches: BatchHistory | None = None
-    latest: tuple[int, ...] = ()
-    progress: JobProgress | None = None
-    pauses: PauseHistory = msgspec.field(default_factory=PauseHistory)
-    stops: Mapping[int, Sequence[Stop]] = {}
-    joined: Mapping[int, Sequence[int]] = {}
-    turnover: TurnoverHistory = msgspec.field(default_factory=TurnoverHistory)
-    health: GpuHealthHistory = msgspec.field(default_factory=GpuHealthHistory)
+    # The job
+    world_size: int = 1  # ranks of the job
+    state: str = "running"  # the run's state, as in the report
+    time: RunTime | None = None  # the run's wall time by part; None where it is not known
+    resumes_at: int = 0  # steps in the checkpoint from which the ranks, whose steps count from 0, have resumed
+    group: bool | None = None  # whether the ranks share a process group; None if only the rows can show it
+    backend: str | None = None  # the group's backend (gloo, nccl)
+    rpc: bool = False  # whether ranks call functions of each other (torch.distributed.rpc)
+    # place of each rank: host, switches, NVLink domain, coordinates of the device mesh
     topology: Topology = msgspec.field(default_factory=Topology)
+    hosts: Mapping[int, str] = {}  # rank -> host
+
+    # Cores and other programs
+    cores: Mapping[str, int] = {}  # host -> cores that the job may use there
+    threads: int | None = None  # torch threads per rank
+    main_wait: Mapping[int, float] = {}  # rank -> share of its main thread's ready time in which it waited for a core
+    # rank -> share of wall time in training in which its main thread waited for a core
+    core_wait: Mapping[int, float] = {}
+    core_wait_s: Mapping[int, float] = {}  # rank -> seconds of training in which its waits for a core were counted
+    # seconds that main threads waited for a core before the first step: the median over ranks
+    startup_wait_s: float = 0.0
+    startup_run_s: float = 0.0  # seconds that they ran
+    # name -> cores that other processes on the host of rank 0 used meanwhile, those that used most; '' are processes
+    # of other users
+    competing_processes: Mapping[str, float] = {}
+    # use of cores, memory and devices over the run
+    samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
+
+    # What is trained, and how
+    model: ModelFacts | None = None  # the model that is trained
+    # steps before which a model or optimizer of another size appeared; not those of the run's start
+    other_models: tuple[int, ...] = ()
+    # of these steps, those at which an earlier model was trained again -> first step of that model
+    same_models: Mapping[int, int] = {}
+    # first steps of optimizers of other parameters, but at the run's start: folds, trials
+    trainings_begin: tuple[int, ...] = ()
+    fused: bool | None = None  # whether the optimizer is a fused one; None where no fused form of it is known
+    # (file, function) of code that reads gradients in trainings without an optimizer
+    own_updates: frozenset[tuple[str, str]] = frozenset()
+    compile_s: float | None = None  # seconds that torch.compile took; None where it is not known, as before the end
+    detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
+    profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at
+    # whether the script collects by its model what it trains on: rollouts of reinforcement learning
+    collects: bool = False
+    plays: bool = False  # whether models are called between trainings, without a loader, with one sample each time
+    plain_evaluation: bool = False  # whether a trained model is evaluated without gradients
+    only_logs: bool = False  # whether the script logs values and is not traced
+
+    # Data
+    loader: LoaderFacts | None = None  # the training data loader
+    # rank -> its data loaders, in the order of their first use; of equal ones in a row the first
+    loaders: Mapping[int, Sequence[LoaderFacts]] = {}
+    workers: WorkerHistory = msgspec.field(default_factory=WorkerHistory)  # worker processes of loaders over the run
+    # rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator
+    epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
+    batches: BatchHistory | None = None  # fingerprints of batches, and how ranks exchange gradients
+    # numbers of loaders whose DistributedSampler drew one order in several epochs: no `set_epoch`
+    same_order: frozenset[int] = frozenset()
+
+    # Numbers
+    losses: LossHistory | None = None  # losses that were read
+    skipped: SkippedSteps | None = None  # steps without an update
+
+    # Progress, pauses and ends
+    latest: tuple[int, ...] = ()  # last step of each rank, -1 before the first
+    progress: JobProgress | None = None  # progress of each rank; None where it is not known
+    # times in which the interpreter or torch.compile paused the training
+    pauses: PauseHistory = msgspec.field(default_factory=PauseHistory)
+    stops: Mapping[int, Sequence[Stop]] = {}  # rank -> times in which its process did not run
+    # rank -> steps at which it has left `with Join(...)`, and waited for ranks with more batches
+    joined: Mapping[int, Sequence[int]] = {}
+    exits: tuple[RankExit, ...] = ()  # ends of ranks
+    lost_workers: Mapping[int, Sequence[LostWorker]] = {}  # rank -> loader workers that died, the first of them
+    ended_by: EndingSignal | None = None  # signal that the launcher received and that ended the job; None without one
+    job_end_s: float | None = None  # epoch second at which the scheduler ends the job; None where it has no limit
+    job_limit_s: float | None = None  # that limit as a duration, seconds; None where it is not known
+
+    # Memory, limits and devices
+    # memory of ranks, devices and hosts over the run
+    memory: MemoryHistory = msgspec.field(default_factory=MemoryHistory)
+    # rank -> containers that grew while its memory did, at its last reading
+    growing: Mapping[int, Sequence[GrowingObjects]] = {}
+    limits: tuple[ResourceUse, ...] = ()  # use of resources that have a limit
+    save_folders: Mapping[int, str] = {}  # rank -> folder into which it wrote checkpoints
+    # device memory that ranks give back to the driver and request again
+    turnover: TurnoverHistory = msgspec.field(default_factory=TurnoverHistory)
+    health: GpuHealthHistory = msgspec.field(default_factory=GpuHealthHistory)  # faults and throttling of devices
+
+    # Lines in which threads were seen
+    lines: Sequence[SampledLine] = ()  # lines in which the training threads were seen
+    stretch_lines: StretchLines = msgspec.field(default_factory=StretchLines)  # the same by stretch of the run
+    # lines in which the busiest other Python threads were seen, with the CPU time of all of them
+    thread_lines: Sequence[SampledLine] = ()
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None where it is not known."""
@@ -215,7 +193,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def waited_share(self) -> float:
-        """The same as a share of wall time, where that is known; else of ready time."""
+        """`wait_share` as a share of wall time, where that is known; else of ready time."""
         return float(np.median(list(self.core_wait.values()))) if self.core_wait else self.wait_share
 
     @property
