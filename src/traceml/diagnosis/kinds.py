@@ -41,22 +41,16 @@ _STEP_TIME, _RUN_TIME, _STEPS = "step time", "the run's time", "the steps"
 
 
 class KindRule(msgspec.Struct, frozen=True):
-    """Rules of a kind.
+    """Rules of a kind."""
 
-    Attributes:
-        headline: a template with {share}, {phase}, {ranks_are}, {ranks} and {use}, or a function of the finding.
-        severity: of a finding whose rule does not weigh it by its facts; None where the cost decides.
-        is_straggler: whether it blames ranks that the others wait for.
-        sorts_first: whether it comes before the kinds that are ordered by cost.
-        critical_first: the same where it is critical.
-        cost_of: the whole that its cost is a share of, in words; empty where the share says nothing to people.
-    """
-
+    # a template with {share}, {phase}, {ranks_are}, {ranks} and {use}, or a function of the finding
     headline: str | Callable[[headlines.FindingFacts], str]
+    # of a finding whose rule does not weigh it by its facts; None where the cost decides
     severity: Severity | None = None
-    is_straggler: bool = False
-    sorts_first: bool = False
-    critical_first: bool = False
+    is_straggler: bool = False  # whether it blames ranks that the others wait for
+    sorts_first: bool = False  # whether it comes before the kinds that are ordered by cost
+    critical_first: bool = False  # the same where it is critical
+    # the whole that its cost is a share of, in words; empty where the share says nothing to people
     cost_of: str = _STEP_TIME
 
     @property

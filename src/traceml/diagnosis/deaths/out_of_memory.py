@@ -36,27 +36,19 @@ _MIN_GROWN = 16 << 20
 
 
 class MemoryEnd(msgspec.Struct, frozen=True):
-    """An end for lack of memory, and what is known of the memory then.
+    """An end for lack of memory, and what is known of the memory then."""
 
-    Attributes:
-        cause: `killed` by the kernel, `host_allocation` or `device_allocation` that failed.
-        certain: whether the kernel's counter is that of the rank's own control group; else of the whole host.
-        used_bytes: resident memory, or memory allocated on the device, in the last sample.
-        per_minute_bytes: growth of resident memory over the last minute; None if it did not grow steadily.
-        limit_bytes: what there was: the control group's limit, the host's memory, the device's, or that of `ulimit -v`.
-        limit_of: `group`, `host`, `device` or `address_space`.
-        of_workers: whether the memory is that of all workers of the rank's loader: one of them was killed.
-    """
-
-    cause: str
-    certain: bool = True
+    cause: str  # `killed` by the kernel, `host_allocation` or `device_allocation` that failed
+    certain: bool = True  # whether the kernel's counter is that of the rank's own control group; else of the whole host
     requested_bytes: int | None = None
-    used_bytes: int | None = None
+    used_bytes: int | None = None  # resident memory, or memory allocated on the device, in the last sample
     peak_bytes: int | None = None
+    # growth of resident memory over the last minute; None if it did not grow steadily
     per_minute_bytes: int | None = None
+    # what there was: the control group's limit, the host's memory, the device's, or that of `ulimit -v`
     limit_bytes: int | None = None
-    limit_of: str = "host"
-    of_workers: bool = False
+    limit_of: str = "host"  # `group`, `host`, `device` or `address_space`
+    of_workers: bool = False  # whether the memory is that of all workers of the rank's loader: one of them was killed
 
     def words(self) -> str:
         """Return what a sentence says about the memory: `; it used 1.2 GiB, …`; empty where nothing is known."""

@@ -120,18 +120,14 @@ class BlamedLine(msgspec.Struct, frozen=True):
     """The function that holds most of a phase, with its main line; of a module's own code the line.
 
     The main line is the most frequent one; of late ranks, the one that they are in more often than the others.
-
-    Attributes:
-        share: share of the phase that it has at least, 0..1.
-        is_least: whether it may have clearly more, as a part of the phase was hidden from samples.
     """
 
     file: str
     line: int
     function: str
-    share: float
+    share: float  # share of the phase that it has at least, 0..1
     samples: int
-    is_least: bool = False
+    is_least: bool = False  # whether it may have clearly more, as a part of the phase was hidden from samples
 
     @property
     def place(self) -> str:

@@ -42,24 +42,15 @@ _MIN_CAP = 0.25  # loss of the highest clock from which on a limit is reported: 
 
 
 class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
-    """A device whose clock was lowered.
+    """A device whose clock was lowered."""
 
-    Attributes:
-        index: NVML's number of the device.
-        share: of the samples in which the device computed.
-        clock_mhz: median clock while lowered.
-        usual_mhz: median clock otherwise; None where it was always lowered.
-        temperature_c: highest temperature while lowered.
-        power_w: mean power while lowered.
-    """
-
-    index: int
+    index: int  # NVML's number of the device
     reason: str
-    share: float
-    clock_mhz: float
-    usual_mhz: float | None
-    temperature_c: float
-    power_w: float
+    share: float  # of the samples in which the device computed
+    clock_mhz: float  # median clock while lowered
+    usual_mhz: float | None  # median clock otherwise; None where it was always lowered
+    temperature_c: float  # highest temperature while lowered
+    power_w: float  # mean power while lowered
 
     @property
     def lost(self) -> float:
@@ -68,40 +59,27 @@ class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineUse(msgspec.Struct, frozen=True, kw_only=True):
-    """Means over a range of steps; None where they are not known.
+    """Means over a range of steps; None where they are not known."""
 
-    Attributes:
-        waited: share of the time in which a rank's main thread waited for a core; that of the whole training
-            is `JobFacts.waited_share`.
-        busy_cores: cores that the threads of a rank used.
-        host_cores: cores in use on the host, by all programs.
-        utilization: share of the time in which the devices computed, 0..1.
-        throttled: whether the devices' clocks were lowered in most samples.
-        major_faults: page faults per second that read from a disk, of a rank.
-        disk_read_bytes: bytes per second that the host read from its disks.
-        memory_share: used share of the memory of the host, or of its container where that has a limit.
-    """
-
+    # share of the time in which a rank's main thread waited for a core; that of the whole training is
+    # `JobFacts.waited_share`
     waited: float | None = None
-    busy_cores: float | None = None
-    host_cores: float | None = None
+    busy_cores: float | None = None  # cores that the threads of a rank used
+    host_cores: float | None = None  # cores in use on the host, by all programs
     clock_mhz: float | None = None
     temperature_c: float | None = None
-    utilization: float | None = None
-    throttled: bool | None = None
-    major_faults: float | None = None
-    disk_read_bytes: float | None = None
+    utilization: float | None = None  # share of the time in which the devices computed, 0..1
+    throttled: bool | None = None  # whether the devices' clocks were lowered in most samples
+    major_faults: float | None = None  # page faults per second that read from a disk, of a rank
+    disk_read_bytes: float | None = None  # bytes per second that the host read from its disks
+    # used share of the memory of the host, or of its container where that has a limit
     memory_share: float | None = None
 
 
 class MachineSamples(msgspec.Struct):
-    """Samples of processes, hosts and devices, by rank, thinned evenly over the run.
+    """Samples of processes, hosts and devices, by rank, thinned evenly over the run."""
 
-    Attributes:
-        machine_cores: cores of the machine that each rank is on.
-    """
-
-    machine_cores: dict[int, int] = {}
+    machine_cores: dict[int, int] = {}  # cores of the machine that each rank is on
     _kept: dict[tuple[str, int], _Thinned] = {}
 
     def add(self, table: str, rank: int, rows: NDArray[np.void]) -> None:

@@ -16,15 +16,11 @@ _STEADY = (0.25, 0.75)
 
 
 class EndMemory(msgspec.Struct, frozen=True):
-    """Resident memory of a rank, or private memory of its loader's workers, in the last sample.
-
-    Attributes:
-        peak_bytes: of all samples.
-        per_minute_bytes: its growth until then, of the last minute at most; None where it did not grow, or by a jump.
-    """
+    """Resident memory of a rank, or private memory of its loader's workers, in the last sample."""
 
     used_bytes: int
-    peak_bytes: int
+    peak_bytes: int  # of all samples
+    # its growth until then, of the last minute at most; None where it did not grow, or by a jump
     per_minute_bytes: int | None
 
 

@@ -280,16 +280,11 @@ def _lowest_of_parts(points: _Points, count: int) -> _Points:
 
 
 class HostMemory(msgspec.Struct, frozen=True):
-    """Memory of a host, or of its container where that has a limit.
+    """Memory of a host, or of its container where that has a limit."""
 
-    Attributes:
-        used_bytes: in use in the newest sample, without file cache.
-        held_share: used share that no recent sample is below.
-    """
-
-    used_bytes: int
+    used_bytes: int  # in use in the newest sample, without file cache
     total_bytes: int
-    held_share: float
+    held_share: float  # used share that no recent sample is below
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):

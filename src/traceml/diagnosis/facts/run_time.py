@@ -35,17 +35,13 @@ HEAVY_SHARE = 0.25
 
 
 class UsefulTime(msgspec.Struct, frozen=True):
-    """Steps of a rank, each counted once; those that a later attempt makes again are repeated.
+    """Steps of a rank, each counted once; those that a later attempt makes again are repeated."""
 
-    Attributes:
-        productive_s: time in steps that were made for the first time, without waiting for data, saving, and the step
-            in which an attempt failed.
-        repeated_s: time in steps that an earlier attempt had made already, with waiting and saving.
-    """
-
+    # time in steps that were made for the first time, without waiting for data, saving, and the step in which an
+    # attempt failed
     productive_s: float = 0.0
     productive_steps: int = 0
-    repeated_s: float = 0.0
+    repeated_s: float = 0.0  # time in steps that an earlier attempt had made already, with waiting and saving
     repeated_steps: int = 0
 
     @classmethod
@@ -64,29 +60,19 @@ class UsefulTime(msgspec.Struct, frozen=True):
 
 
 class RunTime(msgspec.Struct, frozen=True):
-    """Wall time of a run.
+    """Wall time of a run."""
 
-    Attributes:
-        wall_s: from its start to its end, or until now.
-        seconds: by part (`PARTS`), the mean over the ranks that determine it; the parts add up to `wall_s`.
-        evaluations: times that evaluation interrupted the training, on one rank, without short ones.
-        short_evaluations_s: seconds of those short ones.
-        evaluators: ranks that evaluate where most others do not, in order.
-        evaluators_s: their seconds of evaluation, the mean.
-        useful: steps that count, and those that an attempt repeats.
-        compile_s: of the start-up (after a restart: of that), compiling functions for the first steps.
-        set_up_s: the same of all by which the first steps took longer than the others.
-    """
-
-    wall_s: float
+    wall_s: float  # from its start to its end, or until now
+    # by part (`PARTS`), the mean over the ranks that determine it; the parts add up to `wall_s`
     seconds: Mapping[str, float] = {}
-    evaluations: int = 0
+    evaluations: int = 0  # times that evaluation interrupted the training, on one rank, without short ones
+    # steps that count, and those that an attempt repeats
     useful: UsefulTime = msgspec.field(default_factory=UsefulTime)
-    compile_s: float = 0.0
-    set_up_s: float = 0.0
-    evaluators: tuple[int, ...] = ()
-    evaluators_s: float = 0.0
-    short_evaluations_s: float = 0.0
+    compile_s: float = 0.0  # of the start-up (after a restart: of that), compiling functions for the first steps
+    set_up_s: float = 0.0  # the same of all by which the first steps took longer than the others
+    evaluators: tuple[int, ...] = ()  # ranks that evaluate where most others do not, in order
+    evaluators_s: float = 0.0  # their seconds of evaluation, the mean
+    short_evaluations_s: float = 0.0  # seconds of those short ones
 
     @property
     def goodput(self) -> float:

@@ -184,20 +184,13 @@ class _RankCounts:
 
 
 class _Stretch(NamedTuple):
-    """Counts of one stretch of a run.
+    """Counts of one stretch of a run."""
 
-    Attributes:
-        first: the step that was open at its begin.
-        last: that at its end, -1 where none was, as at the end of the process.
-        middle_ns: middle of the time in which they were counted.
-        joins: stretches that were joined to it, and itself.
-    """
-
-    first: int
-    last: int
-    middle_ns: int
+    first: int  # the step that was open at its begin
+    last: int  # that at its end, -1 where none was, as at the end of the process
+    middle_ns: int  # middle of the time in which they were counted
     counts: NDArray[np.int64]
-    joins: int = 1
+    joins: int = 1  # stretches that were joined to it, and itself
 
     def joined(self, after: _Stretch) -> _Stretch:
         """Return this stretch and the one after it as one."""

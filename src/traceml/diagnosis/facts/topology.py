@@ -36,21 +36,13 @@ _NOWHERE: Mapping[str, int] = {}
 
 
 class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Ranks that share something.
+    """Ranks that share something."""
 
-    Attributes:
-        level: `host`, `nvlink`, `switch` or `mesh`.
-        name: its name in words, such as `host gpu-041` or `pipeline stage 3`.
-        size: number of its ranks in the window.
-        slow: number of them that are slow.
-        also: names of other groups of the same ranks.
-    """
-
-    level: str
-    name: str
-    size: int
-    slow: int
-    also: tuple[str, ...] = ()
+    level: str  # `host`, `nvlink`, `switch` or `mesh`
+    name: str  # its name in words, such as `host gpu-041` or `pipeline stage 3`
+    size: int  # number of its ranks in the window
+    slow: int  # number of them that are slow
+    also: tuple[str, ...] = ()  # names of other groups of the same ranks
 
     @property
     def words(self) -> str:
@@ -71,19 +63,12 @@ class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
-    """Places of ranks, as far as they are known.
+    """Places of ranks, as far as they are known."""
 
-    Attributes:
-        hosts: rank -> host.
-        domains: host -> NVLink domain.
-        switches: rank -> switches above its host, the leaf first.
-        mesh: rank -> dimension of the device mesh -> coordinate.
-    """
-
-    hosts: Mapping[int, str] = {}
-    domains: Mapping[str, str] = {}
-    switches: Mapping[int, tuple[str, ...]] = {}
-    mesh: Mapping[int, Mapping[str, int]] = {}
+    hosts: Mapping[int, str] = {}  # rank -> host
+    domains: Mapping[str, str] = {}  # host -> NVLink domain
+    switches: Mapping[int, tuple[str, ...]] = {}  # rank -> switches above its host, the leaf first
+    mesh: Mapping[int, Mapping[str, int]] = {}  # rank -> dimension of the device mesh -> coordinate
 
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
         """Return the smallest group that explains slow ranks; None where they are not a group.

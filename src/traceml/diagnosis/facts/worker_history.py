@@ -20,19 +20,12 @@ _ONE_GENERATION = ("loader", "pid", "workers")
 
 
 class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
-    """The workers of a loader of a rank.
+    """The workers of a loader of a rank."""
 
-    Attributes:
-        busy: share of the time in which a worker computed.
-        waited: share of the time in which it waited for a core.
-        workers: number of them.
-        cores: cores that at least one of them may use.
-    """
-
-    busy: float
-    waited: float
-    workers: int
-    cores: int
+    busy: float  # share of the time in which a worker computed
+    waited: float  # share of the time in which it waited for a core
+    workers: int  # number of them
+    cores: int  # cores that at least one of them may use
 
     @property
     def ready(self) -> float:

@@ -45,21 +45,14 @@ _APART = (*_DIFFERENT, HangCause.CIRCLE)
 
 
 class Blame(msgspec.Struct, frozen=True):
-    """Ranks that block a job.
-
-    Attributes:
-        ranks: the ranks to name; empty for all.
-        waits: the operation that each waiting rank is in.
-        operation: the collective that the named ranks did not come to, or are in.
-        apart: ranks that have met in different operations, with different sizes or roots.
-        data: how many batches the ranks have had, where the data of some ended before that of the others.
-    """
+    """Ranks that block a job."""
 
     cause: HangCause
-    ranks: tuple[int, ...]
-    waits: Mapping[int, GroupSnapshot]
-    operation: GroupSnapshot | None = None
-    apart: tuple[int, ...] = ()
+    ranks: tuple[int, ...]  # the ranks to name; empty for all
+    waits: Mapping[int, GroupSnapshot]  # the operation that each waiting rank is in
+    operation: GroupSnapshot | None = None  # the collective that the named ranks did not come to, or are in
+    apart: tuple[int, ...] = ()  # ranks that have met in different operations, with different sizes or roots
+    # how many batches the ranks have had, where the data of some ended before that of the others
     data: UnevenData | None = None
 
     @property
@@ -275,16 +268,11 @@ def _minority(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 class UnevenData(msgspec.Struct, frozen=True):
-    """Ranks whose data has ended, and the batches of all.
-
-    Attributes:
-        batches: least and most batches of these ranks.
-        others: least and most batches of the others; they may get more.
-    """
+    """Ranks whose data has ended, and the batches of all."""
 
     ranks: tuple[int, ...]
-    batches: tuple[int, int]
-    others: tuple[int, int]
+    batches: tuple[int, int]  # least and most batches of these ranks
+    others: tuple[int, int]  # least and most batches of the others; they may get more
 
     @property
     def text(self) -> str:

@@ -35,20 +35,13 @@ _ALIVE_S, _RANKS_PER_S, _SENDING_S = 15.0, 100, 120.0
 
 
 class DetectedHang(msgspec.Struct, frozen=True):
-    """A job that hangs, or has hung.
+    """A job that hangs, or has hung."""
 
-    Attributes:
-        snapshots: of the ranks without progress, by rank.
-        quiet_s: seconds since any rank made progress.
-        is_busy: whether a rank computes: it is slow, or in an endless loop.
-        ended: how ranks have ended that the others wait for.
-    """
-
-    snapshots: Mapping[int, RankSnapshot]
+    snapshots: Mapping[int, RankSnapshot]  # of the ranks without progress, by rank
     blame: Blame
-    quiet_s: float
-    is_busy: bool
-    ended: Mapping[int, RankExit]
+    quiet_s: float  # seconds since any rank made progress
+    is_busy: bool  # whether a rank computes: it is slow, or in an endless loop
+    ended: Mapping[int, RankExit]  # how ranks have ended that the others wait for
     is_over: bool
 
 

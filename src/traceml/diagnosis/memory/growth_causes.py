@@ -28,18 +28,13 @@ _COUNTED = 100  # from this many elements per step on, their number is shown as 
 
 
 class GrowthCause(NamedTuple):
-    """A container that explains a growth of memory.
-
-    Attributes:
-        is_cache: whether a data set holds it, so that it may stop growing.
-        left_steps: steps until it is full, if it has a bound and is most of the growth; else infinite.
-    """
+    """A container that explains a growth of memory."""
 
     text: str
     action: str
     evidence: Mapping[str, Any]
-    is_cache: bool
-    left_steps: float
+    is_cache: bool  # whether a data set holds it, so that it may stop growing
+    left_steps: float  # steps until it is full, if it has a bound and is most of the growth; else infinite
 
 
 def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCause | None:

@@ -160,15 +160,10 @@ def _sums(rows: Iterable[Rows]) -> TableSums:
 
 
 class RankChoice(msgspec.Struct, frozen=True):
-    """The ranks of a host, divided.
+    """The ranks of a host, divided."""
 
-    Attributes:
-        typical: the rank that represents the ordinary ones.
-        ordinary: ranks that do not differ from it, itself among them.
-    """
-
-    typical: int
-    ordinary: tuple[int, ...]
+    typical: int  # the rank that represents the ordinary ones
+    ordinary: tuple[int, ...]  # ranks that do not differ from it, itself among them
     outliers: tuple[int, ...]
 
 

@@ -25,25 +25,18 @@ _BINS = TableSums.empty(STEPS).bins.dtype
 
 
 class HostSecond(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """The message of a host about a second.
-
-    Attributes:
-        rows: rank -> its new rows of `steps`, of the typical rank, of outliers, and of ranks that were asked for.
-        begins: ranks of `rows` that are sent from now on, with their newest earlier rows.
-        ended_at: the last step of each rank in `ended`, -1 without any.
-        above: own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps.
-        sums: sums of the new rows of all ranks, with the histogram of their step times.
-    """
+    """The message of a host about a second."""
 
     host: str
     typical: int
     ordinary: tuple[int, ...]
+    # rank -> its new rows of `steps`, of the typical rank, of outliers, and of ranks that were asked for
     rows: Mapping[int, bytes]
-    begins: tuple[int, ...]
+    begins: tuple[int, ...]  # ranks of `rows` that are sent from now on, with their newest earlier rows
     ended: tuple[int, ...]
-    ended_at: tuple[int, ...]
-    above: WorkAbove
-    sums: TableSums
+    ended_at: tuple[int, ...]  # the last step of each rank in `ended`, -1 without any
+    above: WorkAbove  # own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps
+    sums: TableSums  # sums of the new rows of all ranks, with the histogram of their step times
 
     @property
     def choice(self) -> HostChoice:

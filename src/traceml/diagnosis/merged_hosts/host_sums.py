@@ -24,18 +24,12 @@ _NAMES = tuple(table.name for table in STEP_TABLES)
 
 
 class HostSums(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """Sums of all steps of some ranks.
-
-    Attributes:
-        steps: the sums of all steps of the ranks; the groups of user phases are those of `names`.
-        set_up: the same of their first steps, which include set-up: reports leave them out.
-        names: names of user phases by id.
-    """
+    """Sums of all steps of some ranks."""
 
     ranks: tuple[int, ...]
-    steps: StepSums
-    set_up: StepSums
-    names: Mapping[int, str]
+    steps: StepSums  # the sums of all steps of the ranks; the groups of user phases are those of `names`
+    set_up: StepSums  # the same of their first steps, which include set-up: reports leave them out
+    names: Mapping[int, str]  # names of user phases by id
 
     @classmethod
     def read(cls, reader: StoreReader, ranks: Mapping[int, int]) -> Self:

@@ -30,17 +30,11 @@ _OUTSIDE = LINE_PHASES[LINE_OUTSIDE]
 
 
 class _SetUp(msgspec.Struct, frozen=True):
-    """Set-up before the first steps of trainings.
+    """Set-up before the first steps of trainings."""
 
-    Attributes:
-        usually: other code as it would be without.
-        each_ns: time of each set-up.
-        saved_ns: time by which the mean step would be shorter.
-    """
-
-    usually: Floats
-    each_ns: NDArray[np.float64]
-    saved_ns: float
+    usually: Floats  # other code as it would be without
+    each_ns: NDArray[np.float64]  # time of each set-up
+    saved_ns: float  # time by which the mean step would be shorter
 
 
 def set_up_between(

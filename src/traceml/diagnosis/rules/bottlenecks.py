@@ -50,24 +50,16 @@ SAVING_SHARE = 1 / 3
 
 
 class _PhaseCost(msgspec.Struct, frozen=True):
-    """Cost of a part of the step.
-
-    Attributes:
-        ranks: the ranks that have it; empty for all.
-        removed: the work that a run without it would not do, rank x step.
-        saved_ns: time by which the mean step would be shorter.
-        share: share of the part that counts; the rest is other things.
-        uncounted: what of the part does not count, in words.
-    """
+    """Cost of a part of the step."""
 
     segments: Segments
     part: str
     step_ns: float
-    ranks: tuple[int, ...]
-    removed: Floats
-    saved_ns: float
-    share: float = 1.0
-    uncounted: tuple[str, ...] = ()
+    ranks: tuple[int, ...]  # the ranks that have it; empty for all
+    removed: Floats  # the work that a run without it would not do, rank x step
+    saved_ns: float  # time by which the mean step would be shorter
+    share: float = 1.0  # share of the part that counts; the rest is other things
+    uncounted: tuple[str, ...] = ()  # what of the part does not count, in words
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""

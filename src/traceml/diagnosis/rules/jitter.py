@@ -67,15 +67,10 @@ def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
 
 
 class _LongSteps(msgspec.Struct, frozen=True):
-    """Long steps without an explanation.
+    """Long steps without an explanation."""
 
-    Attributes:
-        columns: their columns in the window.
-        excess: part -> time of each rank in them beyond its usual.
-    """
-
-    columns: NDArray[np.intp]
-    excess: dict[str, Floats]
+    columns: NDArray[np.intp]  # their columns in the window
+    excess: dict[str, Floats]  # part -> time of each rank in them beyond its usual
     usual_ns: float
 
 

@@ -34,16 +34,11 @@ _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of sin
 
 
 class Advised(NamedTuple):
-    """Advice on loading.
-
-    Attributes:
-        gain: old / new step time if it is done; None where that is not known.
-        workers: advised number of loader workers; None where the advice is another.
-    """
+    """Advice on loading."""
 
     text: str
-    gain: float | None = None
-    workers: int | None = None
+    gain: float | None = None  # old / new step time if it is done; None where that is not known
+    workers: int | None = None  # advised number of loader workers; None where the advice is another
 
 
 def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:

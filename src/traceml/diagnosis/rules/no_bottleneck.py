@@ -108,16 +108,11 @@ def _step_shares(segments: Segments, columns: NDArray[np.intp]) -> tuple[float, 
 
 
 class _OwnCode(NamedTuple):
-    """Code of the script in forward or backward, that takes much of the step and is no computation of torch.
-
-    Attributes:
-        what: what it is.
-        gain: old / new step time without it; 1 where that is not known.
-    """
+    """Code of the script in forward or backward, that takes much of the step and is no computation of torch."""
 
     line: BlamedLine
-    what: str
-    gain: float
+    what: str  # what it is
+    gain: float  # old / new step time without it; 1 where that is not known
 
     @property
     def advice(self) -> str:

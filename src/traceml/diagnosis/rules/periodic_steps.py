@@ -49,21 +49,14 @@ SOONER_SHARE = 1 / 3
 
 
 class _Period(msgspec.Struct, frozen=True):
-    """Long steps at a fixed distance.
-
-    Attributes:
-        part: the part of the step that makes the long ones longest.
-        removed: this part, and others that are long in the same steps, as they would be without them.
-        saved_ns: time by which the mean step would be shorter.
-        part_saved_ns: how much of it is in the longest part.
-    """
+    """Long steps at a fixed distance."""
 
     every: int
     columns: NDArray[np.intp]
-    part: str
-    removed: dict[str, Floats]
-    saved_ns: float
-    part_saved_ns: float
+    part: str  # the part of the step that makes the long ones longest
+    removed: dict[str, Floats]  # this part, and others that are long in the same steps, as they would be without them
+    saved_ns: float  # time by which the mean step would be shorter
+    part_saved_ns: float  # how much of it is in the longest part
 
     @property
     def phases(self) -> list[str]:

@@ -36,17 +36,11 @@ def begins_each_step(epochs: NDArray[np.void]) -> bool:
 
 
 class KeptWorkers(NamedTuple):
-    """Advice to keep the loader's workers from epoch to epoch.
+    """Advice to keep the loader's workers from epoch to epoch."""
 
-    Attributes:
-        action: what to do, a sentence without its end.
-        setting: the same as a further argument of the loader.
-        because: how each epoch starts them now.
-    """
-
-    action: str
-    setting: str
-    because: str
+    action: str  # what to do, a sentence without its end
+    setting: str  # the same as a further argument of the loader
+    because: str  # how each epoch starts them now
 
 
 def keeping_workers(facts: JobFacts) -> KeptWorkers | None:

@@ -62,21 +62,14 @@ _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 
 
 class _Where(NamedTuple):
-    """Part of the step that became slower.
+    """Part of the step that became slower."""
 
-    Attributes:
-        parts: phases that are blamed, the one that may be the cause first; empty where none is.
-        mostly: phases that have nearly all of it, where fewer cores may be the cause of that; empty if all are alike.
-        is_crowded: whether the loss of cores explains it.
-        line: of the first phase, by which the slow steps are longer.
-        phase_share: that phase's share of them.
-    """
-
-    parts: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()  # phases that are blamed, the one that may be the cause first; empty where none is
+    # phases that have nearly all of it, where fewer cores may be the cause of that; empty if all are alike
     mostly: tuple[str, ...] = ()
-    is_crowded: bool = False
-    line: BlamedLine | None = None
-    phase_share: float = 0.0
+    is_crowded: bool = False  # whether the loss of cores explains it
+    line: BlamedLine | None = None  # of the first phase, by which the slow steps are longer
+    phase_share: float = 0.0  # that phase's share of them
 
     @property
     def text(self) -> str:

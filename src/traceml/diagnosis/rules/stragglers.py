@@ -86,15 +86,11 @@ _MIN_MEASURED = 20
 
 
 class _Others(msgspec.Struct, frozen=True, dict=True):
-    """The ranks that are not late, by whose work late ones are judged, each of thousands.
-
-    Attributes:
-        late: the ranks that are judged, of which some may turn out not to be late.
-    """
+    """The ranks that are not late, by whose work late ones are judged, each of thousands."""
 
     segments: Segments
     rows: NDArray[np.intp]
-    late: NDArray[np.intp]
+    late: NDArray[np.intp]  # the ranks that are judged, of which some may turn out not to be late
 
     @cached_property
     def all_ranks(self) -> list[int]:

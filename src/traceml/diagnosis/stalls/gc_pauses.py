@@ -32,24 +32,15 @@ _OLDEST = 2
 
 
 class _Collections(msgspec.Struct, frozen=True):
-    """Collections of one origin in a window.
+    """Collections of one origin in a window."""
 
-    Attributes:
-        called: whether the script's code called for them.
-        without: part of the step -> its work without them, rank x step.
-        ranks: ranks that have them; empty for all.
-        saved_ns: time by which the mean step would be shorter.
-        place: the line that called for most of them.
-        library: the line of a library that did, `FILE:LINE FUNCTION`; empty where the user's code did.
-    """
-
-    called: bool
-    without: dict[str, Floats]
-    ranks: tuple[int, ...]
+    called: bool  # whether the script's code called for them
+    without: dict[str, Floats]  # part of the step -> its work without them, rank x step
+    ranks: tuple[int, ...]  # ranks that have them; empty for all
     rows: Rows
-    saved_ns: float
-    place: tuple[str | None, int | None, str | None]
-    library: str
+    saved_ns: float  # time by which the mean step would be shorter
+    place: tuple[str | None, int | None, str | None]  # the line that called for most of them
+    library: str  # the line of a library that did, `FILE:LINE FUNCTION`; empty where the user's code did
 
     @property
     def full_ns(self) -> float:

@@ -36,20 +36,14 @@ _GIVEN_UP = " The recompile limit was reached: inputs that fit no compiled versi
 
 
 class _Recompiled(msgspec.Struct, frozen=True):
-    """Compilations of a run beyond the first of each function, of the rank that spent most on them.
-
-    Attributes:
-        functions: of how many functions.
-        limit: calls that ran uncompiled when torch gave up.
-        guard: the newest condition that was not met.
-    """
+    """Compilations of a run beyond the first of each function, of the rank that spent most on them."""
 
     number: int
-    functions: int
+    functions: int  # of how many functions
     seconds: float
-    limit: int
+    limit: int  # calls that ran uncompiled when torch gave up
     place: tuple[str | None, int | None, str | None]
-    guard: str
+    guard: str  # the newest condition that was not met
 
 
 def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:

@@ -17,34 +17,23 @@ Ints = NDArray[np.int64]
 
 
 class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
-    """Steps that all ranks have.
+    """Steps that all ranks have."""
 
-    Attributes:
-        ranks: the ranks, one per row of the arrays.
-        steps: the training steps, one per column.
-        times: phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
-        total: wall time of each step in nanoseconds, without waiting for the evaluation of other ranks.
-        backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
-        user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
-        missing_ranks: ranks with rows, but with none of these steps.
-        device: whether device times replace the CPU times of the device's phases; see `step_split`.
-        elements: size of the batches of each step, 0 where it is not known.
-        samples: number of samples in them, 0 where it is not known.
-        stands_for: rank -> the ranks of its host that it stands for, itself among them, where hosts are merged.
-        above: by rank and step, own work of the longest of those beyond that of the rank itself; empty without any.
-    """
-
-    ranks: Ints
-    steps: Ints
-    times: Mapping[str, Floats]
-    total: Floats
-    backward_own: Floats
-    user: Mapping[str, Floats] = {}
-    missing_ranks: tuple[int, ...] = ()
-    device: bool = False
+    ranks: Ints  # the ranks, one per row of the arrays
+    steps: Ints  # the training steps, one per column
+    times: Mapping[str, Floats]  # phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
+    total: Floats  # wall time of each step in nanoseconds, without waiting for the evaluation of other ranks
+    backward_own: Floats  # backward until the last local gradient, at most all of it; NaN where not measured
+    user: Mapping[str, Floats] = {}  # the user's phases by name, in nanoseconds; their sum is `times["user"]`
+    missing_ranks: tuple[int, ...] = ()  # ranks with rows, but with none of these steps
+    device: bool = False  # whether device times replace the CPU times of the device's phases; see `step_split`
+    # size of the batches of each step, 0 where it is not known
     elements: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    # number of samples in them, 0 where it is not known
     samples: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    # rank -> the ranks of its host that it stands for, itself among them, where hosts are merged
     stands_for: Mapping[int, tuple[int, ...]] = {}
+    # by rank and step, own work of the longest of those beyond that of the rank itself; empty without any
     above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:

@@ -37,43 +37,28 @@ _MIN_READY = 0.05
 
 
 class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
-    """A training step, and the making of its batch in this process or in workers.
+    """A training step, and the making of its batch in this process or in workers."""
 
-    Attributes:
-        fetch_ns: wall time that one process takes for the data of a step.
-        fetch_cpu: share of it on a CPU core, 0..1; 1 where that is not known.
-        rest_ns: wall time of the step without waiting for data.
-        rest_cores: mean number of cores that the training process uses meanwhile.
-        cores: cores of a rank; None where not known.
-        workers: loader workers now; 0 where the training process fetches by itself.
-        worker_cores: cores that all workers together may use, where these are fewer; else None.
-        take_ns: time that the training process takes to receive a batch from a worker.
-        is_handover: whether it waits for that, and not for the workers to make batches.
-        epoch_steps: mean number of batches of an epoch; None where that is not known. Workers make the first one of an
-            epoch only when the training asks for it.
-        first_ns: how much longer than `fetch_ns` the first batch of an epoch takes, as to fill a shuffle buffer.
-        lost_ns: time of a step that another cause takes, which is not in the others: it stays.
-        levels: how long a batch takes in equal parts of the run, by `fetch_ns`: workers that are ahead for some batches
-            do not make up for the slow ones of an epoch.
-        outliers: how long single batches take that are far longer than the mean, by `fetch_ns`.
-        batches: number of all batches.
-    """
-
-    fetch_ns: float
-    fetch_cpu: float
-    rest_ns: float
-    rest_cores: float = 1.0
-    cores: int | None = None
-    workers: int = 0
-    worker_cores: int | None = None
-    take_ns: float = TAKE_NS
-    is_handover: bool = False
+    fetch_ns: float  # wall time that one process takes for the data of a step
+    fetch_cpu: float  # share of it on a CPU core, 0..1; 1 where that is not known
+    rest_ns: float  # wall time of the step without waiting for data
+    rest_cores: float = 1.0  # mean number of cores that the training process uses meanwhile
+    cores: int | None = None  # cores of a rank; None where not known
+    workers: int = 0  # loader workers now; 0 where the training process fetches by itself
+    worker_cores: int | None = None  # cores that all workers together may use, where these are fewer; else None
+    take_ns: float = TAKE_NS  # time that the training process takes to receive a batch from a worker
+    is_handover: bool = False  # whether it waits for that, and not for the workers to make batches
+    # Mean number of batches of an epoch; None where that is not known. Workers make the first one of an epoch only when
+    # the training asks for it.
     epoch_steps: float | None = None
+    # how much longer than `fetch_ns` the first batch of an epoch takes, as to fill a shuffle buffer
     first_ns: float = 0.0
-    lost_ns: float = 0.0
+    lost_ns: float = 0.0  # time of a step that another cause takes, which is not in the others: it stays
+    # how long a batch takes in equal parts of the run, by `fetch_ns`: workers that are ahead for some batches do not
+    # make up for the slow ones of an epoch
     levels: tuple[float, ...] = (1.0,)
-    outliers: tuple[float, ...] = ()
-    batches: int = 1
+    outliers: tuple[float, ...] = ()  # how long single batches take that are far longer than the mean, by `fetch_ns`
+    batches: int = 1  # number of all batches
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with this many workers: that of the training, of the workers, or of the cores."""

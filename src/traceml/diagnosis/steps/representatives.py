@@ -27,23 +27,14 @@ Ints = NDArray[np.int64]
 
 
 class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
-    """The ranks of a host whose rows are sent on.
+    """The ranks of a host whose rows are sent on."""
 
-    Attributes:
-        host: unique key of the host.
-        typical: the rank that represents the ordinary ones.
-        ordinary: the ranks that it represents, itself among them.
-        sent: ranks whose rows are sent: the typical one, outliers, and those that were asked for.
-        ended: ranks that have ended.
-        ended_at: the last step of each rank in `ended`, -1 without any.
-    """
-
-    host: str
-    typical: int
-    ordinary: tuple[int, ...]
-    sent: tuple[int, ...]
-    ended: tuple[int, ...] = ()
-    ended_at: tuple[int, ...] = ()
+    host: str  # unique key of the host
+    typical: int  # the rank that represents the ordinary ones
+    ordinary: tuple[int, ...]  # the ranks that it represents, itself among them
+    sent: tuple[int, ...]  # ranks whose rows are sent: the typical one, outliers, and those that were asked for
+    ended: tuple[int, ...] = ()  # ranks that have ended
+    ended_at: tuple[int, ...] = ()  # the last step of each rank in `ended`, -1 without any
 
     @cached_property
     def alive(self) -> frozenset[int]:
@@ -102,15 +93,10 @@ class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True)
 
 
 class WorkAbove(msgspec.Struct, frozen=True):
-    """Own work of the longest of a host's ordinary ranks beyond that of the typical one, for consecutive steps.
+    """Own work of the longest of a host's ordinary ranks beyond that of the typical one, for consecutive steps."""
 
-    Attributes:
-        first_step: step of the first value.
-        packed: the values, as `packed_ms` gives them.
-    """
-
-    first_step: int = 0
-    packed: bytes = b""
+    first_step: int = 0  # step of the first value
+    packed: bytes = b""  # the values, as `packed_ms` gives them
 
     def __len__(self) -> int:
         return len(self.packed) // _PACKED_MS.itemsize
@@ -140,19 +126,12 @@ def packed_ms(values_ns: Floats) -> bytes:
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """The newest choices of all hosts as arrays.
+    """The newest choices of all hosts as arrays."""
 
-    Attributes:
-        size: ranks up to the highest one.
-        at: typical rank -> index of its host.
-        unsent: ranks whose rows are not sent.
-        typical: of each of these, the rank that stands for it.
-    """
-
-    size: int
-    at: Mapping[int, int]
-    unsent: Ints
-    typical: Ints
+    size: int  # ranks up to the highest one
+    at: Mapping[int, int]  # typical rank -> index of its host
+    unsent: Ints  # ranks whose rows are not sent
+    typical: Ints  # of each of these, the rank that stands for it
     ended: Ints
     ended_at: Ints
 

@@ -45,39 +45,24 @@ _MIN_MEASURED = 5
 
 
 class Segments(msgspec.Struct, frozen=True, dict=True):
-    """Own work of each rank, by part of the step, between the sync points of a window.
+    """Own work of each rank, by part of the step, between the sync points of a window."""
 
-    Attributes:
-        ranks: the ranks, one per row.
-        parts: phase or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is own work only,
-            and collectives are in no part.
-        own: the parts' sum.
-        step: wall time of each step, the mean over ranks.
-        wait: least waiting over ranks, in nanoseconds, of the steps that measured it.
-        grouped: whether the ranks wait for each other.
-        backward_known: whether own backward is separated from waiting.
-        measured: steps in which it was measured; in the others `backward` is the rank's mean.
-        device: whether these are device times.
-        begins: steps whose predecessor is not in the window.
-        stretches: first step of each stretch at whose end the ranks meet; mostly each step is one.
-        stands_for: see `AlignedSteps`.
-        above: see `AlignedSteps`.
-        shift: what each step took beyond `step` before several trainings were made as if of one; empty without any.
-    """
-
-    ranks: NDArray[np.int64]
+    ranks: NDArray[np.int64]  # the ranks, one per row
+    # Phase or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is own work only, and
+    # collectives are in no part.
     parts: Mapping[str, Floats]
-    own: Floats
-    step: Floats
-    wait: Floats
-    grouped: bool
-    backward_known: bool
-    measured: NDArray[np.bool_]
-    device: bool
-    begins: NDArray[np.bool_]
-    stretches: NDArray[np.intp]
-    stands_for: Mapping[int, tuple[int, ...]] = {}
-    above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    own: Floats  # the parts' sum
+    step: Floats  # wall time of each step, the mean over ranks
+    wait: Floats  # least waiting over ranks, in nanoseconds, of the steps that measured it
+    grouped: bool  # whether the ranks wait for each other
+    backward_known: bool  # whether own backward is separated from waiting
+    measured: NDArray[np.bool_]  # steps in which it was measured; in the others `backward` is the rank's mean
+    device: bool  # whether these are device times
+    begins: NDArray[np.bool_]  # steps whose predecessor is not in the window
+    stretches: NDArray[np.intp]  # first step of each stretch at whose end the ranks meet; mostly each step is one
+    stands_for: Mapping[int, tuple[int, ...]] = {}  # see `AlignedSteps`
+    above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # see `AlignedSteps`
+    # what each step took beyond `step` before several trainings were made as if of one; empty without any
     shift: Floats = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
 
     def as_measured(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:

@@ -31,17 +31,12 @@ _MAX_BATCHES = 32
 
 
 class SteadyExcess(msgspec.Struct, frozen=True):
-    """A rank's excess in a part of the step.
-
-    Attributes:
-        mean_ns: mean excess over the other ranks.
-        dominance: its share of the excesses of all parts that are not noise.
-    """
+    """A rank's excess in a part of the step."""
 
     row: int
     part: str
-    mean_ns: float
-    dominance: float
+    mean_ns: float  # mean excess over the other ranks
+    dominance: float  # its share of the excesses of all parts that are not noise
 
 
 def steady_excesses(segments: Segments, min_ns: float) -> list[SteadyExcess]:

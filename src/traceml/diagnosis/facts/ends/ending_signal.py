@@ -17,28 +17,18 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EndingSignal(NamedTuple):
-    """A signal that ended a job, or 0 where its launcher ended without a word, as by SIGKILL.
-
-    Attributes:
-        at_s: epoch seconds at which the launcher received it.
-        sender: name of the program that sent it; empty where that is not known.
-        sender_pid: its process, 0 if it is outside of this container; None where it is not known.
-        waited_s: time from the signal to the end of the job, seconds.
-        from_terminal: whether it came because the launcher's terminal was closed.
-        launcher_pid: the launcher that ended without a word; None where it received a signal.
-        scheduler: why the scheduler ended the job, as `RankExit` has it; None if it did not, or did not say.
-        limit_s: the job's time limit, seconds; None where it is not known.
-    """
+    """A signal that ended a job, or 0 where its launcher ended without a word, as by SIGKILL."""
 
     number: int
-    at_s: float
-    sender: str = ""
-    sender_pid: int | None = None
-    waited_s: float = 0.0
-    from_terminal: bool = False
-    launcher_pid: int | None = None
+    at_s: float  # epoch seconds at which the launcher received it
+    sender: str = ""  # name of the program that sent it; empty where that is not known
+    sender_pid: int | None = None  # its process, 0 if it is outside of this container; None where it is not known
+    waited_s: float = 0.0  # time from the signal to the end of the job, seconds
+    from_terminal: bool = False  # whether it came because the launcher's terminal was closed
+    launcher_pid: int | None = None  # the launcher that ended without a word; None where it received a signal
+    # why the scheduler ended the job, as `RankExit` has it; None if it did not, or did not say
     scheduler: str | None = None
-    limit_s: float | None = None
+    limit_s: float | None = None  # the job's time limit, seconds; None where it is not known
 
 
 def ending_signal_of(facts: object) -> EndingSignal | None:

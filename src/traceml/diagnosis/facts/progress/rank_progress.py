@@ -35,44 +35,30 @@ _NO_PROGRESS = ("snapshot", "sampler", "exit", "warning")  # rows of `info` that
 
 
 class RankProgress(msgspec.Struct, frozen=True):
-    """A rank and its progress until now, or until its end.
-
-    Attributes:
-        snapshot: the newest one since its last progress; None while it makes progress, or where there is none.
-        quiet_s: seconds since its last progress, by that snapshot or else by its rows.
-        alive_s: seconds since its recorder sent anything, by the clock of its host.
-        step: last step that ended, -1 before the first.
-        is_unsteady: whether it alternates between running and sleeping: a loop, which may be work.
-        returned_at: last step of a rank whose launched function or script is over: it waits for the others; else None.
-        ran_script: whether that was a script.
-    """
+    """A rank and its progress until now, or until its end."""
 
     rank: int
+    # the newest one since its last progress; None while it makes progress, or where there is none
     snapshot: RankSnapshot | None
-    quiet_s: float
-    alive_s: float
-    step: int
-    is_unsteady: bool = False
+    quiet_s: float  # seconds since its last progress, by that snapshot or else by its rows
+    alive_s: float  # seconds since its recorder sent anything, by the clock of its host
+    step: int  # last step that ended, -1 before the first
+    is_unsteady: bool = False  # whether it alternates between running and sleeping: a loop, which may be work
+    # last step of a rank whose launched function or script is over: it waits for the others; else None
     returned_at: int | None = None
-    ran_script: bool = False
+    ran_script: bool = False  # whether that was a script
 
 
 class JobProgress(msgspec.Struct, frozen=True):
-    """Progress of all ranks.
+    """Progress of all ranks."""
 
-    Attributes:
-        ranks: by rank, those that have sent anything.
-        longest_quiet_s: longest pause of any rank that ended with progress: before the first step, and after it.
-        longest_gap_s: longest time from the end of a step to the end of the next.
-        was_aborted: whether the job was found to hang, and ended for that.
-        diverged: ranks that have called more collectives than others, and since when; None where all agree.
-    """
-
-    ranks: Mapping[int, RankProgress] = {}
+    ranks: Mapping[int, RankProgress] = {}  # by rank, those that have sent anything
     timeout_s: float = DEFAULT_TIMEOUT_S
+    # longest pause of any rank that ended with progress: before the first step, and after it
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
-    longest_gap_s: float = 0.0
-    was_aborted: bool = False
+    longest_gap_s: float = 0.0  # longest time from the end of a step to the end of the next
+    was_aborted: bool = False  # whether the job was found to hang, and ended for that
+    # ranks that have called more collectives than others, and since when; None where all agree
     diverged: DivergedRanks | None = None
 
 

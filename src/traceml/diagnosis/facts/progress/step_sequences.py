@@ -20,19 +20,12 @@ _MAX_SLOTS, _MIN_SLOTS, _CELLS = 1024, 64, 262_144
 
 
 class DivergedRanks(msgspec.Struct, frozen=True):
-    """Ranks whose numbers of collectives differ, in all steps from one on.
+    """Ranks whose numbers of collectives differ, in all steps from one on."""
 
-    Attributes:
-        agreed: last step at whose end all ranks had called as many.
-        since: first step at whose end they had not; the next one, unless the steps between are not known.
-        collectives: rank -> its number at the end of that step.
-        backwards: rank -> its backward passes in that step.
-    """
-
-    agreed: int
-    since: int
-    collectives: Mapping[int, int]
-    backwards: Mapping[int, int]
+    agreed: int  # last step at whose end all ranks had called as many
+    since: int  # first step at whose end they had not; the next one, unless the steps between are not known
+    collectives: Mapping[int, int]  # rank -> its number at the end of that step
+    backwards: Mapping[int, int]  # rank -> its backward passes in that step
 
     @property
     def text(self) -> str:

@@ -18,21 +18,13 @@ __all__ = ["GroupUse"]
 
 
 class GroupUse(msgspec.Struct):
-    """Facts on the process group of a job. Plain values, so that they can be stored as JSON.
+    """Facts on the process group of a job. Plain values, so that they can be stored as JSON."""
 
-    Attributes:
-        size: ranks of the default process group, 0 without one.
-        has_model: whether a model is known.
-        is_parallel: whether a model communicates by itself.
-        communicates: whether a step had a collective.
-        sequence: least and most collectives that a rank had called at the end of a step.
-    """
-
-    size: int = 0
-    has_model: bool = False
-    is_parallel: bool = False
-    communicates: bool = False
-    sequence: tuple[int, int] | None = None
+    size: int = 0  # ranks of the default process group, 0 without one
+    has_model: bool = False  # whether a model is known
+    is_parallel: bool = False  # whether a model communicates by itself
+    communicates: bool = False  # whether a step had a collective
+    sequence: tuple[int, int] | None = None  # least and most collectives that a rank had called at the end of a step
 
     def info(self, row: Mapping[str, Any]) -> None:
         """Take a row of `schema.INFO` of any kind."""

@@ -12,17 +12,7 @@ __all__ = ["LoaderFacts", "ModelFacts", "TrainedModels"]
 
 
 class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A data loader, as the rank described it.
-
-    Attributes:
-        number: of the loader in its process, in the order of their first use; None where it is not known.
-        made: loaders with the same data set, length and workers that the script has made, at least half of them.
-        objects: its data set's containers of many Python objects: path, type, count, and type `of` one object.
-        samplers: classes that choose its samples, by qualified name, without torch's.
-        trainer: framework that makes the loader from its own arguments: transformers, or fastai, which starts new
-            workers in each epoch; None for a script's own.
-        is_undivided: whether its data set is iterable, and its code does not ask which worker runs it.
-    """
+    """A data loader, as the rank described it."""
 
     dataset: str | None = None
     length: int | None = None
@@ -32,12 +22,16 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
     start_method: str | None = None
+    # of the loader in its process, in the order of their first use; None where it is not known
     number: int | None = None
-    made: int = 1
+    made: int = 1  # loaders with the same data set, length and workers that the script has made, at least half of them
+    # its data set's containers of many Python objects: path, type, count, and type `of` one object
     objects: Sequence[Mapping[str, Any]] = ()
-    samplers: Sequence[str] = ()
+    samplers: Sequence[str] = ()  # classes that choose its samples, by qualified name, without torch's
+    # framework that makes the loader from its own arguments: transformers, or fastai, which starts new workers in each
+    # epoch; None for a script's own
     trainer: str | None = None
-    is_undivided: bool = False
+    is_undivided: bool = False  # whether its data set is iterable, and its code does not ask which worker runs it
 
     @property
     def likeness(self) -> tuple[str | None, int | None, int | None]:
