@@ -125,7 +125,8 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     """Train with hooks and without; return what the hooks found."""
     flight = FlightFile.create(folder / f"flight-{rank}", {})
     groups: list[bool] = []
-    instrumentation = install(flight, on_group=lambda: groups.append(dist.is_initialized()))
+    facts: list[dict[str, Any]] = []
+    instrumentation = install(flight, on_info=facts.append, on_group=lambda: groups.append(dist.is_initialized()))
     if not dist.is_initialized():
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
@@ -136,14 +137,13 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     instrumentation.uninstall()
     flight.close(unlink=True)
     clock = instrumentation.clock
-    reductions = None if clock.reductions is None else clock.reductions.facts()
     same = losses == train(kind, rank)
     return {
         "rows": rows,
         "groups": groups,
         "same": same,
         "errors": clock.errors,
-        "reductions": reductions,
+        "reductions": next((each for each in facts if each["kind"] == "reductions"), None),
         "gradient_size": model_facts(globals()[kind](rank)[1]).get("gradient_size"),
     }
 

@@ -84,7 +84,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
 def test_reductions_are_counted(
     kind: str, counted: tuple[int, int] | None, found: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """How many backward passes a step has, and how many of them average gradients; of DDP models only."""
+    """Backward passes of a step, and those that average gradients, of DDP models; also of a run of 24 steps."""
     for rank in found[kind]:
         known = rank["reductions"]
         assert (known and (known["backwards_per_step"], known["reductions_per_step"])) == counted

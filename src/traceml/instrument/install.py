@@ -185,7 +185,7 @@ class Instrumentation:
         """End timing: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
         if self.clock.thread:
             self._guarded(self.clock.finish)
-            self._guarded(self._report_rollouts)
+            self._report_use()
             if self._losses is not None:
                 self._guarded(self._losses.finish)
 
@@ -266,20 +266,22 @@ class Instrumentation:
             self._guarded(lambda: self._overhead.measure(dirty=clock.dirty, marked=clock.marked))
 
         self._look_for_device()
-        self._guarded(self._facts.training_loader)
         self._guarded(self._facts.debugging)
-        self._guarded(self._report_rollouts)
-
         self._guarded(self._group.find if clock.group is None else self._group.report_mesh)
-        if clock.reductions is not None:
-            self._guarded(self._facts.reductions)
-
+        self._report_use()
         if self._sizes is not None and clock.sequence is not None:
             self._sizes.report(clock.sequence())
 
         is_called = forward_ns and (self._batches is None or self._batches.has_trained)
         if backwards and not is_called and clock.rows > 1:
             self._guarded(self._discovery.descend)
+
+    def _report_use(self) -> None:
+        """Report what the steps so far show of the loader, of rollouts and of reductions."""
+        self._guarded(self._facts.training_loader)
+        self._guarded(self._report_rollouts)
+        if self.clock.reductions is not None:
+            self._guarded(self._facts.reductions)
 
     # ---- installing ----
 
