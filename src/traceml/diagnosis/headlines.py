@@ -26,6 +26,7 @@ from traceml.process_ends import exit_text, signal_name
 __all__ = [
     "FindingFacts",
     "compute",
+    "cores",
     "device_fault",
     "duplicates",
     "evaluation",
@@ -289,6 +290,12 @@ def input_wait(finding: FindingFacts) -> str:
     """Return `Training waits for data: 62 % of step time`, or that for its loader's workers to start."""
     what = "new loader workers in each epoch" if finding.evidence.get("restart_ms") else "data"
     return f"Training waits for {what}: {_of_step_time(finding)}"
+
+
+def cores(finding: FindingFacts) -> str:
+    """Return `Rank 1 waits for a CPU core: 62 % of step time`, or that the training does."""
+    who = f"{ranks_text(finding.ranks)} {'wait' if len(finding.ranks) > 1 else 'waits'}"
+    return f"{capitalized(who) if finding.ranks else 'The training waits'} for a CPU core: {_of_step_time(finding)}"
 
 
 def _of_step_time(finding: FindingFacts) -> str:

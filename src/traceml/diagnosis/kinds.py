@@ -8,7 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from traceml.diagnosis import headlines
-from traceml.formatting import capitalized, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, ordinal_text, percent_text, phase_words, ranks_text
 
 __all__ = ["CRITICAL_SHARE", "FLOOR_NS", "WARNING_SHARE", "Kind", "KindRule", "Severity", "least_cost_ns"]
 
@@ -77,7 +77,7 @@ class Kind(StrEnum):
     COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER", _SLOW
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
-    CPU_CONTENTION = "CPU_CONTENTION", KindRule("The training waits for a CPU core: {share}")
+    CPU_CONTENTION = "CPU_CONTENTION", KindRule(headlines.cores)
     GIL_CONTENTION = (
         "GIL_CONTENTION",
         KindRule("The training waits for Python's lock, which another thread holds: {share}"),
@@ -156,4 +156,7 @@ class Kind(StrEnum):
         ranks = capitalized(group.get("words") or ranks_text(finding.ranks))
         are, use = ("is", "uses") if len(finding.ranks) == 1 else ("are", "use")
         phase = phase_words(finding.phase) if finding.phase else "the step"
+        if every := finding.evidence.get("every_n_steps"):
+            phase = f"every {ordinal_text(int(every))} step, in {phase}"
+
         return capitalized(rule.format(share=share, phase=phase, ranks_are=f"{ranks} {are}", ranks=ranks, use=use))

@@ -197,3 +197,14 @@ def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one() -> None:
 def test_little_communication_is_no_finding():
     """Reductions that cost next to nothing are not worth a word."""
     assert all(each.kind is not Kind.COMM_BOUND for each in diagnose(window_of(Job(comm=0.8)), facts(4, 4)))
+
+
+@pytest.mark.parametrize(("core_wait", "verdict"), [(0.05, Kind.COMM_BOUND), (0.5, Kind.CPU_CONTENTION)])
+def test_waiting_for_a_rank_that_has_no_core_is_no_communication(core_wait: float, verdict: Kind) -> None:
+    """Rank 1 shares its core with another program: in backward it waits for the core, and rank 0 for it."""
+    waits = {"main_wait": {0: 0.02, 1: core_wait}, "core_wait": {0: 0.02, 1: core_wait}}
+
+    first = diagnose(window_of(Job(comm=20.0)), JobFacts(world_size=2, **waits))[0]
+
+    assert verdict is Kind.COMM_BOUND or first.headline == "Rank 1 waits for a CPU core: 50 % of step time"
+    assert (first.kind, first.ranks) == (verdict, (1,) if verdict is Kind.CPU_CONTENTION else ())

@@ -37,6 +37,24 @@ def test_every_nth_step_is_named(job, part, every):
     assert found[0].headline.startswith(f"Every {every}th step is long")
 
 
+@pytest.mark.parametrize(("part", "kind"), [("other", Kind.STRAGGLER), ("forward", Kind.COMPUTE_STRAGGLER)])
+def test_the_rank_that_the_others_wait_for_in_these_steps_is_named(part, kind):
+    """Half of their wait is in the next step: a mean over the ranks would be the length of no step."""
+    (found,) = findings(Job(ranks=2, steps=420), adds(part, 500, ranks=(1,), every=100))
+
+    assert (found.kind, found.ranks, found.phase, found.evidence["every_n_steps"]) == (kind, (1,), part, 100)
+    assert found.evidence["mean_long_ms"] == pytest.approx(515, rel=0.1)
+    assert "on rank 1, in " in found.summary
+    assert found.headline.startswith("Rank 1 is slow in every 100th step, in ")
+
+
+def test_long_steps_of_some_ranks_that_wait_for_nobody_are_theirs():
+    """Without a process group no other rank waits."""
+    (found,) = findings(Job(ranks=3, steps=300, grouped=False), adds("other", 150, ranks=(0, 2), every=25))
+
+    assert (found.kind, found.ranks) == (Kind.RESIDUAL_HEAVY, (0, 2))
+
+
 def busy(own, random) -> None:
     """Make forward of any length, as on a host with ten programs per core."""
     own["forward"] *= random.lognormal(1.0, 0.9, own["forward"].shape)

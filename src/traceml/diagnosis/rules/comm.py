@@ -38,12 +38,18 @@ def min_wait_ns(segments: Segments) -> float:
     return float(np.median(segments.wait)) if segments.wait.size else 0.0
 
 
+def _for_cores_ns(facts: JobFacts, step: float) -> float:
+    """Return the time of a step in which the rank that waits most for a core does: then the others wait for it."""
+    return step * max(facts.core_wait.values(), default=0.0)
+
+
 def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
     """Find communication that costs much while no rank is late, which the caller has checked."""
     if facts.rpc and not segments.grouped:
         return _waiting_for_answers(segments, facts)
 
-    cost, step = min_wait_ns(segments), float(np.median(segments.step))
+    step = float(np.median(segments.step))
+    cost = min_wait_ns(segments) - _for_cores_ns(facts, step)
     if _is_little(cost, step, facts, DEVICE_FLOOR_NS if segments.device else FLOOR_NS):
         return []
 

@@ -14,11 +14,12 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, heavy_ones, usual
 from traceml.diagnosis.rules.long_steps import RARE
+from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text
+from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text, ranks_text
 
 __all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
 
@@ -42,6 +43,8 @@ JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
 """Or if it takes this many times longer than usual in this share of them, as the model's forward in rollouts."""
 MOSTLY_SHARE = 0.8
 """A line with a smaller share of the longest part has most of it, and not all."""
+RANK_SHARE = 0.5
+"""A rank has long steps if its time beyond the usual in them is this share of that of the rank with the most."""
 NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
 SOONER_SHARE = 1 / 3
@@ -54,6 +57,7 @@ class _Period(msgspec.Struct, frozen=True):
     every: int
     columns: NDArray[np.intp]
     part: str  # the part of the step that makes the long ones longest
+    ranks: tuple[int, ...]  # those that have it; none for all
     removed: dict[str, Floats]  # this part, and others that are long in the same steps, as they would be without them
     saved_ns: float  # time by which the mean step would be shorter
     part_saved_ns: float  # how much of it is in the longest part
@@ -136,10 +140,14 @@ def _at_distance(
 
 
 def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Period | None:
-    excess = {part: excess_over_usual(values, columns).max(axis=0) for part, values in segments.parts.items()}
+    by_rank = {part: excess_over_usual(values, columns) for part, values in segments.parts.items()}
+    excess = {part: values.max(axis=0) for part, values in by_rank.items()}
     part = max(excess, key=lambda name: excess[name].sum(), default=None)
     if part is None or part not in UNNAMED:
         return None
+
+    sums = by_rank[part].sum(axis=1)
+    ranks = segments.named(sums >= RANK_SHARE * sums.max())
 
     least_ns = JOINT_SHARE * float(np.median(excess[part]))  # by the median: some are long in these steps by chance
     joint = [
@@ -153,7 +161,8 @@ def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Peri
     ]
     removed = {name: _without_excess(segments.parts[name], columns) for name in {part, *joint}}
     saved = saved_ns(segments, {part: removed[part]})
-    return _Period(every, columns, part, removed, saved if len(removed) == 1 else saved_ns(segments, removed), saved)
+    of_all = saved if len(removed) == 1 else saved_ns(segments, removed)
+    return _Period(every, columns, part, ranks, removed, of_all, saved)
 
 
 def _is_always_long(values: Floats, excess: Floats, least_ns: float) -> bool:
@@ -206,21 +215,26 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
 
 
 def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
-    share = period.saved_ns / step_ns
-    phase_share = float(segments.parts[period.part].mean()) / step_ns
+    share, are_late = period.saved_ns / step_ns, bool(period.ranks) and segments.grouped
+    rows = np.isin(segments.ranks, period.ranks) if period.ranks else np.full(len(segments.ranks), True)
+    phase_share = float(segments.parts[period.part][rows].mean()) / step_ns
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
-    line = own_line(facts.lines, period.part, phase_share) if held else None
+    line = own_line(facts.lines, period.part, phase_share, period.ranks) if held else None
     where = phases_text(period.phases, line.place if line else None)
     mostly = "mostly " if line and line.share < MOSTLY_SHARE else ""
     long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
-    long_ns = float(long.mean())
+    # The others wait for a late rank in its step or in the next: their mean is not the length of any.
+    long_ns = usual_ns + _excess_ns(segments, period) if are_late else float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
+    on_ranks = f" on {ranks_text(period.ranks)}" if period.ranks else ""
+    waits = ", for which the others wait" if are_late else ""
     return Finding.of(
-        Kind.RESIDUAL_HEAVY,
+        straggler_kind(period.part) if are_late else Kind.RESIDUAL_HEAVY,
+        ranks=period.ranks,
         phase=period.part,
         summary=(
             f"Every {ordinal_text(period.every)} step takes {ns_text(long_ns)} instead of "
-            f"{ns_text(usual_ns)}, {mostly}in {where}: {percent_text(share)} of step time."
+            f"{ns_text(usual_ns)}{on_ranks}, {mostly}in {where}{waits}: {percent_text(share)} of step time."
         ),
         next=_advice(facts, period, line, half),
         evidence={
@@ -235,6 +249,12 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
         cost_share=share,
         speedup_if_fixed=half,
     )
+
+
+def _excess_ns(segments: Segments, period: _Period) -> float:
+    """Return the mean time of the long steps beyond the usual, of the rank that has most in each."""
+    excess = sum(segments.parts[part] - without for part, without in period.removed.items())
+    return float(np.asarray(excess)[:, period.columns].max(axis=0).mean())
 
 
 def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: float) -> str:
