@@ -287,27 +287,30 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
     segments = segments_of(window_of(ALONE, adds("input_wait", 4)), JobFacts())
     usual = {"loader": LoaderFacts(num_workers=2), "lines": lines, "hosts": {0: "h"}, "cores": {"h": 8}}
+    workers = JobFacts(workers=watched(2, busy=0.6), **usual)
+    found = pipeline_of(segments, workers, 4 * MS)
 
-    for workers in (JobFacts(workers=watched(2, busy=0.6), **usual), JobFacts(**usual)):
-        found = pipeline_of(segments, workers, 4 * MS)
-        assert found is not None
-        advised = for_input(workers, found)
-        assert "Put a batch into fewer tensors" in advised.text
-        assert advised.gain == pytest.approx(found.gain_without_handover())
+    assert found is not None
+    advised = for_input(workers, found)
+    assert "Put a batch into fewer tensors" in advised.text
+    assert advised.gain == pytest.approx(found.gain_without_handover())
 
 
-def test_workers_whose_batches_cost_nothing_are_to_be_left_out():
-    """Eight workers that start anew in each epoch are not watched; fewer tensors would gain nothing."""
+@pytest.mark.parametrize(
+    ("workers", "says"), [(8, "Try num_workers=0, or 1: there are 8 workers for 2 cores."), (2, "Try num_workers=0.")]
+)
+def test_workers_whose_batches_cost_nothing_are_to_be_left_out(workers: int, says: str) -> None:
+    """Workers that start anew in each epoch are not watched; fewer tensors would gain nothing."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
     segments = segments_of(window_of(ALONE, adds("input_wait", 60)), JobFacts())
-    loader = LoaderFacts(num_workers=8)
+    loader = LoaderFacts(num_workers=workers)
     facts = JobFacts(loader=loader, lines=lines, hosts={0: "h"}, cores={"h": 2})
     found = pipeline_of(segments, facts, 60 * MS)
 
     assert found is not None
     assert found.gain_without_handover() < WORTHWHILE
     advised = for_input(facts, found)
-    assert "Try num_workers=0, or 1" in advised.text
+    assert says in advised.text
     assert advised.gain is None
 
 

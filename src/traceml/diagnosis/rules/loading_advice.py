@@ -195,14 +195,13 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     gain = pipeline.gain(0)
     waits = "The workers keep up: training waits to receive their batches, tensor by tensor"
     if gain < WORTHWHILE:
-        most = pipeline.gain_without_handover()
         how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
-        if most < WORTHWHILE and facts.worker_use is None and pipeline.workers > (pipeline.cores or pipeline.workers):
-            fewer = (
-                f"Try {loader.option('num_workers')}=0, or 1: there are {pipeline.workers} workers for "
-                f"{plural(pipeline.cores or 1, 'core')}"
-            )
-            return Advised(f"{waits}. {fewer}. {how}.", None)
+        most = pipeline.gain_without_handover()
+        if most < WORTHWHILE and facts.worker_use is None:  # how much of their time the workers compute is not known
+            many = pipeline.workers > (pipeline.cores or pipeline.workers)
+            crowd = f"{plural(pipeline.workers, 'worker')} for {plural(pipeline.cores or 1, 'core')}"
+            fewer = f"=0, or 1: there are {crowd}" if many else "=0"
+            return Advised(f"{waits}. Try {loader.option('num_workers')}{fewer}. Otherwise put{how[3:]}.")
 
         return Advised(f"{waits}. {how}: {gain_text(most, 'at most')}.", most)
 
