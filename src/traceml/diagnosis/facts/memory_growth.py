@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
@@ -130,6 +131,19 @@ class MemoryCurve:
             self._growth = (_growth_of(self.points),)
 
         return self._growth[0]
+
+    def since_it_began(self, growth: GrowthEstimate) -> GrowthEstimate:
+        """Return its growth with the step at which memory left its level, and with all that it grew since.
+
+        The level, and the line of that growth from some sample on, fit all samples best there.
+        """
+        points = self.points
+        points = points[(points[:, 0] >= min(_WARM_UP_STEPS, growth.since_step)) & (points[:, 0] < points[-1, 0])]
+        steps, _, values = points.T.astype(float)
+        levels = np.array([np.median(values[: at + 1]) for at in range(len(points))])
+        lines = levels[:, None] + growth.bytes_per_step * np.maximum(steps - steps[:, None], 0.0)
+        at = int(np.abs(values - lines).sum(axis=1).argmin())
+        return replace(growth, since_step=int(steps[at]), grown_bytes=int(growth.now_bytes - levels[at]))
 
 
 def _growth_of(points: _Points) -> GrowthEstimate | None:

@@ -89,6 +89,7 @@ def _finding(
 ) -> Finding | None:
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
+    growth = facts.memory.curve(rank, kind, device).since_it_began(growth)
     workers = facts.workers.workers(rank, device) if kind is MemoryKind.WORKERS else 0
     copied = copied_objects(facts, rank, device) if workers else None
     room = _room(facts, kind, rank, device, by_kind)
