@@ -14,7 +14,9 @@ ALONE = Job(ranks=1, steps=220, grouped=False)
 GAME = "/lib/gymnasium/envs/classic_control/cartpole.py:160 CartPoleEnv.step"
 
 
-def seen(part: str, number: int, samples: int, library: str | None = None) -> SampledLine:
+def seen(
+    part: str, number: int, samples: int, library: str | None = "/lib/torch/autograd/graph.py:966 run"
+) -> SampledLine:
     return SampledLine(0, part, "/home/me/train.py", number, "<module>", library, samples)
 
 
@@ -62,6 +64,13 @@ def test_a_line_of_the_loop_is_blamed() -> None:
 
     assert finding.evidence["line"] == 12
     assert "train.py:12" in finding.next
+
+
+def test_a_line_that_does_something_itself_calls_no_trainer() -> None:
+    """A loop in one line, as `loss.backward(); optimizer.step(); time.sleep(0.01)`: a trainer is a library's."""
+    finding = residual(seen("other", 12, 43, None), seen("forward", 12, 15), *TRAINER)
+
+    assert finding.evidence["line"] == 12
 
 
 def test_heavy_computation_is_in_the_library_then() -> None:

@@ -11,6 +11,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 __all__ = ["calls_trainer", "own_line"]
 
 _MIN_SAMPLES = 3
+_OWN_SHARE = 0.1  # of a line's samples without a library's function: it does something itself
 _FORWARD, _BACKWARD, _OPTIMIZER = (phase.label for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER))
 
 
@@ -23,10 +24,15 @@ def own_line(
 
 
 def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
-    """Return whether backward passes and optimizer run in the very same line: the user's code has no loop.
+    """Return whether backward passes and optimizer run in the very same line, in a library: no loop of the user's.
 
     The forward passes stand for an optimizer that the hooks do not know.
     """
+    seen = [each for each in lines if (each.file, each.line) == (line.file, line.line)]
+    itself = sum(each.samples for each in seen if each.library is None)
+    if itself > _OWN_SHARE * sum(each.samples for each in seen):
+        return False
+
     update = _OPTIMIZER if any(each.part == _OPTIMIZER for each in lines) else _FORWARD
     return all(_has_most(lines, phase, line) for phase in (_BACKWARD, update))
 
