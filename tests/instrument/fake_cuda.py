@@ -20,7 +20,7 @@ class FakeStream:
 
 @dataclass
 class FakeCuda:
-    """Devices with streams; the `StreamDevice` of the tests.
+    """Devices with streams; the `CudaDevice` of the tests.
 
     Attributes:
         cpu_ms: time on the CPU, before which no work is queued.

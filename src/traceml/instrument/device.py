@@ -15,7 +15,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from traceml.database.flight.row_rings import Ring
 from traceml.database.schema import DEVICE_PHASES, DEVICE_STEPS, PHASE_COLUMNS, Phase
@@ -23,7 +23,7 @@ from traceml.fail_open import fail_open
 from traceml.instrument.phase_timer import OTHER
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["CudaDevice", "DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "StreamDevice", "built_devices"]
+__all__ = ["CudaDevice", "DeviceMarkingSlots", "DeviceTimes", "built_devices"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _BACKWARD = int(Phase.BACKWARD)
@@ -40,42 +40,10 @@ _LOST = "the device time of a step is lost"
 _log = logging.getLogger("traceml")
 
 
-class DeviceEvent(Protocol):
-    """The part of `torch.cuda.Event` that is used."""
-
-    def record(self, stream: Any) -> None:
-        """Put the event on a stream, whichever is current."""
-
-    def query(self) -> bool:
-        """Whether the device has reached it."""
-
-    def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from this event to another one; both must be complete."""
-
-
-class StreamDevice(Protocol):
-    """The part of `torch.cuda` that is used; all but the first method only once the script has initialized it."""
-
-    def is_initialized(self) -> bool:
-        """Whether the script uses the device."""
-
-    def is_capturing(self) -> bool:
-        """Whether the current stream captures a graph; then no event may be recorded or asked."""
-
-    def current(self) -> tuple[int, int]:
-        """Index of the current device, and handle of its current stream."""
-
-    def stream(self) -> Any:
-        """The current stream, for `DeviceEvent.record`."""
-
-    def event(self) -> DeviceEvent:
-        """Create an event. It belongs to the device on which it is first recorded."""
-
-
 class _TrainingStream(NamedTuple):
     key: tuple[int, int]
     stream: Any
-    pool: list[DeviceEvent]  # free events of its device
+    pool: list[Any]  # free events of its device
 
 
 Marks = list[tuple[Any, int]]
@@ -84,9 +52,9 @@ Marks = list[tuple[Any, int]]
 class _PendingStep(NamedTuple):
     step: int
     marks: Marks
-    end: DeviceEvent
+    end: Any
     is_shared: bool  # the end is also the start of the next step
-    pool: list[DeviceEvent]
+    pool: list[Any]
 
 
 class DeviceMarkingSlots:
@@ -141,9 +109,9 @@ class DeviceTimes:
         device: creates events, and knows the current stream.
     """
 
-    def __init__(self, clock: StepClock, ring: Ring, device: StreamDevice) -> None:
+    def __init__(self, clock: StepClock, ring: Ring, device: CudaDevice) -> None:
         self._clock, self._ring, self._device = clock, ring, device
-        self._pools: dict[int, list[DeviceEvent]] = {}  # by device
+        self._pools: dict[int, list[Any]] = {}  # by device
         self._home: _TrainingStream | None = None
         self._next_home: _TrainingStream | None = None  # where a backward pass of this step ran instead
         self.marks: Marks = []
@@ -302,7 +270,7 @@ class DeviceTimes:
 
         return True
 
-    def _recorded(self) -> DeviceEvent:
+    def _recorded(self) -> Any:
         home = self._training()
         event = home.pool.pop() if home.pool else self._device.event()
         event.record(home.stream)
@@ -315,7 +283,7 @@ class DeviceTimes:
         self._cut, self._is_whole = None, True
 
 
-def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
+def _durations(marks: Marks, end: Any) -> list[int]:
     """Return the columns of a device row after `step`: the total and the phases, in ns."""
     spent = dict.fromkeys((*_PHASES, _WAITING, OTHER), 0)
     for (event, phase), (after, _) in zip(marks, [*marks[1:], (end, OTHER)], strict=True):
@@ -328,14 +296,15 @@ def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
 
 
 class CudaDevice:
-    """torch.cuda, also on ROCm."""
+    """torch.cuda, also on ROCm. Before the script has initialized it, only `is_initialized` may be called."""
 
     def __init__(self) -> None:
         import torch
 
         # Whether the script uses CUDA. It asks no driver: that would break later forks and `CUDA_VISIBLE_DEVICES`.
         self.is_initialized: Callable[[], bool] = torch.cuda.is_initialized
-        self._event: Callable[..., DeviceEvent] = torch.cuda.Event
+        self._event: Callable[..., Any] = torch.cuda.Event
+        # While a graph is captured, no event may be recorded or asked.
         self.is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
         self.stream: Callable[[], Any] = torch.cuda.current_stream
         # Private, so optional: they take a tenth of the time.
@@ -347,8 +316,8 @@ class CudaDevice:
         index = self._index()
         return index, self.stream().cuda_stream if self._handle is None else self._handle(index)
 
-    def event(self) -> DeviceEvent:
-        """Create an event."""
+    def event(self) -> Any:
+        """Create an event. It belongs to the device on which it is first recorded."""
         return self._event(enable_timing=True)
 
 

@@ -11,10 +11,11 @@ averaged weights that sample images, evaluates.
 from __future__ import annotations
 
 import sys
-from typing import Any, Protocol
+from typing import Any
 
 from traceml.database.schema import Phase
-from traceml.instrument.phase_timer import CHECK_FORWARD, ON_FORWARD, PhaseTimer
+from traceml.instrument.phase_timer import CHECK_FORWARD, ON_FORWARD
+from traceml.instrument.step_segments import SegmentedStep
 
 __all__ = ["EvaluationStretch"]
 
@@ -23,21 +24,6 @@ _CHECKPOINT, _FORWARD = int(Phase.CHECKPOINT), int(Phase.FORWARD)
 _SIMULATORS = ("gymnasium", "gym", "pettingzoo", "envpool", "dm_env", "stable_baselines3", "torchrl", "tianshou")
 _PREPARATION = 10  # a longer time, in evaluation calls, is preparation of the training
 _USUAL = 3  # this many steps in a row with a stretch between batch and training: it is a part of the step
-
-
-class StepRules(Protocol):
-    """The part of a clock that knows when steps begin and end."""
-
-    open: bool
-    explicit: bool
-    exhausted_loader: Any
-    prepares: bool
-
-    def begin_first_step(self, t: int) -> None:
-        """Begin the first step."""
-
-    def end_ready_part(self, t: int) -> None:
-        """End the part of a ready step that belongs to it."""
 
 
 class EvaluationStretch:
@@ -49,8 +35,8 @@ class EvaluationStretch:
         is_play: the same of calls in training mode.
     """
 
-    def __init__(self, clock: PhaseTimer, rules: StepRules) -> None:
-        self._clock, self._rules = clock, rules
+    def __init__(self, clock: SegmentedStep) -> None:
+        self._clock = clock
         self.start = 0
         self.is_rollout = self.is_play = False
         self._calls = self._last_call = 0
@@ -73,7 +59,7 @@ class EvaluationStretch:
 
         clock = self._clock
         called = module()
-        if called is None or called.training or self._rules.explicit:
+        if called is None or called.training or clock.explicit:
             return False
 
         if not (self._has_no_batch() or clock.listener.is_trained(called)):
@@ -91,7 +77,7 @@ class EvaluationStretch:
         if clock.attempt:
             return clock.first_loader is not None
 
-        return clock.batch is None and self._rules.exhausted_loader is not None
+        return clock.batch is None and clock.exhausted_loader is not None
 
     @property
     def collects(self) -> bool:
@@ -110,17 +96,17 @@ class EvaluationStretch:
 
     def _open(self, t: int) -> None:
         clock = self._clock
-        self._is_first = not self._rules.open
+        self._is_first = not clock.open
         if self._is_first:
-            self._rules.begin_first_step(t)
+            clock.begin_first_step(t)
         elif clock.attempt and not clock.pending:
             if clock.closes_at is ON_FORWARD:
                 clock.commit(t)
             else:
-                self._rules.end_ready_part(t)
+                clock.end_ready_part(t)
 
         clock.book_user_phases(t)
-        self._rules.prepares = False
+        clock.prepares = False
         self.start, self._calls, self._last_call = t, 1, t
         self._times, self._closes_at = clock.times, clock.closes_at
         clock.closes_at = CHECK_FORWARD
@@ -131,13 +117,13 @@ class EvaluationStretch:
         clock = self._clock
         if self._is_first and not self._is_continuous(t):
             self.forget()
-            self._rules.begin_first_step(t)
+            clock.begin_first_step(t)
             return
 
-        if self._rules.prepares:
+        if clock.prepares:
             t = self.last_end(t)
 
-        self._rules.prepares = False
+        clock.prepares = False
         clock.book_user_phases(t)
         kept = self._times + [0] * (len(clock.zeros) - len(self._times))
         saving = clock.times[_CHECKPOINT] - kept[_CHECKPOINT]
@@ -166,7 +152,7 @@ class EvaluationStretch:
         usual_ns = max(between_ns, call_ns)
         saving_ns = self._clock.times[_CHECKPOINT] - self._times[_CHECKPOINT]
         rest_ns = t - self._last_call - saving_ns
-        if self._rules.prepares or rest_ns >= _PREPARATION * usual_ns:
+        if self._clock.prepares or rest_ns >= _PREPARATION * usual_ns:
             rest_ns = min(rest_ns, max(usual_ns, self._longest_rest_ns))
 
         return self._last_call + rest_ns + saving_ns

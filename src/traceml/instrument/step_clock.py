@@ -43,7 +43,7 @@ class StepClock(SegmentedStep):
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
-        self.stretch = EvaluationStretch(self, self)
+        self.stretch = EvaluationStretch(self)
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -28,26 +28,13 @@ from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.step_pace import SHORT_STEP_NS
 
-__all__ = ["CudaLosses", "LossDevice", "LossReader", "patch_scale"]
+__all__ = ["CudaLosses", "LossReader", "patch_scale"]
 
 _EVERY_STEP, _SOME_STEPS, _FEW_STEPS = 0, 15, 63
 _FIRST_ROWS = 16
 _ROW_NS = 50_000_000
 _PLACES = 8
 _log = logging.getLogger("traceml")
-
-
-class LossDevice(Protocol):
-    """A device from which losses are copied without waiting."""
-
-    def has(self, tensor: Any) -> bool:
-        """Whether a loss is on the device and may be copied now."""
-
-    def copy(self, tensor: Any, place: int) -> Any:
-        """Begin to copy a loss to one of the 8 places; return an event whose `query` shows when it is there."""
-
-    def value(self, place: int) -> float:
-        """Return the loss that was copied to a place."""
 
 
 class CudaLosses:
@@ -57,11 +44,11 @@ class CudaLosses:
         self._pinned: Any = None
 
     def has(self, tensor: Any) -> bool:
-        """Whether a loss is on the device, and no graph is captured."""
+        """Whether a loss is on the device and may be copied now: no graph is captured."""
         return bool(tensor.is_cuda) and not torch.cuda.is_current_stream_capturing()
 
     def copy(self, tensor: Any, place: int) -> Any:
-        """Begin to copy a loss on the current stream; return an event after the copy."""
+        """Begin to copy a loss to one of the 8 places; return an event whose `query` shows when it is there."""
         if self._pinned is None:
             self._pinned = torch.empty(_PLACES, dtype=torch.float32, pin_memory=True)
 
@@ -84,7 +71,7 @@ class LossReader:
         clock: has the step; its `loss_mask` decides which steps are read.
     """
 
-    def __init__(self, clock: StepClock, losses: Ring, device: LossDevice) -> None:
+    def __init__(self, clock: StepClock, losses: Ring, device: CudaLosses) -> None:
         self._clock, self._device = clock, device
         self._append = losses.appender("t_ns", "step", "loss")
         self._free = list(range(_PLACES))
