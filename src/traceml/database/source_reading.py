@@ -17,17 +17,12 @@ SOURCE = "source"
 
 
 class SourceReading(msgspec.Struct, frozen=True):
-    """One reading, for one start of a job.
+    """One reading, for one start of a job."""
 
-    Attributes:
-        stream: of rank 0, in the store.
-        facts: by collector, masked.
-        unread: why facts are missing: `elsewhere` (rank 0 is on another host), `ended` (the run, before they were
-            read), `late` (reading took too long) or `failed`; empty where collectors have read all that there is.
-    """
-
-    stream: int
-    facts: Mapping[str, Mapping[str, Any]] = {}
+    stream: int  # of rank 0, in the store
+    facts: Mapping[str, Mapping[str, Any]] = {}  # by collector, masked
+    # Why facts are missing: `elsewhere` (rank 0 is on another host), `ended` (the run, before they were read), `late`
+    # (reading took too long) or `failed`; empty where collectors have read all that there is.
     unread: str = ""
 
     @classmethod

@@ -25,17 +25,11 @@ _INPUT_WAIT, _ITERATING = int(Phase.INPUT_WAIT), int(Slot.ITERATING)
 
 
 class DataProgress(NamedTuple):
-    """Progress through the data of a loader.
+    """Progress through the data of a loader."""
 
-    Attributes:
-        batches: that it has given, in all epochs; -1 if not known.
-        epoch: number of its newest iterator, from 1; 0 before the first.
-        is_over: whether that one has no batch left.
-    """
-
-    batches: int = -1
-    epoch: int = 0
-    is_over: bool = False
+    batches: int = -1  # that it has given, in all epochs; -1 if not known
+    epoch: int = 0  # number of its newest iterator, from 1; 0 before the first
+    is_over: bool = False  # whether that one has no batch left
 
 
 class LoaderToken:

@@ -25,15 +25,10 @@ _FACTOR = 2  # the last evaluation may take this many times as long as usual
 
 
 class _FirstPart(NamedTuple):
-    """The part of a step before its cut, which may become a step by itself; see `PhaseTimer.append_step`.
+    """The part of a step before its cut, which may become a step by itself; see `PhaseTimer.append_step`."""
 
-    Attributes:
-        joined_by: id of the optimizer that steps after the cut.
-        is_first: whether no other optimizer has joined a step before.
-    """
-
-    joined_by: int
-    is_first: bool
+    joined_by: int  # id of the optimizer that steps after the cut
+    is_first: bool  # whether no other optimizer has joined a step before
     end_ns: int
     times: list[int]
     committed_ns: int

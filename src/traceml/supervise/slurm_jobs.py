@@ -32,26 +32,17 @@ _log = logging.getLogger("traceml")
 
 
 class SlurmJob(NamedTuple):
-    """A job as Slurm describes it.
-
-    Attributes:
-        state: RUNNING, PENDING, COMPLETED, ….
-        reason: why it is in that state, in Slurm's words.
-        end_s: epoch seconds at which it ends or has ended; sooner than its limit once it is preempted.
-        limit_s: epoch seconds of its time limit; None without one.
-        limit_minutes: the time limit; None without one.
-        preempted: whether another job takes its place.
-        restarts: how often it was queued again.
-    """
+    """A job as Slurm describes it."""
 
     job_id: str
-    state: str
-    reason: str = ""
+    state: str  # RUNNING, PENDING, COMPLETED, …
+    reason: str = ""  # why it is in that state, in Slurm's words
+    # Epoch seconds at which it ends or has ended; sooner than its limit once it is preempted.
     end_s: float | None = None
-    limit_s: float | None = None
-    limit_minutes: int | None = None
-    preempted: bool = False
-    restarts: int = 0
+    limit_s: float | None = None  # epoch seconds of its time limit; None without one
+    limit_minutes: int | None = None  # the time limit; None without one
+    preempted: bool = False  # whether another job takes its place
+    restarts: int = 0  # how often it was queued again
 
 
 def read_job(job_id: str) -> SlurmJob | None:

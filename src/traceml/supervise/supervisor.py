@@ -38,18 +38,13 @@ _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the 
 
 
 class LocalJob(NamedTuple):
-    """A job on this host.
-
-    Args:
-        elastic: whether the program is our torchrun, which reports its failures itself.
-        environ: variables for the job, added to this process's own.
-    """
+    """A job on this host."""
 
     command: Sequence[str]
-    elastic: bool
+    elastic: bool  # whether the program is our torchrun, which reports its failures itself
     run_id: str
     runs_dir: Path
-    environ: Mapping[str, str] = MappingProxyType({})
+    environ: Mapping[str, str] = MappingProxyType({})  # variables for the job, added to this process's own
 
     @property
     def run_dir(self) -> Path:

@@ -41,22 +41,16 @@ class Aggregation:
 
 @dataclass(frozen=True)
 class DeliveryFilter:
-    """Filters of one backend.
+    """Filters of one backend."""
 
-    Args:
-        include: patterns of names of which one must match; empty accepts all. They apply to everything with a name.
-        exclude: patterns of names that are kept back, also when `include` accepts them.
-        routes: pairs of (patterns of names, ranks) for values, texts, images, histograms and artifacts; one must
-            match, an empty part matches everything.
-        sample: deliver the user's values of every `sample`-th step only.
-        aggregation: reduction of the user's values.
-    """
-
+    # Patterns of names of which one must match; empty accepts all. They apply to everything with a name.
     include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()  # patterns of names that are kept back, also when `include` accepts them
+    # Pairs of (patterns of names, ranks) for values, texts, images, histograms and artifacts; one must match, an empty
+    # part matches everything.
     routes: tuple[tuple[tuple[str, ...], frozenset[int]], ...] = ()
-    sample: int = 1
-    aggregation: Aggregation | None = None
+    sample: int = 1  # deliver the user's values of every `sample`-th step only
+    aggregation: Aggregation | None = None  # reduction of the user's values
     _named: Any = field(init=False, repr=False, compare=False)
     _routed: Any = field(init=False, repr=False, compare=False)
 

@@ -62,54 +62,37 @@ _PROGRAM = b"traceml.track.delivery"  # in the command line of a delivery proces
 
 @dataclass(slots=True)
 class TrackerState:
-    """State of one backend's delivery of one run.
-
-    Attributes:
-        cursor: position in the store after which the next rows are read; see `record_reader`.
-        passed: logged rows before the cursor.
-        reached: per stream and table, the number of its rows before the cursor, lost ones included.
-        delivered: values and other logged rows that the backend has confirmed.
-        derived: values computed from the run (step time, verdict, system), delivered with them.
-        filtered: logged rows that filters kept back.
-        failed: logged rows that the backend refused; `reasons` counts them by reason.
-        fallback: number of rows in `delivered` that went to the fallback.
-        masked: number of masked texts.
-        experiments: position of each experiment at the tracker: `id`, `url`, `mark`, `ended`.
-        memory: data that filters and derived values carry from batch to batch.
-        batch_rows: most rows in the next batch, from the duration of the last ones; 0 before the first.
-        fallback_done: whether the fallback has everything, while the failing tracker does not know the end of the run.
-        retries: failures in a row.
-        retry_at: epoch seconds of the next try.
-        latency_ms: duration of a batch, smoothed.
-        error: last error. Empty after a success.
-        busy_until: epoch seconds until which the current call may take.
-        updated: epoch seconds of the last change.
-    """
+    """State of one backend's delivery of one run."""
 
     backend: str
     phase: DeliveryPhase = DeliveryPhase.STARTING
+    # Position in the store after which the next rows are read; see `record_reader`.
     cursor: dict[str, Any] = field(default_factory=dict)
-    passed: int = 0
+    passed: int = 0  # logged rows before the cursor
+    # Per stream and table, the number of its rows before the cursor, lost ones included.
     reached: dict[str, dict[str, int]] = field(default_factory=dict)
-    delivered: int = 0
-    derived: int = 0
-    filtered: int = 0
-    failed: int = 0
-    fallback: int = 0
-    masked: int = 0
+    delivered: int = 0  # values and other logged rows that the backend has confirmed
+    derived: int = 0  # values computed from the run (step time, verdict, system), delivered with them
+    filtered: int = 0  # logged rows that filters kept back
+    failed: int = 0  # logged rows that the backend refused; `reasons` counts them by reason
+    fallback: int = 0  # number of rows in `delivered` that went to the fallback
+    masked: int = 0  # number of masked texts
     reasons: dict[str, int] = field(default_factory=dict)
+    # Position of each experiment at the tracker: `id`, `url`, `mark`, `ended`.
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Data that filters and derived values carry from batch to batch.
     memory: dict[str, Any] = field(default_factory=dict)
-    batch_rows: int = 0
+    batch_rows: int = 0  # most rows in the next batch, from the duration of the last ones; 0 before the first
+    # Whether the fallback has everything, while the failing tracker does not know the end of the run.
     fallback_done: bool = False
-    retries: int = 0
-    retry_at: float = 0.0
-    latency_ms: float | None = None
-    error: str = ""
-    busy_until: float = 0.0
+    retries: int = 0  # failures in a row
+    retry_at: float = 0.0  # epoch seconds of the next try
+    latency_ms: float | None = None  # duration of a batch, smoothed
+    error: str = ""  # last error. Empty after a success.
+    busy_until: float = 0.0  # epoch seconds until which the current call may take
     target: str = ""
     pid: int = 0
-    updated: float = 0.0
+    updated: float = 0.0  # epoch seconds of the last change
 
     @classmethod
     def path_in(cls, run_dir: Path, backend: str) -> Path:

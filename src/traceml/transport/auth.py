@@ -74,17 +74,13 @@ def same_mac(left: bytes, right: bytes) -> bool:
 
 
 class PublishedServer(NamedTuple):
-    """Address and token of this user's aggregator on this host, as in its file.
-
-    Args:
-        start_ticks: that process's start time, because pids are reused.
-    """
+    """Address and token of this user's aggregator on this host, as in its file."""
 
     host: str
     port: int
     token: str
     pid: int
-    start_ticks: int
+    start_ticks: int  # that process's start time, because pids are reused
     boot: str
     runs_dir: str
 

@@ -42,15 +42,10 @@ _log = logging.getLogger("traceml")
 
 
 class ClockOffset(NamedTuple):
-    """Offset of the aggregator's wall clock from this host's monotonic clock, by the fastest exchange.
+    """Offset of the aggregator's wall clock from this host's monotonic clock, by the fastest exchange."""
 
-    Args:
-        offset_ns: aggregator's epoch_ns minus this process's monotonic_ns at the same moment.
-        rtt_ns: duration of that exchange; the offset is wrong by half of it at most.
-    """
-
-    offset_ns: int
-    rtt_ns: int
+    offset_ns: int  # aggregator's epoch_ns minus this process's monotonic_ns at the same moment
+    rtt_ns: int  # duration of that exchange; the offset is wrong by half of it at most
 
 
 def connect(

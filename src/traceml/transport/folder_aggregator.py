@@ -27,17 +27,12 @@ _log = logging.getLogger("traceml")
 
 
 class AggregatorAddress(NamedTuple):
-    """Address of the aggregator of a runs folder.
-
-    Args:
-        token_file: file with its token; "" before it has written one.
-        tls: whether it encrypts connections.
-    """
+    """Address of the aggregator of a runs folder."""
 
     host: str
     port: int
-    token_file: str = ""
-    tls: bool = False
+    token_file: str = ""  # file with its token; "" before it has written one
+    tls: bool = False  # whether it encrypts connections
 
     @property
     def token(self) -> str | None:

@@ -32,60 +32,39 @@ def schemas() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """Identity of a peer; the aggregator trusts it after the proof of the token.
+    """Identity of a peer; the aggregator trusts it after the proof of the token."""
 
-    Args:
-        role: `rank` sends rows; `agent` acts for a host; `client` sends commands; `relay` is the aggregator of a host,
-            which sends the rows of its ranks.
-        run: the job key (`ids.job_key`), equal for all ranks of a job. For a client the run of its commands, or "".
-        rank: rank in the job; 0 for clients.
-        world_size: ranks in the job.
-        local_rank: rank on this host.
-        attempt: number of restarts by the job's launcher.
-        host: name of this host.
-        pid: process id.
-        start_ticks: that process's start time in kernel ticks: (boot_id, pid, start_ticks) is unique.
-        boot_id: this boot of the machine.
-        recorder: id of this recorder; a second recorder of a process numbers its rows from 0 again.
-        parent: for a forked child that only logs, the recorder of the rank that it belongs to.
-        spawned_by: for a rank in a child process, the recorder of its parent, which only starts the ranks.
-        run_id: the user's name for the run's folder, if any.
-        name: default name of the run.
-        project: the project that it belongs to.
-        command: the command line of the job.
-        flight: path of this rank's flight file, "" when it is not on a file system.
-        runs_dir: runs folder of this job, if only an aggregator of that folder may take it in.
-        runs_dir_id: that folder's identity (`folder_aggregator.folder_id`), by default as it is when the hello is sent.
-        restarts_left: number of restarts that the job's launcher has left.
-        schemas: see `schemas()`.
-        script_ms: age of the process in milliseconds, if it runs the user's script, by `clock`; its run began so
-            much earlier.
-        clock: (monotonic_ns, epoch_ns) read together; (0, 0) if the peer sent anything else.
-    """
-
+    # `rank` sends rows; `agent` acts for a host; `client` sends commands; `relay` is the aggregator of a host, which
+    # sends the rows of its ranks.
     role: Role = "client"
+    # The job key (`ids.job_key`), equal for all ranks of a job. For a client the run of its commands, or "".
     run: str = ""
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    attempt: int = 0
-    host: str = field(default_factory=socket.gethostname)
-    pid: int = field(default_factory=os.getpid)
+    rank: int = 0  # rank in the job; 0 for clients
+    world_size: int = 1  # ranks in the job
+    local_rank: int = 0  # rank on this host
+    attempt: int = 0  # number of restarts by the job's launcher
+    host: str = field(default_factory=socket.gethostname)  # name of this host
+    pid: int = field(default_factory=os.getpid)  # process id
+    # That process's start time in kernel ticks: (boot_id, pid, start_ticks) is unique.
     start_ticks: int = field(default_factory=lambda: process_start_ticks(os.getpid()) or 0)
-    boot_id: str = field(default_factory=boot_id)
-    recorder: str = ""
-    parent: str = ""
-    spawned_by: str = ""
-    run_id: str = ""
-    name: str = ""
-    project: str = DEFAULT_PROJECT
-    command: str = field(default_factory=lambda: " ".join(sys.argv))
-    flight: str = ""
-    runs_dir: str = ""
+    boot_id: str = field(default_factory=boot_id)  # this boot of the machine
+    recorder: str = ""  # id of this recorder; a second recorder of a process numbers its rows from 0 again
+    parent: str = ""  # for a forked child that only logs, the recorder of the rank that it belongs to
+    spawned_by: str = ""  # for a rank in a child process, the recorder of its parent, which only starts the ranks
+    run_id: str = ""  # the user's name for the run's folder, if any
+    name: str = ""  # default name of the run
+    project: str = DEFAULT_PROJECT  # the project that it belongs to
+    command: str = field(default_factory=lambda: " ".join(sys.argv))  # the command line of the job
+    flight: str = ""  # path of this rank's flight file, "" when it is not on a file system
+    runs_dir: str = ""  # runs folder of this job, if only an aggregator of that folder may take it in
+    # That folder's identity (`folder_aggregator.folder_id`), by default as it is when the hello is sent.
     runs_dir_id: list[Any] = field(default_factory=list)
+    # Number of restarts that the job's launcher has left.
     restarts_left: int = field(default_factory=lambda: _restarts_left(os.environ))
+    # Age of the process in milliseconds, if it runs the user's script, by `clock`; its run began so much earlier.
     script_ms: int = 0
-    schemas: dict[str, Any] = field(default_factory=schemas)
+    schemas: dict[str, Any] = field(default_factory=schemas)  # see `schemas()`
+    # (monotonic_ns, epoch_ns) read together; (0, 0) if the peer sent anything else.
     clock: tuple[int, int] = field(default_factory=clock_pair)
 
     def to_message(self, version: int, nonce: bytes, proof: bytes) -> dict[str, Any]:

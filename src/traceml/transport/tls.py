@@ -27,15 +27,10 @@ _MAKE_TIMEOUT_S = 30.0
 
 
 class ServerIdentity(msgspec.Struct, frozen=True):
-    """Key and certificate of a server.
+    """Key and certificate of a server."""
 
-    Args:
-        context: settings of its connections.
-        fingerprint: SHA-256 of the certificate, the part of both proofs that binds them to it.
-    """
-
-    context: ssl.SSLContext
-    fingerprint: bytes
+    context: ssl.SSLContext  # settings of its connections
+    fingerprint: bytes  # SHA-256 of the certificate, the part of both proofs that binds them to it
 
 
 class TlsLayer:

@@ -28,30 +28,19 @@ _PEERS = {
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Operations that end together: a computation, both ends of a transfer, or the members of a collective.
+    """Operations that end together: a computation, both ends of a transfer, or the members of a collective."""
 
-    Attributes:
-        members: indices of the operations.
-        communicates: whether the members wait for each other before they take their time.
-        joins_dp_ranks: whether all data-parallel ranks wait for each other.
-    """
-
-    members: tuple[int, ...]
-    communicates: bool = False
-    joins_dp_ranks: bool = False
+    members: tuple[int, ...]  # indices of the operations
+    communicates: bool = False  # whether the members wait for each other before they take their time
+    joins_dp_ranks: bool = False  # whether all data-parallel ranks wait for each other
 
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """A step's units in an order in which each comes after all that it waits for.
-
-    Attributes:
-        units: the units.
-        before: operations that each operation waits for, by index.
-    """
+    """A step's units in an order in which each comes after all that it waits for."""
 
     units: tuple[Unit, ...]
-    before: tuple[tuple[int, ...], ...]
+    before: tuple[tuple[int, ...], ...]  # operations that each operation waits for, by index
 
 
 def dependencies_of(job: JobTrace) -> Dependencies:

@@ -34,23 +34,14 @@ def reported_kind(kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of a training step, the same in each step and on each data-parallel rank.
+    """One operation of a training step, the same in each step and on each data-parallel rank."""
 
-    Attributes:
-        kind: `optype` of the trace.
-        number: `seq_id`, the order among operations of this kind on a worker.
-        stage: pipeline stage.
-        chunk: model chunk on the worker, -1 if none.
-        global_chunk: model chunk in the whole pipeline, -1 if none.
-        micro_batch: `mb_id`, -1 if none.
-    """
-
-    kind: str
-    number: int
-    stage: int
-    chunk: int
-    global_chunk: int
-    micro_batch: int
+    kind: str  # `optype` of the trace
+    number: int  # `seq_id`, the order among operations of this kind on a worker
+    stage: int  # pipeline stage
+    chunk: int  # model chunk on the worker, -1 if none
+    global_chunk: int  # model chunk in the whole pipeline, -1 if none
+    micro_batch: int  # `mb_id`, -1 if none
 
     def __str__(self) -> str:
         return f"{self.kind} {self.number} of stage {self.stage}"
@@ -75,27 +66,16 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class JobTrace:
-    """The operations of a job's steps.
+    """The operations of a job's steps."""
 
-    Attributes:
-        layout: how the ranks divide the work.
-        operations: of one step of one data-parallel rank.
-        dp_ranks: numbers of the data-parallel ranks.
-        steps: numbers of the steps.
-        steps_left_out: steps with other operations than most.
-        ranks: rank of each worker, shape (dp_ranks, stages).
-        start_s: starts of operations in seconds, shape (operations, dp_ranks, steps).
-        duration_s: their durations, same shape.
-    """
-
-    layout: Layout
-    operations: tuple[Operation, ...]
-    dp_ranks: tuple[int, ...]
-    steps: tuple[int, ...]
-    steps_left_out: int
-    ranks: NDArray[np.int64]
-    start_s: Times
-    duration_s: Times
+    layout: Layout  # how the ranks divide the work
+    operations: tuple[Operation, ...]  # of one step of one data-parallel rank
+    dp_ranks: tuple[int, ...]  # numbers of the data-parallel ranks
+    steps: tuple[int, ...]  # numbers of the steps
+    steps_left_out: int  # steps with other operations than most
+    ranks: NDArray[np.int64]  # rank of each worker, shape (dp_ranks, stages)
+    start_s: Times  # starts of operations in seconds, shape (operations, dp_ranks, steps)
+    duration_s: Times  # their durations, same shape
 
     @cached_property
     def stages(self) -> tuple[int, ...]:

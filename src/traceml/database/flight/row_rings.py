@@ -26,13 +26,9 @@ _MAX_TAKE_BYTES = 256 * 1024
 
 
 class RowSlice(NamedTuple):
-    """Consecutive rows copied from a ring or a log: the next ones at or after a cursor.
+    """Consecutive rows copied from a ring or a log: the next ones at or after a cursor."""
 
-    Attributes:
-        first: sequence number of the first row; `first - cursor` rows before it were overwritten unsent.
-    """
-
-    first: int
+    first: int  # sequence number of the first row; `first - cursor` rows before it were overwritten unsent
     n: int
     data: bytes
 

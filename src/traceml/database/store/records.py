@@ -40,15 +40,11 @@ class StreamIdentity(NamedTuple):
 
 
 class StreamRecord(msgspec.Struct, frozen=True):
-    """A stored stream.
-
-    Attributes:
-        facts: facts from the aggregator: world size, local rank, clock, state, exit, …
-    """
+    """A stored stream."""
 
     id: int
     identity: StreamIdentity
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # facts from the aggregator: world size, local rank, clock, state, exit, …
 
     @property
     def rank(self) -> int:

@@ -137,18 +137,12 @@ def _present(rows: _Rows, name: str) -> NDArray[np.bool_]:
 
 
 class TableSums(msgspec.Struct, frozen=True, eq=False):
-    """Sums of a table's rows of one stream, or of several that were joined.
-
-    Attributes:
-        width: steps per bin, a power of two; 1 for tables without steps.
-        bins: the bins that have rows, ordered by `bin` and `group`; see the module for their fields.
-        levels: of `steps`, (level, rows) of the histogram of step times, ordered; else empty.
-    """
+    """Sums of a table's rows of one stream, or of several that were joined."""
 
     table: str
-    width: int
-    bins: NDArray[np.void]
-    levels: NDArray[np.int64]
+    width: int  # steps per bin, a power of two; 1 for tables without steps
+    bins: NDArray[np.void]  # the bins that have rows, ordered by `bin` and `group`; see the module for their fields
+    levels: NDArray[np.int64]  # of `steps`, (level, rows) of the histogram of step times, ordered; else empty
 
     @classmethod
     @cache

@@ -17,17 +17,11 @@ __all__ = ["AliveObjects", "find_alive", "of_types"]
 
 
 class AliveObjects(NamedTuple):
-    """The objects that the searches of a moment look for.
+    """The objects that the searches of a moment look for."""
 
-    Attributes:
-        modules: torch's, also those inside others.
-        optimizers: torch's.
-        generators: suspended or running.
-    """
-
-    modules: Sequence[Any]
-    optimizers: Sequence[Any]
-    generators: Sequence[GeneratorType[Any, Any, Any]]
+    modules: Sequence[Any]  # torch's, also those inside others
+    optimizers: Sequence[Any]  # torch's
+    generators: Sequence[GeneratorType[Any, Any, Any]]  # suspended or running
 
 
 def find_alive() -> AliveObjects:

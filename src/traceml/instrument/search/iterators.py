@@ -29,16 +29,12 @@ _QUEUES = (
 
 
 class Feeding(NamedTuple):
-    """Code by which the training loop gets its batches.
+    """Code by which the training loop gets its batches."""
 
-    Attributes:
-        generators: code of the generators that were suspended in the first backward pass, and of the queues' `get`.
-        callers: code that had called that pass; the training loop is among it.
-        suspended: these generators, until the optimizer steps for the first time.
-    """
-
+    # Code of the generators that were suspended in the first backward pass, and of the queues' `get`.
     generators: frozenset[CodeType]
-    callers: frozenset[CodeType]
+    callers: frozenset[CodeType]  # code that had called that pass; the training loop is among it
+    # These generators, until the optimizer steps for the first time.
     suspended: WeakSet[GeneratorType[Any, Any, Any]] | None = None
 
     def as_optimizer_steps(self) -> Feeding:

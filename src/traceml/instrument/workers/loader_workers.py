@@ -48,30 +48,19 @@ _KILLED = (os.CLD_KILLED, os.CLD_DUMPED)
 
 
 class WorkersOfLoader(NamedTuple):
-    """Workers of one iterator.
+    """Workers of one iterator."""
 
-    Attributes:
-        loader: number of its loader in this process, from 0.
-        pids: process ids, by the worker's number.
-    """
-
-    loader: int
-    pids: tuple[int, ...]
+    loader: int  # number of its loader in this process, from 0
+    pids: tuple[int, ...]  # process ids, by the worker's number
 
 
 class LoaderWorker(NamedTuple):
-    """A worker process.
+    """A worker process."""
 
-    Attributes:
-        number: its number in the loader, from 0.
-        waits_for_batch: number of the batch that the rank waits for from it; None for another worker.
-        start_method: by which it was started: fork, spawn, forkserver; empty if not known.
-    """
-
-    number: int
+    number: int  # its number in the loader, from 0
     pid: int
-    waits_for_batch: int | None
-    start_method: str = ""
+    waits_for_batch: int | None  # number of the batch that the rank waits for from it; None for another worker
+    start_method: str = ""  # by which it was started: fork, spawn, forkserver; empty if not known
 
 
 def follow_iterator(iterator: Any, loader: int = 0) -> None:

@@ -32,23 +32,14 @@ _KEPT_BYTES = 64 * 1024
 
 
 class ZygoteSpec(NamedTuple):
-    """The environment and imports of a zygote.
+    """The environment and imports of a zygote."""
 
-    Attributes:
-        env: variables, over the agent's own.
-        env_file: a file that bash sources before it starts.
-        folder: the working directory for that.
-        sys_path: folders that are searched for modules first.
-        need_torch: whether torch is imported: 0 no, 1 if it is installed, 2 it must be installed.
-        stamp: changes when env_file changes.
-    """
-
-    env: Mapping[str, str]
-    env_file: str | None
-    sys_path: tuple[str, ...]
-    need_torch: int
-    folder: str = "/"
-    stamp: tuple[int, ...] = ()
+    env: Mapping[str, str]  # variables, over the agent's own
+    env_file: str | None  # a file that bash sources before it starts
+    sys_path: tuple[str, ...]  # folders that are searched for modules first
+    need_torch: int  # whether torch is imported: 0 no, 1 if it is installed, 2 it must be installed
+    folder: str = "/"  # the working directory for that
+    stamp: tuple[int, ...] = ()  # changes when env_file changes
 
     def serves(self, other: ZygoteSpec) -> bool:
         """Return whether a zygote of this spec can make workers of another."""

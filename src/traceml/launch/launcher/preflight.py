@@ -32,21 +32,14 @@ _SLOW_HOST, _SLOW_LINK = 0.7, 0.5
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """One host.
-
-    Attributes:
-        trouble: why it cannot be used; empty if it can.
-        words: the last lines of output of ssh, srun or the host.
-        facts: the result of `probe_host` on a usable host.
-        connect_s: seconds until the answer, including the import of torch.
-    """
+    """One host."""
 
     name: str
-    trouble: str = ""
+    trouble: str = ""  # why it cannot be used; empty if it can
     advice: str = ""
-    words: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
-    connect_s: float = 0.0
+    words: tuple[str, ...] = ()  # the last lines of output of ssh, srun or the host
+    facts: dict[str, Any] = field(default_factory=dict)  # the result of `probe_host` on a usable host
+    connect_s: float = 0.0  # seconds until the answer, including the import of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +53,15 @@ class LinkFacts:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """Result of a check of hosts.
-
-    Attributes:
-        links: of a ring over the usable hosts; empty with fewer than two.
-        clock_offsets_s: each host's wall clock minus the first usable host's, in seconds.
-        all_reduce_ms: a sum of 16 MiB over all usable hosts, in milliseconds; None with fewer than two.
-        trouble: why hosts that are usable alone do not work together.
-    """
+    """Result of a check of hosts."""
 
     hosts: tuple[HostFacts, ...]
-    links: tuple[LinkFacts, ...] = ()
+    links: tuple[LinkFacts, ...] = ()  # of a ring over the usable hosts; empty with fewer than two
+    # Each host's wall clock minus the first usable host's, in seconds.
     clock_offsets_s: dict[str, float] = field(default_factory=dict)
+    # A sum of 16 MiB over all usable hosts, in milliseconds; None with fewer than two.
     all_reduce_ms: float | None = None
-    trouble: str = ""
+    trouble: str = ""  # why hosts that are usable alone do not work together
 
 
 def preflight(

@@ -78,17 +78,11 @@ def quantile(counts: Mapping[int, int], share: Fraction, total: int) -> int:
 
 @dataclass(slots=True)
 class ArgumentSum:
-    """Sum of an argument over the spans of one group.
+    """Sum of an argument over the spans of one group."""
 
-    Args:
-        count: spans that have it, as a number.
-        integers: the sum of the integers among them.
-        floats: the sum of the others.
-    """
-
-    count: int = 0
-    integers: int = 0
-    floats: float = 0.0
+    count: int = 0  # spans that have it, as a number
+    integers: int = 0  # the sum of the integers among them
+    floats: float = 0.0  # the sum of the others
 
     @property
     def total(self) -> int | float | None:
@@ -104,24 +98,16 @@ class ArgumentSum:
 
 @dataclass(slots=True)
 class GroupStat:
-    """Statistics of the spans of one group; times in nanoseconds.
-
-    Args:
-        total: the sum of the spans' durations.
-        self_ns: time during which one of them was the innermost span of their thread.
-        counts: spans by `bucket`.
-        squares: the sum of the squares of their durations, where it was asked for.
-        arguments: sums of arguments that were asked for, by key.
-    """
+    """Statistics of the spans of one group; times in nanoseconds."""
 
     count: int = 0
-    total: int = 0
+    total: int = 0  # the sum of the spans' durations
     least: int | None = None
     most: int | None = None
-    self_ns: int = 0
-    counts: dict[int, int] = field(default_factory=dict)
-    squares: int = 0
-    arguments: dict[str, ArgumentSum] = field(default_factory=dict)
+    self_ns: int = 0  # time during which one of them was the innermost span of their thread
+    counts: dict[int, int] = field(default_factory=dict)  # spans by `bucket`
+    squares: int = 0  # the sum of the squares of their durations, where it was asked for
+    arguments: dict[str, ArgumentSum] = field(default_factory=dict)  # sums of arguments that were asked for, by key
 
     def add(self, duration: int) -> None:
         """Add one span."""

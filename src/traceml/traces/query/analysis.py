@@ -50,19 +50,12 @@ ROLES[[ord(phase) for phase in "SF"]] = EventRole.ASYNC_BEGIN, EventRole.ASYNC_E
 
 @dataclass(frozen=True, slots=True)
 class TraceQuery:
-    """Query about traces.
+    """Query about traces."""
 
-    Args:
-        by: fields to group by.
-        where: conditions, all of which must hold.
-        report: whether to add kinds of work, overlap, bytes and the timeline.
-        measures: in addition to the usual ones.
-    """
-
-    by: tuple[str, ...] = ("name",)
-    where: tuple[Expression, ...] = ()
-    report: bool = False
-    measures: tuple[Measure, ...] = ()
+    by: tuple[str, ...] = ("name",)  # fields to group by
+    where: tuple[Expression, ...] = ()  # conditions, all of which must hold
+    report: bool = False  # whether to add kinds of work, overlap, bytes and the timeline
+    measures: tuple[Measure, ...] = ()  # in addition to the usual ones
 
     @property
     def summed(self) -> list[str]:

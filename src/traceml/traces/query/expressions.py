@@ -26,18 +26,12 @@ _ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One comparison of a field with a value.
+    """One comparison of a field with a value."""
 
-    Args:
-        field: as in FIELDS or MEASURES, or `args.<key>`.
-        operator: one of = != < <= > >= ~
-        value: as written, without its quotes.
-        number: the value as a number, times in microseconds and sizes in bytes; None if it is not a number.
-    """
-
-    field: str
-    operator: str
-    value: str
+    field: str  # as in FIELDS or MEASURES, or `args.<key>`
+    operator: str  # one of = != < <= > >= ~
+    value: str  # as written, without its quotes
+    # The value as a number, times in microseconds and sizes in bytes; None if it is not a number.
     number: Fraction | None
 
     def accepts(self, value: Any) -> bool:

@@ -38,20 +38,15 @@ class IndivisibleError(TraceMLError):
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A range of a file.
-
-    Args:
-        wrapped: the events are in an object.
-        decimals: decimals of a time in the file that make it nanoseconds.
-    """
+    """A range of a file."""
 
     source: int
     path: str
     begin: int
     end: int
     whole: bool
-    wrapped: bool
-    decimals: int = MICROSECONDS
+    wrapped: bool  # the events are in an object
+    decimals: int = MICROSECONDS  # decimals of a time in the file that make it nanoseconds
 
 
 @dataclass(slots=True)

@@ -20,13 +20,9 @@ _SUM_OF = f"sum:{ARGS}"
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One number of each group.
+    """One number of each group."""
 
-    Args:
-        name: as asked for: `count`, `p99.9`, `std`, `sum:args.size`.
-    """
-
-    name: str
+    name: str  # as asked for: `count`, `p99.9`, `std`, `sum:args.size`
 
     @property
     def column(self) -> str:

@@ -64,22 +64,14 @@ GAP = b"\x1e\n"
 
 @dataclass(slots=True)
 class Chunk:
-    """A part of a file.
+    """A part of a file."""
 
-    Args:
-        text: its text; valid until the next chunk is loaded into the same buffer.
-        end: where the next chunk has to begin.
-        stop: its expected end, where the next chunk was assumed to begin.
-        damage: ranges that could not be decompressed; offsets in the file.
-        too_long: the text exceeds the limit and is only the beginning: read the chunk in parts.
-    """
-
-    text: memoryview
+    text: memoryview  # its text; valid until the next chunk is loaded into the same buffer
     begin: int
-    end: int
-    stop: int
-    damage: list[FileDamage] = field(default_factory=list)
-    too_long: bool = False
+    end: int  # where the next chunk has to begin
+    stop: int  # its expected end, where the next chunk was assumed to begin
+    damage: list[FileDamage] = field(default_factory=list)  # ranges that could not be decompressed; offsets in the file
+    too_long: bool = False  # the text exceeds the limit and is only the beginning: read the chunk in parts
 
 
 class ChunkSource(Protocol):

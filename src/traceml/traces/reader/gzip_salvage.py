@@ -25,17 +25,11 @@ _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v")
 
 @dataclass(slots=True)
 class Salvaged:
-    """Text of a broken member, up to its damage.
+    """Text of a broken member, up to its damage."""
 
-    Args:
-        text: the text that was not returned before.
-        end: position of the damage; the end of the member when it is complete.
-        whole: the member is complete, only the checksum is wrong.
-    """
-
-    text: bytes
-    end: int
-    whole: bool
+    text: bytes  # the text that was not returned before
+    end: int  # position of the damage; the end of the member when it is complete
+    whole: bool  # the member is complete, only the checksum is wrong
 
 
 def new_inflater() -> Any:

@@ -22,24 +22,16 @@ _AHEAD = 1  # chunks beyond one per thread: threads scan while the events of ear
 
 @dataclass(slots=True)
 class _ChunkTask:
-    """A chunk of a file.
+    """A chunk of a file."""
 
-    Args:
-        number: position in the order of all chunks.
-        reader: joins the chunks of the file.
-        load: loads the text; None for the end of the file.
-        first: first chunk of the file, in which the start of the events is parsed instead of guessed.
-        ahead: result of the scan; None when no start was found.
-    """
-
-    number: int
-    reader: FileReader
+    number: int  # position in the order of all chunks
+    reader: FileReader  # joins the chunks of the file
     source: ChunkSource
-    load: Callable[[], Chunk] | None
-    first: bool
+    load: Callable[[], Chunk] | None  # loads the text; None for the end of the file
+    first: bool  # first chunk of the file, in which the start of the events is parsed instead of guessed
     buffer: TextBuffer
     chunk: Chunk | None = None
-    ahead: ScanAhead | None = None
+    ahead: ScanAhead | None = None  # result of the scan; None when no start was found
 
 
 class ReadPipeline:

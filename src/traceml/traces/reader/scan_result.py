@@ -33,16 +33,12 @@ FRONT = 4
 
 @dataclass(slots=True)
 class EventColumns:
-    """Events as columns of equal length.
-
-    Args:
-        whole: the same columns with the free memory in front of them, if there is any.
-    """
+    """Events as columns of equal length."""
 
     arrays: dict[str, NDArray[Any]]
     args: dict[str, ArgColumn]
     exact: dict[int, ExactTimes] = field(default_factory=dict)
-    whole: EventColumns | None = None
+    whole: EventColumns | None = None  # the same columns with the free memory in front of them, if there is any
 
     @classmethod
     def of_rows(cls, rows: Sequence[EventRow], keys: Sequence[str]) -> EventColumns:

@@ -26,18 +26,12 @@ class TrackioRun:
 
 @dataclass(frozen=True, slots=True)
 class TrackioEntry:
-    """One entry of a run's log.
+    """One entry of a run's log."""
 
-    Attributes:
-        values: values by name; media as Trackio's own maps.
-        timestamp: ISO time; a server sets its own.
-        key: entries with the same key are stored once.
-    """
-
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # values by name; media as Trackio's own maps
     step: int
-    timestamp: str
-    key: str
+    timestamp: str  # ISO time; a server sets its own
+    key: str  # entries with the same key are stored once
 
 
 class TrackioFolder:

@@ -28,20 +28,13 @@ _SETTINGS = (
 
 
 class PlannedExperiment(msgspec.Struct):
-    """One experiment of a run, the same on all its ranks.
+    """One experiment of a run, the same on all its ranks."""
 
-    Attributes:
-        key: key of its state: the number and the name.
-        row: the newest row that announced it.
-        begun_on: streams that have begun it.
-        started: epoch seconds at which the first of them did; 0 where that is not known.
-    """
-
-    key: str
+    key: str  # key of its state: the number and the name
     number: int
-    row: dict[str, Any]
-    begun_on: set[int] = msgspec.field(default_factory=set)
-    started: float = 0.0
+    row: dict[str, Any]  # the newest row that announced it
+    begun_on: set[int] = msgspec.field(default_factory=set)  # streams that have begun it
+    started: float = 0.0  # epoch seconds at which the first of them did; 0 where that is not known
 
     @property
     def name(self) -> str:

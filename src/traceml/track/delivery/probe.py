@@ -39,25 +39,15 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Result of a probe.
+    """Result of a probe."""
 
-    Attributes:
-        versions: versions of its libraries.
-        missing: what is missing and the command that installs it; empty where nothing is missing.
-        target: address or path of the tracker, without credentials.
-        is_local: whether that is on this machine.
-        reaches: whether the target responds or can be written; None where that is unknown.
-        answer: details of the response, or why there is none.
-        error: why the backend cannot be used.
-    """
-
-    versions: dict[str, str]
-    missing: str = ""
-    target: str = ""
-    is_local: bool = False
-    reaches: bool | None = None
-    answer: str = ""
-    error: str = ""
+    versions: dict[str, str]  # versions of its libraries
+    missing: str = ""  # what is missing and the command that installs it; empty where nothing is missing
+    target: str = ""  # address or path of the tracker, without credentials
+    is_local: bool = False  # whether that is on this machine
+    reaches: bool | None = None  # whether the target responds or can be written; None where that is unknown
+    answer: str = ""  # details of the response, or why there is none
+    error: str = ""  # why the backend cannot be used
 
 
 def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResult:

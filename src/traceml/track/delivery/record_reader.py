@@ -26,37 +26,22 @@ _BATCH_ROWS = 5_000
 
 
 class LoggedRecord(NamedTuple):
-    """A logged row that is not a number.
+    """A logged row that is not a number."""
 
-    Attributes:
-        stream: its stream; a rank may have several, one per process.
-        row: its content; see `database.schema.LOGGED`.
-    """
-
-    stream: StreamRecord
-    row: dict[str, Any]
+    stream: StreamRecord  # its stream; a rank may have several, one per process
+    row: dict[str, Any]  # its content; see `database.schema.LOGGED`
 
 
 class RecordBatch(msgspec.Struct):
-    """Rows between two cursors, in the order of the store, which per process is the order of the calls.
+    """Rows between two cursors, in the order of the store, which per process is the order of the calls."""
 
-    Attributes:
-        cursor: cursor after the batch.
-        rows: number of rows that a user logged.
-        metrics: values by stream and number of the experiment.
-        logged: all other logged rows.
-        frames: frames of the tables requested in addition.
-        reached: number of rows of each stream and table up to the end of the batch.
-        is_last: whether the store had nothing after it.
-    """
-
-    cursor: dict[str, int]
-    rows: int = 0
-    metrics: dict[tuple[int, int], list[Metric]] = {}
-    logged: list[LoggedRecord] = []
-    frames: list[Frame] = []
-    reached: dict[tuple[int, str], int] = {}
-    is_last: bool = True
+    cursor: dict[str, int]  # cursor after the batch
+    rows: int = 0  # number of rows that a user logged
+    metrics: dict[tuple[int, int], list[Metric]] = {}  # values by stream and number of the experiment
+    logged: list[LoggedRecord] = []  # all other logged rows
+    frames: list[Frame] = []  # frames of the tables requested in addition
+    reached: dict[tuple[int, str], int] = {}  # number of rows of each stream and table up to the end of the batch
+    is_last: bool = True  # whether the store had nothing after it
 
 
 class RecordReader:

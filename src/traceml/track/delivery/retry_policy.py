@@ -21,16 +21,11 @@ _LONGEST_ASKED_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Number of retries and the time between them.
+    """Number of retries and the time between them."""
 
-    Args:
-        max_retries: failures in a row before the breaker opens.
-        max_backoff: longest wait, and the time between probes, in seconds.
-    """
-
-    max_retries: int = 3
+    max_retries: int = 3  # failures in a row before the breaker opens
     backoff_factor: float = 2.0
-    max_backoff: float = 60.0
+    max_backoff: float = 60.0  # longest wait, and the time between probes, in seconds
 
     def note(self, state: TrackerState, failure: TrackerFailure) -> float:
         """Record a failure in a tracker's state, and return the seconds to wait before the next try."""

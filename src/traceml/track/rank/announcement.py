@@ -81,15 +81,11 @@ def _user() -> str:
 
 @dataclass(frozen=True, slots=True)
 class ChosenTrackers:
-    """Trackers of an experiment.
-
-    Attributes:
-        where: where values go, in words, if nobody named a tracker; else empty.
-    """
+    """Trackers of an experiment."""
 
     backends: tuple[str, ...]
     options: dict[str, dict[str, Any]]
-    where: str = ""
+    where: str = ""  # where values go, in words, if nobody named a tracker; else empty
 
     def say(self) -> None:
         """Log once where values go, if nobody named a tracker."""

@@ -25,21 +25,13 @@ _LOOPBACK = frozenset({"localhost", "localhost.localdomain", "localhost4", "loca
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
-    """One host of a launch.
+    """One host of a launch."""
 
-    Attributes:
-        name: as the user or Slurm wrote it; for ssh perhaps with a port.
-        transport: how its agent is started: as a child process, by ssh, or as a step of the Slurm job.
-        workers: number of workers; None: one per GPU of the host, else `cpu_workers`.
-        cpu_workers: number of workers without GPUs; None: one per CPU core.
-        het_group: its component of a heterogeneous Slurm job; None: of another job.
-    """
-
-    name: str
-    transport: Transport
-    workers: int | None = None
-    cpu_workers: int | None = None
-    het_group: int | None = None
+    name: str  # as the user or Slurm wrote it; for ssh perhaps with a port
+    transport: Transport  # how its agent is started: as a child process, by ssh, or as a step of the Slurm job
+    workers: int | None = None  # number of workers; None: one per GPU of the host, else `cpu_workers`
+    cpu_workers: int | None = None  # number of workers without GPUs; None: one per CPU core
+    het_group: int | None = None  # its component of a heterogeneous Slurm job; None: of another job
 
 
 def resolve_hosts(

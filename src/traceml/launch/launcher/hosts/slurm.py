@@ -20,16 +20,13 @@ _log = logging.getLogger("traceml.launch")
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The nodes of a Slurm job.
-
-    Attributes:
-        workers: number of workers without GPUs by node: the requested tasks, else the allocated CPUs; None if Slurm
-            does not report it.
-        groups: number of the component of a heterogeneous job by node; empty for other jobs.
-    """
+    """The nodes of a Slurm job."""
 
     job_id: str
+    # Number of workers without GPUs by node: the requested tasks, else the allocated CPUs; None if Slurm does not
+    # report it.
     workers: Mapping[str, int | None]
+    # Number of the component of a heterogeneous job by node; empty for other jobs.
     groups: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -16,24 +16,16 @@ __all__ = ["JobHost", "Worker", "rendezvous_address"]
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One worker: one rank.
-
-    Attributes:
-        pid: its process on its host, None before it started.
-        ready: whether it has joined the process group, or started where there is none.
-        result: the bytes it sends: its result, or its exception.
-        done: whether it has returned, and its result is complete here.
-        ended: whether its process has ended.
-    """
+    """One worker: one rank."""
 
     rank: int
     local_rank: int
     host: JobHost
-    pid: int | None = None
-    ready: bool = False
-    done: bool = False
-    ended: bool = False
-    result: PayloadBuffer | None = None
+    pid: int | None = None  # its process on its host, None before it started
+    ready: bool = False  # whether it has joined the process group, or started where there is none
+    done: bool = False  # whether it has returned, and its result is complete here
+    ended: bool = False  # whether its process has ended
+    result: PayloadBuffer | None = None  # the bytes it sends: its result, or its exception
 
     def __str__(self) -> str:
         return f"rank {self.rank} (local rank {self.local_rank} on {self.host.name})"
@@ -41,30 +33,19 @@ class Worker:
 
 @dataclass(slots=True, eq=False)
 class JobHost:
-    """One host of a job.
-
-    Attributes:
-        key: the key under which its agent is kept after the job.
-        start: makes a new connection to it.
-        warm: whether its agent was kept from an earlier job and has not answered in this one.
-        prepared: the agent's message that its zygote is ready, or why it is not.
-        started: whether it was asked to start workers.
-        idle: whether nothing of the job is left there.
-        lost: whether its agent is out of reach.
-        watches_write: whether the loop waits until its channel can be written.
-    """
+    """One host of a job."""
 
     spec: HostSpec
-    key: Hashable
-    start: Callable[[], AgentConnection]
+    key: Hashable  # the key under which its agent is kept after the job
+    start: Callable[[], AgentConnection]  # makes a new connection to it
     connection: AgentConnection
-    warm: bool = False
-    prepared: dict[str, Any] | None = None
+    warm: bool = False  # whether its agent was kept from an earlier job and has not answered in this one
+    prepared: dict[str, Any] | None = None  # the agent's message that its zygote is ready, or why it is not
     workers: list[Worker] = field(default_factory=list)
-    started: bool = False
-    idle: bool = False
-    lost: bool = False
-    watches_write: bool = False
+    started: bool = False  # whether it was asked to start workers
+    idle: bool = False  # whether nothing of the job is left there
+    lost: bool = False  # whether its agent is out of reach
+    watches_write: bool = False  # whether the loop waits until its channel can be written
 
     @property
     def name(self) -> str:

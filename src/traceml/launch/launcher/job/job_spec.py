@@ -13,28 +13,19 @@ __all__ = ["JobSpec"]
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """Specification of a launched job: what all workers run, and how.
-
-    Attributes:
-        script: instead of a call, a script: `path` or `module`, and `argv`.
-        backend: of the process group; `auto`: nccl where there are enough GPUs, else gloo; None: no group.
-        timeout_s: for start-up, and for the group's collectives.
-        environ: variables for workers of other hosts; workers of this host inherit all.
-        env_file: a file that bash sources on each host.
-        sys_path: folders where workers look for modules.
-        main: description of the launcher's `__main__`, see `assembly`.
-        cpu_affinity: whether workers are distributed over the cores.
-        keep_agents: whether agents may serve the next launch.
-    """
+    """Specification of a launched job: what all workers run, and how."""
 
     call: SerializedValue | None = None
-    script: Mapping[str, Any] | None = None
+    script: Mapping[str, Any] | None = None  # instead of a call, a script: `path` or `module`, and `argv`
+    # Of the process group; `auto`: nccl where there are enough GPUs, else gloo; None: no group.
     backend: str | None = "auto"
-    timeout_s: float = 600
+    timeout_s: float = 600  # for start-up, and for the group's collectives
+    # Variables for workers of other hosts; workers of this host inherit all.
     environ: Mapping[str, str] = field(default_factory=dict)
-    env_file: str | None = None
+    env_file: str | None = None  # a file that bash sources on each host
     cwd: str = "."
-    sys_path: Sequence[str] = ()
+    sys_path: Sequence[str] = ()  # folders where workers look for modules
+    # Description of the launcher's `__main__`, see `assembly`.
     main: Mapping[str, str | None] = field(default_factory=dict)
-    cpu_affinity: bool = True
-    keep_agents: bool = True
+    cpu_affinity: bool = True  # whether workers are distributed over the cores
+    keep_agents: bool = True  # whether agents may serve the next launch

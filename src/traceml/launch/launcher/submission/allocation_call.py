@@ -42,20 +42,14 @@ class AllocationOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationCall:
-    """A launch in the allocation of a submitted job. Called there, without arguments.
-
-    Attributes:
-        call: the function; None for a script.
-        script: the script, see `assembly.run_script`.
-        tracing: arguments of the script's `Tracing`; None: it is not traced.
-        retries: how often the job may be queued again.
-    """
+    """A launch in the allocation of a submitted job. Called there, without arguments."""
 
     options: LaunchOptions
-    call: FunctionCall | None = None
-    script: Mapping[str, Any] | None = None
+    call: FunctionCall | None = None  # the function; None for a script
+    script: Mapping[str, Any] | None = None  # the script, see `assembly.run_script`
+    # Arguments of the script's `Tracing`; None: it is not traced.
     tracing: Mapping[str, Any] | None = field(default=None)
-    retries: int = 0
+    retries: int = 0  # how often the job may be queued again
 
     def __call__(self) -> AllocationOutcome:
         """Run the launch.
