@@ -156,7 +156,7 @@ class ProfileWindow:
         self._begin_mark()
 
     def _next_step(self) -> None:
-        self._end_mark()
+        self._mark.__exit__(None, None, None)
         self._left -= 1
         if self._left:
             self._begin_mark()
@@ -169,9 +169,6 @@ class ProfileWindow:
 
         self._mark = torch.autograd.profiler.record_function(f"ProfilerStep#{self._clock.step}")
         self._mark.__enter__()
-
-    def _end_mark(self) -> None:
-        self._mark.__exit__(None, None, None)
 
     def _end(self, why: str) -> None:
         """Stop the profiler; without a reason its trace is complete."""

@@ -29,7 +29,9 @@ def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
         run_dir: the run's folder.
         live: whether to say how to watch the run.
     """
-    watch = f"; live: {_live_view(run_dir)}" if live else ""
+    page = auth.find_page(str(run_dir.parent)) if live else None
+    view = f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"
+    watch = f"; live: {view}" if live else ""
     return printable(f"traceml: {does} this run; results in {short_path(run_dir)}{watch}")
 
 
@@ -39,8 +41,3 @@ def short_path(run_dir: Path) -> str:
         return str(run_dir.relative_to(Path.cwd()))
     except (ValueError, OSError):  # outside, or the working directory was removed
         return str(run_dir)
-
-
-def _live_view(run_dir: Path) -> str:
-    page = auth.find_page(str(run_dir.parent))
-    return f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"

@@ -92,7 +92,8 @@ def explain_job(simulator: Simulator) -> WhatIf:
     workers = {
         (dp_rank, stage): min(by_dp_rank[dp_rank], by_stage[stage]) for dp_rank in job.dp_ranks for stage in job.stages
     }
-    worst = _worst(job, workers)
+    count = -(-len(workers) * _WORST_PERCENT // 100)
+    worst = sorted(workers, key=lambda worker: (-workers[worker], job.rank_of(*worker)))[:count]
     without = [~_workers_of(job, worst), ~_rows_of(stages, job.stages[-1], shape)]
     lost = simulated - ideal if simulated > (1 + _NOTHING_LOST) * ideal else None
     shares = [lost and (simulated - seconds) / lost for seconds in simulator.mean_step_s(np.stack(without)).tolist()]
@@ -136,11 +137,6 @@ def _workers_of(job: JobTrace, workers: Iterable[tuple[int, int]]) -> Choice:
     return np.array(
         [[(dp_rank, operation.stage) in chosen for dp_rank in job.dp_ranks] for operation in job.operations]
     )
-
-
-def _worst(job: JobTrace, workers: dict[tuple[int, int], float]) -> list[tuple[int, int]]:
-    count = -(-len(workers) * _WORST_PERCENT // 100)
-    return sorted(workers, key=lambda worker: (-workers[worker], job.rank_of(*worker)))[:count]
 
 
 def _descending(scores: dict[Key, float]) -> dict[Key, float]:

@@ -177,7 +177,8 @@ class FrameReader:
         """Yield the frames after a cursor that are chosen by their (id, stream, first step, last step)."""
         ended: dict[int, int] = {}
         for numbers in self._chosen_numbers(table, choose, after_id):
-            for whole in self._frames_by_id(table, numbers):
+            for row in (row for batch in self._rows_by_id(numbers) for row in batch):
+                whole = self._frame(table, row)
                 frame = whole.after(ended.get(whole.stream, 0), step_offset(self._dtypes[table]))
                 ended[frame.stream] = whole.end
                 if frame.n:
@@ -240,11 +241,6 @@ class FrameReader:
             raise self._damaged(what)
 
         self._on_damage(what)
-
-    def _frames_by_id(self, table: str, numbers: list[int]) -> Iterator[Frame]:
-        for batch in self._rows_by_id(numbers):
-            for row in batch:
-                yield self._frame(table, row)
 
     def _rows_by_id(self, numbers: list[int]) -> Iterator[list[tuple[Any, ...]]]:
         for first in range(0, len(numbers), _BATCH):

@@ -61,11 +61,6 @@ class Retention:
         """Id of the last frame that is thinned."""
         self._old_bytes, self._recent_bytes = self._measure()
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the rows take now."""
-        return self._old_bytes + self._recent_bytes
-
     def resized(self, change_bytes: int, frame: int) -> None:
         """Count a frame that was added, or changed in size."""
         if frame <= self.up_to:
@@ -85,7 +80,7 @@ class Retention:
             limit_bytes: most bytes of rows; None keeps all.
             up_to: rows of frames after this id stay complete.
         """
-        if limit_bytes is not None and self.stored_bytes > limit_bytes:
+        if limit_bytes is not None and self._old_bytes + self._recent_bytes > limit_bytes:
             self._pass = self._plan(limit_bytes, last_id, up_to)
 
         if self._pass is not None:

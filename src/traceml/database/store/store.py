@@ -275,7 +275,8 @@ class StoreWriter:
         frames = [(number, *frame) for number, frame in enumerate(self._encoded, self._next_id)]
         database.execute("BEGIN IMMEDIATE")
         try:
-            database.executemany(_UPSERT_STREAM, [self._stream_row(stream) for stream in sorted(self._dirty_streams)])
+            streams = ((stream, *self._streams[stream]) for stream in sorted(self._dirty_streams))
+            database.executemany(_UPSERT_STREAM, [(stream, *who, _packed(facts)) for stream, who, facts in streams])
             database.executemany(_INSERT, frames)
             self._unframed.write()
             database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta.items())
@@ -290,10 +291,6 @@ class StoreWriter:
 
         self._next_id += len(frames)
         return frames
-
-    def _stream_row(self, stream: int) -> tuple[Any, ...]:
-        identity, facts = self._streams[stream]
-        return (stream, *identity, _packed(facts))
 
     def _load(self) -> None:
         """Load the streams and positions of a store that is continued."""

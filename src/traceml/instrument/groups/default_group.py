@@ -48,8 +48,9 @@ class DefaultGroup:
     def patch(self) -> None:
         """Watch the functions that make and destroy the group; torch.distributed is imported and available."""
         distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
-        for name, change in (("init_process_group", self._making), ("destroy_process_group", self._dropping)):
-            self._patches.wrap_in((c10d, distributed), name, change)
+        modules = c10d, distributed
+        self._patches.wrap_in(modules, "init_process_group", lambda original: self._then(original, self.find))
+        self._patches.wrap_in(modules, "destroy_process_group", self._dropping)
 
         self.find()
 
@@ -86,9 +87,6 @@ class DefaultGroup:
         self._clock.group = self._clock.sequence = None
         self._clock.extras = self._clock.device is not None
         self._clock.detail = self._clock.extras or self._clock.awaits_backward
-
-    def _making(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        return self._then(original, self.find)
 
     @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:

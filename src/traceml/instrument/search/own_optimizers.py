@@ -33,7 +33,7 @@ def find_own_optimizers() -> list[Any]:
     objects = gc.get_objects()
     steps = {kind: step for kind in set(map(type, objects)) if (step := _step_of(kind)) is not None}
     found = of_types(objects, steps.keys()) if steps else []
-    running = _running_codes() if found else set()
+    running = {frame.f_code for frame in stack_frames(sys._getframe())} if found else set()
     return [each for each in found if steps[type(each)].__code__ not in running and _holds_trained(each, steps.keys())]
 
 
@@ -44,10 +44,6 @@ def _step_of(kind: type[Any]) -> FunctionType | None:
 
     step = next((vars(base)["step"] for base in kind.__mro__ if "step" in vars(base)), None)
     return step if isinstance(step, FunctionType) else None
-
-
-def _running_codes() -> set[CodeType]:
-    return {frame.f_code for frame in stack_frames(sys._getframe())}
 
 
 def _holds_trained(candidate: Any, kinds: AbstractSet[type[Any]]) -> bool:

@@ -258,12 +258,10 @@ class Analysis:
             return
 
         mark = rows.kind | (self.filter.outcomes(batch) << np.uint8(KIND_BITS)) if self.filter else rows.kind
-        lane = np.where(roles >= EventRole.ASYNC_BEGIN, self._async_lanes(batch), rows.lane).astype(np.int32)
+        asynchronous = self.lanes.number(-2 - batch.source, self.asynchronous.number(batch.cat, batch.id))
+        lane = np.where(roles >= EventRole.ASYNC_BEGIN, asynchronous, rows.lane).astype(np.int32)
         is_end = ((roles == EventRole.END) | (roles == EventRole.ASYNC_END)).astype(np.uint8)
         self.matcher.add(*_chosen(edges, (rows.start, is_end, lane, batch.name, rows.group, mark)))
-
-    def _async_lanes(self, batch: EventBatch) -> Ids:
-        return self.lanes.number(-2 - batch.source, self.asynchronous.number(batch.cat, batch.id))
 
     def _end_source(self) -> None:
         """Pair the begins and ends of the current file; without a report also account for its threads."""

@@ -134,7 +134,7 @@ def parse(text: Text, position: int, *, final: bool) -> tuple[dict[str, Any], in
         try:
             event, end = _DECODER.raw_decode(part)
         except json.JSONDecodeError as error:
-            if not _cut_off(error, len(part)):
+            if error.pos < len(part) - _NEAR_END and not error.msg.startswith("Unterminated string"):
                 raise ValueError("not JSON") from None
         except (RecursionError, ValueError, ArithmeticError):
             raise ValueError("nested too deeply, or a number too long") from None
@@ -182,7 +182,3 @@ def _next_start(findings: ScanFindings, text: Text, position: int, what: str, *,
 
     findings.damage.append(FileDamage(position, what, end - position))
     return end
-
-
-def _cut_off(error: json.JSONDecodeError, length: int) -> bool:
-    return error.pos >= length - _NEAR_END or error.msg.startswith("Unterminated string")

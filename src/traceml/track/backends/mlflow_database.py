@@ -65,8 +65,9 @@ def _repair(path: Path, *, is_ours: bool) -> None:
     except Exception as error:
         # Alembic's own error: a newer MLflow wrote the file.
         if has_runs or not _is_half_done(error):
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise BackendError(
-                f"the MLflow database {path} cannot be upgraded to the installed MLflow ({_one_line(error)}): "
+                f"the MLflow database {path} cannot be upgraded to the installed MLflow ({why}): "
                 f"install the version that wrote it, or try {command} on a copy, or move the file away"
             ) from error
 
@@ -169,7 +170,3 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
 
         yield
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
