@@ -45,16 +45,11 @@ def boot_id() -> str:
 
 
 class SteadyClock(NamedTuple):
-    """Dates of one activity: the wall clock at its start, and the monotonic clock since, which nothing sets.
+    """Dates of one activity: the wall clock at its start, and the monotonic clock since, which nothing sets."""
 
-    Attributes:
-        mono_ns, epoch_ns: both clocks at the start.
-        boot: the boot of the machine, in which alone the monotonic clock goes on.
-    """
-
-    mono_ns: int
+    mono_ns: int  # both clocks at the start
     epoch_ns: int
-    boot: str
+    boot: str  # the boot of the machine, in which alone the monotonic clock goes on
 
     @classmethod
     def start(cls) -> Self:

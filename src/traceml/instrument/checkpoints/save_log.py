@@ -19,25 +19,17 @@ _MAX_TARGETS = 64
 
 
 class Save(NamedTuple):
-    """A call that saved, with the calls inside it.
+    """A call that saved, with the calls inside it."""
 
-    Attributes:
-        t_end_ns: its end, monotonic.
-        targets: files and folders that it was given.
-        sizes: bytes of each when it ended, before the script renames or overwrites it; None of a folder, -1 where that
-            is not known.
-        code, line: the user's code that called it; None, 0 where none did.
-        is_written: whether its files are complete at its end.
-    """
-
-    t_end_ns: int
+    t_end_ns: int  # its end, monotonic
     step: int
     ns: int
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # files and folders that it was given
+    # Bytes of each when it ended, before the script renames or overwrites it; None of a folder, -1 where not known.
     sizes: tuple[int | None, ...]
-    code: CodeType | None
+    code: CodeType | None  # the user's code that called it, and its line; None, 0 where none did
     line: int
-    is_written: bool
+    is_written: bool  # whether its files are complete at its end
 
 
 class SaveLog:

@@ -51,24 +51,15 @@ class FilePart:
 
 @dataclass(slots=True)
 class PartBoundaries:
-    """Facts about a part that are needed to join it to its neighbors.
+    """Facts about a part that are needed to join it to its neighbors."""
 
-    Args:
-        head: text before its first whole event.
-        tail: text after its last one.
-        closed: the array of events ends in the part; `tail` is the text after it.
-        end: where the next part has to begin.
-        raw_bytes, events: size of the text, number of events.
-        header: keys before the events, of a first part.
-    """
-
-    head: bytes = b""
-    tail: bytes = b""
-    closed: bool = False
-    end: int = 0
-    raw_bytes: int = 0
+    head: bytes = b""  # text before its first whole event
+    tail: bytes = b""  # text after its last one
+    closed: bool = False  # the array of events ends in the part; `tail` is the text after it
+    end: int = 0  # where the next part has to begin
+    raw_bytes: int = 0  # size of the text
     events: int = 0
-    header: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)  # keys before the events, of a first part
 
 
 def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:

@@ -48,29 +48,21 @@ class Packed:
 
 @dataclass(slots=True)
 class PartialAnalysis:
-    """Analysis of some events of one file.
+    """Analysis of some events of one file."""
 
-    Args:
-        groups: the raw labels of each group, with its statistics and bytes.
-        lanes: the process and thread, or the asynchronous id, behind each number in `spans` and `edges`.
-        names: the names behind the numbers in `edges`.
-        spans, edges: columns for the sorter and the matcher of an Analysis; empty when there are none.
-        labels: labels from metadata.
-        phase_counts, events, number_of_spans, fractional: as in Analysis.
-        seen: whether each field of `args` occurred.
-    """
-
-    groups: list[tuple[tuple[Any, ...], GroupStat, int]]
-    lanes: list[tuple[Any, ...]]
-    names: list[Any]
-    spans: list[Packed]
-    edges: list[Packed]
-    labels: Labels
-    phase_counts: Counter[str]
+    groups: list[tuple[tuple[Any, ...], GroupStat, int]]  # the raw labels of each group, with its statistics and bytes
+    lanes: list[
+        tuple[Any, ...]
+    ]  # the process and thread, or the asynchronous id, by the numbers in `spans` and `edges`
+    names: list[Any]  # the names behind the numbers in `edges`
+    spans: list[Packed]  # columns for the sorter of an Analysis; empty when there are none
+    edges: list[Packed]  # the same for its matcher
+    labels: Labels  # labels from metadata
+    phase_counts: Counter[str]  # this and the next three: as in Analysis
     events: int
     number_of_spans: int
     fractional: bool
-    seen: list[bool]
+    seen: list[bool]  # whether each field of `args` occurred
 
 
 def partial_of(analysis: Analysis) -> PartialAnalysis:

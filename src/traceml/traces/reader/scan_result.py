@@ -153,22 +153,14 @@ class ColumnBuilder:
 
 @dataclass(slots=True)
 class ScanFindings:
-    """Results of a scan other than rows.
+    """Results of a scan other than rows."""
 
-    Args:
-        fractional, metadata: as in EventBatch.
-        damage: skipped ranges; offsets count from the beginning of the text.
-        stop: end of the text that was used; the rest belongs in front of the next chunk.
-        closed: the array of events ended.
-        searching: the scan reached the end of the text while it looked for the next event after damage.
-    """
-
-    fractional: bool = False
-    metadata: list[dict[str, Any]] = field(default_factory=list)
-    damage: list[FileDamage] = field(default_factory=list)
-    closed: bool = False
-    searching: bool = False
-    stop: int = 0
+    fractional: bool = False  # as in EventBatch
+    metadata: list[dict[str, Any]] = field(default_factory=list)  # likewise
+    damage: list[FileDamage] = field(default_factory=list)  # skipped ranges; offsets from the beginning of the text
+    closed: bool = False  # the array of events ended
+    searching: bool = False  # the scan reached the end of the text while it looked for the next event after damage
+    stop: int = 0  # end of the text that was used; the rest belongs in front of the next chunk
 
 
 @dataclass(slots=True)
