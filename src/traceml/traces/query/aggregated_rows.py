@@ -75,8 +75,7 @@ def _rows(
 ) -> Iterator[tuple[tuple[Any, ...], int | None, float | None]]:
     """Yield group, number of calls and the sum of their durations (us) of each aggregated row."""
     reader = read(files, args=[*query.args, _COUNT, _SUM], metadata=())
-    context = FieldContext(reader.strings, list(files))
-    context.labels = labels
+    context = FieldContext(reader.strings, files, labels)
     chosen, fields = EventFilter(query.where, context), [field_of(name, context) for name in query.by]
     for batch in reader:
         mask = batch.ph == ord(AGGREGATED)

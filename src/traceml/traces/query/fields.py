@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ Label = str | int | float | None
 class FieldContext:
     """State shared by the fields of a query: values, processes, files, and labels from metadata."""
 
-    def __init__(self, strings: StringTable, paths: list[Path]) -> None:
-        self.strings, self.paths, self.labels = strings, paths, Labels()
+    def __init__(self, strings: StringTable, paths: Sequence[Path], labels: Labels | None = None) -> None:
+        self.strings, self.paths, self.labels = strings, paths, labels or Labels()
         self.processes = PairNumbering()  # (file, pid)
 
     def process(self, number: int) -> tuple[int, Label]:

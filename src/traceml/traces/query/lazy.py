@@ -197,8 +197,7 @@ def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -
 
     query = TraceQuery(where=parse_where(traces.where))
     reading = read(traces.files, args=[*args, *query.args], metadata=())
-    context = FieldContext(reading.strings, list(traces.files))
-    context.labels = read_labels(query, traces.files)
+    context = FieldContext(reading.strings, traces.files, read_labels(query, traces.files))
     chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
     for batch in reading:
         mask = chosen.rows(batch) if chosen else None

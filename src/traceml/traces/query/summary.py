@@ -86,8 +86,7 @@ def run_query(
     from traceml.traces.reader.reading import read
 
     reader = read(files, args=query.args, metadata=query.metadata)
-    context = FieldContext(reader.strings, list(files))
-    context.labels = read_labels(query, files)
+    context = FieldContext(reader.strings, files, read_labels(query, files))
     analysis = Analysis(query, context)
     events = 0
     for batch in reader:
