@@ -95,30 +95,30 @@ class LaunchJob:
         with ExitStack() as held:  # a second Ctrl-C must not cut short the end: the report would call the ranks lost
             try:
                 with self._loop:
-                    try:
-                        self._gather()
-                        self._start()
-                        self._watch()
-                        self._release()
-                    except BaseException as error:
-                        held.enter_context(interrupts_held())
-                        self._abort(error)
-                        raise
+                    self._run_steps(held)
             except BaseException as error:
-                self._release_agents()
-                if isinstance(error, KeyboardInterrupt):  # one that comes from here on leaves values to `traceml sync`
-                    forget_interrupts()
-
-                self._end_tracing(error)
+                self._finish(error)
                 raise
 
-            held.enter_context(interrupts_held())
-            self._release_agents()
-            self._end_tracing(None)
+            self._finish(None)
 
         return [[self._load(worker) for worker in host.workers] for host in self._hosts]
 
     # --- the steps -----------------------------------------------------------------------------------------------
+
+    def _run_steps(self, held: ExitStack) -> None:
+        """Run all steps; end the job on all hosts if one fails. Afterwards interrupts are held."""
+        try:
+            self._gather()
+            self._start()
+            self._watch()
+            self._release()
+        except BaseException as error:
+            held.enter_context(interrupts_held())
+            self._abort(error)
+            raise
+
+        held.enter_context(interrupts_held())
 
     def _gather(self) -> None:
         """Wait until every host's agent has answered and its zygote is ready."""
@@ -318,6 +318,14 @@ class LaunchJob:
             host.connection.await_cleanup(cleaned_s - time.monotonic())
 
         self._state.close()
+
+    def _finish(self, error: BaseException | None) -> None:
+        """Release the agents, and report the end of the job, which `error` has ended."""
+        self._release_agents()
+        if isinstance(error, KeyboardInterrupt):  # one that comes from here on leaves values to `traceml sync`
+            forget_interrupts()
+
+        self._end_tracing(error)
 
     def _end_tracing(self, error: BaseException | None) -> None:
         if self._tracing is None:
