@@ -135,7 +135,7 @@ class Supervisor:
         self._aggregator.start()
         process = self._run_job()
         finished = self._finish(process)
-        return JobOutcome(self._status(process), finished)
+        return JobOutcome(status_of(process.wait()), finished)
 
     # the job
 
@@ -317,9 +317,6 @@ class Supervisor:
             self._aggregator.tell_ends(well)
             self._told_well = len(well)
 
-    def _status(self, process: subprocess.Popen[bytes]) -> int:
-        return status_of(process.wait())
-
     # the end
 
     def _finish(self, process: subprocess.Popen[bytes]) -> bool:
@@ -337,7 +334,7 @@ class Supervisor:
             self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
             self._ended_by |= scheduler_facts(os.environ)
 
-        return self._aggregator.finish(failures, self._status(process), self._ended_by)
+        return self._aggregator.finish(failures, status_of(process.wait()), self._ended_by)
 
 
 def _is_for_job_too(info: signal.struct_siginfo) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Keeping(logging.Handler):
 
 def routed(handlers: list[logging.Handler], *pieces: tuple[int | None, str, bytes]) -> None:
     """Feed pieces of (local rank, stream, bytes) of node1 and write all of it."""
-    with LogRouter(handlers) as router:
+    with closing(LogRouter(handlers)) as router:
         feeds = {}
         for local_rank, kind, data in pieces:
             key = (local_rank, kind)
@@ -171,7 +172,7 @@ PIECES = [
 def test_lines_are_whole_however_they_come(pieces: list[bytes], lines: list[str]) -> None:
     """Cut anywhere, with any line end, with the bars of progress displays, with bytes that are no text."""
     keeping = Keeping()
-    with LogRouter([keeping]) as router:
+    with closing(LogRouter([keeping])) as router:
         feed = router.open("node1", 0, "out")
         for piece in pieces:
             feed.feed(piece)
@@ -185,7 +186,7 @@ def test_lines_are_whole_however_they_come(pieces: list[bytes], lines: list[str]
 def test_a_line_without_an_end_is_passed_on_in_pieces() -> None:
     """A worker that writes megabytes without a newline fills no memory."""
     keeping = Keeping()
-    with LogRouter([keeping]) as router:
+    with closing(LogRouter([keeping])) as router:
         feed = router.open("node1", 0, "out")
         for _ in range(10):
             feed.feed(b"x" * 250_000)
@@ -212,7 +213,7 @@ class Stopped(io.StringIO):
 def test_a_stopped_terminal_holds_up_only_what_is_written_to_it() -> None:
     """Feeding never waits; what is taken is granted once it has been written, to the last byte."""
     terminal, granted = Stopped(), []
-    with LogRouter([stream_handler("node1", 0, terminal)]) as router:
+    with closing(LogRouter([stream_handler("node1", 0, terminal)])) as router:
         feed = router.open("node1", 0, "out")
         feed.grant = granted.append
         for i in range(1000):

@@ -269,7 +269,7 @@ class AgentConnection:
     def _explain(self, status: int | None, output: str, reason: str, silence_s: float, during: str) -> tuple[str, str]:
         """Return what happened, and advice."""
         carrier = {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
-        ended = f"{carrier} {_describe_exit(status)}"
+        ended = f"{carrier} {'still runs' if status is None else end_of_status(status)}"
         if self.hello is not None:
             what = f"its agent was lost {during} ({reason}; {ended})"
             return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
@@ -353,10 +353,3 @@ def _reach(spec: HostSpec, ssh_config_file: str | os.PathLike[str] | None) -> li
     host, port = split_port(spec.name)
     options = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
     return ["ssh", *options, *([] if port is None else ["-p", str(port)]), host]
-
-
-def _describe_exit(status: int | None) -> str:
-    if status is None:
-        return "still runs"
-
-    return end_of_status(status)

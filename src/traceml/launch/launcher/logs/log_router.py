@@ -175,12 +175,6 @@ class LogRouter:
         self._thread = threading.Thread(target=self._work, name="traceml-logs", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> LogRouter:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
     def open(self, hostname: str, local_rank: int | None, kind: str, *, rank: int | None = None) -> LogStream:
         """Open a stream of one source.
 
