@@ -84,9 +84,6 @@ def _run(
         return LogRouter(make_handlers(log_handlers, hosts, log_folder, plain=script is not None, out=out, err=err))
 
     with tracing or contextlib.nullcontext(), debug_log(log_folder):
-        if tracing is not None:
-            tracing.start()
-
         values = LaunchJob(_connect(options, host_specs), spec, make_logs=make_logs, tracing=tracing).run()
 
     return LaunchResult({host.name: results for host, results in zip(host_specs, values, strict=True)})

@@ -94,7 +94,7 @@ class _FlightTransfer:
 class Tracing:
     """One traced launch. A context manager: its exit prints the verdict and ends the aggregator.
 
-    The owner calls `start` before it starts agents, `tick` at least twice a second, passes messages of agents to the
+    The owner enters it before it starts agents, calls `tick` at least twice a second, passes messages of agents to the
     methods below, and calls `finish` once all hosts are idle. A launch whose workers were never started leaves no run.
 
     Args:
@@ -140,6 +140,12 @@ class Tracing:
         """Streams for the job's output, for any thread: it appears above the live view."""
 
     def __enter__(self) -> Self:
+        """Check that a run can be stored.
+
+        Raises:
+            TraceMLError: the folder of the runs cannot be written.
+        """
+        self._aggregator.check()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,14 +160,6 @@ class Tracing:
     def must_end(self) -> bool:
         """Whether the job hangs, and its ranks have not ended though they were asked to (`on_hang = "abort"`)."""
         return self._begun and self._abort_watch is not None and self._abort_watch.is_overdue()
-
-    def start(self) -> None:
-        """Check that a run can be stored.
-
-        Raises:
-            TraceMLError: the folder of the runs cannot be written.
-        """
-        self._aggregator.check()
 
     def tick(self) -> None:
         """Restart the aggregator if it died, and draw."""
