@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+from traceml.cli.notices import spinner
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceNotFoundError, UsageError
@@ -111,7 +112,7 @@ def _plot(result: dict[str, Any], path: Path, top: int) -> None:
 
 def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
-    with _no_blas_threads(), importing(), _progress() as progress:
+    with _no_blas_threads(), importing(), spinner("Reading") as show:
         try:
             return summarize(
                 options.paths,
@@ -121,7 +122,7 @@ def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str
                 report=report,
                 dask=options.dask,
                 cached=not options.no_cache,
-                progress=progress,
+                progress=lambda events, files: show(f"Reading: {events:,} events, file {files}"),
             )
         except TraceNotFoundError as error:
             raise _with_hint(error, options.paths) from error
@@ -150,19 +151,6 @@ def _no_blas_threads() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[name]
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """Show the progress of reading, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-
-    from rich.console import Console
-
-    with Console(stderr=True).status("Reading") as status:
-        yield lambda events, files: status.update(f"Reading: {events:,} events, file {files}")
 
 
 def _show(result: dict[str, Any], options: AnalyzeOptions, measures: tuple[Measure, ...]) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from traceml.cli.notices import print_left_out
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
@@ -23,7 +24,6 @@ from traceml.runs.find import find_run
 
 __all__ = ["main"]
 
-_SHOWN = 5
 EXIT_INCOMPLETE = 3
 
 
@@ -121,11 +121,6 @@ def _summary(exported: ExportResult) -> str:
 
 def _print_damage(exported: ExportResult) -> None:
     """Report the parts that could not be read."""
-    for what in exported.damage[:_SHOWN]:
-        print(printable(f"traceml export: left out: {what}"), file=sys.stderr)
-
-    if len(exported.damage) > _SHOWN:
-        print(f"traceml export: and {len(exported.damage) - _SHOWN} more", file=sys.stderr)
-
+    print_left_out("traceml export", exported.damage)
     what = printable(f"{exported.path} is incomplete: the run's store is damaged. Everything readable was written")
     print(f"traceml export: {what}", file=sys.stderr)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from traceml.cli.notices import print_left_out, spinner
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
-from traceml.formatting import plural, printable
+from traceml.formatting import plural
 from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
 
 __all__ = ["main"]
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,14 @@ def main(argv: list[str]) -> int:
 
     from traceml.runs.fleet.fleet_overview import fleet_document
 
-    with _progress() as progress:
-        document = fleet_document(dataset, options.run, options.where, options.dask, progress)
+    with spinner("Reading") as show:
+        document = fleet_document(
+            dataset,
+            options.run,
+            options.where,
+            options.dask,
+            lambda done, files: show(f"Reading: {done:,} of {files:,} files"),
+        )
 
     if options.json:
         print(document.to_json())
@@ -87,21 +90,4 @@ def _print_update(done: FleetUpdate) -> None:
         f"{done.without_steps:,} without steps" if done.without_steps else "",
     ]
     print(f"traceml fleet: {', '.join(filter(None, parts))}", file=sys.stderr)
-    for message in done.damage[:_SHOWN]:
-        print(printable(f"traceml fleet: left out: {message}"), file=sys.stderr)
-
-    if len(done.damage) > _SHOWN:
-        print(f"traceml fleet: and {len(done.damage) - _SHOWN} more", file=sys.stderr)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], object] | None]:
-    """Show the progress of reading, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-
-    from rich.console import Console
-
-    with Console(stderr=True).status("Reading") as status:
-        yield lambda done, files: status.update(f"Reading: {done:,} of {files:,} files")
+    print_left_out("traceml fleet", done.damage)

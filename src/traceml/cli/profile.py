@@ -7,19 +7,18 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from rich.console import Console
-from rich.text import Text
 
 from traceml.cli.assistants.json_documents import OperatorRecord, ProfileDocument, ProfiledRankRecord, UnprofiledRank
 from traceml.cli.jobs.profile_client import ProfileClient, ProfileRequest, RankWindow
 from traceml.cli.jobs.running_job import aggregator_of, running_job
+from traceml.cli.notices import spinner
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.cli.report import current_report
@@ -97,9 +96,9 @@ def _operators(options: ProfileOptions, config: Config) -> int:
     run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
     path = Path(options.output or f"{run_dir.name}.profile.json.gz")
     with closing(aggregator_of(run_dir, config, "profile")) as connection, StoreReader(run_dir / STORE_NAME) as reader:
-        with _progress() as show:
+        with spinner("Profiling") as show:
             hosts = {stream.rank: stream.host for stream in reader.streams() if stream.is_rank}
-            client = ProfileClient(connection, hosts, show)
+            client = ProfileClient(connection, hosts, lambda windows: show(_progress_text(windows)))
             traces = client.profile(request)
 
         failed = [each for each in client.windows.values() if each.state != "recorded"]
@@ -164,20 +163,9 @@ def _await_rows(reader: StoreReader, traces: list[ProfiledRank]) -> None:
         time.sleep(0.1)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[Iterable[RankWindow]], None]]:
-    """Show on a terminal what the ranks are doing."""
-    if not sys.stderr.isatty():
-        yield lambda _windows: None
-        return
-
-    with Console(stderr=True).status(Text("Profiling")) as status:
-
-        def show(windows: Iterable[RankWindow]) -> None:
-            states = Counter(each.state for each in windows)
-            status.update(Text(f"Profiling: {', '.join(f'{n} {state}' for state, n in states.items())}"))
-
-        yield show
+def _progress_text(windows: Iterable[RankWindow]) -> str:
+    states = Counter(each.state for each in windows)
+    return f"Profiling: {', '.join(f'{n} {state}' for state, n in states.items())}"
 
 
 def _print(written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWindow], client: ProfileClient) -> None:
