@@ -44,7 +44,7 @@ from traceml.inspection.thread_frames import (
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, open_transfer, with_root
-from traceml.recorder.no_progress.store_threads import StoreThreads
+from traceml.recorder.no_progress.thread_output import StoreThreads
 from traceml.recorder.user_code import UserCode, user_line
 
 if TYPE_CHECKING:
