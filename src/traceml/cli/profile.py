@@ -26,7 +26,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, capitalized, plural, printable, ranks_text
 from traceml.renderers.html.flame_page import flame_page
-from traceml.renderers.text.operator_table import operator_lines, slowdown_line
+from traceml.renderers.text.profile_tables import operator_lines, slowdown_line
 from traceml.run_folder import STORE_NAME
 from traceml.runs.export.flame_graph import speedscope
 from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile

@@ -14,7 +14,7 @@ from traceml.database.flight.flight_owner import waiting_steps
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
-from traceml.renderers.text.line_table import print_lines
+from traceml.renderers.text.profile_tables import print_lines
 from traceml.renderers.text.report_markdown import report_markdown
 from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.views import run_view

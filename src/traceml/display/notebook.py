@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
-from traceml.renderers.html.notebook_html import finding_html, inline_html
+from traceml.renderers.html.report_page import finding_html, inline_html
 from traceml.run_folder import STORE_NAME
 from traceml.runs import run as stored
 from traceml.runs.report.report import full_report

@@ -17,8 +17,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.renderers.html.notebook_html import inline_html
-from traceml.renderers.html.report_page import report_page, verdict_card
+from traceml.renderers.html.report_page import inline_html, report_page, verdict_card
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report

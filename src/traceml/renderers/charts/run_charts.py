@@ -24,6 +24,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.charts.chart_options import (
     Option,
+    Points,
     bar_series,
     blank,
     category_axis,
@@ -39,12 +40,14 @@ from traceml.renderers.charts.chart_options import (
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import SMALL_SHARE, RunView, visible_ranks
+from traceml.runs.rows.logged_media import LoggedItem
 from traceml.runs.rows.metric_series import MetricSeries
 from traceml.runs.rows.metrics import is_loss
 from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [
     "heatmap_chart",
+    "histogram_chart",
     "loss_chart",
     "memory_chart",
     "metric_charts",
@@ -65,6 +68,7 @@ _METRICS = 24
 _BARE_TOP_PX = 14
 _TIME_UNITS = (("h", 3600), ("min", 60), ("s", 1))
 _MARK = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
+_HISTOGRAMS = 5
 
 
 def step_time_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
@@ -301,3 +305,25 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 def _steps_text(steps: Sequence[int]) -> list[str]:
     return [f"{step:,}" for step in steps]
+
+
+def histogram_chart(items: Sequence[LoggedItem], theme: Theme = LIGHT) -> Option | None:
+    """Return the share of the values per unit of value; of many steps the newest and some before it.
+
+    Bins of different widths are comparable, as each share is divided by the width of its bin.
+    """
+    drawable = [item for item in items if len(item.edges) == len(item.counts) + 1 and sum(item.counts) > 0]
+    if not drawable:
+        return None
+
+    chosen = np.unique(np.linspace(0, len(drawable) - 1, min(_HISTOGRAMS, len(drawable))).astype(int))
+    option = lines_over(map(_line, (drawable[at] for at in reversed(chosen.tolist()))), theme, "value", "")
+    option["series"][0]["lineStyle"]["width"] = 2.5
+    return option
+
+
+def _line(item: LoggedItem) -> tuple[str, Points]:
+    edges, counts = np.asarray(item.edges), np.asarray(item.counts)
+    widths = np.where(np.diff(edges) > 0, np.diff(edges), 1.0)
+    name = "no step" if item.step is None else f"step {item.step:,}"
+    return name, pairs((edges[:-1] + edges[1:]) / 2, counts / counts.sum() / widths)

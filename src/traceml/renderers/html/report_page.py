@@ -1,4 +1,4 @@
-"""A run's report as one HTML file without scripts: opens without a network, light and dark, and prints.
+"""A run's report as HTML without scripts, light and dark: one file, which needs no network, and a cell of a notebook.
 
 All text of a run is escaped.
 """
@@ -32,7 +32,10 @@ from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries
 
-__all__ = ["chart_grid", "report_page", "run_line", "sample_line", "verdict_card"]
+__all__ = ["chart_grid", "finding_html", "inline_html", "report_page", "run_line", "sample_line", "verdict_card"]
+
+# A notebook's own dark theme, which need not be the system's: JupyterLab, VS Code, Colab.
+_DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=dark]")
 
 
 def report_page(report: Report, series: RunSeries, about: About) -> str:
@@ -158,3 +161,34 @@ def _section(title: str, parts: Iterable[str]) -> Iterator[str]:
     content = "".join(parts)
     if content:
         yield f"<h2>{title}</h2>{content}"
+
+
+def inline_html(report: Report, series: RunSeries) -> str:
+    """Return a run for a notebook: verdict and charts."""
+    view = run_view(report)
+    body = "".join(
+        [
+            *run_line(view),
+            verdict_card(view.verdict, with_evidence=False),
+            f'<p class="sub">{line}</p>' if (line := sample_line(view)) else "",
+            *chart_grid(figures(view, series)),
+        ]
+    )
+    return _fragment(body)
+
+
+def finding_html(finding: Finding) -> str:
+    """Return one finding for a notebook, with its numbers."""
+    return _fragment(verdict_card(finding))
+
+
+def _fragment(body: str) -> str:
+    # The light colors are set on the element itself: a notebook that removes style sheets still shows the charts.
+    return f'<style>{_inline_style_sheet()}</style><div class="tm-shown" style="{css_variables(LIGHT)}">{body}</div>'
+
+
+@cache
+def _inline_style_sheet() -> str:
+    rules = (Path(__file__).parent / "static" / "inline.css").read_text(encoding="utf-8")
+    dark = css_variables(DARK).replace(";", "!important;")
+    return rules + "".join(f"{ground} .tm-shown{{{dark}}}" for ground in _DARK_GROUNDS)
