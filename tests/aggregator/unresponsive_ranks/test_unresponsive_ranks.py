@@ -14,8 +14,13 @@ import pytest
 
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
+from tests.aggregator.test_registry import hello, registry  # noqa: F401
 from tests.eventually import eventually
+from traceml.aggregator.registry import Registry
+from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnconnectedRanks
+from traceml.clock import boot_id, process_start_ticks
 from traceml.database.external_snapshots import ExternalSnapshots
+from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
 from traceml.database.snapshots import SNAPSHOT, RankSnapshot
@@ -163,6 +168,7 @@ ctypes.PyDLL(None).sleep(600)
 
 
 JOB = f"never-connected-{os.getpid()}"  # no other test's: its flight file is found by it
+
 
 _NEVER_CONNECTED = f"""
 import ctypes, os, signal, threading
@@ -395,3 +401,35 @@ def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., 
     assert (snapshot.answered, snapshot.waits_on, snapshot.process_state) == ("recorder", "stderr", "S")
     assert snapshot.user_line is not None
     assert snapshot.user_line.function == "complain"
+
+
+@pytest.fixture
+def flight(memory: Path, monkeypatch: pytest.MonkeyPatch):
+    """The flight file of rank 1, which this process plays."""
+    monkeypatch.setattr("traceml.aggregator.unresponsive_ranks.unresponsive_ranks.default_folder", lambda: memory)
+    pid = os.getpid()
+    facts = {"job": "job", "rank": 1, "pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id()}
+    file = FlightFile.create(memory, facts)
+    yield file
+    file.close(unlink=True)
+
+
+def test_a_rank_that_joins_a_run_elsewhere_is_not_absent(registry: Registry, flight: FlightFile) -> None:  # noqa: F811
+    """A job of the same name has its runs folder; until its rank connects there, nobody can tell them apart."""
+    run, _ = registry.assign(hello(0, 2))
+    absent = UnconnectedRanks(run)
+    assert [process.rank for process in absent.find()] == [1]
+
+    flight.update_identity(run_dir="/others/20260101-a")
+
+    assert absent.find() == []
+    assert UnconnectedRanks(run).find() == []
+
+
+def test_a_rank_that_lost_its_aggregator_is_absent(registry: Registry, flight: FlightFile) -> None:  # noqa: F811
+    """The next aggregator of its run knows it by its file only."""
+    run, _ = registry.assign(hello(0, 2))
+
+    flight.update_identity(run_dir=str(run.path))
+
+    assert [process.rank for process in UnconnectedRanks(run).find()] == [1]
