@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Hashable
+from html import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from nicegui import Client, ui
+from nicegui.elements.mixins.text_element import TextElement
 from starlette.requests import Request
 from starlette.responses import Response
 
 from traceml.display.web.chart_cache import THEMES
 from traceml.display.web.compare_page import ComparePage, CompareSource, CompareState
-from traceml.display.web.first_paint import with_first_paint
 from traceml.display.web.layout import add_head, theme_of
 from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.display.web.pollers import PollerRegistry
@@ -28,6 +30,13 @@ _LIST_S, _RUN_S, _COMPARE_S = 2.0, 1.0, 5.0
 _FIRST_S = 0.7
 # A page is built slowly while the training uses every core.
 _RESPONSE_TIMEOUT_S = 60.0
+# Parts of NiceGUI's template: style sheets that our own replaces, and the element that Vue empties and fills. Where
+# another version has none like them, the page is shown later.
+_STYLE_SHEET = re.compile(rb'@import url\("[^"]*"\) layer\(\w+\);')
+_APP = re.compile(rb'<div id="app"[^>]*>')
+_VOID = ("br", "img", "input")
+# These do nothing before the scripts run; a click or a key would be lost.
+_INERT = {"button": " inert", "input": " inert readonly", "select": " inert"}
 
 T = TypeVar("T")
 
@@ -64,7 +73,7 @@ class Pages:
         add_head(request.cookies)
         page = RunsPage(client, self._runs_dir, request.query_params, self._list.refresh)
         await self._follow(client, self._list, "", page.show)
-        return with_first_paint(client, request)
+        return _with_first_paint(client, request)
 
     async def _show_run(self, client: Client, request: Request, run_id: str) -> Response:
         add_head(request.cookies)
@@ -78,7 +87,7 @@ class Pages:
         else:
             page.show(RunState(run_id, exists=False))
 
-        return with_first_paint(client, request)
+        return _with_first_paint(client, request)
 
     async def _show_comparison(self, client: Client, request: Request, runs: str) -> Response:
         add_head(request.cookies)
@@ -90,7 +99,7 @@ class Pages:
         else:
             page.show(CompareState(problem="There is no such run."))
 
-        return with_first_paint(client, request)
+        return _with_first_paint(client, request)
 
     def _set_theme(self, page: RunPage | ComparePage, theme: object) -> None:
         if isinstance(theme, str) and theme in THEMES:
@@ -123,3 +132,49 @@ class Pages:
 
 def _ignore(_state: object) -> None:
     """Ignore a state."""
+
+
+@runtime_checkable
+class _HasHtml(Protocol):
+    """An element that a component of its own builds in the browser."""
+
+    def html(self) -> str:
+        """Return what the component builds."""
+
+
+def _with_first_paint(client: Client, request: Request) -> Response:
+    """Return NiceGUI's response to a request of a page, with the page's elements as HTML in it.
+
+    The scripts are a megabyte. Without this HTML the browser shows nothing of a run before it has run them.
+    """
+    response = client.build_response(request)
+    if response.headers["content-type"].startswith("text/html"):
+        painted = f'<div id="first-paint">{"".join(map(_html, client.content.default_slot.children))}</div>'.encode()
+        body = _STYLE_SHEET.sub(b"", bytes(response.body))
+        response.body = _APP.sub(lambda found: found[0] + painted, body, count=1)
+        response.headers["content-length"] = str(len(response.body))
+
+    return response
+
+
+def _html(element: ui.element) -> str:
+    if isinstance(element, _HasHtml):
+        return element.html()
+
+    tag, attributes = ("div", {}) if element.component else (element.tag, dict(element.props))
+    attributes["class"] = " ".join(element.classes)
+    attributes["style"] = "".join(f"{name}:{value};" for name, value in element.style.items())
+    start = f"<{tag}{_INERT.get(tag, '')}{''.join(_attribute(*each) for each in attributes.items())}>"
+    if tag in _VOID:
+        return start
+
+    text = escape(element.text) if isinstance(element, TextElement) else ""
+    return f"{start}{text}{''.join(map(_html, element.default_slot.children))}</{tag}>"
+
+
+def _attribute(name: str, value: object) -> str:
+    if value is None or value is False or value == "":
+        return ""
+
+    name = name.removeprefix("^")  # NiceGUI's mark of an attribute that Vue sets once
+    return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
