@@ -96,7 +96,7 @@ class Identity(NamedTuple):
             "name": config.run_name or script_name(),
             "project": config.project,
             "run_id": config.run_id or "",
-            "runs_dir": str(config.runs_dir.absolute()),
+            "runs_dir": str(config.runs_dir),
             "job": self.job,
             "rank": own.rank,
             "world_size": own.world_size,
@@ -142,7 +142,7 @@ def export_to_children(identity: Identity, config: Config, experiment: int = 0) 
 def _settings_of(config: Config) -> dict[str, Any]:
     """Return the settings with which a child finds the aggregator of this process."""
     address = {"host": config.host, "port": config.port} if config.address_given else {}
-    return {**address, "runs_dir": str(config.runs_dir.absolute()), "local": config.local, "quiet": config.quiet}
+    return {**address, "runs_dir": str(config.runs_dir), "local": config.local, "quiet": config.quiet}
 
 
 def stop_export() -> None:
@@ -223,7 +223,7 @@ def _recorder_of_parent(before: Identity | None) -> str:
 
 def _wanted_folder(config: Config) -> str:
     """Return the runs folder that the aggregator must serve; "" for any, as its address was given."""
-    return "" if config.address_given else str(config.runs_dir.absolute())
+    return "" if config.address_given else str(config.runs_dir)
 
 
 def _command() -> str:

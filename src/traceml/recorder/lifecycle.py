@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from traceml.recorder.exits import ExitWatch
     from traceml.recorder.recorder import Recorder
+    from traceml.recorder.recording import Recording
     from traceml.settings import Config
 
 __all__ = [
@@ -146,23 +147,27 @@ def on_end(function: Callable[[], None]) -> None:
 
 def note_exit(error: BaseException | None, status: int) -> None:
     """Record how this process ends; see `Recording.note_exit`."""
-    if state.recorder is not None:
+    if (recording := _live_recording()) is not None:
         with fail_open(_log, "recorder", "the end of this process could not be recorded"):
-            state.recorder.note_exit(error, status)
+            recording.note_exit(error, status)
 
 
 def note_exec(*, failed: bool) -> None:
     """Record that this process becomes another program, or that it did not; see `Recording.note_exec`."""
-    if state.recorder is not None:
+    if (recording := _live_recording()) is not None:
         with fail_open(_log, "recorder", "the end of the training could not be recorded"):
-            state.recorder.note_exec(failed=failed)
+            recording.note_exec(failed=failed)
 
 
 def note_return(*, is_script: bool) -> None:
     """Record that the launched function or script of this process is over; see `Recording.note_return`."""
-    if state.recorder is not None:
+    if (recording := _live_recording()) is not None:
         with fail_open(_log, "recorder", "the return of the launched function could not be recorded"):
-            state.recorder.note_return(is_script=is_script)
+            recording.note_return(is_script=is_script)
+
+
+def _live_recording() -> Recording | None:
+    return state.recorder.live_recording if state.recorder is not None else None
 
 
 def _stop(reason: str) -> None:

@@ -257,7 +257,7 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     """Start an aggregator on the socket; return its process and the path of its log."""
     fds = [listener.fileno()]
     command = own_program("traceml", "serve", "--fd", str(listener.fileno()), "--exit-when-idle")
-    command += ["--runs-dir", str(config.runs_dir.absolute())]
+    command += ["--runs-dir", str(config.runs_dir)]
     if lock is not None:
         fds.append(lock.fileno())
         command += ["--folder-fd", str(lock.fileno())]

@@ -264,18 +264,13 @@ class Recorder:
 
     def note(self, kind: str, **facts: Any) -> None:
         """Append a row to `info`, by which diagnosis knows what other rows do not hold."""
-        if self._recording is not None and self.enabled and self.pid == os.getpid():
-            self._recording.note(kind, **facts)
+        if (recording := self.live_recording) is not None:
+            recording.note(kind, **facts)
 
-    def note_return(self, *, is_script: bool) -> None:
-        """Record that the launched function or script is over; see `Recording.note_return`."""
-        if self._recording is not None and self.enabled and self.pid == os.getpid():
-            self._recording.note_return(is_script=is_script)
-
-    def note_exit(self, error: BaseException | None, status: int) -> None:
-        """Record how the process ends; see `Recording.note_exit`."""
-        if self._recording is not None and self.enabled and self.pid == os.getpid():
-            self._recording.note_exit(error, status)
+    @property
+    def live_recording(self) -> Recording | None:
+        """The recording of this process while it runs."""
+        return self._recording if self.enabled and self.pid == os.getpid() else None
 
     @property
     def failed(self) -> bool:
@@ -286,11 +281,6 @@ class Recorder:
     def exit_noted(self) -> bool:
         """Whether it is recorded how the process ends."""
         return self._recording is not None and self._recording.exit_noted
-
-    def note_exec(self, *, failed: bool) -> None:
-        """Record that the process becomes another program; see `Recording.note_exec`."""
-        if self._recording is not None and self.enabled:
-            self._recording.note_exec(failed=failed)
 
     def forget(self) -> None:
         """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""

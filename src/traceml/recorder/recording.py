@@ -370,7 +370,7 @@ class Recording:
             if place and not self._is_child and self.identity.rank_identity.rank == 0:
                 _log.warning(
                     "this run is stored in %s, by the aggregator at %s that the settings name, not in the runs_dir %s",
-                    place, self.address, self._config.runs_dir.absolute(),
+                    place, self.address, self._config.runs_dir,
                 )  # fmt: skip
 
     def _group_initialized(self) -> None:

@@ -60,7 +60,7 @@ def dial_as_client(config: Config, run: str, *, timeout_s: float) -> Connection:
 def stored_elsewhere(config: Config, welcome: Mapping[str, Any]) -> str:
     """Return where a welcome says that the run is stored, if not in the runs folder of the settings; else ""."""
     run_dir = Path(str(welcome.get("run_dir") or config.runs_dir / "run"))
-    here = config.runs_dir.absolute()
+    here = config.runs_dir
     if config.supervised or run_dir.parent == here or (folder_id(run_dir.parent) == folder_id(here) != []):
         return ""
 
