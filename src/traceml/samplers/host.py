@@ -8,7 +8,7 @@ from typing import ClassVar
 from traceml.database.schema import HOST, Table
 from traceml.samplers import cgroup
 from traceml.samplers.base import Sampler, SampleRow
-from traceml.samplers.procfs import ProcFile
+from traceml.samplers.procfs import ProcFile, open_if_visible
 
 __all__ = ["HostSampler"]
 
@@ -30,8 +30,8 @@ class HostSampler(Sampler):
         self._group = cgroup.limited_memory()
         self._stat = ProcFile("/proc/stat", 1024)
         self._meminfo = ProcFile("/proc/meminfo", 1024)
-        self._disks = _open_if_visible("/proc/diskstats")
-        self._net = _open_if_visible("/proc/net/dev")
+        self._disks = open_if_visible("/proc/diskstats", 65536)
+        self._net = open_if_visible("/proc/net/dev", 65536)
         self._disk_names = _disk_names()
         self._busy, self._total = self._cpu_ticks()
         self._cpu_pct = 0.0
@@ -89,14 +89,6 @@ class HostSampler(Sampler):
                 sent += int(fields[8])
 
         return received, sent
-
-
-def _open_if_visible(path: str) -> ProcFile | None:
-    """Open a file that some containers hide."""
-    try:
-        return ProcFile(path, 65536)
-    except OSError:
-        return None
 
 
 def _disk_names() -> frozenset[bytes]:

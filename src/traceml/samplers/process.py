@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from traceml.database.schema import PROCESS, Table
 from traceml.samplers.base import Sampler, SampleRow
-from traceml.samplers.procfs import ProcFile
+from traceml.samplers.procfs import ProcFile, open_if_visible
 
 __all__ = ["ProcessSampler"]
 
@@ -37,10 +37,7 @@ class ProcessSampler(Sampler):
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         self._stat = ProcFile("/proc/self/stat", 1024)
         # The main thread has the process's id; a kernel may lack these figures.
-        try:
-            self._sched: ProcFile | None = ProcFile(f"/proc/self/task/{os.getpid()}/schedstat", 256)
-        except OSError:
-            self._sched = None
+        self._sched = open_if_visible(f"/proc/self/task/{os.getpid()}/schedstat", 256)
 
     def sample(self, t_ns: int, step: int) -> tuple[SampleRow]:
         """Return one row."""

@@ -9,7 +9,7 @@ import os
 
 from traceml.own_files import OwnDescriptor
 
-__all__ = ["ProcFile", "read_text"]
+__all__ = ["ProcFile", "open_if_visible", "read_text"]
 
 
 class ProcFile:
@@ -34,6 +34,14 @@ class ProcFile:
         if self._own is not None:
             self._own.close()
             self._own = None
+
+
+def open_if_visible(path: str, size: int) -> ProcFile | None:
+    """Open a file that some kernels lack, and some containers hide; None where it cannot be opened."""
+    try:
+        return ProcFile(path, size)
+    except OSError:
+        return None
 
 
 def read_text(path: str) -> str | None:
