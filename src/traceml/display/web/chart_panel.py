@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.display.web.chart_cache import METRIC
-from traceml.display.web.elements import ChartCard, Container, TextNode, search_box, set_visible
+from traceml.display.web.elements import ChartCard, Container, TextNode, search_box, section, set_visible
 from traceml.display.web.run_sources import RunState
 from traceml.formatting import plural
 from traceml.runs.rows.metrics import OWN_LOSS
@@ -23,35 +23,28 @@ class ChartPanel:
         self._metrics: dict[str, ChartCard] = {}
         self._groups: dict[str, Container] = {}
         self._heat_style = ""
-        with Container("section", "", id="steps", aria_label="steps"):
-            TextNode("h2", "Steps")
-            with Container("div", "grid"):
-                self._time = ChartCard(
-                    "Where the run's time went", "wall time, the mean of all ranks", waiting=_WAITING, classes="wide"
-                )
-                self._time.height(_TIME_PX)
-                self._steps = ChartCard("Step time", "percentiles over all ranks, by step", waiting=_WAITING)
-                self._phases = ChartCard("Where a step goes", "mean of all ranks, by step", waiting=_WAITING)
+        with section("steps", "Steps"), Container("div", "grid"):
+            time = ChartCard(
+                "Where the run's time went", "wall time, the mean of all ranks", waiting=_WAITING, classes="wide"
+            )
+            time.height(_TIME_PX)
+            steps = ChartCard("Step time", "percentiles over all ranks, by step", waiting=_WAITING)
+            phases = ChartCard("Where a step goes", "mean of all ranks, by step", waiting=_WAITING)
 
-        with Container("section", "", id="ranks", aria_label="ranks") as self.below_ranks:
-            TextNode("h2", "Ranks")
-            with Container("div", "grid"):
-                self._heat = ChartCard(
-                    "Slow ranks",
-                    "own work above the median rank's, by rank and step",
-                    waiting=_WAITING,
-                    classes="heat wide",
-                )
-                self._ranks = ChartCard("Each rank's step", "mean, by phase", waiting=_WAITING, classes="heat wide")
+        with section("ranks", "Ranks") as self.below_ranks, Container("div", "grid"):
+            self._heat = ChartCard(
+                "Slow ranks",
+                "own work above the median rank's, by rank and step",
+                waiting=_WAITING,
+                classes="heat wide",
+            )
+            self._ranks = ChartCard("Each rank's step", "mean, by phase", waiting=_WAITING, classes="heat wide")
 
-        with Container("section", "", id="machine", aria_label="memory and system"):
-            TextNode("h2", "Memory and system")
-            with Container("div", "grid"):
-                self._memory = ChartCard("Memory", "resident and device memory, by rank")
-                self._system = ChartCard("Hosts and devices", "CPU, memory and GPU in percent")
+        with section("machine", "Memory and system"), Container("div", "grid"):
+            memory = ChartCard("Memory", "resident and device memory, by rank")
+            system = ChartCard("Hosts and devices", "CPU, memory and GPU in percent")
 
-        with Container("section", "", id="metrics", aria_label="metrics"):
-            TextNode("h2", "Metrics")
+        with section("metrics", "Metrics"):
             self._toolbar()
             with Container("div", "grid"):
                 self._loss = ChartCard(
@@ -63,6 +56,11 @@ class ChartPanel:
             self._none = TextNode(
                 "p", "Nothing was logged. traceml.log_metric(name, value) draws a chart here.", "note card"
             )
+
+        self._charts = {
+            "time": time, "steps": steps, "phases": phases, "heat": self._heat, "ranks": self._ranks,
+            "memory": memory, "system": system, "loss": self._loss,
+        }  # fmt: skip
 
     def show(self, state: RunState, theme: str) -> list[str | None]:
         """Show the current charts; return those that the browser has to draw."""
@@ -79,19 +77,7 @@ class ChartPanel:
         hidden = state.charts.metrics - len(metrics)
         self._more.set_text(f"{plural(hidden, 'more metric')} without a chart in report.json.")
         set_visible(self._more, hidden > 0)
-        drawn = [
-            chart.show(made.get(name))
-            for name, chart in (
-                ("time", self._time),
-                ("steps", self._steps),
-                ("phases", self._phases),
-                ("heat", self._heat),
-                ("ranks", self._ranks),
-                ("memory", self._memory),
-                ("system", self._system),
-                ("loss", self._loss),
-            )
-        ]
+        drawn = [chart.show(made.get(name)) for name, chart in self._charts.items()]
         return drawn + [self._metric(name).show(option) for name, option in metrics.items()]
 
     def _metric(self, name: str) -> ChartCard:

@@ -17,6 +17,7 @@ from traceml.display.web.elements import (
     TextNode,
     link,
     run_path,
+    set_classes,
     set_visible,
     top_heading,
 )
@@ -172,9 +173,9 @@ class ComparePage:
 
     def _show_pair(self, comparison: Comparison) -> None:
         weight = _WEIGHTS.get(comparison.outcome, "")
-        self._card.set_classes(f"card verdict single {weight}")
+        set_classes(self._card, f"card verdict single {weight}")
         self._outcome.set_text(comparison.outcome.upper())
-        self._outcome.set_classes(f"pill kind {weight}")
+        set_classes(self._outcome, f"pill kind {weight}")
         self._headline.set_text(compared_headline(comparison))
         self._details.set_text(" ".join(compared_sentences(comparison)))
         notes = [*comparison.obstacles, *comparison.remarks]

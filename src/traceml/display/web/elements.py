@@ -12,7 +12,7 @@ from nicegui.elements.mixins.text_element import TextElement
 from traceml.formatting import code_parts
 
 __all__ = ["EMIT_VALUE", "ChartCard", "Container", "DataTable", "FactList", "Prose", "TextNode", "link", "run_path",
-           "search_box", "set_visible", "top_heading", "web_link"]  # fmt: skip
+           "search_box", "section", "set_classes", "set_visible", "top_heading", "web_link"]  # fmt: skip
 
 EMIT_VALUE = "(event) => emit(event.target.value)"
 """Handler in the browser that sends the value of an input."""
@@ -31,10 +31,6 @@ class TextNode(TextElement):  # type: ignore[misc]  # types are checked without 
         super().__init__(tag=tag, text=text)
         _apply(self, classes, attributes)
 
-    def set_classes(self, classes: str) -> None:
-        """Replace the classes."""
-        _set_classes(self, classes)
-
 
 class Container(ui.element):  # type: ignore[misc]
     """An HTML element that holds others."""
@@ -42,10 +38,6 @@ class Container(ui.element):  # type: ignore[misc]
     def __init__(self, tag: str = "div", classes: str = "", **attributes: Any) -> None:
         super().__init__(tag)
         _apply(self, classes, attributes)
-
-    def set_classes(self, classes: str) -> None:
-        """Replace the classes."""
-        _set_classes(self, classes)
 
 
 class Prose(Container):
@@ -65,6 +57,15 @@ class Prose(Container):
         with self:
             for part, is_code in code_parts(text):
                 TextNode("code" if is_code else "span", part)
+
+
+def section(anchor: str, heading: str, label: str = "") -> Container:
+    """Return a section of a page with its heading; `label` names it for screen readers where the heading does not."""
+    made = Container("section", "", id=anchor, aria_label=label or heading.lower())
+    with made:
+        TextNode("h2", heading)
+
+    return made
 
 
 def top_heading(text: str) -> TextNode:
@@ -185,7 +186,7 @@ class FactList:
             set_visible(pair, True)
             term.set_text(label)
             detail.set_text(value)
-            pair.set_classes("lines" if "\n" in value else "")
+            set_classes(pair, "lines" if "\n" in value else "")
 
         for pair, _, _ in self._pairs[count:]:
             set_visible(pair, False)
@@ -240,7 +241,7 @@ class DataTable:
 
             row, cells = self._rows[number]
             set_visible(row, True)
-            row.set_classes(row_classes[number] if row_classes else "")
+            set_classes(row, row_classes[number] if row_classes else "")
             for cell, text in zip(cells, texts, strict=True):
                 cell.set_text(text)
 
@@ -261,7 +262,8 @@ def _apply(element: ui.element, classes: str, attributes: dict[str, Any]) -> Non
         element.props[name.rstrip("_").replace("_", "-")] = value
 
 
-def _set_classes(element: ui.element, classes: str) -> None:
+def set_classes(element: ui.element, classes: str) -> None:
+    """Replace the classes of an element."""
     if element.classes != classes.split():
         element.classes(replace=classes)
 

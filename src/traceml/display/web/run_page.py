@@ -7,7 +7,7 @@ from pathlib import Path
 from nicegui import Client
 
 from traceml.display.web.chart_panel import ChartPanel
-from traceml.display.web.elements import Container, TextNode, link, set_visible, top_heading
+from traceml.display.web.elements import Container, TextNode, link, section, set_visible, top_heading
 from traceml.display.web.layout import Banner, draw, top_bar
 from traceml.display.web.panels.log_panel import LogPanel
 from traceml.display.web.panels.media_panel import MediaPanel
@@ -86,29 +86,23 @@ class RunPage:
         with self._charts.below_ranks:
             self._rank_table = RankTable()
 
-        with Container("section", "", id="media", aria_label="media and files"):
-            TextNode("h2", "Media and files")
+        with section("media", "Media and files"):
             self._media = MediaPanel(self._run_dir.name)
 
-        with Container("section", "", id="overview", aria_label="overview"):
-            TextNode("h2", "Overview")
+        with section("overview", "Overview"):
             self._overview = OverviewPanel(self._run_dir.name)
 
-        with Container("section", "", id="lines", aria_label="lines of code"):
-            TextNode("h2", "Lines of code")
+        with section("lines", "Lines of code"):
             self._lines = LinePanel()
 
-        with Container("section", "", id="logs", aria_label="logs"):
-            TextNode("h2", "Logs")
+        with section("logs", "Logs"):
             self._logs = LogPanel(self._client, self._run_dir)
 
         with Container("div", "grid"):
-            with Container("section", "", id="delivery", aria_label="delivery"):
-                TextNode("h2", "Delivery to trackers")
+            with section("delivery", "Delivery to trackers", "delivery"):
                 self._delivery = DeliveryPanel()
 
-            with Container("section", "", id="telemetry", aria_label="telemetry"):
-                TextNode("h2", "Telemetry")
+            with section("telemetry", "Telemetry"):
                 self._telemetry = TelemetryPanel()
 
     def _show_run(self, state: RunState, view: RunView) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
-from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_visible
+from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_classes, set_visible
 from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView, verdict_look
@@ -41,11 +41,11 @@ class VerdictCard:
         """Show the current verdict."""
         verdict = view.verdict
         look = verdict_look(verdict.kind, verdict.severity)
-        self._card.set_classes(f"card verdict {look}")
+        set_classes(self._card, f"card verdict {look}")
         self._kind.set_text(verdict.kind.replace("_", " "))
-        self._kind.set_classes(f"pill kind {look}")
+        set_classes(self._kind, f"pill kind {look}")
         self._state.set_text(view.run.state)
-        self._state.set_classes(f"pill {view.run.state}")
+        set_classes(self._state, f"pill {view.run.state}")
         self._headline.set_text(verdict.headline)
         self._summary.set_text(verdict.summary)
         self._next.set_text(verdict.next)
@@ -76,7 +76,7 @@ class FindingsPanel:
             row, kind, head, next_ = self._rows[number]
             set_visible(row, True)
             kind.set_text(finding.kind.replace("_", " "))
-            kind.set_classes(f"pill {finding.severity}")
+            set_classes(kind, f"pill {finding.severity}")
             head.set_text(finding.headline)
             next_.set_text(" ".join(part for part in (finding.summary, finding.next) if part))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from traceml.display.web.chart_cache import THEMES, as_json
-from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, search_box, set_visible
+from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, search_box, section, set_visible
 from traceml.formatting import count_text, ms_text, printable
 from traceml.renderers.charts.comparison_charts import overlaid_metric_charts, overlaid_steps_chart
 from traceml.renderers.text.compared_runs import compared_params, significance_word
@@ -55,8 +55,7 @@ class OverlayPanel:
                 self._params = DataTable(columns, "parameters that differ")
                 self._same = TextNode("p", "No logged parameter differs.", "note")
 
-        with Container("section", "", id="metrics", aria_label="metrics"):
-            TextNode("h2", "Metrics")
+        with section("metrics", "Metrics"):
             with Container("div", "toolbar"):
                 search_box("metrics", "metric-parts")
 
