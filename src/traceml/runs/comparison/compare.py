@@ -113,12 +113,12 @@ def _time(a: ComparedRun, b: ComparedRun, name: str, *, test: bool) -> Statistic
     change = _change(*values)
     low, high = _interval(found, change)
     return StatisticChange(
-        a_ms=_number(values[0]),
-        b_ms=_number(values[1]),
-        change=_number(change),
-        low=_number(low),
-        high=_number(high),
-        p=_number(found.p),
+        a_ms=significant(values[0]),
+        b_ms=significant(values[1]),
+        change=significant(change),
+        low=significant(low),
+        high=significant(high),
+        p=significant(found.p),
         real=None if low is None or high is None else bool(found.real) and not low <= 0 <= high,
     )
 
@@ -138,10 +138,6 @@ def _value(side: ComparedRun, name: str) -> float | None:
         return found
 
     return float(_STATISTICS[name](side.times_ms[None, :])[0]) if len(side.times_ms) else None
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None else significant(value)
 
 
 def _outcome(mean: StatisticChange) -> Literal["slower", "faster", "same", "unknown"]:
@@ -262,7 +258,7 @@ def _phases(a: ComparedRun, b: ComparedRun) -> list[PhaseChange]:
     changes = []
     for name in dict.fromkeys([*means[0], *means[1]]):
         before, after = means[0].get(name, 0.0), means[1].get(name, 0.0)
-        delta = _number(after - before) or 0.0
+        delta = significant(after - before) or 0.0
         changes.append(PhaseChange(phase=name, a_ms=before, b_ms=after, delta_ms=delta))
 
     return sorted(changes, key=lambda change: -abs(change.delta_ms))
@@ -278,16 +274,16 @@ def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | 
     works = [None if work is None else sum(work.values()) for work in (before, after)]
     change = RankChange(
         rank=rank,
-        a_work_ms=_number(works[0]),
-        b_work_ms=_number(works[1]),
-        change=_number(_change(*works)),
+        a_work_ms=significant(works[0]),
+        b_work_ms=significant(works[1]),
+        change=significant(_change(*works)),
         phase=None,
         phase_delta_ms=None,
     )
     if before is not None and after is not None:
         deltas = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
         change.phase = max(deltas, key=lambda name: abs(deltas[name]))
-        change.phase_delta_ms = _number(deltas[change.phase])
+        change.phase_delta_ms = significant(deltas[change.phase])
 
     return change
 
@@ -308,7 +304,7 @@ def _peaks(a: ComparedRun, b: ComparedRun, name: str) -> MemoryChange:
         max((size for entry in side.report.memory.by_rank if (size := getattr(entry, name))), default=None)
         for side in (a, b)
     ]
-    return MemoryChange(a=peaks[0], b=peaks[1], change=_number(_change(peaks[0], peaks[1])))
+    return MemoryChange(a=peaks[0], b=peaks[1], change=significant(_change(peaks[0], peaks[1])))
 
 
 def _verdicts(a: ComparedRun, b: ComparedRun) -> VerdictChange:
