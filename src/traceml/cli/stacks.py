@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
-from traceml.cli.assistants.json_documents import StacksDocument, StacksRank
+from traceml.cli.assistants.json_documents import StacksDocument
 from traceml.cli.jobs.running_job import aggregator_of, running_job
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
-from traceml.database.snapshots import RankSnapshot
-from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
+from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank, stacks_text
 from traceml.settings import Config
 
 __all__ = ["ask_ranks", "main", "stacks_document"]
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def ask_ranks(run_dir: Path, config: Config) -> tuple[list[RankStack], list[MissingRank]]:
+def ask_ranks(run_dir: Path, config: Config) -> tuple[list[StacksRank], list[MissingRank]]:
     """Ask the ranks of a running job for their stacks; return them, and the ranks of which there is no snapshot.
 
     Raises:
@@ -61,22 +60,10 @@ def ask_ranks(run_dir: Path, config: Config) -> tuple[list[RankStack], list[Miss
         reply = connection.request("stacks", timeout_s=_ANSWER_S)
 
     missing = [MissingRank(each["rank"], str(each["host"]), str(each["why"])) for each in reply["missing"]]
-    return _ranks(reply), missing
-
-
-def stacks_document(run_dir: Path, ranks: list[RankStack], missing: list[MissingRank]) -> StacksDocument:
-    """Return the stacks of a job as the document `traceml.stacks/1`."""
-    found = [StacksRank(host=each.host, **_fields(each.snapshot)) for each in ranks]
-    return StacksDocument(run=run_dir.name, ranks=found, missing=missing)
-
-
-def _fields(snapshot: RankSnapshot) -> dict[str, Any]:
-    return {each.name: getattr(snapshot, each.name) for each in fields(snapshot)}
-
-
-def _ranks(reply: dict[str, Any]) -> list[RankStack]:
     stacks = reply["stacks"]
-    return [
-        RankStack(str(row["host"]), RankSnapshot.from_row({**row, "frames": stacks[row["stack"]]}))
-        for row in reply["ranks"]
-    ]
+    return [StacksRank.from_row({**row, "frames": stacks[row["stack"]]}) for row in reply["ranks"]], missing
+
+
+def stacks_document(run_dir: Path, ranks: list[StacksRank], missing: list[MissingRank]) -> StacksDocument:
+    """Return the stacks of a job as the document `traceml.stacks/1`."""
+    return StacksDocument(run=run_dir.name, ranks=ranks, missing=missing)

@@ -16,8 +16,8 @@ from tests.whatif.generated_job import GeneratedJob, usual_s
 from traceml import cli
 from traceml.cli.assistants.json_documents import DOCUMENTS, StacksDocument, document_schema
 from traceml.cli.stacks import stacks_document
-from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
-from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack
+from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, WorkerSnapshot
+from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank
 
 FOLDER = Path(__file__).parents[3] / "docs" / "schemas"
 
@@ -121,11 +121,11 @@ def test_stacks():
     """With every part of a snapshot."""
     frame = FrameSnapshot(file="train.py", line=3, function="wait", is_user=True)
     worker = WorkerSnapshot(index=1, pid=5, cpu_share=0.5, frames=(frame,), waits_for_batch=3)
-    snapshot = RankSnapshot(
-        rank=1, pid=7, frames=(frame,), user_line=frame, groups=(GroupSnapshot(members=(0, 1), peer=1),),
+    rank = StacksRank(
+        host="h0", rank=1, pid=7, frames=(frame,), user_line=frame, groups=(GroupSnapshot(members=(0, 1), peer=1),),
         workers=(worker,),
     )  # fmt: skip
-    made = stacks_document(Path("run"), [RankStack("h0", snapshot)], [MissingRank(0, "h1", "does not answer")])
+    made = stacks_document(Path("run"), [rank], [MissingRank(0, "h1", "does not answer")])
 
     document = json.loads(msgspec.json.encode(made))
     valid("stacks", document)

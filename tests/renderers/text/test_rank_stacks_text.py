@@ -6,11 +6,10 @@ from traceml.database.snapshots import (
     FrameSnapshot,
     GroupSnapshot,
     ProcessSnapshot,
-    RankSnapshot,
     ThreadSnapshot,
     WorkerSnapshot,
 )
-from traceml.renderers.text.rank_stacks_text import MissingRank, RankStack, stacks_text
+from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank, stacks_text
 
 _LIBRARY = FrameSnapshot(file="/site-packages/torch/distributed.py", line=2372, function="all_reduce")
 _TRAIN = FrameSnapshot(file="/home/me/train.py", line=40, function="train", is_user=True)
@@ -19,9 +18,9 @@ TRANSFERS = (("send", 2), ("recv", 0), ("recv", None))
 _GROUP = GroupSnapshot(members=(0, 1), number=61, operation="all_reduce", sizes=(4,), in_flight=True)
 
 
-def _stack(rank: int, **facts: object) -> RankStack:
+def _stack(rank: int, **facts: object) -> StacksRank:
     usual = {"step": 120, "in_step": True, "phase": "backward", "answered": "recorder", "process_state": "S"}
-    return RankStack("gpu1", RankSnapshot(rank=rank, pid=1000 + rank, **usual | facts))  # type: ignore[arg-type]
+    return StacksRank(host="gpu1", rank=rank, pid=1000 + rank, **usual | facts)  # type: ignore[arg-type]
 
 
 def test_equal_stacks_are_shown_once() -> None:

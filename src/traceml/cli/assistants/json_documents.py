@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-from traceml.database.snapshots import RankSnapshot
-from traceml.renderers.text.rank_stacks_text import MissingRank
+from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons
 from traceml.runs.fleet.fleet_types import FleetDocument
 from traceml.runs.report.line_shares import LinesDocument
@@ -22,7 +20,6 @@ __all__ = [
     "ProfileDocument",
     "ProfiledRankRecord",
     "StacksDocument",
-    "StacksRank",
     "TraceAnalysis",
     "UnprofiledRank",
     "document_schema",
@@ -31,13 +28,6 @@ __all__ = [
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _PLACE = "https://github.com/traceml/traceml/blob/main/docs/schemas"
 _Value = str | int | float | bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StacksRank(RankSnapshot):
-    """A rank of `traceml stacks`: where it runs, and the snapshot of it."""
-
-    host: str = ""
 
 
 class StacksDocument(msgspec.Struct, kw_only=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.formatting import duration_text, line_text, phase_label, plural, printable, ranks_text
 
-__all__ = ["MissingRank", "RankStack", "stacks_text"]
+__all__ = ["MissingRank", "StacksRank", "stacks_text"]
 
 _STUCK_S = 2.0
 _STATES = {
@@ -20,12 +20,11 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RankStack:
-    """A rank's host, and the snapshot of it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StacksRank(RankSnapshot):
+    """A rank of `traceml stacks`: where it runs, and the snapshot of it."""
 
-    host: str
-    snapshot: RankSnapshot
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +36,13 @@ class MissingRank:
     why: str
 
 
-def stacks_text(ranks: Sequence[RankStack], missing: Sequence[MissingRank] = ()) -> str:
+def stacks_text(ranks: Sequence[StacksRank], missing: Sequence[MissingRank] = ()) -> str:
     """Return the stacks of a job, the largest group of equal ones first."""
-    groups: dict[object, list[RankStack]] = {}
+    groups: dict[object, list[StacksRank]] = {}
     for each in ranks:
-        groups.setdefault(_key(each.snapshot), []).append(each)
+        groups.setdefault(_key(each), []).append(each)
 
-    parts = [
-        _group_text(group) for group in sorted(groups.values(), key=lambda each: (-len(each), each[0].snapshot.rank))
-    ]
+    parts = [_group_text(group) for group in sorted(groups.values(), key=lambda each: (-len(each), each[0].rank))]
     absent, silent = [each for each in missing if not each.host], [each for each in missing if each.host]
     parts += [_absent_text(absent)] if absent else []
     parts += [_missing_text(silent)] if silent else []
@@ -67,12 +64,11 @@ def _key(snapshot: RankSnapshot) -> object:
     )
 
 
-def _group_text(group: Sequence[RankStack]) -> str:
-    snapshots = [each.snapshot for each in group]
-    first = snapshots[0]
-    ranks = ranks_text(snapshot.rank for snapshot in snapshots) if len(snapshots) > 1 else f"rank {first.rank}"
-    of_one = f" ({group[0].host}, pid {first.pid})" if len(group) == 1 else ""
-    lines = [f"{ranks}{of_one}: {', '.join(_facts(snapshots))}"]
+def _group_text(group: Sequence[StacksRank]) -> str:
+    first = group[0]
+    ranks = ranks_text(each.rank for each in group) if len(group) > 1 else f"rank {first.rank}"
+    of_one = f" ({first.host}, pid {first.pid})" if len(group) == 1 else ""
+    lines = [f"{ranks}{of_one}: {', '.join(_facts(group))}"]
     lines += [f"  {text}" for text in (_operation(first.groups), *_why_silent(first)) if text]
     lines += _frames(first.frames, "  ") or ["  no Python stack"]
     lines += [f"  thread{each.name and f' {each.name!r}'}: {_line(each.line)}" for each in first.threads if each.line]
