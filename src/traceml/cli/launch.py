@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import CommandParser, WrappingFormatter
+from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import (
     add_run_options,
     check_report,
@@ -115,8 +115,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="traceml launch",
         description="Run a training script on many hosts, see live what each rank does, and read what limits it.",
         epilog=_EPILOG,
-        formatter_class=WrappingFormatter,
-        allow_abbrev=False,
     )
     hosts = parser.add_argument_group("hosts")
     hosts.add_argument(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from traceml import settings
 from traceml.cli.options.number_range import PORT, NumberRange, node_count
-from traceml.cli.options.parsing import CommandParser, WrappingFormatter
+from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import (
     add_prometheus_option,
     add_run_options,
@@ -189,8 +189,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="traceml run",
         description="Run a training script, see live what each rank does, and read at the end what limits it.",
         epilog=_EPILOG,
-        formatter_class=WrappingFormatter,
-        allow_abbrev=False,
     )
     own = add_run_options(parser)
     add_prometheus_option(own)

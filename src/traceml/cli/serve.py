@@ -23,7 +23,7 @@ from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.relay.upstream import Upstream
 from traceml.cli.options.number_range import PORT, NumberRange
-from traceml.cli.options.parsing import CommandParser, WrappingFormatter
+from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
@@ -107,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="traceml serve",
         description="Start an aggregator: it stores the rows of training scripts, and diagnoses what limits them.",
         epilog=_EPILOG,
-        formatter_class=WrappingFormatter,
+        allow_abbrev=True,
     )
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
     parser.add_argument("--port", type=PORT, help="port to listen on (29765; 0: a free one)")

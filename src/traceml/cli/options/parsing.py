@@ -28,7 +28,7 @@ from traceml.errors import UsageError
 if TYPE_CHECKING:
     from traceml.settings import Config
 
-__all__ = ["CommandParser", "Metavar", "Positional", "WrappingFormatter", "config_over", "options_parser", "parse"]
+__all__ = ["CommandParser", "Metavar", "Positional", "config_over", "options_parser", "parse"]
 
 T = TypeVar("T")
 _NO_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: expected (?:one argument|at least one \w+)$")
@@ -55,15 +55,21 @@ class Positional(Metavar):
 class CommandParser(argparse.ArgumentParser):
     """Parser whose errors are `UsageError`s, and whose epilog begins with examples."""
 
-    def __init__(self, *, prog: str, epilog: str = "", **more: Any) -> None:
-        super().__init__(prog=prog, epilog="\n\n".join(filter(None, [examples_text(prog), epilog])), **more)
+    def __init__(self, *, prog: str, epilog: str = "", allow_abbrev: bool = False, **more: Any) -> None:
+        super().__init__(
+            prog=prog,
+            epilog="\n\n".join(filter(None, [examples_text(prog), epilog])),
+            formatter_class=_WrappingFormatter,
+            allow_abbrev=allow_abbrev,
+            **more,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise an error instead of printing it."""
         raise UsageError(_WRONG_VALUE.sub(r"\1 takes", _NO_VALUE.sub(r"\1 needs a value", message)))
 
 
-class WrappingFormatter(argparse.RawDescriptionHelpFormatter):
+class _WrappingFormatter(argparse.RawDescriptionHelpFormatter):
     """Formatter that wraps sentences to the terminal's width, and leaves examples as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:  # noqa: ARG002 - argparse calls it
@@ -120,8 +126,6 @@ def options_parser(options: type[Any], prog: str, *, explained: bool = True) -> 
         prog=prog,
         usage=" ".join([prog, "[-h] [OPTIONS]", *words]),
         description=cleandoc(options.__doc__ or ""),
-        formatter_class=WrappingFormatter,
-        allow_abbrev=False,
     )
     for names, more in arguments.values():
         parser.add_argument(*names, **more)
