@@ -24,7 +24,7 @@ from traceml.renderers.text.top_screen import Tab, table_lines
 from traceml.renderers.text.top_tables import TableColumn, TableRow, TableView, phases_table, ranks_table
 from traceml.renderers.text.trace_analysis import analysis_lines
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.views import live_view, run_view
+from traceml.renderers.views import run_view
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.report.report_types import Report
 
@@ -77,12 +77,12 @@ def of_console(shown: object) -> str:
 
 
 def of_table(table: TableView) -> str:
-    view = live_view(nasty_report())
+    view = run_view(nasty_report())
     return "\n".join(line.plain for line in table_lines(view, (Tab("t", "t"),), table, 0, Viewport(100, 40)))
 
 
 def of_panel() -> str:
-    return "\n".join(line.plain for line in live_lines(live_view(nasty_report("running")), Viewport(100, 40)))
+    return "\n".join(line.plain for line in live_lines(run_view(nasty_report("running")), Viewport(100, 40)))
 
 
 def values_table() -> TableView:
@@ -93,7 +93,7 @@ def values_table() -> TableView:
 SCREENS: dict[str, Callable[[], str]] = {
     "card": lambda: of_console(card(run_view(nasty_report()), Viewport(100, 40))),
     "live view": of_panel,
-    "top, ranks": lambda: of_table(ranks_table(live_view(nasty_report()).now)),
+    "top, ranks": lambda: of_table(ranks_table(run_view(nasty_report()))),
     "top, phases": lambda: of_table(phases_table(nasty_report())),
     "top, metrics and logs": lambda: of_table(values_table()),
     "lost agent": lambda: str(AgentFailedError("node1", "it is gone", words=[NASTY])),

@@ -16,7 +16,7 @@ from tests.renderers.reports import REPORTS
 from traceml.renderers.text.card import card
 from traceml.renderers.text.live_panel import live_lines
 from traceml.renderers.text.viewport import ASCII, UNICODE, Viewport
-from traceml.renderers.views import live_view, run_view
+from traceml.renderers.views import run_view
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 RUN = "20250102-030405-train-1a2b"
@@ -38,7 +38,7 @@ def seen_card(name: str, viewport: Viewport) -> str:
 
 def seen_live(name: str, viewport: Viewport) -> str:
     rates = [30 + 5 * math.sin(second / 4) for second in range(60)] if name != "too_early" else []
-    return "".join(plain(line, viewport) for line in live_lines(live_view(REPORTS[name](), rates), viewport))
+    return "".join(plain(line, viewport) for line in live_lines(run_view(REPORTS[name](), rates), viewport))
 
 
 @pytest.mark.parametrize("viewport", VIEWPORTS)

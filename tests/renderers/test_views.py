@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
 from traceml.renderers.text.card import verdict_style
-from traceml.renderers.views import live_view, run_view, verdict_look, visible_ranks
+from traceml.renderers.views import run_view, verdict_look, visible_ranks
 from traceml.runs.report.report_types import Report
 
 
@@ -104,7 +104,7 @@ def test_a_verdict_that_judges_nothing_is_not_green():
 
 def test_live_view_holds_the_trend():
     """The live view is the report so far and the rates."""
-    view = live_view(slow_rank(), [1.0, 2.0])
+    view = run_view(slow_rank(), [1.0, 2.0])
 
     assert view.rates == (1.0, 2.0)
-    assert view.now == run_view(slow_rank())
+    assert view.report == run_view(slow_rank()).report

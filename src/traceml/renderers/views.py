@@ -36,7 +36,7 @@ from traceml.runs.report.report_types import (
     rate_of,
 )
 
-__all__ = ["SMALL_SHARE", "LiveView", "RankRow", "RunView", "live_view", "run_view", "verdict_look", "visible_ranks"]
+__all__ = ["SMALL_SHARE", "RankRow", "RunView", "run_view", "verdict_look", "visible_ranks"]
 
 # A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
 _STANDS_OUT = 1.10
@@ -75,10 +75,11 @@ class RankRow(msgspec.Struct, frozen=True):
 
 
 class RunView(msgspec.Struct, frozen=True):
-    """A report, and its ranks as rows."""
+    """A report, its ranks as rows, and for a live view the steps per second over time, oldest first."""
 
     report: Report
     ranks: tuple[RankRow, ...]
+    rates: tuple[float, ...] = ()
 
     @property
     def run(self) -> RunSection:
@@ -223,26 +224,10 @@ class RunView(msgspec.Struct, frozen=True):
         return f"no data{yet} from {ranks_text(absent)} (of {count_text(self.run.world_size)})"
 
 
-class LiveView(msgspec.Struct, frozen=True):
-    """A running run, and its steps per second over time, oldest first."""
-
-    now: RunView
-    rates: tuple[float, ...] = ()
-
-
-def run_view(report: Report) -> RunView:
-    """Return the view of a report, with its texts printable."""
+def run_view(report: Report, rates: Sequence[float] = ()) -> RunView:
+    """Return the view of a report, with its texts printable; `rates` are those of a live view."""
     report = printable_copy(report)
-    return RunView(report, _rank_rows(report))
-
-
-def live_view(report: Report, rates: Sequence[float] = ()) -> LiveView:
-    """Return the live view of the report so far.
-
-    Args:
-        rates: steps per second over time, oldest first.
-    """
-    return LiveView(run_view(report), tuple(rates))
+    return RunView(report, _rank_rows(report), tuple(rates))
 
 
 def verdict_look(kind: str | None, severity: str | None) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tests.renderers.reports import healthy, slow_rank, thousand_ranks
 from traceml.display.terminal.bottom_panel import BottomPanel
-from traceml.renderers.views import live_view
+from traceml.renderers.views import run_view
 
 PANEL = 10  # two ranks
 
@@ -22,7 +22,7 @@ def driver(terminal):
 
 
 def view(make=slow_rank):
-    return live_view(make(), [30.0, 40.0])
+    return run_view(make(), [30.0, 40.0])
 
 
 def test_view_is_at_the_bottom_and_output_above(terminal, driver):

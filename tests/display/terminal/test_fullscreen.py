@@ -7,7 +7,7 @@ import termios
 
 from tests.renderers.reports import slow_rank, thousand_ranks
 from traceml.display.terminal.fullscreen import FullScreen
-from traceml.renderers.views import live_view
+from traceml.renderers.views import run_view
 
 
 def test_screen_is_entered_and_left(terminal):
@@ -15,7 +15,7 @@ def test_screen_is_entered_and_left(terminal):
     keyboard = terminal.file.fileno()
     before = termios.tcgetattr(keyboard)
     with FullScreen(terminal.console(), keys=keyboard) as screen:
-        screen.draw(live_view(slow_rank()), footer="q quits")
+        screen.draw(run_view(slow_rank()), footer="q quits")
         shown = terminal.visible_lines()
 
         assert terminal.screen.alternate
@@ -31,7 +31,7 @@ def test_screen_is_entered_and_left(terminal):
 def test_many_ranks_fill_the_screen(terminal):
     """The view keeps to the screen, the footer included."""
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
-        screen.draw(live_view(thousand_ranks()), footer="q quits")
+        screen.draw(run_view(thousand_ranks()), footer="q quits")
 
         shown = terminal.visible_lines()
         assert shown[0].startswith("─ traceml ─ train")
@@ -44,7 +44,7 @@ def test_a_hint_that_does_not_fit_is_left_out_whole(terminal):
     terminal.resize(60, 12)
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
         for last, expected in (("?: keys", 60), ("PgUp PgDn", 50)):
-            screen.draw(live_view(slow_rank()), footer=f"q quits   {'tables' * 6}tab   {last}")
+            screen.draw(run_view(slow_rank()), footer=f"q quits   {'tables' * 6}tab   {last}")
             assert len(terminal.visible_lines()[10]) == expected
 
 
@@ -61,8 +61,8 @@ def test_keys_are_read(terminal):
 def test_smaller_view_leaves_nothing_behind(terminal):
     """The lines of an earlier, larger view are erased."""
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
-        screen.draw(live_view(thousand_ranks()), footer="q quits")
-        screen.draw(live_view(slow_rank()), footer="q quits")
+        screen.draw(run_view(thousand_ranks()), footer="q quits")
+        screen.draw(run_view(slow_rank()), footer="q quits")
 
         assert [line for line in terminal.visible_lines()[11:] if line] == []
 
@@ -71,7 +71,7 @@ def test_small_terminal_says_what_it_needs(terminal):
     """A terminal that is too small shows the size that the view needs."""
     terminal.resize(30, 6)
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
-        screen.draw(live_view(slow_rank()), footer="q quits")
+        screen.draw(run_view(slow_rank()), footer="q quits")
 
         assert terminal.visible_lines()[:2] == ["needs 60 x 9", " q quits"]
 
@@ -80,6 +80,6 @@ def test_terminal_without_a_size(terminal):
     """A terminal that reports 0 x 0 is treated as one of the usual size."""
     terminal.resize(0, 0)
     with FullScreen(terminal.console(width=80, height=24), keys=terminal.file.fileno()) as screen:
-        screen.draw(live_view(slow_rank()), footer="q quits")
+        screen.draw(run_view(slow_rank()), footer="q quits")
 
         assert terminal.visible_lines()[10] == " q quits"

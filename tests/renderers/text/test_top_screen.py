@@ -16,7 +16,7 @@ from traceml.renderers.text.top_tables import (
     ranks_table,
 )
 from traceml.renderers.text.viewport import ASCII, Viewport
-from traceml.renderers.views import live_view
+from traceml.renderers.views import run_view
 
 TABS = (Tab("p", "phases"), Tab("r", "ranks"), Tab("t", "metrics"))
 
@@ -24,7 +24,7 @@ TABS = (Tab("p", "phases"), Tab("r", "ranks"), Tab("t", "metrics"))
 def shown(report, table, first=0, viewport=None):
     return [
         line.plain
-        for line in table_lines(live_view(report, [1.0, 2.0]), TABS, table, first, viewport or Viewport(80, 23))
+        for line in table_lines(run_view(report, [1.0, 2.0]), TABS, table, first, viewport or Viewport(80, 23))
     ]
 
 
@@ -34,8 +34,8 @@ def shown(report, table, first=0, viewport=None):
 def test_lines_keep_to_their_room(name, height, width):
     """There are exactly as many lines as the screen has, none wider than it."""
     report = REPORTS[name]()
-    view = live_view(report)
-    for table in (phases_table(report), ranks_table(view.now), memory_table(report)):
+    view = run_view(report)
+    for table in (phases_table(report), ranks_table(view), memory_table(report)):
         lines = table_lines(view, TABS, table, 0, Viewport(width, height))
         assert len(lines) == height
         assert max(line.cell_len for line in lines) <= width
@@ -47,14 +47,14 @@ def test_help_is_whole_on_a_narrow_screen():
     """Each key has all of its words: the line of the tables ended in an ellipsis."""
     viewport = Viewport(60, 23)
     assert not any(
-        viewport.glyphs.ellipsis in line.plain for line in help_lines(live_view(slow_rank()), TABS, viewport)[4:]
+        viewport.glyphs.ellipsis in line.plain for line in help_lines(run_view(slow_rank()), TABS, viewport)[4:]
     )
 
 
 def test_pages_of_many_ranks():
     """A page shows the rows from the first on, and its position."""
     report = thousand_ranks()
-    table = ranks_table(live_view(report).now)
+    table = ranks_table(run_view(report))
     rows = page_rows(Viewport(80, 23))
     lines = shown(report, table, first=600)
 
@@ -64,7 +64,7 @@ def test_pages_of_many_ranks():
 
 
 def test_table_says_which_it_is_without_colors():
-    lines = shown(slow_rank(), ranks_table(live_view(slow_rank()).now))
+    lines = shown(slow_rank(), ranks_table(run_view(slow_rank())))
 
     assert lines[2] == " phases [ranks] metrics "
     assert lines[-2].startswith(" so far  Rank 1 is slow in forward")
@@ -95,6 +95,6 @@ def test_trend_runs_from_the_least_to_the_most():
 
 def test_ascii_look_is_ascii():
     report = slow_rank()
-    view = live_view(report, [1.0])
+    view = run_view(report, [1.0])
     for table in (phases_table(report), memory_table(report)):
         assert "".join(line.plain for line in table_lines(view, TABS, table, 0, Viewport(80, 23, ASCII))).isascii()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from traceml.renderers.views import LiveView
+    from traceml.renderers.views import RunView
 
 __all__ = ["BottomPanel", "ansi_bytes"]
 
@@ -62,7 +62,7 @@ class BottomPanel:
         """Whether a view is on the screen."""
         return self._reserved > 0
 
-    def update(self, view: LiveView) -> None:
+    def update(self, view: RunView) -> None:
         """Draw a view if the script is not within an escape sequence."""
         if not self._can_draw or self._lost:
             return
@@ -101,9 +101,9 @@ class BottomPanel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _show(self, view: LiveView) -> None:
+    def _show(self, view: RunView) -> None:
         columns, rows = terminal_size(self._console)
-        height = panel_height(max(len(view.now.ranks), view.now.run.world_size), rows - _SCRIPT_ROWS)
+        height = panel_height(max(len(view.ranks), view.run.world_size), rows - _SCRIPT_ROWS)
         if columns < MIN_WIDTH or rows < MIN_HEIGHT + _SCRIPT_ROWS:
             self._lines = []
             self._hide()

@@ -22,7 +22,7 @@ from traceml.renderers.text.viewport import Viewport, terminal_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from traceml.renderers.views import LiveView
+    from traceml.renderers.views import RunView
 
 __all__ = ["FullScreen", "parse_keys"]
 
@@ -69,7 +69,7 @@ class FullScreen:
         if self._keys is not None and self._saved_mode is not None:
             termios.tcsetattr(self._keys, termios.TCSADRAIN, self._saved_mode)
 
-    def draw(self, view: LiveView, *, footer: str = "") -> None:
+    def draw(self, view: RunView, *, footer: str = "") -> None:
         """Draw the live view over the whole screen, with a line below it."""
         self.show(lambda viewport: live_lines(view, viewport), footer=footer, least=MIN_HEIGHT)
 
@@ -81,12 +81,11 @@ class FullScreen:
             footer: the line below; of its parts, three spaces apart, the first ones that fit are shown.
             least: smallest useful number of rows.
         """
-        viewport = Viewport.of(self._console)
         columns, rows = self._size = terminal_size(self._console)
         if columns < MIN_WIDTH or rows <= least:
             drawn = [Text(f"needs {MIN_WIDTH} x {least + 1}"[:columns])][: rows - 1]
         else:
-            drawn = list(lines(Viewport(columns, rows - 1, viewport.glyphs, viewport.color)))
+            drawn = list(lines(self.viewport))
 
         drawn.append(Text(f" {_whole_parts(footer, columns - 1)}", style="dim"))
         frame = b"".join(

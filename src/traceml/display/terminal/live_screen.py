@@ -14,7 +14,7 @@ from traceml.display.terminal.bottom_panel import BottomPanel
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open
 from traceml.renderers.text.viewport import plain_console
-from traceml.renderers.views import live_view
+from traceml.renderers.views import run_view
 from traceml.runs.live_run import LiveRun
 
 __all__ = ["BottomPanel", "LiveScreen"]
@@ -70,7 +70,7 @@ class LiveScreen:
         run.refresh()
         report = run.report()
         if report.ranks:  # the number of ranks is unknown before the first one connects
-            self._panel.update(live_view(report, run.rates))
+            self._panel.update(run_view(report, run.rates))
 
     def write(self, data: bytes) -> None:
         """Pass on output of the script, unchanged."""

@@ -10,7 +10,7 @@ from traceml.display.terminal.fullscreen import FullScreen
 from traceml.renderers.text import top_tables
 from traceml.renderers.text.top_screen import MIN_HEIGHT, Tab, help_lines, page_rows, table_lines
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.views import LiveView, live_view
+from traceml.renderers.views import RunView, run_view
 from traceml.runs.live_run import LiveRun
 from traceml.runs.log_tails import output_lines
 
@@ -35,14 +35,14 @@ class TopApp:
     def __init__(self, live: LiveRun) -> None:
         self._live = live
         self._report = live.report()
-        self._view: LiveView = live_view(self._report)
+        self._view: RunView = run_view(self._report)
         self._shown = 0
         self._first = 0
         self._help_open = False
         self._cached_table: top_tables.TableView | None = None
         self._factories: dict[str, Callable[[], top_tables.TableView]] = {
             "p": lambda: top_tables.phases_table(self._report),
-            "r": lambda: top_tables.ranks_table(self._view.now),
+            "r": lambda: top_tables.ranks_table(self._view),
             "m": lambda: top_tables.memory_table(self._report),
             "t": self._metrics,
             "l": lambda: top_tables.logs_table(self._live.notes(), output_lines(self._live.path)),
@@ -57,7 +57,7 @@ class TopApp:
         """
         self._live.refresh()
         self._report = self._live.report()
-        self._view = live_view(self._report, self._live.rates)
+        self._view = run_view(self._report, self._live.rates)
         self._cached_table = None
 
     def draw(self, screen: FullScreen) -> None:

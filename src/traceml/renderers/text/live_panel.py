@@ -20,7 +20,7 @@ from traceml.formatting import (
 from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked, stacked_parts
 from traceml.renderers.text.card import verdict_style, wrapped
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
+from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import tracker_text
 
 __all__ = [
@@ -52,19 +52,18 @@ def panel_height(ranks: int, rows: int) -> int:
     return max(min(_FRAME_ROWS + _TIME_ROWS + wanted, rows), MIN_HEIGHT)
 
 
-def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
-    """Return the panel's lines, exactly `panel_height` of the view's ranks and `viewport.height`.
+def live_lines(now: RunView, viewport: Viewport) -> list[Text]:
+    """Return the panel's lines, exactly `panel_height` of the run's ranks and `viewport.height`.
 
     Args:
         viewport: the size; each line has at most its width.
     """
-    now = view.now
     ranks = max(len(now.ranks), now.run.world_size)
     height = panel_height(ranks, viewport.height)
     time = [_time_line(now, viewport)] if height > MIN_HEIGHT else []
     lines = [
         rule_line(now, viewport),
-        speed_line(view, viewport),
+        speed_line(now, viewport),
         _heading(now, viewport),
         *_rank_lines(now, height - _FRAME_ROWS - len(time), viewport),
         *time,
@@ -88,15 +87,14 @@ def rule_line(now: RunView, viewport: Viewport) -> Text:
     return left.append(rule * max(viewport.width - left.cell_len - len(right), 1)).append(right)
 
 
-def speed_line(view: LiveView, viewport: Viewport) -> Text:
+def speed_line(now: RunView, viewport: Viewport) -> Text:
     """Return the line on speed, with its trend."""
-    now = view.now
     head = f" {rate_text(now.steps_per_second):>6} steps/s "
     cells = _speed_cells(now, viewport.width - len(head) - _MIN_TREND)
     rest = sum(map(len, cells))
     line = Text(head, style="bold")
     trend = max(min(viewport.width - len(head) - rest, _MAX_TREND), _MIN_TREND)
-    line.append(sparkline(view.rates, trend, viewport), style="cyan not bold")
+    line.append(sparkline(now.rates, trend, viewport), style="cyan not bold")
     return line.append("".join(cells), style="not bold")
 
 

@@ -14,7 +14,7 @@ from traceml.renderers.text.bars import bar, sparkline
 from traceml.renderers.text.live_panel import note_text, rule_line, speed_line, verdict_line
 from traceml.renderers.text.top_tables import BarCell, TableColumn, TableRow, TableView, TrendCell
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.views import LiveView
+from traceml.renderers.views import RunView
 
 __all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines", "tabs_line"]
 
@@ -48,7 +48,7 @@ def page_rows(viewport: Viewport) -> int:
     return max(viewport.height - _FRAME_ROWS, 1)
 
 
-def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: int, viewport: Viewport) -> list[Text]:
+def table_lines(view: RunView, tabs: Sequence[Tab], table: TableView, first: int, viewport: Viewport) -> list[Text]:
     """Return the screen's lines, exactly `viewport.height`."""
     room = page_rows(viewport)
     shown = table.rows[first : first + room]
@@ -57,16 +57,16 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
     body += [Text() for _ in range(room - len(body))]
     heads = _line(TableRow(tuple(column.head for column in table.columns), "dim"), table.columns, widths, viewport)
     position = Text().append(_position(first, len(shown), len(table.rows)), style="dim")
-    if view.now.notes:
-        position.append("  ").append(note_text(view.now))
+    if view.notes:
+        position.append("  ").append(note_text(view))
 
-    lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
-    return [viewport.cut(line) for line in (*lines, verdict_line(view.now), position)]
+    lines = [rule_line(view, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
+    return [viewport.cut(line) for line in (*lines, verdict_line(view), position)]
 
 
-def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
+def help_lines(view: RunView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
     """Return the help on the keys, exactly `viewport.height` lines."""
-    lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, ""), Text()]
+    lines = [rule_line(view, viewport), speed_line(view, viewport), tabs_line(tabs, ""), Text()]
     keys_of_tables = (" ".join(tab.key for tab in tabs), "the table with this letter")
     for keys, does in (keys_of_tables, *KEYS):
         lines.append(Text(f"  {keys:<28}", style="bold").append(does, style="not bold"))
