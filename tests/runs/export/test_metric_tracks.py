@@ -17,7 +17,7 @@ from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
-from traceml.runs.export import event_blocks, metric_tracks
+from traceml.runs.export import event_blocks, sample_tracks
 from traceml.runs.export.exporter import export_run
 
 NAMES = {1: "loss", 2: '100 % "ü"', 3: "grad/norm"}
@@ -83,7 +83,7 @@ def test_every_value_is_an_event(
 ) -> None:
     """Finite values are counters, others instants with the step, at the time of the aggregator's clock."""
     monkeypatch.setattr(event_blocks, "_MAX_ROWS", waiting)
-    monkeypatch.setattr(metric_tracks, "_BLOCK", block)
+    monkeypatch.setattr(sample_tracks, "_METRIC_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")
 
     assert not result.damage

@@ -32,8 +32,7 @@ from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.export_progress import Progress, no_progress
-from traceml.runs.export.metric_tracks import MetricTracks
-from traceml.runs.export.sample_tracks import SampleTracks
+from traceml.runs.export.sample_tracks import MetricTracks, SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.runs.rows.aligned_clocks import RunClocks
