@@ -162,11 +162,7 @@ def _frames(task: Any) -> Iterator[FrameType]:
 
 
 def _awaited_tasks(task: Any, frame: FrameType | None) -> Iterable[Any]:
-    """Return the tasks that a task waits for, of which some may be done.
-
-    Args:
-        frame: its innermost one.
-    """
+    """Return the tasks that a task waits for, of which some may be done."""
     future = getattr(task, "_fut_waiter", None)
     if frame is not None and is_event_loop(frame.f_code.co_filename) and frame.f_code.co_name in _WAITS:
         tasks = frame.f_locals.get(_WAITS[frame.f_code.co_name], ())

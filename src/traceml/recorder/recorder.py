@@ -155,17 +155,7 @@ class Recorder:
             self._recording.release()
 
     def start(self, *, wait: bool = True, tracing: bool = True, hold: bool = False) -> None:
-        """Reserve the tables, connect, install the hooks, start the thread.
-
-        Args:
-            wait: connect now, and raise if that fails; else the thread connects when it can.
-            tracing: install the hooks.
-            hold: connect only when this process trains or logs.
-
-        Raises:
-            AggregatorUnavailableError: none answered in time, and `on_missing` is `raise`.
-            AggregatorRefusedError: one answered and refused, and `on_missing` is `raise`.
-        """
+        """Reserve the tables, connect, install the hooks, start the thread; see `lifecycle.start`."""
         is_spawned = self.spawned is not None
         identity = identify(self.config) if self._parent is None else self._parent.of_child(provisional=is_spawned)
         recording = Recording(

@@ -232,11 +232,7 @@ class Recording:
         self.thread.wake()
 
     def _is_in_step(self, status: int, reported: Mapping[str, Any]) -> bool:
-        """Whether the end comes in the middle of a step: after the last one another is open, of which nothing is done.
-
-        Args:
-            reported: facts about the exception, with the phase that it has left.
-        """
+        """Whether the end comes in the middle of a step: after the last one another is open, with nothing done."""
         if self._is_between_phases(reported) and self.tracing.loop_has_ended:
             return False
 

@@ -90,9 +90,6 @@ def host_names(words: Iterable[str]) -> str | list[str]:
 def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
     """Return the script and its arguments.
 
-    Args:
-        options: the parsed options, with `script` and `module`.
-
     Raises:
         UsageError: there is no script, or it does not exist.
     """

@@ -19,11 +19,7 @@ EMIT_VALUE = "(event) => emit(event.target.value)"
 
 
 class TextNode(TextElement):  # type: ignore[misc]  # types are checked without NiceGUI
-    """An HTML element that holds text.
-
-    Args:
-        attributes: of the element; `_` stands for `-`.
-    """
+    """An HTML element that holds text; in names of attributes, `_` stands for `-`."""
 
     text: str
 

@@ -30,11 +30,7 @@ _ROOTS = {"broadcast": "src", "scatter": "src", "reduce": "dst", "gather": "dst"
 
 
 def library_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
-    """Return the open calls below the user's code, the innermost first.
-
-    Args:
-        frame: what the thread runs.
-    """
+    """Return a thread's open calls below the user's code, the innermost first."""
     return takewhile(lambda each: not is_user(each), stack_frames(frame, _DEPTH))
 
 
@@ -61,11 +57,7 @@ def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) 
 
 
 def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
-    """Return the operation that the user's code has called, with the rank at its other end if that is an argument.
-
-    Args:
-        frame: what the thread runs.
-    """
+    """Return the operation that the user's code has called, with the rank at its other end if that is an argument."""
     from traceml.database.snapshots import GroupSnapshot  # a healthy rank does not pay for it
 
     found = None

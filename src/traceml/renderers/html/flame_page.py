@@ -34,8 +34,7 @@ class _FlameNode:
 def flame_page(report: Report) -> str:
     """Return the sampled lines of a report as a page: phases, lines and library functions, as wide as their time.
 
-    Args:
-        report: the run; without sampled lines the page says so.
+    Without sampled lines the page says so.
     """
     top = _tree(weighted_stacks(report))
     phases = lines_by_phase(report)

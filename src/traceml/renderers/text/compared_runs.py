@@ -25,11 +25,7 @@ _ID_END = 5
 
 
 def compared_runs(comparisons: Comparisons, viewport: Viewport) -> Group:
-    """Return the table of runs for a terminal.
-
-    Args:
-        viewport: of the terminal; at most 120 columns are used.
-    """
+    """Return the table of runs for a terminal, at most 120 columns wide."""
     comparisons = printable_copy(comparisons)
     width = min(viewport.width, _MAX_WIDTH)
     lines = [*_table(comparisons, viewport), *_values(comparisons), *_notes(comparisons, width)]

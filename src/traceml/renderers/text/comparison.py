@@ -137,11 +137,7 @@ def compared_sentences(comparison: Comparison) -> list[str]:
 
 
 def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
-    """Return the comparison for a terminal.
-
-    Args:
-        viewport: of the terminal; at most 100 columns are used.
-    """
+    """Return the comparison for a terminal, at most 100 columns wide."""
     comparison = printable_copy(comparison)
     width = min(viewport.width, _MAX_WIDTH)
     lines = [

@@ -22,11 +22,7 @@ _SHOWN = 20
 
 
 def fleet_lines(document: FleetDocument, viewport: Viewport) -> Iterator[Text]:
-    """Yield the lines for a terminal.
-
-    Args:
-        viewport: of the terminal; at most 100 columns are used.
-    """
+    """Yield the lines for a terminal, at most 100 columns wide."""
     document = printable_copy(document)
     width = min(viewport.width, _MAX_WIDTH)
     dates = f" from {_date(document.first_started)} to {_date(document.last_started)}" if document.first_started else ""

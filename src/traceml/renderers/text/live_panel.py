@@ -53,11 +53,7 @@ def panel_height(ranks: int, rows: int) -> int:
 
 
 def live_lines(now: RunView, viewport: Viewport) -> list[Text]:
-    """Return the panel's lines, exactly `panel_height` of the run's ranks and `viewport.height`.
-
-    Args:
-        viewport: the size; each line has at most its width.
-    """
+    """Return the panel's lines: `panel_height` of the run's ranks and `viewport.height`, each at most its width."""
     ranks = max(len(now.ranks), now.run.world_size)
     height = panel_height(ranks, viewport.height)
     time = [_time_line(now, viewport)] if height > MIN_HEIGHT else []

@@ -56,11 +56,7 @@ def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
 
 
 def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") -> Comparison:
-    """Return the differences from a run that is compared with to another one.
-
-    Args:
-        first: run A.
-    """
+    """Return the differences from a run that is compared with to another one."""
     obstacles = _obstacles(first, second, letter)
     times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})
     phases = _phases(first, second)

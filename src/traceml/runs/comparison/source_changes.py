@@ -33,11 +33,7 @@ def variable_changes(a: Report, b: Report) -> list[TextChange]:
 
 
 def source_remarks(a: Report, b: Report, letter: str) -> Iterator[str]:
-    """Yield a sentence each on commits, uncommitted changes, packages and variables that differ.
-
-    Args:
-        a: report of the run that is compared with.
-    """
+    """Yield a sentence each on commits, uncommitted changes, packages and variables that differ from run A."""
     commits = [side.run.commit for side in (a, b)]
     if None not in commits and commits[0] != commits[1]:
         yield _sentence("commit", [TextChange(name="", a=commits[0], b=commits[1])], letter, _COMMIT)
