@@ -70,7 +70,7 @@ def test_the_evidence_of_a_kind_is_explained(tools):
     assert "`blocker`" in raised["HANG"]
     assert "RANK_LOST" not in raised["HANG"]
     assert "`rank_group`" in raised["STRAGGLER"]
-    assert raised["JITTER"].endswith("as the first calls of L-BFGS.")
+    assert raised["JITTER"].endswith("`excess_ms_by_phase`.")
 
 
 def test_a_comparison_is_the_document_of_the_command(tools):
