@@ -72,18 +72,13 @@ _LOOKS, _LOOK_S = 40, 0.005
 
 
 class ProcessInfo(NamedTuple):
-    """A process or thread as /proc describes it.
-
-    Attributes:
-        state: the letter that ps shows.
-        terminal: device number of its controlling terminal, 0 without one.
-    """
+    """A process or thread as /proc describes it."""
 
     pid: int
     parent: int
-    state: str
+    state: str  # the letter that ps shows
     group: int = 0
-    terminal: int = 0
+    terminal: int = 0  # device number of its controlling terminal, 0 without one
     cpu_s: float = 0.0
 
 
@@ -96,22 +91,16 @@ class AwaitedKind(StrEnum):
 
 
 class WaitState(NamedTuple):
-    """State of a process's main thread.
+    """State of a process's main thread."""
 
-    Attributes:
-        state: the letter that ps shows; X when the process is gone.
-        wchan: the kernel function in which it sleeps; empty while it runs, or if it may not be read.
-        waits_on: the file, pipe or socket of the descriptor that its system call waits for, or the path that it looks
-            up; `stdin`, `stdout` or `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection, `connect
-            ADDRESS:PORT` until that has answered; empty without one, or if it may not be read.
-        tracer: process id of an attached debugger, 0 without one.
-    """
-
-    state: str = "X"
-    wchan: str = ""
+    state: str = "X"  # the letter that ps shows; X when the process is gone
+    wchan: str = ""  # the kernel function in which it sleeps; empty while it runs, or if it may not be read
+    # the file, pipe or socket of the descriptor that its system call waits for, or the path that it looks up; `stdin`,
+    # `stdout` or `stderr` for these; `tcp ADDRESS:PORT` of the peer for a connection, `connect ADDRESS:PORT` until that
+    # has answered; empty without one, or if it may not be read
     waits_on: str = ""
     is_terminal_input: bool = False
-    tracer: int = 0
+    tracer: int = 0  # process id of an attached debugger, 0 without one
 
 
 class ProcessUsage(NamedTuple):

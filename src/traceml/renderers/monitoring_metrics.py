@@ -31,21 +31,13 @@ class BaseUnit(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """A metric of a run.
+    """A metric of a run."""
 
-    Attributes:
-        stem: its name without prefix and unit.
-        help: its meaning, one sentence without a period.
-        unit: its base unit.
-        labels: names of its labels; the first of a run's metrics is `run`.
-        counter: whether it only grows while the run lasts.
-    """
-
-    stem: str
-    help: str
-    unit: BaseUnit = BaseUnit.NONE
-    labels: tuple[str, ...] = ("run",)
-    counter: bool = False
+    stem: str  # its name without prefix and unit
+    help: str  # its meaning, one sentence without a period
+    unit: BaseUnit = BaseUnit.NONE  # its base unit
+    labels: tuple[str, ...] = ("run",)  # names of its labels; the first of a run's metrics is `run`
+    counter: bool = False  # whether it only grows while the run lasts
 
     @property
     def prometheus_name(self) -> str:

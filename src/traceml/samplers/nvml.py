@@ -32,14 +32,11 @@ class _Memory(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class NvmlDevice:
-    """One device by its NVML handle.
-
-    Attributes:
-        mig: handle of the part of the GPU that is used, if it is a MIG device: its memory is its own.
-    """
+    """One device by its NVML handle."""
 
     index: int
     handle: ctypes.c_void_p
+    # handle of the part of the GPU that is used, if it is a MIG device: its memory is its own
     mig: ctypes.c_void_p | None = None
 
 

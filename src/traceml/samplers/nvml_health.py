@@ -21,19 +21,12 @@ _EVERY_NS = 5 * 10**9
 
 
 class DeviceHealth(NamedTuple):
-    """Counters of a device; -1 where it does not offer one.
+    """Counters of a device; -1 where it does not offer one."""
 
-    Attributes:
-        ecc_errors: memory errors since the driver was loaded that ECC could not correct.
-        remap_pending: 1 if memory waits for the next reset to be replaced, else 0.
-        remap_failed: 1 if there was no spare memory to replace it, else 0.
-        max_clock_mhz: highest clock of the SMs.
-    """
-
-    ecc_errors: int = _UNKNOWN
-    remap_pending: int = _UNKNOWN
-    remap_failed: int = _UNKNOWN
-    max_clock_mhz: int = _UNKNOWN
+    ecc_errors: int = _UNKNOWN  # memory errors since the driver was loaded that ECC could not correct
+    remap_pending: int = _UNKNOWN  # 1 if memory waits for the next reset to be replaced, else 0
+    remap_failed: int = _UNKNOWN  # 1 if there was no spare memory to replace it, else 0
+    max_clock_mhz: int = _UNKNOWN  # highest clock of the SMs
 
 
 class _EventData(ctypes.Structure):

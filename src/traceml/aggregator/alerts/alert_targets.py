@@ -49,14 +49,10 @@ def target_of(text: str) -> AlertTarget:
 
 
 class CommandAlert(msgspec.Struct, frozen=True):
-    """A command, run by the shell in the folder in which the aggregator was started.
-
-    Attributes:
-        limit_s: time after which it is killed with all that it has started.
-    """
+    """A command, run by the shell in the folder in which the aggregator was started."""
 
     command: str
-    limit_s: float = _COMMAND_S
+    limit_s: float = _COMMAND_S  # time after which it is killed with all that it has started
 
     @property
     def name(self) -> str:
@@ -124,17 +120,11 @@ def _environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class WebhookAlert(msgspec.Struct, frozen=True):
-    """A URL that alerts are posted to.
+    """A URL that alerts are posted to."""
 
-    Attributes:
-        url: the URL; its path is often a secret.
-        pauses_s: seconds between tries.
-        limit_s: seconds that the server may take to connect, and then to answer.
-    """
-
-    url: str
-    pauses_s: tuple[float, ...] = _PAUSES_S
-    limit_s: float = _WEBHOOK_S
+    url: str  # the URL; its path is often a secret
+    pauses_s: tuple[float, ...] = _PAUSES_S  # seconds between tries
+    limit_s: float = _WEBHOOK_S  # seconds that the server may take to connect, and then to answer
 
     @property
     def name(self) -> str:

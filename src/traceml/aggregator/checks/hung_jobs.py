@@ -34,14 +34,10 @@ class _Process(NamedTuple):
 
 
 class _AbortedAttempt(NamedTuple):
-    """The attempt that was ended last.
-
-    Attributes:
-        until_s: monotonic time until which the verdict may still be that of this attempt.
-    """
+    """The attempt that was ended last."""
 
     attempt: int
-    until_s: float
+    until_s: float  # monotonic time until which the verdict may still be that of this attempt
 
     def may_hang_again(self, run: ActiveRun) -> bool:
         """Return whether the run has another attempt, which its verdict is about."""

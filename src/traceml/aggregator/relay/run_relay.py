@@ -44,21 +44,14 @@ _JOIN_S, _FLUSH_S = 5.0, 1.0
 
 
 class _RelayedStream(msgspec.Struct):
-    """A stream of the run, as far as it is sent.
-
-    Attributes:
-        acked: by table, number of the next row that the center wants.
-        held: by table, newest rows that were not sent, as its rank was not chosen.
-        is_joined: whether the center has admitted it on this connection.
-        is_ended: whether the center knows of its end.
-    """
+    """A stream of the run, as far as it is sent."""
 
     rank: int
     attempt: int
-    acked: dict[str, int] = {}
-    held: dict[str, list[Frame]] = {}
-    is_joined: bool = False
-    is_ended: bool = False
+    acked: dict[str, int] = {}  # by table, number of the next row that the center wants
+    held: dict[str, list[Frame]] = {}  # by table, newest rows that were not sent, as its rank was not chosen
+    is_joined: bool = False  # whether the center has admitted it on this connection
+    is_ended: bool = False  # whether the center knows of its end
 
 
 class RunRelay:

@@ -29,16 +29,12 @@ __all__ = ["RankProcess", "UnconnectedRanks", "UnresponsiveRanks", "store_snapsh
 
 
 class RankProcess(msgspec.Struct, frozen=True):
-    """A rank of this host.
-
-    Attributes:
-        stream: its stream; None before it has connected.
-    """
+    """A rank of this host."""
 
     rank: int
     pid: int
     flight: Path
-    stream: Stream | None = None
+    stream: Stream | None = None  # its stream; None before it has connected
 
     @classmethod
     def of(cls, stream: Stream) -> RankProcess | None:

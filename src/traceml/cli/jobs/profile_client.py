@@ -26,35 +26,23 @@ _MAX_RANKS = 8
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """Properties of a profile.
+    """Properties of a profile."""
 
-    Attributes:
-        ranks: the ranks; None for all.
-        limit_s: time in which the steps have to end.
-        limit_bytes: largest trace of a rank before compression.
-        stacks: whether Python functions are recorded too.
-    """
-
-    ranks: tuple[int, ...] | None
+    ranks: tuple[int, ...] | None  # the ranks; None for all
     steps: int
-    limit_s: float
-    limit_bytes: int
-    stacks: bool = False
+    limit_s: float  # time in which the steps have to end
+    limit_bytes: int  # largest trace of a rank before compression
+    stacks: bool = False  # whether Python functions are recorded too
 
 
 @dataclass(slots=True)
 class RankWindow:
-    """The window of one rank, as its answers show.
-
-    Attributes:
-        state: waiting, open, saving, recorded, failed or lost.
-        step_ns: mean duration of its last steps.
-    """
+    """The window of one rank, as its answers show."""
 
     rank: int
-    state: str = "waiting"
+    state: str = "waiting"  # waiting, open, saving, recorded, failed or lost
     step: int = -1
-    step_ns: int = 0
+    step_ns: int = 0  # mean duration of its last steps
     why: str = ""
     first_step: int = 0
     steps: int = 0

@@ -33,17 +33,11 @@ _log = logging.getLogger("traceml")
 
 @dataclass(frozen=True, slots=True)
 class RunsSnapshot:
-    """The runs of a folder at one time.
+    """The runs of a folder at one time."""
 
-    Attributes:
-        reports: of the running runs, the newest first.
-        states: number of all runs by state.
-        hidden: running runs without a report because there are too many.
-    """
-
-    reports: Sequence[Report] = ()
-    states: tuple[tuple[str, int], ...] = ()
-    hidden: int = 0
+    reports: Sequence[Report] = ()  # of the running runs, the newest first
+    states: tuple[tuple[str, int], ...] = ()  # number of all runs by state
+    hidden: int = 0  # running runs without a report because there are too many
     infos: tuple[RunInfo, ...] = ()
 
     def readings(self) -> list[Reading]:

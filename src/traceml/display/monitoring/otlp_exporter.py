@@ -55,20 +55,13 @@ _log = logging.getLogger("traceml")
 
 @dataclass(frozen=True, kw_only=True)
 class OtlpConfig:
-    """Configuration of the exporter.
-
-    Attributes:
-        owner: process id of the aggregator whose runs are sent.
-        endpoint: base URL of the collector; None: that of the OTEL_EXPORTER_OTLP_ variables.
-        mask: the setting `mask`, for texts of findings.
-        timeout_s: of one request with its retries.
-    """
+    """Configuration of the exporter."""
 
     runs_dir: Path
-    owner: int
-    endpoint: str | None = None
-    mask: tuple[str, ...] = ()
-    timeout_s: float = 5.0
+    owner: int  # process id of the aggregator whose runs are sent
+    endpoint: str | None = None  # base URL of the collector; None: that of the OTEL_EXPORTER_OTLP_ variables
+    mask: tuple[str, ...] = ()  # the setting `mask`, for texts of findings
+    timeout_s: float = 5.0  # of one request with its retries
 
     def url(self, signal: str) -> str | None:
         """Return the address for `metrics` or `traces`; None: the exporter reads the variables."""

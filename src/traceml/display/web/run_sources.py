@@ -35,44 +35,29 @@ _SILENT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """The state of a run on its page.
-
-    Attributes:
-        problem: why it cannot be read; empty where it can.
-        view: the report so far; None before there is one.
-        events: events of the run, oldest first.
-        logs: ends of the files in its `logs`.
-        silent_s: seconds since a running run wrote data, from 5 on; None before.
-        watched: whether the aggregator that writes it is alive, as far as is known.
-        about: parameters, source, environment, machine.
-        logged: texts, images, histograms and files that it logged.
-    """
+    """The state of a run on its page."""
 
     id: str
-    problem: str = ""
+    problem: str = ""  # why it cannot be read; empty where it can
     exists: bool = True
-    view: RunView | None = None
-    events: tuple[RunEvent, ...] = ()
-    logs: tuple[LogTail, ...] = ()
-    silent_s: float | None = None
-    watched: bool = True
+    view: RunView | None = None  # the report so far; None before there is one
+    events: tuple[RunEvent, ...] = ()  # events of the run, oldest first
+    logs: tuple[LogTail, ...] = ()  # ends of the files in its `logs`
+    silent_s: float | None = None  # seconds since a running run wrote data, from 5 on; None before
+    watched: bool = True  # whether the aggregator that writes it is alive, as far as is known
     charts: ChartCache | None = None
-    about: About = field(default_factory=About)
+    about: About = field(default_factory=About)  # parameters, source, environment, machine
     labels: RunLabels = field(default_factory=RunLabels)
-    logged: tuple[MediaGroup, ...] = ()
+    logged: tuple[MediaGroup, ...] = ()  # texts, images, histograms and files that it logged
 
 
 @dataclass(frozen=True, slots=True)
 class RunsState:
-    """The list of runs, newest first, archived ones included, or the problem that prevents it.
-
-    Attributes:
-        fields: the same runs, with their parameters and metrics.
-    """
+    """The list of runs, newest first, archived ones included, or the problem that prevents it."""
 
     runs: tuple[RunInfo, ...] = ()
     problem: str = ""
-    fields: tuple[RunFields, ...] = field(default=(), compare=False)
+    fields: tuple[RunFields, ...] = field(default=(), compare=False)  # the same runs, with their parameters and metrics
 
 
 def is_run_id(name: str) -> bool:

@@ -18,13 +18,9 @@ _BYTES_PER_PIXEL = 4
 
 
 class Holder(NamedTuple):
-    """A container of a library's object.
+    """A container of a library's object."""
 
-    Attributes:
-        path: expression that reaches the object whose it is: `model.encoder`.
-    """
-
-    path: str
+    path: str  # expression that reaches the object whose it is: `model.encoder`
     kind: str
     value: Any
 

@@ -19,20 +19,13 @@ _NUMBER = re.compile(r"^\d+/\d+:\s*")
 
 
 class Compilation(NamedTuple):
-    """A compilation.
+    """A compilation."""
 
-    Attributes:
-        end_us: its end, microseconds since 1970.
-        detail: why it was compiled.
-        place: the function, `FILE:LINE FUNCTION`; empty where it is not known.
-        guard: the guard of the code compiled before that failed; empty for the first compilation.
-    """
-
-    end_us: int
+    end_us: int  # its end, microseconds since 1970
     ns: int
-    detail: Compiled
-    place: str
-    guard: str
+    detail: Compiled  # why it was compiled
+    place: str  # the function, `FILE:LINE FUNCTION`; empty where it is not known
+    guard: str  # the guard of the code compiled before that failed; empty for the first compilation
 
 
 class CompilationReader:

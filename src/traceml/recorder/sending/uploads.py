@@ -48,26 +48,19 @@ class RefusedFileError(Exception):
 
 @dataclass(slots=True)
 class FileUpload:
-    """One file to upload.
-
-    Attributes:
-        kind: `artifact` or `image`.
-        source: an open descriptor, or a function that returns the bytes; called on the upload thread.
-        limit_bytes: larger ones are refused.
-        facts: other fields of its row.
-        note: copy of the row next to the file in the spool, until the file has arrived.
-    """
+    """One file to upload."""
 
     experiment: int
-    kind: str
+    kind: str  # `artifact` or `image`
     name: str
     step: int | None
     t_ns: int
+    # an open descriptor, or a function that returns the bytes; called on the upload thread
     source: int | Callable[[], bytes]
-    limit_bytes: int
+    limit_bytes: int  # larger ones are refused
     suffix: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    note: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # other fields of its row
+    note: Path | None = None  # copy of the row next to the file in the spool, until the file has arrived
 
     def close(self) -> None:
         """Close the descriptor."""

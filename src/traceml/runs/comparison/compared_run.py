@@ -22,16 +22,11 @@ __all__ = ["ComparedRun", "read_compared"]
 
 @dataclass(frozen=True, slots=True)
 class ComparedRun:
-    """One run of a comparison.
-
-    Attributes:
-        times_ms: step times in order, the mean over ranks; of a report without its run, those that it holds.
-        is_file: whether only its report is there.
-    """
+    """One run of a comparison."""
 
     report: Report
-    times_ms: NDArray[Any]
-    is_file: bool = False
+    times_ms: NDArray[Any]  # step times in order, the mean over ranks; of a report without its run, those that it holds
+    is_file: bool = False  # whether only its report is there
 
 
 def read_compared(path: Path) -> ComparedRun:

@@ -34,17 +34,12 @@ _MAX_ROWS = 32_768  # of all ranks: 1 to 3 MB
 
 @dataclass(frozen=True, slots=True)
 class SpanKind:
-    """Common parts of some spans of a block.
-
-    Attributes:
-        numbers: names of arguments that are integers; each span has its own values.
-        args: arguments that all of them have, after the numbers.
-    """
+    """Common parts of some spans of a block."""
 
     name: str
     cat: str
-    numbers: tuple[str, ...] = ()
-    args: Mapping[str, Any] = field(default_factory=dict)
+    numbers: tuple[str, ...] = ()  # names of arguments that are integers; each span has its own values
+    args: Mapping[str, Any] = field(default_factory=dict)  # arguments that all of them have, after the numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +63,26 @@ class SpanBlock:
 
 @dataclass(frozen=True, slots=True)
 class PointKind:
-    """Common parts of some points of a block.
-
-    Attributes:
-        phase: C, values of a counter, or i, instants of their thread.
-        numbers: names of arguments of which each point has its own value; as many for all kinds of a block.
-    """
+    """Common parts of some points of a block."""
 
     name: str
     cat: str
-    phase: Literal["C", "i"]
+    phase: Literal["C", "i"]  # C, values of a counter, or i, instants of their thread
+    # names of arguments of which each point has its own value; as many for all kinds of a block
     numbers: tuple[str, ...]
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PointBlock:
-    """Events without duration of one thread.
-
-    Attributes:
-        kind: number in `kinds` of each point.
-        at_ns: epoch nanoseconds of each point.
-        numbers: point x argument, as JSON in bytes.
-    """
+    """Events without duration of one thread."""
 
     pid: int
     tid: int
     kinds: Sequence[PointKind]
-    kind: NDArray[np.intp]
-    at_ns: Longs
-    numbers: NDArray[Any]
+    kind: NDArray[np.intp]  # number in `kinds` of each point
+    at_ns: Longs  # epoch nanoseconds of each point
+    numbers: NDArray[Any]  # point x argument, as JSON in bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,21 +27,14 @@ FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Result of an export.
-
-    Attributes:
-        format: pfw, perfetto, parquet or csv.
-        rows: events of a trace, as `traceml analyze` counts them, or rows of all tables.
-        files: files in the folder; of a trace the file itself.
-        damage: messages about unreadable parts of the store.
-    """
+    """Result of an export."""
 
     path: Path
-    format: str
+    format: str  # pfw, perfetto, parquet or csv
     steps: int
-    rows: int
-    files: tuple[Path, ...]
-    damage: tuple[str, ...]
+    rows: int  # events of a trace, as `traceml analyze` counts them, or rows of all tables
+    files: tuple[Path, ...]  # files in the folder; of a trace the file itself
+    damage: tuple[str, ...]  # messages about unreadable parts of the store
 
 
 def format_of(path: Path) -> str | None:

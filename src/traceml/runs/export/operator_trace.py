@@ -57,15 +57,12 @@ class ProfiledRank:
 
 @dataclass(frozen=True, slots=True)
 class ProfileFile:
-    """A written profile.
-
-    Attributes:
-        slowdown: by rank, profiled step time / step time before; None where too few steps came before.
-    """
+    """A written profile."""
 
     path: Path
     events: int
     operators: OperatorTable
+    # by rank, profiled step time / step time before; None where too few steps came before
     slowdown: dict[int, float | None]
 
 

@@ -36,17 +36,12 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 
 @dataclass(frozen=True, slots=True)
 class _Counter:
-    """A counter, and its value in each row.
-
-    Attributes:
-        texts: row x field, as JSON in bytes.
-        shown: whether a row has an event of it.
-    """
+    """A counter, and its value in each row."""
 
     name: str
     fields: tuple[str, ...]
-    texts: NDArray[Any]
-    shown: NDArray[np.bool_]
+    texts: NDArray[Any]  # row x field, as JSON in bytes
+    shown: NDArray[np.bool_]  # whether a row has an event of it
 
 
 class SampleTracks:

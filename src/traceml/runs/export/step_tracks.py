@@ -268,14 +268,10 @@ class StepTracks:
 
 @dataclass(frozen=True, slots=True)
 class _UserParts:
-    """User phases of a block of steps, in the order of the steps.
-
-    Attributes:
-        own: position of the step of each.
-    """
+    """User phases of a block of steps, in the order of the steps."""
 
     phases: Any
-    own: NDArray[np.intp]
+    own: NDArray[np.intp]  # position of the step of each
 
     @property
     def most(self) -> int:

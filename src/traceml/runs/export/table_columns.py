@@ -38,15 +38,10 @@ and -1 where it means "not measured"."""
 
 
 class RepeatedTexts(NamedTuple):
-    """Texts of a column that has few different ones.
+    """Texts of a column that has few different ones."""
 
-    Attributes:
-        texts: the different texts.
-        at: index of each row's text.
-    """
-
-    texts: list[str | None]
-    at: NDArray[np.intp]
+    texts: list[str | None]  # the different texts
+    at: NDArray[np.intp]  # index of each row's text
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,17 +20,12 @@ _Span = tuple[int, int, str]  # begin, end (ns), name
 
 @dataclass(slots=True)
 class OperatorTotal:
-    """Times of all calls of an operator in the profiled steps, in nanoseconds.
-
-    Attributes:
-        self_ns: CPU time without the operators that it calls.
-        places: samples by line of the user's code that called it.
-    """
+    """Times of all calls of an operator in the profiled steps, in nanoseconds."""
 
     calls: int = 0
-    self_ns: int = 0
+    self_ns: int = 0  # CPU time without the operators that it calls
     device_ns: int = 0
-    places: Counter[_Place] = field(default_factory=Counter)
+    places: Counter[_Place] = field(default_factory=Counter)  # samples by line of the user's code that called it
 
     @property
     def place(self) -> _Place | None:
@@ -40,15 +35,10 @@ class OperatorTotal:
 
 @dataclass(frozen=True, slots=True)
 class CallSamples:
-    """Sampled lines of the training thread.
+    """Sampled lines of the training thread."""
 
-    Attributes:
-        places: file, line, function.
-        samples: epoch nanoseconds and the number of the place, in order.
-    """
-
-    places: Sequence[_Place] = ()
-    samples: Sequence[tuple[int, int]] = ()
+    places: Sequence[_Place] = ()  # file, line, function
+    samples: Sequence[tuple[int, int]] = ()  # epoch nanoseconds and the number of the place, in order
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> CallSamples:

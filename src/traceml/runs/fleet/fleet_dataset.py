@@ -38,20 +38,13 @@ class _RunOfReport(msgspec.Struct):
 
 @dataclass(slots=True)
 class FleetUpdate:
-    """Outcome of an update.
+    """Outcome of an update."""
 
-    Attributes:
-        added: runs that were added or written again.
-        known: runs that were in the dataset already.
-        without_steps: ended runs that have no step, and so no row.
-        damage: messages about runs that cannot be read.
-    """
-
-    added: int = 0
-    known: int = 0
+    added: int = 0  # runs that were added or written again
+    known: int = 0  # runs that were in the dataset already
     running: int = 0
-    without_steps: int = 0
-    damage: list[str] = field(default_factory=list)
+    without_steps: int = 0  # ended runs that have no step, and so no row
+    damage: list[str] = field(default_factory=list)  # messages about runs that cannot be read
 
 
 class FleetDataset:

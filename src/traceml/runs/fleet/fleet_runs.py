@@ -31,18 +31,12 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, slots=True)
 class HostWork:
-    """Own work of a host in a run: that of its slowest rank, for which others wait.
-
-    Attributes:
-        work_ms: own work per step, in milliseconds.
-        phases: own work by phase, in milliseconds; they add up to `work_ms`.
-        ranks: its ranks without rank 0.
-    """
+    """Own work of a host in a run: that of its slowest rank, for which others wait."""
 
     host: str
-    work_ms: float
-    phases: dict[str, float]
-    ranks: int
+    work_ms: float  # own work per step, in milliseconds
+    phases: dict[str, float]  # own work by phase, in milliseconds; they add up to `work_ms`
+    ranks: int  # its ranks without rank 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,17 +45,12 @@ class LoggedItem:
 
 @dataclass(frozen=True, slots=True)
 class MediaGroup:
-    """The newest values of one kind and name, oldest first.
+    """The newest values of one kind and name, oldest first."""
 
-    Attributes:
-        kind: image, text, histogram, artifact, refused, or value (a metric's value that is not a number).
-        older: number of values before them, which are only in the store.
-    """
-
-    kind: str
+    kind: str  # image, text, histogram, artifact, refused, or value (a metric's value that is not a number)
     name: str
     items: tuple[LoggedItem, ...]
-    older: int = 0
+    older: int = 0  # number of values before them, which are only in the store
 
 
 class LoggedItems:

@@ -31,16 +31,11 @@ _HIDDEN = {"kind", "t_ns", "experiment"}
 
 @dataclass(frozen=True, slots=True)
 class RunMessage:
-    """Line of a log.
-
-    Attributes:
-        rank: the rank that it is about; None for the run.
-        kind: event, warning, text, …
-    """
+    """Line of a log."""
 
     epoch_s: float
-    rank: int | None
-    kind: str
+    rank: int | None  # the rank that it is about; None for the run
+    kind: str  # event, warning, text, …
     text: str
 
 

@@ -21,21 +21,14 @@ Floats = NDArray[np.float64]
 
 
 class MetricSeries(msgspec.Struct, frozen=True):
-    """One metric over steps; joined values have their mean and extremes, NaN is a gap.
+    """One metric over steps; joined values have their mean and extremes, NaN is a gap."""
 
-    Attributes:
-        name: name of the metric, with `/rank_r` for ranks above 0.
-        steps: the step of each point, ascending.
-        values: means of the finite values; least, most: their extremes.
-        missing: number of values that were not finite.
-    """
-
-    name: str
-    steps: Floats
-    values: Floats
+    name: str  # name of the metric, with `/rank_r` for ranks above 0
+    steps: Floats  # the step of each point, ascending
+    values: Floats  # means of the finite values; least, most: their extremes
     least: Floats
     most: Floats
-    missing: int
+    missing: int  # number of values that were not finite
     epoch_s: Floats
 
 

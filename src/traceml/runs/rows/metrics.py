@@ -33,17 +33,11 @@ _NO_TRAINING = ("val", "eval", "test")
 
 
 class MetricFrame(msgspec.Struct, frozen=True):
-    """Values that one rank logged, sorted by name; those of a name in the order of logging.
+    """Values that one rank logged, sorted by name; those of a name in the order of logging."""
 
-    Attributes:
-        names: each name once, with `/rank_r` for ranks above 0.
-        starts: index of the first row of each name.
-        rows: rows of `schema.METRICS`.
-    """
-
-    names: list[str]
-    starts: NDArray[np.int64]
-    rows: NDArray[np.void]
+    names: list[str]  # each name once, with `/rank_r` for ranks above 0
+    starts: NDArray[np.int64]  # index of the first row of each name
+    rows: NDArray[np.void]  # rows of `schema.METRICS`
 
     @property
     def ends(self) -> list[int]:

@@ -57,34 +57,21 @@ class StepSeries(msgspec.Struct, frozen=True):
 
 
 class HeatMap(msgspec.Struct, frozen=True):
-    """Own work over the run, rank x bin of steps; with very many ranks, the slowest of each group.
+    """Own work over the run, rank x bin of steps; with very many ranks, the slowest of each group."""
 
-    Attributes:
-        ranks: first and last rank of each row.
-        steps: first step of each bin, width: steps per bin.
-        work_ms: own work per step; NaN where a rank has none.
-        excess: work above that of the median rank, as a share of the mean step.
-    """
-
-    ranks: tuple[tuple[int, int], ...]
-    steps: Ints
+    ranks: tuple[tuple[int, int], ...]  # first and last rank of each row
+    steps: Ints  # first step of each bin, width: steps per bin
     width: int
-    work_ms: Floats
-    excess: Floats
+    work_ms: Floats  # own work per step; NaN where a rank has none
+    excess: Floats  # work above that of the median rank, as a share of the mean step
 
 
 class SampleSeries(msgspec.Struct, frozen=True):
-    """Sampled values over time.
+    """Sampled values over time."""
 
-    Attributes:
-        label: `rank 3`, a host or a device.
-        seconds: since the start of the run, ascending.
-        values: the samples; the highest value of those that were joined.
-    """
-
-    label: str
-    seconds: Floats
-    values: Floats
+    label: str  # `rank 3`, a host or a device
+    seconds: Floats  # since the start of the run, ascending
+    values: Floats  # the samples; the highest value of those that were joined
 
 
 class RunSeries(msgspec.Struct, frozen=True):

@@ -30,21 +30,13 @@ _all: weakref.WeakSet[BlockWriter] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class TraceWriterStatistics:
-    """Counts of a writer in this process.
+    """Counts of a writer in this process."""
 
-    Attributes:
-        written: events in the file.
-        pending: events that are not written yet.
-        lost: events that could not be written, or came after `close`.
-        blocks: number of written blocks.
-        written_bytes: size of the written blocks in the file.
-    """
-
-    written: int
-    pending: int
-    lost: int
-    blocks: int
-    written_bytes: int
+    written: int  # events in the file
+    pending: int  # events that are not written yet
+    lost: int  # events that could not be written, or came after `close`
+    blocks: int  # number of written blocks
+    written_bytes: int  # size of the written blocks in the file
 
 
 class BlockWriter:

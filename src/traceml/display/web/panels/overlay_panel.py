@@ -22,13 +22,9 @@ LETTERS = tuple(run_letter(number) for number in range(12))
 
 @dataclass(frozen=True, slots=True)
 class ComparedRuns:
-    """Runs that are shown together.
+    """Runs that are shown together."""
 
-    Attributes:
-        comparisons: of the first run with each other one.
-    """
-
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Comparison, ...]  # of the first run with each other one
     series: tuple[RunSeries, ...]
 
 

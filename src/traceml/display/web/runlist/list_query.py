@@ -23,18 +23,12 @@ _ALWAYS = ("id", "name", "tags", "note", "archived")  # next to the name, or by 
 
 @dataclass(frozen=True, slots=True)
 class ListPart:
-    """The runs of one page of the list.
+    """The runs of one page of the list."""
 
-    Attributes:
-        runs: each with the heading of its group, where the list is grouped.
-        found: number of runs that meet the conditions, pages: number of pages they fill.
-        problem: why the conditions, the order or the group were not understood; the list is without those then.
-    """
-
-    runs: tuple[tuple[str, RunFields], ...]
-    found: int
+    runs: tuple[tuple[str, RunFields], ...]  # each with the heading of its group, where the list is grouped
+    found: int  # number of runs that meet the conditions, pages: number of pages they fill
     pages: int
-    problem: str = ""
+    problem: str = ""  # why the conditions, the order or the group were not understood; the list is without those then
 
 
 @dataclass(frozen=True, slots=True)
