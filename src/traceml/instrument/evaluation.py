@@ -74,7 +74,7 @@ class EvaluationStretch:
     def _has_no_batch(self) -> bool:
         """Whether the training's loader has none to train on: the step on its batch is done, or the epoch."""
         clock = self._clock
-        if clock.attempt:
+        if clock.step_call:
             return clock.first_loader is not None
 
         return clock.batch is None and clock.exhausted_loader is not None
@@ -99,7 +99,7 @@ class EvaluationStretch:
         self._is_first = not clock.open
         if self._is_first:
             clock.begin_first_step(t)
-        elif clock.attempt and not clock.pending:
+        elif clock.step_call and not clock.pending:
             if clock.closes_at is ON_FORWARD:
                 clock.commit(t)
             else:

@@ -122,7 +122,7 @@ class CellClock(StepClock):
     before = CellField()
     seg_start = CellField()
     closes_at = CellField()
-    attempt = CellField()
+    step_call = CellField()
     backwards = CellField()
     batches = CellField()
     input_shape = CellField()
@@ -194,7 +194,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
     count, slot = ring.count, ring.slot
     open_user_phases = clock.open_user_phases
     # Cells of the clock.
-    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = attempt = backwards = batches = 0
+    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = step_call = backwards = batches = 0
     samples = elements = 0
     dirty = marked = False
     open_slots: Any = None
@@ -204,7 +204,18 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
-        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at, samples, elements, marked
+        nonlocal \
+            rows, \
+            seg_start, \
+            step_call, \
+            backwards, \
+            batches, \
+            batch, \
+            first_loader, \
+            closes_at, \
+            samples, \
+            elements, \
+            marked
         if dirty or open_user_phases or backwards > batches > 0:
             commit_slow(t)
             return
@@ -227,7 +238,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
         seg_start = open_slots[_STEP_START] = t
         open_slots[_STEP] = rows + before
         closes_at = NOT_READY
-        attempt = 0
+        step_call = 0
         if not n & UPKEEP_MASK:
             upkeep(forward_ns, backwards)
 

@@ -182,7 +182,7 @@ class Instrumentation:
         return 0 if self._overhead is None else self._overhead.ns_per_step
 
     def close_open_step(self) -> None:
-        """End timing: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
+        """End timing: the open step becomes a row if it has an optimizer step call, else it is dropped."""
         if self.clock.thread:
             self._guarded(self.clock.finish)
             self._report_use()

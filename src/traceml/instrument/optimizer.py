@@ -1,4 +1,4 @@
-"""Timing of optimizer steps: outermost attempts, including those that GradScaler skips.
+"""Timing of optimizer steps: outermost step calls, including those that GradScaler skips.
 
 We replace the `step` of each optimizer class in use. (torch's global step hooks cost 1 us more per step, and none runs
 after a `step` that raised.) Nested steps, of ZeRO's inner optimizer or by `super().step()`, are part of the outermost.
@@ -95,13 +95,13 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 
 @uncounted
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
-    """Return a method that calls `original` and times it as an optimizer attempt."""
+    """Return a method that calls `original` and times it as a step call."""
     if clock.hook is not None:
         return clock.hook(clock, _OPTIMIZER, original, _slow_step(original, clock))
 
     fail = clock.fail
     # Cells of the clock.
-    current = optimizer_ns = attempt = last_optimizer = 0
+    current = optimizer_ns = step_call = last_optimizer = 0
     open_slots: Any = None
     first_loader: Any = None
     closes_at: Any = NOT_READY
@@ -109,14 +109,14 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     usual_loader: Any = NOT_READY
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, optimizer_ns, attempt, closes_at
+        nonlocal current, optimizer_ns, step_call, closes_at
         if is_dynamo_compiling():
             return original(self, *args, **kwargs)
 
         ident = id(self)
         if (
             current != OTHER
-            or attempt
+            or step_call
             or ident != last_optimizer
             or first_loader is not usual_loader
             or not on_training_thread()
@@ -132,7 +132,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
 
         try:
             result = original(self, *args, **kwargs)
-            attempt, closes_at = ident, usual
+            step_call, closes_at = ident, usual
             return result
         finally:
             try:
@@ -147,7 +147,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
 
 @uncounted
 def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
-    """Return a function that calls `original` and times it as optimizer work without an attempt, such as clipping."""
+    """Return a function that calls `original` and times it as optimizer work without a step call, such as clipping."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if clock.current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_training_thread()):
@@ -228,7 +228,7 @@ def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Calla
 
 @uncounted
 def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
-    """Count `GradScaler.step` as an attempt, also when it skips the optimizer because of inf or nan."""
+    """Count `GradScaler.step` as a step call, also when it skips the optimizer because of inf or nan."""
     from torch.amp.grad_scaler import GradScaler
 
     original = GradScaler.step
@@ -265,7 +265,7 @@ def patch_clipping(patches: Patches, clock: StepClock) -> None:
 
 
 def _begin(clock: StepClock, optimizer: Any) -> Began | None:
-    """Begin an optimizer step call; return None where it is not an attempt of its own."""
+    """Begin an optimizer step call; return None where it is not a step call of its own."""
     try:
         if clock.current == _INPUT_WAIT or not (clock.is_training_thread() or clock.claim_thread()):
             return None
@@ -274,7 +274,7 @@ def _begin(clock: StepClock, optimizer: Any) -> Began | None:
             clock.inner_steps += 1
             return None
 
-        return clock.begin_attempt(optimizer, monotonic_ns())
+        return clock.begin_step_call(optimizer, monotonic_ns())
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return None
@@ -282,6 +282,6 @@ def _begin(clock: StepClock, optimizer: Any) -> Began | None:
 
 def _end(clock: StepClock, optimizer: Any, began: Began, *, failed: bool) -> None:
     try:
-        clock.end_attempt(optimizer, began, failed=failed)
+        clock.end_step_call(optimizer, began, failed=failed)
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)

@@ -142,7 +142,7 @@ class PhaseTimer:
     before: int  # steps before the first row, of the training that this one resumes
     seg_start: int  # start of the segment
     closes_at: Any  # the loader whose next request closes the step, or a sentinel
-    attempt: int  # id of the optimizer of the step's first optimizer step call, 0 before one
+    step_call: int  # id of the optimizer of the step's first optimizer step call, 0 before one
     backwards: int
     batches: int
     input_shape: Any  # shape of the input of the last forward; None: look at the next one
@@ -208,7 +208,7 @@ class PhaseTimer:
 
         An open step that has been trained is the one before. Numbers never go back: steps would have the same.
         """
-        before = step - self.rows - bool(self.attempt)
+        before = step - self.rows - bool(self.step_call)
         if before < self.before:
             return False
 
@@ -475,7 +475,7 @@ class PhaseTimer:
         self.times = self.zeros.copy()
         self.seg_start = t
         self.closes_at = CHECK_FORWARD
-        self.attempt = self.backwards = self.batches = self.flags = self.own = self.samples = self.elements = 0
+        self.step_call = self.backwards = self.batches = self.flags = self.own = self.samples = self.elements = 0
         self.fingerprint = 0
         self.create_ns = self.drain_ns = 0  # creating iterators, and the ends of others, in this segment
         self.batch = self.first_loader = None
@@ -483,7 +483,7 @@ class PhaseTimer:
         self.evaluated = False  # a module was called without gradients
         self.evaluating = False  # the previous segment was evaluation
         self.fused = False  # an optimizer stepped inside backward
-        self.attempts: set[int] = set()  # ids of the optimizers of further step calls
+        self.later_step_calls: set[int] = set()  # ids of the optimizers of further step calls
         self._drop_prefix()
         self.dirty, self.marked = self.slow_commits, False
         self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.step

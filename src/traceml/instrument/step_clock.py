@@ -1,7 +1,7 @@
 """State machine that detects training steps from the calls that the hooks report.
 
-Terms: an *attempt* is an outermost optimizer step call; the next batch request to the *training loader* closes a step
-after an attempt. `docs/steps.md` has the rules.
+Terms: a *step call* is an outermost call of an optimizer's step; the next batch request to the *training loader* closes
+a step after it. `docs/steps.md` has the rules.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class StepClock(SegmentedStep):
     @property
     def has_stepped(self) -> bool:
         """Whether an optimizer has stepped in the open step, so that the end of training closes it."""
-        return bool(self.pending or self.attempt)
+        return bool(self.pending or self.step_call)
 
     @property
     def loop_has_ended(self) -> bool:
@@ -86,7 +86,7 @@ class StepClock(SegmentedStep):
         if loader is None or loader.is_read or self.batch is not None:
             return False
 
-        return not (self.forward_ns or self.backwards or self.attempt)
+        return not (self.forward_ns or self.backwards or self.step_call)
 
     @property
     def step_is_done(self) -> bool:
@@ -100,7 +100,7 @@ class StepClock(SegmentedStep):
         if self.pending:
             return self.batch is None and self._is_idle()
 
-        return bool(self.attempt) and not self._may_step_again(self.attempt)
+        return bool(self.step_call) and not self._may_step_again(self.step_call)
 
     def is_overdue(self) -> bool:
         """Whether the open step is done, and takes far longer than those before: a loop may be over."""
@@ -120,7 +120,7 @@ class StepClock(SegmentedStep):
             self.segment_loader = loader
             return
 
-        idle = self._is_idle() and (self.pending or not self.attempt)
+        idle = self._is_idle() and (self.pending or not self.step_call)
         if idle and loader is self.segment_loader:
             return  # after the creation of its iterator, or a skipped batch: one single wait
 
@@ -141,7 +141,7 @@ class StepClock(SegmentedStep):
         if self.training_loader is None and self.backwards:
             self.training_loader = self.first_loader
 
-        if self.attempt and loader is self.training_loader:
+        if self.step_call and loader is self.training_loader:
             if not self.pending:
                 self.commit(t)
                 return
@@ -160,7 +160,7 @@ class StepClock(SegmentedStep):
             self._begin(t)
             return
 
-        closes = self.attempt and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
+        closes = self.step_call and (self.needs_no_loader or self.fetched_ahead) and not self.explicit
         if not self._leave_evaluation(t) and closes:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
             self.commit(t)
@@ -240,8 +240,8 @@ class StepClock(SegmentedStep):
 
             self.trained = module
 
-    def begin_attempt(self, optimizer: Any, t: int) -> Began:
-        """Begin an outermost optimizer step call; return a value for `end_attempt`."""
+    def begin_step_call(self, optimizer: Any, t: int) -> Began:
+        """Begin a step call; return a value for `end_step_call`."""
         previous: int = self.current
         ident = id(optimizer)
         if not self.open:
@@ -254,8 +254,8 @@ class StepClock(SegmentedStep):
 
         if previous == _BACKWARD:  # all step calls inside one backward pass count as one, after it
             self.fused = self.fuses = self.dirty = self.detail = True
-        elif self.attempt:
-            self.repeat_attempt(ident, t)
+        elif self.step_call:
+            self.repeat_step_call(ident, t)
 
         self.inner_steps = 0
         self.depth = 1
@@ -263,17 +263,17 @@ class StepClock(SegmentedStep):
         self.open_slots[_OPTIMIZER] = t
         return previous, t
 
-    def end_attempt(self, optimizer: Any, began: Began, *, failed: bool) -> None:
+    def end_step_call(self, optimizer: Any, began: Began, *, failed: bool) -> None:
         """End an optimizer step call; one that raised does not count."""
         self.depth = 0
         self.leave(_OPTIMIZER, began)
         if began[0] != _BACKWARD and not failed:
             self.after_step(monotonic_ns(), id(optimizer))
 
-    def repeat_attempt(self, ident: int, t: int) -> None:
+    def repeat_step_call(self, ident: int, t: int) -> None:
         """Handle an optimizer step call in a step that has one already: it may begin another step."""
         self.closes_at = NOT_READY  # and no forward in the optimizer's closure closes a step
-        known = ident == self.attempt or ident in self.attempts or self._are_attempts_gone()
+        known = ident == self.step_call or ident in self.later_step_calls or self._are_steppers_gone()
         self.has_new_optimizer &= not known  # else it steps in no step of the others
         if self.pending:
             if known:
@@ -296,22 +296,22 @@ class StepClock(SegmentedStep):
             self._merge(ident)
             self.closes_at = NOT_READY
 
-    def _are_attempts_gone(self) -> bool:
+    def _are_steppers_gone(self) -> bool:
         """Whether no optimizer of this step is alive, as where the script makes one for each step."""
-        return not any(ident == FUSED or ident in self.optimizers for ident in (self.attempt, *self.attempts))
+        return not any(ident == FUSED or ident in self.optimizers for ident in (self.step_call, *self.later_step_calls))
 
     def after_step(self, t: int, ident: int) -> None:
         """Handle the end of an optimizer step call: the step may close from here on."""
         if not self.open:
             self._begin(t)
 
-        if self.attempt:
-            self.attempts.add(ident)
+        if self.step_call:
+            self.later_step_calls.add(ident)
             self.dirty = True
         else:
-            self.attempt = ident
+            self.step_call = ident
 
-        if self.explicit or (self.repeated and self._hold_attempt(t)):
+        if self.explicit or (self.repeated and self._hold_step_call(t)):
             return
 
         drained, self.exhausted_loader = self.exhausted_loader, None
@@ -355,8 +355,8 @@ class StepClock(SegmentedStep):
     def loader_left(self, loader: Any) -> None:
         """Handle the end of a loader's last iterator: a ready step may also close without a request to it."""
         try:
-            if self.closes_at is loader and self.attempt and self.thread == get_ident():
-                self._await_forward(self.attempt)
+            if self.closes_at is loader and self.step_call and self.thread == get_ident():
+                self._await_forward(self.step_call)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
@@ -379,13 +379,13 @@ class StepClock(SegmentedStep):
         """Handle the end of a backward pass on the slow path: it may be a step by itself."""
         if self.fused:
             self.fused = False
-            if self.attempt:
-                self.repeat_attempt(FUSED, t)
+            if self.step_call:
+                self.repeat_step_call(FUSED, t)
 
             self.after_step(t, FUSED)
         elif self.inferred:
-            if self.attempt:
-                self.repeat_attempt(FUSED, t)
+            if self.step_call:
+                self.repeat_step_call(FUSED, t)
 
             self.flags |= _INFERRED
             self.dirty = True
@@ -481,7 +481,7 @@ class StepClock(SegmentedStep):
         if not self.explicit:
             if self.pending:
                 self._close_prefix()
-            elif self.attempt:
+            elif self.step_call:
                 self.commit(t)
 
             self.explicit = True
@@ -521,7 +521,7 @@ class StepClock(SegmentedStep):
             if self.pending:
                 self.split_last()
                 self._close_prefix()
-            elif self.attempt:
+            elif self.step_call:
                 times = self.times
                 timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
                 self.commit(usual_end(self.ring, t, self.committed_ns + t - self.seg_start, timed))
@@ -548,7 +548,7 @@ class StepClock(SegmentedStep):
         flags = _INFERRED | (_NO_LOADER if self.first_loader is None else 0)
         self._append_held(self.unmatched_batches, flags, t)
 
-    def _hold_attempt(self, t: int) -> bool:
+    def _hold_step_call(self, t: int) -> bool:
         """Save the end of a repeated step on the same batch; return whether the repetitions have become steps."""
         self.repeated = False
         total = self.committed_ns + t - self.seg_start

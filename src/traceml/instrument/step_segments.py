@@ -75,8 +75,8 @@ class SegmentedStep(PhaseTimer):
         self.times = [after - before for after, before in zip(times, times_at_cut, strict=True)]
         self.first_part = None
         self.first_loader = self.batch
-        self.attempt = 0
-        self.attempts.clear()
+        self.step_call = 0
+        self.later_step_calls.clear()
         self.closes_at = CHECK_FORWARD
         self._drop_prefix()
         self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.step
@@ -107,7 +107,7 @@ class SegmentedStep(PhaseTimer):
 
     def _is_evaluation(self) -> bool:
         """Whether a model ran on the batch without gradients (or in `eval()`), and nothing was trained on it."""
-        if self.backwards or (self.attempt and not self.pending):
+        if self.backwards or (self.step_call and not self.pending):
             return False
 
         if self.batch is None:
@@ -127,7 +127,7 @@ class SegmentedStep(PhaseTimer):
         self.loader_at_cut = self.first_loader
         self.committed_ns += t - self.seg_start
         self.cut_ns = self.seg_start = t
-        self.pending = bool(self.attempt) and not self.explicit
+        self.pending = bool(self.step_call) and not self.explicit
         self.closes_at = CHECK_FORWARD
         self.add_segment()
         self.committed_flags |= self.flags

@@ -37,13 +37,13 @@ class CheckpointMarks:
         """Record that the training thread has saved to a path or file."""
         place, clock = place_of(target), self._clock
         if place is not None and clock.is_training_thread():
-            self._slots[Slot.SAVED] = clock.step + bool(clock.attempt)
+            self._slots[Slot.SAVED] = clock.step + bool(clock.step_call)
             self._slots[Slot.SAVED_IN] = place
 
     def loaded(self, source: object) -> None:
         """Report that the training thread has read a path or file before its first step."""
         place, clock = place_of(source), self._clock
-        if place is not None and clock.is_training_thread() and not clock.rows and not clock.attempt:
+        if place is not None and clock.is_training_thread() and not clock.rows and not clock.step_call:
             self._report({"kind": "loaded", "place": place})
 
     @uncounted

@@ -30,7 +30,7 @@ class HotFields:
     rows: int
     before: int
     seg_start: int
-    attempt: int
+    step_call: int
     backwards: int
     batches: int
     last_optimizer: int

@@ -73,7 +73,7 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
     long long ident = count_of(nargsf) ? (long long)(intptr_t)args[0] : 0;
-    if (!LIKELY(!hot->attempt && ident == hot->last_optimizer && ident
+    if (!LIKELY(!hot->step_call && ident == hot->last_optimizer && ident
                 && none_for_null(hot->first_loader) == none_for_null(hot->usual_loader) && is_usual(hot)))
         return call_slow(hook, args, nargsf, names);
 
@@ -83,7 +83,7 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
 
     PyObject *result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     if (result) {
-        hot->attempt = ident;
+        hot->step_call = ident;
         assign(&hot->closes_at, hot->usual);
     }
 

@@ -120,7 +120,7 @@ int commit_step(HotFields *hot, long long t) {
     if (set_word(hot, SLOT_STEP_START, t) || set_word(hot, SLOT_STEP, hot->rows + hot->before)) return -1;
 
     assign(&hot->closes_at, hot->not_ready);
-    hot->attempt = hot->failure = 0;
+    hot->step_call = hot->failure = 0;
     if (!LIKELY(n & hot->upkeep_mask) && upkeep(hot)) return -1;
 
     hot->input_ns = hot->forward_ns = hot->backward_ns = hot->optimizer_ns = 0;
@@ -224,7 +224,7 @@ static void hot_dealloc(PyObject *self) {
 static PyMemberDef members[] = {
     {"thread", T_ULONG, offsetof(HotFields, thread), 0, NULL},
     NUMBER(current), NUMBER(input_ns), NUMBER(forward_ns), NUMBER(backward_ns), NUMBER(optimizer_ns), NUMBER(rows),
-    NUMBER(before), NUMBER(seg_start), NUMBER(attempt), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
+    NUMBER(before), NUMBER(seg_start), NUMBER(step_call), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
     NUMBER(failure), NUMBER(failed_in),
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
     TRUTH(dirty), TRUTH(marked), TRUTH(detail), TRUTH(inspects),

@@ -61,7 +61,7 @@ class BatchCalls:
     def _data(self) -> tuple[int, int]:
         """Return the step, and how many batches it has had; after its optimizer step a forward begins the next."""
         clock = self._clock
-        has_ended = bool(clock.attempt) and not clock.batches
+        has_ended = bool(clock.step_call) and not clock.batches
         return clock.rows + has_ended, clock.batches + clock.micro_batches * (not has_ended)
 
     def _has_enough(self) -> bool:
