@@ -23,7 +23,7 @@ from typing import Any
 
 from ingest import Generator, cpu_seconds, start_aggregator
 from traceml.clock import monotonic_ns
-from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, RankSnapshot
 from traceml.transport.framing import encode
 
 FRAMES = 20

@@ -86,6 +86,7 @@ SUBROOMS = {
     },
     "database.flight": {"database.schema"},
     "database.store": {"database.schema", "database.row_arrays"},
+    "database.snapshots": {"database.schema", "database.flight"},
     "launch.launcher": {"launch.wire", "supervise", "database"},
     "launch.launcher.submission": {"launch.launcher", "supervise"},
     "launch.launcher.hosts": {"launch.wire"},

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.eventually import eventually
 from tests.instrument.conftest import Traced
-from traceml.database.snapshots import WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import WorkerSnapshot
 from traceml.instrument.workers.loader_workers import follow_iterator
 from traceml.recorder.no_progress.worker_snapshots import WorkerSnapshots
 

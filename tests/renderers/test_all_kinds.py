@@ -43,7 +43,7 @@ from tests.diagnosis.stalls.test_throttled import samples as hot_samples
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.schema import EPOCHS, Compiled, Resource
-from traceml.database.snapshots import RankSnapshot
+from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker
 from traceml.diagnosis.facts.ends.rank_exit import RankExit

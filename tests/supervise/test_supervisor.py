@@ -15,7 +15,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.forked import client as forked
-from traceml.database.snapshots import SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader
 from traceml.supervise.supervisor import JobOutcome, LocalJob, Supervisor
 

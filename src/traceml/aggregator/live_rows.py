@@ -7,7 +7,7 @@ from typing import Any
 
 from traceml.aggregator.streams.stream import Stream
 from traceml.database.schema import INFO, NAMES
-from traceml.database.snapshots import RankSnapshot
+from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang

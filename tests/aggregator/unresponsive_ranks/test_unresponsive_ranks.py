@@ -19,11 +19,11 @@ from tests.eventually import eventually
 from traceml.aggregator.registry import Registry
 from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnconnectedRanks
 from traceml.clock import boot_id, process_start_ticks
-from traceml.database.external_snapshots import ExternalSnapshots
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
-from traceml.database.snapshots import SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.external_snapshots import ExternalSnapshots
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
 from traceml.diagnosis.kinds import Kind
 from traceml.inspection.kernel_state import process_info
 from traceml.runs.run import Run
@@ -350,8 +350,8 @@ def test_a_stack_stands_until_the_recorder_runs(
     (flight,) = (path for path in find_flights(default_folder()) if flight_identity(path).get("pid") == pid)
     snapshots = ExternalSnapshots(0, pid, flight)
     told = eventually(lambda: next((each for each in [snapshots.make()] if each and each.frames), None))
-    monkeypatch.setattr("traceml.database.external_snapshots.find_stack_file", lambda _pid: None)
-    monkeypatch.setattr("traceml.database.external_snapshots._AGAIN_S", 0.001)
+    monkeypatch.setattr("traceml.database.snapshots.external_snapshots.find_stack_file", lambda _pid: None)
+    monkeypatch.setattr("traceml.database.snapshots.external_snapshots._AGAIN_S", 0.001)
 
     assert snapshots.make().frames == told.frames
 

@@ -16,7 +16,7 @@ from tests.whatif.generated_job import GeneratedJob, usual_s
 from traceml import cli
 from traceml.cli.assistants.json_documents import DOCUMENTS, StacksDocument, document_schema
 from traceml.cli.stacks import stacks_document
-from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, WorkerSnapshot
 from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank
 
 FOLDER = Path(__file__).parents[3] / "docs" / "schemas"

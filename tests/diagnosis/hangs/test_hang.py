@@ -25,7 +25,7 @@ from tests.diagnosis.hangs.standing import (
     snapshot,
 )
 from traceml.database.schema import STEPS, pack_bits
-from traceml.database.snapshots import (
+from traceml.database.snapshots.rank_snapshot import (
     FrameSnapshot,
     GroupSnapshot,
     ProcessSnapshot,

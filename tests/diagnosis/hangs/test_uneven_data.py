@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.diagnosis.hangs.standing import TORCH, call, found, group, in_backward, line, snapshot
-from traceml.database.snapshots import FrameSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 
 
 def in_barrier(rank: int, number: int = 15, **known: object) -> RankSnapshot:

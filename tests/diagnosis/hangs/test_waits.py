@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.diagnosis.hangs.standing import found, group, in_backward, line, snapshot
-from traceml.database.snapshots import FrameSnapshot, ProcessSnapshot, ThreadSnapshot, WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, ThreadSnapshot, WorkerSnapshot
 from traceml.diagnosis.findings import Finding
 
 SLEEPS = {"wchan": "hrtimer_nanosleep"}

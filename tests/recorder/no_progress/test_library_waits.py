@@ -16,7 +16,7 @@ import filelock
 import pytest
 
 from tests.eventually import eventually
-from traceml.database.blocker_snapshot import blocker_of
+from traceml.database.snapshots.blocker_snapshot import blocker_of
 from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock
 
 pytestmark = pytest.mark.process

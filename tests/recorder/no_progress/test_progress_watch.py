@@ -9,7 +9,7 @@ import pytest
 
 from tests.aggregator.conftest import Serving
 from tests.recorder.conftest import Run
-from traceml.database.snapshots import SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
 
 pytestmark = pytest.mark.process
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from traceml.database.snapshots import GroupSnapshot
+from traceml.database.snapshots.rank_snapshot import GroupSnapshot
 from traceml.recorder.no_progress.library_waits import open_transfer, with_root
 
 TORCH = "/site-packages/torch/distributed/distributed_c10d.py"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from traceml.database.snapshots import ThreadSnapshot
+from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
 from traceml.recorder.no_progress.snapshot_maker import other_threads
 from traceml.recorder.user_code import UserCode
 

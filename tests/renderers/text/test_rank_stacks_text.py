@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.database.snapshots import (
+from traceml.database.snapshots.rank_snapshot import (
     FrameSnapshot,
     GroupSnapshot,
     ProcessSnapshot,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
-from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.store import StoreWriter
 from traceml.renderers.words import restarts_text
 from traceml.run_folder import STORE_NAME

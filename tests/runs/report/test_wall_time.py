@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs.fabricated_store import add_info, run_facts
 from traceml.database.schema import EPOCHS, EVALS, STEPS
-from traceml.database.snapshots import SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts

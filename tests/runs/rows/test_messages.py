@@ -6,7 +6,7 @@ from tests.renderers.reports import finding, straggler
 from tests.runs.export.exported import rich_run
 from tests.runs.fabricated_store import add_info, run_facts
 from tests.track.fabricated import LoggedRun
-from traceml.database.snapshots import SNAPSHOT
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT
 from traceml.database.store.reader import RunEvent, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES

@@ -15,7 +15,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.unresponsive_ranks.stacks_reply import snapshots_from_outside
 from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnconnectedRanks
 from traceml.clock import process_start_ticks
-from traceml.database.snapshots import ABORT
+from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import end_started_processes
 

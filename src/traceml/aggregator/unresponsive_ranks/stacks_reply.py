@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import RankProcess, UnconnectedRanks, store_snapshot
-from traceml.database.external_snapshots import ExternalSnapshots, silent_s
+from traceml.database.snapshots.external_snapshots import ExternalSnapshots, silent_s
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
     from traceml.aggregator.streams.stream import Stream
-    from traceml.database.snapshots import RankSnapshot
+    from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
 __all__ = ["snapshots_from_outside", "stacks_reply"]
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from traceml.clock import boot_id
-from traceml.database.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_owner import find_unclaimed, is_alive, pid_here
 from traceml.database.flight.postmortem import flight_identity, may_be_of
-from traceml.database.snapshots import SNAPSHOT
+from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT
 from traceml.transport.hello import WORLD_LIMIT
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
     from traceml.aggregator.streams.stream import Stream
-    from traceml.database.snapshots import RankSnapshot
+    from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
 __all__ = ["RankProcess", "UnconnectedRanks", "UnresponsiveRanks", "store_snapshot"]
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
-from traceml.database.snapshots import GroupSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
 from traceml.formatting import count_text
 

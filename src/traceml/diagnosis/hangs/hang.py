@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from traceml.database.snapshots import RankSnapshot
+from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.findings import Finding, known_facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from traceml.database.snapshots import RankSnapshot, WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import even_batches, same_collectives
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang

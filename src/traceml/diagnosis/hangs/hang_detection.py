@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
-from traceml.database.snapshots import FrameSnapshot, ProcessSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from traceml.database.snapshots import GroupSnapshot, RankSnapshot, ThreadSnapshot
+from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot
 from traceml.diagnosis.hangs.blame import HangCause, UnevenData
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import (

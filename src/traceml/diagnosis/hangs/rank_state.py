@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from traceml.database.snapshots import (
+from traceml.database.snapshots.rank_snapshot import (
     FrameSnapshot,
     GroupSnapshot,
     ProcessSnapshot,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from traceml.database.snapshots import GroupSnapshot
+    from traceml.database.snapshots.rank_snapshot import GroupSnapshot
 
 __all__ = ["GroupSnapshots", "mesh_coordinates"]
 
@@ -100,7 +100,7 @@ class GroupSnapshots:
         return hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
 
     def _group(self, group: Any, name: str, members: Iterable[int]) -> GroupSnapshot:
-        from traceml.database.snapshots import GroupSnapshot  # a healthy rank does not pay for it
+        from traceml.database.snapshots.rank_snapshot import GroupSnapshot  # a healthy rank does not pay for it
 
         description = str(getattr(group, "group_desc", "") or "")
         known: dict[str, Any] = {"name": _shown_name(name, description), "members": tuple(sorted(members))}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
+from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
 from traceml.launch.wire.flight_archive import find_live_flight
 
 if TYPE_CHECKING:

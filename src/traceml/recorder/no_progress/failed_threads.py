@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.recorder.exits import describe
 
 if TYPE_CHECKING:
-    from traceml.database.snapshots import ThreadSnapshot
+    from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
 
 __all__ = ["FailedThreads"]
 
@@ -42,13 +42,13 @@ class FailedThreads:
         self._previous(args)
 
     def _note(self, args: Any) -> None:
-        from traceml.database.snapshots import MAX_THREADS  # a rank without failures does not pay for it
+        from traceml.database.snapshots.rank_snapshot import MAX_THREADS  # a rank without failures does not pay for it
 
         self._failed = [*self._failed, _snapshot(args)][-MAX_THREADS:]
 
 
 def _snapshot(args: Any) -> ThreadSnapshot:
-    from traceml.database.snapshots import FrameSnapshot, ThreadSnapshot
+    from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ThreadSnapshot
 
     facts = describe(args.exc_value)
     name, message = facts.get("exception", args.exc_type.__name__), facts.get("message", "")

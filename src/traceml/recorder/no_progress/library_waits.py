@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from traceml.inspection.thread_frames import stack_frames
 
 if TYPE_CHECKING:
-    from traceml.database.snapshots import GroupSnapshot
+    from traceml.database.snapshots.rank_snapshot import GroupSnapshot
 
 __all__ = ["awaited_child", "awaited_lock", "library_frames", "open_transfer", "with_root"]
 
@@ -58,7 +58,7 @@ def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) 
 
 def open_transfer(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> GroupSnapshot | None:
     """Return the operation that the user's code has called, with the rank at its other end if that is an argument."""
-    from traceml.database.snapshots import GroupSnapshot  # a healthy rank does not pay for it
+    from traceml.database.snapshots.rank_snapshot import GroupSnapshot  # a healthy rank does not pay for it
 
     found = None
     for call in _calls(frame, is_user):

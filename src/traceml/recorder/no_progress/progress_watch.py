@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
-from traceml.database.snapshot_timing import first_snapshot_s
+from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.fail_open import fail_open
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
-    from traceml.database.snapshots import RankSnapshot
+    from traceml.database.snapshots.rank_snapshot import RankSnapshot
     from traceml.recorder.no_progress.progress_counters import ProgressCounters
     from traceml.recorder.no_progress.snapshot_maker import SnapshotMaker
 

@@ -11,10 +11,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
-from traceml.database.blocker_snapshot import blocker_of
 from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_PHASES, Slot
-from traceml.database.snapshots import (
+from traceml.database.snapshots.blocker_snapshot import blocker_of
+from traceml.database.snapshots.rank_snapshot import (
     MAX_FRAMES,
     MAX_THREADS,
     FrameSnapshot,

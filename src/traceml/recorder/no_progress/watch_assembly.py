@@ -18,7 +18,7 @@ from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
-    from traceml.database.snapshots import ThreadSnapshot
+    from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
     from traceml.instrument.loader import DataProgress
     from traceml.instrument.step_clock import StepClock
     from traceml.recorder.no_progress.snapshot_maker import SnapshotMaker

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-from traceml.database.blocker_snapshot import blocker_of
-from traceml.database.snapshots import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
+from traceml.database.snapshots.blocker_snapshot import blocker_of
+from traceml.database.snapshots.rank_snapshot import MAX_FRAMES, FrameSnapshot, WorkerSnapshot
 from traceml.inspection.kernel_state import Rate, process_info, wait_state
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file, signal_target
 from traceml.inspection.stack_text import main_frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from traceml.database.snapshots import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, GroupSnapshot, RankSnapshot, WorkerSnapshot
 from traceml.formatting import duration_text, line_text, phase_label, plural, printable, ranks_text
 
 __all__ = ["MissingRank", "StacksRank", "stacks_text"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import INFO, PROCESS, STEPS
-from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes

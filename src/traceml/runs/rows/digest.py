@@ -32,7 +32,7 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
-from traceml.database.snapshots import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES

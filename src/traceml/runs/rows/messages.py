@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from traceml.database.schema import INFO, LOGGED
-from traceml.database.snapshots import SNAPSHOT
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT
 from traceml.database.source_reading import SOURCE
 from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
-from traceml.database.snapshot_timing import first_snapshot_s
-from traceml.database.snapshots import FrameSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
+from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
 from traceml.diagnosis.facts.sampled_lines import parsed_place
 

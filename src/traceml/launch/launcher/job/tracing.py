@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from traceml import settings
-from traceml.database.snapshots import ABORT
+from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.launch.wire.channel import Channel

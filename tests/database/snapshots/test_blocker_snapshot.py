@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from traceml.database.blocker_snapshot import blocker_of
+from traceml.database.snapshots.blocker_snapshot import blocker_of
 
 pytestmark = pytest.mark.process
 

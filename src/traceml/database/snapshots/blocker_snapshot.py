@@ -5,7 +5,7 @@ Process: rank, aggregator and agent.
 
 from __future__ import annotations
 
-from traceml.database.snapshots import ProcessSnapshot
+from traceml.database.snapshots.rank_snapshot import ProcessSnapshot
 from traceml.inspection.blocking_process import blocking_process, file_lock_holder, skip_shells
 from traceml.inspection.kernel_state import wait_state
 from traceml.inspection.program_names import program_name

@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from traceml.database.flight.row_rings import pack_map
-from traceml.database.snapshots import (
+from traceml.database.snapshots.rank_snapshot import (
     SNAPSHOT,
     FrameSnapshot,
     GroupSnapshot,

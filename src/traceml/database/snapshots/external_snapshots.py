@@ -16,10 +16,16 @@ from pathlib import Path
 import msgspec
 
 from traceml.clock import monotonic_ns
-from traceml.database.blocker_snapshot import blocker_of
 from traceml.database.flight.flight_header import COUNTERS_AT, MAGIC, OPEN_SLOTS_AT, open_phase, own_mapping
 from traceml.database.schema import LINE_PHASES, OPEN_SLOTS, PACKED, STEPS, Slot
-from traceml.database.snapshots import MAX_FRAMES, MAX_THREADS, FrameSnapshot, RankSnapshot, ThreadSnapshot
+from traceml.database.snapshots.blocker_snapshot import blocker_of
+from traceml.database.snapshots.rank_snapshot import (
+    MAX_FRAMES,
+    MAX_THREADS,
+    FrameSnapshot,
+    RankSnapshot,
+    ThreadSnapshot,
+)
 from traceml.inspection.kernel_state import (
     UsageRates,
     is_job_suspended,
