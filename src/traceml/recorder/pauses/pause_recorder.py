@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Pause, Phase, Slot
+from traceml.database.schema import STEPS, Pause, Phase, Slot
 from traceml.inspection.user_files import display_path
 from traceml.privacy import secrets_only
 from traceml.recorder.pauses.collection_watch import LONG_NS, Collection, CollectionWatch
@@ -28,6 +29,8 @@ _SHORT_SHARE = 0.02  # short collections that take less of the time are not repo
 _MIN_NS = 10**8
 _CHECKPOINT = int(Phase.CHECKPOINT)
 _MAX_FILES = 1000
+_MAX_ROWS = 2048
+_STEP, _T_END, _TOTAL = map(STEPS.names.index, ("step", "t_end_ns", "total_ns"))
 
 
 class PauseRecorder:
@@ -46,7 +49,9 @@ class PauseRecorder:
         saves: SaveLog | None = None,
     ) -> None:
         self._slots, self._ring, self._name_id = flight.open_slots, flight.ring("pauses"), flight.names.id_of
+        self._steps = flight.ring("steps")
         self._compilations = CompilationReader()
+        self._compiled: list[tuple[Compilation, int]] = []  # with their ends, while their steps have not ended
         self._saves = saves
         if saves is not None:
             saves.caller = lambda frame: user_line(frame, is_user)
@@ -68,8 +73,9 @@ class PauseRecorder:
         for save in self._saves.take() if self._saves is not None else ():
             self._append_save(save)
 
-        for compiled in self._compilations.take():
-            self._append_compilation(compiled, now, step)
+        begun_ns = time.time_ns() - now  # of the monotonic clock
+        self._compiled += [(each, 1000 * each.end_us - begun_ns) for each in self._compilations.take()]
+        self._compiled = [each for each in self._compiled if not self._append_compilation(*each, step, last=last)]
 
         self._take_short(now, step)
         self._turn = now, step
@@ -116,14 +122,35 @@ class PauseRecorder:
         cause, later = int(Pause.SAVE), int(not save.is_written)
         self._ring.append(save.t_end_ns, save.step, cause, _CHECKPOINT, save.ns, 1, later, 1, size, line, file)
 
-    def _append_compilation(self, each: Compilation, now: int, step: int) -> None:
-        """Append a compilation; the step in which it began is open while it runs."""
-        ended_ns = now - max(time.time_ns() - 1000 * each.end_us, 0)
-        before_ns, before = self._turn
-        step = before if ended_ns - each.ns <= before_ns else step
+    def _append_compilation(self, each: Compilation, ended_ns: int, step: int, *, last: bool) -> bool:
+        """Append a compilation; return False, and do nothing, where the step that it was in has not ended.
+
+        Only rows tell that step: where no loader is read, a step is known to begin only by what follows.
+        """
+        middle_ns = ended_ns - each.ns // 2
+        before, after = self._rows_around(middle_ns)
+        if after is None and step >= 0 and not last:
+            return False
+
+        if after is not None and after[_T_END] - after[_TOTAL] <= middle_ns:
+            step = after[_STEP]
+        elif after is not None and (before is not None or not after[_STEP]):
+            step = -1  # between steps
+        elif middle_ns <= self._turn[0]:
+            step = self._turn[1]
+
         place = self._id(each.place) if each.place else -1
         guard = self._id(secrets_only().mask_value("guard", each.guard)) if each.guard else -1
         self._ring.append(ended_ns, step, int(Pause.COMPILATION), -1, each.ns, 1, each.detail, 0, -1, place, guard)
+        return True
+
+    def _rows_around(self, at_ns: int) -> list[tuple[int, ...] | None]:
+        """Return the row of the last step that had ended at some time, and that of the next one, of the newest rows."""
+        ring = self._steps
+        taken = ring.take(max(ring.appended - _MAX_ROWS, 0), _MAX_ROWS)
+        rows = list(STEPS.struct.iter_unpack(taken.data))
+        number = bisect_left(rows, at_ns, key=lambda row: row[_T_END])
+        return [rows[each] if 0 <= each < len(rows) else None for each in (number - 1, number)]
 
     def _id(self, text: str) -> int:
         known = self._name_id(text)
