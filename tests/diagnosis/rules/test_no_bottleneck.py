@@ -180,6 +180,22 @@ def test_own_code_in_forward_is_named_in_healthy_runs(other_ms, library, samples
     assert ("80 % of forward is in train.py:8 watch" in found.summary) == named
 
 
+def test_own_code_of_less_than_a_millisecond_is_not_to_be_made_cheaper() -> None:
+    """In phases that short the samples do not tell waiting from computing, as in a LightningModule that logs."""
+    times = {"watched_ns": 25_000_000, "cpu_ns": 100_000}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 8, "Model.training_step", None, 80, **times),
+        *(SampledLine(0, part, "/me/train.py", 22, "main", ENGINE, 60) for part in ("backward", "optimizer", "other")),
+    ]
+    own = {"forward": 0.9, "backward": 0.6, "optimizer": 0.6, "other": 0.6}
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is Kind.HEALTHY
+    assert "own_code" not in found.evidence
+    assert "cheaper" not in found.next
+
+
 @pytest.mark.parametrize(
     ("model", "says", "never"),
     [

@@ -127,3 +127,16 @@ def test_a_late_rank_that_hides_another_says_why_it_gains_less():
 
     assert late.speedup_if_fixed < 0.9 / (1 - late.cost_share)
     assert late.summary.endswith("steps would be 1.66x faster, not more, as other differences between ranks remain.")
+
+
+@pytest.mark.parametrize(("samples", "ms", "is_told"), [(30, 6.0, False), (200, 6.0, True), (30, 12.0, True)])
+def test_a_small_cost_without_a_place_is_told_if_enough_samples_looked_for_it(samples, ms, is_told):
+    """A trainer of a library takes 10-16 % of short steps itself: its user has no line to look at."""
+    places = [
+        SampledLine(0, "other", f"/me/{at}.py", 5, "act", "/lib/trainer.py:9 call", samples // 10) for at in range(10)
+    ]
+    rest = SampledLine(0, "backward", "/me/train.py", 8, "main", "/lib/torch/autograd/graph.py:9 run", 6 * samples)
+    facts = JobFacts(lines=(*places, rest))
+    findings = diagnose(window_of(NOISY, adds("other", ms)), facts)
+
+    assert (Kind.RESIDUAL_HEAVY in [each.kind for each in findings]) is is_told

@@ -22,6 +22,7 @@ from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
 from traceml.formatting import line_text, percent_text
 
 __all__ = [
+    "MIN_SHARE_SAMPLES",
     "NAMED_SHARE",
     "BlamedLine",
     "SampledShare",

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
+    MIN_SHARE_SAMPLES,
     BlamedLine,
     blamed_line,
     clearing_share,
@@ -34,8 +35,8 @@ __all__ = ["checkpoints", "input_bound", "residual", "transfers"]
 
 ITERATOR_SHARE = 0.5
 """Code outside the phases is waiting for an iterator if this share of its samples is."""
-CROWDED_SHARE = 0.20
-"""The share from which code outside the phases is reported when the ranks have too few cores."""
+UNSURE_SHARE = 0.20
+"""Code outside the phases is reported from this share on with too few cores, or too few samples to know where it is."""
 RARE_FACTOR = 1.1
 """Rare long steps are not counted if a part costs more than this factor with them."""
 _TURNS_RATIO, _LITTLE, _MOST_STEPS = 1.5, 0.25, 0.7
@@ -246,16 +247,16 @@ def _cost_of_code(
         cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update_share >= MIN_UNCOUNTED else cost
 
     crowded = part in UNNAMED_CODE and facts.oversubscribed
-    exceeds = cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE)
+    exceeds = cost is not None and cost.exceeds(UNSURE_SHARE if crowded else WARNING_SHARE)
     return cost.reported() if cost is not None and exceeds else None
 
 
 def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -> list[Finding]:
-    """Return the finding about a cost, and what has most of it; none if it may be waiting for a core."""
+    """Return the finding about a cost, and what has most of it; none if that may be a core it waits for."""
     line, library = cost.line(facts), cost.library(facts)
     two = cost.leading_lines(facts) if line is None and library is None else ()
     is_known = cost.part not in UNNAMED_CODE or line or library or two
-    if not is_known and facts.is_core_wait(cost.saved_ns / cost.step_ns):
+    if not is_known and (facts.is_core_wait(cost.saved_ns / cost.step_ns) or _is_unsure(cost, facts)):
         return []
 
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
@@ -269,6 +270,12 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -
     text += advice.in_same_steps() if cost.in_turns else ""
     turns = {"in_turns": True} if cost.in_turns else {}
     return [cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)]
+
+
+def _is_unsure(cost: _PhaseCost, facts: JobFacts) -> bool:
+    """Return whether it costs little, and was seen too seldom to know where: each loop has some code of its own."""
+    seen = sum(each.samples for each in facts.lines if each.part == cost.part)
+    return bool(facts.lines) and seen < MIN_SHARE_SAMPLES and not cost.exceeds(UNSURE_SHARE)
 
 
 def _own_update(segments: Segments, facts: JobFacts) -> tuple[float, JobFacts]:

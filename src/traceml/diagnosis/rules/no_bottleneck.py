@@ -13,7 +13,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
 from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_time_text
@@ -71,7 +71,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
 
     pause = _pauses(segments, facts, step)
     evidence |= pause.evidence
-    heavy = None if short else _heavy_code(facts, shares)
+    heavy = None if short else _heavy_code(facts, shares, step)
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     own = _own_code(facts, heavy, shares, device=segments.device)
     evidence |= _evidence_of_code(heavy, own, shares)
@@ -246,7 +246,7 @@ def _compute_bound(
 ) -> Finding:
     heaviest = max((part for part in COMPUTE if part in shares), key=lambda part: shares[part])
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
-    heavy = _heavy_code(facts, shares)
+    heavy = _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, shares, device=segments.device)
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     line = _evidence_of_code(heavy if is_named else None, own, shares)
@@ -291,8 +291,9 @@ def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
     return f"; {line.share_text} of backward is in {line.place}"
 
 
-def _heavy_code(facts: JobFacts, shares: dict[str, float]) -> tuple[str, BlamedLine] | None:
+def _heavy_code(facts: JobFacts, shares: dict[str, float], step: float) -> tuple[str, BlamedLine] | None:
     """Return (phase, line) of the script's own code in forward or backward that takes much of the step."""
+    least = least_cost_ns(step, HEAVY_CODE_SHARE) / step
     sampled = _sampled(shares)
     lines = {part: own_line(facts.lines, part, share) for part, share in sampled.items()}
     found = [
@@ -300,7 +301,7 @@ def _heavy_code(facts: JobFacts, shares: dict[str, float]) -> tuple[str, BlamedL
         for part, line in lines.items()
         if line is not None
         and main_library(facts.lines, part, line) is None  # else it calls the model, or backward()
-        and line.share * sampled[part] >= HEAVY_CODE_SHARE
+        and line.share * sampled[part] >= least
     ]
     return max(found, key=lambda each: each[1].share * sampled[each[0]], default=None)
 
