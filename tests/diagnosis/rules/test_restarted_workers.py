@@ -54,6 +54,25 @@ def test_workers_that_start_in_each_epoch_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
 
 
+@pytest.mark.parametrize(("method", "gain"), [("fork", 1.87), ("spawn", 1.42)])
+def test_memory_that_is_copied_after_a_fork_goes_with_the_restart(method, gain):
+    """The first step of an epoch writes to pages that the new workers share, and computes 100 ms longer."""
+
+    def copies(own, random) -> None:
+        waits(200)(own, random)
+        own["backward"][:, ::EPOCH] += 60
+        own["optimizer"][:, ::EPOCH] += 40
+
+    rows = np.zeros(ALONE.steps // EPOCH, EPOCHS.dtype)
+    rows["step"] = np.arange(len(rows)) * EPOCH
+    rows["ns"], rows["create_ns"] = 200.3 * MS, 150 * MS
+    loader = LoaderFacts(num_workers=2, persistent_workers=False, start_method=method)
+
+    (found,) = restarts(diagnose(window_of(ALONE, copies), JobFacts(loader=loader, epochs=rows)))
+
+    assert found.speedup_if_fixed == pytest.approx(gain, rel=0.05)
+
+
 @pytest.mark.parametrize(("workers", "words"), [(1, "The worker of the data loader is"), (2, "The 2 workers of the")])
 def test_one_worker_is_one(workers, words):
     """With the number of workers that the loader has."""

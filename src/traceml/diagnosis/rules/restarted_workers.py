@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, percent_text, plural
@@ -23,7 +23,7 @@ EACH_STEP_SHARE = 0.5
 """A script makes an iterator in each step if this share of its steps wait for the first batch of one."""
 _MIN_STARTS = 10
 _ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
-_PART = "input_wait"
+_PART, _FORK = "input_wait", "fork"
 
 
 def begins_each_step(epochs: NDArray[np.void]) -> bool:
@@ -77,13 +77,33 @@ def workers_restarted(
     if len(columns) < 2:
         return [], {}
 
-    kept = segments.parts[_PART].copy()
-    kept[:, columns] = np.maximum(kept[:, columns] - restart_ns, 0)
-    saved = saved_ns(segments, {_PART: kept})
+    kept = {_PART: segments.parts[_PART].copy()}
+    kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
+    if (facts.loader or LoaderFacts()).start_method in (None, _FORK):
+        copied_ns = _copied_ns(segments, columns)
+        restart_ns = restart_ns + sum(float(each.mean()) for each in copied_ns.values())
+        for part, excess in copied_ns.items():
+            kept[part] = segments.parts[part].copy()
+            kept[part][:, columns] = np.maximum(kept[part][:, columns] - excess, 0)
+
+    saved = saved_ns(segments, kept)
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    return [_finding(segments, restart_ns, saved, step_ns, facts, keeping)], {_PART: kept}
+    return [_finding(segments, restart_ns, saved, step_ns, facts, keeping)], kept
+
+
+def _copied_ns(segments: Segments, columns: NDArray[np.intp]) -> dict[str, Floats]:
+    """Return by how much computation takes longer than usual in these steps, by rank: memory that it shares is copied.
+
+    After a fork, a page of weights, gradients or an optimizer's state is copied when it is written for the first time.
+    """
+    parts = {part: segments.parts[part] for part in COMPUTE if part in segments.parts}
+    excess = {
+        part: np.median(values[:, columns], axis=1, keepdims=True) - np.median(values, axis=1, keepdims=True)
+        for part, values in parts.items()
+    }
+    return {part: np.maximum(each, 0) for part, each in excess.items()}
 
 
 def _restarts(window: AlignedSteps, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
