@@ -287,11 +287,11 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     """
     cause = cause_of(error)
     facts = {} if cause is None else _described(cause)
-    if not isinstance(error, SystemExit) or error.code is None:
+    if not isinstance(error, SystemExit):
         return facts
 
-    if isinstance(error.code, int):
-        return facts or (_place_left(error) if status_of(error) else {})
+    if error.code is None or isinstance(error.code, int):
+        return facts or _place_left(error)
 
     text = secrets_only().mask_text(_text_of(error)[:_MESSAGE_CHARS])
     if not facts:

@@ -32,6 +32,16 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     assert "drop_last" in finding.next
 
 
+def test_the_line_that_ended_the_script_is_told() -> None:
+    """`sys.exit(0)` on one rank alone: its data may have ended there, or not."""
+    left = replace(LEFT, file="train.py", line=10, function="check")
+    (finding,) = rank_lost(JobFacts(exits=(CUT, left), world_size=2))
+
+    assert finding.summary.startswith("Rank 1's script ended at train.py:10 check after 41 steps while rank 0 still")
+    assert finding.evidence["line"] == 10
+    assert "why rank 1 comes to train.py:10 check" in finding.next
+
+
 def test_a_process_that_left_by_os_exit_is_no_script_that_ended() -> None:
     """More batches do not help: it skipped the rest of its script."""
     (finding,) = rank_lost(JobFacts(exits=(CUT, replace(LEFT, skipped_exit=True)), world_size=2))

@@ -75,6 +75,9 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
                 apart_since_step=None if diverged is None else diverged.since,
                 followed=sorted(each.rank for each in causes),
                 exception=failed.exception,
+                file=first.file,
+                line=first.line,
+                function=first.function,
             ),
             cost_share=1.0,
         )
@@ -84,6 +87,9 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
 def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -> str:
     if first.skipped_exit:
         return explicit_exit()
+
+    if first.place:
+        return f"Look at why rank {first.rank} comes to {first.place}, which ends it alone. {even_batches()}"
 
     return even_batches() if failed.in_step and diverged is None else same_collectives()
 
@@ -97,7 +103,10 @@ def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankE
     whose = f"{ranks_text(ranks)}'s {one}" if len(ranks) == 1 else f"the {more} of {ranks_text(ranks)}"
     counts = {each.steps for each in gone}
     after = f" after {plural(counts.pop(), 'step')}" if len(counts) == 1 else ""
+    ended = f" at {gone[0].place}" if gone[0].place else ""
     others = ranks_text(sorted(each.rank for each in causes))
     at = f" at {failed.place}" if failed.place else ""
     needed = "still trained" if failed.in_step else f"still needed {'it' if len(ranks) == 1 else 'them'}"
-    return f"{capitalized(whose)} ended{code}{after} while {others} {needed}, which failed{at}{step_text(failed)}."
+    return (
+        f"{capitalized(whose)} ended{code}{ended}{after} while {others} {needed}, which failed{at}{step_text(failed)}."
+    )
