@@ -252,7 +252,7 @@ def _cost_of_code(
 
 
 def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -> list[Finding]:
-    """Return the finding about a cost, and what has most of it; none if that may be a core it waits for."""
+    """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known."""
     line, library = cost.line(facts), cost.library(facts)
     two = cost.leading_lines(facts) if line is None and library is None else ()
     is_known = cost.part not in UNNAMED_CODE or line or library or two
