@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,16 +166,23 @@ def test_runs_dir_on_a_network_filesystem(tmp_path, monkeypatch):
     assert "local disk" in check.hint
 
 
-def test_port_taken_by_a_stranger():
+@pytest.fixture
+def stranger(monkeypatch) -> Iterator[tuple[str, int]]:
+    """The address of a server that never says a word; so it is waited for a short time only."""
+    monkeypatch.setattr(local_checks, "_ANSWER_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()
+
+
+def test_port_taken_by_a_stranger(stranger):
     """A foreign server on the port is broken, as `serve` could not start there."""
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        check = local_checks._aggregator(load(port=stranger.getsockname()[1]))
+    check = local_checks._aggregator(load(port=stranger[1]))
 
     assert check.state == "broken"
     assert "TRACEML_PORT" in check.hint
 
 
-def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch):
+def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch, stranger):
     """Jobs of this folder start their own beside it; one that serves this folder is found on any port."""
     (tmp_path / "runtime").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
@@ -186,9 +194,9 @@ def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch):
     assert check.state == "note"
     assert f"serves another runs folder, {tmp_path / 'other'}" in check.text
     assert "--port 0" in check.hint
-    with socket.create_server(("127.0.0.1", 0)) as stranger, FolderLock.take(tmp_path / "runs") as lock:
-        lock.publish(AggregatorAddress(*stranger.getsockname()))
-        assert str(stranger.getsockname()[1]) in local_checks._aggregator(config).text
+    with FolderLock.take(tmp_path / "runs") as lock:
+        lock.publish(AggregatorAddress(*stranger))
+        assert str(stranger[1]) in local_checks._aggregator(config).text
 
 
 @pytest.mark.parametrize(
