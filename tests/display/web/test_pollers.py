@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Hashable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from traceml.display.web import pollers
+from traceml.display.web import pages, pollers
+from traceml.display.web.pages import Pages
 from traceml.display.web.pollers import PollerRegistry
 
 
@@ -93,6 +97,23 @@ def test_nobody_looking_ends_the_thread_and_the_next_one_reads_anew(feeds, sourc
         await until(lambda: 1 in seen)
         feeds.unsubscribe("a", seen.append)
         await until(sources["a"][-1].closed.is_set)
+
+    asyncio.run(look())
+
+
+def test_a_page_waits_for_its_first_state(feeds, sources, monkeypatch, tmp_path: Path) -> None:
+    """So that it is there at the first paint."""
+    monkeypatch.setattr(pages, "_FIRST_S", 60.0)
+    monkeypatch.setattr(pollers, "_LINGER_S", 0.0)
+    shown: list[int] = []
+    leave: list[Callable[[], None]] = []
+    client: Any = SimpleNamespace(on_delete=leave.append)
+
+    async def look() -> None:
+        await Pages(tmp_path)._follow(client, feeds, "a", shown.append)
+        assert shown
+        leave[0]()
+        await until(sources["a"][0].closed.is_set)
 
     asyncio.run(look())
 
