@@ -171,6 +171,7 @@ def waited_for_a_core_s() -> float:
     return int(path.read_text().split()[1]) / 1e9 if path.exists() else 0.0
 
 
+@pytest.mark.long
 def test_long_blocks_have_their_share(flight: FlightFile) -> None:
     """Blocks of 30 ms that hold the lock are seen as often as they run, also if a sleep is among them."""
     ran = collections.Counter[str]()

@@ -108,6 +108,7 @@ def _consistent(found: dict[str, Any]) -> None:
     assert found["total"] == sum(found[state] for state in STATES), found
 
 
+@pytest.mark.long
 def test_counts_hold_at_every_moment() -> None:
     """Under load the states add up to the total, ended counts never fall, and no worker is listed twice."""
     rt = Runtime(threads=2, io_threads=1)
