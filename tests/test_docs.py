@@ -101,6 +101,18 @@ def test_every_kind_is_explained() -> None:
     assert [kind.value for kind in Kind if f"`{kind.value}`" not in verdicts] == []
 
 
+def test_the_module_of_every_kind_is_in_the_table() -> None:
+    """Each row of the table of rules names the modules that raise its kinds, and every kind has a row."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    rows = re.findall(r"^\| (.*) \| (\[`\w+/?\w+\.py`\].*diagnosis/.*) \|$", text, re.MULTILINE)
+    raised = {}
+    for kinds, modules in rows:
+        sources = "".join((ROOT / "docs" / path).read_text() for path in re.findall(r"\]\((\.\./src/[^)]*)\)", modules))
+        raised |= {kind: f"Kind.{kind}" in sources for kind in re.findall(r"`([A-Z0-9_]+)`", kinds)}
+
+    assert raised == dict.fromkeys((kind.value for kind in Kind), True)
+
+
 def test_every_benchmark_is_reported() -> None:
     """`make bench` runs every benchmark, and its page tells of each."""
     from benchmarks.run import BENCHMARKS
