@@ -13,9 +13,8 @@ from traceml.diagnosis.kinds import Kind
 
 
 def rows() -> list[list[str]]:
-    page = (ROOT / "docs" / "verdicts.md").read_text()
-    section = page.partition("## Advice that is followed\n")[2].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    page = (ROOT / "docs" / "advice.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
