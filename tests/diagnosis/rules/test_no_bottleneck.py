@@ -180,6 +180,25 @@ def test_own_code_in_forward_is_named_in_healthy_runs(other_ms, library, samples
     assert ("80 % of forward is in train.py:8 watch" in found.summary) == named
 
 
+@pytest.mark.parametrize(("samples", "named"), [(25, True), (4, False)])
+@pytest.mark.parametrize(("other_ms", "kind"), [(0.3, Kind.COMPUTE_BOUND), (1.7, Kind.HEALTHY)])
+def test_a_hook_with_a_small_part_of_forward_is_named(samples, named, other_ms, kind) -> None:
+    """Beside the line that calls the model, from a tenth of the step on; it may be the model's own code: no advice."""
+    own = {"input_wait": other_ms, "forward": 8.0, "backward": 8.0, "optimizer": 1.0, "other": 0.3}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 14, "main", LINEAR, 50),
+        SampledLine(0, "forward", "/me/train.py", 6, "watch", None, samples),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 75),
+    ]
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is kind
+    assert ("33 % of" in found.summary and "in train.py:6 watch" in found.summary) == named
+    assert (found.evidence.get("line") == 6) == named
+    assert "watch" not in found.next
+
+
 def test_own_code_of_less_than_a_millisecond_is_not_to_be_made_cheaper() -> None:
     """In phases that short the samples do not tell waiting from computing, as in a LightningModule that logs."""
     times = {"watched_ns": 25_000_000, "cpu_ns": 100_000}

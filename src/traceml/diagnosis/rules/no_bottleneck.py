@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, main_library
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, leading_lines, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
@@ -72,8 +72,9 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     pause = _pauses(segments, facts, step)
     evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares, step)
-    where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     own = _own_code(facts, heavy, shares, device=segments.device)
+    heavy = heavy or (None if short else _beside_the_model(facts, shares, step))
+    where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= _evidence_of_code(heavy, own, shares)
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     cheaper = own.advice if own else _when_healthy(shares, facts)
@@ -249,7 +250,8 @@ def _compute_bound(
     heavy = _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, shares, device=segments.device)
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
-    line = _evidence_of_code(heavy if is_named else None, own, shares)
+    beside = _beside_the_model(facts, shares, step)
+    line = _evidence_of_code(heavy if is_named else beside, own, shares)
     pause, after = _pauses(segments, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=segments.device)
     return Finding.of(
@@ -259,7 +261,7 @@ def _compute_bound(
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, "
             f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
-            f"{_heaviest_code(facts, shares.get('forward', 0.0))}"
+            f"{_heaviest_code(facts, shares.get('forward', 0.0), beside)}"
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
             f"{pause.text}{uncovered_time_text(facts)}"
         ),
@@ -269,8 +271,21 @@ def _compute_bound(
     )
 
 
-def _heaviest_code(facts: JobFacts, forward_share: float) -> str:
-    """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules."""
+def _beside_the_model(facts: JobFacts, shares: dict[str, float], step: float) -> tuple[str, BlamedLine] | None:
+    """Return (forward, line) of code in it, as a hook, that takes less of it than the line that calls the model."""
+    share = shares.get("forward", 0.0)
+    two = leading_lines(facts.lines, "forward", share)
+    own = [line for line in two if main_library(facts.lines, "forward", line) is None]
+    is_beside = len(own) == 1 and own[0] is not two[0] and own[0].share * share >= least_cost_ns(step) / step
+    return ("forward", own[0]) if is_beside else None
+
+
+def _heaviest_code(facts: JobFacts, forward_share: float, beside: tuple[str, BlamedLine] | None) -> str:
+    """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules.
+
+    Args:
+        beside: of `_beside_the_model`.
+    """
     line = blamed_line(facts.lines, "forward", forward_share)
     if line is None:
         return ""
@@ -279,7 +294,8 @@ def _heaviest_code(facts: JobFacts, forward_share: float) -> str:
     if calls_trainer(facts.lines, line):
         return f"; most of forward is in {called}" if called else ""
 
-    return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "")
+    also = f", and {beside[1].share_text} of it in {beside[1].place}" if beside else ""
+    return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "") + also
 
 
 def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
