@@ -532,38 +532,58 @@ def _for_growing_messages(facts: JobFacts) -> str:
 
 
 def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: JobFacts) -> str:
-    line, part = where.line, where.parts[0] if len(where.parts) == 1 else None
+    part = where.parts[0] if len(where.parts) == 1 else None
+    known = _for_shape(change.shape, part, where, facts)
+    if known is not None:
+        return known
+
+    meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if _may_read_ahead(part, facts) else ""
+    if where.line is not None:
+        return f"Look at what {where.line.place} does only then.{meanwhile}"
+
+    return _for_part(part, where, f" of {ranks_text(ranks)}" if ranks else "", meanwhile)
+
+
+def _for_shape(shape: str, part: str | None, where: _Where, facts: JobFacts) -> str | None:
+    """Return the advice on what makes a part slower in this way; None where nothing is known of it."""
     denormals = flush_denormals(facts)
-    if part == "optimizer" and change.shape in ("growth", "stays") and denormals:
+    if part == "optimizer" and shape in ("growth", "stays") and denormals:
         return (
             f"{denormals} If that changes nothing, look at what else changes in {phases_text(where.parts, None)} then."
         )
 
-    if part == "input_wait" and change.shape == "first":
-        what = "the data set" if line is None else line.place
+    if part == "input_wait" and shape == "first":
+        what = "the data set" if where.line is None else where.line.place
         return (
             f"If {what} fills a cache then, or the files are in memory afterwards, a longer run has a smaller share of "
             "it, and loader workers (num_workers) would fetch samples while the model computes. Otherwise look at what "
             "it does only then."
         )
 
-    if part == "backward" and change.shape == "growth":
+    if shape != "growth":
+        return None
+
+    if part == "backward":
         return (
             "Look for what links the graph to that of the steps before: a state that is not detached "
             "(detach_()), a loss that is added up with its graph, retain_graph=True. Otherwise at growing batches."
         )
 
-    if line is not None and change.shape == "growth":
-        return f"Look at {line.place} for what it keeps, repeats or sends: a list, a history or a graph that grows."
+    if where.line is not None:
+        return (
+            f"Look at {where.line.place} for what it keeps, repeats or sends: a list, a history or a graph that grows."
+        )
 
-    meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if _may_read_ahead(part, facts) else ""
-    if line is not None:
-        return f"Look at what {line.place} does only then.{meanwhile}"
+    return _for_growing_messages(facts) if _COMM in where.parts else None
 
-    if _COMM in where.parts and change.shape == "growth":
-        return _for_growing_messages(facts)
 
-    of_ranks = f" of {ranks_text(ranks)}" if ranks else ""
+def _for_part(part: str | None, where: _Where, of_ranks: str, meanwhile: str) -> str:
+    """Return the advice where no line is known.
+
+    Args:
+        of_ranks: ` of ranks 1 and 2`, if only some became slower.
+        meanwhile: a sentence about reading ahead, or nothing.
+    """
     of_host = f"other programs on the host{of_ranks}, clocks lowered by heat or power, and swapping at that time."
     if not where.parts and not where.mostly:  # also where cores were taken
         return (
