@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,7 @@ _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()
 _STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"}
 _NOT_RUN = "this machine lacks: "
+_NUMBERS = count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -249,6 +252,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.line(_NOT_RUN + ", ".join(part.name for part in lacking))
     remedies = [install_command(lacking), *(part.remedy for part in lacking)]
     terminalreporter.line(f"to run them: {'; '.join(filter(None, remedies))}")
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder. pytest's own fixture looks at the folders of all earlier tests to find the next number."""
+    name = re.sub(r"\W", "_", request.node.name)[:26]
+    return tmp_path_factory.mktemp(f"{name}_{next(_NUMBERS)}", numbered=False)
 
 
 @pytest.fixture
