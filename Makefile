@@ -38,7 +38,7 @@ check: $(VENV)/.test $(VENV)/.lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint unit
 
 unit: $(VENV)/.test
-	$(PYTEST) -q -n $$(nproc) $(SHARE) -m "not process and not long" $(ARGS)
+	$(PYTEST) -q -n $$(( $$(nproc) + 1 )) $(SHARE) -m "not process and not long" $(ARGS)
 
 # Everything, after the system packages that the tests need (tests/system.py).
 test: system $(VENV)/.test
