@@ -26,6 +26,8 @@ __all__ = ["GrowthWatch"]
 
 INTERVAL_NS = 5 * 10**8
 """Time between two readings of memory at first; while it does not grow enough, it doubles again and again."""
+_EARLY_NS = 10**8
+"""A reading may come so much earlier: turns are half a second apart, and the one just before would be left out."""
 BETWEEN_NS = 2 * 10**9
 """Time between two readings of the containers, at least; they are at least 10 steps apart, too."""
 MIN_GROWN_BYTES = 16 << 20
@@ -89,14 +91,14 @@ class GrowthWatch:
 
         used_bytes = self._read_bytes()
         if self._first is not None:
-            self._due_ns = now + INTERVAL_NS
+            self._due_ns = now + INTERVAL_NS - _EARLY_NS
             if self._is_later(now, step, used_bytes, self._first):
                 self._compare(now, step, self._first)
 
             return
 
         self._take(used_bytes)
-        self._due_ns = now + self._interval_ns
+        self._due_ns = now + self._interval_ns - _EARLY_NS
         if _grows(self._readings):
             began = time.thread_time_ns()
             containers = self._read_containers()
