@@ -32,7 +32,7 @@ STEADY = 0.97
 """Share of pairs of samples that rise with time, from which on growth is steady; of stairs, those that do not fall."""
 MIN_RISES = 0.45
 """Share of the parts of the run that must rise: growth in each epoch makes stairs, and a few stairs are not a leak."""
-MIN_S = 4.0
+MIN_S = 3.0
 """Samples must cover at least this many seconds, and `MIN_STEPS` steps or `LONG_S` seconds."""
 MIN_STEPS, LONG_S = 60, 30.0  # LBFGS fills its history of 100 updates within 50 steps
 _PARTS = 24
