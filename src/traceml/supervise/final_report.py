@@ -58,12 +58,12 @@ def print_final_report(
         quiet: print no card, only what went wrong.
         file: target; standard output belongs to the script.
     """
-    told = cast("TextIO", _Lossy(file))
+    target = cast("TextIO", _Lossy(file))
     with fail_open(_log, "supervise", "the verdict cannot be shown"):  # for lack of memory, for example
-        _print_report(run_dir, program, report, told, finished=finished, quiet=quiet)
+        _print_report(run_dir, program, report, target, finished=finished, quiet=quiet)
 
     if not finished and run_dir.is_dir():
-        told.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
+        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
 
 
 def _print_report(

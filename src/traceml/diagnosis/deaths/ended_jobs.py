@@ -173,8 +173,8 @@ def _limit_s(cause: str, last: RankExit, facts: JobFacts) -> float | None:
     if cause != "time_limit":
         return None
 
-    told = None if facts.ended_by is None else facts.ended_by.limit_s
-    return told or last.limit_s or facts.job_limit_s
+    reported_s = None if facts.ended_by is None else facts.ended_by.limit_s
+    return reported_s or last.limit_s or facts.job_limit_s
 
 
 def _how(ended: RankExit) -> str:

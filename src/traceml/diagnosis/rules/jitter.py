@@ -43,8 +43,8 @@ MIN_EVENTS = 3
 """Fewer long steps are single events."""
 IN_A_ROW_SHARE = 0.7
 """If so many long steps directly follow another one, they are a stretch, as the first calls of L-BFGS."""
-TOLD_SHARE = 0.8
-"""Some long steps have this share of what all of them cost: then these are told alone."""
+DESCRIBED_SHARE = 0.8
+"""If some long steps have this share of what all of them cost, the sentence describes these alone."""
 LIGHT_SHARE = 0.1
 """Steps with less than this share of the excess of those that have half of it are noise between these."""
 LINE_SHARE = 0.6
@@ -157,7 +157,7 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
     share, gain = cost / step_ns, speedup(step_ns, cost)
     long, usual_ns = segments.as_measured(events.columns, events.usual_ns)
-    long = _told(long, usual_ns)
+    long = _described_steps(long, usual_ns)
     how_long, them = _how_long(long, len(segments.step))
     line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
@@ -186,10 +186,10 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
     )
 
 
-def _told(long: Floats, usual_ns: float) -> Floats:
-    """Return the long steps that are told: the mean of a pause of seconds and of shorter steps is no time of any."""
+def _described_steps(long: Floats, usual_ns: float) -> Floats:
+    """Return the long steps that the sentence describes: no step is as long as the mean of a pause and short ones."""
     heavy = heavy_ones(long - usual_ns)
-    return long[heavy] if (long - usual_ns)[heavy].sum() >= TOLD_SHARE * (long - usual_ns).sum() else long
+    return long[heavy] if (long - usual_ns)[heavy].sum() >= DESCRIBED_SHARE * (long - usual_ns).sum() else long
 
 
 def heavy_ones(excess: Floats) -> NDArray[np.bool_]:

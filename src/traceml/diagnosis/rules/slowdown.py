@@ -311,7 +311,7 @@ def _is_crowded(change: LevelChange, beside: Sequence[SideChange]) -> bool:
 
 
 def _may_be_cores(change: LevelChange, facts: JobFacts) -> bool:
-    """Return whether a core that is had for a small share of the time only, now more and now less, may be the cause.
+    """Return whether the cause may be that the ranks had a core for a small and varying share of the time.
 
     Other code enters the kernel most often, and so loses its core there.
     """
