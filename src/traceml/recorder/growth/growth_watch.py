@@ -86,19 +86,19 @@ class GrowthWatch:
             self._statm.close()
             return
 
-        if now < self._due_ns or step < _MIN_STEPS or self._comparisons >= MAX_COMPARISONS:
+        if now + _EARLY_NS < self._due_ns or step < _MIN_STEPS or self._comparisons >= MAX_COMPARISONS:
             return
 
         used_bytes = self._read_bytes()
         if self._first is not None:
-            self._due_ns = now + INTERVAL_NS - _EARLY_NS
+            self._due_ns = now + INTERVAL_NS
             if self._is_later(now, step, used_bytes, self._first):
                 self._compare(now, step, self._first)
 
             return
 
         self._take(used_bytes)
-        self._due_ns = now + self._interval_ns - _EARLY_NS
+        self._due_ns = now + self._interval_ns
         if _grows(self._readings):
             began = time.thread_time_ns()
             containers = self._read_containers()
