@@ -204,18 +204,8 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
-        nonlocal \
-            rows, \
-            seg_start, \
-            step_call, \
-            backwards, \
-            batches, \
-            batch, \
-            first_loader, \
-            closes_at, \
-            samples, \
-            elements, \
-            marked
+        nonlocal rows, seg_start, step_call, backwards, batches, batch
+        nonlocal first_loader, closes_at, samples, elements, marked
         if dirty or open_user_phases or backwards > batches > 0:
             commit_slow(t)
             return

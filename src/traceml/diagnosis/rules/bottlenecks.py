@@ -242,13 +242,15 @@ def _cost_of_code(
     """Return the cost of a part that is the script's own code; None if it is too small to be reported."""
     # A named phase explains its rare long steps; those of unnamed code are jitter.
     cost = _cost(segments, part, step_ns, rare_share=0.05 if part in UNNAMED_CODE else 0)
-    if cost is not None and part == "other":
+    if cost is None:
+        return None
+
+    if part == "other":
         cost = _without_torch(cost, segments, facts)
         cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update_share >= MIN_UNCOUNTED else cost
 
     crowded = part in UNNAMED_CODE and facts.oversubscribed
-    exceeds = cost is not None and cost.exceeds(UNSURE_SHARE if crowded else WARNING_SHARE)
-    return cost.reported() if cost is not None and exceeds else None
+    return cost.reported() if cost.exceeds(UNSURE_SHARE if crowded else WARNING_SHARE) else None
 
 
 def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -> list[Finding]:
