@@ -64,6 +64,10 @@ def test_a_limit_of_processes_is_named(command, capsys):
     assert cli.main(["probe"]) == cli.EXIT_ERROR
     assert "pids.max" in capsys.readouterr().err
 
+    command(raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    assert cli.main(["probe"]) == cli.EXIT_ERROR
+    assert "pids.max" not in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("word", "meant"),
