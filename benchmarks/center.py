@@ -139,7 +139,7 @@ class HostGenerator(Generator):
         ranks = tuple(range(PER_HOST * member.rank, PER_HOST * (member.rank + 1)))
         choice = HostChoice(host="", typical=ranks[0], ordinary=ranks, sent=ranks[:1])
         frame = encode({
-            "t": "second", "number": number, "rows": list(self.packed(member, first)),
+            "t": "update", "number": number, "rows": list(self.packed(member, first)),
             "choice": choice.to_row() if number == 1 else None, "above": WorkAbove(first, ABOVE).to_row(), "ends": [],
         })  # fmt: skip
         member.sent = number

@@ -39,9 +39,9 @@ from tests.diagnosis.merged_hosts.clusters import (
     told,
     tree_verdict,
 )
+from tests.diagnosis.merged_hosts.update_bytes import UpdatePacker, unpacked
 
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.ruleset import diagnose
 
 OWN_MS = {"input_wait": 2.0, "forward": 25.0, "backward": 55.0, "optimizer": 10.0, "other": 2.0}
@@ -125,16 +125,16 @@ def measure(level: str, ranks: int, seconds: int) -> Figures:
     begins = seconds // 2 * STEPS_PER_SECOND
     job = Job(ranks=ranks, steps=seconds * STEPS_PER_SECOND, own=OWN_MS, comm=4.0, sigma=0.08)
     rows = rows_of(job, slow_from(begins, late, 60.0) if late else unchanged)
-    mergers = [HostMerger(cluster.host_of(first), ranks) for first in range(0, ranks, cluster.per_host)]
-    central, figures = CentralMerger(ranks), Figures(level, len(mergers), seconds)
+    hosts = [Host(cluster, first) for first in range(0, ranks, cluster.per_host)]
+    central, figures = CentralMerger(ranks), Figures(level, len(hosts), seconds)
     facts, asked = facts_of(cluster, ()), frozenset[int]()
     for second in range(seconds):
         at = slice(second * STEPS_PER_SECOND, (second + 1) * STEPS_PER_SECOND)
         packed = [each[at].tobytes() for each in rows]
         began = time.process_time()
-        messages = [flushed(merger, number * cluster.per_host, packed, asked) for number, merger in enumerate(mergers)]
+        messages = [host.message(packed, asked) for host in hosts]
         merged = time.process_time()
-        central.take([HostSecond.decoded(message) for message in messages])
+        central.take(unpacked(each, central.choice_of(host.name)) for host, each in zip(hosts, messages, strict=True))
         window, known = central.snapshot(STEPS_COMPARED)
         findings = diagnose(window, msgspec.structs.replace(facts, latest=known.latest))
         asked = central.wanted(findings)
@@ -152,12 +152,27 @@ def measure(level: str, ranks: int, seconds: int) -> Figures:
     return figures
 
 
-def flushed(merger: HostMerger, first: int, packed: list[bytes], asked: frozenset[int]) -> bytes:
-    for rank in range(first, min(first + 8, len(packed))):
-        merger.add(rank, packed[rank])
+class Host:
+    """The aggregator of a host without its connections and store.
 
-    second = merger.flush(asked)
-    return b"" if second is None else second.encoded()
+    Args:
+        cluster: the cluster.
+        first: its first rank.
+    """
+
+    def __init__(self, cluster: Cluster, first: int) -> None:
+        self.name = cluster.host_of(first)
+        self._ranks = range(first, min(first + cluster.per_host, cluster.ranks))
+        self._merger, self._packer = HostMerger(self.name, cluster.ranks), UpdatePacker()
+
+    def message(self, packed: list[bytes], asked: frozenset[int]) -> bytes:
+        """Return the message about a second of new rows, by rank."""
+        for rank in self._ranks:
+            self._merger.add(rank, packed[rank])
+
+        update = self._merger.flush(asked)
+        assert update is not None, "a host with steps has an update"
+        return self._packer.packed(update)
 
 
 def unchanged(_own: dict[str, Any], _random: np.random.Generator) -> None:

@@ -214,7 +214,7 @@ class Aggregator:
         kind = message["t"]
         if peer.hello is not None and peer.hello.role == "relay" and kind != "bye":
             self._hosts.take(peer, message)
-            self._schedule(_HOSTS_TICK_S if kind == "second" else TICK_S)
+            self._schedule(_HOSTS_TICK_S if kind == "update" else TICK_S)
         elif kind == "command" and peer.context is None:
             self._start(self._commands.run(peer, message))
         elif kind == "reply" and peer.context is not None:

@@ -417,13 +417,13 @@ def test_how_far_a_run_is_sent_is_kept_in_its_folder(dial, tmp_path):
     upstream = Upstream(f"127.0.0.1:{center.port}", run.parent, TOKEN)
 
     def is_kept() -> bool:
-        upstream.turn([run])
+        upstream.poll([run])
         return bool(json.loads((run / RELAY_NAME).read_text())["safe"] == 40)
 
     eventually(is_kept)
     upstream.close()
     assert json.loads((run / RELAY_NAME).read_text()) == {"address": upstream.address, "sent": False, "safe": 40}
-    Upstream("127.0.0.1:9", run.parent, TOKEN).turn([run])
+    Upstream("127.0.0.1:9", run.parent, TOKEN).poll([run])
     assert json.loads((run / RELAY_NAME).read_text())["safe"] == 0
 
 
@@ -432,13 +432,13 @@ def test_an_error_of_one_run_is_counted_and_the_others_are_sent(tmp_path, monkey
     runs = [host_run(tmp_path / "runs" / name, 1) for name in ("first", "second")]
     tried: list[str] = []
 
-    def turn(relay: RunRelay) -> None:
+    def poll(relay: RunRelay) -> None:
         tried.append(relay.path.name)
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr(RunRelay, "turn", turn)
+    monkeypatch.setattr(RunRelay, "poll", poll)
     before = failures().get("aggregator", 0)
-    Upstream("127.0.0.1:9", tmp_path / "runs", TOKEN).turn(runs)
+    Upstream("127.0.0.1:9", tmp_path / "runs", TOKEN).poll(runs)
 
     assert tried == ["first", "second"]
     assert failures()["aggregator"] == before + 2

@@ -54,9 +54,9 @@ def join(link: Connection, *ranks: int) -> None:
         assert answer(link, "joined")["id"] == rank
 
 
-def second(number: int, rows: list[list[Any]], choice: HostChoice | None = CHOICE, **more: Any) -> dict[str, Any]:
+def update(number: int, rows: list[list[Any]], choice: HostChoice | None = CHOICE, **more: Any) -> dict[str, Any]:
     told = None if choice is None else choice.to_row()
-    return {"t": "second", "number": number, "rows": rows, "choice": told, "ends": [], **more}
+    return {"t": "update", "number": number, "rows": rows, "choice": told, "ends": [], **more}
 
 
 def steps(rank: int, start: int, count: int) -> list[Any]:
@@ -68,14 +68,14 @@ def test_messages_are_confirmed_when_they_are_stored(serving):
     center = serving()
     link = relay_to(center)
     join(link, 0, 1)
-    link.send(second(1, [steps(0, 0, 10)]))
+    link.send(update(1, [steps(0, 0, 10)]))
     assert answer(link, "stored")["number"] == 1
 
     again = relay_to(center)
     again.send({"t": "rank", "id": 7, "hello": hello_of(0)})
 
     assert answer(again, "joined")["acked"]["steps"] == 10
-    again.send(second(1, [[7, *steps(0, 5, 10)[1:]]]))
+    again.send(update(1, [[7, *steps(0, 5, 10)[1:]]]))
     assert answer(again, "stored")["number"] == 1
     with center.store() as store:
         assert store.rows("steps")["step"].tolist() == [*range(15)]
@@ -130,7 +130,7 @@ def center(registry):  # noqa: F811
 def test_a_confirmation_is_for_the_messages_of_some_seconds(center):
     """A host sends each second: an answer to each of a thousand hosts would be a tenth of the center's work."""
     for number in (1, 2, 3):
-        center.take(second(number, [steps(0, 10 * number, 10)]))
+        center.take(update(number, [steps(0, 10 * number, 10)]))
         center.commit()
         center.now_s += 1
 
@@ -142,12 +142,12 @@ def test_a_confirmation_is_for_the_messages_of_some_seconds(center):
     assert center.confirmed == [1, 3]
 
 
-@pytest.mark.parametrize("ask", [{"t": "confirm"}, second(3, [], ends=[[0, "finished", {}]])])
+@pytest.mark.parametrize("ask", [{"t": "confirm"}, update(3, [], ends=[[0, "finished", {}]])])
 def test_a_host_that_waits_is_answered_when_all_is_stored(center, ask):
     """At the end of its ranks, or of itself: not before its last rows are on the disk."""
-    center.take(second(1, [steps(0, 0, 10)]))
+    center.take(update(1, [steps(0, 0, 10)]))
     center.commit()
-    center.take(second(2, [steps(0, 10, 10)]))
+    center.take(update(2, [steps(0, 10, 10)]))
     center.take(ask)
     center.hosts.confirm(center.run)
     assert center.confirmed == [1]
@@ -159,7 +159,7 @@ def test_a_host_that_waits_is_answered_when_all_is_stored(center, ask):
 def test_the_last_message_of_a_host_is_confirmed_though_no_other_comes(center):
     """Also where it was stored long before it is time to say so."""
     for number in range(1, 3):
-        center.take(second(number, [steps(0, 10 * number, 10)]))
+        center.take(update(number, [steps(0, 10 * number, 10)]))
         center.commit()
 
     assert center.confirmed == [1]
@@ -173,7 +173,7 @@ def test_relayed_ranks_are_not_acknowledged_one_by_one(center, monkeypatch):
     written: list[bytes] = []
     monkeypatch.setattr(RelayedRank, "write", lambda _, frames: written.append(frames))
 
-    center.take(second(1, [steps(0, 0, 10)]))
+    center.take(update(1, [steps(0, 0, 10)]))
     center.commit()
 
     assert center.confirmed == [1]
@@ -185,7 +185,7 @@ def test_rows_of_many_hosts_become_frames_together(center, monkeypatch):
     monkeypatch.setattr(relayed_hosts, "MANY_HOSTS", 1)
     center.take({"t": "rank", "id": 1, "hello": hello_of(1)})
     for number in range(1, 5):  # the first message does not wait
-        center.take(second(number, [steps(1, 10 * number - 10, 10)]))
+        center.take(update(number, [steps(1, 10 * number - 10, 10)]))
         center.commit()
 
     assert center.confirmed == [1]  # the rows are on disk, though not as frames
@@ -197,7 +197,7 @@ def test_rows_of_many_hosts_become_frames_together(center, monkeypatch):
 def test_all_is_confirmed_where_the_run_ends(center):
     """Its hosts would wait for it, and report that their rows are perhaps not stored."""
     for number in (1, 2):
-        center.take(second(number, [steps(0, 10 * number, 10)]))
+        center.take(update(number, [steps(0, 10 * number, 10)]))
         center.commit()
 
     center.hosts.confirm(center.run, at_once=True)
@@ -209,13 +209,13 @@ def test_rows_are_stored_in_the_form_in_which_they_come(center):
     """They are compressed once, on their host. Rows that are sent again, or in two parts of one commit, are not."""
     data = step_rows(0, 40)
     codec, packed = encode(STEPS, data)
-    center.take(second(1, [[0, "steps", 0, 40, int(codec), packed]]))
+    center.take(update(1, [[0, "steps", 0, 40, int(codec), packed]]))
     center.run.commit(force=True)
     again = encode(STEPS, step_rows(30, 20))
-    center.take(second(2, [[0, "steps", 30, 20, int(again[0]), again[1]], steps(0, 50, 10)]))
+    center.take(update(2, [[0, "steps", 30, 20, int(again[0]), again[1]], steps(0, 50, 10)]))
     center.run.commit(force=True)
     rows = np.zeros(2, PROCESS.dtype)
-    center.take(second(3, [[0, "process", 0, 2, 0, rows.tobytes()]]))
+    center.take(update(3, [[0, "process", 0, 2, 0, rows.tobytes()]]))
     center.run.commit(force=True)
 
     with StoreReader(center.run.store.path) as store:
@@ -236,7 +236,7 @@ def test_rows_of_ranks_that_are_not_sent_are_no_loss(serving):
     link = relay_to(center)
     join(link, 0)
 
-    link.send(second(1, [steps(0, 0, 10), steps(0, 40, 10), [0, "info", 3, 1, 0, b"\x80"]]))
+    link.send(update(1, [steps(0, 0, 10), steps(0, 40, 10), [0, "info", 3, 1, 0, b"\x80"]]))
 
     answer(link, "stored")
     with center.store() as store:
@@ -250,12 +250,12 @@ def test_a_rank_that_was_lost_with_its_host_goes_on(serving):
     center = serving()
     link = relay_to(center)
     join(link, 0, 1)
-    link.send(second(1, [steps(0, 0, 10)], ends=[[1, "lost", {}]]))
+    link.send(update(1, [steps(0, 0, 10)], ends=[[1, "lost", {}]]))
     answer(link, "stored")
 
     link.send({"t": "rank", "id": 1, "hello": hello_of(1)})
     answer(link, "joined")
-    link.send(second(2, [], ends=[[0, "finished", {}], [1, "failed", {"code": 3}]]))
+    link.send(update(2, [], ends=[[0, "finished", {}], [1, "failed", {"code": 3}]]))
 
     eventually(lambda: center.state() == "failed")
     with center.store() as store:
@@ -271,19 +271,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"t": "rank"}, "a relayed rank has no id and hello"),
     ({"t": "rank", "id": 1, "hello": {}}, "the hello lacks 'role'"),
     ({"t": "rank", "id": 1, "hello": {**hello_of(0), "rank": 9}}, "rank 9 of 2 is not possible"),
-    ({"t": "second", "number": 1}, "has no rows and number"),
-    (second(1, [[5, *steps(0, 0, 1)[1:]]]), "relayed rows cannot be read"),
-    (second(1, [[0, "nothing", 0, 1, 0, b""]]), "relayed rows cannot be read"),
-    (second(1, [[0, "steps", 0, 1, 4, b"no zstd"]]), "relayed rows cannot be read"),
-    (second(1, [[0, "steps", 0, 2, 0, step_rows(0, 1)]]), "2 rows of 'steps' are"),
-    (second(1, [7]), "relayed rows cannot be read"),
-    ({**second(1, []), "choice": [1]}, "the choice of a host cannot be read"),
-    (second(1, [], HostChoice(host="h", typical=2, ordinary=(2,), sent=(2,))), "ranks beyond the 2 of its run"),
-    (second(1, [], above=[-1, b""]), "the own work beyond the typical rank's cannot be read"),
-    (second(1, [], sums=[[0], {"steps": "?"}, {}, []]), "the sums of a host cannot be read"),
-    (second(1, [], sums=[[2], {}, {}, []]), "of other ranks than the 2 of its run"),
-    (second(1, [], ends=[[0, "vanished", {}]]), "the end of a relayed rank cannot be read"),
-    (second(1, [], ends=[3]), "the end of a relayed rank cannot be read"),
+    ({"t": "update", "number": 1}, "has no rows and number"),
+    (update(1, [[5, *steps(0, 0, 1)[1:]]]), "relayed rows cannot be read"),
+    (update(1, [[0, "nothing", 0, 1, 0, b""]]), "relayed rows cannot be read"),
+    (update(1, [[0, "steps", 0, 1, 4, b"no zstd"]]), "relayed rows cannot be read"),
+    (update(1, [[0, "steps", 0, 2, 0, step_rows(0, 1)]]), "2 rows of 'steps' are"),
+    (update(1, [7]), "relayed rows cannot be read"),
+    ({**update(1, []), "choice": [1]}, "the choice of a host cannot be read"),
+    (update(1, [], HostChoice(host="h", typical=2, ordinary=(2,), sent=(2,))), "ranks beyond the 2 of its run"),
+    (update(1, [], above=[-1, b""]), "the own work beyond the typical rank's cannot be read"),
+    (update(1, [], sums=[[0], {"steps": "?"}, {}, []]), "the sums of a host cannot be read"),
+    (update(1, [], sums=[[2], {}, {}, []]), "of other ranks than the 2 of its run"),
+    (update(1, [], ends=[[0, "vanished", {}]]), "the end of a relayed rank cannot be read"),
+    (update(1, [], ends=[3]), "the end of a relayed rank cannot be read"),
 ]
 
 
@@ -310,7 +310,7 @@ def test_a_choice_is_one_event(serving):
     join(link, 0, 1)
     for number in (1, 2, 3):
         above = WorkAbove(10 * number, packed_ms(np.full(10, 2e6, np.float32))).to_row()
-        link.send(second(number, [steps(0, 10 * number, 10)], CHOICE if number < 3 else None, above=above))
+        link.send(update(number, [steps(0, 10 * number, 10)], CHOICE if number < 3 else None, above=above))
         link.send({"t": "confirm"})
         assert answer(link, "stored")["number"] == number
 

@@ -150,7 +150,7 @@ RecorderThread._run = late
 
 
 def test_a_rank_whose_recorder_never_ran_is_told_with_its_line(script: Callable[[str], Script]) -> None:
-    """C code takes the GIL before the recorder's thread has come to its first turn."""
+    """C code takes the GIL before the recorder's thread has come to its first cycle."""
     rank = script(
         f"""
 import ctypes, threading, traceml

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from traceml.database.schema import STEPS
-from traceml.database.store.summaries import TableSums
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
-from traceml.diagnosis.merged_hosts.host_second import HostSecond
+from traceml.diagnosis.merged_hosts.host_merger import HostUpdate
 from traceml.diagnosis.merged_hosts.row_requests import RowRequests
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.representatives import HostChoice
@@ -20,20 +19,18 @@ _SLOTS = 128
 
 
 class CentralMerger:
-    """Takes the messages of hosts, and returns the input of the rules.
+    """Takes the updates of hosts, and returns the input of the rules.
 
     Args:
         world_size: ranks of the job.
 
     Attributes:
         intake: rows of the ranks that hosts have chosen, and facts of all ranks.
-        sums: sums of the steps of all ranks.
     """
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(_SLOTS, world_size)
         self.intake.facts.world_size = world_size
-        self.sums = TableSums.empty(STEPS)
         self._requests = RowRequests()
 
     @property
@@ -41,13 +38,16 @@ class CentralMerger:
         """Number of ranks whose rows are taken now."""
         return sum(len(choice.sent) for choice in self.intake.kept.representatives.choices)
 
-    def take(self, seconds: Sequence[HostSecond]) -> None:
-        """Take the messages of many hosts, at most one of each."""
-        for second in seconds:
-            self._take(second)
+    def take(self, updates: Iterable[HostUpdate]) -> None:
+        """Take the updates of many hosts, at most one of each."""
+        for update in updates:
+            self._take(update)
 
         self.intake.flush()
-        self.sums = self.sums.join(*(second.sums for second in seconds))
+
+    def choice_of(self, host: str) -> HostChoice | None:
+        """Return the last choice of a host; None before there is one."""
+        return self.intake.kept.representatives.choice_of(host)
 
     def wanted(self, findings: Sequence[Finding]) -> frozenset[int]:
         """Return the ranks whose full rows are wanted; see `RowRequests`."""
@@ -61,20 +61,20 @@ class CentralMerger:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
         return self.intake.snapshot(last)
 
-    def _take(self, second: HostSecond) -> None:
-        kept, choice = self.intake.kept, second.choice
+    def _take(self, update: HostUpdate) -> None:
+        kept, choice = self.intake.kept, update.choice
         before = kept.representatives.choice_of(choice.host)
         if kept.representatives.take(choice):
             self._name_host(choice, before)
 
-        kept.representatives.add(choice.host, second.above)
-        for rank in second.begins:
+        kept.representatives.add(choice.host, update.above)
+        for rank in set(choice.sent).difference(() if before is None else before.sent):
             kept.clear(rank)
 
-        for rank, data in second.rows.items():
+        for rank, data in update.rows.items():
             self.intake.add(STEPS.name, rank, data)
 
-        for rank in second.ended:
+        for rank in choice.ended:
             kept.end(rank)
 
     def _name_host(self, choice: HostChoice, before: HostChoice | None) -> None:

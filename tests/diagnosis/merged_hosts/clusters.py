@@ -1,10 +1,11 @@
-"""Fabricated clusters with a fault at one level, diagnosed from all rows and from the messages of hosts.
+"""Fabricated clusters with a fault at one level, diagnosed from all rows and from the updates of hosts.
 
 `benchmarks/tree.py` uses it with more ranks and more faults.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from tests.diagnosis.merged_hosts.central_merger import CentralMerger
+from tests.diagnosis.merged_hosts.update_bytes import UpdatePacker, unpacked
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.merged_hosts.host_second import HostSecond
+from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger, HostUpdate
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps
 
@@ -101,11 +102,13 @@ def flat_verdict(run: FaultyRun) -> Finding:
 
 
 def tree_verdict(run: FaultyRun) -> Finding:
-    """Return the last confirmed verdict from the messages of hosts, each of which has passed as bytes."""
+    """Return the last confirmed verdict from the updates of hosts, each of which has passed as bytes."""
     central, asked = CentralMerger(run.cluster.ranks), set[int]()
+    packers = defaultdict[str, UpdatePacker](UpdatePacker)
     verdict = None
-    for seconds in messages(run, asked):
-        central.take([HostSecond.decoded(data) for data in seconds])
+    for second in updates(run, asked):
+        packed = {each.choice.host: packers[each.choice.host].packed(each) for each in second}
+        central.take(unpacked(data, central.choice_of(host)) for host, data in packed.items())
         findings = central_findings(central, run.cluster)
         verdict = findings[0] if central.is_confirmed(findings) else verdict
         asked.clear()
@@ -121,8 +124,8 @@ def central_findings(central: CentralMerger, cluster: Cluster) -> list[Finding]:
     return diagnose(window, facts_of(cluster, facts.latest))
 
 
-def messages(run: FaultyRun, asked: Collection[int] = ()) -> Iterator[list[bytes]]:
-    """Yield the messages of all hosts, second by second.
+def updates(run: FaultyRun, asked: Collection[int] = ()) -> Iterator[list[HostUpdate]]:
+    """Yield the updates of all hosts, second by second.
 
     Args:
         run: the run.
@@ -136,7 +139,7 @@ def messages(run: FaultyRun, asked: Collection[int] = ()) -> Iterator[list[bytes
             mergers[cluster.host_of(rank)].add(rank, rows[first : first + STEPS_PER_SECOND].tobytes())
 
         flushed = [merger.flush(asked) for merger in mergers.values()]
-        yield [second.encoded() for second in flushed if second is not None]
+        yield [update for update in flushed if update is not None]
 
 
 def facts_of(cluster: Cluster, latest: Sequence[int]) -> JobFacts:

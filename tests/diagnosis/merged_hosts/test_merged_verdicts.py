@@ -14,14 +14,12 @@ from tests.diagnosis.merged_hosts.clusters import (
     central_findings,
     flat_verdict,
     is_at_limit,
-    messages,
     told,
     tree_verdict,
+    updates,
 )
 from traceml.database.schema import STEPS
-from traceml.database.store.summaries import StepSums, sum_rows
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.merged_hosts.host_second import HostSecond
 
 CLUSTER = Cluster(ranks=32, per_host=4)
 
@@ -45,34 +43,18 @@ def test_merged_hosts_give_the_verdict_of_all_rows(seed):
     assert tree.cost_share == pytest.approx(flat.cost_share, rel=0.1, abs=0.03)
 
 
-def test_sums_of_all_ranks_are_exact():
-    """Hosts send few rows, and the sums and the histogram of step times of all."""
-    run = fabricated()
-    central = CentralMerger(CLUSTER.ranks)
-    for second in messages(run):
-        central.take([HostSecond.decoded(data) for data in second])
-
-    every = np.concatenate(run.rows)
-    exact = sum_rows("steps", every)[0].widened(central.sums.width)
-    assert central.sums.bins.tolist() == exact.bins.tolist()
-    assert central.sums.levels.tolist() == exact.levels.tolist()
-    (median,) = StepSums.of({"steps": central.sums}).quantiles_ns([0.5])
-    assert median == pytest.approx(float(np.median(every["total_ns"])), rel=0.0075)
-
-
 def test_of_a_quiet_host_one_rank_is_sent():
     """And in each second its new rows alone."""
     run = fabricated()
-    *_, last = messages(run)
-    sent = [HostSecond.decoded(data) for data in last]
+    *_, before, sent = updates(run)
 
-    assert sum(len(second.rows) for second in sent) <= 2 * len(sent)
-    steady = [second for second in sent if second.typical not in second.begins]
+    assert sum(len(update.rows) for update in sent) <= 2 * len(sent)
+    steady = [new for new, old in zip(sent, before, strict=True) if new.choice.typical in old.rows]
     assert len(steady) >= len(sent) // 2
-    for second in steady:
-        rows = np.frombuffer(second.rows[second.typical], STEPS.dtype)
+    for update in steady:
+        rows = np.frombuffer(update.rows[update.choice.typical], STEPS.dtype)
         assert rows["step"].tolist() == list(range(60, 70))
-        assert rows.tobytes() == run.rows[second.typical][60:].tobytes()
+        assert rows.tobytes() == run.rows[update.choice.typical][60:].tobytes()
 
 
 def test_a_rank_that_differs_is_sent_with_its_earlier_rows():
@@ -83,13 +65,12 @@ def test_a_rank_that_differs_is_sent_with_its_earlier_rows():
         own["forward"][5, 60:100] += 20
 
     run = fabricated(slow_for_a_while, steps=steps)
-    of_host = [[HostSecond.decoded(each) for each in second][1] for second in messages(run)]
+    of_host = [second[1] for second in updates(run)]
 
-    first = next(second for second in of_host[5:] if 5 in second.rows)
-    assert 5 in first.begins
+    first = next(update for update in of_host[5:] if 5 in update.rows)
     assert len(first.rows[5]) == STEPS_COMPARED * STEPS.row_bytes
-    assert 5 not in first.ordinary
-    assert 5 in of_host[-1].ordinary
+    assert 5 not in first.choice.ordinary
+    assert 5 in of_host[-1].choice.ordinary
 
 
 def merger_of(job: Job) -> HostMerger:
@@ -110,8 +91,9 @@ def test_ranks_can_be_asked_for():
     more = merger.flush(asked=(0, 1, 2, 3, 99))
     assert more is not None
     assert sorted(more.rows) == [0, 1, 2, 3]
-    assert set(more.begins) == {0, 1, 2, 3}.difference(chosen.rows)
-    assert all(len(more.rows[rank]) == STEPS_COMPARED * STEPS.row_bytes for rank in more.begins)
+    begin = {0, 1, 2, 3}.difference(chosen.rows)
+    assert begin
+    assert all(len(more.rows[rank]) == STEPS_COMPARED * STEPS.row_bytes for rank in begin)
 
 
 def test_ranks_do_not_differ_by_their_first_steps():
@@ -119,8 +101,8 @@ def test_ranks_do_not_differ_by_their_first_steps():
     sent = merger_of(Job(ranks=2, steps=2)).flush()
 
     assert sent is not None
-    assert sent.ordinary == (0, 1)
-    assert sent.typical in sent.rows
+    assert sent.choice.ordinary == (0, 1)
+    assert sent.choice.typical in sent.rows
 
 
 @pytest.mark.parametrize("level", ["none", "host"])
@@ -128,9 +110,8 @@ def test_a_host_that_falls_silent_is_counted(level):
     """Its agent is gone: the verdict is about the others, and says so."""
     run = fabricated(*([adds("forward", 15, tuple(range(8, 12)))] if level == "host" else []), steps=180)
     central = CentralMerger(CLUSTER.ranks)
-    for number, second in enumerate(messages(run)):
-        sent = [HostSecond.decoded(data) for data in second]
-        central.take([each for each in sent if number < 8 or each.host != "gpu-0000"])
+    for number, second in enumerate(updates(run)):
+        central.take(each for each in second if number < 8 or each.choice.host != "gpu-0000")
 
     verdict = central_findings(central, CLUSTER)[0]
 
@@ -168,16 +149,3 @@ def test_ranks_that_come_and_go_are_no_stragglers(seed):
         flushed = [merger.flush() for merger in mergers.values()]
         central.take([each for each in flushed if each is not None])
         assert not central_findings(central, CLUSTER)[0].kind.rule.is_straggler
-
-
-@pytest.mark.parametrize("cut", [0, 1, 7, -1, -20])
-def test_damaged_messages_are_refused(cut):
-    """The error says so; nothing of the message is taken."""
-    run = fabricated(steps=30)
-    data = next(iter(messages(run)))[0]
-
-    with pytest.raises(ValueError, match="the message of a host cannot be read"):
-        HostSecond.decoded(data[:cut])
-
-    with pytest.raises(ValueError, match="cannot be read"):
-        HostSecond.decoded(b"\x93\x01\x02\x03")

@@ -109,8 +109,8 @@ class RelayedHosts:
         kind = message["t"]
         if kind == "rank":
             self._join(host, message)
-        elif kind == "second":
-            self._second(host, message)
+        elif kind == "update":
+            self._update(host, message)
         elif kind == "confirm":
             host.is_waiting = host.confirmed < host.taken
         else:
@@ -186,7 +186,7 @@ class RelayedHosts:
         interval_s = run.sample_interval_s
         host.peer.send({"t": "joined", "id": number, "acked": dict(stream.next), "sample_interval_s": interval_s})
 
-    def _second(self, host: _RelayedHost, message: dict[str, Any]) -> None:
+    def _update(self, host: _RelayedHost, message: dict[str, Any]) -> None:
         rows, number, run = message.get("rows"), message.get("number"), host.run
         if not isinstance(rows, list) or not isinstance(number, int):
             raise ProtocolError("the message of a host has no rows and number")

@@ -21,8 +21,7 @@ from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, STEPS, 
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.database.store.summaries import SAMPLE_TABLES
-from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
-from traceml.diagnosis.merged_hosts.host_second import HostSecond
+from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger, HostUpdate
 from traceml.diagnosis.merged_hosts.host_sums import HostSums
 from traceml.diagnosis.steps.representatives import HostChoice
 from traceml.formatting import left_text
@@ -86,7 +85,7 @@ class RunRelay:
     def __repr__(self) -> str:
         return f"<relay of {self.path.name}>"
 
-    def turn(self) -> None:
+    def poll(self) -> None:
         """Send what is new, connecting first where there is no connection. Call it once a second.
 
         Raises:
@@ -95,15 +94,15 @@ class RunRelay:
             StoreError: the run's store cannot be read.
         """
         try:
-            self._turn(self._connected())
+            self._exchange(self._connected())
         except BaseException:
             self.disconnect()
             raise
 
     def finish(self, timeout_s: float) -> None:
-        """Send what is new, and wait until it is stored there; see `turn`."""
+        """Send what is new, and wait until it is stored there; see `poll`."""
         deadline_s = time.monotonic() + timeout_s
-        self.turn()
+        self.poll()
         if not self.is_stored and self._link is not None:
             self._link.send({"t": "confirm"})
 
@@ -147,7 +146,7 @@ class RunRelay:
         self._merger = HostMerger(self._host_id, world_size, self._sent_rows)
         self._choice: HostChoice | None = None
 
-    def _turn(self, link: Connection) -> None:
+    def _exchange(self, link: Connection) -> None:
         assert self._reader is not None
         self._take(link.receive())
         run = self._reader.meta().get("run", {})  # before the rows: all of a run that has ended are there
@@ -284,10 +283,10 @@ class RunRelay:
 
     def _send(self, link: Connection, whole: list[Frame], ends: list[list[Any]], sums: list[Any] | None = None) -> None:
         """Send one message, if there is anything to say."""
-        second = self._merger.flush(self._asked)
-        frames = [*whole, *self._chosen(second)]
-        choice = None if second is None or second.choice.is_same(self._choice) else second.choice
-        above = None if second is None or not len(second.above) else second.above.to_row()
+        update = self._merger.flush(self._asked)
+        frames = [*whole, *self._chosen(update)]
+        choice = None if update is None or update.choice.is_same(self._choice) else update.choice
+        above = None if update is None or not len(update.above) else update.above.to_row()
         if choice is None and above is None and not frames and not ends:
             return
 
@@ -295,20 +294,20 @@ class RunRelay:
         self._choice = choice or self._choice
         self._marks.append((self._number, self._cursor))
         link.send({
-            "t": "second", "number": self._number, "rows": list(_packed(frames)),
+            "t": "update", "number": self._number, "rows": list(_packed(frames)),
             "choice": None if choice is None else choice.to_row(), "above": above, "ends": ends,
             "sums": sums,
         })  # fmt: skip
 
-    def _chosen(self, second: HostSecond | None) -> list[Frame]:
+    def _chosen(self, update: HostUpdate | None) -> list[Frame]:
         """Return the held rows of the chosen ranks; keep the newest ones of the others, for when they are chosen."""
         chosen: list[Frame] = []
         are_samples_due = time.monotonic() >= self._samples_due_s
-        if are_samples_due:  # half a turn early: turns are about a second apart
+        if are_samples_due:  # half an interval early: polls are about a second apart
             self._samples_due_s = time.monotonic() + self._sample_interval_s - 0.5
 
         for stream in self._streams.values():
-            is_chosen = second is not None and stream.attempt == self._attempt and stream.rank in second.rows
+            is_chosen = update is not None and stream.attempt == self._attempt and stream.rank in update.rows
             if is_chosen:
                 waiting = frozenset() if are_samples_due or stream.is_ended else _SAMPLES
                 chosen += [frame for table, frames in stream.held.items() if table not in waiting for frame in frames]

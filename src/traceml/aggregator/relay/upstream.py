@@ -69,11 +69,11 @@ class Upstream:
             ended: waits for some seconds, and returns whether this is the end.
         """
         while not ended(_EVERY_S):
-            self.turn(open_runs())
+            self.poll(open_runs())
 
         self.close()
 
-    def turn(self, open_runs: Iterable[Path]) -> None:
+    def poll(self, open_runs: Iterable[Path]) -> None:
         """Send what is new of all runs. Call it once a second."""
         for path in open_runs:
             if path not in self._relays:
@@ -82,7 +82,7 @@ class Upstream:
         for path, relay in list(self._relays.items()):
             if not (path / STORE_NAME).is_file():
                 self._forget(path)
-            elif self._retries[path].is_due and self._tried(path, relay.turn) and relay.is_done:
+            elif self._retries[path].is_due and self._tried(path, relay.poll) and relay.is_done:
                 self._done(path, relay)
                 del self._relays[path]
 

@@ -1,9 +1,9 @@
-"""Merging of the ranks of a host: each second, the rows of a few chosen ranks and exact sums of all."""
+"""Merging of the ranks of a host: each second, the rows of a few chosen ranks, which stand for all."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 
 import msgspec
 import numpy as np
@@ -12,28 +12,33 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import STEPS
-from traceml.database.store.summaries import TableSums, sum_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.merged_hosts.host_second import HostSecond
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
-from traceml.diagnosis.steps.representatives import WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
 from traceml.diagnosis.steps.segments import Segments, segments_of
 
-__all__ = ["STEPS_COMPARED", "HostMerger"]
+__all__ = ["STEPS_COMPARED", "HostMerger", "HostUpdate"]
 
 STEPS_COMPARED = 32
 """Newest steps by which the ranks of a host are compared, and that are sent of a rank that is chosen."""
 _SLOTS = 128
-_SUM_STEPS = 4096  # the sums of a second are one bin, rarely two
 MIN_DIFFERENCE = 0.02
 """A rank differs if the mean of its own work, or of a part, is this share of a step away from the host's median."""
 MIN_ERRORS = 2.5
 """And if it is this many standard errors away. Both are below the limits from which rules blame a rank."""
 
 
+class HostUpdate(msgspec.Struct, frozen=True, eq=False):
+    """Message of a host about the steps since its last update."""
+
+    choice: HostChoice
+    rows: Mapping[int, bytes]  # rank -> its new rows of `steps`; of a rank that was not sent before, the newest ones
+    above: WorkAbove  # own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps
+
+
 class HostMerger:
-    """Takes the step rows of a host's ranks, and makes the host's messages.
+    """Takes the step rows of a host's ranks, and makes the host's updates.
 
     Args:
         sent_rows: number of rows of each rank that were sent before; it is kept up to date.
@@ -69,8 +74,8 @@ class HostMerger:
         self._held.pop(rank, None)
         self._steps.clear(self._index.setdefault(rank, len(self._index)))
 
-    def flush(self, asked: Collection[int] = ()) -> HostSecond | None:
-        """Return the message about the rows since the last one; None if no rank has a step.
+    def flush(self, asked: Collection[int] = ()) -> HostUpdate | None:
+        """Return the update about the rows since the last one; None if no rank has a step.
 
         Args:
             asked: ranks whose rows are wanted in addition to those of the chosen ones.
@@ -85,22 +90,20 @@ class HostMerger:
         segments, choice = self._chosen(window)
         far = set(self._held).difference(choice.ordinary, choice.outliers, self._ended)
         sent = frozenset({choice.typical, *choice.outliers, *far, *(rank for rank in asked if rank in self._held)})
-        begins = sorted(sent - self._sent)
-        rows = {rank: self._rows_of(rank, new, rank in begins) for rank in sorted(sent)}
+        rows = {rank: self._rows_of(rank, new, rank not in self._sent) for rank in sorted(sent)}
         above = self._above(window, segments, choice)
         self._sent_rows.update({rank: len(data) // STEPS.row_bytes for rank, data in rows.items()})
         self._sent, self._typical = sent, choice.typical
-        return HostSecond(
+        ended = tuple(sorted(self._ended))
+        told = HostChoice(
             host=self._host,
             typical=choice.typical,
             ordinary=choice.ordinary,
-            rows=rows,
-            begins=tuple(begins),
-            ended=tuple(sorted(self._ended)),
-            ended_at=tuple(int(self._steps.latest[self._index[rank]]) for rank in sorted(self._ended)),
-            above=above,
-            sums=_sums(new.values()),
+            sent=tuple(rows),
+            ended=ended,
+            ended_at=tuple(int(self._steps.latest[self._index[rank]]) for rank in ended),
         )
+        return HostUpdate(told, rows, above)
 
     def _take(self, new: dict[int, Rows]) -> None:
         for rank, rows in new.items():
@@ -148,15 +151,6 @@ class HostMerger:
         values = np.full(int(window.steps[-1]) - first + 1, np.nan, np.float32)
         values[window.steps[fresh] - first] = above[fresh]
         return WorkAbove(first, packed_ms(values))
-
-
-def _sums(rows: Iterable[Rows]) -> TableSums:
-    parts = list(rows)
-    if not parts:
-        return TableSums.empty(STEPS)
-
-    sums = sum_rows(STEPS.name, join_rows(parts))[0]
-    return sums.widened(max(_SUM_STEPS, sums.width))
 
 
 class RankChoice(msgspec.Struct, frozen=True):
