@@ -182,16 +182,6 @@ def test_quantiles_are_those_of_all_steps() -> None:
     assert all(np.isnan(StepSums.of({}).quantiles_ns((0.5,))))
 
 
-def test_tables_are_brought_to_one_width() -> None:
-    """All tables of a rank can be laid beside each other bin by bin."""
-    sums = StepSums.of({"steps": sums_of(STEPS, random_rows(STEPS, 5_000)),
-                        "user_phases": sums_of(USER_PHASES, random_rows(USER_PHASES, 10))})  # fmt: skip
-    wide = sums.widened(sums.width * 4)
-    assert {wide.steps.width, wide.user_phases.width} == {sums.width * 4}
-    assert wide.steps.bins["total_ns"].sum() == sums.steps.bins["total_ns"].sum()
-    assert wide.count == sums.count == 5_000
-
-
 def test_steps_far_apart_fit() -> None:
     """A counter that jumps, also to a nonsensical step, widens the bins and loses nothing."""
     rows = np.zeros(3, STEPS.dtype)

@@ -230,11 +230,6 @@ class StepSums(msgspec.Struct, frozen=True, eq=False):
         return self.steps.rows
 
     @property
-    def width(self) -> int:
-        """Width in steps that all tables can be brought to."""
-        return max(each.width for each in self._tables)
-
-    @property
     def _tables(self) -> tuple[TableSums, ...]:
         return (self.steps, self.device_steps, self.user_phases, self.evals, self.epochs)
 
@@ -242,10 +237,6 @@ class StepSums(msgspec.Struct, frozen=True, eq=False):
         """Return the sums of these steps and those of others, for example of all ranks."""
         columns = zip(self._tables, *(each._tables for each in others), strict=True)
         return StepSums(*(first.join(*rest) for first, *rest in columns))
-
-    def widened(self, width: int) -> StepSums:
-        """Return the same sums in bins of one width for all tables; see `TableSums.widened`."""
-        return StepSums(*(each.widened(width) for each in self._tables))
 
     def quantiles_ns(self, shares: Sequence[float]) -> list[float]:
         """Return quantiles of the step times of the whole run, accurate to 0.75 %; NaN without steps."""
