@@ -181,16 +181,16 @@ def detector_costs(folder: Path) -> tuple[Costs, int]:
     from traceml.recorder.recorder_thread import RecorderThread
     from traceml.recorder.stop_detector import StopDetector
 
-    costs, register = Costs(), RecorderThread.every_turn
+    costs, register = Costs(), RecorderThread.every_cycle
     named: dict[Any, Callable[..., Any]] = {}
 
-    def every_turn(self: RecorderThread, function: Callable[[bool], None]) -> None:
+    def every_cycle(self: RecorderThread, function: Callable[[bool], None]) -> None:
         owner = getattr(function, "__self__", function)
         register(self, named.setdefault(function, costs.timed(type(owner).__name__, function)))
 
-    RecorderThread.every_turn = every_turn  # type: ignore[method-assign]
+    RecorderThread.every_cycle = every_cycle  # type: ignore[method-assign]
     LineSampler.sample = costs.timed("LineSampler", LineSampler.sample)  # type: ignore[method-assign]
-    StopDetector.turn = costs.timed("StopDetector", StopDetector.turn)  # type: ignore[method-assign]
+    StopDetector.poll = costs.timed("StopDetector", StopDetector.poll)  # type: ignore[method-assign]
     traceml.init(local=True, runs_dir=folder, quiet=True)
     torch.set_num_threads(1)
     net = torch.nn.Linear(64, 64)

@@ -266,7 +266,7 @@ def test_commands_reach_the_rank(serving: Serving) -> None:
 
 
 def test_a_broken_turn_does_not_end_the_thread(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged once and counted; the turns after it send as before."""
+    """It is logged once and counted; the cycles after it send as before."""
     recorder = traceml.init(port=serving.port, token=TOKEN)
     done = threading.Event()
     with caplog.at_level(logging.WARNING, "traceml"):

@@ -32,7 +32,7 @@ SLEEPER = """
 
     def run():
         while not ended.is_set():
-            detector.turn()
+            detector.poll()
             began_ns = monotonic_ns()
             ended.wait(0.1)
             detector.slept(0.1, began_ns)
@@ -100,7 +100,7 @@ def test_a_kernel_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "traceml.recorder.stop_detector.ProcFile", lambda *_: (_ for _ in ()).throw(FileNotFoundError())
     )
-    detector.turn()
+    detector.poll()
     detector.slept(0.5, monotonic_ns() - 2_500_000_000)
     detector.close()
 
@@ -125,7 +125,7 @@ def test_waiting_is_no_stop(monkeypatch: pytest.MonkeyPatch, used: tuple[int, in
     )
     readings = iter([(5, 5, 5), tuple(5 + each for each in used)])
     monkeypatch.setattr(StopDetector, "_used", lambda _: next(readings))
-    detector.turn()
+    detector.poll()
     detector.slept(0.5, monotonic_ns() - 2_500_000_000)
 
     assert rows == (["stopped startup"] if noted else [])
@@ -146,22 +146,22 @@ def test_a_suspended_machine_is_noted(
         rows.append((part, seconds, from_step, step))
 
     detector = StopDetector(slots, note)
-    detector.turn()
+    detector.poll()
     slots[Slot.STEP] = 8
     detector.slept(0.5, monotonic_ns())
-    detector.turn()
+    detector.poll()
     detector.close()
 
     assert rows == noted
 
 
 def test_a_suspension_before_the_last_turn_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that ends right after it has no further turn."""
+    """A training that ends right after it has no further cycle."""
     rows: list[str] = []
     readings = iter(seconds * 10**9 for seconds in (5, 5, 65))
     monkeypatch.setattr("traceml.recorder.stop_detector._suspended_ns", lambda: next(readings))
     detector = StopDetector({Slot.STEP_START: 0, Slot.STEP: 6}, lambda _kind, *, part, **_: rows.append(part))
-    detector.turn()
+    detector.poll()
     detector.close()
 
     assert rows == ["suspended"]

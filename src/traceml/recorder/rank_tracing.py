@@ -193,20 +193,20 @@ class RankTracing:
     def _watch_growth(self) -> None:
         with fail_open(_log, "recorder", "objects that grow in memory are not searched for"):
             contains = UserCode().contains
-            self._thread.every_turn(GrowthWatch(self._flight.open_slots, self._training_thread, contains, self._note))
+            self._thread.every_cycle(GrowthWatch(self._flight.open_slots, self._training_thread, contains, self._note))
 
     def _watch_pauses(self) -> None:
         with fail_open(_log, "recorder", "garbage collections, compilations and checkpoints are not reported"):
             saves = self.instrumentation.saves if self.instrumentation is not None else None
             self._pauses = PauseRecorder(self._flight, lambda: self.is_evaluating, UserCode().contains, saves)
-            self._thread.every_turn(self._pauses)
+            self._thread.every_cycle(self._pauses)
 
     def _watch_progress(self) -> None:
         register_stacks(self._flight.descriptor)
-        self._thread.every_turn(self._check_progress)
+        self._thread.every_cycle(self._check_progress)
         with fail_open(_log, "recorder", "deaths of loader workers are not recorded"):
             self._death_causes = DeathCauses()
-            self._thread.every_turn(self._note_lost_workers)
+            self._thread.every_cycle(self._note_lost_workers)
 
     def _note_lost_workers(self, _last: bool) -> None:
         lost = self.instrumentation.lost_workers if self.instrumentation is not None else None

@@ -214,10 +214,10 @@ class Recorder:
         """Call `function` when the recorder is about to stop, while rows can still be appended."""
         self._before_stop.append(function)
 
-    def every_turn(self, function: Callable[[bool], None]) -> None:
-        """Call `function` in each turn of the recorder's thread, with True in the last; once, however often given."""
+    def every_cycle(self, function: Callable[[bool], None]) -> None:
+        """Call `function` in each cycle of the recorder's thread, with True in the last; once, however often given."""
         if self._recording is not None:
-            self._recording.thread.every_turn(function)
+            self._recording.thread.every_cycle(function)
 
     def after(self, delay_s: float, function: Callable[[], None]) -> None:
         """Call `function` on the recorder's thread after this many seconds."""

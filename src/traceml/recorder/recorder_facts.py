@@ -41,7 +41,7 @@ class RecorderStatistics:
         reconnects: connections after the first.
         cpu_ns: CPU time of its thread, as of its last telemetry row.
         hook_ns_per_step: cost of the hooks per step.
-        errors: turns of its thread that failed.
+        errors: cycles of its thread that failed.
         samplers: counts and costs of each sampler.
         clock_offset_ns, clock_rtt_ns: the aggregator's wall clock minus this monotonic clock, and how exact that is.
     """

@@ -53,7 +53,7 @@ class WakeSignal:
             self._sleep.release()
 
     def clear(self) -> None:
-        """Let the next sleep last; for what was asked before, a turn follows."""
+        """Let the next sleep last; for what was asked before, a cycle follows."""
         self._is_set = False
         self._sleep.acquire(blocking=False)
 
@@ -66,7 +66,7 @@ class WakeSignal:
 
 
 class RecorderThread:
-    """Thread that runs samplers and the sender, in turns of microseconds; the training never waits for it.
+    """Thread that runs samplers and the sender, in cycles of microseconds; the training never waits for it.
 
     Args:
         hook_ns: returns the measured cost of the hooks per step.
@@ -82,7 +82,7 @@ class RecorderThread:
         files: FileUploader | None = None,
     ) -> None:
         self.errors = 0
-        """Turns that failed."""
+        """Cycles that failed."""
         self.cpu_ns = 0
         """CPU time of the thread so far."""
         self.scheduler = scheduler
@@ -91,7 +91,7 @@ class RecorderThread:
         """Whether it wakes often, as commands have to be answered at once."""
         self._sender, self._hook_ns, self._files = sender, hook_ns, files
         self._delayed: list[tuple[int, Callable[[], None]]] = []
-        self._every_turn: list[Callable[[bool], None]] = []
+        self._every_cycle: list[Callable[[bool], None]] = []
         self._stops: StopDetector | None = None
         self._lines: LineSampler | None = None
         self._flight, self._slots = flight, flight.open_slots
@@ -120,7 +120,7 @@ class RecorderThread:
         self.scheduler = scheduler
 
     def sample_lines(self, lines: LineSampler) -> None:
-        """Sample the line of the training thread between turns; before the start, or on the thread."""
+        """Sample the line of the training thread between cycles; before the start, or on the thread."""
         self._lines = lines
 
     def detect_stops(self, note: Callable[..., None]) -> None:
@@ -128,7 +128,7 @@ class RecorderThread:
         self._stops = StopDetector(self._slots, note)
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run `function` on the thread, in its next turn."""
+        """Run `function` on the thread, in its next cycle."""
         self._calls.append(function)
         self._wake.set()
 
@@ -136,13 +136,13 @@ class RecorderThread:
         """Run `function` on the thread after this many seconds, unless it has ended by then."""
         self._delayed.append((monotonic_ns() + int(delay_s * 1e9), function))
 
-    def every_turn(self, function: Callable[[bool], None]) -> None:
-        """Call `function` in each turn, with True in the last; a second registration changes nothing."""
-        if function not in self._every_turn:
-            self._every_turn.append(function)
+    def every_cycle(self, function: Callable[[bool], None]) -> None:
+        """Call `function` in each cycle, with True in the last; a second registration changes nothing."""
+        if function not in self._every_cycle:
+            self._every_cycle.append(function)
 
     def wake(self) -> None:
-        """Start a turn now."""
+        """Start a cycle now."""
         self._wake.set()
 
     def finish(self, reason: str, *, timeout_s: float, keep_trying: bool) -> bool:
@@ -170,14 +170,14 @@ class RecorderThread:
     def _run(self) -> None:
         while self._end is None:
             self._wake.clear()
-            self._guarded(self._turn)
+            self._guarded(self._cycle)
             if self._end is None:
                 self._pause(self._pause_s())
 
-        self._guarded(self._last_turn)
+        self._guarded(self._last_cycle)
 
     def _pause(self, pause_s: float) -> None:
-        """Sleep until the next turn, and sample lines meanwhile."""
+        """Sleep until the next cycle, and sample lines meanwhile."""
         end_s = time.monotonic() + pause_s
         while self._lines is not None and self._lines.due_s < end_s:
             if self._sleep(max(0.0, self._lines.due_s - time.monotonic())):
@@ -188,7 +188,7 @@ class RecorderThread:
         self._sleep(max(0.0, end_s - time.monotonic()))
 
     def _sleep(self, seconds: float) -> bool:
-        """Sleep until a turn is due now; return whether it is."""
+        """Sleep until a cycle is due now; return whether it is."""
         began_ns = monotonic_ns()
         is_due = self._wake.wait(seconds)
         if self._stops is not None:
@@ -203,11 +203,11 @@ class RecorderThread:
 
         self._lines = None
 
-    def _turn(self) -> None:
+    def _cycle(self) -> None:
         now = monotonic_ns()
         self._flight.beat(now)
         if self._stops is not None:
-            self._stops.turn()
+            self._stops.poll()
 
         while self._calls:
             self._calls.popleft()()
@@ -224,7 +224,7 @@ class RecorderThread:
         self._call_hooks(last=False)
         self._sender.pump()
         if self._files is not None:
-            self._files.turn()
+            self._files.poll()
 
         for table in self._kept:
             table.trim()
@@ -235,7 +235,7 @@ class RecorderThread:
                 ring.release(max(self._released[ring.name], done - ring.capacity), done)
                 self._released[ring.name] = done
 
-    def _last_turn(self) -> None:
+    def _last_cycle(self) -> None:
         if self._lines is not None:
             self._lines.close()
 
@@ -256,7 +256,7 @@ class RecorderThread:
         self.cpu_ns = time.thread_time_ns()
 
     def _call_hooks(self, *, last: bool) -> None:
-        for function in self._every_turn:
+        for function in self._every_cycle:
             with fail_open(_log, "recorder", "a hook of the recorder's thread failed", once=True):
                 function(last)
 
@@ -265,7 +265,7 @@ class RecorderThread:
 
         def advance() -> bool:
             self._sender.pump(flush=True)
-            files.turn()
+            files.poll()
             return bool(files.copying) or self._sender.connected or self._keep_trying
 
         if files.wait(advance, timeout_s=FILES_TIMEOUT_S, stuck_s=self._grace_s) == "stuck":
@@ -298,13 +298,13 @@ class RecorderThread:
             _SHORTEST_S, min(self._sender.pause_s(_ATTENTIVE_S if self.is_attentive else _WAKE_S), until_sample_s)
         )
 
-    def _guarded(self, turn: Callable[[], None]) -> None:
+    def _guarded(self, cycle: Callable[[], None]) -> None:
         level = logging.DEBUG if self.errors else logging.WARNING
         with (
-            fail_open(_log, "recorder", "a turn of the recorder's thread failed, and it continues", level=level),
+            fail_open(_log, "recorder", "a cycle of the recorder's thread failed, and it continues", level=level),
             fork_gate,
         ):
-            turn()
+            cycle()
             return
 
         self.errors += 1

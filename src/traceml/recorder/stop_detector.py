@@ -36,7 +36,7 @@ class StopDetector:
         self._step = slots[Slot.STEP]
         self._suspended_ns = _suspended_ns()
 
-    def turn(self) -> None:
+    def poll(self) -> None:
         """Record what the thread has used so far, and note a suspension; call at least once a second."""
         self._check_suspended()
         self._before = self._used()
@@ -56,7 +56,7 @@ class StopDetector:
         self._append(late_ns, "steps" if slots[Slot.STEP_START] else "startup" if slots[Slot.STEP] < 0 else "outside")
 
     def close(self) -> None:
-        """Note a suspension since the last turn, and close the open file."""
+        """Note a suspension since the last call, and close the open file."""
         self._check_suspended()
         if self._sched is not None:
             self._sched.close()

@@ -273,10 +273,10 @@ class Watched:
     That of this process does not do: what earlier tests have freed is used again, and the kernel takes pages back.
     """
 
-    def __init__(self, bytes_per_turn: int = 10 << 20) -> None:
+    def __init__(self, bytes_per_cycle: int = 10 << 20) -> None:
         self.notes: list[dict[str, Any]] = []
         self.slots = [0] * OPEN_SLOTS
-        self.at_ns, self.used_bytes, self.bytes_per_turn = 0, 1 << 30, bytes_per_turn
+        self.at_ns, self.used_bytes, self.bytes_per_cycle = 0, 1 << 30, bytes_per_cycle
         ident = threading.get_ident()
         self.watch = GrowthWatch(self.slots, lambda: ident, is_here, self.note, lambda: self.at_ns)
         self.watch._read_bytes = lambda: self.used_bytes  # type: ignore[method-assign]
@@ -284,19 +284,19 @@ class Watched:
     def note(self, kind: str, **facts: Any) -> None:
         self.notes.append({"kind": kind, **facts})
 
-    def turn(self) -> None:
+    def cycle(self) -> None:
         self.at_ns += SECOND
-        self.used_bytes += self.bytes_per_turn
+        self.used_bytes += self.bytes_per_cycle
         self.slots[Slot.STEP] += 10
         self.watch(last=False)
 
 
 def test_the_list_that_grows_with_memory_is_noted() -> None:
-    """Twelve turns later, once: its rate per step, its line, and the cost of reading."""
+    """Twelve cycles later, once: its rate per step, its line, and the cost of reading."""
     watched, kept = Watched(), []
     for _ in range(16):
         kept.extend(bytearray(1 << 10) for _ in range(10))
-        watched.turn()
+        watched.cycle()
 
     (note,) = watched.notes
     (grown,) = [each for each in note["grown"] if each["path"] == "kept"]
@@ -307,20 +307,20 @@ def test_the_list_that_grows_with_memory_is_noted() -> None:
     assert note["cost_ms"] < 1000
 
 
-@pytest.mark.parametrize("turns_per_element", [40, 100])
-def test_a_list_that_grows_in_each_epoch_is_noted(turns_per_element: int) -> None:
+@pytest.mark.parametrize("cycles_per_element", [40, 100])
+def test_a_list_that_grows_in_each_epoch_is_noted(cycles_per_element: int) -> None:
     """Memory grows by little in a minute, and not at all in most of it."""
     watched, epochs = Watched(0), [bytearray(16) for _ in range(8)]
-    for turn in range(16 * turns_per_element):
-        if turn % turns_per_element == 0:
+    for cycle in range(16 * cycles_per_element):
+        if cycle % cycles_per_element == 0:
             epochs.append(bytearray(16))
             watched.used_bytes += 8 << 20
 
-        watched.turn()
+        watched.cycle()
 
     grown = [each for note in watched.notes for each in note["grown"] if each["path"] == "epochs"]
     assert grown
-    steps_per_element = 10 * turns_per_element
+    steps_per_element = 10 * cycles_per_element
     assert 0.9 <= grown[0]["per_step"] * steps_per_element <= 2.1  # it begins at any time between two elements
 
 
@@ -336,7 +336,7 @@ def test_containers_are_not_read_while_memory_is_level() -> None:
     watched, numbers = Watched(0), []
     for number in range(40):
         numbers += [number]
-        watched.turn()
+        watched.cycle()
 
     assert watched.notes == []
 
@@ -369,7 +369,7 @@ def test_what_grows_by_copies_is_noted(kind: str, per_step: float) -> None:
     for _ in range(16):
         longer = more_of(kind, longer)
         batch = np.zeros(1 << 20)
-        watched.turn()
+        watched.cycle()
 
     (note,) = watched.notes
     (grown,) = note["grown"]
@@ -392,7 +392,7 @@ def test_what_grows_by_copies_is_read_again_soon(is_copied: bool, readings: int)
         else:
             mine.append(bytearray(1 << 10))
 
-        watched.turn()
+        watched.cycle()
 
     assert [len(note["grown"]) for note in watched.notes] == [1] * readings
 
@@ -405,7 +405,7 @@ def test_a_copy_where_another_container_was_is_known_by_its_path(monkeypatch: py
     readings = iter([{("", 1): other, ("", 2): kept}, {("", 1): kept._replace(size=160)}])
     monkeypatch.setattr(watched.watch, "_read_containers", lambda: next(readings))
     for _ in range(10):
-        watched.turn()
+        watched.cycle()
 
     (note,) = watched.notes
     assert [(each["path"], each["is_copied"], each["count"]) for each in note["grown"]] == [("kept", True, 160)]

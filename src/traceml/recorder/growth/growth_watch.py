@@ -27,7 +27,7 @@ __all__ = ["GrowthWatch"]
 INTERVAL_NS = 5 * 10**8
 """Time between two readings of memory at first; while it does not grow enough, it doubles again and again."""
 _EARLY_NS = 10**8
-"""A reading may come so much earlier: turns are half a second apart, and the one just before would be left out."""
+"""A reading may come so much earlier: cycles are half a second apart, and the one just before would be left out."""
 BETWEEN_NS = 2 * 10**9
 """Time between two readings of the containers, at least; they are at least 10 steps apart, too."""
 MIN_GROWN_BYTES = 16 << 20
@@ -53,7 +53,7 @@ class _First(NamedTuple):
 
 
 class GrowthWatch:
-    """Called in each turn of the recorder's thread.
+    """Called in each cycle of the recorder's thread.
 
     Args:
         thread: returns the id of the training thread.

@@ -33,7 +33,7 @@ _log = logging.getLogger("traceml")
 
 
 class ProgressWatch:
-    """Called in each turn of the recorder's thread.
+    """Called in each cycle of the recorder's thread.
 
     Args:
         flight: takes the snapshots, as rows of `info`.
@@ -82,7 +82,7 @@ class ProgressWatch:
 
         Args:
             is_last: whether the job is being ended: then it is stored too, if there was no progress for 5 s. What its
-                end has moved since the thread's last turn is progress: the snapshot before shows how it hung.
+                end has moved since the thread's last cycle is progress: the snapshot before shows how it hung.
         """
         if is_last and self._progress.moved():
             self._resume(monotonic_ns())

@@ -1,4 +1,4 @@
-"""Rows of pauses: each turn of the recorder's thread takes what the collector and dynamo have reported."""
+"""Rows of pauses: each cycle of the recorder's thread takes what the collector and dynamo have reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STEP, _T_END, _TOTAL = map(STEPS.names.index, ("step", "t_end_ns", "total_ns"))
 
 
 class PauseRecorder:
-    """Called in each turn of the recorder's thread.
+    """Called in each cycle of the recorder's thread.
 
     Args:
         flight: takes the rows of `schema.PAUSES`.

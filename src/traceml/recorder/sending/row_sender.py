@@ -196,12 +196,12 @@ class RowSender:
             self._connection = None
 
     def pump(self, *, flush: bool = False) -> None:
-        """Run one turn: connect if that is due, read answers, send the rows that are due (all, with `flush`)."""
+        """Run one cycle: connect if that is due, read answers, send the rows that are due (all, with `flush`)."""
         if self._connection is None and not self._reconnect():
             return
 
         try:
-            self._turn(flush)
+            self._exchange(flush)
         except (OSError, ProtocolError) as error:
             self._disconnected(error)
 
@@ -243,7 +243,7 @@ class RowSender:
 
         return self.all_stored
 
-    def _turn(self, flush: bool) -> None:
+    def _exchange(self, flush: bool) -> None:
         connection = self._connection
         assert connection is not None
         self._take_answers(0.0)

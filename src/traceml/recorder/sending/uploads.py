@@ -136,7 +136,7 @@ class FileUploader:
         _log.warning("%s %r is not logged: %s", upload.kind, upload.name, why)
         self._append(_row("refused", upload) | {"what": upload.kind, "why": why})
 
-    def turn(self) -> None:
+    def poll(self) -> None:
         """Advance files that wait for a connection or for their chunks' arrival; on the recorder's thread."""
         while self._spooled and (self._artifacts is not None or self._elsewhere):
             self._queue.put(partial(self._deliver, *self._spooled.popleft()))

@@ -254,7 +254,7 @@ class Logger:
         self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
         self.usual = usual_writer(flight, self._entries, self._number)
-        recorder.every_turn(_flush_all)
+        recorder.every_cycle(_flush_all)
         facts = self._announce(recorder.config)
         if facts is not None:
             self.row("experiment", **facts)

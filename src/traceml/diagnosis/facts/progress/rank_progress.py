@@ -24,7 +24,7 @@ DEFAULT_TIMEOUT_S = 60.0
 _S = 1e9
 # An exception that ends a rank moves its stack first: what it did until then is how it hung.
 _DYING_S = 3.0
-_TURN_S = 1.5  # the next turn of the recorder takes a snapshot that is due
+_CYCLE_S = 1.5  # the next cycle of the recorder takes a snapshot that is due
 _SENDING_S = 5.0  # a recorder whose last row is older may not have run
 _FIRST_RANKS = 16
 _FOREVER_S = 1e9
@@ -303,7 +303,7 @@ class ProgressHistory:
 
     def _unseen_s(self) -> float:
         """Return how long a recorder that runs may make no progress without a snapshot."""
-        return first_snapshot_s(max(self._quiet), self.timeout_s) + _TURN_S
+        return first_snapshot_s(max(self._quiet), self.timeout_s) + _CYCLE_S
 
     def _from_rows(
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
