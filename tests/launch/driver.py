@@ -80,7 +80,7 @@ class Driver:
         self.errors.seek(0)
         return self.errors.read().decode(errors="replace")
 
-    def turn(self) -> None:
+    def poll(self) -> None:
         """Read and write once."""
         if self.closed is not None:
             time.sleep(0.02)
@@ -112,7 +112,7 @@ class Driver:
             assert self.process.poll() is None or self.closed is None or condition(), (
                 f"the agent is gone: {self.closed}"
             )
-            self.turn()
+            self.poll()
 
         return found
 

@@ -139,7 +139,7 @@ class UnreadOutput:
             self._empty(file)
 
     def _empty(self, file: int) -> None:
-        """Read what is in the pipe; a writer may fill it again at once, which the next turn reads."""
+        """Read what is in the pipe; a writer may fill it again at once, which the next call reads."""
         reader = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             with contextlib.suppress(BlockingIOError):

@@ -10,8 +10,8 @@ __all__ = ["BatchSelector"]
 
 MANY_CONNECTIONS = 256
 """With fewer connections nothing waits."""
-# Ten thousand ranks that send once a second would wake the process ten thousand times a second: turns of the loop and
-# switches of the process were a third of the CPU time. An ack waits for a tick of 100 ms anyway.
+# Ten thousand ranks that send once a second would wake the process ten thousand times a second: iterations of the loop
+# and switches of the process were a third of the CPU time. An ack waits for a tick of 100 ms anyway.
 _PAUSE_S = 0.01
 
 

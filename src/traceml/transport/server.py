@@ -217,7 +217,7 @@ class Peer(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Cut the connection."""
-        self._decoder.clear()  # now: the transport ends in the loop's next turn, after thousands of others were read
+        self._decoder.clear()  # now: the transport ends in the next iteration, after thousands of others were read
         if self._transport is not None:
             self._transport.abort()
 

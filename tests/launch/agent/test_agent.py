@@ -551,7 +551,7 @@ def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
             incoming.grant(size[0] - granted)
             granted = size[0]
 
-        driver.turn()
+        driver.poll()
 
     driver.channel.send("release", job=driver.job)
     while not driver.of("idle"):
@@ -559,7 +559,7 @@ def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
             incoming.grant(size[0] - granted)
             granted = size[0]
 
-        driver.turn()
+        driver.poll()
 
     assert size[0] == 20_000_000
 

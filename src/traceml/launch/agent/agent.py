@@ -78,7 +78,7 @@ class Agent:
         self._selector.register(self._channel.read_fd, selectors.EVENT_READ, self._receive)
         try:
             while True:
-                self._turn()
+                self._iterate()
         except _EndAgent as end:
             return str(end)
         except ChannelClosedError as error:
@@ -86,7 +86,7 @@ class Agent:
         finally:
             self._end()
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         wait_s = 1.0 if self._group is None else self._group.tick()
         self._flush()
         registered = self._selector.get_map()
@@ -119,7 +119,7 @@ class Agent:
             self._watches_write = not self._watches_write
             fd = self._channel.write_fd
             if self._watches_write:
-                self._selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each turn flushes
+                self._selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each iteration flushes
             else:
                 self._selector.unregister(fd)
 

@@ -126,7 +126,7 @@ class PipeReader:
 
     def _read(self, _events: int = 0) -> bool:
         """Read once; return whether there may be more now."""
-        if self.closed:  # by an earlier event of the same turn
+        if self.closed:  # by an earlier event of the same iteration
             return False
 
         try:

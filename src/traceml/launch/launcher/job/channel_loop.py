@@ -72,7 +72,7 @@ class ChannelLoop:
         """Run until the condition holds.
 
         Args:
-            condition: evaluated after each turn.
+            condition: evaluated after each iteration.
             limit_s: longest wait; None: without limit.
 
         Returns:
@@ -85,16 +85,16 @@ class ChannelLoop:
             if wait_s < 0:
                 return False
 
-            self._turn(wait_s)
+            self._iterate(wait_s)
 
         return True
 
     def run_once(self) -> None:
-        """Run one turn without waiting, for a caller that is busy for longer."""
+        """Run one iteration without waiting, for a caller that is busy for longer."""
         self._flush()
-        self._turn(0)
+        self._iterate(0)
 
-    def _turn(self, wait_s: float) -> None:
+    def _iterate(self, wait_s: float) -> None:
         registered = self.selector.get_map()
         for key, events in self.selector.select(wait_s):
             if registered.get(key.fd) is key:  # an earlier callback may have closed it
@@ -202,6 +202,6 @@ class ChannelLoop:
         host.watches_write = wanted
         fd = host.connection.channel.write_fd
         if wanted:
-            self.selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each turn flushes
+            self.selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each iteration flushes
         else:
             self.selector.unregister(fd)

@@ -11,7 +11,7 @@ from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_r
 
 __all__ = ["PayloadSender", "shares_memory_with"]
 
-_PIECE_BYTES = 32 << 20  # copied between two turns of the loop
+_PIECE_BYTES = 32 << 20  # copied between two iterations of the loop
 
 
 class PayloadSender:
