@@ -203,8 +203,8 @@ def _begin(clock: StepClock, read_loss: Callable[[Any], None], tensors: Any) -> 
         if clock.awaits_backward:
             clock.first_backward_begins()
 
-        if clock.stretch.start:
-            clock.stretch.end(monotonic_ns())
+        if clock.evaluation.start:
+            clock.evaluation.end(monotonic_ns())
 
         if not clock.rows & clock.loss_mask:
             read_loss(tensors)

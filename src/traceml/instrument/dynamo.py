@@ -22,7 +22,7 @@ _LEAVES = frozenset(
         "phase_timer",
         "hot_fields",
         "step_clock",
-        "step_segments",
+        "divided_step",
         "evaluation",
         "device",
         "search.discovery",

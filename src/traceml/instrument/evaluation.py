@@ -1,6 +1,6 @@
 """Evaluation in a loop without a DataLoader: models called in `eval()` without gradients between training calls.
 
-A *stretch* of evaluation begins at such a call of a model that is trained, and ends at the next `Module.train()`,
+A *period* of evaluation begins at such a call of a model that is trained, and ends at the next `Module.train()`,
 training forward, request to a loader or backward pass. Its time belongs to no step, like that of evaluation batches.
 
 A model that only computes targets (a teacher) is not trained, and rollouts of reinforcement learning are part of the
@@ -14,20 +14,20 @@ import sys
 from typing import Any
 
 from traceml.database.schema import Phase
+from traceml.instrument.divided_step import DividedStep
 from traceml.instrument.phase_timer import CHECK_FORWARD, ON_FORWARD
-from traceml.instrument.step_segments import SegmentedStep
 
-__all__ = ["EvaluationStretch"]
+__all__ = ["EvaluationPeriod"]
 
 _CHECKPOINT, _FORWARD = int(Phase.CHECKPOINT), int(Phase.FORWARD)
 # Where one of these is loaded, calls without gradients choose actions. That they do it in `eval()` is usual.
 _SIMULATORS = ("gymnasium", "gym", "pettingzoo", "envpool", "dm_env", "stable_baselines3", "torchrl", "tianshou")
 _PREPARATION = 10  # a longer time, in evaluation calls, is preparation of the training
-_USUAL = 3  # this many steps in a row with a stretch between batch and training: it is a part of the step
+_USUAL = 3  # this many steps in a row with a period between batch and training: it is a part of the step
 
 
-class EvaluationStretch:
-    """The open stretch of evaluation of a clock.
+class EvaluationPeriod:
+    """The open period of evaluation of a clock.
 
     Attributes:
         start: its begin, monotonic time in ns; 0 outside.
@@ -35,12 +35,12 @@ class EvaluationStretch:
         is_play: the same of calls in training mode.
     """
 
-    def __init__(self, clock: SegmentedStep) -> None:
+    def __init__(self, clock: DividedStep) -> None:
         self._clock = clock
         self.start = 0
         self.is_rollout = self.is_play = False
         self._calls = self._last_call = 0
-        self._longest_rest_ns = 0  # from the last call of a stretch to its end
+        self._longest_rest_ns = 0  # from the last call of a period to its end
         self._is_first = False  # before the first step
         self._times: list[int] = []  # the buckets at the begin
         self._closes_at: Any = None  # the clock's before it
@@ -113,7 +113,7 @@ class EvaluationStretch:
         clock.detail = True  # a backward pass ends it
 
     def end(self, t: int) -> None:
-        """End the stretch; take its time out of the step, except saving."""
+        """End the period; take its time out of the step, except saving."""
         clock = self._clock
         if self._is_first and not self._is_continuous(t):
             self.forget()
@@ -134,7 +134,7 @@ class EvaluationStretch:
         clock.eval_ns += spent
         clock.eval_batches += self._calls
         clock.eval_end = t
-        clock.seg_start += spent
+        clock.part_start += spent
         clock.dirty = True
         if clock.device is not None:
             clock.device.discard()
@@ -143,9 +143,9 @@ class EvaluationStretch:
         clock.plan_detail()
 
     def last_end(self, t: int) -> int:
-        """Return when a stretch ended: if the script then does more than evaluate, after what is usual for a call.
+        """Return when a period ended: if the script then does more than evaluate, after what is usual for a call.
 
-        Or for the work after the last call, as long as in the stretches before.
+        Or for the work after the last call, as long as in the periods before.
         """
         between_ns = (self._last_call - self.start) // max(self._calls - 1, 1)
         call_ns = (self._clock.forward_ns - self._times[_FORWARD]) // self._calls
@@ -163,7 +163,7 @@ class EvaluationStretch:
         return self._calls > 1 and t - self._last_call < _PREPARATION * called_ns / (self._calls - 1)
 
     def forget(self) -> None:
-        """Leave the stretch to the rules for batches: nothing was trained on the loader's batch."""
+        """Leave the period to the rules for batches: nothing was trained on the loader's batch."""
         self.start = 0
         self._clock.closes_at = self._closes_at
 

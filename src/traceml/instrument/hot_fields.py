@@ -120,7 +120,7 @@ class CellClock(StepClock):
     optimizer_ns = CellField()
     rows = CellField()
     before = CellField()
-    seg_start = CellField()
+    part_start = CellField()
     closes_at = CellField()
     step_call = CellField()
     backwards = CellField()
@@ -194,7 +194,9 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
     count, slot = ring.count, ring.slot
     open_user_phases = clock.open_user_phases
     # Cells of the clock.
-    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = step_call = backwards = batches = 0
+    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = part_start = step_call = backwards = (
+        batches
+    ) = 0
     samples = elements = 0
     dirty = marked = False
     open_slots: Any = None
@@ -204,7 +206,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
-        nonlocal rows, seg_start, step_call, backwards, batches, batch
+        nonlocal rows, part_start, step_call, backwards, batches, batch
         nonlocal first_loader, closes_at, samples, elements, marked
         if dirty or open_user_phases or backwards > batches > 0:
             commit_slow(t)
@@ -220,12 +222,12 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
             batches = 0
 
         row = offset + (n & mask) * row_bytes
-        total = t - seg_start
+        total = t - part_start
         step = n + before
         times = input_ns, forward_ns, backward_ns, optimizer_ns, user_ns
         pack_into(buffer, row, step, t, total, *times, -1, elements, samples, bits)
         count[slot] = rows = n + 1  # the row first, the counter afterwards
-        seg_start = open_slots[_STEP_START] = t
+        part_start = open_slots[_STEP_START] = t
         open_slots[_STEP] = rows + before
         closes_at = NOT_READY
         step_call = 0

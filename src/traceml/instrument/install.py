@@ -468,7 +468,7 @@ class Instrumentation:
         self._discovery.search_recent()
 
     def _report_rollouts(self) -> None:
-        if self.clock.stretch.collects:
+        if self.clock.evaluation.collects:
             self._facts.report({"kind": "rollouts"})
 
     def _guarded(self, action: Callable[[], Any]) -> None:

@@ -124,7 +124,7 @@ class PhaseTimer:
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
     read and write the fields of this class directly; `hot_fields` says where they are.
 
-    A step may be cut into segments (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
+    A step may be cut into parts (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
     `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `samples`, `elements`,
     `trained`, `evaluated`, `own` and `flags` describe the part after it. The buckets cover both.
     """
@@ -140,7 +140,7 @@ class PhaseTimer:
     rare_times: list[int]
     rows: int  # number of rows so far
     before: int  # steps before the first row, of the training that this one resumes
-    seg_start: int  # start of the segment
+    part_start: int  # start of the part
     closes_at: Any  # the loader whose next request closes the step, or a sentinel
     step_call: int  # id of the optimizer of the step's first optimizer step call, 0 before one
     backwards: int
@@ -152,7 +152,7 @@ class PhaseTimer:
     elements: int
     loss_mask: int  # the loss is read in steps whose number has none of these bits
     inspects: bool  # the next batch gets a fingerprint
-    batch: Any  # the first loader that gave a batch in this segment
+    batch: Any  # the first loader that gave a batch in this part
     first_loader: Any  # the first loader that gave a batch in this step
     dirty: bool  # closing this step takes all rules: see `commit_slow`
     marked: bool  # this step has time in user phases
@@ -356,14 +356,14 @@ class PhaseTimer:
             self.fail(error)
 
     def commit_slow(self, t: int) -> None:
-        """Close a step that has segments, rare phases, open user phases, flags, a group or a device."""
+        """Close a step that has parts, rare phases, open user phases, flags, a group or a device."""
         self.book_user_phases(t)
         flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
-        self.add_segment()
+        self.add_part()
         if self.eval_ns:
             self._flush_evals(self.step)
 
-        total = self.committed_ns + t - self.seg_start
+        total = self.committed_ns + t - self.part_start
         self.committed_create_ns += self.create_ns
         self.committed_drain_ns += self.drain_ns
         self.note_total(total)
@@ -473,15 +473,15 @@ class PhaseTimer:
     def _clear(self, t: int) -> None:
         """Begin an empty step at `t`."""
         self.times = self.zeros.copy()
-        self.seg_start = t
+        self.part_start = t
         self.closes_at = CHECK_FORWARD
         self.step_call = self.backwards = self.batches = self.flags = self.own = self.samples = self.elements = 0
         self.fingerprint = 0
-        self.create_ns = self.drain_ns = 0  # creating iterators, and the ends of others, in this segment
+        self.create_ns = self.drain_ns = 0  # creating iterators, and the ends of others, in this part
         self.batch = self.first_loader = None
         self.trained: Any = None  # a weak reference to a module whose forward was called with gradients
         self.evaluated = False  # a module was called without gradients
-        self.evaluating = False  # the previous segment was evaluation
+        self.evaluating = False  # the previous part was evaluation
         self.fused = False  # an optimizer stepped inside backward
         self.later_step_calls: set[int] = set()  # ids of the optimizers of further step calls
         self._drop_prefix()
@@ -496,12 +496,12 @@ class PhaseTimer:
         self.cut_ns = self.committed_ns = self.committed_flags = self.committed_own_ns = self.micro_batches = 0
         self.committed_create_ns = self.committed_drain_ns = 0
 
-    def add_segment(self) -> None:
-        """Add the micro-batches of the segment, and their data, to those before it."""
+    def add_part(self) -> None:
+        """Add the micro-batches of the part, and their data, to those before it."""
         # After the loader's end, a batch that was fetched before it may be left.
         backwards, batches = self.backwards, self.batches or int(self.first_loader is not None)
         # Several models that train on one batch, as in a GAN, do not make it larger. Nor do several optimizers without
-        # a loader, as actor and critics: each has a segment, and is taken to train on the same data.
+        # a loader, as actor and critics: each has a part, and is taken to train on the same data.
         if batches:
             share = min(batches / backwards, 1) if backwards else 1
             if self.split_size and self.samples:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.evaluation import EvaluationStretch
+from traceml.instrument.divided_step import DividedStep
+from traceml.instrument.evaluation import EvaluationPeriod
 from traceml.instrument.phase_timer import CHECK_FORWARD, FIRST_USER, NOT_READY, ON_FORWARD, OTHER, Began, StepListener
-from traceml.instrument.step_segments import SegmentedStep
 from traceml.instrument.values.last_step import is_overdue, usual_end
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ _SLOW_STEP_NS = 2_000_000  # expensive measurements run on every step if steps t
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
-class StepClock(SegmentedStep):
-    """State machine that detects steps: it adds the rules for segments and for the end of a step."""
+class StepClock(DividedStep):
+    """State machine that detects steps: it adds the rules for parts and for the end of a step."""
 
     last_optimizer: int  # id of the optimizer that stepped last
     failure: int  # id of the exception that left a hook in C last
@@ -43,7 +43,7 @@ class StepClock(SegmentedStep):
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
-        self.stretch = EvaluationStretch(self)
+        self.evaluation = EvaluationPeriod(self)
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
@@ -72,7 +72,7 @@ class StepClock(SegmentedStep):
 
         It goes on until the model is trained again.
         """
-        return bool(self.stretch.start or (self.evaluating and (self._is_idle() or self._is_evaluation())))
+        return bool(self.evaluation.start or (self.evaluating and (self._is_idle() or self._is_evaluation())))
 
     @property
     def has_stepped(self) -> bool:
@@ -108,20 +108,20 @@ class StepClock(SegmentedStep):
         return began_ns > 0 and self.step_is_done and is_overdue(self.ring, monotonic_ns() - began_ns)
 
     def boundary(self, t: int, loader: Any) -> None:
-        """Handle a request to a loader: decide what kind of segment ends here.
+        """Handle a request to a loader: decide what kind of part ends here.
 
         A training loop over one loader does not call this: its steps close by `closes_at`.
         """
-        if self.stretch.start:
-            self._end_stretch(t)
+        if self.evaluation.start:
+            self._end_evaluation(t)
 
         if not self.open:
             self._begin(t)
-            self.segment_loader = loader
+            self.part_loader = loader
             return
 
         idle = self._is_idle() and (self.pending or not self.step_call)
-        if idle and loader is self.segment_loader:
+        if idle and loader is self.part_loader:
             return  # after the creation of its iterator, or a skipped batch: one single wait
 
         if self._is_evaluation():
@@ -131,13 +131,13 @@ class StepClock(SegmentedStep):
         elif self.pending and loader is not self.training_loader:
             return  # still unknown: already the next step, or part of this one
 
-        self.segment_loader = loader
+        self.part_loader = loader
         if not self.explicit:
-            self._end_segment(t, loader)
+            self._end_part(t, loader)
         elif not self.blocks:
             self._cut(t)
 
-    def _end_segment(self, t: int, loader: Any) -> None:
+    def _end_part(self, t: int, loader: Any) -> None:
         if self.training_loader is None and self.backwards:
             self.training_loader = self.first_loader
 
@@ -151,7 +151,7 @@ class StepClock(SegmentedStep):
         if not self.optimizers_seen and self.backwards and not self.inferred:
             self._hold_batch(t)
 
-        if self.seg_start != t:
+        if self.part_start != t:
             self._cut(t)
 
     def _training_forward(self, t: int) -> None:
@@ -175,7 +175,7 @@ class StepClock(SegmentedStep):
 
     def _leave_evaluation(self, t: int) -> bool:
         """Handle the end of evaluation, and return True, if there is one."""
-        if self.stretch.start:
+        if self.evaluation.start:
             self._train_again(t)
             return True
 
@@ -190,17 +190,17 @@ class StepClock(SegmentedStep):
 
     def _train_again(self, t: int) -> None:
         """Handle the end of evaluation without a loader."""
-        self.stretch.end(t)
+        self.evaluation.end(t)
         if self.pending and self.first_loader is None and self.closes_at is CHECK_FORWARD:
             self.cut_on_step = False
             self._close_prefix()
 
-    def _end_stretch(self, t: int) -> None:
+    def _end_evaluation(self, t: int) -> None:
         """Handle the end of evaluation without a loader by a request to one, or by the end of the run."""
         if self.batch is None or self.backwards:
-            self.stretch.end(t)
+            self.evaluation.end(t)
         else:
-            self.stretch.forget()  # it was on the loader's batch
+            self.evaluation.forget()  # it was on the loader's batch
 
     def exhausted(self, loader: Any, drain_ns: int) -> None:
         """Handle the end of a loader: training may continue without it, or on a prefetched batch.
@@ -219,14 +219,14 @@ class StepClock(SegmentedStep):
             self.closes_at = CHECK_FORWARD
 
     def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
-        """Handle a forward inside another phase, or in a segment of unknown kind.
+        """Handle a forward inside another phase, or in a part of unknown kind.
 
         Args:
             t: monotonic time in ns.
             trains: whether gradients are enabled.
         """
         in_closure = self.depth or self.current == _OPTIMIZER  # inside an optimizer step: no step begins here
-        if not (trains or in_closure) and self.stretch.begin(t, module):
+        if not (trains or in_closure) and self.evaluation.begin(t, module):
             self.evaluated = self.batch is not None
         elif self.closes_at is ON_FORWARD and not in_closure:
             self.commit(t)
@@ -246,8 +246,8 @@ class StepClock(SegmentedStep):
         ident = id(optimizer)
         if not self.open:
             self._begin(t)
-        elif self.stretch.start:
-            self.stretch.end(t)
+        elif self.evaluation.start:
+            self.evaluation.end(t)
 
         if ident != self.last_optimizer:
             self.register_optimizer(optimizer)
@@ -475,8 +475,8 @@ class StepClock(SegmentedStep):
 
         t = monotonic_ns()
         self.book_user_phases(t)
-        if self.stretch.start:
-            self.stretch.end(t)
+        if self.evaluation.start:
+            self.evaluation.end(t)
 
         if not self.explicit:
             if self.pending:
@@ -509,8 +509,8 @@ class StepClock(SegmentedStep):
         """End training: the open step becomes a row if an optimizer stepped in it, else it is dropped."""
         t = monotonic_ns()
         self.book_user_phases(t)
-        if self.stretch.start:
-            self._end_stretch(self.stretch.last_end(t))
+        if self.evaluation.start:
+            self._end_evaluation(self.evaluation.last_end(t))
 
         if self.open and not self.explicit:
             if self._is_evaluation():
@@ -524,7 +524,7 @@ class StepClock(SegmentedStep):
             elif self.step_call:
                 times = self.times
                 timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
-                self.commit(usual_end(self.ring, t, self.committed_ns + t - self.seg_start, timed))
+                self.commit(usual_end(self.ring, t, self.committed_ns + t - self.part_start, timed))
 
         if self.eval_ns:
             self._flush_evals(self.step)
@@ -551,7 +551,7 @@ class StepClock(SegmentedStep):
     def _hold_step_call(self, t: int) -> bool:
         """Save the end of a repeated step on the same batch; return whether the repetitions have become steps."""
         self.repeated = False
-        total = self.committed_ns + t - self.seg_start
+        total = self.committed_ns + t - self.part_start
         if not self.repeats:  # the end of the first one was not saved: two halves
             self.repeats.append((t - total // 2, [spent // 2 for spent in self.times], total // 2))
 

@@ -29,7 +29,7 @@ class HotFields:
     optimizer_ns: int
     rows: int
     before: int
-    seg_start: int
+    part_start: int
     step_call: int
     backwards: int
     batches: int

@@ -69,7 +69,7 @@ static inline void write_row(HotFields *hot, long long t, long long user_ns, lon
     for (int column = 0; column < STEPS_COLUMNS; column++) row[column] = 0; /* the compiler leaves out what follows */
     row[STEPS_STEP] = hot->rows + hot->before;
     row[STEPS_T_END_NS] = t;
-    row[STEPS_TOTAL_NS] = t - hot->seg_start;
+    row[STEPS_TOTAL_NS] = t - hot->part_start;
     row[STEPS_INPUT_WAIT_NS] = hot->input_ns;
     row[STEPS_FORWARD_NS] = hot->forward_ns;
     row[STEPS_BACKWARD_NS] = hot->backward_ns;
@@ -116,7 +116,7 @@ int commit_step(HotFields *hot, long long t) {
     }
 
     write_row(hot, t, user_ns, bits);
-    hot->seg_start = t;
+    hot->part_start = t;
     if (set_word(hot, SLOT_STEP_START, t) || set_word(hot, SLOT_STEP, hot->rows + hot->before)) return -1;
 
     assign(&hot->closes_at, hot->not_ready);
@@ -224,7 +224,7 @@ static void hot_dealloc(PyObject *self) {
 static PyMemberDef members[] = {
     {"thread", T_ULONG, offsetof(HotFields, thread), 0, NULL},
     NUMBER(current), NUMBER(input_ns), NUMBER(forward_ns), NUMBER(backward_ns), NUMBER(optimizer_ns), NUMBER(rows),
-    NUMBER(before), NUMBER(seg_start), NUMBER(step_call), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
+    NUMBER(before), NUMBER(part_start), NUMBER(step_call), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
     NUMBER(failure), NUMBER(failed_in),
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
     TRUTH(dirty), TRUTH(marked), TRUTH(detail), TRUTH(inspects),

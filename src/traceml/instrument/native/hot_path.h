@@ -44,7 +44,7 @@ typedef struct {
     PyObject *closes_at, *input_shape, *on_forward, *check_forward, *first_loader;
     char dirty, marked, detail, inspects;
     int open_users;
-    long long backwards, batches, rows, seg_start;
+    long long backwards, batches, rows, part_start;
     long long input_ns, forward_ns, backward_ns, optimizer_ns;
     long long input_samples, input_elements, samples, elements;
     long long step_call, last_optimizer, loss_mask, before;

@@ -149,11 +149,11 @@ class BatchReader:
 
         if not self._rollouts.is_over:
             self._rollouts.trained(tensor)
-            clock.stretch.is_rollout = self._rollouts.found
+            clock.evaluation.is_rollout = self._rollouts.found
 
         if not self._plays.is_over:
             self._plays.trained(tensor)
-            clock.stretch.is_play = self._plays.found
+            clock.evaluation.is_play = self._plays.found
 
         if not self._batch_calls.is_over:
             self._batch_calls.note((clock.input_samples, clock.input_elements))

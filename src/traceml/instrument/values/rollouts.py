@@ -21,7 +21,7 @@ _SEARCHES = 256  # after this many batches without, there are none: a search tak
 
 
 class RolloutSearch:
-    """Compares the first call of each stretch without gradients with the training batches after it."""
+    """Compares the first call of each period without gradients with the training batches after it."""
 
     def __init__(self) -> None:
         self._seen: Any = None

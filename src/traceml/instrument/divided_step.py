@@ -1,6 +1,6 @@
-"""The open step, cut into segments.
+"""The open step, divided into parts.
 
-A step is cut at each request to a data loader. The kind of a segment (training, evaluation, or already the next step)
+A step is cut at each request to a data loader. The kind of a part (training, evaluation, or already the next step)
 is often known only later. So the buckets are saved at each cut (`times_at_cut`), and the time after it can still be
 assigned to the right step. `StepClock` decides; this class keeps the parts.
 """
@@ -15,7 +15,7 @@ from traceml.instrument.phase_timer import CHECK_FORWARD, PhaseTimer, StepListen
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
 
-__all__ = ["SegmentedStep"]
+__all__ = ["DividedStep"]
 
 _CHECKPOINT = int(Phase.CHECKPOINT)
 _NO_LOADER, _DEVICE, _EPOCH = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.EPOCH)
@@ -37,14 +37,14 @@ class _FirstPart(NamedTuple):
     data: tuple[int, int]
 
 
-class SegmentedStep(PhaseTimer):
+class DividedStep(PhaseTimer):
     """Times of the open step before and after its last cut, and the rows that the parts become."""
 
     def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:
         super().__init__(flight, listener, thread)
         self.open = False  # the first step has begun
         self.explicit = False  # trace_step() bounds the steps
-        self.segment_loader: Any = None  # the loader whose request began this segment
+        self.part_loader: Any = None  # the loader whose request began this part
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.joined = 0  # row of the last step in which another optimizer stepped, too
         self.first_part: _FirstPart | None = None  # of a step that another optimizer has joined
@@ -79,7 +79,7 @@ class SegmentedStep(PhaseTimer):
         self.later_step_calls.clear()
         self.closes_at = CHECK_FORWARD
         self._drop_prefix()
-        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.step
+        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.part_start, self.step
         if self.at_boundary is not None:
             self.cross_boundary()
 
@@ -90,7 +90,7 @@ class SegmentedStep(PhaseTimer):
     def end_ready_part(self, t: int) -> None:
         """End the part of a ready step that belongs to it; the next request to any loader is one for the next step."""
         self._cut(t)
-        self.segment_loader = None
+        self.part_loader = None
 
     def _begin(self, t: int) -> None:
         self.open = True
@@ -99,7 +99,7 @@ class SegmentedStep(PhaseTimer):
         self._clear(t)
 
     def _is_idle(self) -> bool:
-        """Whether no model ran in this segment."""
+        """Whether no model ran in this part."""
         if self.trained is not None or self.evaluated or self.backwards:
             return False
 
@@ -121,34 +121,34 @@ class SegmentedStep(PhaseTimer):
         return module is not None and not module.training
 
     def _cut(self, t: int) -> None:
-        """End a segment of this step and save its buckets."""
+        """End a part of this step and save its buckets."""
         self.book_user_phases(t)
         self.times_at_cut = self.times
         self.loader_at_cut = self.first_loader
-        self.committed_ns += t - self.seg_start
-        self.cut_ns = self.seg_start = t
+        self.committed_ns += t - self.part_start
+        self.cut_ns = self.part_start = t
         self.pending = bool(self.step_call) and not self.explicit
         self.closes_at = CHECK_FORWARD
-        self.add_segment()
+        self.add_part()
         self.committed_flags |= self.flags
         self.committed_own_ns += self.own
         self.committed_create_ns += self.create_ns
         self.committed_drain_ns += self.drain_ns
         self.own = self.flags = self.create_ns = self.drain_ns = 0
         unused = max(self.batches - self.backwards, 0)
-        self._clear_segment()
+        self._clear_part()
         self.batches = unused
         if self.device is not None:
             self.device.cut()
 
-    def _clear_segment(self) -> None:
+    def _clear_part(self) -> None:
         self.backwards = self.batches = self.samples = self.elements = 0
         self.batch = None
         self.trained, self.evaluated = None, False
         self.dirty = True
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
-        """Move the segment from the step to evaluation; its checkpoint time stays in the step.
+        """Move the part from the step to evaluation; its checkpoint time stays in the step.
 
         Without batches it is the time after them, of which set-up for another model is no part.
         """
@@ -165,21 +165,21 @@ class SegmentedStep(PhaseTimer):
         if self.times_at_cut is not None:
             self.times_at_cut = kept.copy()
 
-        spent = t - self.seg_start - saving
+        spent = t - self.part_start - saving
         self.eval_ns += spent
         self.eval_batches += batches
         if not batches:
             self.longest_rest_ns = max(self.longest_rest_ns, spent)
 
         self.fingerprint = 0
-        self.eval_end = self.seg_start = t
+        self.eval_end = self.part_start = t
         self.exhausted_loader = None
         self.closes_at = CHECK_FORWARD
         self.first_loader = None if self.times_at_cut is None else self.loader_at_cut
         self.evaluating = evaluating
         self.flags &= ~_EPOCH
         self.create_ns = self.drain_ns = 0
-        self._clear_segment()
+        self._clear_part()
         if self.device is not None:
             self.device.discard()
 
@@ -189,12 +189,12 @@ class SegmentedStep(PhaseTimer):
         What the script does at its end, or before the training of another model, would belong to the evaluation.
         """
         saving = self._saving_ns()
-        return self.seg_start + saving + min(t - self.seg_start - saving, _FACTOR * self.longest_rest_ns)
+        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * self.longest_rest_ns)
 
     def usual_batch_end(self, t: int) -> int:
         """Return when the last batch of an evaluation that was left early ended: after the usual time of a batch."""
         saving, usual = self._saving_ns(), self.eval_ns // self.eval_batches if self.eval_batches else t
-        return self.seg_start + saving + min(t - self.seg_start - saving, _FACTOR * usual)
+        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * usual)
 
     def _saving_ns(self) -> int:
         before = 0 if self.times_at_cut is None else self.times_at_cut[_CHECKPOINT]
@@ -254,7 +254,7 @@ class SegmentedStep(PhaseTimer):
             self.split(self.first_part.joined_by)
 
     def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:
-        held.append((t, self.times, self.committed_ns + t - self.seg_start))
+        held.append((t, self.times, self.committed_ns + t - self.part_start))
 
     def _append_held(self, held: list[tuple[int, list[int], int]], flags: int, t: int) -> None:
         """Append the rows of held steps, and begin the next one."""
