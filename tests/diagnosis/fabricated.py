@@ -126,7 +126,7 @@ def _own_work(job: Job, random: np.random.Generator) -> dict[str, np.ndarray[Any
 
     hits = random.random(shape) < job.spikes
     if job.stolen:
-        hits |= _stretches(shape, job.stolen, job.wander_steps, random) & (random.random(shape) < 0.5)
+        hits |= _intervals(shape, job.stolen, job.wander_steps, random) & (random.random(shape) < 0.5)
 
     busy = [part for part in PARTS if job.own.get(part, 0) > 0]
     weights = np.array([job.own[part] for part in busy])
@@ -151,10 +151,10 @@ def _wandering(shape: tuple[int, int], steps: int, random: np.random.Generator) 
     return noise
 
 
-def _stretches(
+def _intervals(
     shape: tuple[int, int], share: float, steps: int, random: np.random.Generator
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return stretches of steps in which one rank at a time loses its core."""
+    """Return intervals of steps in which one rank at a time loses its core."""
     found = np.zeros(shape, bool)
     for first in range(0, shape[1], steps):
         if random.random() < share:

@@ -114,7 +114,7 @@ def test_samples_count_by_the_time_that_they_stand_for():
 
 @pytest.mark.parametrize("last", [200, -1], ids=["in a step", "at the end of the process"])
 def test_lines_of_some_steps_are_told_from_those_of_the_others(last):
-    """By the steps in which most of a stretch is; what is counted after the last step is in neither."""
+    """By the steps in which most of an interval is; what is counted after the last step is in neither."""
     counts = LineCounts()
     for seconds, step, line in ((5, 60, 1), (10, 110, 1), (15, 160, 2), (20, last, 2), (60, last, 3)):
         counts.add(0, rows(seconds, step, (LINE_OTHER, line)))
@@ -126,8 +126,8 @@ def test_lines_of_some_steps_are_told_from_those_of_the_others(last):
     assert counts.divided(NAMES, {}, 105, 200) == ((), ())
 
 
-def test_many_stretches_are_joined():
-    """Ten thousand seconds have no more stretches than some, and the same samples."""
+def test_many_intervals_are_joined():
+    """Ten thousand seconds have no more intervals than some, and the same samples."""
     counts = LineCounts()
     for step in range(1, 2001):
         counts.add(0, rows(5 * step, step, (LINE_OTHER, 1 + step // 1001)))

@@ -16,7 +16,7 @@ from traceml.diagnosis.memory.allocator_churn import allocator_churn
 EMPTY_CACHE = "/x/torch/cuda/memory.py:222 empty_cache"
 
 
-def stretch(first: int, last: int, requested: int, given_back: int) -> dict[str, int | str]:
+def interval(first: int, last: int, requested: int, given_back: int) -> dict[str, int | str]:
     return {
         "kind": "segments", "device": 0, "from_step": first, "step": last, "requested": requested,
         "given_back": given_back,
@@ -24,11 +24,11 @@ def stretch(first: int, last: int, requested: int, given_back: int) -> dict[str,
 
 
 def emptied(*, ranks: tuple[int, ...] = (0,), each: int = 120, last: int = 210) -> TurnoverHistory:
-    """Return the turnover of ranks that empty the cache in each step, in two stretches of ten steps."""
+    """Return the turnover of ranks that empty the cache in each step, in two intervals of ten steps."""
     history = TurnoverHistory()
     for rank in ranks:
-        history.add(rank, stretch(last - 20, last - 10, each, each))
-        history.add(rank, stretch(last - 10, last, each + 5, each))
+        history.add(rank, interval(last - 20, last - 10, each, each))
+        history.add(rank, interval(last - 10, last, each + 5, each))
 
     return history
 
@@ -63,14 +63,14 @@ def test_without_a_line_all_causes_are_reported():
 def once() -> TurnoverHistory:
     """Return the turnover of a rank that emptied the cache at its evaluation."""
     history = TurnoverHistory()
-    history.add(0, stretch(100, 110, 80, 80))
-    history.add(0, stretch(110, 210, 3, 2))
+    history.add(0, interval(100, 110, 80, 80))
+    history.add(0, interval(110, 210, 3, 2))
     return history
 
 
 def first_only() -> TurnoverHistory:
     history = TurnoverHistory()
-    history.add(0, stretch(100, 110, 80, 80))
+    history.add(0, interval(100, 110, 80, 80))
     return history
 
 
@@ -83,7 +83,7 @@ def first_only() -> TurnoverHistory:
         (first_only(), 112),
         (emptied(last=210), 2000),
     ],
-    ids=["none", "every other step", "once", "one stretch", "long ago"],
+    ids=["none", "every other step", "once", "one interval", "long ago"],
 )
 def test_what_is_not_in_the_loop_is_silent(turnover: TurnoverHistory, latest: int):
     """Now and then, at an evaluation, at the start, or no longer."""
@@ -101,9 +101,9 @@ def test_rows_are_taken_until_the_rank_starts_again():
     """Damaged ones are left out."""
     builder = JobFactsBuilder(1)
     for first in (0, 10):
-        builder.info(0, stretch(first, first + 10, 50, 50))
+        builder.info(0, interval(first, first + 10, 50, 50))
 
-    builder.info(0, {**stretch(20, 30, 0, 0), "requested": None})
+    builder.info(0, {**interval(20, 30, 0, 0), "requested": None})
     assert len(allocator_churn(builder.build([20]))) == 1
 
     builder.join(0)

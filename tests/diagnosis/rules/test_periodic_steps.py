@@ -246,7 +246,7 @@ def test_long_steps_in_rows_have_no_period():
 
 
 def test_long_steps_at_shorter_distances_have_no_period():
-    """On a busy host many steps of a stretch were long: each has another one five steps away, and others between."""
+    """On a busy host many steps in a row were long: each has another one five steps away, and others between."""
     assert regular(np.array([22, 27, 30, 31, 34, 35, 36, 39, 42, 46, 47, 57]), np.ones(12), SEEN) is None
 
 

@@ -104,7 +104,7 @@ def test_a_line_of_one_rank_alone_is_no_lack_of_cores(line: int, kinds: list[str
 
 @pytest.mark.parametrize(("line", "kinds"), [(9, ["INPUT_STRAGGLER", "CPU_CONTENTION"]), (7, ["CPU_CONTENTION"])])
 def test_a_fault_in_a_part_of_a_run_is_told_by_its_line(line: int, kinds: list[str]) -> None:
-    """Steps vary more than it costs, and one stretch may be chance; a line that no other rank runs is not."""
+    """Steps vary more than it costs, and one interval may be chance; a line that no other rank runs is not."""
     lines = [_sampled(rank, part, 7, 40) for rank in range(3) for part in ("forward", "input_wait")]
     facts = JobFacts(
         world_size=3, main_wait=dict.fromkeys(range(3), 0.5), lines=[*lines, _sampled(2, "input_wait", line, 40)]
@@ -241,7 +241,7 @@ def test_one_long_step_is_told_by_no_line() -> None:
 
 
 def _varying(part: str, ms: float) -> Fault:
-    """Return up to so much more in each stretch of ten steps, on all ranks."""
+    """Return up to so much more in each interval of ten steps, on all ranks."""
 
     def fault(own: dict[str, Any], random: np.random.Generator) -> None:
         own[part] += np.repeat(random.uniform(0, ms, own[part].shape[1] // 10), 10)

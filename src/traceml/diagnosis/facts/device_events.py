@@ -68,7 +68,7 @@ _NEWEST = 3
 
 
 class SegmentTurnover(NamedTuple):
-    """A stretch of steps: the blocks that torch requested from the driver in it, and gave back to it."""
+    """An interval of steps: the blocks that torch requested from the driver in it, and gave back to it."""
 
     device: int
     first_step: int
@@ -83,7 +83,7 @@ class SegmentTurnover(NamedTuple):
 
 
 class TurnoverHistory:
-    """The newest stretches of each rank and device."""
+    """The newest intervals of each rank and device."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], list[SegmentTurnover]] = {}
@@ -102,11 +102,11 @@ class TurnoverHistory:
             del self._kept[key]
 
     def steady(self, latest: int, least: float) -> dict[tuple[int, int], SegmentTurnover]:
-        """Return the newest stretch of ranks and devices that turn over at least `least` blocks per step all the time.
+        """Return the newest interval of ranks and devices that turn over at least `least` blocks per step all the time.
 
         Args:
-            latest: newest step; a stretch that ended long before it is over.
-            least: blocks per step, in each of the newest stretches.
+            latest: newest step; an interval that ended long before it is over.
+            least: blocks per step, in each of the newest intervals.
         """
         return {
             key: kept[-1]

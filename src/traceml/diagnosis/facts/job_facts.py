@@ -23,7 +23,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import SampledLine, StretchLines
+from traceml.diagnosis.facts.sampled_lines import IntervalLines, SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
@@ -129,7 +129,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     # Lines in which threads were seen
     lines: Sequence[SampledLine] = ()  # lines in which the training threads were seen
-    stretch_lines: StretchLines = msgspec.field(default_factory=StretchLines)  # the same by stretch of the run
+    interval_lines: IntervalLines = msgspec.field(default_factory=IntervalLines)  # the same by interval of the run
     # lines in which the busiest other Python threads were seen, with the CPU time of all of them
     thread_lines: Sequence[SampledLine] = ()
 

@@ -25,7 +25,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, StretchLines
+from traceml.diagnosis.facts.sampled_lines import IntervalLines, LazyLines, LineCounts
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import TopologyHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
@@ -338,7 +338,7 @@ class JobFactsBuilder:
             memory=self.memory,
             lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != "running"),
             thread_lines=self.lines.of_other_threads(self.names),
-            stretch_lines=StretchLines(self.lines, self.names, latest, ends_ns),
+            interval_lines=IntervalLines(self.lines, self.names, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,
             batches=self.batches,

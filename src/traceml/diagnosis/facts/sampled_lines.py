@@ -16,7 +16,7 @@ from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES,
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import line_text
 
-__all__ = ["OUTSIDE_STEPS", "LazyLines", "LineCounts", "SampledLine", "StretchLines", "parsed_place", "place_words"]
+__all__ = ["OUTSIDE_STEPS", "IntervalLines", "LazyLines", "LineCounts", "SampledLine", "parsed_place", "place_words"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTER_STEPS)
 """Names for the time before the first step, between steps and after them, in addition to those of the phases."""
@@ -24,7 +24,7 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTE
 _OUTSIDE = (LINE_STARTUP, LINE_OUTSIDE)
 _SAMPLES = len(LINE_KEYS)
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
-_MAX_SPANS = 64  # stretches of the run that are told apart, of each of so many ranks
+_MAX_INTERVALS = 64  # intervals of the run that are told apart, of each of so many ranks
 _MAX_SPAN_RANKS = 64
 _NONE = np.empty((0, len(LINE_KEYS) + len(LINE_SUMS) + 1), np.int64)
 
@@ -56,7 +56,7 @@ class LineCounts:
 
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
-        self._spans: dict[int, _RankStretches] = {}
+        self._intervals: dict[int, _RankIntervals] = {}
         self._threads: dict[int, NDArray[np.int64]] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
@@ -69,9 +69,9 @@ class LineCounts:
         counts = self._ranks.get(rank)
         if counts is None:
             if len(self._ranks) < _MAX_SPAN_RANKS:
-                self._spans[rank] = _RankStretches()
+                self._intervals[rank] = _RankIntervals()
 
-            counts = self._ranks[rank] = _RankCounts(self._spans.get(rank))
+            counts = self._ranks[rank] = _RankCounts(self._intervals.get(rank))
 
         counts.add(rows)
 
@@ -89,7 +89,11 @@ class LineCounts:
             ends: last step of each rank, and the time at which it ended.
             first, end: the first step, and the first one after them.
         """
-        divided = {rank: spans.divided(first, end, *ends[rank]) for rank, spans in self._spans.items() if rank in ends}
+        divided = {
+            rank: intervals.divided(first, end, *ends[rank])
+            for rank, intervals in self._intervals.items()
+            if rank in ends
+        }
         inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
         return _sampled_lines(inside, names), _sampled_lines(outside, names)
 
@@ -132,13 +136,13 @@ class _RankCounts:
     """Rows of one rank. Those in the phases of steps are apart until a later step has begun.
 
     Args:
-        spans: takes these, by stretch of the run, too.
+        intervals: takes these, by interval of the run, too.
     """
 
-    def __init__(self, spans: _RankStretches | None = None) -> None:
+    def __init__(self, intervals: _RankIntervals | None = None) -> None:
         self._parts: list[NDArray[np.int64]] = []
         self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the middle of the time in which they were counted
-        self._step, self._flushed_ns, self._spans = -1, 0, spans
+        self._step, self._flushed_ns, self._intervals = -1, 0, intervals
         self._first: NDArray[np.int64] | None = None  # counted since a time that is not known
 
     def add(self, rows: NDArray[np.void]) -> None:
@@ -158,8 +162,8 @@ class _RankCounts:
             self._newest.append((middle_ns, in_steps))
             self._first = in_steps if not self._flushed_ns else None
             self._flushed_ns = flushed_ns
-            if self._spans is not None:
-                self._spans.add(last, middle_ns, in_steps)
+            if self._intervals is not None:
+                self._intervals.add(last, middle_ns, in_steps)
 
         if len(self._newest) > _MAX_PARTS:
             first, *others = self._newest
@@ -183,53 +187,53 @@ class _RankCounts:
         return _by_time([_NONE, *(each for middle_ns, each in self._newest if middle_ns > end_ns)])
 
 
-class _Stretch(NamedTuple):
-    """Counts of one stretch of a run."""
+class _Interval(NamedTuple):
+    """Counts of one interval of a run."""
 
     first: int  # the step that was open at its begin
     last: int  # that at its end, -1 where none was, as at the end of the process
     middle_ns: int  # middle of the time in which they were counted
     counts: NDArray[np.int64]
-    joins: int = 1  # stretches that were joined to it, and itself
+    joins: int = 1  # intervals that were joined to it, and itself
 
-    def joined(self, after: _Stretch) -> _Stretch:
-        """Return this stretch and the one after it as one."""
+    def joined(self, after: _Interval) -> _Interval:
+        """Return this interval and the one after it as one."""
         middle_ns = (self.middle_ns + after.middle_ns) // 2
         counts, joins = _summed([self.counts, after.counts]), self.joins + after.joins
         return self._replace(last=after.last, middle_ns=middle_ns, counts=counts, joins=joins)
 
 
-class _RankStretches:
-    """Rows of one rank in the phases of steps, by stretch; neighbors become one where there are too many."""
+class _RankIntervals:
+    """Rows of one rank in the phases of steps, by interval; neighbors become one where there are too many."""
 
     def __init__(self) -> None:
-        self._spans: list[_Stretch] = []
+        self._intervals: list[_Interval] = []
         self._step = 0
 
     def add(self, last: int, middle_ns: int, counts: NDArray[np.int64]) -> None:
-        """Take the counts of the next stretch."""
-        self._spans.append(_Stretch(self._step, last, middle_ns, counts))
+        """Take the counts of the next interval."""
+        self._intervals.append(_Interval(self._step, last, middle_ns, counts))
         self._step = max(last, self._step)
-        if len(self._spans) > _MAX_SPANS:
-            pairs = list(itertools.pairwise(self._spans))
+        if len(self._intervals) > _MAX_INTERVALS:
+            pairs = list(itertools.pairwise(self._intervals))
             at = min(range(len(pairs)), key=lambda at: pairs[at][0].joins + pairs[at][1].joins)
-            self._spans[at : at + 2] = [pairs[at][0].joined(pairs[at][1])]
+            self._intervals[at : at + 2] = [pairs[at][0].joined(pairs[at][1])]
 
     def divided(
         self, first: int, end: int, last: int, end_ns: int
     ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-        """Return the counts of stretches that are mostly in some steps, and of the others up to the last step."""
+        """Return the counts of intervals that are mostly in some steps, and of the others up to the last step."""
         inside: list[NDArray[np.int64]] = []
         outside: list[NDArray[np.int64]] = []
-        for span in self._spans:
-            middle = (span.first + (last if span.last < 0 else span.last)) / 2
-            if span.middle_ns <= end_ns:
-                (inside if first <= middle < end else outside).append(span.counts)
+        for interval in self._intervals:
+            middle = (interval.first + (last if interval.last < 0 else interval.last)) / 2
+            if interval.middle_ns <= end_ns:
+                (inside if first <= middle < end else outside).append(interval.counts)
 
         return inside, outside
 
 
-class StretchLines:
+class IntervalLines:
     """The lines of a run in some of its steps.
 
     Args:

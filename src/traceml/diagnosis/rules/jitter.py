@@ -42,7 +42,7 @@ WAITED_FACTOR = 2.0
 MIN_EVENTS = 3
 """Fewer long steps are single events."""
 IN_A_ROW_SHARE = 0.7
-"""If so many long steps directly follow another one, they are a stretch, as the first calls of L-BFGS."""
+"""If so many long steps directly follow another one, they are a series, as the first calls of L-BFGS."""
 DESCRIBED_SHARE = 0.8
 """If some long steps have this share of what all of them cost, the sentence describes these alone."""
 LIGHT_SHARE = 0.1

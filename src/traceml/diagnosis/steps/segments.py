@@ -59,7 +59,7 @@ class Segments(msgspec.Struct, frozen=True, dict=True):
     measured: NDArray[np.bool_]  # steps in which it was measured; in the others `backward` is the rank's mean
     device: bool  # whether these are device times
     begins: NDArray[np.bool_]  # steps whose predecessor is not in the window
-    stretches: NDArray[np.intp]  # first step of each stretch at whose end the ranks meet; mostly each step is one
+    sync_intervals: NDArray[np.intp]  # first step of each interval at whose end the ranks meet; mostly each step is one
     stands_for: Mapping[int, tuple[int, ...]] = {}  # see `AlignedSteps`
     above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # see `AlignedSteps`
     # what each step took beyond `step` before several trainings were made as if of one; empty without any
@@ -104,13 +104,13 @@ class Segments(msgspec.Struct, frozen=True, dict=True):
         """
         return np.asarray(self._with_above(own).max(axis=0))
 
-    def longest_stretches(self, own: Floats) -> Floats:
-        """Return the own work of the rank that takes longest, by stretch."""
-        return np.asarray(self.by_stretch(self._with_above(own)).max(axis=0))
+    def longest_intervals(self, own: Floats) -> Floats:
+        """Return the own work of the rank that takes longest, by sync interval."""
+        return np.asarray(self.by_sync_interval(self._with_above(own)).max(axis=0))
 
-    def by_stretch(self, values: Floats) -> Floats:
-        """Return the sums of values of steps, by stretch."""
-        return np.asarray(np.add.reduceat(values, self.stretches, axis=-1))
+    def by_sync_interval(self, values: Floats) -> Floats:
+        """Return the sums of values of steps, by sync interval."""
+        return np.asarray(np.add.reduceat(values, self.sync_intervals, axis=-1))
 
     def _with_above(self, own: Floats) -> Floats:
         return own + self.above if len(self.above) else own
@@ -176,7 +176,7 @@ def segments_of(window: AlignedSteps, facts: JobFacts) -> Segments:
         measured,
         window.device,
         window.begins,
-        _stretches(window, facts),
+        _sync_intervals(window, facts),
         window.stands_for,
         window.above,
     )
@@ -217,8 +217,8 @@ def _behind_sync(window: AlignedSteps) -> Floats:
     return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))
 
 
-def _stretches(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
-    """Return the first step of each stretch at whose end the ranks meet.
+def _sync_intervals(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
+    """Return the first step of each interval at whose end the ranks meet.
 
     Where no model averages gradients by itself, the ranks meet in the collectives that the script calls, which may be
     in every n-th step only, as in local SGD.

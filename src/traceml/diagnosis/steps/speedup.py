@@ -37,16 +37,16 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
     if not segments.grouped:
         return np.asarray(np.maximum(segments.step - (segments.own - own).mean(axis=0), 0))
 
-    step, longest = segments.by_stretch(segments.step), segments.longest_stretches(own)
-    left = step - (segments.longest_stretches(segments.own) - longest)
-    least, begins = np.minimum(step, longest), segments.begins[segments.stretches]
+    step, longest = segments.by_sync_interval(segments.step), segments.longest_intervals(own)
+    left = step - (segments.longest_intervals(segments.own) - longest)
+    least, begins = np.minimum(step, longest), segments.begins[segments.sync_intervals]
     times = _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, begins)
-    lengths = np.diff(segments.stretches, append=len(segments.step))
+    lengths = np.diff(segments.sync_intervals, append=len(segments.step))
     return np.asarray(segments.step * np.repeat(times / np.maximum(step, 1), lengths))
 
 
 def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.bool_]) -> Floats:
-    """Return times of stretches in which none gains more than its own length; the next one gets the rest.
+    """Return times of intervals in which none gains more than its own length; the next one gets the rest.
 
     A rank may be late after the last sync point of a step. Then the others wait for it in their next step, and half of
     the wait is in the mean step of the ranks, half in the mean of the next one.
