@@ -67,7 +67,7 @@ def reduce_timer_slack() -> None:
 
 
 class BusyThreads(NamedTuple):
-    """CPU time of other threads in a stretch of time, and the identifier of the one that used most of it."""
+    """CPU time of other threads in a period of time, and the identifier of the one that used most of it."""
 
     busiest: int
     passed_ns: int

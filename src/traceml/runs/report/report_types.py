@@ -370,7 +370,7 @@ class SourceSection(msgspec.Struct, kw_only=True):
 class StepTimes(msgspec.Struct, kw_only=True):
     """Times of single steps, the mean over ranks, so that a report without its run can be compared.
 
-    Of a long run, stretches of consecutive steps that are spread over it.
+    Of a long run, ranges of consecutive steps that are spread over it.
     """
 
     ms: list[float] = []

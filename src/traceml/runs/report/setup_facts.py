@@ -21,7 +21,7 @@ from traceml.track.backends.safe_names import flattened
 __all__ = ["job_times", "setup_section", "step_times_section"]
 
 _MS = 1e6
-_STEPS, _STRETCH = 1024, 64  # 1,024 steps decide a change of a few percent, and take 8 kB
+_STEPS, _RANGE = 1024, 64  # 1,024 steps decide a change of a few percent, and take 8 kB
 _MAX_PARAMS, _MAX_TEXT = 500, 200
 _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
 
@@ -48,11 +48,11 @@ def job_times(window: AlignedSteps) -> NDArray[Any]:
 
 
 def step_times_section(window: AlignedSteps) -> StepTimes:
-    """Return times of single steps; of more than 1,024, stretches of 64 that are spread evenly."""
+    """Return times of single steps; of more than 1,024, ranges of 64 that are spread evenly."""
     times = job_times(window)
     if len(times) > _STEPS:
-        starts = np.linspace(0, len(times) - _STRETCH, _STEPS // _STRETCH).astype(int)
-        chosen = np.concatenate([times[start : start + _STRETCH] for start in starts])
+        starts = np.linspace(0, len(times) - _RANGE, _STEPS // _RANGE).astype(int)
+        chosen = np.concatenate([times[start : start + _RANGE] for start in starts])
     else:
         chosen = times
 
