@@ -99,7 +99,7 @@ _READ_SOURCES = (
     "diagnosis/test_kinds.py",
     "test_own_programs.py",
     "test_prose.py",
-    "test_rooms.py",
+    "test_packages.py",
 )
 
 _LACKING = pytest.StashKey[dict[str, Part]]()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_rooms import LEAVES, NARROW, ROOMS, SUBROOMS
+from tests.test_packages import LEAVES, NARROW, PACKAGES, SUBPACKAGES
 from traceml.cli import COMMANDS
 from traceml.diagnosis.kinds import Kind
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -73,14 +73,14 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_tables_of_rooms_are_those_of_the_test() -> None:
-    """docs/architecture.md lists every room and divided folder, with what it may import."""
+    """docs/architecture.md lists every package and divided folder, with what it may import."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `([a-z_/]+)/` \|.*\| ([^|]+) \|$", page, re.MULTILINE)
     tables = {name.replace("/", "."): set(re.findall(r"`([a-z_.]+)`", allowed)) for name, allowed in rows}
 
-    below = {"cli": set(), "launch": set(), "database": set()}  # in words: all rooms below, nothing
-    assert tables == {**below, **NARROW, **SUBROOMS}
-    assert [name for name, _ in rows if name in ROOMS] == list(ROOMS)
+    below = {"cli": set(), "launch": set(), "database": set()}  # in words: all packages below, nothing
+    assert tables == {**below, **NARROW, **SUBPACKAGES}
+    assert [name for name, _ in rows if name in PACKAGES] == list(PACKAGES)
     assert [leaf for leaf in LEAVES if f"`{leaf}.py`" not in page and f"`{leaf}/`" not in page] == []
 
 

@@ -1,6 +1,6 @@
 """Code in the pages: commands and options exist, names and settings too, and Python runs.
 
-Commands that start jobs, hosts or servers are parsed here; tests of their own rooms run them.
+Commands that start jobs, hosts or servers are parsed here; tests of their own packages run them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Process: `launcher/` in the caller of `launch`; `agent/` in the agent of each host; `worker/` in the zygote there and
 the workers that it forks; each file of `wire/` in those that its line `Process:` names. A file elsewhere with such a
-line runs in another process than its folder. May import the packages below; `tests/test_rooms.py` lists which folder
+line runs in another process than its folder. May import the packages below; `tests/test_packages.py` lists which folder
 may import which, and compares the lines of `wire/` with the files that import them.
 
 A launch that hangs on one host: `launcher.job.job` waits for each step of the start-up (`_gather`, `_await`) and says

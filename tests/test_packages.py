@@ -17,8 +17,8 @@ import pytest
 import traceml
 from tests.source_tree import SOURCE, nodes_of, source_files
 
-# Top to bottom; a room imports only from rooms below it, from itself, and from the leaf modules.
-ROOMS = (
+# Top to bottom; a package imports only from packages below it, from itself, and from the leaf modules.
+PACKAGES = (
     "cli",
     "integrations",
     "launch",
@@ -39,7 +39,7 @@ ROOMS = (
     "transport",
     "database",
 )
-# Rooms that keep to less than everything below them.
+# Packages that keep to less than everything below them.
 NARROW = {
     "instrument": {"database"},
     "samplers": {"database"},
@@ -58,8 +58,8 @@ NARROW = {
     "renderers": {"runs", "whatif", "diagnosis", "database"},
     "display": {"renderers", "runs", "diagnosis", "database"},
 }
-# Folders of a divided room: what each may import beside itself and the leaves, as folders, modules or whole rooms.
-SUBROOMS = {
+# Folders of a divided package: what each may import beside itself and the leaves (folders, modules, whole packages).
+SUBPACKAGES = {
     "runs.rows": {"diagnosis", "database"},
     "runs.report": {
         "runs.rows", "runs.about", "runs.run_state", "runs.json_document", "diagnosis", "track", "database",
@@ -112,8 +112,8 @@ SUBROOMS = {
     "traces.aggregate": {"traces.native"},
     "traces.query": {"traces.reader", "traces.aggregate"},
 }  # fmt: skip
-# Rooms whose files run in several processes: each of their folders says in which.
-ROOMS_OF_MANY_PROCESSES = {"launch", "supervise"}
+# Packages whose files run in several processes: each of their folders says in which.
+PACKAGES_OF_MANY_PROCESSES = {"launch", "supervise"}
 # Folders of one process, with the words for it.
 WORDS_OF_PROCESSES = {
     "launch.launcher": r"\blauncher\b", "launch.agent": r"\bagent\b", "launch.worker": r"\b(zygote|workers?)\b",
@@ -152,7 +152,7 @@ def _files() -> dict[str, Path]:
     return names
 
 
-def _room_of(path: Path) -> str:
+def _package_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
@@ -182,7 +182,7 @@ def _started(path: Path) -> set[str]:
     return {value for value in values if isinstance(value, str)} & _files().keys()
 
 
-def _imported_rooms(path: Path) -> set[str]:
+def _imported_packages(path: Path) -> set[str]:
     return {name.split(".")[1] for name in {*_imports(path), *_started(path)} if name.startswith("traceml.")}
 
 
@@ -192,23 +192,23 @@ def _imported_files(path: Path) -> set[str]:
     return names & _files().keys()
 
 
-def test_every_module_belongs_to_a_room() -> None:
+def test_every_module_belongs_to_a_package() -> None:
     """No folder or module stands outside the plan."""
-    known = {*ROOMS, *LEAVES, *FACES}
+    known = {*PACKAGES, *LEAVES, *FACES}
 
-    assert {_room_of(path) for path in _files().values()} <= known
+    assert {_package_of(path) for path in _files().values()} <= known
 
 
 def test_imports_go_down() -> None:
-    """A module imports from below its own room only."""
+    """A module imports from below its own package only."""
     wrong = {}
     for name, path in _files().items():
-        room = _room_of(path)
-        if room in FACES:
+        package = _package_of(path)
+        if package in FACES:
             continue
 
-        below = set() if room in LEAVES else set(ROOMS[ROOMS.index(room) + 1 :])
-        if more := _imported_rooms(path) - (NARROW.get(room, below) | LEAVES | {room}):
+        below = set() if package in LEAVES else set(PACKAGES[PACKAGES.index(package) + 1 :])
+        if more := _imported_packages(path) - (NARROW.get(package, below) | LEAVES | {package}):
             wrong[name] = more
 
     assert wrong == {}
@@ -224,27 +224,27 @@ def _folder_of(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE).parent.parts)
 
 
-def test_folders_keep_to_their_part_of_a_room() -> None:
-    """A folder of a divided room imports what SUBROOMS lists."""
+def test_folders_keep_to_their_part_of_a_package() -> None:
+    """A folder of a divided package imports what SUBPACKAGES lists."""
     for name, path in _files().items():
-        folder = next((each for each in _prefixes(_folder_of(path)) if each in SUBROOMS), None)
+        folder = next((each for each in _prefixes(_folder_of(path)) if each in SUBPACKAGES), None)
         if folder is None:
             continue
 
         imported = _imports(path)
         assert not {each.split(".")[0] for each in imported} & FORBIDDEN.get(folder, set()), name
-        allowed = SUBROOMS[folder] | {folder, *LEAVES, *FACES}
+        allowed = SUBPACKAGES[folder] | {folder, *LEAVES, *FACES}
         inside = {each.removeprefix("traceml.") for each in imported if each.startswith("traceml.")}
         wrong = {each for each in inside if not allowed.intersection(_prefixes(each))}
         assert wrong == set(), name
 
 
-def test_folders_of_a_divided_room_are_listed() -> None:
-    """No folder of a divided room is missing in SUBROOMS."""
-    divided = {name.rpartition(".")[0] for name in SUBROOMS}
+def test_folders_of_a_divided_package_are_listed() -> None:
+    """No folder of a divided package is missing in SUBPACKAGES."""
+    divided = {name.rpartition(".")[0] for name in SUBPACKAGES}
     folders = {_folder_of(path) for path in _files().values()}
 
-    assert {each for each in folders if each.rpartition(".")[0] in divided - {""}} == SUBROOMS.keys()
+    assert {each for each in folders if each.rpartition(".")[0] in divided - {""}} == SUBPACKAGES.keys()
 
 
 def test_folders_are_small() -> None:
@@ -261,7 +261,7 @@ def test_a_folder_says_what_it_may_import() -> None:
     }
 
     assert [name for name, text in docstrings.items() if not re.search(r"\bimports?\b", text.lower())] == []
-    many = {name: text for name, text in docstrings.items() if name.split(".")[1] in ROOMS_OF_MANY_PROCESSES}
+    many = {name: text for name, text in docstrings.items() if name.split(".")[1] in PACKAGES_OF_MANY_PROCESSES}
     assert [name for name, text in many.items() if not _processes(text)] == []
 
 
@@ -302,10 +302,12 @@ def _reached(name: str, graph: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
-def test_rooms_do_not_import_the_package() -> None:
-    """`import traceml` brings the public names of every room: only the command line may use it."""
+def test_packages_do_not_import_traceml_itself() -> None:
+    """`import traceml` brings the public names of every package: only the command line may use it."""
     bare = {
-        name for name, path in _files().items() if _room_of(path) not in {*FACES, "cli"} and "traceml" in _imports(path)
+        name
+        for name, path in _files().items()
+        if _package_of(path) not in {*FACES, "cli"} and "traceml" in _imports(path)
     }
 
     assert bare == set()
@@ -319,7 +321,7 @@ def test_no_module_imports_itself_through_others() -> None:
 def _circles() -> list[set[str]]:
     """Return the sets of modules that import each other."""
     reach: dict[str, set[str]] = {}
-    inside = {name: path for name, path in _files().items() if _room_of(path) not in FACES}
+    inside = {name: path for name, path in _files().items() if _package_of(path) not in FACES}
     graph = {name: _imported_files(path) & inside.keys() - {name} for name, path in inside.items()}
     for name in graph:
         reach[name] = _reached(name, graph)
@@ -344,7 +346,7 @@ def test_a_file_has_its_name_alone() -> None:
     """A file name occurs once in the package, except a command and the module that does its work."""
     homes = defaultdict(set)
     for name, path in _files().items():
-        if not path.stem.startswith("__") and _room_of(path) != "cli":
+        if not path.stem.startswith("__") and _package_of(path) != "cli":
             homes[path.stem].add(name)
 
     shared = {name: places for name, places in homes.items() if len(places) > 1}
@@ -413,7 +415,7 @@ def test_every_module_lists_what_it_offers() -> None:
 
 @pytest.mark.process
 def test_import_is_light() -> None:
-    """`import traceml` brings in none of the heavy packages, nor a room."""
+    """`import traceml` brings in none of the heavy libraries, nor a package of its own."""
     code = "import sys, traceml; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
