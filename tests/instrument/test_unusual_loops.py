@@ -311,6 +311,27 @@ def test_a_closure_is_no_optimizer_time(traced: Traced, by_name: bool) -> None:
         assert min(step["forward_ns"], step["backward_ns"]) > 0
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("persistent", [False, True])
+def test_batches_that_are_taken_at_once_are_waited_for_in_the_first_step(traced: Traced, persistent: bool) -> None:
+    """`for batch in list(loader)`: that step begins the epoch, and the next one on the same batches waits for none."""
+    model = net()
+    optimizer = sgd(model)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(20, 4)), 2, num_workers=1, persistent_workers=persistent
+    )
+    for _ in range(3):
+        for (batch,) in list(loader):
+            train(model, optimizer, batch)
+
+    steps = traced.finish()
+    waits = np.array([step["input_wait_ns"] for step in steps])
+    assert len(steps) == 30
+    assert np.flatnonzero(waits).tolist() == [0, 10, 20]
+    assert [bool(step["flags"] & StepFlag.EPOCH) for step in steps[::10]] == [True] * 3
+    assert sum(bool(step["flags"] & StepFlag.EPOCH) for step in steps) == 3
+
+
 @pytest.mark.parametrize("fetches", [False, True])
 def test_a_repeated_closure_trains_on_the_same_data(traced: Traced, fetches: bool) -> None:
     """L-BFGS calls its closure many times in a step. One that takes a batch each time trains on more."""

@@ -203,8 +203,8 @@ class DividedStep(PhaseTimer):
 
     @property
     def needs_no_loader(self) -> bool:
-        """Whether the step closes without a request to a loader: there is none, or its last iterator is gone."""
-        return self.first_loader is None or self.first_loader.is_left
+        """Whether the step closes without a request to a loader: there is none, or it has given all batches."""
+        return self.first_loader is None or self.first_loader.is_left or self.is_drained
 
     def _merge(self, ident: int) -> None:
         """Join the part after the cut with the step, in which another optimizer steps."""
@@ -259,12 +259,15 @@ class DividedStep(PhaseTimer):
     def _append_held(self, held: list[tuple[int, list[int], int]], flags: int, t: int) -> None:
         """Append the rows of held steps, and begin the next one."""
         before, before_total = self.zeros, 0
+        epoch = (self.flags | self.committed_flags) & _EPOCH  # began with the first of them
+        self.committed_create_ns += self.create_ns
+        self.committed_drain_ns += self.drain_ns
         data = (self.input_elements, self.input_samples)
         for end, times, total in held:
             part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]
             self.note_total(total - before_total)
-            self.append_step(part, end, total - before_total, 1, flags, -1, data)
-            before, before_total = times, total
+            self.append_step(part, end, total - before_total, 1, flags | epoch, -1, data)
+            before, before_total, epoch = times, total, 0
 
         held.clear()
         if self.device is not None:

@@ -344,6 +344,7 @@ class PhaseTimer:
     def new_iterator(self, create_ns: int) -> None:
         """Handle a new iterator of a loader: the step that waits for its first batch begins an epoch."""
         self.create_ns += create_ns
+        self.is_drained = False
         self.flags |= _EPOCH
         self.dirty = True
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FUSED", "StepClock"]
 
-_BACKWARD, _OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
+_BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.INPUT_WAIT)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
@@ -210,6 +210,9 @@ class StepClock(DividedStep):
         """
         loader.end(self)
         self.exhausted_loader = loader
+        if loader is self.batch:
+            self.is_drained = self.dirty = True
+
         self.drain_ns += drain_ns
         self.evaluated = False
         if self.batches and not self.backwards:
@@ -326,7 +329,7 @@ class StepClock(DividedStep):
         if self.training_loader is None:
             self._train_from(self.first_loader)
 
-        if self.first_loader.is_left:
+        if self.needs_no_loader:
             self._await_forward(ident)
             return
 
@@ -535,6 +538,7 @@ class StepClock(DividedStep):
     def _clear(self, t: int) -> None:
         super()._clear(t)
         self.fetched_ahead = False
+        self.is_drained = False  # the loader has ended after it gave batches: the step and those after it train on them
         self.repeated = False  # the optimizer steps again on the same batch
         self.repeats: list[tuple[int, list[int], int]] = []  # ends of steps on the same batch
 
@@ -552,8 +556,12 @@ class StepClock(DividedStep):
         """Save the end of a repeated step on the same batch; return whether the repetitions have become steps."""
         self.repeated = False
         total = self.committed_ns + t - self.part_start
-        if not self.repeats:  # the end of the first one was not saved: two halves
-            self.repeats.append((t - total // 2, [spent // 2 for spent in self.times], total // 2))
+        if not self.repeats:  # the end of the first one was not saved: it has the wait, and half of the rest
+            waited = self.times[_INPUT_WAIT]
+            half = (total - waited) // 2
+            times = [spent // 2 for spent in self.times]
+            times[_INPUT_WAIT] = waited
+            self.repeats.append((t - half, times, total - half))
 
         self._hold(self.repeats, t)
         if len(self.repeats) < _HELD_BATCHES:

@@ -54,6 +54,22 @@ def test_workers_that_start_in_each_epoch_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
 
 
+def test_batches_that_are_taken_at_once_are_no_restart():
+    """`for batch in list(loader)` waits for all batches of an epoch, whether its workers are kept or not."""
+
+    def all_at_once(own, _) -> None:
+        own["input_wait"][:] = 0
+        own["input_wait"][:, ::EPOCH] = 200
+
+    rows = np.zeros(ALONE.steps // EPOCH, EPOCHS.dtype)
+    rows["step"], rows["ns"], rows["create_ns"] = np.arange(len(rows)) * EPOCH, 200 * MS, 2 * MS
+
+    found = diagnose(window_of(ALONE, all_at_once), JobFacts(loader=LOADER, epochs=rows))
+
+    assert restarts(found) == []
+    assert "as list(loader) does" in found[0].next
+
+
 @pytest.mark.parametrize(("method", "gain"), [("fork", 1.87), ("spawn", 1.42)])
 def test_memory_that_is_copied_after_a_fork_goes_with_the_restart(method, gain):
     """The first step of an epoch writes to pages that the new workers share, and computes 100 ms longer."""

@@ -14,12 +14,16 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import WORTHWHILE, for_input
-from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
+from traceml.diagnosis.steps.loading import Pauses, Pipeline, pipeline_of
 from traceml.diagnosis.steps.segments import segments_of
 
 ALONE = Job(ranks=1, grouped=False)
 FOLDER = LoaderFacts(dataset="Folder", num_workers=0, batch_size=8)
-EPOCHS_OF_THREE = np.zeros(3, EPOCHS.dtype)
+FIRST = Pauses(first_share=0.9, are_whole_epochs=False, gain_with_overlap=1.0, prefetch_factor=12)
+SINGLE = replace(FIRST, first_share=0.1)
+EPOCH = 50
+WHOLE = np.zeros(4, EPOCHS.dtype)
+WHOLE["step"], WHOLE["ns"], WHOLE["first"] = np.arange(4) * EPOCH, 1000 * MS, [1, 0, 0, 0]
 
 
 def pipeline(fetch: float, rest: float, cpu: float = 1.0, cores: int | None = 2, workers: int = 0) -> Pipeline:
@@ -120,9 +124,11 @@ def test_a_single_core_gains_nothing_by_workers():
             "num_",
             "in memo",
         ),
-        (None, LoaderFacts(num_workers=2, persistent_workers=False), "persistent_workers=True", "num_workers"),
-        (None, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
-        (None, LoaderFacts(num_workers=2, persistent_workers=True, made=3), "Make the DataLoader once", "Set pers"),
+        (FIRST, LoaderFacts(num_workers=2, persistent_workers=False), "persistent_workers=True", "num_workers"),
+        (FIRST, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
+        (FIRST, LoaderFacts(num_workers=2, persistent_workers=True, made=3), "Make the DataLoader once", "Set pers"),
+        (SINGLE, LoaderFacts(num_workers=2, persistent_workers=False), "prefetch_factor=12", "persistent"),
+        (SINGLE, LoaderFacts(num_workers=2, made=3), "samples of the steps that wait", "Make the DataLoader once"),
         (
             pipeline(298, 95),
             replace(FOLDER, made=3),
@@ -133,7 +139,7 @@ def test_a_single_core_gains_nothing_by_workers():
 )
 def test_advice_fits_the_loading(loading, loader, says, never):
     """Each advice where it is true, and not where another is."""
-    text = for_input(JobFacts(loader=loader, epochs=EPOCHS_OF_THREE), loading).text
+    text = for_input(JobFacts(loader=loader), loading).text
 
     assert says in text
     assert never not in text
@@ -155,11 +161,83 @@ def test_samples_in_memory_are_not_told_to_be_cached(in_memory, says):
     assert ("decode once and cache" in text) == (not in_memory)
 
 
+def slow_samples(every: int = 10):
+    """Return a window of steps of 13.6 ms, of which each tenth waits for a sample of 250 ms."""
+    window = window_of(ALONE, adds("input_wait", 1), adds("input_wait", 250, every=every))
+    return segments_of(window, JobFacts())
+
+
+def taken_at_once(ms: float = 1000):
+    """Return a window in which the first step of each epoch takes all batches of it, and no other step asks for one."""
+
+    def fault(own, _) -> None:
+        own["input_wait"][:] = 0
+        own["input_wait"][:, ::EPOCH] = ms
+
+    return segments_of(window_of(ALONE, fault), JobFacts())
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(WHOLE[:1], 0.0), (WHOLE, 0.75)])
+def test_slow_samples_are_no_restarts_of_workers(epochs, share):
+    """Also with a loader for each epoch: the first batches are a part of the waiting, or none."""
+    facts = JobFacts(loader=LoaderFacts(num_workers=1, made=4), epochs=epochs)
+
+    pauses = Pauses.of(slow_samples(), facts)
+
+    assert pauses.first_share == pytest.approx(share, rel=0.1)
+    assert not pauses.are_whole_epochs
+    assert pauses.prefetch_factor == pytest.approx(2 + 250 / 12.6, abs=2)
+
+
+def test_batches_that_are_taken_at_once_are_loaded_like_others():
+    """`for batch in list(loader)`: workers gain what they gain for a loop over the loader, which the advice has too."""
+    segments, facts = taken_at_once(), JobFacts(loader=FOLDER, epochs=WHOLE, hosts={0: "h"}, cores={"h": 2})
+    wait_ns = float(segments.parts["input_wait"].mean())
+
+    found = pipeline_of(segments, facts, wait_ns)
+    assert found is not None
+    text = for_input(facts, found).text
+
+    assert found.is_taken_ahead
+    assert found.first_ns == 0
+    assert found.fetch_ns == pytest.approx(wait_ns)
+    assert "set num_workers=" in text
+    assert "iterate over the loader in the training loop, not before it" in text
+    assert "first batch" not in text
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_steps_that_share_a_batch_take_none_ahead(every):
+    """Several steps on a batch ask for one at times, which is no epoch."""
+    window = window_of(ALONE, adds("input_wait", 30, every=every))
+    facts = JobFacts(loader=FOLDER, epochs=WHOLE)
+
+    found = pipeline_of(segments_of(window, facts), facts, 30 * MS / every)
+
+    assert found is not None
+    assert not found.is_taken_ahead
+
+
+@pytest.mark.parametrize(("cores", "gain"), [(None, 1.72), (8, 1.72), (2, 1.2)])
+def test_workers_of_batches_that_are_taken_at_once_could_work_beside_the_training(cores, gain):
+    """21 ms of each 34 ms step: it waits for none of them with cores for all, and for some on two."""
+    known = {} if cores is None else {"h": cores}
+    facts = JobFacts(loader=replace(FOLDER, num_workers=2), epochs=WHOLE, hosts={0: "h"}, cores=known)
+
+    pauses = Pauses.of(taken_at_once(), facts)
+    advised = for_input(facts, pauses)
+
+    assert pauses.are_whole_epochs
+    assert advised.gain == pytest.approx(gain, rel=0.07)
+    assert "as list(loader) does" in advised.text
+    assert "persistent" not in advised.text
+
+
 def test_workers_that_start_once_are_not_blamed_for_pauses():
     """A run of one epoch starts them once, whether they stay or not."""
-    once = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=False), epochs=EPOCHS_OF_THREE[:1])
+    once = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=False), epochs=WHOLE[:1])
 
-    assert "persistent" not in for_input(once, None).text
+    assert "persistent" not in for_input(once, Pauses.of(slow_samples(), once)).text
 
 
 @pytest.mark.parametrize(("waited", "says"), [(0.83, "in memory"), (0.0, "num_workers=1"), (0.3, "num_workers=1")])

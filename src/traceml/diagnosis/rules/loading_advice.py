@@ -17,7 +17,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
-from traceml.diagnosis.steps.loading import Pipeline, fetch_cpu
+from traceml.diagnosis.steps.loading import Pauses, Pipeline, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = ["Advised", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
@@ -30,6 +30,10 @@ COMPUTES = 0.5
 """A training process that waits for its workers computes for a smaller share of the time."""
 _PART = "input_wait"
 _CONTAINERS = ("list", "tuple", "dict", "range")
+_TAKEN_AHEAD = (
+    "The script takes all batches of an epoch before it trains on the first one, as list(loader) does. Iterate over "
+    "the loader in the training loop"
+)
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
 
@@ -41,15 +45,15 @@ class Advised(NamedTuple):
     workers: int | None = None  # advised number of loader workers; None where the advice is another
 
 
-def for_input(facts: JobFacts, pipeline: Pipeline | None) -> Advised:
+def for_input(facts: JobFacts, pipeline: Pipeline | Pauses) -> Advised:
     """Return advice against waiting for data.
 
     Args:
-        pipeline: its loading; None where the waits are pauses.
+        pipeline: its loading; what is known of the waits where they are pauses.
     """
     loader = facts.loader or LoaderFacts()
-    if pipeline is None:
-        return _against_pauses(facts, loader)
+    if isinstance(pipeline, Pauses):
+        return _against_pauses(facts, loader, pipeline)
 
     if loader.num_workers is None:
         return _prefetch(pipeline)
@@ -119,12 +123,22 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
-def _against_pauses(facts: JobFacts, loader: LoaderFacts) -> Advised:
+def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: Pauses) -> Advised:
+    if pauses.are_whole_epochs:
+        gain = pauses.gain_with_overlap
+        return Advised(
+            f"{_TAKEN_AHEAD}: the workers then make batches while it trains; {gain_text(gain, 'at most')}.", gain
+        )
+
     keeping = keeping_workers(facts)
-    if loader.num_workers and len(facts.epochs) > 1 and keeping is not None:
+    if loader.num_workers and pauses.first_share >= NAMED_SHARE and keeping is not None:
         return Advised(f"{keeping.action}: {keeping.because}, and they fetch the first batches while training waits.")
 
-    return Advised("Look at the samples of the steps that wait: larger files, or a slow disk or network at times.")
+    ahead = f"{loader.option('prefetch_factor')}={pauses.prefetch_factor}"
+    return Advised(
+        "Look at the samples of the steps that wait: larger files, or a slow disk or network at times. With "
+        f"{ahead} the workers would be far enough ahead for such a wait, if they are fast enough otherwise."
+    )
 
 
 def _prefetch(pipeline: Pipeline) -> Advised:
@@ -170,8 +184,10 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         if pipeline.workers
         else f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
-    setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}"
-    text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
+    setting = f"set {loader.option('num_workers')}={workers}{_kept(facts)}"
+    if pipeline.is_taken_ahead:
+        setting = f"{setting}, and iterate over the loader in the training loop, not before it"
+    text = f"{before}: {setting}; {gain_text(gain, 'about')}{cores}."
     if loader.is_undivided and not pipeline.workers:
         text += (
             " It is an iterable data set: divide it among the workers (torch.utils.data.get_worker_info), or each of "

@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.loading import is_taken_ahead
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
@@ -73,7 +74,9 @@ def workers_restarted(
     if not workers or keeping is None or _PART not in segments.parts:
         return [], {}
 
-    columns, restart_ns = _restarts(window, facts, workers * float(np.median(segments.step)))
+    # Where a script takes all batches of an epoch at once, it waits for these, and not for the first one.
+    fetch_ns = np.inf if is_taken_ahead(segments, facts) else workers * float(np.median(segments.step))
+    columns, restart_ns = _restarts(window, facts, fetch_ns)
     if len(columns) < 2:
         return [], {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -12,7 +14,7 @@ from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["Pipeline", "fetch_cpu", "pipeline_of"]
+__all__ = ["Pauses", "Pipeline", "fetch_cpu", "is_taken_ahead", "pipeline_of"]
 
 TAKE_NS = 3e5
 """Time that the training process usually takes to receive a batch from a worker."""
@@ -32,6 +34,8 @@ _LEVELS = 16
 _MAX_OUTLIERS = 256
 _LONG_WAIT = 3.0
 _MIN_EPOCH = 4.0  # steps of an epoch, to tell its first one apart
+_MIN_TAKEN = 8.0  # batches that are taken at once, at least
+_ASKS = 2.5  # steps of an epoch that ask for batches, where it takes all at once, or ends its iterator in another one
 _HELD_SHARE = 0.8
 _MIN_READY = 0.05
 
@@ -59,6 +63,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     levels: tuple[float, ...] = (1.0,)
     outliers: tuple[float, ...] = ()  # how long single batches take that are far longer than the mean, by `fetch_ns`
     batches: int = 1  # number of all batches
+    is_taken_ahead: bool = False  # whether the training takes all batches of an epoch before its first step
 
     def step_ns(self, workers: int) -> float:
         """Return the step time with this many workers: that of the training, of the workers, or of the cores."""
@@ -153,7 +158,8 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     use = facts.worker_use if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
     handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
-    epoch_steps, first_ns = _epoch_steps(facts), 0.0 if workers else _first_ns(facts, wait_ns)
+    epoch_steps, is_ahead = _epoch_steps(facts), is_taken_ahead(segments, facts)
+    first_ns = 0.0 if workers or is_ahead else _first_ns(facts, wait_ns)
     if workers:
         fetch_ns, computes = _fetch_of_workers(workers, use, segments.step_ns, facts, bound=bound, handover=handover)
     else:
@@ -178,9 +184,12 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         epoch_steps=epoch_steps,
         first_ns=first_ns,
         lost_ns=max(step_ns - segments.step_ns, 0.0),
-        levels=(1.0,) if workers else _levels(segments, epoch_steps if first_ns else None),
-        outliers=() if workers or _is_undivided(facts) else _outliers(segments, epoch_steps if first_ns else None),
+        levels=(1.0,) if workers or is_ahead else _levels(segments, epoch_steps if first_ns else None),
+        outliers=()
+        if workers or is_ahead or _is_undivided(facts)
+        else _outliers(segments, epoch_steps if first_ns else None),
         batches=segments.parts["input_wait"].shape[1],
+        is_taken_ahead=is_ahead,
     )
     # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
     ready = made.ready_to_hand_over
@@ -260,6 +269,51 @@ def _first_ns(facts: JobFacts, wait_ns: float) -> float:
     first_ns = float(later["ns"].mean())
     usual_ns = max(wait_ns - first_ns / epoch_steps, 0.0) / (1 - 1 / epoch_steps)
     return first_ns - usual_ns if first_ns > _LONG_WAIT * usual_ns else 0.0
+
+
+def is_taken_ahead(segments: Segments, facts: JobFacts) -> bool:
+    """Return whether the script takes all batches of an epoch at once: the other steps ask for none."""
+    epoch_steps = _epoch_steps(facts)
+    if epoch_steps is None or epoch_steps < _MIN_TAKEN:
+        return False
+
+    asks = (segments.parts["input_wait"] > 0).mean(axis=0)
+    return float(asks.mean()) * epoch_steps <= _ASKS
+
+
+class Pauses(msgspec.Struct, frozen=True, kw_only=True):
+    """Waits for workers that are in few steps."""
+
+    first_share: float  # share of the waiting that is for the first batch of an epoch
+    are_whole_epochs: bool  # whether each of them is for all batches of an epoch
+    gain_with_overlap: float  # old / new step time if the workers made the same batches during the other steps
+    prefetch_factor: int  # batches per worker that cover such a wait
+
+    @classmethod
+    def of(cls, segments: Segments, facts: JobFacts) -> Self:
+        """Return the pauses of a window."""
+        waits = segments.parts["input_wait"].mean(axis=0)
+        wait_ns, step_ns = float(waits.mean()), segments.step_ns
+        rest_ns = max(step_ns - wait_ns, 1.0)
+        epoch_steps, later = _epoch_steps(facts), facts.epochs[facts.epochs["first"] == 0]
+        first_ns = float(later["ns"].mean()) / epoch_steps if epoch_steps and len(later) else 0.0
+        longest_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
+        return cls(
+            first_share=first_ns / max(wait_ns, 1.0),
+            are_whole_epochs=is_taken_ahead(segments, facts),
+            gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(segments, facts, rest_ns, wait_ns)),
+            prefetch_factor=PREFETCH + int(np.ceil(longest_ns / (rest_ns * max(facts.loader_workers, 1)))),
+        )
+
+
+def _cores_ns(segments: Segments, facts: JobFacts, rest_ns: float, wait_ns: float) -> float:
+    """Return how long the cores of a rank take for a step and its batch, which workers make; 0 without their number.
+
+    Where the use of the workers is not known, they are taken to compute while the training waits.
+    """
+    use, cores = facts.worker_use, facts.cores_per_rank
+    made_ns = wait_ns if use is None else segments.step_ns * use.ready
+    return (rest_ns + facts.loader_workers * made_ns) / cores if cores else 0.0
 
 
 def are_pauses(segments: Segments, workers: int) -> bool:
