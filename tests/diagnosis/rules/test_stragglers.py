@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,21 @@ def test_ranks_between_the_late_ones_and_the_others_hide_none(between_ms: tuple[
 
     assert found.rows.tolist() == [0, 1, 2]
     assert len(found.others) == 29
+
+
+@pytest.mark.parametrize(
+    ("every", "ms", "says"), [(1, 30.0, None), (2, 60.0, None), (5, 120.0, "20 %"), (20, 250.0, "5 %")]
+)
+def test_the_sentence_says_in_how_many_steps_a_rank_is_late(every: int, ms: float, says: str | None) -> None:
+    """A rank that saves in each 20th step is late by 250 ms there, and by the mean in no step."""
+    found, *_ = diagnose(
+        window_of(Job(ranks=2, steps=400), adds("other", ms, (1,), every=every)), JobFacts(world_size=2)
+    )
+
+    assert found.ranks == (1,)
+    assert ("of the steps (" in found.summary) == (says is not None)
+    if says is not None:
+        assert re.search(rf", nearly all in {says} of the steps \(\d+ ms each\)", found.summary)
 
 
 def test_the_noise_of_one_rank_hides_no_late_host() -> None:

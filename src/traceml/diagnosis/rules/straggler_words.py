@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -18,6 +19,9 @@ _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
 _HIDDEN = 0.25
 """If a remedy alone gains less than this share of the cost, another late rank hides this one."""
+_SELDOM = 0.25
+"""Ranks that are late in a smaller share of the steps are late at times, as by saving in every n-th step."""
+_NEARLY_ALL = 0.8
 _MAX_LISTED = 64  # a switch or a stage has thousands of ranks
 
 
@@ -82,8 +86,21 @@ def late_summary(
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time{gained}."
+        f"others' ({ns_text(others)}){_seldom_text(segments, late)}{where}; that costs {percent_text(share)} of step "
+        f"time{gained}."
     )
+
+
+def _seldom_text(segments: Segments, late: LateRanks) -> str:
+    """Return in how many steps ranks are late, if these are few; else nothing."""
+    own = segments.parts[late.part]
+    excess = own[late.rows].mean(axis=0) - mean_of_others(own[late.others])
+    is_late = _is_late(excess)
+    often, held = float(is_late.mean()), float(excess[is_late].sum()) / max(float(excess.sum()), 1.0)
+    if often > _SELDOM or held < _NEARLY_ALL:
+        return ""
+
+    return f", nearly all in {percent_text(often)} of the steps ({ns_text(float(excess[is_late].mean()))} each)"
 
 
 def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:
@@ -117,7 +134,12 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
 
 
 def share_late(excess: Floats) -> float:
-    """Return the share of steps with at least half of the usual excess.
+    """Return the share of steps with at least half of the usual excess."""
+    return float(_is_late(excess).mean())
+
+
+def _is_late(excess: Floats) -> NDArray[np.bool_]:
+    """Return which steps have at least half of the usual excess.
 
     Half of all excess is in steps with the usual one or more: neither the steps without any nor a few very long ones
     decide it.
@@ -125,4 +147,4 @@ def share_late(excess: Floats) -> float:
     positive = np.sort(np.maximum(excess, 0))
     sums = np.cumsum(positive, dtype=np.float64)
     usual = float(positive[np.searchsorted(sums, sums[-1] / 2)])
-    return float((excess >= 0.5 * max(usual, 1.0)).mean())
+    return np.asarray(excess >= 0.5 * max(usual, 1.0))
