@@ -14,12 +14,12 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import WORTHWHILE, for_input
-from traceml.diagnosis.steps.loading import Pauses, Pipeline, pipeline_of
+from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of
 from traceml.diagnosis.steps.segments import segments_of
 
 ALONE = Job(ranks=1, grouped=False)
 FOLDER = LoaderFacts(dataset="Folder", num_workers=0, batch_size=8)
-FIRST = Pauses(first_share=0.9, are_whole_epochs=False, gain_with_overlap=1.0, prefetch_factor=12)
+FIRST = RareWaits(first_share=0.9, are_whole_epochs=False, gain_with_overlap=1.0, prefetch_factor=12)
 SINGLE = replace(FIRST, first_share=0.1)
 EPOCH = 50
 WHOLE = np.zeros(4, EPOCHS.dtype)
@@ -182,7 +182,7 @@ def test_slow_samples_are_no_restarts_of_workers(epochs, share):
     """Also with a loader for each epoch: the first batches are a part of the waiting, or none."""
     facts = JobFacts(loader=LoaderFacts(num_workers=1, made=4), epochs=epochs)
 
-    pauses = Pauses.of(slow_samples(), facts)
+    pauses = RareWaits.of(slow_samples(), facts)
 
     assert pauses.first_share == pytest.approx(share, rel=0.1)
     assert not pauses.are_whole_epochs
@@ -224,7 +224,7 @@ def test_workers_of_batches_that_are_taken_at_once_could_work_beside_the_trainin
     known = {} if cores is None else {"h": cores}
     facts = JobFacts(loader=replace(FOLDER, num_workers=2), epochs=WHOLE, hosts={0: "h"}, cores=known)
 
-    pauses = Pauses.of(taken_at_once(), facts)
+    pauses = RareWaits.of(taken_at_once(), facts)
     advised = for_input(facts, pauses)
 
     assert pauses.are_whole_epochs
@@ -237,7 +237,7 @@ def test_workers_that_start_once_are_not_blamed_for_pauses():
     """A run of one epoch starts them once, whether they stay or not."""
     once = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=False), epochs=WHOLE[:1])
 
-    assert "persistent" not in for_input(once, Pauses.of(slow_samples(), once)).text
+    assert "persistent" not in for_input(once, RareWaits.of(slow_samples(), once)).text
 
 
 @pytest.mark.parametrize(("waited", "says"), [(0.83, "in memory"), (0.0, "num_workers=1"), (0.3, "num_workers=1")])

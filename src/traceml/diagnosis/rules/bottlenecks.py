@@ -25,7 +25,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_l
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler, with_waited_loader
-from traceml.diagnosis.steps.loading import Pauses, Pipeline, pipeline_of
+from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED_CODE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
@@ -187,7 +187,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
         line = None  # it is the loop's own: the work is in the workers' processes
 
     advised = (
-        by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline or Pauses.of(segments, facts))
+        by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline or RareWaits.of(segments, facts))
     )
     is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     where += f"; without any of it steps would be {cost.faster}" if is_part else ""

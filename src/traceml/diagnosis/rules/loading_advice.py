@@ -17,7 +17,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
-from traceml.diagnosis.steps.loading import Pauses, Pipeline, fetch_cpu
+from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = ["Advised", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
@@ -45,14 +45,14 @@ class Advised(NamedTuple):
     workers: int | None = None  # advised number of loader workers; None where the advice is another
 
 
-def for_input(facts: JobFacts, pipeline: Pipeline | Pauses) -> Advised:
+def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits) -> Advised:
     """Return advice against waiting for data.
 
     Args:
         pipeline: its loading; what is known of the waits where they are pauses.
     """
     loader = facts.loader or LoaderFacts()
-    if isinstance(pipeline, Pauses):
+    if isinstance(pipeline, RareWaits):
         return _against_pauses(facts, loader, pipeline)
 
     if loader.num_workers is None:
@@ -123,7 +123,7 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
-def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: Pauses) -> Advised:
+def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits) -> Advised:
     if pauses.are_whole_epochs:
         gain = pauses.gain_with_overlap
         return Advised(

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["Pauses", "Pipeline", "fetch_cpu", "is_taken_ahead", "pipeline_of"]
+__all__ = ["Pipeline", "RareWaits", "fetch_cpu", "is_taken_ahead", "pipeline_of"]
 
 TAKE_NS = 3e5
 """Time that the training process usually takes to receive a batch from a worker."""
@@ -281,7 +281,7 @@ def is_taken_ahead(segments: Segments, facts: JobFacts) -> bool:
     return float(asks.mean()) * epoch_steps <= _ASKS
 
 
-class Pauses(msgspec.Struct, frozen=True, kw_only=True):
+class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
     """Waits for workers that are in few steps."""
 
     first_share: float  # share of the waiting that is for the first batch of an epoch
