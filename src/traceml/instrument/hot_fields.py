@@ -194,10 +194,8 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
     count, slot = ring.count, ring.slot
     open_user_phases = clock.open_user_phases
     # Cells of the clock.
-    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = part_start = step_call = backwards = (
-        batches
-    ) = 0
-    samples = elements = 0
+    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = part_start = 0
+    step_call = backwards = batches = samples = elements = 0
     dirty = marked = False
     open_slots: Any = None
     batch: Any = None

@@ -184,10 +184,9 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         if pipeline.workers
         else f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
-    setting = f"set {loader.option('num_workers')}={workers}{_kept(facts)}"
-    if pipeline.is_taken_ahead:
-        setting = f"{setting}, and iterate over the loader in the training loop, not before it"
-    text = f"{before}: {setting}; {gain_text(gain, 'about')}{cores}."
+    ahead = ", and iterate over the loader in the training loop, not before it" if pipeline.is_taken_ahead else ""
+    setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}{ahead}"
+    text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
     if loader.is_undivided and not pipeline.workers:
         text += (
             " It is an iterable data set: divide it among the workers (torch.utils.data.get_worker_info), or each of "

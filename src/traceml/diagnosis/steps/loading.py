@@ -291,7 +291,7 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, segments: Segments, facts: JobFacts) -> Self:
-        """Return the pauses of a window."""
+        """Return those of a window."""
         waits = segments.parts["input_wait"].mean(axis=0)
         wait_ns, step_ns = float(waits.mean()), segments.step_ns
         rest_ns = max(step_ns - wait_ns, 1.0)
