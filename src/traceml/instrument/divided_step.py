@@ -132,9 +132,8 @@ class DividedStep(PhaseTimer):
         self.add_part()
         self.committed_flags |= self.flags
         self.committed_own_ns += self.own
-        self.committed_create_ns += self.create_ns
-        self.committed_drain_ns += self.drain_ns
-        self.own = self.flags = self.create_ns = self.drain_ns = 0
+        self.add_iterators()
+        self.own = self.flags = 0
         unused = max(self.batches - self.backwards, 0)
         self._clear_part()
         self.batches = unused
@@ -260,8 +259,7 @@ class DividedStep(PhaseTimer):
         """Append the rows of held steps, and begin the next one."""
         before, before_total = self.zeros, 0
         epoch = (self.flags | self.committed_flags) & _EPOCH  # began with the first of them
-        self.committed_create_ns += self.create_ns
-        self.committed_drain_ns += self.drain_ns
+        self.add_iterators()
         data = (self.input_elements, self.input_samples)
         for end, times, total in held:
             part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]

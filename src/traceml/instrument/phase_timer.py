@@ -365,8 +365,7 @@ class PhaseTimer:
             self._flush_evals(self.step)
 
         total = self.committed_ns + t - self.part_start
-        self.committed_create_ns += self.create_ns
-        self.committed_drain_ns += self.drain_ns
+        self.add_iterators()
         self.note_total(total)
         if self.device is not None and self.device.close(self.step):
             flags |= _DEVICE
@@ -519,6 +518,12 @@ class PhaseTimer:
             self.committed_fingerprint = self.committed_fingerprint or self.fingerprint
 
         self.fingerprint = 0
+
+    def add_iterators(self) -> None:
+        """Add the creation and the end of iterators in the part to those before it."""
+        self.committed_create_ns += self.create_ns
+        self.committed_drain_ns += self.drain_ns
+        self.create_ns = self.drain_ns = 0
 
     def _flush_evals(self, step: int) -> None:
         self._append_eval(step, self.eval_end, self.eval_ns, self.eval_batches)

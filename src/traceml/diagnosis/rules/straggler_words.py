@@ -93,8 +93,7 @@ def late_summary(
 
 def _seldom_text(segments: Segments, late: LateRanks) -> str:
     """Return in how many steps ranks are late, if these are few; else nothing."""
-    own = segments.parts[late.part]
-    excess = own[late.rows].mean(axis=0) - mean_of_others(own[late.others])
+    excess = _excess(segments, late)
     is_late = _is_late(excess)
     often, held = float(is_late.mean()), float(excess[is_late].sum()) / max(float(excess.sum()), 1.0)
     if often > _SELDOM or held < _NEARLY_ALL:
@@ -113,9 +112,7 @@ def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:
 def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
     """Return the numbers behind that sentence."""
     own = segments.parts[late.part]
-    mine = own[late.rows].mean(axis=0)
-    others = mean_of_others(own[late.others])
-    known = segments.measured if late.part == "backward" and segments.measured.any() else slice(None)
+    mine, others = own[late.rows], mean_of_others(own[late.others])
     evidence: dict[str, object] = {
         "step_ms": segments.step_ns / 1e6,
         "own_ms": float(mine.mean()) / 1e6,
@@ -123,7 +120,7 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
         "excess_ms": late.excess_ns / 1e6,
         "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
         "dominance": late.dominance,
-        "share_of_steps_late": share_late((mine - others)[known]),
+        "share_of_steps_late": share_late(_excess(segments, late)),
         "steps": segments.own.shape[1],
     }
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
@@ -131,6 +128,13 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
     hosts = {str(rank): facts.hosts[rank] for rank in listed if rank in facts.hosts}
     waits = {str(rank): facts.main_wait[rank] for rank in listed if rank in facts.main_wait}
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}
+
+
+def _excess(segments: Segments, late: LateRanks) -> Floats:
+    """Return by how much late ranks are late in each step that shows it: of backward the steps that measured it."""
+    own = segments.parts[late.part]
+    known = segments.measured if late.part == "backward" and segments.measured.any() else slice(None)
+    return np.asarray((own[late.rows].mean(axis=0) - mean_of_others(own[late.others]))[known])
 
 
 def share_late(excess: Floats) -> float:

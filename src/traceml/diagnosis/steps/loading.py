@@ -261,14 +261,18 @@ def _epoch_steps(facts: JobFacts) -> float | None:
 
 def _first_ns(facts: JobFacts, wait_ns: float) -> float:
     """Return how much longer than the others the first batch of an epoch takes; 0 where it is about as long."""
-    epoch_steps, rows = _epoch_steps(facts), facts.epochs
-    later = rows[rows["first"] == 0]
-    if epoch_steps is None or epoch_steps < _MIN_EPOCH or not len(later):
+    epoch_steps, first_ns = _epoch_steps(facts), _first_wait_ns(facts)
+    if epoch_steps is None or epoch_steps < _MIN_EPOCH or not first_ns:
         return 0.0
 
-    first_ns = float(later["ns"].mean())
     usual_ns = max(wait_ns - first_ns / epoch_steps, 0.0) / (1 - 1 / epoch_steps)
     return first_ns - usual_ns if first_ns > _LONG_WAIT * usual_ns else 0.0
+
+
+def _first_wait_ns(facts: JobFacts) -> float:
+    """Return how long the first batch of an epoch is waited for, after that of the process; 0 without any."""
+    later = facts.epochs[facts.epochs["first"] == 0]
+    return float(later["ns"].mean()) if len(later) else 0.0
 
 
 def is_taken_ahead(segments: Segments, facts: JobFacts) -> bool:
@@ -295,11 +299,9 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
         waits = segments.parts["input_wait"].mean(axis=0)
         wait_ns, step_ns = float(waits.mean()), segments.step_ns
         rest_ns = max(step_ns - wait_ns, 1.0)
-        epoch_steps, later = _epoch_steps(facts), facts.epochs[facts.epochs["first"] == 0]
-        first_ns = float(later["ns"].mean()) / epoch_steps if epoch_steps and len(later) else 0.0
         longest_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
         return cls(
-            first_share=first_ns / max(wait_ns, 1.0),
+            first_share=_first_wait_ns(facts) / (_epoch_steps(facts) or np.inf) / max(wait_ns, 1.0),
             are_whole_epochs=is_taken_ahead(segments, facts),
             gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(segments, facts, rest_ns, wait_ns)),
             prefetch_factor=PREFETCH + int(np.ceil(longest_ns / (rest_ns * max(facts.loader_workers, 1)))),
