@@ -128,6 +128,12 @@ def test_a_single_core_gains_nothing_by_workers():
         (FIRST, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
         (FIRST, LoaderFacts(num_workers=2, persistent_workers=True, made=3), "Make the DataLoader once", "Set pers"),
         (SINGLE, LoaderFacts(num_workers=2, persistent_workers=False), "prefetch_factor=12", "persistent"),
+        (
+            replace(SINGLE, prefetch_factor=None),
+            LoaderFacts(num_workers=2),
+            "No usual prefetch_factor",
+            "prefetch_factor=",
+        ),
         (SINGLE, LoaderFacts(num_workers=2, made=3), "samples of the steps that wait", "Make the DataLoader once"),
         (
             pipeline(298, 95),
@@ -161,9 +167,9 @@ def test_samples_in_memory_are_not_told_to_be_cached(in_memory, says):
     assert ("decode once and cache" in text) == (not in_memory)
 
 
-def slow_samples(every: int = 10):
-    """Return a window of steps of 13.6 ms, of which each tenth waits for a sample of 250 ms."""
-    window = window_of(ALONE, adds("input_wait", 1), adds("input_wait", 250, every=every))
+def slow_samples(ms: float = 250):
+    """Return a window of steps of 13.6 ms, of which each tenth waits for a slow sample."""
+    window = window_of(ALONE, adds("input_wait", 1), adds("input_wait", ms, every=10))
     return segments_of(window, JobFacts())
 
 
@@ -187,6 +193,11 @@ def test_slow_samples_are_no_restarts_of_workers(epochs, share):
     assert pauses.first_share == pytest.approx(share, rel=0.1)
     assert not pauses.are_whole_epochs
     assert pauses.prefetch_factor == pytest.approx(2 + 250 / 12.6, abs=2)
+
+
+def test_no_prefetch_is_advised_that_would_fill_the_memory():
+    """A wait of hundreds of steps: each worker would have as many batches in advance."""
+    assert RareWaits.of(slow_samples(5000), JobFacts(loader=LoaderFacts(num_workers=1))).prefetch_factor is None
 
 
 def test_batches_that_are_taken_at_once_are_loaded_like_others():

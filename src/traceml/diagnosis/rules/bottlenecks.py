@@ -25,7 +25,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_l
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler, with_waited_loader
-from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of
+from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of, share_of_long_waits
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED_CODE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
@@ -174,7 +174,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
         return []
 
     facts = with_waited_loader(facts, cost.saved_ns / step_ns)
-    rare = _mostly_rare(segments.parts["input_wait"])
+    rare = share_of_long_waits(segments)
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
     pipeline = pipeline_of(segments, facts, float(cost.removed.mean()), step_ns)
     line = cost.line(facts)
@@ -443,14 +443,6 @@ def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -
     saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
     ranks = segments.named(has)
     return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
-
-
-def _mostly_rare(values: Floats) -> float | None:
-    """Return the share of steps that contain nearly all of the part, if they are few."""
-    per_step = values.mean(axis=0)
-    long = per_step > 3 * float(per_step.mean())
-    held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
-    return float(long.mean()) if held > 0.8 else None
 
 
 def _subject(ranks: tuple[int, ...]) -> str:

@@ -134,10 +134,13 @@ def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits) -> 
     if loader.num_workers and pauses.first_share >= NAMED_SHARE and keeping is not None:
         return Advised(f"{keeping.action}: {keeping.because}, and they fetch the first batches while training waits.")
 
+    look = "Look at the samples of the steps that wait: larger files, or a slow disk or network at times."
+    if pauses.prefetch_factor is None:
+        return Advised(f"{look} No usual prefetch_factor covers a wait as long as these.")
+
     ahead = f"{loader.option('prefetch_factor')}={pauses.prefetch_factor}"
     return Advised(
-        "Look at the samples of the steps that wait: larger files, or a slow disk or network at times. With "
-        f"{ahead} the workers would be far enough ahead for such a wait, if they are fast enough otherwise."
+        f"{look} With {ahead} the workers would be far enough ahead for such a wait, if they are fast enough otherwise."
     )
 
 

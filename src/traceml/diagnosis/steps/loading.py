@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["Pipeline", "RareWaits", "fetch_cpu", "is_taken_ahead", "pipeline_of"]
+__all__ = ["Pipeline", "RareWaits", "fetch_cpu", "is_taken_ahead", "pipeline_of", "share_of_long_waits"]
 
 TAKE_NS = 3e5
 """Time that the training process usually takes to receive a batch from a worker."""
@@ -28,6 +28,8 @@ AHEAD = 4
 """Batches that some workers make in advance: a longer series of slow ones is waited for."""
 PREFETCH = 2
 """Batches that each worker has in advance (torch's prefetch_factor): a single slow one is waited for beyond these."""
+MAX_PREFETCH = 32
+"""No larger prefetch_factor is advised: each worker would hold as many batches in memory."""
 MOSTLY_HANDOVER = 0.5
 """The wait for workers is one for receiving batches if this share of it would end with that."""
 _LEVELS = 16
@@ -291,7 +293,7 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
     first_share: float  # share of the waiting that is for the first batch of an epoch
     are_whole_epochs: bool  # whether each of them is for all batches of an epoch
     gain_with_overlap: float  # old / new step time if the workers made the same batches during the other steps
-    prefetch_factor: int  # batches per worker that cover such a wait
+    prefetch_factor: int | None  # batches per worker that cover such a wait; None where they would fill the memory
 
     @classmethod
     def of(cls, segments: Segments, facts: JobFacts) -> Self:
@@ -299,12 +301,13 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
         waits = segments.parts["input_wait"].mean(axis=0)
         wait_ns, step_ns = float(waits.mean()), segments.step_ns
         rest_ns = max(step_ns - wait_ns, 1.0)
-        longest_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
+        long_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
+        factor = PREFETCH + int(np.ceil(long_ns / (rest_ns * max(facts.loader_workers, 1))))
         return cls(
             first_share=_first_wait_ns(facts) / (_epoch_steps(facts) or np.inf) / max(wait_ns, 1.0),
             are_whole_epochs=is_taken_ahead(segments, facts),
             gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(segments, facts, rest_ns, wait_ns)),
-            prefetch_factor=PREFETCH + int(np.ceil(longest_ns / (rest_ns * max(facts.loader_workers, 1)))),
+            prefetch_factor=factor if factor <= MAX_PREFETCH else None,
         )
 
 
@@ -320,10 +323,16 @@ def _cores_ns(segments: Segments, facts: JobFacts, rest_ns: float, wait_ns: floa
 
 def are_pauses(segments: Segments, workers: int) -> bool:
     """Return whether nearly all waiting is in few steps: fewer than one in `workers`."""
+    share = share_of_long_waits(segments)
+    return share is not None and share < RARE_WAITS / workers
+
+
+def share_of_long_waits(segments: Segments) -> float | None:
+    """Return the share of steps that have nearly all of the waiting for data, if they wait far longer than the mean."""
     per_step = segments.parts["input_wait"].mean(axis=0)
     long = per_step > _LONG_WAIT * float(per_step.mean())
     held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
-    return held >= _HELD_SHARE and float(long.mean()) < RARE_WAITS / workers
+    return float(long.mean()) if held >= _HELD_SHARE else None
 
 
 def _unbound(use: WorkerUse, facts: JobFacts) -> float:
