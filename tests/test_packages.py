@@ -1,4 +1,4 @@
-"""The structure of the package: imports go down only, without circles, and names occur once."""
+"""The structure of the package: imports go down only, without cycles, and names occur once."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ FORBIDDEN = {
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
     "formatting", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
-    "collector_pause", "loopback", "own_files", "own_programs", "fail_open", "fork_gate", "process_ends", "run_folder",
+    "gc_pause", "loopback", "trusted_files", "helper_programs", "fail_open", "fork_gate", "process_ends", "run_folder",
     "version", "privacy", "inspection",
 }  # fmt: skip
 
@@ -207,11 +207,16 @@ def test_imports_go_down() -> None:
         if package in FACES:
             continue
 
-        below = set() if package in LEAVES else set(PACKAGES[PACKAGES.index(package) + 1 :])
-        if more := _imported_packages(path) - (NARROW.get(package, below) | LEAVES | {package}):
+        if more := _imported_packages(path) - (_allowed(package) | LEAVES | {package}):
             wrong[name] = more
 
     assert wrong == {}
+
+
+def _allowed(package: str) -> set[str]:
+    """Return the packages from which a package may import."""
+    below = set() if package in LEAVES else set(PACKAGES[PACKAGES.index(package) + 1 :])
+    return NARROW.get(package, below)
 
 
 def _prefixes(name: str) -> list[str]:
@@ -265,6 +270,30 @@ def test_a_folder_says_what_it_may_import() -> None:
     assert [name for name, text in many.items() if not _processes(text)] == []
 
 
+def test_a_folder_says_truly_what_it_may_import() -> None:
+    """What the docstring of a folder names exists, and is what PACKAGES and SUBPACKAGES allow; packages name all."""
+    more, missing = {}, {}
+    for name, path in _files().items():
+        if path.name == "__init__.py" and name != "traceml":
+            folder, package = name.removeprefix("traceml."), _package_of(path.parent)
+            allowed = SUBPACKAGES.get(folder) or _allowed(package) | {package}
+            named = _named_imports(folder, _docstring(path))
+            more[folder] = {each for each in named if not {*allowed, *LEAVES, folder}.intersection(_prefixes(each))}
+            missing[folder] = NARROW.get(folder, set()) - named
+
+    assert {folder: names for folder, names in more.items() if names} == {}
+    assert {folder: names for folder, names in missing.items() if names} == {}
+
+
+def _named_imports(folder: str, docstring: str) -> set[str]:
+    """Return the packages and modules that a docstring says a folder imports, by full name if there is one."""
+    sentences = re.findall(r"\bimports?\b.*?(?:\.(?=\s)|\Z)", docstring, re.DOTALL | re.IGNORECASE)
+    clauses = (re.split(r";|\b(?:no|neither|nothing|never|what)\b", each)[0] for each in sentences)
+    words = {word for clause in clauses for word in re.findall(r"`([\w.]+)`", clause)}
+    places = ["", *(f"{each}." for each in _prefixes(folder))]
+    return {next((at + word for at in places if f"traceml.{at}{word}" in _files()), word) for word in words}
+
+
 def test_a_module_of_the_wire_names_its_processes() -> None:
     """The line `Process:` of each module of `launch/wire` has the processes whose folders import it, and no other."""
     importers = defaultdict(set)
@@ -314,11 +343,11 @@ def test_packages_do_not_import_traceml_itself() -> None:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """There are no circles, imports inside functions and under TYPE_CHECKING included."""
-    assert _circles() == []
+    """There are no cycles, imports inside functions and under TYPE_CHECKING included."""
+    assert _cycles() == []
 
 
-def _circles() -> list[set[str]]:
+def _cycles() -> list[set[str]]:
     """Return the sets of modules that import each other."""
     reach: dict[str, set[str]] = {}
     inside = {name: path for name, path in _files().items() if _package_of(path) not in FACES}
@@ -327,7 +356,7 @@ def _circles() -> list[set[str]]:
         reach[name] = _reached(name, graph)
 
     found = {frozenset({name, *(each for each in seen if name in reach[each])}) for name, seen in reach.items()}
-    return [set(circle) for circle in found if len(circle) > 1]
+    return [set(cycle) for cycle in found if len(cycle) > 1]
 
 
 def test_a_class_has_its_name_alone() -> None:
@@ -377,7 +406,7 @@ def test_modules_of_frameworks_need_no_import_of_their_own() -> None:
 def test_the_first_use_of_a_name_searches_for_no_garbage() -> None:
     """A script has many objects, torch's among them. The collector is on again afterwards, unless it was off."""
     code = (
-        "import gc, importlib, sys, traceml.collector_pause\n"
+        "import gc, importlib, sys, traceml.gc_pause\n"
         "gc.set_threshold(1, 1, 1)\n"
         "gc.enable() if sys.argv[1] == 'on' else gc.disable()\n"
         "loaded = []\n"

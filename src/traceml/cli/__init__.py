@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from traceml.errors import SettingsError, TraceMLError, UsageError
-from traceml.own_programs import importing, leave
+from traceml.helper_programs import importing, leave
 
 __all__ = ["COMMANDS", "main", "run_program"]
 

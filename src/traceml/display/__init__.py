@@ -4,5 +4,6 @@ What they show is made elsewhere: the lines of a terminal in `renderers/text/`, 
 written report page in `renderers/html/`, and figures in `runs/`. Only the layout of the web page is in `web/`.
 
 `terminal/` runs in the supervisor and in `traceml top`, `web/` and `monitoring/` in a process each, `notebook` in the
-user's kernel, `report_files` in the supervisor and the CLI. May import `renderers`, `runs` and `diagnosis`.
+user's kernel, `report_files` in the supervisor and the CLI. May import `renderers`, `runs`, `diagnosis` and
+`database`.
 """

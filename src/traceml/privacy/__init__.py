@@ -1,6 +1,6 @@
 """Masking of secrets and personal data.
 
-Runs in every process. Imports only `traceml.errors`, so every package may use it.
+Runs in every process. Imports only `errors`, so every package may use it.
 """
 
 from __future__ import annotations

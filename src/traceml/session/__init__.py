@@ -1,4 +1,5 @@
 """Start and end of a traced training: `traceml.init`, and the entry point that runs a script as `python` does.
 
-Runs in the training process. May import `recorder` and `track`, and `display` when a user asks to see the run.
+Runs in the training process. May import `recorder`, `track` and `transport`, and `display` when a user asks to
+see the run.
 """

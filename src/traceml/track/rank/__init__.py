@@ -1,5 +1,5 @@
 """The rank's half of tracking: the `log_*` calls, automatic capture of frameworks' logging, and collectors.
 
 Runs in the training process, so it imports neither numpy nor SQLite nor a tracker's library. It imports `recorder`,
-`instrument`, and of `track` the plugins and what the folder itself holds; nothing of `delivery` or `backends`.
+`instrument`, `database`, `track.plugins` and the modules beside this folder; nothing of `delivery` or `backends`.
 """
