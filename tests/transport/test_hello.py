@@ -40,7 +40,10 @@ def test_fields_of_the_contract_are_there():
 
 def test_long_command_is_cut():
     """A command line of any length does not make the hello one that is refused."""
-    Hello.from_message(Hello(command="x" * 100_000).to_message(1, b"", b""))
+    message = Hello(command="x" * 100_000).to_message(1, b"", b"")
+
+    assert 100 < len(message["command"]) < 100_000
+    assert Hello.from_message(message).command == message["command"]
 
 
 def test_restarts_left_come_from_torchrun(monkeypatch):

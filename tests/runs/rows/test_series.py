@@ -22,6 +22,7 @@ def test_phases_over_the_run_agree_with_the_report(tmp_path):
 
     series, report = read_series(run), build_report(run).to_dict()
 
+    assert report["phases"]
     for phase in report["phases"]:
         # The report leaves the first ten steps out.
         assert np.nanmean(series.steps.phases_ms[phase["phase"]]) == pytest.approx(phase["mean_ms"], rel=0.05, abs=0.01)

@@ -64,6 +64,7 @@ def test_spread_percentiles_and_sums_of_arguments(opened, events, monkeypatch, n
         monkeypatch.setattr("traceml.traces.aggregate.stats.library", lambda: None)
 
     asked = opened.group_by("name").agg("std", "var", "p25", "p99.9", "sum:args.size", "sum:args.rate")
+    assert len(asked.rows()) > 1
     for row in asked.rows():
         of = [event for event in events if event["name"] == row["name"]]
         durations = sorted(event["dur"] for event in of)
