@@ -1,4 +1,4 @@
-"""Draw web-run.png, web-run-dark.png, web-phone.png and web-compare.png: photograph the page of two runs in Chromium.
+"""Draw web-run.png, web-run-dark.png and web-compare.png: photograph the page of two runs in Chromium.
 
 `make pictures` runs it on two demonstrations of four ranks, the first with a slow one. For runs of your own:
 `.venv/bin/python docs/images/page_pictures.py RUNS_DIR RUN_A RUN_B`.
@@ -18,13 +18,11 @@ from playwright.sync_api import sync_playwright
 from traceml.supervise.page_process import PageProcess
 
 FOLDER = Path(__file__).resolve().parent
-DESK, SHORT_DESK, PHONE = (
-    {"width": width, "height": height} for width, height in ((1280, 1740), (1280, 900), (390, 844))
-)
+DESK, SHORT_DESK = {"width": 1280, "height": 1740}, {"width": 1280, "height": 900}
 
 
 def main(*runs: str) -> None:
-    """Write the four pictures of a folder and two runs, by default of demonstrations."""
+    """Write the three pictures of a folder and two runs, by default of demonstrations."""
     if runs:
         draw(*runs)
         return
@@ -62,7 +60,6 @@ def draw(runs_dir: str, run_a: str, run_b: str) -> None:
     pictures = (
         ("web-run.png", f"run/{run_a}", DESK, "light"),
         ("web-run-dark.png", f"run/{run_a}", DESK, "dark"),
-        ("web-phone.png", f"run/{run_a}", PHONE, "light"),
         ("web-compare.png", f"compare/{run_a}/{run_b}", SHORT_DESK, "light"),
     )
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
