@@ -31,6 +31,7 @@ def test_messages_and_states_are_logged(log_dir: Path) -> None:
     steps = ("agent started", "received hello", "sent prepare", "received prepared", "sent start", "received done")
     positions = [log.index(f"localhost: {step}") for step in steps]
     assert positions == sorted(positions)
+    assert "localhost: starting the agent, was connecting" in log
     assert "localhost: idle, was 1 of 1 workers ended" in log
 
 

@@ -147,11 +147,16 @@ class ChannelLoop:
         return host not in self._hosts or host.connection is not connection  # ended, or replaced by a new one
 
     def _receive(self, host: JobHost) -> None:
+        channel = host.connection.channel
+        greeted, before = channel.greeted, host.activity
         try:
-            messages = host.connection.channel.receive()
+            messages = channel.receive()
         except ChannelClosedError as error:
             self._lose(host, error.reason)
             return
+
+        if channel.greeted != greeted:
+            _log.debug("%s: %s, was %s", host.name, host.activity, before)
 
         for message in messages:
             if host not in self._hosts:  # an earlier message has removed it
