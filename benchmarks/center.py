@@ -42,7 +42,7 @@ from ingest import (
 from traceml.database.schema import HOST, PROCESS, STEPS, Table
 from traceml.database.store.frame_compression import encode as compress
 from traceml.database.store.reader import StoreReader
-from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, packed_ms
 from traceml.run_folder import STORE_NAME
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode
@@ -140,7 +140,7 @@ class HostGenerator(Generator):
         choice = HostChoice(host="", typical=ranks[0], ordinary=ranks, sent=ranks[:1])
         frame = encode({
             "t": "update", "number": number, "rows": list(self.packed(member, first)),
-            "choice": choice.to_row() if number == 1 else None, "above": WorkAbove(first, ABOVE).to_row(), "ends": [],
+            "choice": choice.to_row() if number == 1 else None, "above": ExcessWork(first, ABOVE).to_row(), "ends": [],
         })  # fmt: skip
         member.sent = number
         if self.measuring:
@@ -170,7 +170,7 @@ class HostGenerator(Generator):
         super().drain()
 
     def stored(self, message: dict[str, Any]) -> int:
-        """Return the number of the last message that is confirmed; 0 where the center says something else."""
+        """Return the number of the last message that is confirmed; 0 if the center says something else."""
         return message["number"] if message["t"] == "stored" else 0
 
 

@@ -75,7 +75,7 @@ _LONG_FIRST = (
     "display/web",
     "track/backends",
     "instrument/test_training_continues.py",
-    "test_own_programs.py",
+    "test_helper_programs.py",
     "launch",
     "recorder",
     "aggregator",
@@ -97,7 +97,7 @@ _TOGETHER = ("display/web", "track/backends")
 _READ_SOURCES = (
     "database/test_row_layout.py",
     "diagnosis/test_kinds.py",
-    "test_own_programs.py",
+    "test_helper_programs.py",
     "test_prose.py",
     "test_packages.py",
 )

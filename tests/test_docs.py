@@ -9,6 +9,7 @@ import pytest
 
 from tests.test_packages import LEAVES, NARROW, PACKAGES, SUBPACKAGES
 from traceml.cli import COMMANDS
+from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.kinds import Kind
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
@@ -72,7 +73,7 @@ def test_every_command_is_in_the_readme() -> None:
     assert [name for name in COMMANDS if f"`traceml {name}" not in readme] == []
 
 
-def test_tables_of_rooms_are_those_of_the_test() -> None:
+def test_tables_of_packages_are_those_of_the_test() -> None:
     """docs/architecture.md lists every package and divided folder, with what it may import."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `([a-z_/]+)/` \|.*\| ([^|]+) \|$", page, re.MULTILINE)
@@ -99,6 +100,16 @@ def test_every_kind_is_explained() -> None:
     verdicts = (ROOT / "docs" / "verdicts.md").read_text()
 
     assert [kind.value for kind in Kind if f"`{kind.value}`" not in verdicts] == []
+
+
+def test_every_cause_of_a_hang_is_explained() -> None:
+    """The table of `evidence.cause` has the causes that can be given, and no other."""
+    table = (ROOT / "docs" / "verdicts.md").read_text().partition("| cause | meaning |")[2].partition("\n\n")[0]
+    named = [
+        cause for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for cause in re.findall(r"`(\w+)`", row)
+    ]
+
+    assert sorted(named) == sorted(cause.value for cause in HangCause)
 
 
 def test_the_module_of_every_kind_is_in_the_table() -> None:

@@ -13,7 +13,7 @@ _log = logging.getLogger("traceml.test")
 
 
 def test_an_error_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """The warning names what failed and why, and the room's count goes up."""
+    """The warning names what failed and why, and the package's count goes up."""
     before = failures().get("attic", 0)
 
     with fail_open(_log, "attic", "the roof could not be mended"):

@@ -13,17 +13,17 @@ from traceml.settings import Config
 CODE = """
 import os
 from pathlib import Path
-from traceml.own_programs import lower_priority
+from traceml.helper_programs import lower_priority
 lower_priority()
 group = Path("/proc/self/autogroup")
-# empty where the process is in no group, as in the system's root group
+# empty if the process is in no group, as in the system's root group
 words = group.read_text().split() if group.exists() else []
 print(os.nice(0), words[-1] if words else 19)
 """
 
 TURNS = """
 import os, sys, time
-from traceml.own_programs import lower_priority
+from traceml.helper_programs import lower_priority
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 delivery = os.fork()
 if delivery == 0:

@@ -45,7 +45,7 @@ class Judged:
 
     Attributes:
         case: the run.
-        report: its report; empty where there is none.
+        report: its report; empty if there is none.
         failure: how the command ended, where it should have ended otherwise.
         seconds: wall time.
     """

@@ -132,7 +132,7 @@ def losses_of_rows(job: FaultedJob, report: dict[str, Any], aftermath: str | Non
 
 
 def reported_losses(report: dict[str, Any]) -> int | None:
-    """Return how many rows a report tells as lost or waiting; None where it tells that nobody knows."""
+    """Return how many rows a report tells as lost or waiting; None if it tells that nobody knows."""
     telemetry, trackers = report.get("telemetry") or {}, report.get("trackers") or []
     if "rows_lost" in telemetry and telemetry["rows_lost"] is None:
         return None

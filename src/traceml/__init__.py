@@ -222,7 +222,7 @@ def _imported(module: str) -> ModuleType:
     """Import one of our modules, without a search for garbage: behind torch's import one of all objects is due."""
     from importlib import import_module
 
-    with import_module("traceml.collector_pause").collector_pause:
+    with import_module("traceml.gc_pause").gc_pause:
         import_module("traceml.installation").warn_of_foreign()
         return import_module(module)
 

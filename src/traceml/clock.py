@@ -58,7 +58,7 @@ class SteadyClock(NamedTuple):
 
     @classmethod
     def from_facts(cls, facts: Any) -> Self | None:
-        """Return the clock of `facts`, None where there is none of this form."""
+        """Return the clock of `facts`, None if there is none of this form."""
         try:
             mono_ns, epoch_ns, boot = facts
             return cls(int(mono_ns), int(epoch_ns), str(boot))
@@ -83,7 +83,7 @@ class SteadyClock(NamedTuple):
 
 
 def boot_time_s() -> float:
-    """Return the epoch second at which this machine was booted, 0 where that is unknown."""
+    """Return the epoch second at which this machine was booted, 0 if that is unknown."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:

@@ -83,7 +83,7 @@ def job_key(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the job's key by the variables of its launcher, None where there are none.
+    """Return the job's key by the variables of its launcher, None if there are none.
 
     In this order: torchrun's run id with its rendezvous address, OpenMPI's job, Slurm's job and step, the rendezvous
     address of manually started ranks. Slurm's job id alone is not enough: one allocation may have several jobs.
@@ -106,7 +106,7 @@ def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def group_address(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a key made of a process group's rendezvous address, None where it is not set."""
+    """Return a key made of a process group's rendezvous address, None if it is not set."""
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     return f"group@{_master(address)}:{port}" if address and port else None
 

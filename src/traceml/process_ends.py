@@ -23,8 +23,8 @@ __all__ = [
     "exit_text",
     "forget_interrupts",
     "has_terminal",
-    "heeded",
     "interrupts_held",
+    "not_ignored",
     "signal_name",
     "signal_text",
 ]
@@ -47,7 +47,7 @@ class EndedBySignal(KeyboardInterrupt):
         self.number, self.at_s, self.from_terminal = number, time.time(), from_terminal
 
 
-def heeded(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
+def not_ignored(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
     """Return those of the signals that this process was not started to ignore, as SIGHUP is under `nohup`."""
     return {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
 
@@ -64,7 +64,7 @@ def has_terminal() -> bool:
 
 @contextmanager
 def ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `EndedBySignal` in the block on the first of these signals that is heeded; ignore later ones."""
+    """Raise `EndedBySignal` in the block on the first of these signals that is not_ignored; ignore later ones."""
     had_terminal = has_terminal()
 
     def end(number: int, _frame: object) -> None:
@@ -73,7 +73,7 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
 
         raise EndedBySignal(number, from_terminal=number == signal.SIGHUP and had_terminal and not has_terminal())
 
-    before = {number: signal.getsignal(number) for number in heeded(numbers)}
+    before = {number: signal.getsignal(number) for number in not_ignored(numbers)}
     for number in before:
         signal.signal(number, end)
 
@@ -174,8 +174,8 @@ def exit_text(code: int | None, ended_by: int | None = None) -> str:
     """Return how a process ended: `was killed by signal 9 (SIGKILL)`, `ended with exit code 3`, or `ended`.
 
     Args:
-        code: its exit code; None where it is not known.
-        ended_by: the signal that ended it; None where none did.
+        code: its exit code; None if unknown.
+        ended_by: the signal that ended it; None if none did.
     """
     if ended_by is not None:
         return f"was killed by {signal_text(ended_by)}"

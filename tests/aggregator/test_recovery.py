@@ -21,7 +21,7 @@ from traceml.database.flight.postmortem import read_flight
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 KILLED = """
     import os, pathlib, time, traceml
@@ -104,7 +104,7 @@ def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path
     (run_dir,) = finish_flights(tmp_path / "traceml_runs")
 
     (stream,) = Stored(run_dir).streams
-    now_ns = RunClocks([stream]).of_stamp(stream.id, monotonic_ns())
+    now_ns = RunClocks([stream]).from_monotonic(stream.id, monotonic_ns())
     assert abs(now_ns - time.time_ns()) < 60e9
 
 

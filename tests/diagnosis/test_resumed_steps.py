@@ -8,7 +8,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.resumed_steps import counted_on
+from traceml.diagnosis.resumed_steps import with_global_step_numbers
 from traceml.diagnosis.ruleset import diagnose
 
 FAILED = RankExit(
@@ -52,7 +52,7 @@ def test_all_steps_of_a_change_are_counted_on() -> None:
         evidence={"since_step": 10, "until_step": 20, "factor": 2.0},
     )
 
-    after = counted_on(found, 100)
+    after = with_global_step_numbers(found, 100)
 
     assert after.summary == "From step 110 to step 120 a step takes 2.0x as long, in every 20th step 7."
     assert after.next == "Look at step 120."

@@ -172,7 +172,7 @@ def test_a_rank_of_two_is_lost(traceml: Traceml, end: str, status: int, signal_n
     """The verdict names the rank that went first, not those that torchrun ended after it."""
     ended = traceml("run", "--nproc-per-node", "2", TINY, "--steps", "60", "--at", "30", "--rank", "1", "--end", end)
 
-    # torchrun's, of rank 0 where both have ended before it looks: that one raises, as its peer is gone
+    # torchrun's, of rank 0 if both have ended before it looks: that one raises, as its peer is gone
     assert ended.status in (status, 1), ended.stderr
     verdict = ended.report["verdict"]
     assert verdict["kind"] == "RANK_LOST"

@@ -14,7 +14,7 @@ from types import FrameType, SimpleNamespace
 import pytest
 
 from tests.eventually import eventually
-from traceml.collector_pause import collector_pause
+from traceml.gc_pause import gc_pause
 from traceml.inspection import thread_frames as thread_frames_module
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frame, thread_frames, thread_stack
 
@@ -137,7 +137,7 @@ def test_a_child_that_is_forked_meanwhile_collects() -> None:
     reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        with collector_pause:
+        with gc_pause:
             reading.set()
             done.wait(240)
 

@@ -27,8 +27,8 @@ from traceml.fail_open import failures
 from traceml.instrument import (
     Instrumentation,
     backward,
+    clock_implementations,
     forward,
-    hot_fields,
     install,
     loader,
     optimizer,
@@ -39,7 +39,7 @@ from traceml.instrument import (
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.search import discovery
 
-_CLOCKED = (phase_timer, backward, hot_fields, discovery, forward, loader, optimizer, overhead, step_clock)
+_CLOCKED = (phase_timer, backward, clock_implementations, discovery, forward, loader, optimizer, overhead, step_clock)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 _SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.

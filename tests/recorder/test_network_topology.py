@@ -66,7 +66,7 @@ def test_a_file_is_read_as_slurm_reads_it(tmp_path: Path, host, switches):
     assert switches_above(host, slurm("wrong.node", "switch.node"), tmp_path / "topology.conf") == switches
 
 
-def test_switches_in_a_circle_end(tmp_path: Path):
+def test_switches_in_a_cycle_end(tmp_path: Path):
     """A file with a mistake does not keep a rank from starting."""
     file = tmp_path / "topology.conf"
     file.write_text("SwitchName=a Nodes=n1 Switches=b\nSwitchName=b Switches=a\n")

@@ -138,7 +138,7 @@ def test_a_coroutine_may_wait_for_a_callable(single: Runtime) -> None:
     assert single.submit(blocking).get(timeout=60) == 3
 
 
-def test_a_circle_through_a_blocked_loop_raises(single: Runtime) -> None:
+def test_a_cycle_through_a_blocked_loop_raises(single: Runtime) -> None:
     """A coroutine blocks the loop for a callable that waits for another coroutine."""
     began = threading.Event()
 

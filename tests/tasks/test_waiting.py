@@ -351,7 +351,7 @@ class Mixture:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_mixture_of_waits_ends(seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Nested waits across Runtimes and loops, with timeouts and circles, never hang, and the counts add up."""
+    """Nested waits across Runtimes and loops, with timeouts and cycles, never hang, and the counts add up."""
     mixture = Mixture(seed)
     for _ in range(5):
         mixture.spawn(4)

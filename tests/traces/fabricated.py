@@ -153,7 +153,7 @@ def _label(value: Any) -> Any:
 
 
 def _time(value: Any) -> str | None:
-    """Return microseconds, rounded to nanoseconds, as a text; None where the event has none."""
+    """Return microseconds, rounded to nanoseconds, as a text; None if the event has none."""
     if isinstance(value, str):
         value = Decimal(value)
 

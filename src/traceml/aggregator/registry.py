@@ -19,11 +19,11 @@ from traceml.aggregator.streams.stream import Incarnation, Stream
 from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreBusyError, StoreError
 from traceml.ids import new_run_id
-from traceml.own_files import replace_file
 from traceml.run_folder import STORE_NAME
 from traceml.transport.folder_aggregator import create_runs_dir
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
+from traceml.trusted_files import replace_file
 
 __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 

@@ -16,7 +16,7 @@ from traceml.cli.notices import spinner
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceNotFoundError, UsageError
-from traceml.own_programs import importing
+from traceml.helper_programs import importing
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
 

@@ -23,8 +23,8 @@ from traceml.cli.options.shared_options import (
 )
 from traceml.errors import TraceMLError, UsageError
 from traceml.fail_open import print_notice
+from traceml.helper_programs import helper_program
 from traceml.installation import install_command
-from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.output import PassThroughScreen
@@ -241,7 +241,7 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
         return [sys.executable, str(_ENTRY), *script]
 
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return own_program("traceml.supervise.elastic", *torchrun, str(_ENTRY), *script)
+    return helper_program("traceml.supervise.elastic", *torchrun, str(_ENTRY), *script)
 
 
 def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:

@@ -27,7 +27,7 @@ from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.own_programs import own_program
+from traceml.helper_programs import helper_program
 from traceml.run_folder import RELAY_NAME
 from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.otlp_process import otlp_beside
@@ -323,7 +323,7 @@ def _show_runs(aggregator: Aggregator, ended: Callable[[float], bool]) -> None:
         runs = [run.path for run in aggregator.registry.open_runs if run.path not in shown]
         if runs and (top is None or top.poll() is not None):
             shown.add(runs[-1])
-            top = subprocess.Popen(own_program("traceml", "top", str(runs[-1])))
+            top = subprocess.Popen(helper_program("traceml", "top", str(runs[-1])))
 
     if top is not None and top.poll() is None:
         top.terminate()

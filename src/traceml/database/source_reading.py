@@ -22,7 +22,7 @@ class SourceReading(msgspec.Struct, frozen=True):
     stream: int  # of rank 0, in the store
     facts: Mapping[str, Mapping[str, Any]] = {}  # by collector, masked
     # Why facts are missing: `elsewhere` (rank 0 is on another host), `ended` (the run, before they were read), `late`
-    # (reading took too long) or `failed`; empty where collectors have read all that there is.
+    # (reading took too long) or `failed`; empty if collectors have read all that there is.
     unread: str = ""
 
     @classmethod

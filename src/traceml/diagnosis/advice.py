@@ -70,10 +70,10 @@ def explicit_exit() -> str:
 
 
 def flush_denormals(facts: JobFacts) -> str | None:
-    """Return advice on an optimizer that computes with denormal numbers; None where the model is on a device.
+    """Return advice on an optimizer that computes with denormal numbers; None if the model is on a device.
 
-    Averages of Adam decay by a tenth per step where weights get no gradient, as rows of an embedding that are not in
-    the batches. After some 800 steps they are denormal, and a CPU takes ten times as long for these.
+    Averages of Adam decay by a tenth per step where weights get no gradient, such as rows of an embedding that are not
+    in the batches. After some 800 steps they are denormal, and a CPU takes ten times as long for these.
     """
     if facts.model is not None and facts.model.device not in (None, "cpu"):
         return None
@@ -206,7 +206,7 @@ def _for_several_lines(trainer: BlamedLine | None, two: tuple[BlamedLine, ...]) 
 
 
 def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
-    """Return advice on user code of a script that collects what it trains on; None where this is not known."""
+    """Return advice on user code of a script that collects what it trains on; None if unknown."""
     if not facts.collects or part not in UNNAMED_CODE:
         return None
 
@@ -278,8 +278,8 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
     """Return advice on rare long steps.
 
     Args:
-        part: the part of the step that makes them long; None where it is not one.
-        rank: the rank that has them; None where it is not one.
+        part: the part of the step that makes them long; None if it is not one.
+        rank: the rank that has them; None if it is not one.
     """
     where = f" on rank {rank}" if rank is not None else ""
     if line is not None:

@@ -20,7 +20,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         kind: the cause.
         severity: info, warning or critical.
         ranks: the affected ranks; empty for all.
-        phase: a phase of the step, or the user's phase by its name; None where the finding has none.
+        phase: a phase of the step, or the user's phase by its name; None if the finding has none.
         summary: one sentence about the cause, with numbers.
         next: one sentence about what to do.
         evidence: the numbers (and, for an exception, file and line) behind the summary.

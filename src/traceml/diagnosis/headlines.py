@@ -79,7 +79,7 @@ class FindingFacts(Protocol):
 
     @property
     def phase(self) -> str | None:
-        """Its phase, None where it has none."""
+        """Its phase, None if it has none."""
 
     @property
     def cost_share(self) -> float:
@@ -162,7 +162,7 @@ _HANGS = {
     "mismatch": "{ranks_are} in a different collective from the others",
     "sizes": "{ranks_are} calling the collective with different tensor sizes",
     "roots": "{ranks_are} calling the collective with a different root",
-    "circle": "{ranks} wait for each other",
+    "cycle": "{ranks} wait for each other",
     "network": "All ranks hang in {operation}",
     "rendezvous": "The ranks do not find each other in {operation}",
     "ended": "{ranks} ended, and the others wait",
@@ -233,7 +233,7 @@ def _spent_in(share: str, where: str) -> str:
 
 
 def healthy(finding: FindingFacts) -> str:
-    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or what else is to be known.
+    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or another remark.
 
     If code of the script could be made cheaper, that is its line.
     """
@@ -282,7 +282,7 @@ def _of_pauses(evidence: Mapping[str, Any]) -> str:
 def _of_own_code(evidence: Mapping[str, Any]) -> str:
     """Return `74 % of step time is spent in train.py:19 log_gradient`."""
     line = line_text(evidence["file"], evidence["line"], evidence["function"])
-    share = evidence.get("line_share")  # None where few samples saw it
+    share = evidence.get("line_share")  # None if few samples saw it
     return _spent_in(percent_text(share) if share else "Much", line)
 
 

@@ -16,9 +16,9 @@ __all__ = ["MIN_STEPS", "too_few_steps", "unknown_backward"]
 
 MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
-_SHOWN_STEPS = 3  # of so many it is told what took their time
+_SHOWN_STEPS = 3  # of so many the summary says what took their time
 _UNKNOWN_SHARE = 0.30
-_NAMED_IMPORTS = 0.1  # of a run without steps, imports are told from this share of its time on
+_NAMED_IMPORTS = 0.1  # of a run without steps, imports are named from this share of its time on
 _TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init(local=True) before training."
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
@@ -74,7 +74,7 @@ def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
 
 
 def _most_of_start_up(facts: JobFacts) -> str:
-    """Return what most of the start-up is: `imports in train.py:3`; empty where that is not known."""
+    """Return what most of the start-up is: `imports in train.py:3`; empty if unknown."""
     startup = OUTSIDE_STEPS[0]
     line = outside_line(facts.lines, startup)
     imports = ["imports"] if import_share(facts.lines, startup).is_most else []

@@ -45,12 +45,12 @@ class KindRule(msgspec.Struct, frozen=True):
 
     # a template with {share}, {phase}, {ranks_are}, {ranks} and {use}, or a function of the finding
     headline: str | Callable[[headlines.FindingFacts], str]
-    # of a finding whose rule does not weigh it by its facts; None where the cost decides
+    # of a finding whose rule does not weigh it by its facts; None if the cost decides
     severity: Severity | None = None
     is_straggler: bool = False  # whether it blames ranks that the others wait for
     sorts_first: bool = False  # whether it comes before the kinds that are ordered by cost
     critical_first: bool = False  # the same where it is critical
-    # the whole that its cost is a share of, in words; empty where the share says nothing to people
+    # the whole that its cost is a share of, in words; empty if the share says nothing to people
     cost_of: str = _STEP_TIME
 
     @property

@@ -14,13 +14,13 @@ from msgspec.structs import replace
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import count_text
 
-__all__ = ["counted_on"]
+__all__ = ["with_global_step_numbers"]
 
 _NUMBERS = ("step", "last_step", "since_step", "until_step", "apart_since_step")
 _IN_TEXT = re.compile(r"(?<=\bstep )\d+(?:,\d{3})*")
 
 
-def counted_on(found: Finding, before: int) -> Finding:
+def with_global_step_numbers(found: Finding, before: int) -> Finding:
     """Return a finding with the step numbers of the whole training.
 
     Args:

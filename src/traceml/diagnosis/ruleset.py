@@ -18,7 +18,7 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
-from traceml.diagnosis.resumed_steps import counted_on
+from traceml.diagnosis.resumed_steps import with_global_step_numbers
 from traceml.diagnosis.rules.between_trainings import set_up_between
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.rules.comm import comm_bound
@@ -38,7 +38,13 @@ from traceml.diagnosis.rules.no_bottleneck import nothing_found
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
-from traceml.diagnosis.rules.slowdown import is_continued, is_of_the_host, slowdown, with_its_steps, with_own_steps
+from traceml.diagnosis.rules.slowdown import (
+    is_continued,
+    is_of_the_host,
+    slowdown,
+    with_steps_from_history,
+    with_steps_from_slowdown,
+)
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.device_health import device_faults, throttled
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
@@ -64,7 +70,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     Args:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
     """
-    return [counted_on(each, facts.resumes_at) for each in _found(window, facts)]
+    return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts)]
 
 
 def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -210,7 +216,7 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
     slower = _slower(window, segments, facts, late)
     for each in slower:
-        timed = [with_its_steps(one, each) for one in found]
+        timed = [with_steps_from_slowdown(one, each) for one in found]
         if timed != found:  # those ranks are the cause: one finding
             return timed
 
@@ -284,7 +290,7 @@ def _with_own_steps(found: list[Finding], window: AlignedSteps, segments: Segmen
         return found
 
     bins = StepHistory.of(window, segments)
-    return [with_own_steps(each, bins) for each in found]
+    return [with_steps_from_history(each, bins) for each in found]
 
 
 def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:
@@ -317,7 +323,7 @@ def _explains(slower: Finding, other: Finding) -> bool:
     if slower.severity is Severity.INFO:  # larger batches: what takes a share of each step still does
         return other.kind is Kind.JITTER and same
 
-    if other.kind is Kind.INPUT_BOUND:  # of waits that have ended, no gain by workers can be told: a cache was filled
+    if other.kind is Kind.INPUT_BOUND:  # its gain by workers would be that of waits which have ended
         is_all = other.cost_share - slower.cost_share < WARNING_SHARE
         same = other.phase == slower.phase and ("until_step" in slower.evidence or is_all)
     else:

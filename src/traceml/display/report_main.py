@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from traceml.errors import TraceMLError
-from traceml.own_programs import leave, lower_priority
+from traceml.helper_programs import leave, lower_priority
 
 __all__ = ["work"]
 

@@ -99,7 +99,7 @@ def oom_counter(groups: dict[str, str], root: str = ROOT, host: Path = _HOST) ->
 
 
 def count_kills(path: Path) -> int | None:
-    """Return the kills in a counter's file; None where it has none."""
+    """Return the kills in a counter's file; None if it has none."""
     try:
         text = path.read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -12,14 +12,14 @@ import re
 
 from traceml.inspection.stack_text import FRAME
 from traceml.inspection.user_files import is_package_file, is_user_file
-from traceml.own_files import OwnDescriptor
+from traceml.trusted_files import GuardedDescriptor
 
 __all__ = ["crash_facts", "disable_crash_stacks", "enable_crash_stacks"]
 
 _MAX_FRAMES, _MAX_CHARS = 20, 4000
 _CURRENT = "Current thread "
 _descriptor = -1  # it keeps its number for good, as faulthandler does
-_own: OwnDescriptor | None = None  # while it is in use
+_own: GuardedDescriptor | None = None  # while it is in use
 _busy = False
 
 
@@ -42,7 +42,7 @@ def enable_crash_stacks(file: int) -> None:
         os.dup2(file, _descriptor, inheritable=False)
         os.lseek(_descriptor, 0, os.SEEK_END)
 
-    _own, _busy = OwnDescriptor(_descriptor), True
+    _own, _busy = GuardedDescriptor(_descriptor), True
 
 
 def disable_crash_stacks() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from traceml.own_files import read_regular
+from traceml.trusted_files import read_regular
 
 __all__ = ["git_head", "repository_folders"]
 
@@ -35,7 +35,7 @@ def repository_folders(script: str | None, folder: Path) -> list[Path]:
     """Return the folders whose repository is that of a training: its script's, then its working directory.
 
     Args:
-        script: its path; empty or None where there is none.
+        script: its path; empty or None if there is none.
     """
     return [*([Path(folder, script).parent] if script else []), folder]
 

@@ -129,13 +129,13 @@ def threads_of(pid: int) -> list[ProcessInfo]:
 
 
 def thread_cpu_ns(thread: int, pid: int | None = None) -> int | None:
-    """Return the CPU time of a thread of a process, by default of this one; None where the kernel does not tell it."""
+    """Return the CPU time of a thread of a process, by default of this one; None if the kernel does not tell it."""
     fields = _read(f"/proc/{pid or 'self'}/task/{thread}/schedstat").split()
     return int(fields[0]) if fields else None
 
 
 def core_wait_ns(task: str) -> int:
-    """Return how long a thread, `PID` or `PID/task/TID`, has waited for a core; 0 where that is not known."""
+    """Return how long a thread, `PID` or `PID/task/TID`, has waited for a core; 0 if unknown."""
     fields = _read(f"/proc/{task}/schedstat").split()
     return int(fields[1]) if len(fields) > 1 else 0
 

@@ -86,7 +86,7 @@ def find_stack_file(pid: int) -> int | None:
 
 
 def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
-    """Return the thread of a stuck loader worker that may get the signal; None where it may do harm.
+    """Return the thread of a stuck loader worker that may get the signal; None if it may do harm.
 
     Args:
         even_if_disturbed: whether a wait of its main thread in C, such as `sleep` or `poll`, may end early.
@@ -151,7 +151,7 @@ class SignaledStacks:
         return self.text
 
     def _send(self) -> bool:
-        """Send the signal; return False where it is not safe now."""
+        """Send the signal; return False if it is not safe now."""
         target = self._target if self._silent_thread is None else self._target_of_silent()
         if target is None or not is_registered(self._pid):
             return False

@@ -112,7 +112,7 @@ class OtherThreads:
 
 
 def thread_cpu_ns(native_id: int) -> int:
-    """Return the CPU time of a thread of this process in nanoseconds; 0 where it is not known.
+    """Return the CPU time of a thread of this process in nanoseconds; 0 if unknown.
 
     Linux makes the number of the clock of the thread's id. Unlike `time.pthread_getcpuclockid`, which must not be
     called for a thread that has ended, it does no harm then.

@@ -18,7 +18,7 @@ from itertools import takewhile
 from types import FrameType
 from typing import Any
 
-from traceml.collector_pause import collector_pause
+from traceml.gc_pause import gc_pause
 
 __all__ = [
     "awaiting_frames",
@@ -32,14 +32,14 @@ __all__ = [
     "thread_stack",
 ]
 
-_pause = collector_pause if sys.version_info < (3, 12) else nullcontext()
+_pause = gc_pause if sys.version_info < (3, 12) else nullcontext()
 _MAX_DEPTH = 1000
 _WALKS = 10
 _YIELDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def thread_frame(ident: int) -> FrameType | None:
-    """Return the frame that a thread runs; None where there is none. `f_back` is safe down to a depth of 1,000."""
+    """Return the frame that a thread runs; None if there is none. `f_back` is safe down to a depth of 1,000."""
     with _pause:
         frame = sys._current_frames().get(ident)
         _make_objects(frame)

@@ -194,7 +194,7 @@ def _slow_path(
 
 
 def _begin(clock: StepClock, read_loss: Callable[[Any], None], tensors: Any) -> tuple[Began, Any] | None:
-    """Begin a backward pass; return its phase and the hook of the loss, or None where it does not count."""
+    """Begin a backward pass; return its phase and the hook of the loss, or None if it does not count."""
     try:
         previous = clock.current
         if previous in (_INPUT_WAIT, _BACKWARD) or not (clock.is_training_thread() or clock.claim_thread()):

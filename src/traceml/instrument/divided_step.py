@@ -94,7 +94,7 @@ class DividedStep(PhaseTimer):
 
     def _begin(self, t: int) -> None:
         self.open = True
-        self.book_user_phases(t)
+        self.account_user_phases(t)
         self.first_part = None
         self._clear(t)
 
@@ -122,7 +122,7 @@ class DividedStep(PhaseTimer):
 
     def _cut(self, t: int) -> None:
         """End a part of this step and save its buckets."""
-        self.book_user_phases(t)
+        self.account_user_phases(t)
         self.times_at_cut = self.times
         self.loader_at_cut = self.first_loader
         self.committed_ns += t - self.part_start

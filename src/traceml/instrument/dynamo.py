@@ -20,7 +20,7 @@ _LEAVES = frozenset(
     f"{_PACKAGE}{name}"
     for name in (
         "phase_timer",
-        "hot_fields",
+        "clock_implementations",
         "step_clock",
         "divided_step",
         "evaluation",

@@ -105,7 +105,7 @@ class EvaluationPeriod:
             else:
                 clock.end_ready_part(t)
 
-        clock.book_user_phases(t)
+        clock.account_user_phases(t)
         clock.prepares = False
         self.start, self._calls, self._last_call = t, 1, t
         self._times, self._closes_at = clock.times, clock.closes_at
@@ -124,7 +124,7 @@ class EvaluationPeriod:
             t = self.last_end(t)
 
         clock.prepares = False
-        clock.book_user_phases(t)
+        clock.account_user_phases(t)
         kept = self._times + [0] * (len(clock.zeros) - len(self._times))
         saving = clock.times[_CHECKPOINT] - kept[_CHECKPOINT]
         kept[_CHECKPOINT] += saving

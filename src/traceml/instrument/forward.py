@@ -165,7 +165,7 @@ def _native_timer(
 
 
 def _of_torch() -> tuple[type[Tensor], Callable[[], int], Callable[[], bool], int]:
-    """Return what a hook in C asks torch for; the last is the address of a function in C, 0 where there is none."""
+    """Return what a hook in C asks torch for; the last is the address of a function in C, 0 if there is none."""
     address = 0
     with suppress(OSError, AttributeError):  # it is in torch's stable interface for C
         library = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
@@ -186,7 +186,7 @@ def _nested_call(timed: TimedModule, clock: StepClock, measure: Measure, args: A
 
 
 def _begin(timed: TimedModule, clock: StepClock, measure: Measure, args: Any, kwargs: Any) -> Began | None:
-    """Begin a forward; return None where it does not count."""
+    """Begin a forward; return None if it does not count."""
     try:
         if clock.current in _NO_FORWARD or not clock.is_training_thread():
             return None

@@ -15,15 +15,15 @@ from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
 from traceml.instrument.checkpoints.save_log import SaveFolder, SaveLog
+from traceml.instrument.clock_implementations import new_clock
 from traceml.instrument.facts.fact_reports import FactReports
 from traceml.instrument.framework_trainers import TRAINERS
 from traceml.instrument.groups.default_group import DefaultGroup
-from traceml.instrument.hot_fields import new_clock
 from traceml.instrument.import_hook import PostImportHook, is_imported
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
-from traceml.instrument.search.iterators import Feeding, feeding_of
+from traceml.instrument.search.iterators import BatchSource, batch_source_of
 from traceml.instrument.user_phases import StepBlock, UserPhases
 from traceml.instrument.values.step_pace import StepPace
 
@@ -71,7 +71,7 @@ class Instrumentation:
         self._sizes: CollectiveSizes | None = None
         self._pace = StepPace()
         self._installed = True
-        self.feeding: Feeding | None = None
+        self.feeding: BatchSource | None = None
         self.save_folder = SaveFolder(lambda folder: self._facts.report({"kind": "saves", "folder": folder}))
         self.saves = SaveLog()
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
@@ -231,7 +231,7 @@ class Instrumentation:
             self._discovery.descend()  # the script calls `model.forward`, or parts of the model
 
     def _look_for_iterators(self, alive: Callable[[], AliveObjects]) -> None:
-        self.feeding = feeding_of(alive().generators)
+        self.feeding = batch_source_of(alive().generators)
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""

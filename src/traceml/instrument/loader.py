@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
-from traceml.instrument.facts.own_attributes import own_attribute
+from traceml.instrument.facts.instance_attributes import instance_attribute
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import OTHER, Began, on_training_thread
@@ -42,7 +42,7 @@ class LoaderToken:
 
     is_left = is_read = False
     _iterator: Any = None
-    _before: int | None = 0  # batches of the iterators before the newest one; None where one was left early
+    _before: int | None = 0  # batches of the iterators before the newest one; None if one was left early
     _epoch = 0
     _last = -1  # batches of the newest iterator at its end; -1 before it
     _drawn: Any = None  # epoch by which the sampler has drawn the newest order
@@ -94,7 +94,7 @@ class LoaderToken:
         return DataProgress(batches, self._epoch, is_over)
 
     def _given(self) -> int | None:
-        """Return the batches of the newest iterator, by torch's own count; None where it is gone."""
+        """Return the batches of the newest iterator, by torch's own count; None if it is gone."""
         return getattr(self._iterator() if self._iterator is not None else None, "_num_yielded", None)
 
     def _count_anew(self) -> None:
@@ -114,10 +114,10 @@ class LoaderToken:
 
 def _sampler_epoch(loader: Any) -> Any:
     """Return the epoch of a DistributedSampler that shuffles by it; None of other samplers."""
-    sampler = own_attribute(loader, "sampler")
-    shuffles = own_attribute(sampler, "shuffle") is True
+    sampler = instance_attribute(loader, "sampler")
+    shuffles = instance_attribute(sampler, "shuffle") is True
     is_by_epoch = shuffles and any(kind.__name__ == "DistributedSampler" for kind in type(sampler).__mro__)
-    return own_attribute(sampler, "epoch") if is_by_epoch else None
+    return instance_attribute(sampler, "epoch") if is_by_epoch else None
 
 
 Begin = Callable[[Any], Began | None]

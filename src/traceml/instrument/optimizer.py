@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.facts.own_attributes import own_attribute
+from traceml.instrument.facts.instance_attributes import instance_attribute
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import NOT_READY, OTHER, Began, on_training_thread
@@ -71,7 +71,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     An LR scheduler gives its optimizer an instance attribute `step` that calls the class's `step` of that time.
     """
     patch_optimizer_type(patches, clock, type(optimizer))
-    own = own_attribute(optimizer, "step")
+    own = instance_attribute(optimizer, "step")
     if own is None or getattr(own, "_traceml_clock", None) is clock or is_wrapper(type(optimizer)):
         return
 
@@ -87,7 +87,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 
     def undo() -> None:
         alive = ref()
-        if alive is not None and own_attribute(alive, "step") is step:
+        if alive is not None and instance_attribute(alive, "step") is step:
             alive.step = own
 
     patches.on_undo(undo)
@@ -265,7 +265,7 @@ def patch_clipping(patches: Patches, clock: StepClock) -> None:
 
 
 def _begin(clock: StepClock, optimizer: Any) -> Began | None:
-    """Begin an optimizer step call; return None where it is not a step call of its own."""
+    """Begin an optimizer step call; return None if it is not a step call of its own."""
     try:
         if clock.current == _INPUT_WAIT or not (clock.is_training_thread() or clock.claim_thread()):
             return None

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LOGS, PACKED, STEPS, USER_PHASES, Phase, Table, unpack_bits
-from traceml.instrument.hot_fields import new_clock
+from traceml.instrument.clock_implementations import new_clock
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["HookOverhead", "entered_phases"]
@@ -99,7 +99,7 @@ def _user_entries(flight: FlightFile, step: int) -> int:
 
 
 def _row(flight: FlightFile, table: Table, back: int) -> tuple[int, ...]:
-    """Return the last row of a table, or one that is further back; empty where there is none."""
+    """Return the last row of a table, or one that is further back; empty if there is none."""
     ring = flight.ring(table.name)
     found = ring.take(ring.appended - back, 1) if ring.appended >= back else None
     return table.struct.unpack(found.data) if found else ()

@@ -2,7 +2,7 @@
 
 Time is exclusive: a phase that ends adds its time to its bucket and subtracts it from the enclosing phase. So phases
 and `other` add up to the step. Hooks keep the start in a local variable. Only user phases may be open when a step ends;
-`book_user_phases` adds their time.
+`account_user_phases` adds their time.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class PhaseTimer:
     """Times of the open step, by phase.
 
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
-    read and write the fields of this class directly; `hot_fields` says where they are.
+    read and write the fields of this class directly; `clock_implementations` says where they are.
 
     A step may be cut into parts (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
     `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `samples`, `elements`,
@@ -264,7 +264,7 @@ class PhaseTimer:
         return _training.get() is self.token
 
     def enter(self, phase: int) -> Began | None:
-        """Begin a phase; return a value for `leave`, or None where the phase does not count."""
+        """Begin a phase; return a value for `leave`, or None if the phase does not count."""
         try:
             previous: int = self.current
             if previous in (_INPUT_WAIT, phase) or self.thread != get_ident():
@@ -325,7 +325,7 @@ class PhaseTimer:
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
-    def book_user_phases(self, t: int) -> None:
+    def account_user_phases(self, t: int) -> None:
         """Add the time until `t` of the open user phases, as a step ends inside them."""
         for entry in self.open_user_phases:
             phase, previous, start = entry
@@ -358,7 +358,7 @@ class PhaseTimer:
 
     def commit_slow(self, t: int) -> None:
         """Close a step that has parts, rare phases, open user phases, flags, a group or a device."""
-        self.book_user_phases(t)
+        self.account_user_phases(t)
         flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
         self.add_part()
         if self.eval_ns:

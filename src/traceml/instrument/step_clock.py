@@ -477,7 +477,7 @@ class StepClock(DividedStep):
             return
 
         t = monotonic_ns()
-        self.book_user_phases(t)
+        self.account_user_phases(t)
         if self.evaluation.start:
             self.evaluation.end(t)
 
@@ -503,7 +503,7 @@ class StepClock(DividedStep):
             return
 
         t = monotonic_ns()
-        self.book_user_phases(t)
+        self.account_user_phases(t)
         self.flags |= _EXPLICIT
         self.dirty = True
         self.commit(t)
@@ -511,7 +511,7 @@ class StepClock(DividedStep):
     def finish(self) -> None:
         """End training: the open step becomes a row if an optimizer stepped in it, else it is dropped."""
         t = monotonic_ns()
-        self.book_user_phases(t)
+        self.account_user_phases(t)
         if self.evaluation.start:
             self._end_evaluation(self.evaluation.last_end(t))
 

@@ -69,7 +69,7 @@ class TrainingSession:
 
         Args:
             error: the exception that ended the training.
-            show: False where another process shows the verdict.
+            show: False if another process shows the verdict.
         """
         recorder, own, self._own = current_recorder(), self._own, 0
         if recorder is None or id(recorder) != own or not recorder.enabled:

@@ -66,7 +66,7 @@ class OnExec(Protocol):
         """Note that the process becomes another program, or that it did not."""
 
 
-_Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty where it is not known
+_Place = dict[str, Any]  # `file`, `line` and `function` of the user's code; empty if unknown
 
 
 def _ignore_exec(*, failed: bool) -> None:

@@ -208,7 +208,7 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
 
 
 def settings_of_parent() -> dict[str, Any]:
-    """Return settings for `load` with which the parent of this process records; empty where none does."""
+    """Return settings for `load` with which the parent of this process records; empty if none does."""
     parent = _exported_parent()
     return {} if parent is None else parent.settings
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from traceml.collector_pause import collector_pause
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
+from traceml.gc_pause import gc_pause
 from traceml.recorder.current_recorder import notify_change, notify_start, state
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def start(
         AggregatorUnavailableError: no aggregator answered within `connect_timeout`, and `on_missing` is `raise`.
         AggregatorRefusedError: it answered and refused, and `on_missing` is `raise`.
     """
-    with collector_pause:  # behind torch's import a search of all objects is due, which our imports would bring about
+    with gc_pause:  # behind torch's import a search of all objects is due, which our imports would bring about
         from traceml.recorder.identity import spawned_from
         from traceml.recorder.recorder import Recorder
 

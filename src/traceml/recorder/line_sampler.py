@@ -281,7 +281,7 @@ class LineSampler:
         return counts if key[0] == phase else None
 
     def _counts_of(self, key: _Key) -> list[int] | None:
-        """Return the counts of a line in the open step; None where there are too many lines."""
+        """Return the counts of a line in the open step; None if there are too many lines."""
         counts = self._open.get(key)
         if counts is None and len(self._counts) + len(self._open) < _MAX_LINES:
             counts = self._open[key] = [0, 0, 0]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from traceml.errors import AggregatorForeignError, AggregatorUnavailableError, TraceMLError
 from traceml.fork_gate import fork_gate
-from traceml.own_programs import own_program
+from traceml.helper_programs import helper_program
 from traceml.recorder.detached_process import DetachedProcess
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
@@ -256,7 +256,7 @@ def _listen(config: Config) -> socket.socket | None:
 def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> tuple[DetachedProcess, str]:
     """Start an aggregator on the socket; return its process and the path of its log."""
     fds = [listener.fileno()]
-    command = own_program("traceml", "serve", "--fd", str(listener.fileno()), "--exit-when-idle")
+    command = helper_program("traceml", "serve", "--fd", str(listener.fileno()), "--exit-when-idle")
     command += ["--runs-dir", str(config.runs_dir)]
     if lock is not None:
         fds.append(lock.fileno())

@@ -16,7 +16,7 @@ _BRACKETS = re.compile(r"([^\[]*)\[([^\]]*)\](.*)", re.ASCII)
 
 
 def switches_above(host: str, environ: Mapping[str, str], file: Path | None = None) -> list[str]:
-    """Return the switches above a host, its leaf switch first; empty where they are not known.
+    """Return the switches above a host, its leaf switch first; empty if unknown.
 
     Args:
         environ: variables of a process that Slurm started; read where there is no file.

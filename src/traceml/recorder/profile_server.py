@@ -167,7 +167,7 @@ class ProfileServer:
     """Opens profiles of this rank, one at a time, and hands out their traces; on the recorder's thread.
 
     Args:
-        clock: returns the training's steps, None where they are not traced.
+        clock: returns the training's steps, None if they are not traced.
         thread: returns the id of the training thread.
         contains: whether the user wrote the code of a frame.
     """

@@ -105,7 +105,7 @@ class Recorder:
 
     @property
     def instrumentation(self) -> Instrumentation | None:
-        """The installed hooks; None where nothing is traced."""
+        """The installed hooks; None if nothing is traced."""
         return self._recording.tracing.instrumentation if self._recording is not None else None
 
     @property

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
-from traceml.collector_pause import collector_pause
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import remove_stale
 from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.gc_pause import gc_pause
 from traceml.inspection.crash_stacks import disable_crash_stacks
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import address_limit_bytes, cause_of, describe
@@ -123,7 +123,7 @@ class Recording:
     def start(self, *, tracing: bool) -> None:
         """Install the hooks, if tracing, and start the thread."""
         if tracing:
-            with collector_pause:  # it imports what the hooks need
+            with gc_pause:  # it imports what the hooks need
                 self.tracing.begin(self.thread, lambda action: action())
 
         if not self._is_child:
@@ -334,7 +334,7 @@ class Recording:
         remove_stale(default_folder(), *disk_folders(runs_dir), runs_dir=runs_dir)
 
     def _reach(self) -> Connection | None:
-        """Return a connection; None where only the aggregator's presence was checked."""
+        """Return a connection; None if only the aggregator's presence was checked."""
         config, identity = self._config, self.identity
         hello = identity.probe(config) if identity.provisional else identity.hello(config, self.flight.path)
         connection = dial(config, hello, timeout_s=config.connect_timeout)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open, print_notice
 from traceml.formatting import printable
+from traceml.helper_programs import helper_program
 from traceml.inspection.script_time import is_interactive
-from traceml.own_programs import own_program
 from traceml.recorder.lifecycle import on_end, on_shutdown
 from traceml.run_folder import REPORT_NAME
 from traceml.transport.run_line import run_line, short_path
@@ -71,7 +71,7 @@ def show_verdict(run_dir: Path) -> None:
     await_report(run_dir)
     try:
         done = subprocess.run(
-            own_program("traceml", "report", str(run_dir)),
+            helper_program("traceml", "report", str(run_dir)),
             env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace",
             timeout=_SHOW_S, check=True,
         )  # fmt: skip

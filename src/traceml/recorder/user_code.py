@@ -40,7 +40,7 @@ class UserCode:
 
 
 def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[CodeType | None, int]:
-    """Return the code and line of the innermost frame of the user's code; None, 0 where there is none."""
+    """Return the code and line of the innermost frame of the user's code; None, 0 if there is none."""
     for each in stack_frames(frame, _MAX_DEPTH):
         if is_user(each):
             return each.f_code, running_line(each)

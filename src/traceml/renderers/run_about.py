@@ -79,7 +79,7 @@ def _commit(git: Mapping[str, Any]) -> str | None:
 
 
 def _not_read(about: About) -> str | None:
-    """Return what was not read during the training though it should have been, and why; None where not known."""
+    """Return what was not read during the training though it should have been, and why; None if unknown."""
     return about.not_read and f"{', '.join(_COLLECTED[name] for name in about.unread)}: {about.not_read}"
 
 

@@ -128,7 +128,7 @@ class RunView(msgspec.Struct, frozen=True):
 
     @property
     def data_rates(self) -> list[tuple[str, str]]:
-        """Tokens and samples of the whole job per second, as (unit, number); empty where not known."""
+        """Tokens and samples of the whole job per second, as (unit, number); empty if unknown."""
         per_step = (("tokens", self.steps.tokens_per_step), ("samples", self.steps.samples_per_step))
         rates = [(unit, rate_of(number, self.steps_per_second)) for unit, number in per_step]
         return [(unit, rate_text(rate)) for unit, rate in rates if rate is not None]
@@ -157,7 +157,7 @@ class RunView(msgspec.Struct, frozen=True):
 
     @property
     def untimed(self) -> str | None:
-        """The accelerator whose time is not known, in words; None where there is none."""
+        """The accelerator whose time is not known, in words; None if there is none."""
         device = self.steps.untimed_device
         return f"device times: not measured on {device}; phases show CPU time" if device else None
 
@@ -169,7 +169,7 @@ class RunView(msgspec.Struct, frozen=True):
 
     @property
     def ended_before_training(self) -> str | None:
-        """End of a run that failed or was stopped before its first step, in a sentence; None where a card says more.
+        """End of a run that failed or was stopped before its first step, in a sentence; None if a card says more.
 
         After a signal the card has advice; what was logged for trackers is on it.
         """
@@ -214,7 +214,7 @@ class RunView(msgspec.Struct, frozen=True):
 
     @property
     def absent(self) -> str | None:
-        """The ranks that never reported, in words; None where all did."""
+        """The ranks that never reported, in words; None if all did."""
         seen = {row.rank for row in self.ranks}
         absent = [rank for rank in range(self.run.world_size) if rank not in seen] if seen else []
         if not absent:

@@ -41,7 +41,7 @@ _SHOWN_CALLS, _MIN_CALL = 3, 0.01
 
 
 def end_of_rank(rank: RankSection) -> str | None:
-    """Return how a rank ended badly: `killed by SIGKILL, last step 36, in forward`; None where it did not."""
+    """Return how a rank ended badly: `killed by SIGKILL, last step 36, in forward`; None if it did not."""
     if rank.state in ("running", "finished"):
         return None
 
@@ -61,13 +61,13 @@ def end_of_rank(rank: RankSection) -> str | None:
 
 
 def cost_text(finding: Finding) -> str | None:
-    """Return `40 % of step time`, or of what else the kind costs; None where there is no cost."""
+    """Return `40 % of step time`, or of what else the kind costs; None if there is no cost."""
     whole = finding.kind.rule.cost_of
     return f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share and whole else None
 
 
 def gain_sentence(finding: Finding) -> str | None:
-    """Return `steps are 1.3x faster once this is fixed`; None where there is no gain, or the finding says it."""
+    """Return `steps are 1.3x faster once this is fixed`; None if there is no gain, or the finding says it."""
     if finding.gain is None or "x faster" in f"{finding.summary} {finding.next}":
         return None
 

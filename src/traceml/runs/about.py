@@ -29,7 +29,7 @@ _NO_GIT = "git gave no answer: it is not installed, took too long, or the reposi
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Facts of a run by their source; a map is empty where they are missing.
+    """Facts of a run by their source; a map is empty if they are missing.
 
     Attributes:
         process: python, traceml, executable, argv, folder.
@@ -38,7 +38,7 @@ class About:
         environment, system: from their collectors, which rank 0 or the aggregator on its host has started.
         unread: those of the three that settings do not turn off, and whose collector has told nothing; git outside a
             repository is not one of them.
-        not_read: why there are such; empty where it is not known.
+        not_read: why there are such; empty if unknown.
         params: parameters that the user logged, with personal data masked, as reports are shared.
         tags: tags that the training set, with their values, masked too.
         project: of its last experiment; empty without one.
@@ -134,7 +134,7 @@ def _why_not(unread: Sequence[str], reading: SourceReading | None, asked: Any, f
     """Return why collectors have told nothing.
 
     Args:
-        asked: what the rank has asked it to read; None where it has not.
+        asked: what the rank has asked it to read; None if it has not.
     """
     if _is_relayed(first):
         return _UNREAD["relayed"]

@@ -56,9 +56,9 @@ class RunInfo:
         project: of the run.
         note, archived: labels that people gave it.
         tags: those that people gave it, then those that its script logged.
-        user: owner of the folder; empty where the host does not know its name.
+        user: owner of the folder; empty if the host does not know its name.
         commit, branch: of the script's git repository; None outside one, and before the report.
-        dirty: whether it had uncommitted changes; None where git was not asked.
+        dirty: whether it had uncommitted changes; None if git was not asked.
     """
 
     path: Path

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from traceml.own_files import is_file_inside
 from traceml.run_folder import LOGS_FOLDER, OUTPUT_LOG
+from traceml.trusted_files import is_file_inside
 
 __all__ = ["LEVELS", "LogTail", "log_tails", "output_lines", "search_logs"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from traceml.errors import StoreError, UsageError
-from traceml.own_files import read_regular, replace_file
 from traceml.run_folder import LABELS_NAME
 from traceml.runs.json_document import UNREADABLE_JSON
+from traceml.trusted_files import read_regular, replace_file
 
 __all__ = [
     "RunLabels",
@@ -44,7 +44,7 @@ def read_labels(run_dir: Path) -> RunLabels:
 
 
 def labels_time(run_dir: Path) -> float:
-    """Return the epoch seconds of the last change of a run's labels; 0 where it has none."""
+    """Return the epoch seconds of the last change of a run's labels; 0 if it has none."""
     try:
         return (run_dir / LABELS_NAME).stat().st_mtime
     except OSError:

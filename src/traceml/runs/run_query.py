@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from traceml.errors import UsageError
-from traceml.own_files import read_regular
 from traceml.run_folder import REPORT_NAME
 from traceml.runs.find import RunInfo
 from traceml.runs.json_document import UNREADABLE_JSON
 from traceml.runs.report.report_types import MetricSection, SetupSection
+from traceml.trusted_files import read_regular
 
 __all__ = ["FIELDS", "RunFields", "RunRecord", "SearchedRun", "select_runs", "sort_runs"]
 
@@ -73,7 +73,7 @@ class SearchedRun(Protocol):
         """Return the text of an error for a name that no run has, with the names that there are."""
 
     def value(self, name: str) -> Any:
-        """Return a value; None where the run has none of this name."""
+        """Return a value; None if the run has none of this name."""
 
     def has(self, name: str) -> bool:
         """Return whether the run has a value of this name."""
@@ -127,7 +127,7 @@ class RunFields:
         )
 
     def value(self, name: str) -> Any:
-        """Return a field, a parameter, or a metric's last value; None where the run has none of this name."""
+        """Return a field, a parameter, or a metric's last value; None if the run has none of this name."""
         if name in FIELDS:
             return FIELDS[name](self.info)
 

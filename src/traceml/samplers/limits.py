@@ -142,7 +142,7 @@ def cpu_time() -> _Usage:
 
 
 def device_of(path: str) -> int | None:
-    """Return the number of a path's file system; None where the path does not exist."""
+    """Return the number of a path's file system; None if the path does not exist."""
     try:
         return os.stat(path).st_dev  # noqa: PTH116 - without importing pathlib's machinery per sample
     except OSError:
@@ -150,7 +150,7 @@ def device_of(path: str) -> int | None:
 
 
 def file_system(path: str) -> _Usage:
-    """Return (bytes in use, bytes that a user may use) of the file system of a path; None where it cannot be read."""
+    """Return (bytes in use, bytes that a user may use) of the file system of a path; None if it cannot be read."""
     try:
         found = os.statvfs(path)
     except OSError:

@@ -64,7 +64,7 @@ class Nvml:
         """Return the devices that this process may use.
 
         Args:
-            visible: value of CUDA_VISIBLE_DEVICES, None where it is not set.
+            visible: value of CUDA_VISIBLE_DEVICES, None if it is not set.
         """
         gpus = {device.index: device for device in self._gpus()}
         if visible is None:

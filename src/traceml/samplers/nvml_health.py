@@ -89,7 +89,7 @@ class NvmlHealth:
         )
 
     def nvlink_domain(self, device: NvmlDevice) -> str | None:
-        """Return the id of the NVLink domain of several hosts in which a device is; None where it is in none."""
+        """Return the id of the NVLink domain of several hosts in which a device is; None if it is in none."""
         fabric = _FabricInfo()
         found = self._call("nvmlDeviceGetGpuFabricInfo", device.handle, ctypes.byref(fabric))
         if not found or fabric.state != _FABRIC_COMPLETED or fabric.status or not any(fabric.cluster):

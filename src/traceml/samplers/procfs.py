@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from traceml.own_files import OwnDescriptor
+from traceml.trusted_files import GuardedDescriptor
 
 __all__ = ["ProcFile", "open_if_visible", "read_text"]
 
@@ -23,7 +23,7 @@ class ProcFile:
 
     def __init__(self, path: str, size: int = 16384) -> None:
         self.path, self._size = path, size
-        self._own: OwnDescriptor | None = OwnDescriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self._own: GuardedDescriptor | None = GuardedDescriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def read(self) -> bytes:
         """Return the current content, at most `size` bytes."""
@@ -37,7 +37,7 @@ class ProcFile:
 
 
 def open_if_visible(path: str, size: int) -> ProcFile | None:
-    """Open a file that some kernels lack, and some containers hide; None where it cannot be opened."""
+    """Open a file that some kernels lack, and some containers hide; None if it cannot be opened."""
     try:
         return ProcFile(path, size)
     except OSError:

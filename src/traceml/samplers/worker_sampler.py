@@ -127,7 +127,7 @@ class LoaderWorkersSampler(Sampler):
         return max(private, 0), max(anonymous, 0)
 
     def _ticks(self, pid: int) -> int | None:
-        """Return the CPU time of a worker; None where it has ended, and its number may be another process's."""
+        """Return the CPU time of a worker; None if it has ended, and its number may be another process's."""
         text = read_text(f"/proc/{pid}/stat")
         fields = text[text.rindex(")") + 2 :].split(None, _SYSTEM_TICKS + 1) if text else ()
         if not fields or fields[0] == "Z" or int(fields[_PARENT]) != self._parent:
@@ -160,13 +160,13 @@ def _cores(pids: Iterable[int]) -> set[int]:
 
 
 def _resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process that is neither of a file nor shared memory; 0 where it has ended."""
+    """Return the resident memory of a process that is neither of a file nor shared memory; 0 if it has ended."""
     fields = (read_text(f"/proc/{pid}/statm") or "").split(None, 3)
     return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES if len(fields) > 2 else 0
 
 
 def _memory(pid: int) -> _WorkerMemory | None:
-    """Return the private and the anonymous memory of a process; None where it has ended."""
+    """Return the private and the anonymous memory of a process; None if it has ended."""
     fields = [line.split() for line in (read_text(f"/proc/{pid}/smaps_rollup") or "").splitlines()]
     sizes = {line[0]: int(line[1]) * 1024 for line in fields if len(line) == 3 and line[2] == "kB"}
     if "Private_Dirty:" not in sizes:

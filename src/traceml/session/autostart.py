@@ -2,7 +2,7 @@
 
 Every process that imports torch gets here, also launchers, their tools and workers of loaders. Launchers and helpers
 are left alone. In any other process a recorder starts, but it asks for no aggregator and leaves no run until the
-process makes an optimizer, joins a process group, ends a step or logs a value.
+process creates an optimizer, joins a process group, ends a step or logs a value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trainings in child processes: one that makes an optimizer becomes a rank of its parent's run.
+"""Trainings in child processes: one that creates an optimizer becomes a rank of its parent's run.
 
 `torch.multiprocessing.spawn` and `multiprocessing.Process` start a function. It is wrapped in one that starts tracing
 at the first optimizer of the child. Workers of data loaders and pools make none.

@@ -23,7 +23,7 @@ def summary() -> dict[str, float]:
         >>> wandb.log(traceml.summary())
 
     Returns:
-        The numbers by the names that trackers get; empty where nothing is recorded, or on another host.
+        The numbers by the names that trackers get; empty if nothing is recorded, or on another host.
     """
     recorder = current_recorder()
     run_dir = recorder.run_dir if recorder is not None else None

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NamedTuple, NoReturn
 
-from traceml.own_programs import importing
+from traceml.helper_programs import importing
 from traceml.process_ends import die_with_parent
 from traceml.session.startup import start_for_script
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError, UsageError
+from traceml.helper_programs import helper_program
 from traceml.ids import new_run_id, safe_run_id
-from traceml.own_programs import own_program
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
@@ -139,7 +139,7 @@ class AggregatorProcess(RestartingProcess):
             raise _unwritable(self.run_dir, error) from error
 
         fd = self._listen().fileno()
-        command = own_program("traceml", "serve", "--fd", str(fd), "--run-id", self.run_id)
+        command = helper_program("traceml", "serve", "--fd", str(fd), "--run-id", self.run_id)
         command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle", "--launcher-pid", str(os.getpid())]
         passed = [fd]
         if self._left is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from traceml.own_programs import importing, leave
+from traceml.helper_programs import importing, leave
 
 __all__ = ["end_rest", "first_failure", "main", "status_of"]
 

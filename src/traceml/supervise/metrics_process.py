@@ -40,7 +40,7 @@ class MetricsProcess(RestartingServer):
         secret: the token is derived from this text, so that it stays; None: the token is random.
 
     Attributes:
-        token: the bearer token that requests need; None where only this host reaches the server.
+        token: the bearer token that requests need; None if only this host reaches the server.
 
     Raises:
         TraceMLError: `prometheus_client` is not installed, or the port cannot be used.

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-from traceml.own_programs import own_program
+from traceml.helper_programs import helper_program
 
 __all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
 
@@ -64,7 +64,7 @@ def spawn_server(
     settings_in, settings_out = os.pipe()
     try:
         return spawn(
-            own_program(module, *arguments),
+            helper_program(module, *arguments),
             environ=os.environ,
             stdin=settings_in,
             stdout=subprocess.DEVNULL,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.errors import TraceMLError
-from traceml.own_programs import change_command_line, own_program
+from traceml.helper_programs import change_command_line, helper_program
 from traceml.process_ends import end_of_status
 from traceml.supervise.processes import spawn
 
@@ -105,7 +105,7 @@ class ReportProcess:
 
 
 def _command(nice: int) -> list[str]:
-    return own_program("traceml.display.report_main", str(nice))
+    return helper_program("traceml.display.report_main", str(nice))
 
 
 def _become_report_process(nice: int) -> Callable[[], None]:

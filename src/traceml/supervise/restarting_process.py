@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from traceml.errors import TraceMLError
-from traceml.own_programs import end_process
+from traceml.helper_programs import end_process
 
 __all__ = ["RestartPolicy", "RestartingProcess", "RestartingServer"]
 

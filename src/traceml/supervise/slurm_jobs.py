@@ -46,7 +46,7 @@ class SlurmJob(NamedTuple):
 
 
 def read_job(job_id: str) -> SlurmJob | None:
-    """Return what Slurm knows of a job; None where it knows nothing or does not answer."""
+    """Return what Slurm knows of a job; None if it knows nothing or does not answer."""
     shown = _ask("scontrol", "show", "job", job_id, "--oneliner")
     if shown is None:  # it is forgotten some minutes after its end, unless there is accounting
         state = _ask("sacct", "-j", job_id, "-X", "-n", "-P", "-o", "State")
@@ -67,7 +67,7 @@ def read_job(job_id: str) -> SlurmJob | None:
 
 
 def scheduler_facts(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return why Slurm ends the job that this process is part of, for a report of its end; empty where it does not.
+    """Return why Slurm ends the job that this process is part of, for a report of its end; empty if it does not.
 
     Args:
         environ: as of `scheduler_end`.
@@ -84,7 +84,7 @@ def scheduler_facts(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def scheduler_end(environ: Mapping[str, str], early_s: float = 0.0) -> str | None:
-    """Return why Slurm ends the job that this process is part of; None where it does not.
+    """Return why Slurm ends the job that this process is part of; None if it does not.
 
     Args:
         environ: with Slurm's variables, and ours of a submitted job.
@@ -141,7 +141,7 @@ def cancel_job(job_id: str) -> None:
 
 
 def minutes_of(text: str) -> int | None:
-    """Return the whole minutes of a duration as Slurm writes it, rounded up; None where it is not a duration.
+    """Return the whole minutes of a duration as Slurm writes it, rounded up; None if it is not a duration.
 
     The forms are `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30` and `1-12:30:00`.
     """
@@ -166,7 +166,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _ask(*command: str) -> str | None:
-    """Return the output of a command of Slurm; None where it fails."""
+    """Return the output of a command of Slurm; None if it fails."""
     try:
         done = _run(command)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self
 
-from traceml.process_ends import has_terminal, heeded
+from traceml.process_ends import has_terminal, not_ignored
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
@@ -107,7 +107,7 @@ class Supervisor:
         self._failures: list[dict[str, Any]] = []
         self._told_well, self._well_since_s = 0, 0.0  # how many of the good ends the aggregator knows
         self._signals: set[int] = set()
-        self._heeded = heeded(FORWARDED_SIGNALS)
+        self._not_ignored = not_ignored(FORWARDED_SIGNALS)
         self._had_terminal = has_terminal()
         self._ended_by: dict[str, Any] | None = None
         self._reader_left = False
@@ -117,8 +117,8 @@ class Supervisor:
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:  # closed in the opposite order
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._heeded)  # the kernel drops the ignored ones
-            opened.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, self._heeded)
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._not_ignored)  # the kernel drops the ignored ones
+            opened.callback(signal.pthread_sigmask, signal.SIG_UNBLOCK, self._not_ignored)
             opened.callback(self._selector.close)
             opened.callback(self._aggregator.close)
             opened.enter_context(self._unread)
@@ -241,7 +241,7 @@ class Supervisor:
 
     def _pass_signals(self, process: subprocess.Popen[bytes]) -> None:
         """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
-        while (info := signal.sigtimedwait(self._heeded, 0)) is not None:
+        while (info := signal.sigtimedwait(self._not_ignored, 0)) is not None:
             if info.si_signo in _ENDING and not self._signals & _ENDING:
                 self._aggregator.take_last_snapshots()
 

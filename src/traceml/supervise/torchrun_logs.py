@@ -59,7 +59,7 @@ class RunLogsSpecs(DefaultLogsSpecs):  # type: ignore[misc]  # types are checked
         return destination
 
     def _log_folder(self, envs: Mapping[int, dict[str, str]]) -> Path | None:
-        """Return the run's folder of logs, and pass its id to the ranks; None where the id cannot be known."""
+        """Return the run's folder of logs, and pass its id to the ranks; None if the id cannot be known."""
         config = settings.load()
         if not config.run_id and any(int(env.get("GROUP_WORLD_SIZE", 1)) > 1 for env in envs.values()):
             _log.warning(

@@ -15,11 +15,11 @@ from typing import Any
 from traceml.errors import RuntimeClosedError, TaskForkedError
 from traceml.tasks import execution
 from traceml.tasks.event_loop import EventLoop
-from traceml.tasks.task_dependencies import blocked_set, waiting_tasks
 from traceml.tasks.task_record import TaskRecord, ThreadState, Waker, current_task, thread_state, wake_idle_waiters
 from traceml.tasks.task_statistics import FAILED, QUEUED, RECORDS, RUNNING, TIMED_OUT, TaskStatistics
 from traceml.tasks.task_watchdog import TaskWatchdog
 from traceml.tasks.thread_pool import ThreadPool
+from traceml.tasks.wait_graph import blocked_set, waiting_tasks
 from traceml.tasks.waiting import compensate_all, forget_waits, wait_for_all
 
 __all__ = ["Engine"]

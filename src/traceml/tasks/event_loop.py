@@ -10,9 +10,9 @@ from typing import Any
 
 from traceml.errors import TaskDeadlockError
 from traceml.tasks import execution
-from traceml.tasks.task_dependencies import depends_on
 from traceml.tasks.task_record import LoopState, TaskEngine, TaskRecord, coroutine_task, thread_state
 from traceml.tasks.task_statistics import COMPLETED, FINAL, RUNNING
+from traceml.tasks.wait_graph import depends_on
 
 __all__ = ["EventLoop"]
 

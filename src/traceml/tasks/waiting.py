@@ -20,13 +20,6 @@ from time import perf_counter
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
 from traceml.formatting import plural
 from traceml.tasks.execution import WorkerReplaced, run_claimed
-from traceml.tasks.task_dependencies import (
-    blocked_set,
-    depends_on,
-    forget_dependencies,
-    queued_dependencies,
-    waiting_for,
-)
 from traceml.tasks.task_record import (
     TaskEngine,
     TaskRecord,
@@ -40,6 +33,13 @@ from traceml.tasks.task_record import (
     wake_idle_waiters,
 )
 from traceml.tasks.task_statistics import FINAL
+from traceml.tasks.wait_graph import (
+    blocked_set,
+    depends_on,
+    forget_dependencies,
+    queued_dependencies,
+    waiting_for,
+)
 
 __all__ = ["await_for", "blocked_tasks", "compensate_all", "forget_waits", "wait_for", "wait_for_all"]
 
@@ -118,7 +118,7 @@ def _block(task: TaskRecord, me: TaskRecord | None, timeout: float | None) -> No
     else:
         with waiting_for(me, task), _blocked(me):
             wake_idle_waiters()  # wait_all leaves out the tasks that wait for its own
-            _refuse_deadlock(me, task)  # of two that close a circle at once, one sees the other here
+            _refuse_deadlock(me, task)  # of two that close a cycle at once, one sees the other here
             woken = _sleep(waker, me, timeout)
 
     if not woken:
@@ -128,14 +128,14 @@ def _block(task: TaskRecord, me: TaskRecord | None, timeout: float | None) -> No
 
 
 def _refuse_deadlock(me: TaskRecord | None, task: TaskRecord) -> None:
-    _refuse_circle(me, task, "waits for")
+    _refuse_cycle(me, task, "waits for")
     if task in task.engine.loop.tasks and task.engine.loop.is_here():
         raise TaskDeadlockError(
             f"get() would block the event loop that coroutine {task.name!r} runs on; use `await handle` there"
         )
 
 
-def _refuse_circle(me: TaskRecord | None, task: TaskRecord, waits_for: str) -> None:
+def _refuse_cycle(me: TaskRecord | None, task: TaskRecord, waits_for: str) -> None:
     if me is not None and (me is task or depends_on(task, me)):
         raise TaskDeadlockError(f"task {me.name!r} {waits_for} {task.name!r}, which cannot end before {me.name!r} does")
 
@@ -240,7 +240,7 @@ def forget_waits() -> None:
 async def await_for(task: TaskRecord) -> None:
     """Wait for a task on any event loop, which goes on meanwhile."""
     me, loop = current_task(), asyncio.get_running_loop()
-    _refuse_circle(me, task, "awaits")
+    _refuse_cycle(me, task, "awaits")
     ended = asyncio.Event()
     call = partial(loop.call_soon_threadsafe, ended.set)
     if not task.add_callback(call):

@@ -18,8 +18,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from traceml.own_files import read_regular, replace_file
 from traceml.run_folder import TRACKERS_FOLDER
+from traceml.trusted_files import read_regular, replace_file
 
 __all__ = [
     "EXIT_AGAIN",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from traceml.clock import boot_id, process_start_ticks
-from traceml.own_files import cache_home, check_own_folder, make_own_folder, open_own, replace_file
+from traceml.trusted_files import cache_home, check_trusted_folder, make_trusted_folder, open_trusted, replace_file
 
 __all__ = [
     "AGGREGATOR", "CLIENT_NONCE_TAG", "METRICS", "PAGE", "PublishedServer", "client_nonce", "discover", "mac",
@@ -101,7 +101,7 @@ def runtime_folder() -> Path:
     refusals = []
     for folder in _candidates():
         try:
-            make_own_folder(folder, private=True)
+            make_trusted_folder(folder, private=True)
         except OSError as error:
             refusals.append(_refuse(folder, error))
             continue
@@ -214,7 +214,7 @@ def _is_own(folder: Path) -> bool:
 
 def _read(path: Path) -> PublishedServer | None:
     try:
-        check_own_folder(path.parent, private=True)
+        check_trusted_folder(path.parent, private=True)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -222,7 +222,7 @@ def _read(path: Path) -> PublishedServer | None:
         return None
 
     try:
-        with open(open_own(path)) as file:
+        with open(open_trusted(path)) as file:
             return PublishedServer(**json.load(file))
     except FileNotFoundError:
         return None

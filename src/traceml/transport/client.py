@@ -18,7 +18,6 @@ from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
 from traceml.fork_gate import fork_gate
-from traceml.own_files import OwnDescriptor
 from traceml.transport.client_handshake import (
     RECEIVE_BYTES,
     ClientHandshake,
@@ -29,6 +28,7 @@ from traceml.transport.client_handshake import (
 )
 from traceml.transport.framing import Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
+from traceml.trusted_files import GuardedDescriptor
 
 if TYPE_CHECKING:
     from traceml.transport.tls import TlsLayer
@@ -111,7 +111,7 @@ class Connection:
         """Per table the number of the next row that the aggregator wants; earlier rows are durable."""
         self.bytes_sent = 0
         self._sock = sock
-        self._own = OwnDescriptor(sock.fileno())
+        self._own = GuardedDescriptor(sock.fileno())
         self._decoder = decoder
         self._tls = tls
         self._peer = peer

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from traceml.clock import boot_id
-from traceml.own_files import create_own, open_own
+from traceml.trusted_files import create_trusted, open_trusted
 
 __all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id", "reachable"]
 
@@ -36,7 +36,7 @@ class AggregatorAddress(NamedTuple):
 
     @property
     def token(self) -> str | None:
-        """The token; None where the file cannot be read."""
+        """The token; None if the file cannot be read."""
         from traceml.transport import auth
 
         return auth.read_token(Path(self.token_file)) if self.token_file else None
@@ -207,10 +207,10 @@ def _opened(path: Path, *, create: bool) -> int:
     """Open the file; only this user may read it, else anyone could hold its lock."""
     while True:
         try:
-            return open_own(path, os.O_RDWR)
+            return open_trusted(path, os.O_RDWR)
         except FileNotFoundError:
             if not create:
                 raise
 
         with contextlib.suppress(FileExistsError):  # another process has just created it
-            return create_own(path)
+            return create_trusted(path)

@@ -48,7 +48,7 @@ def dependencies_of(job: JobTrace) -> Dependencies:
 
     Raises:
         UsageError: transfers do not match the computations, these have no chunk, or operations wait for each other in a
-            circle.
+            cycle.
     """
     step = _Step(job)
     _refuse_unknown_chunks(step)

@@ -223,7 +223,7 @@ def _trace_columns(path: Path, table: Any) -> dict[str, Any]:
 
 
 def _numbers(path: Path, table: Any, name: str) -> NDArray[Any]:
-    """Return a column, NaN where it has no value; of a column without a missing one its own type."""
+    """Return a column, NaN if it has no value; of a column without a missing one its own type."""
     import pyarrow.types as types
 
     column = table[name]

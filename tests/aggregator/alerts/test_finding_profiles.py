@@ -44,7 +44,7 @@ async def _checked(run: _Run, times: int) -> None:
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    monkeypatch.setattr(finding_profiles, "own_program", lambda *_words: [sys.executable, "-c", code])
+    monkeypatch.setattr(finding_profiles, "helper_program", lambda *_words: [sys.executable, "-c", code])
 
 
 def test_a_run_is_profiled_later_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

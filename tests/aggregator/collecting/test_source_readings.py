@@ -1,4 +1,4 @@
-"""Code, environment and machine of a run that only is traced, read by its aggregator."""
+"""Code, environment and machine of a run that is only traced, read by its aggregator."""
 
 from __future__ import annotations
 

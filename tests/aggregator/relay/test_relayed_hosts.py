@@ -18,7 +18,7 @@ from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts, Rela
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import StoreReader
-from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, packed_ms
 from traceml.errors import AggregatorRefusedError
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
@@ -309,7 +309,7 @@ def test_a_choice_is_one_event(serving):
     link = relay_to(center)
     join(link, 0, 1)
     for number in (1, 2, 3):
-        above = WorkAbove(10 * number, packed_ms(np.full(10, 2e6, np.float32))).to_row()
+        above = ExcessWork(10 * number, packed_ms(np.full(10, 2e6, np.float32))).to_row()
         link.send(update(number, [steps(0, 10 * number, 10)], CHOICE if number < 3 else None, above=above))
         link.send({"t": "confirm"})
         assert answer(link, "stored")["number"] == number

@@ -197,8 +197,8 @@ def test_a_rank_alone_in_a_barrier_is_reported():
     )
 
 
-def test_sub_groups_in_different_order_are_a_circle():
-    """The ranks of the circle are named, not those that only wait for it."""
+def test_sub_groups_in_different_order_are_a_cycle():
+    """The ranks of the cycle are named, not those that only wait for it."""
     mine = GroupSnapshot(name="mygrp", members=(0, 1), number=1, operation="all_reduce", in_flight=True)
     everyone = {"members": (0, 1, 2)}
     zero = snapshot(0, call("all_reduce"), line(20), groups=(group(5, "barrier", flying=False, **everyone), mine))
@@ -212,7 +212,7 @@ def test_sub_groups_in_different_order_are_a_circle():
     )
 
 
-def test_a_receive_from_a_rank_in_a_collective_is_a_circle():
+def test_a_receive_from_a_rank_in_a_collective_is_a_cycle():
     """Point to point operations need no number."""
     receives = snapshot(
         0, call("recv"), line(56), groups=(group(5, "x", flying=False), group(1, "recv", is_p2p=True, peer=1))
@@ -737,12 +737,12 @@ def test_a_rank_that_failed_at_work_did_not_hang():
 @pytest.mark.parametrize(("exception", "is_hang"), [("Timed out waiting 8000ms for recv", True), ("no", False)])
 def test_a_collective_s_time_limit_may_be_short(exception: str, is_hang: bool) -> None:
     """It ended the wait before a pause counts as a hang; a rank of which only rows tell may have worked."""
-    gave_up = RankExit(rank=0, state="failed", code=1, exception=f"RuntimeError: {exception}")
+    reached_time_limit = RankExit(rank=0, state="failed", code=1, exception=f"RuntimeError: {exception}")
     swept = RankExit(rank=1, state="killed", signal=15, stopped=True)
     waiting, stuck = (replace(each, quiet_s=7.0) for each in (in_backward(0), STUCK))
 
-    assert (found(waiting, stuck, exits=(gave_up, swept), state="failed") is not None) == is_hang
-    assert found(waiting, replace(stuck, answered="rows"), exits=(gave_up, swept), state="failed") is None
+    assert (found(waiting, stuck, exits=(reached_time_limit, swept), state="failed") is not None) == is_hang
+    assert found(waiting, replace(stuck, answered="rows"), exits=(reached_time_limit, swept), state="failed") is None
 
 
 def test_a_finished_run_has_not_hung():

@@ -7,7 +7,7 @@ import msgpack
 from traceml.database.schema import STEPS
 from traceml.database.store.frame_compression import decode, encode
 from traceml.diagnosis.merged_hosts.host_merger import HostUpdate
-from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove
+from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice
 
 __all__ = ["UpdatePacker", "unpacked"]
 
@@ -47,6 +47,6 @@ def unpacked(data: bytes, before: HostChoice | None) -> HostUpdate:
     message = msgpack.unpackb(data)
     choice = before if message["choice"] is None else HostChoice.from_row(message["choice"])
     assert choice is not None, "the first update has a choice"
-    above = WorkAbove() if message["above"] is None else WorkAbove.from_row(message["above"])
+    above = ExcessWork() if message["above"] is None else ExcessWork.from_row(message["above"])
     rows = {rank: decode(codec, rows, STEPS.row_bytes) for rank, _, _, _, codec, rows in message["rows"]}
     return HostUpdate(choice, rows, above)

@@ -9,7 +9,7 @@ import pytest
 from tests.diagnosis.fabricated import MS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
-from traceml.diagnosis.rules.loading_advice import Advised, for_input
+from traceml.diagnosis.rules.loading_advice import LoadingAdvice, for_input
 from traceml.diagnosis.steps.loading import Pipeline
 
 TICK_MS = 0.5
@@ -101,7 +101,7 @@ class Loading:
         return Loading(self.fetch_ms * fetch_share, self.rest_ms, self.fetch_cpu, self.cores, count)
 
 
-def advised(loading: Loading, **loader: object) -> Advised:
+def advised(loading: Loading, **loader: object) -> LoadingAdvice:
     facts = LoaderFacts(**{"dataset": "Folder", "num_workers": loading.workers, "batch_size": 8, **loader})  # type: ignore[arg-type]
     return for_input(JobFacts(loader=facts), loading.pipeline())
 

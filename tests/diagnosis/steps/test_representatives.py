@@ -9,7 +9,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from traceml.diagnosis.steps.kept_steps import KeptSteps
-from traceml.diagnosis.steps.representatives import HostChoice, Representatives, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, Representatives, packed_ms
 
 ROWS = rows_of(Job(ranks=8, steps=60))
 
@@ -28,8 +28,8 @@ def kept_of(*ranks: int, steps: int = 60) -> KeptSteps:
     return kept
 
 
-def above(first_step: int, *values_ns: float) -> WorkAbove:
-    return WorkAbove(first_step, packed_ms(np.array(values_ns, np.float32)))
+def above(first_step: int, *values_ns: float) -> ExcessWork:
+    return ExcessWork(first_step, packed_ms(np.array(values_ns, np.float32)))
 
 
 def test_a_choice_passes_as_plain_data():
@@ -53,7 +53,7 @@ def test_what_is_no_choice_is_refused(row):
 def test_what_is_no_work_beyond_that_of_a_typical_rank_is_refused(row):
     """A peer may send anything."""
     with pytest.raises(ValueError, match="the own work beyond the typical rank's cannot be read"):
-        WorkAbove.from_row(row)
+        ExcessWork.from_row(row)
 
 
 def test_a_window_without_merged_hosts_has_no_representatives():
@@ -85,10 +85,10 @@ def test_only_other_ranks_are_a_change():
 
 
 def test_the_longest_work_of_the_others_is_known_by_step():
-    """To 0.1 %; 0 where it is not, and of ranks that stand for nobody."""
+    """To 0.1 %; 0 if it is not, and of ranks that stand for nobody."""
     kept = kept_of(0, 2)
     kept.representatives.take(choice(sent=(0, 2)))
-    kept.representatives.add("a", WorkAbove.from_row(above(58, 5e6, np.nan).to_row()))
+    kept.representatives.add("a", ExcessWork.from_row(above(58, 5e6, np.nan).to_row()))
 
     aligned = kept.aligned(last=3)
 

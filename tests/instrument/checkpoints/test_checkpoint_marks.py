@@ -12,7 +12,7 @@ import torch
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.instrument import install
-from traceml.instrument.checkpoints.checkpoint_marks import place_of
+from traceml.instrument.checkpoints.checkpoint_marks import folder_number
 
 
 def test_a_place_is_the_folder(tmp_path: Path) -> None:
@@ -20,11 +20,11 @@ def test_a_place_is_the_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     file = tmp_path / "a.pt"
     with file.open("wb") as opened:
-        places = [place_of(each) for each in (file, str(tmp_path / "b.pt"), tmp_path / "link" / "c.pt", opened)]
+        places = [folder_number(each) for each in (file, str(tmp_path / "b.pt"), tmp_path / "link" / "c.pt", opened)]
 
     assert len(set(places)) == 1
-    assert places[0] != place_of(tmp_path / "other" / "a.pt")
-    assert place_of(io.BytesIO()) is None
+    assert places[0] != folder_number(tmp_path / "other" / "a.pt")
+    assert folder_number(io.BytesIO()) is None
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_save_after_five_steps_holds_five(tmp_path: Path, traced: Any) -> None
 
     assert before == 0
     assert flight.open_slots[Slot.SAVED] == 5
-    assert flight.open_slots[Slot.SAVED_IN] == place_of(tmp_path / "a.pt")
+    assert flight.open_slots[Slot.SAVED_IN] == folder_number(tmp_path / "a.pt")
 
 
 def test_only_files_read_before_training_are_reported(tmp_path: Path, traced: Any) -> None:
@@ -75,4 +75,4 @@ def test_only_files_read_before_training_are_reported(tmp_path: Path, traced: An
     torch.load(tmp_path / "other" / "b.pt")
 
     assert loaded == {"x": 1}
-    assert [row["place"] for row in rows if row["kind"] == "loaded"] == [place_of(tmp_path / "a.pt")]
+    assert [row["place"] for row in rows if row["kind"] == "loaded"] == [folder_number(tmp_path / "a.pt")]

@@ -25,7 +25,7 @@ from torch import nn
 from tests.instrument.conftest import Traced
 from traceml.database.schema import Phase
 from traceml.instrument import forward
-from traceml.instrument.hot_fields import CellClock
+from traceml.instrument.clock_implementations import CellClock
 from traceml.instrument.native import extension as native
 
 
@@ -441,7 +441,7 @@ def test_free_threaded_python_has_hooks_in_python(
 
 def test_it_can_be_forbidden(monkeypatch: pytest.MonkeyPatch, traced: Traced) -> None:
     """With TRACEML_NATIVE=0 the clock is the one in Python."""
-    from traceml.instrument.hot_fields import new_clock
+    from traceml.instrument.clock_implementations import new_clock
 
     monkeypatch.setenv("TRACEML_NATIVE", "0")
 

@@ -15,11 +15,20 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
-from traceml.instrument import backward, forward, hot_fields, install, loader, optimizer, phase_timer, step_clock
+from traceml.instrument import (
+    backward,
+    clock_implementations,
+    forward,
+    install,
+    loader,
+    optimizer,
+    phase_timer,
+    step_clock,
+)
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.values import step_pace
 
-_CLOCKED = (phase_timer, backward, hot_fields, forward, loader, optimizer, step_clock, step_pace)
+_CLOCKED = (phase_timer, backward, clock_implementations, forward, loader, optimizer, step_clock, step_pace)
 _TABLES = ("steps", "evals", "epochs", "user_phases", "fingerprints")
 _EVENTS = 400
 

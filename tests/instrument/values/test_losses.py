@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
-from traceml.instrument.hot_fields import new_clock
+from traceml.instrument.clock_implementations import new_clock
 from traceml.instrument.values.losses import LossReader
 
 

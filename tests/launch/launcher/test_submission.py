@@ -131,7 +131,7 @@ def test_a_preempted_job_goes_on_as_the_next_attempt_of_its_run(slurm: Slurm, tm
     lost = report["findings"][0]
     assert (lost["kind"], lost["evidence"]["cause"]) == ("RANK_LOST", "preempted")
     assert lost["summary"].startswith("The scheduler preempted the job (SIGTERM)")
-    assert lost["evidence"]["lost_steps"] in range(21)  # 0 where it came right after a checkpoint
+    assert lost["evidence"]["lost_steps"] in range(21)  # 0 if it came right after a checkpoint
 
     (tmp_path / "enough").touch()
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from traceml.database.schema import OPEN_SLOTS, Slot
-from traceml.recorder.growth.growing_lines import line_that_adds
+from traceml.recorder.growth.growing_lines import appending_line
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.growth.held_objects import BUDGET_NS, HeldObjects, read_containers
 
@@ -456,7 +456,7 @@ def test_a_line_is_reported_only_where_it_is_the_only_one(
     file = tmp_path / "train.py"
     file.write_text(CODE)
 
-    assert line_that_adds(str(file), path) == line
+    assert appending_line(str(file), path) == line
 
 
 COPIES = """def main():
@@ -483,7 +483,7 @@ def test_the_line_that_makes_a_longer_copy_is_reported(tmp_path: Path, path: str
     file = tmp_path / "train.py"
     file.write_text(COPIES)
 
-    assert line_that_adds(str(file), path, is_copied=True) == (None if line is None else (line, "main"))
+    assert appending_line(str(file), path, is_copied=True) == (None if line is None else (line, "main"))
 
 
 @pytest.mark.parametrize(("kind", "line"), [("hooks", (15, "main")), ("figures", (16, "main")), ("param_groups", None)])
@@ -492,4 +492,4 @@ def test_containers_of_libraries_grow_by_calls(tmp_path: Path, kind: str, line: 
     file = tmp_path / "train.py"
     file.write_text(CODE)
 
-    assert line_that_adds(str(file), "model", kind) == line
+    assert appending_line(str(file), "model", kind) == line

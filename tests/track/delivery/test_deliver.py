@@ -19,8 +19,8 @@ import pytest
 from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
-from traceml.own_files import replace_file
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
+from traceml.trusted_files import replace_file
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
 ROOT = str(Path(__file__).parents[3])

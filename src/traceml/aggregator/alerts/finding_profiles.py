@@ -18,7 +18,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.own_programs import own_program
+from traceml.helper_programs import helper_program
 from traceml.run_folder import PROFILE_NAME
 
 __all__ = ["PROFILED_KINDS", "FindingProfiles"]
@@ -76,7 +76,7 @@ class FindingProfiles:
         """Profile a running run once its verdict has been computation for some time.
 
         Returns:
-            The path that the profile will have; None where one was taken already.
+            The path that the profile will have; None if one was taken already.
         """
         known = self._known(run)
         if known.is_done:
@@ -125,7 +125,7 @@ async def _run_profile(run: ActiveRun, ranks: Sequence[int]) -> dict[str, Any]:
     words += ["--steps", str(_STEPS), "--timeout", str(_STEPS_S)]
     words += ["--ranks", ",".join(map(str, ranks))] if ranks else []
     process = await asyncio.create_subprocess_exec(
-        *own_program("traceml", *words),
+        *helper_program("traceml", *words),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
-from traceml.aggregator.checks.hung_jobs import HungJobs
+from traceml.aggregator.checks.hang_termination import HungJobs
 from traceml.aggregator.collecting.source_readings import SourceReadings
 from traceml.aggregator.live_verdict import LiveVerdict
 from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnresponsiveRanks

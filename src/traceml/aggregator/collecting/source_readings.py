@@ -37,7 +37,7 @@ __all__ = ["SourceReadings", "SourceRequest", "find_request"]
 
 # The priority first: the imports alone are half of the work.
 _BOOT = (
-    "from traceml.own_programs import lower_priority; lower_priority({nice}); "
+    "from traceml.helper_programs import lower_priority; lower_priority({nice}); "
     "from traceml.track.rank.collectors.collector_main import main; main()"
 )
 _POLL_S, _POLLS = 1.0, 60
@@ -111,7 +111,7 @@ def find_request(store: Path, stream: int) -> tuple[SourceRequest | None, list[s
 def _environ(pid: int) -> dict[str, str] | None:
     """Return the variables with which a program of this user was started.
 
-    None where they are not known: for a forked process, such as a worker of a launch, the kernel shows its parent's.
+    None if unknown: for a forked process, such as a worker of a launch, the kernel shows its parent's.
     """
     own = Path("/proc", str(pid))
     try:

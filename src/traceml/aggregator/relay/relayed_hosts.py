@@ -18,7 +18,7 @@ from traceml.aggregator.streams.stream import Stream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.frame_compression import decode
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
-from traceml.diagnosis.steps.representatives import HOST_CHOICE, HostChoice, WorkAbove
+from traceml.diagnosis.steps.representatives import HOST_CHOICE, ExcessWork, HostChoice
 from traceml.errors import ProtocolError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
@@ -198,7 +198,7 @@ class RelayedHosts:
             self._choose(run, host.key, message["choice"])
 
         if run is not None and message.get("above") is not None:
-            run.live.representatives.add(host.key, _parsed(WorkAbove.from_row, message["above"]))
+            run.live.representatives.add(host.key, _parsed(ExcessWork.from_row, message["above"]))
 
         if run is not None and message.get("sums") is not None:
             self._take_sums(run, host.key, message["sums"])

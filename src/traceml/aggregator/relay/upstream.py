@@ -16,10 +16,10 @@ from traceml.aggregator.relay.run_relay import RunRelay
 from traceml.database.store.store import merge_wal
 from traceml.errors import AggregatorRefusedError, StoreError, TraceMLError, UsageError
 from traceml.fail_open import fail_open
-from traceml.own_files import replace_file
 from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
+from traceml.trusted_files import replace_file
 
 __all__ = ["Upstream"]
 
@@ -196,7 +196,7 @@ def _is_left(mark: Path, address: str) -> bool:
 
 
 def _safe_of(path: Path, address: str) -> int:
-    """Return the frame up to which an earlier aggregator of this folder has sent a run there; 0 where none has."""
+    """Return the frame up to which an earlier aggregator of this folder has sent a run there; 0 if none has."""
     safe = _read_mark(path / RELAY_NAME, address).get("safe")
     return safe if type(safe) is int else 0
 

@@ -134,7 +134,7 @@ class Stream:
     pid_here: int | None = field(init=False)
     """The number of its process for this one, which differs for a container's; None if it was not seen here alive."""
     oom_watch: OomWatch | None = field(init=False)
-    """Out-of-memory kills in its control group; None where its process is not visible on this host."""
+    """Out-of-memory kills in its control group; None if its process is not visible on this host."""
 
     def __post_init__(self) -> None:
         pid = self.incarnation.pid
@@ -159,7 +159,7 @@ class Stream:
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process is known to be gone; False where this host cannot know."""
+        """Whether its process is known to be gone; False if this host cannot know."""
         if self.reported_dead or (
             self.seen_here and process_start_ticks(self.incarnation.pid) != self.incarnation.start_ticks
         ):

@@ -253,7 +253,7 @@ def page_text(name: str) -> str:
 
 
 def kind_text(kind: str) -> str | None:
-    """Return when a kind of finding is raised, and its details; None where the rules have no section of it.
+    """Return when a kind of finding is raised, and its details; None if the rules have no section of it.
 
     Args:
         kind: name of the kind, in capitals.

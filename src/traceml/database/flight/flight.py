@@ -21,7 +21,7 @@ from traceml.database.flight.journal import Journal, journal_path
 from traceml.database.flight.journaled_tables import JournaledLog, JournaledRing, NameTable
 from traceml.database.flight.row_rings import COUNTERS_PER_TABLE, ByteLog, Ring
 from traceml.database.schema import JOURNALED, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Slot, Table
-from traceml.own_files import make_own_folder
+from traceml.trusted_files import make_trusted_folder
 
 __all__ = ["FlightFile"]
 
@@ -193,7 +193,7 @@ class FlightFile:
     def _in_folder(
         cls, folder: Path, wanted: dict[str, int], identity: dict[str, Any], stems: tuple[Path, ...]
     ) -> FlightFile:
-        make_own_folder(folder)
+        make_trusted_folder(folder)
         capacities = _shrink_to_fit(wanted, _free_bytes(folder) // _FREE_SHARE)
         file = MappedFile(folder / f"{stems[0].name}{FLIGHT_SUFFIX}", _file_bytes(capacities))
         try:

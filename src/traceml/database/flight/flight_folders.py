@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from traceml.own_files import check_own_folder
+from traceml.trusted_files import check_trusted_folder
 
 __all__ = [
     "FALLBACK_FOLDER",
@@ -47,7 +47,7 @@ def find_flights(folder: Path, *, pid: int | None = None) -> list[Path]:
     A folder in which another user could have planted them has none.
     """
     try:
-        check_own_folder(folder)
+        check_trusted_folder(folder)
     except OSError:
         return []
 

@@ -23,7 +23,7 @@ import msgpack
 from traceml.clock import monotonic_ns
 from traceml.database.flight.row_rings import pack_map
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, OPEN_SLOTS, Phase, Slot
-from traceml.own_files import OwnDescriptor, create_own
+from traceml.trusted_files import GuardedDescriptor, create_trusted
 
 __all__ = [
     "COUNTERS_AT", "DATA_AT", "DEAD_SINCE_AT", "IDENTITY_AT", "LAYOUT_AT", "MAGIC", "OPEN_SLOTS_AT", "PROLOGUE",
@@ -75,7 +75,7 @@ class MappedFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self._descriptor = create_own(path)
+        self._descriptor = create_trusted(path)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(self._descriptor, 0, size)
@@ -86,7 +86,7 @@ class MappedFile:
             os.close(self._descriptor)
             raise
 
-        self._own = OwnDescriptor(self._descriptor)
+        self._own = GuardedDescriptor(self._descriptor)
         self._key = os.getpid(), *self._own.file
         _own_mappings[self._key] = self.memory
 

@@ -21,7 +21,7 @@ from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_loc
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import STEPS
 from traceml.errors import StoreError
-from traceml.own_files import opened_own
+from traceml.trusted_files import opened_trusted
 
 __all__ = [
     "ROWS_KEPT_S",
@@ -56,7 +56,7 @@ def is_alive(path: Path, silence_s: float = SILENCE_S) -> bool:
         return True
 
     try:
-        with opened_own(path) as descriptor:
+        with opened_trusted(path) as descriptor:
             return is_locked(descriptor) or _may_live_elsewhere(_header(path, descriptor), descriptor, silence_s)
     except (OSError, StoreError):
         return False
@@ -76,7 +76,7 @@ def pid_here(path: Path, pid: int, start_ticks: int) -> int | None:
         return None
 
     try:
-        with opened_own(path) as descriptor:
+        with opened_trusted(path) as descriptor:
             holder = lock_holder(descriptor)
     except OSError:
         return None
@@ -121,7 +121,7 @@ def waiting_steps(run_dir: Path) -> int:
     count = 0
     for path in find_unclaimed((default_folder(), run_dir.parent / FALLBACK_FOLDER)):
         try:
-            with opened_own(path) as descriptor:
+            with opened_trusted(path) as descriptor:
                 if own_mapping(path) is None and not is_locked(descriptor):
                     snapshot = _header(path, descriptor, run_dir.parent)
                     count += snapshot.waiting(STEPS.name) if _is_of(snapshot, run_dir) else 0
@@ -136,7 +136,7 @@ def silent_elsewhere(runs_dir: Path) -> list[FlightSnapshot]:
     found = []
     for path in find_flights(runs_dir / FALLBACK_FOLDER):
         try:
-            with opened_own(path) as descriptor:
+            with opened_trusted(path) as descriptor:
                 snapshot = _header(path, descriptor, runs_dir)
                 if not is_locked(descriptor) and _may_live_elsewhere(snapshot, descriptor, SILENCE_S):
                     found.append(snapshot)
@@ -153,7 +153,7 @@ def _is_of(snapshot: FlightSnapshot, run_dir: Path) -> bool:
 
 def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
     now = int(time.time())
-    with opened_own(path, os.O_RDWR) as descriptor:
+    with opened_trusted(path, os.O_RDWR) as descriptor:
         if is_locked(descriptor):
             return False
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from traceml.database.flight.row_rings import RowSlice
-from traceml.own_files import OwnDescriptor, create_own, make_own_folder, open_own, opened_own
+from traceml.trusted_files import GuardedDescriptor, create_trusted, make_trusted_folder, open_trusted, opened_trusted
 
 __all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]
 
@@ -58,7 +58,7 @@ class Journal:
         """Number after the last row in the file."""
         self.keep = keep
         self._on_create = on_create
-        self._own: OwnDescriptor | None = None
+        self._own: GuardedDescriptor | None = None
         self._pid = os.getpid()
         self._size = 0
         self._firsts: list[int] = []
@@ -112,16 +112,16 @@ class Journal:
             assert self._own is not None
             self._own.check()
         except OSError:
-            self._own = OwnDescriptor(open_own(self.path, os.O_RDWR))  # its lock is lost
+            self._own = GuardedDescriptor(open_trusted(self.path, os.O_RDWR))  # its lock is lost
 
         return os.pread(self._own.number, size, offset)
 
-    def _open(self) -> OwnDescriptor:
+    def _open(self) -> GuardedDescriptor:
         refused: OSError | None = None
         for path in self._places:
             try:
-                make_own_folder(path.parent)
-                self._own = OwnDescriptor(create_own(path))
+                make_trusted_folder(path.parent)
+                self._own = GuardedDescriptor(create_trusted(path))
             except OSError as error:
                 refused = refused or error
                 continue
@@ -164,7 +164,7 @@ def read_journal(path: Path) -> Iterator[RowSlice]:
         OSError: it cannot be read, or is not a file of this user.
     """
     try:
-        with opened_own(path) as descriptor:
+        with opened_trusted(path) as descriptor:
             yield from _records(descriptor)
     except FileNotFoundError:
         return

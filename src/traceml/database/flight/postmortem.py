@@ -47,7 +47,7 @@ from traceml.database.flight.table_extents import (
 )
 from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
-from traceml.own_files import check_own_folder, opened_own
+from traceml.trusted_files import check_trusted_folder, opened_trusted
 
 __all__ = ["FlightSnapshot", "flight_identity", "may_be_of", "read_flight"]
 
@@ -231,7 +231,7 @@ class FlightSnapshot:
         found = []
         for path in self.pending_row_paths:
             try:
-                with opened_own(path) as descriptor:
+                with opened_trusted(path) as descriptor:
                     row = msgpack.unpackb(_read_all(descriptor))
             except (OSError, *UNREADABLE) as error:
                 _log.debug("%s cannot be used: %r", path, error)
@@ -333,7 +333,7 @@ def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
         raise _still_alive(path)
 
     try:
-        with opened_own(path) as descriptor:
+        with opened_trusted(path) as descriptor:
             if is_locked(descriptor):
                 raise _still_alive(path)
 
@@ -347,7 +347,7 @@ def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
 def flight_identity(path: Path) -> dict[str, Any]:
     """Return the identity in a flight file's header, also where the tables are of another version; empty if unknown."""
     try:
-        with opened_own(path) as descriptor:
+        with opened_trusted(path) as descriptor:
             data = os.pread(descriptor, DATA_AT, 0)
 
         prologue = _prologue(path, data)
@@ -369,7 +369,7 @@ def may_be_of(identity: Mapping[str, Any], run_id: str) -> bool:
 
 def _is_own_folder(folder: Path) -> bool:
     with contextlib.suppress(OSError):
-        check_own_folder(folder)
+        check_trusted_folder(folder)
         return True
 
     return False

@@ -38,7 +38,7 @@ from traceml.inspection.kernel_state import (
 from traceml.inspection.stack_signal import SignaledStacks, find_stack_file
 from traceml.inspection.stack_text import main_frames, other_frames
 from traceml.inspection.user_files import is_debugger, is_user_file
-from traceml.own_files import opened_own
+from traceml.trusted_files import opened_trusted
 
 __all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
 
@@ -77,7 +77,7 @@ class ExternalSnapshots:
             return _parsed(own[:_SLOTS_END])
 
         try:
-            with opened_own(self._flight) as descriptor:
+            with opened_trusted(self._flight) as descriptor:
                 return _parsed(os.pread(descriptor, _SLOTS_END, 0))
         except OSError:
             return None

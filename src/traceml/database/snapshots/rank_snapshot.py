@@ -140,7 +140,7 @@ class ThreadSnapshot(_Record):
     """Another thread of the rank: one that runs the user's code, that its end waits for, or that has failed.
 
     Attributes:
-        name: its name; empty where a library has started it in C.
+        name: its name; empty if a library has started it in C.
         line: innermost frame of the user's code, if it runs that, or where it has failed.
         is_daemon: whether the interpreter ends without waiting for it.
         exception: that has ended it, `Type: message`; empty while it runs.

@@ -35,7 +35,7 @@ class Codec(IntEnum):
 
 
 class _Compressors(threading.local):
-    """Compressor and decompressor of zstandard, one pair per thread; None where zstandard is not installed."""
+    """Compressor and decompressor of zstandard, one pair per thread; None if zstandard is not installed."""
 
     def __init__(self) -> None:
         self.pack: Any = None

@@ -178,7 +178,7 @@ class StoreReader(FrameReader):
         return int(self._fetch(query)[0][0])
 
     def thinning_level(self) -> int:
-        """Return the level to which old rows are thinned; 0 where none are."""
+        """Return the level to which old rows are thinned; 0 if none are."""
         return int(self.meta().get(STATE_KEY, {}).get("level", 0))
 
     def lost(self, tables: str | Collection[str], stream: int | None = None) -> int:

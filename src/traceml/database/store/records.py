@@ -72,7 +72,7 @@ class StreamRecord(msgspec.Struct, frozen=True):
         return str(self.facts.get("state", "running"))
 
     def appended(self, table: str) -> int:
-        """Number of rows of a table that its rank had appended when it ended; 0 where it is not known."""
+        """Number of rows of a table that its rank had appended when it ended; 0 if unknown."""
         totals = self.facts.get("appended")
         rows = totals.get(table) if isinstance(totals, dict) else None
         return rows if isinstance(rows, int) else 0

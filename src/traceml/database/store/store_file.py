@@ -246,7 +246,7 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> None:
 
 
 def last_written_s(path: Path) -> float | None:
-    """Return the time of the last write to a store, in epoch seconds; None where there is none."""
+    """Return the time of the last write to a store, in epoch seconds; None if there is none."""
     files = [path, path.with_name(f"{path.name}-wal")]
     return max((file.stat().st_mtime for file in files if file.exists()), default=None)
 

@@ -43,7 +43,7 @@ def failed_because_of_peer(ended: RankExit) -> bool:
     (`ProcessGroupGloo::allgather: invalid tensor size`, `Distributed package doesn't have NCCL built in`).
     """
     is_of_group = (ended.exception or "").lower().startswith(_OF_GROUPS)
-    return is_of_group and ended.says(*_PEER_GONE) and not ended.says(*_OWN_ERRORS)
+    return is_of_group and ended.exception_mentions(*_PEER_GONE) and not ended.exception_mentions(*_OWN_ERRORS)
 
 
 def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:

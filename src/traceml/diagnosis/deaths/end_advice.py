@@ -21,14 +21,14 @@ __all__ = ["for_exit"]
 _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection refused", "no route to host")
 """What process groups say when they cannot be set up."""
 _MOST_TOLD = 3
-"""Ranks of which it is told where they were."""
+"""Ranks whose place in the script is reported."""
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 
 
 def _lacks_disk(ended: RankExit) -> bool:
     # The last is what torch.save says when its file could not be written to the end.
-    is_cut = ended.says("inline_container.cc") and ended.says("unexpected pos")
-    return is_cut or ended.says("no space left", "quota exceeded")
+    is_cut = ended.exception_mentions("inline_container.cc") and ended.exception_mentions("unexpected pos")
+    return is_cut or ended.exception_mentions("no space left", "quota exceeded")
 
 
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
@@ -46,7 +46,7 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
 
 
 def _cpu_limit_s(ended: RankExit, facts: JobFacts) -> int | None:
-    """Return the limit of the process's CPU time that it had nearly used, in seconds; None where it had not."""
+    """Return the limit of the process's CPU time that it had nearly used, in seconds; None if it had not."""
     near = [use for use in facts.limits if use.resource is Resource.CPU_TIME and use.rank == ended.rank and use.is_near]
     return near[0].limit if near else None
 
@@ -131,14 +131,14 @@ def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_peer(ended: RankExit, facts: JobFacts) -> str:
-    if ended.says(*_NOT_CONNECTED):
+    if ended.exception_mentions(*_NOT_CONNECTED):
         return (
             f"Rank {ended.rank} could not reach another rank: look in the output for one that ended, or that started "
             "later than the time limit of init_process_group allows; between hosts, check the interface "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall."
         )
 
-    if ended.gave_up:
+    if ended.reached_time_limit:
         return _for_time_limit(ended, facts)
 
     return (
@@ -249,11 +249,11 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         "A timer that the script or a library has set (signal.alarm, setitimer) ran out, and nothing handled it.",
     ),
     (
-        lambda ended, _: ended.signal == signal.SIGXFSZ or ended.says("file too large"),
+        lambda ended, _: ended.signal == signal.SIGXFSZ or ended.exception_mentions("file too large"),
         "A file became larger than its shell or host allows (ulimit -f): raise the limit, or save in several files.",
     ),
     (lambda ended, _: ended.signal == BUS_ERROR, _for_bus_error),
-    (lambda ended, _: ended.says("shared memory", "bus error", "/dev/shm"), for_shared_memory()),  # noqa: S108 - a message
+    (lambda ended, _: ended.exception_mentions("shared memory", "bus error", "/dev/shm"), for_shared_memory()),  # noqa: S108 - a message
     (
         lambda ended, _: _lacks_disk(ended),
         (
@@ -263,7 +263,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         ),
     ),
     # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
-    (lambda ended, _: ended.says("too many open files", "items of ancdata"), _for_files),
+    (lambda ended, _: ended.exception_mentions("too many open files", "items of ancdata"), _for_files),
     (
         lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1,
         _for_sizes,
@@ -292,12 +292,12 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     ),
     (lambda ended, facts: failed_because_of_peer(ended) and facts.world_size > 1, _for_peer),
     (
-        lambda ended, _: ended.says("collective mismatch"),
+        lambda ended, _: ended.exception_mentions("collective mismatch"),
         f"{same_collectives()} Their tensors must have equal sizes and types, too.",
     ),
-    (lambda ended, _: ended.says("dataloader timed out after"), _for_no_batch),
+    (lambda ended, _: ended.exception_mentions("dataloader timed out after"), _for_no_batch),
     (
-        lambda ended, _: ended.open_phase == "checkpoint" and ended.says("pickle"),
+        lambda ended, _: ended.open_phase == "checkpoint" and ended.exception_mentions("pickle"),
         (
             "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
             "function, a lock or an open file in them cannot be pickled."

@@ -27,7 +27,7 @@ def signal_of_code(code: int | None) -> int | None:
 
 
 def exit_words(ended: RankExit) -> str | None:
-    """Return the text with which a script ended itself: `sys.exit('no data')`; None where it did not."""
+    """Return the text with which a script ended itself: `sys.exit('no data')`; None if it did not."""
     name, _, text = (ended.exception or "").partition(": ")
     return text if name == _LEFT else None
 

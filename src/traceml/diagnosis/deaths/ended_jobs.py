@@ -76,7 +76,7 @@ _CAUSES = {
 
 
 def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
-    """Return the finding about a job that its scheduler ended; empty where another cause came before.
+    """Return the finding about a job that its scheduler ended; empty if another cause came before.
 
     Args:
         bad: the ends that are failures.
@@ -126,7 +126,7 @@ def _failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
 
 
 def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
-    """Return the steps that ended since the last checkpoint of any rank; None where none was saved."""
+    """Return the steps that ended since the last checkpoint of any rank; None if none was saved."""
     saved = max((each.saved_steps for each in exits if each.saved_steps is not None), default=None)
     if saved is None or ended.last_step is None:
         return None
@@ -135,7 +135,7 @@ def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
 
 
 def lost_steps_text(lost: int | None) -> str:
-    """Return what a sentence says of lost steps; empty where there are none, or that is not known."""
+    """Return what a sentence says of lost steps; empty if there are none, or that is not known."""
     if not lost:
         return ""
 
@@ -143,7 +143,7 @@ def lost_steps_text(lost: int | None) -> str:
 
 
 def _cause(ended: RankExit, job_end_s: float | None) -> str | None:
-    """Return why the scheduler ended a rank: by its own words, else by the time; None where it did not."""
+    """Return why the scheduler ended a rank: by its own words, else by the time; None if it did not."""
     # Ranks that did not report are ended by SIGKILL, which comes last.
     number = ended.signal if ended.signal is not None else signal.SIGKILL if ended.state == "lost" else None
     if ended.oom:
@@ -178,7 +178,7 @@ def _limit_s(cause: str, last: RankExit, facts: JobFacts) -> float | None:
 
 
 def _how(ended: RankExit) -> str:
-    """Return the signal or the exit code; empty where nobody has seen it, as without a launcher."""
+    """Return the signal or the exit code; empty if nobody has seen it, as without a launcher."""
     if ended.signal is not None:
         return f" ({signal_name(ended.signal)})"
 

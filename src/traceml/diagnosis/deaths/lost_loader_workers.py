@@ -26,7 +26,7 @@ __all__ = [
 
 # What reading a batch of a worker that is gone raises, where torch does not notice its end first.
 _CONNECTION_CUT = ("ConnectionResetError", "ConnectionRefusedError", "BrokenPipeError", "EOFError")
-_NO_SOCKET = "FileNotFoundError: [Errno 2] No such file or directory"  # a file that is missing is told with its name
+_NO_SOCKET = "FileNotFoundError: [Errno 2] No such file or directory"  # the message about a missing file has its name
 
 
 def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]:

@@ -105,7 +105,7 @@ def _follows(ended: RankExit) -> bool:
 
 
 def _grown_container(ended: RankExit, memory: MemoryEnd | None, facts: JobFacts) -> GrowthCause | None:
-    """Return the container that explains the growth of a rank's memory until its end; None where none does."""
+    """Return the container that explains the growth of a rank's memory until its end; None if none does."""
     if memory is None or not memory.grows or memory.of_workers or memory.cause == "device_allocation":
         return None
 

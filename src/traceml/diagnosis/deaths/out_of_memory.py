@@ -51,7 +51,7 @@ class MemoryEnd(msgspec.Struct, frozen=True):
     of_workers: bool = False  # whether the memory is that of all workers of the rank's loader: one of them was killed
 
     def words(self) -> str:
-        """Return what a sentence says about the memory: `; it used 1.2 GiB, …`; empty where nothing is known."""
+        """Return what a sentence says about the memory: `; it used 1.2 GiB, …`; empty if nothing is known."""
         if self.used_bytes is None:
             return ""
 

@@ -170,7 +170,7 @@ def blamed_line(
     others: Collection[int] = (),
     waiting: float = 0.0,
 ) -> BlamedLine | None:
-    """Return the function that most of a phase is spent in; None where the samples do not show one.
+    """Return the function that most of a phase is spent in; None if the samples do not show one.
 
     Args:
         part: a phase, `other`, or a user's phase by its name.
@@ -191,7 +191,7 @@ def changed_line(
     pace: float,
     waiting: float = 0.0,
 ) -> BlamedLine | None:
-    """Return the function by which a phase takes longer in some steps; None where the samples do not show one.
+    """Return the function by which a phase takes longer in some steps; None if the samples do not show one.
 
     Args:
         lines: samples of the slow steps.
@@ -222,7 +222,7 @@ def changed_line(
 def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int], others: Collection[int]) -> float:
     """Return the share of the step that some ranks spend in a line of a phase that the other ranks hardly run.
 
-    It is that of the most frequent such line; 0 where there is none. Ranks that only lack a core run the lines that
+    It is that of the most frequent such line; 0 if there is none. Ranks that only lack a core run the lines that
     the others run.
     """
     (mine, in_steps), (usual, in_steps_of_others) = (_by_place(lines, part, some) for some in (ranks, others))
@@ -232,7 +232,7 @@ def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[in
 
 
 def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -> tuple[BlamedLine, ...]:
-    """Return the two functions that most of a phase is spent in together; empty where the samples show no two."""
+    """Return the two functions that most of a phase is spent in together; empty if the samples show no two."""
     functions, total, in_steps = _by_function(lines, part)
     if total < MIN_SHARE_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return ()
@@ -269,13 +269,13 @@ def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[Sa
 
 
 def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int) -> float:
-    """Return the share of a part's samples that are chosen; 0 where the part has fewer samples than `fewest`."""
+    """Return the share of a part's samples that are chosen; 0 if the part has fewer samples than `fewest`."""
     found = _sampled_share(lines, part, chosen)
     return found.share if found.samples >= fewest else 0.0
 
 
 def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
-    """Return the share of a part's samples in libraries of simulated environments; None where there are few samples."""
+    """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
     seen = _of_part(lines, part)
     total = sum(each.samples for each in seen)
     return _samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
@@ -300,7 +300,7 @@ def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
-    """Return the library function that a function of the user calls for half of its time; None where there is none."""
+    """Return the library function that a function of the user calls for half of its time; None if there is none."""
     place = line.file, line.function, line.line if line.function == _MODULE else None
     calls: Counter[str | None] = Counter()
     for each in _of_part(lines, part):
@@ -312,7 +312,7 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
 
 
 def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
-    """Return the share of a phase's time in which the training thread was on a core; None where it is not known."""
+    """Return the share of a phase's time in which the training thread was on a core; None if unknown."""
     seen = _of_part(lines, part)
     watched = sum(each.watched_ns for each in seen)
     return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
@@ -329,7 +329,7 @@ def is_waiting(lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_s
 
 
 def clearing_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 where that is not known.
+    """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 if unknown.
 
     Freeing large gradients takes time, and is not the work of the user's loop.
     """
@@ -341,7 +341,7 @@ def _clears(line: SampledLine) -> bool:
 
 
 def loss_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` in torch's functions for losses, by samples; 0 where that is not known.
+    """Return the share of `other` in torch's functions for losses, by samples; 0 if unknown.
 
     They are computation as the forward is, of which they are a part where the loss is a module.
     """
@@ -349,7 +349,7 @@ def loss_share(lines: Sequence[SampledLine]) -> float:
 
 
 def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:
-    """Return the share of a part's samples in some functions, by file and name; None where there are few samples."""
+    """Return the share of a part's samples in some functions, by file and name; None if there are few samples."""
     found = _sampled_share(lines, part, lambda each: (each.file, each.function) in places)
     return found.share if found.samples >= MIN_SAMPLES else None
 
@@ -395,7 +395,7 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
-    """Return the function that half of the time outside steps is spent in; None where the samples do not show one."""
+    """Return the function that half of the time outside steps is spent in; None if the samples do not show one."""
     functions, total, _ = _by_function(lines, part)
     place, samples = functions.most_common(1)[0] if functions else (None, 0)
     if place is None or total < MIN_SAMPLES or not _is_named(functions, place, total):

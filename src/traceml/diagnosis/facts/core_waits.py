@@ -150,7 +150,7 @@ def share_of_wall_time(rows: NDArray[np.void]) -> float | None:
     """Return the share of the time from the first to the last reading that the main thread waited for a core.
 
     Args:
-        rows: rows of `schema.PROCESS` of one rank, at least one; None where the kernel does not count.
+        rows: rows of `schema.PROCESS` of one rank, at least one; None if the kernel does not count.
     """
     passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
     if passed <= 0 or rows["main_wait_ns"][0] < 0:

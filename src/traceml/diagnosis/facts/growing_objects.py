@@ -26,7 +26,7 @@ class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
             `param_groups` of an optimizer, `figures` of pyplot.
         count: elements, or operations of the graph.
         per_step: how many came in a step.
-        steps: number of steps in which they were counted; 0 where it is not known.
+        steps: number of steps in which they were counted; 0 if unknown.
         step: the step at which they were counted last; -1 where it is not known.
         item_bytes: size of an element.
         holds_graph: whether the elements hold the graph of their computation.

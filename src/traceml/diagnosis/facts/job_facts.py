@@ -42,7 +42,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # The job
     world_size: int = 1  # ranks of the job
     state: str = "running"  # the run's state, as in the report
-    time: RunTime | None = None  # the run's wall time by part; None where it is not known
+    time: RunTime | None = None  # the run's wall time by part; None if unknown
     resumes_at: int = 0  # steps in the checkpoint from which the ranks, whose steps count from 0, have resumed
     group: bool | None = None  # whether the ranks share a process group; None if only the rows can show it
     backend: str | None = None  # the group's backend (gloo, nccl)
@@ -75,10 +75,10 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     same_models: Mapping[int, int] = {}
     # first steps of optimizers of other parameters, but at the run's start: folds, trials
     trainings_begin: tuple[int, ...] = ()
-    fused: bool | None = None  # whether the optimizer is a fused one; None where no fused form of it is known
+    fused: bool | None = None  # whether the optimizer is a fused one; None if no fused form of it is known
     # (file, function) of code that reads gradients in trainings without an optimizer
     own_updates: frozenset[tuple[str, str]] = frozenset()
-    compile_s: float | None = None  # seconds that torch.compile took; None where it is not known, as before the end
+    compile_s: float | None = None  # seconds that torch.compile took; None if unknown, as before the end
     detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
     profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at
     # whether the script collects by its model what it trains on: rollouts of reinforcement learning
@@ -104,7 +104,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     # Progress, pauses and ends
     latest: tuple[int, ...] = ()  # last step of each rank, -1 before the first
-    progress: JobProgress | None = None  # progress of each rank; None where it is not known
+    progress: JobProgress | None = None  # progress of each rank; None if unknown
     # times in which the interpreter or torch.compile paused the training
     pauses: PauseHistory = msgspec.field(default_factory=PauseHistory)
     stops: Mapping[int, Sequence[Stop]] = {}  # rank -> times in which its process did not run
@@ -113,8 +113,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     exits: tuple[RankExit, ...] = ()  # ends of ranks
     lost_workers: Mapping[int, Sequence[LostWorker]] = {}  # rank -> loader workers that died, the first of them
     ended_by: EndingSignal | None = None  # signal that the launcher received and that ended the job; None without one
-    job_end_s: float | None = None  # epoch second at which the scheduler ends the job; None where it has no limit
-    job_limit_s: float | None = None  # that limit as a duration, seconds; None where it is not known
+    job_end_s: float | None = None  # epoch second at which the scheduler ends the job; None if it has no limit
+    job_limit_s: float | None = None  # that limit as a duration, seconds; None if unknown
 
     # Memory, limits and devices
     # memory of ranks, devices and hosts over the run
@@ -134,7 +134,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     thread_lines: Sequence[SampledLine] = ()
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
-        """Return a loader of a rank by its number; None where it is not known."""
+        """Return a loader of a rank by its number; None if unknown."""
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
 
@@ -144,12 +144,12 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return (self.loader.num_workers if self.loader else None) or 0
 
     def of_host(self, rank: int) -> str:
-        """Return ` of node1` for a rank's host; empty where there is one host, or that of the rank is not known."""
+        """Return ` of node1` for a rank's host; empty if there is one host, or that of the rank is not known."""
         return f" of {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""
 
     @cached_property
     def wait_share(self) -> float:
-        """Share of ready time in which main threads waited for a core: the median over ranks, 0 where not known."""
+        """Share of ready time in which main threads waited for a core: the median over ranks, 0 if unknown."""
         return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
 
     @cached_property
@@ -158,13 +158,13 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return ranks_without_core(self.main_wait)
 
     def core_wait_of_others(self, ranks: Collection[int]) -> float | None:
-        """Return the median share of wall time that all ranks but these waited for a core; None where not known."""
+        """Return the median share of wall time that all ranks but these waited for a core; None if unknown."""
         return _of_others(ranks, self.core_wait, self._medians_of_core_wait)
 
     def core_run(self, ranks: Collection[int]) -> tuple[float, float] | None:
         """Return the shares of wall time that main threads of ranks ran, the mean, and of all others, the median.
 
-        None where that is not known: what runs without ever waiting for a core is not.
+        None if unknown: what runs without ever waiting for a core is not.
         """
         runs = self.core_runs
         if not ranks or not runs.keys() >= set(ranks):
@@ -207,17 +207,17 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def worker_use(self) -> WorkerUse | None:
-        """Use of cores by the workers of the training's loader, or of one like it; None where it is not known."""
+        """Use of cores by the workers of the training's loader, or of one like it; None if unknown."""
         loader = self.loader
         if loader is None or loader.number is None:
             return self.workers.use()
 
-        known = (each for loaders in self.loaders.values() for each in loaders if each.likeness == loader.likeness)
+        known = (each for loaders in self.loaders.values() for each in loaders if each.signature == loader.signature)
         return self.workers.use({loader.number, *(each.number for each in known if each.number is not None)})
 
     @property
     def workers_busy(self) -> float | None:
-        """Share of the time in which a loader worker computes; None where it is not known."""
+        """Share of the time in which a loader worker computes; None if unknown."""
         return None if self.worker_use is None else self.worker_use.busy
 
     def has_memory_limit(self, host: str | None) -> bool:
@@ -231,7 +231,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def others_cores(self) -> float | None:
-        """Cores that programs other than the ranks used on the host of rank 0; None where that is not known."""
+        """Cores that programs other than the ranks used on the host of rank 0; None if unknown."""
         use = self.use
         if use.host_cores is None or use.busy_cores is None:
             return None
@@ -241,7 +241,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def cores_per_rank(self) -> int | None:
-        """Cores per rank of a host (the least over hosts), None where not known."""
+        """Cores per rank of a host (the least over hosts), None if unknown."""
         per_host: dict[str, int] = {}
         for host in self.hosts.values():
             per_host[host] = per_host.get(host, 0) + 1

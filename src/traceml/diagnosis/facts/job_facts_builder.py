@@ -45,7 +45,7 @@ class JobFactsBuilder:
     """Collects facts from rows as they arrive.
 
     Attributes:
-        accelerator: type of device of the models (cuda, mps), None where they are on the CPU.
+        accelerator: type of device of the models (cuda, mps), None if they are on the CPU.
     """
 
     def __init__(self, world_size: int = 1) -> None:
@@ -117,7 +117,7 @@ class JobFactsBuilder:
 
     def _take_loaders_made(self, _rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("made"), int):
-            self._loaders_made[_loader(row).likeness] = row["made"]
+            self._loaders_made[_loader(row).signature] = row["made"]
 
     def _take_training_loader(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("number"), int):
@@ -367,7 +367,7 @@ class JobFactsBuilder:
         return replace(facts, loader=self._counted(facts.loader if trained is None else trained))
 
     def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:
-        made = self._loaders_made.get(loader.likeness) if loader is not None else None
+        made = self._loaders_made.get(loader.signature) if loader is not None else None
         return loader if loader is None or made is None else replace(loader, made=made)
 
 

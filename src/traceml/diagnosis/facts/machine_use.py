@@ -48,18 +48,18 @@ class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     share: float  # of the samples in which the device computed
     clock_mhz: float  # median clock while lowered
-    usual_mhz: float | None  # median clock otherwise; None where it was always lowered
+    usual_mhz: float | None  # median clock otherwise; None if it was always lowered
     temperature_c: float  # highest temperature while lowered
     power_w: float  # mean power while lowered
 
     @property
     def lost(self) -> float:
-        """Share of the clock that is lost; 0 where the usual one is not known."""
+        """Share of the clock that is lost; 0 if the usual one is not known."""
         return max(1 - self.clock_mhz / self.usual_mhz, 0.0) if self.usual_mhz else 0.0
 
 
 class MachineUse(msgspec.Struct, frozen=True, kw_only=True):
-    """Means over a range of steps; None where they are not known."""
+    """Means over a range of steps; None if unknown."""
 
     # share of the time in which a rank's main thread waited for a core; that of the whole training is
     # `JobFacts.waited_share`
@@ -103,7 +103,7 @@ class MachineSamples(msgspec.Struct):
             **self._devices(spans),  # type: ignore[arg-type]
         )
 
-    def side_cores(self) -> dict[int, float]:
+    def background_cores(self) -> dict[int, float]:
         """Return the cores that threads other than the main one used in training, by rank."""
         found = {}
         for rank, span in self._spans(1, _ALL).items():
@@ -248,7 +248,7 @@ def _median(values: list[float]) -> float | None:
 
 
 def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
-    """Return the lowered clock of one device; None where it was not lowered for long."""
+    """Return the lowered clock of one device; None if it was not lowered for long."""
     busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     bits = np.bitwise_or.reduce(np.array(list(REASONS), np.int64))
     is_low = (busy["throttle_reasons"] & bits) != 0
@@ -265,7 +265,7 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
 
 
 def _capped_clock(rows: NDArray[np.void], highest_mhz: int) -> LoweredClock | None:
-    """Return the clock of a device that a set limit keeps far below its highest one; None where none does."""
+    """Return the clock of a device that a set limit keeps far below its highest one; None if none does."""
     busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     is_set = (busy["throttle_reasons"] & _SET_LIMIT) != 0
     if len(busy) < MIN_SAMPLES or is_set.mean() < MIN_SHARE:

@@ -20,7 +20,7 @@ class EndMemory(msgspec.Struct, frozen=True):
 
     used_bytes: int
     peak_bytes: int  # of all samples
-    # its growth until then, of the last minute at most; None where it did not grow, or by a jump
+    # its growth until then, of the last minute at most; None if it did not grow, or by a jump
     per_minute_bytes: int | None
 
 

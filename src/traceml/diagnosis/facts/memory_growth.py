@@ -180,7 +180,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
 
     count = min(_PARTS, len(points) // 2)
     steps, times, values = _lowest_of_parts(points, count).T.astype(float)
-    values[:-1] = np.minimum(values[:-1], values[1:])  # a copy passes: what grows by copies is there twice at times
+    values[:-1] = np.minimum(values[:-1], values[1:])  # a copy passes: what grows by copies briefly exists twice
     first, second = _pairs(count)
     apart = steps[second] > steps[first]
     first, second = first[apart], second[apart]

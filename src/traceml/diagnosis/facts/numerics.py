@@ -43,7 +43,7 @@ class LossHistory:
     def first(self) -> tuple[int, tuple[int, ...], str, float | None] | None:
         """Return the first step whose loss is not finite, its ranks, the loss and the last finite one.
 
-        None where the newest losses of all ranks are finite.
+        None if the newest losses of all ranks are finite.
         """
         broken = {rank: each for rank, each in self._ranks.items() if each.since is not None}
         if not broken:

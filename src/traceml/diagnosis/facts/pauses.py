@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 
 
 class Saves(msgspec.Struct, frozen=True):
-    """Checkpoints of the rank that took longest for them; None where a fact is not known.
+    """Checkpoints of the rank that took longest for them; None if a fact is not known.
 
     Attributes:
         size_bytes: mean size of one; of several files that a step saves, their sum.
@@ -92,16 +92,16 @@ class PauseHistory:
         return float(rows["ns"][is_early].sum()) / 1e9
 
     def text(self, rank: int, number: int) -> str:
-        """Return a text of a rank by its id; empty where it is not known."""
+        """Return a text of a rank by its id; empty if unknown."""
         return self._names.get(rank, {}).get(int(number), "")
 
     def most_frequent(self, rank: int, rows: Rows, column: str) -> str:
-        """Return the text that most of the rows have in a column of ids; empty where none has one."""
+        """Return the text that most of the rows have in a column of ids; empty if none has one."""
         ids = Counter(rows[column][rows[column] >= 0].tolist())
         return self.text(rank, ids.most_common(1)[0][0]) if ids else ""
 
     def saves(self, ranks: Sequence[int] | NDArray[np.int64]) -> Saves | None:
-        """Return facts of the checkpoints of some ranks; None where none is known."""
+        """Return facts of the checkpoints of some ranks; None if none is known."""
         by_rank = {int(rank): self.rows(int(rank), Pause.SAVE) for rank in ranks}
         rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
         if rank is None or not len(by_rank[rank]):

@@ -31,7 +31,7 @@ class ResourceUse(msgspec.Struct, frozen=True):
 
     Attributes:
         used, limit: units now.
-        left_s: time until the limit at the present growth; None where it does not grow.
+        left_s: time until the limit at the present growth; None if it does not grow.
     """
 
     rank: int
@@ -84,7 +84,7 @@ def _use(rank: int, resource: Resource, rows: NDArray[np.void]) -> ResourceUse:
 
 
 def _left(rows: NDArray[np.void]) -> tuple[float, float | None] | None:
-    """Return (seconds, steps) until the limit; None where the use does not grow steadily."""
+    """Return (seconds, steps) until the limit; None if the use does not grow steadily."""
     if len(rows) < _MIN_ROWS:
         return None
 

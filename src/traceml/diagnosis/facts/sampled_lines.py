@@ -34,7 +34,7 @@ class SampledLine(msgspec.Struct, frozen=True):
 
     Attributes:
         part: a phase, `other`, or a name of `OUTSIDE_STEPS`.
-        file, line, function: the innermost code of the user; None where only libraries ran.
+        file, line, function: the innermost code of the user; None if only libraries ran.
         library: innermost library function that it had called, `FILE:LINE FUNCTION`.
         watched_ns: time before the samples in which the phase was watched without a break.
         cpu_ns: CPU time of the training thread in it.
@@ -329,7 +329,7 @@ def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def place_words(file: str | None, line: int | None, function: str | None) -> str:
-    """Return a place in words, `train.py:23 load`; empty where it is not known."""
+    """Return a place in words, `train.py:23 load`; empty if unknown."""
     return line_text(file, line, function) if file and line and function else ""
 
 

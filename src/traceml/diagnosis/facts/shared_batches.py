@@ -31,7 +31,7 @@ class BatchHistory:
         self._inputs: dict[int, tuple[Any, ...]] = {}
         self._is_split = False
         self.reductions: tuple[float, float] | None = None
-        """Backward passes of a step, and those of them that average gradients; None where it is not known."""
+        """Backward passes of a step, and those of them that average gradients; None if unknown."""
         self.sharding: str | None = None
         """`fsdp` or `fsdp2` where a model gathers its parameters in each step."""
         self._tokens: dict[int, bool] = {}
@@ -128,7 +128,7 @@ class BatchHistory:
         return found
 
     def distinct_ranks(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return the ranks whose data count: of ranks with equal batches the lowest; empty where not known.
+        """Return the ranks whose data count: of ranks with equal batches the lowest; empty if unknown.
 
         Later stages of a pipeline have none: their input is of another kind than the first stage's, or alone has
         gradients, which go to the stage before. The ranks of a

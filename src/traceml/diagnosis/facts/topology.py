@@ -71,7 +71,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     mesh: Mapping[int, Mapping[str, int]] = {}  # rank -> dimension of the device mesh -> coordinate
 
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
-        """Return the smallest group that explains slow ranks; None where they are not a group.
+        """Return the smallest group that explains slow ranks; None if they are not a group.
 
         Args:
             ranks: all ranks that were compared, the slow ones among them.

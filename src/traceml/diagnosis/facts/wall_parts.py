@@ -142,7 +142,7 @@ class Stop(NamedTuple):
     Attributes:
         part: where the rank was: in `steps`, in `startup`, or `outside` of both; `suspended` with its whole machine.
         first_step, last_step: open step at the last cycle of the recorder before it, and after it; -1 without one.
-        began_s: epoch seconds of its begin; None where it is not known.
+        began_s: epoch seconds of its begin; None if unknown.
     """
 
     seconds: float

@@ -43,7 +43,7 @@ class _Watched(msgspec.Struct):
     wait_ns: float = 0.0
 
     def use(self) -> WorkerUse | None:
-        """Return the shares; None where the workers were not watched long enough."""
+        """Return the shares; None if the workers were not watched long enough."""
         workers = int(self.last["workers"][0])
         if self.worker_ns < MIN_NS * workers:
             return None
@@ -80,7 +80,7 @@ class WorkerHistory(msgspec.Struct):
             watched.memory = measured[measured["pid"] == measured["pid"][-1]][[0, -1]]
 
     def use(self, loaders: Collection[int] | None = None) -> WorkerUse | None:
-        """Return the use of the loader whose workers are busiest, on any rank; None where nothing is known.
+        """Return the use of the loader whose workers are busiest, on any rank; None if nothing is known.
 
         Args:
             loaders: numbers of those that count, None for all: while an evaluation waits for its own, they are idle.
@@ -104,7 +104,7 @@ class WorkerHistory(msgspec.Struct):
         return grown > 0 and new <= COPIED_SHARE * grown
 
     def uncopied_bytes(self, rank: int, loader: int) -> int:
-        """Return the memory that the workers share since the fork, and may still copy; 0 where it is not known."""
+        """Return the memory that the workers share since the fork, and may still copy; 0 if unknown."""
         memory = self._memory(rank, loader)
         return 0 if memory is None else max(int(memory["anonymous_bytes"][-1]) - int(memory["private_bytes"][-1]), 0)
 

@@ -1,7 +1,7 @@
 """Comparison of the snapshots of all ranks: which of them the others wait for.
 
 A rank that waits in a collective waits for the members of its group that have not come to it: their number is lower, or
-they have ended. From rank to rank this leads to one that waits for nobody, or in a circle.
+they have ended. From rank to rank this leads to one that waits for nobody, or in a cycle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HangCause(StrEnum):
     DATA_ENDED = "data_ended"  # the data of some ranks ended, after fewer batches than the others have had
     SIZES = "sizes"  # the same operation with other sizes
     ROOTS = "roots"  # the same operation, from or to another rank
-    CIRCLE = "circle"  # ranks wait for each other in different groups
+    CYCLE = "cycle"  # ranks wait for each other in different groups
     NETWORK = "network"  # all are in the same collective
     RENDEZVOUS = "rendezvous"  # all are in init_process_group: they do not find each other
     STUCK = "stuck"  # no rank waits for another
@@ -41,7 +41,7 @@ class HangCause(StrEnum):
 
 _NEVER_CAME = (HangCause.NEVER_CAME, HangCause.ALONE)
 _DIFFERENT = (HangCause.MISMATCH, HangCause.SIZES, HangCause.ROOTS)
-_APART = (*_DIFFERENT, HangCause.CIRCLE)
+_APART = (*_DIFFERENT, HangCause.CYCLE)
 
 
 class Blame(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ class Blame(msgspec.Struct, frozen=True):
 
     @property
     def is_certain(self) -> bool:
-        """Whether no time need pass: these ranks can never meet."""
+        """Whether the hang is certain at once: these ranks can never meet."""
         if self.operation is None or self.operation.number <= 0:
             return False
 
@@ -99,7 +99,7 @@ def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int
         return Blame(HangCause.STUCK, tuple(sorted(snapshots)), waits)
 
     targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
-    roots, circle = _walk(targets)
+    roots, cycle = _walk(targets)
     last = waits if not roots else {rank: waits[rank] for rank in roots} if roots <= waits.keys() else {}
     different = _between_calls(waits, world_size) or _different(last, waits)
     if different is not None:
@@ -108,8 +108,8 @@ def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int
     if roots:
         return _of_roots(roots, targets, waits, ended)
 
-    if circle:
-        return Blame(HangCause.CIRCLE, circle, waits)
+    if cycle:
+        return Blame(HangCause.CYCLE, cycle, waits)
 
     if set(range(world_size)) - snapshots.keys() - set(ended):
         return Blame(HangCause.UNANSWERED, tuple(sorted(set(range(world_size)) - snapshots.keys() - set(ended))), waits)
@@ -158,7 +158,7 @@ def _is_behind(snapshot: RankSnapshot, wait: GroupSnapshot, *, is_waiting: bool)
 
 
 def _walk(targets: Mapping[int, Collection[int]]) -> tuple[set[int], tuple[int, ...]]:
-    """Follow who waits for whom; return the ranks at which it ends, and else the ranks of a circle."""
+    """Follow who waits for whom; return the ranks at which it ends, and else the ranks of a cycle."""
     roots: set[int] = set()
     for start in targets:
         seen, frontier = {start}, {start}
@@ -168,8 +168,8 @@ def _walk(targets: Mapping[int, Collection[int]]) -> tuple[set[int], tuple[int, 
             frontier = following - seen
             seen |= following
 
-    circle = tuple(sorted(rank for rank in targets if rank in _reached(rank, targets)))
-    return roots, () if roots else circle
+    cycle = tuple(sorted(rank for rank in targets if rank in _reached(rank, targets)))
+    return roots, () if roots else cycle
 
 
 def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
@@ -256,7 +256,7 @@ def _sizes(wait: GroupSnapshot) -> object:
 
 
 def _root(wait: GroupSnapshot) -> object:
-    """Return the root of an operation; empty where it is not known."""
+    """Return the root of an operation; empty if unknown."""
     return () if wait.peer is None else (wait.peer,)
 
 

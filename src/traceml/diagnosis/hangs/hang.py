@@ -24,7 +24,7 @@ _S = 1e9
 # Ranks that were to meet in a collective: what they had called before tells where they diverged.
 _OF_COLLECTIVES = (
     HangCause.NEVER_CAME, HangCause.DATA_ENDED, HangCause.ALONE, HangCause.ENDED, HangCause.MISMATCH, HangCause.SIZES,
-    HangCause.ROOTS, HangCause.CIRCLE,
+    HangCause.ROOTS, HangCause.CYCLE,
 )  # fmt: skip
 
 

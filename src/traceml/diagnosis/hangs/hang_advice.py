@@ -27,7 +27,7 @@ def hang_advice(found: DetectedHang) -> str:
     cause, snapshots = found.blame.cause, found.snapshots
     first = next((snapshots[rank] for rank in (found.blame.ranks or sorted(snapshots)) if rank in snapshots), None)
     what = _ADVICE.get(cause)
-    if cause is HangCause.CIRCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
+    if cause is HangCause.CYCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
         return _OF_TRANSFERS
 
     if cause is HangCause.UNANSWERED and not found.blame.ranks:
@@ -73,7 +73,7 @@ _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: same_collectives(),
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
     HangCause.ROOTS: "Pass the same rank as src or dst of that collective on every rank: it is no rank of one's own.",
-    HangCause.CIRCLE: "Let all ranks of both groups call these collectives in the same order.",
+    HangCause.CYCLE: "Let all ranks of both groups call these collectives in the same order.",
     HangCause.ENDED: even_batches(),
     HangCause.DATA_ENDED: even_batches(is_certain=True),
     HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
@@ -141,7 +141,7 @@ def _for_held_lock(snapshot: RankSnapshot) -> str:
 
 
 def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
-    """Return the advice about what a process waits for by itself; empty where there is none."""
+    """Return the advice about what a process waits for by itself; empty if there is none."""
     what, blocker = doing(snapshot), snapshot.blocker
     if awaited_thread(snapshot) is not None:
         return "Tell that thread to end before the script does, or make it a daemon: Thread(daemon=True)."

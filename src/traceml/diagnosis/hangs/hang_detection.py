@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
-from traceml.diagnosis.hangs.rank_state import is_busy, is_excused, transfers
+from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, transfers
 
 __all__ = ["DetectedHang", "detect_hang"]
 
@@ -49,7 +49,7 @@ def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
     """Return the hang of a job; None while it makes progress, and where it may be normal.
 
     Args:
-        step_p99_s: 99th percentile of its step time; 0 where it is not known.
+        step_p99_s: 99th percentile of its step time; 0 if unknown.
     """
     if facts.progress is None or facts.state == "finished":
         return None
@@ -103,7 +103,7 @@ def _judged(
 ) -> DetectedHang | None:
     snapshots = _with_blocking_ranks(snapshots, facts.hosts)
     is_alone = facts.world_size == 1
-    if any(is_excused(snapshot, is_alone=is_alone) for snapshot in snapshots.values()):
+    if any(is_expected_wait(snapshot, is_alone=is_alone) for snapshot in snapshots.values()):
         return None
 
     quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
@@ -173,7 +173,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     started = any(each.step >= 0 for each in ranks)
     usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
     usual_s = max(usual_s, _busy_factor(found) * progress.timeout_s) if found.is_busy else usual_s
-    if progress.was_aborted or (not by_rows and any(ended.gave_up for ended in exits.values())):
+    if progress.was_aborted or (not by_rows and any(ended.reached_time_limit for ended in exits.values())):
         return found
 
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.

@@ -55,7 +55,7 @@ def hang_summary(found: DetectedHang) -> str:
     cause = found.blame.cause
     if found.blame.apart:
         text = _different_text(found)
-    elif cause is HangCause.CIRCLE:
+    elif cause is HangCause.CYCLE:
         places = _places(found, found.blame.ranks)
         text = f"{ranks_text(found.blame.ranks)} wait for each other: {places}, for {_age(found)}{_waiters_text(found)}"
     elif cause in (HangCause.NETWORK, HangCause.RENDEZVOUS):

@@ -27,7 +27,7 @@ __all__ = [
     "gil_holder",
     "is_blocked_by_full_pipe",
     "is_busy",
-    "is_excused",
+    "is_expected_wait",
     "is_in_join",
     "transfers",
     "user_line",
@@ -109,7 +109,7 @@ def awaited_thread(snapshot: RankSnapshot | WorkerSnapshot) -> ThreadSnapshot | 
 
 
 def gil_holder(snapshot: RankSnapshot) -> ThreadSnapshot | None:
-    """Return the thread that holds the GIL for which the training thread waits; None where several may be it."""
+    """Return the thread that holds the GIL for which the training thread waits; None if several may be it."""
     return snapshot.threads[0] if snapshot.is_waiting_for_gil and len(snapshot.threads) == 1 else None
 
 
@@ -118,7 +118,7 @@ def is_blocked_by_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSna
     return snapshot.wchan.startswith(_PIPE_WRITES)
 
 
-def is_excused(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
+def is_expected_wait(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     """Whether no progress is normal: input from a terminal, a debugger, job control, an idle notebook, compiling.
 
     Args:
@@ -171,7 +171,7 @@ def blocked_worker(snapshot: RankSnapshot) -> WorkerSnapshot | None:
 
 
 def collective_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
-    """Return the collective that a rank waits in; None where it does something else.
+    """Return the collective that a rank waits in; None if it does something else.
 
     An operation in flight proves nothing, as it may be waited for later: the stack, the open phase or the kernel's
     state must show the wait. Where the operation is not known, the group has no members and no number.

@@ -63,7 +63,7 @@ _CAUSES = (
 
 
 def _place(rank: int, facts: JobFacts) -> tuple[str, int, str] | None:
-    """Return the user's line that was seen most in `empty_cache`; None where it was not seen."""
+    """Return the user's line that was seen most in `empty_cache`; None if it was not seen."""
     seen = [each for each in facts.lines if each.rank == rank and (each.library or "").endswith(_EMPTIES)]
     most = max((each for each in seen if each.file), key=lambda each: each.samples, default=None)
     return None if most is None else (str(most.file), int(most.line or 0), str(most.function))

@@ -38,7 +38,7 @@ class GrowthCause(NamedTuple):
 
 
 def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCause | None:
-    """Return the container that explains the growth of a rank's memory; None where none does."""
+    """Return the container that explains the growth of a rank's memory; None if none does."""
     found = _explaining(facts, rank, growth)
     if found is None:
         return None

@@ -130,7 +130,7 @@ def _finding(
 def _severity(room: _Room | None, unread_steps: float, facts: JobFacts) -> Severity:
     """Return how bad it is; a cache would stop growing after `unread_steps`, which is 0 if it is not a cache.
 
-    A run that finished had room: only one that would not have had it for as long again was close to its end.
+    A run that finished had room: only one without room for another run of the same length was close to its end.
     """
     soon_s = min(SOON_S, facts.time.wall_s) if facts.time is not None and facts.state == "finished" else SOON_S
     if room is not None and room.left_s <= soon_s and (not unread_steps or room.left_steps < unread_steps):
@@ -225,7 +225,7 @@ def grown_workers(workers: int, growth: GrowthEstimate) -> str:
 
 
 def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | None:
-    """Return the objects that the workers copy; None where their growth is not from copies, or not known to be."""
+    """Return the objects that the workers copy; None if their growth is not from copies, or not known to be."""
     described = facts.loader_of(rank, loader) or (facts.loader if loader == 0 else None)
     if described is None or described.start_method != "fork":
         return None

@@ -15,7 +15,7 @@ from traceml.database.schema import STEPS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
-from traceml.diagnosis.steps.representatives import HostChoice, WorkAbove, packed_ms
+from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, packed_ms
 from traceml.diagnosis.steps.segments import Segments, segments_of
 
 __all__ = ["STEPS_COMPARED", "HostMerger", "HostUpdate"]
@@ -34,7 +34,7 @@ class HostUpdate(msgspec.Struct, frozen=True, eq=False):
 
     choice: HostChoice
     rows: Mapping[int, bytes]  # rank -> its new rows of `steps`; of a rank that was not sent before, the newest ones
-    above: WorkAbove  # own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps
+    above: ExcessWork  # own work of the longest of the ordinary ranks beyond that of the typical one, in the new steps
 
 
 class HostMerger:
@@ -133,10 +133,10 @@ class HostMerger:
 
         return bytes(new[rank].tobytes()) if rank in new else b""
 
-    def _above(self, window: AlignedSteps, segments: Segments, choice: RankChoice) -> WorkAbove:
+    def _above(self, window: AlignedSteps, segments: Segments, choice: RankChoice) -> ExcessWork:
         """Return the work of the longest rank beyond the typical one, from the first new step on."""
         if not len(window) or len(choice.ordinary) < 2:
-            return WorkAbove()
+            return ExcessWork()
 
         own = segments.own
         ordinary = np.isin(segments.ranks, choice.ordinary)
@@ -145,12 +145,12 @@ class HostMerger:
         fresh = window.steps > after
         self._last_step = int(window.steps[-1])
         if not fresh.any():
-            return WorkAbove()
+            return ExcessWork()
 
         first = int(window.steps[fresh][0])
         values = np.full(int(window.steps[-1]) - first + 1, np.nan, np.float32)
         values[window.steps[fresh] - first] = above[fresh]
-        return WorkAbove(first, packed_ms(values))
+        return ExcessWork(first, packed_ms(values))
 
 
 class RankChoice(msgspec.Struct, frozen=True):

@@ -24,7 +24,13 @@ from traceml.diagnosis.facts.sampled_lines import place_words
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
-from traceml.diagnosis.rules.loading_advice import Advised, for_input, of_new_iterators, of_sampler, with_waited_loader
+from traceml.diagnosis.rules.loading_advice import (
+    LoadingAdvice,
+    for_input,
+    of_new_iterators,
+    of_sampler,
+    with_waited_loader,
+)
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of, share_of_long_waits
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED_CODE, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
@@ -429,7 +435,7 @@ def _of_save(known: Saves | None) -> str:
 
 
 def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
-    """Return the cost of a part without its rare long steps; None where there is no such part.
+    """Return the cost of a part without its rare long steps; None if there is no such part.
 
     A part that only half of the ranks or fewer have saves nothing: stragglers are a finding of their own.
     """
@@ -467,7 +473,7 @@ def _evidence(segments: Segments, part: str, step_ns: float) -> dict[str, object
     }
 
 
-def _fetch_evidence(pipeline: Pipeline | None, advised: Advised) -> dict[str, object]:
+def _fetch_evidence(pipeline: Pipeline | None, advised: LoadingAdvice) -> dict[str, object]:
     if pipeline is None:
         return {}
 

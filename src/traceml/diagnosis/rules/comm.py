@@ -79,7 +79,7 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
 
 
 def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
-    """Return the line that calls most of the collectives itself; None where a sharded model does it, or in no line.
+    """Return the line that calls most of the collectives itself; None if a sharded model does it, or in no line.
 
     Args:
         share: the share of `comm` in the time of the steps.

@@ -208,7 +208,7 @@ _FOR_LOSS = (
 
 
 def _loss_since(since: int, losses: LossHistory | None) -> str | None:
-    """Return the loss that is no longer finite since about that step, as a word; None where it is finite."""
+    """Return the loss that is no longer finite since about that step, as a word; None if it is finite."""
     found = None if losses is None else losses.first()
     return None if found is None or found[0] > since + _READ_EVERY else found[2]
 

@@ -84,7 +84,7 @@ def _foreign_cores(facts: JobFacts) -> float:
 
 
 def _others_text(facts: JobFacts) -> str | None:
-    """Return who else uses the cores, in words; None where other programs do not, or it is not known."""
+    """Return who else uses the cores, in words; None if other programs do not, or it is not known."""
     others = facts.others_cores
     if others is None or others < OTHERS_CORES:
         return None
@@ -94,7 +94,7 @@ def _others_text(facts: JobFacts) -> str | None:
 
 
 def _throttled_share(facts: JobFacts) -> float | None:
-    """Return the share of scheduling periods in which the container was throttled; None where that is not a cause."""
+    """Return the share of scheduling periods in which the container was throttled; None if that is not a cause."""
     return next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
 
 
@@ -119,7 +119,7 @@ def _who(facts: JobFacts, throttled: float | None) -> str:
 
 
 def _process_names(facts: JobFacts) -> str:
-    """Return ` (ffmpeg 1.2 cores, processes of other users 0.5)`; empty where no process is known."""
+    """Return ` (ffmpeg 1.2 cores, processes of other users 0.5)`; empty if no process is known."""
     found = [(name or "processes of other users", cores) for name, cores in facts.competing_processes.items()]
     if not found:
         return ""

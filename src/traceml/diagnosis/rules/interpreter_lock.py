@@ -54,7 +54,7 @@ def interpreter_lock(segments: Segments, facts: JobFacts, step_ns: float) -> lis
             evidence=known_facts(
                 step_ms=step_ns / 1e6,
                 waiting_ms=cost / 1e6,
-                side_cores=cores,
+                background_cores=cores,
                 **({} if line is None else {"file": line.file, "line": line.line, "function": line.function}),
             ),
             cost_share=cost / step_ns,

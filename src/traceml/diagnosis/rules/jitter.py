@@ -19,7 +19,7 @@ from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["LINE_SHARE", "excess_over_usual", "heavy_ones", "jitter", "late_in_turns", "usual"]
+__all__ = ["LINE_SHARE", "excess_over_usual", "jitter", "late_in_turns", "significant_excess", "usual"]
 
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
@@ -188,11 +188,11 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
 
 def _described_steps(long: Floats, usual_ns: float) -> Floats:
     """Return the long steps that the sentence describes: no step is as long as the mean of a pause and short ones."""
-    heavy = heavy_ones(long - usual_ns)
+    heavy = significant_excess(long - usual_ns)
     return long[heavy] if (long - usual_ns)[heavy].sum() >= DESCRIBED_SHARE * (long - usual_ns).sum() else long
 
 
-def heavy_ones(excess: Floats) -> NDArray[np.bool_]:
+def significant_excess(excess: Floats) -> NDArray[np.bool_]:
     """Return which times beyond the usual are not only noise beside the others."""
     ascending = np.sort(excess)
     half_at = ascending[np.searchsorted(np.cumsum(ascending), ascending.sum() / 2)]

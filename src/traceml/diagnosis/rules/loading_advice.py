@@ -20,7 +20,7 @@ from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
-__all__ = ["Advised", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
+__all__ = ["LoadingAdvice", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
 
 CHEAP_SAMPLE_NS = 50e3
 """A sample that is fetched in less time was in memory: workers would only add copies."""
@@ -37,15 +37,15 @@ _TAKEN_AHEAD = (
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
 
-class Advised(NamedTuple):
+class LoadingAdvice(NamedTuple):
     """Advice on loading."""
 
     text: str
-    gain: float | None = None  # old / new step time if it is done; None where that is not known
-    workers: int | None = None  # advised number of loader workers; None where the advice is another
+    gain: float | None = None  # old / new step time if it is done; None if unknown
+    workers: int | None = None  # advised number of loader workers; None if the advice is another
 
 
-def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits) -> Advised:
+def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits) -> LoadingAdvice:
     """Return advice against waiting for data.
 
     Args:
@@ -123,30 +123,32 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
-def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits) -> Advised:
+def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits) -> LoadingAdvice:
     if pauses.are_whole_epochs:
         gain = pauses.gain_with_overlap
-        return Advised(
+        return LoadingAdvice(
             f"{_TAKEN_AHEAD}: the workers then make batches while it trains; {gain_text(gain, 'at most')}.", gain
         )
 
     keeping = keeping_workers(facts)
     if loader.num_workers and pauses.first_share >= NAMED_SHARE and keeping is not None:
-        return Advised(f"{keeping.action}: {keeping.because}, and they fetch the first batches while training waits.")
+        return LoadingAdvice(
+            f"{keeping.action}: {keeping.because}, and they fetch the first batches while training waits."
+        )
 
     look = "Look at the samples of the steps that wait: larger files, or a slow disk or network at times."
     if pauses.prefetch_factor is None:
-        return Advised(f"{look} No usual prefetch_factor covers a wait as long as these.")
+        return LoadingAdvice(f"{look} No usual prefetch_factor covers a wait as long as these.")
 
     ahead = f"{loader.option('prefetch_factor')}={pauses.prefetch_factor}"
-    return Advised(
+    return LoadingAdvice(
         f"{look} With {ahead} the workers would be far enough ahead for such a wait, if they are fast enough otherwise."
     )
 
 
-def _prefetch(pipeline: Pipeline) -> Advised:
+def _prefetch(pipeline: Pipeline) -> LoadingAdvice:
     gain = pipeline.gain(1)
-    return Advised(
+    return LoadingAdvice(
         "Fetch the next batch while the model computes, in another process (a DataLoader with num_workers=1): that "
         f"makes the run {gain_text(gain, 'at most')}.",
         gain,
@@ -154,9 +156,9 @@ def _prefetch(pipeline: Pipeline) -> Advised:
     )
 
 
-def _all_cores(pipeline: Pipeline, allowed: int) -> Advised:
+def _all_cores(pipeline: Pipeline, allowed: int) -> LoadingAdvice:
     gain = pipeline.gain_on_all_cores()
-    return Advised(
+    return LoadingAdvice(
         f"The {plural(pipeline.workers, 'worker')} may use only {cores_text(allowed)} of {pipeline.cores}: the "
         "training process was bound to it when it started them (taskset, OMP_PROC_BIND, KMP_AFFINITY). Call "
         f"os.sched_setaffinity(0, range(os.cpu_count())) in worker_init_fn: {gain_text(gain, 'about')}.",
@@ -164,10 +166,10 @@ def _all_cores(pipeline: Pipeline, allowed: int) -> Advised:
     )
 
 
-def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
+def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
     gain = pipeline.gain_with(_WHOLE_BATCH, workers=0)
     instead = "use no workers, which add copies, and " if loader.num_workers else ""
-    return Advised(
+    return LoadingAdvice(
         f"{_data(loader, begins=True)} is in memory: {instead}take whole batches by indexing its tensors "
         f"(data[indices]) instead of collating single samples; {gain_text(gain, 'about')}.",
         gain,
@@ -175,7 +177,7 @@ def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     )
 
 
-def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised | None:
+def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice | None:
     workers = pipeline.best_workers()
     gain = pipeline.gain(workers)
     if workers <= pipeline.workers or gain < WORTHWHILE:
@@ -196,12 +198,12 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
             "them reads all of it."
         )
 
-    return Advised(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
+    return LoadingAdvice(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
 
 
-def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
+def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
     gain, first = pipeline.gain_with_usual_first(), ns_text(pipeline.first_ns + pipeline.fetch_ns)
-    return Advised(
+    return LoadingAdvice(
         f"Most of the waiting is for the first batch of an epoch, {first}, and workers begin it no sooner. Make "
         f"what {_data(loader)} or its sampler does first cheaper (filling a "
         f"shuffle buffer, listing or opening files), or keep it from epoch to epoch; {gain_text(gain, 'at most')}.",
@@ -209,7 +211,7 @@ def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> Advised:
     )
 
 
-def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
+def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
     gain = pipeline.gain(0)
     waits = "The workers keep up: training waits to receive their batches, tensor by tensor"
     if gain < WORTHWHILE:
@@ -219,15 +221,15 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
             many = pipeline.workers > (pipeline.cores or pipeline.workers)
             crowd = f"{plural(pipeline.workers, 'worker')} for {plural(pipeline.cores or 1, 'core')}"
             fewer = f"=0, or 1: there are {crowd}" if many else "=0"
-            return Advised(f"{waits}. Try {loader.option('num_workers')}{fewer}. Otherwise put{how[3:]}.")
+            return LoadingAdvice(f"{waits}. Try {loader.option('num_workers')}{fewer}. Otherwise put{how[3:]}.")
 
-        return Advised(f"{waits}. {how}: {gain_text(most, 'at most')}.", most)
+        return LoadingAdvice(f"{waits}. {how}: {gain_text(most, 'at most')}.", most)
 
     instead = f"{loader.option('num_workers')}=0: a step's data takes {pipeline.fetch_ns / 1e6:.3g} ms in the training"
-    return Advised(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
+    return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
-def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Advised:
+def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
     gain, cached = pipeline.gain_with(0.5), pipeline.gain_with(0.0)
     if loader.in_memory:
         what, how = f"what is done with the samples of {_data(loader)}", "transforms, collate_fn"
@@ -240,7 +242,7 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Adv
         what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
 
     crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
-    return Advised(
+    return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache {gain_text(cached, 'at most')}.",
         gain,
@@ -289,8 +291,8 @@ def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
     return "The dataset" if begins else "the dataset"
 
 
-def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> Advised | None:
-    """Return advice on an iterator in each step, which orders all samples for one batch; None where it is not that."""
+def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> LoadingAdvice | None:
+    """Return advice on an iterator in each step, which orders all samples for one batch; None if it is not that."""
     loader = facts.loader or LoaderFacts()
     share = ordering_share(facts.lines)
     if loader.num_workers or pipeline is None or share < NAMED_SHARE or not begins_each_step(facts.epochs):
@@ -298,15 +300,15 @@ def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> Advised | No
 
     gain = pipeline.gain_with(1 - share)
     samples = f"{count_text(loader.length)} samples" if loader.length else "samples"
-    return Advised(
+    return LoadingAdvice(
         f"Keep one iterator of the loader: iter(loader) in each step draws a new order of all {samples}, for one "
         f"batch; {gain_text(gain, 'about')}.",
         gain,
     )
 
 
-def of_sampler(facts: JobFacts, line: BlamedLine | None) -> Advised | None:
-    """Return advice on a sampler that takes most of the waiting; None where it does not.
+def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None:
+    """Return advice on a sampler that takes most of the waiting; None if it does not.
 
     Args:
         line: line of the user's code in which the training process was seen meanwhile.
@@ -322,7 +324,7 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> Advised | None:
         return None  # it may be the data set's
 
     more = "more workers" if loader.num_workers else "workers"
-    return Advised(
+    return LoadingAdvice(
         f"The sampler runs in the training process, so {more} will not help: make {line.place} cheaper, or draw the "
         "indices of many batches at once."
     )

@@ -127,7 +127,7 @@ _FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it o
 def _own_code(
     facts: JobFacts, heavy: tuple[str, BlamedLine] | None, shares: dict[str, float], *, device: bool
 ) -> _OwnCode | None:
-    """Return the script's own code that takes much of the step; None where it may be operations of torch.
+    """Return the script's own code that takes much of the step; None if it may be operations of torch.
 
     These have no frames of their own. So code in forward counts if it waits, and code in backward unless forward runs
     it too, as where activations are computed again (checkpointing).
@@ -173,7 +173,7 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
 
 
 class _Pauses(NamedTuple):
-    """One or two long pauses of a run: a sentence, advice and evidence; empty where they are too short to matter."""
+    """One or two long pauses of a run: a sentence, advice and evidence; empty if they are too short to matter."""
 
     text: str = ""
     action: str = ""

@@ -277,7 +277,7 @@ def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, 
 
 
 def uncovered_time_text(facts: JobFacts) -> str:
-    """Return the sentence on what a verdict about steps does not cover; empty where steps are nearly all of the run."""
+    """Return the sentence on what a verdict about steps does not cover; empty if steps are nearly all of the run."""
     time = facts.time
     if time is None or time.is_steps:
         return ""

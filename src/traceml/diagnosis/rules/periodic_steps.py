@@ -12,7 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, heavy_ones, usual
+from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, significant_excess, usual
 from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -91,7 +91,7 @@ def periodic_steps(
 
 
 def _without_more_training(segments: Segments, columns: NDArray[np.intp]) -> dict[str, Floats]:
-    """Return computation as it would be if some steps did not train more; empty where that is not why they are long.
+    """Return computation as it would be if some steps did not train more; empty if that is not why they are long.
 
     They have longer backward passes, and forward or the optimizer is longer, too: the updates of a generator, or of a
     policy. Half as often would be another training.
@@ -190,7 +190,7 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
         excess: their time beyond the usual.
         seen: numbers of all steps that are judged, ascending.
     """
-    heavy = heavy_ones(excess)
+    heavy = significant_excess(excess)
     for every in np.unique(np.diff(steps[heavy])):
         follows = np.isin(steps, steps + every)
         known = np.isin(steps + every, seen) | np.isin(steps - every, seen)

@@ -45,7 +45,7 @@ class KeptWorkers(NamedTuple):
 
 
 def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
-    """Return how to keep the loader's workers; None where they are kept, or its trainer cannot do that."""
+    """Return how to keep the loader's workers; None if they are kept, or its trainer cannot do that."""
     loader = facts.loader or LoaderFacts()
     if loader.made > 1 and loader.made >= _ANEW_SHARE * len(facts.epochs):
         return KeptWorkers(

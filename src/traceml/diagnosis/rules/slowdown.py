@@ -24,7 +24,7 @@ from traceml.diagnosis.steps.segments import COMPUTE
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, phases_text, ranks_text
 
-__all__ = ["is_continued", "is_of_the_host", "slowdown", "with_its_steps", "with_own_steps"]
+__all__ = ["is_continued", "is_of_the_host", "slowdown", "with_steps_from_history", "with_steps_from_slowdown"]
 
 MIN_FACTOR_ALIKE = 1.25
 """A slow part is slower by this factor where all phases are: on shared hosts, speed varies."""
@@ -64,7 +64,7 @@ _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 class _Where(NamedTuple):
     """Part of the step that became slower."""
 
-    parts: tuple[str, ...] = ()  # phases that are blamed, the one that may be the cause first; empty where none is
+    parts: tuple[str, ...] = ()  # phases that are blamed, the one that may be the cause first; empty if none is
     # phases that have nearly all of it, where fewer cores may be the cause of that; empty if all are alike
     mostly: tuple[str, ...] = ()
     is_crowded: bool = False  # whether the loss of cores explains it
@@ -73,7 +73,7 @@ class _Where(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The end of the sentence; empty where cores were taken."""
+        """The end of the sentence; empty if cores were taken."""
         if len(self.parts) == 1:
             return f", in {phase_words(self.parts[0])}" + (self.line.of_it if self.line else "")
 
@@ -449,7 +449,7 @@ def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | No
     return f"Until step {until} {longer}" if change.shape == "first" else f"From step {since} to step {until} {longer}"
 
 
-def with_its_steps(late: Finding, slower: Finding) -> Finding:
+def with_steps_from_slowdown(late: Finding, slower: Finding) -> Finding:
     """Return a finding about late ranks with the steps in which they are; unchanged where others became slower.
 
     Args:
@@ -462,7 +462,7 @@ def with_its_steps(late: Finding, slower: Finding) -> Finding:
     return _timed(late, {name: slower.evidence[name] for name in _STEPS if name in slower.evidence})
 
 
-def with_own_steps(late: Finding, bins: StepHistory) -> Finding:
+def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
     """Return a finding about late ranks with the steps in which they are, by their work alone; others unchanged."""
     if not (late.kind.rule.is_straggler and late.ranks) or not len(bins.ranks):
         return late
@@ -545,7 +545,7 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
 
 
 def _for_shape(shape: str, part: str | None, where: _Where, facts: JobFacts) -> str | None:
-    """Return the advice on what makes a part slower in this way; None where nothing is known of it."""
+    """Return the advice on what makes a part slower in this way; None if nothing is known of it."""
     denormals = flush_denormals(facts)
     if part == "optimizer" and shape in ("growth", "stays") and denormals:
         return (

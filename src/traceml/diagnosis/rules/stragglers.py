@@ -20,8 +20,8 @@ from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.background_threads import background_threads
 from traceml.diagnosis.rules.long_steps import RARE, count_long_steps, long_steps_blame
-from traceml.diagnosis.rules.side_threads import side_threads
 from traceml.diagnosis.rules.straggler_words import (
     late_evidence,
     late_summary,
@@ -266,7 +266,7 @@ def _one_group(
 
 
 def _cause(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> tuple[str, bool] | None:
-    """Return (the part to blame, whether the ranks are slower in everything); None where their excess may be chance."""
+    """Return (the part to blame, whether the ranks are slower in everything); None if their excess may be chance."""
     over = segments.own[rows].mean(axis=0) - usual.own
     excess = float(over.mean())
     if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS):
@@ -318,7 +318,7 @@ def _waits_for_side_threads(segments: Segments, facts: JobFacts, rows: NDArray[n
 
     Torch's own threads compute for the main one: where there are several, they say nothing.
     """
-    return facts.threads == 1 and side_threads(facts, segments.ranks_of(rows)) is not None
+    return facts.threads == 1 and background_threads(facts, segments.ranks_of(rows)) is not None
 
 
 def _excess_by_part(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> dict[str, float]:
@@ -355,7 +355,7 @@ def _due_to_code_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp],
 def _more_work_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], excess_ns: float) -> float:
     """Return the part of an excess that CPU time explains; 0 if it is small, or other ranks compute as long.
 
-    Who has more to compute also waits longer for a core, in proportion.
+    A rank that has more to compute also waits longer for a core, in proportion.
     """
     late = segments.ranks[rows].tolist()
     others, run = facts.core_runs_of_others(late), facts.core_run(late)
@@ -395,7 +395,7 @@ def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Other
 
 
 def _without_core_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> float:
-    """Return the time per step that the ranks waited for a core beyond the others; 0 where it is not known.
+    """Return the time per step that the ranks waited for a core beyond the others; 0 if unknown.
 
     On a busy host who has more to compute waits longer for a core: that much is due to the work. What the others wait
     for a core while they wait for the late ranks, too, costs nothing: no more counts than they work themselves.
@@ -536,7 +536,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
 
-    beside = side_threads(facts, ranks) if late.everywhere else None
+    beside = background_threads(facts, ranks) if late.everywhere else None
     if beside is not None:
         lacking, action = False, beside.advice
 

@@ -40,7 +40,7 @@ class _Collections(msgspec.Struct, frozen=True):
     rows: Rows
     saved_ns: float  # time by which the mean step would be shorter
     place: tuple[str | None, int | None, str | None]  # the line that called for most of them
-    library: str  # the line of a library that did, `FILE:LINE FUNCTION`; empty where the user's code did
+    library: str  # the line of a library that did, `FILE:LINE FUNCTION`; empty if the user's code did
 
     @property
     def full_ns(self) -> float:

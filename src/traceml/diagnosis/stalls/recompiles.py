@@ -65,7 +65,7 @@ def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tup
 
 
 def _window_share(window: AlignedSteps, segments: Segments, facts: JobFacts) -> float:
-    """Return the share of step time; 0 where it is too small to report."""
+    """Return the share of step time; 0 if it is too small to report."""
     taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _are_anew)
     if not taken:
         return 0.0

@@ -23,13 +23,13 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
     steps: Ints  # the training steps, one per column
     times: Mapping[str, Floats]  # phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
     total: Floats  # wall time of each step in nanoseconds, without waiting for the evaluation of other ranks
-    backward_own: Floats  # backward until the last local gradient, at most all of it; NaN where not measured
+    backward_own: Floats  # backward until the last local gradient, at most all of it; NaN if not measured
     user: Mapping[str, Floats] = {}  # the user's phases by name, in nanoseconds; their sum is `times["user"]`
     missing_ranks: tuple[int, ...] = ()  # ranks with rows, but with none of these steps
     device: bool = False  # whether device times replace the CPU times of the device's phases; see `step_split`
-    # size of the batches of each step, 0 where it is not known
+    # size of the batches of each step, 0 if unknown
     elements: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
-    # number of samples in them, 0 where it is not known
+    # number of samples in them, 0 if unknown
     samples: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
     # rank -> the ranks of its host that it stands for, itself among them, where hosts are merged
     stands_for: Mapping[int, tuple[int, ...]] = {}
@@ -46,7 +46,7 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def wait(self) -> Floats:
-        """Waiting for other ranks and for the network: inside backward, and in collectives; NaN where unknown."""
+        """Waiting for other ranks and for the network: inside backward, and in collectives; NaN if unknown."""
         return self.times["backward"] - self.backward_own + self.times["comm"]
 
     @cached_property
@@ -59,7 +59,7 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def own_mean(self) -> Floats:
-        """Mean own backward of each rank over the steps that measured it; NaN where none did."""
+        """Mean own backward of each rank over the steps that measured it; NaN if none did."""
         return mean_own(self.backward_own)
 
     @property

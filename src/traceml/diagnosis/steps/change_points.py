@@ -59,7 +59,7 @@ class LevelChange(msgspec.Struct, frozen=True):
 
 
 def level_change(values: Floats) -> LevelChange | None:
-    """Return how step times grow or jump; None where they keep one level, or are too few for a shape.
+    """Return how step times grow or jump; None if they keep one level, or are too few for a shape.
 
     Args:
         values: usual step time of each bin, in ns.

@@ -49,12 +49,12 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     fetch_cpu: float  # share of it on a CPU core, 0..1; 1 where that is not known
     rest_ns: float  # wall time of the step without waiting for data
     rest_cores: float = 1.0  # mean number of cores that the training process uses meanwhile
-    cores: int | None = None  # cores of a rank; None where not known
-    workers: int = 0  # loader workers now; 0 where the training process fetches by itself
+    cores: int | None = None  # cores of a rank; None if unknown
+    workers: int = 0  # loader workers now; 0 if the training process fetches by itself
     worker_cores: int | None = None  # cores that all workers together may use, where these are fewer; else None
     take_ns: float = TAKE_NS  # time that the training process takes to receive a batch from a worker
     is_handover: bool = False  # whether it waits for that, and not for the workers to make batches
-    # Mean number of batches of an epoch; None where that is not known. Workers make the first one of an epoch only when
+    # Mean number of batches of an epoch; None if unknown. Workers make the first one of an epoch only when
     # the training asks for it.
     epoch_steps: float | None = None
     # how much longer than `fetch_ns` the first batch of an epoch takes, as to fill a shuffle buffer
@@ -146,7 +146,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: float = 0.0) -> Pipeline | None:
-    """Return the loading of a window; None where the waits are pauses, which show nothing of a usual batch.
+    """Return the loading of a window; None if the waits are pauses, which show nothing of a usual batch.
 
     Args:
         step_ns: mean step of the run, if other causes have been taken away in the window.
@@ -262,7 +262,7 @@ def _epoch_steps(facts: JobFacts) -> float | None:
 
 
 def _first_ns(facts: JobFacts, wait_ns: float) -> float:
-    """Return how much longer than the others the first batch of an epoch takes; 0 where it is about as long."""
+    """Return how much longer than the others the first batch of an epoch takes; 0 if it is about as long."""
     epoch_steps, first_ns = _epoch_steps(facts), _first_wait_ns(facts)
     if epoch_steps is None or epoch_steps < _MIN_EPOCH or not first_ns:
         return 0.0
@@ -293,7 +293,7 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
     first_share: float  # share of the waiting that is for the first batch of an epoch
     are_whole_epochs: bool  # whether each of them is for all batches of an epoch
     gain_with_overlap: float  # old / new step time if the workers made the same batches during the other steps
-    prefetch_factor: int | None  # batches per worker that cover such a wait; None where they would fill the memory
+    prefetch_factor: int | None  # batches per worker that cover such a wait; None if they would fill the memory
 
     @classmethod
     def of(cls, segments: Segments, facts: JobFacts) -> Self:

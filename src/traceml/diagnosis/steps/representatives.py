@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["HOST_CHOICE", "HostChoice", "Representatives", "WorkAbove", "packed_ms"]
+__all__ = ["HOST_CHOICE", "ExcessWork", "HostChoice", "Representatives", "packed_ms"]
 
 HOST_CHOICE = "host_choice"
 """Kind of the event of a run by which a host chooses other ranks than before."""
@@ -92,7 +92,7 @@ class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True)
             raise ValueError(f"the choice of a host cannot be read: {error}") from error
 
 
-class WorkAbove(msgspec.Struct, frozen=True):
+class ExcessWork(msgspec.Struct, frozen=True):
     """Own work of the longest of a host's ordinary ranks beyond that of the typical one, for consecutive steps."""
 
     first_step: int = 0  # step of the first value
@@ -121,7 +121,7 @@ class WorkAbove(msgspec.Struct, frozen=True):
 
 
 def packed_ms(values_ns: Floats) -> bytes:
-    """Return durations as milliseconds in half precision; NaN where a rank has no such step."""
+    """Return durations as milliseconds in half precision; NaN if a rank has no such step."""
     return bytes((values_ns / _NS_PER_MS).astype(_PACKED_MS).tobytes())
 
 
@@ -161,7 +161,7 @@ class Representatives:
         self._silent: set[str] = set()
         self._above = np.zeros((0, _SLOTS), np.float32)
         self._steps = np.full((0, _SLOTS), -1, np.int64)
-        self._waiting: list[tuple[int, WorkAbove]] = []
+        self._waiting: list[tuple[int, ExcessWork]] = []
         self._chosen: _Chosen | None = None
 
     def __bool__(self) -> bool:
@@ -209,7 +209,7 @@ class Representatives:
 
         return not is_same
 
-    def add(self, host: str, above: WorkAbove) -> None:
+    def add(self, host: str, above: ExcessWork) -> None:
         """Add the work beyond that of a host's typical rank; without a choice of the host it is ignored."""
         at = self._at.get(host)
         if at is not None and len(above):

@@ -34,11 +34,11 @@ class StepHistory(msgspec.Struct, frozen=True):
         step_ns: step time of each bin, the mean over all ranks.
         parts_ns: phase -> its time on the rank that takes longest, and the rest of the step; the mean over ranks that
             do not wait for each other.
-        ranks: ranks that wait for each other, one per row of `own_ns`; empty where rows stand for several ranks.
+        ranks: ranks that wait for each other, one per row of `own_ns`; empty if rows stand for several ranks.
         own_ns: own work of each, rank x bin.
-        elements: elements of the batches of all ranks; empty where they are not known.
+        elements: elements of the batches of all ranks; empty if unknown.
         single_steps: steps of the run, single_ns: their step times, single_parts_ns: own work of `ranks` in them by
-            phase; empty where only bins are known.
+            phase; empty if only bins are known.
         start, end: the first step of what is compared, and the first one after it: a training, where a run has several.
         of_run: its share of the step time of the run.
     """

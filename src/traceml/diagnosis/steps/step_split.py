@@ -53,7 +53,7 @@ def put_device_times(
 
     Args:
         times: phase -> nanoseconds of each step; all phases but `other`.
-        own: own backward of each step, NaN where not measured.
+        own: own backward of each step, NaN if not measured.
         total: wall time of each step.
         device: phase -> device nanoseconds, and `backward_own`, which is negative where not measured.
         found: steps that have device times.
@@ -69,7 +69,7 @@ def put_device_times(
 
 
 def mean_own(own: Floats) -> Floats:
-    """Return the mean own backward of each rank over the steps that measured it; NaN where none did."""
+    """Return the mean own backward of each rank over the steps that measured it; NaN if none did."""
     known = ~np.isnan(own)
     count = known.sum(axis=1)
     whole = np.where(known, own, 0).sum(axis=1, dtype=np.float64)
@@ -81,7 +81,7 @@ def leave_out_waiting(times: Mapping[str, Floats], own: Floats, total: Floats, e
 
     Args:
         times: phase -> nanoseconds of each step, rank x step.
-        own: own backward of each step, NaN where not measured.
+        own: own backward of each step, NaN if not measured.
         total: wall time of each step.
         evaluation: nanoseconds of evaluation before each step.
     """
@@ -144,7 +144,7 @@ def own_backward(backward: Floats, own_mean: Floats, steps: Floats | int = 1) ->
 
     Args:
         backward: nanoseconds, summed over `steps` steps.
-        own_mean: mean own backward of a step, NaN where not measured.
+        own_mean: mean own backward of a step, NaN if not measured.
         steps: number of steps.
     """
     return np.where(np.isnan(own_mean), backward, np.minimum(own_mean * steps, backward))
@@ -157,7 +157,7 @@ def split_backward(
 
     Args:
         times: phase -> nanoseconds, summed over `steps` steps.
-        own_mean: mean own backward of a step, NaN where not measured.
+        own_mean: mean own backward of a step, NaN if not measured.
         steps: number of steps.
         grouped: whether there are ranks to wait for; see `GroupUse`.
     """

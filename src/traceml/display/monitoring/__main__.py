@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.display.monitoring.active_runs import ActiveRuns
-from traceml.own_programs import lower_priority
+from traceml.helper_programs import lower_priority
 from traceml.process_ends import StopRequest
 
 

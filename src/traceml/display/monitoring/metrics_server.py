@@ -41,7 +41,7 @@ def serve_metrics(runs: ActiveRuns, sock: socket.socket, token: str | None) -> N
     """Answer requests until a signal ends the process.
 
     Args:
-        token: the bearer token that requests need; None where only this host reaches the socket.
+        token: the bearer token that requests need; None if only this host reaches the socket.
     """
     server = _InheritedServer(sock)
     server.set_app(metrics_app(runs, token))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from traceml.display.web.page_server import serve
-from traceml.own_programs import lower_priority
+from traceml.helper_programs import lower_priority
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ class ChartCache:
 
 
 def as_json(option: Option | None) -> str | None:
-    """Return an option as ASCII JSON, which is also a JavaScript literal; None where there is no chart."""
+    """Return an option as ASCII JSON, which is also a JavaScript literal; None if there is no chart."""
     return None if option is None else json.dumps(_fitted(option), separators=(",", ":"), allow_nan=False)
 
 

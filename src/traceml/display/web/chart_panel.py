@@ -127,7 +127,7 @@ class ChartPanel:
 
 
 def metric_group(name: str) -> str:
-    """Return the group of a metric's chart: its name before the first slash, empty where it has none.
+    """Return the group of a metric's chart: its name before the first slash, empty if it has none.
 
     All layers are one group thus: `grad/layer0/weight` would be alone in a group of its layer.
     """

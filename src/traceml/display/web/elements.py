@@ -103,7 +103,7 @@ class ChartCard:
 
     Args:
         waiting: text while there is nothing to draw.
-        words: what a search field finds the card by; empty where none does.
+        words: what a search field finds the card by; empty if none does.
     """
 
     def __init__(self, title: str, hint: str = "", *, waiting: str = "", classes: str = "", words: str = "") -> None:

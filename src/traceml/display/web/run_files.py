@@ -13,9 +13,9 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from traceml.display.report_files import page_text
 from traceml.display.web.run_sources import is_run_id
 from traceml.errors import StoreError
-from traceml.own_files import is_file_inside
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
 from traceml.runs.report.report import build_report
+from traceml.trusted_files import is_file_inside
 
 __all__ = ["IMAGE_TYPES", "RunFiles", "file_path"]
 

@@ -38,7 +38,7 @@ class RunState:
     """The state of a run on its page."""
 
     id: str
-    problem: str = ""  # why it cannot be read; empty where it can
+    problem: str = ""  # why it cannot be read; empty if it can
     exists: bool = True
     view: RunView | None = None  # the report so far; None before there is one
     events: tuple[RunEvent, ...] = ()  # events of the run, oldest first

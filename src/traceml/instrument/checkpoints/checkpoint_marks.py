@@ -18,11 +18,11 @@ from traceml.instrument.checkpoints.save_log import target_path
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["CheckpointMarks", "Find", "place_of"]
+__all__ = ["CheckpointMarks", "Find", "folder_number"]
 
 Info = dict[str, Any]
 Find = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
-"""Returns the path or file among the arguments of a function; None where there is none."""
+"""Returns the path or file among the arguments of a function; None if there is none."""
 
 _log = logging.getLogger("traceml")
 
@@ -35,14 +35,14 @@ class CheckpointMarks:
 
     def saved(self, target: object) -> None:
         """Record that the training thread has saved to a path or file."""
-        place, clock = place_of(target), self._clock
+        place, clock = folder_number(target), self._clock
         if place is not None and clock.is_training_thread():
             self._slots[Slot.SAVED] = clock.step + bool(clock.step_call)
             self._slots[Slot.SAVED_IN] = place
 
     def loaded(self, source: object) -> None:
         """Report that the training thread has read a path or file before its first step."""
-        place, clock = place_of(source), self._clock
+        place, clock = folder_number(source), self._clock
         if place is not None and clock.is_training_thread() and not clock.rows and not clock.step_call:
             self._report({"kind": "loaded", "place": place})
 
@@ -60,8 +60,8 @@ class CheckpointMarks:
         return call
 
 
-def place_of(target: object) -> int | None:
-    """Return a number for the folder of a checkpoint; None where it has none, as a buffer in memory."""
+def folder_number(target: object) -> int | None:
+    """Return a number for the folder of a checkpoint; None if it has none, as a buffer in memory."""
     path = target_path(target)
     if path is None:
         return None

@@ -106,7 +106,7 @@ class CheckpointPatches:
         return call
 
     def _begin(self, find: Find | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-        """Return the path or file of a save; None where it has none."""
+        """Return the path or file of a save; None if it has none."""
         with fail_open(_log, "instrument", "the folder of checkpoints is not known", once=True):
             target = None if find is None else find(args, kwargs)
             if target is not None:

@@ -27,7 +27,7 @@ class Save(NamedTuple):
     targets: tuple[str, ...]  # files and folders that it was given
     # Bytes of each when it ended, before the script renames or overwrites it; None of a folder, -1 where not known.
     sizes: tuple[int | None, ...]
-    code: CodeType | None  # the user's code that called it, and its line; None, 0 where none did
+    code: CodeType | None  # the user's code that called it, and its line; None, 0 if none did
     line: int
     is_written: bool  # whether its files are complete at its end
 

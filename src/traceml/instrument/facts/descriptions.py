@@ -7,7 +7,7 @@ from typing import Any
 
 from traceml.inspection.thread_frames import stack_frames
 from traceml.inspection.user_files import is_user_file
-from traceml.instrument.facts.own_attributes import attribute_values, named_attributes, own_attribute
+from traceml.instrument.facts.instance_attributes import attribute_values, instance_attribute, named_attributes
 
 __all__ = ["first_parameter", "input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
 
@@ -61,8 +61,8 @@ def _is_undivided(dataset: Any) -> bool:
 
 def _sampler_classes(loader: Any) -> list[str]:
     """Return the classes that choose samples and are not torch's, as qualified names of their functions have them."""
-    outer = [own_attribute(loader, name) for name in ("batch_sampler", "sampler")]
-    inner = [own_attribute(each, "sampler") for each in outer]
+    outer = [instance_attribute(loader, name) for name in ("batch_sampler", "sampler")]
+    inner = [instance_attribute(each, "sampler") for each in outer]
     kinds = {kind for each in (*outer, *inner) for kind in type(each).__mro__}
     return sorted(kind.__qualname__ for kind in kinds if kind.__module__.partition(".")[0] not in _OF_SAMPLERS)
 
@@ -162,7 +162,7 @@ def input_facts(
     """Describe the input of the model.
 
     Args:
-        model: the called model, None where it is not known.
+        model: the called model, None if unknown.
         batch_size: of the loader, None without one.
         is_listed: whether the tensor is one of a list, of samples or of batches.
     """
@@ -214,12 +214,12 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
 
 
 def first_parameter(optimizer: Any) -> Any:
-    """Return a parameter of an optimizer; None where it is not torch's, or has none."""
+    """Return a parameter of an optimizer; None if it is not torch's, or has none."""
     return next((each for group in _param_groups(optimizer) for each in group["params"]), None)
 
 
 def _param_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the optimizer's groups of parameters; empty where it is not torch's and has others."""
+    """Return the optimizer's groups of parameters; empty if it is not torch's and has others."""
     groups = getattr(optimizer, "param_groups", None)
     known = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
     return groups if known else []  # type: ignore[return-value]
@@ -269,7 +269,7 @@ def _parts_of(dataset: Any) -> list[Any]:
     """Return a data set and those that it wraps (Subset, ConcatDataset)."""
     parts = [dataset]
     for part in parts:
-        inner, wrapped = own_attribute(part, "datasets"), own_attribute(part, "dataset")
+        inner, wrapped = instance_attribute(part, "datasets"), instance_attribute(part, "dataset")
         parts += [wrapped] if wrapped is not None else []
         parts += list(inner)[:_MAX_PARTS] if isinstance(inner, list | tuple) else []
         if len(parts) >= _MAX_PARTS:

@@ -79,7 +79,7 @@ class FactReports:
 
         Args:
             are_passes_even: whether all passes on the same batches have as many samples.
-            together: samples of several passes on the same batches, 0 where that differs.
+            together: samples of several passes on the same batches, 0 if that differs.
         """
         is_split = bool(together) and together == self._batch_size
         self._clock.split_size = together if is_split else 0

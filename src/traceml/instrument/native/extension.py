@@ -29,7 +29,7 @@ _log = logging.getLogger("traceml")
 
 
 def extension() -> Any:
-    """Return the extension module; None where it cannot be used, or TRACEML_NATIVE=0 forbids it."""
+    """Return the extension module; None if it cannot be used, or TRACEML_NATIVE=0 forbids it."""
     return None if os.environ.get("TRACEML_NATIVE") == "0" else _load()
 
 

@@ -259,7 +259,7 @@ static PyMethodDef methods[] = {
     {"enter", method_enter, METH_O, NULL},
     {"leave", (PyCFunction)(void (*)(void))method_leave, METH_FASTCALL, NULL},
     {"cancel", (PyCFunction)(void (*)(void))method_cancel, METH_FASTCALL, NULL},
-    {"book_user_phases", method_book_user_phases, METH_O, NULL},
+    {"account_user_phases", method_book_user_phases, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

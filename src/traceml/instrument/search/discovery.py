@@ -122,9 +122,9 @@ class ModuleDiscovery:
         return self._clock.optimizers_alive
 
     def _find_own(self) -> int:
-        from traceml.instrument.search.own_optimizers import find_own_optimizers
+        from traceml.instrument.search.custom_optimizers import find_custom_optimizers
 
-        own = find_own_optimizers()
+        own = find_custom_optimizers()
         for optimizer in own:
             self._on_optimizer(optimizer)
 
@@ -156,7 +156,7 @@ class ModuleDiscovery:
             self._trained.clear()
 
     def is_trained(self, module: Any) -> bool:
-        """Whether a known optimizer has parameters of the module; True where none is known."""
+        """Whether a known optimizer has parameters of the module; True if none is known."""
         known = self._trained.get(module)
         if known is None:
             parameters = {id(parameter) for parameter in module.parameters()}

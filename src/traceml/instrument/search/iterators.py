@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 from traceml.inspection.thread_frames import stack_frames
 
-__all__ = ["Feeding", "feeding_of"]
+__all__ = ["BatchSource", "batch_source_of"]
 
 _QUEUES = (
     ("queue", "Queue", "get"),
@@ -28,7 +28,7 @@ _QUEUES = (
 )
 
 
-class Feeding(NamedTuple):
+class BatchSource(NamedTuple):
     """Code by which the training loop gets its batches."""
 
     # Code of the generators that were suspended in the first backward pass, and of the queues' `get`.
@@ -37,7 +37,7 @@ class Feeding(NamedTuple):
     # These generators, until the optimizer steps for the first time.
     suspended: WeakSet[GeneratorType[Any, Any, Any]] | None = None
 
-    def as_optimizer_steps(self) -> Feeding:
+    def as_optimizer_steps(self) -> BatchSource:
         """Return it without the generators that have ended; those that end later have given the last batch."""
         if self.suspended is None:
             return self
@@ -55,7 +55,7 @@ class Feeding(NamedTuple):
         return False
 
 
-def feeding_of(generators: Iterable[GeneratorType[Any, Any, Any]]) -> Feeding:
+def batch_source_of(generators: Iterable[GeneratorType[Any, Any, Any]]) -> BatchSource:
     """Return the code that feeds the training, in its first backward pass.
 
     Args:
@@ -63,7 +63,7 @@ def feeding_of(generators: Iterable[GeneratorType[Any, Any, Any]]) -> Feeding:
     """
     callers = {frame.f_code for frame in stack_frames(sys._getframe())}
     suspended = WeakSet(each for each in generators if _gives(each, callers))
-    return Feeding(frozenset(each.gi_code for each in suspended) | _queue_codes(), frozenset(callers), suspended)
+    return BatchSource(frozenset(each.gi_code for each in suspended) | _queue_codes(), frozenset(callers), suspended)
 
 
 def _gives(generator: GeneratorType[Any, Any, Any], callers: set[CodeType]) -> bool:

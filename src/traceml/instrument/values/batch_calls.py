@@ -17,7 +17,7 @@ Size = tuple[int, int]
 """Samples and elements of the input of a call."""
 OnCalls = Callable[[list[Size], bool, int], None]
 """Takes the sizes of the pass that has fewest, whether all passes of a step on the same batches have as many samples,
-and how many samples several passes on the same batches have together, 0 where that differs."""
+and how many samples several passes on the same batches have together, 0 if that differs."""
 _PASSES = 4
 _MAX_PASSES = 64
 

@@ -200,7 +200,7 @@ def _is_recorded() -> bool:
 
 
 def fingerprint_of(tensor: Any, others: Iterable[Any] = ()) -> int:
-    """Return the hash of 16 numbers of a tensor; 0 where it is not on the CPU, or they are too few or too alike.
+    """Return the hash of 16 numbers of a tensor; 0 if it is not on the CPU, or they are too few or too alike.
 
     Args:
         others: of the same batch; those that are tensors on the CPU change the hash, too.
@@ -232,7 +232,7 @@ def _values_of(batch: Any) -> Iterable[Any]:
 
 
 def _compared_elements(values: Iterable[Any], first: Any) -> int:
-    """Return the elements of texts that are compared with each other; 0 where the first tensor is of no such text."""
+    """Return the elements of texts that are compared with each other; 0 if the first tensor is of no such text."""
     for value in values:
         if isinstance(value, list | tuple) and isinstance(next(iter(value), None), Mapping):
             found = [each.get(_PREFERRED) for each in value[:_WIDTH] if isinstance(each, Mapping)]
@@ -249,7 +249,7 @@ def _is_one_of_several(values: Iterable[Any], first: Any) -> bool:
 
 
 def _first_tensor(value: Any, depth: int) -> Any:
-    """Return the first tensor in nested containers, `input_ids` before others; None where there is none."""
+    """Return the first tensor in nested containers, `input_ids` before others; None if there is none."""
     if isinstance(value, torch.Tensor):
         return value
     if not depth:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from traceml.recorder.growth.library_holders import FIGURES, HOOKS, PARAMETER_GROUPS
 
-__all__ = ["AddingLine", "line_that_adds"]
+__all__ = ["AppendingLine", "appending_line"]
 
 _MAX_LINES = 20_000
 _METHODS = "append|appendleft|extend|add|insert|update|setdefault"
@@ -22,14 +22,14 @@ _CALLS = {
 _FUNCTION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
 
 
-class AddingLine(NamedTuple):
+class AppendingLine(NamedTuple):
     """A line, and the function that it is in."""
 
     number: int
     function: str
 
 
-def line_that_adds(file: str, path: str, kind: str = "", *, is_copied: bool = False) -> AddingLine | None:
+def appending_line(file: str, path: str, kind: str = "", *, is_copied: bool = False) -> AppendingLine | None:
     """Return the only line of a file that adds to a container; None without one, or with several.
 
     Args:
@@ -40,7 +40,7 @@ def line_that_adds(file: str, path: str, kind: str = "", *, is_copied: bool = Fa
     lines = linecache.getlines(file)[:_MAX_LINES]
     found = [] if is_copied else _matching(lines, _CALLS.get(kind) or _additions(path))
     found = found or _matching(lines, _copies(path))  # a list may be copied, too
-    return AddingLine(found[0], _function_of(lines, found[0])) if len(found) == 1 else None
+    return AppendingLine(found[0], _function_of(lines, found[0])) if len(found) == 1 else None
 
 
 def _matching(lines: Sequence[str], adds: re.Pattern[str]) -> list[int]:

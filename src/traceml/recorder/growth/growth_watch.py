@@ -191,11 +191,11 @@ def _has_grown(before: HeldObjects, after: HeldObjects, steps: int) -> bool:
 
 
 def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
-    from traceml.recorder.growth.growing_lines import line_that_adds
+    from traceml.recorder.growth.growing_lines import appending_line
 
     facts = held._asdict()
     facts["count"] = facts.pop("size")
-    line = line_that_adds(held.file, held.path, held.kind, is_copied=held.is_copied)
+    line = appending_line(held.file, held.path, held.kind, is_copied=held.is_copied)
     facts["file"] = display_path(held.file)
     where = {} if line is None else {"line": line.number, "function": line.function}
     return facts | {"per_step": round((held.size - before) / steps, 4), **where}

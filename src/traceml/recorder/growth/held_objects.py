@@ -17,7 +17,7 @@ from itertools import islice
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from traceml.instrument.facts.own_attributes import attribute_values, named_attributes
+from traceml.instrument.facts.instance_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only
 from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures
 
@@ -231,7 +231,7 @@ def _newest(value: Any) -> Any:
 
 
 def _newest_cached(function: Any) -> Any:
-    """Return the newest result of a cached function; None where it is not known."""
+    """Return the newest result of a cached function; None if unknown."""
     info = function.cache_info()
     if info.currsize > _MAX_LISTED:
         return None

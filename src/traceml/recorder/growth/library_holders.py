@@ -48,7 +48,7 @@ def _hooks(owner: Any, path: str) -> Iterator[Holder]:
 
 
 def pyplot_figures() -> Holder | None:
-    """Return the open figures of pyplot, which keeps them until they are closed; None where it is not imported."""
+    """Return the open figures of pyplot, which keeps them until they are closed; None if it is not imported."""
     helpers = sys.modules.get("matplotlib._pylab_helpers")
     figures = getattr(getattr(helpers, "Gcf", None), "figs", None)
     return Holder("pyplot", FIGURES, figures) if isinstance(figures, dict) else None

@@ -35,7 +35,7 @@ def library_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]
 
 
 def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> int | None:
-    """Return the number of the child process; None where the user's code waits for none."""
+    """Return the number of the child process; None if the user's code waits for none."""
     for each in library_frames(frame, is_user):
         if each.f_code.co_name in _WAITS and each.f_code.co_filename.endswith(_SUBPROCESS):
             child = each.f_locals.get("self")
@@ -46,7 +46,7 @@ def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool])
 
 
 def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> str:
-    """Return the path of the lock file; empty where the user's code waits for none."""
+    """Return the path of the lock file; empty if the user's code waits for none."""
     for each in library_frames(frame, is_user):
         name = next((name for file, name in _LOCKS.items() if each.f_code.co_filename.endswith(file)), None)
         if name is not None:
@@ -90,6 +90,6 @@ def _calls(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Ite
 
 
 def _rank(call: FrameType, name: str) -> int | None:
-    """Return the rank that a function was given; None where it was given none, or one of a group."""
+    """Return the rank that a function was given; None if it was given none, or one of a group."""
     value = call.f_locals.get(name)
     return value if type(value) is int and value >= 0 else None

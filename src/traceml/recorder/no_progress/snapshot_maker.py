@@ -60,7 +60,7 @@ class SnapshotMaker:
     Args:
         thread: returns the id of the training thread.
         user: recognizes the user's code.
-        data: returns how far the data of the training loader is read; None where there is none.
+        data: returns how far the data of the training loader is read; None if there is none.
         groups: returns the newest operation by process group.
         workers: returns the loader's workers, by the time without progress and the iterator that the rank waits for.
         failed_threads: returns the threads that an exception has ended.

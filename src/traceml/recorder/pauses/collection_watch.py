@@ -44,8 +44,8 @@ class Collection(NamedTuple):
         together: how many they are.
         generation: the oldest generation that it visited.
         code, line: the user's code that called `gc.collect`, itself or through a library, or a library's where no
-            code of the user did; None, 0 where the interpreter decided.
-        library, library_line: the library's code that called it; None, 0 where the user's code did.
+            code of the user did; None, 0 if the interpreter decided.
+        library, library_line: the library's code that called it; None, 0 if the user's code did.
     """
 
     t_end_ns: int

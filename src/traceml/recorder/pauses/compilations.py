@@ -24,7 +24,7 @@ class Compilation(NamedTuple):
     end_us: int  # its end, microseconds since 1970
     ns: int
     detail: Compiled  # why it was compiled
-    place: str  # the function, `FILE:LINE FUNCTION`; empty where it is not known
+    place: str  # the function, `FILE:LINE FUNCTION`; empty if unknown
     guard: str  # the guard of the code compiled before that failed; empty for the first compilation
 
 

@@ -28,10 +28,10 @@ from traceml.database.flight.flight_folders import pending_row_path, spool_folde
 from traceml.database.flight.row_rings import pack_map
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
-from traceml.own_files import make_own_folder
 from traceml.recorder.sending.blob_table import BlobTable
 from traceml.run_folder import ARTIFACTS
 from traceml.transport.folder_aggregator import folder_id
+from traceml.trusted_files import make_trusted_folder
 
 __all__ = ["FileUpload", "FileUploader", "RefusedFileError"]
 
@@ -253,8 +253,8 @@ class FileUploader:
         for stem in self._stems:
             folder = spool_folder(stem)
             try:
-                make_own_folder(stem.parent)
-                make_own_folder(folder, private=True)
+                make_trusted_folder(stem.parent)
+                make_trusted_folder(folder, private=True)
             except OSError as error:
                 refused = refused or error
                 continue

@@ -36,7 +36,7 @@ _METRICS = 24
 
 
 def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> Option | None:
-    """Return the median step time of both runs over their steps; None where one has no steps."""
+    """Return the median step time of both runs over their steps; None if one has no steps."""
     if not len(a) or not len(b):
         return None
 

@@ -15,7 +15,7 @@ from traceml.renderers.charts.scales import CHAR, Scale, rounded, text_of
 __all__ = ["Plot", "escaped", "heat_cells", "label", "marks", "rectangle", "stacked", "y_axes"]
 
 Points = list[tuple[float, float, float]]
-"""(x, from, to): a mark begins at 0, or at the top of the one below it; `to` is NaN where there is none."""
+"""(x, from, to): a mark begins at 0, or at the top of the one below it; `to` is NaN if there is none."""
 
 
 class Plot(msgspec.Struct, frozen=True):

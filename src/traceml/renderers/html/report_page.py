@@ -139,7 +139,7 @@ def _tiles(view: RunView) -> Iterator[str]:
 
 
 def sample_line(view: RunView) -> str:
-    """Return sentences on what verdict, step times and rates rest on; empty where they rest on all of the run."""
+    """Return sentences on what verdict, step times and rates rest on; empty if they rest on all of the run."""
     return "".join(f"{escaped(capitalized(text))}. " for text in (view.sample, view.untimed, view.shared_data) if text)
 
 

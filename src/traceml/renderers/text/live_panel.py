@@ -182,7 +182,7 @@ def verdict_line(now: RunView) -> Text:
 
 
 def note_text(now: RunView) -> Text:
-    """Return what there is to say about the whole run, above all its restarts; empty where there is nothing."""
+    """Return what there is to say about the whole run, above all its restarts; empty if there is nothing."""
     return Text("; ".join(now.notes), style="yellow")
 
 

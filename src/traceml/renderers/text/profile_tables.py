@@ -48,7 +48,7 @@ def operator_lines(table: OperatorTable) -> list[str]:
 
 
 def slowdown_line(slowdown: Mapping[int, float | None]) -> str:
-    """Return how much longer the profiled steps took; empty where that is not known.
+    """Return how much longer the profiled steps took; empty if unknown.
 
     Args:
         slowdown: by rank, profiled step time / step time before.

@@ -29,7 +29,7 @@ class StacksRank(RankSnapshot):
 
 @dataclass(frozen=True, slots=True)
 class MissingRank:
-    """A rank of which nothing is known now: its host, empty where it has never connected, and why."""
+    """A rank of which nothing is known now: its host, empty if it has never connected, and why."""
 
     rank: int
     host: str

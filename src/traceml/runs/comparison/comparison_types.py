@@ -92,7 +92,7 @@ class RankChange(msgspec.Struct, kw_only=True):
 
     @property
     def delta_ms(self) -> float:
-        """B's work minus A's; 0 where one of them is unknown."""
+        """B's work minus A's; 0 if one of them is unknown."""
         return 0.0 if self.a_work_ms is None or self.b_work_ms is None else self.b_work_ms - self.a_work_ms
 
 
@@ -126,7 +126,7 @@ class VerdictChange(msgspec.Struct, kw_only=True):
 
 
 class MetricChange(msgspec.Struct, kw_only=True):
-    """Last values of a metric; `change` is None where one is negative or not a finite number."""
+    """Last values of a metric; `change` is None if one is negative or not a finite number."""
 
     name: str
     a: float | None
@@ -135,7 +135,7 @@ class MetricChange(msgspec.Struct, kw_only=True):
 
 
 class ParamChange(msgspec.Struct, kw_only=True):
-    """A logged parameter with another value in B; None where it was not logged."""
+    """A logged parameter with another value in B; None if it was not logged."""
 
     name: str
     a: bool | int | float | str | None
@@ -143,7 +143,7 @@ class ParamChange(msgspec.Struct, kw_only=True):
 
 
 class TextChange(msgspec.Struct, kw_only=True):
-    """A version of a package or the value of a variable that differs in B; None where a run has none."""
+    """A version of a package or the value of a variable that differs in B; None if a run has none."""
 
     name: str
     a: str | None

@@ -18,8 +18,8 @@ from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.errors import TraceMLError
 from traceml.runs.export.step_parts import STEP_PARTS, part_bounds, step_parts, waiting_of
 from traceml.runs.export.top_operators import CallSamples, OperatorTable
-from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.runs.rows.group_rows import read_group_use
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["ProfileFile", "ProfiledRank", "steps_stored", "write_profile"]
 
@@ -62,7 +62,7 @@ class ProfileFile:
     path: Path
     events: int
     operators: OperatorTable
-    # by rank, profiled step time / step time before; None where too few steps came before
+    # by rank, profiled step time / step time before; None if too few steps came before
     slowdown: dict[int, float | None]
 
 
@@ -119,7 +119,7 @@ class _ProfileMerger:
         """Yield the events of a rank: names, steps and phases, operators."""
         base_ns, decoded = _decoded(each)
         stream = self._streams.get((each.rank, each.pid))
-        shift_ns = self._clocks.of_date(stream.id, 0) if stream is not None else 0
+        shift_ns = self._clocks.from_wall_clock(stream.id, 0) if stream is not None else 0
         self.operators.add(decoded, base_ns, each.calls)
         if not self._origin_ns:
             self._origin_ns = _first_ns(decoded, base_ns + shift_ns)
@@ -175,7 +175,7 @@ class _ProfileMerger:
         pid, tid = self._process(each.rank, each.pid), self._track(each.rank, each.pid, _TRACK)
         yield _name("thread_name", pid, tid, name=_TRACK)
         yield _name("thread_sort_index", pid, tid, sort_index=-1)
-        end = self._clocks.of_stamp(stream.id, inside["t_end_ns"])
+        end = self._clocks.from_monotonic(stream.id, inside["t_end_ns"])
         begin = end - inside["total_ns"]
         parts = step_parts(inside, waiting_of(inside, grouped=self._grouped))
         starts, ends = part_bounds(begin, end, parts)

@@ -14,7 +14,7 @@ from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report_types import Report
 from traceml.runs.report.restarts import attempts_of
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 from traceml.runs.rows.series import StepSeries, read_series
 
 __all__ = ["RunSpan", "run_spans"]
@@ -87,7 +87,7 @@ def _attempts(
 ) -> Iterator[RunSpan]:
     for attempt, of_attempt in attempts.items():
         starts = [
-            clocks.of_stamp(stream.id, int(stream.facts["clock"][0]))
+            clocks.from_monotonic(stream.id, int(stream.facts["clock"][0]))
             for stream in of_attempt
             if "clock" in stream.facts
         ]
@@ -103,7 +103,7 @@ def _last_step_ns(reader: StoreReader, streams: Sequence[StreamRecord], clocks: 
     found = []
     for stream in streams[:_MAX_RANKS]:
         rows = reader.rows(STEPS.name, [stream.id], last=1)
-        found += [clocks.of_stamp(stream.id, int(rows["t_end_ns"][-1]))] if len(rows) else []
+        found += [clocks.from_monotonic(stream.id, int(rows["t_end_ns"][-1]))] if len(rows) else []
 
     return max(found, default=None)
 
@@ -120,8 +120,8 @@ def _blocks(
     for index, (first, final, start_ns, end_ns) in _bounds(reader, stream, series):
         yield RunSpan(
             f"steps {first}-{final}" if final > first else f"step {first}",
-            clocks.of_stamp(stream.id, start_ns),
-            clocks.of_stamp(stream.id, end_ns),
+            clocks.from_monotonic(stream.id, start_ns),
+            clocks.from_monotonic(stream.id, end_ns),
             f"steps/{last}/{first}",
             f"attempt/{last}",
             _block_facts(series, index, first, final),

@@ -13,7 +13,7 @@ from traceml.database.schema import GPU, HOST, METRICS, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import StreamRecord
 from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, WaitingRows, as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["MetricTracks", "SampleTracks"]
@@ -120,7 +120,7 @@ class SampleTracks:
         shown = np.stack([counter.shown for counter in counters], axis=1)
         kinds = [PointKind(counter.name, "sample", "C", counter.fields) for counter in counters]
         kind = np.broadcast_to(np.arange(len(kinds)), shown.shape)[shown]
-        at_ns = np.broadcast_to(self._clocks.of_stamp(stream.id, t_ns)[:, None], shown.shape)[shown]
+        at_ns = np.broadcast_to(self._clocks.from_monotonic(stream.id, t_ns)[:, None], shown.shape)[shown]
         texts = np.stack([counter.texts for counter in counters], axis=1)[shown]
         self._blocks.write_points(PointBlock(*track, kinds, kind, at_ns, texts))
 
@@ -162,7 +162,7 @@ class MetricTracks:
         kinds = [self._kind(stream.id, *divmod(each, 1 + len(_NOT_FINITE))) for each in found.tolist()]
         numbers = as_json(np.where(form == 0, rows["value"], 0.0).tolist())
         numbers[form > 0] = as_json(rows["step"][form > 0].tolist())
-        at_ns = self._clocks.of_date(stream.id, rows["t_ns"])
+        at_ns = self._clocks.from_wall_clock(stream.id, rows["t_ns"])
         self._blocks.write_points(PointBlock(pid, tid, kinds, kind, at_ns, numbers[:, None]))
 
     def _kind(self, stream: int, number: int, form: int) -> PointKind:

@@ -17,7 +17,7 @@ from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
 from traceml.runs.export.step_parts import DEVICE_PARTS, STEP_PARTS, device_parts, part_bounds, step_parts, waiting_of
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["StepTracks"]
@@ -184,7 +184,7 @@ class StepTracks:
 
     def _bounds(self, lane: _Lane, rows: Any) -> tuple[Longs, Longs]:
         """Return start and end of steps, without overlap with the step before."""
-        end: Longs = self._clocks.of_stamp(lane.stream.id, rows["t_end_ns"])
+        end: Longs = self._clocks.from_monotonic(lane.stream.id, rows["t_end_ns"])
         begin = end - rows["total_ns"]
         until = np.maximum.accumulate(np.concatenate([[lane.until_ns], end]))
         lane.until_ns, before = int(until[-1]), until[:-1]

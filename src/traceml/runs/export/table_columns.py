@@ -27,7 +27,7 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.store.reader import StreamRecord
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "log_part", "packed_part"]
 
@@ -178,10 +178,10 @@ def _columns_of(
 ) -> Part:
     values = rows[name]
     if name == "t_end_ns":
-        return {"end_epoch_ns": clocks.of_stamp(stream.id, values)}
+        return {"end_epoch_ns": clocks.from_monotonic(stream.id, values)}
 
     if name == "t_ns":
-        date = clocks.of_date if table == METRICS.name else clocks.of_stamp
+        date = clocks.from_wall_clock if table == METRICS.name else clocks.from_monotonic
         return {"time_epoch_ns": date(stream.id, values)}
 
     if name in _NAMES:
@@ -219,7 +219,7 @@ def _bits(rows: NDArray[np.void]) -> Part:
 
 def log_part(stream: StreamRecord, clocks: RunClocks, rows: Sequence[Mapping[str, Any]], table: str) -> Part:
     """Return rows of a log as columns."""
-    date = {LOGGED.name: clocks.of_date, INFO.name: clocks.of_stamp}[table]
+    date = {LOGGED.name: clocks.from_wall_clock, INFO.name: clocks.from_monotonic}[table]
     return {
         **_stream_columns(stream),
         "time_epoch_ns": [date(stream.id, int(row.get("t_ns", 0))) for row in rows],

@@ -18,7 +18,7 @@ from traceml.errors import StoreError, UsageError
 from traceml.installation import install_command
 from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.table_columns import TABLES, ExportTable, Part, RepeatedTexts, log_part, packed_part, to_json
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["export_tables"]
 

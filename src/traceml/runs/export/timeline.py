@@ -35,8 +35,8 @@ from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.sample_tracks import MetricTracks, SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
-from traceml.runs.rows.aligned_clocks import RunClocks
 from traceml.runs.rows.group_rows import read_group_use
+from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["EventMarks", "TimelineExporter", "origin_of"]
@@ -142,7 +142,7 @@ class TimelineExporter:
     def _evals(self, stream: StreamRecord, rows: Any) -> None:
         pid, tid = self._tracks.rank(stream, tracks.EVALS)
         for row in rows:
-            end_ns = self._clocks.of_stamp(stream.id, int(row["t_end_ns"]))
+            end_ns = self._clocks.from_monotonic(stream.id, int(row["t_end_ns"]))
             args = {"before_step": int(row["step"]), "batches": int(row["batches"])}
             start_ns = end_ns - int(row["ns"])
             self._writer.write_span("evaluation", start_ns, end_ns, pid=pid, tid=tid, cat="evaluation", args=args)
@@ -155,7 +155,7 @@ def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
         rows = np.frombuffer(frame.data, reader.dtype(frame.table))
         is_step = frame.table == STEP_ROWS.name
         stamp = int(rows["t_end_ns"][0] - rows["total_ns"][0]) if is_step else int(rows["t_ns"][0])
-        first.append(clocks.of_stamp(frame.stream, stamp))
+        first.append(clocks.from_monotonic(frame.stream, stamp))
 
     started = reader.meta().get("run", {}).get("started")
     if started is not None:
@@ -191,11 +191,11 @@ class EventMarks:
         self._writer.write_instant(text, event.epoch_ns, cat="event", scope="g", pid=pid, tid=tid, args=facts)
 
     def _info(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
-        at_ns = self._clocks.of_stamp(stream.id, int(row.get("t_ns", 0)))
+        at_ns = self._clocks.from_monotonic(stream.id, int(row.get("t_ns", 0)))
         self._mark(stream, str(row.get("kind", "info")), at_ns, row)
 
     def _logged(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
-        at_ns = self._clocks.of_date(stream.id, int(row.get("t_ns", 0)))
+        at_ns = self._clocks.from_wall_clock(stream.id, int(row.get("t_ns", 0)))
         self._mark(stream, " ".join(str(row[key]) for key in ("kind", "name") if row.get(key)), at_ns, row)
 
     def _mark(self, stream: StreamRecord, name: str, at_ns: int, row: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ class OperatorTotal:
 
     @property
     def place(self) -> _Place | None:
-        """The line of the user's code in which it was seen most often; None where it was never seen."""
+        """The line of the user's code in which it was seen most often; None if it was never seen."""
         return self.places.most_common(1)[0][0] if self.places else None
 
 

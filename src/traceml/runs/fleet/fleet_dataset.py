@@ -67,7 +67,7 @@ class FleetDataset:
         return folder / f"{quote(run.id, safe='')}-{int(run.started or 0)}.parquet"
 
     def add(self, report: Report) -> Path | None:
-        """Add a run, or replace it; return its file, None where it has no steps.
+        """Add a run, or replace it; return its file, None if it has no steps.
 
         Raises:
             UsageError: pyarrow is not installed.

@@ -91,7 +91,7 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def script_of(command: str | Sequence[str]) -> str:
-    """Return the script in a command line without its folder, or the module after `-m`; empty where there is none."""
+    """Return the script in a command line without its folder, or the module after `-m`; empty if there is none."""
     words = _words(command) if isinstance(command, str) else list(command)
     for before, word in zip(["", *words], words, strict=False):
         if before == "-m":

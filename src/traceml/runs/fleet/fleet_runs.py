@@ -45,7 +45,7 @@ class FleetRun:
 
     Attributes:
         run: its id, name: its name, project, month: of its folder in the dataset.
-        started: epoch seconds, None where it is not known.
+        started: epoch seconds, None if unknown.
         script, model, parameters, dtype, device, parallel, compiled, batch_size, world_size: what was trained, and how.
         steps: number of steps, step_ms: mean step time.
         phases: mean milliseconds per step by phase, over all ranks.
@@ -88,7 +88,7 @@ class FleetRun:
         return f"no run of the dataset has a field {name!r}. Fields: {', '.join(FLEET_FIELDS)}"
 
     def value(self, name: str) -> Any:
-        """Return a field; None where the run has none of this name."""
+        """Return a field; None if the run has none of this name."""
         return FLEET_FIELDS[name](self) if self.has(name) else None
 
     def has(self, name: str) -> bool:

@@ -18,7 +18,7 @@ class PhaseHistory(msgspec.Struct, kw_only=True):
     """A phase of a run, or the whole step (`step`), and the same in earlier runs, in milliseconds per step.
 
     `usual_ms` is the median of the earlier runs; from `low_ms` to `high_ms` a run is as usual. `change` is a share of
-    `usual_ms`, None where that is 0.
+    `usual_ms`, None if that is 0.
     """
 
     phase: str
@@ -98,7 +98,7 @@ class FleetDocument(JsonDocument, msgspec.Struct, kw_only=True):
     Attributes:
         dataset: its folder.
         runs: runs in it that meet the conditions, first_started, last_started: epoch seconds.
-        history: the chosen run next to its history, None where the dataset is empty.
+        history: the chosen run next to its history, None if the dataset is empty.
         hosts: the comparison of hosts.
         covers: what the figures cover, in sentences.
         damage: messages about files that cannot be read.

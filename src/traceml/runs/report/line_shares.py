@@ -34,7 +34,7 @@ class LineShare(msgspec.Struct, frozen=True):
     """A line of the user's code in a phase.
 
     Attributes:
-        place: `FILE:LINE FUNCTION`; None where only libraries ran.
+        place: `FILE:LINE FUNCTION`; None if only libraries ran.
         file, line, function: its parts.
         calls: the library functions that it had called, the most frequent first.
         share: share of the phase, 0..1.
@@ -54,7 +54,7 @@ class PhaseLines(msgspec.Struct, frozen=True):
     Attributes:
         phase: a phase, `other`, `startup`, `outside` (between steps), or `after` (after the last step).
         samples: samples of the phase.
-        seconds: time of the phase on one rank, by the hooks; None where it is not known.
+        seconds: time of the phase on one rank, by the hooks; None if unknown.
         lines: its lines.
     """
 

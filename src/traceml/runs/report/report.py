@@ -22,7 +22,6 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.errors import StoreError
 from traceml.formatting import line_text, ms_text
 from traceml.ids import DEFAULT_PROJECT
-from traceml.own_files import replace_file
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report import sections
@@ -34,6 +33,7 @@ from traceml.runs.report.trackers import trackers
 from traceml.runs.report.wall_time import wall_time, with_early_compiling
 from traceml.runs.rows.digest import MAX_STEP_ROWS, Digest, read_digest
 from traceml.runs.run_state import state_of
+from traceml.trusted_files import replace_file
 from traceml.version import __version__
 
 __all__ = [
@@ -93,7 +93,7 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
 def run_wall_time(
     digest: Digest, reader: StoreReader, run_dir: Path, hung_s: Mapping[int, float] | None = None
 ) -> RunTime | None:
-    """Return the wall time of a run by part, until now where it runs; None where its start is not known.
+    """Return the wall time of a run by part, until now where it runs; None if its start is not known.
 
     Args:
         hung_s: seconds without progress before an attempt was ended, by attempt.

@@ -11,8 +11,8 @@ from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError
 from traceml.ids import DEFAULT_PROJECT
-from traceml.own_files import read_regular
 from traceml.runs.json_document import UNREADABLE_JSON, JsonDocument
+from traceml.trusted_files import read_regular
 
 __all__ = [
     "SCHEMA",
@@ -51,7 +51,7 @@ SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
 class RestartSection(msgspec.Struct, kw_only=True):
     """A restart of the job: the attempt that ended, the ranks that ended it, why, and in which step.
 
-    `ranks` is empty where the scheduler ended the job. `lost_s` is the time from the last step before to the first step
+    `ranks` is empty if the scheduler ended the job. `lost_s` is the time from the last step before to the first step
     after; None while there is none.
     """
 
@@ -100,7 +100,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
 
     Rates per second are of the wall time from the first to the last step, evaluation and saving included.
     Samples and tokens are those of the whole job in a mean step; padding counts. Of ranks with identical batches, as in
-    tensor-parallel groups, one counts: `data_ranks` is the number that do. They are None where the model's input is not
+    tensor-parallel groups, one counts: `data_ranks` is the number that do. They are None if the model's input is not
     known, or has parts of samples (nodes of graphs); tokens also where it is not integers by sample and position.
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
     `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
@@ -136,7 +136,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
 
 
 def rate_of(per_step: float | None, steps_per_second: float | None) -> float | None:
-    """Return samples or tokens per second; None where one of the two is not known."""
+    """Return samples or tokens per second; None if one of the two is not known."""
     return None if per_step is None or steps_per_second is None else significant(per_step * steps_per_second)
 
 
@@ -223,7 +223,7 @@ class ExitSection(msgspec.Struct, kw_only=True):
 
     @property
     def stack_text(self) -> str:
-        """The stack as one text, empty where it is unknown."""
+        """The stack as one text, empty if it is unknown."""
         return self.stack if isinstance(self.stack, str) else "\n".join(self.stack or ())
 
 
@@ -239,7 +239,7 @@ class RankSection(msgspec.Struct, kw_only=True):
 
 
 class RankMemory(msgspec.Struct, kw_only=True):
-    """Peak and growth of a rank's memory; None where it was not sampled."""
+    """Peak and growth of a rank's memory; None if it was not sampled."""
 
     rank: int
     rss_peak_bytes: int | None = None
@@ -280,7 +280,7 @@ class SystemSection(msgspec.Struct):
 
 
 class MetricSection(msgspec.Struct, kw_only=True):
-    """A logged metric; None where a value is not a finite number."""
+    """A logged metric; None if a value is not a finite number."""
 
     last: float | None = None
     min: float | None = None
@@ -328,7 +328,7 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     rows_appended: int | None = None
     rows_stored: int | None = None
     rows_lost: int | None = None
-    """None where nobody knows: a rank's host was out of reach at its end. So is `rows_appended` then."""
+    """None if nobody knows: a rank's host was out of reach at its end. So is `rows_appended` then."""
     rows_thinned: int | None = None
     """Stored rows that were removed because of their age; the figures of the whole run have them."""
     overhead_us_per_step: float | None = None
@@ -356,7 +356,7 @@ class SourceSection(msgspec.Struct, kw_only=True):
     """Code and environment of the run in addition to `commit`, `branch` and `dirty`, masked.
 
     `diff` has the uncommitted changes of files that git tracks, at most 256 KiB of them (`diff_truncated`). `not_read`
-    is why what is empty was not read; it is empty where all was, and where that is not known.
+    is why what is empty was not read; it is empty if all was, and where that is not known.
     """
 
     remote: str | None = None
@@ -440,7 +440,7 @@ class ReportSummary(msgspec.Struct):
 
 
 def read_summary(path: Path) -> ReportSummary | None:
-    """Return parts of the report in a file, without reading the rest; None where there is no report."""
+    """Return parts of the report in a file, without reading the rest; None if there is no report."""
     try:
         return msgspec.json.decode(read_regular(path), type=ReportSummary)
     except (OSError, *UNREADABLE_JSON):

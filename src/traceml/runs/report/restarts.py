@@ -20,7 +20,7 @@ from traceml.diagnosis.hangs.hang_detection import detect_hang
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection
 from traceml.runs.report.wall_time import checkpoints, resumes_at
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["attempts_of", "earlier_hangs_s", "newest_exits", "restarts"]
 
@@ -114,8 +114,8 @@ def _lost_s(reader: StoreReader, streams: Sequence[StreamRecord], following: Seq
         ended = max(ns for stream, ns in before if stream.facts.get("boot_id") == one.facts["boot_id"])
         begun = min(ns for stream, ns in after if stream.facts.get("boot_id") == one.facts["boot_id"])
     else:
-        ended = max(clocks.of_stamp(stream.id, ns) for stream, ns in before)
-        begun = min(clocks.of_stamp(stream.id, ns) for stream, ns in after)
+        ended = max(clocks.from_monotonic(stream.id, ns) for stream, ns in before)
+        begun = min(clocks.from_monotonic(stream.id, ns) for stream, ns in after)
 
     return round(max(begun - ended, 0) / 1e9, 3)
 

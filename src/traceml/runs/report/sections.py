@@ -237,7 +237,7 @@ def _line(seen: SampledLine) -> LineSection:
 
 
 def time(digest: Digest) -> TimeSection | None:
-    """Return the run's wall time by part, None where it is not known."""
+    """Return the run's wall time by part, None if unknown."""
     found = digest.facts.time
     if found is None:
         return None

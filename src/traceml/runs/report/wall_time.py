@@ -14,7 +14,7 @@ from traceml.database.store.summaries import StepSums, TableSums
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.run_time import RunTime, UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, Stop, wall_parts, without_stops
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["checkpoints", "resumes_at", "wall_time", "with_early_compiling"]
 
@@ -258,7 +258,7 @@ def _open_step(stream: StreamRecord) -> tuple[float, float] | None:
 def _process(sums: StepSums | None, clocks: RunClocks, stream: StreamRecord, hung_s: float) -> ProcessSums:
     process = _summed(sums, clocks, stream) if sums is not None and _has_rows(sums) else ProcessSums(stream.attempt)
     if (opened := _open_step(stream)) is not None:
-        begin_ns, end_ns = (clocks.of_date(stream.id, int(at_s * _S)) for at_s in opened)
+        begin_ns, end_ns = (clocks.from_wall_clock(stream.id, int(at_s * _S)) for at_s in opened)
         has_row = sums is not None and _has_written(_end_of(stream), sums.steps.bins)
         process.end_in_step(begin_ns, end_ns, int(hung_s * _S), has_row=has_row)
 
@@ -272,8 +272,8 @@ def _summed(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessS
     first, later = epochs[epochs["group"] > 0], epochs[epochs["group"] == 0]
     return ProcessSums(
         attempt=stream.attempt,
-        first_ns=clocks.of_stamp(stream.id, min(begins)),
-        last_ns=clocks.of_stamp(stream.id, max(ends)),
+        first_ns=clocks.from_monotonic(stream.id, min(begins)),
+        last_ns=clocks.from_monotonic(stream.id, max(ends)),
         steps=sums.count,
         total_ns=int(steps["total_ns"].sum()),
         saving_ns=int(steps["checkpoint_ns"].sum()),
@@ -288,7 +288,7 @@ def _summed(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessS
 
 
 def _set_up_ns(bins: NDArray[np.void]) -> int:
-    """Return the time by which the first steps of a process took longer than the others; 0 where it is short.
+    """Return the time by which the first steps of a process took longer than the others; 0 if it is short.
 
     Most of it is in one step: what is imported, built or compiled at the first call. Waiting for data and saving do not
     count.

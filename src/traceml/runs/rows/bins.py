@@ -99,7 +99,7 @@ class StepBins:
         return self._joined(self._histogram.sum(axis=1), joined).astype(np.int64)
 
     def percentiles_ns(self, shares: tuple[float, ...], joined: int) -> list[Floats]:
-        """Return percentiles of the step times by bin, for each share; NaN where a bin is empty."""
+        """Return percentiles of the step times by bin, for each share; NaN if a bin is empty."""
         histogram = self._joined(self._histogram, joined).astype(np.int64)
         reached, count = np.cumsum(histogram, axis=1), histogram.sum(axis=1)
         least = self._joined(self._least, joined, np.minimum)
@@ -139,7 +139,7 @@ class StepBins:
         return {name: values for name, values in per_step.items() if np.nansum(values) > 0}
 
     def work_ns(self, joined: int) -> Floats:
-        """Return own work per step, rank x bin: the step without waiting for others; NaN where a rank has none.
+        """Return own work per step, rank x bin: the step without waiting for others; NaN if a rank has none.
 
         In data-parallel training the steps of all ranks are equally long, as all wait for the slowest; only own work
         differs.

@@ -10,7 +10,7 @@ from typing import Any
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
 from traceml.formatting import name_at_rank, name_order
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
 
@@ -27,7 +27,7 @@ class LoggedItem:
     """One logged value that is not a number.
 
     Attributes:
-        step: its step; None where it has none.
+        step: its step; None if it has none.
         epoch_s: the time of the call.
         text: the text, at most 20,000 characters of it, or why a file was refused.
         counts, edges: of a histogram; one edge more than counts.
@@ -99,7 +99,7 @@ class LoggedItems:
         if key not in self._found and len(self._found) >= _MAX_NAMES:
             return
 
-        epoch_s = self._clocks.of_date(stream, int(row.get("t_ns", 0))) / 1e9
+        epoch_s = self._clocks.from_wall_clock(stream, int(row.get("t_ns", 0))) / 1e9
         self._found.setdefault(key, deque(maxlen=_KEPT[kind])).append(_item(row, rank, float(epoch_s)))
         self._counts[key] = self._counts.get(key, 0) + 1
 

@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
 from traceml.diagnosis.steps.representatives import HOST_CHOICE
 from traceml.formatting import ranks_text
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["RunEvents", "RunMessage", "RunMessages"]
 
@@ -79,7 +79,7 @@ class RunMessages:
         if kind in _SILENT:
             return
 
-        date = self._clocks.of_stamp if table == INFO.name else self._clocks.of_date
+        date = self._clocks.from_monotonic if table == INFO.name else self._clocks.from_wall_clock
         at_s = date(stream, int(row.get("t_ns", 0))) / 1e9
         self._kept.append(RunMessage(at_s, self._ranks[stream], kind, _words(row)))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader
 from traceml.formatting import name_at_rank
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss"]
 
@@ -129,7 +129,7 @@ class MetricReader:
 def _of_losses(frame: Frame, rank: int, clocks: RunClocks) -> MetricFrame:
     losses = np.frombuffer(frame.data, LOSSES.dtype)
     rows = np.zeros(len(losses), METRICS.dtype)
-    rows["t_ns"] = clocks.of_stamp(frame.stream, losses["t_ns"])
+    rows["t_ns"] = clocks.from_monotonic(frame.stream, losses["t_ns"])
     rows["step"], rows["value"] = losses["step"], losses["loss"]
     return MetricFrame([name_at_rank(OWN_LOSS, rank)], np.zeros(1, np.int64), rows)
 

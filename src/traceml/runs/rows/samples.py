@@ -59,7 +59,7 @@ class Samples:
             self.of(table, rank)
 
     def of(self, table: str, rank: int) -> NDArray[np.void] | None:
-        """Return the rows of a rank, None where there are none."""
+        """Return the rows of a rank, None if there are none."""
         key = (table, rank)
         if waiting := self._new.pop(key, None):
             parts = [self._rows[key], *waiting] if key in self._rows else waiting
@@ -69,7 +69,7 @@ class Samples:
         return self._rows.get(key)
 
     def last(self, table: str, rank: int) -> Any:
-        """Return the newest row of a rank, None where there is none."""
+        """Return the newest row of a rank, None if there is none."""
         rows = self.of(table, rank)
         return None if rows is None or not len(rows) else rows[-1]
 

@@ -36,7 +36,7 @@ _DEVICE_LAG = 32
 
 
 class StepSeries(msgspec.Struct, frozen=True):
-    """Step times and phases over the run, one value per bin of steps; NaN where a bin is empty.
+    """Step times and phases over the run, one value per bin of steps; NaN if a bin is empty.
 
     Attributes:
         steps: first step of each bin, width: steps per bin.
@@ -62,7 +62,7 @@ class HeatMap(msgspec.Struct, frozen=True):
     ranks: tuple[tuple[int, int], ...]  # first and last rank of each row
     steps: Ints  # first step of each bin, width: steps per bin
     width: int
-    work_ms: Floats  # own work per step; NaN where a rank has none
+    work_ms: Floats  # own work per step; NaN if a rank has none
     excess: Floats  # work above that of the median rank, as a share of the mean step
 
 

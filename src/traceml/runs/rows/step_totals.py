@@ -192,7 +192,7 @@ class SetUpSums:
                 self._ranks.setdefault(table.name, []).append(np.full(len(rows), rank))
 
     def totals(self, names: Mapping[int, Mapping[int, str]]) -> StepTotals | None:
-        """Return their sums, None where there are none."""
+        """Return their sums, None if there are none."""
         if STEPS.name not in self._rows:
             return None
 

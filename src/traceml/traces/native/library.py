@@ -38,7 +38,7 @@ _ARGUMENTS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library; None where it was not built, or TRACEML_NATIVE=0 forbids it."""
+    """Return the compiled library; None if it was not built, or TRACEML_NATIVE=0 forbids it."""
     if os.environ.get("TRACEML_NATIVE") == "0" or not LIBRARY.exists():
         return None
 

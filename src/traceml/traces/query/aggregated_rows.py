@@ -44,7 +44,7 @@ class _Calls:
                 self.sum_us += sum_us
 
     def row(self) -> dict[str, Any]:
-        """Return the numbers; times are None where no row has them."""
+        """Return the numbers; times are None if no row has them."""
         mean_us = self.sum_us / self.timed if self.timed else None
         return {
             "rows": self.rows,

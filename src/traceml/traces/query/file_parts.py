@@ -122,7 +122,7 @@ class _PartReader:
         return self._joined(chunk) if result is None else self._batch(result, chunk)
 
     def _attached(self, chunk: Text) -> ScanResult | None:
-        """Return the events of a chunk, scanned without a copy of it; None where that is not possible."""
+        """Return the events of a chunk, scanned without a copy of it; None if that is not possible."""
         start = find_start(chunk)
         if start is None:
             return None
@@ -136,7 +136,7 @@ class _PartReader:
         return self._scanner.scan(chunk, start, wrapped=self._part.wrapped, final=False).after(head)
 
     def _joined(self, chunk: Text) -> EventBatch | None:
-        """Return the events of a chunk and of the text before it; None where none begins yet, or they ended."""
+        """Return the events of a chunk and of the text before it; None if none begins yet, or they ended."""
         text = self.boundaries.tail = self.boundaries.tail + chunk
         start = 0 if self.begun else _start(self._part, text, self.boundaries)
         if start is None or self.boundaries.closed:

@@ -21,7 +21,7 @@ Columns = dict[str, list[Any]]
 
 
 def decoded(batch: EventBatch, fields: Sequence[str], context: FieldContext, mask: NDArray[np.bool_] | None) -> Columns:
-    """Return the events of a batch as columns of values, None where an event has none.
+    """Return the events of a batch as columns of values, None if an event has none.
 
     Args:
         batch: the events.

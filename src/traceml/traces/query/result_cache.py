@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from traceml.own_files import cache_home, replace_file
 from traceml.traces.reader.trace_files import identity
+from traceml.trusted_files import cache_home, replace_file
 
 __all__ = ["ResultCache", "cache_folder"]
 

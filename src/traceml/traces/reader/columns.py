@@ -98,7 +98,7 @@ class EventBatch:
         dur_ns: nanoseconds, finer times rounded; -1 where missing.
         fractional: whether a time may have a fraction of a microsecond; otherwise all are whole microseconds.
         args: the requested keys of `args`.
-        exact: begin and duration (ns, None where missing) of rows whose times do not fit in the columns, by row:
+        exact: begin and duration (ns, None if missing) of rows whose times do not fit in the columns, by row:
             beyond 2^63 ns, or a negative duration. The columns have them missing, or negative.
         metadata: metadata events (M, dftracer's integer 4), as parsed; in no column, and not counted as events.
     """
@@ -128,7 +128,7 @@ class FileDamage:
     Args:
         offset: where it begins: in bytes of the file on disk for damaged compression, else of its text.
         what: kind of damage, in a few words.
-        lost_bytes: number of bytes (of the same) that were skipped; 0 where all were used nevertheless.
+        lost_bytes: number of bytes (of the same) that were skipped; 0 if all were used nevertheless.
     """
 
     offset: int

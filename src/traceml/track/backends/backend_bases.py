@@ -21,7 +21,7 @@ class BatchBackend(BackendInterface):
     """Sends one value as a batch of one, and keeps the time of the end; subclasses have `log_metrics`."""
 
     _ended: float | None = None
-    """Epoch seconds at which the training ended; None where they are not known."""
+    """Epoch seconds at which the training ended; None if unknown."""
 
     def log_metric(self, name: str, value: float, step: int) -> None:
         """Send one value."""

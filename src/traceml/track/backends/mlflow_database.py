@@ -1,4 +1,4 @@
-"""MLflow's database file: its schema is created and upgraded aside and then renamed, so that it is never incomplete.
+"""MLflow's database file: its schema is made in a copy, which is then renamed, so that it is never incomplete.
 
 MLflow itself migrates in place, in many transactions. A process that is killed meanwhile leaves a file that neither
 MLflow nor `mlflow db upgrade` can open ("table already exists").

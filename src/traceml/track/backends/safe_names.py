@@ -77,7 +77,7 @@ def plain_value(value: Any, key: Callable[[str], str] = utf8_text, largest: int 
 
 
 def json_number(value: float) -> float | str:
-    """Return a number as JSON holds it: NaN and the infinities, which it has not, as text."""
+    """Return a number as JSON holds it: NaN and the infinities, which JSON lacks, as text."""
     if math.isfinite(value):
         return value
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from traceml.errors import TraceMLError
-from traceml.own_programs import lower_priority, search_working_directory
+from traceml.helper_programs import lower_priority, search_working_directory
 from traceml.process_ends import die_with_parent
 from traceml.track.delivery.delivery_loop import DeliveryLoop
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_TAKEN, TrackerState, locked

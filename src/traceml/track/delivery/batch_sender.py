@@ -14,7 +14,6 @@ from traceml.database.schema import METRICS, STEPS
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import BackendRefusedError
 from traceml.formatting import name_at_rank
-from traceml.own_files import is_file_inside
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment
@@ -27,6 +26,7 @@ from traceml.track.filters import DeliveryFilter
 from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
 from traceml.track.tracker_state import TrackerState
+from traceml.trusted_files import is_file_inside
 
 __all__ = ["BatchSender"]
 

@@ -34,7 +34,7 @@ class PlannedExperiment(msgspec.Struct):
     number: int
     row: dict[str, Any]  # the newest row that announced it
     begun_on: set[int] = msgspec.field(default_factory=set)  # streams that have begun it
-    started: float = 0.0  # epoch seconds at which the first of them did; 0 where that is not known
+    started: float = 0.0  # epoch seconds at which the first of them did; 0 if unknown
 
     @property
     def name(self) -> str:
@@ -112,7 +112,7 @@ class DeliveryPlan:
         return found
 
     def of(self, stream: int, number: int) -> PlannedExperiment | None:
-        """Return the experiment of a stream's number; None where none was announced under that number.
+        """Return the experiment of a stream's number; None if none was announced under that number.
 
         A forked child may log for its parent's experiment before its own announcement arrives.
         """

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from traceml.helper_programs import end_process, helper_program
 from traceml.inspection.kernel_state import core_wait_ns
-from traceml.own_programs import end_process, own_program
 from traceml.process_ends import end_of_status
 from traceml.run_folder import TRACKERS_FOLDER
 from traceml.track.delivery.credentials import environment_for
@@ -86,7 +86,7 @@ class DeliveryProcess:
 
     @property
     def pid(self) -> int | None:
-        """Id of the process, None where there is none."""
+        """Id of the process, None if there is none."""
         return self._process.pid if self._process is not None else None
 
     def poll(self) -> None:
@@ -149,7 +149,7 @@ class DeliveryProcess:
             self._process = None
 
     def _start(self) -> None:
-        command = own_program("traceml.track.delivery", str(self.run_dir), self.backend)
+        command = helper_program("traceml.track.delivery", str(self.run_dir), self.backend)
         command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
         command += ["--once"] if self._once else []
         command += ["--installed-only"] if self._installed_only else []

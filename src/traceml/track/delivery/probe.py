@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 from traceml.errors import PluginError
 from traceml.formatting import left_text, ms_text
+from traceml.helper_programs import helper_program, search_working_directory
 from traceml.ids import DEFAULT_PROJECT
-from traceml.own_programs import own_program, search_working_directory
 from traceml.track.delivery.credentials import environment_for, read_key_file
 from traceml.track.filters import backend_options
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -42,10 +42,10 @@ class ProbeResult:
     """Result of a probe."""
 
     versions: dict[str, str]  # versions of its libraries
-    missing: str = ""  # what is missing and the command that installs it; empty where nothing is missing
+    missing: str = ""  # what is missing and the command that installs it; empty if nothing is missing
     target: str = ""  # address or path of the tracker, without credentials
     is_local: bool = False  # whether that is on this machine
-    reaches: bool | None = None  # whether the target responds or can be written; None where that is unknown
+    reaches: bool | None = None  # whether the target responds or can be written; None if that is unknown
     answer: str = ""  # details of the response, or why there is none
     error: str = ""  # why the backend cannot be used
 
@@ -59,7 +59,7 @@ def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResul
     """
     try:
         done = subprocess.run(
-            own_program("traceml.track.delivery.probe", backend, str(run_dir)),
+            helper_program("traceml.track.delivery.probe", backend, str(run_dir)),
             input=json.dumps(dict(options)),
             env=environment_for(backend, options),
             capture_output=True,

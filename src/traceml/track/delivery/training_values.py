@@ -62,7 +62,7 @@ class TrainingValues:
         """Return the values of the interval that ends, by name.
 
         Args:
-            steps_per_s: speed in the interval; None where it is not known.
+            steps_per_s: speed in the interval; None if unknown.
             step: last step of the lowest rank.
             ranks: the ranks that have made steps.
             last: whether no more rows come.
@@ -99,7 +99,7 @@ class TrainingValues:
         return [sums.pop(key) for key in list(sums) if last or int(key) <= up_to]
 
     def _data_ranks(self, ranks: list[int], step: int) -> tuple[int, bool, bool]:
-        """Return the number of ranks with data of their own, 0 where not known; is it text, are samples counted?"""
+        """Return the number of ranks with data of their own, 0 if unknown; is it text, are samples counted?"""
         if (decided := self._memory.get("decided")) is not None:
             return int(decided[0]), bool(decided[1]), all(decided[2:])
 
@@ -131,6 +131,6 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean(losses: list[Any]) -> float:
-    """Return the mean over ranks; NaN where one is not finite, as its sum is None."""
+    """Return the mean over ranks; NaN if one is not finite, as its sum is None."""
     total, count = losses
     return math.nan if total is None else total / count

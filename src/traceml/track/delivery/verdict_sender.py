@@ -8,13 +8,13 @@ from typing import Any
 
 from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.diagnosis.kinds import Kind
-from traceml.own_files import read_regular
 from traceml.run_folder import REPORT_NAME
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.tracker_session import TrackerSession
 from traceml.track.filters import DeliveryFilter
 from traceml.track.tracker_state import TrackerState
+from traceml.trusted_files import read_regular
 
 __all__ = ["VerdictSender", "has_report"]
 

@@ -34,7 +34,7 @@ class OrchestratorInterface(Protocol):
         """Log parameters."""
 
     def log_text(self, name: str, text: str, step: int | None = None, timestamp: float | None = None) -> None:
-        """Log a text."""
+        """Log text."""
 
     def log_image(self, name: str, image: Any, step: int | None = None, timestamp: float | None = None) -> None:
         """Log an image."""
@@ -98,7 +98,7 @@ class BackendInterface(ABC):
 
     @property
     def url(self) -> str | None:
-        """Page of the run for people, once it has started; None where there is none."""
+        """Page of the run for people, once it has started; None if there is none."""
         return None
 
     @abstractmethod

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import get_native_id
 from typing import Any
 
-from traceml.own_files import cache_home, create_own, make_own_folder, opened_own
+from traceml.trusted_files import cache_home, create_trusted, make_trusted_folder, opened_trusted
 
 __all__ = ["is_signed", "sign"]
 
@@ -27,7 +27,7 @@ _KEY_BYTES = 32
 
 
 def sign(row: Mapping[str, Any]) -> str:
-    """Return the signature of an announcement's plugins and folders; empty where this user can keep no key."""
+    """Return the signature of an announcement's plugins and folders; empty if this user can keep no key."""
     try:
         key = _read_key() or _make_key()
     except OSError:
@@ -56,8 +56,8 @@ def _key_path() -> Path:
 
 
 def _read_key() -> bytes | None:
-    """Return the key, None where none was made."""
-    with suppress(FileNotFoundError), opened_own(_key_path()) as descriptor:
+    """Return the key, None if none was made."""
+    with suppress(FileNotFoundError), opened_trusted(_key_path()) as descriptor:
         key = os.read(descriptor, _KEY_BYTES)
         return key if len(key) == _KEY_BYTES else None
 
@@ -67,9 +67,9 @@ def _read_key() -> bytes | None:
 def _make_key() -> bytes:
     """Make a key, or read the one that another process has made at the same time."""
     path = _key_path()
-    make_own_folder(path.parent)
+    make_trusted_folder(path.parent)
     draft = path.with_name(f".{path.name}-{os.getpid()}-{get_native_id()}")
-    descriptor = create_own(draft)
+    descriptor = create_trusted(draft)
     try:
         os.write(descriptor, secrets.token_bytes(_KEY_BYTES))
         with suppress(FileExistsError):

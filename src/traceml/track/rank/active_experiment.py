@@ -112,7 +112,7 @@ class ExperimentLoggers:
     def _root_row(self, config: settings.Config) -> dict[str, Any] | None:
         """Return the announcement of the run's own experiment.
 
-        None where the settings name no tracker, and in a spawned child, whose parent has announced it.
+        None if the settings name no tracker, and in a spawned child, whose parent has announced it.
         """
         if not config.backend or self.root.experiment:
             return None

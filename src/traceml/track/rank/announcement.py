@@ -70,7 +70,7 @@ def announcement(
 
 
 def _user() -> str:
-    """Return the login name, as trackers' own clients send it; empty where the system knows none."""
+    """Return the login name, as trackers' own clients send it; empty if the system knows none."""
     import getpass
 
     try:

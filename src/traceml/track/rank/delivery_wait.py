@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
-from traceml.own_programs import own_program
+from traceml.helper_programs import helper_program
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.dialing import dial_as_client
 from traceml.track.rank.active_experiment import loggers
@@ -88,7 +88,7 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
     if run is None and recorder is not None:
         run = recorder.run_dir
 
-    command = own_program("traceml", "sync", *([] if run is None else [os.fspath(run), "--wait"]))
+    command = helper_program("traceml", "sync", *([] if run is None else [os.fspath(run), "--wait"]))
     if recorder is not None:
         command += ["--runs-dir", str(recorder.config.runs_dir)]
 

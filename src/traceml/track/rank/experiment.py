@@ -229,7 +229,7 @@ class Experiment:
         self.log_artifact(path, f"{artifact_path}/{Path(path).name}" if artifact_path else None)
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
-        """Log a text."""
+        """Log text."""
         media.text(self._begun_logger(), name, text, self.iteration if step is None else step)
 
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
@@ -279,7 +279,7 @@ capture_lifecycle.follow_recorder()  # a logging call may start the recorder
 
 
 def _tags_of(tags: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
-    """Return tags with their values, empty where they are names alone; a text is one name."""
+    """Return tags with their values, empty if they are names alone; a text is one name."""
     if isinstance(tags, Mapping):
         return {str(name): str(value) for name, value in tags.items()}
 
@@ -295,7 +295,7 @@ def _state_after(kind: type[BaseException] | None) -> str:
 
 
 def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the trackers in an argument: a list, or a text with commas; None where none was given."""
+    """Return the trackers in an argument: a list, or a text with commas; None if none was given."""
     if backend is None:
         return None
 

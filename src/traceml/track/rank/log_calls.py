@@ -24,7 +24,7 @@ __all__ = [
 
 
 def get_active_experiment() -> Experiment | None:
-    """Return the innermost experiment that has begun and not ended; None where there is none.
+    """Return the innermost experiment that has begun and not ended; None if there is none.
 
     Examples:
         >>> with traceml.Experiment("warm-up", backend="jsonl"):
@@ -97,7 +97,7 @@ def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
 
 
 def log_text(name: str, text: str, step: int | None = None) -> None:
-    """Log a text.
+    """Log text.
 
     Examples:
         >>> traceml.log_text("sample", "the quick brown fox", step=1)

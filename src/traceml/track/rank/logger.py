@@ -274,7 +274,7 @@ class Logger:
 
 
 def usual_writer(flight: FlightFile, entries: dict[str, list[int]], experiment: int) -> _Usual | None:
-    """Return the function that appends usual values to a flight file; None where it is not built.
+    """Return the function that appends usual values to a flight file; None if it is not built.
 
     Args:
         entries: known names; see `Logger`.

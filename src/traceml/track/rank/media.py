@@ -22,7 +22,7 @@ _FOLDER_FILES = 10_000
 
 
 def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 0) -> None:
-    """Log a text; a very long one becomes an artifact."""
+    """Log text; a very long one becomes an artifact."""
     recorder = _recorder(logger)
     if recorder is None:
         return

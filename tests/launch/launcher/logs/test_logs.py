@@ -211,7 +211,7 @@ class Stopped(io.StringIO):
 
 
 def test_a_stopped_terminal_holds_up_only_what_is_written_to_it() -> None:
-    """Feeding never waits; what is taken is granted once it has been written, to the last byte."""
+    """BatchSource never waits; what is taken is granted once it has been written, to the last byte."""
     terminal, granted = Stopped(), []
     with closing(LogRouter([stream_handler("node1", 0, terminal)])) as router:
         feed = router.open("node1", 0, "out")

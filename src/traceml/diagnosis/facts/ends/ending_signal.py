@@ -17,18 +17,18 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EndingSignal(NamedTuple):
-    """A signal that ended a job, or 0 where its launcher ended without a word, as by SIGKILL."""
+    """A signal that ended a job, or 0 if its launcher ended without a word, as by SIGKILL."""
 
     number: int
     at_s: float  # epoch seconds at which the launcher received it
-    sender: str = ""  # name of the program that sent it; empty where that is not known
-    sender_pid: int | None = None  # its process, 0 if it is outside of this container; None where it is not known
+    sender: str = ""  # name of the program that sent it; empty if unknown
+    sender_pid: int | None = None  # its process, 0 if it is outside of this container; None if unknown
     waited_s: float = 0.0  # time from the signal to the end of the job, seconds
     from_terminal: bool = False  # whether it came because the launcher's terminal was closed
-    launcher_pid: int | None = None  # the launcher that ended without a word; None where it received a signal
+    launcher_pid: int | None = None  # the launcher that ended without a word; None if it received a signal
     # why the scheduler ended the job, as `RankExit` has it; None if it did not, or did not say
     scheduler: str | None = None
-    limit_s: float | None = None  # the job's time limit, seconds; None where it is not known
+    limit_s: float | None = None  # the job's time limit, seconds; None if unknown
 
 
 def ending_signal_of(facts: object) -> EndingSignal | None:
@@ -56,7 +56,7 @@ def ending_signal_of(facts: object) -> EndingSignal | None:
 
 
 def scheduler_words(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a launcher's report has of the scheduler: `scheduler` and `limit_s`; empty where it ended nothing."""
+    """Return what a launcher's report has of the scheduler: `scheduler` and `limit_s`; empty if it ended nothing."""
     if facts.get("scheduler") not in _SCHEDULER:
         return {}
 

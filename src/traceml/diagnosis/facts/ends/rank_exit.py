@@ -33,7 +33,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
         open_s: age of the open step at the end, seconds.
         address_limit_bytes: limit of its address space, where it had one.
-        saved_steps: steps in its last checkpoint; None where it saved none.
+        saved_steps: steps in its last checkpoint; None if it saved none.
         scheduler: what the scheduler said of the job when it ended: `time_limit`, `preempted`, `warned`, `requeued`.
         limit_s: the job's time limit, seconds, where the scheduler reported it.
         host_lost: reason for which the launcher gave up its host.
@@ -76,20 +76,20 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     untraced: bool = False
     counts_anew: bool = False
 
-    def says(self, *words: str) -> bool:
+    def exception_mentions(self, *words: str) -> bool:
         """Return whether its exception has any of these words, in lower case."""
         text = (self.exception or "").lower()
         return any(word in text for word in words)
 
     @property
     def gone_s(self) -> float | None:
-        """Epoch seconds from which the process certainly was gone; None where that is not known."""
+        """Epoch seconds from which the process certainly was gone; None if unknown."""
         return max((at_s for at_s in (self.at_s, self.reported_s) if at_s is not None), default=None)
 
     @property
-    def gave_up(self) -> bool:
+    def reached_time_limit(self) -> bool:
         """Whether it waited for other ranks until the time limit of a collective."""
-        return self.says(*_TIME_LIMITS)
+        return self.exception_mentions(*_TIME_LIMITS)
 
     @property
     def in_step(self) -> bool:
@@ -107,7 +107,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> str:
-        """The user's line that ended it, in words: `train.py:23 load`; empty where it is not known."""
+        """The user's line that ended it, in words: `train.py:23 load`; empty if unknown."""
         return line_text(self.file, self.line, self.function or "<module>") if self.file and self.line else ""
 
     @property

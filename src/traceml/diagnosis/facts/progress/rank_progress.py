@@ -58,7 +58,7 @@ class JobProgress(msgspec.Struct, frozen=True):
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0  # longest time from the end of a step to the end of the next
     was_aborted: bool = False  # whether the job was found to hang, and ended for that
-    # ranks that have called more collectives than others, and since when; None where all agree
+    # ranks that have called more collectives than others, and since when; None if all agree
     diverged: DivergedRanks | None = None
 
 
@@ -248,7 +248,7 @@ class ProgressHistory:
         Args:
             hosts: rank -> host; the ranks of one host have one clock.
             names: texts of each rank by id.
-            ended: epoch seconds at which ranks have ended, None where that is not known: their time does not advance.
+            ended: epoch seconds at which ranks have ended, None if unknown: their time does not advance.
             opened: number and age in seconds of the step that was open at the end of a rank.
         """
         gone, open_steps = ended or {}, opened or {}

@@ -22,7 +22,7 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
     start_method: str | None = None
-    # of the loader in its process, in the order of their first use; None where it is not known
+    # of the loader in its process, in the order of their first use; None if unknown
     number: int | None = None
     made: int = 1  # loaders with the same data set, length and workers that the script has made, at least half of them
     # its data set's containers of many Python objects: path, type, count, and type `of` one object
@@ -34,7 +34,7 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     is_undivided: bool = False  # whether its data set is iterable, and its code does not ask which worker runs it
 
     @property
-    def likeness(self) -> tuple[str | None, int | None, int | None]:
+    def signature(self) -> tuple[str | None, int | None, int | None]:
         """Data and workers, which loaders that a script makes for each epoch have in common."""
         return self.dataset, self.length, self.num_workers
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from traceml.errors import AgentFailedError
 from traceml.formatting import left_text
+from traceml.helper_programs import end_process
 from traceml.inspection.kernel_state import process_info
 from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec
@@ -23,7 +24,6 @@ from traceml.launch.launcher.hosts.slurm import step_command
 from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.process_cleanup import end_job
-from traceml.own_programs import end_process
 from traceml.process_ends import end_of_status
 
 __all__ = ["AgentConnection"]

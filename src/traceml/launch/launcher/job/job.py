@@ -41,7 +41,7 @@ _CAUSE_S = 1.0
 # After the first unusable host: the time for others to report too.
 _HOST_ERROR_GRACE_S = 1.0
 _STACKS_S = 5.0  # longer than an agent waits for a busy worker
-_SLOW_S = 15.0  # a step of the start-up that takes longer is told, with what is late
+_SLOW_S = 15.0  # a step of the start-up that takes longer is reported, with what is late
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0

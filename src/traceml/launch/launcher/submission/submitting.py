@@ -16,11 +16,11 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import SlurmError, TraceMLError, UsageError
+from traceml.helper_programs import helper_program
 from traceml.installation import install_command
 from traceml.launch.launcher.assembly import users_path
 from traceml.launch.launcher.submission.allocation_call import AllocationCall
 from traceml.launch.launcher.submission.submitted_job import SubmittedJob
-from traceml.own_programs import own_program
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.slurm_jobs import minutes_of
 
@@ -65,7 +65,7 @@ class SlurmOptions:
 
     @property
     def minutes(self) -> int:
-        """The time limit in minutes; 0 where it is not a duration."""
+        """The time limit in minutes; 0 if it is not a duration."""
         return minutes_of(str(self.time)) or 0
 
     @property
@@ -152,5 +152,5 @@ def _setup(folder: Path, run_id: str, warning_s: int) -> list[str]:
         f"export TRACEML_RUN_ID={shlex.quote(run_id)}",
         f"export TRACEML_JOB_WARNING_S={warning_s}",
         *([f"export PYTHONPATH={shlex.quote(path)}"] if path else []),
-        f"exec {shlex.join(own_program(_PROGRAM, str(folder), unbuffered=True))}",
+        f"exec {shlex.join(helper_program(_PROGRAM, str(folder), unbuffered=True))}",
     ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.own_programs import lower_priority
+from traceml.helper_programs import lower_priority
 from traceml.privacy import Masker
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.plugin_metadata import PluginType

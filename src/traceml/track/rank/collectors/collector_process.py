@@ -21,7 +21,7 @@ import msgpack
 
 from traceml.errors import PluginError
 from traceml.fail_open import fail_open
-from traceml.own_programs import end_process
+from traceml.helper_programs import end_process
 
 __all__ = ["CollectorProcess"]
 

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 __all__ = [
     "change_command_line",
     "end_process",
+    "helper_program",
     "importing",
     "leave",
     "lower_priority",
-    "own_program",
     "search_working_directory",
 ]
 
 _LOWEST = 19
 
 
-def own_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
+def helper_program(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
     """Return the command that runs a module of ours in a process of its own.
 
     `-P` keeps the working directory off its path: it is where users have their `queue.py` or `json.py`.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-__all__ = ["attribute_values", "named_attributes", "own_attribute"]
+__all__ = ["attribute_values", "instance_attribute", "named_attributes"]
 
 _MAX_FIELDS = 64
 
@@ -37,8 +37,8 @@ def named_attributes(owner: Any, is_wanted: Callable[[Any], bool]) -> Iterator[t
         yield from (item for item in list(islice(_fields(owner).items(), _MAX_FIELDS)) if is_wanted(item[1]))
 
 
-def own_attribute(owner: Any, name: str) -> Any:
-    """Return an attribute of the object itself, without code of its class; None where only the class has one."""
+def instance_attribute(owner: Any, name: str) -> Any:
+    """Return an attribute of the object itself, without code of its class; None if only the class has one."""
     kind: Any = type(owner)
     if hasattr(kind, "__getattr__") or kind.__getattribute__ is not object.__getattribute__:
         return _fields(owner).get(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from traceml.instrument.facts.own_attributes import attribute_values, named_attributes, own_attribute
+from traceml.instrument.facts.instance_attributes import attribute_values, instance_attribute, named_attributes
 
 
 class Plain:
@@ -38,7 +38,7 @@ def is_fast(owner: Any) -> bool:
 @pytest.mark.parametrize("field", ["step", "other"])
 def test_an_attribute_of_the_object_itself_is_found(field: str) -> None:
     """It hides the method of its class; a method that is not hidden is no attribute of the object."""
-    owner, own = Plain(**{field: print}), own_attribute
+    owner, own = Plain(**{field: print}), instance_attribute
 
     assert own(owner, field) is print
     assert own(Plain(), field) is None
@@ -50,9 +50,9 @@ def test_a_class_that_runs_code_is_not_asked() -> None:
     """Neither `__getattr__` nor a descriptor is called."""
     owner = Guarded(inner=1)
 
-    assert own_attribute(owner, "inner") == 1
-    assert own_attribute(owner, "missing") is None
-    assert own_attribute(Plain(), "limit") is None
+    assert instance_attribute(owner, "inner") == 1
+    assert instance_attribute(owner, "missing") is None
+    assert instance_attribute(Plain(), "limit") is None
 
 
 def test_values_are_read_without_the_names() -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from threading import get_native_id
 
 __all__ = [
-    "OwnDescriptor",
+    "GuardedDescriptor",
     "cache_home",
-    "check_own_folder",
-    "create_own",
+    "check_trusted_folder",
+    "create_trusted",
     "is_file_inside",
-    "make_own_folder",
-    "open_own",
-    "opened_own",
+    "make_trusted_folder",
+    "open_trusted",
+    "opened_trusted",
     "read_regular",
     "replace_file",
 ]
@@ -32,7 +32,7 @@ _OTHERS_ANY = 0o077
 _MAX_BYTES = 256 << 20  # the report of a job of 65,536 ranks has less
 
 
-class OwnDescriptor:
+class GuardedDescriptor:
     """An open descriptor of ours in a process whose script may close it, as by `os.closerange`.
 
     Its number may be that of a file of the script then, which is neither written to nor closed.
@@ -76,7 +76,7 @@ def cache_home() -> Path:
     return Path(named or os.path.expanduser("~/.cache"))  # noqa: PTH111 - raises nothing where there is no home
 
 
-def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_trusted(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file of this user and return its descriptor; it never waits.
 
     A name alone proves nothing, so the opened file is checked: a pipe would stop its reader for good, and a file of
@@ -140,16 +140,16 @@ def is_file_inside(path: Path, folder: Path) -> bool:
 
 
 @contextmanager
-def opened_own(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open a file as `open_own` does, for a `with` block."""
-    descriptor = open_own(path, flags)
+def opened_trusted(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file as `open_trusted` does, for a `with` block."""
+    descriptor = open_trusted(path, flags)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def create_own(path: Path) -> int:
+def create_trusted(path: Path) -> int:
     """Create a file that only this user may read; return its descriptor.
 
     Raises:
@@ -168,13 +168,13 @@ def create_own(path: Path) -> int:
     return descriptor
 
 
-def make_own_folder(folder: Path, *, private: bool = False) -> None:
-    """Create a folder if it is missing, and check it as `check_own_folder` does."""
+def make_trusted_folder(folder: Path, *, private: bool = False) -> None:
+    """Create a folder if it is missing, and check it as `check_trusted_folder` does."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_own_folder(folder, private=private)
+    check_trusted_folder(folder, private=private)
 
 
-def check_own_folder(folder: Path, *, private: bool = False) -> None:
+def check_trusted_folder(folder: Path, *, private: bool = False) -> None:
     """Check that a folder is this user's own, no link, and that nobody else may write into it.
 
     Args:

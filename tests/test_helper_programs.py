@@ -23,7 +23,7 @@ from tests.display.monitoring.collector import collecting
 from tests.eventually import eventually
 from tests.recorder.conftest import environ
 from tests.source_tree import SOURCE, nodes_of, source_files
-from traceml.own_programs import end_process, importing, own_program
+from traceml.helper_programs import end_process, helper_program, importing
 from traceml.supervise.page_process import PageProcess
 from traceml.track.delivery.probe import probe
 
@@ -114,8 +114,8 @@ def test_each_is_started_by_the_same_helper():
     }
 
     assert {path for path, _ in started} <= {"cli/run.py"}
-    assert own_program("traceml.x", "a") == [sys.executable, "-P", "-m", "traceml.x", "a"]
-    assert own_program("traceml.x", unbuffered=True)[1:] == ["-uP", "-m", "traceml.x"]
+    assert helper_program("traceml.x", "a") == [sys.executable, "-P", "-m", "traceml.x", "a"]
+    assert helper_program("traceml.x", unbuffered=True)[1:] == ["-uP", "-m", "traceml.x"]
 
 
 def _neighbors(node: Any) -> list[tuple[ast.Constant, ast.Constant]]:
@@ -187,7 +187,11 @@ def test_the_probe_of_a_tracker(poisoned):
 @pytest.mark.process
 @pytest.mark.parametrize(
     "words",
-    [[sys.executable, "-m", "traceml", "doctor"], own_program("traceml", "top"), own_program("traceml", "profile")],
+    [
+        [sys.executable, "-m", "traceml", "doctor"],
+        helper_program("traceml", "top"),
+        helper_program("traceml", "profile"),
+    ],
     ids=["typed", "top", "profile"],
 )
 def test_the_command(poisoned, words):
@@ -226,7 +230,7 @@ def test_nothing_is_collected_while_a_program_imports():
 
 LEAVING = """
 import atexit, sys, threading, time
-from traceml.own_programs import leave
+from traceml.helper_programs import leave
 
 class Kept:
     def __del__(self):
@@ -253,7 +257,7 @@ def test_a_program_ends_after_its_threads_and_exit_handlers_and_takes_no_module_
 
 @pytest.mark.process
 def test_a_program_ends_with_its_status_also_when_nobody_reads_its_output():
-    code = "import os; from traceml.own_programs import leave; print('x'); os.close(1); leave(5)"
+    code = "import os; from traceml.helper_programs import leave; print('x'); os.close(1); leave(5)"
 
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False).returncode == 5
 

@@ -1,7 +1,7 @@
-"""The two forms of the clock: its hot fields in C, where the extension is built, or in closure cells.
+"""The two implementations of the clock: its hot fields in C, where the extension is built, or in closure cells.
 
-All rules are in `StepClock`. A form holds the fields that hooks use, and closes usual steps; the hooks in C or in
-Python are at the functions that they time. Both forms give the same rows.
+All rules are in `StepClock`. An implementation holds the fields that hooks use, and closes usual steps; the hooks in C
+or in Python are at the functions that they time. Both give the same rows.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class CellField:
 
 
 def new_clock(flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> StepClock:
-    """Return a clock in C if that form can be used, else one in Python.
+    """Return a clock in C if the extension can be used, else one in Python.
 
     Args:
         thread: number of the training thread; None: this thread.

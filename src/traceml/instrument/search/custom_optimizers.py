@@ -17,7 +17,7 @@ import torch
 from traceml.inspection.thread_frames import stack_frames
 from traceml.instrument.search.alive_objects import of_types
 
-__all__ = ["find_own_optimizers"]
+__all__ = ["find_custom_optimizers"]
 
 _MAX_VISITED = 400
 _OPAQUE = (type, ModuleType, FunctionType, MethodType, CodeType, torch.nn.Module, str, bytes, int, float)
@@ -25,7 +25,7 @@ _OPAQUE = (type, ModuleType, FunctionType, MethodType, CodeType, torch.nn.Module
 _TORCH = "torch."
 
 
-def find_own_optimizers() -> list[Any]:
+def find_custom_optimizers() -> list[Any]:
     """Return the objects with a method `step` that hold tensors to train.
 
     One whose `step` is running does more than an update: it is a trainer.

@@ -13,7 +13,7 @@ import numpy as np
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import cores_text, ranks_text
 
-__all__ = ["SideThreads", "side_threads"]
+__all__ = ["BackgroundThreads", "background_threads"]
 
 MIN_SIDE_CORES = 0.25
 """Other threads that use fewer cores are no cause."""
@@ -21,7 +21,7 @@ SIDE_RATIO = 3.0
 """Nor are those that use less than this multiple of what the other ranks' do."""
 
 
-class SideThreads(msgspec.Struct, frozen=True):
+class BackgroundThreads(msgspec.Struct, frozen=True):
     """Cores that all threads but the main one used, of each late rank and of each other rank."""
 
     ranks: Sequence[int]
@@ -47,12 +47,12 @@ class SideThreads(msgspec.Struct, frozen=True):
         )
 
 
-def side_threads(facts: JobFacts, ranks: Sequence[int]) -> SideThreads | None:
-    """Return the use of cores by other threads of late ranks; None where they use few, or the others' as many."""
-    used = facts.samples.side_cores()
+def background_threads(facts: JobFacts, ranks: Sequence[int]) -> BackgroundThreads | None:
+    """Return the use of cores by other threads of late ranks; None if they use few, or the others' as many."""
+    used = facts.samples.background_cores()
     mine = [used[rank] for rank in ranks if rank in used]
     others = [cores for rank, cores in used.items() if rank not in ranks]
     if len(mine) < len(ranks) or not others or min(mine) < max(MIN_SIDE_CORES, SIDE_RATIO * max(others)):
         return None
 
-    return SideThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)))
+    return BackgroundThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)))

@@ -6,10 +6,10 @@ import gc
 import os
 from _thread import RLock
 
-__all__ = ["CollectorPause", "collector_pause"]
+__all__ = ["GcPause", "gc_pause"]
 
 
-class CollectorPause:
+class GcPause:
     """Keeps the collector off until the last pause has ended. A program that switches it off meanwhile finds it on.
 
     The lock is held for moments only: a thread in a pause may wait for one that begins another.
@@ -45,6 +45,6 @@ class CollectorPause:
             gc.enable()
 
 
-collector_pause = CollectorPause()
+gc_pause = GcPause()
 """The one of this process."""
-os.register_at_fork(after_in_child=collector_pause.forget)
+os.register_at_fork(after_in_child=gc_pause.forget)

@@ -8,13 +8,13 @@ from threading import get_native_id
 
 import pytest
 
-from traceml.own_files import (
-    OwnDescriptor,
-    check_own_folder,
-    create_own,
+from traceml.trusted_files import (
+    GuardedDescriptor,
+    check_trusted_folder,
+    create_trusted,
     is_file_inside,
-    make_own_folder,
-    open_own,
+    make_trusted_folder,
+    open_trusted,
     read_regular,
     replace_file,
 )
@@ -22,16 +22,16 @@ from traceml.own_files import (
 
 def test_a_file_of_this_user_is_opened(tmp_path: Path) -> None:
     """The descriptor reads the file; a new file is for this user alone."""
-    os.close(create_own(tmp_path / "own"))
+    os.close(create_trusted(tmp_path / "own"))
     (tmp_path / "own").write_text("text")
 
-    descriptor = open_own(tmp_path / "own")
+    descriptor = open_trusted(tmp_path / "own")
 
     assert os.read(descriptor, 10) == b"text"
     os.close(descriptor)
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o600
     with pytest.raises(FileExistsError):
-        create_own(tmp_path / "own")
+        create_trusted(tmp_path / "own")
 
 
 def test_pipes_links_and_folders_are_refused_at_once(tmp_path: Path) -> None:
@@ -42,10 +42,10 @@ def test_pipes_links_and_folders_are_refused_at_once(tmp_path: Path) -> None:
 
     for name, why in (("pipe", "not a regular file"), ("link", "symbolic link"), (".", "not a regular file")):
         with pytest.raises(OSError, match=why):
-            open_own(tmp_path / name)
+            open_trusted(tmp_path / name)
 
     with pytest.raises(OSError, match="not a regular file"):
-        open_own(tmp_path / "pipe", os.O_RDWR)
+        open_trusted(tmp_path / "pipe", os.O_RDWR)
 
 
 @pytest.mark.needs("root")
@@ -57,26 +57,26 @@ def test_files_and_folders_of_another_user_are_refused(tmp_path: Path) -> None:
         os.chown(tmp_path / name, 12345, -1)
 
     with pytest.raises(PermissionError, match="uid 12345"):
-        open_own(tmp_path / "file")
+        open_trusted(tmp_path / "file")
     with pytest.raises(PermissionError, match="uid 12345"):
-        make_own_folder(tmp_path / "folder")
+        make_trusted_folder(tmp_path / "folder")
 
 
 def test_folders_that_others_may_use_are_refused(tmp_path: Path) -> None:
     """Others must not write into it; into a private one they must not even look."""
-    make_own_folder(tmp_path / "new" / "folder", private=True)
+    make_trusted_folder(tmp_path / "new" / "folder", private=True)
     (tmp_path / "new" / "folder").chmod(0o755)
-    check_own_folder(tmp_path / "new" / "folder")
+    check_trusted_folder(tmp_path / "new" / "folder")
     with pytest.raises(PermissionError, match="mode is 0755"):
-        check_own_folder(tmp_path / "new" / "folder", private=True)
+        check_trusted_folder(tmp_path / "new" / "folder", private=True)
 
     (tmp_path / "new" / "folder").chmod(0o775)
     with pytest.raises(PermissionError, match="mode is 0775"):
-        check_own_folder(tmp_path / "new" / "folder")
+        check_trusted_folder(tmp_path / "new" / "folder")
 
     (tmp_path / "link").symlink_to(tmp_path / "new")
     with pytest.raises(PermissionError, match="not a folder"):
-        check_own_folder(tmp_path / "link")
+        check_trusted_folder(tmp_path / "link")
 
 
 def test_only_regular_files_are_read_and_none_is_waited_for(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_file_is_replaced_as_a_whole_and_never_through_a_planted_link(tmp_path
 
 def test_a_number_that_is_another_file_now_is_left_alone(tmp_path: Path) -> None:
     """The script has closed ours, and opened one of its own."""
-    own = OwnDescriptor(os.open(tmp_path / "ours", os.O_CREAT | os.O_RDWR))
+    own = GuardedDescriptor(os.open(tmp_path / "ours", os.O_CREAT | os.O_RDWR))
     os.close(own.number)
     theirs = os.open(tmp_path / "theirs", os.O_CREAT | os.O_RDWR)
     os.dup2(theirs, own.number)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from traceml.aggregator.checks import hung_jobs
-from traceml.aggregator.checks.hung_jobs import HungJobs
+from traceml.aggregator.checks import hang_termination
+from traceml.aggregator.checks.hang_termination import HungJobs
 from traceml.clock import process_start_ticks
 
 
@@ -40,7 +40,7 @@ def stream_of(pid: int) -> Any:
 def test_each_attempt_that_hangs_is_ended_once(monkeypatch):
     """The verdict may be that of the attempt before, until the next one has had time to hang."""
     now = [1000.0]
-    monkeypatch.setattr(hung_jobs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hang_termination.time, "monotonic", lambda: now[0])
     jobs, run = HungJobs(None), Run()
     run.__dict__.update(vars(run_of()))
 
@@ -63,11 +63,11 @@ def test_processes_of_the_next_attempt_are_not_killed(restarts, monkeypatch):
     async def sleep(_seconds: float) -> None:
         if restarts:
             stream.incarnation = SimpleNamespace(pid=os.getppid(), start_ticks=5)
-            monkeypatch.setattr(hung_jobs, "process_start_ticks", lambda pid: {os.getpid(): None}.get(pid, 5))
+            monkeypatch.setattr(hang_termination, "process_start_ticks", lambda pid: {os.getpid(): None}.get(pid, 5))
 
-    monkeypatch.setattr(hung_jobs.asyncio, "sleep", sleep)
-    monkeypatch.setattr(hung_jobs, "_kill", killed.append)
-    monkeypatch.setattr(hung_jobs, "UnconnectedRanks", lambda _run: SimpleNamespace(find=list))
+    monkeypatch.setattr(hang_termination.asyncio, "sleep", sleep)
+    monkeypatch.setattr(hang_termination, "_kill", killed.append)
+    monkeypatch.setattr(hang_termination, "UnconnectedRanks", lambda _run: SimpleNamespace(find=list))
     monkeypatch.setattr(HungJobs, "_snapshot_silent", staticmethod(lambda _run: asyncio.to_thread(int)))
     asyncio.run(HungJobs(None).abort(run))
 

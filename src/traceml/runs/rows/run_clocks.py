@@ -42,11 +42,11 @@ class RunClocks:
             self._offsets[stream.id] = offset = min(near)[1] if near else own
             self._shifts[stream.id] = offset - _wall(stream, offset)
 
-    def of_stamp(self, stream: int, monotonic_ns: T) -> T:
+    def from_monotonic(self, stream: int, monotonic_ns: T) -> T:
         """Return the epoch nanoseconds of a monotonic timestamp of a stream, or of an array of them."""
         return monotonic_ns + self._offsets[stream]
 
-    def of_date(self, stream: int, epoch_ns: T) -> T:
+    def from_wall_clock(self, stream: int, epoch_ns: T) -> T:
         """Return the epoch nanoseconds of a date that a stream took from the wall clock of its host."""
         return epoch_ns + self._shifts[stream]
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from traceml.collector_pause import CollectorPause
+from traceml.gc_pause import GcPause
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def collector() -> Iterator[None]:
 
 def test_nothing_is_collected_in_a_pause() -> None:
     """The collector is on again afterwards, also after a failure."""
-    with suppress(ValueError), CollectorPause():
+    with suppress(ValueError), GcPause():
         assert not gc.isenabled()
         raise ValueError
 
@@ -32,7 +32,7 @@ def test_nothing_is_collected_in_a_pause() -> None:
 def test_a_collector_that_was_off_stays_off() -> None:
     """A program that runs without it is not surprised by it."""
     gc.disable()
-    with CollectorPause():
+    with GcPause():
         pass
 
     assert not gc.isenabled()
@@ -40,7 +40,7 @@ def test_a_collector_that_was_off_stays_off() -> None:
 
 def test_the_last_pause_ends_it() -> None:
     """Threads in a pause do not wait for each other, whatever the order in which they leave."""
-    pause, inside, leave = CollectorPause(), threading.Event(), threading.Event()
+    pause, inside, leave = GcPause(), threading.Event(), threading.Event()
 
     def work() -> None:
         with pause:
@@ -60,7 +60,7 @@ def test_the_last_pause_ends_it() -> None:
 
 def test_a_forked_child_has_no_pause() -> None:
     """Those of its parent's threads never end there, and one that began before the fork ends nothing."""
-    pause = CollectorPause()
+    pause = GcPause()
     with pause:
         pause.forget()
         assert gc.isenabled()

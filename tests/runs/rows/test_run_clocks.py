@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.database.store.reader import StreamIdentity, StreamRecord
-from traceml.runs.rows.aligned_clocks import RunClocks
+from traceml.runs.rows.run_clocks import RunClocks
 
 S = 10**9
 
@@ -18,8 +18,8 @@ def test_hosts_are_brought_to_the_aggregators_clock():
     wrong = stream(2, "b", clock=[7 * S, 4600 * S], clock_offset_ns=993 * S, clock_rtt_ns=1000)
     clocks = RunClocks([right, wrong])
 
-    assert clocks.of_stamp(1, 6 * S) == clocks.of_stamp(2, 8 * S) == 1001 * S
-    assert clocks.of_date(1, 1001 * S) == clocks.of_date(2, 4601 * S) == 1001 * S
+    assert clocks.from_monotonic(1, 6 * S) == clocks.from_monotonic(2, 8 * S) == 1001 * S
+    assert clocks.from_wall_clock(1, 1001 * S) == clocks.from_wall_clock(2, 4601 * S) == 1001 * S
 
 
 def test_ranks_of_one_host_share_the_most_exact_measurement():
@@ -29,7 +29,7 @@ def test_ranks_of_one_host_share_the_most_exact_measurement():
     never = stream(3, "a", clock=[0, 1000 * S + 1_000])
     clocks = RunClocks([near, far, never])
 
-    assert {clocks.of_stamp(number, 5) for number in (1, 2, 3)} == {1000 * S + 5}
+    assert {clocks.from_monotonic(number, 5) for number in (1, 2, 3)} == {1000 * S + 5}
 
 
 def test_two_machines_of_one_name_keep_their_own():
@@ -41,13 +41,13 @@ def test_two_machines_of_one_name_keep_their_own():
         ]
     )
 
-    assert clocks.of_stamp(1, 0) - clocks.of_stamp(2, 0) == 100 * S
+    assert clocks.from_monotonic(1, 0) - clocks.from_monotonic(2, 0) == 100 * S
 
 
 def test_without_any_measurement():
     """The wall clock of the host is used; without it, timestamps count from the machine's start."""
     clocks = RunClocks([stream(1, "a", clock=[5 * S, 1000 * S]), stream(2, "b")])
 
-    assert clocks.of_stamp(1, 6 * S) == 1001 * S
-    assert clocks.of_stamp(2, 6 * S) == 6 * S
-    assert clocks.of_date(2, 6 * S) == 6 * S
+    assert clocks.from_monotonic(1, 6 * S) == 1001 * S
+    assert clocks.from_monotonic(2, 6 * S) == 6 * S
+    assert clocks.from_wall_clock(2, 6 * S) == 6 * S
