@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import serving  # noqa: F401 - a fixture
-from tests.aggregator.unresponsive_ranks.test_unresponsive_ranks import Script, script  # noqa: F401 - a fixture
+from tests.aggregator.silent_ranks.test_silent_ranks import Script, script  # noqa: F401 - a fixture
 from tests.cli.test_top import running_run
 from tests.eventually import eventually
 from tests.forked import client as forked
 from traceml import cli
+from traceml.aggregator.silent_ranks.stacks_reply import stacks_reply
 from traceml.aggregator.streams.stream import Incarnation, Stream
-from traceml.aggregator.unresponsive_ranks.stacks_reply import stacks_reply
 from traceml.clock import boot_id
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME

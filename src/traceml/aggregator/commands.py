@@ -14,9 +14,9 @@ import msgspec
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
+from traceml.aggregator.silent_ranks.silent_ranks import store_snapshot
+from traceml.aggregator.silent_ranks.stacks_reply import snapshots_from_outside, stacks_reply
 from traceml.aggregator.streams.stream import Stream
-from traceml.aggregator.unresponsive_ranks.stacks_reply import snapshots_from_outside, stacks_reply
-from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import store_snapshot
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.fail_open import fail_open
 from traceml.track.tracker_state import TrackerState

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.unresponsive_ranks.stacks_reply import snapshots_from_outside
-from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnconnectedRanks
+from traceml.aggregator.silent_ranks.silent_ranks import UnconnectedRanks
+from traceml.aggregator.silent_ranks.stacks_reply import snapshots_from_outside
 from traceml.clock import process_start_ticks
 from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.fail_open import fail_open

@@ -16,7 +16,7 @@ from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.checks.hang_termination import HungJobs
 from traceml.aggregator.collecting.source_readings import SourceReadings
 from traceml.aggregator.live_verdict import LiveVerdict
-from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnresponsiveRanks
+from traceml.aggregator.silent_ranks.silent_ranks import SilentRanks
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.fail_open import fail_open
 from traceml.inspection.busy_processes import BusyProcesses
@@ -53,7 +53,7 @@ class RunChecks:
         self.sources = SourceReadings(nice)
         self._hung = HungJobs(report)
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
-        self._silent: dict[ActiveRun, UnresponsiveRanks] = {}
+        self._silent: dict[ActiveRun, SilentRanks] = {}
         self._competing: dict[ActiveRun, CompetingProcesses] = {}
 
     def check(self, run: ActiveRun) -> LiveVerdict:
@@ -62,7 +62,7 @@ class RunChecks:
         for stream in run.connected:
             stream.follow_groups()
 
-        self._silent.setdefault(run, UnresponsiveRanks(run, self._start)).check()
+        self._silent.setdefault(run, SilentRanks(run, self._start)).check()
         self._competing.setdefault(run, CompetingProcesses(run, self._start)).check()
         verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
         verdict.update(run.store)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from traceml.aggregator.streams.stream import Stream
     from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
-__all__ = ["RankProcess", "UnconnectedRanks", "UnresponsiveRanks", "store_snapshot"]
+__all__ = ["RankProcess", "SilentRanks", "UnconnectedRanks", "store_snapshot"]
 
 
 class RankProcess(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ class _Silence(msgspec.Struct):
     is_pending: bool = False
 
 
-class UnresponsiveRanks:
+class SilentRanks:
     """The silent ranks of one run, also those that have never connected."""
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import RankProcess, UnconnectedRanks, store_snapshot
+from traceml.aggregator.silent_ranks.silent_ranks import RankProcess, UnconnectedRanks, store_snapshot
 from traceml.database.snapshots.external_snapshots import ExternalSnapshots, silent_s
 
 if TYPE_CHECKING:

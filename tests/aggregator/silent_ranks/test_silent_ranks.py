@@ -17,7 +17,7 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.aggregator.test_registry import hello, registry  # noqa: F401
 from tests.eventually import eventually
 from traceml.aggregator.registry import Registry
-from traceml.aggregator.unresponsive_ranks.unresponsive_ranks import UnconnectedRanks
+from traceml.aggregator.silent_ranks.silent_ranks import UnconnectedRanks
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, find_flights
@@ -406,7 +406,7 @@ def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., 
 @pytest.fixture
 def flight(memory: Path, monkeypatch: pytest.MonkeyPatch):
     """The flight file of rank 1, which this process plays."""
-    monkeypatch.setattr("traceml.aggregator.unresponsive_ranks.unresponsive_ranks.default_folder", lambda: memory)
+    monkeypatch.setattr("traceml.aggregator.silent_ranks.silent_ranks.default_folder", lambda: memory)
     pid = os.getpid()
     facts = {"job": "job", "rank": 1, "pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id()}
     file = FlightFile.create(memory, facts)
