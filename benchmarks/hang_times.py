@@ -177,7 +177,7 @@ def detector_costs(folder: Path) -> tuple[Costs, int]:
     import torch
 
     import traceml
-    from traceml.recorder.line_sampler import LineSampler
+    from traceml.recorder.lines.line_sampler import LineSampler
     from traceml.recorder.recorder_thread import RecorderThread
     from traceml.recorder.stop_detector import StopDetector
 

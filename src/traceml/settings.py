@@ -159,7 +159,9 @@ class Config:
     sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
     sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
     stack_interval: float = _set(
-        0.1, "Seconds between samples of the line that the training thread runs; 0 turns them off.", low=0
+        0.1,
+        "Seconds between samples of the line that the training thread, or a loader worker, runs; 0 turns them off.",
+        low=0,
     )
     hang_timeout: float = _set(
         60.0,

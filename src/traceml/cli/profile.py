@@ -32,6 +32,7 @@ from traceml.runs.export.flame_graph import speedscope
 from traceml.runs.export.operator_trace import ProfiledRank, ProfileFile, steps_stored, write_profile
 from traceml.runs.export.top_operators import OperatorTotal
 from traceml.runs.find import find_run
+from traceml.runs.report.line_shares import lines_by_phase
 from traceml.settings import PROFILE_AFTER_S, Config
 
 __all__ = ["main", "parse_ranks", "profiled_text"]
@@ -244,7 +245,7 @@ def _flame_graph(options: ProfileOptions, config: Config) -> int:
     run_dir = find_run(options.run, config.runs_dir)
     path = Path(options.output or f"{run_dir.name}.flame.html")
     report = current_report(run_dir)
-    samples = sum(each.samples for each in report.lines)
+    samples = sum(each.samples for each in lines_by_phase(report))
     if not samples:
         raise TraceMLError(f"no lines of run {run_dir.name} were sampled: it was too short, or `stack_interval` is 0")
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOBS", "DEVICE_PHASES", "DEVICE_STEPS", "EPOCHS", "EVALS", "FINGERPRINTS", "GPU", "HOST", "IMPORTING", "INFO",
     "JOURNALED", "LIMITS", "LINES", "LINE_AFTER_STEPS", "LINE_OTHER", "LINE_OUTSIDE", "LINE_PHASES", "LINE_STARTUP",
-    "LINE_THREADS", "LOADER_WORKERS", "LOGGED", "LOGS", "LOSSES", "MAX_LOGGED_NUMBERS", "METRICS", "MICRO_BATCHES_MASK",
-    "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER", "PROCESS",
-    "RELAYED_WHOLE", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES", "Column", "Compiled",
-    "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag", "Table", "native_layout",
-    "other_ns", "pack_bits", "unpack_bits",
+    "LINE_THREADS", "LINE_WORKERS", "LOADER_WORKERS", "LOGGED", "LOGS", "LOSSES", "MAX_LOGGED_NUMBERS", "METRICS",
+    "MICRO_BATCHES_MASK", "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER",
+    "PROCESS", "RELAYED_WHOLE", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES", "Column",
+    "Compiled", "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag", "Table",
+    "native_layout", "other_ns", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 
@@ -478,13 +478,14 @@ PAUSES = Table(
     capacity=2048,
 )
 # Values of `phase` in `LINES` other than those of Phase.
-LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS = -1, -2, -3, -4
+LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, LINE_WORKERS = -1, -2, -3, -4, -5
 LINE_PHASES = {
     **{int(phase): phase.label for phase in Phase},
     LINE_OTHER: "other",
     LINE_OUTSIDE: "outside",
     LINE_STARTUP: "startup",
     LINE_THREADS: "threads",
+    LINE_WORKERS: "workers",
 }
 """Names of the values of `phase` in `LINES`."""
 LINE_AFTER_STEPS = "after"
@@ -499,7 +500,8 @@ LINES = Table(
         _q(
             "phase",
             "Phase that was open; -1: other code in a step, -2: between steps, -3: before the first step; -4: not the "
-            "training thread, but the busiest of the other Python threads, while there is a step",
+            "training thread, but the busiest of the other Python threads, while there is a step; -5: a loader worker "
+            "that makes a batch",
         ),
         _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
         _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),

@@ -223,20 +223,24 @@ _log = logging.getLogger("traceml")
 
 
 class ReportingInit:
-    """A `worker_init_fn` that registers the worker's stacks, then calls the user's own.
+    """A `worker_init_fn` that registers the worker's stacks, starts what is wanted there, and calls the user's own.
 
     Attributes:
         original: the user's; None without one.
+        start: called in the worker, without raising; None for nothing.
     """
 
-    def __init__(self, original: Callable[[int], object] | None) -> None:
-        self.original = original
+    def __init__(self, original: Callable[[int], object] | None, start: Callable[[], object] | None = None) -> None:
+        self.original, self.start = original, start
 
     def __call__(self, worker: int) -> None:
         """Set up the worker of this number, in its process."""
         with fail_open(_log, "inspection", "the stacks of a loader worker cannot be reported"):
             if not is_registered(os.getpid()):
                 register(create_stack_file())
+
+        if self.start is not None:
+            self.start()
 
         if self.original is not None:
             self.original(worker)

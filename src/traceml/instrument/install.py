@@ -59,8 +59,9 @@ class Instrumentation:
         on_group: Callable[[], None] | None,
         device_types: frozenset[str] | None,
         thread: int,
+        in_worker: Callable[[], object] | None,
     ) -> None:
-        self._flight = flight
+        self._flight, self._in_worker = flight, in_worker
         self._device_types = device_types
         self._patches = Patches()
         self._discovery: Any = None
@@ -364,7 +365,7 @@ class Instrumentation:
         """Time waits for batches, and watch the processes that make them."""
         from traceml.instrument.loader import patch_loaders
         from traceml.instrument.workers.loader_workers import watch_workers
-        from traceml.instrument.workers.worker_stacks import report_worker_stacks
+        from traceml.instrument.workers.worker_setup import set_up_workers
 
         clock, patches = self.clock, self._patches
         patch_loaders(
@@ -376,7 +377,7 @@ class Instrumentation:
             lambda number: self._facts.report({"kind": "same_order", "number": number}),
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
-        self._guarded(lambda: report_worker_stacks(patches))
+        self._guarded(lambda: set_up_workers(patches, self._in_worker))
 
     def _patch_distributed(self) -> None:
         from traceml.instrument import timed_calls
@@ -486,6 +487,7 @@ def install(
     on_info: Callable[[Info], None] | None = None,
     on_group: Callable[[], None] | None = None,
     device_types: frozenset[str] | None = None,
+    in_worker: Callable[[], object] | None = None,
 ) -> Instrumentation:
     """Install all hooks.
 
@@ -493,10 +495,11 @@ def install(
         on_info: called with facts about each loader, model and optimizer: maps with `kind` and `t_ns`.
         on_group: called on the training thread when a process group exists.
         device_types: copies to these devices are `h2d`; None: every accelerator that torch was built for.
+        in_worker: called in each loader worker before the user's code, without raising; can be pickled.
 
     Returns:
         The handle for using and removing the hooks.
     """
-    instrumentation = Instrumentation(flight, on_info, on_group, device_types, get_ident())
+    instrumentation = Instrumentation(flight, on_info, on_group, device_types, get_ident(), in_worker)
     instrumentation.start()
     return instrumentation

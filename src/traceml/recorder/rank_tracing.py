@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import Phase, Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.growth.growth_watch import GrowthWatch
-from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.lines.line_sampler import LineSampler
+from traceml.recorder.lines.worker_lines import WorkerLines
 from traceml.recorder.no_progress.failed_threads import FailedThreads
 from traceml.recorder.no_progress.watch_assembly import progress_watch, register_stacks
 from traceml.recorder.pauses.pause_recorder import PauseRecorder
@@ -173,8 +174,27 @@ class RankTracing:
         from traceml.instrument import install
 
         self.is_on = True
+        lines = self._worker_lines()
         with fail_open(_log, "recorder", "steps cannot be traced"):  # samples and trace_step still work
-            self.instrumentation = install(self._flight, on_info=self._append_info, on_group=self._on_group)
+            self.instrumentation = install(
+                self._flight,
+                on_info=self._append_info,
+                on_group=self._on_group,
+                in_worker=lines.sampling if lines is not None else None,
+            )
+
+    def _worker_lines(self) -> WorkerLines | None:
+        """Return what samples the lines of loader workers, and collect them from now on; None if that is not wanted."""
+        interval_s = self._config.stack_interval
+        if not interval_s or sys.platform != "linux":
+            return None
+
+        with fail_open(_log, "recorder", "the lines of loader workers are not sampled"):
+            lines = WorkerLines(self._flight, lambda: self.is_evaluating, interval_s)
+            self._thread.every_cycle(lines)
+            return lines
+
+        return None
 
     def _sample_lines(self) -> None:
         interval_s = self._config.stack_interval

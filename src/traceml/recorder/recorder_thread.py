@@ -15,7 +15,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
-from traceml.recorder.line_sampler import LineSampler
+from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.recorder.sending.row_sender import RowSender
 from traceml.recorder.sending.uploads import FileUploader
 from traceml.recorder.stop_detector import StopDetector

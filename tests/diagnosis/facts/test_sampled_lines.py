@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINES, Phase
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINE_WORKERS, LINES, Phase
 from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine
 
 
@@ -38,6 +38,20 @@ def test_rows_of_other_threads_are_apart():
 
     assert [(each.part, each.function) for each in counts.lines(names)] == [("other", "train")]
     assert (thread.function, thread.samples, thread.watched_ns, thread.cpu_ns) == ("watch", 2, 550, 300)
+
+
+def test_rows_of_loader_workers_are_apart():
+    """They are added up over the workers, and are no samples of the training or of its threads."""
+    rows = np.zeros(3, LINES.dtype)
+    rows["phase"], rows["line_id"], rows["samples"] = [LINE_WORKERS, LINE_OTHER, LINE_WORKERS], [5, 4, 5], [9, 3, 2]
+    counts, names = LineCounts(), {1: {4: "/x/train.py:12 train", 5: "/x/data.py:3 decode"}}
+    counts.add(1, rows)
+
+    (worker,) = counts.of_workers(names)
+
+    assert (worker.part, worker.function, worker.samples) == ("workers", "decode", 11)
+    assert [each.function for each in counts.lines(names)] == ["train"]
+    assert counts.of_other_threads(names) == ()
 
 
 S = 1_000_000_000

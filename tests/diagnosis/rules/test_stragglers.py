@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.stragglers import find_late
 from traceml.diagnosis.ruleset import diagnose
@@ -280,3 +281,21 @@ def test_a_line_that_another_rank_runs_is_of_no_rank_alone() -> None:
     assert own_line_share(lines, "forward", (1,), (0, 2)) == 0.0
     assert own_line_share([*lines, _sampled(1, "forward", 9, 11)], "forward", (1,), (0, 2)) == 0.0
     assert own_line_share([*lines, _sampled(1, "forward", 9, 12)], "forward", (1,), (0, 2)) == pytest.approx(12 / 72)
+
+
+@pytest.mark.parametrize(
+    ("of_others", "named"), [("read", True), ("slow_path", False)], ids=["a path of its own", "the path of all"]
+)
+def test_a_rank_whose_workers_take_a_path_of_their_own_is_named_with_it(of_others: str, named: bool) -> None:
+    """Where all workers run that function, as with a slow disk, it is not what makes the rank slow."""
+    lines = tuple(
+        SampledLine(rank, "workers", "/x/data.py", 7, "slow_path" if rank == 1 else of_others, None, 60)
+        for rank in range(4)
+    )
+    facts = JobFacts(world_size=4, loader=LoaderFacts(num_workers=2), worker_lines=lines)
+    found, *_ = diagnose(window_of(Job(ranks=4, steps=200), adds("input_wait", 30.0, (1,))), facts)
+
+    assert (found.kind, found.ranks) == ("INPUT_STRAGGLER", (1,))
+    assert ("; its workers make batches mostly in data.py:7 slow_path (all of the time)" in found.summary) == named
+    assert (found.evidence.get("function") == "slow_path") == named
+    assert ("Find out why rank 1 runs data.py:7 slow_path that long" in found.next) == named

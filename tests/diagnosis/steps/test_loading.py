@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import WORTHWHILE, for_input
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of
 from traceml.diagnosis.steps.segments import segments_of
 
@@ -503,3 +504,44 @@ def test_the_training_uses_no_more_cores_than_torch_has_threads():
         found = pipeline_of(segments, JobFacts(loader=FOLDER, samples=samples(busy=1.6), threads=threads), 30 * MS)
         assert found is not None
         assert found.rest_cores == pytest.approx(cores, abs=0.2)
+
+
+IN_WORKERS = tuple(
+    SampledLine(0, "workers", "/x/data.py", line, function, None, samples)
+    for line, function, samples in ((7, "Photos.decode", 60), (8, "Photos.augment", 30))
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "workers", "says", "gain"),
+    [
+        (IN_WORKERS, 2, "Make data.py:7 Photos.decode cheaper", 1.5),
+        (IN_WORKERS[1:], 2, "Make data.py:8 Photos.augment cheaper", 2.0),  # all of the time
+        ((), 2, "Make the samples of Photos cheaper", 2.0),
+        (IN_WORKERS, 0, "Make the samples of Photos cheaper", 2.0),  # of workers that evaluate
+    ],
+)
+def test_the_line_of_the_workers_is_named_with_its_share(lines, workers, says, gain):
+    """A third of the time in which workers make batches is not in that line: it is no part of the gain."""
+    loader = LoaderFacts(dataset="Photos", num_workers=workers, batch_size=1)
+    facts = JobFacts(loader=loader, worker_lines=lines, hosts={0: "h"}, cores={"h": 1})
+    (found, *_) = diagnose(window_of(ALONE, adds("input_wait", 500)), facts)
+
+    assert says in found.next
+    assert found.speedup_if_fixed == pytest.approx(gain, rel=0.1)
+    named = workers and bool(lines)
+    assert ("the workers make batches mostly in data.py:" in found.summary) == named
+    assert ("file" in found.evidence) == named
+
+
+def test_no_line_of_workers_is_named_where_they_keep_up():
+    """Training waits to receive their batches; their own work costs nothing."""
+    loader = LoaderFacts(dataset="Photos", num_workers=2, batch_size=8)
+    receives = SampledLine(
+        0, "input_wait", None, None, None, "/python/multiprocessing/connection.py:1 Connection._recv", 90
+    )
+    facts = JobFacts(loader=loader, lines=(receives,), worker_lines=IN_WORKERS, hosts={0: "h"}, cores={"h": 2})
+    (found, *_) = diagnose(window_of(ALONE, adds("input_wait", 8)), facts)
+
+    assert "The workers keep up" in found.next
+    assert "data.py" not in found.summary + found.next

@@ -53,6 +53,7 @@ def test_phases_and_lines_are_in_order_of_time():
         line("other", "load", 4, 0.05),
         line("other", "tiny", 1, 0.005),
         line("startup", None, 10, 1.0),
+        line("workers", "decode", 60, 1.0),
     )
 
     assert shown == [
@@ -66,6 +67,8 @@ def test_phases_and_lines_are_in_order_of_time():
         "          in torch/nn/linear.py:9 Linear.forward",
         "start-up: 9 % of 110 samples",
         "   100 %  libraries only",
+        "loader workers, while they make batches: 60 samples",
+        "   100 %  /home/me/train.py:7 decode",
     ]
 
 

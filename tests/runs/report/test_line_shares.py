@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from traceml.runs.report.line_shares import LibraryCall, LinesDocument, lines_by_phase
+from traceml.runs.report.line_shares import LibraryCall, LinesDocument, lines_by_phase, lines_of_workers
 from traceml.runs.report.report_types import LineSection, PhaseSection, Report, TimePart, TimeSection
 
 
@@ -55,6 +55,15 @@ def test_a_line_is_there_once():
         ("/x/train.py:7 main", (LibraryCall("a.py:1 f", 0.6),)), ("/x/train.py:9 main", ())
     ]  # fmt: skip
     assert phase.lines[0].share == pytest.approx(0.7)
+
+
+def test_lines_of_workers_are_beside_those_of_the_training():
+    """They have no part in the time of the training thread, and come last in the document."""
+    report = report_with(line("workers", 90, 1.0, 9), line("forward", 5, 1.0))
+
+    assert [each.phase for each in lines_by_phase(report)] == ["forward"]
+    assert [(each.phase, each.samples, each.seconds) for each in lines_of_workers(report)] == [("workers", 90, None)]
+    assert [each.phase for each in LinesDocument.of(report).phases] == ["forward", "workers"]
 
 
 def test_lines_as_a_document():

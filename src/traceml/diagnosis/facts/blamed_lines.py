@@ -16,8 +16,9 @@ from math import sqrt
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
-from traceml.database.schema import IMPORTING, PHASE_LABELS, Phase
+from traceml.database.schema import IMPORTING, LINE_PHASES, LINE_WORKERS, PHASE_LABELS, Phase
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
 from traceml.formatting import line_text, percent_text
 
@@ -48,6 +49,7 @@ __all__ = [
     "place_share",
     "torch_share",
     "worker_wait_share",
+    "workers_line",
 ]
 
 MIN_SHARE_SAMPLES = 35
@@ -129,6 +131,7 @@ class BlamedLine(msgspec.Struct, frozen=True):
     share: float  # share of the phase that it has at least, 0..1
     samples: int
     is_least: bool = False  # whether it may have clearly more, as a part of the phase was hidden from samples
+    of_workers: bool = False  # whether it is of the time in which loader workers make batches, and not of a phase
 
     @property
     def place(self) -> str:
@@ -151,6 +154,11 @@ class BlamedLine(msgspec.Struct, frozen=True):
     def of_it(self) -> str:
         """The line as the end of a clause about the phase: `, 94 % of it in train.py:23 update_metric`."""
         return f", {self.share_text} of it in {self.place}"
+
+    def of_batches(self, whose: str = "the") -> str:
+        """Return a clause about the time of loader workers: `; the workers make batches mostly in …`."""
+        share = "" if self.share_text == "most" else f" ({self.share_text} of the time)"
+        return f"; {whose} workers make batches mostly in {self.place}{share}"
 
     def evidence(self, phase_share: float) -> dict[str, Any]:
         """Return the line as a finding's evidence; with few samples there is no `line_share`.
@@ -403,6 +411,29 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
 
     line = _by_line(lines, part, place).most_common(1)[0][0]
     return BlamedLine(place[0], line, place[1], samples / total, total)
+
+
+def workers_line(
+    lines: Sequence[SampledLine], ranks: Collection[int] = (), others: Collection[int] = ()
+) -> BlamedLine | None:
+    """Return the function in which loader workers spend half of the time that they make batches; None if none is shown.
+
+    Args:
+        lines: those in which workers were seen.
+        ranks: the ranks whose workers are looked at; empty for all.
+        others: ranks to compare with: where their workers spend about as much of the time, none is returned.
+    """
+    part = LINE_PHASES[LINE_WORKERS]
+    found = outside_line(tuple(_seen_on(lines, ranks)), part)
+    if found is None:
+        return None
+
+    usual, total, _ = _by_function(tuple(_seen_on(lines, others)) if others else (), part)
+    place = found.file, found.function, found.line if found.function == _MODULE else None
+    if total and found.share - usual[place] / total < NAMED_OF_EXCESS:
+        return None
+
+    return replace(found, of_workers=True)
 
 
 def line_beside_imports(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:

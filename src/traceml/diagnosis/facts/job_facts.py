@@ -132,6 +132,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     interval_lines: IntervalLines = msgspec.field(default_factory=IntervalLines)  # the same by interval of the run
     # lines in which the busiest other Python threads were seen, with the CPU time of all of them
     thread_lines: Sequence[SampledLine] = ()
+    worker_lines: Sequence[SampledLine] = ()  # lines in which loader workers were seen while they made batches
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None if unknown."""

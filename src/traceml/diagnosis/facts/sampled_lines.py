@@ -12,7 +12,14 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, LINE_THREADS
+from traceml.database.schema import (
+    LINE_AFTER_STEPS,
+    LINE_OUTSIDE,
+    LINE_PHASES,
+    LINE_STARTUP,
+    LINE_THREADS,
+    LINE_WORKERS,
+)
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import line_text
 
@@ -57,14 +64,15 @@ class LineCounts:
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
         self._intervals: dict[int, _RankIntervals] = {}
-        self._threads: dict[int, NDArray[np.int64]] = {}
+        self._apart: dict[int, dict[int, NDArray[np.int64]]] = {LINE_THREADS: {}, LINE_WORKERS: {}}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
-        is_of_others = rows["phase"] == LINE_THREADS
-        if is_of_others.any():
-            self._threads[rank] = _summed([self._threads.get(rank, _NONE), _counts_of(rows[is_of_others], 0)])
-            rows = rows[~is_of_others]
+        for phase, counted in self._apart.items():
+            is_apart = rows["phase"] == phase
+            if is_apart.any():
+                counted[rank] = _summed([counted.get(rank, _NONE), _counts_of(rows[is_apart], 0)])
+                rows = rows[~is_apart]
 
         counts = self._ranks.get(rank)
         if counts is None:
@@ -99,7 +107,14 @@ class LineCounts:
 
     def of_other_threads(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
         """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
-        return _sampled_lines({rank: _by_time([counts]) for rank, counts in self._threads.items()}, names)
+        return self._of(LINE_THREADS, names)
+
+    def of_workers(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
+        """Return the lines that loader workers were seen in while they made batches, in the same way."""
+        return self._of(LINE_WORKERS, names)
+
+    def _of(self, phase: int, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
+        return _sampled_lines({rank: _by_time([counts]) for rank, counts in self._apart[phase].items()}, names)
 
     def lines(
         self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = (), *, has_ended: bool = False

@@ -17,6 +17,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     loss_share,
     main_library,
     place_share,
+    workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
@@ -189,15 +190,18 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     if uncounted is not None:
         cost = replace(cost, uncounted=(*cost.uncounted, uncounted))
 
-    if facts.loader_workers and by_sampler is None:
-        line = None  # it is the loop's own: the work is in the workers' processes
+    if facts.loader_workers and by_sampler is None:  # the loop's own line tells nothing: the workers have the work
+        line = workers_line(facts.worker_lines) if pipeline is not None and not pipeline.is_handover else None
 
     advised = (
         by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline or RareWaits.of(segments, facts))
     )
     is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     where += f"; without any of it steps would be {cost.faster}" if is_part else ""
-    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
+    if line is not None:
+        where = where + line.of_batches() if line.of_workers else line.of_it + where
+
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{where}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
     found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
     return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]

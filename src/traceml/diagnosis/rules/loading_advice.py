@@ -13,6 +13,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     main_library,
     ordering_share,
     worker_wait_share,
+    workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -71,7 +72,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits) -> LoadingAdvice:
     if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
 
-    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores)
+    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(facts, loader, pipeline, cores)
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
@@ -229,8 +230,10 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
-def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
-    gain, cached = pipeline.gain_with(0.5), pipeline.gain_with(0.0)
+def _cheaper_samples(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
+    line = workers_line(facts.worker_lines) if pipeline.workers else None
+    share = 1.0 if line is None else line.share
+    gain, cached = pipeline.gain_with(1 - share / 2), pipeline.gain_with(1 - share)
     if loader.in_memory:
         what, how = f"what is done with the samples of {_data(loader)}", "transforms, collate_fn"
     elif pipeline.takes_cpu:
@@ -241,6 +244,7 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str) -> Loa
     else:
         what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
 
+    what = what if line is None else line.place
     crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "

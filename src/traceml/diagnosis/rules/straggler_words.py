@@ -82,8 +82,8 @@ def late_summary(
     if 1 - 1 / gain < _HIDDEN * share:
         gained = ", saved only once other differences between ranks are removed, too"
 
-    where = line.of_it if line else ""
     whose = "their" if len(ranks) > 1 else "its"
+    where = "" if line is None else line.of_batches(whose) if line.of_workers else line.of_it
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){_seldom_text(segments, late)}{where}; that costs {percent_text(share)} of step "

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share
+from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -530,6 +530,8 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     if not late.everywhere:
         waiting = _waiting_share(segments, late) if late.part == "backward" else 0.0
         line = blamed_line(facts.lines, late.part, mine, ranks, others, waiting)
+        if late.part == "input_wait" and facts.loader_workers:
+            line = line or workers_line(facts.worker_lines, ranks, others)
 
     lacking = late.part != "input_wait" and _lacks_cores(segments, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)

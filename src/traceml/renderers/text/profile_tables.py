@@ -21,7 +21,7 @@ from traceml.formatting import (
 from traceml.renderers.views import RunView
 from traceml.renderers.words import shown_calls, shown_lines
 from traceml.runs.export.top_operators import OperatorTable, OperatorTotal
-from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
+from traceml.runs.report.line_shares import PhaseLines, lines_by_phase, lines_of_workers
 
 __all__ = ["line_table", "operator_lines", "print_lines", "slowdown_line"]
 
@@ -96,6 +96,10 @@ def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
     for phase in phases:
         share = percent_text(phase.samples / total)
         yield Text(f"{phase_label(phase.phase)}: {share} of {plural(total, 'sample')}", style="bold")
+        yield from _rows(phase, room)
+
+    for phase in lines_of_workers(view.report):
+        yield Text(f"loader workers, while they make batches: {plural(phase.samples, 'sample')}", style="bold")
         yield from _rows(phase, room)
 
 

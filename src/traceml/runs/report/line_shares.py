@@ -7,14 +7,15 @@ from typing import Literal
 
 import msgspec
 
-from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, Phase
+from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, LINE_WORKERS, Phase
 from traceml.runs.json_document import JsonDocument
 from traceml.runs.report.report_types import LineSection, Report
 
-__all__ = ["LibraryCall", "LineShare", "LinesDocument", "PhaseLines", "lines_by_phase"]
+__all__ = ["LibraryCall", "LineShare", "LinesDocument", "PhaseLines", "lines_by_phase", "lines_of_workers"]
 
 _USER = Phase.USER.label
 _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
+_WORKERS = LINE_PHASES[LINE_WORKERS]
 _OUTSIDE_PARTS = ("evaluation", "between_epochs", "restart")
 
 
@@ -52,7 +53,8 @@ class PhaseLines(msgspec.Struct, frozen=True):
     """The lines of one phase, the most frequent first.
 
     Attributes:
-        phase: a phase, `other`, `startup`, `outside` (between steps), or `after` (after the last step).
+        phase: a phase, `other`, `startup`, `outside` (between steps), `after` (after the last step), or `workers`
+            (loader workers that make batches, beside the training).
         samples: samples of the phase.
         seconds: time of the phase on one rank, by the hooks; None if unknown.
         lines: its lines.
@@ -65,7 +67,7 @@ class PhaseLines(msgspec.Struct, frozen=True):
 
 
 class LinesDocument(JsonDocument, msgspec.Struct, kw_only=True):
-    """The result of `traceml report --lines --json`: sampled lines by phase, the phase with the most samples first."""
+    """The result of `traceml report --lines --json`: sampled lines by phase, the most frequent first, workers last."""
 
     schema: Literal["traceml.lines/1"] = "traceml.lines/1"
     run: str
@@ -74,14 +76,21 @@ class LinesDocument(JsonDocument, msgspec.Struct, kw_only=True):
     @classmethod
     def of(cls, report: Report) -> LinesDocument:
         """Return the sampled lines of a report."""
-        return cls(run=report.run.id, phases=lines_by_phase(report))
+        return cls(run=report.run.id, phases=[*lines_by_phase(report), *lines_of_workers(report)])
+
+
+def lines_of_workers(report: Report) -> list[PhaseLines]:
+    """Return the lines of the loader workers; none if none were sampled."""
+    lines = [each for each in report.lines if each.phase == _WORKERS]
+    return [PhaseLines(_WORKERS, sum(each.samples for each in lines), None, tuple(_merged(lines)))] if lines else []
 
 
 def lines_by_phase(report: Report) -> list[PhaseLines]:
-    """Return the sampled lines of a report by phase, the phase with the most samples first."""
+    """Return the sampled lines of the training threads by phase, the phase with the most samples first."""
     phases: dict[str, list[LineSection]] = {}
     for each in report.lines:
-        phases.setdefault(each.phase, []).append(each)
+        if each.phase != _WORKERS:
+            phases.setdefault(each.phase, []).append(each)
 
     known = _seconds(report)
     found = [

@@ -194,11 +194,12 @@ class PhaseSection(msgspec.Struct, kw_only=True):
 
 
 class LineSection(msgspec.Struct, kw_only=True):
-    """A line of the user's code in which training threads were seen, over all ranks.
+    """A line of the user's code in which training threads, or their loader workers, were seen, over all ranks.
 
-    `phase` may also be `startup` (before the first step), `outside` (between steps) and `after` (after the last step of
-    a run that has ended). `share` is the share of the phase's samples, 0..1. `library` is the innermost library
-    function that it had called. Without the user's code on the stack, `file`, `line` and `function` are None.
+    `phase` may also be `startup` (before the first step), `outside` (between steps), `after` (after the last step of a
+    run that has ended) and `workers` (loader workers that make batches). `share` is the share of the phase's samples,
+    0..1. `library` is the innermost library function that it had called. Without the user's code on the stack, `file`,
+    `line` and `function` are None.
     """
 
     phase: str

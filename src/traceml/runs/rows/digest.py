@@ -180,8 +180,13 @@ class Digest:
         return diagnose(window, self.facts.build(latest.tolist(), ends_ns.tolist()))
 
     def sampled_lines(self) -> tuple[SampledLine, ...]:
-        """Return the sampled lines of all ranks, what they did after the last step apart from its phases."""
-        return self.facts.lines.lines(self.names, self.kept.end_ns.tolist(), has_ended=self.state != "running")
+        """Return the sampled lines of all ranks, and of their loader workers, as those of a phase `workers`.
+
+        What ranks did after the last step is apart from its phases.
+        """
+        lines, ends_ns = self.facts.lines, self.kept.end_ns.tolist()
+        of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != "running")
+        return of_ranks + lines.of_workers(self.names)
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)

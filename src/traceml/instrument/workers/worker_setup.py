@@ -1,10 +1,13 @@
-"""Python stacks of spawned loader workers: forked ones inherit the handler of the rank, these register their own."""
+"""Set-up of loader workers, before the user's code runs in them: their stacks, and the samples of their lines.
+
+Forked workers inherit the rank's handler for stacks; spawned ones register their own.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from typing import Any
@@ -15,34 +18,54 @@ from traceml.instrument.facts.descriptions import start_method
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 
-__all__ = ["report_worker_stacks"]
+__all__ = ["set_up_workers"]
 
-_FAILED = "the stacks of spawned loader workers cannot be reported"
+_FAILED = "spawned loader workers cannot report stacks and lines"
 _log = logging.getLogger("traceml")
 
 
 @uncounted
-def report_worker_stacks(patches: Patches) -> None:
-    """Let each loader worker that is started by spawn or forkserver report its stacks, before the user's code runs."""
+def set_up_workers(patches: Patches, start: Callable[[], object] | None) -> None:
+    """Let each loader worker report its stacks, and call a function there.
+
+    Args:
+        start: called in each worker, without raising; it is pickled for workers that are not forked. None for nothing.
+    """
     from torch.utils.data import dataloader
 
     iterator_type: Any = dataloader._MultiProcessingDataLoaderIter
     original = iterator_type.__init__
 
     def __init__(iterator: Any, loader: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the replaced method
-        with _reporting(loader):
+        with _reporting(loader, start):
             original(iterator, loader, *args, **kwargs)
 
     patches.wrap(iterator_type, "__init__", __init__)
+    if start is not None:
+        _start_in_forked(patches, start)
+
+
+@uncounted
+def _start_in_forked(patches: Patches, start: Callable[[], object]) -> None:
+    """Call a function in each forked worker. Others unpickle torch's function by its name, so not ours."""
+    from torch.utils.data._utils import worker
+
+    original = worker._worker_loop
+
+    def _worker_loop(*args: Any, **kwargs: Any) -> Any:
+        start()
+        return original(*args, **kwargs)
+
+    patches.wrap(worker, "_worker_loop", _worker_loop)
 
 
 @contextmanager
-def _reporting(loader: Any) -> Iterator[None]:
+def _reporting(loader: Any, start: Callable[[], object] | None) -> Iterator[None]:
     """Replace a loader's `worker_init_fn` while its workers are started."""
     ours = None
     with fail_open(_log, "instrument", _FAILED, once=True):
         if _inherits_nothing(loader):
-            ours = ReportingInit(loader.worker_init_fn)
+            ours = ReportingInit(loader.worker_init_fn, start)
             loader.worker_init_fn = ours
 
     try:

@@ -25,8 +25,8 @@ from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, LINES, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, switch_interval
 from traceml.inspection.user_files import PACKAGE_FOLDERS
-from traceml.recorder import line_sampler
-from traceml.recorder.line_sampler import LONGEST_SWITCH_S, LineSampler
+from traceml.recorder.lines import line_sampler
+from traceml.recorder.lines.line_sampler import LONGEST_SWITCH_S, LineSampler
 from traceml.recorder.user_code import UserCode
 
 SAMPLES = 40
@@ -438,7 +438,7 @@ def test_start_up_and_training_have_first_samples_of_their_own(
     flight: FlightFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long start-up leaves the training its samples, which come more often."""
-    monkeypatch.setattr("traceml.recorder.line_sampler.PACES", ((1, 8), (2, 3)))
+    monkeypatch.setattr("traceml.recorder.lines.line_sampler.PACES", ((1, 8), (2, 3)))
     paces = []
     with Training(releases_the_lock) as training:
         sampler = LineSampler(flight, training.ident)
@@ -457,7 +457,7 @@ def test_every_other_late_sample_is_without_the_second_sleep(
     flight: FlightFile, monkeypatch: pytest.MonkeyPatch, paces: tuple[tuple[int, int], ...]
 ) -> None:
     """It has a line, and no CPU time. The first ones have both, at the pace at which there are few."""
-    monkeypatch.setattr("traceml.recorder.line_sampler.PACES", paces)
+    monkeypatch.setattr("traceml.recorder.lines.line_sampler.PACES", paces)
     monkeypatch.setattr(OtherThreads, "are_busy", lambda *_: False)  # threads that other tests have left may be
     sleeps, slept = [], []
 

@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import open_phase
-from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
 from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
-from traceml.inspection.thread_frames import running_line, thread_number, thread_stack
-from traceml.inspection.user_files import display_path, is_instrumentation, is_package_file
+from traceml.inspection.thread_frames import thread_number, thread_stack
+from traceml.inspection.user_files import display_path, is_instrumentation
+from traceml.recorder.lines.sampled_place import SampledPlace, function_name, sampled_place
 from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
@@ -59,9 +60,7 @@ _SLEEPS = 2  # each sample has two, and the cost of the second one is known
 _MIN_S, _MAX_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
-_EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
 _GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients"})
-_IMPORT_SYSTEM = "<frozen importlib"
 _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _OWN_TABLES = (int(Phase.CHECKPOINT), int(Phase.USER))  # measured as such also during an evaluation
 
@@ -74,14 +73,12 @@ class _ThreadReading(NamedTuple):
     opened: tuple[int, int]
 
 
-_Key = tuple[int, CodeType | None, int, CodeType | None]
+_Key = tuple[int, SampledPlace]
 _Counts = dict[_Key, list[int]]
 
 
 class LineSampler:
     """Counts samples by (open phase, line of the user's code, library function that it has called).
-
-    While modules are imported, the import system counts as that function.
 
     Args:
         flight: takes the rows of `schema.LINES`, and has the open slots.
@@ -308,33 +305,20 @@ class LineSampler:
         return self._place(stack, phase)
 
     def _place(self, stack: Sequence[FrameType], phase: int) -> _Key:
-        """Return the innermost line of the user's code in a stack, and the library function that it has called."""
-        library: CodeType | None = None
-        importing: CodeType | None = None
-        for found in stack:
-            code = found.f_code
-            if code.co_filename.startswith(_IMPORT_SYSTEM):  # five of six frames of an import
-                importing = code if code.co_filename == IMPORTING else importing
-            elif self._user.contains(found):
-                return phase, code, running_line(found), importing or library
-            else:
-                library = library or (None if _is_hidden(code) else code)
-
-        return phase, None, 0, importing or library
+        return phase, sampled_place(stack, self._user)
 
     def _opened(self) -> tuple[int, int]:
         return open_phase(self._slots, self._steps.appended > 0)
 
     def _names_of(self, key: _Key) -> tuple[int, int]:
-        phase, code, line, library = key
-        if phase == LINE_OTHER and code is not None and _reads_gradients(code):
-            self._on_gradients(display_path(code.co_filename), _function(code))
+        phase, found = key
+        if phase == LINE_OTHER and found.code is not None and _reads_gradients(found.code):
+            self._on_gradients(display_path(found.code.co_filename), function_name(found.code))
 
-        user = self._id(code, line) if code is not None else -1
-        return user, self._id(library, library.co_firstlineno) if library is not None else -1
+        return self._id(found.user_name), self._id(found.library_name)
 
-    def _id(self, code: CodeType, line: int) -> int:
-        known = self._name_id(f"{display_path(code.co_filename)}:{line} {_function(code)}")
+    def _id(self, name: str) -> int:
+        known = self._name_id(name) if name else None
         return -1 if known is None else known
 
 
@@ -347,20 +331,6 @@ def _random() -> float:
     return os.urandom(1)[0] / 255  # the module `random` costs the rank 2 ms
 
 
-def _function(code: CodeType) -> str:
-    """Return the name of the function, also for a comprehension or a lambda inside it."""
-    name = code.co_qualname
-    while name.rpartition(".")[2] in _EXPRESSIONS:
-        name = name.rpartition(".")[0].removesuffix(".<locals>")
-
-    return name or "<module>"
-
-
 def _reads_gradients(code: CodeType) -> bool:
     """Return whether a function has gradients by an attribute or a variable: `p.grad`, `grads`."""
     return not _GRADIENTS.isdisjoint((*code.co_names, *code.co_varnames))
-
-
-def _is_hidden(code: CodeType) -> bool:
-    """Return whether naming a library function is of no use: generated code, and traceml."""
-    return code.co_filename.startswith("<") or is_package_file(code.co_filename)
