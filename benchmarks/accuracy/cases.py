@@ -186,7 +186,8 @@ _DEATHS = (
 
 _FILES = (
     _case("photos", "files", "INPUT_BOUND", phase="input_wait", function="Photos.__getitem__", steps=60),
-    _case("photos, one worker", "files --workers 1", "INPUT_BOUND", phase="input_wait", steps=60),
+    _case("photos, one worker", "files --workers 1", "INPUT_BOUND", phase="input_wait",
+          function="Photos.__getitem__", steps=60),
     _case("photos, workers restart each epoch", "files --workers 1 --epochs 3", "INPUT_BOUND", phase="input_wait",
           steps=180),
 )  # fmt: skip

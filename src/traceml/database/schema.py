@@ -501,7 +501,7 @@ LINES = Table(
             "phase",
             "Phase that was open; -1: other code in a step, -2: between steps, -3: before the first step; -4: not the "
             "training thread, but the busiest of the other Python threads, while there is a step; -5: a loader worker "
-            "that makes a batch",
+            "that makes a batch, or, without line and library, waits",
         ),
         _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
         _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),

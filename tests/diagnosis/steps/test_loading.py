@@ -534,14 +534,16 @@ def test_the_line_of_the_workers_is_named_with_its_share(lines, workers, says, g
     assert ("file" in found.evidence) == named
 
 
-def test_no_line_of_workers_is_named_where_they_keep_up():
-    """Training waits to receive their batches; their own work costs nothing."""
+@pytest.mark.parametrize(("waiting", "keep_up"), [(180, True), (4, False)])
+def test_no_line_of_workers_is_named_where_they_keep_up(waiting, keep_up):
+    """Training waits to receive their batches. If they make batches all the time, they only answer late, too."""
+    idle = SampledLine(0, "workers", None, None, None, None, waiting)
     loader = LoaderFacts(dataset="Photos", num_workers=2, batch_size=8)
     receives = SampledLine(
         0, "input_wait", None, None, None, "/python/multiprocessing/connection.py:1 Connection._recv", 90
     )
-    facts = JobFacts(loader=loader, lines=(receives,), worker_lines=IN_WORKERS, hosts={0: "h"}, cores={"h": 2})
+    facts = JobFacts(loader=loader, lines=(receives,), worker_lines=(*IN_WORKERS, idle), hosts={0: "h"}, cores={"h": 2})
     (found, *_) = diagnose(window_of(ALONE, adds("input_wait", 8)), facts)
 
-    assert "The workers keep up" in found.next
-    assert "data.py" not in found.summary + found.next
+    assert ("The workers keep up" in found.next) == keep_up
+    assert ("data.py" in found.summary + found.next) != keep_up

@@ -49,6 +49,7 @@ __all__ = [
     "place_share",
     "torch_share",
     "worker_wait_share",
+    "workers_at_work",
     "workers_line",
 ]
 
@@ -424,6 +425,7 @@ def workers_line(
         others: ranks to compare with: where their workers spend about as much of the time, none is returned.
     """
     part = LINE_PHASES[LINE_WORKERS]
+    lines = [each for each in lines if not each.is_nowhere]
     found = outside_line(tuple(_seen_on(lines, ranks)), part)
     if found is None:
         return None
@@ -434,6 +436,15 @@ def workers_line(
         return None
 
     return replace(found, of_workers=True)
+
+
+def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
+    """Return the share of the time in which loader workers make batches.
+
+    Args:
+        lines: those in which workers were seen.
+    """
+    return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_nowhere)
 
 
 def line_beside_imports(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:

@@ -132,7 +132,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     interval_lines: IntervalLines = msgspec.field(default_factory=IntervalLines)  # the same by interval of the run
     # lines in which the busiest other Python threads were seen, with the CPU time of all of them
     thread_lines: Sequence[SampledLine] = ()
-    worker_lines: Sequence[SampledLine] = ()  # lines in which loader workers were seen while they made batches
+    # lines in which loader workers were seen while they made batches, and how often they waited between batches
+    worker_lines: Sequence[SampledLine] = ()
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None if unknown."""

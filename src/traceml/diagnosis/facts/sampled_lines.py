@@ -57,6 +57,11 @@ class SampledLine(msgspec.Struct, frozen=True):
     watched_ns: int = 0
     cpu_ns: int = 0
 
+    @property
+    def is_nowhere(self) -> bool:
+        """Whether no code is known: of a loader worker, that it makes no batch."""
+        return self.file is None and self.library is None
+
 
 class LineCounts:
     """Sums the rows of `schema.LINES` by rank, phase and line."""
@@ -110,7 +115,7 @@ class LineCounts:
         return self._of(LINE_THREADS, names)
 
     def of_workers(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
-        """Return the lines that loader workers were seen in while they made batches, in the same way."""
+        """Return the lines that loader workers were seen in while they made batches, and that they made none."""
         return self._of(LINE_WORKERS, names)
 
     def _of(self, phase: int, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share
+from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share, workers_at_work
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
@@ -196,7 +196,16 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
     ready = made.ready_to_hand_over
     saved_ns = made.step_ns(workers) - ready.step_ns(workers)
-    return ready if handover and use is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
+    return ready if handover and _at_work(use, facts) is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
+
+
+def _at_work(use: WorkerUse | None, facts: JobFacts) -> float | None:
+    """Return the share of their time in which workers make batches; None if unknown."""
+    if use is not None:
+        return use.ready
+
+    sampled = workers_at_work(facts.worker_lines)
+    return None if sampled.is_rough else sampled.share
 
 
 def _fetch_of_workers(
@@ -208,8 +217,9 @@ def _fetch_of_workers(
         bound: whether the workers may use fewer cores than they are.
         handover: whether the training receives batches that are ready.
     """
-    if use is not None and handover:  # they wait for orders in between
-        return workers * step_ns * use.ready, 1.0
+    at_work = _at_work(use, facts)
+    if at_work is not None and handover:  # they wait for orders in between
+        return workers * step_ns * at_work, 1.0
 
     # Each makes batches all the time, as the training waits for them.
     if use is not None and bound:

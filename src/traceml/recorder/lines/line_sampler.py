@@ -54,10 +54,12 @@ LONGEST_SWITCH_S = 100e-6
 torch was in 4 % of the samples of its fetches, not 85 %: where the lock is released sooner, it is never asked for.
 """
 
+MIN_S, MAX_S = 0.002, 0.012
+"""Limits of the second sleep."""
+
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of this many
 _SLEEPS = 2  # each sample has two, and the cost of the second one is known
-_MIN_S, _MAX_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_DEPTH = 200
 _GRADIENTS = frozenset({"grad", "grads", "gradient", "gradients"})
@@ -174,7 +176,7 @@ class LineSampler:
 
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
         before = self._reading()
-        wait(max(0.0, _MIN_S + (_MAX_S - _MIN_S) * _random() - late_s))
+        wait(max(0.0, MIN_S + (MAX_S - MIN_S) * _random() - late_s))
         stack = thread_stack(self._thread(), _MAX_DEPTH)
         after = self._reading()  # at once: the training thread goes on after 50 us
         counts = self._count(stack, after.opened[0], after.t_ns)

@@ -1,8 +1,12 @@
 """Lines that loader workers run while they make batches.
 
 A worker has a thread that looks at the worker's main thread some ten times a second. It writes how often torch's
-fetcher was seen in which line into a pipe of the rank, whose recorder makes rows of `schema.LINES` of it. The worker
-opens the pipe by /proc: this works for a forked worker and for one that was started anew.
+fetcher was seen in which line, and how often it did not run, into a pipe of the rank, whose recorder makes rows of
+`schema.LINES` of it. The worker opens the pipe by /proc: this works for a forked worker and for one that was started
+anew.
+
+A sample is armed, as those of `line_sampler` are, but only for milliseconds: with a short switch interval the worker's
+other threads, which hand batches over to the rank, would get the interpreter's lock sooner than without tracing.
 
 Process: `WorkerSampling` runs in the worker, `WorkerLines` in the rank.
 """
@@ -18,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from select import PIPE_BUF
 from time import sleep
 from typing import TYPE_CHECKING
@@ -27,7 +32,7 @@ from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.switch_interval import switch_interval
 from traceml.inspection.thread_frames import thread_stack
-from traceml.recorder.lines.line_sampler import LONGEST_SWITCH_S
+from traceml.recorder.lines.line_sampler import LONGEST_SWITCH_S, MAX_S, MIN_S
 from traceml.recorder.lines.sampled_place import SampledPlace, sampled_place
 from traceml.recorder.user_code import UserCode
 from traceml.trusted_files import GuardedDescriptor
@@ -38,11 +43,15 @@ if TYPE_CHECKING:
 __all__ = ["WorkerLines", "WorkerSampling"]
 
 _FETCHER = "/torch/utils/data/_utils/fetch.py"
-_FIRST_FLUSH_S, _FLUSH_S = 0.3, 1.0
+_DENSE, _DENSER = 20, 4  # so many first samples come this many times as often: a worker may live for an epoch only
+_BREAK = 10  # more idle samples in a row are not between two batches, but before an epoch, or while nobody asks
+_FLUSH_S = 0.25
+_ROWS_S = 2.0
 _MAX_DEPTH = 200
 _MAX_NAMES = 512
 _MAX_BYTES = 64 * 1024
 _AFTER_EVALUATION_S = 1.5  # for so long a row may be of a worker that evaluates
+_IDLE = SampledPlace(None, 0, None)
 _log = logging.getLogger("traceml")
 
 
@@ -67,12 +76,21 @@ class WorkerSampling:
             self._sample(GuardedDescriptor(pipe), watched)
 
     def _sample(self, pipe: GuardedDescriptor, watched: int) -> None:
-        switch_interval.shorten(LONGEST_SWITCH_S)  # else samples are only taken where the worker releases the lock
-        user, counts, due_s = UserCode(), Counter[SampledPlace](), time.monotonic() + _FIRST_FLUSH_S
-        while True:
-            sleep(self.interval_s * (0.5 + os.urandom(1)[0] / 255))
-            if (place := _fetched_place(watched, user)) is not None:
+        user, counts, due_s = UserCode(), Counter[SampledPlace](), time.monotonic() + _FLUSH_S
+        idle, started = 0, False  # samples since it made a batch
+        for number in count():
+            interval_s = self.interval_s / (_DENSER if number < _DENSE else 1)
+            sleep(max(interval_s * (0.5 + _random()) - MAX_S / 2, 0.0))
+            switch_interval.shorten(LONGEST_SWITCH_S)
+            sleep(MIN_S + (MAX_S - MIN_S) * _random())
+            place = _worker_place(watched, user)
+            switch_interval.restore()
+            if place == _IDLE:
+                idle += 1
+            else:
+                counts[_IDLE] += idle if started and idle <= _BREAK else 0
                 counts[place] += 1
+                started, idle = True, 0
 
             if time.monotonic() >= due_s:
                 pipe.check()
@@ -84,11 +102,15 @@ class WorkerSampling:
                 due_s = time.monotonic() + _FLUSH_S
 
 
-def _fetched_place(watched: int, user: UserCode) -> SampledPlace | None:
-    """Return the place of a thread that makes a batch; None if it waits for an order."""
+def _random() -> float:
+    return os.urandom(1)[0] / 255
+
+
+def _worker_place(watched: int, user: UserCode) -> SampledPlace:
+    """Return the place of a thread that makes a batch; `_IDLE` if it waits for an order, or hands a batch over."""
     stack = thread_stack(watched, _MAX_DEPTH)  # dropped at once: frames keep the batch alive
     makes_batch = any(each.f_code.co_filename.endswith(_FETCHER) for each in stack)
-    return sampled_place(stack, user) if makes_batch else None
+    return sampled_place(stack, user) if makes_batch else _IDLE
 
 
 def _messages(counts: Counter[SampledPlace]) -> Iterator[bytes]:
@@ -123,17 +145,22 @@ class WorkerLines:
         self._pipe, self._write_end = GuardedDescriptor(read), GuardedDescriptor(write)
         self._slots, self._lines, self._name_id = flight.open_slots, flight.ring("lines"), flight.names.id_of
         self._is_evaluating, self._evaluated_s = is_evaluating, -_AFTER_EVALUATION_S
-        self._rest = b""
+        self._rest, self._counts, self._due_s = b"", Counter[tuple[str, str]](), time.monotonic() + _ROWS_S
         self._ids: dict[str, int] = {"": -1}
 
     def __call__(self, last: bool) -> None:
-        """Append rows of what has arrived; the last time, close the pipe."""
-        self._append()
+        """Append rows of what has arrived from time to time; the last time, close the pipe."""
+        self._receive()
+        now_s = time.monotonic()
+        if last or now_s >= self._due_s:
+            self._append()
+            self._due_s = now_s + _ROWS_S
+
         if last:
             self._pipe.close()
             self._write_end.close()
 
-    def _append(self) -> None:
+    def _receive(self) -> None:
         now_s, data = time.monotonic(), self._read()
         if self._is_evaluating():
             self._evaluated_s = now_s
@@ -142,12 +169,15 @@ class WorkerLines:
         if not lines or now_s - self._evaluated_s < _AFTER_EVALUATION_S:
             return
 
-        counts = Counter[tuple[int, int]]()
         for user, library, samples in map(json.loads, lines):
-            counts[self._id(user), self._id(library)] += samples
+            self._counts[user, library] += samples
 
-        for (line, library_id), samples in counts.items():
-            self._lines.append(monotonic_ns(), self._slots[Slot.STEP], LINE_WORKERS, line, library_id, samples, 0, 0)
+    def _append(self) -> None:
+        now_ns, step = monotonic_ns(), self._slots[Slot.STEP]
+        for (user, library), samples in self._counts.items():
+            self._lines.append(now_ns, step, LINE_WORKERS, self._id(user), self._id(library), samples, 0, 0)
+
+        self._counts.clear()
 
     def _read(self) -> bytes:
         try:

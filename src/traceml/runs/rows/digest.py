@@ -186,7 +186,7 @@ class Digest:
         """
         lines, ends_ns = self.facts.lines, self.kept.end_ns.tolist()
         of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != "running")
-        return of_ranks + lines.of_workers(self.names)
+        return of_ranks + tuple(each for each in lines.of_workers(self.names) if not each.is_nowhere)
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
