@@ -52,6 +52,7 @@ _MAX_NAMES = 512
 _MAX_BYTES = 64 * 1024
 _AFTER_EVALUATION_S = 1.5  # for so long a row may be of a worker that evaluates
 _IDLE = SampledPlace(None, 0, None)
+_FAILED = "the lines of a loader worker are not sampled"
 _log = logging.getLogger("traceml")
 
 
@@ -65,14 +66,17 @@ class WorkerSampling:
 
     def __call__(self) -> None:
         """Sample this process from now on, on a thread of its own."""
-        with fail_open(_log, "recorder", "the lines of a loader worker are not sampled", once=True):
+        with fail_open(_log, "recorder", _FAILED, once=True):
             pipe = os.open(f"/proc/{self.rank_pid}/fd/{self.pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             watched = threading.get_ident()
             thread = threading.Thread(target=self._run, args=(pipe, watched), name="traceml-worker-lines", daemon=True)
             thread.start()
 
     def _run(self, pipe: int, watched: int) -> None:
-        with suppress(OSError):  # the rank has ended, or the script has closed the pipe
+        with (
+            fail_open(_log, "recorder", _FAILED, once=True),
+            suppress(OSError),
+        ):  # the rank has ended, or closed the pipe
             self._sample(GuardedDescriptor(pipe), watched)
 
     def _sample(self, pipe: GuardedDescriptor, watched: int) -> None:
@@ -88,8 +92,7 @@ class WorkerSampling:
             if place == _IDLE:
                 idle += 1
             else:
-                counts[_IDLE] += idle if started and idle <= _BREAK else 0
-                counts[place] += 1
+                counts += Counter({place: 1, _IDLE: idle if started and idle <= _BREAK else 0})
                 started, idle = True, 0
 
             if time.monotonic() >= due_s:
