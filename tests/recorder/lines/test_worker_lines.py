@@ -171,10 +171,10 @@ def test_sampling_ends_with_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_goes_on_where_it_cannot_be_sampled(caplog: pytest.LogCaptureFixture) -> None:
-    """The rank's descriptors may be out of reach."""
+    """The rank's descriptors may be out of reach; each worker would warn of it."""
     before = threading.active_count()
 
     WorkerSampling(os.getpid(), 10_000, 0.001)()
 
     assert threading.active_count() == before
-    assert "the lines of a loader worker are not sampled" in caplog.text
+    assert caplog.text == ""

@@ -66,7 +66,7 @@ class WorkerSampling:
 
     def __call__(self) -> None:
         """Sample this process from now on, on a thread of its own."""
-        with fail_open(_log, "recorder", _FAILED, once=True):
+        with fail_open(_log, "recorder", _FAILED, once=True), suppress(OSError):  # the rank's /proc is out of reach
             pipe = os.open(f"/proc/{self.rank_pid}/fd/{self.pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             watched = threading.get_ident()
             thread = threading.Thread(target=self._run, args=(pipe, watched), name="traceml-worker-lines", daemon=True)
