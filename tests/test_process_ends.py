@@ -18,6 +18,7 @@ from traceml.process_ends import (
     exit_text,
     forget_interrupts,
     interrupts_held,
+    shell_status,
     signal_name,
     signal_text,
 )
@@ -59,6 +60,12 @@ def test_an_end_has_a_signal_or_a_code(code, ended_by, text) -> None:
 def test_a_status_of_subprocess_is_either() -> None:
     """Signals are negative there."""
     assert (end_of_status(-15), end_of_status(2)) == ("was killed by signal 15 (SIGTERM)", "ended with exit code 2")
+
+
+@pytest.mark.parametrize(("exitcode", "status"), [(0, 0), (3, 3), (-9, 137)])
+def test_a_shell_has_a_status_of_its_own_for_signals(exitcode: int, status: int) -> None:
+    """128 and the signal's number."""
+    assert shell_status(exitcode) == status
 
 
 @pytest.mark.process

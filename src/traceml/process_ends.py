@@ -25,6 +25,7 @@ __all__ = [
     "has_terminal",
     "interrupts_held",
     "not_ignored",
+    "shell_status",
     "signal_name",
     "signal_text",
 ]
@@ -186,3 +187,8 @@ def exit_text(code: int | None, ended_by: int | None = None) -> str:
 def end_of_status(status: int) -> str:
     """Return the same for a status as `subprocess` has it: an exit code, or a signal's number below zero."""
     return exit_text(None, -status) if status < 0 else exit_text(status)
+
+
+def shell_status(exitcode: int) -> int:
+    """Return a shell's status of a process's exit code: 128 + n for signal n, whose code is -n."""
+    return 128 - exitcode if exitcode < 0 else exitcode

@@ -19,8 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from traceml.helper_programs import importing, leave
+from traceml.process_ends import shell_status
 
-__all__ = ["end_rest", "first_failure", "main", "status_of"]
+__all__ = ["end_rest", "first_failure", "main"]
 
 _CLOSING = (-signal.SIGTERM, -signal.SIGKILL)  # by which torchrun ends workers
 _KILLED_S = 5.0
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
         # torchrun's own report of the failure
         print(error, file=sys.stderr)  # noqa: T201 - this module is a program
-        return status_of(first_failure(error.failures.values()).exitcode)
+        return shell_status(first_failure(error.failures.values()).exitcode)
     except SignalException as error:
         for agent in agents:
             end_rest(agent)
@@ -73,11 +74,6 @@ def first_failure(failures: Iterable[Any]) -> Any:
     known = sorted(failures, key=lambda failure: failure.timestamp)
     together = [each for each in known if each.timestamp - known[0].timestamp <= 1]
     return min(together, key=lambda failure: failure.exitcode in (1, -signal.SIGTERM))
-
-
-def status_of(exitcode: int) -> int:
-    """Translate a process's exit code (negative: a signal) into a shell's status."""
-    return 128 - exitcode if exitcode < 0 else exitcode
 
 
 def _reporter(fd_text: str | None) -> Any:

@@ -19,10 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self
 
-from traceml.process_ends import has_terminal, not_ignored
+from traceml.process_ends import has_terminal, not_ignored, shell_status
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
-from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy, UnreadOutput
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
 
@@ -135,7 +134,7 @@ class Supervisor:
         self._aggregator.start()
         process = self._run_job()
         finished = self._finish(process)
-        return JobOutcome(status_of(process.wait()), finished)
+        return JobOutcome(shell_status(process.wait()), finished)
 
     # the job
 
@@ -334,7 +333,7 @@ class Supervisor:
             self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
             self._ended_by |= scheduler_facts(os.environ)
 
-        return self._aggregator.finish(failures, status_of(process.wait()), self._ended_by)
+        return self._aggregator.finish(failures, shell_status(process.wait()), self._ended_by)
 
 
 def _is_for_job_too(info: signal.struct_siginfo) -> bool:
