@@ -34,6 +34,30 @@ def test_the_threads_of_torch_reach_the_rules():
     assert builder.build().threads == 3
 
 
+class Tied(nn.Module):
+    """A language model whose output layer has the weights of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 4), nn.Linear(4, 50, bias=False)
+        self.head.weight = self.table.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2)), 200),
+        (nn.Sequential(nn.EmbeddingBag(50, 4, sparse=True), nn.Linear(4, 2)), 0),
+        (nn.Embedding.from_pretrained(torch.rand(50, 4)), 0),  # is not trained
+        (Tied(), 0),
+        (nn.Linear(4, 2), 0),
+    ],
+)
+def test_tables_whose_gradients_have_all_rows_are_counted(model: nn.Module, expected: int) -> None:
+    """Not those that have sparse gradients already, or need gradients of all rows."""
+    assert model_facts(model)["dense_embeddings"] == expected
+
+
 @pytest.fixture
 def four_ranks() -> Iterator[Any]:
     """A mesh of four ranks, two by two, seen by rank 1; no other rank exists, nothing is sent."""

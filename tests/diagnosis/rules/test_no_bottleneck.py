@@ -230,6 +230,18 @@ def test_advice_on_a_device_looks_at_the_dtype(model, says, never):
     assert never not in text
 
 
+@pytest.mark.parametrize(
+    ("tables", "parallel", "advised"), [(900, None, True), (400, None, False), (0, None, False), (900, "ddp", False)]
+)
+def test_sparse_gradients_are_advised_for_large_tables(tables, parallel, advised):
+    """Not where other parameters are the most, or gradients are joined over ranks."""
+    model = ModelFacts(trainable=1000, dense_embeddings=tables, parallel=parallel)
+    text = for_compute("optimizer", JobFacts(fused=False, model=model), device=False)
+
+    assert ("90 % of the parameters are tables of embeddings: with sparse=True" in text) == advised
+    assert ("fused=True" in text) != advised
+
+
 def test_a_fused_form_is_advised_to_those_that_have_it():
     """The others step less often, on larger batches."""
     assert "fused=True" in for_compute("optimizer", JobFacts(fused=False), device=False)

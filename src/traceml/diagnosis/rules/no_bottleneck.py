@@ -43,6 +43,7 @@ _PAUSE_PART = 0.7
 """If no line is known, the part of the step is named if it took at least this share of it."""
 
 _WAITING = "waiting for other ranks"
+_MOSTLY_TABLES = 0.5
 WITHOUT_ANOMALIES = (
     "Turn off autograd's anomaly detection (set_detect_anomaly, detect_anomaly): it records the stack of each "
     "operation and checks each gradient, which only the search for a NaN needs."
@@ -385,6 +386,15 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
 
 
 def _optimizer(facts: JobFacts) -> str:
+    model = facts.model or ModelFacts()
+    tables = (model.dense_embeddings or 0) / max(model.trainable or 0, 1)
+    if tables >= _MOSTLY_TABLES and not model.parallel:
+        return (
+            f"The optimizer takes the most, and {percent_text(tables)} of the parameters are tables of embeddings: "
+            "with sparse=True there, and SGD or torch.optim.SparseAdam for them, a step updates only the rows of its "
+            "batch."
+        )
+
     if facts.fused:
         return "The optimizer takes the most, and is fused already: step less often, on larger batches."
 

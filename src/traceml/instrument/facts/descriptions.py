@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import Any
 
 from traceml.inspection.thread_frames import stack_frames
@@ -111,6 +112,7 @@ def model_facts(module: Any) -> dict[str, Any]:
         "model": type(inner).__name__,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "dense_embeddings": _dense_embeddings(module),
         "device": str(parameters[0].device) if parameters else None,
         "dtype": str(parameters[0].dtype) if parameters else None,
         "torch_threads": torch.get_num_threads(),
@@ -118,6 +120,26 @@ def model_facts(module: Any) -> dict[str, Any]:
         "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
         **_gradient_group(module),
     }
+
+
+def _dense_embeddings(module: Any) -> int:
+    """Return the number of trained parameters that only embeddings with dense gradients use.
+
+    A table that is an output layer's weight, too, as many language models have it, gets gradients for all rows.
+    """
+    torch: Any = sys.modules["torch"]
+    tables: dict[int, int] = {}
+    users: Counter[int] = Counter()
+    for each in module.modules():
+        for weight in each._parameters.values():
+            users[id(weight)] += 1
+
+        weight = each._parameters.get("weight")
+        is_table = isinstance(each, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and not each.sparse
+        if is_table and weight is not None and weight.requires_grad:
+            tables[id(weight)] = weight.numel()
+
+    return sum(count for weight, count in tables.items() if users[weight] == 1)
 
 
 def _is_distributed(parameter: Any) -> bool:

@@ -52,6 +52,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The trained model, as the rank described it."""
 
     model: str | None = None
+    trainable: int | None = None  # number of parameters that are trained
+    dense_embeddings: int | None = None  # those of them in tables of embeddings whose gradients have all rows
+    parallel: str | None = None  # what joins the gradients of ranks: ddp, fsdp2, …
     dtype: str | None = None
     device: str | None = None
     compiled: bool | None = None
