@@ -24,7 +24,7 @@ __all__ = [
     "MICRO_BATCHES_MASK", "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER",
     "PROCESS", "RELAYED_WHOLE", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES", "Column",
     "Compiled", "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag", "Table",
-    "native_layout", "other_ns", "pack_bits", "unpack_bits",
+    "line_phase_name", "native_layout", "other_ns", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 
@@ -487,7 +487,14 @@ LINE_PHASES = {
     LINE_THREADS: "threads",
     LINE_WORKERS: "workers",
 }
-"""Names of the values of `phase` in `LINES`."""
+"""Names of the values of `phase` in `LINES`; see `line_phase_name`."""
+
+
+def line_phase_name(phase: int) -> str:
+    """Return the name of a value of `phase` in `LINES`; workers of all loaders have one."""
+    return LINE_PHASES.get(max(phase, LINE_WORKERS), "other")
+
+
 LINE_AFTER_STEPS = "after"
 """Name for rows after the last step of a run that has ended, which readers recognize by their time."""
 IMPORTING = "<frozen importlib._bootstrap>"
@@ -500,8 +507,8 @@ LINES = Table(
         _q(
             "phase",
             "Phase that was open; -1: other code in a step, -2: between steps, -3: before the first step; -4: not the "
-            "training thread, but the busiest of the other Python threads, while there is a step; -5: a loader worker "
-            "that makes a batch, or, without line and library, waits",
+            "training thread, but the busiest of the other Python threads, while there is a step; -5 - n: a worker of "
+            "the rank's loader n that makes a batch, or, without line and library, waits",
         ),
         _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
         _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),

@@ -57,6 +57,7 @@ class RankTracing:
         self.is_on = False
         """Whether tracing has begun."""
         self._pauses: PauseRecorder | None = None
+        self._worker_lines: WorkerLines | None = None
         self.profiles = ProfileServer(
             flight, clock=self._step_clock, thread=self._training_thread, contains=UserCode().contains
         )
@@ -114,6 +115,9 @@ class RankTracing:
 
         if self._pauses is not None:
             self._pauses.forget()
+
+        if self._worker_lines is not None:
+            self._worker_lines.close()
 
     @property
     def is_evaluating(self) -> bool:
@@ -174,27 +178,26 @@ class RankTracing:
         from traceml.instrument import install
 
         self.is_on = True
-        lines = self._worker_lines()
+        self._sample_workers()
         with fail_open(_log, "recorder", "steps cannot be traced"):  # samples and trace_step still work
             self.instrumentation = install(
                 self._flight,
                 on_info=self._append_info,
                 on_group=self._on_group,
-                in_worker=lines.sampling if lines is not None else None,
+                in_worker=self._worker_lines.sampling if self._worker_lines is not None else None,
             )
 
-    def _worker_lines(self) -> WorkerLines | None:
-        """Return what samples the lines of loader workers, and collect them from now on; None if that is not wanted."""
+    def _sample_workers(self) -> None:
+        """Collect the lines of loader workers from now on."""
         interval_s = self._config.stack_interval
         if not interval_s or sys.platform != "linux":
-            return None
+            return
 
         with fail_open(_log, "recorder", "the lines of loader workers are not sampled"):
-            lines = WorkerLines(self._flight, lambda: self.is_evaluating, interval_s)
-            self._thread.every_cycle(lines)
-            return lines
+            from traceml.instrument.workers.loader_workers import worker_pids
 
-        return None
+            self._worker_lines = WorkerLines(self._flight, worker_pids, interval_s)
+            self._thread.every_cycle(self._worker_lines)
 
     def _sample_lines(self) -> None:
         interval_s = self._config.stack_interval

@@ -47,7 +47,7 @@ def test_rows_of_loader_workers_are_apart():
     counts, names = LineCounts(), {1: {4: "/x/train.py:12 train", 5: "/x/data.py:3 decode"}}
     counts.add(1, rows)
 
-    (worker,) = counts.of_workers(names)
+    ((worker,),) = counts.of_workers(names).values()
 
     assert (worker.part, worker.function, worker.samples) == ("workers", "decode", 11)
     assert [each.function for each in counts.lines(names)] == ["train"]

@@ -284,18 +284,28 @@ def test_a_line_that_another_rank_runs_is_of_no_rank_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_others", "named"), [("read", True), ("slow_path", False)], ids=["a path of its own", "the path of all"]
+    ("of_others", "samples", "idle", "named"),
+    [
+        ("read", 60, 0, True),
+        ("read", 2, 60, True),
+        ("slow_path", 60, 0, False),
+        ("slow_path", 2, 60, False),
+    ],
+    ids=["a path of its own", "others are idle", "the path of all", "the path of idle ones"],
 )
-def test_a_rank_whose_workers_take_a_path_of_their_own_is_named_with_it(of_others: str, named: bool) -> None:
+def test_a_rank_whose_workers_take_a_path_of_their_own_is_named_with_it(
+    of_others: str, samples: int, idle: int, named: bool
+) -> None:
     """Where all workers run that function, as with a slow disk, it is not what makes the rank slow."""
-    lines = tuple(
-        SampledLine(rank, "workers", "/x/data.py", 7, "slow_path" if rank == 1 else of_others, None, 60)
-        for rank in range(4)
-    )
-    facts = JobFacts(world_size=4, loader=LoaderFacts(num_workers=2), worker_lines=lines)
+    lines = [SampledLine(1, "workers", "/x/data.py", 7, "slow_path", None, 60)]
+    for rank in (0, 2, 3):
+        lines += [SampledLine(rank, "workers", "/x/data.py", 9, of_others, None, samples)]
+        lines += [SampledLine(rank, "workers", None, None, None, None, idle)]
+
+    facts = JobFacts(world_size=4, loader=LoaderFacts(num_workers=2), lines_of_workers={0: lines})
     found, *_ = diagnose(window_of(Job(ranks=4, steps=200), adds("input_wait", 30.0, (1,))), facts)
 
     assert (found.kind, found.ranks) == ("INPUT_STRAGGLER", (1,))
-    assert ("; its workers make batches mostly in data.py:7 slow_path (all of the time)" in found.summary) == named
+    assert ("; of the time in which its workers make batches, all is in data.py:7 slow_path" in found.summary) == named
     assert (found.evidence.get("function") == "slow_path") == named
     assert ("Find out why rank 1 runs data.py:7 slow_path that long" in found.next) == named

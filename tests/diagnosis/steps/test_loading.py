@@ -524,13 +524,13 @@ IN_WORKERS = tuple(
 def test_the_line_of_the_workers_is_named_with_its_share(lines, workers, says, gain):
     """A third of the time in which workers make batches is not in that line: it is no part of the gain."""
     loader = LoaderFacts(dataset="Photos", num_workers=workers, batch_size=1)
-    facts = JobFacts(loader=loader, worker_lines=lines, hosts={0: "h"}, cores={"h": 1})
+    facts = JobFacts(loader=loader, lines_of_workers={0: lines}, hosts={0: "h"}, cores={"h": 1})
     (found, *_) = diagnose(window_of(ALONE, adds("input_wait", 500)), facts)
 
     assert says in found.next
     assert found.speedup_if_fixed == pytest.approx(gain, rel=0.1)
     named = workers and bool(lines)
-    assert ("the workers make batches mostly in data.py:" in found.summary) == named
+    assert ("; of the time in which the workers make batches, " in found.summary) == named
     assert ("file" in found.evidence) == named
 
 
@@ -542,8 +542,21 @@ def test_no_line_of_workers_is_named_where_they_keep_up(waiting, keep_up):
     receives = SampledLine(
         0, "input_wait", None, None, None, "/python/multiprocessing/connection.py:1 Connection._recv", 90
     )
-    facts = JobFacts(loader=loader, lines=(receives,), worker_lines=(*IN_WORKERS, idle), hosts={0: "h"}, cores={"h": 2})
+    facts = JobFacts(
+        loader=loader, lines=(receives,), lines_of_workers={0: (*IN_WORKERS, idle)}, hosts={0: "h"}, cores={"h": 2}
+    )
     (found, *_) = diagnose(window_of(ALONE, adds("input_wait", 8)), facts)
 
     assert ("The workers keep up" in found.next) == keep_up
     assert ("data.py" in found.summary + found.next) != keep_up
+
+
+def test_no_line_of_another_loader_or_of_idle_workers_is_named():
+    """An evaluation has a loader of its own; workers that mostly wait make nobody wait."""
+    loader = LoaderFacts(dataset="Photos", num_workers=2, batch_size=1, number=1)
+    idle = SampledLine(0, "workers", None, None, None, None, 300)
+    for lines in ({0: IN_WORKERS}, {1: (*IN_WORKERS, idle)}):
+        facts = JobFacts(loader=loader, lines_of_workers=lines, hosts={0: "h"}, cores={"h": 1})
+        (found, *_) = diagnose(window_of(ALONE, adds("input_wait", 500)), facts)
+
+        assert "data.py" not in found.summary + found.next

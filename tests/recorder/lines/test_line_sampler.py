@@ -23,10 +23,10 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import IMPORTING, LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, LINES, Phase, Slot
-from traceml.inspection.switch_interval import SHORT_S, OtherThreads, switch_interval
+from traceml.inspection.switch_interval import LONGEST_S, SHORT_S, OtherThreads, switch_interval
 from traceml.inspection.user_files import PACKAGE_FOLDERS
 from traceml.recorder.lines import line_sampler
-from traceml.recorder.lines.line_sampler import LONGEST_SWITCH_S, LineSampler
+from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.recorder.user_code import UserCode
 
 SAMPLES = 40
@@ -152,7 +152,7 @@ def holds_for_300_us() -> None:
 
 def test_short_blocks_are_seen_by_costly_samples(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """A data set computes for less than a millisecond between two calls that release the lock."""
-    monkeypatch.setattr(line_sampler, "SHORT_S", LONGEST_SWITCH_S)
+    monkeypatch.setattr(line_sampler, "SHORT_S", LONGEST_S)
 
     def fetches() -> None:
         holds_for_300_us()
@@ -544,7 +544,7 @@ def test_costly_samples_take_the_lock_less_eagerly(flight: FlightFile) -> None:
         intervals.append(sys.getswitchinterval())
 
     sampler.close()
-    assert intervals == [pytest.approx(LONGEST_SWITCH_S), pytest.approx(SHORT_S)]
+    assert intervals == [pytest.approx(LONGEST_S), pytest.approx(SHORT_S)]
 
 
 def test_costly_samples_come_less_often(flight: FlightFile) -> None:

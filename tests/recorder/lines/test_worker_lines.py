@@ -7,7 +7,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgpack
 import pytest
@@ -18,9 +21,11 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LINE_WORKERS, LINES
 from traceml.inspection.switch_interval import switch_interval
 from traceml.instrument import install
+from traceml.instrument.workers.loader_workers import worker_pids
 from traceml.recorder.lines import worker_lines
 from traceml.recorder.lines.sampled_place import SampledPlace
 from traceml.recorder.lines.worker_lines import WorkerLines, WorkerSampling
+from traceml.trusted_files import GuardedDescriptor
 
 INTERVAL_S = 0.02
 pytestmark = pytest.mark.process
@@ -52,16 +57,21 @@ def flight(tmp_path: Path) -> Iterator[FlightFile]:
     made.close(unlink=True)
 
 
+def rows_of(flight: FlightFile) -> Iterator[dict[str, int]]:
+    """Yield the rows of lines."""
+    ring = flight.ring("lines")
+    for row in LINES.struct.iter_unpack(ring.take(0, ring.appended).data):
+        yield dict(zip((column.name for column in LINES.columns), row, strict=True))
+
+
 def functions_of(flight: FlightFile) -> Counter[str]:
     """Return the samples of workers in the rows, by the function of the user's code."""
-    ring, log, counts = flight.ring("lines"), flight.log("names"), Counter[str]()
-    unpacker = msgpack.Unpacker()
+    log, counts, unpacker = flight.log("names"), Counter[str](), msgpack.Unpacker()
     unpacker.feed(log.read(0, log.appended))
     names = {row["id"]: row["name"] for row in unpacker}
-    for row in LINES.struct.iter_unpack(ring.take(0, ring.appended).data):
-        named = dict(zip((column.name for column in LINES.columns), row, strict=True))
-        if named["phase"] == LINE_WORKERS:
-            counts[names.get(named["line_id"], "").rpartition(" ")[2]] += named["samples"]
+    for row in rows_of(flight):
+        if row["phase"] <= LINE_WORKERS:
+            counts[names.get(row["line_id"], "").rpartition(" ")[2]] += row["samples"]
 
     return counts
 
@@ -70,7 +80,7 @@ def functions_of(flight: FlightFile) -> Counter[str]:
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str) -> None:
     """Nearly all samples are in the function that takes the time; none is of a worker that waits for an order."""
-    lines = WorkerLines(flight, lambda: False, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
     hooks = install(flight, in_worker=lines.sampling)
     try:
         iterator = iter(DataLoader(Photos(), batch_size=2, num_workers=2, multiprocessing_context=method))
@@ -80,7 +90,8 @@ def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str) -> No
             lines(False)
             return functions_of(flight)["decode"] >= 20
 
-        eventually(seen, "samples of the workers")
+        eventually(seen, "samples of the workers", timeout_s=60)
+        lines(True)
     finally:
         hooks.uninstall()
 
@@ -88,40 +99,63 @@ def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str) -> No
     assert counts["decode"] > 0.8 * (counts.total() - counts[""])
 
 
-def test_idle_workers_have_no_samples(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker whose batches are not taken waits for an order."""
+def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches are taken later than it makes them. While none is taken, it is not known to wait for the next one."""
     monkeypatch.setattr(worker_lines, "_ROWS_S", 0.0)
-    lines = WorkerLines(flight, lambda: False, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
     hooks = install(flight, in_worker=lines.sampling)
     try:
         iterator = iter(DataLoader(Photos(), num_workers=1, prefetch_factor=2))
+
+        def idle() -> int:
+            lines(False)
+            return functions_of(flight)[""]
+
         next(iterator)
-        time.sleep(1.5)  # the batches that it may make in advance take 40 ms
-        lines(False)
-        made = functions_of(flight).total()
-        time.sleep(2.5)
-        lines(True)
+        time.sleep(1.0)
+        before = idle()
+        time.sleep(1.0)
+        assert idle() == before
+
+        def took() -> bool:
+            next(iterator)
+            time.sleep(0.1)
+            return idle() > before + 5
+
+        eventually(took, "idle samples", timeout_s=60)
     finally:
         hooks.uninstall()
+        lines.close()
 
-    assert functions_of(flight).total() == made
+
+class Group(NamedTuple):
+    """Workers of one loader."""
+
+    loader: int
+    pids: tuple[int, ...]
 
 
-def test_workers_of_an_evaluation_do_not_count(flight: FlightFile) -> None:
-    """What arrives while an evaluation runs is no work for a step."""
-    lines = WorkerLines(flight, lambda: True, INTERVAL_S)
-    os.write(lines.sampling.pipe, b'["train.py:3 decode", "", 7]\n')
+def test_workers_have_the_number_of_their_loader(flight: FlightFile) -> None:
+    """A loader of an evaluation is another one; of a process that is no worker any more, nothing counts."""
+    groups = [Group(0, (11,)), Group(2, (22, 23))]
+    lines = WorkerLines(flight, lambda: groups, INTERVAL_S)  # type: ignore[arg-type,return-value]
+    for pid in (11, 22, 23, 99):
+        os.write(lines.sampling.number, b'[%d, "train.py:3 decode", "", 7]\n' % pid)
 
-    lines(False)
+    lines(True)
 
-    assert functions_of(flight) == {}
+    rows = list(rows_of(flight))
+    assert sorted((row["phase"], row["samples"]) for row in rows) == [(LINE_WORKERS - 2, 14), (LINE_WORKERS, 7)]
 
 
 def test_rows_are_added_up_over_messages_that_arrive_in_pieces(flight: FlightFile) -> None:
     """A message may be read in two parts; workers of one line are one row."""
-    lines = WorkerLines(flight, lambda: False, INTERVAL_S)
-    for part in (b'["train.py:3 decode", "", 7]\n["train.py:3 dec', b'ode", "", 2]\n["", "PIL.py:1 load", 1]\n'):
-        os.write(lines.sampling.pipe, part)
+    lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S)  # type: ignore[list-item]
+    for part in (
+        b'[11, "train.py:3 decode", "", 7]\n[11, "train.py:3 dec',
+        b'ode", "", 2]\n[11, "", "PIL.py:1 load", 1]\n',
+    ):
+        os.write(lines.sampling.number, part)
         lines(False)
 
     lines(True)
@@ -131,7 +165,7 @@ def test_rows_are_added_up_over_messages_that_arrive_in_pieces(flight: FlightFil
 
 def test_a_pipe_that_the_script_has_closed_is_not_touched(flight: FlightFile, tmp_path: Path) -> None:
     """Its number may be that of a file of the script."""
-    lines = WorkerLines(flight, lambda: False, INTERVAL_S)
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
     number = lines._pipe.number
     os.close(number)
     (tmp_path / "own").write_bytes(b'["train.py:3 decode", "", 7]\n')
@@ -147,34 +181,61 @@ def test_a_pipe_that_the_script_has_closed_is_not_touched(flight: FlightFile, tm
 
 def test_the_pipe_is_closed_with_the_recording(flight: FlightFile) -> None:
     """A process may record many times."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    lines = WorkerLines(flight, lambda: False, INTERVAL_S)
-    os.write(lines.sampling.pipe, b'["train.py:3 decode", "", 7]\n')
+    lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S)  # type: ignore[list-item]
+    ends = lines._pipe.number, lines.sampling.number
+    os.write(lines.sampling.number, b'[11, "train.py:3 decode", "", 7]\n')
 
     lines(True)
 
     assert functions_of(flight) == {"decode": 7}
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert [Path(f"/proc/self/fd/{end}").exists() for end in ends] == [False, False]
+
+
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, WorkerSampling]]:
+    """The end for reading of a pipe, and the sampling of a worker that always makes a batch and writes into it."""
+    monkeypatch.setattr(worker_lines, "_worker_place", lambda *_: SampledPlace(decode.__code__, 1, None))
+    monkeypatch.setattr(worker_lines, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(worker_lines, "MAX_SLEEP_S", worker_lines.MIN_SLEEP_S)
+    read, write = os.pipe2(os.O_NONBLOCK)
+    status = os.fstat(write)
+    yield read, WorkerSampling(os.getpid(), write, (status.st_dev, status.st_ino), 0.001)
+
+    switch_interval.restore()
+    for end in (read, write):
+        with suppress(OSError):
+            os.close(end)
 
 
 @pytest.mark.timeout(60)
-def test_sampling_ends_with_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pipe is closed: the worker's thread ends."""
-    read, write = os.pipe2(os.O_NONBLOCK)
+def test_sampling_ends_with_the_rank(sampling: tuple[int, WorkerSampling]) -> None:
+    """Its pipe is closed, or nobody reads what is written, as with a worker that has the other end, too."""
+    read, started = sampling
+    os.set_blocking(started.number, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(started.number, b"x" * 4096)
+
+    started._run(GuardedDescriptor(os.dup(started.number)), threading.get_ident())
     os.close(read)
-    monkeypatch.setattr(worker_lines, "_worker_place", lambda *_: SampledPlace(decode.__code__, 1, None))
-    try:
-        WorkerSampling(os.getpid(), 0, 0.001)._run(write, threading.get_ident())
-    finally:
-        switch_interval.restore()
-        os.close(write)
+    started._run(GuardedDescriptor(os.dup(started.number)), threading.get_ident())
+
+
+def test_a_file_of_the_script_is_not_written_to(sampling: tuple[int, WorkerSampling], tmp_path: Path) -> None:
+    """The script may have closed the pipe, and have a file under its number."""
+    _, started = sampling
+    own = os.open(tmp_path / "log.txt", os.O_WRONLY | os.O_CREAT)
+
+    replace(started, number=own)._run(GuardedDescriptor(own), threading.get_ident())
+
+    assert (tmp_path / "log.txt").read_bytes() == b""
 
 
 def test_a_worker_goes_on_where_it_cannot_be_sampled(caplog: pytest.LogCaptureFixture) -> None:
     """The rank's descriptors may be out of reach; each worker would warn of it."""
     before = threading.active_count()
 
-    WorkerSampling(os.getpid(), 10_000, 0.001)()
+    WorkerSampling(os.getpid(), 10_000, (0, 0), 0.001)()
 
     assert threading.active_count() == before
     assert caplog.text == ""

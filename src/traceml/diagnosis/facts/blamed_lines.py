@@ -156,10 +156,10 @@ class BlamedLine(msgspec.Struct, frozen=True):
         """The line as the end of a clause about the phase: `, 94 % of it in train.py:23 update_metric`."""
         return f", {self.share_text} of it in {self.place}"
 
-    def of_batches(self, whose: str = "the") -> str:
-        """Return a clause about the time of loader workers: `; the workers make batches mostly in …`."""
-        share = "" if self.share_text == "most" else f" ({self.share_text} of the time)"
-        return f"; {whose} workers make batches mostly in {self.place}{share}"
+    def of_batches(self, workers: int, whose: str = "the") -> str:
+        """Return a clause on loader workers: `; of the time in which the workers make batches, 94 % is in …`."""
+        who = f"{whose} worker makes" if workers == 1 else f"{whose} workers make"
+        return f"; of the time in which {who} batches, {self.share_text} is in {self.place}"
 
     def evidence(self, phase_share: float) -> dict[str, Any]:
         """Return the line as a finding's evidence; with few samples there is no `line_share`.
@@ -419,23 +419,32 @@ def workers_line(
 ) -> BlamedLine | None:
     """Return the function in which loader workers spend half of the time that they make batches; None if none is shown.
 
+    Nor is there one if they are idle for most of the time: what they do makes nobody wait.
+
     Args:
         lines: those in which workers were seen.
         ranks: the ranks whose workers are looked at; empty for all.
-        others: ranks to compare with: where their workers spend about as much of the time, none is returned.
+        others: ranks to compare with: a function that their workers run, too, makes no rank slow.
     """
-    part = LINE_PHASES[LINE_WORKERS]
-    lines = [each for each in lines if not each.is_nowhere]
-    found = outside_line(tuple(_seen_on(lines, ranks)), part)
-    if found is None:
+    part, mine = LINE_PHASES[LINE_WORKERS], tuple(_seen_on(lines, ranks))
+    found = outside_line([each for each in mine if not each.is_idle], part)
+    if found is None or not workers_at_work(mine).is_most:
         return None
 
-    usual, total, _ = _by_function(tuple(_seen_on(lines, others)) if others else (), part)
-    place = found.file, found.function, found.line if found.function == _MODULE else None
-    if total and found.share - usual[place] / total < NAMED_OF_EXCESS:
+    if others and not _is_alone_in(found, tuple(_seen_on(lines, others))):
         return None
 
     return replace(found, of_workers=True)
+
+
+def _is_alone_in(found: BlamedLine, usual: Sequence[SampledLine]) -> bool:
+    """Return whether workers of other ranks clearly run a function less; quick ones are in hardly any sample."""
+    functions, total, _ = _by_function([each for each in usual if not each.is_idle], LINE_PHASES[LINE_WORKERS])
+    in_it = functions[found.file, found.function, found.line if found.function == _MODULE else None]
+    if total < MIN_SAMPLES:
+        return not in_it
+
+    return found.share - in_it / total >= NAMED_OF_EXCESS
 
 
 def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
@@ -444,7 +453,7 @@ def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
     Args:
         lines: those in which workers were seen.
     """
-    return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_nowhere)
+    return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_idle)
 
 
 def line_beside_imports(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:

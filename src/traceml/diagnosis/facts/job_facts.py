@@ -132,13 +132,18 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     interval_lines: IntervalLines = msgspec.field(default_factory=IntervalLines)  # the same by interval of the run
     # lines in which the busiest other Python threads were seen, with the CPU time of all of them
     thread_lines: Sequence[SampledLine] = ()
-    # lines in which loader workers were seen while they made batches, and how often they waited between batches
-    worker_lines: Sequence[SampledLine] = ()
+    # loader -> lines in which its workers were seen while they made batches, and how often they were idle in between
+    lines_of_workers: Mapping[int, Sequence[SampledLine]] = {}
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None if unknown."""
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
+
+    @property
+    def worker_lines(self) -> Sequence[SampledLine]:
+        """Those lines of the workers of the training's loader."""
+        return self.lines_of_workers.get((self.loader.number or 0) if self.loader else 0, ())
 
     @property
     def loader_workers(self) -> int:

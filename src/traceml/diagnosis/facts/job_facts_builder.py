@@ -338,7 +338,7 @@ class JobFactsBuilder:
             memory=self.memory,
             lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != "running"),
             thread_lines=self.lines.of_other_threads(self.names),
-            worker_lines=self.lines.of_workers(self.names),
+            lines_of_workers=self.lines.of_workers(self.names),
             interval_lines=IntervalLines(self.lines, self.names, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,

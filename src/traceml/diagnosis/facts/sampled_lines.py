@@ -19,6 +19,7 @@ from traceml.database.schema import (
     LINE_STARTUP,
     LINE_THREADS,
     LINE_WORKERS,
+    line_phase_name,
 )
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import line_text
@@ -58,8 +59,8 @@ class SampledLine(msgspec.Struct, frozen=True):
     cpu_ns: int = 0
 
     @property
-    def is_nowhere(self) -> bool:
-        """Whether no code is known: of a loader worker, that it makes no batch."""
+    def is_idle(self) -> bool:
+        """Whether a loader worker made no batch: then no code is known."""
         return self.file is None and self.library is None
 
 
@@ -69,15 +70,19 @@ class LineCounts:
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
         self._intervals: dict[int, _RankIntervals] = {}
-        self._apart: dict[int, dict[int, NDArray[np.int64]]] = {LINE_THREADS: {}, LINE_WORKERS: {}}
+        self._threads: dict[int, NDArray[np.int64]] = {}
+        self._workers: dict[int, NDArray[np.int64]] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
-        for phase, counted in self._apart.items():
-            is_apart = rows["phase"] == phase
+        for counted, is_apart in (
+            (self._threads, rows["phase"] == LINE_THREADS),
+            (self._workers, rows["phase"] <= LINE_WORKERS),
+        ):
             if is_apart.any():
                 counted[rank] = _summed([counted.get(rank, _NONE), _counts_of(rows[is_apart], 0)])
-                rows = rows[~is_apart]
+
+        rows = rows[rows["phase"] > LINE_THREADS]
 
         counts = self._ranks.get(rank)
         if counts is None:
@@ -112,14 +117,20 @@ class LineCounts:
 
     def of_other_threads(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
         """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
-        return self._of(LINE_THREADS, names)
+        return _sampled_lines({rank: _by_time([counts]) for rank, counts in self._threads.items()}, names)
 
-    def of_workers(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
-        """Return the lines that loader workers were seen in while they made batches, and that they made none."""
-        return self._of(LINE_WORKERS, names)
+    def of_workers(self, names: Mapping[int, Mapping[int, str]]) -> dict[int, tuple[SampledLine, ...]]:
+        """Return the lines that the workers of each loader, by its number, were seen in while they made batches.
 
-    def _of(self, phase: int, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
-        return _sampled_lines({rank: _by_time([counts]) for rank, counts in self._apart[phase].items()}, names)
+        Idle ones are how often they made none.
+        """
+        phases = {phase for counts in self._workers.values() for phase in counts[:, 0].tolist()}
+        return {
+            LINE_WORKERS - phase: _sampled_lines(
+                {rank: _by_time([counts[counts[:, 0] == phase]]) for rank, counts in self._workers.items()}, names
+            )
+            for phase in sorted(phases, reverse=True)
+        }
 
     def lines(
         self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = (), *, has_ended: bool = False
@@ -145,7 +156,13 @@ def _sampled_lines(
     summed: Mapping[int, NDArray[np.int64]], names: Mapping[int, Mapping[int, str]]
 ) -> tuple[SampledLine, ...]:
     return tuple(
-        SampledLine(rank, LINE_PHASES.get(phase, "other"), *parsed_place(known.get(line)), known.get(called), *sums)
+        SampledLine(
+            rank,
+            line_phase_name(phase),
+            *parsed_place(known.get(line)),
+            known.get(called),
+            *sums,
+        )
         for rank, counts in sorted(summed.items())
         for known in (names.get(rank, {}),)
         for phase, line, called, *sums in counts.tolist()

@@ -191,15 +191,18 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
         cost = replace(cost, uncounted=(*cost.uncounted, uncounted))
 
     if facts.loader_workers and by_sampler is None:  # the loop's own line tells nothing: the workers have the work
-        line = workers_line(facts.worker_lines) if pipeline is not None and not pipeline.is_handover else None
+        keep_up = pipeline is None or pipeline.is_handover
+        line = None if keep_up else workers_line(facts.worker_lines, cost.ranks)
 
     advised = (
-        by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline or RareWaits.of(segments, facts))
+        by_sampler
+        or of_new_iterators(facts, pipeline)
+        or for_input(facts, pipeline or RareWaits.of(segments, facts), line)
     )
     is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     where += f"; without any of it steps would be {cost.faster}" if is_part else ""
     if line is not None:
-        where = where + line.of_batches() if line.of_workers else line.of_it + where
+        where = where + line.of_batches(facts.loader_workers) if line.of_workers else line.of_it + where
 
     summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{where}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)

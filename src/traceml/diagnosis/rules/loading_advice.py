@@ -13,12 +13,11 @@ from traceml.diagnosis.facts.blamed_lines import (
     main_library,
     ordering_share,
     worker_wait_share,
-    workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
-from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu
+from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu, share_at_work
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = ["LoadingAdvice", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
@@ -46,11 +45,12 @@ class LoadingAdvice(NamedTuple):
     workers: int | None = None  # advised number of loader workers; None if the advice is another
 
 
-def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits) -> LoadingAdvice:
+def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine | None = None) -> LoadingAdvice:
     """Return advice against waiting for data.
 
     Args:
         pipeline: its loading; what is known of the waits where they are pauses.
+        line: where the time goes, if that is known.
     """
     loader = facts.loader or LoaderFacts()
     if isinstance(pipeline, RareWaits):
@@ -72,7 +72,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits) -> LoadingAdvice:
     if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
 
-    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(facts, loader, pipeline, cores)
+    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores, line)
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
@@ -218,7 +218,7 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     if gain < WORTHWHILE:
         how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
         most = pipeline.gain_without_handover()
-        if most < WORTHWHILE and facts.worker_use is None:  # how much of their time the workers compute is not known
+        if most < WORTHWHILE and share_at_work(facts) is None:  # how much the workers do is not known
             many = pipeline.workers > (pipeline.cores or pipeline.workers)
             crowd = f"{plural(pipeline.workers, 'worker')} for {plural(pipeline.cores or 1, 'core')}"
             fewer = f"=0, or 1: there are {crowd}" if many else "=0"
@@ -230,9 +230,9 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
-def _cheaper_samples(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
-    line = workers_line(facts.worker_lines) if pipeline.workers else None
-    share = 1.0 if line is None else line.share
+def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str, line: BlamedLine | None) -> LoadingAdvice:
+    of_workers = line if line is not None and line.of_workers else None
+    share = 1.0 if of_workers is None else of_workers.share
     gain, cached = pipeline.gain_with(1 - share / 2), pipeline.gain_with(1 - share)
     if loader.in_memory:
         what, how = f"what is done with the samples of {_data(loader)}", "transforms, collate_fn"
@@ -244,7 +244,7 @@ def _cheaper_samples(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     else:
         what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
 
-    what = what if line is None else line.place
+    what = what if of_workers is None else of_workers.place
     crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "

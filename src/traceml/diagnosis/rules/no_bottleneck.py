@@ -388,11 +388,11 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
 def _optimizer(facts: JobFacts) -> str:
     model = facts.model or ModelFacts()
     tables = (model.dense_embeddings or 0) / max(model.trainable or 0, 1)
-    if tables >= _MOSTLY_TABLES and not model.parallel:
+    if tables >= _MOSTLY_TABLES and not model.parallel and facts.world_size == 1:
         return (
             f"The optimizer takes the most, and {percent_text(tables)} of the parameters are tables of embeddings: "
-            "with sparse=True there, and SGD or torch.optim.SparseAdam for them, a step updates only the rows of its "
-            "batch."
+            "with sparse=True there, if nothing else uses their weights, and plain SGD or torch.optim.SparseAdam for "
+            "them, a step updates only the rows of its batch."
         )
 
     if facts.fused:

@@ -58,6 +58,7 @@ def late_summary(
     share: float,
     gain: float,
     line: BlamedLine | None,
+    workers: int = 0,
 ) -> str:
     """Return the sentence about late ranks.
 
@@ -66,6 +67,7 @@ def late_summary(
         share: cost as a share of step time.
         gain: old / new step time without their excess.
         line: where the excess is, if it is known.
+        workers: loader workers of a rank.
     """
     subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = segments.parts[late.part]
@@ -83,11 +85,12 @@ def late_summary(
         gained = ", saved only once other differences between ranks are removed, too"
 
     whose = "their" if len(ranks) > 1 else "its"
-    where = "" if line is None else line.of_batches(whose) if line.of_workers else line.of_it
+    where = line.of_it if line is not None and not line.of_workers else ""
+    batches = line.of_batches(workers, whose) if line is not None and line.of_workers else ""
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){_seldom_text(segments, late)}{where}; that costs {percent_text(share)} of step "
-        f"time{gained}."
+        f"time{gained}{batches}."
     )
 
 

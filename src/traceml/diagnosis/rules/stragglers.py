@@ -530,8 +530,8 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     if not late.everywhere:
         waiting = _waiting_share(segments, late) if late.part == "backward" else 0.0
         line = blamed_line(facts.lines, late.part, mine, ranks, others, waiting)
-        if late.part == "input_wait" and facts.loader_workers:
-            line = line or workers_line(facts.worker_lines, ranks, others)
+        if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
+            line = workers_line(facts.worker_lines, ranks, others)
 
     lacking = late.part != "input_wait" and _lacks_cores(segments, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
@@ -553,7 +553,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
         kind,
         ranks=ranks,
         phase=late.part,
-        summary=late_summary(segments, late, ranks, share, gain, line) + why,
+        summary=late_summary(segments, late, ranks, share, gain, line, workers=facts.loader_workers) + why,
         next=advice.for_lacking_core(ranks, facts) if only_lacking else action,
         evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,

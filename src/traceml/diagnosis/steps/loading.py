@@ -14,7 +14,15 @@ from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["Pipeline", "RareWaits", "fetch_cpu", "is_taken_ahead", "pipeline_of", "share_of_long_waits"]
+__all__ = [
+    "Pipeline",
+    "RareWaits",
+    "fetch_cpu",
+    "is_taken_ahead",
+    "pipeline_of",
+    "share_at_work",
+    "share_of_long_waits",
+]
 
 TAKE_NS = 3e5
 """Time that the training process usually takes to receive a batch from a worker."""
@@ -196,13 +204,13 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
     # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
     ready = made.ready_to_hand_over
     saved_ns = made.step_ns(workers) - ready.step_ns(workers)
-    return ready if handover and _at_work(use, facts) is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
+    return ready if handover and share_at_work(facts) is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
 
 
-def _at_work(use: WorkerUse | None, facts: JobFacts) -> float | None:
-    """Return the share of their time in which workers make batches; None if unknown."""
-    if use is not None:
-        return use.ready
+def share_at_work(facts: JobFacts) -> float | None:
+    """Return the share of their time in which workers compute or are runnable, else make batches; None if unknown."""
+    if facts.worker_use is not None:
+        return facts.worker_use.ready
 
     sampled = workers_at_work(facts.worker_lines)
     return None if sampled.is_rough else sampled.share
@@ -217,7 +225,7 @@ def _fetch_of_workers(
         bound: whether the workers may use fewer cores than they are.
         handover: whether the training receives batches that are ready.
     """
-    at_work = _at_work(use, facts)
+    at_work = share_at_work(facts)
     if at_work is not None and handover:  # they wait for orders in between
         return workers * step_ns * at_work, 1.0
 

@@ -123,9 +123,10 @@ def model_facts(module: Any) -> dict[str, Any]:
 
 
 def _dense_embeddings(module: Any) -> int:
-    """Return the number of trained parameters that only embeddings with dense gradients use.
+    """Return the number of trained parameters in embeddings with dense gradients that could have sparse ones.
 
-    A table that is an output layer's weight, too, as many language models have it, gets gradients for all rows.
+    A table that is an output layer's weight, too, as many language models have it, gets gradients for all rows; where
+    a function uses it as such, the modules do not show it.
     """
     torch: Any = sys.modules["torch"]
     tables: dict[int, int] = {}
@@ -136,7 +137,8 @@ def _dense_embeddings(module: Any) -> int:
 
         weight = each._parameters.get("weight")
         is_table = isinstance(each, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and not each.sparse
-        if is_table and weight is not None and weight.requires_grad:
+        has_sparse_form = is_table and not each.scale_grad_by_freq and getattr(each, "mode", "") != "max"
+        if has_sparse_form and weight is not None and weight.requires_grad:
             tables[id(weight)] = weight.numel()
 
     return sum(count for weight, count in tables.items() if users[weight] == 1)

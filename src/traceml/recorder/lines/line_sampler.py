@@ -22,7 +22,6 @@ interval was short during the first one.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
@@ -31,7 +30,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
-from traceml.inspection.switch_interval import SHORT_S, OtherThreads, reduce_timer_slack, switch_interval, thread_cpu_ns
+from traceml.inspection.switch_interval import (
+    LONGEST_S,
+    MAX_SLEEP_S,
+    MIN_SLEEP_S,
+    SHORT_S,
+    OtherThreads,
+    random_share,
+    reduce_timer_slack,
+    switch_interval,
+    thread_cpu_ns,
+)
 from traceml.inspection.thread_frames import thread_number, thread_stack
 from traceml.inspection.user_files import display_path, is_instrumentation
 from traceml.recorder.lines.sampled_place import SampledPlace, function_name, sampled_place
@@ -48,14 +57,6 @@ PACES = ((60, 5), (240, 2))
 MAX_COST = 0.004
 """Share of a core above which samples take the lock less eagerly, and come less often: the first ones down to
 `_SURE_PACE` times as often as usual, the others down to a `_SURE_PACE`th."""
-
-LONGEST_SWITCH_S = 100e-6
-"""Longest switch interval of an armed sample. With 400 us, a data set that computes for 300 us between two calls of
-torch was in 4 % of the samples of its fetches, not 85 %: where the lock is released sooner, it is never asked for.
-"""
-
-MIN_S, MAX_S = 0.002, 0.012
-"""Limits of the second sleep."""
 
 _SURE_PACE = 3  # else a run of seconds on busy cores would have none
 _COST_SAMPLES = 8  # the cost is a mean of this many
@@ -176,7 +177,7 @@ class LineSampler:
 
     def _take(self, wait: Callable[[float], object], late_s: float) -> None:
         before = self._reading()
-        wait(max(0.0, MIN_S + (MAX_S - MIN_S) * _random() - late_s))
+        wait(max(0.0, MIN_SLEEP_S + (MAX_SLEEP_S - MIN_SLEEP_S) * random_share() - late_s))
         stack = thread_stack(self._thread(), _MAX_DEPTH)
         after = self._reading()  # at once: the training thread goes on after 50 us
         counts = self._count(stack, after.opened[0], after.t_ns)
@@ -204,7 +205,7 @@ class LineSampler:
         """Take the lock less eagerly if samples at the usual pace cost too much, and eagerly again if they do not."""
         share = self._cost_ns / 1e9 / self._interval_s
         if share > MAX_COST:
-            self._switch_s = min(2 * self._switch_s, LONGEST_SWITCH_S)
+            self._switch_s = min(2 * self._switch_s, LONGEST_S)
         elif share < MAX_COST / 4:
             self._switch_s = max(self._switch_s / 2, SHORT_S)
 
@@ -216,7 +217,7 @@ class LineSampler:
         """
         pace = self.pace
         most_s = self._interval_s * _SURE_PACE if pace == 1 else self._interval_s / _SURE_PACE
-        return max(self._interval_s / pace * (0.5 + _random()), min(self._cost_ns / 1e9 / MAX_COST, most_s))
+        return max(self._interval_s / pace * (0.5 + random_share()), min(self._cost_ns / 1e9 / MAX_COST, most_s))
 
     def close(self) -> None:
         """Restore the switch interval."""
@@ -327,10 +328,6 @@ class LineSampler:
 def _is_own_work(frame: FrameType, phase: int) -> bool:
     """Return whether a hook runs, between two phases: the line that it interrupted does nothing then."""
     return phase == LINE_OTHER and is_instrumentation(frame.f_code.co_filename)
-
-
-def _random() -> float:
-    return os.urandom(1)[0] / 255  # the module `random` costs the rank 2 ms
 
 
 def _reads_gradients(code: CodeType) -> bool:

@@ -13,14 +13,15 @@ Process: `WorkerSampling` runs in the worker, `WorkerLines` in the rank.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from select import PIPE_BUF
@@ -30,29 +31,28 @@ from typing import TYPE_CHECKING
 from traceml.clock import monotonic_ns
 from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
-from traceml.inspection.switch_interval import switch_interval
+from traceml.inspection.switch_interval import LONGEST_S, MAX_SLEEP_S, MIN_SLEEP_S, random_share, switch_interval
 from traceml.inspection.thread_frames import thread_stack
-from traceml.recorder.lines.line_sampler import LONGEST_SWITCH_S, MAX_S, MIN_S
 from traceml.recorder.lines.sampled_place import SampledPlace, sampled_place
 from traceml.recorder.user_code import UserCode
 from traceml.trusted_files import GuardedDescriptor
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
+    from traceml.instrument.workers.loader_workers import WorkersOfLoader
 
 __all__ = ["WorkerLines", "WorkerSampling"]
 
 _FETCHER = "/torch/utils/data/_utils/fetch.py"
 _DENSE, _DENSER = 20, 4  # so many first samples come this many times as often: a worker may live for an epoch only
-_BREAK = 10  # more idle samples in a row are not between two batches, but before an epoch, or while nobody asks
+_MOST_IDLE = 20  # samples without a batch in a row that count: others are between two epochs
 _FLUSH_S = 0.25
-_ROWS_S = 2.0
+_ROWS_S = 5.0
 _MAX_DEPTH = 200
 _MAX_NAMES = 512
 _MAX_BYTES = 64 * 1024
-_AFTER_EVALUATION_S = 1.5  # for so long a row may be of a worker that evaluates
+_UNREAD = 40  # full pipes in a row, in some 10 s, after which the rank has stopped to record
 _IDLE = SampledPlace(None, 0, None)
-_FAILED = "the lines of a loader worker are not sampled"
 _log = logging.getLogger("traceml")
 
 
@@ -61,52 +61,75 @@ class WorkerSampling:
     """Start of the sampling in a worker, to which it is sent."""
 
     rank_pid: int
-    pipe: int  # the rank's descriptor of the pipe's end for writing
+    number: int  # the rank's descriptor of the pipe's end for writing
+    pipe: tuple[int, int]  # device and inode of the pipe: the number may be that of a file of the script by now
     interval_s: float  # usual time between two samples
 
     def __call__(self) -> None:
         """Sample this process from now on, on a thread of its own."""
-        with fail_open(_log, "recorder", _FAILED, once=True), suppress(OSError):  # the rank's /proc is out of reach
-            pipe = os.open(f"/proc/{self.rank_pid}/fd/{self.pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            watched = threading.get_ident()
-            thread = threading.Thread(target=self._run, args=(pipe, watched), name="traceml-worker-lines", daemon=True)
-            thread.start()
+        with _quiet():
+            name = f"/proc/{self.rank_pid}/fd/{self.number}"
+            pipe = GuardedDescriptor(os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            run = functools.partial(self._run, pipe, threading.get_ident())
+            try:
+                threading.Thread(target=run, name="traceml-worker-lines", daemon=True).start()
+            except RuntimeError:  # no more threads are allowed
+                pipe.close()
+                raise
 
-    def _run(self, pipe: int, watched: int) -> None:
-        with (
-            fail_open(_log, "recorder", _FAILED, once=True),
-            suppress(OSError),
-        ):  # the rank has ended, or closed the pipe
-            self._sample(GuardedDescriptor(pipe), watched)
+    def _run(self, pipe: GuardedDescriptor, watched: int) -> None:
+        with _quiet(), closing(pipe):
+            if pipe.file == self.pipe:
+                self._sample(pipe, watched)
 
     def _sample(self, pipe: GuardedDescriptor, watched: int) -> None:
         user, counts, due_s = UserCode(), Counter[SampledPlace](), time.monotonic() + _FLUSH_S
-        idle, started = 0, False  # samples since it made a batch
+        idle, started, unread = 0, False, 0  # idle: samples since it made a batch
         for number in count():
             interval_s = self.interval_s / (_DENSER if number < _DENSE else 1)
-            sleep(max(interval_s * (0.5 + _random()) - MAX_S / 2, 0.0))
-            switch_interval.shorten(LONGEST_SWITCH_S)
-            sleep(MIN_S + (MAX_S - MIN_S) * _random())
-            place = _worker_place(watched, user)
-            switch_interval.restore()
+            sleep(max(interval_s * (0.5 + random_share()) - MAX_SLEEP_S / 2, 0.0))
+            place = _armed_place(watched, user)
             if place == _IDLE:
                 idle += 1
             else:
-                counts += Counter({place: 1, _IDLE: idle if started and idle <= _BREAK else 0})
+                counts += Counter({place: 1, _IDLE: min(idle, _MOST_IDLE) if started else 0})
                 started, idle = True, 0
 
             if time.monotonic() >= due_s:
-                pipe.check()
-                for message in _messages(counts):
-                    with suppress(BlockingIOError):  # a rank that does not read
-                        os.write(pipe.number, message)
+                unread = 0 if _sent(pipe, counts) else unread + 1
+                if unread >= _UNREAD:
+                    return
 
                 counts.clear()
                 due_s = time.monotonic() + _FLUSH_S
 
 
-def _random() -> float:
-    return os.urandom(1)[0] / 255
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Handle any error at debug level: each worker of each epoch would warn of it."""
+    with fail_open(_log, "recorder", "the lines of a loader worker are not sampled", level=logging.DEBUG):
+        yield
+
+
+def _armed_place(watched: int, user: UserCode) -> SampledPlace:
+    try:
+        switch_interval.shorten(LONGEST_S)
+        sleep(MIN_SLEEP_S + (MAX_SLEEP_S - MIN_SLEEP_S) * random_share())
+        return _worker_place(watched, user)
+    finally:
+        switch_interval.restore()
+
+
+def _sent(pipe: GuardedDescriptor, counts: Counter[SampledPlace]) -> bool:
+    """Write the counts; return False if the pipe is full, as the rank does not read."""
+    pipe.check()
+    for message in _messages(counts):
+        try:
+            os.write(pipe.number, message)
+        except BlockingIOError:
+            return False
+
+    return True
 
 
 def _worker_place(watched: int, user: UserCode) -> SampledPlace:
@@ -120,7 +143,7 @@ def _messages(counts: Counter[SampledPlace]) -> Iterator[bytes]:
     """Yield lines of JSON, joined up to the size that is written to a pipe as a whole."""
     message = b""
     for place, samples in counts.items():
-        line = json.dumps([place.user_name, place.library_name, samples]).encode() + b"\n"
+        line = json.dumps([os.getpid(), place.user_name, place.library_name, samples]).encode() + b"\n"
         if message and len(message) + len(line) > PIPE_BUF:
             yield message
             message = b""
@@ -137,19 +160,19 @@ class WorkerLines:
 
     Args:
         flight: takes the rows, and has the open step.
-        is_evaluating: returns whether an evaluation runs: its workers make no batches of the training.
+        workers: returns the workers of the loaders that are read.
         interval_s: usual time between two samples of a worker.
     """
 
-    def __init__(self, flight: FlightFile, is_evaluating: Callable[[], bool], interval_s: float) -> None:
+    def __init__(self, flight: FlightFile, workers: Callable[[], Iterable[WorkersOfLoader]], interval_s: float) -> None:
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.sampling = WorkerSampling(os.getpid(), write, interval_s)
-        """What a worker calls to be sampled."""
         self._pipe, self._write_end = GuardedDescriptor(read), GuardedDescriptor(write)
+        self.sampling = WorkerSampling(os.getpid(), write, self._write_end.file, interval_s)
+        """What a worker calls to be sampled."""
         self._slots, self._lines, self._name_id = flight.open_slots, flight.ring("lines"), flight.names.id_of
-        self._is_evaluating, self._evaluated_s = is_evaluating, -_AFTER_EVALUATION_S
-        self._rest, self._counts, self._due_s = b"", Counter[tuple[str, str]](), time.monotonic() + _ROWS_S
-        self._ids: dict[str, int] = {"": -1}
+        self._workers, self._loaders = workers, dict[int, int]()  # process id -> number of its loader
+        self._rest, self._counts, self._due_s = b"", Counter[tuple[int, str, str]](), time.monotonic() + _ROWS_S
+        self._ids: dict[str, int | None] = {"": -1}
 
     def __call__(self, last: bool) -> None:
         """Append rows of what has arrived from time to time; the last time, close the pipe."""
@@ -160,25 +183,28 @@ class WorkerLines:
             self._due_s = now_s + _ROWS_S
 
         if last:
-            self._pipe.close()
-            self._write_end.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the pipe: workers end their sampling."""
+        self._pipe.close()
+        self._write_end.close()
 
     def _receive(self) -> None:
-        now_s, data = time.monotonic(), self._read()
-        if self._is_evaluating():
-            self._evaluated_s = now_s
+        *lines, self._rest = (self._rest + self._read()).split(b"\n")
+        if lines:
+            self._loaders |= {pid: group.loader for group in self._workers() for pid in group.pids}
 
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if not lines or now_s - self._evaluated_s < _AFTER_EVALUATION_S:
-            return
-
-        for user, library, samples in map(json.loads, lines):
-            self._counts[user, library] += samples
+        for pid, user, library, samples in map(json.loads, lines):
+            if pid in self._loaders:
+                self._counts[self._loaders[pid], user, library] += samples
 
     def _append(self) -> None:
         now_ns, step = monotonic_ns(), self._slots[Slot.STEP]
-        for (user, library), samples in self._counts.items():
-            self._lines.append(now_ns, step, LINE_WORKERS, self._id(user), self._id(library), samples, 0, 0)
+        for (loader, user, library), samples in self._counts.items():
+            line, called = self._id(user), self._id(library)
+            if line is not None and called is not None:
+                self._lines.append(now_ns, step, LINE_WORKERS - loader, line, called, samples, 0, 0)
 
         self._counts.clear()
 
@@ -189,9 +215,8 @@ class WorkerLines:
         except OSError:  # nothing has arrived, or the script has closed the pipe
             return b""
 
-    def _id(self, name: str) -> int:
+    def _id(self, name: str) -> int | None:
         if name not in self._ids and len(self._ids) < _MAX_NAMES:
-            known = self._name_id(name)
-            self._ids[name] = -1 if known is None else known
+            self._ids[name] = self._name_id(name)
 
-        return self._ids.get(name, -1)
+        return self._ids.get(name)

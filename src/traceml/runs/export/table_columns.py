@@ -23,6 +23,7 @@ from traceml.database.schema import (
     Resource,
     StepFlag,
     Table,
+    line_phase_name,
     other_ns,
     unpack_bits,
 )
@@ -84,7 +85,7 @@ _DOCS = {
     "losses": "losses of training steps, at most 20 a second",
     "fingerprints": "hashes of some batches, by which ranks that train on the same data are found",
     "pauses": "pauses of the training: garbage collections, compilations, checkpoints",
-    "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
+    "lines": "samples of the lines that the training thread and loader workers ran, by phase; one row per line and 5 s",
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")
 _JSON = ExportColumn("data_json", "string", "everything else, as a JSON object")
@@ -191,7 +192,7 @@ def _columns_of(
         return {name: _repeated(values, partial(_name_in, _ENUMS[name]))}
 
     if name == "phase":
-        return {"phase": _repeated(values, lambda number: LINE_PHASES.get(number, str(number)))}
+        return {"phase": _repeated(values, line_phase_name)}
 
     if name == "kind":
         return {"source": _repeated(values, partial(_name_in, MetricKind))}

@@ -186,7 +186,8 @@ class Digest:
         """
         lines, ends_ns = self.facts.lines, self.kept.end_ns.tolist()
         of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != "running")
-        return of_ranks + tuple(each for each in lines.of_workers(self.names) if not each.is_nowhere)
+        of_workers = lines.of_workers(self.names).values()
+        return (*of_ranks, *(each for seen in of_workers for each in seen if not each.is_idle))
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_PHASES, LINE_THREADS, LINE_WORKERS, unpack_bits
+from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
@@ -145,7 +145,7 @@ class ProgressHistory:
 
     def line_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LINES`; of the newest ones the line that was seen most."""
-        rows = rows[~np.isin(rows["phase"], (LINE_THREADS, LINE_WORKERS))]
+        rows = rows[rows["phase"] > LINE_THREADS]
         if len(rows):
             newest = rows[rows["t_ns"] == rows["t_ns"].max()]
             row = newest[newest["samples"].argmax()]
