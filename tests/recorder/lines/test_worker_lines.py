@@ -111,10 +111,17 @@ def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeyp
             lines(False)
             return functions_of(flight)[""]
 
+        def has_made_all() -> bool:
+            idle()
+            before = functions_of(flight)["decode"]
+            time.sleep(0.7)
+            idle()
+            return 0 < before == functions_of(flight)["decode"]
+
         next(iterator)
-        time.sleep(1.0)
+        eventually(has_made_all, "the batches in advance", timeout_s=60)
         before = idle()
-        time.sleep(1.0)
+        time.sleep(0.7)
         assert idle() == before
 
         def took() -> bool:
