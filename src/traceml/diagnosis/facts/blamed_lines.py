@@ -292,15 +292,13 @@ def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
 
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
     """Return the share of torch's functions in the samples of a function of the user, in a part of the step."""
-    place = line.file, line.function, line.line if line.function == _MODULE else None
-    seen = [each for each in _of_part(lines, part) if _place_of(each) == place]
+    seen = _seen_in(lines, part, line)
     return _samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
 
 
 def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
-    place = line.file, line.function, line.line if line.function == _MODULE else None
-    seen = [each for each in _of_part(lines, part) if _place_of(each) == place]
+    seen = _seen_in(lines, part, line)
     return _samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
 
 
@@ -310,11 +308,9 @@ def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
     """Return the library function that a function of the user calls for half of its time; None if there is none."""
-    place = line.file, line.function, line.line if line.function == _MODULE else None
     calls: Counter[str | None] = Counter()
-    for each in _of_part(lines, part):
-        if _place_of(each) == place:
-            calls[each.library] += each.samples
+    for each in _seen_in(lines, part, line):
+        calls[each.library] += each.samples
 
     called, samples = calls.most_common(1)[0] if calls else (None, 0)
     return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
@@ -439,8 +435,9 @@ def workers_line(
 
 def _is_alone_in(found: BlamedLine, usual: Sequence[SampledLine]) -> bool:
     """Return whether workers of other ranks clearly run a function less; quick ones are in hardly any sample."""
-    functions, total, _ = _by_function([each for each in usual if not each.is_idle], LINE_PHASES[LINE_WORKERS])
-    in_it = functions[found.file, found.function, found.line if found.function == _MODULE else None]
+    part = LINE_PHASES[LINE_WORKERS]
+    _, total, _ = _by_function([each for each in usual if not each.is_idle], part)
+    in_it = sum(each.samples for each in _seen_in(usual, part, found))
     if total < MIN_SAMPLES:
         return not in_it
 
@@ -540,7 +537,12 @@ def _imports(line: SampledLine) -> bool:
     return (line.library or "").startswith(IMPORTING)
 
 
-def _place_of(each: SampledLine) -> _Place | None:
+def _seen_in(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> list[SampledLine]:
+    """Return the samples of a part in the function of a line."""
+    return [each for each in _of_part(lines, part) if _place_of(each) == _place_of(line)]
+
+
+def _place_of(each: SampledLine | BlamedLine) -> _Place | None:
     if each.file is None or each.function is None:
         return None
 

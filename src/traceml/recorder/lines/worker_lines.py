@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from select import PIPE_BUF
@@ -50,6 +50,7 @@ _FLUSH_S = 0.25
 _ROWS_S = 5.0
 _MAX_DEPTH = 200
 _MAX_NAMES = 512
+_MAX_PIDS = 4096  # of workers of earlier epochs, too: their last samples may arrive after their end
 _MAX_BYTES = 64 * 1024
 _UNREAD = 40  # full pipes in a row, in some 10 s, after which the rank has stopped to record
 _IDLE = SampledPlace(None, 0, None)
@@ -104,11 +105,9 @@ class WorkerSampling:
                 due_s = time.monotonic() + _FLUSH_S
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Handle any error at debug level: each worker of each epoch would warn of it."""
-    with fail_open(_log, "recorder", "the lines of a loader worker are not sampled", level=logging.DEBUG):
-        yield
+def _quiet() -> fail_open:
+    """Return what handles any error at debug level: each worker of each epoch would warn of it."""
+    return fail_open(_log, "recorder", "the lines of a loader worker are not sampled", level=logging.DEBUG)
 
 
 def _armed_place(watched: int, user: UserCode) -> SampledPlace:
@@ -191,10 +190,12 @@ class WorkerLines:
         self._write_end.close()
 
     def _receive(self) -> None:
-        *lines, self._rest = (self._rest + self._read()).split(b"\n")
-        if lines:
-            self._loaders |= {pid: group.loader for group in self._workers() for pid in group.pids}
+        known = self._loaders if len(self._loaders) < _MAX_PIDS else {}
+        self._loaders = known | {pid: group.loader for group in self._workers() for pid in group.pids}
+        if not self._loaders:  # most runs have no workers at first, or none at all
+            return
 
+        *lines, self._rest = (self._rest + self._read()).split(b"\n")
         for pid, user, library, samples in map(json.loads, lines):
             if pid in self._loaders:
                 self._counts[self._loaders[pid], user, library] += samples
