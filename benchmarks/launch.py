@@ -246,10 +246,10 @@ with selectors.DefaultSelector() as selector:
                     selector.unregister(key.fd)
                 continue
             for message in link.channel.receive():
-                if message["t"] == "package":  # its host has other files
+                if message.t == "package":  # its host has other files
                     link.send_package()
                     selector.register(link.channel.write_fd, selectors.EVENT_WRITE, link)
-                elif message["t"] == "hello":
+                elif message.t == "hello":
                     link.hello = message
 print(json.dumps(time.perf_counter() - start))
 for link in links:

@@ -17,6 +17,17 @@ from typing import Any, Self
 from traceml.launch.wire import bootstrap, payload
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import ChannelClosedError
+from traceml.launch.wire.launch_messages import (
+    Message,
+    PackageRequest,
+    Ping,
+    Prepare,
+    Release,
+    Reserve,
+    Start,
+    StopWorkers,
+    StreamOpened,
+)
 
 DEADLINE_S = 120.0
 
@@ -25,7 +36,7 @@ class Driver:
     """Starts an agent as the launcher does, and keeps all that it says.
 
     Attributes:
-        messages: all messages, in order.
+        messages: all messages, in order, as they were sent.
         said: bytes of log streams by (rank, fd).
         parcels: received results and errors by stream id.
         closed: why the channel has ended, or None.
@@ -97,7 +108,7 @@ class Driver:
 
             if self.of("hello") and time.monotonic() - self._pinged_s > 0.25:
                 self._pinged_s = time.monotonic()
-                self.channel.send("ping")
+                self.channel.send(Ping())
 
             for message in self.channel.receive():
                 self._take(message)
@@ -141,7 +152,7 @@ class Driver:
             "sys_path": [str(Path(__file__).parents[2])],
             "need_torch": False,
         }
-        self.channel.send("prepare", job=self.job, **{**about, **fields})
+        self.channel.send(Prepare(job=self.job, **{**about, **fields}))
         return self.wait("prepared")
 
     def start(
@@ -154,12 +165,12 @@ class Driver:
         **fields: Any,
     ) -> None:
         """Start workers that run a function, or a script."""
-        self.channel.send("reserve", job=self.job, address="127.0.0.1")
+        self.channel.send(Reserve(job=self.job, address="127.0.0.1"))
         port = self.wait("reserved")["port"]
         stream = None
         if func is not None:
             parcel = payload.dump_call(func, args, {})
-            stream = self.channel.open_stream(kind="payload", job=self.job, size=parcel.size_bytes)
+            stream = self.channel.open_stream(StreamOpened(kind="payload", job=self.job, size=parcel.size_bytes))
             for chunk in parcel.chunks():
                 stream.write(chunk)
 
@@ -168,9 +179,8 @@ class Driver:
         about: dict[str, Any] = {
             "payload": None if stream is None else stream.id,
             "script": None,
-            "workers": [{"rank": i, "local_rank": i} for i in range(workers)],
+            "ranks": list(range(workers)),
             "world_size": workers,
-            "local_world_size": workers,
             "group_rank": 0,
             "master_addr": "127.0.0.1",
             "master_port": port,
@@ -179,7 +189,7 @@ class Driver:
             "env": dict(env or {}),
             "log_level": 20,
         }
-        self.channel.send("start", job=self.job, **{**about, **fields})
+        self.channel.send(Start(job=self.job, **{**about, **fields}))
 
     def run(self, func: Callable[..., Any], *args: Any, workers: int = 1, **fields: Any) -> list[Any]:
         """Run a function to its good end; return what the workers returned, by rank."""
@@ -190,12 +200,12 @@ class Driver:
 
     def release(self) -> None:
         """Let the workers end; return when nothing is left of them."""
-        self.channel.send("release", job=self.job)
+        self.channel.send(Release(job=self.job))
         self.wait("idle")
 
     def stop(self, grace_s: float = 0.5, exit_s: float = 0) -> None:
         """End the workers; return when nothing is left of them."""
-        self.channel.send("stop", job=self.job, grace_s=grace_s, exit_s=exit_s)
+        self.channel.send(StopWorkers(job=self.job, grace_s=grace_s, exit_s=exit_s))
         self.wait("idle")
 
     def result(self, rank: int) -> Any:
@@ -216,17 +226,17 @@ class Driver:
         pid: int = self.wait("started", rank=rank)["pid"]
         return pid
 
-    def _take(self, message: dict[str, Any]) -> None:
-        self.messages.append(message)
-        if message["t"] == "package":
+    def _take(self, message: Message) -> None:
+        self.messages.append(message.to_map())
+        if isinstance(message, PackageRequest):
             self.channel.send_raw(bootstrap.sent_package())
 
-        if message["t"] != "stream":
+        if not isinstance(message, StreamOpened):
             return
 
-        number = message["id"]
-        if message["kind"] == "log":
-            kept = self.said[message["rank"], message["fd"]] = bytearray()
+        number = message.id
+        if message.kind == "log":
+            kept = self.said[message.rank, message.fd] = bytearray()
         else:
             kept = self.parcels[number] = bytearray()
 

@@ -17,6 +17,7 @@ import pytest
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
 from traceml.launch.wire import bootstrap
+from traceml.launch.wire.launch_messages import CollectStacks, Message, Release, StreamOpened
 from traceml.launch.wire.package_import import PACKAGE, import_code
 
 # An agent that is not its launcher's child, as those of other hosts.
@@ -423,7 +424,7 @@ def test_stacks_of_all_ranks(driver: Driver) -> None:
     os.kill(driver.pid(3), signal.SIGSTOP)
     driver.until(lambda: Path(f"/proc/{driver.pid(3)}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     for _ in range(2):
-        driver.channel.send("stacks", job=driver.job)
+        driver.channel.send(CollectStacks(job=driver.job))
 
     ranks = driver.wait("stacks", 1)["ranks"]
 
@@ -468,7 +469,7 @@ def test_a_worker_whose_threads_run_python_survives_any_number_of_requests(drive
     driver.start(busy, enough)
     driver.until(lambda: driver.text(0) == "ready\n")
     for count in range(1, 301):
-        driver.channel.send("stacks", job=driver.job)
+        driver.channel.send(CollectStacks(job=driver.job))
         stack = driver.wait("stacks", count)["ranks"][0]["stack"]
         assert stack.startswith("Thread 0x")
         assert " in busy" in stack.split("\n\n")[0]
@@ -495,7 +496,7 @@ def test_a_wait_in_c_code_is_not_ended_by_a_request(driver: Driver, holds_gil: b
     driver.prepare()
     driver.start(wait_in_c)
     driver.until(lambda: driver.text(0) == "ready\n")
-    driver.channel.send("stacks", job=driver.job)
+    driver.channel.send(CollectStacks(job=driver.job))
 
     told = driver.wait("stacks")["ranks"][0]
 
@@ -521,15 +522,15 @@ def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
     held: dict[int, list[Any]] = {}
     take = driver._take
 
-    def hold(message: dict[str, Any]) -> None:
-        if message["t"] == "stream" and message.get("rank") == 0 and message.get("fd") == "out":
-            driver.messages.append(message)
+    def hold(message: Message) -> None:
+        if isinstance(message, StreamOpened) and (message.rank, message.fd) == (0, "out"):
+            driver.messages.append(message.to_map())
             size = [0]
 
             def count(view: memoryview) -> None:
                 size[0] += len(view)
 
-            held[message["id"]] = [driver.channel.accept(message["id"], count, lambda _: None, manual=True), size]
+            held[message.id] = [driver.channel.accept(message.id, count, lambda _: None, manual=True), size]
             return
 
         take(message)
@@ -538,7 +539,7 @@ def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
     driver.start(talk, workers=2)
     driver.wait("done", rank=1)
     driver.until(lambda: any(size[0] for _, size in held.values()))
-    driver.channel.send("stacks", job=driver.job)
+    driver.channel.send(CollectStacks(job=driver.job))
     told = driver.wait("stacks")["ranks"][0]
 
     assert not driver.of("done", rank=0)
@@ -553,7 +554,7 @@ def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
 
         driver.poll()
 
-    driver.channel.send("release", job=driver.job)
+    driver.channel.send(Release(job=driver.job))
     while not driver.of("idle"):
         if granted < size[0]:
             incoming.grant(size[0] - granted)

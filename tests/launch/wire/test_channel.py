@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgpack
 import pytest
 
 from traceml.errors import ProtocolError
@@ -17,6 +18,7 @@ from traceml.launch.wire import channel as module
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
 from traceml.launch.wire.channel_streams import STREAM_WINDOW_BYTES
+from traceml.launch.wire.launch_messages import Bye, Idle, Message, Ping, Reserve, Snapshot, StreamOpened
 
 
 class Pair:
@@ -27,7 +29,7 @@ class Pair:
         a, b = ours.detach(), theirs.detach()
         self.launcher = Channel(a, os.dup(a), side="launcher")
         self.agent = Channel(b, os.dup(b), side="agent")
-        self.heard: dict[Channel, list[dict[str, Any]]] = {self.launcher: [], self.agent: []}
+        self.heard: dict[Channel, list[Message]] = {self.launcher: [], self.agent: []}
 
     def run(self, until: Callable[[], bool]) -> None:
         """Run both loops until the condition holds."""
@@ -63,26 +65,34 @@ def _repeat(*steps: Callable[[], object]) -> None:
             step()
 
 
-def _names(messages: list[dict[str, Any]]) -> list[str]:
-    return [message["t"] for message in messages]
+def _names(messages: list[Message]) -> list[str]:
+    return [message.t for message in messages]
+
+
+def _frame(**fields: Any) -> bytes:
+    """Return the frame of a message with any fields."""
+    body = msgpack.packb(fields)
+    return struct.pack(">IBI", len(body), 0, 0) + bytes(body)
 
 
 def test_messages_arrive_in_order_and_whole(pair: Pair) -> None:
     """Messages of any size travel both ways."""
     for i in range(100):
-        pair.launcher.send("start", i=i, text="x" * (i * 5000))
+        pair.launcher.send(Reserve(job=str(i), address="x" * (i * 5000)))
 
-    pair.agent.send("hello", pid=7, raw=b"\x00\xff", nothing=None)
+    about = {"job": "a", "rank": 3, "pid": 7, "snapshot": {"raw": b"\x00\xff", "nothing": None}}
+    pair.agent.send(Snapshot(**about))
     pair.run(lambda: len(pair.heard[pair.agent]) == 100 and len(pair.heard[pair.launcher]) == 1)
 
-    assert [(m["i"], len(m["text"])) for m in pair.heard[pair.agent]] == [(i, i * 5000) for i in range(100)]
-    assert pair.heard[pair.launcher] == [{"t": "hello", "pid": 7, "raw": b"\x00\xff", "nothing": None}]
+    reserves = [message for message in pair.heard[pair.agent] if isinstance(message, Reserve)]
+    assert [(m.job, len(m.address)) for m in reserves] == [(str(i), i * 5000) for i in range(100)]
+    assert [message.to_map() for message in pair.heard[pair.launcher]] == [{"t": "snapshot", **about}]
 
 
 def test_what_cannot_travel_is_refused(pair: Pair) -> None:
     """A field that msgpack does not know is an error of the sender, and nothing is sent."""
-    with pytest.raises(ProtocolError, match="'start'"):
-        pair.launcher.send("start", what=object())
+    with pytest.raises(ProtocolError, match="'reserve'"):
+        pair.launcher.send(Reserve(job="a", address=object()))
 
     assert not pair.launcher.wants_write
 
@@ -91,28 +101,29 @@ def test_a_stream_arrives_as_it_was_written(pair: Pair) -> None:
     """Bytes of a stream far larger than its window come whole and in order, and its end is told once."""
     data = os.urandom(9_000_001)
     got, ends = bytearray(), []
-    stream = pair.launcher.open_stream(kind="payload", n=len(data))
+    stream = pair.launcher.open_stream(StreamOpened(kind="payload", size=len(data)))
     stream.write(memoryview(data)[:5_000_000])
     stream.write(b"")
     stream.write(memoryview(data)[5_000_000:])
     stream.end()
     pair.run(lambda: bool(pair.heard[pair.agent]))
     about = pair.heard[pair.agent][0]
-    pair.agent.accept(about["id"], got.extend, ends.append, window_bytes=1 << 20)
+    assert isinstance(about, StreamOpened)
+    pair.agent.accept(about.id, got.extend, ends.append, window_bytes=1 << 20)
     pair.run(lambda: bool(ends))
 
-    assert about == {"t": "stream", "id": stream.id, "kind": "payload", "n": len(data)}
+    assert about.to_map() == {"t": "stream", "id": stream.id, "kind": "payload", "size": len(data)}
     assert got == data
     assert ends == [None]
 
 
 def test_a_stream_that_was_over_before_it_was_accepted_is_kept(pair: Pair) -> None:
     """Early bytes reach the sink, and so does the reason of a bad end."""
-    stream = pair.agent.open_stream(kind="log")
+    stream = pair.agent.open_stream(StreamOpened(kind="log"))
     stream.write(b"last words")
     stream.end({"why": "the disk is full"})
     pair.run(lambda: bool(pair.heard[pair.launcher]) and not pair.agent.wants_write)
-    pair.launcher.send("bye")
+    pair.launcher.send(Bye())
     pair.run(lambda: bool(pair.heard[pair.agent]))
     got, ends = bytearray(), []
     pair.run(lambda: not pair.agent.wants_write)
@@ -125,7 +136,7 @@ def test_a_stream_that_was_over_before_it_was_accepted_is_kept(pair: Pair) -> No
 def test_an_empty_stream_has_an_end(pair: Pair) -> None:
     """A stream without a byte is told as complete."""
     ends: list[Any] = []
-    stream = pair.agent.open_stream()
+    stream = pair.agent.open_stream(StreamOpened(kind="log"))
     pair.run(lambda: bool(pair.heard[pair.launcher]))
     pair.launcher.accept(stream.id, lambda view: None, ends.append)
     stream.end()
@@ -136,7 +147,7 @@ def test_an_empty_stream_has_an_end(pair: Pair) -> None:
 
 def test_a_slow_reader_holds_back_its_stream_only(pair: Pair) -> None:
     """Without credit one stream waits; another one and the messages go on."""
-    slow, fast = pair.agent.open_stream(), pair.agent.open_stream()
+    slow, fast = pair.agent.open_stream(StreamOpened(kind="log")), pair.agent.open_stream(StreamOpened(kind="log"))
     slow.write(bytes(3_000_000))
     fast.write(bytes(3_000_000))
     fast.end()
@@ -145,7 +156,7 @@ def test_a_slow_reader_holds_back_its_stream_only(pair: Pair) -> None:
     taken = pair.launcher.accept(slow.id, lambda view: kept.append(len(view)), ends.append, manual=True)
     pair.launcher.accept(fast.id, lambda view: got.append(len(view)), ends.append)
     pair.run(lambda: len(ends) == 1)
-    pair.agent.send("exited", rank=3)
+    pair.agent.send(Idle(job="a"))
     pair.run(lambda: len(pair.heard[pair.launcher]) == 3)
 
     assert sum(got) == 3_000_000
@@ -164,7 +175,7 @@ def test_a_slow_reader_holds_back_its_stream_only(pair: Pair) -> None:
 def test_messages_overtake_streams(pair: Pair) -> None:
     """A message sent behind megabytes of a stream arrives before their end."""
     ends: list[int] = []
-    stream = pair.launcher.open_stream()
+    stream = pair.launcher.open_stream(StreamOpened(kind="payload"))
     pair.run(lambda: bool(pair.heard[pair.agent]))
     pair.agent.accept(
         stream.id, lambda view: None, lambda error: ends.append(len(pair.heard[pair.agent])), window_bytes=64 << 20
@@ -173,17 +184,17 @@ def test_messages_overtake_streams(pair: Pair) -> None:
     stream.write(bytes(32 << 20))
     stream.end()
     pair.launcher.flush()
-    pair.launcher.send("stop")
+    pair.launcher.send(Bye())
     pair.run(lambda: bool(ends))
 
     assert ends == [2]
-    assert _names(pair.heard[pair.agent]) == ["stream", "stop"]
+    assert _names(pair.heard[pair.agent]) == ["stream", "bye"]
 
 
 def test_the_owner_hears_when_more_may_be_written(pair: Pair) -> None:
     """`on_drain` comes when what was written has left and credit is there."""
     got, drains, rounds = bytearray(), [], 20
-    stream = pair.agent.open_stream()
+    stream = pair.agent.open_stream(StreamOpened(kind="log"))
 
     def more() -> None:
         drains.append(stream.writable_bytes)
@@ -207,9 +218,8 @@ def test_noise_before_the_greeting_is_kept_apart(pair: Pair) -> None:
     """Output of a shell's start-up files before the greeting disturbs nothing."""
     read, write = os.pipe()
     launcher = Channel(read, os.dup(write), side="launcher", greeting=True)
-    hello = b"\x81\xa1t\xa5hello"
-    bytes_sent = b"Welcome to node 3\r\n\x00" + GREETING + struct.pack(">IBI", len(hello), 0, 0) + hello
-    messages = []
+    bytes_sent = b"Welcome to node 3\r\n\x00" + GREETING + _frame(t="package")
+    messages: list[Message] = []
     for i in range(len(bytes_sent)):
         os.write(write, bytes_sent[i : i + 1])
         messages += launcher.receive()
@@ -218,7 +228,7 @@ def test_noise_before_the_greeting_is_kept_apart(pair: Pair) -> None:
     os.close(write)
 
     assert launcher.noise == b"Welcome to node 3\r\n\x00"
-    assert messages == [{"t": "hello"}]
+    assert _names(messages) == ["package"]
 
 
 def test_an_opening_is_made_when_it_is_written_and_comes_first() -> None:
@@ -231,7 +241,7 @@ def test_an_opening_is_made_when_it_is_written_and_comes_first() -> None:
         made.append(b"program")
         return made[-1]
 
-    channel.send("hello")
+    channel.send(Ping())
     channel.open_with(make)
     assert (made, channel.wants_write) == ([], True)
 
@@ -262,6 +272,9 @@ def test_endless_noise_is_no_agent() -> None:
         (struct.pack(">IBI", 1, 1, 2) + b"\x01", "not opened"),
         (struct.pack(">IBI", 1 << 20, 1, 2), "invalid frame"),
         (struct.pack(">IBI", 3, 2, 2) + b"abc", "credit of a wrong size"),
+        (_frame(t="probe", job="a"), "'probe' without address, port"),
+        (_frame(t="stream", kind="payload"), "invalid stream number 0"),
+        (_frame(t="stream", id="2", kind="payload"), "invalid stream number '2'"),
     ],
 )
 def test_garbage_closes_the_channel(pair: Pair, data: bytes, match: str) -> None:
@@ -273,7 +286,7 @@ def test_garbage_closes_the_channel(pair: Pair, data: bytes, match: str) -> None
 
 def test_more_than_was_allowed_closes_the_channel(pair: Pair) -> None:
     """A peer that ignores the credit cannot fill the memory of this side."""
-    stream = pair.launcher.open_stream()
+    stream = pair.launcher.open_stream(StreamOpened(kind="payload"))
     stream._credit_bytes = 1 << 40
     stream.write(bytes(STREAM_WINDOW_BYTES + 1))
     with pytest.raises(ChannelClosedError, match="more than it was allowed"):
@@ -287,7 +300,7 @@ def test_the_end_of_the_other_side_is_reported(pair: Pair) -> None:
         pair.launcher.receive()
 
     with pytest.raises(ChannelClosedError, match="cannot write"):
-        _repeat(lambda: pair.launcher.send("ping"), pair.launcher.flush)
+        _repeat(lambda: pair.launcher.send(Ping()), pair.launcher.flush)
 
 
 def test_silence_is_noticed_and_a_living_peer_is_not_silent(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +331,7 @@ def test_a_message_larger_than_the_pipe_does_not_block() -> None:
     read, write = os.pipe()
     other_read, other_write = os.pipe()
     launcher = Channel(other_read, write, side="launcher")
-    launcher.send("start", text="x" * 5_000_000)
+    launcher.send(Reserve(job="a", address="x" * 5_000_000))
     launcher.flush()
 
     assert launcher.wants_write

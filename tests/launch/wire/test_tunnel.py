@@ -13,6 +13,7 @@ import pytest
 
 from traceml.launch.wire import tunnel
 from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.launch_messages import StreamOpened
 from traceml.launch.wire.tunnel import TunnelConnector, TunnelListener
 
 
@@ -30,9 +31,9 @@ class Between:
         ]
         ours.close()
         theirs.close()
-        self.listener = TunnelListener(self.selector, self._channels[0], job=1)
+        self.listener = TunnelListener(self.selector, self._channels[0], job="job 1")
         self.connector = TunnelConnector(self.selector, self._channels[1], self.server.getsockname()[1])
-        self.announced: list[dict[str, object]] = []
+        self.announced: list[StreamOpened] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop)
         self._thread.start()
@@ -71,11 +72,13 @@ class Between:
                 key.data(events)
 
             for message in agent.receive():
+                assert isinstance(message, StreamOpened)
                 assert self.listener.accept_answer(message)
 
             for message in launcher.receive():
+                assert isinstance(message, StreamOpened)
                 self.announced.append(message)
-                self.connector.accept_connection(message)
+                self.connector.accept_connection(message.id)
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def test_bytes_arrive_whole_in_both_directions(between: Between) -> None:
         assert read_all(near) == data[::-1]
         sender.join()
 
-    assert between.announced[0]["job"] == 1
+    assert between.announced[0].job == "job 1"
 
 
 def test_a_connection_that_nobody_reads_holds_back_no_other(between: Between) -> None:

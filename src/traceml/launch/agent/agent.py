@@ -12,7 +12,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,30 @@ from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import ChannelClosedError
+from traceml.launch.wire.launch_messages import (
+    Bye,
+    ChildEnded,
+    CollectStacks,
+    FailedToFork,
+    Forked,
+    Idle,
+    Message,
+    Prepare,
+    Prepared,
+    Probe,
+    Probed,
+    Release,
+    Reserve,
+    Reserved,
+    Stacks,
+    Start,
+    StopWorkers,
+    StreamOpened,
+    Tunnel,
+    TunnelReady,
+    ZygoteFailed,
+    ZygoteReady,
+)
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 from traceml.launch.wire.process_cleanup import find_leftovers, in_slurm_step, terminate_all
 from traceml.launch.wire.tunnel import TunnelListener
@@ -52,12 +76,12 @@ class Agent:
         self._selector = selectors.DefaultSelector()
         self._zygote: ZygoteClient | None = None
         self._group: WorkerGroup | None = None
-        self._wanted: tuple[str, ZygoteSpec, dict[str, Any]] | None = None  # job, spec, workers' context
+        self._wanted: tuple[Prepare, ZygoteSpec] | None = None
         self._preparing = False
         self._listener: socket.socket | None = None
         self._probe: AddressProbe | None = None
         self._payloads: dict[int, PayloadBuffer] = {}
-        self._listeners: dict[str, Any] = {}
+        self._listeners: dict[str, TunnelListener] = {}
         self._signals: set[int] = set()
         # before its end Slurm sends SIGTERM to all processes of a step, and workers may have time to save until SIGKILL
         self._spares, self._parent = in_slurm_step(), os.getppid()
@@ -157,28 +181,24 @@ class Agent:
 
     def _receive(self, _events: int) -> None:
         for message in self._channel.receive():
-            handler = _HANDLERS.get(message["t"])
-            if handler is not None:
-                handler(self, message)
+            _HANDLERS[type(message)](self, message)
 
-    def _on_prepare(self, message: dict[str, Any]) -> None:
+    def _on_prepare(self, message: Prepare) -> None:
         """Start a zygote that can make the job's workers, unless the present one can."""
-        for job in [job for job in self._listeners if job != message["job"]]:
+        for job in [job for job in self._listeners if job != message.job]:
             self._listeners.pop(job).close()
 
         self._drop_leftovers()
-        env_file, cwd = message.get("env_file"), message["cwd"]
+        env_file, cwd = message.env_file, message.cwd
         if error := _folder_error(cwd):
-            self._send_prepared(message["job"], error={"kind": "cwd", "text": f"{cwd}: {error}"})
+            self._send_prepared(message.job, error={"kind": "cwd", "text": f"{cwd}: {error}"})
             return
 
         path = None if env_file is None else str(Path(cwd, Path(env_file).expanduser()))
-        need_torch = int(message.get("need_torch", 2))
-        spec = ZygoteSpec(message["env"], path, tuple(message["sys_path"]), need_torch, cwd, _stamp(path))
-        context = {"cwd": cwd, "sys_path": list(message["sys_path"]), "main": message.get("main") or {}}
-        self._wanted = (message["job"], spec, context)
+        spec = ZygoteSpec(message.env, path, tuple(message.sys_path), message.need_torch, cwd, _stamp(path))
+        self._wanted = (message, spec)
         if self._zygote is not None and self._zygote.ready is not None and self._zygote.spec.serves(spec):
-            self._send_prepared(message["job"])
+            self._send_prepared(message.job)
             return
 
         if self._zygote is not None:
@@ -191,13 +211,13 @@ class Agent:
                 self._selector, spec, mark=self._mark, on_message=self._on_zygote, on_output=self._forward_output
             )
         except OSError as error:
-            self._send_prepared(message["job"], error={"kind": "died", "text": str(error)})
+            self._send_prepared(message.job, error={"kind": "died", "text": str(error)})
 
-    def _on_stream(self, message: dict[str, Any]) -> None:
-        if message.get("kind") == "payload":
-            self._accept_payload(message["id"], int(message["size"]), message.get("path"))
+    def _on_stream(self, message: StreamOpened) -> None:
+        if message.kind == "payload":
+            self._accept_payload(message.id, message.size, message.path)
         elif not any(listener.accept_answer(message) for listener in self._listeners.values()):
-            self._channel.accept(message["id"], lambda _: None, lambda _: None)  # of a closed connection
+            self._channel.accept(message.id, lambda _: None, lambda _: None)  # of a closed connection
 
     def _accept_payload(self, number: int, size: int, path: str | None) -> None:
         """Receive the workers' call: as bytes, or as a memory file that a launcher on this host has filled."""
@@ -223,29 +243,31 @@ class Agent:
         elif self._group is not None and self._group.payload == number:
             self._group.send_payload(self._payloads.pop(number))
 
-    def _on_reserve(self, message: dict[str, Any]) -> None:
+    def _on_reserve(self, message: Reserve) -> None:
         """Bind the port at which the ranks meet."""
-        job, address = message["job"], message["address"]
+        job, address = message.job, message.address
         try:
             family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((address, 0), family=family, backlog=2048)
         except OSError as error:
-            self._channel.send("reserved", job=job, error=f"{address}: {error.strerror or error}")
+            self._channel.send(Reserved(job=job, error=f"{address}: {error.strerror or error}"))
             return
 
-        self._channel.send("reserved", job=job, address=address, port=self._listener.getsockname()[1])
+        self._channel.send(Reserved(job=job, address=address, port=self._listener.getsockname()[1]))
 
-    def _on_probe(self, message: dict[str, Any]) -> None:
+    def _on_probe(self, message: Probe) -> None:
         """Check that the ranks' port can be reached from here."""
-        job, address, port = message["job"], message["address"], int(message["port"])
         self._probe = AddressProbe(
-            self._selector, address, port, lambda error: self._channel.send("probed", job=job, error=error)
+            self._selector,
+            message.address,
+            message.port,
+            lambda error: self._channel.send(Probed(job=message.job, error=error)),
         )
 
-    def _on_start(self, message: dict[str, Any]) -> None:
+    def _on_start(self, message: Start) -> None:
         assert self._wanted is not None
         assert self._zygote is not None
-        _, spec, context = self._wanted
+        prepare, spec = self._wanted
         listener, self._listener = self._listener, None
         if listener is not None:
             _drop_connections(listener)
@@ -255,58 +277,61 @@ class Agent:
             self._channel,
             self._zygote,
             message,
-            environ=self._zygote.worker_environ(spec),
-            context=context,
+            prepare=prepare,
+            variables=self._zygote.worker_variables(spec),
             listener=listener,
         )
-        number = message.get("payload")
+        number = message.payload
         if number in self._payloads and self._payloads[number].complete:
             self._group.send_payload(self._payloads.pop(number))
 
-    def _on_release(self, _message: dict[str, Any]) -> None:
+    def _on_release(self, _message: Release) -> None:
         if self._group is not None:
             self._group.release()
 
-    def _on_stop(self, message: dict[str, Any]) -> None:
-        if self._group is not None and self._group.job == message["job"]:
-            self._group.stop(float(message.get("grace_s", 0)), float(message.get("exit_s", 0)))
+    def _on_stop(self, message: StopWorkers) -> None:
+        if self._group is not None and self._group.job == message.job:
+            self._group.stop(message.grace_s, message.exit_s)
         else:
             self._drop_leftovers()
-            self._channel.send("idle", job=message["job"])
+            self._channel.send(Idle(job=message.job))
 
-    def _on_stacks(self, message: dict[str, Any]) -> None:
-        if self._group is not None and self._group.job == message["job"]:
+    def _on_collect_stacks(self, message: CollectStacks) -> None:
+        if self._group is not None and self._group.job == message.job:
             self._group.request_stacks()
         else:
-            self._channel.send("stacks", job=message["job"], ranks={})
+            self._channel.send(Stacks(job=message.job, ranks={}))
 
-    def _on_tunnel(self, message: dict[str, Any]) -> None:
-        job = message["job"]
+    def _on_tunnel(self, message: Tunnel) -> None:
+        job = message.job
         try:
             listener = self._listeners[job] = TunnelListener(self._selector, self._channel, job=job)
         except OSError as error:
-            self._channel.send("tunnel_ready", job=job, port=0, error=str(error))
+            self._channel.send(TunnelReady(job=job, port=0, error=str(error)))
             return
 
-        self._channel.send("tunnel_ready", job=job, port=listener.port)
+        self._channel.send(TunnelReady(job=job, port=listener.port))
 
-    def _on_bye(self, _message: dict[str, Any]) -> None:
+    def _on_bye(self, _message: Bye) -> None:
         raise _EndAgent("the launcher asked for it")
 
     # --- messages of the zygote --------------------------------------------------------------------------------------
 
-    def _on_zygote(self, message: dict[str, Any]) -> None:
-        name, job = message["t"], self._wanted[0] if self._wanted is not None else ""
-        if name == "ready":
-            self._send_prepared(job)
-        elif name == "failed":
-            self._send_prepared(job, error={"kind": message["kind"], "text": message["text"]})
-        elif name == "forked" and self._group is not None:
-            self._group.forked(message["rank"], message["pid"])
-        elif name == "unforked" and self._group is not None:
-            self._group.fork_failed(message["rank"], message["text"])
-        elif name == "ended" and self._group is not None:
-            self._group.ended(message["pid"], message["status"])
+    def _on_zygote(self, message: Message) -> None:
+        if isinstance(message, ZygoteReady):
+            self._send_prepared(self._wanted_job)
+        elif isinstance(message, ZygoteFailed):
+            self._send_prepared(self._wanted_job, error={"kind": message.kind, "text": message.text})
+        elif isinstance(message, Forked) and self._group is not None:
+            self._group.forked(message.rank, message.pid)
+        elif isinstance(message, FailedToFork) and self._group is not None:
+            self._group.fork_failed(message.rank, message.text)
+        elif isinstance(message, ChildEnded) and self._group is not None:
+            self._group.ended(message.pid, message.status)
+
+    @property
+    def _wanted_job(self) -> str:
+        return "" if self._wanted is None else self._wanted[0].job
 
     def _zygote_ended(self, status: int) -> None:
         zygote, self._zygote = self._zygote, None
@@ -316,22 +341,21 @@ class Agent:
         if self._preparing:
             kind = "died" if zygote.up or zygote.spec.env_file is None else "env_file"
             text = zygote.output.decode("utf-8", "replace") + f"the process {how}"
-            self._send_prepared(self._wanted[0] if self._wanted else "", error={"kind": kind, "text": text})
+            self._send_prepared(self._wanted_job, error={"kind": kind, "text": text})
 
         if self._group is not None:
             self._group.zygote_lost(how)
 
     def _send_prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
         self._preparing = False
-        ready = {} if self._zygote is None else self._zygote.ready or {}
+        ready = None if self._zygote is None else self._zygote.ready
         environ = dict(os.environ)
-        if (chosen := ready.get("cuda_visible_devices")) is not None:
-            environ["CUDA_VISIBLE_DEVICES"] = chosen
+        if ready is not None and ready.cuda_visible_devices is not None:
+            environ["CUDA_VISIBLE_DEVICES"] = ready.cuda_visible_devices
 
         output = "" if self._zygote is None else self._zygote.output.decode("utf-8", "replace")
-        self._channel.send(
-            "prepared", job=job, torch=ready.get("torch"), gpus=count_gpus(environ), error=error, env_file_log=output
-        )
+        torch = None if ready is None else ready.torch
+        self._channel.send(Prepared(job=job, torch=torch, gpus=count_gpus(environ), error=error, env_file_log=output))
 
     def _forward_output(self, data: bytes) -> None:
         """Forward output of the zygote or env_file to stderr, which the launcher reads."""
@@ -350,8 +374,17 @@ class Agent:
         self._payloads.clear()
 
 
-_HANDLERS: dict[str, Callable[[Agent, dict[str, Any]], None]] = {
-    name.removeprefix("_on_"): handler for name, handler in vars(Agent).items() if name.startswith("_on_")
+_HANDLERS: Mapping[type[Message], Callable[[Agent, Any], None]] = {
+    Prepare: Agent._on_prepare,
+    StreamOpened: Agent._on_stream,
+    Tunnel: Agent._on_tunnel,
+    Reserve: Agent._on_reserve,
+    Probe: Agent._on_probe,
+    Start: Agent._on_start,
+    Release: Agent._on_release,
+    CollectStacks: Agent._on_collect_stacks,
+    StopWorkers: Agent._on_stop,
+    Bye: Agent._on_bye,
 }
 
 

@@ -8,22 +8,21 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from traceml.clock import boot_id
 from traceml.inspection.kernel_state import process_info
 from traceml.launch.agent.machine import addresses, count_gpus
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
+from traceml.launch.wire.launch_messages import AgentHello
 from traceml.launch.wire.payload_buffer import can_reach
 from traceml.launch.wire.process_cleanup import become_subreaper
-from traceml.version import __version__
 
 __all__ = ["main"]
 
 # A launcher whose loop runs sends something every few seconds.
 _SILENCE_S = 20.0
-_VERSION = 1
 
 
 def main(*, local: bool = False) -> NoReturn:
@@ -68,7 +67,7 @@ def main(*, local: bool = False) -> NoReturn:
 def _serve(channel: Channel, *, silence_s: float) -> str:
     """Introduce this host, and serve until the launcher is gone or ends the agent; return the reason."""
     mark = os.urandom(12).hex()
-    channel.send("hello", mark=mark, **_hello())
+    channel.send(_hello(mark))
     with contextlib.suppress(ChannelClosedError):  # the agent's loop notices it
         channel.flush()
 
@@ -78,27 +77,26 @@ def _serve(channel: Channel, *, silence_s: float) -> str:
     return Agent(channel, mark=mark, silence_s=silence_s).run()
 
 
-def _hello() -> dict[str, Any]:
-    """Return the description of this agent and its host, its first message."""
+def _hello(mark: str) -> AgentHello:
+    """Return the description of this agent and its host."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
     try:
         netns = str(Path("/proc/self/ns/net").readlink())
     except OSError:
         netns = ""
 
-    return {
-        "v": _VERSION,
-        "pid": os.getpid(),
-        "hostname": socket.gethostname(),
-        "python": sys.version.split()[0],
-        "executable": sys.executable,
-        "cores": len(os.sched_getaffinity(0)),
-        "address": connection[2] if len(connection) == 4 else None,
-        "peer": connection[0] if len(connection) == 4 else None,
-        "boot_id": boot_id(),
-        "netns": netns,
-        "addresses": list(addresses().values()),
-        "gpus": count_gpus(os.environ),
-        "near": (guard := process_info(os.getppid())) is not None and can_reach(guard.parent),
-        "traceml": __version__,
-    }
+    return AgentHello(
+        mark=mark,
+        pid=os.getpid(),
+        hostname=socket.gethostname(),
+        python=sys.version.split()[0],
+        executable=sys.executable,
+        cores=len(os.sched_getaffinity(0)),
+        address=connection[2] if len(connection) == 4 else None,
+        peer=connection[0] if len(connection) == 4 else None,
+        boot_id=boot_id(),
+        netns=netns,
+        addresses=list(addresses().values()),
+        gpus=count_gpus(os.environ),
+        can_reach_launcher=(reaper := process_info(os.getppid())) is not None and can_reach(reaper.parent),
+    )

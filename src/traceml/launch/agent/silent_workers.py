@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
 from traceml.launch.wire.flight_archive import find_live_flight
+from traceml.launch.wire.launch_messages import TracedRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,11 +22,11 @@ class SilentWorkers:
     """The silent workers of one job.
 
     Args:
-        trace: the job's settings of tracing, as `start` has them.
+        run: the run that the job is traced as.
     """
 
-    def __init__(self, trace: Mapping[str, Any], send: Callable[[int, int, dict[str, Any]], object]) -> None:
-        self._trace, self._send = trace, send
+    def __init__(self, run: TracedRun, send: Callable[[int, int, dict[str, Any]], object]) -> None:
+        self._run, self._send = run, send
         self._snapshots: dict[int, ExternalSnapshots] = {}
         self._silent_s: dict[int, float] = {}
         self._checked_s = 0.0
@@ -66,7 +67,7 @@ class SilentWorkers:
     def _snapshots_of(self, rank: int, pid: int) -> ExternalSnapshots | None:
         """Return the snapshots of a worker; None before it has a flight file."""
         if pid not in self._snapshots:
-            path = find_live_flight(pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
+            path = find_live_flight(pid, self._run["run_id"], runs_dir=self._run["runs_dir"])
             if path is None:
                 return None
 

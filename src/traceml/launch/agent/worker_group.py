@@ -9,7 +9,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.inspection.control_groups import OomWatch
@@ -20,6 +20,27 @@ from traceml.launch.agent.zygote_client import ZygoteClient
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.launch_messages import (
+    Done,
+    Exited,
+    Fork,
+    GroupReady,
+    Idle,
+    Message,
+    Prepare,
+    Raised,
+    Snapshot,
+    Stacks,
+    Start,
+    Started,
+    StreamOpened,
+    TracedRun,
+    WorkerDone,
+    WorkerMayEnd,
+    WorkerPayload,
+    WorkerRaised,
+    WorkerReady,
+)
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
 from traceml.process_ends import CRASHES
@@ -27,12 +48,13 @@ from traceml.process_ends import CRASHES
 if TYPE_CHECKING:
     from traceml.launch.agent.silent_workers import SilentWorkers
 
-__all__ = ["WorkerGroup"]
+__all__ = ["WORKER_MESSAGES", "WorkerGroup"]
 
 # Time for processes that workers leave behind to end by themselves, once all workers have ended well.
 _LEFTOVER_GRACE_S = 1.0
 # Of another signal it does not die by itself: stacks in its output are of a loader worker then.
 _CRASHES = CRASHES | {signal.SIGBUS}
+WORKER_MESSAGES: Sequence[type[Message]] = (WorkerReady, WorkerDone, WorkerRaised)
 _log = logging.getLogger("traceml")
 
 
@@ -41,9 +63,9 @@ class WorkerGroup:
 
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
-        message: the launcher's `start`.
-        environ: variables that workers set and unset, see `ZygoteClient.worker_environ`.
-        context: their `cwd`, `sys_path` and `main`.
+        start: the launcher's request.
+        prepare: the one before it, for the zygote.
+        variables: what workers set and remove, see `ZygoteClient.worker_variables`.
         listener: the socket at which ranks meet, on the host of rank 0.
 
     Attributes:
@@ -56,35 +78,36 @@ class WorkerGroup:
         selector: selectors.BaseSelector,
         channel: Channel,
         zygote: ZygoteClient,
-        message: Mapping[str, Any],
+        start: Start,
         *,
-        environ: Mapping[str, Any],
-        context: Mapping[str, Any],
+        prepare: Prepare,
+        variables: tuple[dict[str, str], Sequence[str]],
         listener: socket.socket | None,
     ) -> None:
-        self.job = message["job"]
+        self.job = start.job
         self.idle = False
         self._selector, self._channel, self._zygote = selector, channel, zygote
-        self._trace = message.get("trace") or {}
-        self._silent = self._silent_workers() if self._trace.get("flights") else None
-        self._near = bool(message.get("near"))
+        self._request, self._prepare = start, prepare
+        self._traced = start.trace if start.trace is not None and start.trace["flights"] else None
+        self._silent = None if self._traced is None else self._silent_workers(self._traced)
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
         self._stopping = self._exiting = False
         self._grace_s = self._exit_deadline_s = 0.0
         self._stack_requests: list[WorkerState] | None = None
-        self.payload: int | None = message.get("payload")
+        self.payload = start.payload
         self._oom_watch = OomWatch()
-        self._ranks = {each["rank"]: self._make(each) for each in message["workers"]}
-        self._start(message, environ, context, listener)
+        self._ranks = {rank: self._make(rank, local_rank) for local_rank, rank in enumerate(start.ranks)}
+        self._start(*variables, listener)
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    def _make(self, about: Mapping[str, Any]) -> WorkerState:
-        rank, local_rank = about["rank"], about["local_rank"]
+    def _make(self, rank: int, local_rank: int) -> WorkerState:
         tail = OutputTail()
         streams = {
-            fd: self._channel.open_stream(kind="log", job=self.job, rank=rank, local_rank=local_rank, fd=fd)
+            fd: self._channel.open_stream(
+                StreamOpened(kind="log", job=self.job, rank=rank, local_rank=local_rank, fd=fd)
+            )
             for fd in ("out", "err", "records")
         }
         readers = [
@@ -97,52 +120,47 @@ class WorkerGroup:
         self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(worker))
         return worker
 
-    def _start(
-        self,
-        message: Mapping[str, Any],
-        environ: Mapping[str, Any],
-        context: Mapping[str, Any],
-        listener: socket.socket | None,
-    ) -> None:
-        cores = core_slices(len(self._ranks))
-        common = {
-            **environ,
-            **context,
-            "interface": interface_towards(message["master_addr"]),
-            "backend": message.get("backend"),
-            "timeout_s": message["timeout_s"],
-            "script": message.get("script"),
-            "log_level": message.get("log_level"),
-            "trace": bool(self._trace),
-        }
+    def _start(self, env: dict[str, str], unset: Sequence[str], listener: socket.socket | None) -> None:
+        start, prepare = self._request, self._prepare
+        interface = interface_towards(start.master_addr)
         many = len(self._ranks) > 1
-        for each, own in zip(self._ranks.values(), cores, strict=True):
-            request = {
-                **common,
-                "rank": each.rank,
-                "env": self._environ(each, message),
-                "cores": own if many and message.get("cpu_affinity", True) else [],
-                "threads": max(1, len(own)) if many else None,
-            }
-            self._fork(each, request, listener if each.rank == 0 and message.get("backend") is not None else None)
+        for each, own in zip(self._ranks.values(), core_slices(len(self._ranks)), strict=True):
+            request = Fork(
+                rank=each.rank,
+                env=env | self._environ(each),
+                unset=unset,
+                cwd=prepare.cwd,
+                sys_path=prepare.sys_path,
+                main=prepare.main,
+                interface=interface,
+                backend=start.backend,
+                timeout_s=start.timeout_s,
+                script=start.script,
+                log_level=start.log_level,
+                is_traced=start.trace is not None,
+                cores=own if many and start.cpu_affinity else [],
+                threads=max(1, len(own)) if many else None,
+            )
+            self._fork(each, request, listener if each.rank == 0 and start.backend is not None else None)
 
         if listener is not None:
             listener.close()
 
-    def _environ(self, each: WorkerState, message: Mapping[str, Any]) -> dict[str, str]:
+    def _environ(self, each: WorkerState) -> dict[str, str]:
+        start = self._request
         return {
             "RANK": str(each.rank),
             "LOCAL_RANK": str(each.local_rank),
-            "WORLD_SIZE": str(message["world_size"]),
-            "LOCAL_WORLD_SIZE": str(message["local_world_size"]),
-            "GROUP_RANK": str(message["group_rank"]),
-            "MASTER_ADDR": message["master_addr"],
-            "MASTER_PORT": str(message["master_port"]),
+            "WORLD_SIZE": str(start.world_size),
+            "LOCAL_WORLD_SIZE": str(len(start.ranks)),
+            "GROUP_RANK": str(start.group_rank),
+            "MASTER_ADDR": start.master_addr,
+            "MASTER_PORT": str(start.master_port),
             MARK: self._zygote.mark,
-            **(message.get("env") or {}),
+            **start.env,
         }
 
-    def _fork(self, each: WorkerState, request: Mapping[str, Any], listener: socket.socket | None) -> None:
+    def _fork(self, each: WorkerState, request: Fork, listener: socket.socket | None) -> None:
         """Request a worker from the zygote, and close its descriptors here."""
         fds = [each.worker_end.fileno(), *(reader.write_fd for reader in each.readers), *each.stacks.worker_fds]
         if listener is not None:
@@ -162,7 +180,7 @@ class WorkerGroup:
         """Pass the function and its arguments to all workers: they share the memory."""
         assert receiver.fd is not None
         for each in self._ranks.values():
-            each.send("payload", [receiver.fd])
+            each.send(WorkerPayload(), [receiver.fd])
 
         receiver.close()
 
@@ -171,7 +189,7 @@ class WorkerGroup:
     def forked(self, rank: int, pid: int) -> None:
         """Record that a worker was forked."""
         self._ranks[rank].pid = pid
-        self._channel.send("started", job=self.job, rank=rank, pid=pid)
+        self._channel.send(Started(job=self.job, rank=rank, pid=pid))
         if self._stopping:
             self._ranks[rank].kill()
 
@@ -205,40 +223,46 @@ class WorkerGroup:
     def _receive(self, each: WorkerState) -> None:
         """Read a worker's messages."""
         try:
-            while each.socket.fileno() >= 0 and (received := each.socket.receive(wait=False)) is not None:
-                message, fds = received
-                self._on_worker(each, message, fds)
+            while (
+                each.socket.fileno() >= 0
+                and (received := each.socket.receive(*WORKER_MESSAGES, wait=False)) is not None
+            ):
+                self._on_worker(each, *received)
         except EOFError:
             self._selector.unregister(each.socket.fileno())
             each.socket.close()
 
-    def _on_worker(self, each: WorkerState, message: dict[str, Any], fds: list[int]) -> None:
-        name = message.pop("t")
-        if name == "ready":
-            self._channel.send("group_ready", job=self.job, rank=each.rank)
-            return
+    def _on_worker(self, each: WorkerState, message: Message, fds: list[int]) -> None:
+        if isinstance(message, WorkerReady):
+            self._channel.send(GroupReady(job=self.job, rank=each.rank))
+        elif isinstance(message, WorkerDone):
+            self._on_done(each, fds[0])
+        elif isinstance(message, WorkerRaised):
+            self._on_raised(each, message, fds)
 
+    def _on_done(self, each: WorkerState, fd: int) -> None:
         each.reported = True
-        send, about = self._channel.send, {"job": self.job, "rank": each.rank}
-        if name == "done":
-            stream = self._send_memory(each, "result", fds[0])
-            stream.on_ended = lambda: send("done", result=stream.id, **about)
-            return
+        stream = self._send_memory(each, "result", fd)
+        done = Done(job=self.job, rank=each.rank, result=stream.id)
+        stream.on_ended = lambda: self._channel.send(done)
 
-        about |= {**message, "tail": each.tail.lines()}
+    def _on_raised(self, each: WorkerState, message: WorkerRaised, fds: list[int]) -> None:
+        each.reported = True
+        raised = Raised(job=self.job, rank=each.rank, tail=each.tail.lines(), **vars(message))
         if not fds:
-            send("raised", error=None, **about)
+            self._channel.send(raised)
             return
 
-        error = self._send_memory(each, "error", fds[0])
-        error.on_ended = lambda: send("raised", error=error.id, **about)
+        stream = self._send_memory(each, "error", fds[0])
+        raised.error = stream.id
+        stream.on_ended = lambda: self._channel.send(raised)
 
     def _send_memory(self, each: WorkerState, kind: str, fd: int) -> OutgoingStream:
         """Send the contents of a memory file, which is freed once it is sent."""
         size = os.fstat(fd).st_size
-        shared = self._near and size >= LARGE_BYTES
-        path = {"path": path_of(fd)} if shared else {}
-        stream = self._channel.open_stream(kind=kind, job=self.job, rank=each.rank, size=size, **path)
+        shared = self._request.shares_memory and size >= LARGE_BYTES
+        path = path_of(fd) if shared else None
+        stream = self._channel.open_stream(StreamOpened(kind=kind, job=self.job, rank=each.rank, size=size, path=path))
         each.streams.append(stream)
         if shared:
             self._shared_fds.append(fd)  # open until the launcher has opened it
@@ -254,7 +278,7 @@ class WorkerGroup:
     def release(self) -> None:
         """Let the workers end."""
         for each in self._ranks.values():
-            each.send("release")
+            each.send(WorkerMayEnd())
 
     def stop(self, grace_s: float, exit_s: float = 0) -> None:
         """End the workers and everything that they have started: by SIGTERM, after the grace period by SIGKILL.
@@ -272,7 +296,7 @@ class WorkerGroup:
                 stream.abort({"text": "stopped"})
 
             if each.reported:
-                each.send("release")
+                each.send(WorkerMayEnd())
 
         self._ending = ProcessTermination(self._find, grace_s=grace_s)
         self.tick()
@@ -303,7 +327,7 @@ class WorkerGroup:
             not each.running or each.stacks.done() for each in self._stack_requests
         ):
             self._channel.send(
-                "stacks", job=self.job, ranks={e.rank: e.stacks.answer(e.pid) for e in self._stack_requests}
+                Stacks(job=self.job, ranks={e.rank: e.stacks.answer(e.pid) for e in self._stack_requests})
             )
             self._stack_requests = None
 
@@ -346,7 +370,7 @@ class WorkerGroup:
 
         self.idle = True
         self.close()
-        self._channel.send("idle", job=self.job)
+        self._channel.send(Idle(job=self.job))
 
     def close(self) -> None:
         """Close the job's descriptors."""
@@ -374,45 +398,46 @@ class WorkerGroup:
 
         return {each.pid for each in self._ranks.values() if each.reported and each.running and each.pid is not None}
 
-    def _silent_workers(self) -> SilentWorkers:
+    def _silent_workers(self, run: TracedRun) -> SilentWorkers:
         # brings the stored tables, half of the agent's imports: of use only where the agent looks for flight files
         from traceml.launch.agent.silent_workers import SilentWorkers
 
-        return SilentWorkers(self._trace, self._send_snapshot)
+        return SilentWorkers(run, self._send_snapshot)
 
     def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
-        self._channel.send("snapshot", job=self.job, rank=rank, pid=pid, snapshot=snapshot)
+        self._channel.send(Snapshot(job=self.job, rank=rank, pid=pid, snapshot=snapshot))
 
     def _send_end(self, each: WorkerState) -> None:
         each.end_sent = True
         status = each.status or 0
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         self._channel.send(
-            "exited",
-            job=self.job,
-            rank=each.rank,
-            local_rank=each.local_rank,
-            pid=each.pid,
-            code=None if killed else os.WEXITSTATUS(status),
-            signal=killed,
-            tail=each.tail.lines(),
-            crash=each.tail.crash_text() if killed in _CRASHES else "",
-            oom=self._oom_watch.killed() if killed == signal.SIGKILL and not self._stopping else None,
+            Exited(
+                job=self.job,
+                rank=each.rank,
+                local_rank=each.local_rank,
+                pid=each.pid,
+                code=None if killed else os.WEXITSTATUS(status),
+                signal=killed,
+                tail=each.tail.lines(),
+                crash=each.tail.crash_text() if killed in _CRASHES else "",
+                oom=self._oom_watch.killed() if killed == signal.SIGKILL and not self._stopping else None,
+            )
         )
         self._send_flight(each)
 
     def _send_flight(self, each: WorkerState) -> None:
         """Send the flight file of a dead traced worker, unless the launcher can read it itself."""
-        if not self._trace.get("flights") or each.pid is None:
+        if self._traced is None or each.pid is None:
             return
 
         from traceml.launch.wire.flight_archive import pack_flight
 
-        data = pack_flight(each.pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
+        data = pack_flight(each.pid, self._traced["run_id"], runs_dir=self._traced["runs_dir"])
         if data is None:
             return
 
-        stream = self._channel.open_stream(kind="flight", job=self.job, rank=each.rank)
+        stream = self._channel.open_stream(StreamOpened(kind="flight", job=self.job, rank=each.rank))
         each.streams.append(stream)
         stream.write(data)
         stream.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from traceml.inspection.kernel_state import wait_state
 from traceml.inspection.stack_signal import SignaledStacks, create_stack_file
@@ -13,12 +13,14 @@ from traceml.inspection.stack_text import main_first
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.wire.channel_streams import OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.launch_messages import Message, StacksRequest, StackThread, ThreadStacks, WorkerStack
 
-__all__ = ["StackReader", "WorkerState"]
+__all__ = ["STACK_MESSAGES", "StackReader", "WorkerState"]
 
 # A worker that has a core answers within the interpreter's switch interval, 5 ms, unless the GIL is held in C. On a
 # busy host one whose threads run Python code may take its time.
 _SILENT_S, _GIVE_UP_S, _BUSY_GIVE_UP_S = 1.0, 1.3, 4.0
+STACK_MESSAGES: Sequence[type[Message]] = (StackThread, ThreadStacks)
 _STATES = {
     "R": "running",
     "S": "sleeping",
@@ -59,7 +61,7 @@ class StackReader:
         self._requested_s, self._give_up_s = time.monotonic(), _GIVE_UP_S
         if not self._waiting:  # else the answer to an earlier request is still to come
             try:
-                self._socket.send("stacks")
+                self._socket.send(StacksRequest())
                 self._waiting = True
             except OSError:
                 return
@@ -81,8 +83,8 @@ class StackReader:
 
         return bool(self._text) or (self._signaled is None and silent_s > self._give_up_s)
 
-    def answer(self, pid: int | None) -> dict[str, Any]:
-        """Return the stacks, the main thread's first, and the kernel's state: `stack`, `state`, `wchan`."""
+    def answer(self, pid: int | None) -> WorkerStack:
+        """Return the stacks and the kernel's state."""
         seen = wait_state(pid or 0)
         return {"stack": self._text, "state": _STATES.get(seen.state, seen.state), "wchan": seen.wchan}
 
@@ -98,12 +100,12 @@ class StackReader:
     def _receive(self) -> None:
         """Take the messages of the worker's thread."""
         try:
-            while not self._closed and (received := self._socket.receive(wait=False)) is not None:
+            while not self._closed and (received := self._socket.receive(*STACK_MESSAGES, wait=False)) is not None:
                 message, _ = received
-                if message["t"] == "thread":
-                    self._thread = message["tid"]
-                else:
-                    self._waiting, self._text = False, message["text"]
+                if isinstance(message, StackThread):
+                    self._thread = message.tid
+                elif isinstance(message, ThreadStacks):
+                    self._waiting, self._text = False, message.text
         except EOFError:
             self._closed = True
 
@@ -145,10 +147,10 @@ class WorkerState:
         """Whether its process was forked and has not ended."""
         return self.pid is not None and self.status is None
 
-    def send(self, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send the worker a message."""
         try:
-            self.socket.send(name, fds)
+            self.socket.send(message, fds)
         except OSError:  # it has ended, which is reported elsewhere
             return
 

@@ -7,14 +7,25 @@ import os
 import selectors
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.launch_messages import (
+    ChildEnded,
+    FailedToFork,
+    Fork,
+    Forked,
+    Message,
+    ZygoteFailed,
+    ZygoteReady,
+    ZygoteSettings,
+    ZygoteUp,
+)
 from traceml.launch.wire.package_import import import_code
 from traceml.launch.wire.process_cleanup import MARK
 
-__all__ = ["ZygoteClient", "ZygoteSpec"]
+__all__ = ["ZYGOTE_MESSAGES", "ZygoteClient", "ZygoteSpec"]
 
 # Variables that the loader, Python or libraries read at start-up; a worker can set all others itself.
 _STARTUP_PREFIXES = (
@@ -29,6 +40,7 @@ source "$file"
 exec "$@"
 """
 _KEPT_BYTES = 64 * 1024
+ZYGOTE_MESSAGES: Sequence[type[Message]] = (ZygoteUp, ZygoteReady, ZygoteFailed, Forked, FailedToFork, ChildEnded)
 
 
 class ZygoteSpec(NamedTuple):
@@ -37,7 +49,7 @@ class ZygoteSpec(NamedTuple):
     env: Mapping[str, str]  # variables, over the agent's own
     env_file: str | None  # a file that bash sources before it starts
     sys_path: tuple[str, ...]  # folders that are searched for modules first
-    need_torch: int  # whether torch is imported: 0 no, 1 if it is installed, 2 it must be installed
+    need_torch: int  # see `Prepare`
     folder: str = "/"  # the working directory for that
     stamp: tuple[int, ...] = ()  # changes when env_file changes
 
@@ -70,11 +82,11 @@ class ZygoteClient:
         spec: ZygoteSpec,
         *,
         mark: str,
-        on_message: Callable[[dict[str, Any]], None],
+        on_message: Callable[[Message], None],
         on_output: Callable[[bytes], None],
     ) -> None:
         self.spec, self.mark = spec, mark
-        self.ready: dict[str, Any] | None = None
+        self.ready: ZygoteReady | None = None
         self.up = self.gone = False
         self.output = b""
         self._selector, self._on_message, self._on_output = selector, on_message, on_output
@@ -89,28 +101,28 @@ class ZygoteClient:
 
         with contextlib.suppress(ConnectionError):  # it has ended already, as env_file may do: that is noticed soon
             self._socket.send(
-                "spec", parent=os.getpid(), mark=mark, sys_path=list(spec.sys_path), need_torch=spec.need_torch
+                ZygoteSettings(parent=os.getpid(), mark=mark, sys_path=list(spec.sys_path), need_torch=spec.need_torch)
             )
 
         selector.register(self._socket.fileno(), selectors.EVENT_READ, self._receive)
         selector.register(self._read_fd, selectors.EVENT_READ, self._read)
 
-    def fork(self, request: Mapping[str, Any], fds: list[int]) -> None:
-        """Request a worker.
+    def fork(self, request: Fork, fds: list[int]) -> None:
+        """Request a worker, which gets these descriptors.
 
         Raises:
             OSError: the zygote is gone.
         """
-        self._socket.send("fork", fds, **request)
+        self._socket.send(request, fds)
 
-    def worker_environ(self, spec: ZygoteSpec) -> dict[str, Any]:
-        """Return the variables that workers of `spec` must set and unset, as the zygote may have others."""
+    def worker_variables(self, spec: ZygoteSpec) -> tuple[dict[str, str], list[str]]:
+        """Return the variables that workers of `spec` must set and remove, as the zygote may have others."""
         if spec.env_file is not None:
-            return {"set": {}, "unset": []}
+            return {}, []
 
         before, after = self.spec.env, spec.env
         changed = {name: value for name, value in after.items() if before.get(name) != value}
-        return {"set": changed, "unset": [name for name in before if name not in after]}
+        return changed, [name for name in before if name not in after]
 
     def close(self) -> None:
         """Kill it; its workers end with it."""
@@ -148,17 +160,16 @@ class ZygoteClient:
 
     def _receive(self, _events: int) -> None:
         try:
-            while not self.gone and (received := self._socket.receive(wait=False)) is not None:
+            while not self.gone and (received := self._socket.receive(*ZYGOTE_MESSAGES, wait=False)) is not None:
                 message = received[0]
-                if message["t"] == "up":
+                if isinstance(message, ZygoteUp):
                     self.up = True
-                elif message["t"] == "ready":
+                elif isinstance(message, ZygoteReady):
                     self.ready = message
 
                 self._on_message(message)
         except EOFError:
             self._disconnect()
-            self._on_message({"t": "gone"})
 
     def _read(self, _events: int) -> None:
         try:

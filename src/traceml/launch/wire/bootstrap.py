@@ -21,6 +21,7 @@ from pathlib import Path
 from traceml.inspection import kernel_state
 from traceml.launch.wire import package_check, process_cleanup
 from traceml.launch.wire.channel_frames import GREETING, message_frame
+from traceml.launch.wire.launch_messages import PackageRequest
 from traceml.launch.wire.package_import import PACKAGE, archive_path, import_code, zip_import_code
 from traceml.launch.wire.process_cleanup import AGENT_NAME
 
@@ -109,7 +110,7 @@ def local_program() -> bytes:
 
 def remote_program() -> bytes:
     """Return the program of an agent elsewhere; it writes the greeting, and the message `package` if it needs one."""
-    receive = _RECEIVE.replace("{request!r}", repr(message_frame("package"))).replace("{head}", str(_SIZE.size))
+    receive = _RECEIVE.replace("{request!r}", repr(message_frame(PackageRequest()))).replace("{head}", str(_SIZE.size))
     # the path of the reaper, which outlives all others: programs that workers start find it too
     sent = receive + zip_import_code('"/proc/%d/fd/%d" % (os.getpid(), fd)')
     parts = {

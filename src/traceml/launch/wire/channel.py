@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+from traceml.errors import ProtocolError
 from traceml.launch.wire.channel_frames import (
     CHUNK_BYTES,
     ChannelClosedError,
@@ -33,6 +34,7 @@ from traceml.launch.wire.channel_frames import (
     message_frame,
 )
 from traceml.launch.wire.channel_streams import STREAM_WINDOW_BYTES, IncomingStream, OutgoingStream
+from traceml.launch.wire.launch_messages import FROM_AGENT, FROM_LAUNCHER, Message, Ping, Pong, StreamOpened, decode
 
 __all__ = ["PING_S", "Channel"]
 
@@ -51,7 +53,7 @@ _log = logging.getLogger("traceml.launch")
 class Channel:
     """One side of a control channel.
 
-    The channel answers a message `ping` itself, so a side that runs its loop is never silent.
+    The channel answers the message `Ping` itself, so a side that runs its loop is never silent.
 
     Attributes:
         read_fd, write_fd: the descriptors to wait on; the channel owns them and makes them non-blocking.
@@ -83,6 +85,7 @@ class Channel:
 
         self._next_id = 2 if side == "launcher" else 1
         self._parity = self._next_id % 2
+        self._kinds = FROM_AGENT if side == "launcher" else FROM_LAUNCHER
         self._checked_s = time.monotonic()
         self._quiet_s = self._asked_s = 0.0
         # outgoing
@@ -116,15 +119,15 @@ class Channel:
         """Whether `flush` has something to do once `write_fd` is writable."""
         return bool(self._opening or self._urgent or self._leaving or self._ready)
 
-    def send(self, t: str, **fields: Any) -> None:
-        """Queue the message `t`; it goes before all streams.
+    def send(self, message: Message) -> None:
+        """Queue a message; it goes before all streams.
 
         Raises:
             ProtocolError: a field cannot be encoded, or the message is too large.
         """
-        self._urgent.append(message_frame(t, **fields))
+        self._urgent.append(message_frame(message))
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s: sent %s", self.name, _summary({"t": t, **fields}))
+            _log.debug("%s: sent %s", self.name, _summary(message))
 
     def send_raw(self, data: bytes | memoryview) -> None:
         """Queue bytes that precede the first frame."""
@@ -134,11 +137,12 @@ class Channel:
         """Queue bytes that precede everything else; they are made when they are written."""
         self._opening = make
 
-    def open_stream(self, **about: Any) -> OutgoingStream:
-        """Open a stream; a message `stream` announces its `id` and `about`."""
+    def open_stream(self, about: StreamOpened) -> OutgoingStream:
+        """Open a stream; announce it by `about`, whose `id` is set here."""
         stream = OutgoingStream(self._next_id, self._wake)
         self._next_id += 2
-        self.send("stream", id=stream.id, **about)
+        about.id = stream.id
+        self.send(about)
         self._outgoing[stream.id] = stream
         return stream
 
@@ -241,7 +245,7 @@ class Channel:
 
         return stream
 
-    def receive(self) -> list[dict[str, Any]]:
+    def receive(self) -> list[Message]:
         """Read what has arrived; return the messages in it, after passing the bytes of streams to their sinks.
 
         Raises:
@@ -258,7 +262,7 @@ class Channel:
             raise ChannelClosedError("the other side closed it")
 
         self._quiet_s = self._asked_s = 0.0
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         for kind, stream_id, body in self._decoder.feed(self._buffer[:n]):
             if kind is FrameKind.DATA:
                 self._stream_of(stream_id).feed(memoryview(body))
@@ -292,26 +296,36 @@ class Channel:
         _log.debug("%s: stream %d ended%s", self.name, stream_id, f": {error}" if error else "")
         stream.finish(error)
 
-    def _message(self, message: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        name = message.get("t")
-        if name == "ping":
-            self.send("pong")
+    def _message(self, fields: dict[str, Any], messages: list[Message]) -> None:
+        try:
+            message = decode(fields, self._kinds)
+        except ProtocolError as error:
+            raise ChannelClosedError(str(error)) from error
+
+        if isinstance(message, Ping):
+            self.send(Pong())
             return
 
-        if name == "pong":
+        if isinstance(message, Pong):
+            return
+
+        if message is None:
+            _log.debug("%s: ignored the unknown message %.80r", self.name, fields.get("t"))
             return
 
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s: received %s", self.name, _summary(message))
 
-        if name == "stream":
-            stream_id = message.get("id")
-            if type(stream_id) is not int or stream_id % 2 == self._parity or stream_id in self._incoming:
-                raise ChannelClosedError(f"an invalid stream number {stream_id!r}")
-
-            self._incoming[stream_id] = IncomingStream(stream_id, partial(self._allow, stream_id))
+        if isinstance(message, StreamOpened):
+            self._announced(message.id)
 
         messages.append(message)
+
+    def _announced(self, stream_id: int) -> None:
+        if type(stream_id) is not int or stream_id < 1 or stream_id % 2 == self._parity or stream_id in self._incoming:
+            raise ChannelClosedError(f"an invalid stream number {stream_id!r}")
+
+        self._incoming[stream_id] = IncomingStream(stream_id, partial(self._allow, stream_id))
 
     # --- life cycle --------------------------------------------------------------------------------------------------
 
@@ -335,7 +349,7 @@ class Channel:
 
         if self._quiet_s - self._asked_s >= PING_S:
             self._asked_s = self._quiet_s
-            self.send("ping")
+            self.send(Ping())
 
     @property
     def silence_s(self) -> float:
@@ -357,7 +371,8 @@ class Channel:
             os.close(fd)
 
 
-def _summary(message: dict[str, Any]) -> str:
+def _summary(message: Message) -> str:
     """Return a message's name and its short facts, for logs; never its contents, which may hold secrets."""
-    facts = (f"{name}={message[name]!s:.200}" for name in _LOGGED_FIELDS if message.get(name) is not None)
-    return " ".join((str(message.get("t")), *facts))
+    sent = vars(message)
+    facts = (f"{name}={sent[name]!s:.200}" for name in _LOGGED_FIELDS if sent.get(name) is not None)
+    return " ".join((message.t, *facts))

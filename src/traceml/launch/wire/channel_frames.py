@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 
 from traceml.errors import ProtocolError, TraceMLError
+from traceml.launch.wire.launch_messages import Message
 
 __all__ = [
     "CHUNK_BYTES", "GREETING", "MAX_MESSAGE_BYTES", "ChannelClosedError", "ChannelDecoder", "FrameKind", "credit_frame",
@@ -61,19 +62,19 @@ def frame_head(size: int, kind: FrameKind, stream_id: int = 0) -> bytes:
     return _HEAD.pack(size, kind, stream_id)
 
 
-def message_frame(t: str, **fields: Any) -> bytes:
-    """Return the frame of the message `t`.
+def message_frame(message: Message) -> bytes:
+    """Return the frame of a message.
 
     Raises:
         ProtocolError: a field cannot be encoded, or the message is too large.
     """
     try:
-        body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
+        body = msgpack.packb(message.to_map(), unicode_errors="surrogateescape")
     except (TypeError, ValueError, OverflowError) as error:
-        raise ProtocolError(f"cannot encode a {t!r} message: {error}") from error
+        raise ProtocolError(f"cannot encode a {message.t!r} message: {error}") from error
 
     if len(body) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a {t!r} message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}: use a stream")
+        raise ProtocolError(f"a {message.t!r} message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}: use a stream")
 
     return frame_head(len(body), FrameKind.MESSAGE) + bytes(body)
 

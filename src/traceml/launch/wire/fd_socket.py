@@ -9,9 +9,11 @@ import array
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 import msgpack
+
+from traceml.errors import ProtocolError
+from traceml.launch.wire.launch_messages import M, Message, decode
 
 __all__ = ["FdSocket"]
 
@@ -43,13 +45,13 @@ class FdSocket:
         """Return the descriptor to wait on."""
         return self._socket.fileno()
 
-    def send(self, t: str, fds: Sequence[int] = (), **fields: Any) -> None:
-        """Send the message `t`, and copies of descriptors.
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send a message, and copies of descriptors.
 
         Raises:
             OSError: the other end is closed.
         """
-        body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
+        body = msgpack.packb(message.to_map(), unicode_errors="surrogateescape")
         if len(body) <= _INLINE_BYTES:
             self._send(body, fds)
             return
@@ -63,11 +65,15 @@ class FdSocket:
         finally:
             os.close(memory)
 
-    def receive(self, *, wait: bool = True) -> tuple[dict[str, Any], list[int]] | None:
+    def receive(self, *kinds: type[M], wait: bool = True) -> tuple[M, list[int]] | None:
         """Return the next message and its descriptors; None when there is none and `wait` is False.
+
+        Args:
+            kinds: the messages that the other end sends.
 
         Raises:
             EOFError: the other end is closed.
+            ProtocolError: the message is none of these.
         """
         try:
             body, fds = self._receive(0 if wait else socket.MSG_DONTWAIT)
@@ -84,7 +90,11 @@ class FdSocket:
                 file.seek(0)
                 body = file.read()
 
-        return msgpack.unpackb(body, strict_map_key=False, unicode_errors="surrogateescape"), fds
+        fields = msgpack.unpackb(body, strict_map_key=False, unicode_errors="surrogateescape")
+        if (message := decode(fields, kinds)) is None:
+            raise ProtocolError(f"an unexpected message {fields.get('t')!r}")
+
+        return message, fds
 
     def close(self) -> None:
         """Close this end."""

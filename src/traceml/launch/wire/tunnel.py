@@ -21,6 +21,7 @@ from typing import Any
 
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_streams import IncomingStream, OutgoingStream
+from traceml.launch.wire.launch_messages import StreamOpened
 
 __all__ = ["TunnelConnector", "TunnelListener"]
 
@@ -38,15 +39,12 @@ _log = logging.getLogger("traceml")
 class TunnelListener:
     """The agent's end of the tunnel: listens on the host's loopback for connections of ranks.
 
-    Args:
-        about: fields that announce the streams in addition to their kind, such as the job.
-
     Raises:
         OSError: no port is available.
     """
 
-    def __init__(self, selector: selectors.BaseSelector, channel: Channel, **about: Any) -> None:
-        self._selector, self._channel, self._about = selector, channel, about
+    def __init__(self, selector: selectors.BaseSelector, channel: Channel, *, job: str) -> None:
+        self._selector, self._channel, self._job = selector, channel, job
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
         self._relays: dict[int, TunnelConnection] = {}
@@ -60,13 +58,13 @@ class TunnelListener:
         port: int = self._listener.getsockname()[1]
         return port
 
-    def accept_answer(self, message: dict[str, Any]) -> bool:
+    def accept_answer(self, message: StreamOpened) -> bool:
         """Accept the stream that answers one of ours; return False if it belongs to another tunnel."""
-        relay = self._relays.get(message.get("of", -1))
+        relay = self._relays.get(message.of)
         if relay is None:
             return False
 
-        relay.receive_from(message["id"])
+        relay.receive_from(message.id)
         return True
 
     def close(self) -> None:
@@ -86,7 +84,7 @@ class TunnelListener:
             sock.close()  # the others end after some seconds, unless they prove the token; a rank tries again
             return
 
-        outgoing = self._channel.open_stream(kind="tunnel", **self._about)
+        outgoing = self._channel.open_stream(StreamOpened(kind="tunnel", job=self._job))
         relay = TunnelConnection(
             self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(outgoing.id, None)
         )
@@ -104,10 +102,9 @@ class TunnelConnector:
         self._selector, self._channel, self._port = selector, channel, port
         self._relays: dict[int, TunnelConnection] = {}
 
-    def accept_connection(self, message: dict[str, Any]) -> None:
-        """Connect for a new connection on the other side."""
-        number: int = message["id"]
-        outgoing = self._channel.open_stream(kind="tunnel", of=number)
+    def accept_connection(self, number: int) -> None:
+        """Connect for a new connection on the other side, which this stream announces."""
+        outgoing = self._channel.open_stream(StreamOpened(kind="tunnel", of=number))
         try:
             sock = self._connected()
         except OSError as error:

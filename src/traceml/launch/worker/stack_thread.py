@@ -8,6 +8,7 @@ from types import FrameType
 
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frames
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.launch_messages import StacksRequest, StackThread, ThreadStacks
 
 __all__ = ["serve_stacks"]
 
@@ -26,10 +27,10 @@ def serve_stacks(fd: int) -> None:
 
 def _serve(agent: FdSocket) -> None:
     with contextlib.suppress(OSError, EOFError):  # the agent is gone
-        agent.send("thread", tid=threading.get_native_id())
+        agent.send(StackThread(tid=threading.get_native_id()))
         while True:
-            agent.receive()
-            agent.send("stacks", text=_stacks())
+            agent.receive(StacksRequest)
+            agent.send(ThreadStacks(text=_stacks()))
 
 
 def _stacks() -> str:

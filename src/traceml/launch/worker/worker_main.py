@@ -20,6 +20,15 @@ from traceml.inspection import stack_signal
 from traceml.inspection.gloo_threads import await_gloo_threads
 from traceml.launch.wire import log_records, payload
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.launch_messages import (
+    Fork,
+    Message,
+    WorkerDone,
+    WorkerMayEnd,
+    WorkerPayload,
+    WorkerRaised,
+    WorkerReady,
+)
 from traceml.launch.wire.payload_buffer import map_private
 from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
@@ -37,7 +46,7 @@ class _Stopped(BaseException):
     """The agent has closed the connection or stopped the worker."""
 
 
-def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
+def main(request: Fork, fds: list[int]) -> NoReturn:
     """Run the function or script of one rank, report the result, and end when the agent releases the worker.
 
     Args:
@@ -50,12 +59,12 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     try:
         _set_up_process(request, out, err, stacks_file)
         serve_stacks(stacks)
-        if request["script"]:  # as under `python`: the script configures logging itself
+        if request.script:  # as under `python`: the script configures logging itself
             os.close(records_fd)
         else:
-            _send_records(records_fd, request["log_level"])
+            _send_records(records_fd, request.log_level)
 
-        if request["trace"] and not request["script"]:
+        if request.is_traced and not request.script:
             from traceml.session.startup import start_for_script
 
             start_for_script()  # before the process group, whose creation is traced
@@ -67,22 +76,22 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
         traceback.print_exc()
 
     if status:  # nobody else limits the end of a worker that failed
-        faulthandler.dump_traceback_later(request["timeout_s"], exit=True)
+        faulthandler.dump_traceback_later(request.timeout_s, exit=True)
 
     end_process(status, inherited)
 
 
-def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> int:
+def _work(agent: FdSocket, request: Fork, listener: int | None) -> int:
     """Join the group, run, report, and wait to be released; return the exit status."""
     store = None
     try:
-        if request["backend"] is not None:
+        if request.backend is not None:
             store = _join(request, listener)
         elif listener is not None:
             os.close(listener)
 
-        _send(agent, "ready")
-        result = _run_script(request) if request["script"] else _run_function(agent, request)
+        _send(agent, WorkerReady())
+        result = _run_script(request.script) if request.script else _run_function(agent, request)
     except SystemExit as leaving:
         status = exit_status(leaving)
         _note_end(request, leaving, status)
@@ -93,7 +102,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
     except _Stopped:
         raise
     except BaseException as error:  # noqa: BLE001 - the user's error is sent
-        if request["script"] and isinstance(error, KeyboardInterrupt):  # it is shown already
+        if request.script and isinstance(error, KeyboardInterrupt):  # it is shown already
             return -signal.SIGINT
 
         _note_end(request, error, 1)
@@ -112,26 +121,26 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
     return 0
 
 
-def _note_end(request: Mapping[str, Any], error: BaseException | None, status: int) -> None:
+def _note_end(request: Fork, error: BaseException | None, status: int) -> None:
     """Report the end of the user's function to the recorder; a script has done so itself."""
-    if request["trace"] and not request["script"]:
+    if request.is_traced and not request.script:
         from traceml.recorder.lifecycle import note_exit
 
         note_exit(error, status)
 
 
-def _note_return(request: Mapping[str, Any]) -> None:
+def _note_return(request: Fork) -> None:
     """Tell the recorder that the function or script has ended well: the process waits for the other ranks."""
-    if request["trace"]:
+    if request.is_traced:
         from traceml.recorder.lifecycle import note_return
 
-        note_return(is_script=bool(request["script"]))
+        note_return(is_script=bool(request.script))
 
 
 # --- set-up of the process -------------------------------------------------------------------------------------------
 
 
-def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks_file: int) -> None:
+def _set_up_process(request: Fork, out: int, err: int, stacks_file: int) -> None:
     """Set up streams, signals, variables, cores and random numbers, as in a new process."""
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (out, 1), (err, 2)):
@@ -149,19 +158,18 @@ def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks_file:
     faulthandler.enable(2)
     stack_signal.register(stacks_file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in request["unset"]:
+    for name in request.unset:
         os.environ.pop(name, None)
 
-    os.environ.update(request["set"])
-    os.environ.update(request["env"])
-    if request["interface"]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", request["interface"])
+    os.environ.update(request.env)
+    if request.interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", request.interface)
 
-    os.chdir(request["cwd"])
+    os.chdir(request.cwd)
     if "PWD" in os.environ:
-        os.environ["PWD"] = request["cwd"]
+        os.environ["PWD"] = request.cwd
 
-    sys.path[:0] = [folder for folder in request["sys_path"] if folder not in sys.path]
+    sys.path[:0] = [folder for folder in request.sys_path if folder not in sys.path]
     _set_cores(request)
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
@@ -186,12 +194,12 @@ def _line_buffer_c() -> None:
         libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
 
 
-def _set_cores(request: Mapping[str, Any]) -> None:
+def _set_cores(request: Fork) -> None:
     """Restrict the process to its share of the cores, with as many threads."""
-    if request["cores"]:
-        os.sched_setaffinity(0, request["cores"])
+    if request.cores:
+        os.sched_setaffinity(0, request.cores)
 
-    threads, wanted = request["threads"], os.environ.get("OMP_NUM_THREADS", "")
+    threads, wanted = request.threads, os.environ.get("OMP_NUM_THREADS", "")
     set_blas_threads(int(wanted) if wanted.isdigit() else threads or len(os.sched_getaffinity(0)))
     if threads is None or wanted:
         return
@@ -211,16 +219,16 @@ def _send_records(fd: int, level: int | None) -> None:
 # --- the process group -----------------------------------------------------------------------------------------------
 
 
-def _join(request: Mapping[str, Any], listener: int | None) -> Any:
+def _join(request: Fork, listener: int | None) -> Any:
     """Create the default process group on a store whose port rank 0's agent has bound; return the store."""
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
-    env = request["env"]
+    env = request.env
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    timeout = timedelta(seconds=request["timeout_s"])
+    timeout = timedelta(seconds=request.timeout_s)
     store = dist.TCPStore(
         env["MASTER_ADDR"],
         int(env["MASTER_PORT"]),
@@ -232,7 +240,7 @@ def _join(request: Mapping[str, Any], listener: int | None) -> Any:
         use_libuv=_takes_listener_with_libuv(torch.__version__),
     )
     dist.init_process_group(
-        backend=request["backend"], store=dist.PrefixStore("0", store), rank=rank, world_size=world, timeout=timeout
+        backend=request.backend, store=dist.PrefixStore("0", store), rank=rank, world_size=world, timeout=timeout
     )
     return store
 
@@ -247,13 +255,13 @@ def _takes_listener_with_libuv(version: str) -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) >= (2, 8)
 
 
-def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
+def _leave_group(store: Any, request: Fork) -> None:
     """Leave the group; rank 0, which holds the store, leaves last."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    env = request["env"]
+    env = request.env
     rank, others = int(env["RANK"]), int(env["WORLD_SIZE"]) - 1
     with contextlib.suppress(Exception):  # the job is done; errors of the clean-up do not matter
         if dist.is_initialized():
@@ -269,20 +277,19 @@ def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
 # --- function or script ----------------------------------------------------------------------------------------------
 
 
-def _run_function(agent: FdSocket, request: Mapping[str, Any]) -> Any:
+def _run_function(agent: FdSocket, request: Fork) -> Any:
     """Wait for the payload, and call its function."""
-    _, fds = _receive(agent, "payload")
+    fds = _receive(agent, WorkerPayload)
     memory = map_private(fds[0])
     os.close(fds[0])
-    register = partial(main_module.register, main_module.install(request["main"]))
+    register = partial(main_module.register, main_module.install(request.main))
     func, args, kwargs = payload.load(memory, what="the function and its arguments", on_made=register)
     del memory
     return func(*args, **kwargs)
 
 
-def _run_script(request: Mapping[str, Any]) -> Any:
+def _run_script(script: Mapping[str, Any]) -> Any:
     """Run a script or module as `python` would; it ends by SystemExit."""
-    script = request["script"]
     argv = list(script["argv"])
     words = ["-m", script["module"], *argv] if script.get("module") else [script["path"], *argv]
     from traceml.session.script import main as run
@@ -293,22 +300,24 @@ def _run_script(request: Mapping[str, Any]) -> Any:
 # --- messages to the agent -------------------------------------------------------------------------------------------
 
 
-def _receive(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
+def _receive(agent: FdSocket, kind: type[Message]) -> list[int]:
+    """Wait for this message; return its descriptors."""
     try:
-        received = agent.receive()
+        received = agent.receive(WorkerPayload, WorkerMayEnd)
     except EOFError:
         raise _Stopped from None
 
     assert received is not None
-    if received[0]["t"] != name:
+    message, fds = received
+    if not isinstance(message, kind):
         raise _Stopped
 
-    return received
+    return fds
 
 
-def _send(agent: FdSocket, name: str, fds: Sequence[int] = (), **fields: Any) -> None:
+def _send(agent: FdSocket, message: Message, fds: Sequence[int] = ()) -> None:
     try:
-        agent.send(name, fds, **fields)
+        agent.send(message, fds)
     except ConnectionError:
         raise _Stopped from None
 
@@ -317,7 +326,7 @@ def _await_release(agent: FdSocket) -> None:
     """Wait until all ranks have reported: a peer may still be connecting to us."""
     sys.stdout.flush()
     sys.stderr.flush()
-    _receive(agent, "release")
+    _receive(agent, WorkerMayEnd)
 
 
 def _report_result(agent: FdSocket, result: Any) -> bool:
@@ -329,7 +338,7 @@ def _report_result(agent: FdSocket, result: Any) -> bool:
         _await_release(agent)
         return False
 
-    _send(agent, "done", [memory])
+    _send(agent, WorkerDone(), [memory])
     os.close(memory)
     return True
 
@@ -348,16 +357,14 @@ def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) 
     except Exception as inner:  # noqa: BLE001 - the user's __str__
         message = f"<its text is unavailable: {inner!r}>"
 
-    _send(
-        agent,
-        "raised",
-        fds,
+    raised = WorkerRaised(
         type=f"{kind.__module__}.{kind.__qualname__}",
         message=_shortened(message),
         traceback=_shortened(_traceback(error)) if trace else "",
         notes=[_shortened(str(note)) for note in getattr(error, "__notes__", ())][:_MAX_NOTES],
         bases=[f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__],
     )
+    _send(agent, raised, fds)
     for fd in fds:
         os.close(fd)
 

@@ -16,13 +16,21 @@ import signal
 import sys
 import traceback
 import weakref
-from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NoReturn
 
 from traceml.inspection.stack_signal import STACK_SIGNAL
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.launch_messages import (
+    ChildEnded,
+    FailedToFork,
+    Fork,
+    Forked,
+    ZygoteFailed,
+    ZygoteReady,
+    ZygoteSettings,
+    ZygoteUp,
+)
 from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
 from traceml.launch.worker.blas import one_blas_thread
 from traceml.process_ends import die_with_parent
@@ -40,15 +48,17 @@ def main(fd: int) -> NoReturn:
     os.set_inheritable(fd, False)
     request = None
     try:
-        spec, _ = agent.receive() or ({}, [])
-        die_with_parent(spec["parent"])
+        received = agent.receive(ZygoteSettings)
+        assert received is not None
+        settings, _ = received
+        die_with_parent(settings.parent)
         with contextlib.suppress(PermissionError):  # already its leader
             os.setsid()
 
-        _prepare(agent, spec)
-        die_with_parent(spec["parent"], 0)  # from here on the closed socket shows the agent's end, and we clean up
-        if os.getppid() == spec["parent"]:
-            request = _serve(agent, spec["mark"])
+        _prepare(agent, settings)
+        die_with_parent(settings.parent, 0)  # from here on the closed socket shows the agent's end, and we clean up
+        if os.getppid() == settings.parent:
+            request = _serve(agent, settings.mark)
     except EOFError:
         pass
 
@@ -61,27 +71,27 @@ def main(fd: int) -> NoReturn:
     worker_main.main(*request)
 
 
-def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
+def _prepare(agent: FdSocket, settings: ZygoteSettings) -> None:
     """Import the modules that workers share; report the result to the agent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # a worker without a handler must not die of it
     if in_slurm_step():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the workers, as for the agent
 
-    agent.send("up")
+    agent.send(ZygoteUp())
     own_path = list(sys.path)
-    sys.path[:0] = [folder for folder in spec["sys_path"] if folder not in own_path]
+    sys.path[:0] = [folder for folder in settings.sys_path if folder not in own_path]
     version = None
     try:
         for name in _WARM:
             importlib.import_module(name)
 
-        if spec["need_torch"] > 1 or (spec["need_torch"] and find_spec("torch") is not None):
+        if settings.need_torch > 1 or (settings.need_torch and find_spec("torch") is not None):
             version = _import_torch()
     except BaseException as error:  # noqa: BLE001 - any failure is reported
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         text = f"{sys.executable}: {error}" if missing else traceback.format_exc()
-        agent.send("failed", kind="no_torch" if missing else "import", text=text)
+        agent.send(ZygoteFailed(kind="no_torch" if missing else "import", text=text))
         os._exit(0)
 
     sys.path[:] = own_path  # each worker gets the path of its own launch
@@ -89,9 +99,7 @@ def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
     _drop_finalizers()
     gc.collect()
     gc.freeze()  # else a collection in a worker would write to, and so copy, each page
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    agent.send("ready", torch=version, threads=threads, cuda_visible_devices=chosen)
+    agent.send(ZygoteReady(torch=version, cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def _import_torch() -> str:
@@ -109,7 +117,7 @@ def _drop_finalizers() -> None:
         finalizer.atexit = False
 
 
-def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | None:
+def _serve(agent: FdSocket, mark: str) -> tuple[Fork, list[int]] | None:
     """Fork workers until the agent is gone; return the request in each worker, and None here at the end."""
     import selectors
 
@@ -129,7 +137,7 @@ def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | Non
 
             try:
                 _report_ended(agent)
-                while (request := agent.receive(wait=False)) is not None:
+                while (request := agent.receive(Fork, wait=False)) is not None:
                     if _fork(agent, *request):
                         return _close_in_worker(selector, agent, (read_end, write_end), request)
             except (EOFError, OSError):
@@ -140,18 +148,18 @@ def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | Non
 def _report_ended(agent: FdSocket) -> None:
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            agent.send("ended", pid=ended[0], status=ended[1])
+            agent.send(ChildEnded(pid=ended[0], status=ended[1]))
     except ChildProcessError:
         return
 
 
-def _fork(agent: FdSocket, request: Mapping[str, Any], fds: list[int]) -> bool:
+def _fork(agent: FdSocket, request: Fork, fds: list[int]) -> bool:
     """Fork one worker; return True in it."""
     parent = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
-        agent.send("unforked", rank=request["rank"], text=f"fork: {error.strerror}")
+        agent.send(FailedToFork(rank=request.rank, text=f"fork: {error.strerror}"))
         pid = -1
 
     if pid == 0:
@@ -163,14 +171,14 @@ def _fork(agent: FdSocket, request: Mapping[str, Any], fds: list[int]) -> bool:
         os.close(fd)
 
     if pid > 0:
-        agent.send("forked", rank=request["rank"], pid=pid)
+        agent.send(Forked(rank=request.rank, pid=pid))
 
     return False
 
 
 def _close_in_worker(
-    selector: Any, agent: FdSocket, fds: tuple[int, int], request: tuple[dict[str, Any], list[int]]
-) -> tuple[dict[str, Any], list[int]]:
+    selector: Any, agent: FdSocket, fds: tuple[int, int], request: tuple[Fork, list[int]]
+) -> tuple[Fork, list[int]]:
     """Close the zygote's descriptors in a worker."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM):

@@ -20,6 +20,7 @@ from traceml.errors import AgentFailedError
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.hosts import HostSpec
 from traceml.launch.wire.channel_frames import ChannelClosedError
+from traceml.launch.wire.launch_messages import AgentHello, Message
 
 _LAUNCH = """
     import json, sys, traceml
@@ -206,12 +207,13 @@ def test_an_agent_that_was_stopped_is_reported() -> None:
     """It still exists and is silent; nothing of it is left."""
     link = AgentConnection(HostSpec("localhost", "local", 1), sys.executable, None)
 
-    def first() -> dict[str, Any] | None:
+    def first() -> Message | None:
         link.channel.flush()
         return next(iter(link.channel.receive()), None)
 
     link.hello = eventually(first, "the agent's first message")
-    agent = psutil.Process(int(link.hello["pid"]))
+    assert isinstance(link.hello, AgentHello)
+    agent = psutil.Process(link.hello.pid)
     agent.suspend()
     eventually(lambda: agent.status() == psutil.STATUS_STOPPED, "the agent to stop")
 

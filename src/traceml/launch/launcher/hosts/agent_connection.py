@@ -12,7 +12,6 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from traceml.errors import AgentFailedError
 from traceml.formatting import left_text
@@ -23,6 +22,7 @@ from traceml.launch.launcher.hosts.hosts import HostSpec
 from traceml.launch.launcher.hosts.slurm import step_command
 from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.launch_messages import AgentHello
 from traceml.launch.wire.process_cleanup import end_job
 from traceml.process_ends import end_of_status
 
@@ -113,7 +113,7 @@ class AgentConnection:
 
     def __init__(self, spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
         self.spec = spec
-        self.hello: dict[str, Any] | None = None
+        self.hello: AgentHello | None = None
         self._python, self._ssh_config_file = python, ssh_config_file
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._partial_line = b""
@@ -206,7 +206,7 @@ class AgentConnection:
         output = [*noise[-_KEPT_LINES:], *self._lines, *rest]
         self.close()
         if self.hello is not None:
-            self._clean_up(str(self.hello["mark"]), int(self.hello["pid"]))
+            self._clean_up(self.hello.mark, self.hello.pid)
 
         what, advice = self._explain(status, "\n".join(output), reason, silence_s, during)
         if was_stopped:
@@ -220,7 +220,7 @@ class AgentConnection:
         if self.hello is None or self.spec.transport != "local":
             return False
 
-        info = process_info(int(self.hello["pid"]))
+        info = process_info(self.hello.pid)
         return info is not None and info.state == "T"
 
     def close(self, *, wait_s: float = _END_WAIT_S) -> None:

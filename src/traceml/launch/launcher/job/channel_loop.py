@@ -8,11 +8,11 @@ import select
 import selectors
 import time
 from collections.abc import Callable
-from typing import Any
 
 from traceml.errors import AgentFailedError
 from traceml.launch.launcher.job.job_host import JobHost
 from traceml.launch.wire.channel_frames import ChannelClosedError
+from traceml.launch.wire.launch_messages import Message
 
 __all__ = ["ChannelLoop"]
 
@@ -41,7 +41,7 @@ class ChannelLoop:
     def __init__(
         self,
         *,
-        on_message: Callable[[JobHost, dict[str, Any]], None],
+        on_message: Callable[[JobHost, Message], None],
         on_stderr: Callable[[JobHost, bytes], None],
         on_lost: Callable[[JobHost, AgentFailedError], None],
         on_tick: Callable[[], None],
@@ -63,7 +63,7 @@ class ChannelLoop:
         self._register(host)
 
     def remove(self, host: JobHost) -> None:
-        """Stop serving a host's channel; its connection stays open."""
+        """StopWorkers serving a host's channel; its connection stays open."""
         if host in self._hosts:
             self._hosts.remove(host)
             self._unregister(host)

@@ -11,6 +11,7 @@ from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedE
 from traceml.formatting import capitalized, ranks_text
 from traceml.launch.launcher.job.job_host import JobHost, Worker
 from traceml.launch.wire import payload
+from traceml.launch.wire.launch_messages import Exited, Raised, WorkerStack
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 
 __all__ = [
@@ -85,24 +86,23 @@ def first_cause(failures: Iterable[JobFailure]) -> BaseException:
     return found[0].error
 
 
-def worker_raised(worker: Worker, message: Mapping[str, Any], received: PayloadBuffer | None) -> JobFailure:
+def worker_raised(worker: Worker, message: Raised, received: PayloadBuffer | None) -> JobFailure:
     """Return the failure for a worker's exception, with its host, rank and traceback.
 
     Args:
-        message: the agent's message: `type`, `message`, `traceback`, `bases`.
         received: the pickled exception, None if it could not be pickled.
     """
-    kind, text = str(message.get("type") or "Exception").removeprefix("builtins."), str(message.get("message") or "")
-    trace, bases = str(message.get("traceback") or ""), message.get("bases") or ()
+    kind, text = message.type.removeprefix("builtins."), message.message
+    trace, bases = message.traceback, message.bases
 
     def error() -> BaseException:
         if not _NOT_RAISED.isdisjoint(bases):
             how = f"raised {kind}" + (f": {text}" if text else "")
             found: BaseException = WorkerFailedError(
-                worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
+                worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_shown(message.tail)
             )
         else:
-            found = _loaded(received) or _substitute_exception(kind, text, bases, message.get("notes") or ())
+            found = _loaded(received) or _substitute_exception(kind, text, bases, message.notes)
 
         found.__cause__ = RemoteTracebackError(trace) if trace else None
         found.add_note(f"Raised on {worker}, pid {worker.pid}.")
@@ -111,20 +111,20 @@ def worker_raised(worker: Worker, message: Mapping[str, Any], received: PayloadB
     return JobFailure(error, bool(_SECONDARY.search(f"{kind}: {text}")), worker.rank)
 
 
-def worker_died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
+def worker_died(worker: Worker, message: Exited) -> JobFailure:
     """Return the failure for a worker that ended without a result."""
-    signal = message.get("signal") or None
+    tail = _shown(message.tail)
     error = WorkerFailedError(
         worker.host.name,
         worker.rank,
         worker.local_rank,
-        exit_code=None if signal else message.get("code"),
-        signal=signal,
-        log_tail=_tail(message),
-        oom=bool(message.get("oom")),
+        exit_code=message.code,
+        signal=message.signal,
+        log_tail=tail,
+        oom=bool(message.oom),
     )
     # a script's exception is in its last lines of output
-    secondary = not signal and bool(_SECONDARY.search("\n".join(_tail(message)[-_LAST_LINES:])))
+    secondary = not message.signal and bool(_SECONDARY.search("\n".join(tail[-_LAST_LINES:])))
     return JobFailure(error, secondary, worker.rank)
 
 
@@ -138,7 +138,7 @@ def worker_hung(worker: Worker) -> JobFailure:
 
 def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:
     """Return the error for a host whose zygote cannot be started."""
-    python = host.hello.get("executable") or host.hello.get("python")
+    python = host.hello.executable if host.hello is not None else ""
     what, advice = {
         "no_torch": (
             "torch is not installed there",
@@ -170,7 +170,7 @@ def unreachable(host: JobHost, hosts: Sequence[JobHost], rendezvous: tuple[str, 
 def note_stacks(
     error: BaseException,
     waiting: Iterable[Worker],
-    stacks: Mapping[int, Mapping[str, Any]],
+    stacks: Mapping[int, WorkerStack],
     timed_out: Iterable[int] = (),
 ) -> None:
     """Add a note to an error: the stack of each worker, and the workers that the others waited for."""
@@ -178,7 +178,7 @@ def note_stacks(
     if not workers:
         return
 
-    texts = {worker.rank: str((stacks.get(worker.rank) or {}).get("stack") or "") for worker in workers}
+    texts = {worker.rank: stacks[worker.rank]["stack"] if worker.rank in stacks else "" for worker in workers}
     inside = {rank for rank, text in texts.items() if _in_collective(text)} | set(timed_out)
     outside = [worker for worker in workers if worker.rank not in inside]
     lines = _who_waited(inside, outside, {rank for rank, text in texts.items() if not text}) if inside else []
@@ -214,15 +214,15 @@ def _who_waited(inside: Collection[int], outside: Sequence[Worker], unknown: Col
     return []
 
 
-def _where(stack: Mapping[str, Any] | None) -> str:
+def _where(stack: WorkerStack | None) -> str:
     """Return a worker's stack without the frames that called the user's function."""
     if stack is None:
         return " has reported no stack: its host does not answer."
 
-    if not stack.get("stack"):
-        return f" has reported no stack: its process is {stack.get('state') or 'silent'}."
+    if not stack["stack"]:
+        return f" has reported no stack: its process is {stack['state'] or 'silent'}."
 
-    threads = str(stack["stack"]).strip("\n").split("\n\n")
+    threads = stack["stack"].strip("\n").split("\n\n")
     text = "\n\n".join(thread for thread in threads if not _OUR_THREAD.search(thread))
     lines = [_THREAD.sub(r"\1", line) for line in text.splitlines()]
     ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
@@ -265,9 +265,9 @@ def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
     return RuntimeError(f"{kind}: {text}")
 
 
-def _tail(message: Mapping[str, Any]) -> list[str]:
+def _shown(tail: Iterable[str]) -> list[str]:
     """Return a worker's last lines, without a harmless warning, and in a crash's stacks without our threads."""
-    lines = [str(line) for line in message.get("tail") or () if _NO_REVERSE_DNS not in str(line)]
+    lines = [line for line in tail if _NO_REVERSE_DNS not in line]
     parts = "\n".join(lines).split("\n\n")
     kept = [part for part in parts if not (_THREAD.match(part) and _OUR_THREAD.search(part))]
     return "\n\n".join(kept).split("\n") if lines else []

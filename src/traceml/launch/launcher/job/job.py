@@ -1,8 +1,8 @@
 """One launched job, from the first agent's answer to the last worker's end.
 
-Every host goes through these states: its agent answers (`hello`), its zygote is ready (`prepared`), its workers run
-(`started`, `group_ready`), have returned (`done`), may end (`release`), and nothing of them is left (`idle`). A failure
-on one host ends the job on all.
+Every host goes through these states: its agent answers (`AgentHello`), its zygote is ready (`Prepared`), its workers
+run (`Started`, `GroupReady`), have returned (`Done`), may end (`Release`), and nothing of them is left (`Idle`). A
+failure on one host ends the job on all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from traceml.launch.launcher.job.job_state import JobState, MakeLogs
 from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.launcher.logs.log_handlers import log_level
 from traceml.launch.wire import payload
+from traceml.launch.wire.launch_messages import CollectStacks, Prepare, Probe, Release, Reserve, Start, StopWorkers
 from traceml.process_ends import EndedBySignal, forget_interrupts, interrupts_held
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class LaunchJob:
         self._state.assign_ranks(self._loop.selector)
         workers = self._state.workers
         first, backend = self._hosts[0], self._choose_backend()
-        first.connection.channel.send("reserve", job=self._id, address=rendezvous_address(self._hosts))
+        first.connection.channel.send(Reserve(job=self._id, address=rendezvous_address(self._hosts)))
         doing = "finding a port for the workers to meet at"
         self._await(lambda: self._state.rendezvous, doing, lambda: [f"host {first.name}"])
         assert self._state.rendezvous is not None
@@ -162,23 +163,23 @@ class LaunchJob:
         for host in self._hosts:
             payload_id = self._sender.send(host)
             host.connection.channel.send(
-                "start",
-                job=self._id,
-                payload=payload_id,
-                near=shares_memory_with(host),
-                script=None if self._spec.script is None else dict(self._spec.script),
-                workers=[{"rank": worker.rank, "local_rank": worker.local_rank} for worker in host.workers],
-                world_size=len(workers),
-                local_world_size=len(host.workers),
-                group_rank=self._hosts.index(host),
-                master_addr=address,
-                master_port=port,
-                backend=backend,
-                timeout_s=self._spec.timeout_s,
-                env={} if self._tracing is None else self._tracing.environ(host.name),
-                trace=None if self._tracing is None else self._tracing.agent_settings(host.name),
-                cpu_affinity=self._spec.cpu_affinity,
-                log_level=log_level(os.environ),
+                Start(
+                    job=self._id,
+                    payload=payload_id,
+                    shares_memory=shares_memory_with(host),
+                    script=None if self._spec.script is None else dict(self._spec.script),
+                    ranks=[worker.rank for worker in host.workers],
+                    world_size=len(workers),
+                    group_rank=self._hosts.index(host),
+                    master_addr=address,
+                    master_port=port,
+                    backend=backend,
+                    timeout_s=self._spec.timeout_s,
+                    env={} if self._tracing is None else self._tracing.environ(host.name),
+                    trace=None if self._tracing is None else self._tracing.traced_run(host.name),
+                    cpu_affinity=self._spec.cpu_affinity,
+                    log_level=log_level(os.environ),
+                )
             )
             host.started = True
 
@@ -190,7 +191,7 @@ class LaunchJob:
         """Have every other host connect to where the ranks meet: workers would try until the timeout."""
         others, state = self._hosts[1:], self._state
         for host in others:
-            host.connection.channel.send("probe", job=self._id, address=address, port=port)
+            host.connection.channel.send(Probe(job=self._id, address=address, port=port))
 
         def late() -> list[str]:
             return [f"host {host.name}" for host in others if host.name not in state.probed]
@@ -210,7 +211,7 @@ class LaunchJob:
         """Let the workers end. Until now they were held, as others may have needed them."""
         self._begin("the end of the workers")
         for host in self._hosts:
-            host.connection.channel.send("release", job=self._id)
+            host.connection.channel.send(Release(job=self._id))
 
         self._state.stopping = self._state.released = True  # failures from here on do not affect the results
         if not self._loop.run_until(lambda: all(h.idle or h.lost for h in self._hosts), self._spec.timeout_s):
@@ -273,7 +274,7 @@ class LaunchJob:
     def _collect_stacks(self, running: Sequence[Worker]) -> None:
         asked = {worker.host.name: worker.host for worker in running if not worker.host.lost}
         for host in asked.values():
-            host.connection.channel.send("stacks", job=self._id)
+            host.connection.channel.send(CollectStacks(job=self._id))
 
         self._loop.run_until(
             lambda: all(h.lost or h.name in self._state.stacks_received for h in asked.values()), _STACKS_S
@@ -286,7 +287,7 @@ class LaunchJob:
                 continue
 
             if host.started:
-                host.connection.channel.send("stop", job=self._id, grace_s=_STOP_GRACE_S, exit_s=exit_s)
+                host.connection.channel.send(StopWorkers(job=self._id, grace_s=_STOP_GRACE_S, exit_s=exit_s))
             elif self._is_prepared(host):
                 host.idle = True
             else:  # preparing: that ends with its agent
@@ -343,7 +344,8 @@ class LaunchJob:
         self._tracing.finish(status, ended_by)
 
     def _prepare(self, host: JobHost) -> None:
-        theirs = str(host.hello.get("python"))
+        assert host.hello is not None
+        theirs = host.hello.python
         if self._spec.call is not None and theirs.split(".")[:2] != platform.python_version().split(".")[:2]:
             ours = platform.python_version()
             reason = f"its Python is {theirs}, ours {ours}: a function's code needs the same minor version"
@@ -358,21 +360,20 @@ class LaunchJob:
                 host.connection.channel,
                 self._loop.selector,
                 job=self._id,
-                hostname=str(host.hello.get("hostname") or host.name),
+                hostname=host.hello.hostname or host.name,
                 local=local,
             )
 
         host.connection.channel.send(
-            "prepare",
-            job=self._id,
-            env={**os.environ, **self._spec.environ} if local else dict(self._spec.environ),
-            env_file=self._spec.env_file,
-            cwd=self._spec.cwd,
-            sys_path=list(self._spec.sys_path),
-            main=dict(self._spec.main),
-            workers=host.size,
-            threads=None,
-            need_torch=self._need_torch(),
+            Prepare(
+                job=self._id,
+                env={**os.environ, **self._spec.environ} if local else dict(self._spec.environ),
+                env_file=self._spec.env_file,
+                cwd=self._spec.cwd,
+                sys_path=list(self._spec.sys_path),
+                main=dict(self._spec.main),
+                need_torch=self._need_torch(),
+            )
         )
 
     def _tick(self) -> None:
@@ -410,7 +411,7 @@ class LaunchJob:
         if self._spec.backend != "auto":
             return self._spec.backend
 
-        gpus = [int((host.prepared or {}).get("gpus") or 0) for host in self._hosts]
+        gpus = [0 if host.prepared is None else host.prepared.gpus for host in self._hosts]
         enough = all(n >= len(host.workers) for n, host in zip(gpus, self._hosts, strict=True))
         return "nccl" if enough else "gloo"
 

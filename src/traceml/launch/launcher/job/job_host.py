@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.hosts import HostSpec
+from traceml.launch.wire.launch_messages import AgentHello, Prepared
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 
 __all__ = ["JobHost", "Worker", "rendezvous_address"]
@@ -40,7 +40,7 @@ class JobHost:
     start: Callable[[], AgentConnection]  # makes a new connection to it
     connection: AgentConnection
     warm: bool = False  # whether its agent was kept from an earlier job and has not answered in this one
-    prepared: dict[str, Any] | None = None  # the agent's message that its zygote is ready, or why it is not
+    prepared: Prepared | None = None  # the agent's message that its zygote is ready, or why it is not
     workers: list[Worker] = field(default_factory=list)
     started: bool = False  # whether it was asked to start workers
     idle: bool = False  # whether nothing of the job is left there
@@ -53,14 +53,15 @@ class JobHost:
         return self.spec.name
 
     @property
-    def hello(self) -> dict[str, Any]:
-        """The agent's description of itself and its host; empty until it has answered."""
-        return self.connection.hello or {}
+    def hello(self) -> AgentHello | None:
+        """The agent's description of itself and its host; None until it has answered."""
+        return self.connection.hello
 
     @property
     def size(self) -> int:
         """The number of workers on the host; known once its agent has answered."""
-        return int(self.spec.workers or self.hello.get("gpus") or self.spec.cpu_workers or self.hello.get("cores") or 1)
+        assert self.hello is not None
+        return self.spec.workers or self.hello.gpus or self.spec.cpu_workers or self.hello.cores
 
     @property
     def late_text(self) -> str:
@@ -102,18 +103,26 @@ def rendezvous_address(hosts: list[JobHost]) -> str:
 
 def _same_machine(one: JobHost, other: JobHost) -> bool:
     """Return whether two agents share one kernel and one network."""
-    return (one.spec.transport == other.spec.transport == "local") or all(
-        one.hello.get(name) == other.hello.get(name) for name in ("boot_id", "netns", "addresses")
-    )
+    if one.spec.transport == other.spec.transport == "local":
+        return True
+
+    return _identity(one) == _identity(other)
+
+
+def _identity(host: JobHost) -> tuple[str, str, Sequence[str]]:
+    assert host.hello is not None
+    return host.hello.boot_id, host.hello.netns, host.hello.addresses
 
 
 def _candidates(first: JobHost, others: list[JobHost]) -> Iterator[str | None]:
-    yield first.hello.get("address")  # where ssh reached it
+    hello, hellos = first.hello, [other.hello for other in others if other.hello is not None]
+    assert hello is not None
+    yield hello.address  # where ssh reached it
     if first.spec.transport == "local":
-        yield from (other.hello.get("peer") for other in others)  # where ssh came from
+        yield from (other.peer for other in hellos)  # where ssh came from
 
-    own = [address for address in first.hello.get("addresses", []) if not address.startswith("127.")]
-    theirs = [address for other in others for address in other.hello.get("addresses", [])]
+    own = [address for address in hello.addresses if not address.startswith("127.")]
+    theirs = [address for other in hellos for address in other.addresses]
     yield from sorted(own, key=lambda address: -max((_common_prefix(address, each) for each in theirs), default=0))
 
 

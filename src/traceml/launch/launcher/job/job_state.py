@@ -11,6 +11,25 @@ from traceml.errors import AgentFailedError
 from traceml.launch.launcher.job.failures import JobFailure, preparation_failed, unreachable, worker_died, worker_raised
 from traceml.launch.launcher.job.job_host import JobHost, Worker
 from traceml.launch.launcher.logs.log_router import LogRouter, LogStream
+from traceml.launch.wire.launch_messages import (
+    AgentHello,
+    Done,
+    Exited,
+    GroupReady,
+    Idle,
+    Message,
+    PackageRequest,
+    Prepared,
+    Probed,
+    Raised,
+    Reserved,
+    Snapshot,
+    Stacks,
+    Started,
+    StreamOpened,
+    TunnelReady,
+    WorkerStack,
+)
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 from traceml.process_ends import exit_text
 
@@ -58,7 +77,7 @@ class JobState:
         self.failures: list[JobFailure] = []
         self.rendezvous: tuple[str, int] | None = None
         self.probed: set[str] = set()
-        self.stacks: dict[int, dict[str, Any]] = {}
+        self.stacks: dict[int, WorkerStack] = {}
         self.stacks_received: set[str] = set()
         self.stopping = self.released = False
         self._hosts, self._job, self._make_logs = hosts, job, make_logs
@@ -90,120 +109,109 @@ class JobState:
 
         self._logs.close()
 
-    def on_message(self, host: JobHost, message: dict[str, Any]) -> None:
+    def on_message(self, host: JobHost, message: Message) -> None:
         """Handle a message of a host's agent."""
-        name = message["t"]
-        if name != "hello" and message.get("job", self._job) != self._job:
+        if getattr(message, "job", self._job) != self._job:
             return  # of an earlier job
 
         before = host.activity if _log.isEnabledFor(logging.DEBUG) else None
         host.warm = False
-        handler = _HANDLERS.get(name)
-        if handler is not None:
-            handler(self, host, message)
-
+        _HANDLERS[type(message)](self, host, message)
         if before is not None and host.activity != before:
             _log.debug("%s: %s, was %s", host.name, host.activity, before)
 
-    def _on_package(self, host: JobHost, _message: dict[str, Any]) -> None:
+    def _on_package(self, host: JobHost, _message: PackageRequest) -> None:
         host.connection.send_package()
 
-    def _on_hello(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _on_hello(self, host: JobHost, message: AgentHello) -> None:
         host.connection.hello = message
         self._prepare(host)
 
-    def _on_prepared(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _on_prepared(self, host: JobHost, message: Prepared) -> None:
         host.prepared = message
-        if error := message.get("error"):
-            self.host_errors.append(preparation_failed(host, error))
+        if message.error is not None:
+            self.host_errors.append(preparation_failed(host, message.error))
 
-    def _on_reserved(self, host: JobHost, message: dict[str, Any]) -> None:
-        if message.get("error"):
-            reason = f"no port for the workers to meet at ({message['error']})"
+    def _on_reserved(self, host: JobHost, message: Reserved) -> None:
+        if message.error:
+            reason = f"no port for the workers to meet at ({message.error})"
             self.failures.append(JobFailure(AgentFailedError(host.name, reason)))
             return
 
-        self.rendezvous = str(message["address"]), int(message["port"])
+        self.rendezvous = message.address, message.port
 
-    def _on_probed(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _on_probed(self, host: JobHost, message: Probed) -> None:
         self.probed.add(host.name)
-        if message["error"]:
+        if message.error:
             assert self.rendezvous is not None
-            self.host_errors.append(unreachable(host, self._hosts, self.rendezvous, message["error"]))
+            self.host_errors.append(unreachable(host, self._hosts, self.rendezvous, message.error))
 
-    def _on_started(self, _host: JobHost, message: dict[str, Any]) -> None:
-        self.workers[message["rank"]].pid = message["pid"]
+    def _on_started(self, _host: JobHost, message: Started) -> None:
+        self.workers[message.rank].pid = message.pid
 
-    def _on_group_ready(self, _host: JobHost, message: dict[str, Any]) -> None:
-        self.workers[message["rank"]].ready = True
+    def _on_group_ready(self, _host: JobHost, message: GroupReady) -> None:
+        self.workers[message.rank].ready = True
 
-    def _on_stream(self, host: JobHost, message: dict[str, Any]) -> None:
-        kind, channel = message.get("kind"), host.connection.channel
+    def _on_stream(self, host: JobHost, message: StreamOpened) -> None:
+        kind, channel = message.kind, host.connection.channel
         if kind == "log":
             self._accept_log(host, message)
         elif kind in {"result", "error"}:
-            self._accept_result(host, self.workers[message["rank"]], message)
+            self._accept_result(host, self.workers[message.rank], message)
         elif kind in {"tunnel", "flight"} and self._tracing is not None:
             self._tracing.stream_opened(host.name, message, channel)
 
-    def _accept_log(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _accept_log(self, host: JobHost, message: StreamOpened) -> None:
         assert self._logs is not None
-        rank = int(message.get("rank", -1))
-        local_rank = None if rank < 0 else int(message["local_rank"])
-        stream = self._logs.open(host.name, local_rank, str(message["fd"]), rank=None if rank < 0 else rank)
+        stream = self._logs.open(host.name, message.local_rank, message.fd, rank=message.rank)
         # credit is granted once files and screen are written: a chatty worker waits, and delays no other
         channel = host.connection.channel
-        stream.grant = channel.accept(message["id"], stream.feed, stream.end, manual=True).grant
+        stream.grant = channel.accept(message.id, stream.feed, stream.end, manual=True).grant
 
-    def _accept_result(self, host: JobHost, worker: Worker, message: dict[str, Any]) -> None:
-        path = message.get("path")
-        buffer = worker.result = PayloadBuffer.open_path(path) if path else PayloadBuffer(int(message["size"]))
+    def _accept_result(self, host: JobHost, worker: Worker, message: StreamOpened) -> None:
+        path = message.path
+        buffer = worker.result = PayloadBuffer.open_path(path) if path else PayloadBuffer(message.size)
+        host.connection.channel.accept(message.id, buffer.feed, lambda _: None, window_bytes=_RESULT_WINDOW_BYTES)
 
-        def ended(error: dict[str, Any] | None) -> None:
-            if message["kind"] == "result" and error is None:
-                worker.done = worker.ready = True
-
-        host.connection.channel.accept(message["id"], buffer.feed, ended, window_bytes=_RESULT_WINDOW_BYTES)
-
-    def _on_done(self, _host: JobHost, message: dict[str, Any]) -> None:
-        if message.get("result") is None:
-            worker = self.workers[message["rank"]]
+    def _on_done(self, _host: JobHost, message: Done) -> None:
+        worker = self.workers[message.rank]
+        if worker.result is not None and worker.result.complete:  # else its job was stopped meanwhile
             worker.done = worker.ready = True
 
-    def _on_raised(self, _host: JobHost, message: dict[str, Any]) -> None:
-        worker = self.workers[message["rank"]]
+    def _on_raised(self, _host: JobHost, message: Raised) -> None:
+        worker = self.workers[message.rank]
         if self._tracing is not None:
             self._tracing.worker_raised(worker.rank)
 
         self.failures.append(worker_raised(worker, message, worker.result))
 
-    def _on_exited(self, host: JobHost, message: dict[str, Any]) -> None:
-        worker = self.workers[message["rank"]]
+    def _on_exited(self, host: JobHost, message: Exited) -> None:
+        worker = self.workers[message.rank]
         worker.ended = True
         if self._tracing is not None:
             self._tracing.worker_exited(host.name, message, stopped=self.stopping and not worker.done)
 
         if worker.done:
-            if message.get("signal") and self.released:
-                _log.warning("%s had returned, and then %s", worker, exit_text(None, message["signal"]))
+            if message.signal and self.released:
+                _log.warning("%s had returned, and then %s", worker, exit_text(None, message.signal))
 
             return
 
         if not self.stopping and not any(f.rank == worker.rank for f in self.failures):
             self.failures.append(worker_died(worker, message))
 
-    def _on_stacks(self, host: JobHost, message: dict[str, Any]) -> None:
-        self.stacks |= {int(rank): stack for rank, stack in message["ranks"].items()}
+    def _on_stacks(self, host: JobHost, message: Stacks) -> None:
+        self.stacks |= message.ranks
         self.stacks_received.add(host.name)
 
-    def _on_snapshot(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _on_snapshot(self, host: JobHost, message: Snapshot) -> None:
         if self._tracing is not None:
             self._tracing.worker_snapshot(host.name, message)
 
-    def _on_idle(self, host: JobHost, _message: dict[str, Any]) -> None:
+    def _on_idle(self, host: JobHost, _message: Idle) -> None:
         host.idle = True
 
-    def _on_tunnel_ready(self, host: JobHost, message: dict[str, Any]) -> None:
+    def _on_tunnel_ready(self, host: JobHost, message: TunnelReady) -> None:
         if self._tracing is not None:
             self._tracing.tunnel_ready(host.name, message)
 
@@ -233,4 +241,20 @@ class JobState:
             self.failures.append(JobFailure(error))
 
 
-_HANDLERS = {name.removeprefix("_on_"): handler for name, handler in vars(JobState).items() if name.startswith("_on_")}
+_HANDLERS: Mapping[type[Message], Callable[[JobState, JobHost, Any], None]] = {
+    PackageRequest: JobState._on_package,
+    AgentHello: JobState._on_hello,
+    Prepared: JobState._on_prepared,
+    TunnelReady: JobState._on_tunnel_ready,
+    Reserved: JobState._on_reserved,
+    Probed: JobState._on_probed,
+    StreamOpened: JobState._on_stream,
+    Started: JobState._on_started,
+    GroupReady: JobState._on_group_ready,
+    Done: JobState._on_done,
+    Raised: JobState._on_raised,
+    Exited: JobState._on_exited,
+    Stacks: JobState._on_stacks,
+    Snapshot: JobState._on_snapshot,
+    Idle: JobState._on_idle,
+}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from traceml.launch.launcher.job.job_host import JobHost
 from traceml.launch.wire.channel_streams import OutgoingStream
+from traceml.launch.wire.launch_messages import StreamOpened
 from traceml.launch.wire.payload import SerializedValue
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach
 
@@ -36,11 +37,13 @@ class PayloadSender:
             if self._shared is None:
                 self._shared = PayloadBuffer(size_bytes, shared=True)
 
-            stream = channel.open_stream(kind="payload", job=self._job, size=size_bytes, path=self._shared.path)
+            stream = channel.open_stream(
+                StreamOpened(kind="payload", job=self._job, size=size_bytes, path=self._shared.path)
+            )
             self._pending.append(stream)
             return stream.id
 
-        stream = channel.open_stream(kind="payload", job=self._job, size=size_bytes)
+        stream = channel.open_stream(StreamOpened(kind="payload", job=self._job, size=size_bytes))
         for chunk in self._call.chunks():
             stream.write(chunk)
 
@@ -69,4 +72,7 @@ class PayloadSender:
 
 def shares_memory_with(host: JobHost) -> bool:
     """Return whether a host's agent and this process can open each other's memory files."""
-    return host.spec.transport == "local" and bool(host.hello.get("near")) and can_reach(int(host.hello["pid"]))
+    if host.spec.transport != "local" or host.hello is None:
+        return False
+
+    return host.hello.can_reach_launcher and can_reach(host.hello.pid)

@@ -24,6 +24,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
+from traceml.launch.wire.launch_messages import Exited, Snapshot, StreamOpened, TracedRun, Tunnel, TunnelReady
 from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
@@ -174,7 +175,7 @@ class Tracing:
     # --- hosts -------------------------------------------------------------------------------------------------------
 
     def add_host(
-        self, host: str, channel: Channel, selector: selectors.BaseSelector, *, job: Any, hostname: str, local: bool
+        self, host: str, channel: Channel, selector: selectors.BaseSelector, *, job: str, hostname: str, local: bool
     ) -> None:
         """Add a host; ask its agent for a tunnel to the aggregator unless it is this machine.
 
@@ -185,14 +186,14 @@ class Tracing:
         self._hosts[host] = known = TracedHost(hostname, local)
         if not local:
             known.tunnel = TunnelConnector(selector, channel, self._aggregator.port)
-            channel.send("tunnel", job=job)
+            channel.send(Tunnel(job=job))
 
-    def tunnel_ready(self, host: str, message: Mapping[str, Any]) -> None:
+    def tunnel_ready(self, host: str, message: TunnelReady) -> None:
         """Record the port of a host's tunnel, or the reason why there is none."""
         known = self._hosts[host]
-        known.port = int(message.get("port") or 0)
+        known.port = message.port
         if not known.port:
-            known.tunnel_error = str(message.get("error") or "no port")
+            known.tunnel_error = message.error or "no port"
             _log.warning("ranks on %s are not traced live: %s", host, known.tunnel_error)
 
     def is_ready(self, host: str) -> bool:
@@ -211,26 +212,25 @@ class Tracing:
         address = None if known.local else f"127.0.0.1:{known.port or 9}"  # 9: no listener, rows stay in the rank
         return {**self._environ, **self._aggregator.environ(address)}
 
-    def agent_settings(self, host: str) -> dict[str, Any]:
-        """Return the agent's settings for flight files; the aggregator itself finds those of this machine."""
+    def traced_run(self, host: str) -> TracedRun:
+        """Return what a host's agent looks for flight files with; the aggregator itself finds those of this machine."""
         aggregator = self._aggregator
         local = self._hosts[host].local
         return {"run_id": aggregator.run_id, "runs_dir": str(aggregator.runs_dir), "flights": not local}
 
     # --- messages of agents ------------------------------------------------------------------------------------------
 
-    def stream_opened(self, host: str, message: Mapping[str, Any], channel: Channel) -> None:
+    def stream_opened(self, host: str, message: StreamOpened, channel: Channel) -> None:
         """Handle a new stream of the kind `tunnel` or `flight`."""
-        known, number = self._hosts[host], int(message["id"])
-        if message["kind"] == "tunnel":
+        known, number = self._hosts[host], message.id
+        if message.kind == "tunnel":
             if known.tunnel is not None:
-                known.tunnel.accept_connection(dict(message))
+                known.tunnel.accept_connection(number)
 
             return
 
-        rank = int(message["rank"])
-        flight = self._flights[rank] = _FlightTransfer()
-        label = f"{known.name}-{rank}-{number}"
+        flight = self._flights[message.rank] = _FlightTransfer()
+        label = f"{known.name}-{message.rank}-{number}"
         channel.accept(
             number, flight.data.extend, lambda error: self._arrived(flight, label, error), window_bytes=_WINDOW_BYTES
         )
@@ -239,30 +239,28 @@ class Tracing:
         """Record that a function raised: its process is ended later, by us, and that is not the cause of its end."""
         self._raised.add(rank)
 
-    def worker_snapshot(self, host: str, message: Mapping[str, Any]) -> None:
-        """Pass on an agent's snapshot of a worker that is silent: `{rank, pid, snapshot}`."""
-        about = {"host": self._hosts[host].name, "rank": message["rank"], "pid": message["pid"]}
-        self._aggregator.send_snapshot({**about, "snapshot": message["snapshot"]})
+    def worker_snapshot(self, host: str, message: Snapshot) -> None:
+        """Pass on an agent's snapshot of a worker that is silent."""
+        about = {"host": self._hosts[host].name, "rank": message.rank, "pid": message.pid}
+        self._aggregator.send_snapshot({**about, "snapshot": message.snapshot})
 
-    def worker_exited(self, host: str, message: Mapping[str, Any], *, stopped: bool) -> None:
+    def worker_exited(self, host: str, message: Exited, *, stopped: bool) -> None:
         """Record the end of a worker.
 
         Args:
-            message: `{rank, local_rank, pid, code, signal, oom, crash}`.
             stopped: whether we ended it because of others.
         """
-        signal = message.get("signal")
         exited = {
-            "rank": message["rank"],
-            "local_rank": message.get("local_rank", 0),
-            "pid": message.get("pid"),
+            "rank": message.rank,
+            "local_rank": message.local_rank,
+            "pid": message.pid,
             "host": self._hosts[host].name,
-            "exitcode": -signal if signal else message.get("code"),
+            "exitcode": -message.signal if message.signal else message.code,
             "time": time.time(),
-            "oom": message.get("oom"),
-            "crash": message.get("crash"),
+            "oom": message.oom,
+            "crash": message.crash,
         }
-        if message["rank"] in self._raised:
+        if message.rank in self._raised:
             exited["exitcode"] = 1
         elif stopped:
             exited["stopped"] = True
