@@ -230,7 +230,7 @@ def test_nothing_is_collected_while_a_program_imports():
 
 LEAVING = """
 import atexit, sys, threading, time
-from traceml.helper_programs import leave
+from traceml.helper_programs import exit_process
 
 class Kept:
     def __del__(self):
@@ -244,7 +244,7 @@ kept = Kept()
 atexit.register(print, "handler")
 threading.Thread(target=work).start()
 print("unflushed", end=" ")
-leave(7)
+exit_process(7)
 """
 
 
@@ -257,7 +257,7 @@ def test_a_program_ends_after_its_threads_and_exit_handlers_and_takes_no_module_
 
 @pytest.mark.process
 def test_a_program_ends_with_its_status_also_when_nobody_reads_its_output():
-    code = "import os; from traceml.helper_programs import leave; print('x'); os.close(1); leave(5)"
+    code = "import os; from traceml.helper_programs import exit_process; print('x'); os.close(1); exit_process(5)"
 
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False).returncode == 5
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "change_command_line",
     "end_process",
+    "exit_process",
     "helper_program",
     "importing",
-    "leave",
     "lower_priority",
     "search_working_directory",
 ]
@@ -98,7 +98,7 @@ def _await_end(process: Popen[Any], timeout_s: float) -> None:
     os.close(ended)
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process as the interpreter does, but take no module apart, for which somebody would wait.
 
     This takes 30 ms of a command of 0.2 s, and up to a second where torch is loaded.

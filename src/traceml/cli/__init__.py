@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from traceml.errors import SettingsError, TraceMLError, UsageError
-from traceml.helper_programs import importing, leave
+from traceml.helper_programs import exit_process, importing
 
 __all__ = ["COMMANDS", "main", "run_program"]
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_program() -> NoReturn:
     """Run the command of this process, and end with its exit status."""
-    leave(main())
+    exit_process(main())
 
 
 def _open_standard_streams() -> None:

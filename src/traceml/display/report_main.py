@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from traceml.errors import TraceMLError
-from traceml.helper_programs import leave, lower_priority
+from traceml.helper_programs import exit_process, lower_priority
 
 __all__ = ["work"]
 
@@ -66,4 +66,4 @@ def _be_killed_first() -> None:
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), sys.stdin, sys.stdout)
-    leave(0)
+    exit_process(0)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from traceml.helper_programs import importing, leave
+from traceml.helper_programs import exit_process, importing
 from traceml.process_ends import shell_status
 
 __all__ = ["end_rest", "first_failure", "main"]
@@ -200,4 +200,4 @@ def _ended(agent: Any, has_code: Callable[[int | None], bool]) -> list[tuple[int
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))
