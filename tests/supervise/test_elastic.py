@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from traceml.supervise.elastic import end_rest, first_failure
+from traceml.supervise.elastic import first_failure, terminate_remaining_workers
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
     os.waitpid(worker.pid, os.WUNTRACED)  # of two pending signals it would take SIGTERM first
     worker.terminate()
     agent = SimpleNamespace(_pcontext=SimpleNamespace(subprocess_handlers={0: SimpleNamespace(proc=worker)}))
-    end_rest(agent)
+    terminate_remaining_workers(agent)
 
     assert worker.returncode == -signal.SIGKILL
 

@@ -38,7 +38,9 @@ def wait_for(path):
 
 
 def supervise(folder: Path, script: str) -> tuple[JobOutcome, Path]:
-    job = LocalJob([sys.executable, "-c", _FIND + script], elastic=False, run_id="a-run", runs_dir=folder / "runs")
+    job = LocalJob(
+        [sys.executable, "-c", _FIND + script], uses_torchrun=False, run_id="a-run", runs_dir=folder / "runs"
+    )
     with Supervisor(job) as supervisor:
         return supervisor.run(), job.run_dir
 
@@ -66,7 +68,9 @@ def test_the_end_is_prepared_when_the_ranks_have_said_bye(tmp_path: Path) -> Non
     """Their processes take a moment to end: here this one waits for the preparation."""
     told = tmp_path / "told"
     script = f"import traceml; traceml.init(); traceml.shutdown(); wait_for({str(told)!r}); sys.exit(5)"
-    job = LocalJob([sys.executable, "-c", _FIND + script], elastic=False, run_id="a-run", runs_dir=tmp_path / "runs")
+    job = LocalJob(
+        [sys.executable, "-c", _FIND + script], uses_torchrun=False, run_id="a-run", runs_dir=tmp_path / "runs"
+    )
     with Supervisor(job, on_completing=told.touch) as supervisor:
         assert supervisor.run() == JobOutcome(status=5, finished=True)
 

@@ -95,12 +95,12 @@ def main(argv: list[str]) -> int:
         command = [sys.executable, *(["-m"] if options.module else []), target, *arguments]
         os.execv(sys.executable, command)  # noqa: S606 - the user's own script
 
-    if _elastic(options) and find_spec("torch") is None:
+    if _uses_torchrun(options) and find_spec("torch") is None:
         raise TraceMLError(f"torchrun's options need PyTorch, which is not installed: {install_command('torch')}")
 
     job = LocalJob(
         command=_command(options, target, arguments),
-        elastic=_elastic(options),
+        uses_torchrun=_uses_torchrun(options),
         run_id=choose_run_id(config, config.run_name or default_name(target, is_module=options.module)),
         runs_dir=config.runs_dir.absolute(),
         environ=given(
@@ -220,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _elastic(options: argparse.Namespace) -> bool:
+def _uses_torchrun(options: argparse.Namespace) -> bool:
     """Return whether torchrun is needed: for several processes, or if one of its options was given."""
     return options.nproc_per_node not in (None, 1) or bool(_torchrun_arguments(options))
 
@@ -237,7 +237,7 @@ def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
 
 def _command(options: argparse.Namespace, target: str, arguments: Sequence[str]) -> list[str]:
     script = [*(["-m"] if options.module else []), target, *arguments]
-    if not _elastic(options):
+    if not _uses_torchrun(options):
         return [sys.executable, str(_ENTRY), *script]
 
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]

@@ -21,7 +21,7 @@ from typing import Any
 from traceml.helper_programs import exit_process, importing
 from traceml.process_ends import shell_status
 
-__all__ = ["end_rest", "first_failure", "main"]
+__all__ = ["first_failure", "main", "terminate_remaining_workers"]
 
 _CLOSING = (-signal.SIGTERM, -signal.SIGKILL)  # by which torchrun ends workers
 _KILLED_S = 5.0
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return shell_status(first_failure(error.failures.values()).exitcode)
     except SignalException as error:
         for agent in agents:
-            end_rest(agent)
+            terminate_remaining_workers(agent)
             report(_ended(agent, bool), _running_at_close(getattr(agent, "_pcontext", None)))
 
         return 128 + int(error.sigval)
@@ -166,7 +166,7 @@ def _running_at_close(context: Any) -> set[int]:
     return running
 
 
-def end_rest(agent: Any) -> None:
+def terminate_remaining_workers(agent: Any) -> None:
     """End the workers that are left when further signals have interrupted torchrun, which waits 30 s for each to end.
 
     One that is stopped, or in a call of C that handles no signal, would outlive the job.

@@ -29,7 +29,7 @@ __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
 _LOADING_S = 1.0  # in which the script and the aggregator load most of their modules, and need the cores
-_WELL_S = 1.0  # after which the others of a rank that has ended well are not at their end, too
+_CLEAN_EXIT_S = 1.0  # if other ranks still run this long after a clean exit, the job is not ending
 _STDOUT, _STDERR = 1, 2
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 _BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
@@ -40,7 +40,7 @@ class LocalJob(NamedTuple):
     """A job on this host."""
 
     command: Sequence[str]
-    elastic: bool  # whether the program is our torchrun, which reports its failures itself
+    uses_torchrun: bool  # whether the program is our torchrun, which reports the ends of ranks itself
     run_id: str
     runs_dir: Path
     environ: Mapping[str, str] = MappingProxyType({})  # variables for the job, added to this process's own
@@ -104,7 +104,7 @@ class Supervisor:
         )
         self._on_start, self._on_tick, self._on_completing = on_start, on_tick, on_completing
         self._failures: list[dict[str, Any]] = []
-        self._told_well, self._well_since_s = 0, 0.0  # how many of the good ends the aggregator knows
+        self._reported_exits, self._all_reported_s = 0, 0.0  # clean exits that the aggregator knows; when it knew all
         self._signals: set[int] = set()
         self._not_ignored = not_ignored(FORWARDED_SIGNALS)
         self._had_terminal = has_terminal()
@@ -169,7 +169,7 @@ class Supervisor:
         failures_in, failures_out = os.pipe()
         os.set_blocking(failures_in, False)
         environ = {**os.environ, **self._job.environ, **self._aggregator.environ()}
-        if self._job.elastic:
+        if self._job.uses_torchrun:
             environ["TRACEML_FAILURES_FD"] = str(failures_out)
 
         try:
@@ -178,7 +178,7 @@ class Supervisor:
                 environ=environ,
                 stdout=terminal.slave if terminal is not None else None,
                 stderr=terminal.slave if isinstance(terminal, PseudoTerminal) and sys.stderr.isatty() else None,
-                pass_fds=(failures_out,) if self._job.elastic else (),
+                pass_fds=(failures_out,) if self._job.uses_torchrun else (),
                 death_signal=signal.SIGTERM,
             )
         finally:
@@ -213,7 +213,7 @@ class Supervisor:
                     self._aggregator.prepare_requests()
                     self._on_completing()
 
-                self._tell_good_ends()
+                self._report_clean_exits()
                 self._pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if time.monotonic() > requests_from_s:
@@ -260,7 +260,7 @@ class Supervisor:
 
         from traceml.inspection.kernel_state import children_of, is_running  # the script waits for no import of ours
 
-        return self._job.elastic and not any(map(is_running, children_of(process.pid)))
+        return self._job.uses_torchrun and not any(map(is_running, children_of(process.pid)))
 
     def _keep_output(self, data: bytes) -> None:
         """Keep output that nobody has read."""
@@ -307,21 +307,21 @@ class Supervisor:
 
             self._failures += [json.loads(line) for line in lines.splitlines()]
 
-    def _tell_good_ends(self) -> None:
-        """Tell the aggregator of ranks that have ended well while others run: after os._exit(0) one looks lost."""
-        well = [each for each in self._failures if each["exitcode"] == 0]
-        if len(well) == self._told_well:
-            self._well_since_s = time.monotonic()
-        elif time.monotonic() - self._well_since_s >= _WELL_S:
-            self._aggregator.tell_ends(well)
-            self._told_well = len(well)
+    def _report_clean_exits(self) -> None:
+        """Report ranks that have exited with status 0 while others run: after os._exit(0) a rank looks lost."""
+        clean = [each for each in self._failures if each["exitcode"] == 0]
+        if len(clean) == self._reported_exits:
+            self._all_reported_s = time.monotonic()
+        elif time.monotonic() - self._all_reported_s >= _CLEAN_EXIT_S:
+            self._aggregator.tell_ends(clean)
+            self._reported_exits = len(clean)
 
     # the end
 
     def _finish(self, process: subprocess.Popen[bytes]) -> bool:
         """Report the end of the processes to the aggregator; return whether the run is complete on disk."""
         failures = self._failures
-        if not self._job.elastic:
+        if not self._job.uses_torchrun:
             failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
 
         # Who signals the command ends the job as a whole: no rank is the cause.
