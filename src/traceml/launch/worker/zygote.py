@@ -1,7 +1,7 @@
 """The zygote: the process that imports torch once and forks the workers of its host.
 
 It computes nothing, has one thread and uses no GPU, so that forked workers can do all of that. If it or the agent dies,
-the other one ends the processes of the job.
+the other one ends the processes of the job. `ps` shows it, and the workers, as `traceml-workers`.
 
 Process: zygote, until it forks; each child goes on in `worker_main`.
 """
