@@ -121,8 +121,12 @@ def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:
             return traceml.__file__
 
         found = driver.run(where)
+        driver.prepare(env={"PYTHONNOUSERSITE": "1"}, sys_path=[], cwd=str(tmp_path))
+        run = {"run_id": "a-run", "runs_dir": str(tmp_path), "flights": True}
+        traced = driver.run(where, trace=run, env={"TRACEML_ENABLED": "0"})
 
     assert found[0].startswith("/proc/")
+    assert traced == found
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import struct
 import time
+from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import COUNTERS_AT, MAGIC, OPEN_SLOTS_AT, open_phase, own_mapping
@@ -215,7 +214,8 @@ def _frame(found: tuple[str, int, str]) -> FrameSnapshot:
     return FrameSnapshot(file=file, line=line, function=function, is_user=is_user_file(file))
 
 
-class LiveSlots(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)  # an agent may run where msgspec is not installed
+class LiveSlots:
     """Open slots at one moment, and the number of steps that had ended."""
 
     slots: tuple[int, ...]
