@@ -77,6 +77,7 @@ _PHASES = {
     "startup": ("start-up", "start-up"),
     "outside": ("outside steps", "code outside steps"),
     "after": ("after the last step", "code after the last step"),
+    "workers": ("loader workers, while they make batches", "loader workers"),
     "evaluation": ("evaluation", "evaluation"),
     "exit": ("exit", "the end of the process"),
 }

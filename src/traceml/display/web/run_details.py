@@ -16,7 +16,7 @@ from traceml.renderers.run_about import nothing_logged
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import phase_heading, shown_calls, shown_lines
 from traceml.runs.about import About
-from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
+from traceml.runs.report.line_shares import PhaseLines, all_lines
 
 __all__ = ["DeliveryPanel", "LinePanel", "RankTable", "TelemetryPanel"]
 
@@ -82,7 +82,7 @@ class LinePanel:
 
     def show(self, view: RunView) -> None:
         """Show the current lines."""
-        phases = lines_by_phase(view.report)
+        phases = all_lines(view.report)
         if phases == self._shown:
             return
 

@@ -20,7 +20,7 @@ from traceml.renderers.run_about import about_facts, map_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import phase_heading, shown_calls, shown_lines, tracker_text
 from traceml.runs.about import About
-from traceml.runs.report.line_shares import LineShare, lines_by_phase
+from traceml.runs.report.line_shares import LineShare, all_lines
 from traceml.runs.rows.series import RunSeries
 
 __all__ = ["line_list", "memory_facts", "phase_table", "rank_table", "run_facts", "stacks"]
@@ -79,7 +79,7 @@ def _rank(row: RankRow, phases: Sequence[str]) -> str:
 
 def line_list(view: RunView) -> Iterator[str]:
     """Yield the lines of the user's code by phase, each with a bar as wide as its share of the phase."""
-    phases = lines_by_phase(view.report)
+    phases = all_lines(view.report)
     colors = BY_CSS.of_phases(phase.phase for phase in phases)
     for phase in phases:
         head = escaped(phase_heading(phase))

@@ -99,7 +99,7 @@ def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
         yield from _rows(phase, room)
 
     for phase in lines_of_workers(view.report):
-        yield Text(f"loader workers, while they make batches: {plural(phase.samples, 'sample')}", style="bold")
+        yield Text(f"{phase_label(phase.phase)}: {plural(phase.samples, 'sample')}", style="bold")
         yield from _rows(phase, room)
 
 

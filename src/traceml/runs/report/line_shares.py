@@ -11,7 +11,15 @@ from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES,
 from traceml.runs.json_document import JsonDocument
 from traceml.runs.report.report_types import LineSection, Report
 
-__all__ = ["LibraryCall", "LineShare", "LinesDocument", "PhaseLines", "lines_by_phase", "lines_of_workers"]
+__all__ = [
+    "LibraryCall",
+    "LineShare",
+    "LinesDocument",
+    "PhaseLines",
+    "all_lines",
+    "lines_by_phase",
+    "lines_of_workers",
+]
 
 _USER = Phase.USER.label
 _STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
@@ -76,7 +84,12 @@ class LinesDocument(JsonDocument, msgspec.Struct, kw_only=True):
     @classmethod
     def of(cls, report: Report) -> LinesDocument:
         """Return the sampled lines of a report."""
-        return cls(run=report.run.id, phases=[*lines_by_phase(report), *lines_of_workers(report)])
+        return cls(run=report.run.id, phases=all_lines(report))
+
+
+def all_lines(report: Report) -> list[PhaseLines]:
+    """Return the lines of the training threads by phase, and last those of the loader workers."""
+    return [*lines_by_phase(report), *lines_of_workers(report)]
 
 
 def lines_of_workers(report: Report) -> list[PhaseLines]:
