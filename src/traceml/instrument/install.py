@@ -89,6 +89,7 @@ class Instrumentation:
                 "torch.distributed.algorithms.join": self._on_join_import,
                 "torch.distributed.optim.optimizer": self._on_rpc_import,
                 "safetensors.torch": self._on_safetensors_import,
+                "torchdata.stateful_dataloader.stateful_dataloader": self._on_stateful_loader_import,
                 **{name: functools.partial(self._on_trainer_import, name) for name in TRAINERS},
             }
         )
@@ -455,6 +456,11 @@ class Instrumentation:
 
     def _on_safetensors_import(self) -> None:
         self._guarded(lambda: self._checkpoints.patch_safetensors(self._patches))
+
+    def _on_stateful_loader_import(self) -> None:
+        from traceml.instrument.workers.worker_setup import set_up_stateful_workers
+
+        self._guarded(lambda: set_up_stateful_workers(self._patches, self._in_worker))
 
     def _on_trainer_import(self, name: str) -> None:
         self._guarded(lambda: TRAINERS[name](self))

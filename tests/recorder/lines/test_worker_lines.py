@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 import pytest
 from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.eventually import eventually
 from traceml.database.flight.flight import FlightFile
@@ -77,13 +78,14 @@ def functions_of(flight: FlightFile) -> Counter[str]:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("loader_type", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str) -> None:
+def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loader_type: type[DataLoader[Any]]) -> None:
     """Nearly all samples are in the function that takes the time; none is of a worker that waits for an order."""
     lines = WorkerLines(flight, worker_pids, INTERVAL_S)
     hooks = install(flight, in_worker=lines.sampling)
     try:
-        iterator = iter(DataLoader(Photos(), batch_size=2, num_workers=2, multiprocessing_context=method))
+        iterator = iter(loader_type(Photos(), batch_size=2, num_workers=2, multiprocessing_context=method))
 
         def seen() -> bool:
             next(iterator)

@@ -18,7 +18,7 @@ from traceml.instrument.facts.descriptions import start_method
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 
-__all__ = ["set_up_workers"]
+__all__ = ["set_up_stateful_workers", "set_up_workers"]
 
 _FAILED = "spawned loader workers cannot report stacks and lines"
 _log = logging.getLogger("traceml")
@@ -33,16 +33,34 @@ def set_up_workers(patches: Patches, start: Callable[[], object] | None) -> None
     """
     from torch.utils.data import dataloader
 
-    iterator_type: Any = dataloader._MultiProcessingDataLoaderIter
+    _replace_init_fn(patches, dataloader._MultiProcessingDataLoaderIter, start, _inherits_nothing)
+    if start is not None:
+        _start_in_forked(patches, start)
+
+
+@uncounted
+def set_up_stateful_workers(patches: Patches, start: Callable[[], object] | None) -> None:
+    """Do the same for torchdata's `StatefulDataLoader`, whose iterator and workers are not torch's."""
+    from torchdata.stateful_dataloader import stateful_dataloader
+
+    def is_replaced(loader: Any) -> bool:
+        return _inherits_nothing(loader) or (start is not None and start_method(loader) == "fork")
+
+    _replace_init_fn(patches, stateful_dataloader._StatefulMultiProcessingDataLoaderIter, start, is_replaced)
+
+
+@uncounted
+def _replace_init_fn(
+    patches: Patches, iterator_type: Any, start: Callable[[], object] | None, is_replaced: Callable[[Any], bool]
+) -> None:
+    """Replace the `worker_init_fn` of some loaders while an iterator of this type starts their workers."""
     original = iterator_type.__init__
 
     def __init__(iterator: Any, loader: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the replaced method
-        with _reporting(loader, start):
+        with _reporting(loader, start, is_replaced):
             original(iterator, loader, *args, **kwargs)
 
     patches.wrap(iterator_type, "__init__", __init__)
-    if start is not None:
-        _start_in_forked(patches, start)
 
 
 @uncounted
@@ -60,11 +78,10 @@ def _start_in_forked(patches: Patches, start: Callable[[], object]) -> None:
 
 
 @contextmanager
-def _reporting(loader: Any, start: Callable[[], object] | None) -> Iterator[None]:
-    """Replace a loader's `worker_init_fn` while its workers are started."""
+def _reporting(loader: Any, start: Callable[[], object] | None, is_replaced: Callable[[Any], bool]) -> Iterator[None]:
     ours = None
     with fail_open(_log, "instrument", _FAILED, once=True):
-        if _inherits_nothing(loader):
+        if not isinstance(loader.worker_init_fn, ReportingInit) and is_replaced(loader):
             ours = ReportingInit(loader.worker_init_fn, start)
             loader.worker_init_fn = ours
 
@@ -81,4 +98,4 @@ def _inherits_nothing(loader: Any) -> bool:
     if sys.platform != "linux" or start_method(loader) in (None, "fork"):
         return False
 
-    return not isinstance(loader.worker_init_fn, ReportingInit) and PathFinder.find_spec("traceml") is not None
+    return PathFinder.find_spec("traceml") is not None
