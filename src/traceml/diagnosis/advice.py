@@ -10,6 +10,7 @@ from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
     "EVENT_LOOP",
+    "WAITED_FOR",
     "even_batches",
     "explicit_exit",
     "flush_denormals",
@@ -25,6 +26,7 @@ __all__ = [
     "for_straggler",
     "in_same_steps",
     "same_collectives",
+    "waiting_text",
 ]
 
 
@@ -32,6 +34,8 @@ MIN_PLAYED = 0.3
 """Environments are advised on if they take this share of the time, where no line has most of it."""
 EVENT_LOOP = "EpollSelector.select"
 """Library function in which asyncio's event loop waits while no task can run."""
+WAITED_FOR = "for a sleep, a disk, a server, another thread or process"
+"""What code that does not compute may wait for."""
 _ELSEWHERE = {
     True: "the workers of a DataLoader can prepare batches",
     False: "batches can be made ahead in other processes; environments can be stepped several at once",
@@ -126,6 +130,11 @@ def for_rollouts(line: BlamedLine | None) -> str:
     )
 
 
+def waiting_text(line: BlamedLine) -> str:
+    """Return the sentence on a line that waits, to which the advice is added."""
+    return f"{line.place} waits there ({WAITED_FOR}), and does not compute: find out for what."
+
+
 def for_residual(
     part: str,
     line: BlamedLine | None,
@@ -163,8 +172,7 @@ def for_residual(
 
     if line is not None and is_waiting(facts.lines, part, line, facts.wait_share):
         return (
-            f"{line.place} waits there (for a sleep, a disk, a server or another thread), and does not compute: find "
-            "out for what. If it is for batches, make them faster, or in more processes (a DataLoader with "
+            f"{waiting_text(line)} If it is for batches, make them faster, or in more processes (a DataLoader with "
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.advice import WAITED_FOR
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, leading_lines, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
@@ -143,7 +144,7 @@ def _own_code(
         return None
 
     called = "which backward calls (a hook, or the backward of a Function)"
-    what = f"which waits inside {part} (for a sleep, a disk, a server or another thread)" if waits else called
+    what = f"which waits inside {part} ({WAITED_FOR})" if waits else called
     return _OwnCode(line, what, 1.0 if line.is_rough else 1 / max(1.0 - line.share * _sampled(shares)[part], 0.01))
 
 

@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import for_rollouts
-from traceml.diagnosis.facts.blamed_lines import BlamedLine
+from traceml.diagnosis.advice import for_rollouts, waiting_text
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
@@ -263,6 +263,12 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
             "" if period.part == "forward" else f" If it only logs or saves, do it half as often: {gain_text(half)}."
         )
         return for_rollouts(line) + seldom
+
+    if line is not None and is_waiting(facts.lines, period.part, line, facts.wait_share):
+        return (
+            f"{waiting_text(line)} Begin it ahead of the step that needs it, in a thread or another process. If half "
+            f"as often is enough, run it every {ordinal_text(2 * period.every)} step: {gain_text(half)}."
+        )
 
     what, see = "what else these steps do", " `traceml report --lines` shows the lines."
     if period.part == "forward":  # the line is the model's, which runs in each step
