@@ -630,6 +630,26 @@ def test_workers_of_a_dropped_loader_end_in_the_wait_for_the_next(
         assert 0 < row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
 
 
+@pytest.mark.process
+def test_workers_of_an_epoch_that_is_left_end_after_its_last_step(traced: Traced) -> None:
+    """A loop that leaves its loader by `break` ends the workers at once: that is part of the next epoch's start."""
+    model = net()
+    optimizer = sgd(model)
+    loader = DataLoader(data(8).dataset, batch_size=2, num_workers=1)
+    for _ in range(3):
+        for number, (x,) in enumerate(loader):
+            train(model, optimizer, x)
+            if number == 1:
+                break
+
+    steps, epochs = traced.finish(), traced.table("epochs")
+    assert [row["step"] for row in epochs] == [0, 2, 4]
+    for row in epochs[1:]:
+        assert row["create_ns"] > 0
+        assert row["drain_ns"] > 0
+        assert row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
+
+
 def test_what_is_saved_after_an_evaluation(traced: Traced, tmp_path: Path) -> None:
     """Saving the best model belongs to the step that comes after, as it would without the evaluation before it."""
     model = net()

@@ -298,7 +298,7 @@ def _timed_shutdown(clock: StepClock, original: Any) -> Any:
     """Return a method that ends the workers of an iterator; the end of one that is dropped is input, too."""
 
     def _shutdown_workers(self: Any) -> Any:
-        began = clock.enter(_INPUT_WAIT) if clock.current >= OTHER else None
+        began = clock.workers_end(getattr(self, _TAG, None)) if clock.current >= OTHER else None
         if began is None:
             return original(self)
 

@@ -355,6 +355,20 @@ class StepClock(DividedStep):
         self.first_loader = self.training_loader
         self._await_forward(ident)
 
+    def workers_end(self, loader: Any) -> Began | None:
+        """Begin to end the workers of a dropped iterator; a step that is ready closes before, as in a `break`.
+
+        Returns:
+            What `workers_ended` takes; None if the wait does not count.
+        """
+        try:
+            if self.closes_at is loader and self.step_call and self.thread == get_ident():
+                self.commit(monotonic_ns())
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+
+        return self.enter(_INPUT_WAIT)
+
     def loader_left(self, loader: Any) -> None:
         """Handle the end of a loader's last iterator: a ready step may also close without a request to it."""
         try:
