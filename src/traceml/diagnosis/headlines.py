@@ -397,6 +397,8 @@ def startup(finding: FindingFacts) -> str:
     share = _run_share(finding)
     if finding.evidence.get("compile_share", 0) >= _HALF:
         return f"{share} is start-up, most of it torch.compile"
+    if "first_data_s" in finding.evidence:
+        return f"{share} is start-up, most of it waiting for data before the first step"
 
     of_first_steps = {"compile_s", "set_up_s"} & finding.evidence.keys()
     return f"{share} is start-up, {'up to the end of the first steps' if of_first_steps else 'before the first step'}"

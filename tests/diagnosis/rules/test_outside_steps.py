@@ -298,6 +298,26 @@ def test_what_first_steps_do_once_is_start_up():
     assert found.evidence["set_up_s"] == 12.0
 
 
+@pytest.mark.parametrize(
+    ("first_data_s", "says"),
+    [
+        (15.0, "Training began 18 s after the start, after 15 s of waiting for data: 82 % of the run's 22 s."),
+        (4.0, "Training began 18 s after the start: 82 % of the run's 22 s, 4.0 s of it waiting for data."),
+        (0.1, "Training began 18 s after the start: 82 % of the run's 22 s, all of it in imports."),
+    ],
+)
+def test_waiting_for_data_before_the_first_step_is_no_import(first_data_s: float, says: str):
+    """A script that resumes skips batches which the loader makes; lines of the start-up are of the time before that."""
+    time = structs.replace(RunTime.of(22.0, {"startup": 18.0, "steps": 4.0}), first_data_s=first_data_s)
+    facts = JobFacts(time=time, lines=(SampledLine(0, "startup", "/x/train.py", 1, "<module>", IMPORTING, 80),))
+    found = next(each for each in diagnose(window_of(ALONE), facts) if each.kind is Kind.STARTUP)
+
+    assert found.summary == says
+    assert ("skip_first_batches" in found.next) is (first_data_s == 15.0)
+    assert ("waiting for data" in found.headline) is (first_data_s == 15.0)
+    assert found.evidence.get("first_data_s") == (15.0 if first_data_s == 15.0 else None)
+
+
 @pytest.mark.parametrize(("compile_s", "told"), [(0.0, False), (2.0, False), (6.0, True)])
 def test_a_little_compiling_is_not_the_start_up(compile_s: float, told: bool):
     """Below a tenth the line is told instead; below a half the headline does not name it."""

@@ -70,6 +70,7 @@ class RunTime(msgspec.Struct, frozen=True):
     useful: UsefulTime = msgspec.field(default_factory=UsefulTime)
     compile_s: float = 0.0  # of the start-up (after a restart: of that), compiling functions for the first steps
     set_up_s: float = 0.0  # the same of all by which the first steps took longer than the others
+    first_data_s: float = 0.0  # the same of waiting for data before the first step
     evaluators: tuple[int, ...] = ()  # ranks that evaluate where most others do not, in order
     evaluators_s: float = 0.0  # their seconds of evaluation, the mean
     short_evaluations_s: float = 0.0  # seconds of those short ones

@@ -37,7 +37,9 @@ LONG_STARTUP_S = 60.0
 _REPORTED_WAIT = 0.25
 """Share of the start-up from which on waiting for a core is reported."""
 _REPORTED_SET_UP = 0.1
-"""Share of the start-up from which on compiling, or other set-up in the first steps, is reported."""
+"""Share of the start-up from which on compiling, waiting for data, or other set-up in the first steps is reported."""
+_MOST = 0.5
+"""Share of the start-up from which on waiting for data is its cause."""
 _REPORTED_SHORT = 0.05
 """Share of the evaluation from which on short ones, next to those that are counted, are mentioned."""
 
@@ -74,11 +76,16 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
 def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     line, imports = outside_line(facts.lines, "startup"), import_share(facts.lines, "startup")
-    compiled = min(time.compile_s / startup_s, 1.0) if time.share("restart") == 0 else 0.0
+    is_first = time.share("restart") == 0
+    data_share = min(time.first_data_s / startup_s, 1.0) if is_first else 0.0
+    if data_share >= _MOST:
+        return _awaiting_data(time, startup_s)
+
+    compiled = min(time.compile_s / startup_s, 1.0) if is_first else 0.0
     if compiled >= _REPORTED_SET_UP:
         return _compiled_startup(time, startup_s, compiled)
 
-    if time.share("restart") == 0 and time.set_up_s >= _REPORTED_SET_UP * startup_s:
+    if is_first and time.set_up_s >= _REPORTED_SET_UP * startup_s:
         return _slow_first_steps(time, startup_s)
 
     children = child_wait_share(facts.lines, "startup")
@@ -87,6 +94,8 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
 
     mostly_imports = imports.is_most
     where = f", {imports.text} of it in imports" if mostly_imports else line.of_it if line else ""
+    if data_share >= _REPORTED_SET_UP:  # these shares are of the time before that
+        where = f", {duration_text(time.first_data_s)} of it waiting for data"
     # Read once or twice a second: the last reading may be of the first step, and what ran took its time on any core.
     waited_s = max(min(facts.startup_wait_s, startup_s - facts.startup_run_s), 0.0)
     waited = waited_s / startup_s
@@ -138,6 +147,13 @@ def _slow_first_steps(time: RunTime, startup_s: float) -> Finding:
     return _startup_finding(time, startup_s, summary, _FOR_SET_UP, {"set_up_s": time.set_up_s})
 
 
+def _awaiting_data(time: RunTime, startup_s: float) -> Finding:
+    """Return the finding about a start-up that is mostly waiting for data before the first step."""
+    more = f", after {duration_text(time.first_data_s)} of waiting for data"
+    summary = f"{_began_text(time, startup_s, more)}."
+    return _startup_finding(time, startup_s, summary, _FOR_FIRST_DATA, {"first_data_s": time.first_data_s})
+
+
 def _awaiting_startup(time: RunTime, startup_s: float, waiting: SampledShare, line: BlamedLine | None) -> Finding:
     """Return the finding about a start-up that is mostly waiting for child processes, as for environments of games."""
     where = f" in {line.place}" if line else ""
@@ -180,6 +196,11 @@ _FOR_COMPILING = (
 _FOR_SET_UP = (
     "A longer run has a smaller share of it. Look for what is done once, at the first call (modules that are imported, "
     "kernels and caches that are built): `traceml report --lines` shows the lines."
+)
+_FOR_FIRST_DATA = (
+    "A longer run has a smaller share of it. A loader makes each batch that a script only skips: to resume, skip them "
+    "in the sampler (torchdata's StatefulDataLoader, Accelerate's skip_first_batches). Otherwise look at what the data "
+    "set and its workers do before the first batch: cache it; workers that are spawned import all modules again."
 )
 _FOR_CHILDREN = (
     "A longer run has a smaller share of it. See what they do before they answer. Processes that are spawned, or come "

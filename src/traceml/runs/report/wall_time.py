@@ -96,6 +96,7 @@ def wall_time(
         useful=_useful_time(ranks, sums, checkpoints(records), set_up_s + more_s),
         compile_s=compiled_s,
         set_up_s=set_up_s + more_s,
+        first_data_s=_mean([of_rank[-1].first_batch_ns / _S for of_rank in processes]),
         evaluators=evaluators,
         evaluators_s=min(evaluators_s, time.wall_s),
         short_evaluations_s=short_s,
