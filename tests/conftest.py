@@ -48,6 +48,7 @@ _PROCESS_PATHS = (
     "tasks/test_dask_plugin.py",
     "traces/query/test_cluster.py",
     "track/backends",
+    "track/delivery/test_debug.py",
     "track/delivery/test_deliver.py",
     "track/delivery/test_faults.py",
     "track/delivery/test_secrets.py",

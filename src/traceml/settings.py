@@ -244,7 +244,9 @@ class Config:
         low=0,
         high=19,
     )
-    debug: bool = _set(False, "Write a profile of each delivery process next to its state.")
+    debug: bool = _set(
+        False, "Write a profile of each delivery process next to its state, and show what a rank's collectors print."
+    )
     quiet: bool = _set(
         False,
         "Print nothing: neither the line at the start that says where the run is stored, nor the verdict at the end.",

@@ -58,6 +58,7 @@ class Aggregator:
 
     Args:
         delivery_nice: nice value of delivery processes, and of those that read about the code of a run.
+        profiles_deliveries: write a profile of each delivery process next to its state.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
         launcher_pid: that launcher; by default the parent, unless it is gone when this process asks for it.
         on_left: called when all ranks of a run have said bye; their processes take a moment to end.
@@ -75,6 +76,7 @@ class Aggregator:
         token: str,
         *,
         delivery_nice: int,
+        profiles_deliveries: bool = False,
         run_id: str | None = None,
         launcher_pid: int | None = None,
         exit_when_idle: bool = False,
@@ -99,7 +101,9 @@ class Aggregator:
         self._on_run_finished = on_run_finished
         self._on_run_settled = on_run_settled
         # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
-        self._deliveries = DeliveryManager(STALL_LIMIT_S if exit_when_idle else None, delivery_nice)
+        self._deliveries = DeliveryManager(
+            STALL_LIMIT_S if exit_when_idle else None, delivery_nice, profile=profiles_deliveries
+        )
         self._settling: set[Path] = set()
         self._parent = os.getppid() if launcher_pid is None else launcher_pid
         self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, profiles)

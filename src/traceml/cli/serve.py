@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
             on_run_finished=lambda run_dir: _log.info("report: %s", reports.write(run_dir)),
             on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
+            profiles_deliveries=config.debug,
             retention_gb=None if config.retention == "off" else config.retention,
             alerts=FindingAlerts([target_of(each) for each in config.on_finding], config.on_finding_after),
             profiles=FindingProfiles(config.profile_on_finding),

@@ -216,7 +216,10 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
 
         # Who names a plugin wants its code; who names a run, or nothing, may not know what is in it.
         is_wanted = backend in options.backend and backend not in BUILT_IN[PluginType.BACKEND]
-        start = partial(DeliveryProcess, run_dir, backend, once=True, nice=0, installed_only=not (is_own or is_wanted))
+        installed_only = not (is_own or is_wanted)
+        start = partial(
+            DeliveryProcess, run_dir, backend, once=True, nice=0, installed_only=installed_only, profile=config.debug
+        )
         own = config.backend_options.get(backend, {})
         announced = asked[backend].options(backend) if backend in asked else {}
         moved = moved_options(backend, announced, own) if backend in options.backend else None

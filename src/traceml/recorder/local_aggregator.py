@@ -43,7 +43,8 @@ _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
 # Settings of the job that its aggregator goes by.
 _PASSED_ON = (
-    "delivery_nice", "retention", "on_finding_after", "profile_on_finding", "keep_runs", "fleet_dir", "otlp_endpoint",
+    "debug", "delivery_nice", "retention", "on_finding_after", "profile_on_finding", "keep_runs", "fleet_dir",
+    "otlp_endpoint",
 )  # fmt: skip
 
 
@@ -273,9 +274,6 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
         value = getattr(config, name)
         if value is not None:
             environ[f"TRACEML_{name.upper()}"] = str(value.absolute() if isinstance(value, Path) else value)
-
-    if config.debug:
-        environ["TRACEML_DEBUG"] = "1"
 
     log = runtime_folder() / f"local-{config.port}.log"
     with log.open("wb") as output:

@@ -528,7 +528,7 @@ def test_a_profile_is_written_where_it_is_asked_for(run: LoggedRun) -> None:
     run.experiment(["jsonl"], id="x")
     run.end()
 
-    assert deliver(run.path, "jsonl", TRACEML_DEBUG="1").returncode == 0
+    assert deliver(run.path, "jsonl", "--profile").returncode == 0
     assert list((run.path / "trackers").glob("jsonl.*.prof"))
 
 

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--settings", type=json.loads, help="current settings as JSON, with --options")
     parser.add_argument("--installed-only", action="store_true", help="import nothing that the run names")
     parser.add_argument("--nice", type=int, default=0, help="niceness of the process")
+    parser.add_argument("--profile", action="store_true", help="write a profile of this process next to its state")
     parser.add_argument("--parent", type=int, help="process id; end when that process ends")
     arguments = parser.parse_args(argv)
     if arguments.parent is not None:
@@ -68,17 +69,13 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, delivery.stop)
 
-        with _profiled(arguments.run_dir, arguments.backend):
+        with _profiled(arguments.run_dir, arguments.backend) if arguments.profile else contextlib.nullcontext():
             return delivery.run()
 
 
 @contextlib.contextmanager
 def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
-    """Write a profile of this process next to its state when TRACEML_DEBUG is set."""
-    if os.environ.get("TRACEML_DEBUG", "").lower() in {"", "0", "false", "no", "off"}:
-        yield
-        return
-
+    """Write a profile of this process next to its state."""
     import cProfile
 
     profile = cProfile.Profile()

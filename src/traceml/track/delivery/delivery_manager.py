@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
@@ -25,11 +28,15 @@ _log = logging.getLogger("traceml")
 
 
 class RunDeliveries:
-    """All deliveries of one run, as its experiments request them."""
+    """All deliveries of one run, as its experiments request them.
 
-    def __init__(self, run_dir: Path, nice: int) -> None:
+    Args:
+        start: starts the process of one backend; a `DeliveryProcess` without its first arguments.
+    """
+
+    def __init__(self, run_dir: Path, start: Callable[[Path, str, dict[str, Any]], DeliveryProcess]) -> None:
         self.run_dir = run_dir
-        self._nice = nice
+        self._start = start
         self.processes: dict[str, DeliveryProcess] = {}
         self.ended = False
         self._reader: StoreReader | None = None
@@ -95,9 +102,7 @@ class RunDeliveries:
         for backend, experiment in self._plan.backends().items():
             if backend not in self.processes:
                 self._cursors_until_s = 0.0
-                self.processes[backend] = DeliveryProcess(
-                    self.run_dir, backend, experiment.options(backend), nice=self._nice
-                )
+                self.processes[backend] = self._start(self.run_dir, backend, experiment.options(backend))
 
 
 class DeliveryManager:
@@ -105,17 +110,19 @@ class DeliveryManager:
 
     Args:
         stall_limit_s: when a run is over, how long to wait for a tracker that accepts nothing; None waits forever.
+        nice: nice value of the processes.
+        profile: write a profile of each process.
     """
 
-    def __init__(self, stall_limit_s: float | None, nice: int) -> None:
+    def __init__(self, stall_limit_s: float | None, nice: int, *, profile: bool) -> None:
         self._stall_limit_s = stall_limit_s
-        self._nice = nice
+        self._start = partial(DeliveryProcess, nice=nice, profile=profile)
         self._runs: dict[Path, RunDeliveries] = {}
 
     def poll(self, run_dir: Path, *, ended: bool) -> None:
         """Supervise the deliveries of a run; call it often, also after its end, until it is settled."""
         if run_dir not in self._runs:
-            self._runs[run_dir] = RunDeliveries(run_dir, self._nice)
+            self._runs[run_dir] = RunDeliveries(run_dir, self._start)
 
         self._runs[run_dir].poll(ended=ended)
 

@@ -45,6 +45,7 @@ class DeliveryProcess:
             line, so none may be a secret.
         settings: the current settings from `plan.delivery_settings`, with `forced`.
         installed_only: import nothing from the working directory, nor from folders that the run names.
+        profile: write a profile of each process next to its state.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class DeliveryProcess:
         forced: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         installed_only: bool = False,
+        profile: bool = False,
     ) -> None:
         self.run_dir = run_dir
         self.backend = backend
@@ -67,6 +69,7 @@ class DeliveryProcess:
         self._settings = settings
         self._nice = nice
         self._installed_only = installed_only
+        self._profile = profile
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._due_s = self._started_s = 0.0
@@ -153,6 +156,7 @@ class DeliveryProcess:
         command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
         command += ["--once"] if self._once else []
         command += ["--installed-only"] if self._installed_only else []
+        command += ["--profile"] if self._profile else []
         command += ["--options", json.dumps(self._forced)] if self._forced is not None else []
         command += ["--settings", json.dumps(self._settings)] if self._settings is not None else []
         self._started_s = time.monotonic()

@@ -127,7 +127,8 @@ class AutoCapture:
         from traceml.track.rank.collectors.collector_process import CollectorProcess
 
         with fail_open(_log, "track", "collectors cannot be started"):
-            self._child = CollectorProcess(names, registered(PluginType.COLLECTOR), self._config.mask, self._log_row)
+            known, config = registered(PluginType.COLLECTOR), self._config
+            self._child = CollectorProcess(names, known, config.mask, self._log_row, debug=config.debug)
 
     def _start_thread(self, name: str) -> None:
         from traceml.privacy import Masker

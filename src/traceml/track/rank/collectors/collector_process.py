@@ -37,6 +37,7 @@ class CollectorProcess:
         collectors: names or import paths.
         known: names given to `register` -> import path.
         on_row: called with each row, on the reading thread.
+        debug: show what the collectors print.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class CollectorProcess:
         known: Mapping[str, str],
         mask: Sequence[str],
         on_row: Callable[[dict[str, Any]], None],
+        *,
+        debug: bool = False,
     ) -> None:
         self._on_row = on_row
         self._pid = os.getpid()
@@ -63,7 +66,7 @@ class CollectorProcess:
             [sys.executable, "-P", "-c", _BOOT, *_roots()],  # -P: no file beside the script shadows a library
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("TRACEML_DEBUG") else subprocess.DEVNULL,
+            stderr=None if debug else subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the training; the child ends with its pipe
         )
         assert self._process.stdin is not None
