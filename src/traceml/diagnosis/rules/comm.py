@@ -15,6 +15,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ranks_text
 
 __all__ = ["comm_bound", "min_wait_ns"]
@@ -69,7 +70,7 @@ def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> lis
     evidence |= line.evidence(share) if line else {}
     where = "in collectives" if explicit > cost / 2 else "while backward waits for gradients"
     where += line.of_it if line else ""
-    gain = step / max(step - cost, 1.0)
+    gain = speedup(step, cost)
     summary = (
         f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
         f"{gain_text(gain)}."
@@ -198,7 +199,7 @@ def _needless(facts: JobFacts) -> tuple[int, int] | None:
 
 def _too_many_reductions(needless: tuple[int, int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
     backwards, reductions = needless
-    gain = step / max(step - cost * (1 - 1 / reductions), 1.0)
+    gain = speedup(step, cost * (1 - 1 / reductions))
     which = f"all {backwards}" if reductions == backwards else f"{reductions} of the {backwards}"
     summary = (
         f"{_cost_text('Communication takes', cost, step)}, and no rank is late: {which} backward passes of a step "

@@ -9,6 +9,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
+from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
 __all__ = ["OTHERS_CORES", "cpu_contention", "is_kept_waiting"]
@@ -51,7 +52,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 throttled_share=throttled,
             ),
             cost_share=waited,
-            speedup_if_fixed=1 / (1 - waited),
+            speedup_if_fixed=speedup_of_share(waited),
         )
     ]
 

@@ -26,6 +26,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import is_grouped
+from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 
 __all__ = ["after_steps_advice", "outside_steps", "uncovered_time_text"]
@@ -257,7 +258,7 @@ def _evaluation(
         advice = f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}"
 
     finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", advice)
-    return replace(finding, ranks=alone, speedup_if_fixed=1 / (1 - saved))
+    return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
 
 
 def _play(time: RunTime, line: BlamedLine | None) -> Finding:

@@ -21,6 +21,7 @@ from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
 from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, growth, level_change
 from traceml.diagnosis.steps.segments import COMPUTE
+from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, phases_text, ranks_text
 
@@ -187,7 +188,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         next=beside[0].advice if is_beside else _advice(change, where, ranks, facts),
         evidence=evidence,
         cost_share=share,
-        speedup_if_fixed=1.0 if is_meant else 1 / max(1 - share, 0.01),
+        speedup_if_fixed=1.0 if is_meant else speedup_of_share(share),
     )
 
 

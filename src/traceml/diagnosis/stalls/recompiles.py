@@ -16,7 +16,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.segments import Segments
-from traceml.diagnosis.steps.speedup import saved_ns
+from traceml.diagnosis.steps.speedup import saved_ns, speedup_of_share
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import duration_text, gain_text, percent_text, plural
 
@@ -128,7 +128,7 @@ def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
 
 def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
     file, line, function = seen.place
-    gain = 1 / (1 - min(share, _MAX_SHARE))
+    gain = speedup_of_share(share)
     place = "" if _OWN in (file or "") else place_words(*seen.place)
     more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
     why = f"; the last reason: {seen.guard}" if seen.guard else ""

@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from traceml.diagnosis.steps.segments import Segments
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["new_step_times", "replayed", "saved_ns", "speedup", "with_typical_work", "without_rare"]
+__all__ = ["new_step_times", "replayed", "saved_ns", "speedup", "speedup_of_share", "with_typical_work", "without_rare"]
+
+
+_MAX_SHARE = 0.99
+"""A larger share of the time that is saved is not told from all of it."""
 
 
 def replayed(segments: Segments, changed: Mapping[str, Floats]) -> Segments:
@@ -72,6 +76,11 @@ def speedup(step_ns: float, saved: float) -> float:
         step_ns: mean step of the run, not of what is left of it without other causes: one cause is fixed.
     """
     return step_ns / max(step_ns - max(saved, 0.0), 1.0)
+
+
+def speedup_of_share(share: float) -> float:
+    """Return old / new time if this share of the time is saved."""
+    return 1 / (1 - min(max(share, 0.0), _MAX_SHARE))
 
 
 def with_typical_work(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
