@@ -380,7 +380,7 @@ def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, ca
     run.experiment([FAULTY], id="x", sys_path=[str(Path(__file__).parents[2])], options=options)
     run.end()
     (runs_dir / "behavior").write_text('{"start": "busy"}')
-    monkeypatch.setattr(sync, "STALL_LIMIT_S", 1.0)
+    monkeypatch.setattr(sync, "SYNC_STALL_LIMIT_S", 1.0)
 
     assert cli.main(["sync", "a", "--backend", FAULTY]) == 3
     assert "1 pending" in capsys.readouterr().out

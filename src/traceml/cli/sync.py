@@ -41,13 +41,13 @@ from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.rank.tracker_places import moved_options
 from traceml.track.tracker_state import DeliveryPhase, locked
 
-__all__ = ["STALL_LIMIT_S", "main"]
+__all__ = ["SYNC_STALL_LIMIT_S", "main"]
 
 EXIT_UNDELIVERED = 3
 _POLL_S = 0.1
 _SILENT_S = 60.0  # with --ended: a network filesystem shows writes of another host within that time
 # A tracker that accepts nothing for this long, neither failing nor in a long call, is skipped.
-STALL_LIMIT_S = 120.0
+SYNC_STALL_LIMIT_S = 120.0
 _PRINTED = ("backend", "state", "delivered", "pending", "failed", "error", "fallback")
 
 
@@ -258,7 +258,7 @@ def _deliver(processes: Sequence[DeliveryProcess], logged: int, console: Console
             while any(not process.over for process in processes):
                 for process in processes:
                     process.poll()
-                    if process.is_given_up or process.is_stuck(STALL_LIMIT_S):
+                    if process.is_given_up or process.is_stuck(SYNC_STALL_LIMIT_S):
                         process.stop()
 
                 show()
