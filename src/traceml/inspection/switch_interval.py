@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from traceml.inspection.kernel_state import thread_cpu_ns
 from traceml.inspection.thread_frames import number_of
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "random_share",
     "reduce_timer_slack",
     "switch_interval",
-    "thread_cpu_ns",
 ]
 
 SHORT_S = 50e-6
@@ -123,22 +123,8 @@ class OtherThreads:
         """Return the CPU time of each thread but the training's and the caller's."""
         threads = {each.ident or 0: number_of(each) for each in threading.enumerate()}
         apart = (training, threading.get_ident())
-        return {ident: thread_cpu_ns(native) for ident, native in threads.items() if ident not in apart}
-
-
-def thread_cpu_ns(native_id: int) -> int:
-    """Return the CPU time of a thread of this process in nanoseconds; 0 if unknown.
-
-    Linux makes the number of the clock of the thread's id. Unlike `time.pthread_getcpuclockid`, which must not be
-    called for a thread that has ended, it does no harm then.
-    """
-    if not native_id or sys.platform != "linux":
-        return 0
-
-    try:
-        return time.clock_gettime_ns(~native_id << 3 | 6)
-    except OSError:  # the thread has ended
-        return 0
+        used = {ident: thread_cpu_ns(native) for ident, native in threads.items() if ident not in apart}
+        return {ident: used_ns for ident, used_ns in used.items() if used_ns is not None}
 
 
 switch_interval = SwitchInterval()

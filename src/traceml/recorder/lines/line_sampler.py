@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
+from traceml.inspection.kernel_state import thread_cpu_ns
 from traceml.inspection.switch_interval import (
     LONGEST_S,
     MAX_SLEEP_S,
@@ -39,7 +40,6 @@ from traceml.inspection.switch_interval import (
     random_share,
     reduce_timer_slack,
     switch_interval,
-    thread_cpu_ns,
 )
 from traceml.inspection.thread_frames import thread_number, thread_stack
 from traceml.inspection.user_files import display_path, is_instrumentation
@@ -297,7 +297,7 @@ class LineSampler:
         if ident != self._native_of:
             self._native_of, self._native = ident, thread_number(ident)
 
-        return thread_cpu_ns(self._native)
+        return thread_cpu_ns(self._native) or 0
 
     def _key(self, stack: Sequence[FrameType], phase: int) -> _Key:
         if phase not in _OWN_TABLES and self._is_evaluating():
