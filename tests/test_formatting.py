@@ -32,6 +32,7 @@ from traceml.formatting import (
     ranks_text,
     rate_text,
     short_label,
+    value_text,
 )
 
 
@@ -253,3 +254,11 @@ def test_the_line_of_an_exception(exception, line):
 def test_a_text_that_is_cut(most, text):
     """It has at most that many characters, and three dots say that there were more."""
     assert cut_text("loss is", most) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.123456, "0.12346"), (12345.0, "12345"), (-1.23456e-5, "-1.2346e-05"), (3, "3"), ("adam", "adam"), (None, "-")],
+)
+def test_logged_values_have_five_digits(value: float | str | None, text: str) -> None:
+    assert value_text(value) == text

@@ -40,6 +40,7 @@ __all__ = [
     "sample_text",
     "short_label",
     "summed_text",
+    "value_text",
 ]
 
 MISSING = "-"
@@ -93,6 +94,14 @@ _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 def count_text(count: int | None) -> str:
     """Return `1,204`."""
     return MISSING if count is None else f"{count:,}"
+
+
+def value_text(value: float | str | None) -> str:
+    """Return a logged value or a parameter in few characters; a dash for one that is not known or not finite."""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+
+    return MISSING if value is None else str(value)
 
 
 def name_order(name: str) -> tuple[tuple[int, str], ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from traceml.formatting import bytes_text, duration_text, printable, rate_text
+from traceml.formatting import bytes_text, duration_text, printable, rate_text, value_text
 from traceml.runs.find import RunInfo
 from traceml.runs.run_query import RunFields
 
@@ -42,7 +42,7 @@ def run_cell(run: RunFields, name: str) -> str:
     if name in _SHOWN:
         return _SHOWN[name](value)
 
-    return printable(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return printable(value_text(value))
 
 
 def _took(info: RunInfo) -> float | None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import ms_text
+from traceml.formatting import ms_text, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
-from traceml.renderers.text.comparison import step_changes, value_text
+from traceml.renderers.text.comparison import step_changes
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 from traceml.runs.rows.metrics import is_loss

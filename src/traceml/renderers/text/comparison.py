@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words, plural
+from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words, plural, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
@@ -22,7 +22,6 @@ __all__ = [
     "interval_text",
     "step_change_text",
     "step_changes",
-    "value_text",
 ]
 
 _MAX_WIDTH = 100
@@ -89,14 +88,6 @@ def interval_text(low: float | None, high: float | None, *, as_factor: bool = Fa
 
     ends = (change_text(end, as_factor=as_factor or high >= 1) for end in (low, high))
     return " and ".join(ends)
-
-
-def value_text(value: float | str | None) -> str:
-    """Return a metric's or a parameter's value in few characters; `-` where it is not known."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-
-    return "-" if value is None else str(value)
 
 
 def compared_headline(comparison: Comparison) -> str:
@@ -236,9 +227,9 @@ def _rest(comparison: Comparison) -> Iterator[Text]:
 
 
 def _metric_rows(comparison: Comparison) -> Iterator[Text]:
-    heading = f"{'last value':<22}{'A':>11}{'B':>11}{'change':>10}"
+    heading = f"{'last value':<22}{'A':>12}{'B':>12}{'change':>10}"
     lines = [
-        f"{row.name[:21]:<22}{value_text(row.a):>11}{value_text(row.b):>11}{change_text(row.change):>10}"
+        f"{row.name[:21]:<22}{value_text(row.a):>12}{value_text(row.b):>12}{change_text(row.change):>10}"
         for row in comparison.metrics
     ]
     return _first_lines(heading, lines, _SHOWN_METRICS, "metrics")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from traceml.formatting import bytes_text, ms_text, phase_label
+from traceml.formatting import bytes_text, ms_text, phase_label, value_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.compared_runs import compared_losses, compared_params, significance_word
 from traceml.renderers.text.comparison import (
@@ -13,7 +13,6 @@ from traceml.renderers.text.comparison import (
     compared_sentences,
     delta_text,
     step_changes,
-    value_text,
 )
 from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter

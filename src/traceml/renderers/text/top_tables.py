@@ -6,7 +6,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from traceml.formatting import bytes_text, count_text, ms_text, name_order, percent_text, phase_label, printable
+from traceml.formatting import (
+    bytes_text,
+    count_text,
+    ms_text,
+    name_order,
+    percent_text,
+    phase_label,
+    printable,
+    value_text,
+)
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
 from traceml.runs.report.report_types import Report
@@ -24,7 +33,6 @@ __all__ = [
     "phases_table",
     "ranks_table",
     "system_table",
-    "value_text",
 ]
 
 _OUTPUT_LINES = 100
@@ -220,8 +228,3 @@ def _device(name: str, busy_pct: float | None, memory_pct: float | None, tempera
 
 def _number(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.0f} {unit}"
-
-
-def value_text(value: float | None) -> str:
-    """Return a logged value in few characters; a dash for one that is not finite."""
-    return "-" if value is None else f"{value:.5g}"
