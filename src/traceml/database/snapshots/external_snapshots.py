@@ -27,7 +27,6 @@ from traceml.database.snapshots.rank_snapshot import (
 )
 from traceml.inspection.kernel_state import (
     UsageRates,
-    is_job_suspended,
     process_info,
     read_status,
     thread_here,
@@ -98,9 +97,11 @@ class ExternalSnapshots:
             return None
 
         frames = self._stack(slots, seen.state)
+        if self._is_waiting_for_gil:
+            seen = seen._replace(state="S", wchan="")  # it wakes now and then to ask again
+
         cpu_share, io_bytes_per_s = self._rates.read()
-        user = [frame for frame in frames if frame.is_user]
-        return RankSnapshot(
+        snapshot = RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank,
             pid=self._pid,
@@ -110,22 +111,16 @@ class ExternalSnapshots:
             phase=slots.phase,
             answered="signal" if frames else "kernel",
             frames=frames,
-            user_line=user[0] if user else None,
             line_id=-1 if frames else slots.line_id,
-            outer_line=user[-1] if len(user) > 1 else None,
-            process_state="S" if self._is_waiting_for_gil else seen.state,  # it wakes now and then to ask again
-            wchan="" if self._is_waiting_for_gil else seen.wchan,
-            waits_on=seen.waits_on,
             blocker=blocker_of(self._pid, self._pid),
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_gil=self._is_waiting_for_gil,
-            is_waiting_for_terminal=seen.is_terminal_input,
-            is_debugged=bool(seen.tracer) or any(is_debugger(each.file) for each in frames),
-            is_suspended=info is not None and is_job_suspended(info),
+            is_debugged=any(is_debugger(each.file) for each in frames),
             threads=self._holders,
             is_last=is_last,
         )
+        return snapshot.with_process(seen, info, [frame for frame in frames if frame.is_user])
 
     def is_news(self, snapshot: RankSnapshot) -> bool:
         """Return whether a snapshot is to be stored: it differs from the last one stored, or that is 10 s ago."""

@@ -14,9 +14,11 @@ Process: the rank makes snapshots; the aggregator and readers read them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self
+
+from traceml.inspection.kernel_state import ProcessInfo, WaitState, is_job_suspended
 
 __all__ = [
     "ABORT",
@@ -275,6 +277,26 @@ class RankSnapshot(_Record):
         On a busy host it then waits for a core for most of the time, so that it seems to be ready to run.
         """
         return self.thread_share is not None and self.thread_share < _POLLING_CORES
+
+    def with_process(
+        self, seen: WaitState, info: ProcessInfo | None, user: Sequence[FrameSnapshot]
+    ) -> RankSnapshot:
+        """Return it with what the kernel says of the training thread, and the lines of the user's code.
+
+        Args:
+            user: frames of the user's code, the innermost first.
+        """
+        return replace(
+            self,
+            user_line=user[0] if user else None,
+            outer_line=user[-1] if len(user) > 1 else None,
+            process_state=seen.state,
+            wchan=seen.wchan,
+            waits_on=self.waits_on or seen.waits_on,
+            is_waiting_for_terminal=seen.is_terminal_input,
+            is_debugged=self.is_debugged or bool(seen.tracer),
+            is_suspended=info is not None and is_job_suspended(info),
+        )
 
     def to_info(self) -> dict[str, Any]:
         """Return the row of the log `info`."""

@@ -28,7 +28,6 @@ from traceml.inspection.kernel_state import (
     Rate,
     UsageRates,
     io_bytes,
-    is_job_suspended,
     process_info,
     thread_cpu_ns,
     wait_state,
@@ -100,7 +99,7 @@ class SnapshotMaker:
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
         data = self._data()
-        return RankSnapshot(
+        snapshot = RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank(),
             pid=os.getpid(),
@@ -110,19 +109,13 @@ class SnapshotMaker:
             phase=self._phase(),
             answered="recorder",
             frames=tuple(frames[:MAX_FRAMES]),
-            user_line=user[0] if user else None,
-            outer_line=user[-1] if len(user) > 1 else None,
-            process_state=seen.state,
-            wchan=seen.wchan,
-            waits_on=f"{AwaitedKind.LOCK} {lock}" if lock else seen.waits_on,
+            waits_on=f"{AwaitedKind.LOCK} {lock}" if lock else "",
             blocker=blocker_of(os.getpid(), number, child=awaited_child(frame, self._user.contains), lock=lock),
             cpu_share=cpu_share,
             thread_share=self._thread_share(),
             io_bytes_per_s=io_bytes_per_s,
             has_output=has_output,
-            is_waiting_for_terminal=seen.is_terminal_input,
-            is_debugged=debugged or bool(seen.tracer),
-            is_suspended=info is not None and is_job_suspended(info),
+            is_debugged=debugged,
             is_idle_notebook="ipykernel" in sys.modules and not user,
             is_compiling=compiles,
             batches=data.batches if data is not None else -1,
@@ -133,6 +126,7 @@ class SnapshotMaker:
             threads=(*self._failed_threads(), *other_threads(self._thread(), self._user)),
             is_last=is_last,
         )
+        return snapshot.with_process(seen, info, user)
 
     def _operations(self, frame: FrameType | None) -> tuple[GroupSnapshot, ...]:
         transfer = open_transfer(frame, self._user.contains)
