@@ -35,7 +35,7 @@ from traceml.database.schema import PROCESS, STEPS, TELEMETRY, TORCH_MEMORY, Tab
 from traceml.database.store import compaction
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.database.store.unframed_rows import HOLD_S
+from traceml.database.store.unframed_rows import FRAME_WAIT_S
 from traceml.settings import Config
 
 TAIL_RANKS, TAIL_S = 64, 1200
@@ -158,7 +158,7 @@ def measure_tail(folder: Path, *, is_large: bool) -> dict[str, Any]:
 
 def measure_month(folder: Path, days: float, limit_per_rank: float, *, is_large: bool) -> dict[str, Any]:
     """Return the bytes per rank of a month, when it had them, and the CPU time of thinning per rank and day."""
-    frame_s = round(HOLD_S) if is_large else FRAME_S
+    frame_s = round(FRAME_WAIT_S) if is_large else FRAME_S
     run = Run(folder / "store.db", MONTH_RANKS, frame_s, int(limit_per_rank * MONTH_RANKS), is_large=is_large)
     sizes = []
     seconds = max(1, round(days * 86_400 / FRAME_S)) * FRAME_S

@@ -50,8 +50,8 @@ class TrainingSession:
 
         sources = settings.load(**self._arguments).sources
         arguments = {name: each for name, each in defaults.items() if sources[name] == "default"} | self._arguments
-        if running is None or not running.enabled or running.held:
-            shutdown()  # what is held has stored nothing
+        if running is None or not running.enabled or running.is_deferred:
+            shutdown()  # a deferred one has stored nothing
             recorder = start(load_forgiving(arguments))
             self._own = id(recorder) if recorder.enabled else 0
         elif not running.tracing:

@@ -48,7 +48,7 @@ def start(
     *,
     wait: bool = True,
     tracing: bool = True,
-    hold: bool = False,
+    defer_connect: bool = False,
     on_stored: Callable[[Recorder, Path], None] | None = None,
 ) -> Recorder:
     """Start a recorder, or return the one that runs.
@@ -56,7 +56,7 @@ def start(
     Args:
         wait: connect now; else the recorder's thread connects when it can.
         tracing: also install the hooks; else only logged values are recorded.
-        hold: connect only when this process trains or logs.
+        defer_connect: connect only when this process trains or logs.
         on_stored: called with a new recorder and its run's folder when an aggregator has named it, on any thread.
 
     Raises:
@@ -89,7 +89,7 @@ def start(
 
         if config.enabled and not is_helper_process():
             with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
-                recorder.start(wait=wait, tracing=tracing, hold=hold)
+                recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
                 state.instrumentation = recorder.instrumentation
                 _hook_process(watch=not recorder.is_child)
 

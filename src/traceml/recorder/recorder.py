@@ -145,16 +145,16 @@ class Recorder:
         self.viewer(self.run_dir)
 
     @property
-    def held(self) -> bool:
+    def is_deferred(self) -> bool:
         """Whether it waits for a training before it connects."""
-        return self._recording is not None and self._recording.held
+        return self._recording is not None and self._recording.is_deferred
 
     def release(self) -> None:
         """Connect, as this process trains."""
         if self._recording is not None:
             self._recording.release()
 
-    def start(self, *, wait: bool = True, tracing: bool = True, hold: bool = False) -> None:
+    def start(self, *, wait: bool = True, tracing: bool = True, defer_connect: bool = False) -> None:
         """Reserve the tables, connect, install the hooks, start the thread; see `lifecycle.start`."""
         is_spawned = self.spawned is not None
         identity = identify(self.config) if self._parent is None else self._parent.of_child(provisional=is_spawned)
@@ -163,7 +163,7 @@ class Recorder:
             identity,
             is_child=self.is_child,
             statistics=self.statistics,
-            hold=hold,
+            defer_connect=defer_connect,
             on_stored=self.on_stored,
         )
         self._recording = recording

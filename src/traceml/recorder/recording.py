@@ -47,7 +47,7 @@ class Recording:
     Args:
         is_child: whether it only logs, for the run of its parent process.
         statistics: answers the aggregator's command of that name.
-        hold: connect only when this process trains or logs; see `release`.
+        defer_connect: connect only when this process trains or logs; see `release`.
         on_stored: called with the run's folder when an aggregator has named it.
     """
 
@@ -58,7 +58,7 @@ class Recording:
         *,
         is_child: bool,
         statistics: Callable[[], RecorderStatistics],
-        hold: bool = False,
+        defer_connect: bool = False,
         on_stored: Callable[[Path], None] = lambda _run_dir: None,
     ) -> None:
         self.identity = identity
@@ -69,7 +69,7 @@ class Recording:
         """Address of the aggregator that answered last, as host:port."""
         self._config, self._is_child = config, is_child
         self._on_stored = on_stored
-        self._ending, self._held = False, hold
+        self._ending, self._is_deferred = False, defer_connect
         self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9) if identity.provisional else 0
         self.flight = FlightFile.create(
             None,
@@ -93,7 +93,7 @@ class Recording:
             },
             files=self.files,
             on_welcome=self._welcomed,
-            is_held=lambda: self.held,
+            is_deferred=lambda: self.is_deferred,
         )
         self.thread = RecorderThread(
             self.flight, self.sender, self.tracing.scheduler(()), self.tracing.hook_ns, files=self.files
@@ -151,7 +151,7 @@ class Recording:
         self.tracing.profiles.close()
         stop_export()
         has_launcher, local = self._config.supervised, self._config.local
-        keep_trying = not self.held and (has_launcher or local)
+        keep_trying = not self.is_deferred and (has_launcher or local)
         stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying)
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
@@ -243,17 +243,17 @@ class Recording:
         return reported.get("open_phase") in (None, Phase.CHECKPOINT.label)
 
     @property
-    def held(self) -> bool:
+    def is_deferred(self) -> bool:
         """Whether no aggregator is asked for, as this process has neither trained nor logged yet."""
-        if self._held and (self.flight.ring("steps").appended or self.flight.holds_user_rows):
-            self._held = False
+        if self._is_deferred and (self.flight.ring("steps").appended or self.flight.holds_user_rows):
+            self._is_deferred = False
 
-        return self._held
+        return self._is_deferred
 
     def release(self) -> None:
         """Connect to an aggregator, as this process trains."""
-        if self._held:
-            self._held = False
+        if self._is_deferred:
+            self._is_deferred = False
             self.thread.wake()
 
     @property

@@ -19,7 +19,7 @@ def register(shell: Any) -> None:
     def traceml(line: str, cell: str) -> None:
         """Trace a cell as a run of its own, named `%%traceml NAME`, and draw it; an existing recorder is used."""
         recorder = current_recorder()
-        if recorder is not None and recorder.tracing and recorder.enabled and not recorder.held:
+        if recorder is not None and recorder.tracing and recorder.enabled and not recorder.is_deferred:
             _run(shell, cell)
             recorder.show()
         else:

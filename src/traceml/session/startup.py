@@ -70,11 +70,11 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
 
     config = load_forgiving(arguments) if is_switched_on() else settings.load(**arguments)
     running = current_recorder()
-    if config.enabled and running is not None and running.enabled and running.tracing and not running.held:
+    if config.enabled and running is not None and running.enabled and running.tracing and not running.is_deferred:
         _warn_of_ignored(arguments, config, running.config)
         return running
 
-    if not config.enabled or (running is not None and running.held):
+    if not config.enabled or (running is not None and running.is_deferred):
         lifecycle.shutdown()
 
     return start(config)
@@ -93,13 +93,13 @@ def load_forgiving(arguments: Mapping[str, Any]) -> Config:
     return settings.load(**unset | dict(arguments))
 
 
-def start(config: Config, *, wait: bool = True, hold: bool = False) -> Recorder:
+def start(config: Config, *, wait: bool = True, defer_connect: bool = False) -> Recorder:
     """Start a recorder with loaded settings, and tracking with it; see `init`.
 
     Args:
         config: the settings.
         wait: connect now; else the recorder's thread connects when it can.
-        hold: connect only when this process trains or logs.
+        defer_connect: connect only when this process trains or logs.
     """
     from traceml.recorder.run_notices import announce
 
@@ -109,7 +109,7 @@ def start(config: Config, *, wait: bool = True, hold: bool = False) -> Recorder:
 
             follow_recorder()
 
-    recorder = lifecycle.start(config, wait=wait, hold=hold, on_stored=announce)
+    recorder = lifecycle.start(config, wait=wait, defer_connect=defer_connect, on_stored=announce)
     recorder.viewer = _show_run
     if recorder.enabled and config.frameworks and not (config.backend or config.collectors):
         with fail_open(_log, "track", "values that frameworks log are not captured"):
@@ -142,7 +142,7 @@ def start_held() -> None:
     config = load_forgiving({})
     if config.enabled:
         at_first_optimizer(_release)
-        start(config, wait=False, hold=True)
+        start(config, wait=False, defer_connect=True)
 
 
 def _release() -> None:

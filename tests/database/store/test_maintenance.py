@@ -22,7 +22,7 @@ from traceml.database.store.compaction import FANOUT
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.thinning import sample_blocks
-from traceml.database.store.unframed_rows import HOLD_S
+from traceml.database.store.unframed_rows import FRAME_WAIT_S
 from traceml.errors import StoreError
 
 ENOUGH_S = 1.0
@@ -257,9 +257,9 @@ def test_rows_of_very_many_processes_become_frames_together(large_store: StoreWr
 
             assert large_store.commit(float(seq)) == {(stream, "steps"): seq + 1 for stream in range(1, 11)}
             large_store.maintain(ENOUGH_S, now_s=float(seq))
-            assert seq - HOLD_S <= reader.stored("steps", 3) <= seq + 1
+            assert seq - FRAME_WAIT_S <= reader.stored("steps", 3) <= seq + 1
 
-        assert frame_count(reader, "steps") <= 10 * (300 // HOLD_S + 2)
+        assert frame_count(reader, "steps") <= 10 * (300 // FRAME_WAIT_S + 2)
         large_store.commit(301.0, frames_of_all=True)
         assert reader.rows("steps", {3})["step"][1:].tolist() == rows["step"][1:301].tolist()
         assert large_store._database.execute("SELECT count(*) FROM spool").fetchone() == (0,)
@@ -282,7 +282,7 @@ def test_rows_of_an_idle_job_are_read_too(large_store: StoreWriter) -> None:
     """The last rows of a job that hangs become frames without any that follow."""
     append(large_store, 1, "steps", 1, random_rows(STEPS, 2)[1:])
     large_store.commit(1.0)
-    large_store.commit(1.0 + 2 * HOLD_S)
+    large_store.commit(1.0 + 2 * FRAME_WAIT_S)
     with StoreReader(large_store.path) as reader:
         assert reader.stored("steps", 1) == 2
 

@@ -20,7 +20,7 @@ import torch
 from traceml.database.schema import OPEN_SLOTS, Slot
 from traceml.recorder.growth.growing_lines import appending_line
 from traceml.recorder.growth.growth_watch import GrowthWatch
-from traceml.recorder.growth.held_objects import BUDGET_NS, HeldObjects, read_containers
+from traceml.recorder.growth.reachable_objects import BUDGET_NS, ReachableObjects, read_containers
 
 SECOND = 10**9
 
@@ -51,7 +51,7 @@ def cached(number: int) -> list[int]:
     return [number]
 
 
-def by_path(found: dict[Any, HeldObjects]) -> dict[str, HeldObjects]:
+def by_path(found: dict[Any, ReachableObjects]) -> dict[str, ReachableObjects]:
     return {held.path: held for held in found.values()}
 
 
@@ -194,7 +194,7 @@ def test_a_container_is_the_same_under_another_name() -> None:
     tracker = Tracker()
     tracker.history += [torch.zeros(10) for _ in range(9)]
 
-    def method(self: Tracker) -> dict[tuple[str, int], HeldObjects]:
+    def method(self: Tracker) -> dict[tuple[str, int], ReachableObjects]:
         return read_containers(sys._getframe(), is_here)
 
     inside, outside = method(tracker), read_containers(sys._getframe(), is_here)
@@ -235,7 +235,9 @@ def test_variables_are_seen_however_long_a_collection_takes(monkeypatch: pytest.
     """It may begin with the first allocation of a reading; without the variables nothing could be compared."""
     kept = [torch.zeros(10) for _ in range(9)]
     times = count(step=BUDGET_NS)
-    monkeypatch.setattr("traceml.recorder.growth.held_objects.time", SimpleNamespace(thread_time_ns=times.__next__))
+    monkeypatch.setattr(
+        "traceml.recorder.growth.reachable_objects.time", SimpleNamespace(thread_time_ns=times.__next__)
+    )
 
     found = by_path(read_containers(sys._getframe(), is_here))
 
@@ -400,7 +402,7 @@ def test_what_grows_by_copies_is_read_again_soon(is_copied: bool, readings: int)
 def test_a_copy_where_another_container_was_is_known_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python gives the memory of a list that is freed to the next one."""
     watched = Watched()
-    other = HeldObjects("other", __file__, "main", "list", 9, "int", 32, holds_graph=False, of_dataset=False)
+    other = ReachableObjects("other", __file__, "main", "list", 9, "int", 32, holds_graph=False, of_dataset=False)
     kept = other._replace(path="kept", item="bytearray", item_bytes=1 << 20, size=80)
     readings = iter([{("", 1): other, ("", 2): kept}, {("", 1): kept._replace(size=160)}])
     monkeypatch.setattr(watched.watch, "_read_containers", lambda: next(readings))

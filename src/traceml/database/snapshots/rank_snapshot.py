@@ -278,9 +278,7 @@ class RankSnapshot(_Record):
         """
         return self.thread_share is not None and self.thread_share < _POLLING_CORES
 
-    def with_process(
-        self, seen: WaitState, info: ProcessInfo | None, user: Sequence[FrameSnapshot]
-    ) -> RankSnapshot:
+    def with_process(self, seen: WaitState, info: ProcessInfo | None, user: Sequence[FrameSnapshot]) -> RankSnapshot:
         """Return it with what the kernel says of the training thread, and the lines of the user's code.
 
         Args:

@@ -19,9 +19,9 @@ import msgspec
 from traceml.database.schema import INFO
 from traceml.database.store.frame_compression import decode, encode
 
-__all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "IncomingRows", "UnframedRows"]
+__all__ = ["FRAME_WAIT_S", "DueFrame", "FrameBuffer", "IncomingRows", "UnframedRows"]
 
-HOLD_S = 10.0
+FRAME_WAIT_S = 10.0
 """How long rows wait for others of their frame."""
 _MAX_ROWS = 4096
 _MAX_BYTES = 32 << 20
@@ -69,7 +69,7 @@ class IncomingRows(NamedTuple):
     last_step: int
 
 
-class HeldFrame(NamedTuple):
+class DueFrame(NamedTuple):
     """Rows that are to be written as a frame."""
 
     key: _Key
@@ -83,7 +83,7 @@ class UnframedRows:
         self._database = database
         self._open: dict[_Key, FrameBuffer] = {}
         self._closing: dict[_Key, FrameBuffer] = {}
-        self._early: list[HeldFrame] = []
+        self._early: list[DueFrame] = []
         self._new: list[IncomingRows] = []
         self._now_s = self._since_s = 0.0
         self._open_bytes = 0
@@ -105,24 +105,24 @@ class UnframedRows:
     def add(self, rows: IncomingRows, *, is_stored: bool = False) -> None:
         """Hold rows; the next transaction stores them, unless they are."""
         key = (rows.stream, rows.table)
-        held = self._open.get(key)
-        if held is not None and (rows.seq != held.seq + held.n or held.n + rows.n > _MAX_ROWS):
+        buffer = self._open.get(key)
+        if buffer is not None and (rows.seq != buffer.seq + buffer.n or buffer.n + rows.n > _MAX_ROWS):
             waiting = [rows for rows in (self._closing, self._open) if key in rows]
-            self._early += [HeldFrame(key, rows.pop(key)) for rows in waiting]
-            held = None
+            self._early += [DueFrame(key, rows.pop(key)) for rows in waiting]
+            buffer = None
 
-        if held is None:
+        if buffer is None:
             if not self._open:
                 self._since_s = self._now_s
 
-            held = self._open[key] = FrameBuffer(rows.seq)
+            buffer = self._open[key] = FrameBuffer(rows.seq)
 
-        held.add(rows.n, rows.data, rows.first_step, rows.last_step)
+        buffer.add(rows.n, rows.data, rows.first_step, rows.last_step)
         self._open_bytes += len(rows.data)
         if not is_stored:
             self._new.append(rows)
 
-    def take(self, now_s: float, *, everything: bool = False) -> list[HeldFrame]:
+    def take(self, now_s: float, *, everything: bool = False) -> list[DueFrame]:
         """Return the rows whose frames are due, in the order of their numbers, for the next transaction.
 
         Args:
@@ -134,7 +134,7 @@ class UnframedRows:
             self._share = len(self._closing)
             frames += self._due()
 
-        is_time = everything or now_s - self._since_s >= HOLD_S or self._open_bytes >= _MAX_BYTES
+        is_time = everything or now_s - self._since_s >= FRAME_WAIT_S or self._open_bytes >= _MAX_BYTES
         if self._open and not self._closing and is_time:
             self._closing, self._open, self._open_bytes = self._open, {}, 0
             self._closing_record = self._last_record + bool(self._new)
@@ -164,8 +164,8 @@ class UnframedRows:
         if self._done_record:
             self._done_record = self._closing_record = 0
 
-    def _due(self) -> list[HeldFrame]:
-        frames = [HeldFrame(key, self._closing.pop(key)) for key in list(self._closing)[: self._share]]
+    def _due(self) -> list[DueFrame]:
+        frames = [DueFrame(key, self._closing.pop(key)) for key in list(self._closing)[: self._share]]
         if not self._closing:
             self._done_record = self._closing_record
 

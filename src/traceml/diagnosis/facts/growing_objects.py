@@ -17,7 +17,7 @@ MIN_KEPT = 0.5
 
 
 class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
-    """A container, or a tensor with its graph; see `recorder.growth.held_objects`.
+    """A container, or a tensor with its graph; see `recorder.growth.reachable_objects`.
 
     Attributes:
         path: expression that reaches it.

@@ -20,7 +20,7 @@ from traceml.samplers.procfs import ProcFile
 from traceml.samplers.torch_memory import initialized_cuda
 
 if TYPE_CHECKING:
-    from traceml.recorder.growth.held_objects import HeldObjects
+    from traceml.recorder.growth.reachable_objects import ReachableObjects
 
 __all__ = ["GrowthWatch"]
 
@@ -49,7 +49,7 @@ class _First(NamedTuple):
     step: int
     used_bytes: int
     cost_ns: int
-    containers: dict[tuple[str, int], HeldObjects]
+    containers: dict[tuple[str, int], ReachableObjects]
 
 
 class GrowthWatch:
@@ -116,8 +116,8 @@ class GrowthWatch:
         grown = used_bytes - first.used_bytes
         return now - first.at_ns >= BETWEEN_NS and step - first.step >= _MIN_STEPS and grown >= GROWN_AGAIN_BYTES
 
-    def _read_containers(self) -> dict[tuple[str, int], HeldObjects]:
-        from traceml.recorder.growth.held_objects import read_containers  # a healthy rank does not pay for it
+    def _read_containers(self) -> dict[tuple[str, int], ReachableObjects]:
+        from traceml.recorder.growth.reachable_objects import read_containers  # a healthy rank does not pay for it
 
         return read_containers(thread_frame(self._thread()), self._is_user)
 
@@ -161,8 +161,8 @@ def _grows(readings: list[int]) -> bool:
 
 
 def _pairs(
-    before: Mapping[tuple[str, int], HeldObjects], after: Mapping[tuple[str, int], HeldObjects]
-) -> Iterator[tuple[HeldObjects, HeldObjects]]:
+    before: Mapping[tuple[str, int], ReachableObjects], after: Mapping[tuple[str, int], ReachableObjects]
+) -> Iterator[tuple[ReachableObjects, ReachableObjects]]:
     """Yield each container as it was and as it is; one that is new by the path of another was copied.
 
     A copy may be where another container was: the path shows whether there was one by it.
@@ -176,8 +176,8 @@ def _pairs(
             yield last, held._replace(is_copied=True)
 
 
-def _has_grown(before: HeldObjects, after: HeldObjects, steps: int) -> bool:
-    from traceml.recorder.growth.held_objects import MAX_CHAIN
+def _has_grown(before: ReachableObjects, after: ReachableObjects, steps: int) -> bool:
+    from traceml.recorder.growth.reachable_objects import MAX_CHAIN
 
     if (before.kind, before.item) != (after.kind, after.item):  # another object at the same address
         return False
@@ -190,7 +190,7 @@ def _has_grown(before: HeldObjects, after: HeldObjects, steps: int) -> bool:
     return after.size >= MAX_CHAIN or (is_long and after.size - before.size >= _STEADY_SHARE * steps)
 
 
-def _described(held: HeldObjects, before: int, steps: int) -> dict[str, Any]:
+def _described(held: ReachableObjects, before: int, steps: int) -> dict[str, Any]:
     from traceml.recorder.growth.growing_lines import appending_line
 
     facts = held._asdict()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 __all__ = ["FIGURES", "HOOKS", "PARAMETER_GROUPS", "Holder", "holders_of", "pixel_bytes", "pyplot_figures"]
 
 HOOKS, PARAMETER_GROUPS, FIGURES = "hooks", "param_groups", "figures"
-"""Kinds of `HeldObjects` other than types of containers."""
+"""Kinds of `ReachableObjects` other than types of containers."""
 _OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MAX_MODULES = 256
 _LEAST = 8

@@ -55,7 +55,7 @@ class RowSender:
         commands: commands that the aggregator may send to this rank, by name.
         files: uploader of files to the run's folder; their chunks are sent last.
         on_welcome: called with the aggregator's welcome after each connection.
-        is_held: returns True as long as no aggregator is to be asked for.
+        is_deferred: returns True as long as no aggregator is to be asked for.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RowSender:
         commands: Mapping[str, Command] | None = None,
         files: FileUploader | None = None,
         on_welcome: Callable[[Mapping[str, Any]], None] = lambda _welcome: None,
-        is_held: Callable[[], bool] = lambda: False,
+        is_deferred: Callable[[], bool] = lambda: False,
     ) -> None:
         self._dial = dial
         self._commands = commands or {}
@@ -75,7 +75,7 @@ class RowSender:
         # Names before the rows that use them.
         self._logs = [SendCursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
         self._rings = [SendCursor(ring) for ring in flight.rings.values()]
-        self._files, self._on_welcome, self._is_held = files, on_welcome, is_held
+        self._files, self._on_welcome, self._is_deferred = files, on_welcome, is_deferred
         self._blobs = [SendCursor(files.blobs)] if files is not None else []
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
@@ -351,7 +351,7 @@ class RowSender:
         if now < self._next_try_ns:
             return False
 
-        if self._is_held():
+        if self._is_deferred():
             self._started_ns = now
             return False
 

@@ -21,7 +21,7 @@ from traceml.instrument.facts.instance_attributes import attribute_values, named
 from traceml.privacy import secrets_only
 from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures
 
-__all__ = ["HeldObjects", "read_containers"]
+__all__ = ["ReachableObjects", "read_containers"]
 
 BUDGET_NS = 8_000_000
 """CPU time after which a reading ends."""
@@ -41,7 +41,7 @@ _LISTS = (list, deque, tuple)
 _NOT_ENTERED = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, FrameType)
 
 
-class HeldObjects(NamedTuple):
+class ReachableObjects(NamedTuple):
     """A container, or a tensor with its graph, that a variable reaches.
 
     Attributes:
@@ -82,10 +82,10 @@ class _Place(NamedTuple):
 
 def read_containers(
     frame: FrameType | None, is_user: Callable[[FrameType], bool]
-) -> dict[tuple[str, int], HeldObjects]:
+) -> dict[tuple[str, int], ReachableObjects]:
     """Return the containers that the user's frames reach: by identity, a tensor with its graph by path."""
     until = time.thread_time_ns() + BUDGET_NS
-    found: dict[tuple[str, int], HeldObjects] = {}
+    found: dict[tuple[str, int], ReachableObjects] = {}
     places = deque(_roots(frame, is_user))
     seen: set[int] = set()
     while places and len(seen) < _MAX_VISITED and (len(seen) < _ALWAYS_VISITED or time.thread_time_ns() < until):
@@ -95,7 +95,7 @@ def read_containers(
 
         seen.add(id(place.value))
         try:
-            held = _held(place)
+            held = _reachable(place)
             if held is not None:
                 # A sum of losses is another tensor in each step. The path to a container depends on the open frames.
                 is_other = held.kind == "graph" or held.is_copied
@@ -155,7 +155,7 @@ def _variables(frame: FrameType) -> dict[str, Any]:
     return found
 
 
-def _held(place: _Place) -> HeldObjects | None:
+def _reachable(place: _Place) -> ReachableObjects | None:
     value, kind = place.value, type(place.value).__name__
     if _is_tensor(value):
         length = _chain(value)
@@ -169,13 +169,13 @@ def _held(place: _Place) -> HeldObjects | None:
     return _copied(place) if info is None else _cached(place, info())
 
 
-def _cached(place: _Place, info: Any) -> HeldObjects:
+def _cached(place: _Place, info: Any) -> ReachableObjects:
     """Return the results that a cached function keeps."""
     entry = _entry(place, "lru_cache", int(info.currsize), _newest_cached(place.value))
     return entry._replace(max_size=int(info.maxsize or 0))
 
 
-def _copied(place: _Place) -> HeldObjects | None:
+def _copied(place: _Place) -> ReachableObjects | None:
     """Return a large array, table or text, whose elements have one size; None of anything else."""
     count, total_bytes = _extent(place.value)
     if count < _LEAST or total_bytes < _MIN_COPIED_BYTES:
@@ -204,12 +204,12 @@ def _extent(value: Any) -> tuple[int, int]:
     return 0, 0
 
 
-def _entry(place: _Place, kind: str, count: int, item: Any) -> HeldObjects:
+def _entry(place: _Place, kind: str, count: int, item: Any) -> ReachableObjects:
     code = place.frame.f_code
     path = secrets_only().mask_text(place.path[:_MAX_PATH])
     item_type, size = type(item).__name__, pixel_bytes(item) if place.kind == FIGURES else _size(item)
     kind = place.kind or kind
-    return HeldObjects(
+    return ReachableObjects(
         path,
         code.co_filename,
         place.function or code.co_name,
