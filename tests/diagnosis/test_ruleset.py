@@ -387,29 +387,29 @@ def test_a_rank_that_is_far_slower_in_everything_is_named():
 
 def test_too_few_cores_withhold_blame():
     """Where ranks stand ready without a core, waiting and weak lateness are chance."""
-    crowded = dict.fromkeys(range(4), 0.4)
+    oversubscribed = dict.fromkeys(range(4), 0.4)
     job = Job(ranks=4, comm=10.0)
 
     assert verdict(job).kind is Kind.COMM_BOUND
-    found = verdict(job, main_wait=crowded)
+    found = verdict(job, main_wait=oversubscribed)
     assert found.kind is Kind.CPU_CONTENTION
     assert "waited for a CPU core for 40 %" in found.summary
-    assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.CPU_CONTENTION
+    assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=oversubscribed).kind is Kind.CPU_CONTENTION
 
 
 def test_too_few_cores_explain_code_that_no_sample_shows():
     """Code between the phases that takes no longer than the wait for cores is a finding if its line is known."""
-    crowded = {"main_wait": {0: 0.45}, "core_wait": {0: 0.4}}
+    oversubscribed = {"main_wait": {0: 0.45}, "core_wait": {0: 0.4}}
 
     assert verdict(ALONE, adds("other", 7)).kind is Kind.RESIDUAL_HEAVY
-    assert verdict(ALONE, adds("other", 7), **crowded).kind is Kind.CPU_CONTENTION
-    assert verdict(ALONE, adds("other", 20), **crowded).kind is Kind.RESIDUAL_HEAVY
+    assert verdict(ALONE, adds("other", 7), **oversubscribed).kind is Kind.CPU_CONTENTION
+    assert verdict(ALONE, adds("other", 20), **oversubscribed).kind is Kind.RESIDUAL_HEAVY
     lines = (structs.replace(GAME[0], samples=35), structs.replace(GAME[1], samples=65))
-    assert verdict(ALONE, adds("other", 7), **crowded, lines=lines).kind is Kind.RESIDUAL_HEAVY
+    assert verdict(ALONE, adds("other", 7), **oversubscribed, lines=lines).kind is Kind.RESIDUAL_HEAVY
 
 
 def test_a_strong_fault_is_named_even_with_too_few_cores():
-    """Twenty milliseconds on a crowded host are no chance."""
+    """Twenty milliseconds on an oversubscribed host are no chance."""
     found = verdict(Job(ranks=4), adds("forward", 20, (1,)), main_wait=dict.fromkeys(range(4), 0.4))
 
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))

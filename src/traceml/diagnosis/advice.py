@@ -18,7 +18,7 @@ __all__ = [
     "for_copies",
     "for_iterator",
     "for_jitter",
-    "for_lacking_core",
+    "for_rank_without_core",
     "for_residual",
     "for_rollouts",
     "for_saving",
@@ -389,7 +389,7 @@ def for_slow_group(group: RankGroup) -> str:
     return f"Look at what the hosts of {group.name} share: its links, power and cooling, and the storage behind it."
 
 
-def for_lacking_core(ranks: tuple[int, ...], facts: JobFacts) -> str:
+def for_rank_without_core(ranks: tuple[int, ...], facts: JobFacts) -> str:
     """Return advice on late ranks that waited for a core."""
     names = ranks_text(ranks)
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})

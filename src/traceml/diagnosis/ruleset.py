@@ -29,7 +29,7 @@ from traceml.diagnosis.rules.correctness import (
     same_order,
     steps_skipped,
 )
-from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_kept_waiting
+from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
@@ -133,7 +133,7 @@ def _with_contention(
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
     ordered = in_order([each for each in main if not is_of_the_host(each)], in_steps)
     timing = [each for each in timing if not is_of_the_host(each)]
-    if timing and is_kept_waiting(facts) and not any(each.kind.rule.is_straggler for each in timing):
+    if timing and is_oversubscribed_by_others(facts) and not any(each.kind.rule.is_straggler for each in timing):
         return [*_contention_first(ordered, contention, timing), *remarks]
 
     # Waiting for cores makes all phases longer: next to another cause it is a remark.

@@ -94,7 +94,7 @@ def test_a_rank_without_others_has_no_median():
 
 
 @pytest.mark.parametrize(
-    ("shares", "lacking"),
+    ("shares", "without_core"),
     [
         ({0: 0.01, 1: 0.2, 2: 0.01, 3: 0.02}, {1}),
         ({0: 0.01, 1: 0.2, 2: 0.01, 3: 0.2}, {1, 3}),
@@ -103,9 +103,9 @@ def test_a_rank_without_others_has_no_median():
         ({0: 0.1, 1: 0.19}, set()),  # less than twice the other's
     ],
 )
-def test_ranks_that_wait_more_than_others_lack_a_core(shares, lacking):
+def test_ranks_that_wait_more_than_others_lack_a_core(shares, without_core):
     """A share of 15 %, twice the others', is what lacks."""
-    assert ranks_without_core(shares) == lacking
+    assert ranks_without_core(shares) == without_core
 
 
 def test_waiting_before_the_first_step_is_that_of_the_start_up():

@@ -40,13 +40,13 @@ def samples(*, busy: float, waited: float = 0.0, seconds: int = 20, of_host: sli
     return made
 
 
-def crowded(use: MachineSamples, waited: float = 0.4, **facts: object) -> JobFacts:
+def oversubscribed(use: MachineSamples, waited: float = 0.4, **facts: object) -> JobFacts:
     return JobFacts(samples=use, main_wait={0: 0.45}, core_wait={0: waited}, hosts={0: "h"}, cores={"h": 2}, **facts)
 
 
 def test_other_programs_are_reported():
     """The share of time without a core, the cores of the rank and of the others, and the gain."""
-    (found,) = cpu_contention(crowded(samples(busy=0.5)))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5)))
 
     assert (found.kind, found.severity) == (Kind.CPU_CONTENTION, Severity.CRITICAL)
     assert found.cost_share == pytest.approx(0.4)
@@ -58,7 +58,7 @@ def test_other_programs_are_reported():
 @pytest.mark.parametrize(("threads", "told"), [(16, True), (2, False), (None, False)])
 def test_threads_that_crowd_each_other_beside_other_programs_are_told(threads, told):
     """Sixteen threads on two cores are slow, whoever else uses these."""
-    (found,) = cpu_contention(crowded(samples(busy=1.2), threads=threads))
+    (found,) = cpu_contention(oversubscribed(samples(busy=1.2), threads=threads))
 
     assert "End or move the other programs" in found.next
     assert ("Torch has 16 threads: set OMP_NUM_THREADS=2" in found.next) is told
@@ -66,7 +66,7 @@ def test_threads_that_crowd_each_other_beside_other_programs_are_told(threads, t
 
 def test_cores_of_a_bound_rank_are_not_those_that_others_use():
     """It is bound to one core, and other programs use more of the machine than that."""
-    (found,) = cpu_contention(replace(crowded(samples(busy=0.2)), cores={"h": 1}))
+    (found,) = cpu_contention(replace(oversubscribed(samples(busy=0.2)), cores={"h": 1}))
 
     assert found.summary.endswith(" of the time. It used 0.2 cores, other processes used 1.8 cores.")
 
@@ -76,7 +76,7 @@ def test_a_quota_is_the_cause_where_the_container_is_throttled(throttled: int, i
     """Not the programs of the host, which use the cores that the container may not."""
     quota = ResourceUse(0, Resource.CPU_QUOTA, throttled, 1000)
 
-    (found,) = cpu_contention(crowded(samples(busy=0.3), limits=(quota,)))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.3), limits=(quota,)))
 
     assert ("Its container was throttled in 89 % of the scheduling periods" in found.summary) == is_told
     assert ("other processes used" in found.summary) != is_told
@@ -86,7 +86,7 @@ def test_a_quota_is_the_cause_where_the_container_is_throttled(throttled: int, i
 
 def test_the_processes_that_take_the_cores_are_named():
     """Those of other users have no name."""
-    (found,) = cpu_contention(crowded(samples(busy=0.5), competing_processes={"ffmpeg": 1.04, "": 0.3}))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), competing_processes={"ffmpeg": 1.04, "": 0.3}))
 
     assert "other processes used 1.5 cores (ffmpeg 1 core, processes of other users 0.3)." in found.summary
     assert found.evidence["competing_processes"] == {"ffmpeg": 1.04, "": 0.3}
@@ -94,7 +94,7 @@ def test_the_processes_that_take_the_cores_are_named():
 
 def test_processes_are_not_named_where_others_use_no_cores():
     """The ranks themselves take them all."""
-    (found,) = cpu_contention(crowded(samples(busy=1.9), competing_processes={"cron": 0.1}))
+    (found,) = cpu_contention(oversubscribed(samples(busy=1.9), competing_processes={"cron": 0.1}))
 
     assert "cron" not in found.summary
 
@@ -126,7 +126,7 @@ def test_no_rank_is_named_where_all_wait_or_one_waits_a_little(waits):
 )
 def test_a_run_that_crowds_itself_is_reported_so(facts, says):
     """Nobody else uses the cores."""
-    (found,) = cpu_contention(crowded(samples(busy=1.9), **facts))
+    (found,) = cpu_contention(oversubscribed(samples(busy=1.9), **facts))
 
     assert says in found.next
     assert "other p" not in found.next
@@ -134,7 +134,7 @@ def test_a_run_that_crowds_itself_is_reported_so(facts, says):
 
 def test_the_run_is_not_blamed_where_the_use_of_the_host_is_not_known():
     """Too short for a sample of the host: the cores may be used by others, or by the run."""
-    (found,) = cpu_contention(crowded(samples(busy=0.5, of_host=slice(0)), threads=1))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5, of_host=slice(0)), threads=1))
 
     assert (
         found.next == "If other programs use the cores (`top` names them), end or move them; otherwise try more cores."
@@ -143,7 +143,7 @@ def test_the_run_is_not_blamed_where_the_use_of_the_host_is_not_known():
 
 def test_one_sample_of_the_host_is_enough():
     """Each is a mean of the time before it, so a training of a second knows who takes the cores."""
-    (found,) = cpu_contention(crowded(samples(busy=0.5, seconds=3, of_host=slice(1, 2))))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5, seconds=3, of_host=slice(1, 2))))
 
     assert "other processes used 1.5 cores" in found.summary
 
@@ -153,7 +153,7 @@ def test_loader_workers_are_not_taken_for_other_programs(busy, says):
     """Of 1.5 cores that others use, the one worker uses little, or most."""
     loader = LoaderFacts(num_workers=1)
 
-    (found,) = cpu_contention(crowded(samples(busy=0.7), threads=1, loader=loader, workers=watched(1, busy=busy)))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.7), threads=1, loader=loader, workers=watched(1, busy=busy)))
 
     assert says in found.next
 
@@ -165,7 +165,7 @@ def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(takers, says):
     """They may sleep, in a training too short to watch them: who takes the cores is known, or open."""
     loader = LoaderFacts(num_workers=4)
 
-    (found,) = cpu_contention(crowded(samples(busy=0.5), threads=1, loader=loader, competing_processes=takers))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), threads=1, loader=loader, competing_processes=takers))
 
     assert says in found.next
     assert "The run itself" not in found.next
@@ -174,12 +174,12 @@ def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(takers, says):
 def test_a_little_waiting_is_none():
     """A tenth of the time is usual; and a thread that has seldom work may wait for a core now and then."""
     assert cpu_contention(JobFacts(samples=samples(busy=0.9), main_wait={0: 0.09}, core_wait={0: 0.09})) == []
-    assert cpu_contention(crowded(samples(busy=0.1), waited=0.05)) == []
+    assert cpu_contention(oversubscribed(samples(busy=0.1), waited=0.05)) == []
 
 
 def test_it_is_the_verdict_of_a_starved_run_and_a_remark_beside_a_cause():
     """A starved run is not healthy; a cause that was found comes first."""
-    facts = crowded(samples(busy=0.5))
+    facts = oversubscribed(samples(busy=0.5))
 
     assert diagnose(window_of(ALONE), facts)[0].kind is Kind.CPU_CONTENTION
     found = diagnose(window_of(ALONE, adds("input_wait", 20)), facts)
@@ -237,7 +237,7 @@ def test_the_use_of_a_device_is_that_of_the_steps():
 )
 def test_waiting_for_other_programs_most_of_the_time_comes_first(busy, waited, first):
     """A worker that is starved as the training is makes it wait for data, longer than that waits for a core."""
-    found = diagnose(window_of(ALONE, adds("input_wait", 40)), crowded(samples(busy=busy), waited=waited))
+    found = diagnose(window_of(ALONE, adds("input_wait", 40)), oversubscribed(samples(busy=busy), waited=waited))
 
     assert {each.kind for each in found} == {Kind.INPUT_BOUND, Kind.CPU_CONTENTION}
     assert found[0].kind is first
@@ -246,7 +246,7 @@ def test_waiting_for_other_programs_most_of_the_time_comes_first(busy, waited, f
 @pytest.mark.parametrize(("counted_s", "is_told"), [(0.0, False), (0.5, False), (2.0, True)])
 def test_half_a_second_of_training_does_not_show_that_it_lacks_cores(counted_s: float, is_told: bool) -> None:
     """Ranks that hang after 40 short steps waited for cores in their start-up: that costs their steps nothing."""
-    facts = replace(crowded(samples(busy=0.5), waited=0.9), core_wait_s={0: counted_s})
+    facts = replace(oversubscribed(samples(busy=0.5), waited=0.9), core_wait_s={0: counted_s})
 
     assert bool(cpu_contention(facts)) is is_told
 

@@ -83,10 +83,10 @@ def test_pauses_are_told_without_the_shorter_steps_beside_them():
 @pytest.mark.parametrize(
     ("main_wait", "core_wait", "line", "told"),
     [(0.5, 0.5, False, False), (0.5, 0.5, True, True), (0.5, 0.05, False, True), (0.1, 0.5, False, True)],
-    ids=["crowded", "a line", "waits little", "has its cores"],
+    ids=["oversubscribed", "a line", "waits little", "has its cores"],
 )
 def test_long_steps_cost_more_than_waiting_for_a_core(main_wait, core_wait, line, told):
-    """On a crowded host a rank without a core for half of its time has long steps in whatever it does most."""
+    """On an oversubscribed host a rank without a core for half of its time has long steps in whatever it does most."""
     window = window_of(ALONE, at_once("other", 200, 0.03))
     lines = sampled(ALONE) if line else ()
     found = diagnose(window, JobFacts(main_wait={0: main_wait}, core_wait={0: core_wait}, lines=lines))

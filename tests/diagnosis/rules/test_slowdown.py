@@ -420,11 +420,11 @@ def test_a_host_that_becomes_busier_is_told_once():
         for values in own.values():
             values *= np.where(np.arange(values.shape[1]) >= 400, 2.0, 1.0)
 
-    crowded = JobFacts(world_size=2, main_wait={0: 0.6, 1: 0.6}, core_wait={0: 0.6, 1: 0.6}, cores={"a": 2})
+    oversubscribed = JobFacts(world_size=2, main_wait={0: 0.6, 1: 0.6}, core_wait={0: 0.6, 1: 0.6}, cores={"a": 2})
     window = window_of(Job(steps=800), slower)
 
     assert [each.kind for each in diagnose(window, JobFacts(world_size=2))] == [Kind.SLOWDOWN]
-    contention, slowdown_of_host = diagnose(window, crowded)
+    contention, slowdown_of_host = diagnose(window, oversubscribed)
     assert (contention.kind, slowdown_of_host.kind) == (Kind.CPU_CONTENTION, Kind.SLOWDOWN)
     assert slowdown_of_host.severity == "info"
 

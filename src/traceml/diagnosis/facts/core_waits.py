@@ -29,7 +29,7 @@ COMPETING_PROCESSES = "competing_processes"
 
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
-LACKING_SHARE = 0.15
+WITHOUT_CORE_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
 _Sums = tuple[int, int, int]
@@ -181,4 +181,4 @@ def ranks_without_core(shares: Mapping[int, float]) -> frozenset[int]:
         shares: rank -> share of its main thread's ready time in which it waited.
     """
     others = medians_of_others(shares)
-    return frozenset(rank for rank, median in others.items() if shares[rank] >= max(LACKING_SHARE, 2 * median))
+    return frozenset(rank for rank, median in others.items() if shares[rank] >= max(WITHOUT_CORE_SHARE, 2 * median))

@@ -264,8 +264,8 @@ def _cost_of_code(
         cost = _without_torch(cost, segments, facts)
         cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update_share >= MIN_UNCOUNTED else cost
 
-    crowded = part in UNNAMED_CODE and facts.oversubscribed
-    return cost.reported() if cost.exceeds(UNSURE_SHARE if crowded else WARNING_SHARE) else None
+    unsure = part in UNNAMED_CODE and facts.oversubscribed
+    return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
 
 
 def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -> list[Finding]:

@@ -22,7 +22,7 @@ __all__ = ["comm_bound", "min_wait_ns"]
 
 SHARE = 0.30
 """The median of the minimum wait over ranks is this share of the median step; healthy small models reach 0.2."""
-CROWDED_SHARE = 0.60
+OVERSUBSCRIBED_SHARE = 0.60
 """The same when the ranks have too few cores: then half of a step may be waiting for another rank to be scheduled."""
 FLOOR_NS = 3e6
 """Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
@@ -94,7 +94,7 @@ def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
 
 def _is_little(cost: float, step: float, facts: JobFacts, floor_ns: float) -> bool:
     """Return whether communication costs too little to be reported."""
-    return cost / max(step, 1.0) < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < floor_ns
+    return cost / max(step, 1.0) < (OVERSUBSCRIBED_SHARE if facts.oversubscribed else SHARE) or cost < floor_ns
 
 
 def _cost_text(what: str, cost: float, step: float) -> str:

@@ -12,7 +12,7 @@ from traceml.diagnosis.rules.near_limits import QUOTA_ADVICE
 from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import capitalized, cores_text, percent_text, ranks_text
 
-__all__ = ["OTHERS_CORES", "cpu_contention", "is_kept_waiting"]
+__all__ = ["OTHERS_CORES", "cpu_contention", "is_oversubscribed_by_others"]
 
 OTHERS_CORES = 0.5
 """Other programs are named if they use this many cores or more."""
@@ -57,7 +57,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     ]
 
 
-def is_kept_waiting(facts: JobFacts) -> bool:
+def is_oversubscribed_by_others(facts: JobFacts) -> bool:
     """Return whether the ranks spent most of the time waiting for cores that other programs use.
 
     All their other work then takes less than half of the time, however long it looks by the wall clock.

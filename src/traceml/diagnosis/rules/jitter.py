@@ -25,9 +25,9 @@ LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
 DEVICE_LONG_NS = 2e6
 """By device times, a long step is at least this much longer than usual."""
-CROWDED_LONG_NS = 100e6
+OVERSUBSCRIBED_LONG_NS = 100e6
 """With too few cores, long steps are reported only if they are this much longer on average."""
-CROWDED_DOMINANCE = 0.8
+OVERSUBSCRIBED_DOMINANCE = 0.8
 """With too few cores, long steps are reported only if this share of the excess is in one part."""
 TURNS_SHARE = 0.35
 """Ranks that are late in turns are late in at least this share of the steps."""
@@ -126,7 +126,7 @@ def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
     """Return whether the steps are too long for a lack of cores alone."""
     sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
     excess = float(segments.step[events.columns].mean()) - events.usual_ns
-    return excess >= CROWDED_LONG_NS and max(sums) >= CROWDED_DOMINANCE * sum(sums)
+    return excess >= OVERSUBSCRIBED_LONG_NS and max(sums) >= OVERSUBSCRIBED_DOMINANCE * sum(sums)
 
 
 def _unexplained(segments: Segments) -> _LongSteps:

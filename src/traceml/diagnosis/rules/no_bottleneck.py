@@ -36,7 +36,7 @@ HEAVY_CODE_SHARE = 0.25
 
 _PAUSE_NS, _PAUSE_SHARE = 5e8, 0.25
 """One or two steps are reported from this time each on, if they are this share of all steps."""
-_CROWDED_PAUSE_NS = 5e9
+_OVERSUBSCRIBED_PAUSE_NS = 5e9
 """With too few cores from this time on: other programs cause shorter ones."""
 _PAUSES = 2
 """So many are no rare long steps yet."""
@@ -185,7 +185,7 @@ class _Pauses(NamedTuple):
 def _pauses(segments: Segments, facts: JobFacts, step: float) -> _Pauses:
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
     times = np.maximum(segments.step, segments.longest(segments.own))
-    from_ns = _CROWDED_PAUSE_NS if facts.oversubscribed else _PAUSE_NS
+    from_ns = _OVERSUBSCRIBED_PAUSE_NS if facts.oversubscribed else _PAUSE_NS
     least = max(from_ns, 2 * step, float(times.max()) / 2)  # the mean of a longer and a shorter one tells of neither
     at = np.array(
         [column for column in np.argsort(-times)[: 1 if segments.grouped else _PAUSES] if times[column] >= least],

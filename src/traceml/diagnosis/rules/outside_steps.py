@@ -100,10 +100,10 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     # Read once or twice a second: the last reading may be of the first step, and what ran took its time on any core.
     waited_s = max(min(facts.startup_wait_s, startup_s - facts.startup_run_s), 0.0)
     waited = waited_s / startup_s
-    lacks_cores = waited >= _REPORTED_WAIT
-    crowded = f" It waited for a CPU core for {percent_text(waited)} of that." if lacks_cores else ""
+    oversubscribed = waited >= _REPORTED_WAIT
+    core_wait = f" It waited for a CPU core for {percent_text(waited)} of that." if oversubscribed else ""
     own_code = line is not None and not mostly_imports
-    if lacks_cores and not own_code:
+    if oversubscribed and not own_code:
         advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
         waits = line is not None and calls_collectives(facts.lines, "startup", line)
@@ -112,11 +112,11 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     return _startup_finding(
         time,
         startup_s,
-        _began_text(time, startup_s) + where + "." + crowded,
+        _began_text(time, startup_s) + where + "." + core_wait,
         advice,
         evidence={
             **({"import_share": imports.share} if mostly_imports and not imports.is_rough else {}),
-            **({"core_wait_share": waited} if lacks_cores else {}),
+            **({"core_wait_share": waited} if oversubscribed else {}),
             **({} if line is None else line.evidence(1.0)),
         },
         waited_s=waited_s,

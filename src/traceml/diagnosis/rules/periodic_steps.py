@@ -25,7 +25,7 @@ __all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
 
 MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
-MIN_LONG_STEPS_CROWDED = 8
+MIN_LONG_STEPS_OVERSUBSCRIBED = 8
 """With too few cores, where a quarter of the steps may be long by chance, some of which are at the same distance."""
 REGULAR_SHARE = 0.8
 """Long steps with another one at the same distance have this share of the time beyond the usual."""
@@ -84,7 +84,7 @@ def periodic_steps(
     if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
-    if facts.oversubscribed and len(period.columns) < MIN_LONG_STEPS_CROWDED:
+    if facts.oversubscribed and len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED:
         return [], {}
 
     return [_finding(segments, facts, period, step_ns)], period.removed

@@ -68,7 +68,7 @@ class _Where(NamedTuple):
     parts: tuple[str, ...] = ()  # phases that are blamed, the one that may be the cause first; empty if none is
     # phases that have nearly all of it, where fewer cores may be the cause of that; empty if all are alike
     mostly: tuple[str, ...] = ()
-    is_crowded: bool = False  # whether the loss of cores explains it
+    is_loss_of_cores: bool = False  # whether the loss of cores explains it
     line: BlamedLine | None = None  # of the first phase, by which the slow steps are longer
     phase_share: float = 0.0  # that phase's share of them
 
@@ -84,7 +84,7 @@ class _Where(NamedTuple):
         if self.mostly:
             return f", most of it in {phases_text(self.mostly, None)}"
 
-        return "" if self.is_crowded else ", in all phases alike"
+        return "" if self.is_loss_of_cores else ", in all phases alike"
 
     def evidence(self) -> dict[str, Any]:
         """Return the phases, if there are several, and the line."""
@@ -160,10 +160,10 @@ def _has_cores(bins: StepHistory, change: LevelChange, parts: Sequence[str], fac
 def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
     ranks = _ranks(bins, change)
     beside = [*_batches(bins, change), *_use(bins, change, facts, ranks)]
-    crowded = _is_crowded(change, beside)
+    is_loss_of_cores = _is_loss_of_cores(change, beside)
     share = lost / mean * bins.of_run
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
-    where = _Where(is_crowded=True) if crowded else _place(bins, change, facts, ranks)
+    where = _Where(is_loss_of_cores=True) if is_loss_of_cores else _place(bins, change, facts, ranks)
     part = where.parts[0] if where.parts else None
     if ranks:
         bins, change = _of_ranks(bins, change, ranks, part)
@@ -178,7 +178,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         **where.evidence(),
     }
     whose = f", because of {ranks_text(ranks)}" if ranks else ""
-    is_beside = bool(beside) and (is_meant or where.is_crowded or where.line is None)
+    is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or where.line is None)
     return Finding.of(
         Kind.SLOWDOWN,
         severity=Severity.INFO if is_meant else None,
@@ -200,7 +200,7 @@ def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple
 
     line, phase_share = (None, 0.0) if parts[0] == _COMM else _line(bins, change, facts, parts[0], ranks)
     if parts[0] == _OTHER and line is None and _may_be_cores(change, facts):
-        return _Where(is_crowded=True)
+        return _Where(is_loss_of_cores=True)
 
     return _Where(parts, line=line, phase_share=phase_share)
 
@@ -304,7 +304,7 @@ def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
     return max(starts[change.first], 1), starts[change.last]
 
 
-def _is_crowded(change: LevelChange, beside: Sequence[SideChange]) -> bool:
+def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool:
     """Return whether the loss of cores explains half of what the steps lost."""
     waited = next((each.then - each.before for each in beside if each.name == "cpu_wait_share"), 0.0)
     taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)

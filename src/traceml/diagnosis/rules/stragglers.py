@@ -179,12 +179,12 @@ def _late_steadily(segments: Segments, facts: JobFacts, steady: SteadyExcess) ->
         return None
 
     row, others = np.array([steady.row]), np.delete(np.arange(len(segments.ranks)), steady.row)
-    lacking = _may_lack_cores(segments, facts, row)
-    own_ns = _due_to_code_ns(segments, facts, row, steady.part, steady.mean_ns) if lacking else 0.0
+    without_core = _may_be_without_core(segments, facts, row)
+    own_ns = _due_to_code_ns(segments, facts, row, steady.part, steady.mean_ns) if without_core else 0.0
     if max(steady.mean_ns - _without_core_ns(segments, facts, row), own_ns) < EXCESS_SHARE * segments.step_ns:
         return None
 
-    if not own_ns and (lacking or _is_slower_overall(segments, row, _Others(segments, others, row), steady.part)):
+    if not own_ns and (without_core or _is_slower_overall(segments, row, _Others(segments, others, row), steady.part)):
         return None
 
     return _late(segments, facts, row, others, steady.part, everywhere=False)
@@ -289,9 +289,9 @@ def _blamed_part(
     by_part = _excess_by_part(segments, rows, usual)
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
-    lacking = _may_lack_cores(segments, facts, rows)
-    own_ns = _own_line_ns(segments, facts, rows, usual.all_ranks, part, by_part[part]) if lacking else 0.0
-    more_ns = _more_work_ns(segments, facts, rows, excess) if lacking else 0.0
+    without_core = _may_be_without_core(segments, facts, rows)
+    own_ns = _own_line_ns(segments, facts, rows, usual.all_ranks, part, by_part[part]) if without_core else 0.0
+    more_ns = _more_work_ns(segments, facts, rows, excess) if without_core else 0.0
     explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns, more_ns)
     if own_ns:
         return (part if explained_ns >= EXCESS_SHARE * segments.step_ns else None), False
@@ -299,7 +299,7 @@ def _blamed_part(
     alike = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
     everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    floor = EVERYWHERE_SHARE if everywhere or seldom or (lacking and not more_ns) else EXCESS_SHARE
+    floor = EVERYWHERE_SHARE if everywhere or seldom or (without_core and not more_ns) else EXCESS_SHARE
     chance = everywhere and facts.oversubscribed and not more_ns
     if explained_ns < floor * segments.step_ns or (chance and not _waits_for_side_threads(segments, facts, rows)):
         return None, everywhere
@@ -367,7 +367,7 @@ def _more_work_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], e
     return min(more_ns, excess_ns) if more_ns >= MORE_WORK_SHARE * excess_ns else 0.0
 
 
-def _may_lack_cores(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+def _may_be_without_core(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
     """Return whether the ranks have too few cores, or these ranks wait for one more than the others.
 
     Also where that was counted for so short a time that a program may have come and gone.
@@ -496,7 +496,7 @@ def straggler_kind(part: str) -> Kind:
     return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
 
 
-def _lacks_cores(segments: Segments, facts: JobFacts, late: LateRanks) -> bool:
+def _is_without_core(segments: Segments, facts: JobFacts, late: LateRanks) -> bool:
     """Return whether waiting for a core explains half of the excess of late ranks, as far as that is known.
 
     A rank that mostly sleeps has little work, so its share of waiting may be large without being a cause.
@@ -533,28 +533,28 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
         if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
             line = workers_line(facts.worker_lines, ranks, others)
 
-    lacking = late.part != "input_wait" and _lacks_cores(segments, facts, late)
+    without_core = late.part != "input_wait" and _is_without_core(segments, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
 
     beside = background_threads(facts, ranks) if late.everywhere else None
     if beside is not None:
-        lacking, action = False, beside.advice
+        without_core, action = False, beside.advice
 
     why = beside.text if beside is not None else ""
-    if lacking:
+    if without_core:
         why = waited_for_core(facts, ranks, others)
     elif not why and facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0:
         why = more_cpu_time(facts, ranks)
 
-    only_lacking = lacking and not _due_to_code_ns(segments, facts, late.rows, late.part, late.excess_ns)
+    only_without_core = without_core and not _due_to_code_ns(segments, facts, late.rows, late.part, late.excess_ns)
     return Finding.of(
         kind,
         ranks=ranks,
         phase=late.part,
         summary=late_summary(segments, late, ranks, share, gain, line, workers=facts.loader_workers) + why,
-        next=advice.for_lacking_core(ranks, facts) if only_lacking else action,
+        next=advice.for_rank_without_core(ranks, facts) if only_without_core else action,
         evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
         speedup_if_fixed=gain,
