@@ -47,7 +47,7 @@ UNSURE_SHARE = 0.20
 RARE_FACTOR = 1.1
 """Rare long steps are not counted if a part costs more than this factor with them."""
 _TURNS_RATIO, _LITTLE, _MOST_STEPS = 1.5, 0.25, 0.7
-MIN_UNCOUNTED = 0.02
+MIN_EXCLUDED = 0.02
 """What does not count is named from this share of the part on."""
 MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
@@ -67,16 +67,16 @@ class _PhaseCost(msgspec.Struct, frozen=True):
     removed: Floats  # the work that a run without it would not do, rank x step
     saved_ns: float  # time by which the mean step would be shorter
     share: float = 1.0  # share of the part that counts; the rest is other things
-    uncounted: tuple[str, ...] = ()  # what of the part does not count, in words
+    excluded: tuple[str, ...] = ()  # what of the part does not count, in words
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
         return self.saved_ns >= least_cost_ns(self.step_ns, share)
 
-    def scaled(self, share: float, *uncounted: str) -> _PhaseCost:
-        """Return a share of it; the rest is what `uncounted` names."""
+    def scaled(self, share: float, *excluded: str) -> _PhaseCost:
+        """Return a share of it; the rest is what `excluded` names."""
         return replace(
-            self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, uncounted=uncounted
+            self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, excluded=excluded
         )
 
     def reported(self) -> _PhaseCost:
@@ -85,7 +85,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         removed = values * np.float32(self.share)
         saved = saved_ns(self.segments, {self.part: values - removed})
         if saved > RARE_FACTOR * self.saved_ns:
-            return replace(self, uncounted=(_RARE, *self.uncounted))
+            return replace(self, excluded=(_RARE, *self.excluded))
 
         return replace(self, removed=removed, saved_ns=max(saved, self.saved_ns))
 
@@ -95,7 +95,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         share = percent_text(self.saved_ns / self.step_ns)
         # Ranks that have it in turns wait for each other: a step loses more than the mean of each.
         lost_ns = max(float(self.removed.mean()), self.saved_ns)
-        less = f", not counting {' and '.join(self.uncounted)}" if self.uncounted else ""
+        less = f", not counting {' and '.join(self.excluded)}" if self.excluded else ""
         return f"{ns_text(lost_ns)} of each {ns_text(self.step_ns)} step ({share}{less})"
 
     @property
@@ -168,12 +168,12 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         )
 
 
-def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: str | None = None) -> list[Finding]:
+def input_bound(segments: Segments, facts: JobFacts, step_ns: float, excluded: str | None = None) -> list[Finding]:
     """Find waiting for data on all ranks.
 
     Args:
         step_ns: mean step, to which the cost is compared.
-        uncounted: waiting that another finding has, and the segments have not, in words.
+        excluded: waiting that another finding has, and the segments have not, in words.
     """
     # Two steps are left out: the first batch after a pause is slow in any run.
     cost = _cost(segments, "input_wait", step_ns, rare_share=0)
@@ -187,8 +187,8 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, uncounted: 
     line = cost.line(facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
-    if uncounted is not None:
-        cost = replace(cost, uncounted=(*cost.uncounted, uncounted))
+    if excluded is not None:
+        cost = replace(cost, excluded=(*cost.excluded, excluded))
 
     if facts.loader_workers and by_sampler is None:  # the loop's own line tells nothing: the workers have the work
         keep_up = pipeline is None or pipeline.is_handover
@@ -243,8 +243,8 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
         if cost is None:
             continue
 
-        if whole is not None and _RARE not in cost.uncounted and _is_longer(whole, segments, part):
-            cost = replace(cost, uncounted=(_RARE, *cost.uncounted))
+        if whole is not None and _RARE not in cost.excluded and _is_longer(whole, segments, part):
+            cost = replace(cost, excluded=(_RARE, *cost.excluded))
 
         found += _residual_finding(cost, facts, has_forward=part == "other" and _is_unseen(segments, "forward"))
 
@@ -262,7 +262,7 @@ def _cost_of_code(
 
     if part == "other":
         cost = _without_torch(cost, segments, facts)
-        cost = replace(cost, uncounted=(*cost.uncounted, "the update")) if update_share >= MIN_UNCOUNTED else cost
+        cost = replace(cost, excluded=(*cost.excluded, "the update")) if update_share >= MIN_EXCLUDED else cost
 
     unsure = part in UNNAMED_CODE and facts.oversubscribed
     return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
@@ -339,8 +339,8 @@ def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _Ph
         "the forward": forward,
         "the update": _unseen_share(segments, "optimizer"),
     }
-    uncounted = {name: share for name, share in known.items() if share >= MIN_UNCOUNTED}
-    return cost.scaled(max(1 - sum(uncounted.values()), 0.0), *uncounted)
+    excluded = {name: share for name, share in known.items() if share >= MIN_EXCLUDED}
+    return cost.scaled(max(1 - sum(excluded.values()), 0.0), *excluded)
 
 
 def _loss_share(segments: Segments, facts: JobFacts) -> float:
