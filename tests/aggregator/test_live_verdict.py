@@ -9,15 +9,15 @@ from tests.aggregator.conftest import step_rows
 from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, snapshot
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.live_verdict import LiveVerdict
-from traceml.aggregator.streams.stream import Incarnation, Stream, StreamState
+from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
 from traceml.database.schema import HOST, PROCESS, USER_PHASES
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
 
-def stream_of(rank: int, attempt: int = 0) -> Stream:
+def stream_of(rank: int, attempt: int = 0) -> RankStream:
     incarnation = Incarnation("host", "boot", 100 + rank, 1, f"r{rank}")
-    return Stream(rank + 1, rank, attempt, incarnation, flight="")
+    return RankStream(rank + 1, rank, attempt, incarnation, flight="")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ class EventLog:
         self.events.append((kind, data))
 
 
-def take_steps(live: LiveRows, stream: Stream, start: int, count: int) -> None:
+def take_steps(live: LiveRows, stream: RankStream, start: int, count: int) -> None:
     live.take(stream, "steps", step_rows(start, count))
 
 

@@ -20,7 +20,7 @@ from tests.eventually import eventually
 from tests.forked import client as forked
 from traceml import cli
 from traceml.aggregator.silent_ranks.stacks_reply import stacks_reply
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.clock import boot_id
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
@@ -144,7 +144,7 @@ def test_an_aggregator_that_cannot_be_asked_is_reported(tmp_path: Path, capsys: 
 def test_equal_stacks_of_many_ranks_travel_once() -> None:
     """Each rank has the number of its stack; a rank without an answer on another host is named."""
     frames = [{"file": "a.py", "line": 3, "function": "f"}]
-    streams = [Stream(n, n, 0, Incarnation("far", "boot", n, 0, ""), flight="") for n in range(1000)]
+    streams = [RankStream(n, n, 0, Incarnation("far", "boot", n, 0, ""), flight="") for n in range(1000)]
     answers = {n: {"result": {"rank": n, "frames": frames if n else []}} for n in range(999)}
     reply = stacks_reply(streams, answers, {})
 
@@ -155,7 +155,7 @@ def test_equal_stacks_of_many_ranks_travel_once() -> None:
 
 def test_ranks_that_never_connected_are_missing() -> None:
     """The one that all others wait for may be among them."""
-    streams = [Stream(0, 0, 0, Incarnation("here", "boot", 1, 0, ""), flight="")]
+    streams = [RankStream(0, 0, 0, Incarnation("here", "boot", 1, 0, ""), flight="")]
     reply = stacks_reply(streams, {0: {"result": {"rank": 0, "frames": []}}}, {}, {2: None, 1: None})
 
     assert [(each["rank"], each["why"]) for each in reply["missing"]] == [

@@ -14,7 +14,7 @@ from tests.generated.targets import DAMAGE, Damage, Target, refusal
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.recovery import DeadFlight, recover
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.clock import boot_id
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_header import DATA_AT
@@ -91,7 +91,7 @@ def _recovered(damage: Damage, folder: Path) -> None:
     with StoreWriter(folder / STORE_NAME) as store:
         live = LiveRows(1)
         ingest = Ingest(store, live, lambda _paused: None)
-        stream = Stream(1, 0, 0, Incarnation("here", boot_id(), 77, 88, "r0"), flight=str(path))
+        stream = RankStream(1, 0, 0, Incarnation("here", boot_id(), 77, 88, "r0"), flight=str(path))
         store.stream(StreamIdentity(0, 0, "here", 77, 88, "r0"))
         live.join(stream)
         recover(stream, ingest, folder)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.generated.targets import DAMAGE, JSON_VALUES, PACKABLE, Damage, Target, refusal
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live_rows import LiveRows
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
@@ -109,7 +109,7 @@ def _rows_messages(messages: list[tuple[Any, Any, Any, Any]], folder: Path) -> N
     with StoreWriter(folder / STORE_NAME) as store:
         live = LiveRows(1)
         ingest = Ingest(store, live, lambda _paused: None)
-        stream = Stream(1, 0, 0, Incarnation("host", "boot", 100, 1, "r0"), flight="")
+        stream = RankStream(1, 0, 0, Incarnation("host", "boot", 100, 1, "r0"), flight="")
         store.stream(StreamIdentity(0, 0, "host", 100, 1, "r0"))
         live.join(stream)
         stream.connect(_Refusing())  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.streams.run_streams import RunStreams
-from traceml.aggregator.streams.stream import Incarnation, Stream, StreamState
+from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
 from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_flight, state_of_dead
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
@@ -98,7 +98,7 @@ class ActiveRun(RunStreams):
 
         self._finalize_dead(stream, flight.image)
 
-    def bye(self, stream: Stream, reason: str, peer: Peer, handled: dict[str, int] | None = None) -> None:
+    def bye(self, stream: RankStream, reason: str, peer: Peer, handled: dict[str, int] | None = None) -> None:
         """End a rank that says bye; the answer follows when all its rows are stored.
 
         Args:
@@ -112,7 +112,7 @@ class ActiveRun(RunStreams):
         failed = stream.exit.get("exception") or stream.exit.get("code") or reason == "failed"
         self._end_stream(stream, StreamState.FAILED if failed else StreamState.FINISHED)
 
-    def end_relayed(self, stream: Stream, state: StreamState) -> None:
+    def end_relayed(self, stream: RankStream, state: StreamState) -> None:
         """End a rank as the aggregator of its host has found it; its exit is known already."""
         stream.disconnect()
         self._end_stream(stream, state, is_total_known=state is not StreamState.LOST)
@@ -332,7 +332,7 @@ class ActiveRun(RunStreams):
         """Whether a process that never connected has only started the process that is its rank now: it has no steps."""
         return self._table.of_rank(attempt, flight.rank) is not None and not appended_rows(flight.image).get("steps")
 
-    def _finalize_dead(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
+    def _finalize_dead(self, stream: RankStream, image: FlightSnapshot | None = None) -> None:
         """Recover the rows of a dead rank and set its final state."""
         image = recover(stream, self.ingest, self.path.parent, image)
         if image is not None:

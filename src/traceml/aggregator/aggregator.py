@@ -24,7 +24,7 @@ from traceml.aggregator.commands import Commands
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.relay.relayed_hosts import RelayedHosts
-from traceml.aggregator.streams.stream import Stream, StreamPeer
+from traceml.aggregator.streams.stream import RankStream, StreamPeer
 from traceml.database.store.store import merge_wal
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
@@ -177,7 +177,7 @@ class Aggregator:
             "stream": stream.id, "sample_interval_s": run.sample_interval_s,
         }  # fmt: skip
 
-    def _admit(self, hello: Hello, peer: StreamPeer) -> tuple[ActiveRun, Stream]:
+    def _admit(self, hello: Hello, peer: StreamPeer) -> tuple[ActiveRun, RankStream]:
         """Connect a rank, new or known, to its run."""
         known = self.registry.find_stream(hello)
         try:
@@ -475,7 +475,7 @@ class Aggregator:
             self._schedule()
 
     @staticmethod
-    def _note_clock(run: ActiveRun, stream: Stream, message: dict[str, Any]) -> None:
+    def _note_clock(run: ActiveRun, stream: RankStream, message: dict[str, Any]) -> None:
         offset, rtt = message.get("offset_ns"), message.get("rtt_ns")
         if not isinstance(offset, int) or not isinstance(rtt, int):
             raise ProtocolError("a clock message carries offset_ns and rtt_ns")

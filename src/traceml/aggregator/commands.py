@@ -16,7 +16,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.registry import Registry
 from traceml.aggregator.silent_ranks.silent_ranks import store_snapshot
 from traceml.aggregator.silent_ranks.stacks_reply import snapshots_from_outside, stacks_reply
-from traceml.aggregator.streams.stream import Stream
+from traceml.aggregator.streams.stream import RankStream
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.fail_open import fail_open
 from traceml.track.tracker_state import TrackerState
@@ -110,7 +110,7 @@ class Commands:
 
         peer.send({"t": "reply", "id": number, **reply})
 
-    def take_reply(self, stream: Stream, reply: dict[str, Any]) -> None:
+    def take_reply(self, stream: RankStream, reply: dict[str, Any]) -> None:
         """Add a rank's reply to a forwarded command."""
         number = reply.get("id")
         query = self._queries.get(number) if isinstance(number, int) else None
@@ -232,7 +232,7 @@ class Commands:
 
         return {}
 
-    async def _ask(self, streams: Sequence[Stream], name: str, args: dict[str, Any], limit_s: float) -> _RankQuery:
+    async def _ask(self, streams: Sequence[RankStream], name: str, args: dict[str, Any], limit_s: float) -> _RankQuery:
         """Send a command to ranks, and wait for their answers; `waiting` of the result did not answer in time."""
         number = next(self._numbers)
         query = self._queries[number] = _RankQuery({stream.rank for stream in streams})
@@ -262,7 +262,7 @@ class Commands:
         return run
 
 
-def _askable(run: ActiveRun) -> list[Stream]:
+def _askable(run: ActiveRun) -> list[RankStream]:
     """Return the connected ranks of a run.
 
     Raises:

@@ -13,7 +13,7 @@ import msgpack
 import msgspec
 
 from traceml.aggregator.artifacts import Artifacts
-from traceml.aggregator.streams.stream import Stream
+from traceml.aggregator.streams.stream import RankStream
 from traceml.database.schema import BLOBS, TABLES, Table
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log
@@ -68,7 +68,7 @@ class Ingest:
         self._store = store
         self._live = live
         self._pause_senders = pause_senders
-        self._touched: dict[Stream, None] = {}
+        self._touched: dict[RankStream, None] = {}
         self._rows = self._repeated = self._commits = self._failed = 0
         self._failing_since_s: float | None = None
         self._retry_at_s = self._remind_at_s = self._notice_at_s = 0.0
@@ -88,7 +88,7 @@ class Ingest:
         return IngestStatistics(self._rows, self._repeated, self._commits, self._failed, self.stalled)
 
     def take(
-        self, stream: Stream, table: str, seq: int, n: int, data: bytes, packed: tuple[int, bytes] | None = None
+        self, stream: RankStream, table: str, seq: int, n: int, data: bytes, packed: tuple[int, bytes] | None = None
     ) -> None:
         """Add `n` rows of a stream, the first of which has number `seq`.
 
@@ -135,7 +135,7 @@ class Ingest:
         self._touched[stream] = None
         self._live.take(stream, table, data)
 
-    def _take_chunks(self, stream: Stream, maps: list[dict[str, Any]]) -> bytes:
+    def _take_chunks(self, stream: RankStream, maps: list[dict[str, Any]]) -> bytes:
         try:
             return self.artifacts.take(stream.id, maps)
         except OSError as error:
@@ -171,7 +171,9 @@ class Ingest:
         self._touched.clear()
         return True
 
-    def _cut(self, stream: Stream, table: str, seq: int, n: int, data: bytes, wanted: int) -> tuple[int, int, bytes]:
+    def _cut(
+        self, stream: RankStream, table: str, seq: int, n: int, data: bytes, wanted: int
+    ) -> tuple[int, int, bytes]:
         """Drop rows that are stored already: after a reconnect a rank may send them again."""
         known = min(wanted - seq, n)
         self._repeated += known

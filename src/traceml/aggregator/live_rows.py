@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from traceml.aggregator.streams.stream import Stream
+from traceml.aggregator.streams.stream import RankStream
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
@@ -29,7 +29,7 @@ class LiveRows:
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
-        self.on_loaded: Callable[[Stream, dict[str, Any]], None] = _ignore
+        self.on_loaded: Callable[[RankStream, dict[str, Any]], None] = _ignore
         """Called when a rank has read a file before its first step: its `loaded` row."""
         self.fresh = False
         """Whether something arrived since the last diagnosis."""
@@ -56,7 +56,7 @@ class LiveRows:
         self.representatives.mark_unreachable(host)
         self.fresh = True
 
-    def join(self, stream: Stream) -> None:
+    def join(self, stream: RankStream) -> None:
         """Add a rank; steps of an earlier incarnation are forgotten."""
         self.resume(stream)
         if not stream.is_diagnosed:
@@ -67,24 +67,24 @@ class LiveRows:
         if (stood := self._absent.pop(stream.rank, None)) is not None:  # it may connect only to end
             self.take_snapshot(stood)
 
-    def resume(self, stream: Stream) -> None:
+    def resume(self, stream: RankStream) -> None:
         """Add a rank as an earlier aggregator left it."""
         self.intake.facts.host(stream.rank, stream.incarnation.host)
         self.note_checkpoint(stream)
         if stream.is_diagnosed:
             self.intake.names[stream.rank] = stream.names
 
-    def note_checkpoint(self, stream: Stream) -> None:
+    def note_checkpoint(self, stream: RankStream) -> None:
         """Record the checkpoint that a rank has read: one may read it for all."""
         if stream.is_diagnosed:
             self.intake.facts.resumes_at = max(self.intake.facts.resumes_at, stream.resumes_at)
 
-    def end(self, stream: Stream) -> None:
+    def end(self, stream: RankStream) -> None:
         """Record how a rank ended."""
         self.intake.end(RankExit.from_facts(stream.rank, str(stream.state), stream.exit, stream.incarnation.host))
         self.fresh = True
 
-    def take(self, stream: Stream, table: str, data: bytes) -> None:
+    def take(self, stream: RankStream, table: str, data: bytes) -> None:
         """Take rows that the store has taken."""
         if table in _LOGS:
             self._take_log(stream, table, data)
@@ -136,14 +136,14 @@ class LiveRows:
         """Put the rows that arrived since the last tick among the kept ones."""
         self.fresh |= self.intake.flush()
 
-    def _take_log(self, stream: Stream, table: str, data: bytes) -> None:
+    def _take_log(self, stream: RankStream, table: str, data: bytes) -> None:
         for row in decode_log(data):
             (_take_name if table == NAMES.name else self._take_info)(stream, row)
 
         if table == NAMES.name and stream.is_diagnosed:
             self.intake.names[stream.rank] = stream.names
 
-    def _take_info(self, stream: Stream, row: dict[str, Any]) -> None:
+    def _take_info(self, stream: RankStream, row: dict[str, Any]) -> None:
         if row.get("kind") == "exit":
             # Kept with the stream too: how a rank ended is needed when its connection is gone. The code that its
             # launcher has reported is that of the process, which may have ended otherwise than its script.
@@ -155,10 +155,10 @@ class LiveRows:
             self.intake.facts.info(stream.rank, row)
 
 
-def _ignore(_stream: Stream, _row: dict[str, Any]) -> None:
+def _ignore(_stream: RankStream, _row: dict[str, Any]) -> None:
     """Ignore a row."""
 
 
-def _take_name(stream: Stream, row: dict[str, Any]) -> None:
+def _take_name(stream: RankStream, row: dict[str, Any]) -> None:
     if isinstance(row.get("id"), int) and isinstance(row.get("name"), str):
         stream.names[row["id"]] = row["name"]

@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 
 from traceml.aggregator.ingest import Ingest
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive
@@ -131,7 +131,7 @@ def _folder_of(identity: Mapping[str, Any]) -> Path:
 
 
 def recover(
-    stream: Stream, ingest: Ingest, runs_dir: Path, image: FlightSnapshot | None = None
+    stream: RankStream, ingest: Ingest, runs_dir: Path, image: FlightSnapshot | None = None
 ) -> FlightSnapshot | None:
     """Store the missing rows of a dead stream from its flight file; return its snapshot, None without a file.
 
@@ -172,7 +172,7 @@ def appended_rows(image: FlightSnapshot) -> dict[str, int]:
     return {name: image.counters(name).appended for name in image.tables}
 
 
-def _take(stream: Stream, ingest: Ingest, table: str, image: FlightSnapshot) -> int:
+def _take(stream: RankStream, ingest: Ingest, table: str, image: FlightSnapshot) -> int:
     before = stream.next.get(table, 0)
     uncommitted = 0
     try:
@@ -188,7 +188,7 @@ def _take(stream: Stream, ingest: Ingest, table: str, image: FlightSnapshot) -> 
     return stream.next.get(table, 0) - before
 
 
-def _recover_file_rows(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
+def _recover_file_rows(stream: RankStream, ingest: Ingest, image: FlightSnapshot) -> int:
     """Append the rows of files that were copied before their rank was killed."""
     said = {(row.get("t_ns"), row.get("name")) for row in image.all_maps(LOGGED.name)}
     rows = [

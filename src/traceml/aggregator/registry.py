@@ -15,7 +15,7 @@ from pathlib import Path
 from traceml import ids
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreBusyError, StoreError
 from traceml.ids import new_run_id
@@ -98,7 +98,7 @@ class Registry:
         found = self._by_key.get(text)
         return found or next((run for run in reversed(self._runs) if run.id == text), None)
 
-    def find_stream(self, hello: Hello) -> tuple[ActiveRun, Stream] | None:
+    def find_stream(self, hello: Hello) -> tuple[ActiveRun, RankStream] | None:
         """Return the run and stream of a recorder that was connected before, to this aggregator or an earlier one."""
         incarnation, key = Incarnation.from_hello(hello), _key(hello)
         for run in reversed(self._runs):

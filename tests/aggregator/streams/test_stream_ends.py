@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from traceml.aggregator.streams.stream import Incarnation, Stream, StreamState
+from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
 from traceml.aggregator.streams.stream_ends import note_exit, note_flight, note_oom, resumed_at, state_of_dead
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_header import FlightState
@@ -15,9 +15,9 @@ from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Phase, Slot
 
 
-def stream(rank: int = 0, attempt: int = 0, **ended: Any) -> Stream:
+def stream(rank: int = 0, attempt: int = 0, **ended: Any) -> RankStream:
     """A stream of another host."""
-    found = Stream(rank, rank, attempt, Incarnation("elsewhere", "boot", 7, 1, ""), flight="")
+    found = RankStream(rank, rank, attempt, Incarnation("elsewhere", "boot", 7, 1, ""), flight="")
     found.exit = ended
     return found
 

@@ -153,7 +153,9 @@ def test_loader_workers_are_not_taken_for_other_programs(busy, says):
     """Of 1.5 cores that others use, the one worker uses little, or most."""
     loader = LoaderFacts(num_workers=1)
 
-    (found,) = cpu_contention(oversubscribed(samples(busy=0.7), threads=1, loader=loader, workers=watched(1, busy=busy)))
+    (found,) = cpu_contention(
+        oversubscribed(samples(busy=0.7), threads=1, loader=loader, workers=watched(1, busy=busy))
+    )
 
     assert says in found.next
 

@@ -31,7 +31,7 @@ from traceml.track.plugins.plugin_registry import BUILT_IN
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
-    from traceml.aggregator.streams.stream import Stream
+    from traceml.aggregator.streams.stream import RankStream
 
 __all__ = ["SourceReadings", "SourceRequest", "find_request"]
 
@@ -163,14 +163,14 @@ class SourceReadings:
             await self.end(run)
 
 
-def _is_first(stream: Stream, run: ActiveRun) -> bool:
+def _is_first(stream: RankStream, run: ActiveRun) -> bool:
     return stream.rank == 0 and stream.attempt == run.attempt and not stream.is_helper
 
 
 class _RankReading:
     """The reading of one start of a job, from the arrival of its rank 0."""
 
-    def __init__(self, run: ActiveRun, rank: Stream, boot: str) -> None:
+    def __init__(self, run: ActiveRun, rank: RankStream, boot: str) -> None:
         self.attempt = rank.attempt
         self._run, self._rank, self._boot = run, rank, boot
         self._began_s = time.monotonic()

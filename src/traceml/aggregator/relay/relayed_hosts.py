@@ -14,7 +14,7 @@ import msgspec
 from msgspec import structs
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.streams.stream import Stream, StreamPeer, StreamState
+from traceml.aggregator.streams.stream import RankStream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.frame_compression import decode
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
@@ -70,7 +70,7 @@ class _RelayedHost(msgspec.Struct):
 
     peer: Peer
     key: str
-    ranks: dict[int, tuple[ActiveRun, Stream, RelayedRank]] = {}
+    ranks: dict[int, tuple[ActiveRun, RankStream, RelayedRank]] = {}
     run: ActiveRun | None = None
     taken: int = 0
     stored: int = 0
@@ -89,7 +89,7 @@ class RelayedHosts:
 
     def __init__(
         self,
-        admit: Callable[[Hello, StreamPeer], tuple[ActiveRun, Stream]],
+        admit: Callable[[Hello, StreamPeer], tuple[ActiveRun, RankStream]],
         moment_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._admit, self._moment_s = admit, moment_s

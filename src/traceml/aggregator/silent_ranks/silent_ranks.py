@@ -22,7 +22,7 @@ from traceml.transport.hello import WORLD_LIMIT
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
-    from traceml.aggregator.streams.stream import Stream
+    from traceml.aggregator.streams.stream import RankStream
     from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
 __all__ = ["RankProcess", "SilentRanks", "UnconnectedRanks", "store_snapshot"]
@@ -34,10 +34,10 @@ class RankProcess(msgspec.Struct, frozen=True):
     rank: int
     pid: int
     flight: Path
-    stream: Stream | None = None  # its stream; None before it has connected
+    stream: RankStream | None = None  # its stream; None before it has connected
 
     @classmethod
-    def of(cls, stream: Stream) -> RankProcess | None:
+    def of(cls, stream: RankStream) -> RankProcess | None:
         """Return the process of a stream; None if it is not on this host."""
         path, pid = stream.flight_path, stream.pid_here
         return cls(stream.rank, pid, path, stream) if pid is not None and path is not None else None
@@ -154,7 +154,7 @@ class SilentRanks:
             store_snapshot(self._run, process.stream, snapshot)
 
 
-def store_snapshot(run: ActiveRun, stream: Stream | None, snapshot: RankSnapshot) -> None:
+def store_snapshot(run: ActiveRun, stream: RankStream | None, snapshot: RankSnapshot) -> None:
     """Store a snapshot that the rank has not made itself, and give it to the live verdict.
 
     Args:

@@ -12,7 +12,7 @@ from traceml.database.snapshots.external_snapshots import ExternalSnapshots, sil
 
 if TYPE_CHECKING:
     from traceml.aggregator.active_run import ActiveRun
-    from traceml.aggregator.streams.stream import Stream
+    from traceml.aggregator.streams.stream import RankStream
     from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
 __all__ = ["snapshots_from_outside", "stacks_reply"]
@@ -21,7 +21,7 @@ _SILENT_S = 1.0  # a rank that only lacks a core is not asked by a signal
 
 
 async def snapshots_from_outside(
-    run: ActiveRun, streams: Sequence[Stream], *, is_last: bool = False
+    run: ActiveRun, streams: Sequence[RankStream], *, is_last: bool = False
 ) -> dict[RankProcess, RankSnapshot]:
     """Take snapshots of ranks of this host: of those that did not answer, and of those that have never connected.
 
@@ -41,7 +41,7 @@ async def snapshots_from_outside(
 
 
 def stacks_reply(
-    streams: Sequence[Stream],
+    streams: Sequence[RankStream],
     answers: Mapping[int, Mapping[str, Any]],
     silent: Mapping[int, RankSnapshot],
     absent: Mapping[int, RankProcess | None] | None = None,
@@ -71,7 +71,7 @@ def stacks_reply(
 
 
 def _asked(
-    streams: Sequence[Stream],
+    streams: Sequence[RankStream],
     answers: Mapping[int, Mapping[str, Any]],
     absent: Mapping[int, RankProcess | None],
 ) -> list[tuple[dict[str, Any], str]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from traceml.aggregator.run_facts import RunFacts
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.aggregator.streams.stream_table import StreamTable
 from traceml.transport.hello import Hello
 
@@ -24,7 +24,7 @@ class Admission:
     """
 
     def __init__(
-        self, facts: RunFacts, table: StreamTable, *, named: bool, on_helper: Callable[[Stream], object]
+        self, facts: RunFacts, table: StreamTable, *, named: bool, on_helper: Callable[[RankStream], object]
     ) -> None:
         self._facts = facts
         self._table = table
@@ -69,7 +69,7 @@ class Admission:
                 self._on_helper(stream)
 
 
-def _is_busy(current: Stream, hello: Hello) -> bool:
+def _is_busy(current: RankStream, hello: Hello) -> bool:
     """Whether another process is that rank now; a second recorder of the same process replaces the first."""
     same_process = (current.incarnation.pid, current.incarnation.start_ticks, current.incarnation.boot) == (
         hello.pid, hello.start_ticks, hello.boot_id,

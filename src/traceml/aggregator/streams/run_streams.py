@@ -13,7 +13,7 @@ from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.run_facts import RunFacts
 from traceml.aggregator.streams.admission import Admission
-from traceml.aggregator.streams.stream import Incarnation, Stream, StreamPeer, StreamState
+from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamPeer, StreamState
 from traceml.aggregator.streams.stream_ends import note_oom, resumed_at
 from traceml.aggregator.streams.stream_table import StreamTable
 from traceml.database.store.reader import StoreReader, StreamIdentity
@@ -89,12 +89,12 @@ class RunStreams:
         return min(max(1.0, self.world_size / _SAMPLE_FRAMES_PER_S), _LONGEST_SAMPLES_S)
 
     @property
-    def streams(self) -> list[Stream]:
+    def streams(self) -> list[RankStream]:
         """All streams, in the order in which they came."""
         return self._table.all
 
     @property
-    def connected(self) -> list[Stream]:
+    def connected(self) -> list[RankStream]:
         """The streams that are connected now."""
         return [stream for stream in self.streams if stream.connected]
 
@@ -133,11 +133,11 @@ class RunStreams:
         if self._facts.values != before:
             self._facts.write(self.store)
 
-    def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
+    def stream_of(self, incarnation: Incarnation, rank: int) -> RankStream | None:
         """Return the stream of a recorder that was connected before."""
         return self._table.of_process(incarnation, rank)
 
-    def join(self, hello: Hello, attempt: int, peer: StreamPeer) -> Stream:
+    def join(self, hello: Hello, attempt: int, peer: StreamPeer) -> RankStream:
         """Add a new rank, or a helper of one, to an attempt.
 
         Raises:
@@ -159,7 +159,7 @@ class RunStreams:
         self.connect(stream, hello, peer)
         return stream
 
-    def connect(self, stream: Stream, hello: Hello, peer: StreamPeer) -> None:
+    def connect(self, stream: RankStream, hello: Hello, peer: StreamPeer) -> None:
         """Connect a stream, new or known."""
         self._reopen()
         if stream.ended:
@@ -176,17 +176,17 @@ class RunStreams:
         if self.ingest.stalled:
             peer.pause(True)
 
-    def disconnected(self, stream: Stream) -> None:
+    def disconnected(self, stream: RankStream) -> None:
         """Record that a connection is gone."""
         stream.disconnect()
         self._touched_s = time.monotonic()
         if not stream.ended:
             self._table.disconnected[stream] = None
 
-    def _note_helper(self, stream: Stream) -> None:
+    def _note_helper(self, stream: RankStream) -> None:
         self.store.update_stream(stream.id, helps=True)
 
-    def _note_loaded(self, stream: Stream, row: dict[str, Any]) -> None:
+    def _note_loaded(self, stream: RankStream, row: dict[str, Any]) -> None:
         """Store where a restarted rank goes on, if what it has read is a checkpoint of an earlier attempt."""
         at = resumed_at(stream, row["place"], self.streams) if isinstance(row.get("place"), int) else 0
         if at > stream.resumes_at:
@@ -235,14 +235,14 @@ class RunStreams:
         flight: str,
         *,
         is_helper: bool = False,
-    ) -> Stream:
+    ) -> RankStream:
         identity = StreamIdentity(
             rank, attempt, incarnation.host, incarnation.pid, incarnation.start_ticks, incarnation.recorder
         )
         number = self.store.stream(
             identity, state="running", local_rank=local_rank, boot_id=incarnation.boot, flight=flight
         )
-        stream = Stream(number, rank, attempt, incarnation, flight=flight)
+        stream = RankStream(number, rank, attempt, incarnation, flight=flight)
         self.store.update_stream(number, seen_here=stream.seen_here)
         stream.is_diagnosed = attempt >= self.attempt
         stream.is_helper = is_helper
@@ -254,7 +254,7 @@ class RunStreams:
 
         return stream
 
-    def _end_stream(self, stream: Stream, state: StreamState, *, is_total_known: bool = True) -> None:
+    def _end_stream(self, stream: RankStream, state: StreamState, *, is_total_known: bool = True) -> None:
         """Set the final state of a rank.
 
         Args:
@@ -310,7 +310,7 @@ class RunStreams:
         self.store.event("resumed", {"was": facts["state"]})
 
 
-def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[Stream]:
+def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[RankStream]:
     """Yield the streams of a store as they were, disconnected."""
     names: defaultdict[int, dict[int, str]] = defaultdict(dict)
     for number, row in reader.log_rows("names"):
@@ -325,7 +325,7 @@ def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[Stream
         facts, identity = record.facts, record.identity
         incarnation = Incarnation(identity.host, facts.get("boot_id", ""), identity.pid, identity.start_ticks,
                           identity.recorder)  # fmt: skip
-        stream = Stream(record.id, identity.rank, identity.attempt, incarnation, flight=facts.get("flight", ""))
+        stream = RankStream(record.id, identity.rank, identity.attempt, incarnation, flight=facts.get("flight", ""))
         stream.is_helper = bool(facts.get("helps"))
         stream.is_relayed = bool(facts.get("relayed"))
         stream.resumes_at = int(facts.get("resumes_at", 0))

@@ -18,7 +18,7 @@ from traceml.database.schema import TABLES
 from traceml.inspection.control_groups import OomWatch, cgroup_paths
 from traceml.transport.hello import Hello
 
-__all__ = ["Incarnation", "Stream", "StreamPeer", "StreamState"]
+__all__ = ["Incarnation", "RankStream", "StreamPeer", "StreamState"]
 
 _BOOT = boot_id()
 _U64 = struct.Struct(">Q")
@@ -84,7 +84,7 @@ class Incarnation:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Stream:
+class RankStream:
     """Rows and state of one incarnation of a rank.
 
     The rows of each table are numbered from 0. A rank that is restarted gets a new stream.

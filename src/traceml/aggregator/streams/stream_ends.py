@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.aggregator.streams.stream import Stream, StreamState
+from traceml.aggregator.streams.stream import RankStream, StreamState
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Slot
@@ -24,7 +24,7 @@ _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -s
 _OOM = ("group", "host")  # where a counter of out-of-memory kills has grown
 
 
-def note_exit(stream: Stream, report: dict[str, Any]) -> None:
+def note_exit(stream: RankStream, report: dict[str, Any]) -> None:
     """Add the launcher's report of its end to a stream."""
     code = report["exitcode"]
     stream.exit |= {"signal": -code} if code < 0 else {"code": code}
@@ -46,7 +46,7 @@ def note_exit(stream: Stream, report: dict[str, Any]) -> None:
         stream.exit = {**crash_facts(report["crash"]), **stream.exit}
 
 
-def note_oom(stream: Stream) -> None:
+def note_oom(stream: RankStream) -> None:
     """Add to a stream that ended badly whether the kernel killed it for lack of memory."""
     ended = stream.exit
     if "oom" in ended or stream.oom_watch is None or ended.get("stopped"):
@@ -57,7 +57,7 @@ def note_oom(stream: Stream) -> None:
         ended["oom"] = where
 
 
-def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
+def resumed_at(stream: RankStream, place: int, streams: Iterable[RankStream]) -> int:
     """Return the steps in the newest checkpoint that an earlier attempt of a job has saved in a folder; 0 without one.
 
     Args:
@@ -69,7 +69,7 @@ def resumed_at(stream: Stream, place: int, streams: Iterable[Stream]) -> int:
     return max((each.resumes_at + each.exit["saved_steps"] for each in before if each.attempt == newest), default=0)
 
 
-def note_flight(stream: Stream, image: FlightSnapshot) -> None:
+def note_flight(stream: RankStream, image: FlightSnapshot) -> None:
     """Add what the flight file of a dead process shows: its launcher may report the end when the file is gone."""
     in_loop = image.open_phase[0] is not None or image.slot(Slot.ITERATING) > 0
     stream.flight_state = image.state
@@ -78,7 +78,7 @@ def note_flight(stream: Stream, image: FlightSnapshot) -> None:
         stream.was_in_loop = in_loop and image.open_step is not None
 
 
-def state_of_dead(stream: Stream, world_size: int) -> StreamState:
+def state_of_dead(stream: RankStream, world_size: int) -> StreamState:
     """Return the final state of a dead process, by the reports of its launcher and its flight file.
 
     Args:
@@ -99,7 +99,7 @@ def state_of_dead(stream: Stream, world_size: int) -> StreamState:
     return StreamState.FINISHED
 
 
-def final_state(members: Sequence[Stream], status: int | None) -> str:
+def final_state(members: Sequence[RankStream], status: int | None) -> str:
     """Return the state of a run that is over: finished, stopped, failed or lost.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from traceml.aggregator.streams.stream import Incarnation, Stream
+from traceml.aggregator.streams.stream import Incarnation, RankStream
 
 __all__ = ["StreamTable"]
 
@@ -18,13 +18,13 @@ class StreamTable:
     """
 
     def __init__(self) -> None:
-        self.all: list[Stream] = []
-        self.disconnected: dict[Stream, None] = {}
-        self._current: dict[tuple[int, int], Stream] = {}
-        self._by_incarnation: dict[tuple[Incarnation, int], Stream] = {}
-        self._by_recorder: dict[str, list[Stream]] = {}
+        self.all: list[RankStream] = []
+        self.disconnected: dict[RankStream, None] = {}
+        self._current: dict[tuple[int, int], RankStream] = {}
+        self._by_incarnation: dict[tuple[Incarnation, int], RankStream] = {}
+        self._by_recorder: dict[str, list[RankStream]] = {}
 
-    def add(self, stream: Stream) -> None:
+    def add(self, stream: RankStream) -> None:
         """Add a stream; a rank's newest one takes the place of the one before."""
         self.all.append(stream)
         if stream.is_helper:
@@ -35,29 +35,29 @@ class StreamTable:
         self._by_incarnation[stream.incarnation, stream.rank] = stream
         self._by_recorder.setdefault(stream.incarnation.recorder, []).append(stream)
 
-    def remove_rank(self, stream: Stream) -> None:
+    def remove_rank(self, stream: RankStream) -> None:
         """Make a rank's stream one of a helper."""
         del self._current[stream.attempt, stream.rank]
         stream.is_helper, stream.is_diagnosed = True, False
 
-    def of_rank(self, attempt: int, rank: int) -> Stream | None:
+    def of_rank(self, attempt: int, rank: int) -> RankStream | None:
         """Return the newest stream of a rank in an attempt."""
         return self._current.get((attempt, rank))
 
-    def of_attempt(self, attempt: int) -> list[Stream]:
+    def of_attempt(self, attempt: int) -> list[RankStream]:
         """Return the newest stream of each rank in an attempt."""
         return [stream for (number, _), stream in self._current.items() if number == attempt]
 
-    def of_recorder(self, attempt: int, recorder: str) -> list[Stream]:
+    def of_recorder(self, attempt: int, recorder: str) -> list[RankStream]:
         """Return the ranks of an attempt whose newest stream is that of a recorder."""
         found = [stream for stream in self._by_recorder.get(recorder, ()) if stream.attempt == attempt]
         return [stream for stream in found if self._current.get((attempt, stream.rank)) is stream]
 
-    def of_process(self, incarnation: Incarnation, rank: int) -> Stream | None:
+    def of_process(self, incarnation: Incarnation, rank: int) -> RankStream | None:
         """Return the stream of a recorder that was connected before."""
         return self._by_incarnation.get((incarnation, rank))
 
-    def of_exit(self, report: dict[str, Any]) -> Stream | None:
+    def of_exit(self, report: dict[str, Any]) -> RankStream | None:
         """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
         pid, host = report.get("pid"), report.get("host")
         by_pid = [s for s in self.all if s.incarnation.pid == pid and host in (None, s.incarnation.host)]
