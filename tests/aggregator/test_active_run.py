@@ -53,7 +53,7 @@ def test_run_is_over_a_moment_after_the_last_bye(registry, clock):  # noqa: F811
     run.commit()
     assert not run.is_over(has_launcher=False)
 
-    clock.now_s += run_module.SETTLE_S + 0.1
+    clock.now_s += run_module.JOIN_GRACE_S + 0.1
 
     assert run.is_over(has_launcher=False)
     assert not run.is_over(has_launcher=True)
@@ -324,7 +324,7 @@ def test_process_that_died_before_a_recorder_began_is_reported_by_its_launcher_a
     run.take_exit({"rank": 2, "local_rank": 2, "pid": 999_998, "exitcode": 0})
     run.take_exit({"rank": 3, "local_rank": 0, "pid": None, "host": "far", "lost": "its network is down"})
 
-    run.settle_exits()
+    run.add_unmatched_exits()
 
     assert [(each.rank, str(each.state)) for each in run.streams] == [(0, "finished"), (1, "killed"), (3, "lost")]
     assert run.streams[1].exit == {"signal": 9, "at_s": pytest.approx(time.time(), abs=60)}
@@ -340,7 +340,7 @@ def test_exit_of_an_earlier_attempt_is_not_the_later_ones(registry):  # noqa: F8
     leave(run, stream)
 
     run.take_exit({"rank": 0, "local_rank": 0, "pid": 999_999, "exitcode": -9})
-    run.settle_exits()
+    run.add_unmatched_exits()
 
     assert [str(each.state) for each in run.streams] == ["finished"]
     assert stream.exit == {}
@@ -444,7 +444,7 @@ def test_exit_of_a_rank_beyond_any_world_is_ignored(registry):  # noqa: F811
     """The number in a report must not size the windows."""
     run, _ = join(registry, hello(0, 1))
     run.take_exit({"rank": 2**40, "local_rank": 0, "pid": 99, "exitcode": 1})
-    run.settle_exits()
+    run.add_unmatched_exits()
 
     assert run.world_size == len(run.streams) == 1
 

@@ -30,7 +30,7 @@ __all__ = ["ActiveRun"]
 # A rank on another host, or one whose process is not visible here, counts as lost after this long without a connection.
 LOST_AFTER_S = 30.0
 # After all ranks have ended, another process of the job may still join, as a spawned one does.
-SETTLE_S = 0.1
+JOIN_GRACE_S = 0.1
 # torchrun starts its workers again within seconds, but they import torch first.
 RESTART_S = 120.0
 # For a run without connections whose missing ranks never came.
@@ -148,7 +148,7 @@ class ActiveRun(RunStreams):
         elif not stream.connected:
             self._finalize_dead(stream)
 
-    def settle_exits(self) -> None:
+    def add_unmatched_exits(self) -> None:
         """Add processes that failed before their recorder started: only the launcher reports them."""
         for report in self._unmatched_exits:
             rank, pid, local_rank = report.get("rank"), report.get("pid") or 0, report.get("local_rank", 0)
@@ -201,7 +201,7 @@ class ActiveRun(RunStreams):
             return quiet_s > (ORPHANED_S if self._has_lost_launcher else ABANDONED_S)
 
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
-        return quiet_s > (RESTART_S if broken and self._facts.restarts_left else SETTLE_S)
+        return quiet_s > (RESTART_S if broken and self._facts.restarts_left else JOIN_GRACE_S)
 
     def note_ending(self, ended_by: object) -> None:
         """Take the signal that ended the job, as its launcher reports it; see `ending_signal_of`."""

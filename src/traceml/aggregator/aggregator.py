@@ -45,7 +45,7 @@ _WATCH_S = 0.25
 _VERDICT_S = 1.0
 # After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
 _MAINTAIN_S = 0.015
-_SETTLE_POLLS, _SETTLE_POLL_S = 100, 0.05
+_END_POLLS, _END_POLL_S = 100, 0.05
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
 _ADOPT_S = 2.0
@@ -63,7 +63,7 @@ class Aggregator:
         launcher_pid: that launcher; by default the parent, unless it is gone when this process asks for it.
         on_left: called when all ranks of a run have said bye; their processes take a moment to end.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
-        on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
+        on_run_delivered: likewise when its logged rows are delivered, or are left for `traceml sync`.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
 
     Raises:
@@ -83,7 +83,7 @@ class Aggregator:
         on_rank: Callable[[], object] | None = None,
         on_left: Callable[[], object] | None = None,
         on_run_finished: Callable[[Path], object] | None = None,
-        on_run_settled: Callable[[Path], object] | None = None,
+        on_run_delivered: Callable[[Path], object] | None = None,
         retention_gb: float | None = None,
         alerts: FindingAlerts | None = None,
         profiles: FindingProfiles | None = None,
@@ -99,12 +99,12 @@ class Aggregator:
         self._on_rank = on_rank
         self._on_left = on_left
         self._on_run_finished = on_run_finished
-        self._on_run_settled = on_run_settled
+        self._on_run_delivered = on_run_delivered
         # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
         self._deliveries = DeliveryManager(
             STALL_LIMIT_S if exit_when_idle else None, delivery_nice, profile=profiles_deliveries
         )
-        self._settling: set[Path] = set()
+        self._finishing: set[Path] = set()
         self._parent = os.getppid() if launcher_pid is None else launcher_pid
         self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, profiles)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -257,7 +257,7 @@ class Aggregator:
     async def _end(self, run: ActiveRun, status: int | None) -> bool:
         await self._checks.sources.end(run)
         self._recover_flights(run)
-        run.settle_exits()
+        run.add_unmatched_exits()
         report_follows = self._on_run_finished is not None
         if not run.end(status, diagnose=self._checks.alerts.has_targets, report_follows=report_follows):
             return False
@@ -275,12 +275,12 @@ class Aggregator:
             await asyncio.to_thread(_call, self._on_run_finished, run.path)
 
         self._deliveries.poll(run.path, ended=True)
-        self._settle_delivered()  # a run without trackers at once: its launcher waits
+        self._finish_delivered()  # a run without trackers at once: its launcher waits
         return True
 
     def is_delivering(self, path: Path) -> bool:
         """Whether rows or alerts of an ended run are still being delivered."""
-        return path in self._deliveries.ended_runs or path in self._settling or self._checks.alerts.is_sending(path)
+        return path in self._deliveries.ended_runs or path in self._finishing or self._checks.alerts.is_sending(path)
 
     def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
         """Profile a run once its verdict has been computation for some time; return the path that it will have."""
@@ -297,7 +297,7 @@ class Aggregator:
 
         A scheduler signals all processes of a job at once.
         """
-        for _ in range(_SETTLE_POLLS):
+        for _ in range(_END_POLLS):
             for run in self.registry.open_runs:
                 self._check_launcher(run)
                 run.check_absent()
@@ -306,7 +306,7 @@ class Aggregator:
             if all(_is_left(run) and not self._has_launcher(run) for run in self.registry.open_runs):
                 break
 
-            await asyncio.sleep(_SETTLE_POLL_S)
+            await asyncio.sleep(_END_POLL_S)
 
         for run in filter(_is_left, self.registry.open_runs):
             run.end_remaining(None)  # also those of other hosts, which nobody waits for any more
@@ -374,22 +374,22 @@ class Aggregator:
         for path in self._deliveries.ended_runs:
             self._deliveries.poll(path, ended=True)
 
-        self._settle_delivered()
+        self._finish_delivered()
 
-    def _settle_delivered(self) -> None:
+    def _finish_delivered(self) -> None:
         """Start the last work on runs whose delivery has ended."""
-        for settled in self._deliveries.settled():
-            self._settling.add(settled.run_dir)
-            self._start(self._settle(settled))
+        for delivered in self._deliveries.pop_delivered():
+            self._finishing.add(delivered.run_dir)
+            self._start(self._finish(delivered))
 
-    async def _settle(self, run: RunDeliveries) -> None:
+    async def _finish(self, run: RunDeliveries) -> None:
         try:
             await asyncio.to_thread(run.close)
             await asyncio.to_thread(merge_wal, run.run_dir / STORE_NAME)
-            if self._on_run_settled is not None:
-                await asyncio.to_thread(_call, self._on_run_settled, run.run_dir)
+            if self._on_run_delivered is not None:
+                await asyncio.to_thread(_call, self._on_run_delivered, run.run_dir)
         finally:
-            self._settling.discard(run.run_dir)
+            self._finishing.discard(run.run_dir)
 
     def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         self._check_launcher(run)
@@ -419,7 +419,7 @@ class Aggregator:
 
     def _stop_if_idle(self) -> None:
         now_s = time.monotonic()
-        delivering = self._deliveries.ended_runs or self._settling or self._checks.alerts.is_busy
+        delivering = self._deliveries.ended_runs or self._finishing or self._checks.alerts.is_busy
         if self.registry.open_runs or self._ending or delivering or any(peer.context for peer in self.server.peers):
             self._idle_since_s = self._adopted_s = now_s
 

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             on_rank=reports.prepare if options.exit_when_idle else None,
             on_left=partial(_tell, options.left_fd) if options.left_fd is not None else None,
             on_run_finished=lambda run_dir: _log.info("report: %s", reports.write(run_dir)),
-            on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
+            on_run_delivered=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
             profiles_deliveries=config.debug,
             retention_gb=None if config.retention == "off" else config.retention,

@@ -120,7 +120,7 @@ class DeliveryManager:
         self._runs: dict[Path, RunDeliveries] = {}
 
     def poll(self, run_dir: Path, *, ended: bool) -> None:
-        """Supervise the deliveries of a run; call it often, also after its end, until it is settled."""
+        """Supervise the deliveries of a run; call it often, also after its end, until it is delivered."""
         if run_dir not in self._runs:
             self._runs[run_dir] = RunDeliveries(run_dir, self._start)
 
@@ -130,17 +130,17 @@ class DeliveryManager:
         """Return the id of the last frame of a run's store that each of its deliveries has done."""
         return self._runs[run_dir].cursors if run_dir in self._runs else []
 
-    def settled(self) -> list[RunDeliveries]:
+    def pop_delivered(self) -> list[RunDeliveries]:
         """Remove and return the runs that are over and whose deliveries have ended or stall; the caller closes them."""
-        settled = [run for run in self._runs.values() if run.ended and not self._is_delivering(run)]
-        for run in settled:
+        delivered = [run for run in self._runs.values() if run.ended and not self._is_delivering(run)]
+        for run in delivered:
             del self._runs[run.run_dir]
 
-        return settled
+        return delivered
 
     @property
     def ended_runs(self) -> list[Path]:
-        """Runs that are over and not settled yet."""
+        """Runs that are over and not delivered yet."""
         return [run_dir for run_dir, run in self._runs.items() if run.ended]
 
     def forget(self, run_dir: Path) -> None:
