@@ -61,7 +61,7 @@ def test_a_window_without_merged_hosts_has_no_representatives():
     kept = kept_of(0, 1)
 
     assert not kept.representatives
-    assert kept.aligned().stands_for == {}
+    assert kept.aligned().represents == {}
     assert kept.reached().tolist() == kept.latest.tolist()
 
 
@@ -71,7 +71,7 @@ def test_typical_ranks_stand_for_ordinary_ones():
     kept.representatives.take(choice(sent=(0, 2)))
     kept.representatives.take(choice("b", 4, (4,)))
 
-    assert kept.aligned().stands_for == {0: (0, 1, 3), 4: (4, 5, 6, 7)}
+    assert kept.aligned().represents == {0: (0, 1, 3), 4: (4, 5, 6, 7)}
     assert kept.reached().tolist() == [59] * 8
 
 

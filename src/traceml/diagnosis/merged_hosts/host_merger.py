@@ -1,4 +1,4 @@
-"""Merging of the ranks of a host: each second, the rows of a few chosen ranks, which stand for all."""
+"""Merging of the ranks of a host: each second, the rows of a few chosen ranks, which represent all."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
     elements: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
     # number of samples in them, 0 if unknown
     samples: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
-    # rank -> the ranks of its host that it stands for, itself among them, where hosts are merged
-    stands_for: Mapping[int, tuple[int, ...]] = {}
+    # rank -> the ranks of its host that it represents, itself among them, where hosts are merged
+    represents: Mapping[int, tuple[int, ...]] = {}
     # by rank and step, own work of the longest of those beyond that of the rank itself; empty without any
     above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
 
@@ -94,6 +94,6 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
             self.device,
             self.elements[:, columns] if len(self.elements) else self.elements,
             self.samples[:, columns] if len(self.samples) else self.samples,
-            self.stands_for,
+            self.represents,
             self.above[:, columns] if len(self.above) else self.above,
         )

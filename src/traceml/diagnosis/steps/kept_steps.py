@@ -62,7 +62,7 @@ class KeptSteps:
         ranks: ranks to allocate now; more are added as they arrive.
 
     Attributes:
-        representatives: ranks that stand for others, where hosts are merged.
+        representatives: ranks that represent others, where hosts are merged.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
@@ -86,7 +86,7 @@ class KeptSteps:
         return self._latest[: self._capacity]
 
     def reached(self, missing: Collection[int] = ()) -> Ints:
-        """Return the last step of each rank, also of those that others stand for; -1 before the first.
+        """Return the last step of each rank, also of those that others represent; -1 before the first.
 
         Args:
             missing: ranks with rows that are not compared; see `AlignedSteps`.
@@ -240,7 +240,7 @@ class KeptSteps:
 
         ranks = window.ranks.tolist()
         above = self.representatives.above(ranks, window.steps)
-        return replace(window, stands_for=self.representatives.stands_for(ranks), above=above)
+        return replace(window, represents=self.representatives.represents(ranks), above=above)
 
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self._latest >= 0

@@ -52,7 +52,7 @@ class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True)
         return 1 + max((self.typical, *self.ranks))
 
     @cached_property
-    def stands_for(self) -> tuple[int, ...]:
+    def represents(self) -> tuple[int, ...]:
         """The ordinary ranks without those that have rows of their own."""
         return tuple(rank for rank in self.ordinary if rank == self.typical or rank not in self.sent)
 
@@ -131,7 +131,7 @@ class _Chosen(msgspec.Struct, frozen=True):
     size: int  # ranks up to the highest one
     at: Mapping[int, int]  # typical rank -> index of its host
     unsent: Ints  # ranks whose rows are not sent
-    typical: Ints  # of each of these, the rank that stands for it
+    typical: Ints  # of each of these, the rank that represents it
     ended: Ints
     ended_at: Ints
 
@@ -150,7 +150,7 @@ class _Chosen(msgspec.Struct, frozen=True):
 
 
 class Representatives:
-    """The newest choice of each host, and the work of the ranks that others stand for.
+    """The newest choice of each host, and the work of the ranks that others represent.
 
     It is false as long as no host is merged.
     """
@@ -221,10 +221,10 @@ class Representatives:
         """Record that a host cannot be reached, until its next choice."""
         self._silent.add(host)
 
-    def stands_for(self, ranks: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    def represents(self, ranks: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """Return the ranks that each of these ranks represents."""
         at = self._newest.at
-        return {rank: self._choices[at[rank]].stands_for for rank in ranks if rank in at}
+        return {rank: self._choices[at[rank]].represents for rank in ranks if rank in at}
 
     def above(self, ranks: Sequence[int], steps: Ints) -> Floats:
         """Return how much longer the own work of the longest represented rank is, rank x step; 0 if unknown."""

@@ -60,7 +60,7 @@ class Segments(msgspec.Struct, frozen=True, dict=True):
     device: bool  # whether these are device times
     begins: NDArray[np.bool_]  # steps whose predecessor is not in the window
     sync_intervals: NDArray[np.intp]  # first step of each interval at whose end the ranks meet; mostly each step is one
-    stands_for: Mapping[int, tuple[int, ...]] = {}  # see `AlignedSteps`
+    represents: Mapping[int, tuple[int, ...]] = {}  # see `AlignedSteps`
     above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # see `AlignedSteps`
     # what each step took beyond `step` before several trainings were made as if of one; empty without any
     shift: Floats = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
@@ -87,13 +87,13 @@ class Segments(msgspec.Struct, frozen=True, dict=True):
         return () if has.all() else tuple(self.ranks[has].tolist())
 
     def ranks_of(self, rows: NDArray[np.intp]) -> list[int]:
-        """Return the ranks of some rows, and those that they stand for."""
+        """Return the ranks of some rows, and those that they represent."""
         ranks = self.ranks[rows].tolist()
-        return sorted(each for rank in ranks for each in self.stands_for.get(rank, (rank,)))
+        return sorted(each for rank in ranks for each in self.represents.get(rank, (rank,)))
 
     @cached_property
     def all_ranks(self) -> list[int]:
-        """All ranks of the window, and those that they stand for."""
+        """All ranks of the window, and those that they represent."""
         return self.ranks_of(np.arange(len(self.ranks)))
 
     def longest(self, own: Floats) -> Floats:
@@ -177,7 +177,7 @@ def segments_of(window: AlignedSteps, facts: JobFacts) -> Segments:
         window.device,
         window.begins,
         _sync_intervals(window, facts),
-        window.stands_for,
+        window.represents,
         window.above,
     )
 

@@ -34,7 +34,7 @@ class StepHistory(msgspec.Struct, frozen=True):
         step_ns: step time of each bin, the mean over all ranks.
         parts_ns: phase -> its time on the rank that takes longest, and the rest of the step; the mean over ranks that
             do not wait for each other.
-        ranks: ranks that wait for each other, one per row of `own_ns`; empty if rows stand for several ranks.
+        ranks: ranks that wait for each other, one per row of `own_ns`; empty if rows represent several ranks.
         own_ns: own work of each, rank x bin.
         elements: elements of the batches of all ranks; empty if unknown.
         single_steps: steps of the run, single_ns: their step times, single_parts_ns: own work of `ranks` in them by
@@ -77,7 +77,7 @@ class StepHistory(msgspec.Struct, frozen=True):
         if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
             numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
 
-        single = segments.grouped and not segments.stands_for and not len(segments.above)
+        single = segments.grouped and not segments.represents and not len(segments.above)
         return cls(
             first_step=first + numbers * width,
             steps=np.diff([*starts, ends[-1]]),
