@@ -26,7 +26,7 @@ from traceml.process_ends import exit_text, signal_name
 __all__ = [
     "FindingFacts",
     "compute",
-    "cores",
+    "core_wait",
     "device_fault",
     "duplicates",
     "evaluation",
@@ -35,9 +35,9 @@ __all__ = [
     "input_wait",
     "insufficient_data",
     "leak",
-    "limit",
     "lost_ranks",
     "lost_worker",
+    "near_limit",
     "not_finite",
     "pressure",
     "recompiles",
@@ -292,7 +292,7 @@ def input_wait(finding: FindingFacts) -> str:
     return f"Training waits for {what}: {_of_step_time(finding)}"
 
 
-def cores(finding: FindingFacts) -> str:
+def core_wait(finding: FindingFacts) -> str:
     """Return `Rank 1 waits for a CPU core: 62 % of step time`, or that the training does."""
     who = f"{ranks_text(finding.ranks)} {'wait' if len(finding.ranks) > 1 else 'waits'}"
     return f"{capitalized(who) if finding.ranks else 'The training waits'} for a CPU core: {_of_step_time(finding)}"
@@ -318,7 +318,7 @@ def slowdown(finding: FindingFacts) -> str:
     return f"Steps take {factor} as long {when}" + (f", until step {until}" if shape == "recovers" else "")
 
 
-def limit(finding: FindingFacts) -> str:
+def near_limit(finding: FindingFacts) -> str:
     """Return `Open files: 92 % of the limit in use`."""
     evidence = finding.evidence
     resource = str(evidence.get("resource", "resource")).replace("_", " ")

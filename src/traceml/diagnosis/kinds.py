@@ -77,7 +77,7 @@ class Kind(StrEnum):
     COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER", _SLOW
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
-    CPU_CONTENTION = "CPU_CONTENTION", KindRule(headlines.cores)
+    CPU_CONTENTION = "CPU_CONTENTION", KindRule(headlines.core_wait)
     GIL_CONTENTION = (
         "GIL_CONTENTION",
         KindRule("The training waits for Python's lock, which another thread holds: {share}"),
@@ -100,7 +100,7 @@ class Kind(StrEnum):
         KindRule("The ranks never exchange gradients: each trains its own model", Severity.WARNING),
     )
     NUMERIC = "NUMERIC", KindRule(headlines.not_finite, Severity.CRITICAL, sorts_first=True, cost_of=_STEPS)
-    LIMIT_NEAR = "LIMIT_NEAR", KindRule(headlines.limit)
+    LIMIT_NEAR = "LIMIT_NEAR", KindRule(headlines.near_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(headlines.leak, critical_first=True)
     MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(headlines.pressure, Severity.WARNING)
     MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks} {use} far more memory than the others")
