@@ -28,18 +28,18 @@ from tests.diagnosis.memory.memories import (
 from tests.diagnosis.memory.test_allocator_churn import emptied
 from tests.diagnosis.rules.test_correctness import group_of_two, history
 from tests.diagnosis.rules.test_data_imbalance import steps_of, uneven
+from tests.diagnosis.rules.test_device_faults import GOOD
+from tests.diagnosis.rules.test_device_faults import facts as faulty
 from tests.diagnosis.rules.test_interpreter_lock import found as locked
 from tests.diagnosis.rules.test_interpreter_lock import monitor, samples
+from tests.diagnosis.rules.test_throttled import THERMAL
+from tests.diagnosis.rules.test_throttled import samples as hot_samples
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
-from tests.diagnosis.stalls.test_device_faults import GOOD
-from tests.diagnosis.stalls.test_device_faults import facts as faulty
 from tests.diagnosis.stalls.test_gc_pauses import collections
 from tests.diagnosis.stalls.test_gc_pauses import history as collected
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
 from tests.diagnosis.stalls.test_stopped_ranks import pause
-from tests.diagnosis.stalls.test_throttled import THERMAL
-from tests.diagnosis.stalls.test_throttled import samples as hot_samples
 from tests.renderers.reports import report
 from tests.renderers.test_snapshots import plain
 from traceml.database.schema import EPOCHS, Compiled, Resource

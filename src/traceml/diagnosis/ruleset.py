@@ -31,6 +31,7 @@ from traceml.diagnosis.rules.correctness import (
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance
+from traceml.diagnosis.rules.device_health import device_faults, throttled
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
@@ -46,12 +47,11 @@ from traceml.diagnosis.rules.slowdown import (
     with_steps_from_slowdown,
 )
 from traceml.diagnosis.rules.stragglers import stragglers
-from traceml.diagnosis.stalls.device_health import device_faults, throttled
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
-from traceml.diagnosis.stalls.joined_ranks import without_joined_steps
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.joined_steps import without_joined_steps
 from traceml.diagnosis.steps.segments import COMPUTE, Segments, segments_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed

@@ -12,8 +12,8 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.rules.stragglers import straggler_kind
+from traceml.diagnosis.steps.long_steps import RARE
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments, median_over_ranks
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats

@@ -13,9 +13,9 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, significant_excess, usual
-from traceml.diagnosis.rules.long_steps import RARE
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.long_steps import RARE
 from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats

@@ -21,7 +21,6 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.background_threads import background_threads
-from traceml.diagnosis.rules.long_steps import RARE, count_long_steps, long_steps_blame
 from traceml.diagnosis.rules.straggler_words import (
     late_evidence,
     late_summary,
@@ -30,6 +29,7 @@ from traceml.diagnosis.rules.straggler_words import (
     share_late,
     waited_for_core,
 )
+from traceml.diagnosis.steps.long_steps import RARE, count_long_steps, long_steps_blame
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses

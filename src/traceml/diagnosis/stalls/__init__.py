@@ -1,4 +1,4 @@
-"""Findings about pauses: the interpreter or the compiler stops the training, or the device lowers its clock.
+"""Findings about pauses: the interpreter, the compiler, or a signal stops the training.
 
 Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts`, `diagnosis.steps` and `database`.
 """
