@@ -1,10 +1,10 @@
 """Detect the end of a process: an exception, a status, or a normal end.
 
 An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls the one before it. SystemExit
-does not trigger `sys.excepthook`, and it may be caught, so that it was raised proves nothing. But the interpreter reads
-the attribute `code` of one that ends the program, when the main thread has no Python frame left: a descriptor in place
-of that attribute detects that, also of `raise SystemExit(3)`. Python 3.11 has then no traceback of it any more, so
-`sys.exit` and `exit` note the place.
+does not trigger `sys.excepthook`, and it may be caught, so that it was raised proves nothing. When it ends the program,
+the interpreter reads its attribute `code` after the last Python frame of the main thread is gone. A descriptor in place
+of that attribute notices this read, also after `raise SystemExit(3)`. Python 3.11 has no traceback of it any more by
+then, so `sys.exit` and `exit` note the place.
 
 By `os.execv` and its relatives a process becomes another program, without an end of the interpreter: these are wrapped.
 

@@ -1,7 +1,7 @@
 """Other Python threads that compute: while one runs Python code, the training waits for the interpreter's lock.
 
 The training thread then neither runs nor waits for a core, in phases in which it only computes. The kernel's counters
-show that; which wait it is shows the CPU time of the other threads, of which one runs while the training waits.
+show that. The CPU time of the other threads shows that it waits for the lock: one of them runs meanwhile.
 """
 
 from __future__ import annotations

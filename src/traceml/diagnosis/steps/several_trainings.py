@@ -1,8 +1,8 @@
 """Steps of several trainings in one run, as a sweep and layers that are unfrozen make them: apart, or as if of one.
 
-Computation and waiting for other ranks depend on the model, so rules that look for irregular steps would find the
-models. All trainings have them at one usual value here, times a factor that keeps their sum. A change over time is
-looked for in each training by itself.
+Computation and waiting for other ranks depend on the model, so rules that look for irregular steps would report the
+change of model. Both are scaled here to one usual value for all trainings; their sum stays the same. A change over time
+is looked for in each training by itself.
 """
 
 from __future__ import annotations

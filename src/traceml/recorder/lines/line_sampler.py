@@ -1,10 +1,10 @@
 """Samples of the line that the training thread runs, by open phase.
 
 The recorder's thread takes the training thread's frame some 10 times a second; the training thread does nothing. A
-thread that wakes from a sleep gets the interpreter's lock where the training thread releases it by itself, so a plain
-sample misses code that holds it (0 % of samples instead of 57 % of the time, with blocks of 2 ms). So a sample is
-*armed*: the switch interval is short while the thread sleeps. Then it gets the lock within 50 us, on the line that was
-running.
+thread that wakes from a sleep gets the GIL only when the training thread gives it up by itself. So plain sampling
+misses code that keeps the GIL: code that ran 57 % of the time, in blocks of 2 ms, was in 0 % of the samples. Therefore
+a sample is *armed*: the switch interval is short while the thread sleeps. Then it gets the GIL within 50 us, on the
+line that was running.
 
 It sleeps twice, until the sample is due, and then for a random 2 to 12 ms. Where only the second sleep is armed, it
 begins in a place that releases the lock, and is too short to leave blocks of tens of milliseconds (40 % of samples

@@ -1,7 +1,7 @@
 """Bytes that the threads of this process write: output, a checkpoint.
 
-What the training thread writes is progress. Another thread may write for it, as in the background a checkpoint; or it
-only reports now and then that it lives, or what the host does, also while the training hangs.
+What the training thread writes is progress. Another thread may write a checkpoint for it, in the background. Or it may
+only write signs of life or what the host does, which goes on while the training hangs.
 """
 
 from __future__ import annotations
