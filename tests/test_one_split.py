@@ -15,7 +15,7 @@ from tests.runs.fabricated_store import STARTED, add_info, add_rank, run_facts
 from traceml.database.schema import DEVICE_STEPS, PHASE_LABELS, STEPS, StepFlag, pack_bits
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 from traceml.diagnosis.steps.step_split import DEVICE_LABELS
 from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import export_run
@@ -133,12 +133,12 @@ def of_tracker(run: Path) -> dict[str, float]:
 
 
 def of_verdict(run: Path) -> dict[str, float]:
-    """Shares of own work in the rules' segments, which leave out waiting."""
+    """Shares of own work in the rules' work, which leave out waiting."""
     with closing(StoreReader(run / STORE_NAME)) as reader:
         digest = read_digest(reader)
 
-    segments = segments_of(digest.kept.aligned(last=N), digest.facts.build())
-    return {name: float(values.mean()) / segments.step_ns for name, values in segments.parts.items()}
+    work = own_work_of(digest.kept.aligned(last=N), digest.facts.build())
+    return {name: float(values.mean()) / work.step_ns for name, values in work.parts.items()}
 
 
 def of_trace(run: Path) -> dict[str, float]:

@@ -332,7 +332,7 @@ def test_one_long_step_is_no_verdict():
 
 
 def test_a_long_optimizer_step_is_left_out_whole():
-    """An optimizer's work counts in the segment after its step: without the step, it is left out as well."""
+    """An optimizer's work counts in the step after its own: without the step, it is left out as well."""
 
     def pauses(own, random):
         own["optimizer"][:, 150] += 2000

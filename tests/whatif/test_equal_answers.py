@@ -9,7 +9,7 @@ from tests.diagnosis.fabricated import Fault, Job, adds, takes_turns, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
 from traceml.diagnosis.steps.speedup import new_step_times, with_typical_work
 from traceml.whatif.operations import JobTrace, Layout, Operation
 from traceml.whatif.simulation import Simulator
@@ -20,18 +20,18 @@ EVEN = Job(ranks=4, sigma=0.05, comm=3.0)
 ALL = np.ones((1, len(KINDS), EVEN.ranks), bool)
 
 
-def segments(*faults: Fault) -> Segments:
-    return segments_of(window_of(EVEN, *faults), JobFacts(world_size=EVEN.ranks, group=True))
+def work(*faults: Fault) -> OwnWork:
+    return own_work_of(window_of(EVEN, *faults), JobFacts(world_size=EVEN.ranks, group=True))
 
 
-def durations_s(own: Segments) -> np.ndarray:
+def durations_s(own: OwnWork) -> np.ndarray:
     """Return the seconds of a step's operations: before backward, backward, and the collective after the last rank."""
     backward = own.parts["backward"]
     collective = np.broadcast_to(np.maximum(own.step - own.longest(own.own), 0), backward.shape)
     return np.stack([own.own - backward, backward, collective]) / NS_PER_S
 
 
-def as_trace(own: Segments) -> JobTrace:
+def as_trace(own: OwnWork) -> JobTrace:
     """Return the operations of a window, with their times as a profiler would have recorded them."""
     before, backward, collective = durations_s(own)
     arrival = before + backward
@@ -49,7 +49,7 @@ def as_trace(own: Segments) -> JobTrace:
     )
 
 
-def simulated_gain(own: Segments, changed: Segments) -> float:
+def simulated_gain(own: OwnWork, changed: OwnWork) -> float:
     """Return old / new step time by simulation, where operations take the times of a changed window."""
     simulator = Simulator(as_trace(own))
     recorded = float(simulator.mean_step_s(ALL)[0])
@@ -57,7 +57,7 @@ def simulated_gain(own: Segments, changed: Segments) -> float:
     return recorded / float(simulator.mean_step_s(~ALL)[0])
 
 
-def estimated_gain(own: Segments, part: str, values: np.ndarray) -> float:
+def estimated_gain(own: OwnWork, part: str, values: np.ndarray) -> float:
     """Return old / new step time as the rules estimate it."""
     return own.step_ns / float(new_step_times(own, {part: values}).mean())
 
@@ -79,7 +79,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_equal_work_gives_one_gain(name):
     part, fault = FAULTS[name][0]
-    own = segments(fault)
+    own = work(fault)
     values = np.full_like(own.parts[part], own.parts[part].mean())
 
     assert estimated_gain(own, part, values) == pytest.approx(
@@ -89,7 +89,7 @@ def test_equal_work_gives_one_gain(name):
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_late_rank_with_typical_work_gives_one_gain(rank):
-    own = segments(adds("forward", 6, (rank,)))
+    own = work(adds("forward", 6, (rank,)))
     late, others = np.array([rank]), np.array([row for row in range(EVEN.ranks) if row != rank])
     values = with_typical_work(own.parts["forward"], late, others)
     simulated = simulated_gain(own, own.changed({"forward": values}, own.step))

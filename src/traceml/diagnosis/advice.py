@@ -5,7 +5,7 @@ from __future__ import annotations
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
-from traceml.diagnosis.steps.segments import UNNAMED_CODE
+from traceml.diagnosis.steps.own_work import UNNAMED_CODE
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [

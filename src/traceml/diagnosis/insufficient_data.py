@@ -9,7 +9,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.no_bottleneck import shares_text
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
 from traceml.formatting import ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "too_few_steps", "unknown_backward"]
@@ -40,7 +40,7 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
         why = "the script only logs, its steps are not traced"
 
     advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
-    so_far = shares_text(segments_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
+    so_far = shares_text(own_work_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
     line = line_beside_imports(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
     if line is not None:
         imports = import_share(facts.lines, OUTSIDE_STEPS[0]).share
@@ -98,13 +98,13 @@ def _for_more(facts: JobFacts, *, began: bool) -> str:
     )
 
 
-def unknown_backward(window: AlignedSteps, segments: Segments) -> Finding | None:
+def unknown_backward(window: AlignedSteps, work: OwnWork) -> Finding | None:
     """Report that own backward was not measured: slow computation and slow communication look the same then."""
-    if segments.backward_known:
+    if work.backward_known:
         return None
 
     backward = float(window.times["backward"].mean())
-    share = backward / segments.step_ns
+    share = backward / work.step_ns
     if share < _UNKNOWN_SHARE:
         return None
 
@@ -112,9 +112,9 @@ def unknown_backward(window: AlignedSteps, segments: Segments) -> Finding | None
         Kind.INSUFFICIENT_DATA,
         phase="backward",
         summary=(
-            f"{ns_text(backward)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) is backward or "
+            f"{ns_text(backward)} of each {ns_text(work.step_ns)} step ({percent_text(share)}) is backward or "
             "communication: the ranks' own backward work was not measured, so the two cannot be separated."
         ),
         next="Compare with a run on one rank: its backward is computation, the rest is communication.",
-        evidence={"backward_ms": backward / 1e6, "step_ms": segments.step_ns / 1e6, "missing": "backward_own_ns"},
+        evidence={"backward_ms": backward / 1e6, "step_ms": work.step_ns / 1e6, "missing": "backward_own_ns"},
     )

@@ -52,7 +52,7 @@ from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.joined_steps import without_joined_steps
-from traceml.diagnosis.steps.segments import COMPUTE, Segments, segments_of
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed
 from traceml.diagnosis.steps.step_history import StepHistory
@@ -80,13 +80,13 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
-    segments = segments_of(judged, facts)
-    timing, of_timing = _apart(_with_lock(_timing(judged, segments, facts), segments, facts))
+    work = own_work_of(judged, facts)
+    timing, of_timing = _apart(_with_lock(_timing(judged, work, facts), work, facts))
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
     if contention := cpu_contention(facts):
         return _with_contention(contention, main, timing, remarks, judged, facts)
 
-    nothing = [] if main else [unknown_backward(judged, segments) or nothing_found(segments, facts)]
+    nothing = [] if main else [unknown_backward(judged, work) or nothing_found(work, facts)]
     return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
 
 
@@ -177,13 +177,13 @@ def _training(facts: JobFacts) -> list[Finding]:
     return found
 
 
-def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
-    step_ns = segments.step_ns
-    segments = as_one_training(window, segments, facts.other_models)
-    segments, explained = _without_explained(window, segments, facts)
-    found, without_stragglers = stragglers(segments, facts)
+def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
+    step_ns = work.step_ns
+    work = as_one_training(window, work, facts.other_models)
+    work, explained = _without_explained(window, work, facts)
+    found, without_stragglers = stragglers(work, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
-    remaining, found_late = replayed(segments, without_stragglers), bool(found)
+    remaining, found_late = replayed(work, without_stragglers), bool(found)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
     restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
@@ -210,30 +210,30 @@ def _timing(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[F
     found += [each for each in long if not (found_late and each.phase == "comm")]
 
     if not any(finding.kind.rule.is_straggler for finding in found):
-        found += comm_bound(window, segments, facts)
+        found += comm_bound(window, work, facts)
 
     found += explained
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
-    slower = _slower(window, segments, facts, late)
+    slower = _slower(window, work, facts, late)
     for each in slower:
         timed = [with_steps_from_slowdown(one, each) for one in found]
         if timed != found:  # those ranks are the cause: one finding
             return timed
 
     if not slower:
-        found = _with_own_steps(found, window, segments, facts)
+        found = _with_own_steps(found, window, work, facts)
 
     if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
-        slower = _slower(window, segments, facts, ())
+        slower = _slower(window, work, facts, ())
 
     slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
     return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
 
 
-def _with_lock(timing: list[Finding], segments: Segments, facts: JobFacts) -> list[Finding]:
+def _with_lock(timing: list[Finding], work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings about steps with that about the interpreter's lock, which makes steps uneven, too."""
     late = any(each.kind.rule.is_straggler for each in timing)
-    locked = [] if late else interpreter_lock(segments, facts, segments.step_ns)
+    locked = [] if late else interpreter_lock(work, facts, work.step_ns)
     return [*locked, *(each for each in timing if not (locked and _is_by_chance(each)))]
 
 
@@ -243,21 +243,19 @@ def _is_by_chance(finding: Finding) -> bool:
     return finding.kind in (Kind.JITTER, Kind.SLOWDOWN) and not is_known
 
 
-def _without_explained(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[Segments, list[Finding]]:
+def _without_explained(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[OwnWork, list[Finding]]:
     """Return own work without what is explained (by batch sizes, collections, compiling), and the findings."""
-    explained, even = data_imbalance(window, segments)
-    segments = replayed(segments, even)
+    explained, even = data_imbalance(window, work)
+    work = replayed(work, even)
     for rule in (gc_pauses, recompiles):
-        found, without = rule(window, segments, facts)
-        segments = replayed(segments, without)
+        found, without = rule(window, work, facts)
+        work = replayed(work, without)
         explained = [*explained, *found]
 
-    return segments, explained
+    return work, explained
 
 
-def _slower(
-    window: AlignedSteps, segments: Segments, facts: JobFacts, late: Collection[tuple[int, ...]]
-) -> list[Finding]:
+def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collection[tuple[int, ...]]) -> list[Finding]:
     """Return the finding about steps that became slower.
 
     Of several trainings, each is compared with itself. A slowdown of code that does not depend on the model may
@@ -266,7 +264,7 @@ def _slower(
     if window.steps[0] > _FIRST_STEPS:  # live, the window is only the newest part of a longer run
         return []
 
-    of_run = slowdown(StepHistory.of(window, segments), facts, late)
+    of_run = slowdown(StepHistory.of(window, work), facts, late)
     trainings = trainings_of(window, facts.other_models, facts.same_models)
     if len(trainings) == 1:
         return of_run
@@ -280,7 +278,7 @@ def _slower(
     return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
 
 
-def _with_own_steps(found: list[Finding], window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
+def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
     is_late = any(each.kind.rule.is_straggler and each.ranks for each in found)
     if not is_late or window.steps[0] > _FIRST_STEPS:
@@ -289,17 +287,17 @@ def _with_own_steps(found: list[Finding], window: AlignedSteps, segments: Segmen
     if len(trainings_of(window, facts.other_models, facts.same_models)) > 1:
         return found
 
-    bins = StepHistory.of(window, segments)
+    bins = StepHistory.of(window, work)
     return [with_steps_from_history(each, bins) for each in found]
 
 
 def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:
     """Return the history of one of several trainings."""
     training = window.select(columns)
-    segments, _ = _without_explained(training, segments_of(training, facts), facts)
+    work, _ = _without_explained(training, own_work_of(training, facts), facts)
     after = window.steps[window.steps > training.steps[-1]]
     return replace(
-        StepHistory.of(training, segments),
+        StepHistory.of(training, work),
         start=int(training.steps[0]),
         end=int(after[0] if len(after) else training.steps[-1] + 1),
         of_run=float(training.total.sum() / window.total.sum()),

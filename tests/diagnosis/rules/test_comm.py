@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 
 
 def facts(backwards: float | None, reductions: float = 1.0) -> JobFacts:
@@ -94,7 +94,7 @@ def test_ranks_without_collectives_wait_for_nobody(newest: int, parallel: str | 
         builder.info(rank, {"kind": "model", "parameters": 100, "parallel": parallel})
         builder.batches.steps(rows)
 
-    assert segments_of(window_of(Job(ranks=2)), builder.build()).grouped is not apart
+    assert own_work_of(window_of(Job(ranks=2)), builder.build()).grouped is not apart
 
 
 @pytest.mark.parametrize("known", [facts(None), facts(1, 1), facts(4, 1), facts(2.3, 1)])

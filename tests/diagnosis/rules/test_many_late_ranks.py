@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterator, ValuesView
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.rules.stragglers import find_late
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 
 RANKS = 200
 MANY = 10_000
@@ -40,7 +40,7 @@ def reads_of(late: int) -> tuple[int, int]:
     ready, wall = shares_of(RANKS), shares_of(RANKS)
     facts = JobFacts(world_size=RANKS, main_wait=ready, core_wait=wall)
     window = window_of(Job(ranks=RANKS, steps=40), adds("forward", 10.0, tuple(range(late))))
-    (found,) = find_late(segments_of(window, facts), facts)
+    (found,) = find_late(own_work_of(window, facts), facts)
 
     assert found.rows.tolist() == list(range(late))
     return ready.reads, wall.reads

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 from traceml.diagnosis.steps.step_history import StepHistory
 
 METRICS = (SampledLine(0, "other", "/x/train.py", 23, "metrics", None, 180),)
@@ -107,7 +107,7 @@ def test_elements_of_batches_are_in_the_history():
     window = window_of(Job(ranks=2))
     rows = np.full((2, len(window)), 16.0, np.float32)
     known = replace(window, elements=rows)
-    histories = [StepHistory.of(each, segments_of(each, JobFacts())) for each in (window, known)]
+    histories = [StepHistory.of(each, own_work_of(each, JobFacts())) for each in (window, known)]
 
     assert histories[0].elements.tolist() in ([], [0.0] * len(histories[0].steps))
     assert set(histories[1].elements.tolist()) == {32.0}
@@ -226,9 +226,9 @@ def test_few_bins_have_no_shape():
 def test_a_window_is_divided_in_bins_of_several_steps():
     """100 steps are 25 bins of 4; their parts are own work, the rest is waiting."""
     window = window_of(Job(steps=110))
-    segments = segments_of(window, JobFacts(world_size=2))
+    work = own_work_of(window, JobFacts(world_size=2))
 
-    made = StepHistory.of(window, segments)
+    made = StepHistory.of(window, work)
 
     assert (len(made.steps), set(made.steps.tolist())) == (25, {4})
     assert made.first_step.tolist() == list(range(10, 110, 4))

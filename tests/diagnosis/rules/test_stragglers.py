@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.stragglers import find_late
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 
 
 @pytest.mark.parametrize("between_ms", [(), (2.4,), (3.2, 2.4), (3.4, 3.2, 2.5)])
@@ -29,7 +29,7 @@ def test_ranks_between_the_late_ones_and_the_others_hide_none(between_ms: tuple[
     faults += [adds("forward", ms, (rank,)) for rank, ms in enumerate(between_ms, 3)]
     window = window_of(Job(ranks=32, steps=120, sigma=0.02), *faults)
 
-    found, *_ = find_late(segments_of(window, JobFacts(world_size=32)), JobFacts(world_size=32))
+    found, *_ = find_late(own_work_of(window, JobFacts(world_size=32)), JobFacts(world_size=32))
 
     assert found.rows.tolist() == [0, 1, 2]
     assert len(found.others) == 29

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import WORTHWHILE, for_input
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 
 ALONE = Job(ranks=1, grouped=False)
 FOLDER = LoaderFacts(dataset="Folder", num_workers=0, batch_size=8)
@@ -55,10 +55,10 @@ def test_the_length_of_epochs_is_known_by_their_starts():
     """Steps that waited for the first batch of an iterator, every fifth here."""
     starts = np.zeros(40, EPOCHS.dtype)
     starts["step"] = np.arange(40) * 5
-    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
 
     for epochs, known in ((starts, 5.0), (starts[:1], None), (starts[:0], None)):
-        found = pipeline_of(segments, JobFacts(loader=FOLDER, epochs=epochs), 30 * MS)
+        found = pipeline_of(work, JobFacts(loader=FOLDER, epochs=epochs), 30 * MS)
         assert found is not None
         assert found.epoch_steps == known
 
@@ -71,14 +71,14 @@ def test_a_first_batch_that_takes_long_is_not_made_sooner_by_workers(first, says
     """A shuffle buffer is filled at the start of each epoch of 50 steps: the others have to gain by workers."""
     starts = np.zeros(4, EPOCHS.dtype)
     starts["step"], starts["ns"] = np.arange(4) * 50 + 25, (first + 2) * MS
-    segments = segments_of(window_of(ALONE, adds("input_wait", 2), adds("input_wait", first, every=50)), JobFacts())
-    wait_ns = float(segments.parts["input_wait"].mean())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 2), adds("input_wait", first, every=50)), JobFacts())
+    wait_ns = float(work.parts["input_wait"].mean())
 
-    found = pipeline_of(segments, JobFacts(loader=FOLDER, epochs=starts), wait_ns)
+    found = pipeline_of(work, JobFacts(loader=FOLDER, epochs=starts), wait_ns)
     advised = for_input(JobFacts(loader=FOLDER, epochs=starts), found)
 
     assert found is not None
-    assert found.step_ns(0) == pytest.approx(segments.step_ns, rel=0.01)
+    assert found.step_ns(0) == pytest.approx(work.step_ns, rel=0.01)
     assert says in advised.text
     assert never not in advised.text
     assert advised.gain == pytest.approx(gain, rel=0.05)
@@ -171,7 +171,7 @@ def test_samples_in_memory_are_not_told_to_be_cached(in_memory, says):
 def slow_samples(ms: float = 250):
     """Return a window of steps of 13.6 ms, of which each tenth waits for a slow sample."""
     window = window_of(ALONE, adds("input_wait", 1), adds("input_wait", ms, every=10))
-    return segments_of(window, JobFacts())
+    return own_work_of(window, JobFacts())
 
 
 def taken_at_once(ms: float = 1000):
@@ -181,7 +181,7 @@ def taken_at_once(ms: float = 1000):
         own["input_wait"][:] = 0
         own["input_wait"][:, ::EPOCH] = ms
 
-    return segments_of(window_of(ALONE, fault), JobFacts())
+    return own_work_of(window_of(ALONE, fault), JobFacts())
 
 
 @pytest.mark.parametrize(("epochs", "share"), [(WHOLE[:1], 0.0), (WHOLE, 0.75)])
@@ -203,10 +203,10 @@ def test_no_prefetch_is_advised_that_would_fill_the_memory():
 
 def test_batches_that_are_taken_at_once_are_loaded_like_others():
     """`for batch in list(loader)`: workers gain what they gain for a loop over the loader, which the advice has too."""
-    segments, facts = taken_at_once(), JobFacts(loader=FOLDER, epochs=WHOLE, hosts={0: "h"}, cores={"h": 2})
-    wait_ns = float(segments.parts["input_wait"].mean())
+    work, facts = taken_at_once(), JobFacts(loader=FOLDER, epochs=WHOLE, hosts={0: "h"}, cores={"h": 2})
+    wait_ns = float(work.parts["input_wait"].mean())
 
-    found = pipeline_of(segments, facts, wait_ns)
+    found = pipeline_of(work, facts, wait_ns)
     assert found is not None
     text = for_input(facts, found).text
 
@@ -224,7 +224,7 @@ def test_steps_that_share_a_batch_take_none_ahead(every):
     window = window_of(ALONE, adds("input_wait", 30, every=every))
     facts = JobFacts(loader=FOLDER, epochs=WHOLE)
 
-    found = pipeline_of(segments_of(window, facts), facts, 30 * MS / every)
+    found = pipeline_of(own_work_of(window, facts), facts, 30 * MS / every)
 
     assert found is not None
     assert not found.is_taken_ahead
@@ -263,8 +263,8 @@ def test_samples_are_in_memory_on_a_crowded_host_too(waited, says):
 def test_the_fetch_is_what_the_training_waits_for():
     """Without workers its CPU share is that of the training thread in the wait."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=20_000_000)]
-    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
-    found = pipeline_of(segments, JobFacts(loader=FOLDER, lines=lines), 30 * MS)
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    found = pipeline_of(work, JobFacts(loader=FOLDER, lines=lines), 30 * MS)
 
     assert found is not None
     assert (found.fetch_ns, found.fetch_cpu) == (30 * MS, pytest.approx(0.2))
@@ -289,13 +289,13 @@ def test_a_worker_does_not_make_up_for_slow_batches_in_a_row(row):
     def reads(own, _) -> None:
         own["input_wait"] += np.where(np.arange(410) % (10 * row) < row, 100.0, 0.0)
 
-    segments = segments_of(window_of(Job(ranks=1, steps=410, grouped=False), reads), JobFacts())
-    fetches_ms = segments.parts["input_wait"][0] / MS
+    work = own_work_of(window_of(Job(ranks=1, steps=410, grouped=False), reads), JobFacts())
+    fetches_ms = work.parts["input_wait"][0] / MS
     fetch_ms = float(fetches_ms.mean())
-    found = pipeline_of(segments, JobFacts(loader=FOLDER), fetch_ms * MS)
+    found = pipeline_of(work, JobFacts(loader=FOLDER), fetch_ms * MS)
 
     assert found is not None
-    rest_ms = segments.step_ns / MS - fetch_ms
+    rest_ms = work.step_ns / MS - fetch_ms
     assert found.gain(1) == pytest.approx((fetch_ms + rest_ms) / with_one_worker(fetches_ms, rest_ms), rel=0.15)
 
 
@@ -314,15 +314,15 @@ def with_workers(fetches_ms, rest_ms: float, workers: int) -> float:
 @pytest.mark.parametrize("workers", [2, 8, 16])
 def test_workers_do_not_make_up_for_a_rare_long_batch(workers):
     """One of 100 batches waits for a file server for 2 s: the other workers are ahead of it by two batches each."""
-    segments = segments_of(
+    work = own_work_of(
         window_of(Job(ranks=1, steps=410, grouped=False), adds("input_wait", 2000, every=100)), JobFacts()
     )
-    fetches_ms = segments.parts["input_wait"][0] / MS
+    fetches_ms = work.parts["input_wait"][0] / MS
     fetch_ms = float(fetches_ms.mean())
-    found = pipeline_of(segments, JobFacts(loader=FOLDER), fetch_ms * MS)
+    found = pipeline_of(work, JobFacts(loader=FOLDER), fetch_ms * MS)
 
     assert found is not None
-    rest_ms = segments.step_ns / MS - fetch_ms
+    rest_ms = work.step_ns / MS - fetch_ms
     played_ms = with_workers(fetches_ms, rest_ms, workers)
     assert found.gain(workers) == pytest.approx((fetch_ms + rest_ms) / played_ms, rel=0.1)
 
@@ -330,8 +330,8 @@ def test_workers_do_not_make_up_for_a_rare_long_batch(workers):
 def test_waiting_for_a_core_is_work():
     """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]
-    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
-    found = pipeline_of(segments, JobFacts(loader=FOLDER, lines=lines, main_wait={0: 0.4}), 30 * MS)
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    found = pipeline_of(work, JobFacts(loader=FOLDER, lines=lines, main_wait={0: 0.4}), 30 * MS)
 
     assert found is not None
     assert found.fetch_cpu == pytest.approx(1.0)
@@ -339,9 +339,9 @@ def test_waiting_for_a_core_is_work():
 
 def test_busy_workers_make_a_batch_per_step_each():
     """Three workers, each three steps long: with six the step is half as long if they wait."""
-    segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
     facts = JobFacts(loader=LoaderFacts(num_workers=3), workers=watched(3, busy=0.05), hosts={0: "h"}, cores={"h": 4})
-    found = pipeline_of(segments, facts, 86 * MS)
+    found = pipeline_of(work, facts, 86 * MS)
 
     assert found is not None
     assert found.fetch_ns == pytest.approx(300 * MS, rel=0.05)
@@ -359,14 +359,14 @@ def test_more_workers_are_not_advised_where_batches_are_ready(library, says, nev
     """Workers that are idle for most of the time are not late if the training process is seen receiving."""
     starts = SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 SemLock.__init__", 45)
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", f"/lib/multiprocessing/a.py:1 {library}", 40), starts]
-    segments = segments_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
     loader = LoaderFacts(dataset="Sums", num_workers=4, batch_size=64)
     usual = {"loader": loader, "lines": lines, "hosts": {0: "h"}, "cores": {"h": 2}}
     facts = JobFacts(workers=watched(4, busy=0.03), **usual)
-    found = pipeline_of(segments, facts, 14 * MS)
+    found = pipeline_of(work, facts, 14 * MS)
 
     assert found is not None
-    assert found.step_ns(4) == pytest.approx(segments.step_ns, rel=0.02)
+    assert found.step_ns(4) == pytest.approx(work.step_ns, rel=0.02)
     text = for_input(facts, found).text
     assert says in text
     assert never not in text
@@ -375,10 +375,10 @@ def test_more_workers_are_not_advised_where_batches_are_ready(library, says, nev
 def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     """Each of two workers computes for most of the time: without them the step would be longer."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
-    segments = segments_of(window_of(ALONE, adds("input_wait", 4)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 4)), JobFacts())
     usual = {"loader": LoaderFacts(num_workers=2), "lines": lines, "hosts": {0: "h"}, "cores": {"h": 8}}
     workers = JobFacts(workers=watched(2, busy=0.6), **usual)
-    found = pipeline_of(segments, workers, 4 * MS)
+    found = pipeline_of(work, workers, 4 * MS)
 
     assert found is not None
     advised = for_input(workers, found)
@@ -392,10 +392,10 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
 def test_workers_whose_batches_cost_nothing_are_to_be_left_out(workers: int, says: str) -> None:
     """Workers that start anew in each epoch are not watched; fewer tensors would gain nothing."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
-    segments = segments_of(window_of(ALONE, adds("input_wait", 60)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 60)), JobFacts())
     loader = LoaderFacts(num_workers=workers)
     facts = JobFacts(loader=loader, lines=lines, hosts={0: "h"}, cores={"h": 2})
-    found = pipeline_of(segments, facts, 60 * MS)
+    found = pipeline_of(work, facts, 60 * MS)
 
     assert found is not None
     assert found.gain_without_handover() < WORTHWHILE
@@ -407,11 +407,11 @@ def test_workers_whose_batches_cost_nothing_are_to_be_left_out(workers: int, say
 def test_workers_that_answer_late_because_they_compute_do_not_keep_up():
     """Two workers compute all the time, on cores enough: the step would be as long without waits for answers."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
-    segments = segments_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 14)), JobFacts())
     usual = {"loader": LoaderFacts(dataset="Rows", num_workers=2), "lines": lines, "hosts": {0: "h"}, "cores": {"h": 8}}
     facts = JobFacts(workers=watched(2, busy=0.97), **usual)
 
-    found = pipeline_of(segments, facts, 14 * MS)
+    found = pipeline_of(work, facts, 14 * MS)
 
     assert found is not None
     advised = for_input(facts, found)
@@ -421,15 +421,15 @@ def test_workers_that_answer_late_because_they_compute_do_not_keep_up():
 
 def test_workers_bound_to_one_core_gain_by_all_of_them():
     """Four workers that share a core of four: each computes for a quarter of the time and waits for the rest."""
-    segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
     usual = {"loader": LoaderFacts(num_workers=4), "hosts": {0: "h"}, "cores": {"h": 8}}
     bound = JobFacts(workers=watched(4, busy=0.25, waited=0.75, cores=1), **usual)
-    found = pipeline_of(segments, bound, 86 * MS)
-    free = pipeline_of(segments, JobFacts(workers=watched(4, busy=0.95, cores=8), **usual), 86 * MS)
+    found = pipeline_of(work, bound, 86 * MS)
+    free = pipeline_of(work, JobFacts(workers=watched(4, busy=0.95, cores=8), **usual), 86 * MS)
 
     assert found is not None
     assert free is not None
-    assert found.step_ns(4) == pytest.approx(segments.step_ns, rel=0.02)
+    assert found.step_ns(4) == pytest.approx(work.step_ns, rel=0.02)
     assert found.gain_on_all_cores() == pytest.approx(4.0, rel=0.05)
     assert found.gain(16) == pytest.approx(1.0)
     assert (found.worker_cores, free.worker_cores) == (1, None)
@@ -439,14 +439,14 @@ def test_workers_bound_to_one_core_gain_by_all_of_them():
 
 def test_workers_that_wait_for_cores_gain_nothing_by_more_of_them():
     """On cores that other programs use as well, more workers would wait, too."""
-    segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
     facts = JobFacts(
         loader=LoaderFacts(num_workers=2),
         workers=watched(2, busy=0.3, waited=0.65, cores=2),
         hosts={0: "h"},
         cores={"h": 2},
     )
-    found = pipeline_of(segments, facts, 86 * MS)
+    found = pipeline_of(work, facts, 86 * MS)
 
     assert found is not None
     assert found.gain(8) == pytest.approx(1.0, abs=0.1)
@@ -460,7 +460,7 @@ def test_waiting_of_workers_for_a_core_is_no_waiting_for_files():
         hosts={0: "h"},
         cores={"h": 2},
     )
-    found = pipeline_of(segments_of(window_of(ALONE, adds("input_wait", 86)), facts), facts, 86 * MS)
+    found = pipeline_of(own_work_of(window_of(ALONE, adds("input_wait", 86)), facts), facts, 86 * MS)
 
     assert found is not None
     assert found.takes_cpu
@@ -474,8 +474,8 @@ def test_waits_at_the_starts_of_epochs_are_pauses():
         own["input_wait"][:, ::50] += 500
 
     facts = JobFacts(loader=LoaderFacts(num_workers=3))
-    assert pipeline_of(segments_of(window_of(ALONE, pauses), facts), facts, 10 * MS) is None
-    every_third = segments_of(window_of(ALONE, adds("input_wait", 60, every=3)), facts)
+    assert pipeline_of(own_work_of(window_of(ALONE, pauses), facts), facts, 10 * MS) is None
+    every_third = own_work_of(window_of(ALONE, adds("input_wait", 60, every=3)), facts)
     assert pipeline_of(every_third, facts, 20 * MS) is not None
 
 
@@ -486,9 +486,9 @@ def test_a_crowded_host_promises_no_more_than_its_own_cores_give():
     facts = JobFacts(
         loader=FOLDER, lines=lines, samples=made, main_wait={0: 0.8}, core_wait={0: 0.8}, hosts={0: "h"}, cores={"h": 2}
     )
-    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), facts)
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), facts)
 
-    found = pipeline_of(segments, facts, 30 * MS)
+    found = pipeline_of(work, facts, 30 * MS)
 
     assert found is not None
     assert found.rest_cores == pytest.approx(1.0, abs=0.1)
@@ -498,10 +498,10 @@ def test_a_crowded_host_promises_no_more_than_its_own_cores_give():
 
 def test_the_training_uses_no_more_cores_than_torch_has_threads():
     """Samples of a short run contain its start: 1.9 cores of a process with one thread."""
-    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
 
     for threads, cores in ((1, 1.0), (4, 2.9), (None, 2.9)):
-        found = pipeline_of(segments, JobFacts(loader=FOLDER, samples=samples(busy=1.6), threads=threads), 30 * MS)
+        found = pipeline_of(work, JobFacts(loader=FOLDER, samples=samples(busy=1.6), threads=threads), 30 * MS)
         assert found is not None
         assert found.rest_cores == pytest.approx(cores, abs=0.2)
 

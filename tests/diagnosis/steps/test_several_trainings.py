@@ -10,7 +10,7 @@ from tests.diagnosis.fabricated import Job, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 
 OWN = {"input_wait": 0.5, "forward": 16.0, "backward": 32.0, "optimizer": 6.0, "other": 0.8}
@@ -80,11 +80,11 @@ def test_a_slowdown_within_a_training_is_found():
 def test_parts_keep_their_sums():
     """So the shares of the step are true."""
     window = window_of(ALONE, sweep(2, 2))
-    segments = segments_of(window, JobFacts())
-    even = as_one_training(window, segments, STARTS)
+    work = own_work_of(window, JobFacts())
+    even = as_one_training(window, work, STARTS)
 
-    assert even.step_ns == pytest.approx(segments.step_ns, rel=1e-3)
-    for part, values in segments.parts.items():
+    assert even.step_ns == pytest.approx(work.step_ns, rel=1e-3)
+    for part, values in work.parts.items():
         assert even.parts[part].mean() == pytest.approx(float(values.mean()), rel=1e-3)
 
     assert np.median(even.step[:150]) == pytest.approx(float(np.median(even.step[-150:])), rel=0.05)
@@ -100,10 +100,10 @@ def test_ranks_that_wait_for_each_other_are_evened_too():
 def test_one_training_is_left_alone():
     """Also where the others are outside the window."""
     window = window_of(ALONE)
-    segments = segments_of(window, JobFacts())
+    work = own_work_of(window, JobFacts())
 
-    assert as_one_training(window, segments, ()) is segments
-    assert as_one_training(window, segments, (0, 5, 10_000)) is segments
+    assert as_one_training(window, work, ()) is work
+    assert as_one_training(window, work, (0, 5, 10_000)) is work
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -7,19 +7,19 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
 from traceml.diagnosis.steps.steady_excess import errors_above_0, steady_excesses
 
 
-def segments(job: Job, *faults: Fault) -> Segments:
-    return segments_of(window_of(job, *faults), JobFacts(world_size=job.ranks))
+def work(job: Job, *faults: Fault) -> OwnWork:
+    return own_work_of(window_of(job, *faults), JobFacts(world_size=job.ranks))
 
 
 @pytest.mark.parametrize("callback_every", [1, 4])
 @pytest.mark.parametrize("part", ["forward", "backward", "other"])
 def test_the_rank_and_the_part_are_found(part, callback_every):
     """A tenth of a step more in one part is found, with its size; also where backward is measured on some steps."""
-    (found,) = steady_excesses(segments(Job(ranks=4, callback_every=callback_every), adds(part, 1.5, (2,))), 1e6)
+    (found,) = steady_excesses(work(Job(ranks=4, callback_every=callback_every), adds(part, 1.5, (2,))), 1e6)
 
     assert found is not None
     assert (found.row, found.part) == (2, part)
@@ -32,7 +32,7 @@ def test_equal_ranks_have_none(seed):
     """Noise alone is no steady excess, however small a mean may be."""
     window = window_of(Job(ranks=8, sigma=0.5), seed=seed)
 
-    assert steady_excesses(segments_of(window, JobFacts(world_size=8)), 0.0) == []
+    assert steady_excesses(own_work_of(window, JobFacts(world_size=8)), 0.0) == []
 
 
 def test_an_excess_of_half_the_run_is_not_steady():
@@ -41,12 +41,12 @@ def test_an_excess_of_half_the_run_is_not_steady():
     def fault(own, random):
         own["forward"][1, 110:] += 3.0
 
-    assert steady_excesses(segments(Job(), fault), 1e6) == []
+    assert steady_excesses(work(Job(), fault), 1e6) == []
 
 
 def test_two_equally_late_ranks_are_none():
     """The largest excess has to be distinct."""
-    assert steady_excesses(segments(Job(ranks=4), adds("forward", 2.0, (1, 2))), 1e6) == []
+    assert steady_excesses(work(Job(ranks=4), adds("forward", 2.0, (1, 2))), 1e6) == []
 
 
 def test_noise_that_lasts_has_a_larger_error():

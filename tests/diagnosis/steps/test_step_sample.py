@@ -11,7 +11,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import KeptSteps, SampledSteps
-from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.own_work import own_work_of
 
 BLOCKS = [range(64), range(640, 704), range(1984, 2000)]
 STEPS = np.concatenate([np.array(block) for block in BLOCKS])
@@ -93,13 +93,13 @@ def test_evaluation_before_other_steps_is_left_out():
 
 
 def test_rules_do_not_join_the_ends_of_blocks():
-    """The optimizer's work counts in the next segment; where a block begins, that of the step itself stands for it."""
+    """The optimizer's work counts in the next step; where a block begins, that of the step itself stands for it."""
     rows = rows_of(Job(steps=2000))
     for of_rank in rows:
         of_rank["optimizer_ns"] = of_rank["step"]
 
     window = sampled(rows).aligned(last=10_000, skip_first=0)
-    optimizer = segments_of(window, JobFacts(world_size=2, group=True)).parts["optimizer"][0]
+    optimizer = own_work_of(window, JobFacts(world_size=2, group=True)).parts["optimizer"][0]
 
     assert np.flatnonzero(window.begins).tolist() == [0, 64, 128]
     expected = np.where(window.begins, window.steps, window.steps - 1)

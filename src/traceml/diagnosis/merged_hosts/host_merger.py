@@ -15,8 +15,8 @@ from traceml.database.schema import STEPS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
+from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
 from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, packed_ms
-from traceml.diagnosis.steps.segments import Segments, segments_of
 
 __all__ = ["STEPS_COMPARED", "HostMerger", "HostUpdate"]
 
@@ -87,11 +87,11 @@ class HostMerger:
         if not len(window.ranks):
             return None
 
-        segments, choice = self._chosen(window)
+        work, choice = self._chosen(window)
         far = set(self._held).difference(choice.ordinary, choice.outliers, self._ended)
         sent = frozenset({choice.typical, *choice.outliers, *far, *(rank for rank in asked if rank in self._held)})
         rows = {rank: self._rows_of(rank, new, rank not in self._sent) for rank in sorted(sent)}
-        above = self._above(window, segments, choice)
+        above = self._above(window, work, choice)
         self._sent_rows.update({rank: len(data) // STEPS.row_bytes for rank, data in rows.items()})
         self._sent, self._typical = sent, choice.typical
         ended = tuple(sorted(self._ended))
@@ -114,11 +114,11 @@ class HostMerger:
             indices = np.repeat([self._index[rank] for rank in new], [len(rows) for rows in new.values()])
             self._steps.scatter(indices, join_rows(new.values()))
 
-    def _chosen(self, window: AlignedSteps) -> tuple[Segments, RankChoice]:
+    def _chosen(self, window: AlignedSteps) -> tuple[OwnWork, RankChoice]:
         """Return the own work of the host's ranks and the choice, in which ranks have their numbers in the job."""
         rank_of = np.array(list(self._index), np.int64)
-        segments = replace(segments_of(window, self._facts), ranks=rank_of[window.ranks])
-        return segments, choose_ranks(segments, self._kept())
+        work = replace(own_work_of(window, self._facts), ranks=rank_of[window.ranks])
+        return work, choose_ranks(work, self._kept())
 
     def _kept(self) -> int | None:
         """Return the rank that stays typical: at the beginning and at the end the one of which most rows are sent."""
@@ -133,14 +133,14 @@ class HostMerger:
 
         return bytes(new[rank].tobytes()) if rank in new else b""
 
-    def _above(self, window: AlignedSteps, segments: Segments, choice: RankChoice) -> ExcessWork:
+    def _above(self, window: AlignedSteps, work: OwnWork, choice: RankChoice) -> ExcessWork:
         """Return the work of the longest rank beyond the typical one, from the first new step on."""
         if not len(window) or len(choice.ordinary) < 2:
             return ExcessWork()
 
-        own = segments.own
-        ordinary = np.isin(segments.ranks, choice.ordinary)
-        above = own[ordinary].max(axis=0) - own[segments.ranks == choice.typical][0]
+        own = work.own
+        ordinary = np.isin(work.ranks, choice.ordinary)
+        above = own[ordinary].max(axis=0) - own[work.ranks == choice.typical][0]
         after = -1 if choice.typical != self._typical else self._last_step
         fresh = window.steps > after
         self._last_step = int(window.steps[-1])
@@ -161,23 +161,23 @@ class RankChoice(msgspec.Struct, frozen=True):
     outliers: tuple[int, ...]
 
 
-def choose_ranks(segments: Segments, kept: int | None = None) -> RankChoice:
+def choose_ranks(work: OwnWork, kept: int | None = None) -> RankChoice:
     """Return the typical rank of a host and its outliers.
 
     Args:
-        segments: own work of the host's ranks in the newest steps.
+        work: own work of the host's ranks in the newest steps.
         kept: the typical rank so far; it stays typical while it is an ordinary one.
     """
-    if not segments.own.size:  # no step that all of them have made: nobody differs yet
-        ranks = segments.ranks.tolist()
+    if not work.own.size:  # no step that all of them have made: nobody differs yet
+        ranks = work.ranks.tolist()
         return RankChoice(_typical(ranks, kept), tuple(sorted(ranks)), ())
 
-    apart = _differs(segments)
-    means = segments.own.mean(axis=1)
+    apart = _differs(work)
+    means = work.own.mean(axis=1)
     by_work = np.argsort(means, kind="stable")
     ordinary = [row for row in by_work.tolist() if not apart[row]] or [int(by_work[(len(means) - 1) // 2])]
-    ranks = segments.ranks[ordinary].tolist()
-    outliers = sorted(set(segments.ranks.tolist()).difference(ranks))
+    ranks = work.ranks[ordinary].tolist()
+    outliers = sorted(set(work.ranks.tolist()).difference(ranks))
     return RankChoice(_typical(ranks, kept), tuple(sorted(ranks)), tuple(outliers))
 
 
@@ -185,12 +185,12 @@ def _typical(ranks: list[int], kept: int | None) -> int:
     return kept if kept is not None and kept in ranks else ranks[(len(ranks) - 1) // 2]
 
 
-def _differs(segments: Segments) -> NDArray[np.bool_]:
+def _differs(work: OwnWork) -> NDArray[np.bool_]:
     """Return which ranks differ in their own work or in a part of it."""
-    values = np.stack([segments.own, *segments.parts.values()])
+    values = np.stack([work.own, *work.parts.values()])
     means = values.mean(axis=2)
     # The lower median is a real rank's: where half of the ranks are late, the other half are the ordinary ones.
     medians = np.sort(means, axis=1)[:, [(means.shape[1] - 1) // 2]]
     errors = np.median(values.std(axis=2), axis=1, keepdims=True) / values.shape[2] ** 0.5
-    least = np.maximum(MIN_DIFFERENCE * segments.step_ns, MIN_ERRORS * errors)
+    least = np.maximum(MIN_DIFFERENCE * work.step_ns, MIN_ERRORS * errors)
     return np.asarray((np.abs(means - medians) > least).any(axis=0))

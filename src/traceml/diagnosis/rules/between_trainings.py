@@ -14,7 +14,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE, LONG_NS, excess_over_usual
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, percent_text, phase_words
@@ -38,7 +38,7 @@ class _SetUp(msgspec.Struct, frozen=True):
 
 
 def set_up_between(
-    window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
+    window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about set-up between trainings, and other code as it would be without.
 
@@ -46,31 +46,31 @@ def set_up_between(
     no part in how steps vary, however regular the trainings are.
     """
     begins = np.intersect1d(facts.trainings_begin, window.steps)
-    if len(begins) < MIN_BEGINS or facts.collects or _PART not in segments.parts:
+    if len(begins) < MIN_BEGINS or facts.collects or _PART not in work.parts:
         return [], {}
 
-    found = _set_up(window, segments, begins)
+    found = _set_up(window, work, begins)
     is_usual = (found.each_ns >= LONG_NS).sum() >= max(MOST_BEGINS * len(begins), MIN_BEGINS)
     if not is_usual or found.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
-    return [_finding(segments, facts, found, step_ns)], {_PART: found.usually}
+    return [_finding(work, facts, found, step_ns)], {_PART: found.usually}
 
 
-def _set_up(window: AlignedSteps, segments: Segments, begins: NDArray[np.int64]) -> _SetUp:
+def _set_up(window: AlignedSteps, work: OwnWork, begins: NDArray[np.int64]) -> _SetUp:
     at = np.searchsorted(window.steps, begins)
     columns = np.unique(np.concatenate([at - 1, at]))
-    values = segments.parts[_PART]
+    values = work.parts[_PART]
     excess = np.zeros_like(values)
     excess[:, columns] = excess_over_usual(values, columns)
     each = excess.max(axis=0)
-    saved = saved_ns(segments, {_PART: values - excess})
+    saved = saved_ns(work, {_PART: values - excess})
     return _SetUp(values - excess, np.asarray(each[at - 1] + each[at], np.float64), saved)
 
 
-def _finding(segments: Segments, facts: JobFacts, found: _SetUp, step_ns: float) -> Finding:
+def _finding(work: OwnWork, facts: JobFacts, found: _SetUp, step_ns: float) -> Finding:
     share, gain = found.saved_ns / step_ns, speedup(step_ns, found.saved_ns)
-    phase_share = float(segments.parts[_PART].mean()) / step_ns
+    phase_share = float(work.parts[_PART].mean()) / step_ns
     held = found.saved_ns >= LINE_SHARE * phase_share * step_ns
     own = own_line(facts.lines, _PART, phase_share) if held else None
     line = own or _line_after_evaluation(facts, found)
@@ -91,8 +91,8 @@ def _finding(segments: Segments, facts: JobFacts, found: _SetUp, step_ns: float)
         evidence={
             "trainings": trainings,
             "set_up_ms": float(found.each_ns.mean()) / 1e6,
-            "steps": len(segments.step),
-            "usual_ms": float(np.median(segments.step)) / 1e6,
+            "steps": len(work.step),
+            "usual_ms": float(np.median(work.step)) / 1e6,
             **(line.evidence(phase_share if own else share) if line else {}),
         },
         cost_share=share,

@@ -33,7 +33,7 @@ from traceml.diagnosis.rules.loading_advice import (
     with_waited_loader,
 )
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of, share_of_long_waits
-from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED_CODE, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import bytes_text, capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
@@ -60,7 +60,7 @@ SAVING_SHARE = 1 / 3
 class _PhaseCost(msgspec.Struct, frozen=True):
     """Cost of a part of the step."""
 
-    segments: Segments
+    work: OwnWork
     part: str
     step_ns: float
     ranks: tuple[int, ...]  # the ranks that have it; empty for all
@@ -81,9 +81,9 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def reported(self) -> _PhaseCost:
         """Return the cost with the rare long steps, as a screen shows the part; without them if they are much of it."""
-        values = self.segments.parts[self.part]
+        values = self.work.parts[self.part]
         removed = values * np.float32(self.share)
-        saved = saved_ns(self.segments, {self.part: values - removed})
+        saved = saved_ns(self.work, {self.part: values - removed})
         if saved > RARE_FACTOR * self.saved_ns:
             return replace(self, excluded=(_RARE, *self.excluded))
 
@@ -143,7 +143,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     @property
     def _phase_share(self) -> float:
-        return float(self.segments.parts[self.part].mean()) / self.step_ns
+        return float(self.work.parts[self.part].mean()) / self.step_ns
 
     def line_evidence(self, line: BlamedLine | None) -> dict[str, object]:
         """Return the evidence about that line."""
@@ -162,28 +162,28 @@ class _PhaseCost(msgspec.Struct, frozen=True):
             phase=self.part,
             summary=summary,
             next=action,
-            evidence=_evidence(self.segments, self.part, self.step_ns) | evidence,
+            evidence=_evidence(self.work, self.part, self.step_ns) | evidence,
             cost_share=share,
             speedup_if_fixed=speedup(self.step_ns, self.saved_ns),
         )
 
 
-def input_bound(segments: Segments, facts: JobFacts, step_ns: float, excluded: str | None = None) -> list[Finding]:
+def input_bound(work: OwnWork, facts: JobFacts, step_ns: float, excluded: str | None = None) -> list[Finding]:
     """Find waiting for data on all ranks.
 
     Args:
         step_ns: mean step, to which the cost is compared.
-        excluded: waiting that another finding has, and the segments have not, in words.
+        excluded: waiting that another finding has, and `work` has not, in words.
     """
     # Two steps are left out: the first batch after a pause is slow in any run.
-    cost = _cost(segments, "input_wait", step_ns, rare_share=0)
+    cost = _cost(work, "input_wait", step_ns, rare_share=0)
     if cost is None or not cost.exceeds():
         return []
 
     facts = with_waited_loader(facts, cost.saved_ns / step_ns)
-    rare = share_of_long_waits(segments)
+    rare = share_of_long_waits(work)
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
-    pipeline = pipeline_of(segments, facts, float(cost.removed.mean()), step_ns)
+    pipeline = pipeline_of(work, facts, float(cost.removed.mean()), step_ns)
     line = cost.line(facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
@@ -195,9 +195,7 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, excluded: s
         line = None if keep_up else workers_line(facts.worker_lines, cost.ranks)
 
     advised = (
-        by_sampler
-        or of_new_iterators(facts, pipeline)
-        or for_input(facts, pipeline or RareWaits.of(segments, facts), line)
+        by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline or RareWaits.of(work, facts), line)
     )
     is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     where += f"; without any of it steps would be {cost.faster}" if is_part else ""
@@ -210,9 +208,9 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float, excluded: s
     return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]
 
 
-def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find copies to the device that all ranks spend time on."""
-    cost = _cost(segments, "h2d", step_ns, rare_share=0)
+    cost = _cost(work, "h2d", step_ns, rare_share=0)
     if cost is None or not cost.exceeds():
         return []
 
@@ -221,7 +219,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
 
 
-def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segments | None = None) -> list[Finding]:
+def residual(work: OwnWork, facts: JobFacts, step_ns: float, whole: OwnWork | None = None) -> list[Finding]:
     """Find time in the user's own phases, or outside all phases.
 
     Args:
@@ -229,39 +227,37 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float, whole: Segment
     """
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
-    update, facts = _own_update(segments, facts)
-    segments, whole = _with_update(segments, update), None if whole is None else _with_update(whole, update)
-    for part in segments.parts:
+    update, facts = _own_update(work, facts)
+    work, whole = _with_update(work, update), None if whole is None else _with_update(whole, update)
+    for part in work.parts:
         if part in known:
             continue
 
-        if part == "other" and (waiting := _iterator_bound(segments, facts, step_ns)):
+        if part == "other" and (waiting := _iterator_bound(work, facts, step_ns)):
             found.append(waiting)
             continue
 
-        cost = _cost_of_code(segments, part, facts, step_ns, update)
+        cost = _cost_of_code(work, part, facts, step_ns, update)
         if cost is None:
             continue
 
-        if whole is not None and _RARE not in cost.excluded and _is_longer(whole, segments, part):
+        if whole is not None and _RARE not in cost.excluded and _is_longer(whole, work, part):
             cost = replace(cost, excluded=(_RARE, *cost.excluded))
 
-        found += _residual_finding(cost, facts, has_forward=part == "other" and _is_unseen(segments, "forward"))
+        found += _residual_finding(cost, facts, has_forward=part == "other" and _is_unseen(work, "forward"))
 
     return found
 
 
-def _cost_of_code(
-    segments: Segments, part: str, facts: JobFacts, step_ns: float, update_share: float
-) -> _PhaseCost | None:
+def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, update_share: float) -> _PhaseCost | None:
     """Return the cost of a part that is the script's own code; None if it is too small to be reported."""
     # A named phase explains its rare long steps; those of unnamed code are jitter.
-    cost = _cost(segments, part, step_ns, rare_share=0.05 if part in UNNAMED_CODE else 0)
+    cost = _cost(work, part, step_ns, rare_share=0.05 if part in UNNAMED_CODE else 0)
     if cost is None:
         return None
 
     if part == "other":
-        cost = _without_torch(cost, segments, facts)
+        cost = _without_torch(cost, work, facts)
         cost = replace(cost, excluded=(*cost.excluded, "the update")) if update_share >= MIN_EXCLUDED else cost
 
     unsure = part in UNNAMED_CODE and facts.oversubscribed
@@ -295,16 +291,16 @@ def _is_unsure(cost: _PhaseCost, facts: JobFacts) -> bool:
     return bool(facts.lines) and seen < MIN_SHARE_SAMPLES and not cost.exceeds(UNSURE_SHARE)
 
 
-def _own_update(segments: Segments, facts: JobFacts) -> tuple[float, JobFacts]:
+def _own_update(work: OwnWork, facts: JobFacts) -> tuple[float, JobFacts]:
     """Return the share of `other` that updates weights by hand, and the facts with its lines as the optimizer's.
 
     It is that of the functions that read gradients, by samples; none where backward is shorter: they do more than that.
     """
-    if not facts.own_updates or not _is_unseen(segments, "optimizer") or "other" not in segments.parts:
+    if not facts.own_updates or not _is_unseen(work, "optimizer") or "other" not in work.parts:
         return 0.0, facts
 
     share = place_share(facts.lines, "other", facts.own_updates)
-    if share is None or share > _unseen_share(segments, "optimizer"):
+    if share is None or share > _unseen_share(work, "optimizer"):
         return 0.0, facts
 
     lines = tuple(
@@ -316,63 +312,63 @@ def _own_update(segments: Segments, facts: JobFacts) -> tuple[float, JobFacts]:
     return share, replace(facts, lines=lines)
 
 
-def _with_update(segments: Segments, share: float) -> Segments:
-    """Return the segments with a share of `other` as the optimizer's."""
+def _with_update(work: OwnWork, share: float) -> OwnWork:
+    """Return the work with a share of `other` as the optimizer's."""
     if not share:
-        return segments
+        return work
 
-    other = segments.parts["other"]
+    other = work.parts["other"]
     moved = {"other": other * np.float32(1 - share), "optimizer": other * np.float32(share)}
-    return replace(segments, parts={**segments.parts, **moved})
+    return replace(work, parts={**work.parts, **moved})
 
 
-def _is_longer(whole: Segments, segments: Segments, part: str) -> bool:
-    return float(whole.parts[part].mean()) > RARE_FACTOR * float(segments.parts[part].mean())
+def _is_longer(whole: OwnWork, work: OwnWork, part: str) -> bool:
+    return float(whole.parts[part].mean()) > RARE_FACTOR * float(work.parts[part].mean())
 
 
-def _without_torch(cost: _PhaseCost, segments: Segments, facts: JobFacts) -> _PhaseCost:
+def _without_torch(cost: _PhaseCost, work: OwnWork, facts: JobFacts) -> _PhaseCost:
     """Return the cost of `other` without clearing gradients, and without computation that no hook sees."""
-    forward = _unseen_share(segments, "forward")
+    forward = _unseen_share(work, "forward")
     known = {
         "clearing gradients": clearing_share(facts.lines),
-        "the loss": 0.0 if forward else _loss_share(segments, facts),
+        "the loss": 0.0 if forward else _loss_share(work, facts),
         "the forward": forward,
-        "the update": _unseen_share(segments, "optimizer"),
+        "the update": _unseen_share(work, "optimizer"),
     }
     excluded = {name: share for name, share in known.items() if share >= MIN_EXCLUDED}
     return cost.scaled(max(1 - sum(excluded.values()), 0.0), *excluded)
 
 
-def _loss_share(segments: Segments, facts: JobFacts) -> float:
+def _loss_share(work: OwnWork, facts: JobFacts) -> float:
     """Return the share of `other` that is the loss: at most as long as forward, or it is not called once."""
-    other, forward = (float(segments.parts[part].mean()) if part in segments.parts else 0.0 for part in _LOSS_OF)
+    other, forward = (float(work.parts[part].mean()) if part in work.parts else 0.0 for part in _LOSS_OF)
     return min(loss_share(facts.lines), forward / max(other, 1.0))
 
 
-def _unseen_share(segments: Segments, phase: str) -> float:
+def _unseen_share(work: OwnWork, phase: str) -> float:
     """Return the share of `other` that is a phase that no hook sees: at most as long as backward.
 
     A training without modules has its forward there, one that updates its weights by hand the update.
     """
-    if not _is_unseen(segments, phase):
+    if not _is_unseen(work, phase):
         return 0.0
 
-    return min(float(segments.parts["backward"].mean()) / max(float(segments.parts["other"].mean()), 1.0), 1.0)
+    return min(float(work.parts["backward"].mean()) / max(float(work.parts["other"].mean()), 1.0), 1.0)
 
 
-def _is_unseen(segments: Segments, phase: str) -> bool:
+def _is_unseen(work: OwnWork, phase: str) -> bool:
     """Return whether the steps have a backward, but not this phase."""
-    return phase not in segments.parts and "backward" in segments.parts
+    return phase not in work.parts and "backward" in work.parts
 
 
-def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Finding | None:
+def _iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding | None:
     """Find waiting for an iterator that is not a DataLoader, whose time is measured as `other`."""
     share = iterator_share(facts.lines)
-    measured = segments.parts.get("input_wait")
+    measured = work.parts.get("input_wait")
     if share < ITERATOR_SHARE or (measured is not None and measured.mean() > 0.01 * step_ns):
         return None
 
-    whole = _cost(segments, "other", step_ns, rare_share=0)
+    whole = _cost(work, "other", step_ns, rare_share=0)
     if whole is None:
         return None
 
@@ -380,7 +376,7 @@ def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Find
     if not cost.exceeds():
         return None
 
-    phase_share = share * float(segments.parts["other"].mean()) / step_ns
+    phase_share = share * float(work.parts["other"].mean()) / step_ns
     line = own_line(facts.lines, "input_wait", phase_share, cost.ranks)
     called = main_library(facts.lines, "input_wait", line) if line else None
     summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}."
@@ -388,9 +384,9 @@ def _iterator_bound(segments: Segments, facts: JobFacts, step_ns: float) -> Find
     return replace(cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(called), **evidence), phase="input_wait")
 
 
-def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find saving that all ranks spend time on, or wait for."""
-    values = segments.parts.get("checkpoint")
+    values = work.parts.get("checkpoint")
     if values is None:
         return []
 
@@ -398,13 +394,13 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     longest = values[:, :-1].max(axis=0, initial=0)
     saves = longest > FLOOR_NS
     kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
-    ranks, removed = _ranks_with(segments, values[:, :-1]), values - kept
-    cost = _PhaseCost(segments, "checkpoint", step_ns, ranks, removed, saved_ns(segments, {"checkpoint": kept}))
+    ranks, removed = _ranks_with(work, values[:, :-1]), values - kept
+    cost = _PhaseCost(work, "checkpoint", step_ns, ranks, removed, saved_ns(work, {"checkpoint": kept}))
     if saves.sum() < 2 or not cost.exceeds():
         return []
 
     count, each_ns = int(saves.sum()), float(longest[saves].mean())
-    known, half = facts.pauses.saves(segments.ranks), speedup(step_ns, cost.saved_ns / 2)
+    known, half = facts.pauses.saves(work.ranks), speedup(step_ns, cost.saved_ns / 2)
     where = f" on {ranks_text(ranks)}" if ranks else ""
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"
@@ -421,11 +417,11 @@ def _at_end(values: Floats) -> str:
     return ", not counting the one in the last step" if values[:, -1].max(initial=0) > FLOOR_NS else ""
 
 
-def _ranks_with(segments: Segments, values: Floats) -> tuple[int, ...]:
+def _ranks_with(work: OwnWork, values: Floats) -> tuple[int, ...]:
     """Return the ranks that have a part, where others do not; empty for all."""
     sums = values.sum(axis=1)
     rows = np.flatnonzero(sums >= SAVING_SHARE * sums.max())
-    return () if len(rows) == len(sums) else tuple(segments.ranks_of(rows))
+    return () if len(rows) == len(sums) else tuple(work.ranks_of(rows))
 
 
 def _of_save(known: Saves | None) -> str:
@@ -441,21 +437,21 @@ def _of_save(known: Saves | None) -> str:
     return f"{where} ({bytes_text(int(known.size_bytes))}, {bytes_text(int(known.bytes_per_s))}/s)"
 
 
-def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
+def _cost(work: OwnWork, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
     """Return the cost of a part without its rare long steps; None if there is no such part.
 
     A part that only half of the ranks or fewer have saves nothing: stragglers are a finding of their own.
     """
-    values = segments.parts.get(part)
+    values = work.parts.get(part)
     if values is None:
         return None
 
     removed = without_rare(values, rare_share)
     means = removed.mean(axis=1)
     has = means >= 0.5 * float(np.max(means, initial=0))
-    saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
-    ranks = segments.named(has)
-    return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
+    saved = saved_ns(work, {part: values - removed}) if has.mean() > 0.5 else 0.0
+    ranks = work.named(has)
+    return _PhaseCost(work, part, step_ns, ranks, removed, saved)
 
 
 def _subject(ranks: tuple[int, ...]) -> str:
@@ -465,17 +461,17 @@ def _subject(ranks: tuple[int, ...]) -> str:
     return f"{capitalized(ranks_text(ranks))} {'waits' if len(ranks) == 1 else 'wait'}"
 
 
-def _evidence(segments: Segments, part: str, step_ns: float) -> dict[str, object]:
-    values = segments.parts[part]
+def _evidence(work: OwnWork, part: str, step_ns: float) -> dict[str, object]:
+    values = work.parts[part]
     means = values[:16].mean(axis=1) / 1e6
     return {
         "step_ms": step_ns / 1e6,
         "phase_ms": float(values.mean()) / 1e6,
         "phase_p50_ms": float(np.median(values)) / 1e6,
         "phase_ms_by_rank": {
-            str(rank): float(mean) for rank, mean in zip(segments.ranks[:16].tolist(), means, strict=True)
+            str(rank): float(mean) for rank, mean in zip(work.ranks[:16].tolist(), means, strict=True)
         },
-        "compute_ms": segments.compute_ns / 1e6,
+        "compute_ms": work.compute_ns / 1e6,
         "steps": values.shape[1],
     }
 

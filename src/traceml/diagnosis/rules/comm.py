@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ranks_text
 
@@ -34,9 +34,9 @@ _MAX_LISTED = 64
 _COUNTED = ("backwards_per_step", "reductions_per_step")
 
 
-def min_wait_ns(segments: Segments) -> float:
+def min_wait_ns(work: OwnWork) -> float:
     """Return the communication left when no rank is late: the median over steps of the minimum wait over ranks."""
-    return float(np.median(segments.wait)) if segments.wait.size else 0.0
+    return float(np.median(work.wait)) if work.wait.size else 0.0
 
 
 def _for_cores_ns(facts: JobFacts, step: float) -> float:
@@ -44,18 +44,18 @@ def _for_cores_ns(facts: JobFacts, step: float) -> float:
     return step * max(facts.core_wait.values(), default=0.0)
 
 
-def comm_bound(window: AlignedSteps, segments: Segments, facts: JobFacts) -> list[Finding]:
+def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Find communication that costs much while no rank is late, which the caller has checked."""
-    if facts.rpc and not segments.grouped:
-        return _waiting_for_answers(segments, facts)
+    if facts.rpc and not work.grouped:
+        return _waiting_for_answers(work, facts)
 
-    step = float(np.median(segments.step))
-    cost = min_wait_ns(segments) - _for_cores_ns(facts, step)
-    if _is_little(cost, step, facts, DEVICE_FLOOR_NS if segments.device else FLOOR_NS):
+    step = float(np.median(work.step))
+    cost = min_wait_ns(work) - _for_cores_ns(facts, step)
+    if _is_little(cost, step, facts, DEVICE_FLOOR_NS if work.device else FLOOR_NS):
         return []
 
     explicit = float(np.median(window.times["comm"].min(axis=0)))
-    evidence = _evidence(segments, facts, cost, step, explicit)
+    evidence = _evidence(work, facts, cost, step, explicit)
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, evidence)]
 
@@ -150,14 +150,14 @@ def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) ->
     return _finding(cost, step, summary, action, evidence)
 
 
-def _waiting_for_answers(segments: Segments, facts: JobFacts) -> list[Finding]:
+def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the finding on ranks that call functions of others, as of a parameter server; they need no other rank."""
-    waits = segments.parts.get("comm", np.zeros_like(segments.own))
+    waits = work.parts.get("comm", np.zeros_like(work.own))
     callers = waits.any(axis=1)
     if not callers.any():
         return []
 
-    cost, step = (float(np.median(values[callers].mean(axis=0))) for values in (waits, segments.own))
+    cost, step = (float(np.median(values[callers].mean(axis=0))) for values in (waits, work.own))
     if _is_little(cost, step, facts, FLOOR_NS):
         return []
 
@@ -169,19 +169,19 @@ def _waiting_for_answers(segments: Segments, facts: JobFacts) -> list[Finding]:
         "Make the functions that are called faster, or call them less often, with more data each time; begin calls "
         "early (rpc_async), and wait for their results where these are needed."
     )
-    evidence = _evidence(segments, facts, cost, step, cost) | (line.evidence(share) if line else {})
+    evidence = _evidence(work, facts, cost, step, cost) | (line.evidence(share) if line else {})
     return [_finding(cost, step, summary, action, evidence)]
 
 
-def _evidence(segments: Segments, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:
+def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:
     reductions = None if facts.batches is None else facts.batches.reductions
     counted = {} if reductions is None else dict(zip(_COUNTED, reductions, strict=True))
     return {
         "step_ms": step / 1e6,
         "comm_ms": cost / 1e6,
         "explicit_collectives_ms": explicit / 1e6,
-        "own_work_ms": float(segments.own.mean()) / 1e6,
-        "measured_steps": int(segments.measured.sum()),
+        "own_work_ms": float(work.own.mean()) / 1e6,
+        "measured_steps": int(work.measured.sum()),
         "backend": facts.backend,
         "cpu_wait_share": facts.wait_share,
         **counted,

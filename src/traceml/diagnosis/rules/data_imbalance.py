@@ -7,7 +7,7 @@ import numpy as np
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import new_step_times, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import factor_text, gain_text, ns_text, percent_text, ranks_text
@@ -30,7 +30,7 @@ _EVEN_BATCHES = (
 _EVEN_RANKS = "Give {} batches of the size that the others have: look at its batch size, its sampler and its data."
 
 
-def data_imbalance(window: AlignedSteps, segments: Segments) -> tuple[list[Finding], dict[str, Floats]]:
+def data_imbalance(window: AlignedSteps, work: OwnWork) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding, and the computing parts without what follows the size of the batches.
 
     Rules that look for slow ranks and irregular steps judge what remains. The cost is the waiting for the rank with
@@ -40,27 +40,27 @@ def data_imbalance(window: AlignedSteps, segments: Segments) -> tuple[list[Findi
     if not len(sizes) or (sizes <= 0).any() or sizes.std() < MIN_VARIATION * sizes.mean():
         return [], {}
 
-    parts = [part for part in COMPUTE if part in segments.parts]
-    work = sum((segments.parts[part] for part in parts), np.zeros_like(segments.own))
+    parts = [part for part in COMPUTE if part in work.parts]
+    own_ns = sum((work.parts[part] for part in parts), np.zeros_like(work.own))
     away = sizes - sizes.mean()
-    slope, explained = _fit(away, work)
-    if not 0 < slope * sizes.mean() <= MAX_GROWTH * work.mean() or explained < MIN_EXPLAINED:
+    slope, explained = _fit(away, own_ns)
+    if not 0 < slope * sizes.mean() <= MAX_GROWTH * own_ns.mean() or explained < MIN_EXPLAINED:
         return [], {}
 
-    even = {part: _without(segments.parts[part], away) for part in parts}
-    cost = segments.step_ns - float(new_step_times(segments, even).mean())
-    if not segments.grouped or len(segments.ranks) < 2 or cost < least_cost_ns(segments.step_ns):
+    even = {part: _without(work.parts[part], away) for part in parts}
+    cost = work.step_ns - float(new_step_times(work, even).mean())
+    if not work.grouped or len(work.ranks) < 2 or cost < least_cost_ns(work.step_ns):
         return [], even
 
-    return [_finding(segments, sizes, explained, cost)], even
+    return [_finding(work, sizes, explained, cost)], even
 
 
-def _fit(away: Floats, work: Floats) -> tuple[float, float]:
+def _fit(away: Floats, own_ns: Floats) -> tuple[float, float]:
     """Return the slope of work over size, and the share of its variance that the line explains.
 
     The longest 1 % of the work counts as much as the next longest, so that single pauses do not hide the rest.
     """
-    clipped = np.minimum(work, np.quantile(work, 0.99)).astype(np.float64)
+    clipped = np.minimum(own_ns, np.quantile(own_ns, 0.99)).astype(np.float64)
     around = clipped - clipped.mean()
     variance = float((away.astype(np.float64) ** 2).sum())
     slope = float((away * around).sum()) / variance
@@ -68,22 +68,22 @@ def _fit(away: Floats, work: Floats) -> tuple[float, float]:
     return slope, slope**2 * variance / whole if whole else 0.0
 
 
-def _without(work: Floats, away: Floats) -> Floats:
+def _without(own_ns: Floats, away: Floats) -> Floats:
     """Return the work of one part at the mean size."""
-    slope, _ = _fit(away, work)
-    return np.asarray(np.maximum(work - np.float32(max(slope, 0.0)) * away, 0), dtype=work.dtype)
+    slope, _ = _fit(away, own_ns)
+    return np.asarray(np.maximum(own_ns - np.float32(max(slope, 0.0)) * away, 0), dtype=own_ns.dtype)
 
 
-def _always_largest(segments: Segments, sizes: Floats) -> tuple[int, ...]:
+def _always_largest(work: OwnWork, sizes: Floats) -> tuple[int, ...]:
     """Return the rank whose batch is the largest in nearly all steps; nothing without one."""
     row = int(sizes.mean(axis=1).argmax())
     largest = sizes[row] > np.delete(sizes, row, axis=0).max(axis=0)
-    return tuple(segments.ranks_of(np.array([row]))) if largest.mean() >= ALWAYS_SHARE else ()
+    return tuple(work.ranks_of(np.array([row]))) if largest.mean() >= ALWAYS_SHARE else ()
 
 
-def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -> Finding:
-    share, gain = cost / segments.step_ns, speedup(segments.step_ns, cost)
-    ranks = _always_largest(segments, sizes)
+def _finding(work: OwnWork, sizes: Floats, explained: float, cost: float) -> Finding:
+    share, gain = cost / work.step_ns, speedup(work.step_ns, cost)
+    ranks = _always_largest(work, sizes)
     whose = f"; that is {ranks_text(ranks)} in nearly all steps" if ranks else ""
     spread = float((sizes.max(axis=0) / sizes.min(axis=0)).mean())
     return Finding.of(
@@ -92,7 +92,7 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
         summary=(
             f"The sizes of the batches explain {percent_text(explained)} of the differences in computation: the "
             f"largest in a step is {factor_text(spread)} the smallest. No rank is slow, but the others wait for the "
-            f"one with the largest{whose}. That costs {ns_text(cost)} of each {ns_text(segments.step_ns)} step "
+            f"one with the largest{whose}. That costs {ns_text(cost)} of each {ns_text(work.step_ns)} step "
             f"({percent_text(share)}): with equal sizes, steps would be {gain_text(gain)}."
         ),
         next=_EVEN_RANKS.format(ranks_text(ranks)) if ranks else _EVEN_BATCHES,
@@ -101,7 +101,7 @@ def _finding(segments: Segments, sizes: Floats, explained: float, cost: float) -
             "size_ratio": spread,
             "mean_elements": float(sizes.mean()),
             "waiting_ms": cost / 1e6,
-            "step_ms": segments.step_ns / 1e6,
+            "step_ms": work.step_ns / 1e6,
         },
         cost_share=share,
         speedup_if_fixed=gain,

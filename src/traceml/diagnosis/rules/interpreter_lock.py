@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine, busy_share, outside
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import cores_text, gain_text, ns_text, percent_text
 
@@ -28,16 +28,16 @@ MAX_BUSY = 0.9
 """A training thread that computes for more of its phases waits for nothing: the main thread is another one."""
 
 
-def interpreter_lock(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Return the finding about waits for the interpreter's lock on all ranks; those of some make these late.
 
     The time of a step outside the computing phases is taken for waiting of another kind, so it is the least.
     """
-    if segments.device or not facts.thread_lines:
+    if work.device or not facts.thread_lines:
         return []
 
     idle = facts.samples.idle_ns()
-    waits = [asleep - max(wall - segments.compute_ns, 0.0) for wall, asleep in idle.values()]
+    waits = [asleep - max(wall - work.compute_ns, 0.0) for wall, asleep in idle.values()]
     cost, cores = min(waits, default=0.0), _cores(facts, idle)
     if cost < least_cost_ns(step_ns) or cores < max(MIN_CORES, EXPLAINED * cost / step_ns) or _computes(facts):
         return []

@@ -14,7 +14,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.long_steps import RARE
-from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments, median_over_ranks
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, median_over_ranks
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
@@ -74,10 +74,10 @@ class _LongSteps(msgspec.Struct, frozen=True):
     usual_ns: float
 
 
-def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> tuple[list[Finding], dict[str, Floats]]:
+def jitter(work: OwnWork, facts: JobFacts, step_ns: float) -> tuple[list[Finding], dict[str, Floats]]:
     """Find rare long steps that cost much together and that no part explains; also return their part without them."""
-    events = _unexplained(segments)
-    found = _rare_long_steps(segments, facts, events, step_ns)
+    events = _unexplained(work)
+    found = _rare_long_steps(work, facts, events, step_ns)
     if found is None:
         return [], {}
 
@@ -85,23 +85,23 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> tuple[list[Fi
     if part is None or part not in events.excess:
         return [found], {}
 
-    values = segments.parts[part].copy()
+    values = work.parts[part].copy()
     values[:, events.columns] -= events.excess[part].astype(values.dtype)
     return [found], {part: values}
 
 
-def _rare_long_steps(segments: Segments, facts: JobFacts, events: _LongSteps, step_ns: float) -> Finding | None:
-    if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
+def _rare_long_steps(work: OwnWork, facts: JobFacts, events: _LongSteps, step_ns: float) -> Finding | None:
+    if not MIN_EVENTS <= len(events.columns) <= RARE * len(work.step):
         return None
 
-    cost = float((segments.step[events.columns] - events.usual_ns).sum()) / len(segments.step)
+    cost = float((work.step[events.columns] - events.usual_ns).sum()) / len(work.step)
     if cost < least_cost_ns(step_ns):
         return None
 
-    if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
+    if facts.oversubscribed and not _exceeds_cpu_contention(work, events):
         return None
 
-    found = _jitter(segments, facts, events, cost, step_ns)
+    found = _jitter(work, facts, events, cost, step_ns)
     if "line" not in found.evidence and facts.is_core_wait(cost / step_ns):
         return None
 
@@ -122,24 +122,24 @@ def _in_a_row(columns: NDArray[np.intp]) -> bool:
     return bool((np.diff(columns) == 1).sum() >= IN_A_ROW_SHARE * (len(columns) - 1))
 
 
-def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
+def _exceeds_cpu_contention(work: OwnWork, events: _LongSteps) -> bool:
     """Return whether the steps are too long for a lack of cores alone."""
     sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
-    excess = float(segments.step[events.columns].mean()) - events.usual_ns
+    excess = float(work.step[events.columns].mean()) - events.usual_ns
     return excess >= OVERSUBSCRIBED_LONG_NS and max(sums) >= OVERSUBSCRIBED_DOMINANCE * sum(sums)
 
 
-def _unexplained(segments: Segments) -> _LongSteps:
-    usual_ns, limit = usual(segments.step)
-    least = DEVICE_LONG_NS if segments.device else LONG_NS
-    long = segments.step > max(limit, usual_ns + least)
+def _unexplained(work: OwnWork) -> _LongSteps:
+    usual_ns, limit = usual(work.step)
+    least = DEVICE_LONG_NS if work.device else LONG_NS
+    long = work.step > max(limit, usual_ns + least)
     # In the window's last step scripts save and end.
     long[-1] = False
     columns = np.flatnonzero(long)
-    if not len(columns) or not segments.parts:
+    if not len(columns) or not work.parts:
         return _LongSteps(columns[:0], {}, usual_ns)
 
-    excess = {part: excess_over_usual(values, columns) for part, values in segments.parts.items()}
+    excess = {part: excess_over_usual(values, columns) for part, values in work.parts.items()}
 
     largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
     open_parts = np.array([part in UNNAMED for part in excess])
@@ -147,19 +147,19 @@ def _unexplained(segments: Segments) -> _LongSteps:
     return _LongSteps(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
 
 
-def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float) -> Finding:
+def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float) -> Finding:
     sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
-    if segments.grouped:  # what no rank's own work explains is waiting
-        sums["comm"] = max(cost * len(segments.step) - sum(sums.values()), 0.0)
+    if work.grouped:  # what no rank's own work explains is waiting
+        sums["comm"] = max(cost * len(work.step) - sum(sums.values()), 0.0)
 
     part = max(sums, key=lambda name: sums[name])
     phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
-    rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
+    rank = _one_rank(work, np.sum(list(events.excess.values()), axis=0))
     share, gain = cost / step_ns, speedup(step_ns, cost)
-    long, usual_ns = segments.as_measured(events.columns, events.usual_ns)
+    long, usual_ns = work.as_measured(events.columns, events.usual_ns)
     long = _described_steps(long, usual_ns)
-    how_long, them = _how_long(long, len(segments.step))
-    line, phase_share = _line(segments, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
+    how_long, them = _how_long(long, len(work.step))
+    line, phase_share = _line(work, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding.of(
@@ -173,10 +173,10 @@ def _jitter(segments: Segments, facts: JobFacts, events: _LongSteps, cost: float
         next=advice.for_jitter(phase, rank, line),
         evidence={
             "long_steps": len(long),
-            "steps": len(segments.step),
+            "steps": len(work.step),
             "usual_ms": usual_ns / 1e6,
             "mean_long_ms": float(long.mean()) / 1e6,
-            "p99_ms": float(np.quantile(segments.as_measured(np.arange(len(segments.step)), 0.0)[0], 0.99)) / 1e6,
+            "p99_ms": float(np.quantile(work.as_measured(np.arange(len(work.step)), 0.0)[0], 0.99)) / 1e6,
             "longest_ms": float(long.max()) / 1e6,
             "excess_ms_by_phase": {name: value / 1e6 for name, value in sums.items() if value > 0},
             **(line.evidence(phase_share) if line else {}),
@@ -208,11 +208,11 @@ def _how_long(long: Floats, steps: int) -> tuple[str, str]:
 
 
 def _line(
-    segments: Segments, facts: JobFacts, events: _LongSteps, phase: str, rank: int | None, step_ns: float
+    work: OwnWork, facts: JobFacts, events: _LongSteps, phase: str, rank: int | None, step_ns: float
 ) -> tuple[BlamedLine | None, float]:
     """Return the line of the long steps, where they have most of the phase, and the phase's share of the step."""
-    ranks = slice(None) if rank is None else segments.ranks == rank
-    values = segments.parts[phase][ranks]
+    ranks = slice(None) if rank is None else work.ranks == rank
+    values = work.parts[phase][ranks]
     share = float(values.mean()) / step_ns
     held = float(events.excess[phase][ranks].sum()) >= LINE_SHARE * float(values.sum())
     return (own_line(facts.lines, phase, share, () if rank is None else (rank,)) if held else None), share
@@ -224,27 +224,27 @@ def excess_over_usual(values: Floats, columns: NDArray[np.intp]) -> Floats:
     return np.asarray(np.maximum(values[:, columns] - usual_values, 0))
 
 
-def _one_rank(segments: Segments, late: Floats) -> int | None:
+def _one_rank(work: OwnWork, late: Floats) -> int | None:
     """Return the rank that causes nearly all long steps, if it is a single one and there are enough steps."""
-    if len(segments.ranks) < 2 or late.shape[1] < _ONE_RANK_EVENTS:
+    if len(work.ranks) < 2 or late.shape[1] < _ONE_RANK_EVENTS:
         return None
 
-    counts = np.bincount(np.argmax(late, axis=0), minlength=len(segments.ranks))
+    counts = np.bincount(np.argmax(late, axis=0), minlength=len(work.ranks))
     top = int(np.argmax(counts))
-    return int(segments.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
+    return int(work.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
 
 
-def late_in_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+def late_in_turns(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find ranks that are late in turns: none is late on average, and all wait."""
-    if not segments.grouped or len(segments.ranks) < 2:
+    if not work.grouped or len(work.ranks) < 2:
         return []
 
-    uneven = {part: _imbalance(values) for part, values in segments.parts.items()}
+    uneven = {part: _imbalance(values) for part, values in work.parts.items()}
     part = max(uneven, key=lambda name: uneven[name], default=None)
     if part is None or uneven[part] < TURNS_DOMINANCE * sum(uneven.values()):
         return []
 
-    finding = _late_in_turns(segments, facts, part, segments.parts[part], step_ns)
+    finding = _late_in_turns(work, facts, part, work.parts[part], step_ns)
     return [finding] if finding is not None else []
 
 
@@ -254,8 +254,8 @@ def _imbalance(values: Floats) -> float:
     return float((values.max(axis=0) - median_over_ranks(values)).mean())
 
 
-def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Floats, step_ns: float) -> Finding | None:
-    outliers = _outliers(values, segments.measured if part == "backward" else None, step_ns)
+def _late_in_turns(work: OwnWork, facts: JobFacts, part: str, values: Floats, step_ns: float) -> Finding | None:
+    outliers = _outliers(values, work.measured if part == "backward" else None, step_ns)
     late = outliers.any(axis=0)
     turns = outliers[:, late]
     # A step that is long on most ranks is not attributed to one rank.
@@ -263,25 +263,25 @@ def _late_in_turns(segments: Segments, facts: JobFacts, part: str, values: Float
         return None
 
     base, late_ns = float(np.median(values[~outliers])), float(values[outliers].mean())
-    if late_ns - base < (0.0 if segments.device else TURNS_NS):
+    if late_ns - base < (0.0 if work.device else TURNS_NS):
         return None
 
-    saved = saved_ns(segments, {part: np.where(outliers, np.minimum(values, base), values).astype(values.dtype)})
+    saved = saved_ns(work, {part: np.where(outliers, np.minimum(values, base), values).astype(values.dtype)})
     if saved < least_cost_ns(step_ns) + _waits_ns(facts, step_ns):
         return None
 
     # Even work is no less work: what one rank no longer does at a time, all do.
-    even = saved_ns(segments, {part: np.where(late, values.mean(axis=0), values).astype(values.dtype)})
+    even = saved_ns(work, {part: np.where(late, values.mean(axis=0), values).astype(values.dtype)})
     counts = turns.sum(axis=1)
     some = counts >= 0.25 * counts.max()
     if some.all() and part not in COMPUTE:
         return None  # all ranks, in a part that has a finding of its own
 
-    turns_of = _Turns(part, segments.named(some), base, late_ns, float(late.mean()))
+    turns_of = _Turns(part, work.named(some), base, late_ns, float(late.mean()))
     if len(turns_of.ranks) == 1:
-        return _seldom_late(segments, facts, turns_of, saved, step_ns)
+        return _seldom_late(work, facts, turns_of, saved, step_ns)
 
-    return _taking_turns(segments, turns_of, even, step_ns)
+    return _taking_turns(work, turns_of, even, step_ns)
 
 
 def _waits_ns(facts: JobFacts, step_ns: float) -> float:
@@ -346,11 +346,11 @@ class _Turns(msgspec.Struct, frozen=True):
         )
 
 
-def _seldom_late(segments: Segments, facts: JobFacts, turns: _Turns, saved: float, step_ns: float) -> Finding:
+def _seldom_late(work: OwnWork, facts: JobFacts, turns: _Turns, saved: float, step_ns: float) -> Finding:
     """Return the finding about a single rank that is late in some steps: no other takes a turn."""
     part, (rank,) = turns.part, turns.ranks
-    mine = float(segments.parts[part][segments.ranks == rank].mean()) / step_ns
-    line = blamed_line(facts.lines, part, mine, (rank,), segments.ranks[segments.ranks != rank].tolist())
+    mine = float(work.parts[part][work.ranks == rank].mean()) / step_ns
+    line = blamed_line(facts.lines, part, mine, (rank,), work.ranks[work.ranks != rank].tolist())
     summary = (
         f"Rank {rank} slows the others down in {percent_text(turns.often)} of the steps: its {phase_words(part)} takes "
         f"{ns_text(turns.late_ns)} then instead of {ns_text(turns.usual_ns)}{line.of_it if line else ''}; without that"
@@ -359,7 +359,7 @@ def _seldom_late(segments: Segments, facts: JobFacts, turns: _Turns, saved: floa
     return turns.finding(saved, step_ns, summary, action, **(line.evidence(mine) if line else {}))
 
 
-def _taking_turns(segments: Segments, turns: _Turns, saved: float, step_ns: float) -> Finding:
+def _taking_turns(work: OwnWork, turns: _Turns, saved: float, step_ns: float) -> Finding:
     summary = (
         f"{capitalized(ranks_text(turns.ranks))} take turns being slow: in {percent_text(turns.often)} of the steps "
         f"{phase_words(turns.part)} takes {ns_text(turns.late_ns)} on one of them instead of "
@@ -369,5 +369,5 @@ def _taking_turns(segments: Segments, turns: _Turns, saved: float, step_ns: floa
         "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by length), "
         "no work that only one rank does at a time."
     )
-    imbalance_ns = float((segments.own.max(axis=0) - median_over_ranks(segments.own)).mean())
+    imbalance_ns = float((work.own.max(axis=0) - median_over_ranks(work.own)).mean())
     return turns.finding(saved, step_ns, summary, action, imbalance_ms=imbalance_ns / 1e6)

@@ -18,7 +18,7 @@ from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
 from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_time_text
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
 __all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "WITHOUT_PROFILER", "for_compute", "nothing_found", "shares_text"]
@@ -59,22 +59,22 @@ BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
 
 
-def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
+def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
-    step, shares = _step_shares(segments, _without_pauses(segments))
-    evidence = _evidence(segments, facts, step, shares)
+    step, shares = _step_shares(work, _without_pauses(work))
+    evidence = _evidence(work, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
-    if compute >= COMPUTE_SHARE and segments.backward_known:
-        return _compute_bound(segments, facts, step, shares, evidence)
+    if compute >= COMPUTE_SHARE and work.backward_known:
+        return _compute_bound(work, facts, step, shares, evidence)
 
-    short = _too_short(segments, facts, step, shares)
+    short = _too_short(work, facts, step, shares)
     if short is not None:
         evidence["too_short"] = True
 
-    pause = _pauses(segments, facts, step)
+    pause = _pauses(work, facts, step)
     evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares, step)
-    own = _own_code(facts, heavy, shares, device=segments.device)
+    own = _own_code(facts, heavy, shares, device=work.device)
     heavy = heavy or (None if short else _beside_the_model(facts, shares, step))
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= _evidence_of_code(heavy, own, shares)
@@ -91,20 +91,20 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     )
 
 
-def shares_text(segments: Segments, facts: JobFacts) -> str:
+def shares_text(work: OwnWork, facts: JobFacts) -> str:
     """Return what the steps of a window took their time for, too few for a verdict: a sentence, with its line."""
-    step, shares = _step_shares(segments, np.arange(len(segments.step)))
+    step, shares = _step_shares(work, np.arange(len(work.step)))
     heaviest = max(shares, key=lambda part: shares[part])
     line = None if heaviest == _WAITING else own_line(facts.lines, heaviest, shares[heaviest])
     where = f"; {line.share_text} of {phase_words(heaviest)} is in {line.place}" if line else ""
     return f" On average each of them took {ns_text(step)}: {_largest(shares)}{where}."
 
 
-def _step_shares(segments: Segments, columns: NDArray[np.intp]) -> tuple[float, dict[str, float]]:
+def _step_shares(work: OwnWork, columns: NDArray[np.intp]) -> tuple[float, dict[str, float]]:
     """Return the mean of some steps, and the share of each part in it."""
-    step = max(float(segments.step[columns].mean()), 1.0)
-    shares = {part: float(values[:, columns].mean()) / step for part, values in segments.parts.items()}
-    if segments.grouped:
+    step = max(float(work.step[columns].mean()), 1.0)
+    shares = {part: float(values[:, columns].mean()) / step for part, values in work.parts.items()}
+    if work.grouped:
         shares[_WAITING] = max(0.0, 1.0 - sum(shares.values()))
 
     return step, shares
@@ -159,17 +159,17 @@ def _evidence_of_code(
     return line.evidence(_sampled(shares)[part]) | ({} if own is None else {"own_code": True})
 
 
-def _without_pauses(segments: Segments) -> NDArray[np.intp]:
+def _without_pauses(work: OwnWork) -> NDArray[np.intp]:
     """Return the steps without the two longest, which are usually pauses."""
-    count = len(segments.step)
+    count = len(work.step)
     if count < 10:
         return np.arange(count)
 
-    longest = np.argsort(segments.step)[-2:]
-    if segments.grouped:
-        # The optimizer's work counts after the sync point: in the segment after its step.
+    longest = np.argsort(work.step)[-2:]
+    if work.grouped:
+        # The optimizer's work counts after the sync point: in the next step.
         after = longest[longest < count - 1] + 1
-        longest = np.union1d(longest, after[~segments.begins[after]])
+        longest = np.union1d(longest, after[~work.begins[after]])
 
     return np.setdiff1d(np.arange(count), longest)
 
@@ -182,22 +182,22 @@ class _Pauses(NamedTuple):
     evidence: Mapping[str, object] = {}
 
 
-def _pauses(segments: Segments, facts: JobFacts, step: float) -> _Pauses:
+def _pauses(work: OwnWork, facts: JobFacts, step: float) -> _Pauses:
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
-    times = np.maximum(segments.step, segments.longest(segments.own))
+    times = np.maximum(work.step, work.longest(work.own))
     from_ns = _OVERSUBSCRIBED_PAUSE_NS if facts.oversubscribed else _PAUSE_NS
     least = max(from_ns, 2 * step, float(times.max()) / 2)  # the mean of a longer and a shorter one tells of neither
     at = np.array(
-        [column for column in np.argsort(-times)[: 1 if segments.grouped else _PAUSES] if times[column] >= least],
+        [column for column in np.argsort(-times)[: 1 if work.grouped else _PAUSES] if times[column] >= least],
         np.intp,
     )
     total = float(times[at].sum())
-    if not len(at) or total < _PAUSE_SHARE * float(segments.step.sum()):
+    if not len(at) or total < _PAUSE_SHARE * float(work.step.sum()):
         return _Pauses()
 
-    part = max(segments.parts, key=lambda name: float(segments.parts[name][:, at].max(axis=0).sum()), default="other")
-    line = _line_of_pause(segments, facts, part, at)
-    in_part = float(segments.parts[part][:, at].max(axis=0).sum()) if part in segments.parts else 0.0
+    part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
+    line = _line_of_pause(work, facts, part, at)
+    in_part = float(work.parts[part][:, at].max(axis=0).sum()) if part in work.parts else 0.0
     is_known = part != "other" and in_part >= _PAUSE_PART * total
     where = line.place if line else phase_words(part) if is_known else ""
     mostly = f", mostly in {where}" if where else ""
@@ -212,13 +212,13 @@ def _pauses(segments: Segments, facts: JobFacts, step: float) -> _Pauses:
     return _Pauses(
         f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{mostly}.",
         action,
-        {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(total / float(segments.step.sum()), 1.0)},
+        {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(total / float(work.step.sum()), 1.0)},
     )
 
 
-def _line_of_pause(segments: Segments, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
+def _line_of_pause(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
     """Return the line of one part of some steps, where these have most of what its samples are about."""
-    values = segments.parts.get(part)
+    values = work.parts.get(part)
     if values is None:
         return None
 
@@ -226,14 +226,14 @@ def _line_of_pause(segments: Segments, facts: JobFacts, part: str, at: NDArray[n
     if values[row, at].sum() < LINE_SHARE * values[row].sum():
         return None
 
-    share = float(values[row].sum()) / max(float(segments.step.sum()), 1.0)
-    return own_line(facts.lines, part, share, (int(segments.ranks[row]),))
+    share = float(values[row].sum()) / max(float(work.step.sum()), 1.0)
+    return own_line(facts.lines, part, share, (int(work.ranks[row]),))
 
 
-def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
-    evidence: dict[str, object] = {"step_ms": step / 1e6, "share_by_phase": shares, "steps": len(segments.step)}
-    if segments.grouped and segments.backward_known:
-        evidence["exposed_comm_ms"] = min_wait_ns(segments) / 1e6
+def _evidence(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
+    evidence: dict[str, object] = {"step_ms": step / 1e6, "share_by_phase": shares, "steps": len(work.step)}
+    if work.grouped and work.backward_known:
+        evidence["exposed_comm_ms"] = min_wait_ns(work) / 1e6
 
     if facts.time is not None and not facts.time.is_steps:
         evidence["steps_share"] = facts.time.in_steps
@@ -245,17 +245,17 @@ def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str
 
 
 def _compute_bound(
-    segments: Segments, facts: JobFacts, step: float, shares: dict[str, float], evidence: dict[str, object]
+    work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float], evidence: dict[str, object]
 ) -> Finding:
     heaviest = max((part for part in COMPUTE if part in shares), key=lambda part: shares[part])
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     heavy = _heavy_code(facts, shares, step)
-    own = _own_code(facts, heavy, shares, device=segments.device)
+    own = _own_code(facts, heavy, shares, device=work.device)
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
-    pause, after = _pauses(segments, facts, step), after_steps_advice(facts)
-    faster = own.advice if own else for_compute(heaviest, facts, device=segments.device)
+    pause, after = _pauses(work, facts, step), after_steps_advice(facts)
+    faster = own.advice if own else for_compute(heaviest, facts, device=work.device)
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
@@ -330,10 +330,10 @@ def _sampled(shares: dict[str, float]) -> dict[str, float]:
     return {"forward": shares.get("forward", 0.0), "backward": backward}
 
 
-def _too_short(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> tuple[str, str] | None:
+def _too_short(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float]) -> tuple[str, str] | None:
     """Return (summary, advice) for steps in which no cost reaches the floor; None for longer ones."""
     loop = 1.0 - sum(shares.get(part, 0.0) for part in (*COMPUTE, _WAITING))
-    if segments.device or step >= SHORT_STEP_NS or loop < SHORT_LOOP_SHARE:
+    if work.device or step >= SHORT_STEP_NS or loop < SHORT_LOOP_SHARE:
         return None
 
     batch = facts.loader.batch_size if facts.loader else None

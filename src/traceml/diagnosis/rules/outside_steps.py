@@ -25,7 +25,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import is_grouped
+from traceml.diagnosis.steps.own_work import is_grouped
 from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
 

@@ -16,7 +16,7 @@ from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, signif
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.long_steps import RARE
-from traceml.diagnosis.steps.segments import COMPUTE, UNNAMED, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, ordinal_text, percent_text, phases_text, ranks_text
@@ -70,15 +70,15 @@ class _Period(msgspec.Struct, frozen=True):
 
 
 def periodic_steps(
-    window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
+    window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about long steps at a fixed distance, and the parts of the step without them.
 
     Steps that train more are no finding, nor jitter; what else is long in them may be one.
     """
-    period = _period(window, segments)
-    if period is not None and (usual_work := _without_more_training(segments, period.columns)):
-        found, without = periodic_steps(window, replayed(segments, usual_work), facts, step_ns)
+    period = _period(window, work)
+    if period is not None and (usual_work := _without_more_training(work, period.columns)):
+        found, without = periodic_steps(window, replayed(work, usual_work), facts, step_ns)
         return found, usual_work | without
 
     if period is None or period.saved_ns < least_cost_ns(step_ns):
@@ -87,10 +87,10 @@ def periodic_steps(
     if facts.oversubscribed and len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED:
         return [], {}
 
-    return [_finding(segments, facts, period, step_ns)], period.removed
+    return [_finding(work, facts, period, step_ns)], period.removed
 
 
-def _without_more_training(segments: Segments, columns: NDArray[np.intp]) -> dict[str, Floats]:
+def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
     """Return computation as it would be if some steps did not train more; empty if that is not why they are long.
 
     They have longer backward passes, and forward or the optimizer is longer, too: the updates of a generator, or of a
@@ -98,30 +98,32 @@ def _without_more_training(segments: Segments, columns: NDArray[np.intp]) -> dic
     """
     typical = {
         part: float(np.median(excess_over_usual(values, columns).max(axis=0)))  # by the median, as for joint parts
-        for part, values in segments.parts.items()
+        for part, values in work.parts.items()
     }
     longer = {part for part, excess_ns in typical.items() if excess_ns > JOINT_SHARE * max(typical.values())}
     is_training = max(typical, key=lambda part: typical[part]) in COMPUTE and "backward" in longer
-    work = longer & {*COMPUTE}
+    computing = longer & {*COMPUTE}
     return (
-        {part: _without_excess(segments.parts[part], columns) for part in work} if is_training and len(work) > 1 else {}
+        {part: _without_excess(work.parts[part], columns) for part in computing}
+        if is_training and len(computing) > 1
+        else {}
     )
 
 
-def _period(window: AlignedSteps, segments: Segments) -> _Period | None:
-    usual_ns, limit = usual(segments.step)
-    found = _at_distance(window, segments.step, usual_ns, limit)
+def _period(window: AlignedSteps, work: OwnWork) -> _Period | None:
+    usual_ns, limit = usual(work.step)
+    found = _at_distance(window, work.step, usual_ns, limit)
     if found is not None:
-        return _of_part(segments, *found)
+        return _of_part(work, *found)
 
     # On a busy host steps of all lengths hide the regular ones, but not in the part that makes these long.
     for part in UNNAMED:
-        if (values := segments.parts.get(part)) is not None:
+        if (values := work.parts.get(part)) is not None:
             longest = values.max(axis=0)
             part_ns, _ = usual(longest)
             found = _at_distance(window, longest, part_ns, part_ns + MIN_PART_SHARE * usual_ns)
             if found is not None:
-                return _of_part(segments, *found)
+                return _of_part(work, *found)
 
     return None
 
@@ -139,15 +141,15 @@ def _at_distance(
     return None if found is None else (found[0], long[found[1]])
 
 
-def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Period | None:
-    by_rank = {part: excess_over_usual(values, columns) for part, values in segments.parts.items()}
+def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp]) -> _Period | None:
+    by_rank = {part: excess_over_usual(values, columns) for part, values in work.parts.items()}
     excess = {part: values.max(axis=0) for part, values in by_rank.items()}
     part = max(excess, key=lambda name: excess[name].sum(), default=None)
     if part is None or part not in UNNAMED:
         return None
 
     sums = by_rank[part].sum(axis=1)
-    ranks = segments.named(sums >= RANK_SHARE * sums.max())
+    ranks = work.named(sums >= RANK_SHARE * sums.max())
 
     least_ns = JOINT_SHARE * float(np.median(excess[part]))  # by the median: some are long in these steps by chance
     joint = [
@@ -156,12 +158,12 @@ def _of_part(segments: Segments, every: int, columns: NDArray[np.intp]) -> _Peri
         if name in excess
         and (
             float(np.median(excess[name])) >= least_ns
-            or _is_always_long(segments.parts[name], excess[name], least_ns / JOINT_FACTOR)
+            or _is_always_long(work.parts[name], excess[name], least_ns / JOINT_FACTOR)
         )
     ]
-    removed = {name: _without_excess(segments.parts[name], columns) for name in {part, *joint}}
-    saved = saved_ns(segments, {part: removed[part]})
-    of_all = saved if len(removed) == 1 else saved_ns(segments, removed)
+    removed = {name: _without_excess(work.parts[name], columns) for name in {part, *joint}}
+    saved = saved_ns(work, {part: removed[part]})
+    of_all = saved if len(removed) == 1 else saved_ns(work, removed)
     return _Period(every, columns, part, ranks, removed, of_all, saved)
 
 
@@ -214,17 +216,17 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
     return None
 
 
-def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
-    share, are_late = period.saved_ns / step_ns, bool(period.ranks) and segments.grouped
-    rows = np.isin(segments.ranks, period.ranks) if period.ranks else np.full(len(segments.ranks), True)
-    phase_share = float(segments.parts[period.part][rows].mean()) / step_ns
+def _finding(work: OwnWork, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
+    share, are_late = period.saved_ns / step_ns, bool(period.ranks) and work.grouped
+    rows = np.isin(work.ranks, period.ranks) if period.ranks else np.full(len(work.ranks), True)
+    phase_share = float(work.parts[period.part][rows].mean()) / step_ns
     held = period.part_saved_ns >= LINE_SHARE * phase_share * step_ns
     line = own_line(facts.lines, period.part, phase_share, period.ranks) if held else None
     where = phases_text(period.phases, line.place if line else None)
     mostly = "mostly " if line and line.share < MOSTLY_SHARE else ""
-    long, usual_ns = segments.as_measured(period.columns, float(np.median(segments.step)))
+    long, usual_ns = work.as_measured(period.columns, float(np.median(work.step)))
     # The others wait for a late rank in its step or in the next: their mean is not the length of any.
-    long_ns = usual_ns + _excess_ns(segments, period) if are_late else float(long.mean())
+    long_ns = usual_ns + _excess_ns(work, period) if are_late else float(long.mean())
     half = speedup(step_ns, period.saved_ns / 2)
     on_ranks = f" on {ranks_text(period.ranks)}" if period.ranks else ""
     waits = ", for which the others wait" if are_late else ""
@@ -240,7 +242,7 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
         evidence={
             "every_n_steps": period.every,
             "long_steps": len(period.columns),
-            "steps": len(segments.step),
+            "steps": len(work.step),
             "usual_ms": usual_ns / 1e6,
             "mean_long_ms": long_ns / 1e6,
             **({"phases": period.phases} if len(period.phases) > 1 else {}),
@@ -251,9 +253,9 @@ def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: floa
     )
 
 
-def _excess_ns(segments: Segments, period: _Period) -> float:
+def _excess_ns(work: OwnWork, period: _Period) -> float:
     """Return the mean time of the long steps beyond the usual, of the rank that has most in each."""
-    excess = sum(segments.parts[part] - without for part, without in period.removed.items())
+    excess = sum(work.parts[part] - without for part, without in period.removed.items())
     return float(np.asarray(excess)[:, period.columns].max(axis=0).mean())
 
 

@@ -13,7 +13,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.loading import is_taken_ahead
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, ns_text, percent_text, plural
@@ -66,42 +66,42 @@ def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
 
 
 def workers_restarted(
-    window: AlignedSteps, segments: Segments, facts: JobFacts, step_ns: float
+    window: AlignedSteps, work: OwnWork, facts: JobFacts, step_ns: float
 ) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about workers that each epoch restarts, and the waiting as it would be without that."""
     workers = facts.loader_workers
     keeping = keeping_workers(facts)
-    if not workers or keeping is None or _PART not in segments.parts:
+    if not workers or keeping is None or _PART not in work.parts:
         return [], {}
 
     # Where a script takes all batches of an epoch at once, it waits for these, and not for the first one.
-    fetch_ns = np.inf if is_taken_ahead(segments, facts) else workers * float(np.median(segments.step))
+    fetch_ns = np.inf if is_taken_ahead(work, facts) else workers * float(np.median(work.step))
     columns, restart_ns = _restarts(window, facts, fetch_ns)
     if len(columns) < 2:
         return [], {}
 
-    kept = {_PART: segments.parts[_PART].copy()}
+    kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
     if (facts.loader or LoaderFacts()).start_method in (None, _FORK):
-        copied_ns = _copied_ns(segments, columns)
+        copied_ns = _copied_ns(work, columns)
         restart_ns = restart_ns + sum(float(each.mean()) for each in copied_ns.values())
         for part, excess in copied_ns.items():
-            kept[part] = segments.parts[part].copy()
+            kept[part] = work.parts[part].copy()
             kept[part][:, columns] = np.maximum(kept[part][:, columns] - excess, 0)
 
-    saved = saved_ns(segments, kept)
+    saved = saved_ns(work, kept)
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    return [_finding(segments, restart_ns, saved, step_ns, facts, keeping)], kept
+    return [_finding(work, restart_ns, saved, step_ns, facts, keeping)], kept
 
 
-def _copied_ns(segments: Segments, columns: NDArray[np.intp]) -> dict[str, Floats]:
+def _copied_ns(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
     """Return by how much computation takes longer than usual in these steps, by rank: memory that it shares is copied.
 
     After a fork, a page of weights, gradients or an optimizer's state is copied when it is written for the first time.
     """
-    parts = {part: segments.parts[part] for part in COMPUTE if part in segments.parts}
+    parts = {part: work.parts[part] for part in COMPUTE if part in work.parts}
     excess = {
         part: np.median(values[:, columns], axis=1, keepdims=True) - np.median(values, axis=1, keepdims=True)
         for part, values in parts.items()
@@ -123,7 +123,7 @@ def _restarts(window: AlignedSteps, facts: JobFacts, fetch_ns: float) -> tuple[N
 
 
 def _finding(
-    segments: Segments,
+    work: OwnWork,
     restart_ns: NDArray[np.float64],
     saved: float,
     step_ns: float,
@@ -153,7 +153,7 @@ def _finding(
             "restart_ms": each_ns / 1e6,
             "num_workers": workers,
             "step_ms": step_ns / 1e6,
-            "steps": segments.parts[_PART].shape[1],
+            "steps": work.parts[_PART].shape[1],
         },
         cost_share=share,
         speedup_if_fixed=speedup(step_ns, saved),

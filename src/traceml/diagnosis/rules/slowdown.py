@@ -20,7 +20,7 @@ from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
 from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
 from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, growth, level_change
-from traceml.diagnosis.steps.segments import COMPUTE
+from traceml.diagnosis.steps.own_work import COMPUTE
 from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words, phases_text, ranks_text

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.steps.segments import LateRanks, Segments
+from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, factor_text, gain_text, ns_text, percent_text, phase_words, ranks_text
 
@@ -52,7 +52,7 @@ def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:
 
 
 def late_summary(
-    segments: Segments,
+    work: OwnWork,
     late: LateRanks,
     ranks: tuple[int, ...],
     share: float,
@@ -70,7 +70,7 @@ def late_summary(
         workers: loader workers of a rank.
     """
     subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
-    own = segments.parts[late.part]
+    own = work.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
     if late.everywhere:
         return (
@@ -89,14 +89,14 @@ def late_summary(
     batches = line.of_batches(workers, whose) if line is not None and line.of_workers else ""
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){_seldom_text(segments, late)}{where}; that costs {percent_text(share)} of step "
+        f"others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that costs {percent_text(share)} of step "
         f"time{gained}{batches}."
     )
 
 
-def _seldom_text(segments: Segments, late: LateRanks) -> str:
+def _seldom_text(work: OwnWork, late: LateRanks) -> str:
     """Return in how many steps ranks are late, if these are few; else nothing."""
-    excess = _excess(segments, late)
+    excess = _excess(work, late)
     is_late = _is_late(excess)
     often, held = float(is_late.mean()), float(excess[is_late].sum()) / max(float(excess.sum()), 1.0)
     if often > _SELDOM or held < _NEARLY_ALL:
@@ -112,19 +112,19 @@ def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:
     return f"{capitalized(late.group.words)} ({', '.join([*late.group.also, ranks_text(ranks)])})"
 
 
-def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
+def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
     """Return the numbers behind that sentence."""
-    own = segments.parts[late.part]
+    own = work.parts[late.part]
     mine, others = own[late.rows], mean_of_others(own[late.others])
     evidence: dict[str, object] = {
-        "step_ms": segments.step_ns / 1e6,
+        "step_ms": work.step_ns / 1e6,
         "own_ms": float(mine.mean()) / 1e6,
         "others_ms": float(others.mean()) / 1e6,
         "excess_ms": late.excess_ns / 1e6,
         "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
         "dominance": late.dominance,
-        "share_of_steps_late": share_late(_excess(segments, late)),
-        "steps": segments.own.shape[1],
+        "share_of_steps_late": share_late(_excess(work, late)),
+        "steps": work.own.shape[1],
     }
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
     listed = ranks[:_MAX_LISTED]
@@ -133,10 +133,10 @@ def late_evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: t
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}
 
 
-def _excess(segments: Segments, late: LateRanks) -> Floats:
+def _excess(work: OwnWork, late: LateRanks) -> Floats:
     """Return by how much late ranks are late in each step that shows it: of backward the steps that measured it."""
-    own = segments.parts[late.part]
-    known = segments.measured if late.part == "backward" and segments.measured.any() else slice(None)
+    own = work.parts[late.part]
+    known = work.measured if late.part == "backward" and work.measured.any() else slice(None)
     return np.asarray((own[late.rows].mean(axis=0) - mean_of_others(own[late.others]))[known])
 
 

@@ -30,7 +30,7 @@ from traceml.diagnosis.rules.straggler_words import (
     waited_for_core,
 )
 from traceml.diagnosis.steps.long_steps import RARE, count_long_steps, long_steps_blame
-from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
 from traceml.diagnosis.steps.step_split import Floats
@@ -88,69 +88,69 @@ _MIN_MEASURED = 20
 class _Others(msgspec.Struct, frozen=True, dict=True):
     """The ranks that are not late, by whose work late ones are judged, each of thousands."""
 
-    segments: Segments
+    work: OwnWork
     rows: NDArray[np.intp]
     late: NDArray[np.intp]  # the ranks that are judged, of which some may turn out not to be late
 
     @cached_property
     def all_ranks(self) -> list[int]:
         """All ranks but the judged ones, also those whose lateness is known."""
-        return self.segments.ranks_of(np.delete(np.arange(len(self.segments.ranks)), self.late))
+        return self.work.ranks_of(np.delete(np.arange(len(self.work.ranks)), self.late))
 
     @cached_property
     def own(self) -> Floats:
         """Their mean own work, by step."""
-        return mean_of_others(self.segments.own[self.rows])
+        return mean_of_others(self.work.own[self.rows])
 
     @cached_property
     def parts(self) -> dict[str, Floats]:
         """Its parts."""
-        return {part: mean_of_others(values[self.rows]) for part, values in self.segments.parts.items()}
+        return {part: mean_of_others(values[self.rows]) for part, values in self.work.parts.items()}
 
     @cached_property
     def long_steps(self) -> NDArray[np.int64]:
         """Long steps of all ranks, compared with theirs."""
-        return count_long_steps(self.segments, self.rows)
+        return count_long_steps(self.work, self.rows)
 
 
-def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+def stragglers(work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return a finding per group of late ranks, and the parts with their work replaced by that of the others."""
-    if not segments.grouped or len(segments.ranks) < 2:
+    if not work.grouped or len(work.ranks) < 2:
         return [], {}
 
-    late = find_late(segments, facts)
-    without_stragglers = _without_stragglers(segments, late)
-    if late and saved_ns(segments, without_stragglers) < GAIN_SHARE * segments.step_ns:
+    late = find_late(work, facts)
+    without_stragglers = _without_stragglers(work, late)
+    if late and saved_ns(work, without_stragglers) < GAIN_SHARE * work.step_ns:
         # Other ranks are late as often; a small difference on average is not a fault.
-        late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
-        without_stragglers = _without_stragglers(segments, late)
+        late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * work.step_ns]
+        without_stragglers = _without_stragglers(work, late)
 
-    late += late_in_one_part(segments, facts, late)
-    return [_finding(segments, facts, one) for one in late], _without_stragglers(segments, late)
+    late += late_in_one_part(work, facts, late)
+    return [_finding(work, facts, one) for one in late], _without_stragglers(work, late)
 
 
-def _without_stragglers(segments: Segments, late: Sequence[LateRanks]) -> dict[str, Floats]:
+def _without_stragglers(work: OwnWork, late: Sequence[LateRanks]) -> dict[str, Floats]:
     without_stragglers: dict[str, Floats] = {}
     for one in late:
         for part in one.by_part_ns if one.everywhere else (one.part,):
             without_stragglers[part] = with_typical_work(
-                without_stragglers.get(part, segments.parts[part]), one.rows, one.others
+                without_stragglers.get(part, work.parts[part]), one.rows, one.others
             )
 
     return without_stragglers
 
 
-def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
+def find_late(work: OwnWork, facts: JobFacts) -> list[LateRanks]:
     """Return the groups of late ranks, the largest excess first."""
-    remaining = np.arange(len(segments.ranks))
+    remaining = np.arange(len(work.ranks))
     found: list[LateRanks] = []
     # One group of late ranks may hide a second one with another cause; a third waits for the next diagnosis.
     for _ in range(2):
         if len(remaining) < 2:
             break
 
-        rows, others = _without_near(segments, remaining, *divide_ranks(segments.own[remaining].mean(axis=1)))
-        groups = _late_groups(segments, facts, rows, others)
+        rows, others = _without_near(work, remaining, *divide_ranks(work.own[remaining].mean(axis=1)))
+        groups = _late_groups(work, facts, rows, others)
         if not groups:
             break
 
@@ -160,34 +160,34 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     return found
 
 
-def late_in_one_part(segments: Segments, facts: JobFacts, known: Sequence[LateRanks] = ()) -> list[LateRanks]:
+def late_in_one_part(work: OwnWork, facts: JobFacts, known: Sequence[LateRanks] = ()) -> list[LateRanks]:
     """Return ranks that are late in one part of the step each, weakly but steadily; at most two, and no known ones.
 
     Ranks that are late in different parts hide each other: their sums are alike, and steps gain little by one of them.
     """
     rows = {row for one in known for row in one.rows.tolist()}
-    steady = steady_excesses(segments, max(EXCESS_SHARE * segments.step_ns, EXCESS_NS))
-    found = [_late_steadily(segments, facts, each) for each in steady if each.row not in rows]
+    steady = steady_excesses(work, max(EXCESS_SHARE * work.step_ns, EXCESS_NS))
+    found = [_late_steadily(work, facts, each) for each in steady if each.row not in rows]
     late = [one for one in found if one is not None][:2]
-    before_ns = saved_ns(segments, _without_stragglers(segments, known))
-    saved = saved_ns(segments, _without_stragglers(segments, [*known, *late])) - before_ns
-    return late if saved >= STEADY_GAIN_SHARE * segments.step_ns else []
+    before_ns = saved_ns(work, _without_stragglers(work, known))
+    saved = saved_ns(work, _without_stragglers(work, [*known, *late])) - before_ns
+    return late if saved >= STEADY_GAIN_SHARE * work.step_ns else []
 
 
-def _late_steadily(segments: Segments, facts: JobFacts, steady: SteadyExcess) -> LateRanks | None:
+def _late_steadily(work: OwnWork, facts: JobFacts, steady: SteadyExcess) -> LateRanks | None:
     if steady.dominance < DOMINANCE:
         return None
 
-    row, others = np.array([steady.row]), np.delete(np.arange(len(segments.ranks)), steady.row)
-    without_core = _may_be_without_core(segments, facts, row)
-    own_ns = _due_to_code_ns(segments, facts, row, steady.part, steady.mean_ns) if without_core else 0.0
-    if max(steady.mean_ns - _without_core_ns(segments, facts, row), own_ns) < EXCESS_SHARE * segments.step_ns:
+    row, others = np.array([steady.row]), np.delete(np.arange(len(work.ranks)), steady.row)
+    without_core = _may_be_without_core(work, facts, row)
+    own_ns = _due_to_code_ns(work, facts, row, steady.part, steady.mean_ns) if without_core else 0.0
+    if max(steady.mean_ns - _without_core_ns(work, facts, row), own_ns) < EXCESS_SHARE * work.step_ns:
         return None
 
-    if not own_ns and (without_core or _is_slower_overall(segments, row, _Others(segments, others, row), steady.part)):
+    if not own_ns and (without_core or _is_slower_overall(work, row, _Others(work, others, row), steady.part)):
         return None
 
-    return _late(segments, facts, row, others, steady.part, everywhere=False)
+    return _late(work, facts, row, others, steady.part, everywhere=False)
 
 
 def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -201,10 +201,10 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def _without_near(
-    segments: Segments, ranks: NDArray[np.intp], late: NDArray[np.intp], usual: NDArray[np.intp]
+    work: OwnWork, ranks: NDArray[np.intp], late: NDArray[np.intp], usual: NDArray[np.intp]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return the late ranks and the others; ranks that only noise has put among the late ones count as others."""
-    means = segments.own[ranks].mean(axis=1)
+    means = work.own[ranks].mean(axis=1)
     excess = means - float(np.median(means[usual]))
     clear = excess[late] >= MIN_EXCESS_RATIO * max(float(excess[usual].max()), 0.0)
     if clear.any():
@@ -213,34 +213,32 @@ def _without_near(
     return ranks[late], ranks[usual]
 
 
-def _late_groups(
-    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]
-) -> list[LateRanks]:
-    usual = _Others(segments, others, rows)
-    excess = (segments.own[rows] - usual.own).mean(axis=1)
-    spread = float((segments.own[others].mean(axis=1) - usual.own.mean()).max())
+def _late_groups(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[LateRanks]:
+    usual = _Others(work, others, rows)
+    excess = (work.own[rows] - usual.own).mean(axis=1)
+    spread = float((work.own[others].mean(axis=1) - usual.own.mean()).max())
     # All other ranks must be clearly apart from the late ones.
     if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
         return []
 
     if len(rows) > MANY_ROWS:
-        together = _one_group(segments, facts, rows, usual, {})
+        together = _one_group(work, facts, rows, usual, {})
         if together is not None:
             return [together]
 
     causes: dict[tuple[str, bool], list[int]] = {}
     for row in rows.tolist():
-        cause = _cause(segments, facts, np.array([row]), usual)
+        cause = _cause(work, facts, np.array([row]), usual)
         if cause is not None:
             causes.setdefault(cause, []).append(row)
 
-    together = _one_group(segments, facts, rows, usual, causes)
-    found = [_late(segments, facts, np.array(late), others, *cause) for cause, late in causes.items()]
+    together = _one_group(work, facts, rows, usual, causes)
+    found = [_late(work, facts, np.array(late), others, *cause) for cause, late in causes.items()]
     return [together] if together is not None else sorted(found, key=lambda late: -late.excess_ns)
 
 
 def _one_group(
-    segments: Segments,
+    work: OwnWork,
     facts: JobFacts,
     rows: NDArray[np.intp],
     usual: _Others,
@@ -255,53 +253,53 @@ def _one_group(
 
     blamed = sorted(row for late in causes.values() for row in late)
     for some in (rows, np.array(blamed, np.intp)):
-        if facts.topology.smallest_group(segments.ranks_of(some), segments.all_ranks) is None:
+        if facts.topology.smallest_group(work.ranks_of(some), work.all_ranks) is None:
             continue
 
-        cause = _cause(segments, facts, some, usual)
+        cause = _cause(work, facts, some, usual)
         if cause is not None:
-            return _late(segments, facts, some, usual.rows, *cause)
+            return _late(work, facts, some, usual.rows, *cause)
 
     return None
 
 
-def _cause(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> tuple[str, bool] | None:
+def _cause(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> tuple[str, bool] | None:
     """Return (the part to blame, whether the ranks are slower in everything); None if their excess may be chance."""
-    over = segments.own[rows].mean(axis=0) - usual.own
+    over = work.own[rows].mean(axis=0) - usual.own
     excess = float(over.mean())
-    if excess < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS):
+    if excess < max(EXCESS_SHARE * work.step_ns, EXCESS_NS):
         return None
 
     # A fault in a part of the run looks like chance; a line that only these ranks run is none, if it is no rare event.
-    if not _is_significant(segments, rows, usual) and (
-        share_late(over) <= RARE or not _runs_own_line(segments, facts, rows, usual)
+    if not _is_significant(work, rows, usual) and (
+        share_late(over) <= RARE or not _runs_own_line(work, facts, rows, usual)
     ):
         return None
 
-    part, everywhere = _blamed_part(segments, facts, rows, usual, excess)
-    return None if part is None or (everywhere and not _persists(over, segments)) else (part, everywhere)
+    part, everywhere = _blamed_part(work, facts, rows, usual, excess)
+    return None if part is None or (everywhere and not _persists(over, work)) else (part, everywhere)
 
 
 def _blamed_part(
-    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others, excess: float
+    work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Others, excess: float
 ) -> tuple[str | None, bool]:
     """Return (the part to blame or None, whether the ranks are slower in everything)."""
-    by_part = _excess_by_part(segments, rows, usual)
+    by_part = _excess_by_part(work, rows, usual)
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
-    without_core = _may_be_without_core(segments, facts, rows)
-    own_ns = _own_line_ns(segments, facts, rows, usual.all_ranks, part, by_part[part]) if without_core else 0.0
-    more_ns = _more_work_ns(segments, facts, rows, excess) if without_core else 0.0
-    explained_ns = max(excess - _without_core_ns(segments, facts, rows), own_ns, more_ns)
+    without_core = _may_be_without_core(work, facts, rows)
+    own_ns = _own_line_ns(work, facts, rows, usual.all_ranks, part, by_part[part]) if without_core else 0.0
+    more_ns = _more_work_ns(work, facts, rows, excess) if without_core else 0.0
+    explained_ns = max(excess - _without_core_ns(work, facts, rows), own_ns, more_ns)
     if own_ns:
-        return (part if explained_ns >= EXCESS_SHARE * segments.step_ns else None), False
+        return (part if explained_ns >= EXCESS_SHARE * work.step_ns else None), False
 
-    alike = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, rows, usual, part)
+    alike = by_part[part] < DOMINANCE * positive or _is_slower_overall(work, rows, usual, part)
     everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
-    seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
+    seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
     floor = EVERYWHERE_SHARE if everywhere or seldom or (without_core and not more_ns) else EXCESS_SHARE
     chance = everywhere and facts.oversubscribed and not more_ns
-    if explained_ns < floor * segments.step_ns or (chance and not _waits_for_side_threads(segments, facts, rows)):
+    if explained_ns < floor * work.step_ns or (chance and not _waits_for_side_threads(work, facts, rows)):
         return None, everywhere
 
     return part, everywhere
@@ -309,31 +307,31 @@ def _blamed_part(
 
 def _saves_alone(rows: NDArray[np.intp], usual: _Others, part: str, share: float) -> bool:
     """Return whether ranks save, where others do not, for most of their excess: that is no slow host."""
-    others_ns, mine_ns = float(usual.parts[part].mean()), float(usual.segments.parts[part][rows].mean())
+    others_ns, mine_ns = float(usual.parts[part].mean()), float(usual.work.parts[part][rows].mean())
     return part == "checkpoint" and share >= SAVING_SHARE and others_ns < NO_SAVING_RATIO * mine_ns
 
 
-def _waits_for_side_threads(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+def _waits_for_side_threads(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
     """Return whether other threads of the ranks explain that they are slower in everything, beside a lack of cores.
 
     Torch's own threads compute for the main one: where there are several, they say nothing.
     """
-    return facts.threads == 1 and background_threads(facts, segments.ranks_of(rows)) is not None
+    return facts.threads == 1 and background_threads(facts, work.ranks_of(rows)) is not None
 
 
-def _excess_by_part(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> dict[str, float]:
-    return {part: float((values[rows] - usual.parts[part]).mean()) for part, values in segments.parts.items()}
+def _excess_by_part(work: OwnWork, rows: NDArray[np.intp], usual: _Others) -> dict[str, float]:
+    return {part: float((values[rows] - usual.parts[part]).mean()) for part, values in work.parts.items()}
 
 
-def _runs_own_line(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> bool:
+def _runs_own_line(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> bool:
     """Return whether a line of the slow part that only these ranks run explains a reportable excess by itself."""
-    by_part = _excess_by_part(segments, rows, usual)
+    by_part = _excess_by_part(work, rows, usual)
     part = max(by_part, key=lambda name: by_part[name])
-    return _own_line_ns(segments, facts, rows, usual.all_ranks, part, by_part[part]) >= EXCESS_SHARE * segments.step_ns
+    return _own_line_ns(work, facts, rows, usual.all_ranks, part, by_part[part]) >= EXCESS_SHARE * work.step_ns
 
 
 def _own_line_ns(
-    segments: Segments,
+    work: OwnWork,
     facts: JobFacts,
     rows: NDArray[np.intp],
     others: list[int],
@@ -341,51 +339,49 @@ def _own_line_ns(
     excess_ns: float,
 ) -> float:
     """Return the time per step of late ranks in a line that the others do not run; 0 below a third of the excess."""
-    share = own_line_share(facts.lines, part, segments.ranks_of(rows), others)
-    return share * segments.step_ns if share * segments.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
+    share = own_line_share(facts.lines, part, work.ranks_of(rows), others)
+    return share * work.step_ns if share * work.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
 
 
-def _due_to_code_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
+def _due_to_code_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
     """Return the time per step by which ranks are late for what they run, not for lack of cores; 0 if unsure."""
-    others = np.delete(np.arange(len(segments.ranks)), rows)
-    own_ns = _own_line_ns(segments, facts, rows, segments.ranks_of(others), part, excess_ns)
-    return own_ns or _more_work_ns(segments, facts, rows, excess_ns)
+    others = np.delete(np.arange(len(work.ranks)), rows)
+    own_ns = _own_line_ns(work, facts, rows, work.ranks_of(others), part, excess_ns)
+    return own_ns or _more_work_ns(work, facts, rows, excess_ns)
 
 
-def _more_work_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], excess_ns: float) -> float:
+def _more_work_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], excess_ns: float) -> float:
     """Return the part of an excess that CPU time explains; 0 if it is small, or other ranks compute as long.
 
     A rank that has more to compute also waits longer for a core, in proportion.
     """
-    late = segments.ranks[rows].tolist()
+    late = work.ranks[rows].tolist()
     others, run = facts.core_runs_of_others(late), facts.core_run(late)
     if run is None or min(facts.core_runs[rank] for rank in late) < MORE_WORK_RATIO * max(others):
         return 0.0
 
-    waiting = float(np.median([facts.main_wait.get(rank, 0.0) for rank in segments.ranks.tolist()]))
-    more_ns = (run[0] - run[1]) * segments.step_ns / max(1 - waiting, 0.05)
+    waiting = float(np.median([facts.main_wait.get(rank, 0.0) for rank in work.ranks.tolist()]))
+    more_ns = (run[0] - run[1]) * work.step_ns / max(1 - waiting, 0.05)
     return min(more_ns, excess_ns) if more_ns >= MORE_WORK_SHARE * excess_ns else 0.0
 
 
-def _may_be_without_core(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+def _may_be_without_core(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
     """Return whether the ranks have too few cores, or these ranks wait for one more than the others.
 
     Also where that was counted for so short a time that a program may have come and gone.
     """
-    ranks = segments.ranks[rows].tolist()
+    ranks = work.ranks[rows].tolist()
     counted = [facts.core_wait_s[rank] for rank in ranks if rank in facts.core_wait_s]
     return facts.oversubscribed or facts.without_core.issuperset(ranks) or min(counted, default=inf) < MIN_COUNTED_S
 
 
-def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Others, part: str) -> bool:
+def _is_slower_overall(work: OwnWork, rows: NDArray[np.intp], usual: _Others, part: str) -> bool:
     """Return whether another computing part is slower by a similar factor: then the ranks are, not that part."""
     if part not in COMPUTE:
         return False
 
     base = {name: max(float(usual.parts[name].mean()), 1.0) for name in COMPUTE if name in usual.parts}
-    excess = {
-        name: segments.in_measured(name, segments.parts[name][rows].mean(axis=0) - usual.parts[name]) for name in base
-    }
+    excess = {name: work.in_measured(name, work.parts[name][rows].mean(axis=0) - usual.parts[name]) for name in base}
     least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
         float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_MIN_Z_SCORE
@@ -394,31 +390,31 @@ def _is_slower_overall(segments: Segments, rows: NDArray[np.intp], usual: _Other
     )
 
 
-def _without_core_ns(segments: Segments, facts: JobFacts, rows: NDArray[np.intp]) -> float:
+def _without_core_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> float:
     """Return the time per step that the ranks waited for a core beyond the others; 0 if unknown.
 
     On a busy host who has more to compute waits longer for a core: that much is due to the work. What the others wait
     for a core while they wait for the late ranks, too, costs nothing: no more counts than they work themselves.
     """
-    late = segments.ranks[rows].tolist()
+    late = work.ranks[rows].tolist()
     others, run = facts.core_wait_of_others(late), facts.core_run(late)
     if others is None:
         return 0.0
 
-    own = segments.own.mean(axis=1)
-    mine_ns = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late])) * segments.step_ns
-    others_ns = min(others * segments.step_ns, float(np.median(np.delete(own, rows))))
+    own = work.own.mean(axis=1)
+    mine_ns = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late])) * work.step_ns
+    others_ns = min(others * work.step_ns, float(np.median(np.delete(own, rows))))
     more_work = 1.0 if run is None else max(run[0] / run[1], 1.0)
     return max(min(mine_ns, float(own[rows].mean())) - more_work * others_ns, 0.0)
 
 
-def _is_significant(segments: Segments, rows: NDArray[np.intp], usual: _Others) -> bool:
+def _is_significant(work: OwnWork, rows: NDArray[np.intp], usual: _Others) -> bool:
     """Return whether the excess is not chance: it is steady, or nearly all long steps are of these ranks."""
-    excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in segments.parts.items()}
+    excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in work.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
-    steady = [np.sum(list(excess.values()), axis=0), segments.in_measured("backward", backward)]
+    steady = [np.sum(list(excess.values()), axis=0), work.in_measured("backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
-    share = (mean + mean_backward) / segments.step_ns
+    share = (mean + mean_backward) / work.step_ns
     needed = MIN_Z_SCORE + 10 * max(0.0, 0.2 - share)
     errors = (mean + mean_backward) / hypot(error, error_backward)
     if errors >= needed:
@@ -450,13 +446,13 @@ def _errors(values: Floats) -> float:
     return mean / error
 
 
-def _persists(excess: Floats, segments: Segments) -> bool:
-    halves = zip(np.array_split(excess, 2), np.array_split(segments.step, 2), strict=True)
+def _persists(excess: Floats, work: OwnWork) -> bool:
+    halves = zip(np.array_split(excess, 2), np.array_split(work.step, 2), strict=True)
     return all(float(half.mean()) >= EVERYWHERE_SHARE * float(step.mean()) for half, step in halves)
 
 
 def _late(
-    segments: Segments,
+    work: OwnWork,
     facts: JobFacts,
     rows: NDArray[np.intp],
     others: NDArray[np.intp],
@@ -465,10 +461,10 @@ def _late(
 ) -> LateRanks:
     by_part = {
         name: float((values[rows].mean(axis=0) - mean_of_others(values[others])).mean())
-        for name, values in segments.parts.items()
+        for name, values in work.parts.items()
     }
     positive = {name: value for name, value in by_part.items() if value > 0}
-    total = float((segments.own[rows].mean(axis=0) - mean_of_others(segments.own[others])).mean())
+    total = float((work.own[rows].mean(axis=0) - mean_of_others(work.own[others])).mean())
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
     return LateRanks(
         rows=rows,
@@ -478,7 +474,7 @@ def _late(
         dominance=dominance,
         everywhere=everywhere,
         by_part_ns=positive,
-        group=facts.topology.smallest_group(segments.ranks_of(rows), segments.all_ranks),
+        group=facts.topology.smallest_group(work.ranks_of(rows), work.all_ranks),
     )
 
 
@@ -496,44 +492,42 @@ def straggler_kind(part: str) -> Kind:
     return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
 
 
-def _is_without_core(segments: Segments, facts: JobFacts, late: LateRanks) -> bool:
+def _is_without_core(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
     """Return whether waiting for a core explains half of the excess of late ranks, as far as that is known.
 
     A rank that mostly sleeps has little work, so its share of waiting may be large without being a cause.
     """
-    ranks = segments.ranks[late.rows].tolist()
+    ranks = work.ranks[late.rows].tolist()
     if not facts.without_core.issuperset(ranks):
         return False
 
     is_known = facts.core_wait_of_others(ranks) is not None
-    return not is_known or _without_core_ns(segments, facts, late.rows) >= WAITING_SHARE * late.excess_ns
+    return not is_known or _without_core_ns(work, facts, late.rows) >= WAITING_SHARE * late.excess_ns
 
 
-def _waiting_share(segments: Segments, late: LateRanks) -> float:
+def _waiting_share(work: OwnWork, late: LateRanks) -> float:
     """Return the share of the step that late ranks wait for others, mostly inside backward."""
-    return max(1.0 - float(segments.own[late.rows].mean()) / segments.step_ns, 0.0)
+    return max(1.0 - float(work.own[late.rows].mean()) / work.step_ns, 0.0)
 
 
-def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
+def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
-    saved = saved_ns(
-        segments, {part: with_typical_work(segments.parts[part], late.rows, late.others) for part in blamed}
-    )
+    saved = saved_ns(work, {part: with_typical_work(work.parts[part], late.rows, late.others) for part in blamed})
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
-    share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
-    ranks = tuple(segments.ranks_of(late.rows))
-    gain = speedup(segments.step_ns, saved)
+    share = min(max(late.excess_ns, saved) / work.step_ns, 1.0)
+    ranks = tuple(work.ranks_of(late.rows))
+    gain = speedup(work.step_ns, saved)
     kind = straggler_kind(late.part)
-    mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
-    others = segments.ranks_of(late.others)
+    mine = float(work.parts[late.part][late.rows].mean()) / work.step_ns
+    others = work.ranks_of(late.others)
     line = None
     if not late.everywhere:
-        waiting = _waiting_share(segments, late) if late.part == "backward" else 0.0
+        waiting = _waiting_share(work, late) if late.part == "backward" else 0.0
         line = blamed_line(facts.lines, late.part, mine, ranks, others, waiting)
         if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
             line = workers_line(facts.worker_lines, ranks, others)
 
-    without_core = late.part != "input_wait" and _is_without_core(segments, facts, late)
+    without_core = late.part != "input_wait" and _is_without_core(work, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
     if late.group is not None and line is None and late.part != "input_wait":
         action = advice.for_slow_group(late.group)
@@ -545,17 +539,17 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     why = beside.text if beside is not None else ""
     if without_core:
         why = waited_for_core(facts, ranks, others)
-    elif not why and facts.oversubscribed and _more_work_ns(segments, facts, late.rows, late.excess_ns) > 0:
+    elif not why and facts.oversubscribed and _more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
         why = more_cpu_time(facts, ranks)
 
-    only_without_core = without_core and not _due_to_code_ns(segments, facts, late.rows, late.part, late.excess_ns)
+    only_without_core = without_core and not _due_to_code_ns(work, facts, late.rows, late.part, late.excess_ns)
     return Finding.of(
         kind,
         ranks=ranks,
         phase=late.part,
-        summary=late_summary(segments, late, ranks, share, gain, line, workers=facts.loader_workers) + why,
+        summary=late_summary(work, late, ranks, share, gain, line, workers=facts.loader_workers) + why,
         next=advice.for_rank_without_core(ranks, facts) if only_without_core else action,
-        evidence=late_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
+        evidence=late_evidence(work, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
         speedup_if_fixed=gain,
     )

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import gain_text, library_text, ns_text, ordinal_text, percent_text, ranks_text
@@ -55,28 +55,28 @@ class _Collections(msgspec.Struct, frozen=True):
         """Number of collections."""
         return int(self.rows["count"].sum())
 
-    def is_significant(self, segments: Segments) -> bool:
+    def is_significant(self, work: OwnWork) -> bool:
         """Return whether there are several, and they cost enough."""
-        return self.number >= MIN_NUMBER and self.saved_ns >= least_cost_ns(segments.step_ns)
+        return self.number >= MIN_NUMBER and self.saved_ns >= least_cost_ns(work.step_ns)
 
 
-def gc_pauses(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the findings about garbage collections, and the parts of the step without them."""
     found: list[Finding] = []
     without: dict[str, Floats] = {}
     for called in (True, False):
-        changed = replayed(segments, without)
+        changed = replayed(work, without)
         cost = _collections(window, changed, facts, called=called)
-        if cost is not None and cost.is_significant(segments):
-            found.append(_finding(segments, cost))
+        if cost is not None and cost.is_significant(work):
+            found.append(_finding(work, cost))
             without |= cost.without
 
     return found, without
 
 
-def _collections(window: AlignedSteps, segments: Segments, facts: JobFacts, *, called: bool) -> _Collections | None:
+def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called: bool) -> _Collections | None:
     taken = facts.pauses.per_step(
-        segments.ranks, window.steps, Pause.COLLECTION, lambda rows: rows["called"] == int(called)
+        work.ranks, window.steps, Pause.COLLECTION, lambda rows: rows["called"] == int(called)
     )
     if not taken:
         return None
@@ -84,20 +84,20 @@ def _collections(window: AlignedSteps, segments: Segments, facts: JobFacts, *, c
     without: dict[str, Floats] = {}
     for phase, ns in taken.items():
         # A user's phase has a name of its own, and a collective is in no part.
-        part = phase if phase in segments.parts else "other"
-        if part in segments.parts:
-            left = without.get(part, segments.parts[part])
-            without[part] = np.maximum(left - _felt(left, ns, device=segments.device), 0)
+        part = phase if phase in work.parts else "other"
+        if part in work.parts:
+            left = without.get(part, work.parts[part])
+            without[part] = np.maximum(left - _felt(left, ns, device=work.device), 0)
 
-    totals = sum(taken.values(), np.zeros_like(segments.own)).sum(axis=1)
+    totals = sum(taken.values(), np.zeros_like(work.own)).sum(axis=1)
     has = totals >= 0.5 * totals.max()
-    ranks = segments.named(has)
-    rows = _rows_in(window, facts, segments, called=called)
-    lead = int(segments.ranks[int(totals.argmax())])
+    ranks = work.named(has)
+    rows = _rows_in(window, facts, work, called=called)
+    lead = int(work.ranks[int(totals.argmax())])
     single = rows[rows["count"] == 1]
     place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
     library = facts.pauses.most_frequent(lead, single, "text_id")
-    return _Collections(called, without, ranks, rows, saved_ns(segments, without), place, library)
+    return _Collections(called, without, ranks, rows, saved_ns(work, without), place, library)
 
 
 def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
@@ -110,9 +110,9 @@ def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
     return np.clip(values - usual, 0, ns).astype(np.float32)
 
 
-def _rows_in(window: AlignedSteps, facts: JobFacts, segments: Segments, *, called: bool) -> Rows:
+def _rows_in(window: AlignedSteps, facts: JobFacts, work: OwnWork, *, called: bool) -> Rows:
     found = []
-    for rank in sorted(facts.pauses.ranks(Pause.COLLECTION).intersection(segments.ranks.tolist())):
+    for rank in sorted(facts.pauses.ranks(Pause.COLLECTION).intersection(work.ranks.tolist())):
         rows = facts.pauses.rows(rank, Pause.COLLECTION)
         inside = (rows["step"] >= window.steps[0]) & (rows["step"] <= window.steps[-1])
         found.append(rows[inside & (rows["called"] == int(called))])
@@ -127,12 +127,12 @@ def _every(full_ns: float, step_ns: float) -> int:
     return next(digit * power for digit in _ROUND if digit * power >= wanted)
 
 
-def _finding(segments: Segments, cost: _Collections) -> Finding:
-    step_ns, share = segments.step_ns, cost.saved_ns / segments.step_ns
+def _finding(work: OwnWork, cost: _Collections) -> Finding:
+    step_ns, share = work.step_ns, cost.saved_ns / work.step_ns
     every = _every(cost.full_ns, step_ns - cost.saved_ns)
     # What is left of them if they come as seldom as advised.
     kept_ns = min(cost.full_ns / every, cost.saved_ns)
-    gain = speedup(segments.step_ns, cost.saved_ns - kept_ns)
+    gain = speedup(work.step_ns, cost.saved_ns - kept_ns)
     file, line, function = cost.place
     place = place_words(*cost.place) if cost.called else ""
     return Finding.of(
@@ -140,13 +140,13 @@ def _finding(segments: Segments, cost: _Collections) -> Finding:
         ranks=cost.ranks,
         summary=(
             f"{_subject(cost, place)} {ns_text(cost.saved_ns)} of each {ns_text(step_ns)} step "
-            f"({percent_text(share)}): {_times(segments, cost)}."
+            f"({percent_text(share)}): {_times(work, cost)}."
         ),
         next=_advice(cost, every, gain),
         evidence={
             "pause_ms": cost.full_ns / 1e6,
             "collections": cost.number,
-            "steps": segments.own.shape[1],
+            "steps": work.own.shape[1],
             "step_ms": step_ns / 1e6,
             "called": cost.called,
             "every_advised": every,
@@ -171,9 +171,9 @@ def _subject(cost: _Collections, place: str) -> str:
     return f"The interpreter's garbage collector{where} takes"
 
 
-def _times(segments: Segments, cost: _Collections) -> str:
+def _times(work: OwnWork, cost: _Collections) -> str:
     long = f", a full one {ns_text(cost.full_ns)}" if (cost.rows["detail"] == _OLDEST).any() else ""
-    apart = segments.own.shape[1] * (len(cost.ranks) or len(segments.ranks)) / max(cost.number, 1)
+    apart = work.own.shape[1] * (len(cost.ranks) or len(work.ranks)) / max(cost.number, 1)
     if apart >= 1.5:
         return f"one in {apart:.0f} steps{long}"
 

@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup_of_share
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import duration_text, gain_text, percent_text, plural
@@ -46,32 +46,32 @@ class _Recompiled(msgspec.Struct, frozen=True):
     guard: str  # the newest condition that was not met
 
 
-def recompiles(window: AlignedSteps, segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return the finding about recompiled functions, and the parts of the step without these compilations.
 
     Args:
         facts: the compilations that ranks have reported, and the run's wall time.
     """
-    taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION)
+    taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION)
     # A compilation explains a long step, even if it is too short for a finding.
-    without = _without(segments, sum(taken.values(), np.zeros_like(segments.own))) if taken else {}
-    seen = _recompiled(segments, facts)
+    without = _without(work, sum(taken.values(), np.zeros_like(work.own))) if taken else {}
+    seen = _recompiled(work, facts)
     if seen is None:
         return [], without
 
-    share = _window_share(window, segments, facts) if facts.time is None else _run_share(seen, facts.time.wall_s)
-    found = [_finding(segments, seen, share)] if share >= WARNING_SHARE or seen.limit else []
+    share = _window_share(window, work, facts) if facts.time is None else _run_share(seen, facts.time.wall_s)
+    found = [_finding(work, seen, share)] if share >= WARNING_SHARE or seen.limit else []
     return found, without
 
 
-def _window_share(window: AlignedSteps, segments: Segments, facts: JobFacts) -> float:
+def _window_share(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> float:
     """Return the share of step time; 0 if it is too small to report."""
-    taken = facts.pauses.per_step(segments.ranks, window.steps, Pause.COMPILATION, _are_anew)
+    taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION, _are_anew)
     if not taken:
         return 0.0
 
-    saved = saved_ns(segments, _without(segments, sum(taken.values(), np.zeros_like(segments.own))))
-    return saved / segments.step_ns if saved >= least_cost_ns(segments.step_ns) else 0.0
+    saved = saved_ns(work, _without(work, sum(taken.values(), np.zeros_like(work.own))))
+    return saved / work.step_ns if saved >= least_cost_ns(work.step_ns) else 0.0
 
 
 def _run_share(seen: _Recompiled, wall_s: float) -> float:
@@ -82,8 +82,8 @@ def _are_anew(rows: Rows) -> NDArray[np.bool_]:
     return np.asarray(rows["detail"] != Compiled.FIRST)
 
 
-def _recompiled(segments: Segments, facts: JobFacts) -> _Recompiled | None:
-    compiled = facts.pauses.ranks(Pause.COMPILATION).intersection(segments.ranks.tolist())
+def _recompiled(work: OwnWork, facts: JobFacts) -> _Recompiled | None:
+    compiled = facts.pauses.ranks(Pause.COMPILATION).intersection(work.ranks.tolist())
     by_rank = {rank: _often(facts.pauses.rows(rank, Pause.COMPILATION)) for rank in sorted(compiled)}
     rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()), default=None)
     if rank is None or not len(by_rank[rank]):
@@ -111,13 +111,13 @@ def _often(rows: Rows) -> Rows:
     return rows[often & _are_anew(rows)]
 
 
-def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
+def _without(work: OwnWork, ns: Floats) -> dict[str, Floats]:
     """Return the parts without compiling, which a call of the model does first, then its backward pass."""
     without: dict[str, Floats] = {}
-    mostly = (ns >= _MOSTLY * np.maximum(segments.step, 1)).any(axis=0)
+    mostly = (ns >= _MOSTLY * np.maximum(work.step, 1)).any(axis=0)
     for part in _TAKEN_FROM:
-        if part in segments.parts:
-            values = segments.parts[part]
+        if part in work.parts:
+            values = work.parts[part]
             without[part] = np.maximum(values - ns, 0)
             ns = ns - (values - without[part])
             usual = np.median(values, axis=1, keepdims=True)
@@ -126,7 +126,7 @@ def _without(segments: Segments, ns: Floats) -> dict[str, Floats]:
     return without
 
 
-def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
+def _finding(work: OwnWork, seen: _Recompiled, share: float) -> Finding:
     file, line, function = seen.place
     gain = speedup_of_share(share)
     place = "" if _OWN in (file or "") else place_words(*seen.place)
@@ -145,7 +145,7 @@ def _finding(segments: Segments, seen: _Recompiled, share: float) -> Finding:
             "compile_s": seen.seconds,
             "guard": seen.guard,
             "limit_reached": bool(seen.limit),
-            "steps": segments.own.shape[1],
+            "steps": work.own.shape[1],
             **({"file": file, "line": line, "function": function} if place else {}),
         },
         cost_share=share,

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share, workers_at_work
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.worker_history import WorkerUse
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
@@ -153,32 +153,32 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         return self.fetch_cpu >= 0.5
 
 
-def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: float = 0.0) -> Pipeline | None:
+def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float = 0.0) -> Pipeline | None:
     """Return the loading of a window; None if the waits are pauses, which show nothing of a usual batch.
 
     Args:
         step_ns: mean step of the run, if other causes have been taken away in the window.
     """
     workers = facts.loader_workers
-    if workers and are_pauses(segments, workers):
+    if workers and are_pauses(work, workers):
         return None
 
-    rest_ns = max(segments.step_ns - wait_ns, 1.0)
+    rest_ns = max(work.step_ns - wait_ns, 1.0)
     cores = facts.cores_per_rank
     use = facts.worker_use if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
     handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
-    epoch_steps, is_ahead = _epoch_steps(facts), is_taken_ahead(segments, facts)
+    epoch_steps, is_ahead = _epoch_steps(facts), is_taken_ahead(work, facts)
     first_ns = 0.0 if workers or is_ahead else _first_ns(facts, wait_ns)
     if workers:
-        fetch_ns, computes = _fetch_of_workers(workers, use, segments.step_ns, facts, bound=bound, handover=handover)
+        fetch_ns, computes = _fetch_of_workers(workers, use, work.step_ns, facts, bound=bound, handover=handover)
     else:
         own = fetch_cpu(facts)
         fetch_ns, computes = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), 1.0 if own is None else own
 
-    rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
+    rest_cores = _rest_cores(work, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
     if workers and cores:
-        free_ns = max(cores * segments.step_ns - rest_ns * rest_cores, 0.0)
+        free_ns = max(cores * work.step_ns - rest_ns * rest_cores, 0.0)
         fetch_ns, computes = _within_cores(fetch_ns, computes, free_ns)
 
     made = Pipeline(
@@ -193,12 +193,12 @@ def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float, step_ns: fl
         is_handover=handover,
         epoch_steps=epoch_steps,
         first_ns=first_ns,
-        lost_ns=max(step_ns - segments.step_ns, 0.0),
-        levels=(1.0,) if workers or is_ahead else _levels(segments, epoch_steps if first_ns else None),
+        lost_ns=max(step_ns - work.step_ns, 0.0),
+        levels=(1.0,) if workers or is_ahead else _levels(work, epoch_steps if first_ns else None),
         outliers=()
         if workers or is_ahead or _is_undivided(facts)
-        else _outliers(segments, epoch_steps if first_ns else None),
-        batches=segments.parts["input_wait"].shape[1],
+        else _outliers(work, epoch_steps if first_ns else None),
+        batches=work.parts["input_wait"].shape[1],
         is_taken_ahead=is_ahead,
     )
     # A worker that computes in Python answers late, and its next batch is late, too: then that is the cause.
@@ -248,26 +248,26 @@ def _is_undivided(facts: JobFacts) -> bool:
     return facts.loader is not None and facts.loader.is_undivided
 
 
-def _outliers(segments: Segments, epoch_steps: float | None) -> tuple[float, ...]:
+def _outliers(work: OwnWork, epoch_steps: float | None) -> tuple[float, ...]:
     """Return how long the single batches take that are far longer than the mean, by the mean; see `Pipeline`."""
-    waits = _waits(segments, epoch_steps)
+    waits = _waits(work, epoch_steps)
     by_mean = np.sort(waits)[-_MAX_OUTLIERS:] / max(float(waits.mean()), 1.0)
     return tuple(by_mean[by_mean >= PREFETCH].tolist())
 
 
-def _waits(segments: Segments, epoch_steps: float | None) -> Floats:
+def _waits(work: OwnWork, epoch_steps: float | None) -> Floats:
     """Return the waits for batches in order, without the first one of each epoch if it takes longer, by size then.
 
     Args:
         epoch_steps: steps of an epoch, if the first one's batch takes longer: the longest waits are these.
     """
-    waits = segments.parts["input_wait"].mean(axis=0)
+    waits = work.parts["input_wait"].mean(axis=0)
     return waits if epoch_steps is None else np.sort(waits)[: len(waits) - round(len(waits) / epoch_steps)]
 
 
-def _levels(segments: Segments, epoch_steps: float | None) -> tuple[float, ...]:
+def _levels(work: OwnWork, epoch_steps: float | None) -> tuple[float, ...]:
     """Return how long the batches take in equal parts of the window, by their mean; see `Pipeline`."""
-    waits = _waits(segments, epoch_steps)
+    waits = _waits(work, epoch_steps)
     means = np.sort([part.mean() for part in np.array_split(waits, max(len(waits) // AHEAD, 1))])
     parts = np.array_split(means / max(float(means.mean()), 1.0), min(len(means), _LEVELS))
     return tuple(float(part.mean()) for part in parts)
@@ -295,13 +295,13 @@ def _first_wait_ns(facts: JobFacts) -> float:
     return float(later["ns"].mean()) if len(later) else 0.0
 
 
-def is_taken_ahead(segments: Segments, facts: JobFacts) -> bool:
+def is_taken_ahead(work: OwnWork, facts: JobFacts) -> bool:
     """Return whether the script takes all batches of an epoch at once: the other steps ask for none."""
     epoch_steps = _epoch_steps(facts)
     if epoch_steps is None or epoch_steps < _MIN_TAKEN:
         return False
 
-    asks = (segments.parts["input_wait"] > 0).mean(axis=0)
+    asks = (work.parts["input_wait"] > 0).mean(axis=0)
     return float(asks.mean()) * epoch_steps <= _ASKS
 
 
@@ -314,40 +314,40 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_factor: int | None  # batches per worker that cover such a wait; None if they would fill the memory
 
     @classmethod
-    def of(cls, segments: Segments, facts: JobFacts) -> Self:
+    def of(cls, work: OwnWork, facts: JobFacts) -> Self:
         """Return those of a window."""
-        waits = segments.parts["input_wait"].mean(axis=0)
-        wait_ns, step_ns = float(waits.mean()), segments.step_ns
+        waits = work.parts["input_wait"].mean(axis=0)
+        wait_ns, step_ns = float(waits.mean()), work.step_ns
         rest_ns = max(step_ns - wait_ns, 1.0)
         long_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
         factor = PREFETCH + int(np.ceil(long_ns / (rest_ns * max(facts.loader_workers, 1))))
         return cls(
             first_share=_first_wait_ns(facts) / (_epoch_steps(facts) or np.inf) / max(wait_ns, 1.0),
-            are_whole_epochs=is_taken_ahead(segments, facts),
-            gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(segments, facts, rest_ns, wait_ns)),
+            are_whole_epochs=is_taken_ahead(work, facts),
+            gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(work, facts, rest_ns, wait_ns)),
             prefetch_factor=factor if factor <= MAX_PREFETCH else None,
         )
 
 
-def _cores_ns(segments: Segments, facts: JobFacts, rest_ns: float, wait_ns: float) -> float:
+def _cores_ns(work: OwnWork, facts: JobFacts, rest_ns: float, wait_ns: float) -> float:
     """Return how long the cores of a rank take for a step and its batch, which workers make; 0 without their number.
 
     Where the use of the workers is not known, they are taken to compute while the training waits.
     """
     use, cores = facts.worker_use, facts.cores_per_rank
-    made_ns = wait_ns if use is None else segments.step_ns * use.ready
+    made_ns = wait_ns if use is None else work.step_ns * use.ready
     return (rest_ns + facts.loader_workers * made_ns) / cores if cores else 0.0
 
 
-def are_pauses(segments: Segments, workers: int) -> bool:
+def are_pauses(work: OwnWork, workers: int) -> bool:
     """Return whether nearly all waiting is in few steps: fewer than one in `workers`."""
-    share = share_of_long_waits(segments)
+    share = share_of_long_waits(work)
     return share is not None and share < RARE_WAITS / workers
 
 
-def share_of_long_waits(segments: Segments) -> float | None:
+def share_of_long_waits(work: OwnWork) -> float | None:
     """Return the share of steps that have nearly all of the waiting for data, if they wait far longer than the mean."""
-    per_step = segments.parts["input_wait"].mean(axis=0)
+    per_step = work.parts["input_wait"].mean(axis=0)
     long = per_step > _LONG_WAIT * float(per_step.mean())
     held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
     return float(long.mean()) if held >= _HELD_SHARE else None
@@ -364,12 +364,12 @@ def fetch_cpu(facts: JobFacts) -> float | None:
     return None if busy is None else min(busy / max(1.0 - facts.wait_share, _MIN_READY), 1.0)
 
 
-def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
+def _rest_cores(work: OwnWork, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
     busy = facts.use.busy_cores
     if busy is None:
         return 1.0
 
     wanted = busy / max(1.0 - facts.waited_share, _MIN_READY)  # with a core whenever it is ready
-    cores = max((wanted * segments.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
+    cores = max((wanted * work.step_ns - fetch_cpu_ns) / rest_ns, 0.0)
     # A short run's mean has the CPU time of its start and of other threads in it.
     return min(cores, max(facts.threads, 1)) if facts.threads else cores

@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["RARE", "count_long_steps", "long_steps_blame"]
@@ -26,11 +26,11 @@ MAX_TRIALS = 1000
 """With more long steps than this, the probability is not computed: twice the expected number is enough."""
 
 
-def count_long_steps(segments: Segments, others: NDArray[np.intp]) -> NDArray[np.int64]:
+def count_long_steps(work: OwnWork, others: NDArray[np.intp]) -> NDArray[np.int64]:
     """Return the number of long steps of each rank, compared with the others' work."""
-    backward = segments.parts.get("backward", np.zeros_like(segments.own))
-    counts = _counts(segments, segments.own - backward, others)
-    return counts + _counts(segments, backward[:, segments.measured], others)
+    backward = work.parts.get("backward", np.zeros_like(work.own))
+    counts = _counts(work, work.own - backward, others)
+    return counts + _counts(work, backward[:, work.measured], others)
 
 
 def long_steps_blame(counts: NDArray[np.int64], rows: NDArray[np.intp], others: NDArray[np.intp]) -> bool:
@@ -40,12 +40,12 @@ def long_steps_blame(counts: NDArray[np.int64], rows: NDArray[np.intp], others: 
     return all(chance_of(hits, hits + of_others, share) < MAX_P_VALUE for hits in set(counts[rows].tolist()))
 
 
-def _counts(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
+def _counts(work: OwnWork, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
     """Return the number of long steps per rank; if most of them are close together, that of the events."""
     if not values.size:
         return np.zeros(len(values), np.int64)
 
-    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * segments.step_ns, MIN_LONG_NS)
+    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * work.step_ns, MIN_LONG_NS)
     long = values > limit
     began = long.copy()
     for steps in range(1, min(SAME_EVENT_STEPS, long.shape[1] - 1) + 1):

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["as_one_training", "trainings_of"]
@@ -24,7 +24,7 @@ _LASTING = 20
 _SAME_SIZE = 0.02
 
 
-def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[int]) -> Segments:
+def as_one_training(window: AlignedSteps, work: OwnWork, starts: Sequence[int]) -> OwnWork:
     """Return a window in which all trainings compute equally long.
 
     Args:
@@ -33,15 +33,15 @@ def as_one_training(window: AlignedSteps, segments: Segments, starts: Sequence[i
     edges = np.unique(np.searchsorted(window.steps, starts))
     edges = edges[(edges > 0) & (edges < len(window))]
     if not len(edges):
-        return segments
+        return work
 
     trainings = np.split(np.arange(len(window)), edges)
-    parts = {part: _even(segments.parts[part], trainings) for part in COMPUTE if part in segments.parts}
-    changed = segments.changed(parts, segments.step)
-    waiting = np.maximum(segments.step - segments.own.mean(axis=0), 0)
+    parts = {part: _even(work.parts[part], trainings) for part in COMPUTE if part in work.parts}
+    changed = work.changed(parts, work.step)
+    waiting = np.maximum(work.step - work.own.mean(axis=0), 0)
     step = changed.own.mean(axis=0) + _even(waiting[None], trainings)[0]
-    even = segments.changed(parts, np.asarray(step, segments.step.dtype))
-    return replace(even, shift=segments.step - even.step)
+    even = work.changed(parts, np.asarray(step, work.step.dtype))
+    return replace(even, shift=work.step - even.step)
 
 
 def trainings_of(

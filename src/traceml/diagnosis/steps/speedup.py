@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["new_step_times", "replayed", "saved_ns", "speedup", "speedup_of_share", "with_typical_work", "without_rare"]
@@ -22,31 +22,31 @@ _MAX_SHARE = 0.99
 """A larger share of the time that is saved is not told from all of it."""
 
 
-def replayed(segments: Segments, changed: Mapping[str, Floats]) -> Segments:
+def replayed(work: OwnWork, changed: Mapping[str, Floats]) -> OwnWork:
     """Return the window with the own work of some parts replaced, and the step times that follow.
 
     Args:
         changed: as of `new_step_times`; empty leaves the window as it is.
     """
-    return segments.changed(changed, new_step_times(segments, changed)) if changed else segments
+    return work.changed(changed, new_step_times(work, changed)) if changed else work
 
 
-def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
+def new_step_times(work: OwnWork, changed: Mapping[str, Floats]) -> Floats:
     """Return the time of each step with the own work of some parts replaced.
 
     Args:
-        changed: part -> its new own work in nanoseconds, rank x segment.
+        changed: part -> its new own work in nanoseconds, rank x step.
     """
-    own = segments.own + sum(values - segments.parts[part] for part, values in changed.items())
-    if not segments.grouped:
-        return np.asarray(np.maximum(segments.step - (segments.own - own).mean(axis=0), 0))
+    own = work.own + sum(values - work.parts[part] for part, values in changed.items())
+    if not work.grouped:
+        return np.asarray(np.maximum(work.step - (work.own - own).mean(axis=0), 0))
 
-    step, longest = segments.by_sync_interval(segments.step), segments.longest_intervals(own)
-    left = step - (segments.longest_intervals(segments.own) - longest)
-    least, begins = np.minimum(step, longest), segments.begins[segments.sync_intervals]
+    step, longest = work.by_sync_interval(work.step), work.longest_intervals(own)
+    left = step - (work.longest_intervals(work.own) - longest)
+    least, begins = np.minimum(step, longest), work.begins[work.sync_intervals]
     times = _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, begins)
-    lengths = np.diff(segments.sync_intervals, append=len(segments.step))
-    return np.asarray(segments.step * np.repeat(times / np.maximum(step, 1), lengths))
+    lengths = np.diff(work.sync_intervals, append=len(work.step))
+    return np.asarray(work.step * np.repeat(times / np.maximum(step, 1), lengths))
 
 
 def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.bool_]) -> Floats:
@@ -64,9 +64,9 @@ def _shared_out(times: Floats, rest: Floats, least: Floats, begins: NDArray[np.b
     return np.asarray(times)
 
 
-def saved_ns(segments: Segments, changed: Mapping[str, Floats]) -> float:
+def saved_ns(work: OwnWork, changed: Mapping[str, Floats]) -> float:
     """Return the nanoseconds by which the mean step would be shorter."""
-    return segments.step_ns - float(new_step_times(segments, changed).mean())
+    return work.step_ns - float(new_step_times(work, changed).mean())
 
 
 def speedup(step_ns: float, saved: float) -> float:

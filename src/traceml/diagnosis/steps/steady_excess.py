@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["SteadyExcess", "errors_above_0", "steady_excesses"]
@@ -39,19 +39,19 @@ class SteadyExcess(msgspec.Struct, frozen=True):
     dominance: float  # its share of the excesses of all parts that are not noise
 
 
-def steady_excesses(segments: Segments, min_ns: float) -> list[SteadyExcess]:
+def steady_excesses(work: OwnWork, min_ns: float) -> list[SteadyExcess]:
     """Return the steady excess of a rank in each part that has one, the largest first.
 
     Args:
-        segments: the window's own work of at least two ranks.
+        work: the window's own work of at least two ranks.
         min_ns: a smaller mean is left out.
     """
-    found = [each for part in segments.parts for each in _of_part(segments, part, min_ns)]
+    found = [each for part in work.parts for each in _of_part(work, part, min_ns)]
     return sorted(found, key=lambda each: -each.mean_ns)
 
 
-def _of_part(segments: Segments, part: str, min_ns: float) -> Iterator[SteadyExcess]:
-    excess = _excess(segments, part)
+def _of_part(work: OwnWork, part: str, min_ns: float) -> Iterator[SteadyExcess]:
+    excess = _excess(work, part)
     if excess.shape[1] < _MIN_STEPS:
         return
 
@@ -62,19 +62,19 @@ def _of_part(segments: Segments, part: str, min_ns: float) -> Iterator[SteadyExc
         return
 
     mean = float(means[row])
-    beside = sum(_side_excess(segments, name, row) for name in segments.parts if name != part)
+    beside = sum(_side_excess(work, name, row) for name in work.parts if name != part)
     yield SteadyExcess(row, part, mean, mean / (mean + beside))
 
 
-def _excess(segments: Segments, part: str) -> Floats:
+def _excess(work: OwnWork, part: str) -> Floats:
     """Return each rank's work in a part beyond the mean of the others, in the steps that measured it."""
-    values = segments.in_measured(part, segments.parts[part])
+    values = work.in_measured(part, work.parts[part])
     others = (values.sum(axis=0) - values) / max(len(values) - 1, 1)
     return np.asarray(values - others)
 
 
-def _side_excess(segments: Segments, part: str, row: int) -> float:
-    excess = _excess(segments, part)[row]
+def _side_excess(work: OwnWork, part: str, row: int) -> float:
+    excess = _excess(work, part)[row]
     return max(float(excess.mean()), 0.0) if excess.size and errors_above_0(excess) >= SIDE_Z_SCORE else 0.0
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.own_work import OwnWork
 
 __all__ = ["StepHistory"]
 
@@ -58,11 +58,11 @@ class StepHistory(msgspec.Struct, frozen=True):
     of_run: float = 1.0
 
     @classmethod
-    def of(cls, window: AlignedSteps, segments: Segments) -> StepHistory:
+    def of(cls, window: AlignedSteps, work: OwnWork) -> StepHistory:
         """Return the history of a window, in up to 64 bins of equal width in steps.
 
         Args:
-            segments: its own work; the rest of a step is waiting for other ranks.
+            work: its own work; the rest of a step is waiting for other ranks.
         """
         first, last = int(window.steps[0]), int(window.steps[-1])
         width = max(-(-(last - first + 1) // _MAX_BINS), -(-MIN_STEPS_PER_BIN * (last - first + 1) // len(window)))
@@ -72,25 +72,25 @@ class StepHistory(msgspec.Struct, frozen=True):
         def usual(values: NDArray[np.floating[Any]]) -> Floats:
             return _usual(values, starts.tolist(), ends)
 
-        parts = _of_longest(segments)
-        waiting = np.maximum(segments.step - sum(parts.values()), 0)
+        parts = _of_longest(work)
+        waiting = np.maximum(work.step - sum(parts.values()), 0)
         if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
             numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
 
-        single = segments.grouped and not segments.represents and not len(segments.above)
+        single = work.grouped and not work.represents and not len(work.above)
         return cls(
             first_step=first + numbers * width,
             steps=np.diff([*starts, ends[-1]]),
-            step_ns=usual(segments.step),
+            step_ns=usual(work.step),
             parts_ns={
                 name: usual(values) for name, values in {**parts, "comm": waiting + parts.get("comm", 0)}.items()
             },
-            ranks=segments.ranks if single else np.empty(0, np.int64),
-            own_ns=usual(segments.own) if single else np.empty((0, 0)),
+            ranks=work.ranks if single else np.empty(0, np.int64),
+            own_ns=usual(work.own) if single else np.empty((0, 0)),
             elements=usual(window.elements.sum(axis=0)) if window.elements.size else np.empty(0),
             single_steps=window.steps,
-            single_ns=segments.step.astype(np.float64),
-            single_parts_ns=segments.parts if single else {},
+            single_ns=work.step.astype(np.float64),
+            single_parts_ns=work.parts if single else {},
         )
 
     def of_ranks(self, ranks: Sequence[int], part: str | None) -> StepHistory:
@@ -132,10 +132,10 @@ def _usual(values: NDArray[np.floating[Any]], starts: Sequence[int], ends: Seque
     return np.concatenate(medians, axis=-1)[..., np.argsort(np.concatenate(groups))]
 
 
-def _of_longest(segments: Segments) -> dict[str, Floats]:
+def _of_longest(work: OwnWork) -> dict[str, Floats]:
     """Return the parts of each step on the rank that takes longest in it."""
-    if not segments.grouped:
-        return {name: values.mean(axis=0, dtype=np.float64) for name, values in segments.parts.items()}
+    if not work.grouped:
+        return {name: values.mean(axis=0, dtype=np.float64) for name, values in work.parts.items()}
 
-    at, row = np.arange(segments.own.shape[1]), segments.own.argmax(axis=0)
-    return {name: values[row, at].astype(np.float64) for name, values in segments.parts.items()}
+    at, row = np.arange(work.own.shape[1]), work.own.argmax(axis=0)
+    return {name: values[row, at].astype(np.float64) for name, values in work.parts.items()}

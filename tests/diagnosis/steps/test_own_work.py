@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from traceml.diagnosis.steps.segments import median_over_ranks
+from traceml.diagnosis.steps.own_work import median_over_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 9, 1250])

@@ -26,10 +26,10 @@ __all__ = [
     "UNNAMED",
     "UNNAMED_CODE",
     "LateRanks",
-    "Segments",
+    "OwnWork",
     "is_grouped",
     "median_over_ranks",
-    "segments_of",
+    "own_work_of",
 ]
 
 COMPUTE = ("forward", "backward", "optimizer")
@@ -44,11 +44,11 @@ _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
 
 
-class Segments(msgspec.Struct, frozen=True, dict=True):
+class OwnWork(msgspec.Struct, frozen=True, dict=True):
     """Own work of each rank, by part of the step, between the sync points of a window."""
 
     ranks: NDArray[np.int64]  # the ranks, one per row
-    # Phase or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is own work only, and
+    # Phase or user phase -> own work in nanoseconds, rank x step. In a group `backward` is own work only, and
     # collectives are in no part.
     parts: Mapping[str, Floats]
     own: Floats  # the parts' sum
@@ -125,7 +125,7 @@ class Segments(msgspec.Struct, frozen=True, dict=True):
         """Mean own computation of a step, over ranks."""
         return float(sum(self.parts[part].mean() for part in COMPUTE if part in self.parts))
 
-    def changed(self, parts: Mapping[str, Floats], step: Floats) -> Segments:
+    def changed(self, parts: Mapping[str, Floats], step: Floats) -> OwnWork:
         """Return the window with some parts' own work and the steps' wall time replaced."""
         merged = {**self.parts, **parts}
         own = sum(merged.values(), np.zeros_like(self.own))
@@ -148,7 +148,7 @@ class LateRanks(msgspec.Struct, frozen=True, kw_only=True):
     group: RankGroup | None = None
 
 
-def segments_of(window: AlignedSteps, facts: JobFacts) -> Segments:
+def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
     """Return the window's own work, with or without a process group."""
     grouped = is_grouped(window, facts)
     parts = _user_parts(window)
@@ -165,7 +165,7 @@ def segments_of(window: AlignedSteps, facts: JobFacts) -> Segments:
     own = sum(parts.values(), np.zeros_like(window.total))
     wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
     step = window.total.mean(axis=0)
-    return Segments(
+    return OwnWork(
         window.ranks,
         parts,
         own,
@@ -212,7 +212,7 @@ def _user_parts(window: AlignedSteps) -> dict[str, Floats]:
 
 
 def _behind_sync(window: AlignedSteps) -> Floats:
-    """Return the optimizer's work in the segment after its step; where that is unknown, the step's own."""
+    """Return the optimizer's work in the step after its own; where that is unknown, the step's own."""
     optimizer = window.times["optimizer"]
     return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))
 
