@@ -24,6 +24,7 @@ from traceml.runs.report.report import build_report
 from traceml.runs.rows.digest import read_digest
 from traceml.runs.rows.series import read_series
 from traceml.track.delivery.derived import INPUT_TABLES, DerivedMetrics
+from traceml.track.tracker_state import DerivedState
 
 N, PERIOD, MS = 210, 5, 1_000_000
 SHARES = Callable[[Path], dict[str, float]]
@@ -120,8 +121,8 @@ def of_charts(run: Path) -> dict[str, float]:
 
 def of_tracker(run: Path) -> dict[str, float]:
     """Shares that trackers receive."""
-    memory: dict[str, Any] = {}
-    derived = DerivedMetrics(memory, 10_000.0, STARTED)
+    state: DerivedState = {}
+    derived = DerivedMetrics(state, 10_000.0, STARTED)
     with closing(StoreReader(run / STORE_NAME)) as reader:
         streams = {stream.id: stream for stream in reader.streams()}
         metrics = [

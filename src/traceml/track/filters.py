@@ -1,6 +1,6 @@
 """Selection of the values that go to a backend: include, exclude, routes, sampling, aggregation.
 
-Pure functions of the rows and of `memory`, so that a batch that is read again gives the same result.
+Pure functions of the rows and of the open windows, so that a batch that is read again gives the same result.
 """
 
 from __future__ import annotations
@@ -82,21 +82,21 @@ class DeliveryFilter:
         """
         return bool(self._named(name)) and (rank is None or bool(self._routed(name, rank)))
 
-    def apply(self, rows: Iterable[Metric], memory: dict[str, Any], experiment: str) -> list[Metric]:
+    def apply(self, rows: Iterable[Metric], stored: dict[str, Any], experiment: str) -> list[Metric]:
         """Return the values that pass, in order; aggregates when their window is complete.
 
         Args:
-            memory: open windows, changed in place; plain values for JSON.
+            stored: open windows by experiment, changed in place; plain values for JSON.
         """
         passing = (row for row in rows if self.takes(row.name, row.rank) and (row.step or 0) % self.sample == 0)
         if self.aggregation is None:
             return list(passing)
 
-        return list(self._aggregated(passing, memory, experiment))
+        return list(self._aggregated(passing, stored, experiment))
 
-    def finish(self, memory: dict[str, Any], experiment: str) -> list[Metric]:
+    def finish(self, stored: dict[str, Any], experiment: str) -> list[Metric]:
         """Close the windows of an experiment and return their aggregates."""
-        return [_closed(window) for window in memory.pop(experiment, {}).values()]
+        return [_closed(window) for window in stored.pop(experiment, {}).values()]
 
     def _passes_name(self, name: str) -> bool:
         if any(_matches(pattern, name) for pattern in self.exclude):
@@ -113,9 +113,9 @@ class DeliveryFilter:
             for names, ranks in self.routes
         )
 
-    def _aggregated(self, rows: Iterable[Metric], memory: dict[str, Any], experiment: str) -> Iterator[Metric]:
+    def _aggregated(self, rows: Iterable[Metric], stored: dict[str, Any], experiment: str) -> Iterator[Metric]:
         assert self.aggregation is not None
-        windows = memory.setdefault(experiment, {})
+        windows = stored.setdefault(experiment, {})
         for row in rows:
             key, number = f"{row.rank}/{row.name}", (row.step or 0) // self.aggregation.every
             window = windows.get(key)

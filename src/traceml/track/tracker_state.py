@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from traceml.run_folder import TRACKERS_FOLDER
 from traceml.trusted_files import read_regular, replace_file
@@ -27,8 +27,13 @@ __all__ = [
     "EXIT_DONE",
     "EXIT_TAKEN",
     "FAILING_PHASES",
+    "AuditState",
     "DeliveryPhase",
+    "DerivedState",
+    "ResumeState",
+    "SuspectState",
     "TrackerState",
+    "TrainingState",
     "locked",
     "states_of",
 ]
@@ -57,7 +62,71 @@ FAILING_PHASES = frozenset(
     {DeliveryPhase.WAITING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
 )
 _GOING_ON = frozenset({DeliveryPhase.STARTING, DeliveryPhase.DELIVERING})
+_STORED_AS = {"resume": "memory"}  # names in the file that differ from those of the fields
 _PROGRAM = b"traceml.track.delivery"  # in the command line of a delivery process
+
+
+class AuditState(TypedDict, total=False):
+    """Counts since the last line of the audit log."""
+
+    counts: dict[str, int]  # by kind of call
+    bytes: int
+
+
+class TrainingState(TypedDict, total=False):
+    """State of `TrainingValues` between frames."""
+
+    facts: dict[str, dict[str, Any]]  # rank -> what is known of its data, until it is decided who has data of its own
+    decided: list[Any]  # number of ranks with data of their own, whether it is text, whether samples are counted
+    repeating: list[int]  # ranks with the data of another one
+    sizes: dict[str, int]  # sums of the open interval
+    losses: dict[str, list[Any]]  # step -> sum and number of ranks
+    loss_steps: dict[str, int]  # rank -> its last step with a loss
+    loss_due: int  # losses up to this step are no longer waited for
+
+
+class DerivedState(TypedDict, total=False):
+    """State of `DerivedMetrics` between frames."""
+
+    training: TrainingState
+    group: dict[str, Any]  # fields of `GroupUse`
+    interval: dict[str, Any]  # sums of the open interval
+    lead: dict[str, Any]  # the lowest rank: its time, steps, restarts
+    step_of: dict[str, int]  # rank -> its last step
+    ranks: int  # size of the job
+    resumes_at: dict[str, int]  # stream -> steps before those that its process counts from 0
+    time: dict[str, Any]  # sums of the wall time of the lowest rank's processes
+    held: dict[str, str]  # stream -> steps that wait for their device times
+    samples: dict[str, dict[str, Any]]  # open windows, by table, rank and device
+    counters: dict[str, list[Any]]  # last values before them
+
+
+# The range of rows in which a refused one is looked for, the refused ones, and how many came without another between.
+SuspectState = TypedDict(
+    "SuspectState",
+    {"from": dict[str, int], "to": dict[str, int], "rows": int, "found": list[dict[str, dict[str, int]]],
+     "in_a_row": int}, total=False,
+)  # fmt: skip
+
+
+class ResumeState(TypedDict, total=False):
+    """State that a delivery carries from batch to batch, so that it can go on after a death.
+
+    Maps by experiment have the experiment's key.
+    """
+
+    windows: dict[str, dict[str, Any]]  # experiment -> open windows of its aggregates, see `filters`
+    derived: DerivedState
+    params: dict[str, dict[str, str]]  # experiment -> digests of the parameters of rank 0
+    tags: dict[str, dict[str, str]]  # likewise of tags and facts
+    open: dict[str, dict[str, bool]]  # experiment -> stream -> whether it is not ended there
+    behind: dict[str, dict[str, int]]  # experiment -> stream -> values logged before its end
+    # experiment to end -> its state, the epoch seconds at which that was read, and at which it ended
+    to_end: dict[str, list[Any]]
+    event: int  # id of the last live verdict that was read
+    verdict: list[Any]  # kind, ranks and phase of the verdict sent last
+    audit: AuditState
+    suspect: SuspectState
 
 
 @dataclass(slots=True)
@@ -80,8 +149,7 @@ class TrackerState:
     reasons: dict[str, int] = field(default_factory=dict)
     # Position of each experiment at the tracker: `id`, `url`, `mark`, `ended`.
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # Data that filters and derived values carry from batch to batch.
-    memory: dict[str, Any] = field(default_factory=dict)
+    resume: ResumeState = field(default_factory=ResumeState)
     batch_rows: int = 0  # most rows in the next batch, from the duration of the last ones; 0 before the first
     # Whether the fallback has everything, while the failing tracker does not know the end of the run.
     fallback_done: bool = False
@@ -117,7 +185,8 @@ class TrackerState:
         self.updated = time.time()
         path = self.path_in(run_dir, self.backend)
         path.parent.mkdir(exist_ok=True)
-        replace_file(path, json.dumps(asdict(self)).encode())
+        values = {_STORED_AS.get(name, name): value for name, value in asdict(self).items()}
+        replace_file(path, json.dumps(values).encode())
 
     def busy(self, seconds: float) -> None:
         """Record that a call begins which may take `seconds`."""
@@ -182,8 +251,8 @@ def locked(run_dir: Path, backend: str) -> Iterator[bool]:
 def _read(path: Path) -> TrackerState | None:
     try:
         stored = json.loads(read_regular(path))
-        known = {each.name for each in fields(TrackerState)}
-        state = TrackerState(**{name: value for name, value in stored.items() if name in known})
+        known = {_STORED_AS.get(each.name, each.name): each.name for each in fields(TrackerState)}
+        state = TrackerState(**{known[name]: value for name, value in stored.items() if name in known})
         state.phase = DeliveryPhase(state.phase)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None  # no file, or of another version: the delivery starts over

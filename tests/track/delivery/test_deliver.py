@@ -196,11 +196,11 @@ def test_the_verdict_of_a_report_that_takes_long_is_sent_too(run: LoggedRun) -> 
     run.row("end", 1, values=2)
     run.writer.commit()
     first = delivering(str(run.path), "jsonl")
-    eventually(lambda: state_of(run.path).memory.get("to_end"))
+    eventually(lambda: state_of(run.path).resume.get("to_end"))
     first.send_signal(signal.SIGTERM)
     assert first.wait(240) == EXIT_AGAIN
     state = state_of(run.path)
-    for noted in state.memory["to_end"].values():
+    for noted in state.resume["to_end"].values():
         noted[1] -= 60.0  # it was a minute ago
 
     state.save(run.path)

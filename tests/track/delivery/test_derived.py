@@ -13,6 +13,7 @@ from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PROCESS, STEPS, Ste
 from traceml.database.store.reader import Frame, StreamIdentity, StreamRecord
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.plugins.metric import Metric
+from traceml.track.tracker_state import DerivedState
 
 STARTED_S = 1_700_000_000
 S = 10**9
@@ -33,14 +34,14 @@ def frames(table: Any, rows: Any, size: int, rank: int = 0, attempt: int = 0) ->
 
 
 def derive(given: list[tuple[Frame, StreamRecord]], interval_s: float = 1.0, **options: Any) -> list[Metric]:
-    """Take frames by a new object each, whose memory has been through JSON: as processes do that are killed."""
-    memory: dict[str, Any] = {}
+    """Take frames by a new object each, whose state has been through JSON: as processes do that are killed."""
+    state: DerivedState = {}
     found: list[Metric] = []
     for frame, of in given:
-        found += DerivedMetrics(memory, interval_s, STARTED_S, **options).take(frame, of)
-        memory = json.loads(json.dumps(memory))
+        found += DerivedMetrics(state, interval_s, STARTED_S, **options).take(frame, of)
+        state = json.loads(json.dumps(state))
 
-    return found + DerivedMetrics(memory, interval_s, STARTED_S, **options).finish()
+    return found + DerivedMetrics(state, interval_s, STARTED_S, **options).finish()
 
 
 def named(rows: list[Metric], name: str) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.message
 import email.utils
+import json
 import time
 import urllib.error
 from typing import Any
@@ -120,9 +121,13 @@ def test_what_a_person_has_to_mend_is_probed_rarely(kind: FailureKind, phase: De
 
 def test_a_state_survives_and_a_damaged_one_counts_as_none(tmp_path: Any) -> None:
     state = TrackerState("pkg.mod:Back/End", phase=DeliveryPhase.OPEN, cursor={"frame": 3, "row": 7}, delivered=5)
+    state.resume = {"event": 9, "derived": {"ranks": 2}}
     state.save(tmp_path)
 
     assert TrackerState.load(tmp_path, "pkg.mod:Back/End") == state
+    stored = json.loads(TrackerState.path_in(tmp_path, "pkg.mod:Back/End").read_text())
+    assert stored["memory"] == {"event": 9, "derived": {"ranks": 2}}
+    assert "resume" not in stored
 
     TrackerState.path_in(tmp_path, "pkg.mod:Back/End").write_text("{")
     assert TrackerState.load(tmp_path, "pkg.mod:Back/End") == TrackerState("pkg.mod:Back/End")

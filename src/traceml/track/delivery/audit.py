@@ -1,7 +1,7 @@
 """Audit log: what was sent where and when, one line of JSON per batch with something new.
 
 `<run>/trackers/audit.jsonl` is shared by all backends. A batch of values under known names alone is counted with the
-next line. The counts are part of the delivery's memory, so a death loses none of them.
+next line. The counts are part of the delivery's state, so a death loses none of them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from traceml.run_folder import TRACKERS_FOLDER
-from traceml.track.tracker_state import TrackerState
+from traceml.track.tracker_state import AuditState, TrackerState
 
 __all__ = ["AUDIT_NAME", "AuditLog"]
 
@@ -27,7 +26,7 @@ class AuditLog:
     """Writes one backend's lines.
 
     Args:
-        state: the backend's state; its memory holds the counts.
+        state: the backend's state, with the counts.
     """
 
     def __init__(self, run_dir: Path, state: TrackerState) -> None:
@@ -38,9 +37,8 @@ class AuditLog:
         self._written_s = time.monotonic()
 
     @property
-    def _memory(self) -> dict[str, Any]:
-        memory: dict[str, Any] = self._state.memory.setdefault("audit", {})
-        return memory
+    def _sent(self) -> AuditState:
+        return self._state.resume.setdefault("audit", {})
 
     def note(self, kind: str, names: Iterable[str], count: int, size: int = 0) -> None:
         """Count something that is about to be sent to the backend.
@@ -49,9 +47,9 @@ class AuditLog:
             kind: metrics, params, tags, text, image, histogram, artifact.
             size: bytes of files and texts.
         """
-        counts = self._memory.setdefault("counts", {})
+        counts = self._sent.setdefault("counts", {})
         counts[kind] = counts.get(kind, 0) + count
-        self._memory["bytes"] = self._memory.get("bytes", 0) + size
+        self._sent["bytes"] = self._sent.get("bytes", 0) + size
         for name in names:
             if name not in self._seen:
                 self._seen.add(name)
@@ -67,19 +65,20 @@ class AuditLog:
         Raises:
             OSError: the file cannot be written.
         """
-        is_plain = not self._new and set(self._memory.get("counts", {})) <= {"metrics"}
-        if not self._memory.get("counts") or (is_plain and not force and time.monotonic() - self._written_s < _EVERY_S):
+        counts = self._sent.get("counts", {})
+        is_plain = not self._new and set(counts) <= {"metrics"}
+        if not counts or (is_plain and not force and time.monotonic() - self._written_s < _EVERY_S):
             return
 
         line = {
-            "time": time.time(), "backend": self._state.backend, "target": target, "sent": self._memory["counts"],
-            "bytes": self._memory.get("bytes", 0), "masked": masked, "names": self._new[:_NAMES_PER_LINE],
+            "time": time.time(), "backend": self._state.backend, "target": target, "sent": counts,
+            "bytes": self._sent.get("bytes", 0), "masked": masked, "names": self._new[:_NAMES_PER_LINE],
             "more_names": max(len(self._new) - _NAMES_PER_LINE, 0), "pid": os.getpid(),
         }  # fmt: skip
         self._path.parent.mkdir(exist_ok=True)
         with self._path.open("a") as file:  # one write, so that lines of several processes do not mix
             file.write(json.dumps(line) + "\n")
 
-        self._memory.clear()
+        self._state.resume["audit"] = {}
         self._new.clear()
         self._written_s = time.monotonic()

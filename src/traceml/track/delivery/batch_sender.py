@@ -8,24 +8,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from traceml.database.schema import METRICS, STEPS
-from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.reader import Frame, StreamRecord
 from traceml.errors import BackendRefusedError
 from traceml.formatting import name_at_rank
-from traceml.settings import Config
-from traceml.track.delivery.audit import AuditLog
-from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment
+from traceml.track.delivery.delivery import Delivery
+from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
-from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch, RecordReader
+from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch
 from traceml.track.delivery.refusals import count_refused
-from traceml.track.delivery.tracker_session import TrackerSession
 from traceml.track.delivery.verdict_sender import VerdictSender
-from traceml.track.filters import DeliveryFilter
 from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
-from traceml.track.tracker_state import TrackerState
+from traceml.track.tracker_state import ResumeState
 from traceml.trusted_files import is_file_inside
 
 __all__ = ["BatchSender"]
@@ -42,43 +39,35 @@ class BatchSender:
     """Sends batches to one backend.
 
     Args:
-        state: counts, and memory from batch to batch.
+        delivery: the run, the backend, and what the run's settings select.
         is_done: whether an experiment has the rows at the cursor already, and was ended with them.
         everything: send every experiment of the run, also those that did not request this backend.
     """
 
-    def __init__(
-        self,
-        state: TrackerState,
-        reader: StoreReader,
-        records: RecordReader,
-        plan: DeliveryPlan,
-        filters: DeliveryFilter,
-        run_dir: Path,
-        session: TrackerSession,
-        audit: AuditLog,
-        config: Config,
-        is_done: Callable[[PlannedExperiment], bool],
-        *,
-        everything: bool,
-    ) -> None:
-        self._state = state
-        self._reader = reader
-        self._records = records
-        self._plan = plan
-        self._filters = filters
-        self._run_dir = run_dir
-        self._session = session
-        self._audit = audit
-        self._config = config
+    def __init__(self, delivery: Delivery, is_done: Callable[[PlannedExperiment], bool], *, everything: bool) -> None:
+        self._state, self._session, self._audit = delivery.state, delivery.session, delivery.audit
+        self._run_dir, self._reader, self._plan = delivery.run_dir, delivery.reader, delivery.plan
+        self._filters, self._config = delivery.filters, delivery.config
+        self._records = delivery.records
         self._is_done = is_done
-        self._verdicts = VerdictSender(state, reader, filters, run_dir, session, audit)
+        self._verdicts = VerdictSender(delivery)
         self._everything = everything
-        self._started = float(reader.meta().get("run", {}).get("started") or 0.0)
+        self._started = float(self._reader.meta().get("run", {}).get("started") or 0.0)
+        self._calls = {
+            "params": self._send_params,
+            "tags": self._send_tags,
+            "collected": self._send_facts,
+            "text": self._send_text,
+            "value": self._send_text,
+            "histogram": self._send_histogram,
+            "image": self._send_image,
+            "artifact": self._send_artifact,
+            "refused": self._send_refused,
+        }
 
     @property
-    def _memory(self) -> dict[str, Any]:
-        return self._state.memory
+    def _resume(self) -> ResumeState:
+        return self._state.resume
 
     def send(self, batch: RecordBatch) -> None:
         """Send a batch; the caller undoes its changes to the state if it raises."""
@@ -156,7 +145,7 @@ class BatchSender:
 
     def _derived(self) -> DerivedMetrics:
         return DerivedMetrics(
-            self._memory.setdefault("derived", {}),
+            self._resume.setdefault("derived", {}),
             self._config.metrics_interval,
             self._started,
             system=self._config.track_system,
@@ -165,12 +154,10 @@ class BatchSender:
     @property
     def _experiments_to_close(self) -> dict[str, list[Any]]:
         """Experiments to end: the state of each, the epoch seconds at which that was read, and at which it ended."""
-        to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
-        return to_end
+        return self._resume.setdefault("to_end", {})
 
     def _windows(self) -> dict[str, Any]:
-        windows: dict[str, Any] = self._memory.setdefault("windows", {})
-        return windows
+        return self._resume.setdefault("windows", {})
 
     # --- values ------------------------------------------------------------------------------------------------------
 
@@ -212,8 +199,8 @@ class BatchSender:
             return
 
         self._send_derived_values(main, rows)
-        for event in self._reader.events(self._memory.get("event", 0), "verdict"):
-            self._memory["event"] = event.id
+        for event in self._reader.events(self._resume.get("event", 0), "verdict"):
+            self._resume["event"] = event.id
             self._verdicts.note(main, event)
 
     def _stream_of(self, frame: Frame) -> StreamRecord:
@@ -235,8 +222,12 @@ class BatchSender:
             self._state.filtered += 1
             return
 
+        call = self._calls.get(kind)
+        if call is None:
+            _log.warning("a row of kind %r is unknown", kind)
+
         try:
-            for size in self._calls(experiment, logged, kind):
+            for size in call(experiment, row, logged.stream.rank) if call is not None else ():
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
                 self._audit.note(kind, names, 1, size)
         except Exception as error:
@@ -254,43 +245,44 @@ class BatchSender:
 
         return self._filters.takes(str(row.get("name") or kind), rank)
 
-    def _calls(self, experiment: PlannedExperiment, logged: LoggedRecord, kind: str) -> Iterator[int]:
-        """Make the call for a row; yield the bytes sent with it."""
-        row, rank = logged.row, logged.stream.rank
-        name, step = name_at_rank(str(row.get("name") or kind), rank), max(int(row.get("step") or 0), 0)
-        if kind == "params":
-            if params := self._params_of(experiment, row.get("params") or {}, rank):
-                self._session.params(experiment, params)
-                yield 0
-        elif kind == "tags":
-            if tags := self._params_of(experiment, row.get("tags") or {}, rank, "tags"):
-                self._session.tags(experiment, tags)
-                yield 0
-        elif kind == "collected":
-            yield from self._collected(experiment, row, rank)
-        elif kind in {"text", "value"}:
-            text = str(row.get("text") if kind == "text" else row.get("value"))
-            self._session.text(experiment, name, text, step)
-            yield len(text)
-        elif kind == "histogram":
-            self._session.histogram(experiment, name, row["counts"], row["edges"], step)
-            yield 8 * len(row["counts"])
-        elif kind in {"image", "artifact"}:
-            path = self._file(kind, row)
-            if kind == "image":
-                self._session.image(experiment, name, path, step)
-            else:
-                plain = str(row.get("name") or path.name)
-                self._session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
+    # Each makes the calls for a row of one kind, and yields the bytes sent with each of them.
 
-            yield path.stat().st_size
-        elif kind == "refused":
-            self._session.text(experiment, f"traceml/refused/{name}", f"{row.get('what')}: {row.get('why')}", step)
+    def _send_params(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        if params := self._params_of(experiment, row.get("params") or {}, rank):
+            self._session.params(experiment, params)
             yield 0
-        else:
-            _log.warning("a row of kind %r is unknown", kind)
 
-    def _collected(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+    def _send_tags(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        if tags := self._params_of(experiment, row.get("tags") or {}, rank, "tags"):
+            self._session.tags(experiment, tags)
+            yield 0
+
+    def _send_text(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        text = str(row.get("text") if row.get("kind") == "text" else row.get("value"))
+        self._session.text(experiment, _name_of(row, rank), text, _step_of(row))
+        yield len(text)
+
+    def _send_histogram(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        self._session.histogram(experiment, _name_of(row, rank), row["counts"], row["edges"], _step_of(row))
+        yield 8 * len(row["counts"])
+
+    def _send_image(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        path = self._file(row)
+        self._session.image(experiment, _name_of(row, rank), path, _step_of(row))
+        yield path.stat().st_size
+
+    def _send_artifact(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        path = self._file(row)
+        plain = str(row.get("name") or path.name)
+        self._session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
+        yield path.stat().st_size
+
+    def _send_refused(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
+        name, text = f"traceml/refused/{_name_of(row, rank)}", f"{row.get('what')}: {row.get('why')}"
+        self._session.text(experiment, name, text, _step_of(row))
+        yield 0
+
+    def _send_facts(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         """Send the facts of a collector, long ones as texts."""
         facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
         passing = self._params_of(experiment, facts, rank, "tags")
@@ -304,19 +296,25 @@ class BatchSender:
             self._session.text(experiment, key, shown[key], 0)
             yield len(shown[key])
 
-    def _file(self, kind: str, row: Mapping[str, Any]) -> Path:
+    def _file(self, row: Mapping[str, Any]) -> Path:
         """Return the path of a logged file; a row may name one outside of the run's folder, which is not sent."""
         path = self._run_dir / str(row["path"])
         if not is_file_inside(path, self._run_dir):
-            raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} is not in the run's folder: {path}")
+            raise BackendRefusedError(
+                f"the file of {row['kind']} {row.get('name')!r} is not in the run's folder: {path}"
+            )
 
         return path
 
     def _params_of(
-        self, experiment: PlannedExperiment, params: dict[str, Any], rank: int, kind: str = "params"
+        self,
+        experiment: PlannedExperiment,
+        params: dict[str, Any],
+        rank: int,
+        kind: Literal["params", "tags"] = "params",
     ) -> dict[str, Any]:
         """Return the parameters that pass, under their ranks' names, without those that rank 0 has sent equally."""
-        sent = self._memory.setdefault(kind, {}).setdefault(experiment.key, {})
+        sent = self._resume.setdefault(kind, {}).setdefault(experiment.key, {})
         passing = {}
         for key, value in params.items():
             if not self._filters.takes(key):
@@ -333,9 +331,9 @@ class BatchSender:
 
     def _note_end(self, experiment: PlannedExperiment, logged: LoggedRecord) -> None:
         """Schedule the end of an experiment when every rank that began it has ended it; later rows reopen it."""
-        open_on = self._memory.setdefault("open", {}).setdefault(experiment.key, {})
+        open_on = self._resume.setdefault("open", {}).setdefault(experiment.key, {})
         open_on[str(logged.stream.id)] = False
-        behind = self._memory.setdefault("behind", {}).setdefault(experiment.key, {})
+        behind = self._resume.setdefault("behind", {}).setdefault(experiment.key, {})
         behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
             state, ended = str(logged.row.get("state") or "finished"), int(logged.row.get("t_ns") or 0) / 1e9
@@ -376,7 +374,7 @@ class BatchSender:
 
     def _has_all(self, key: str) -> bool:
         """Whether all values logged before an experiment's end have arrived; they are in another table than the end."""
-        behind, reached = self._memory.get("behind", {}).get(key, {}), self._state.reached
+        behind, reached = self._resume.get("behind", {}).get(key, {}), self._state.reached
         return all(reached.get(stream, {}).get(METRICS.name, 0) >= count for stream, count in behind.items())
 
     def _is_last(self, key: str) -> bool:
@@ -384,6 +382,14 @@ class BatchSender:
         return {each.key for each in self._open()} <= self._experiments_to_close.keys() and key == next(
             reversed(self._experiments_to_close)
         )
+
+
+def _name_of(row: Mapping[str, Any], rank: int) -> str:
+    return name_at_rank(str(row.get("name") or row.get("kind")), rank)
+
+
+def _step_of(row: Mapping[str, Any]) -> int:
+    return max(int(row.get("step") or 0), 0)
 
 
 def _digest(value: Any) -> str:

@@ -27,6 +27,7 @@ from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.batch_sender import BatchSender
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.credentials import read_key_file
+from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.derived import INPUT_TABLES
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
@@ -48,7 +49,7 @@ _REPORT_S = 15.0  # longest wait for the report of a run that has ended
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
 _ANNOUNCEMENT_S = 5.0
-_OF_AN_ATTEMPT = ("delivered", "derived", "filtered", "failed", "reasons", "memory")  # in the state
+_OF_AN_ATTEMPT = ("delivered", "derived", "filtered", "failed", "reasons", "resume")  # in the state
 
 _log = logging.getLogger("traceml")
 
@@ -145,19 +146,18 @@ class DeliveryLoop:
         self._records = RecordReader(self._reader, INPUT_TABLES)
         self._session = self._make_session()
         self._audit = AuditLog(self._run_dir, self._state)
-        self._sender = BatchSender(
-            self._state,
-            self._reader,
-            self._records,
-            self._plan,
-            DeliveryFilter.of(self._config.include, self._config.exclude, self._options),
-            self._run_dir,
-            self._session,
-            self._audit,
-            self._config,
-            self._is_done,
-            everything=self._delivers_all,
+        delivery = Delivery(
+            run_dir=self._run_dir,
+            reader=self._reader,
+            records=self._records,
+            plan=self._plan,
+            config=self._config,
+            filters=DeliveryFilter.of(self._config.include, self._config.exclude, self._options),
+            session=self._session,
+            state=self._state,
+            audit=self._audit,
         )
+        self._sender = BatchSender(delivery, self._is_done, everything=self._delivers_all)
 
     def _make_session(self) -> TrackerSession:
         """Create the session of the backend, or of its fallback while it fails."""
@@ -372,7 +372,7 @@ class DeliveryLoop:
         _log.info("%s starts over from the run's first row", self._state.backend)
         state = self._state
         ended = {key: kept for key, kept in state.experiments.items() if kept.get("ended")}
-        fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, memory=self._refusals.carried())
+        fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, resume=self._refusals.carried())
         fresh.target, fresh.retries, fresh.reasons = state.target, state.retries, state.reasons
         fresh.masked = state.masked
         fresh.save(self._run_dir)

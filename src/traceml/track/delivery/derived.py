@@ -1,7 +1,7 @@
 """Values derived from the run for trackers: step time, phase shares, goodput, hosts and devices.
 
-A pure function of the store's frames in their order. State between frames is in `memory`, stored with the cursor, so
-a frame that is read again gives the same values again, and every backend gets the same.
+A pure function of the store's frames in their order. State between frames is stored with the cursor, so a frame that is
+read again gives the same values again, and every backend gets the same.
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
 - `traceml/steps_per_s`: of the lowest rank, since its first step or the interval before.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from msgspec.structs import asdict
@@ -56,6 +55,7 @@ from traceml.diagnosis.steps.step_split import (
 )
 from traceml.track.delivery.training_values import TRAINING_TABLES, TrainingValues
 from traceml.track.plugins.metric import Metric
+from traceml.track.tracker_state import DerivedState
 
 __all__ = ["INPUT_TABLES", "KIND_DERIVED", "DerivedMetrics"]
 
@@ -103,19 +103,19 @@ class DerivedMetrics:
     """Computes the values of one run.
 
     Args:
-        memory: state between frames, changed in place; plain values for JSON.
+        state: kept between frames, changed in place; plain values for JSON.
         interval_s: seconds of the run's own clock per value of a name.
         started: epoch seconds at which the run began.
         system: whether to include sampled system values.
     """
 
-    def __init__(self, memory: dict[str, Any], interval_s: float, started: float, *, system: bool = True) -> None:
-        self._memory = memory
+    def __init__(self, state: DerivedState, interval_s: float, started: float, *, system: bool = True) -> None:
+        self._state = state
         self._interval_ns = max(int(interval_s * _S), 1)
         self._started_ns = int(started * _S)
         self._system = system
-        self._training = TrainingValues(memory.setdefault("training", {}))
-        self._group = GroupUse(**memory.get("group", {}))
+        self._training = TrainingValues(state.setdefault("training", {}))
+        self._group = GroupUse(**state.get("group", {}))
 
     def take(self, frame: Frame, stream: StreamRecord) -> list[Metric]:
         """Take a frame of one of the tables `INPUT_TABLES`; return the values of completed intervals."""
@@ -142,11 +142,11 @@ class DerivedMetrics:
 
     def finish(self) -> list[Metric]:
         """Close the open intervals and return their values."""
-        for held in self._memory.pop("held", {}).values():
+        for held in self._state.pop("held", {}).values():
             self._add_times(_decoded(held))
 
         rows = list(self._close_steps(last=True))
-        for key in list(self._memory.get("samples", {})):
+        for key in list(self._state.get("samples", {})):
             rows += self._close_samples(key)
 
         return rows
@@ -156,7 +156,7 @@ class DerivedMetrics:
     def _take_steps(self, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> Iterator[Metric]:
         interval = ends_ns // self._interval_ns
         for number in np.unique(interval).tolist():
-            is_open = self._memory.get("interval")
+            is_open = self._state.get("interval")
             if is_open is not None and number > is_open["number"]:
                 yield from self._close_steps()
 
@@ -171,24 +171,24 @@ class DerivedMetrics:
         for row in frame.maps():
             self._group.info(row)
 
-        self._memory["group"] = asdict(self._group)
+        self._state["group"] = asdict(self._group)
 
     def _add_steps(self, number: int, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
-        memory, rank = self._memory, stream.rank
+        state, rank = self._state, stream.rank
         first_ns = int(ends_ns[0]) - int(rows["total_ns"][0])
         began = min(self._started_ns, first_ns)  # it may have stepped before the run existed: it starts the aggregator
-        lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": first_ns, "productive": 0, "step": -1})
-        memory.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
-        memory["ranks"] = max(memory.get("ranks", 0), int(stream.facts.get("world_size", 0)), len(memory["step_of"]))
+        lead = state.setdefault("lead", {"rank": rank, "began": began, "t": first_ns, "productive": 0, "step": -1})
+        state.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
+        state["ranks"] = max(state.get("ranks", 0), int(stream.facts.get("world_size", 0)), len(state["step_of"]))
         if rank < lead["rank"]:
             lead["rank"] = rank
 
-        steps = memory.setdefault("interval", {"number": number, "n": 0, "total": 0, "lead": 0, "split": {}})
+        steps = state.setdefault("interval", {"number": number, "n": 0, "total": 0, "lead": 0, "split": {}})
         steps["n"] += len(rows)
         steps["total"] += int(rows["total_ns"].sum())
         self._training.take_steps(rank, rows)
         self._group.steps(rows)
-        memory["group"] = asdict(self._group)
+        state["group"] = asdict(self._group)
         if rank != lead["rank"]:
             return
 
@@ -203,11 +203,11 @@ class DerivedMetrics:
 
     def _resumes_at(self, stream: StreamRecord, first: int) -> int:
         """Return the steps before those of a process that counts its own from 0."""
-        known = self._memory.setdefault("resumes_at", {})
+        known = self._state.setdefault("resumes_at", {})
         return int(known.setdefault(str(stream.id), 0 if first else int(stream.facts.get("resumes_at", 0))))
 
     def _close_steps(self, *, last: bool = False) -> Iterator[Metric]:
-        steps, lead = self._memory.pop("interval", None), self._memory.get("lead")
+        steps, lead = self._state.pop("interval", None), self._state.get("lead")
         if steps is None or lead is None or not steps["n"]:
             return
 
@@ -218,9 +218,9 @@ class DerivedMetrics:
         if speed is not None:
             values["traceml/steps_per_s"] = speed
 
-        values |= self._training.close(speed, step, [int(rank) for rank in self._memory["step_of"]], last=last)
+        values |= self._training.close(speed, step, [int(rank) for rank in self._state["step_of"]], last=last)
 
-        grouped = self._group.is_grouped(self._memory["ranks"])
+        grouped = self._group.is_grouped(self._state["ranks"])
         values |= {
             f"traceml/share/{name}": share
             for name, share in _shares(steps["split"], steps.get("device_split", {}), grouped).items()
@@ -239,7 +239,7 @@ class DerivedMetrics:
 
     def _add_time(self, table: str, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         """Add rows to the sums of the lowest rank's process."""
-        time = self._memory.setdefault("time", {"rank": stream.rank, "processes": {}})
+        time = self._state.setdefault("time", {"rank": stream.rank, "processes": {}})
         if stream.rank < time["rank"]:
             time["rank"], time["processes"] = stream.rank, {}
 
@@ -249,13 +249,13 @@ class DerivedMetrics:
             time["processes"][str(stream.id)] = asdict(process)
 
     def _time_shares(self, began_ns: int, at_ns: int) -> dict[str, float]:
-        processes = [ProcessSums(**sums) for sums in self._memory.get("time", {}).get("processes", {}).values()]
+        processes = [ProcessSums(**sums) for sums in self._state.get("time", {}).get("processes", {}).values()]
         parts = wall_parts([each for each in processes if each.steps], began_ns, at_ns)
         wall_s = (at_ns - began_ns) / _S
         return {f"traceml/time/{part}": min(seconds / wall_s, 1.0) for part, seconds in parts.items() if seconds > 0}
 
     def _take_device_steps(self, stream: StreamRecord, device: NDArray[np.void]) -> None:
-        held = _decoded(self._memory.get("held", {}).pop(str(stream.id), ""))
+        held = _decoded(self._state.get("held", {}).pop(str(stream.id), ""))
         _, host_rows, device_rows = np.intersect1d(held["step"], device["step"], return_indices=True)
         self._add_times(held[host_rows], device[device_rows])
         # Device rows arrive in the order of their steps: earlier steps without one have lost theirs.
@@ -269,14 +269,14 @@ class DerivedMetrics:
         if not len(rows):
             return
 
-        held = self._memory.setdefault("held", {})
+        held = self._state.setdefault("held", {})
         waiting = join_rows([_decoded(held.get(str(stream.id), "")), rows])
         held[str(stream.id)] = base64.b64encode(waiting[-_MAX_HELD_STEPS:].tobytes()).decode()
         self._add_times(waiting[:-_MAX_HELD_STEPS])
 
     def _add_times(self, rows: NDArray[np.void], device: NDArray[np.void] | None = None) -> None:
         """Add the phases of steps to the open interval, with their device times where they have any."""
-        steps = self._memory.get("interval")
+        steps = self._state.get("interval")
         if steps is None or not len(rows):
             return
 
@@ -307,29 +307,29 @@ class DerivedMetrics:
         for row, t_ns in zip(rows, times_ns.tolist(), strict=True):
             index = int(row["index"]) if table == GPU.name else 0
             key, number = f"{table}/{rank}/{index}", t_ns // self._interval_ns
-            window = self._memory.setdefault("samples", {}).get(key)
+            window = self._state.setdefault("samples", {}).get(key)
             if window is not None and number > window["window"]:
                 yield from self._close_samples(key)
                 window = None
 
             values = [float(row[column.column]) for column in columns]
             if window is None:
-                before = self._memory.setdefault("counters", {}).get(key, [t_ns, *values])
+                before = self._state.setdefault("counters", {}).get(key, [t_ns, *values])
                 window = {"window": number, "n": 0, "sums": [0.0] * len(values), "before": before}
-                self._memory["samples"][key] = window
+                self._state["samples"][key] = window
 
             window["n"] += 1
             window["sums"] = [total + value for total, value in zip(window["sums"], values, strict=True)]
             window["last"] = [t_ns, *values]
 
     def _close_samples(self, key: str) -> Iterator[Metric]:
-        window = self._memory["samples"].pop(key)
+        window = self._state["samples"].pop(key)
         table, rank, index = key.split("/")
-        self._memory["counters"][key] = window["last"]
+        self._state["counters"][key] = window["last"]
         t_ns = window["last"][0]
         passed_s = (t_ns - window["before"][0]) / _S
         # Without steps, intervals are counted.
-        step = self._memory.get("step_of", {}).get(rank, max(t_ns - self._started_ns, 0) // self._interval_ns)
+        step = self._state.get("step_of", {}).get(rank, max(t_ns - self._started_ns, 0) // self._interval_ns)
         prefix = f"system/gpu{index}" if table == GPU.name else "system"
         for at, column in enumerate(_SAMPLED[table]):
             if column.is_counter and passed_s <= 0:

@@ -1,7 +1,7 @@
 """Search for the rows that a tracker refuses, so that all others are delivered.
 
 A refused batch is halved until one row is left; that row is counted, with the reason, and skipped. The state of the
-search is part of the delivery's memory: a backend that has to start over reads the same rows again and skips those
+search is part of the delivery's state: a backend that has to start over reads the same rows again and skips those
 found before. A tracker that refuses everything is broken: the rows that it refused last are then no longer skipped.
 """
 
@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
 
 from traceml.track.delivery.record_reader import RecordBatch, position
-from traceml.track.tracker_state import TrackerState
+from traceml.track.tracker_state import ResumeState, SuspectState, TrackerState
 
 __all__ = ["RefusalOutcome", "RefusalSearch", "count_refused"]
 
 _MAX_CONSECUTIVE = 50
 _REASONS = 20
-_KEY = "suspect"
 
 
 class RefusalOutcome(Enum):
@@ -49,9 +47,9 @@ class RefusalSearch:
         if search is None:
             return
 
-        for part in (search, *search["found"]):
-            yield part["from"]
-            yield part["to"]
+        yield from (search["from"], search["to"])
+        for found in search["found"]:
+            yield from (found["from"], found["to"])
 
     def knows(self, batch: RecordBatch) -> bool:
         """Whether a batch is a row that was refused before, for a backend that starts over."""
@@ -65,8 +63,8 @@ class RefusalSearch:
 
     def note(self, batch: RecordBatch, here: Mapping[str, int], why: str) -> RefusalOutcome:
         """Record a refused batch."""
-        search = self._state.memory.setdefault(_KEY, {"found": [], "in_a_row": 0})
-        search |= {"from": dict(here), "to": dict(batch.cursor), "rows": max(batch.rows // 2, 1)}
+        search = self._state.resume.setdefault("suspect", {"found": [], "in_a_row": 0})
+        search.update({"from": dict(here), "to": dict(batch.cursor), "rows": max(batch.rows // 2, 1)})
         if batch.rows > 1:
             return RefusalOutcome.SEARCHING
 
@@ -85,13 +83,13 @@ class RefusalSearch:
         self._skip(batch, why)
         return RefusalOutcome.FOUND
 
-    def carried(self) -> dict[str, Any]:
-        """Return the memory that a delivery keeps when it starts over."""
-        return {_KEY: self._search} if self._search is not None else {}
+    def carried(self) -> ResumeState:
+        """Return what a delivery keeps when it starts over."""
+        return {"suspect": self._search} if self._search is not None else {}
 
     @property
-    def _search(self) -> Any:
-        return self._state.memory.get(_KEY)
+    def _search(self) -> SuspectState | None:
+        return self._state.resume.get("suspect")
 
     def _skip(self, batch: RecordBatch, why: str) -> None:
         state = self._state
@@ -101,7 +99,7 @@ class RefusalSearch:
         if batch.rows:
             count_refused(state, why)
 
-    def _unskip(self, search: dict[str, Any]) -> None:
+    def _unskip(self, search: SuspectState) -> None:
         state, n = self._state, search["in_a_row"]
         state.cursor = search["found"][-n]["from"]
         state.failed -= n - 1
@@ -111,7 +109,7 @@ class RefusalSearch:
         del search["found"][-n:]
         search["in_a_row"] = 0
         if not search["found"]:
-            del state.memory[_KEY]
+            del state.resume["suspect"]
 
 
 def count_refused(state: TrackerState, why: str) -> None:

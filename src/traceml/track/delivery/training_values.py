@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import FINGERPRINTS, INFO, LOSSES
 from traceml.database.store.reader import Frame, StreamRecord
 from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.track.tracker_state import TrainingState
 
 __all__ = ["TRAINING_TABLES", "TrainingValues"]
 
@@ -30,18 +31,18 @@ class TrainingValues:
     """Computes the values of one run.
 
     Args:
-        memory: state between frames, changed in place; plain values for JSON.
+        state: kept between frames, changed in place; plain values for JSON.
     """
 
-    def __init__(self, memory: dict[str, Any]) -> None:
-        self._memory = memory
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
 
     def take(self, frame: Frame, stream: StreamRecord) -> None:
         """Take a frame of one of the tables `TRAINING_TABLES`."""
         if frame.table == LOSSES.name:
             self._take_losses(stream.rank, np.frombuffer(frame.data, LOSSES.dtype))
-        elif stream.rank < _KNOWN_RANKS and not self._memory.get("decided"):
-            known = self._memory.setdefault("facts", {}).setdefault(str(stream.rank), {})
+        elif stream.rank < _KNOWN_RANKS and not self._state.get("decided"):
+            known = self._state.setdefault("facts", {}).setdefault(str(stream.rank), {})
             if frame.table == INFO.name:
                 new = {row["kind"]: _facts(row) for row in frame.maps() if row.get("kind") in _KINDS}
                 known.update({kind: row for kind, row in new.items() if kind == "input" or kind not in known})
@@ -52,8 +53,8 @@ class TrainingValues:
 
     def take_steps(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take step rows of a rank."""
-        sizes = self._memory.setdefault("sizes", {"steps": 0, "samples": 0, "elements": 0})
-        if rank not in self._memory.get("repeating", ()):
+        sizes = self._state.setdefault("sizes", {"steps": 0, "samples": 0, "elements": 0})
+        if rank not in self._state.get("repeating", ()):
             sizes["steps"] += len(rows)
             sizes["samples"] += int(rows["samples"].sum())
             sizes["elements"] += int(rows["elements"].sum())
@@ -67,7 +68,7 @@ class TrainingValues:
             ranks: the ranks that have made steps.
             last: whether no more rows come.
         """
-        sizes, losses = self._memory.pop("sizes", None), self._ready_losses(step, last=last)
+        sizes, losses = self._state.pop("sizes", None), self._ready_losses(step, last=last)
         values = {"traceml/loss": float(np.mean([_mean(each) for each in losses]))} if losses else {}
         distinct, has_tokens, has_samples = self._data_ranks(ranks, step)
         if sizes is None or not sizes["samples"] or not distinct or steps_per_s is None:
@@ -83,39 +84,39 @@ class TrainingValues:
 
     def _take_losses(self, rank: int, rows: NDArray[np.void]) -> None:
         """Add losses to the sums of their steps: the value of a step is the mean over ranks."""
-        sums = self._memory.setdefault("losses", {})
+        sums = self._state.setdefault("losses", {})
         for step, loss in zip(rows["step"].tolist(), rows["loss"].tolist(), strict=True):
             total, count = sums.get(str(step), (0.0, 0))
             sums[str(step)] = [total + loss if math.isfinite(loss) and total is not None else None, count + 1]
 
         if len(rows):
-            self._memory.setdefault("loss_steps", {})[str(rank)] = int(rows["step"][-1])
+            self._state.setdefault("loss_steps", {})[str(rank)] = int(rows["step"][-1])
 
     def _ready_losses(self, step: int, *, last: bool) -> list[list[Any]]:
         """Take the sums of the steps of which all ranks have sent theirs, or had an interval of time to do so."""
-        sums, seen = self._memory.get("losses", {}), self._memory.get("loss_steps", {})
-        due, self._memory["loss_due"] = self._memory.get("loss_due", -1), step
+        sums, seen = self._state.get("losses", {}), self._state.get("loss_steps", {})
+        due, self._state["loss_due"] = self._state.get("loss_due", -1), step
         up_to = max(due, min(seen.values(), default=-1))
         return [sums.pop(key) for key in list(sums) if last or int(key) <= up_to]
 
     def _data_ranks(self, ranks: list[int], step: int) -> tuple[int, bool, bool]:
         """Return the number of ranks with data of their own, 0 if unknown; is it text, are samples counted?"""
-        if (decided := self._memory.get("decided")) is not None:
+        if (decided := self._state.get("decided")) is not None:
             return int(decided[0]), bool(decided[1]), all(decided[2:])
 
         batches = self._history()
         distinct = batches.distinct_ranks(ranks)
         if distinct:
-            self._memory["repeating"] = sorted(set(ranks) - set(distinct))
+            self._state["repeating"] = sorted(set(ranks) - set(distinct))
         if step >= _DECIDED_STEPS:
-            self._memory["decided"] = [len(distinct), batches.tokens, batches.batch_first]
-            self._memory.pop("facts", None)
+            self._state["decided"] = [len(distinct), batches.tokens, batches.batch_first]
+            self._state.pop("facts", None)
 
         return len(distinct), batches.tokens, batches.batch_first
 
     def _history(self) -> BatchHistory:
         batches = BatchHistory()
-        for rank, known in self._memory.get("facts", {}).items():
+        for rank, known in self._state.get("facts", {}).items():
             prints = np.array([tuple(pair) for pair in known.get("prints", [])], FINGERPRINTS.dtype)
             batches.add(int(rank), prints)
             if "model" in known:

@@ -6,37 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.kinds import Kind
 from traceml.run_folder import REPORT_NAME
-from traceml.track.delivery.audit import AuditLog
+from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
-from traceml.track.delivery.tracker_session import TrackerSession
-from traceml.track.filters import DeliveryFilter
-from traceml.track.tracker_state import TrackerState
 from traceml.trusted_files import read_regular
 
 __all__ = ["VerdictSender", "has_report"]
 
 
 class VerdictSender:
-    """Sends the run's verdict to one backend.
+    """Sends the run's verdict to one backend."""
 
-    Args:
-        state: counts, and the verdict that was sent last.
-    """
-
-    def __init__(
-        self,
-        state: TrackerState,
-        reader: StoreReader,
-        filters: DeliveryFilter,
-        run_dir: Path,
-        session: TrackerSession,
-        audit: AuditLog,
-    ) -> None:
-        self._state, self._reader, self._filters = state, reader, filters
-        self._run_dir, self._session, self._audit = run_dir, session, audit
+    def __init__(self, delivery: Delivery) -> None:
+        self._state, self._reader, self._filters = delivery.state, delivery.reader, delivery.filters
+        self._run_dir, self._session, self._audit = delivery.run_dir, delivery.session, delivery.audit
 
     def note(self, main: PlannedExperiment, event: RunEvent) -> None:
         """Send a live verdict if it names another cause than the last one."""
@@ -45,10 +30,10 @@ class VerdictSender:
             return
 
         signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
-        if signature == self._state.memory.get("verdict") or not self._filters.takes("traceml/verdict"):
+        if signature == self._state.resume.get("verdict") or not self._filters.takes("traceml/verdict"):
             return
 
-        self._state.memory["verdict"] = signature
+        self._state.resume["verdict"] = signature
         self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
         text = f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
         self._session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
