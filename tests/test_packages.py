@@ -86,7 +86,7 @@ SUBPACKAGES = {
     },
     "database.flight": {"database.schema"},
     "database.store": {"database.schema", "database.row_arrays"},
-    "database.snapshots": {"database.schema", "database.flight"},
+    "database.snapshots": {"database.schema", "database.info_kinds", "database.flight"},
     "launch.launcher": {"launch.wire", "supervise", "database"},
     "launch.launcher.submission": {"launch.launcher", "supervise"},
     "launch.launcher.hosts": {"launch.wire"},

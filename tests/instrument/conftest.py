@@ -12,6 +12,7 @@ import msgpack
 import pytest
 import torch
 
+from tests.database.info_rows import undeclared
 from tests.instrument.fake_cuda import FakeCuda
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
@@ -104,6 +105,7 @@ def traced(form: str, tmp_path: Path) -> Iterator[Traced]:
     instrumentation.uninstall()
     flight.close(unlink=True)
     torch.set_num_threads(threads)
+    assert undeclared(info) == set()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_the_threads_of_torch_reach_the_rules():
     builder = JobFactsBuilder()
     try:
         torch.set_num_threads(3)
-        builder.info(0, model_facts(nn.Linear(2, 2)))
+        builder.info(0, {"kind": "model", **model_facts(nn.Linear(2, 2))})
     finally:
         torch.set_num_threads(before)
 

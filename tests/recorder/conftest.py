@@ -15,6 +15,7 @@ import pytest
 
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
+from tests.database.info_rows import undeclared
 from tests.forked import client as forked
 from traceml.recorder.lifecycle import shutdown
 
@@ -73,7 +74,10 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
 def exit_rows(serving: Serving) -> list[dict[str, Any]]:
     """The newest run's rows on how its ranks ended."""
     with serving.store() as store:
-        return [row for _, row in store.log_rows("info") if row["kind"] == "exit"]
+        rows = [row for _, row in store.log_rows("info")]
+
+    assert undeclared(rows) == set()
+    return [row for row in rows if row["kind"] == "exit"]
 
 
 def stored_steps(serving: Serving) -> list[int]:

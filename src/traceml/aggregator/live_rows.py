@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from traceml.aggregator.streams.stream import RankStream
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
@@ -144,12 +145,12 @@ class LiveRows:
             self.intake.names[stream.rank] = stream.names
 
     def _take_info(self, stream: RankStream, row: dict[str, Any]) -> None:
-        if row.get("kind") == "exit":
+        if row.get("kind") == InfoKind.EXIT:
             # Kept with the stream too: how a rank ended is needed when its connection is gone. The code that its
             # launcher has reported is that of the process, which may have ended otherwise than its script.
             known = ("kind", "t_ns", "code") if stream.reported_dead else ("kind", "t_ns")
             stream.exit.update({key: value for key, value in row.items() if key not in known})
-        elif row.get("kind") == "loaded":
+        elif row.get("kind") == InfoKind.LOADED:
             self.on_loaded(stream, row)
         elif stream.is_diagnosed:
             self.intake.facts.info(stream.rank, row)

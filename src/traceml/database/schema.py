@@ -538,7 +538,7 @@ LOGGED = Log("logged", 256 * 1024)
 # Chunks of files, where the rank cannot reach the run's folder: {"id", "offset", "size", "data", ...}. The aggregator
 # writes the bytes into the folder, and only their location into the store.
 BLOBS = Log("blobs", 0)
-# {"kind": str, "t_ns": int, ...}; kinds: loader, model, process, exit, warning, sampler, snapshot (`RankSnapshot`).
+# {"kind": str, "t_ns": int, ...}; see `InfoKind`.
 INFO = Log("info", 256 * 1024)
 
 PACKED: tuple[Table, ...] = (

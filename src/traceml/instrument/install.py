@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.flight.flight import FlightFile
+from traceml.database.info_kinds import InfoKind
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.checkpoint_marks import CheckpointMarks
 from traceml.instrument.checkpoints.save_log import SaveFolder, SaveLog
@@ -73,7 +74,7 @@ class Instrumentation:
         self._pace = StepPace()
         self._installed = True
         self.feeding: BatchSource | None = None
-        self.save_folder = SaveFolder(lambda folder: self._facts.report({"kind": "saves", "folder": folder}))
+        self.save_folder = SaveFolder(lambda folder: self._facts.report(InfoKind.SAVES, folder=folder))
         self.saves = SaveLog()
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self._timed: set[tuple[Any, str]] = set()
@@ -126,7 +127,7 @@ class Instrumentation:
         if not self.clock.continue_at(step):
             return None
 
-        self._facts.report({"kind": "resumed", "step": step, "before": self.clock.before})
+        self._facts.report(InfoKind.RESUMED, step=step, before=self.clock.before)
         return self.clock.before
 
     def trace_data(self, iterable: Iterable[Any]) -> Any:
@@ -318,8 +319,8 @@ class Instrumentation:
             clock,
             self._facts.input,
             self._facts.calls,
-            lambda: self._facts.report({"kind": "plays"}),
-            lambda: self._facts.report({"kind": "plain_evaluation"}),
+            functools.partial(self._facts.report, InfoKind.PLAYS),
+            functools.partial(self._facts.report, InfoKind.PLAIN_EVALUATION),
         )
         self._losses = LossReader(clock, self._flight.ring("losses"), CudaLosses())
         timer = timer_maker(clock, batches.measure)
@@ -375,7 +376,7 @@ class Instrumentation:
             self._new_loader,
             lambda: self._guarded(self._new_iterator),
             batches.inspect,
-            lambda number: self._facts.report({"kind": "same_order", "number": number}),
+            lambda number: self._facts.report(InfoKind.SAME_ORDER, number=number),
         )
         self._guarded(lambda: watch_workers(patches, clock, self.lost_workers))
         self._guarded(lambda: set_up_workers(patches, self._in_worker))
@@ -386,12 +387,14 @@ class Instrumentation:
 
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available():
-            self._sizes = CollectiveSizes(lambda info: self._guarded(lambda: self._facts.report(info)))
+            self._sizes = CollectiveSizes(
+                lambda kind, /, **facts: self._guarded(lambda: self._facts.report(kind, **facts))
+            )
             timed_calls.patch_collectives(self._patches, self.clock, self._sizes)
             self._group.patch()
 
         if hasattr(sys.modules.get("torch.distributed.rpc"), "init_rpc"):  # else torch was built without it
-            timed_calls.patch_remote_calls(self._patches, self.clock, lambda *_: self._facts.report({"kind": "rpc"}))
+            timed_calls.patch_remote_calls(self._patches, self.clock, lambda *_: self._facts.report(InfoKind.RPC))
 
     def _look_for_device(self) -> None:
         """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
@@ -476,7 +479,7 @@ class Instrumentation:
 
     def _report_rollouts(self) -> None:
         if self.clock.evaluation.collects:
-            self._facts.report({"kind": "rollouts"})
+            self._facts.report(InfoKind.ROLLOUTS)
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Run a rare action; on failure log and count it, and continue without it."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Phase, Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.growth.growth_watch import GrowthWatch
@@ -39,7 +40,7 @@ class RankTracing:
 
     Args:
         rank: returns the rank, and its number on its host.
-        note: takes (kind, facts): a row of `info`.
+        note: appends a row to `info`.
         on_group: called on the training thread when a process group exists.
     """
 
@@ -49,7 +50,7 @@ class RankTracing:
         flight: FlightFile,
         *,
         rank: Callable[[], tuple[int, int]],
-        note: Callable[..., None],
+        note: InfoSender,
         on_group: Callable[[], None],
     ) -> None:
         self._config, self._flight, self._rank, self._note, self._on_group = config, flight, rank, note, on_group
@@ -160,8 +161,11 @@ class RankTracing:
             lambda table, row: flight.ring(table).append(*row),
             interval_s=self._config.sample_interval,
             intervals_s=self._config.sampler_intervals,
-            on_error=lambda name, error: self._note("sampler", name=name, error=f"{type(error).__name__}: {error}"),
+            on_error=self._note_failed_sampler,
         )
+
+    def _note_failed_sampler(self, name: str, error: Exception) -> None:
+        self._note(InfoKind.SAMPLER, name=name, error=f"{type(error).__name__}: {error}")
 
     def _samplers(self) -> Sequence[Sampler]:
         from traceml.instrument.workers.loader_workers import worker_pids
@@ -234,7 +238,7 @@ class RankTracing:
     def _note_lost_workers(self, _last: bool) -> None:
         lost = self.instrumentation.lost_workers if self.instrumentation is not None else None
         while lost:
-            self._note("worker_lost", urgent=True, **lost.popleft(), **self._death_causes.facts())
+            self._note(InfoKind.WORKER_LOST, urgent=True, **lost.popleft(), **self._death_causes.facts())
 
     def _check_progress(self, last: bool) -> None:
         slots = self._flight.open_slots
@@ -261,7 +265,7 @@ class RankTracing:
         """Report a function that may update the weights of a training without an optimizer."""
         clock = self._step_clock()
         if clock is not None and not clock.optimizers_seen:
-            self._note("own_update", file=file, function=function)
+            self._note(InfoKind.OWN_UPDATE, file=file, function=function)
 
     def _step_clock(self) -> StepClock | None:
         return self.instrumentation.clock if self.instrumentation is not None else None
@@ -275,7 +279,7 @@ class RankTracing:
         dynamo = sys.modules.get("torch._dynamo.utils")
         times = getattr(dynamo, "compilation_time_metrics", {}).get("_compile.compile_inner")
         if times:
-            self._note("compilation", seconds=round(sum(times), 3), graphs=len(times))
+            self._note(InfoKind.COMPILATION, seconds=round(sum(times), 3), graphs=len(times))
 
     def _append_info(self, facts: dict[str, Any]) -> None:
         self._flight.log("info").append(facts)

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.database.schema import LOGGED, METRICS
 from traceml.errors import RunNotFoundError
@@ -251,11 +251,6 @@ class Recorder:
     def stream(self) -> int | None:
         """Number of this recorder's rows in the run's store; None before a connection."""
         return self._recording.stream if self._recording is not None else None
-
-    def note(self, kind: str, **facts: Any) -> None:
-        """Append a row to `info`, by which diagnosis knows what other rows do not hold."""
-        if (recording := self.live_recording) is not None:
-            recording.note(kind, **facts)
 
     @property
     def live_recording(self) -> Recording | None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
+from traceml.database.info_kinds import InfoSender
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
@@ -123,7 +124,7 @@ class RecorderThread:
         """Sample the line of the training thread between cycles; before the start, or on the thread."""
         self._lines = lines
 
-    def detect_stops(self, note: Callable[..., None]) -> None:
+    def detect_stops(self, note: InfoSender) -> None:
         """Note when the process was stopped; before the start."""
         self._stops = StopDetector(self._slots, note)
 

@@ -14,6 +14,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import remove_stale
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.gc_pause import gc_pause
@@ -127,7 +128,7 @@ class Recording:
                 self.tracing.begin(self.thread, lambda action: action())
 
         if not self._is_child:
-            self.note("process", tracing=tracing, **process_facts(self.identity, self._config))
+            self.note(InfoKind.PROCESS, tracing=tracing, **process_facts(self.identity, self._config))
 
         self.flight.open_slots[Slot.STATE] = FlightState.RUNNING
         self.thread.start()
@@ -136,7 +137,7 @@ class Recording:
     def trace(self) -> None:
         """Add tracing to a recording that has only logged so far."""
         self.tracing.begin(self.thread, self.thread.call)
-        self.note("tracing")
+        self.note(InfoKind.TRACING)
 
     def finish(self, reason: str, timeout_s: float) -> bool:
         """Remove the hooks, send the remaining rows, say bye; return whether everything is stored.
@@ -183,15 +184,15 @@ class Recording:
         """Let children that are spawned from now on log for this run and the numbered experiment."""
         export_to_children(self.identity, self._config, experiment)
 
-    def note(self, kind: str, *, urgent: bool = False, **facts: Any) -> None:
-        """Append a row to `info`; see `Recorder.note`."""
+    def note(self, kind: InfoKind, /, *, urgent: bool = False, **facts: Any) -> None:
+        """Append a row to `info`, which holds what diagnosis cannot know from other rows."""
         self.flight.log("info").append({"kind": kind, "t_ns": monotonic_ns(), **facts}, urgent=urgent)
 
     def note_return(self, *, is_script: bool) -> None:
         """Record that the launched function or script is over; the process ends when those of all ranks are."""
         step = self.flight.open_slots[Slot.STEP]
         last_step = step - 1 + self.tracing.has_stepped if step >= 0 else -1
-        self.note("returned", urgent=True, last_step=last_step, script=is_script)
+        self.note(InfoKind.RETURNED, urgent=True, last_step=last_step, script=is_script)
         self.thread.wake()
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
@@ -225,7 +226,7 @@ class Recording:
             facts["address_limit_bytes"] = limit_bytes
 
         facts["at_s"] = time.time()
-        self.note("exit", urgent=True, **{**reported, **facts})
+        self.note(InfoKind.EXIT, urgent=True, **{**reported, **facts})
         if status:
             slots[Slot.STATE] = FlightState.FAILED
 
@@ -384,7 +385,7 @@ class Recording:
 
         if self.flight.ring("steps").acked or self.sender.steps_sent:
             # Steps under the old rank are stored already: the rows go on there, with a note of the new one.
-            self.note("identity", rank=new.rank, world_size=new.world_size, job=now.job)
+            self.note(InfoKind.IDENTITY, rank=new.rank, world_size=new.world_size, job=now.job)
             return
 
         _log.debug("the process group makes this rank %d of %d of job %s", new.rank, new.world_size, now.job)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from traceml.clock import monotonic_ns
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Slot
 from traceml.samplers.procfs import ProcFile
 
@@ -29,7 +30,7 @@ class StopDetector:
         note: appends a row to `info`.
     """
 
-    def __init__(self, slots: Mapping[int, int] | Any, note: Callable[..., None]) -> None:
+    def __init__(self, slots: Mapping[int, int] | Any, note: InfoSender) -> None:
         self._slots, self._note = slots, note
         self._sched: ProcFile | None = None
         self._before: tuple[int, int, int] | None = None
@@ -70,7 +71,7 @@ class StopDetector:
         """Append a row; other threads may have begun further steps since, so it has the last one before, too."""
         seconds = round(ns / 1e9, 3)
         self._note(
-            "stopped", seconds=seconds, step=self._slots[Slot.STEP], part=part, from_step=self._step,
+            InfoKind.STOPPED, seconds=seconds, step=self._slots[Slot.STEP], part=part, from_step=self._step,
             began_s=round(time.time() - seconds, 3),
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.source_reading import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader, StreamRecord
@@ -15,6 +16,7 @@ __all__ = ["About", "about_run", "package_versions"]
 
 # Facts are at the beginning; later frames contain texts, images, histograms.
 _FRAMES = 64
+_KINDS = (InfoKind.PROCESS, InfoKind.MODEL, InfoKind.LOADER, InfoKind.OPTIMIZER)
 _COLLECTORS = ("git", "environment", "system")
 _UNREAD = {
     "elsewhere": "rank 0 is on another host than the aggregator, or in another container; with "
@@ -99,7 +101,7 @@ def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dic
     project = ""
     for stream in streams:
         for row in reader.first_maps(INFO.name, stream.id, _FRAMES):
-            if row.get("kind") in ("process", "model", "loader", "optimizer"):
+            if row.get("kind") in _KINDS:
                 found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
 
         for row in reader.first_maps(LOGGED.name, stream.id, _FRAMES):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
+from traceml.database.info_kinds import InfoSender
 from traceml.database.schema import GPU, Table
 from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.nvml import VISIBLE_DEVICES, Nvml, NvmlError
@@ -29,7 +30,7 @@ class GpuSampler(Sampler):
     name: ClassVar[str] = "gpu"
     table: ClassVar[Table] = GPU
 
-    def __init__(self, nvml: Nvml | None = None, note: Callable[..., None] | None = None) -> None:
+    def __init__(self, nvml: Nvml | None = None, note: InfoSender | None = None) -> None:
         self._nvml = nvml or Nvml()
         self._visible = os.environ.get(VISIBLE_DEVICES)
         self._devices = self._nvml.devices(self._visible)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.samplers.nvml import NvmlDevice
 
 __all__ = ["DeviceHealth", "HealthWatch", "NvmlHealth"]
@@ -129,7 +130,7 @@ class HealthWatch:
             with the `domain` of this host.
     """
 
-    def __init__(self, health: NvmlHealth, note: Callable[..., None]) -> None:
+    def __init__(self, health: NvmlHealth, note: InfoSender) -> None:
         self._health, self._note = health, note
         self._before: dict[int, DeviceHealth] = {}
         self._due_ns = 0
@@ -142,13 +143,13 @@ class HealthWatch:
 
         self._due_ns = t_ns + _EVERY_NS
         for index, xid in self._health.xids():
-            self._note("gpu_health", index=index, xid=xid, step=step)
+            self._note(InfoKind.GPU_HEALTH, index=index, xid=xid, step=step)
 
         for device in devices:
             self._note_domain(device)
             now = self._health.read(device)
             if now != self._before.get(device.index, DeviceHealth()):
-                self._note("gpu_health", index=device.index, step=step, **now._asdict())
+                self._note(InfoKind.GPU_HEALTH, index=device.index, step=step, **now._asdict())
 
             self._before[device.index] = now
 
@@ -156,7 +157,7 @@ class HealthWatch:
         """Note the NVLink domain of this host when it is known, which all of its devices share."""
         if self._domain is None and (domain := self._health.nvlink_domain(device)) is not None:
             self._domain = domain
-            self._note("nvlink", domain=domain)
+            self._note(InfoKind.NVLINK, domain=domain)
 
     def close(self) -> None:
         """Stop watching."""

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
+from traceml.database.info_kinds import InfoSender
 from traceml.fail_open import fail_open
 from traceml.samplers.base import Sampler
 from traceml.samplers.gpu import GpuSampler
@@ -27,7 +28,7 @@ def open_samplers(
     local_rank: int,
     workers: Groups = tuple,
     save_folder: Callable[[], str | None] = lambda: None,
-    note: Callable[..., None] | None = None,
+    note: InfoSender | None = None,
 ) -> list[Sampler]:
     """Open the samplers that work on this machine; local rank 0 also opens those of the host.
 

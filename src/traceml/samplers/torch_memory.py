@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import TORCH_MEMORY, Table
 from traceml.samplers.base import Sampler, SampleRow
 
@@ -29,7 +30,7 @@ class SegmentWatch:
     A row `segments` has `{"device", "from_step", "step", "requested", "given_back"}`, counted between the two steps.
     """
 
-    def __init__(self, note: Callable[..., None]) -> None:
+    def __init__(self, note: InfoSender) -> None:
         self._note = note
         self._began_ns: dict[int, int] = {}
         self._before: dict[int, _Count] = {}
@@ -55,7 +56,7 @@ class SegmentWatch:
         requested, given_back = now.requested - before.requested, now.given_back - before.given_back
         if requested > 0 and given_back > 0:
             self._note(
-                "segments", device=device, from_step=before.step, step=now.step, requested=requested,
+                InfoKind.SEGMENTS, device=device, from_step=before.step, step=now.step, requested=requested,
                 given_back=given_back,
             )  # fmt: skip
 
@@ -71,7 +72,7 @@ class TorchMemorySampler(Sampler):
     name: ClassVar[str] = "torch_memory"
     table: ClassVar[Table] = TORCH_MEMORY
 
-    def __init__(self, modules: Any = None, note: Callable[..., None] | None = None) -> None:
+    def __init__(self, modules: Any = None, note: InfoSender | None = None) -> None:
         self._segments = None if note is None else SegmentWatch(note)
         self._modules = sys.modules if modules is None else modules
 

@@ -18,7 +18,7 @@ from traceml.instrument.values.collective_sizes import CollectiveSizes
 def sizes_of(*calls: tuple[Any, ...], sequence: int) -> list[int]:
     """Return what is reported after some calls, of which the group has counted `sequence`."""
     found: list[int] = []
-    sizes = CollectiveSizes(lambda row: found.append(row["elements"]))
+    sizes = CollectiveSizes(lambda _kind, **row: found.append(row["elements"]))
     for args in calls:
         sizes.note(args, {})
 
@@ -53,7 +53,7 @@ def test_nothing_is_reported_where_a_collective_was_not_seen() -> None:
 def test_a_message_is_an_exchange_of_any_size() -> None:
     """Stages of a pipeline may send each other a few numbers only."""
     found: list[tuple[int, bool]] = []
-    sizes = CollectiveSizes(lambda row: found.append((row["elements"], row.get("messages", False))))
+    sizes = CollectiveSizes(lambda _kind, **row: found.append((row["elements"], row.get("messages", False))))
     sizes.note((torch.zeros(1),), {})
     sizes.note_message((torch.zeros(8), 1), {})
     sizes.note_message((torch.zeros(8), 1), {})

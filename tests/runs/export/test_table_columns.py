@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from traceml.database.schema import PACKED
+from traceml.database.info_kinds import InfoKind
+from traceml.database.schema import INFO, PACKED
 from traceml.runs.export.table_columns import TABLES, to_json
 
 PAGE = Path(__file__).parents[3] / "docs" / "columns.md"
@@ -23,6 +24,9 @@ def page() -> str:
         lines += ["", f"## {table.name}", "", f"{table.doc[0].upper()}{table.doc[1:]}.", ""]
         lines += ["| column | type | meaning |", "|---|---|---|"]
         lines += [f"| `{column.name}` | {column.kind} | {column.doc} |" for column in table.columns]
+        if table.name == INFO.name:
+            lines += ["", "| kind | meaning | fields |", "|---|---|---|"]
+            lines += [f"| `{kind}` | {kind.doc} | {', '.join(kind.fields)} |" for kind in InfoKind]
 
     return "\n".join(lines) + "\n"
 

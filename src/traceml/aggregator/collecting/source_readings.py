@@ -20,6 +20,7 @@ import msgpack
 import msgspec
 
 from traceml.aggregator.child_programs import kill_group
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.source_reading import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader
@@ -92,7 +93,8 @@ def find_request(store: Path, stream: int) -> tuple[SourceRequest | None, list[s
         msgspec.ValidationError: the row has values of other types.
     """
     with StoreReader(store) as reader:
-        row = next((row for row in reader.first_maps(INFO.name, stream, _FRAMES) if row.get("kind") == "process"), None)
+        rows = reader.first_maps(INFO.name, stream, _FRAMES)
+        row = next((row for row in rows if row.get("kind") == InfoKind.PROCESS), None)
         if row is None:
             return None, []
 

@@ -16,6 +16,7 @@ from traceml.aggregator.streams.admission import Admission
 from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamPeer, StreamState
 from traceml.aggregator.streams.stream_ends import note_oom, resumed_at
 from traceml.aggregator.streams.stream_table import StreamTable
+from traceml.database.info_kinds import InfoKind
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import last_written_s
@@ -318,7 +319,7 @@ def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[RankSt
 
     exits: defaultdict[int, dict[str, Any]] = defaultdict(dict)
     for number, row in reader.log_rows("info"):
-        if row.get("kind") == "exit":
+        if row.get("kind") == InfoKind.EXIT:
             exits[number] |= {key: value for key, value in row.items() if key not in ("kind", "t_ns")}
 
     for record in reader.streams():

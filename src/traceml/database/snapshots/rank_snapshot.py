@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self
 
+from traceml.database.info_kinds import InfoKind
 from traceml.inspection.kernel_state import ProcessInfo, WaitState, is_job_suspended
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
     "WorkerSnapshot",
 ]
 
-SNAPSHOT = "snapshot"
+SNAPSHOT = InfoKind.SNAPSHOT.value
 """Kind of the row, and of the event."""
 ABORT = "abort"
 """Kind of the event of a job that was found to hang, and is ended for that."""
@@ -298,7 +299,7 @@ class RankSnapshot(_Record):
 
     def to_info(self) -> dict[str, Any]:
         """Return the row of the log `info`."""
-        return {"kind": SNAPSHOT, "t_ns": self.at_ns, **self.to_row()}
+        return {"kind": InfoKind.SNAPSHOT, "t_ns": self.at_ns, **self.to_row()}
 
 
 def _plain(value: Any) -> Any:

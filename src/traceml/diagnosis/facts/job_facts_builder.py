@@ -9,6 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
 from traceml.diagnosis.facts.core_waits import CompetingProcessHistory, CoreWaits
@@ -196,36 +197,36 @@ class JobFactsBuilder:
             self._core_rows.setdefault(rank, row["cores"])
 
     _BY_KIND: ClassVar[Mapping[str, Callable[[JobFactsBuilder, int, Mapping[str, Any]], None]]] = {
-        "loader": _take_loader,
-        "loaders_made": _take_loaders_made,
-        "training_loader": _take_training_loader,
-        "exit": _take_exit,
-        "resumed": _take_resumed,
-        "loaded": _take_loaded,
-        "stopped": _take_stopped,
-        "joined": _take_joined,
-        "worker_lost": _take_lost_worker,
-        "saves": _take_saves,
-        "segments": lambda self, rank, row: self.turnover.add(rank, row),
-        "gpu_health": lambda self, rank, row: self.health.add(rank, row),
-        "growth": _take_growth,
-        "input": lambda self, rank, row: self.batches.input(rank, row),
-        "reductions": lambda self, _, row: self.batches.reduction_facts(row),
-        "collectives": lambda self, rank, row: self.batches.collective(rank, row),
-        "compilation": lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
-        "anomaly_detection": lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
-        "profiler": _take_profiler,
-        "rollouts": lambda self, *_: self._facts.update(collects=True),
-        "rpc": lambda self, *_: self._facts.update(rpc=True),
-        "plays": lambda self, *_: self._facts.update(plays=True),
-        "same_order": _take_same_order,
-        "own_update": _take_own_update,
-        "plain_evaluation": lambda self, *_: self._facts.update(plain_evaluation=True),
-        "process": _take_process,
-        "tracing": lambda self, *_: self._facts.update(only_logs=False),
-        "optimizer": _take_setup,
-        "model": _take_model,
-        "group": _take_group,
+        InfoKind.LOADER: _take_loader,
+        InfoKind.LOADERS_MADE: _take_loaders_made,
+        InfoKind.TRAINING_LOADER: _take_training_loader,
+        InfoKind.EXIT: _take_exit,
+        InfoKind.RESUMED: _take_resumed,
+        InfoKind.LOADED: _take_loaded,
+        InfoKind.STOPPED: _take_stopped,
+        InfoKind.JOINED: _take_joined,
+        InfoKind.WORKER_LOST: _take_lost_worker,
+        InfoKind.SAVES: _take_saves,
+        InfoKind.SEGMENTS: lambda self, rank, row: self.turnover.add(rank, row),
+        InfoKind.GPU_HEALTH: lambda self, rank, row: self.health.add(rank, row),
+        InfoKind.GROWTH: _take_growth,
+        InfoKind.INPUT: lambda self, rank, row: self.batches.input(rank, row),
+        InfoKind.REDUCTIONS: lambda self, _, row: self.batches.reduction_facts(row),
+        InfoKind.COLLECTIVES: lambda self, rank, row: self.batches.collective(rank, row),
+        InfoKind.COMPILATION: lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
+        InfoKind.ANOMALY_DETECTION: lambda self, _, row: self._facts.update(detects_anomalies=bool(row.get("on"))),
+        InfoKind.PROFILER: _take_profiler,
+        InfoKind.ROLLOUTS: lambda self, *_: self._facts.update(collects=True),
+        InfoKind.RPC: lambda self, *_: self._facts.update(rpc=True),
+        InfoKind.PLAYS: lambda self, *_: self._facts.update(plays=True),
+        InfoKind.SAME_ORDER: _take_same_order,
+        InfoKind.OWN_UPDATE: _take_own_update,
+        InfoKind.PLAIN_EVALUATION: lambda self, *_: self._facts.update(plain_evaluation=True),
+        InfoKind.PROCESS: _take_process,
+        InfoKind.TRACING: lambda self, *_: self._facts.update(only_logs=False),
+        InfoKind.OPTIMIZER: _take_setup,
+        InfoKind.MODEL: _take_model,
+        InfoKind.GROUP: _take_group,
     }
 
     def _progress(self) -> JobProgress | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from traceml.database.info_kinds import InfoKind
 from traceml.formatting import count_text
 
 __all__ = ["RankGroup", "Topology", "TopologyHistory"]
@@ -115,11 +116,11 @@ class TopologyHistory:
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log: `process`, `mesh` and `nvlink` rows are used."""
         kind = row.get("kind")
-        if kind == "process":
+        if kind == InfoKind.PROCESS:
             self._switches[rank] = tuple(str(name) for name in row.get("switches") or ())
-        elif kind == "mesh" and isinstance(row.get("coordinates"), Mapping):
+        elif kind == InfoKind.MESH and isinstance(row.get("coordinates"), Mapping):
             self._mesh[rank] = {str(name): at for name, at in row["coordinates"].items() if isinstance(at, int)}
-        elif kind == "nvlink" and row.get("domain"):
+        elif kind == InfoKind.NVLINK and row.get("domain"):
             self._domains[rank] = str(row["domain"])
 
     def build(self, hosts: Mapping[int, str]) -> Topology:

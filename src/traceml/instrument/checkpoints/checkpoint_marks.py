@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.instrument.checkpoints.save_log import target_path
@@ -20,7 +21,6 @@ from traceml.instrument.step_clock import StepClock
 
 __all__ = ["CheckpointMarks", "Find", "folder_number"]
 
-Info = dict[str, Any]
 Find = Callable[[tuple[Any, ...], Mapping[str, Any]], object]
 """Returns the path or file among the arguments of a function; None if there is none."""
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("traceml")
 class CheckpointMarks:
     """Notes saves in the flight file's slots, and reads before the first step as rows of `info`."""
 
-    def __init__(self, slots: Any, clock: StepClock, report: Callable[[Info], None]) -> None:
+    def __init__(self, slots: Any, clock: StepClock, report: InfoSender) -> None:
         self._slots, self._clock, self._report = slots, clock, report
 
     def saved(self, target: object) -> None:
@@ -44,7 +44,7 @@ class CheckpointMarks:
         """Report that the training thread has read a path or file before its first step."""
         place, clock = folder_number(source), self._clock
         if place is not None and clock.is_training_thread() and not clock.rows and not clock.step_call:
-            self._report({"kind": "loaded", "place": place})
+            self._report(InfoKind.LOADED, place=place)
 
     @uncounted
     def loading(self, original: Callable[..., Any], find: Find) -> Callable[..., Any]:

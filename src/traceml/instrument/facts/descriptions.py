@@ -31,7 +31,6 @@ def loader_facts(loader: Any) -> dict[str, Any]:
     own = loader.d if type(loader).__module__ == _FASTAI else loader  # of theirs, the inner one is its own data set
     dataset = getattr(own, "dataset", None)
     return {
-        "kind": "loader",
         "loader": type(own).__name__,
         "dataset": None if dataset is None else type(_whole(dataset)).__name__,
         "length": _length(dataset),
@@ -108,7 +107,6 @@ def model_facts(module: Any) -> dict[str, Any]:
     torch: Any = sys.modules["torch"]
     parameters = [each for each in module.parameters() if not torch.nn.parameter.is_lazy(each)]
     return {
-        "kind": "model",
         "model": type(inner).__name__,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -192,7 +190,6 @@ def input_facts(
     """
     may_be_other = is_listed or _may_be_sequence_first(tensor, model)
     return {
-        "kind": "input",
         "dtype": str(tensor.dtype),
         "dimensions": tensor.dim(),
         "requires_grad": tensor.requires_grad,
@@ -227,7 +224,6 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
     groups = _param_groups(optimizer)
     first = groups[0] if groups else {}
     return {
-        "kind": "optimizer",
         "optimizer": type(optimizer).__name__,
         "groups": len(groups),
         "tensors": sum(len(group["params"]) for group in groups),

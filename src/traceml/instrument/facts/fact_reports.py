@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
+from traceml.database.info_kinds import InfoKind
 
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
@@ -31,25 +32,29 @@ class FactReports:
 
     def __init__(self, clock: StepClock, on_info: Callable[[Info], None] | None) -> None:
         self._clock, self._on_info = clock, on_info
-        self._reported: dict[str, Info] = {}  # the last facts by kind
+        self._reported: dict[InfoKind, Info] = {}  # the last facts
         self._loaders: Counter[tuple[Any, ...]] = Counter()  # those that were made, by the facts in `_LIKE`
         self._begins = 0  # trainings that have begun after the first step
         self._trained: Any = None  # weak reference to a parameter of the newest optimizer
 
-    def report(self, info: Info, **more: Any) -> None:
-        """Report facts if they differ from the last report of their kind; `more` is added, and not compared."""
-        if self._on_info is None or self._reported.get(info["kind"]) == info:
+    def report(self, kind: InfoKind, /, at: Info | None = None, **facts: Any) -> None:
+        """Report facts if they differ from the last report of their kind.
+
+        Args:
+            at: fields that are added, and not compared.
+        """
+        if self._on_info is None or self._reported.get(kind) == facts:
             return  # the script makes the same again for each step or epoch
 
-        self._reported[info["kind"]] = info
-        self._on_info(info | more | {"t_ns": monotonic_ns()})
+        self._reported[kind] = facts
+        self._on_info({"kind": kind, **facts, **(at or {}), "t_ns": monotonic_ns()})
 
     def loader(self, loader: Any, number: int | None = None) -> None:
         """Report a loader, with its number in this process."""
         from traceml.instrument.facts.descriptions import loader_facts
 
         facts = loader_facts(loader)
-        self.report(facts, number=number)
+        self.report(InfoKind.LOADER, {"number": number}, **facts)
         if self._on_info is not None:
             self._count(facts)
 
@@ -59,20 +64,21 @@ class FactReports:
         self._loaders[tuple(like.values())] += 1
         made = self._loaders[tuple(like.values())]
         if 1 < made <= _COUNTED or (made > _COUNTED and made.bit_count() == 1):
-            self.report({"kind": "loaders_made", **like, "made": made})
+            self.report(InfoKind.LOADERS_MADE, **like, made=made)
 
     def training_loader(self) -> None:
         """Report which loader's batches are trained on: a script may read another one first."""
         number = getattr(self._clock.training_loader, "number", None)
         if number is not None:
-            self.report({"kind": "training_loader", "number": number})
+            self.report(InfoKind.TRAINING_LOADER, number=number)
 
     def input(self, tensor: Any, model: Any, is_listed: bool) -> None:
         """Report the input of a model, which may be one of a list."""
         from traceml.instrument.facts.descriptions import input_facts
 
         facts = input_facts(tensor, model, self._batch_size, is_listed=is_listed)
-        self.report(facts | {"batch_first": facts["batch_first"] and not self._is_part(int(tensor.shape[0]))})
+        is_first = facts["batch_first"] and not self._is_part(int(tensor.shape[0]))
+        self.report(InfoKind.INPUT, **(facts | {"batch_first": is_first}))
 
     def calls(self, sizes: list[tuple[int, int]], are_passes_even: bool, together: int) -> None:
         """Report again what is counted of the input, given samples and elements of the calls before a backward pass.
@@ -83,7 +89,7 @@ class FactReports:
         """
         is_split = bool(together) and together == self._batch_size
         self._clock.split_size = together if is_split else 0
-        known = self._reported.get("input")
+        known = self._reported.get(InfoKind.INPUT)
         if known is None:
             return
 
@@ -91,12 +97,12 @@ class FactReports:
         is_even = (are_passes_even or is_split) and len(samples) == 1
         whole = is_even and (len(sizes) <= _WHOLE or self._batch_size in samples)
         tokens = known["tokens"] and len(sizes) == 1
-        self.report(known | {"tokens": tokens, "batch_first": known["batch_first"] and whole})
+        self.report(InfoKind.INPUT, **(known | {"tokens": tokens, "batch_first": known["batch_first"] and whole}))
 
     @property
     def _batch_size(self) -> int | None:
         """The loader's, None without one."""
-        return self._reported.get("loader", {}).get("batch_size")
+        return self._reported.get(InfoKind.LOADER, {}).get("batch_size")
 
     def _is_part(self, samples: int) -> bool:
         """Whether these are more than the loader's samples: nodes of its graphs, or positions of its texts."""
@@ -107,7 +113,7 @@ class FactReports:
         from traceml.instrument.facts.descriptions import model_facts
         from traceml.instrument.values.reductions import ReductionCounter
 
-        self.report(model_facts(module), step=self._clock.step)
+        self.report(InfoKind.MODEL, {"step": self._clock.step}, **model_facts(module))
         if self._clock.reductions is None:
             self._clock.reductions = ReductionCounter()
 
@@ -117,21 +123,21 @@ class FactReports:
         """Report backward passes and reductions per step, when they are known or have changed."""
         facts = self._clock.reductions.facts() if self._clock.reductions is not None else None
         if facts is not None:
-            self.report(facts)
+            self.report(InfoKind.REDUCTIONS, **facts)
 
     def optimizer(self, optimizer: Any) -> None:
         """Report an optimizer, and a training that begins with it: of other parameters, be they as many."""
         from traceml.instrument.facts.descriptions import first_parameter, optimizer_facts
 
         step, first = self._clock.step, first_parameter(optimizer)
-        self.report(optimizer_facts(optimizer), step=step)
+        self.report(InfoKind.OPTIMIZER, {"step": step}, **optimizer_facts(optimizer))
         if first is None or (self._trained is not None and not self.trains_others(optimizer)):
             return
 
         self._trained = weakref.ref(first)
         self._begins += step > 0
         if 0 < self._begins <= _MAX_BEGINS:
-            self.report({"kind": "training_begins", "step": step})
+            self.report(InfoKind.TRAINING_BEGINS, step=step)
 
     def trains_others(self, optimizer: Any) -> bool:
         """Return whether an optimizer has other parameters than the newest one that has stepped."""
@@ -144,9 +150,9 @@ class FactReports:
         """Report whether autograd detects anomalies, and whether torch's profiler records, once they were on."""
         torch = sys.modules.get("torch")  # a script may have steps without it
         profiler = sys.modules.get("torch.autograd.profiler")
-        self._switch("anomaly_detection", is_on=torch is not None and bool(torch.is_anomaly_enabled()))
-        self._switch("profiler", is_on=bool(getattr(profiler, "_is_profiler_enabled", False)))
+        self._switch(InfoKind.ANOMALY_DETECTION, is_on=torch is not None and bool(torch.is_anomaly_enabled()))
+        self._switch(InfoKind.PROFILER, is_on=bool(getattr(profiler, "_is_profiler_enabled", False)))
 
-    def _switch(self, kind: str, *, is_on: bool) -> None:
+    def _switch(self, kind: InfoKind, *, is_on: bool) -> None:
         if is_on or kind in self._reported:
-            self.report({"kind": kind, "on": is_on})
+            self.report(kind, on=is_on)

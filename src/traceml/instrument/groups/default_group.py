@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.fail_open import fail_open
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
@@ -38,7 +39,7 @@ class DefaultGroup:
         self,
         clock: StepClock,
         patches: Patches,
-        report: Callable[[dict[str, Any]], None],
+        report: InfoSender,
         guarded: Callable[[Callable[[], Any]], None],
         on_group: Callable[[], None] | None,
     ) -> None:
@@ -66,7 +67,7 @@ class DefaultGroup:
 
         group = distributed.group.WORLD
         clock.group = group
-        self._report({"kind": "group", "group_size": distributed.get_world_size()})
+        self._report(InfoKind.GROUP, group_size=distributed.get_world_size())
         if distributed.get_world_size() > 1:
             clock.extras = clock.slow_commits = clock.dirty = clock.detail = True
             # Private, so optional; it raises until the first collective of the group.
@@ -81,7 +82,7 @@ class DefaultGroup:
 
         coordinates = mesh_coordinates()
         if coordinates:
-            self._report({"kind": "mesh", "coordinates": coordinates})
+            self._report(InfoKind.MESH, coordinates=coordinates)
 
     def _drop(self) -> None:
         self._clock.group = self._clock.sequence = None
@@ -126,14 +127,14 @@ def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
 
 
 @uncounted
-def patch_join(patches: Patches, clock: PhaseTimer, report: Callable[[dict[str, Any]], None]) -> None:
+def patch_join(patches: Patches, clock: PhaseTimer, report: InfoSender) -> None:
     """Report the step that has the wait at the end of each `with Join(...)`."""
 
     def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
         def exit_(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if clock.is_training_thread():
-                report({"kind": "joined", "step": clock.step})
+                report(InfoKind.JOINED, step=clock.step)
 
             return result
 

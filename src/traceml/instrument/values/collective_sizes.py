@@ -6,11 +6,12 @@ Nothing is read any more once a tensor was too large for numbers that are logged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import MAX_LOGGED_NUMBERS
 
 __all__ = ["CollectiveSizes"]
@@ -19,7 +20,7 @@ __all__ = ["CollectiveSizes"]
 class CollectiveSizes:
     """The largest tensor that a collective of this process has carried."""
 
-    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, report: InfoSender) -> None:
         self._report = report
         self._largest = self._calls = 0
         self._sends = False
@@ -35,17 +36,17 @@ class CollectiveSizes:
         if not self._sends:
             self._sends = True
             self._largest = max(self._largest, MAX_LOGGED_NUMBERS + 1)
-            self._report({"kind": "collectives", "elements": self._largest, "messages": True})
+            self._report(InfoKind.COLLECTIVES, elements=self._largest, messages=True)
 
     def report(self, sequence: int) -> None:
         """Report the largest tensor, given the number of collectives of the process group, if all were seen."""
         if self._largest and self._calls >= sequence:
-            self._report({"kind": "collectives", "elements": self._largest})
+            self._report(InfoKind.COLLECTIVES, elements=self._largest)
 
     def _take(self, elements: int) -> None:
         self._largest = max(self._largest, elements)
         if elements > MAX_LOGGED_NUMBERS:
-            self._report({"kind": "collectives", "elements": elements})
+            self._report(InfoKind.COLLECTIVES, elements=elements)
 
 
 def _elements(value: Any) -> int:

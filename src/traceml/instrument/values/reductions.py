@@ -59,4 +59,4 @@ class ReductionCounter:
             return None
 
         self._reported = backwards, reductions
-        return {"kind": "reductions", "backwards_per_step": backwards, "reductions_per_step": reductions}
+        return {"backwards_per_step": backwards, "reductions_per_step": reductions}

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traceml.clock import monotonic_ns
+from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Slot
 from traceml.inspection.thread_frames import thread_frame
 from traceml.inspection.user_files import display_path
@@ -57,7 +58,7 @@ class GrowthWatch:
 
     Args:
         thread: returns the id of the training thread.
-        note: takes (kind, facts): a row of `info`.
+        note: appends a row to `info`.
         now: returns a monotonic time in nanoseconds.
     """
 
@@ -66,7 +67,7 @@ class GrowthWatch:
         slots: Any,
         thread: Callable[[], int],
         is_user: Callable[[FrameType], bool],
-        note: Callable[..., None],
+        note: InfoSender,
         now: Callable[[], int] = monotonic_ns,
     ) -> None:
         self._slots, self._thread, self._is_user, self._note = slots, thread, is_user, note
@@ -131,7 +132,7 @@ class GrowthWatch:
         ]
         cost_ns = first.cost_ns + time.thread_time_ns() - began
         grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
-        self._note("growth", step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
+        self._note(InfoKind.GROWTH, step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
         self._first, self._readings, self._interval_ns = None, [], INTERVAL_NS
         self._comparisons += 1
         # A rise of copies is uneven: that they are kept is what proves it, so that is looked at again soon.

@@ -134,7 +134,7 @@ _LOG_COLUMNS = (*_STREAM_COLUMNS, _TIME, ExportColumn("kind", "string", "kind of
 TABLES: dict[str, ExportTable] = {
     **{table.name: _table(table) for table in PACKED},
     "logged": ExportTable("logged", "logged data other than numbers: params, texts, artifacts, …", _LOG_COLUMNS),
-    "info": ExportTable("info", "facts that ranks reported: loader, model, warnings, exit, …", _LOG_COLUMNS),
+    "info": ExportTable("info", "facts that ranks reported; `data_json` has the fields of a kind", _LOG_COLUMNS),
     "ranks": ExportTable(
         "ranks",
         "one row per rank process, and per child process that logged for a rank",

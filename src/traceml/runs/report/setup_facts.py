@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import significant
@@ -64,9 +65,9 @@ def _first_facts(reader: StoreReader) -> tuple[dict[str, Any], int | None]:
     model: dict[str, Any] = {}
     batch_size = None
     for _, row in reader.log_rows(INFO.name):
-        if row.get("kind") == "model" and not model:
+        if row.get("kind") == InfoKind.MODEL and not model:
             model = {name: row.get(name) for name in _MODEL_FACTS}
-        elif row.get("kind") == "loader" and batch_size is None and isinstance(row.get("batch_size"), int):
+        elif row.get("kind") == InfoKind.LOADER and batch_size is None and isinstance(row.get("batch_size"), int):
             batch_size = row["batch_size"]
 
     return model, batch_size

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.snapshots.rank_snapshot import SNAPSHOT
 from traceml.database.source_reading import SOURCE
@@ -22,7 +23,7 @@ __all__ = ["RunEvents", "RunMessage", "RunMessages"]
 _KEPT = 500
 _FIRST_READ = 5_000  # frames at the end of a store that are read at first
 _MAX_CHARS = 500
-_SILENT = {"end", "snapshot", "process", "sampler"}  # kinds of rows without information for people
+_SILENT = {"end", InfoKind.SNAPSHOT, InfoKind.PROCESS, InfoKind.SAMPLER}  # kinds of rows without information for people
 _EVENTS_KEPT = 200
 _READINGS = {SNAPSHOT, COMPETING_PROCESSES, HOST_CHOICE, HOST_SUMS, SOURCE}
 """Kinds of events that are stored for the diagnosis, whose finding tells what they say, or for the run's overview."""

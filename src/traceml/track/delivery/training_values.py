@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import FINGERPRINTS, INFO, LOSSES
 from traceml.database.store.reader import Frame, StreamRecord
 from traceml.diagnosis.facts.shared_batches import BatchHistory
@@ -19,7 +20,7 @@ from traceml.track.tracker_state import TrainingState
 __all__ = ["TRAINING_TABLES", "TrainingValues"]
 
 TRAINING_TABLES = (INFO.name, FINGERPRINTS.name, LOSSES.name)
-_KINDS = ("model", "input")
+_KINDS = (InfoKind.MODEL, InfoKind.INPUT)
 _FACTS = ("parallel", "gradient_size", "gradient_ranks", "dtype", "dimensions", "requires_grad", "tokens",
           "batch_first")  # fmt: skip
 _FINGERPRINTS = 6  # of each rank
@@ -45,7 +46,7 @@ class TrainingValues:
             known = self._state.setdefault("facts", {}).setdefault(str(stream.rank), {})
             if frame.table == INFO.name:
                 new = {row["kind"]: _facts(row) for row in frame.maps() if row.get("kind") in _KINDS}
-                known.update({kind: row for kind, row in new.items() if kind == "input" or kind not in known})
+                known.update({kind: row for kind, row in new.items() if kind == InfoKind.INPUT or kind not in known})
             else:
                 rows = np.frombuffer(frame.data, FINGERPRINTS.dtype)
                 prints = [*known.get("prints", []), *([int(step), int(value)] for step, value in rows.tolist())]
@@ -119,10 +120,10 @@ class TrainingValues:
         for rank, known in self._state.get("facts", {}).items():
             prints = np.array([tuple(pair) for pair in known.get("prints", [])], FINGERPRINTS.dtype)
             batches.add(int(rank), prints)
-            if "model" in known:
-                batches.model(int(rank), known["model"])
-            if "input" in known:
-                batches.input(int(rank), known["input"])
+            if InfoKind.MODEL in known:
+                batches.model(int(rank), known[InfoKind.MODEL])
+            if InfoKind.INPUT in known:
+                batches.input(int(rank), known[InfoKind.INPUT])
 
         return batches
 

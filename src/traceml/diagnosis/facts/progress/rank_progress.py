@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
@@ -31,7 +32,7 @@ _FOREVER_S = 1e9
 _CHANGES = 2
 _ALIVE = ("R", "S", "D")
 _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, another process did
-_NO_PROGRESS = ("snapshot", "sampler", "exit", "warning")  # rows of `info` that a rank without progress sends too
+_NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER, InfoKind.EXIT)  # a rank without progress sends these too
 
 
 class RankProgress(msgspec.Struct, frozen=True):
@@ -154,16 +155,16 @@ class ProgressHistory:
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log."""
         kind, t_ns = row.get("kind"), row.get("t_ns")
-        if kind == "process":
+        if kind == InfoKind.PROCESS:
             timeout_s = row.get("hang_timeout_s")
             self.timeout_s = float(timeout_s) if isinstance(timeout_s, int | float) else self.timeout_s
             self.aborts = row.get("on_hang") == "abort"
 
-        if kind == "returned":
+        if kind == InfoKind.RETURNED:
             last_step = row.get("last_step")
             self._returned[rank] = last_step if isinstance(last_step, int) else -1, row.get("script") is True
 
-        if kind == "snapshot":
+        if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
         elif isinstance(t_ns, int) and kind not in _NO_PROGRESS:
             self._began[rank] = max(self._began.get(rank, 0), t_ns)

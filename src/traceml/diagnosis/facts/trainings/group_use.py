@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import unpack_bits
 
 __all__ = ["GroupUse"]
@@ -28,9 +29,9 @@ class GroupUse(msgspec.Struct):
 
     def info(self, row: Mapping[str, Any]) -> None:
         """Take a row of `schema.INFO` of any kind."""
-        if row.get("kind") == "group":
+        if row.get("kind") == InfoKind.GROUP:
             self.group(row)
-        elif row.get("kind") == "model":
+        elif row.get("kind") == InfoKind.MODEL:
             self.model(row)
 
     def group(self, row: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from traceml.database.info_kinds import InfoKind
+
 __all__ = ["LoaderFacts", "ModelFacts", "TrainedModels"]
 
 
@@ -66,7 +68,10 @@ MIN_TRAINING_STEPS = 5
 """A training is that long: a script that makes a model for each step has one training."""
 MAX_RETURNS = 256
 """Earlier models that are trained again count this many times: a search trains some hundred."""
-_DESCRIBED = {"model": ("model", "parameters"), "optimizer": ("optimizer", "tensors")}
+_DESCRIBED: dict[str, tuple[str, ...]] = {
+    InfoKind.MODEL: ("model", "parameters"),
+    InfoKind.OPTIMIZER: ("optimizer", "tensors"),
+}
 
 
 class TrainedModels:
@@ -100,7 +105,7 @@ class TrainedModels:
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's model or optimizer."""
         kind, step = str(row.get("kind")), row.get("step")
-        if kind == "training_begins" and isinstance(step, int):
+        if kind == InfoKind.TRAINING_BEGINS and isinstance(step, int):
             self._begins.add(step)
 
         names = _DESCRIBED.get(kind)
@@ -109,7 +114,7 @@ class TrainedModels:
 
         now = self._now.setdefault(rank, {})
         now[kind] = tuple(row.get(name) for name in names)
-        first = self._first.setdefault(rank, {}).setdefault((now.get("model"), now.get("optimizer")), step)
+        first = self._first.setdefault(rank, {}).setdefault(tuple(map(now.get, _DESCRIBED)), step)
         if first != self._training.get(rank, 0):
             self._begin(rank, step, first)
 

@@ -1,0 +1,108 @@
+"""Kinds of rows of the log `info`: facts about a rank, its script and its devices, and which of them readers use.
+
+A row is a map `{"kind": str, "t_ns": int, FIELD: value, ...}`, whose `t_ns` is monotonic. A field that is not known may
+be missing. A new kind is one entry here, a sender, and a reader, in most cases `JobFactsBuilder`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Protocol
+
+__all__ = ["InfoKind", "InfoSender"]
+
+
+class InfoKind(StrEnum):
+    """Kinds of rows: name in the row, meaning, and fields.
+
+    Attributes:
+        doc: the meaning of a row.
+        fields: names of the fields beside `kind` and `t_ns`.
+        is_only_stored: whether no reader uses it: it is for people, in exports and among the messages of a run.
+    """
+
+    doc: str
+    fields: tuple[str, ...]
+    is_only_stored: bool
+
+    def __new__(cls, value: str, doc: str, fields: str = "", is_only_stored: bool = False) -> InfoKind:
+        """Make a member."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.doc, member.fields, member.is_only_stored = doc, tuple(fields.split()), is_only_stored
+        return member
+
+    # Process.
+    PROCESS = (
+        "process", "a recorder has started; of rank 0 also `git`, and what the aggregator is to `collect`",
+        ("tracing hang_timeout_s on_hang python traceml executable argv folder rank_from cores machine_cores job_end_s "
+         "job_limit_s switches git collect"),
+    )  # fmt: skip
+    TRACING = "tracing", "a recorder that only logged so far traces from now on"
+    IDENTITY = "identity", "the process group gives another rank after rows were sent", "rank world_size job", True
+    SAMPLER = "sampler", "a sampler has failed for the first time", "name error", True
+    SNAPSHOT = "snapshot", "what the rank does that makes no progress: the fields of `RankSnapshot`"
+    STOPPED = "stopped", "all threads did not run for a while", "seconds step part from_step began_s"
+    GROWTH = "growth", "variables that hold more objects than before", "step steps cost_ms grown"
+    RETURNED = "returned", "the launched function or script is over", "last_step script"
+    EXIT = (
+        "exit", "how the process is about to end",
+        ("code last_step step open_s open_phase exception message stack file line function saved_steps saved_in "
+         "address_limit_bytes at_s"),
+    )  # fmt: skip
+    # Data.
+    LOADER = (
+        "loader", "a data loader gave an iterator, or `trace_data` got an iterable",
+        ("loader dataset length in_memory num_workers batch_size pin_memory persistent_workers prefetch_factor "
+         "start_method objects samplers is_undivided trainer number"),
+    )  # fmt: skip
+    LOADERS_MADE = "loaders_made", "number of loaders of one data set so far", "dataset length num_workers made"
+    TRAINING_LOADER = "training_loader", "number of the loader whose batches are trained on", "number"
+    SAME_ORDER = "same_order", "a shuffling DistributedSampler gives the same order in each epoch", "number"
+    WORKER_LOST = (
+        "worker_lost", "a loader worker has died",
+        "pid message step worker workers signal code oom_kills shm_bytes memory_limit_bytes",
+    )  # fmt: skip
+    INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first"
+    # Model and training.
+    MODEL = (
+        "model", "a model was called",
+        ("model parameters trainable dense_embeddings device dtype torch_threads compiled parallel gradient_size "
+         "gradient_ranks step"),
+    )  # fmt: skip
+    OPTIMIZER = "optimizer", "an optimizer has stepped", "optimizer groups tensors lr fused foreach step"
+    TRAINING_BEGINS = "training_begins", "an optimizer of other parameters begins to step", "step"
+    COMPILATION = "compilation", "time that torch.compile took in the whole run", "seconds graphs"
+    ANOMALY_DETECTION = "anomaly_detection", "autograd's detection of anomalies is on, or off again", "on"
+    PROFILER = "profiler", "torch's profiler records, or has ended", "on"
+    OWN_UPDATE = "own_update", "a function that may update weights, where no optimizer does", "file function"
+    PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"
+    ROLLOUTS = "rollouts", "models are trained on what they were called with in evaluation"
+    PLAIN_EVALUATION = "plain_evaluation", "a trained model was called in `eval()` without gradients"
+    # Checkpoints.
+    SAVES = "saves", "folder of the checkpoints", "folder"
+    LOADED = "loaded", "a checkpoint was read before the first step", "place"
+    RESUMED = "resumed", "the script gave the next step a number", "step before"
+    # Process groups and devices.
+    GROUP = "group", "the default process group exists", "group_size"
+    MESH = "mesh", "coordinates of the rank in the device mesh, by dimension", "coordinates"
+    JOINED = "joined", "step at whose end the rank waited in `with Join(...)`", "step"
+    REDUCTIONS = "reductions", "reductions of gradients", "backwards_per_step reductions_per_step"
+    COLLECTIVES = "collectives", "size of the largest tensor that a collective has carried", "elements messages"
+    RPC = "rpc", "the script uses torch.distributed.rpc"
+    SEGMENTS = (
+        "segments", "blocks of memory that the CUDA allocator requested and gave back",
+        "device from_step step requested given_back",
+    )  # fmt: skip
+    GPU_HEALTH = (
+        "gpu_health", "an XID event of a GPU, or counters that have changed",
+        "index step xid ecc_errors remap_pending remap_failed max_clock_mhz",
+    )  # fmt: skip
+    NVLINK = "nvlink", "NVLink domain of the host", "domain"
+
+
+class InfoSender(Protocol):
+    """Appends a row of `info`."""
+
+    def __call__(self, kind: InfoKind, /, **facts: Any) -> None:
+        """Append a row of a kind with some fields."""
