@@ -416,11 +416,11 @@ class Engine:
 def test_a_frameworks_own_calls_are_timed(traced: Traced) -> None:
     """Its training call is the forward, its saving a checkpoint, until all is undone; what it has not is left out."""
     originals = dict(vars(Engine))
-    traced.instrumentation.time_forward(Engine, "train_batch", lambda engine: engine.model)
-    traced.instrumentation.time_saving(Engine, "save")
-    traced.instrumentation.time_saving(Engine, "save")
-    traced.instrumentation.time_saving(Engine, "save_differently")
-    traced.instrumentation.time_update(Engine, "clip")
+    traced.instrumentation.frameworks.time_forward(Engine, "train_batch", lambda engine: engine.model)
+    traced.instrumentation.frameworks.time_saving(Engine, "save")
+    traced.instrumentation.frameworks.time_saving(Engine, "save")
+    traced.instrumentation.frameworks.time_saving(Engine, "save_differently")
+    traced.instrumentation.frameworks.time_update(Engine, "clip")
     engine = Engine(nn.Linear(4, 1))
     optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
     for x in torch.randn(3, 2, 4):

@@ -32,10 +32,10 @@ from traceml.instrument import (
     install,
     loader,
     optimizer,
-    overhead,
     phase_timer,
     step_clock,
 )
+from traceml.instrument.maintenance import overhead
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.search import discovery
 
@@ -49,10 +49,8 @@ _GUARDS = frozenset(
         "ForwardTimer.__call__",
         "ModuleDiscovery.watch.<locals>.__setstate__",
         "ModuleDiscovery.watch.<locals>.on_registration",
-        "Instrumentation._guarded",
+        "Guard.__call__",
         "DeviceTimes.fail",
-        "Instrumentation._look_for_device",
-        "Instrumentation._new_loader",
         "Instrumentation.phase",
         "SaveLog.add_nested",
         "SaveLog.end",
@@ -67,7 +65,7 @@ _GUARDS = frozenset(
         "CellField.__get__",  # a field of the clock, which is a member in C
         "CellField.__set__",
         "CheckpointPatches._begin",
-        "_guarded",
+        "guarded.<locals>._guarded",
         "StepBlock.__enter__",
         "StepBlock.__exit__",
         "UserPhase.__enter__",

@@ -25,9 +25,10 @@ _LEAVES = frozenset(
         "divided_step",
         "evaluation",
         "device",
+        "guard",
         "search.discovery",
         "facts.descriptions",
-        "overhead",
+        "maintenance.overhead",
     )
 )
 _LEAF_FUNCTIONS = frozenset({"_guarded"})
@@ -67,7 +68,7 @@ def _codes(module: Any) -> Iterator[CodeType]:
     while waiting:
         value = waiting.pop()
         if isinstance(value, FunctionType):
-            waiting.append(value.__code__)
+            waiting += [value.__code__, vars(value).get("__wrapped__")]  # of a guarded method
         elif isinstance(value, property):
             waiting.append(value.fget)
         elif isinstance(value, staticmethod):

@@ -258,7 +258,7 @@ class RankTracing:
         return 3 if clock is not None and clock.is_overdue() else 0
 
     def _is_feeding(self, stack: Sequence[FrameType]) -> bool:
-        feeding = self.instrumentation.feeding if self.instrumentation is not None else None
+        feeding = self.instrumentation.events.feeding if self.instrumentation is not None else None
         return feeding is not None and feeding.contains(stack)
 
     def _note_own_update(self, file: str, function: str) -> None:

@@ -445,7 +445,7 @@ def test_it_can_be_forbidden(monkeypatch: pytest.MonkeyPatch, traced: Traced) ->
 
     monkeypatch.setenv("TRACEML_NATIVE", "0")
 
-    assert isinstance(new_clock(traced.flight, traced.instrumentation), CellClock)
+    assert isinstance(new_clock(traced.flight, traced.instrumentation.events), CellClock)
 
 
 def test_what_is_forbidden_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

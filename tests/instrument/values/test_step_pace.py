@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
-from traceml.instrument.overhead import HookOverhead
+from traceml.instrument.maintenance.overhead import HookOverhead
 from traceml.instrument.values import step_pace
 from traceml.instrument.values.losses import CudaLosses, LossReader
 

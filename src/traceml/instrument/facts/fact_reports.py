@@ -14,7 +14,7 @@ from traceml.database.info_kinds import InfoKind
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
 
-__all__ = ["FactReports"]
+__all__ = ["FactReports", "Info"]
 
 Info = dict[str, Any]
 _LIKE = ("dataset", "length", "num_workers")

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from traceml.instrument.frameworks.framework_calls import FrameworkCalls
+
 __all__ = ["TRAINERS"]
 
 _LIGHTNING_STEPS = ("training_step", "validation_step")
 
 
-def _hugging_face(hooks: Any) -> None:
+def _hugging_face(hooks: FrameworkCalls) -> None:
     module: Any = sys.modules["transformers.trainer"]
     hooks.time_saving(module.Trainer, "_save_checkpoint")
     hooks.time_saving(module.Trainer, "save_model")
@@ -26,8 +28,8 @@ def _hugging_face(hooks: Any) -> None:
     )
 
 
-def _lightning_strategy(package: str) -> Callable[[Any], None]:
-    def install(hooks: Any) -> None:
+def _lightning_strategy(package: str) -> Callable[[FrameworkCalls], None]:
+    def install(hooks: FrameworkCalls) -> None:
         base = sys.modules[f"{package}.strategies.strategy"].Strategy
         for name in _LIGHTNING_STEPS:
             hooks.time_forward(base, name, _module_of)
@@ -37,28 +39,28 @@ def _lightning_strategy(package: str) -> Callable[[Any], None]:
     return install
 
 
-def _lightning_trainer(package: str) -> Callable[[Any], None]:
+def _lightning_trainer(package: str) -> Callable[[FrameworkCalls], None]:
     return lambda hooks: hooks.time_saving(sys.modules[f"{package}.trainer.trainer"].Trainer, "save_checkpoint")
 
 
-def _keras(hooks: Any) -> None:
+def _keras(hooks: FrameworkCalls) -> None:
     hooks.time_update(sys.modules["keras.src.optimizers.base_optimizer"].BaseOptimizer, "apply")
 
 
-TRAINERS: dict[str, Callable[[Any], None]] = {
+TRAINERS: dict[str, Callable[[FrameworkCalls], None]] = {
     "transformers.trainer": _hugging_face,
     "keras.src.optimizers.base_optimizer": _keras,
     **{f"{name}.strategies.strategy": _lightning_strategy(name) for name in ("lightning.pytorch", "pytorch_lightning")},
     **{f"{name}.trainer.trainer": _lightning_trainer(name) for name in ("lightning.pytorch", "pytorch_lightning")},
 }
-"""Module of a framework -> function that times its calls by an `Instrumentation`, once the script has imported it."""
+"""Module of a framework -> function that times its calls, once the script has imported it."""
 
 
 def _module_of(strategy: Any) -> Any:
     return strategy.lightning_module
 
 
-def _begin_fit(hooks: Any, strategy: Any) -> None:
+def _begin_fit(hooks: FrameworkCalls, strategy: Any) -> None:
     """Time the steps of a strategy that has its own, and continue its step numbers: Lightning counts per optimizer."""
     for name in _LIGHTNING_STEPS:
         owner = next((kind for kind in type(strategy).__mro__ if name in vars(kind)), type(strategy))
@@ -68,7 +70,7 @@ def _begin_fit(hooks: Any, strategy: Any) -> None:
         _continue_steps(hooks, strategy.lightning_module.trainer.global_step)
 
 
-def _continue_steps(hooks: Any, step: int) -> None:
+def _continue_steps(hooks: FrameworkCalls, step: int) -> None:
     """Continue the step numbers of a resumed training; do nothing if it is new, or has fewer steps than the run."""
     if step:
         hooks.set_step(int(step))

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
-from traceml.instrument import backward, overhead
+from traceml.instrument import backward
 from traceml.instrument.backward import timed_backward
+from traceml.instrument.maintenance import overhead
+from traceml.instrument.maintenance.overhead import HookOverhead, entered_phases
 from traceml.instrument.native.extension import use_time
-from traceml.instrument.overhead import HookOverhead, entered_phases
 
 TICK_NS = 100  # what each reading of the clock takes in these tests
 HOOK_NS = 2 * TICK_NS  # a hook reads the clock twice

@@ -1,0 +1,138 @@
+"""Work at the rare events of the clock: searches for models and devices, and reports of what the steps show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.flight.flight import FlightFile
+from traceml.database.info_kinds import InfoKind
+from traceml.instrument.clock_implementations import new_clock
+from traceml.instrument.facts.fact_reports import FactReports, Info
+from traceml.instrument.groups.default_group import DefaultGroup
+from traceml.instrument.guard import Guard
+from traceml.instrument.patches import Patches
+from traceml.instrument.search.iterators import BatchSource, batch_source_of
+from traceml.instrument.values.step_pace import StepPace
+
+if TYPE_CHECKING:
+    from traceml.instrument.search.alive_objects import AliveObjects
+    from traceml.instrument.torch_hooks import TorchHooks
+
+__all__ = ["RareEvents"]
+
+
+class RareEvents:
+    """Listener of the clock that it makes; see `StepListener`.
+
+    Attributes:
+        clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
+        guard: runs rare actions of all hooks.
+        torch: the hooks on torch; None until it is imported.
+        feeding: the code that gives batches to a training without a loader; None before its first backward pass.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        patches: Patches,
+        on_info: Callable[[Info], None] | None,
+        on_group: Callable[[], None] | None,
+        thread: int,
+    ) -> None:
+        self.clock = new_clock(flight, self, thread=thread)
+        self.guard = Guard(self.clock)
+        self.facts = FactReports(self.clock, on_info)
+        self.group = DefaultGroup(self.clock, patches, self.facts.report, self.guard, on_group)
+        self.torch: TorchHooks | None = None
+        self.feeding: BatchSource | None = None
+        self._pace = StepPace()
+
+    def first_backward(self) -> bool:
+        """Search for models and optimizers, all of which exist at the first backward pass."""
+        from traceml.instrument.search.alive_objects import find_alive
+
+        alive = functools.cache(find_alive)
+        if self.torch is not None:
+            self.torch.look_for_device()
+            self.guard(_find_models, self.torch, alive)
+
+        if self.clock.first_loader is None:
+            self.guard(self._look_for_iterators, alive)
+
+        self.guard(self.group.report_mesh)
+        self.guard(self.facts.debugging)
+        return self.torch is None or self.clock.optimizers_alive > 0
+
+    def _look_for_iterators(self, alive: Callable[[], AliveObjects]) -> None:
+        self.feeding = batch_source_of(alive().generators)
+
+    def new_optimizer(self, optimizer: Any) -> None:
+        """Report an optimizer at its first step."""
+        if self.feeding is not None:
+            self.feeding = self.feeding.as_optimizer_steps()
+
+        if self.torch is not None and self.clock.optimizers_seen > 1:
+            self.guard(self.torch.discovery.search_all)
+
+        self.guard(self.facts.optimizer, optimizer)
+
+    def is_trained(self, module: Any) -> bool:
+        """Return whether an optimizer has parameters of the module; where none is known, any model is trained."""
+        return self.torch is None or self.torch.discovery.is_trained(module)
+
+    def upkeep(self, forward_ns: int, backwards: int) -> None:
+        """Plan the work during the next 64 steps; unless steps are short, look after the hooks."""
+        self._pace.note(self.clock.rows)
+        if self.torch is not None:
+            self.torch.losses.plan(self._pace.step_ns)
+            self.torch.batches.upkeep()
+
+        if self._pace.is_due():
+            self._look_after_hooks(is_called=forward_ns > 0, is_trained=backwards > 0)
+
+    def _look_after_hooks(self, *, is_called: bool, is_trained: bool) -> None:
+        """Measure the overhead; look for a device, a process group, and models if the step has called none."""
+        clock, torch = self.clock, self.torch
+        if torch is not None:
+            self.guard(torch.overhead.measure, dirty=clock.dirty, marked=clock.marked)
+            torch.look_for_device()
+
+        self.guard(self.facts.debugging)
+        self.guard(self.group.find if clock.group is None else self.group.report_mesh)
+        self._report_use()
+        if torch is None:
+            return
+
+        if torch.sizes is not None and clock.sequence is not None:
+            torch.sizes.report(clock.sequence())
+
+        if is_trained and not (is_called and torch.batches.has_trained) and clock.rows > 1:
+            self.guard(torch.discovery.descend)
+
+    def finish(self) -> None:
+        """End timing: close the open step, and report what is left."""
+        self.guard(self.clock.finish)
+        self._report_use()
+        if self.torch is not None:
+            self.guard(self.torch.losses.finish)
+
+        if self.clock.device is not None:
+            self.guard(self.clock.device.drain)
+
+    def _report_use(self) -> None:
+        """Report what the steps so far show of the loader, of rollouts and of reductions."""
+        self.guard(self.facts.training_loader)
+        if self.clock.evaluation.collects:
+            self.guard(self.facts.report, InfoKind.ROLLOUTS)
+
+        if self.clock.reductions is not None:
+            self.guard(self.facts.reductions)
+
+
+def _find_models(torch: TorchHooks, alive: Callable[[], AliveObjects]) -> None:
+    known = torch.discovery.models
+    torch.discovery.search_all(alive, trains=True)
+    if not torch.batches.has_trained and 0 < known == torch.discovery.models:
+        torch.discovery.descend()  # the script calls `model.forward`, or parts of the model

@@ -1,0 +1,162 @@
+"""Hooks on torch itself: models, passes, optimizers, loaders, collectives. Imported after torch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from _thread import get_ident
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from traceml.database.flight.flight import FlightFile
+from traceml.database.info_kinds import InfoKind
+from traceml.instrument import device, timed_calls
+from traceml.instrument.backward import patch_backward, timed_backward
+from traceml.instrument.facts.fact_reports import FactReports
+from traceml.instrument.forward import (
+    patch_checkpoint_sequential,
+    patch_compile,
+    patch_own_call,
+    patch_training_mode,
+    timer_maker,
+)
+from traceml.instrument.groups.default_group import DefaultGroup
+from traceml.instrument.guard import Guard, guarded
+from traceml.instrument.importlib_bootstrap import uncounted
+from traceml.instrument.loader import patch_loaders
+from traceml.instrument.maintenance.overhead import HookOverhead
+from traceml.instrument.optimizer import patch_clipping, patch_grad_scaler, patch_optimizer, patch_optimizer_type
+from traceml.instrument.patches import Patches
+from traceml.instrument.search.discovery import ModuleDiscovery
+from traceml.instrument.step_clock import StepClock
+from traceml.instrument.values.collective_sizes import CollectiveSizes
+from traceml.instrument.values.inputs import BatchReader
+from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
+from traceml.instrument.workers.loader_workers import watch_workers
+from traceml.instrument.workers.worker_setup import set_up_workers
+
+__all__ = ["TorchHooks"]
+
+
+class TorchHooks:
+    """Hooks on torch, and what they read.
+
+    Args:
+        device_types: copies to these devices are `h2d`; None: every accelerator that torch was built for.
+
+    Attributes:
+        guard: runs what hooks call beside timing.
+        discovery: the timed models.
+        batches: sizes and fingerprints of the inputs.
+        overhead: the measured cost of the hooks.
+        sizes: of what collectives carry; None where torch was built without them.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        clock: StepClock,
+        patches: Patches,
+        facts: FactReports,
+        guard: Guard,
+        device_types: frozenset[str] | None,
+    ) -> None:
+        self._flight, self._clock, self._patches, self._facts, self.guard = flight, clock, patches, facts, guard
+        self._device_types = device.built_devices() if device_types is None else device_types
+        self._cuda = device.CudaDevice() if "cuda" in self._device_types else None
+        self.batches = BatchReader(
+            clock,
+            facts.input,
+            facts.calls,
+            functools.partial(facts.report, InfoKind.PLAYS),
+            functools.partial(facts.report, InfoKind.PLAIN_EVALUATION),
+        )
+        self.losses = LossReader(clock, flight.ring("losses"), CudaLosses())
+        self.overhead = HookOverhead(timed_backward, flight)
+        self.sizes: CollectiveSizes | None = None
+        self._timer = timer_maker(clock, self.batches.measure)
+        self.discovery = ModuleDiscovery(
+            clock, self._timer, self._on_model, functools.partial(patch_optimizer, patches, clock)
+        )
+
+    def patch_passes(self) -> None:
+        """Time forward and backward passes, and what is done with gradients."""
+        clock, patches = self._clock, self._patches
+        patch_compile(patches, self._timer)
+        patch_checkpoint_sequential(patches, clock, self.batches.measure)
+        patch_training_mode(patches, clock, self.guard.wrap(self.discovery.evaluates))
+        patch_backward(patches, clock, self.losses.read)
+        patch_scale(patches, clock, self.losses.read_unscaled)
+        patch_grad_scaler(patches, clock)
+        patch_clipping(patches, clock)
+
+    def patch_loaders(self, lost_workers: deque[dict[str, Any]], in_worker: Callable[[], object] | None) -> None:
+        """Time waits for batches, and watch the processes that make them."""
+        clock, patches = self._clock, self._patches
+        patch_loaders(
+            patches,
+            clock,
+            self.guard.wrap(self._facts.loader),
+            self._new_iterator,
+            self.batches.inspect,
+            lambda number: self._facts.report(InfoKind.SAME_ORDER, number=number),
+        )
+        self.guard(watch_workers, patches, clock, lost_workers)
+        self.guard(set_up_workers, patches, in_worker)
+
+    def patch_copies(self) -> None:
+        """Time copies to devices."""
+        timed_calls.patch_copies(self._patches, self._clock, self._device_types)
+
+    def patch_distributed(self, group: DefaultGroup) -> None:
+        """Time collectives and remote calls, and watch for the default process group."""
+        distributed: Any = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available():
+            self.sizes = CollectiveSizes(self.guard.wrap(self._facts.report))
+            timed_calls.patch_collectives(self._patches, self._clock, self.sizes)
+            group.patch()
+
+        if hasattr(sys.modules.get("torch.distributed.rpc"), "init_rpc"):  # else torch was built without it
+            timed_calls.patch_remote_calls(self._patches, self._clock, lambda *_: self._facts.report(InfoKind.RPC))
+
+    @uncounted
+    def watch_constructors(self) -> None:
+        """Search for models when an optimizer is created: the model exists then, and has not been called."""
+        optimizer_type: Any = torch.optim.Optimizer
+        original = optimizer_type.__init__
+
+        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
+            original(optimizer, *args, **kwargs)
+            self._optimizer_made(optimizer)
+
+        self._patches.wrap(optimizer_type, "__init__", __init__)
+        self.discovery.watch(self._patches)
+
+    @guarded
+    def look_for_device(self) -> None:
+        """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
+        if self._cuda is not None and self._clock.device is None and self._cuda.is_initialized():
+            times = device.DeviceTimes(self._clock, self._flight.ring("device_steps"), self._cuda)
+            self._clock.use_device(times, device.DeviceMarkingSlots(self._clock, times))
+
+    # ---- called by the hooks ----
+
+    def _on_model(self, module: Any) -> None:
+        patch_own_call(self._patches, self._clock, self.batches.measure, type(module))
+        self._facts.model(module)
+
+    @guarded
+    def _optimizer_made(self, optimizer: Any) -> None:
+        self.guard(patch_optimizer_type, self._patches, self._clock, type(optimizer))
+        self.guard(self.discovery.note_optimizer, optimizer)
+        if self._clock.thread == get_ident():
+            self.guard(self.discovery.search_recent)
+            self._clock.optimizer_made(trains_others=self._facts.trains_others(optimizer))
+
+    @guarded
+    def _new_iterator(self) -> None:
+        self.batches.begin_epoch()
+        self.discovery.search_recent()
