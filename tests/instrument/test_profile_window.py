@@ -53,7 +53,7 @@ def test_losses_are_the_same(traced: Traced) -> None:
     flagged = [row["step"] for row in traced.steps() if StepFlag.PROFILED in row["flags"]]
     assert flagged == list(range(window.first_step - 1, window.first_step + 6))
     assert traced.instrumentation.clock.at_boundary is None
-    assert not traced.instrumentation.clock.dirty
+    assert not traced.instrumentation.clock.needs_slow_commit
 
 
 def test_a_profiler_of_the_script_is_left_alone(traced: Traced) -> None:

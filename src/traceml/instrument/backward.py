@@ -67,14 +67,14 @@ def timed_backward(
     current = backward_ns = backwards = rows = loss_mask = 0
     samples = elements = input_samples = input_elements = 0
     open_slots: Any = None
-    detail = False
+    needs_slow_backward = False
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal current, backward_ns, backwards, samples, elements
         if is_dynamo_compiling():
             return original(tensors, *args, **kwargs)
 
-        if current != OTHER or detail or not on_training_thread():
+        if current != OTHER or needs_slow_backward or not on_training_thread():
             return _slow_path(original, clock, read_loss, tensors, args, kwargs)
 
         try:
@@ -226,7 +226,7 @@ def _end(clock: StepClock, began: Began, handle: Any) -> None:
         clock.samples += clock.input_samples
         clock.elements += clock.input_elements
         clock.after_backward(monotonic_ns())
-        clock.plan_detail()
+        clock.plan_backward()
         if handle is not None:
             handle.remove()
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -252,7 +252,7 @@ def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:
             if clock.is_training_thread():  # with a GPU, a thread of autograd runs this: host time says nothing then
                 clock.own += monotonic_ns() - start + clock.backward_ns - before_ns
                 clock.flags |= _CALLBACK
-                clock.dirty = True
+                clock.needs_slow_commit = True
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 

@@ -17,9 +17,9 @@ from traceml.database.schema import MICRO_BATCHES_MASK, STEPS, Phase, Slot, Step
 from traceml.instrument.native.extension import extension
 from traceml.instrument.phase_timer import (
     CHECK_FORWARD,
+    MAINTENANCE_MASK,
     NOT_READY,
     ON_FORWARD,
-    UPKEEP_MASK,
     StepListener,
     on_training_thread,
 )
@@ -82,8 +82,8 @@ def new_clock(flight: FlightFile, listener: StepListener, *, thread: int | None 
         thread: number of the training thread; None: this thread.
     """
     native = extension()
-    kind = CellClock if native is None else _native_type(native)
-    return kind(flight, listener, thread=thread)
+    clock_type = CellClock if native is None else _native_type(native)
+    return clock_type(flight, listener, thread=thread)
 
 
 @cache
@@ -100,7 +100,7 @@ def _native_type(native: Any) -> type[StepClock]:
             self.connect(
                 self.open_slots,
                 (ring.buffer, ring.offset, ring.mask, ring.count, ring.slot),
-                (MICRO_BATCHES_MASK, _NO_LOADER_BITS, UPKEEP_MASK),
+                (MICRO_BATCHES_MASK, _NO_LOADER_BITS, MAINTENANCE_MASK),
                 (NOT_READY, ON_FORWARD, CHECK_FORWARD),
                 on_training_thread,
             )
@@ -121,7 +121,7 @@ class CellClock(StepClock):
     rows = CellField()
     before = CellField()
     part_start = CellField()
-    closes_at = CellField()
+    closing_trigger = CellField()
     step_call = CellField()
     backwards = CellField()
     batches = CellField()
@@ -133,11 +133,11 @@ class CellClock(StepClock):
     loss_mask = CellField()
     batch = CellField()
     first_loader = CellField()
-    dirty = CellField()
-    marked = CellField()
-    detail = CellField()
+    needs_slow_commit = CellField()
+    has_user_phases = CellField()
+    needs_slow_backward = CellField()
     last_optimizer = CellField()
-    usual = CellField()
+    usual_trigger = CellField()
     usual_loader = CellField()
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
@@ -157,7 +157,7 @@ class CellClock(StepClock):
             self.open_user_phases.append([phase, previous, t])
             self.current = bucket
             self.rare_times[bucket + 1] += 1
-            self.marked = True
+            self.has_user_phases = True
             self.open_slots[_USER_NAME] = name_id
             self.open_slots[_USER] = t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -188,7 +188,7 @@ class CellClock(StepClock):
 def _make_commit(clock: CellClock) -> Callable[[int], None]:
     """Return the function that closes the open step at a given time: it appends the row and begins the next step."""
     ring = clock.ring
-    commit_slow, append_user_phases, upkeep = clock.commit_slow, clock.append_user_phases, clock.listener.upkeep
+    commit_slow, append_user_phases, maintain = clock.commit_slow, clock.append_user_phases, clock.listener.maintain
     pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
     buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
     count, slot = ring.count, ring.slot
@@ -196,21 +196,21 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
     # Cells of the clock.
     input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = part_start = 0
     step_call = backwards = batches = samples = elements = 0
-    dirty = marked = False
+    needs_slow_commit = has_user_phases = False
     open_slots: Any = None
     batch: Any = None
     first_loader: Any = None
-    closes_at: Any = NOT_READY
+    closing_trigger: Any = NOT_READY
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
         nonlocal rows, part_start, step_call, backwards, batches, batch
-        nonlocal first_loader, closes_at, samples, elements, marked
-        if dirty or open_user_phases or backwards > batches > 0:
+        nonlocal first_loader, closing_trigger, samples, elements, has_user_phases
+        if needs_slow_commit or open_user_phases or backwards > batches > 0:
             commit_slow(t)
             return
 
-        user_ns = append_user_phases() if marked else 0
+        user_ns = append_user_phases() if has_user_phases else 0
         n = rows
         if first_loader is None:
             bits = backwards & MICRO_BATCHES_MASK | _NO_LOADER_BITS
@@ -227,12 +227,12 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
         count[slot] = rows = n + 1  # the row first, the counter afterwards
         part_start = open_slots[_STEP_START] = t
         open_slots[_STEP] = rows + before
-        closes_at = NOT_READY
+        closing_trigger = NOT_READY
         step_call = 0
-        if not n & UPKEEP_MASK:
-            upkeep(forward_ns, backwards)
+        if not n & MAINTENANCE_MASK:
+            maintain(forward_ns, backwards)
 
-        marked = False
+        has_user_phases = False
         input_ns = forward_ns = backward_ns = optimizer_ns = backwards = samples = elements = 0
 
     return clock.bind(commit)

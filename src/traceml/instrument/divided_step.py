@@ -77,7 +77,7 @@ class DividedStep(PhaseTimer):
         self.first_loader = self.batch
         self.step_call = 0
         self.later_step_calls.clear()
-        self.closes_at = CHECK_FORWARD
+        self.closing_trigger = CHECK_FORWARD
         self._drop_prefix()
         self.open_slots[_STEP_START], self.open_slots[_STEP] = self.part_start, self.step
         if self.at_boundary is not None:
@@ -128,7 +128,7 @@ class DividedStep(PhaseTimer):
         self.committed_ns += t - self.part_start
         self.cut_ns = self.part_start = t
         self.pending = bool(self.step_call) and not self.explicit
-        self.closes_at = CHECK_FORWARD
+        self.closing_trigger = CHECK_FORWARD
         self.add_part()
         self.committed_flags |= self.flags
         self.committed_own_ns += self.own
@@ -144,7 +144,7 @@ class DividedStep(PhaseTimer):
         self.backwards = self.batches = self.samples = self.elements = 0
         self.batch = None
         self.trained, self.evaluated = None, False
-        self.dirty = True
+        self.needs_slow_commit = True
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
         """Move the part from the step to evaluation; its checkpoint time stays in the step.
@@ -173,7 +173,7 @@ class DividedStep(PhaseTimer):
         self.fingerprint = 0
         self.eval_end = self.part_start = t
         self.exhausted_loader = None
-        self.closes_at = CHECK_FORWARD
+        self.closing_trigger = CHECK_FORWARD
         self.first_loader = None if self.times_at_cut is None else self.loader_at_cut
         self.evaluating = evaluating
         self.flags &= ~_EPOCH

@@ -43,7 +43,7 @@ class EvaluationPeriod:
         self._longest_rest_ns = 0  # from the last call of a period to its end
         self._is_first = False  # before the first step
         self._times: list[int] = []  # the buckets at the begin
-        self._closes_at: Any = None  # the clock's before it
+        self._closing_trigger: Any = None  # the clock's before it
         self._last_step = self._in_a_row = -1
 
     def begin(self, t: int, module: Any) -> bool:
@@ -100,7 +100,7 @@ class EvaluationPeriod:
         if self._is_first:
             clock.begin_first_step(t)
         elif clock.step_call and not clock.pending:
-            if clock.closes_at is ON_FORWARD:
+            if clock.closing_trigger is ON_FORWARD:
                 clock.commit(t)
             else:
                 clock.end_ready_part(t)
@@ -108,9 +108,9 @@ class EvaluationPeriod:
         clock.account_user_phases(t)
         clock.prepares = False
         self.start, self._calls, self._last_call = t, 1, t
-        self._times, self._closes_at = clock.times, clock.closes_at
-        clock.closes_at = CHECK_FORWARD
-        clock.detail = True  # a backward pass ends it
+        self._times, self._closing_trigger = clock.times, clock.closing_trigger
+        clock.closing_trigger = CHECK_FORWARD
+        clock.needs_slow_backward = True  # a backward pass ends it
 
     def end(self, t: int) -> None:
         """End the period; take its time out of the step, except saving."""
@@ -135,12 +135,12 @@ class EvaluationPeriod:
         clock.eval_batches += self._calls
         clock.eval_end = t
         clock.part_start += spent
-        clock.dirty = True
+        clock.needs_slow_commit = True
         if clock.device is not None:
             clock.device.discard()
 
         self.forget()
-        clock.plan_detail()
+        clock.plan_backward()
 
     def last_end(self, t: int) -> int:
         """Return when a period ended: if the script then does more than evaluate, after what is usual for a call.
@@ -165,7 +165,7 @@ class EvaluationPeriod:
     def forget(self) -> None:
         """Leave the period to the rules for batches: nothing was trained on the loader's batch."""
         self.start = 0
-        self._clock.closes_at = self._closes_at
+        self._clock.closing_trigger = self._closing_trigger
 
 
 def _has_simulator() -> bool:

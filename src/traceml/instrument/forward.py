@@ -100,7 +100,7 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     # Cells of the clock.
     current = forward_ns = 0
     open_slots: Any = None
-    closes_at: Any = NOT_READY
+    closing_trigger: Any = NOT_READY
     input_shape: Any = None
 
     def make(timed: TimedModule) -> Callable[..., Any]:
@@ -121,9 +121,9 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
                 t = monotonic_ns()
                 if not is_grad_enabled():
                     begins(t, module, trains=False)
-                elif closes_at is ON_FORWARD:
+                elif closing_trigger is ON_FORWARD:
                     commit(t)
-                elif closes_at is CHECK_FORWARD:
+                elif closing_trigger is CHECK_FORWARD:
                     begins(t, module, trains=True)
 
                 current = _FORWARD
@@ -221,7 +221,7 @@ def timed_forward(
         try:
             measure(args, kwargs, module_of(self))
             t = monotonic_ns()
-            if clock.closes_at is CHECK_FORWARD or clock.closes_at is ON_FORWARD:
+            if clock.closing_trigger is CHECK_FORWARD or clock.closing_trigger is ON_FORWARD:
                 clock.forward_begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())
 
             clock.current = _FORWARD
@@ -264,9 +264,9 @@ def patch_checkpoint_sequential(patches: Patches, clock: StepClock, measure: Mea
 
 
 @uncounted
-def patch_own_call(patches: Patches, clock: StepClock, measure: Measure, kind: type[Any]) -> None:
+def patch_own_call(patches: Patches, clock: StepClock, measure: Measure, cls: type[Any]) -> None:
     """Time the models of a class that has a `__call__` of its own; torch's own all look into the slot."""
-    owner = next(base for base in kind.__mro__ if "__call__" in vars(base))
+    owner = next(base for base in cls.__mro__ if "__call__" in vars(base))
     original = vars(owner)["__call__"]
     if owner.__module__.partition(".")[0] == "torch" or getattr(original, "_traceml_clock", None) is clock:
         return
@@ -340,9 +340,9 @@ def _timed(module: Any) -> TimedModule | None:
     return getattr(module.__dict__.get(_SLOT), "timed", None)
 
 
-def _copies_by_itself(kind: type[Any]) -> bool:
+def _copies_by_itself(cls: type[Any]) -> bool:
     """Whether copies and pickles of the class may bypass `Module.__getstate__`, which omits the slot."""
-    own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
+    own = cls.__mro__[: cls.__mro__.index(torch.nn.Module)]
     return any(name in vars(base) for base in own for name in _COPIERS)
 
 

@@ -116,7 +116,7 @@ def _sampler_epoch(loader: Any) -> Any:
     """Return the epoch of a DistributedSampler that shuffles by it; None of other samplers."""
     sampler = instance_attribute(loader, "sampler")
     shuffles = instance_attribute(sampler, "shuffle") is True
-    is_by_epoch = shuffles and any(kind.__name__ == "DistributedSampler" for kind in type(sampler).__mro__)
+    is_by_epoch = shuffles and any(cls.__name__ == "DistributedSampler" for cls in type(sampler).__mro__)
     return instance_attribute(sampler, "epoch") if is_by_epoch else None
 
 
@@ -139,7 +139,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
 
         try:
             t = monotonic_ns()
-            if loader is clock.closes_at:
+            if loader is clock.closing_trigger:
                 clock.commit(t)
             else:
                 clock.boundary(t, loader)

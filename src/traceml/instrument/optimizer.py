@@ -40,20 +40,20 @@ _INPUT_WAIT, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
-def is_wrapper(kind: type[Any]) -> bool:
+def is_wrapper(cls: type[Any]) -> bool:
     """Whether this class is a framework's wrapper around another optimizer."""
-    owner = _owner(kind)
+    owner = _owner(cls)
     return owner is not None and owner.__module__.partition(".")[0] in _FRAMEWORKS
 
 
-def _owner(kind: type[Any]) -> type[Any] | None:
-    return next((base for base in kind.__mro__ if "step" in vars(base)), None)
+def _owner(cls: type[Any]) -> type[Any] | None:
+    return next((base for base in cls.__mro__ if "step" in vars(base)), None)
 
 
-def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) -> None:
+def patch_optimizer_type(patches: Patches, clock: StepClock, cls: type[Any]) -> None:
     """Time the steps of all optimizers of one class, once."""
-    owner = _owner(kind)
-    if owner is None or owner is Optimizer or is_wrapper(kind):
+    owner = _owner(cls)
+    if owner is None or owner is Optimizer or is_wrapper(cls):
         return
 
     if getattr(vars(owner)["step"], "_traceml_clock", None) is clock:
@@ -104,12 +104,12 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     current = optimizer_ns = step_call = last_optimizer = 0
     open_slots: Any = None
     first_loader: Any = None
-    closes_at: Any = NOT_READY
-    usual: Any = NOT_READY
+    closing_trigger: Any = NOT_READY
+    usual_trigger: Any = NOT_READY
     usual_loader: Any = NOT_READY
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, optimizer_ns, step_call, closes_at
+        nonlocal current, optimizer_ns, step_call, closing_trigger
         if is_dynamo_compiling():
             return original(self, *args, **kwargs)
 
@@ -132,7 +132,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
 
         try:
             result = original(self, *args, **kwargs)
-            step_call, closes_at = ident, usual
+            step_call, closing_trigger = ident, usual_trigger
             return result
         finally:
             try:
@@ -246,7 +246,7 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
         finally:
             if not clock.inner_steps and not failed and isinstance(optimizer, Optimizer):
                 clock.flags |= _SKIPPED
-                clock.dirty = True
+                clock.needs_slow_commit = True
 
             _end(clock, optimizer, began, failed=failed)
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECK_FORWARD",
     "FIRST_USER",
+    "MAINTENANCE_MASK",
     "NOT_READY",
     "ON_FORWARD",
     "OTHER",
-    "UPKEEP_MASK",
     "Began",
     "PhaseTimer",
     "StepListener",
@@ -42,7 +42,7 @@ _COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "
 # Plain ints: arithmetic on enum members costs a microsecond.
 _NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
 _EPOCH = int(StepFlag.EPOCH)
-UPKEEP_MASK = 63
+MAINTENANCE_MASK = 63
 _log = logging.getLogger("traceml")
 
 
@@ -57,7 +57,7 @@ Began = tuple[int, int]
 
 
 class _Sentinel:
-    """A value of `closes_at` that is not a loader."""
+    """A value of `closing_trigger` that is not a loader."""
 
     __slots__ = ("_name",)
 
@@ -85,7 +85,7 @@ class StepListener(Protocol):
     def is_trained(self, module: Any) -> bool:
         """Return whether an optimizer has parameters of the module."""
 
-    def upkeep(self, forward_ns: int, backwards: int) -> None:
+    def maintain(self, forward_ns: int, backwards: int) -> None:
         """Handle the end of the first step, then of every 64th, given its forward time and backward passes."""
 
 
@@ -141,7 +141,7 @@ class PhaseTimer:
     rows: int  # number of rows so far
     before: int  # steps before the first row, of the training that this one resumes
     part_start: int  # start of the part
-    closes_at: Any  # the loader whose next request closes the step, or a sentinel
+    closing_trigger: Any  # the loader whose next request closes the step, or a sentinel
     step_call: int  # id of the optimizer of the step's first optimizer step call, 0 before one
     backwards: int
     batches: int
@@ -154,9 +154,9 @@ class PhaseTimer:
     inspects: bool  # the next batch gets a fingerprint
     batch: Any  # the first loader that gave a batch in this part
     first_loader: Any  # the first loader that gave a batch in this step
-    dirty: bool  # closing this step takes all rules: see `commit_slow`
-    marked: bool  # this step has time in user phases
-    detail: bool  # backward passes take the slow path: see `StepClock.plan_detail`
+    needs_slow_commit: bool  # closing this step takes all rules: see `commit_slow`
+    has_user_phases: bool  # this step has time in user phases
+    needs_slow_backward: bool  # backward passes take the slow path: see `StepClock.plan_backward`
 
     hook: Callable[..., Callable[..., Any]] | None = None  # makes hooks in C; None: hooks are Python functions
     bind: Bind  # gives Python functions the fields
@@ -180,12 +180,12 @@ class PhaseTimer:
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
         self.reductions: ReductionCounter | None = None  # once there is a parallel model
         self.extras = False  # there is a device, or a group with several ranks
-        self.slow_commits = False  # there are `extras` or a profile: every step is `dirty`
+        self.slow_commits = False  # there are `extras` or a profile: every step needs a slow commit
         self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
         self.mean_ns = 0
 
         self.rows, self.before = self.ring.appended, 0
-        self.current, self.detail = OTHER, True
+        self.current, self.needs_slow_backward = OTHER, True
         self.zeros = [0] * FIRST_USER
         self.users: list[int] = []  # name ids of user phases, by index
         self.open_user_phases: list[list[Any]] = []  # in Python: [phase, enclosing phase, start], innermost last
@@ -247,9 +247,9 @@ class PhaseTimer:
         elif bucket != OTHER:
             self.rare_times[bucket] += ns
             if bucket > OTHER:
-                self.marked = True
+                self.has_user_phases = True
             else:
-                self.dirty = True
+                self.needs_slow_commit = True
 
     def is_training_thread(self) -> bool:
         """Whether this is the training thread. Also sets `on_training_thread` again where a new context lost it."""
@@ -346,13 +346,13 @@ class PhaseTimer:
         self.create_ns += create_ns
         self.is_drained = False
         self.flags |= _EPOCH
-        self.dirty = True
+        self.needs_slow_commit = True
 
     def workers_ended(self, began: Began) -> None:
         """Handle the end of a dropped iterator's workers: the row of the epoch that follows in this step has it."""
         try:
             self.drain_ns += monotonic_ns() - began[1]
-            self.dirty = True
+            self.needs_slow_commit = True
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
@@ -374,7 +374,7 @@ class PhaseTimer:
             self.times, t, total, self.micro_batches, flags, self.own + self.committed_own_ns, self.committed_data
         )
         self._clear(t)
-        self.plan_detail()
+        self.plan_backward()
         if self.at_boundary is not None:
             self.cross_boundary()
 
@@ -388,7 +388,7 @@ class PhaseTimer:
         """
         self.at_boundary = function
         if function is not None:
-            self.slow_commits = self.dirty = True
+            self.slow_commits = self.needs_slow_commit = True
         else:
             self.slow_commits = self.extras
 
@@ -414,7 +414,7 @@ class PhaseTimer:
         if self.extras:
             self.mean_ns += (total - self.mean_ns) >> 4
 
-    def plan_detail(self) -> None:
+    def plan_backward(self) -> None:
         """Decide what the next step measures."""
 
     def append_step(
@@ -442,8 +442,8 @@ class PhaseTimer:
 
         self._append_step(step, t, total, *columns, own, *data, pack_bits(micro_batches, flags, sequence))
         self.rows = n + 1
-        if not n & UPKEEP_MASK:
-            self.listener.upkeep(times[_FORWARD], micro_batches)
+        if not n & MAINTENANCE_MASK:
+            self.listener.maintain(times[_FORWARD], micro_batches)
 
     def use_device(self, device: StepDeviceTimer, slots: Any) -> None:
         """Measure device time too, from the next step.
@@ -452,7 +452,7 @@ class PhaseTimer:
             slots: replacement for `open_slots` that also notifies the timer.
         """
         self.device, self.open_slots = device, slots
-        self.extras = self.slow_commits = self.dirty = True
+        self.extras = self.slow_commits = self.needs_slow_commit = True
 
     def stop(self) -> None:
         """Switch all hooks off permanently, in every thread and context."""
@@ -474,7 +474,7 @@ class PhaseTimer:
         """Begin an empty step at `t`."""
         self.times = self.zeros.copy()
         self.part_start = t
-        self.closes_at = CHECK_FORWARD
+        self.closing_trigger = CHECK_FORWARD
         self.step_call = self.backwards = self.batches = self.flags = self.own = self.samples = self.elements = 0
         self.fingerprint = 0
         self.create_ns = self.drain_ns = 0  # creating iterators, and the ends of others, in this part
@@ -485,7 +485,7 @@ class PhaseTimer:
         self.fused = False  # an optimizer stepped inside backward
         self.later_step_calls: set[int] = set()  # ids of the optimizers of further step calls
         self._drop_prefix()
-        self.dirty, self.marked = self.slow_commits, False
+        self.needs_slow_commit, self.has_user_phases = self.slow_commits, False
         self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.step
 
     def _drop_prefix(self) -> None:

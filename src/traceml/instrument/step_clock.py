@@ -38,7 +38,7 @@ class StepClock(DividedStep):
     last_optimizer: int  # id of the optimizer that stepped last
     failure: int  # id of the exception that left a hook in C last
     failed_in: int  # its phase
-    usual: Any  # `closes_at` after the optimizer step of a usual step
+    usual_trigger: Any  # `closing_trigger` after the optimizer step of a usual step
     usual_loader: Any  # the first loader of a usual step
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
@@ -59,8 +59,8 @@ class StepClock(DividedStep):
         self.inner_steps = 0  # optimizer steps inside the outermost one
         self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
         self.last_optimizer = self.failure = self.failed_in = 0
-        self.usual = self.usual_loader = NOT_READY
-        self.closes_at = CHECK_FORWARD  # a training forward may open the first step
+        self.usual_trigger = self.usual_loader = NOT_READY
+        self.closing_trigger = CHECK_FORWARD  # a training forward may open the first step
 
     def phase_of(self, error: BaseException | None) -> int | None:
         """Return the phase that an exception has left through a hook in C; None if there was none."""
@@ -110,7 +110,7 @@ class StepClock(DividedStep):
     def boundary(self, t: int, loader: Any) -> None:
         """Handle a request to a loader: decide what kind of part ends here.
 
-        A training loop over one loader does not call this: its steps close by `closes_at`.
+        A training loop over one loader does not call this: its steps close by `closing_trigger`.
         """
         if self.evaluation.start:
             self._end_evaluation(t)
@@ -191,7 +191,7 @@ class StepClock(DividedStep):
     def _train_again(self, t: int) -> None:
         """Handle the end of evaluation without a loader."""
         self.evaluation.end(t)
-        if self.pending and self.first_loader is None and self.closes_at is CHECK_FORWARD:
+        if self.pending and self.first_loader is None and self.closing_trigger is CHECK_FORWARD:
             self.cut_on_step = False
             self._close_prefix()
 
@@ -211,7 +211,7 @@ class StepClock(DividedStep):
         loader.end(self)
         self.exhausted_loader = loader
         if loader is self.batch:
-            self.is_drained = self.dirty = True
+            self.is_drained = self.needs_slow_commit = True
 
         self.drain_ns += drain_ns
         self.evaluated = False
@@ -219,7 +219,7 @@ class StepClock(DividedStep):
             self.batches += 1
 
         if self.evaluating:
-            self.closes_at = CHECK_FORWARD
+            self.closing_trigger = CHECK_FORWARD
 
     def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
         """Handle a forward inside another phase, or in a part of unknown kind.
@@ -231,9 +231,9 @@ class StepClock(DividedStep):
         in_closure = self.depth or self.current == _OPTIMIZER  # inside an optimizer step: no step begins here
         if not (trains or in_closure) and self.evaluation.begin(t, module):
             self.evaluated = self.batch is not None
-        elif self.closes_at is ON_FORWARD and not in_closure:
+        elif self.closing_trigger is ON_FORWARD and not in_closure:
             self.commit(t)
-        elif self.closes_at is CHECK_FORWARD:
+        elif self.closing_trigger is CHECK_FORWARD:
             if not trains:
                 self.evaluated = True
                 return
@@ -256,7 +256,7 @@ class StepClock(DividedStep):
             self.register_optimizer(optimizer)
 
         if previous == _BACKWARD:  # all step calls inside one backward pass count as one, after it
-            self.fused = self.fuses = self.dirty = self.detail = True
+            self.fused = self.fuses = self.needs_slow_commit = self.needs_slow_backward = True
         elif self.step_call:
             self.repeat_step_call(ident, t)
 
@@ -275,7 +275,7 @@ class StepClock(DividedStep):
 
     def repeat_step_call(self, ident: int, t: int) -> None:
         """Handle an optimizer step call in a step that has one already: it may begin another step."""
-        self.closes_at = NOT_READY  # and no forward in the optimizer's closure closes a step
+        self.closing_trigger = NOT_READY  # and no forward in the optimizer's closure closes a step
         known = ident == self.step_call or ident in self.later_step_calls or self._are_steppers_gone()
         self.has_new_optimizer &= not known  # else it steps in no step of the others
         if self.pending:
@@ -297,7 +297,7 @@ class StepClock(DividedStep):
         elif not known and not self.explicit and ident != FUSED and self.may_begin_a_phase():
             self._cut(t)
             self._merge(ident)
-            self.closes_at = NOT_READY
+            self.closing_trigger = NOT_READY
 
     def _are_steppers_gone(self) -> bool:
         """Whether no optimizer of this step is alive, as where the script makes one for each step."""
@@ -310,7 +310,7 @@ class StepClock(DividedStep):
 
         if self.step_call:
             self.later_step_calls.add(ident)
-            self.dirty = True
+            self.needs_slow_commit = True
         else:
             self.step_call = ident
 
@@ -333,7 +333,7 @@ class StepClock(DividedStep):
             self._await_forward(ident)
             return
 
-        self.closes_at = self.usual = self.training_loader
+        self.closing_trigger = self.usual_trigger = self.training_loader
         self.usual_loader = self.first_loader
 
     def _expect_forward(self, t: int, ident: int) -> None:
@@ -343,11 +343,11 @@ class StepClock(DividedStep):
             self._cut(t)
 
         if several:
-            self.closes_at = NOT_READY if self.training_loader is None else self.training_loader
+            self.closing_trigger = NOT_READY if self.training_loader is None else self.training_loader
         elif self.cut_on_step:
-            self.closes_at = CHECK_FORWARD
+            self.closing_trigger = CHECK_FORWARD
         else:
-            self.closes_at = self.usual = ON_FORWARD
+            self.closing_trigger = self.usual_trigger = ON_FORWARD
             self.usual_loader = None
 
     def _was_fetched_ahead(self, ident: int) -> None:
@@ -362,7 +362,7 @@ class StepClock(DividedStep):
             What `workers_ended` takes; None if the wait does not count.
         """
         try:
-            if self.closes_at is loader and self.step_call and self.thread == get_ident():
+            if self.closing_trigger is loader and self.step_call and self.thread == get_ident():
                 self.commit(monotonic_ns())
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
@@ -372,17 +372,17 @@ class StepClock(DividedStep):
     def loader_left(self, loader: Any) -> None:
         """Handle the end of a loader's last iterator: a ready step may also close without a request to it."""
         try:
-            if self.closes_at is loader and self.step_call and self.thread == get_ident():
+            if self.closing_trigger is loader and self.step_call and self.thread == get_ident():
                 self._await_forward(self.step_call)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
 
     def _await_forward(self, ident: int) -> None:
         """Wait for a request to the training loader or a forward, unless another optimizer may follow."""
-        self.dirty = True
+        self.needs_slow_commit = True
         self.usual_loader = NOT_READY
         self.fetched_ahead = not self._may_step_again(ident)
-        self.closes_at = CHECK_FORWARD if self.fetched_ahead else self.training_loader
+        self.closing_trigger = CHECK_FORWARD if self.fetched_ahead else self.training_loader
 
     def _may_step_again(self, ident: int) -> bool:
         """Whether another optimizer may follow in this step."""
@@ -405,7 +405,7 @@ class StepClock(DividedStep):
                 self.repeat_step_call(FUSED, t)
 
             self.flags |= _INFERRED
-            self.dirty = True
+            self.needs_slow_commit = True
             self.after_step(t, FUSED)
         elif not self.optimizers_seen and self.first_loader is None and self.open and not self.explicit:
             self._hold_batch(t)
@@ -417,9 +417,10 @@ class StepClock(DividedStep):
         """
         return self.extras and (self.mean_ns > _SLOW_STEP_NS or not step & _SAMPLED_MASK)
 
-    def plan_detail(self) -> None:
+    def plan_backward(self) -> None:
         """Decide whether backward passes take the slow path."""
-        self.detail = self.awaits_backward or self.fuses or not self.optimizers_seen or self.is_detailed(self.rows)
+        is_unusual = self.awaits_backward or self.fuses or not self.optimizers_seen
+        self.needs_slow_backward = is_unusual or self.is_detailed(self.rows)
 
     def optimizer_made(self, *, trains_others: bool = False) -> None:
         """Handle a new optimizer: it may step in the open step, after another one.
@@ -444,7 +445,7 @@ class StepClock(DividedStep):
         self.has_new_optimizer = self.inferred = False
         self.usual_loader = NOT_READY
         self.unmatched_batches.clear()
-        self.plan_detail()
+        self.plan_backward()
         self.listener.new_optimizer(optimizer)
 
     def _reference(self, optimizer: Any) -> Any:
@@ -519,7 +520,7 @@ class StepClock(DividedStep):
         t = monotonic_ns()
         self.account_user_phases(t)
         self.flags |= _EXPLICIT
-        self.dirty = True
+        self.needs_slow_commit = True
         self.commit(t)
 
     def finish(self) -> None:

@@ -35,7 +35,7 @@ class UserPhase:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._clock.leave_user(self)
 
@@ -92,7 +92,7 @@ class StepBlock:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         clock = self._clock
         if not self._counts or clock.thread != get_ident():
@@ -100,7 +100,7 @@ class StepBlock:
 
         self._counts = False
         try:
-            clock.end_block(failed=kind is not None)
+            clock.end_block(failed=error_type is not None)
         except Exception as failure:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(failure)
 

@@ -210,7 +210,7 @@ class RankTracing:
                 LineSampler(
                     self._flight,
                     self._training_thread,
-                    is_feeding=self._is_feeding,
+                    gives_batches=self._gives_batches,
                     is_evaluating=lambda: self.is_evaluating,
                     on_gradients=self._note_own_update,
                     interval_s=interval_s,
@@ -257,9 +257,9 @@ class RankTracing:
         clock = self._step_clock()
         return 3 if clock is not None and clock.is_overdue() else 0
 
-    def _is_feeding(self, stack: Sequence[FrameType]) -> bool:
-        feeding = self.instrumentation.events.feeding if self.instrumentation is not None else None
-        return feeding is not None and feeding.contains(stack)
+    def _gives_batches(self, stack: Sequence[FrameType]) -> bool:
+        source = self.instrumentation.events.batch_source if self.instrumentation is not None else None
+        return source is not None and source.contains(stack)
 
     def _note_own_update(self, file: str, function: str) -> None:
         """Report a function that may update the weights of a training without an optimizer."""

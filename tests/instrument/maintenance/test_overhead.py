@@ -93,10 +93,10 @@ def test_phases_of_a_step_are_counted(traced: Traced, loop: Callable[[Training],
     assert entered_phases(traced.flight) == entries
 
 
-@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("is_slow", [False, True])
 @pytest.mark.parametrize(("loop", "entries"), LOOPS.items(), ids=[loop.__name__ for loop in LOOPS])
 def test_the_figure_is_a_hook_per_entry(
-    traced: Traced, monkeypatch: pytest.MonkeyPatch, loop: Callable[[Training], None], entries: int, dirty: bool
+    traced: Traced, monkeypatch: pytest.MonkeyPatch, loop: Callable[[Training], None], entries: int, is_slow: bool
 ) -> None:
     """By a clock that each reading advances, hooks take two readings each, and the row takes none."""
     loop(Training(traced))
@@ -108,7 +108,7 @@ def test_the_figure_is_a_hook_per_entry(
 
     measured = HookOverhead(timed_backward, traced.flight)
     for _ in range(3):
-        measured.measure(dirty=dirty)
+        measured.measure(is_slow=is_slow)
 
     assert measured.ns_per_step == entries * HOOK_NS
 
@@ -131,9 +131,9 @@ def test_one_of_two_measurements_that_was_interrupted_is_not_told(
         monkeypatch.setattr(module, "monotonic_ns", read)
 
     measured = HookOverhead(timed_backward, traced.flight)
-    measured.measure(dirty=False)
+    measured.measure(is_slow=False)
     usual, tick = measured.ns_per_step, 1000 * TICK_NS
-    measured.measure(dirty=False)
+    measured.measure(is_slow=False)
 
     assert measured.ns_per_step == usual > 0
 

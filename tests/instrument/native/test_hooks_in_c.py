@@ -294,7 +294,7 @@ def test_interrupts_pass_through(traced: Traced, monkeypatch: pytest.MonkeyPatch
     clock = traced.instrumentation.clock
     train(model, optimizer, 3)
     monkeypatch.setattr(type(clock), rule, interrupted)
-    clock.dirty = True
+    clock.needs_slow_commit = True
     with pytest.raises(KeyboardInterrupt):
         action(model, optimizer)
 

@@ -29,9 +29,9 @@ class Asked:
 
     def __call__(self) -> torch.Tensor:
         """Note whether the caller runs for the training's iterator."""
-        frame, feeding = sys._getframe(1), self._traced.instrumentation.events.feeding
-        if feeding is not None:
-            self.answers.setdefault(frame.f_code.co_name, set()).add(feeding.contains(stack_frames(frame)))
+        frame, source = sys._getframe(1), self._traced.instrumentation.events.batch_source
+        if source is not None:
+            self.answers.setdefault(frame.f_code.co_name, set()).add(source.contains(stack_frames(frame)))
 
         return X
 
@@ -129,7 +129,7 @@ def test_a_loader_needs_no_search(traced: Traced) -> None:
     for (x,) in data(3):
         train(model, optimizer, x)
 
-    assert traced.instrumentation.events.feeding is None
+    assert traced.instrumentation.events.batch_source is None
 
 
 def test_the_queue_of_another_thread_feeds_the_training(traced: Traced) -> None:

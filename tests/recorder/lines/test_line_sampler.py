@@ -206,7 +206,7 @@ def test_an_iterators_code_is_a_wait_for_data(flight: FlightFile) -> None:
     """Where other code runs for an iterator that gives batches, the phase of the sample is that of waiting for data."""
     with Training(releases_the_lock) as training:
         flight.open_slots[Slot.STEP_START] = 1
-        sampler = LineSampler(flight, training.ident, is_feeding=lambda _stack: True)
+        sampler = LineSampler(flight, training.ident, gives_batches=lambda _stack: True)
         sampler.sample(time.sleep)
         flight.open_slots[Phase.FORWARD] = 2
         sampler.sample(time.sleep)

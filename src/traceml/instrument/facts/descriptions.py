@@ -50,11 +50,11 @@ def loader_facts(loader: Any) -> dict[str, Any]:
 
 def _is_undivided(dataset: Any) -> bool:
     """Return whether a data set is iterable, and the script's code of its class does not ask which worker runs it."""
-    kinds = type(dataset).__mro__
-    if not any(kind.__name__ == "IterableDataset" for kind in kinds):
+    classes = type(dataset).__mro__
+    if not any(cls.__name__ == "IterableDataset" for cls in classes):
         return False
 
-    codes = [code for kind in kinds for each in vars(kind).values() if (code := getattr(each, "__code__", None))]
+    codes = [code for cls in classes for each in vars(cls).values() if (code := getattr(each, "__code__", None))]
     own = [code for code in codes if is_user_file(code.co_filename)]
     return any(code.co_name == "__iter__" for code in own) and not any(_WORKER_INFO in code.co_names for code in own)
 
@@ -63,8 +63,8 @@ def _sampler_classes(loader: Any) -> list[str]:
     """Return the classes that choose samples and are not torch's, as qualified names of their functions have them."""
     outer = [instance_attribute(loader, name) for name in ("batch_sampler", "sampler")]
     inner = [instance_attribute(each, "sampler") for each in outer]
-    kinds = {kind for each in (*outer, *inner) for kind in type(each).__mro__}
-    return sorted(kind.__qualname__ for kind in kinds if kind.__module__.partition(".")[0] not in _OF_SAMPLERS)
+    classes = {cls for each in (*outer, *inner) for cls in type(each).__mro__}
+    return sorted(cls.__qualname__ for cls in classes if cls.__module__.partition(".")[0] not in _OF_SAMPLERS)
 
 
 def trainer_above(frame: Any) -> str | None:
@@ -275,8 +275,8 @@ def held_objects(dataset: Any) -> list[dict[str, Any]]:
     for part in _parts_of(dataset):
         for name, value in named_attributes(part, _is_large):
             one = next(iter(value.values() if isinstance(value, dict) else value))
-            path, kind = f"{type(part).__name__}.{name}", type(value).__name__
-            found.append({"path": path, "type": kind, "count": len(value), "of": type(one).__name__})
+            path, container = f"{type(part).__name__}.{name}", type(value).__name__
+            found.append({"path": path, "type": container, "count": len(value), "of": type(one).__name__})
 
     return sorted(found, key=lambda each: -each["count"])[:_MAX_CONTAINERS]
 
@@ -313,7 +313,7 @@ def _in_memory(dataset: Any) -> bool | None:
 
     torch: Any = sys.modules.get("torch")
     numpy: Any = sys.modules.get("numpy")
-    arrays = tuple(kind for kind in (getattr(torch, "Tensor", None), getattr(numpy, "ndarray", None)) if kind)
+    arrays = tuple(cls for cls in (getattr(torch, "Tensor", None), getattr(numpy, "ndarray", None)) if cls)
     dataset = _whole(dataset)
     if type(dataset).__name__ == "TensorDataset":
         return True

@@ -39,11 +39,11 @@ def named_attributes(owner: Any, is_wanted: Callable[[Any], bool]) -> Iterator[t
 
 def instance_attribute(owner: Any, name: str) -> Any:
     """Return an attribute of the object itself, without code of its class; None if only the class has one."""
-    kind: Any = type(owner)
-    if hasattr(kind, "__getattr__") or kind.__getattribute__ is not object.__getattribute__:
+    cls: Any = type(owner)
+    if hasattr(cls, "__getattr__") or cls.__getattribute__ is not object.__getattribute__:
         return _fields(owner).get(name)
 
-    inherited = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    inherited = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
     if inherited is None:
         return getattr(owner, name, None)
 
@@ -51,7 +51,7 @@ def instance_attribute(owner: Any, name: str) -> Any:
         return _fields(owner).get(name)
 
     found = getattr(owner, name, None)
-    bound = inherited.__get__(owner, kind) if hasattr(inherited, "__get__") else inherited
+    bound = inherited.__get__(owner, cls) if hasattr(inherited, "__get__") else inherited
     return None if bound == found else found
 
 

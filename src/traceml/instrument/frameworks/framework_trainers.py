@@ -63,7 +63,7 @@ def _module_of(strategy: Any) -> Any:
 def _begin_fit(hooks: FrameworkCalls, strategy: Any) -> None:
     """Time the steps of a strategy that has its own, and continue its step numbers: Lightning counts per optimizer."""
     for name in _LIGHTNING_STEPS:
-        owner = next((kind for kind in type(strategy).__mro__ if name in vars(kind)), type(strategy))
+        owner = next((cls for cls in type(strategy).__mro__ if name in vars(cls)), type(strategy))
         hooks.time_forward(owner, name, _module_of)
 
     if len(strategy.optimizers) == 1:

@@ -47,21 +47,22 @@ class HookOverhead:
         ordered = sorted(self._samples)
         return ordered[(len(ordered) - 1) // 2] if ordered else 0  # of two the shorter: a core was taken
 
-    def measure(self, *, dirty: bool, marked: bool = False) -> None:
+    def measure(self, *, is_slow: bool, has_user_phases: bool = False) -> None:
         """Take one measurement on the training thread, after the row of a step.
 
         Args:
-            dirty: whether that row was written by the rules for unusual steps.
-            marked: whether it was written by those for steps with user phases.
+            is_slow: whether that row was written by the rules for unusual steps.
+            has_user_phases: whether it was written by those for steps with user phases.
         """
         if not self._samples:
-            self._time_step(dirty, marked)  # the first call of our own code takes ten times as long as any later one
+            self._time_step(is_slow, has_user_phases)  # the first call of our code takes ten times as long
 
-        self._samples.append(self._time_step(dirty, marked))
+        self._samples.append(self._time_step(is_slow, has_user_phases))
 
-    def _time_step(self, dirty: bool, marked: bool) -> int:
-        self._clock.detail, self._clock.dirty, self._clock.marked = False, dirty, marked
-        call, commit = self._call, self._clock.commit
+    def _time_step(self, is_slow: bool, has_user_phases: bool) -> int:
+        clock, call = self._clock, self._call
+        clock.needs_slow_backward, clock.needs_slow_commit, clock.has_user_phases = False, is_slow, has_user_phases
+        commit = clock.commit
         t0 = monotonic_ns()
         t1 = monotonic_ns()
         call(None)
@@ -120,7 +121,7 @@ class _NullListener:
     def is_trained(self, module: object) -> bool:
         return module is not None
 
-    def upkeep(self, forward_ns: int, backwards: int) -> None: ...
+    def maintain(self, forward_ns: int, backwards: int) -> None: ...
 
 
 def _scratch_flight() -> FlightFile:

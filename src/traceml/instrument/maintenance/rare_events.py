@@ -30,7 +30,7 @@ class RareEvents:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
         guard: runs rare actions of all hooks.
         torch: the hooks on torch; None until it is imported.
-        feeding: the code that gives batches to a training without a loader; None before its first backward pass.
+        batch_source: the code that gives batches to a training without a loader; None before its first backward pass.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RareEvents:
         self.facts = FactReports(self.clock, on_info)
         self.group = DefaultGroup(self.clock, patches, self.facts.report, self.guard, on_group)
         self.torch: TorchHooks | None = None
-        self.feeding: BatchSource | None = None
+        self.batch_source: BatchSource | None = None
         self._pace = StepPace()
 
     def first_backward(self) -> bool:
@@ -66,12 +66,12 @@ class RareEvents:
         return self.torch is None or self.clock.optimizers_alive > 0
 
     def _look_for_iterators(self, alive: Callable[[], AliveObjects]) -> None:
-        self.feeding = batch_source_of(alive().generators)
+        self.batch_source = batch_source_of(alive().generators)
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""
-        if self.feeding is not None:
-            self.feeding = self.feeding.as_optimizer_steps()
+        if self.batch_source is not None:
+            self.batch_source = self.batch_source.as_optimizer_steps()
 
         if self.torch is not None and self.clock.optimizers_seen > 1:
             self.guard(self.torch.discovery.search_all)
@@ -82,12 +82,12 @@ class RareEvents:
         """Return whether an optimizer has parameters of the module; where none is known, any model is trained."""
         return self.torch is None or self.torch.discovery.is_trained(module)
 
-    def upkeep(self, forward_ns: int, backwards: int) -> None:
+    def maintain(self, forward_ns: int, backwards: int) -> None:
         """Plan the work during the next 64 steps; unless steps are short, look after the hooks."""
         self._pace.note(self.clock.rows)
         if self.torch is not None:
             self.torch.losses.plan(self._pace.step_ns)
-            self.torch.batches.upkeep()
+            self.torch.batches.plan_fingerprint()
 
         if self._pace.is_due():
             self._look_after_hooks(is_called=forward_ns > 0, is_trained=backwards > 0)
@@ -96,7 +96,7 @@ class RareEvents:
         """Measure the overhead; look for a device, a process group, and models if the step has called none."""
         clock, torch = self.clock, self.torch
         if torch is not None:
-            self.guard(torch.overhead.measure, dirty=clock.dirty, marked=clock.marked)
+            self.guard(torch.overhead.measure, is_slow=clock.needs_slow_commit, has_user_phases=clock.has_user_phases)
             torch.look_for_device()
 
         self.guard(self.facts.debugging)

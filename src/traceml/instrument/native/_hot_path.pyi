@@ -41,15 +41,15 @@ class HotFields:
     input_elements: int
     samples: int
     elements: int
-    dirty: bool
-    marked: bool
-    detail: bool
+    needs_slow_commit: bool
+    has_user_phases: bool
+    needs_slow_backward: bool
     inspects: bool
     open_slots: Any
-    closes_at: Any
+    closing_trigger: Any
     batch: Any
     first_loader: Any
-    usual: Any
+    usual_trigger: Any
     usual_loader: Any
     input_shape: Any
     rare_times: list[int]
@@ -77,7 +77,7 @@ class UserPhase:
     def __exit__(self, *_: object) -> None: ...
 
 class Hook:
-    kind: int
+    phase: int
     original: Callable[..., Any]
     module: Any
     passes_module: bool
@@ -85,7 +85,7 @@ class Hook:
     def __new__(
         cls,
         hot: HotFields,
-        kind: int,
+        phase: int,
         original: Callable[..., Any],
         slow: Callable[..., Any],
         helper: Callable[..., Any] | None = None,

@@ -22,17 +22,17 @@ def __call__(hook: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - name 
     """Call the original; outside dynamo, where code calls this by its name, the slot."""
     if not is_dynamo_compiling():
         return hook(*args, **kwargs)
-    if hook.kind == _FORWARD and hook.passes_module:
+    if hook.phase == _FORWARD and hook.passes_module:
         return hook.original(hook.module(), *args, **kwargs)
 
     return hook.original(*args, **kwargs)
 
 
-def __get__(hook: Any, owner: Any, kind: Any = None) -> Any:  # noqa: N807 - name of the slot
+def __get__(hook: Any, owner: Any, owner_type: Any = None) -> Any:  # noqa: N807 - name of the slot
     """Bind the original; outside dynamo, where LR schedulers call this by its name, the hook."""
     if owner is None:
         return hook
     if not is_dynamo_compiling():
         return MethodType(hook, owner)
 
-    return hook.original.__get__(owner, kind)
+    return hook.original.__get__(owner, owner_type)

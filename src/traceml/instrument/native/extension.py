@@ -84,7 +84,7 @@ def _no_call(*_: object) -> None:
 
 def _reduce(hook: _hot_path.Hook) -> Any:
     """Pickle and copy as an empty slot of a module, or by name as a function."""
-    return (type(None), ()) if hook.kind == int(Phase.FORWARD) else hook.__qualname__
+    return (type(None), ()) if hook.phase == int(Phase.FORWARD) else hook.__qualname__
 
 
 def show_torch() -> None:

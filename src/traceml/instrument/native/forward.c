@@ -118,9 +118,9 @@ static inline int begin_forward(Hook *hook, PyObject *const *args, Py_ssize_t n,
     if (trains < 0) return -1;
 
     int status = 0;
-    if (!LIKELY(trains) || hot->closes_at == hot->check_forward)
+    if (!LIKELY(trains) || hot->closing_trigger == hot->check_forward)
         status = forward_begins(hook, *t, trains ? Py_True : Py_False);
-    else if (hot->closes_at == hot->on_forward)
+    else if (hot->closing_trigger == hot->on_forward)
         status = commit_step(hot, *t);
 
     return status ? -1 : begin_phase(hot, PHASE_FORWARD, *t);

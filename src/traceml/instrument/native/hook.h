@@ -9,7 +9,7 @@ typedef struct {
     PyObject *(*vectorcall)(PyObject *, PyObject *const *, size_t, PyObject *);
     HotFields *hot;
     PyObject *original, *slow, *helper;
-    int kind; /* the phase */
+    int phase;
     char passes_module;
     PyObject *module, *tensor_type, *is_grad_enabled; /* of a forward */
     lenfunc length;

@@ -15,19 +15,19 @@ PyObject *call_slow(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *
 void note_failure(HotFields *hot, int phase) {
     if (PyErr_ExceptionMatches(PyExc_StopIteration)) return; /* of each epoch; its id is soon another object's */
 
-    PyObject *kind, *error, *traceback;
-    PyErr_Fetch(&kind, &error, &traceback);
-    PyErr_NormalizeException(&kind, &error, &traceback);
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
     hot->failure = (long long)(intptr_t)error;
     hot->failed_in = phase;
-    PyErr_Restore(kind, error, traceback);
+    PyErr_Restore(type, error, traceback);
 }
 
 int end_watched(HotFields *hot, PyObject *result, int phase, long long *bucket, long long start, long long *spent) {
-    PyObject *kind = NULL, *error = NULL, *traceback = NULL;
-    if (!result) PyErr_Fetch(&kind, &error, &traceback);
+    PyObject *type = NULL, *error = NULL, *traceback = NULL;
+    if (!result) PyErr_Fetch(&type, &error, &traceback);
     int status = book(hot, phase, bucket, start, spent) ? fail_open(hot) : 1;
-    if (!result && status >= 0) PyErr_Restore(kind, error, traceback);
+    if (!result && status >= 0) PyErr_Restore(type, error, traceback);
     return status;
 }
 
@@ -47,7 +47,7 @@ static inline int begin_backward(Hook *hook, PyObject *tensors, long long *t) {
 static PyObject *call_backward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
-    if (!LIKELY(!hot->detail && count_of(nargsf) && is_usual(hot)))
+    if (!LIKELY(!hot->needs_slow_backward && count_of(nargsf) && is_usual(hot)))
         return call_slow(hook, args, nargsf, names);
 
     long long t, spent;
@@ -84,7 +84,7 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
     PyObject *result = PyObject_Vectorcall(hook->original, args, nargsf, names);
     if (result) {
         hot->step_call = ident;
-        assign(&hot->closes_at, hot->usual);
+        assign(&hot->closing_trigger, hot->usual_trigger);
     }
 
     return failed ? result : checked(result, end_phase(hot, result, PHASE_OPTIMIZER, &hot->optimizer_ns, t, &spent));
@@ -95,7 +95,7 @@ static PyObject *call_step(PyObject *self, PyObject *const *args, size_t nargsf,
 static inline int begin_wait(HotFields *hot, PyObject *loader, long long *t) {
     if (read_clock(t)) return -1;
 
-    int status = loader == hot->closes_at ? commit_step(hot, *t) : call_method(hot, "boundary", *t, loader);
+    int status = loader == hot->closing_trigger ? commit_step(hot, *t) : call_method(hot, "boundary", *t, loader);
     return status ? -1 : begin_phase(hot, PHASE_INPUT_WAIT, *t);
 }
 
@@ -116,13 +116,13 @@ static inline int note_batch(Hook *hook, PyObject *loader, PyObject *batch) {
 
 /* The clock's `exhausted(loader, drain_ns)`, while the exception of the loader stays set. */
 COLD static int note_end(HotFields *hot, PyObject *loader, long long spent) {
-    PyObject *kind, *error, *traceback;
-    PyErr_Fetch(&kind, &error, &traceback);
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
     PyObject *result = PyObject_CallMethod((PyObject *)hot, "exhausted", "OL", loader, spent);
     Py_XDECREF(result);
     if (!result && fail_open(hot)) return -1;
 
-    PyErr_Restore(kind, error, traceback);
+    PyErr_Restore(type, error, traceback);
     return 0;
 }
 
@@ -149,7 +149,7 @@ static PyObject *call_next(PyObject *self, PyObject *const *args, size_t nargsf,
 /* ---- the type ---- */
 
 static PyObject *(*call_of(const Hook *hook))(PyObject *, PyObject *const *, size_t, PyObject *) {
-    switch (hook->kind) {
+    switch (hook->phase) {
     case PHASE_FORWARD: return hook->length ? call_forward : NULL;
     case PHASE_BACKWARD: return hook->helper ? call_backward : NULL;
     case PHASE_OPTIMIZER: return call_step;
@@ -162,16 +162,16 @@ static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     PyObject *hot, *original, *slow, *helper = NULL, *module = NULL, *tensor_type = NULL;
     PyObject *numel = NULL, *is_grad_enabled = NULL;
     unsigned long long grad_mode = 0;
-    int kind, passes_module = 1;
+    int phase, passes_module = 1;
     if ((kwargs && PyDict_Size(kwargs))
-        || !PyArg_ParseTuple(args, "O!iOO|OO(OOOK)p:Hook", hot_fields_type, &hot, &kind, &original, &slow, &helper,
+        || !PyArg_ParseTuple(args, "O!iOO|OO(OOOK)p:Hook", hot_fields_type, &hot, &phase, &original, &slow, &helper,
                              &module, &tensor_type, &numel, &is_grad_enabled, &grad_mode, &passes_module))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "Hook takes no keyword arguments");
 
     Hook *hook = (Hook *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!hook) return NULL;
 
-    hook->kind = kind;
+    hook->phase = phase;
     hook->passes_module = (char)passes_module;
     assign((PyObject **)&hook->hot, hot);
     assign(&hook->original, original);
@@ -185,7 +185,7 @@ static PyObject *hook_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     if (hook->vectorcall) return (PyObject *)hook;
 
     Py_DECREF(hook);
-    return failed ? NULL : PyErr_Format(PyExc_ValueError, "no hook for phase %d with these arguments", kind);
+    return failed ? NULL : PyErr_Format(PyExc_ValueError, "no hook for phase %d with these arguments", phase);
 }
 
 /* Like a function: `optimizer.step` is a bound method. */
@@ -231,7 +231,7 @@ static PyMemberDef members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Hook, vectorcall), READONLY, NULL},
     {"__dictoffset__", T_PYSSIZET, offsetof(Hook, dict), READONLY, NULL},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Hook, weakrefs), READONLY, NULL},
-    {"kind", T_INT, offsetof(Hook, kind), READONLY, NULL},
+    {"phase", T_INT, offsetof(Hook, phase), READONLY, NULL},
     {"original", T_OBJECT, offsetof(Hook, original), READONLY, NULL},
     {"module", T_OBJECT, offsetof(Hook, module), READONLY, NULL},
     {"passes_module", T_BOOL, offsetof(Hook, passes_module), READONLY, NULL},

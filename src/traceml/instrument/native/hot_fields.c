@@ -37,13 +37,13 @@ int call_method(HotFields *hot, const char *name, long long number, PyObject *ob
 int fail_open(HotFields *hot) {
     if (!PyErr_ExceptionMatches(PyExc_Exception)) return -1;
 
-    PyObject *kind, *error, *traceback;
-    PyErr_Fetch(&kind, &error, &traceback);
-    PyErr_NormalizeException(&kind, &error, &traceback);
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
     if (traceback) PyException_SetTraceback(error, traceback);
 
     PyObject *result = PyObject_CallMethod((PyObject *)hot, "fail", "O", error);
-    Py_XDECREF(kind);
+    Py_XDECREF(type);
     Py_XDECREF(error);
     Py_XDECREF(traceback);
     Py_XDECREF(result);
@@ -83,9 +83,9 @@ static inline void write_row(HotFields *hot, long long t, long long user_ns, lon
     __atomic_store_n(hot->count, hot->rows, __ATOMIC_RELEASE); /* the row first, the counter afterwards */
 }
 
-COLD static int upkeep(HotFields *hot) {
+COLD static int maintain(HotFields *hot) {
     PyObject *listener = PyObject_GetAttrString((PyObject *)hot, "listener");
-    PyObject *result = listener ? PyObject_CallMethod(listener, "upkeep", "LL", hot->forward_ns, hot->backwards) : NULL;
+    PyObject *result = listener ? PyObject_CallMethod(listener, "maintain", "LL", hot->forward_ns, hot->backwards) : NULL;
     Py_XDECREF(listener);
     Py_XDECREF(result);
     return result ? 0 : -1;
@@ -99,12 +99,12 @@ static int append_user_phases(HotFields *hot, long long *total) {
 }
 
 int commit_step(HotFields *hot, long long t) {
-    int is_whole = !hot->dirty && !hot->open_users && hot->count;
+    int is_whole = !hot->needs_slow_commit && !hot->open_users && hot->count;
     if (!LIKELY(is_whole && !(hot->batches > 0 && hot->backwards > hot->batches)))
         return call_method(hot, "commit_slow", t, NULL);
 
     long long n = hot->rows, user_ns = 0, bits;
-    if (!LIKELY(!hot->marked) && append_user_phases(hot, &user_ns)) return -1;
+    if (!LIKELY(!hot->has_user_phases) && append_user_phases(hot, &user_ns)) return -1;
 
     if (none_for_null(hot->first_loader) == Py_None) {
         bits = (hot->backwards & hot->micro_mask) | hot->no_loader_bits;
@@ -119,12 +119,12 @@ int commit_step(HotFields *hot, long long t) {
     hot->part_start = t;
     if (set_word(hot, SLOT_STEP_START, t) || set_word(hot, SLOT_STEP, hot->rows + hot->before)) return -1;
 
-    assign(&hot->closes_at, hot->not_ready);
+    assign(&hot->closing_trigger, hot->not_ready);
     hot->step_call = hot->failure = 0;
-    if (!LIKELY(n & hot->upkeep_mask) && upkeep(hot)) return -1;
+    if (!LIKELY(n & hot->maintenance_mask) && maintain(hot)) return -1;
 
     hot->input_ns = hot->forward_ns = hot->backward_ns = hot->optimizer_ns = 0;
-    hot->backwards = hot->samples = hot->elements = hot->marked = 0;
+    hot->backwards = hot->samples = hot->elements = hot->has_user_phases = 0;
     return 0;
 }
 
@@ -157,7 +157,7 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
     PyObject *slots, *buffer, *count, *not_ready, *on_forward, *check_forward, *in_context;
     long long offset, slot;
     if (!PyArg_ParseTuple(args, "O(OLLOL)(LLL)(OOO)O:connect", &slots, &buffer, &offset, &hot->mask, &count, &slot,
-                          &hot->micro_mask, &hot->no_loader_bits, &hot->upkeep_mask, &not_ready, &on_forward,
+                          &hot->micro_mask, &hot->no_loader_bits, &hot->maintenance_mask, &not_ready, &on_forward,
                           &check_forward, &in_context))
         return NULL;
 
@@ -185,8 +185,8 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
 }
 
 #define EACH_OBJECT(DO) \
-    DO(open_slots) DO(closes_at) DO(batch) DO(first_loader) DO(usual) DO(usual_loader) DO(input_shape) DO(rare_times) \
-    DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
+    DO(open_slots) DO(closing_trigger) DO(batch) DO(first_loader) DO(usual_trigger) DO(usual_loader) DO(input_shape) \
+    DO(rare_times) DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
 
 static int hot_traverse(PyObject *self, visitproc visit, void *arg) {
     HotFields *hot = (HotFields *)self;
@@ -227,8 +227,8 @@ static PyMemberDef members[] = {
     NUMBER(before), NUMBER(part_start), NUMBER(step_call), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
     NUMBER(failure), NUMBER(failed_in),
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
-    TRUTH(dirty), TRUTH(marked), TRUTH(detail), TRUTH(inspects),
-    OBJECT(closes_at), OBJECT(batch), OBJECT(first_loader), OBJECT(usual), OBJECT(usual_loader),
+    TRUTH(needs_slow_commit), TRUTH(has_user_phases), TRUTH(needs_slow_backward), TRUTH(inspects),
+    OBJECT(closing_trigger), OBJECT(batch), OBJECT(first_loader), OBJECT(usual_trigger), OBJECT(usual_loader),
     OBJECT(input_shape), OBJECT(rare_times),
     {NULL, 0, 0, 0, NULL},
 };

@@ -41,8 +41,8 @@ typedef struct {
     unsigned long thread;
     long long current;
     long long *words; /* those of the flight file; NULL while others stand in for them */
-    PyObject *closes_at, *input_shape, *on_forward, *check_forward, *first_loader;
-    char dirty, marked, detail, inspects;
+    PyObject *closing_trigger, *input_shape, *on_forward, *check_forward, *first_loader;
+    char needs_slow_commit, has_user_phases, needs_slow_backward, inspects;
     int open_users;
     long long backwards, batches, rows, part_start;
     long long input_ns, forward_ns, backward_ns, optimizer_ns;
@@ -51,8 +51,8 @@ typedef struct {
     long long failure, failed_in; /* id of the exception that left a hook last, and the phase */
     /* From `connect`: the memory of the flight file, and objects of the clock's rules. */
     long long *count, *first_row;
-    long long mask, micro_mask, no_loader_bits, upkeep_mask;
-    PyObject *not_ready, *usual, *usual_loader, *batch;
+    long long mask, micro_mask, no_loader_bits, maintenance_mask;
+    PyObject *not_ready, *usual_trigger, *usual_loader, *batch;
     PyObject *open_slots, *mapped_slots, *rare_times, *in_context;
     OpenUserPhase *open_user_phases; /* innermost last */
     Py_ssize_t user_room;

@@ -8,8 +8,8 @@ static int add_rare(HotFields *hot, long long bucket, long long ns) {
     long long sum = before ? PyLong_AsLongLong(before) : -1;
     if (sum == -1 && PyErr_Occurred()) return -1;
 
-    if (bucket > PHASE_OTHER) hot->marked = 1;
-    else hot->dirty = 1;
+    if (bucket > PHASE_OTHER) hot->has_user_phases = 1;
+    else hot->needs_slow_commit = 1;
 
     PyObject *after = PyLong_FromLongLong(sum + ns);
     return after ? PyList_SetItem(times, (Py_ssize_t)bucket, after) : -1;

@@ -28,11 +28,11 @@ def find_alive() -> AliveObjects:
     """Return the modules, optimizers and generators that are alive.
 
     With torch imported the collector knows some 300,000 objects. Listing them and reading their types takes nearly all
-    of the time, so it is done once for the three kinds.
+    of the time, so it is done once for the three classes.
     """
-    kinds = [_subclasses(kind) for kind in (torch.nn.Module, torch.optim.Optimizer, GeneratorType)]
-    found = of_types(gc.get_objects(), set().union(*kinds))
-    return AliveObjects(*([each for each in found if type(each) in types] for types in kinds))
+    classes = [_subclasses(cls) for cls in (torch.nn.Module, torch.optim.Optimizer, GeneratorType)]
+    found = of_types(gc.get_objects(), set().union(*classes))
+    return AliveObjects(*([each for each in found if type(each) in types] for types in classes))
 
 
 def of_types(objects: list[Any], types: AbstractSet[type[Any]]) -> list[Any]:
@@ -46,12 +46,12 @@ def of_types(objects: list[Any], types: AbstractSet[type[Any]]) -> list[Any]:
     return list(compress(objects, map(types.__contains__, map(type, objects))))
 
 
-def _subclasses(kind: type[Any]) -> set[type[Any]]:
-    found, waiting = set(), [kind]
+def _subclasses(cls: type[Any]) -> set[type[Any]]:
+    found, waiting = set(), [cls]
     while waiting:
-        kind = waiting.pop()
-        if kind not in found:
-            found.add(kind)
-            waiting.extend(type.__subclasses__(kind))
+        cls = waiting.pop()
+        if cls not in found:
+            found.add(cls)
+            waiting.extend(type.__subclasses__(cls))
 
     return found

@@ -31,32 +31,32 @@ def find_custom_optimizers() -> list[Any]:
     One whose `step` is running does more than an update: it is a trainer.
     """
     objects = gc.get_objects()
-    steps = {kind: step for kind in set(map(type, objects)) if (step := _step_of(kind)) is not None}
+    steps = {cls: step for cls in set(map(type, objects)) if (step := _step_of(cls)) is not None}
     found = of_types(objects, steps.keys()) if steps else []
     running = {frame.f_code for frame in stack_frames(sys._getframe())} if found else set()
     return [each for each in found if steps[type(each)].__code__ not in running and _holds_trained(each, steps.keys())]
 
 
-def _step_of(kind: type[Any]) -> FunctionType | None:
+def _step_of(cls: type[Any]) -> FunctionType | None:
     """Return the Python method `step` of a class outside torch."""
-    if issubclass(kind, _OPAQUE) or kind.__module__ == "torch" or kind.__module__.startswith(_TORCH):
+    if issubclass(cls, _OPAQUE) or cls.__module__ == "torch" or cls.__module__.startswith(_TORCH):
         return None
 
-    step = next((vars(base)["step"] for base in kind.__mro__ if "step" in vars(base)), None)
+    step = next((vars(base)["step"] for base in cls.__mro__ if "step" in vars(base)), None)
     return step if isinstance(step, FunctionType) else None
 
 
-def _holds_trained(candidate: Any, kinds: AbstractSet[type[Any]]) -> bool:
+def _holds_trained(candidate: Any, classes: AbstractSet[type[Any]]) -> bool:
     """Whether a tensor to train is reached from an object, not through models or other objects with a `step`."""
     waiting, seen = deque([candidate]), {id(candidate)}
     while waiting and len(seen) < _MAX_VISITED:
         for part in gc.get_referents(waiting.popleft()):
-            kind = type(part)
-            if id(part) in seen or kind in kinds or issubclass(kind, _OPAQUE):
+            cls = type(part)
+            if id(part) in seen or cls in classes or issubclass(cls, _OPAQUE):
                 continue
 
             seen.add(id(part))
-            if not issubclass(kind, torch.Tensor):
+            if not issubclass(cls, torch.Tensor):
                 waiting.append(part)
             elif part.is_leaf and part.requires_grad:
                 return True

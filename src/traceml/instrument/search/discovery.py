@@ -257,9 +257,9 @@ def _wrapped(module: Any) -> Any:
     return inside if inside is not None and len(children) == 1 and _has_parameters(inside) else None
 
 
-def _has_methods(kind: type[Any]) -> bool:
+def _has_methods(cls: type[Any]) -> bool:
     """Whether a class of the script has public methods that `Module` has not, besides `forward`."""
-    own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
+    own = cls.__mro__[: cls.__mro__.index(torch.nn.Module)]
     names = {
         name
         for base in own

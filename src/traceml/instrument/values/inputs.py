@@ -100,7 +100,7 @@ class BatchReader:
         clock.inspects = False
         try:
             clock.fingerprint = clock.fingerprint or fingerprint_of(_first_tensor(batch, _DEPTH), _values_of(batch))
-            clock.dirty = True
+            clock.needs_slow_commit = True
             self._taken += 1
             self._wanted -= 1
             clock.inspects = self._wanted > 0
@@ -111,7 +111,7 @@ class BatchReader:
         """Take fingerprints of the first batches of a new iterator."""
         self._plan(_FIRST_BATCHES)
 
-    def upkeep(self) -> None:
+    def plan_fingerprint(self) -> None:
         """Take the fingerprint of a batch from time to time; called every 64 rows."""
         if not (self._clock.rows - 1) & _LATER_MASK:
             self._plan(1)

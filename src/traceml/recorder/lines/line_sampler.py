@@ -87,8 +87,8 @@ class LineSampler:
         flight: takes the rows of `schema.LINES`, and has the open slots.
         thread: returns the id of the training thread.
         user: recognizes the user's code.
-        is_feeding: returns whether a stack (the innermost frame first) runs for an iterator that gives batches and is
-            no DataLoader.
+        gives_batches: returns whether a stack (the innermost frame first) runs for an iterator that gives batches, and
+            is no DataLoader.
         is_evaluating: returns whether an evaluation runs, whose time is in no step.
         on_gradients: called with file and function of the user's code that reads gradients outside the phases.
         interval_s: usual time between two samples.
@@ -99,7 +99,7 @@ class LineSampler:
         flight: FlightFile,
         thread: Callable[[], int],
         user: UserCode | None = None,
-        is_feeding: Callable[[Sequence[FrameType]], bool] | None = None,
+        gives_batches: Callable[[Sequence[FrameType]], bool] | None = None,
         is_evaluating: Callable[[], bool] | None = None,
         on_gradients: Callable[[str, str], None] | None = None,
         interval_s: float = 0.1,
@@ -113,7 +113,7 @@ class LineSampler:
         self._slots, self._steps, self._lines = flight.open_slots, flight.ring("steps"), flight.ring("lines")
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
-        self._is_feeding = is_feeding or (lambda _stack: False)
+        self._gives_batches = gives_batches or (lambda _stack: False)
         self._is_evaluating = is_evaluating or (lambda: False)
         self._on_gradients = on_gradients or (lambda _file, _function: None)
         self._others, self._cost_ns = OtherThreads(), 0.0
@@ -302,7 +302,7 @@ class LineSampler:
     def _key(self, stack: Sequence[FrameType], phase: int) -> _Key:
         if phase not in _OWN_TABLES and self._is_evaluating():
             phase = LINE_OUTSIDE
-        elif phase == LINE_OTHER and self._is_feeding(stack):
+        elif phase == LINE_OTHER and self._gives_batches(stack):
             phase = _INPUT_WAIT
 
         return self._place(stack, phase)
