@@ -2,6 +2,27 @@
 
 Terms: a *step call* is an outermost call of an optimizer's step; the next batch request to the *training loader* closes
 a step after it. `docs/steps.md` has the rules.
+
+The state is `closing_trigger`: the event that closes the open step, which hooks compare in each step.
+
+    NOT_READY      none: the step has no step call, or a further one runs
+    a loader       the next request to it
+    ON_FORWARD     the next training forward
+    CHECK_FORWARD  a training forward, if `forward_begins` finds that it begins a step
+
+    event                                                    next state
+    the trigger closes the step (`commit`)                   NOT_READY; after `commit_slow` CHECK_FORWARD
+    a step call ends (`after_step`): with a loader           the training loader
+      without one, forwards not known to separate steps      CHECK_FORWARD, and the step is cut
+      without one, forwards known to separate them           ON_FORWARD
+      the loader is at its end (`_await_forward`)            CHECK_FORWARD
+      ... and another optimizer may follow                   the training loader; NOT_READY without one
+    a step with a step call gets another (`repeat_step_call`)  NOT_READY, until that call ends
+    the loader's last iterator goes (`loader_left`)          CHECK_FORWARD, if it is the trigger
+    a part is cut or is evaluation (`boundary`)              CHECK_FORWARD
+    evaluation without a loader begins (`EvaluationPeriod`)  CHECK_FORWARD; the state before it, when it ends
+
+In `trace_step()` only the end of a block closes a step.
 """
 
 from __future__ import annotations
