@@ -97,9 +97,9 @@ class Instrumentation:
             model: a model to time, if it is not discovered anyway.
             optimizer: an optimizer that is not torch's, if it is not found by its method `step` anyway.
         """
-        torch = self.events.torch
-        if torch is not None and self.clock.thread and not (model is None and optimizer is None):
-            self.guard(torch.discovery.declare, model, optimizer)
+        hooks = self.events.torch_hooks
+        if hooks is not None and self.clock.thread and not (model is None and optimizer is None):
+            self.guard(hooks.discovery.declare, model, optimizer)
 
         return StepBlock(self.clock)
 
@@ -123,7 +123,7 @@ class Instrumentation:
 
     def hook_ns_per_step(self) -> int:
         """Cost of hooks and row per step in ns, measured on this rank (see `overhead`); 0 before the first sample."""
-        return 0 if self.events.torch is None else self.events.torch.overhead.ns_per_step
+        return 0 if self.events.torch_hooks is None else self.events.torch_hooks.overhead.ns_per_step
 
     def close_open_step(self) -> None:
         """End timing: the open step becomes a row if it has an optimizer step call, else it is dropped."""
@@ -138,8 +138,8 @@ class Instrumentation:
         """Restore every replaced attribute."""
         self.clock.stop()
         self._watch.uninstall()
-        if self.events.torch is not None:
-            self.events.torch.discovery.restore()
+        if self.events.torch_hooks is not None:
+            self.events.torch_hooks.discovery.restore()
 
         self._patches.restore()
 
@@ -151,8 +151,8 @@ class Instrumentation:
             self._watch.run("torch")
 
         self._watch.install()
-        if self.events.torch is not None and is_imported("torch"):  # else nobody could make a model yet
-            self.guard(self.events.torch.discovery.search_all)
+        if self.events.torch_hooks is not None and is_imported("torch"):  # else nobody could make a model yet
+            self.guard(self.events.torch_hooks.discovery.search_all)
 
     @functools.cached_property
     def _checkpoints(self) -> CheckpointPatches:
@@ -174,7 +174,7 @@ class Instrumentation:
 
         show_torch()
         hooks = TorchHooks(self._flight, self.clock, self._patches, self._facts, self.guard, self._device_types)
-        self.events.torch = hooks
+        self.events.torch_hooks = hooks
         hooks.patch_passes()
         hooks.patch_loaders(self.lost_workers, self._in_worker)
         self._patch_saving()

@@ -1,4 +1,4 @@
-"""Functions of frameworks, timed as phases of the step: called by integrations and by what knows a framework."""
+"""Functions of frameworks, timed as phases of the step; `framework_trainers` names them."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class FrameworkCalls:
         """
         from traceml.instrument.forward import timed_forward
 
-        if self._events.torch is not None:
-            measure = self._events.torch.batches.measure
+        if self._events.torch_hooks is not None:
+            measure = self._events.torch_hooks.batches.measure
             self._time(owner, name, lambda original: timed_forward(original, self._clock, module_of, measure))
 
     @uncounted

@@ -29,7 +29,7 @@ class RareEvents:
     Attributes:
         clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
         guard: runs rare actions of all hooks.
-        torch: the hooks on torch; None until it is imported.
+        torch_hooks: the hooks on torch; None until it is imported.
         batch_source: the code that gives batches to a training without a loader; None before its first backward pass.
     """
 
@@ -45,7 +45,7 @@ class RareEvents:
         self.guard = Guard(self.clock)
         self.facts = FactReports(self.clock, on_info)
         self.group = DefaultGroup(self.clock, patches, self.facts.report, self.guard, on_group)
-        self.torch: TorchHooks | None = None
+        self.torch_hooks: TorchHooks | None = None
         self.batch_source: BatchSource | None = None
         self._pace = StepPace()
 
@@ -54,16 +54,16 @@ class RareEvents:
         from traceml.instrument.search.alive_objects import find_alive
 
         alive = functools.cache(find_alive)
-        if self.torch is not None:
-            self.torch.look_for_device()
-            self.guard(_find_models, self.torch, alive)
+        if self.torch_hooks is not None:
+            self.torch_hooks.look_for_device()
+            self.guard(_find_models, self.torch_hooks, alive)
 
         if self.clock.first_loader is None:
             self.guard(self._look_for_iterators, alive)
 
         self.guard(self.group.report_mesh)
         self.guard(self.facts.debugging)
-        return self.torch is None or self.clock.optimizers_alive > 0
+        return self.torch_hooks is None or self.clock.optimizers_alive > 0
 
     def _look_for_iterators(self, alive: Callable[[], AliveObjects]) -> None:
         self.batch_source = batch_source_of(alive().generators)
@@ -73,50 +73,50 @@ class RareEvents:
         if self.batch_source is not None:
             self.batch_source = self.batch_source.as_optimizer_steps()
 
-        if self.torch is not None and self.clock.optimizers_seen > 1:
-            self.guard(self.torch.discovery.search_all)
+        if self.torch_hooks is not None and self.clock.optimizers_seen > 1:
+            self.guard(self.torch_hooks.discovery.search_all)
 
         self.guard(self.facts.optimizer, optimizer)
 
     def is_trained(self, module: Any) -> bool:
         """Return whether an optimizer has parameters of the module; where none is known, any model is trained."""
-        return self.torch is None or self.torch.discovery.is_trained(module)
+        return self.torch_hooks is None or self.torch_hooks.discovery.is_trained(module)
 
     def maintain(self, forward_ns: int, backwards: int) -> None:
         """Plan the work during the next 64 steps; unless steps are short, look after the hooks."""
         self._pace.note(self.clock.rows)
-        if self.torch is not None:
-            self.torch.losses.plan(self._pace.step_ns)
-            self.torch.batches.plan_fingerprint()
+        if self.torch_hooks is not None:
+            self.torch_hooks.losses.plan(self._pace.step_ns)
+            self.torch_hooks.batches.plan_fingerprint()
 
         if self._pace.is_due():
             self._look_after_hooks(is_called=forward_ns > 0, is_trained=backwards > 0)
 
     def _look_after_hooks(self, *, is_called: bool, is_trained: bool) -> None:
         """Measure the overhead; look for a device, a process group, and models if the step has called none."""
-        clock, torch = self.clock, self.torch
-        if torch is not None:
-            self.guard(torch.overhead.measure, is_slow=clock.needs_slow_commit, has_user_phases=clock.has_user_phases)
-            torch.look_for_device()
+        clock, hooks = self.clock, self.torch_hooks
+        if hooks is not None:
+            self.guard(hooks.overhead.measure, is_slow=clock.needs_slow_commit, has_user_phases=clock.has_user_phases)
+            hooks.look_for_device()
 
         self.guard(self.facts.debugging)
         self.guard(self.group.find if clock.group is None else self.group.report_mesh)
         self._report_use()
-        if torch is None:
+        if hooks is None:
             return
 
-        if torch.sizes is not None and clock.sequence is not None:
-            torch.sizes.report(clock.sequence())
+        if hooks.sizes is not None and clock.sequence is not None:
+            hooks.sizes.report(clock.sequence())
 
-        if is_trained and not (is_called and torch.batches.has_trained) and clock.rows > 1:
-            self.guard(torch.discovery.descend)
+        if is_trained and not (is_called and hooks.batches.has_trained) and clock.rows > 1:
+            self.guard(hooks.discovery.descend)
 
     def finish(self) -> None:
         """End timing: close the open step, and report what is left."""
         self.guard(self.clock.finish)
         self._report_use()
-        if self.torch is not None:
-            self.guard(self.torch.losses.finish)
+        if self.torch_hooks is not None:
+            self.guard(self.torch_hooks.losses.finish)
 
         if self.clock.device is not None:
             self.guard(self.clock.device.drain)
@@ -131,8 +131,8 @@ class RareEvents:
             self.guard(self.facts.reductions)
 
 
-def _find_models(torch: TorchHooks, alive: Callable[[], AliveObjects]) -> None:
-    known = torch.discovery.models
-    torch.discovery.search_all(alive, trains=True)
-    if not torch.batches.has_trained and 0 < known == torch.discovery.models:
-        torch.discovery.descend()  # the script calls `model.forward`, or parts of the model
+def _find_models(hooks: TorchHooks, alive: Callable[[], AliveObjects]) -> None:
+    known = hooks.discovery.models
+    hooks.discovery.search_all(alive, trains=True)
+    if not hooks.batches.has_trained and 0 < known == hooks.discovery.models:
+        hooks.discovery.descend()  # the script calls `model.forward`, or parts of the model
