@@ -18,7 +18,7 @@ class InfoKind(StrEnum):
     Attributes:
         doc: the meaning of a row.
         fields: names of the fields beside `kind` and `t_ns`.
-        is_only_stored: whether no reader uses it: it is for people, in exports and among the messages of a run.
+        is_only_stored: whether no reader uses it: it is for people, in an export or among the messages of a run.
     """
 
     doc: str

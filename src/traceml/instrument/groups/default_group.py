@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.fail_open import fail_open
+from traceml.instrument.guard import Guard
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import PhaseTimer
@@ -31,7 +32,7 @@ class DefaultGroup:
     Args:
         clock: gets the group and its counter of collectives.
         report: takes facts about the group, and this rank's place in the device mesh.
-        guarded: runs an action; on failure it logs and counts it.
+        guard: runs what is done when the group is made and destroyed.
         on_group: called on the training thread when the group exists.
     """
 
@@ -40,11 +41,11 @@ class DefaultGroup:
         clock: StepClock,
         patches: Patches,
         report: InfoSender,
-        guarded: Callable[[Callable[[], Any]], None],
+        guard: Guard,
         on_group: Callable[[], None] | None,
     ) -> None:
         self._clock, self._patches = clock, patches
-        self._report, self._guarded, self._on_group = report, guarded, on_group
+        self._report, self._guard, self._on_group = report, guard, on_group
 
     def patch(self) -> None:
         """Watch the functions that make and destroy the group; torch.distributed is imported and available."""
@@ -106,7 +107,7 @@ class DefaultGroup:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if self._clock.thread:
-                self._guarded(after)
+                self._guard(after)
 
             return result
 
