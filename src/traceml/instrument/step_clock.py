@@ -18,6 +18,7 @@ The state is `closing_trigger`: the event that closes the open step, which hooks
       the loader is at its end (`_await_forward`)            CHECK_FORWARD
       ... and another optimizer may follow                   the training loader; NOT_READY without one
     a step with a step call gets another (`repeat_step_call`)  NOT_READY, until that call ends
+    workers of a left iterator end (`workers_end`)           the step closes, if its loader is the trigger
     the loader's last iterator goes (`loader_left`)          CHECK_FORWARD, if it is the trigger
     a part is cut or is evaluation (`boundary`)              CHECK_FORWARD
     evaluation without a loader begins (`EvaluationPeriod`)  CHECK_FORWARD; the state before it, when it ends
