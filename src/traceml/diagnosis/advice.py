@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
@@ -11,6 +13,7 @@ from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 __all__ = [
     "EVENT_LOOP",
     "WAITED_FOR",
+    "LeadingLines",
     "even_batches",
     "explicit_exit",
     "flush_denormals",
@@ -130,6 +133,13 @@ def for_rollouts(line: BlamedLine | None) -> str:
     )
 
 
+class LeadingLines(NamedTuple):
+    """Two lines that most of some time is spent in together."""
+
+    lines: tuple[BlamedLine, ...]
+    of: str  # that time, in words
+
+
 def waiting_text(line: BlamedLine) -> str:
     """Return the sentence on a line that waits, to which the advice is added."""
     return f"{line.place} waits there ({WAITED_FOR}), and does not compute: find out for what."
@@ -143,7 +153,7 @@ def for_residual(
     *,
     has_forward: bool = False,
     trainer: BlamedLine | None = None,
-    two: tuple[BlamedLine, ...] = (),
+    two: LeadingLines | None = None,
 ) -> str:
     """Return advice on time in the user's own code.
 
@@ -151,7 +161,7 @@ def for_residual(
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
         trainer: the line that only calls a trainer, whose code takes this time.
-        two: the two lines that most of it is spent in together, where no line alone is known.
+        two: the two lines that most of it is spent in, where no line alone is known; None for none.
     """
     if called == EVENT_LOOP:
         return (
@@ -192,7 +202,7 @@ def for_residual(
     return _for_several_lines(trainer, two)
 
 
-def _for_several_lines(trainer: BlamedLine | None, two: tuple[BlamedLine, ...]) -> str:
+def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> str:
     """Return advice on code of which no single line has most."""
     if trainer is not None:
         return (
@@ -200,11 +210,12 @@ def _for_several_lines(trainer: BlamedLine | None, two: tuple[BlamedLine, ...]) 
             "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
         )
 
-    if two:
-        share = percent_text(sum(each.share for each in two))
+    if two is not None:
+        share = percent_text(sum(each.share for each in two.lines))
         return (
-            f"Look at {' and '.join(each.place for each in two)}, which have {share} of it: make them cheaper, or run "
-            "them every n-th step if they only measure or log. `traceml report --lines` shows the other lines."
+            f"Look at {' and '.join(each.place for each in two.lines)}, which have {share} of {two.of}: make them "
+            "cheaper, or run them every n-th step if they only measure or log. `traceml report --lines` shows the "
+            "other lines."
         )
 
     return (

@@ -257,6 +257,18 @@ def test_two_lines_that_have_most_of_it_together_are_advised_on(first, second, r
     assert found.next.startswith("Look at train.py:41 and train.py:42, which have ") == told
 
 
+def test_two_lines_are_advised_on_where_one_of_them_runs_in_rare_steps_only():
+    """Samples do not tell which: both have most of the time in every step and in every tenth."""
+    seen = (line("other", "metric", 51, number=41), line("other", "log", 47, number=42), line("forward", "forward", 90))
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 6), adds("other", 60, every=10))
+    found = [each for each in diagnose(window, JobFacts(lines=seen)) if each.phase == "other"]
+    usual = next(each for each in found if "every_n_steps" not in each.evidence)
+
+    assert "not counting rare long steps" in usual.summary
+    assert "file" not in usual.evidence
+    assert "train.py:41 metric and train.py:42 log, which have 100 % of it and the rare long steps: make" in usual.next
+
+
 def test_a_share_is_what_the_function_has_at_least():
     """Half of the step is in the phase, but only 40 of 100 samples: the rest of it was not seen."""
     blamed = blamed_line([line("other", "f", 40), line("forward", "forward", 60)], "other", 0.5)

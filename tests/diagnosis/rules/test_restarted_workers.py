@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.restarted_workers import keeping_workers
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, steps=220, grouped=False)
@@ -158,6 +159,14 @@ def test_a_loader_for_some_epochs_is_not_made_for_each():
     (found,) = restarts(findings(200, loader=replace(LOADER, made=3), create_ms=150))
 
     assert "Make the DataLoader once" not in found.next
+
+
+def test_two_loaders_of_one_epoch_are_not_made_for_each():
+    """Their batches are read side by side: labelled and unlabelled ones of the same class."""
+    one, two = (JobFacts(loader=replace(LOADER, made=2), epochs=np.zeros(n, EPOCHS.dtype)) for n in (1, 2))
+
+    assert "for each epoch" not in keeping_workers(one).because
+    assert "for each epoch" in keeping_workers(two).because
 
 
 def test_loaders_that_were_made_are_counted_by_their_data():

@@ -68,6 +68,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
     saved_ns: float  # time by which the mean step would be shorter
     share: float = 1.0  # share of the part that counts; the rest is other things
     excluded: tuple[str, ...] = ()  # what of the part does not count, in words
+    with_rare: OwnWork | None = None  # the same with the long steps that another finding has, which samples are of, too
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
@@ -125,7 +126,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def leading_lines(self, facts: JobFacts) -> tuple[BlamedLine, ...]:
         """Return the two lines that most of it is spent in together, where the samples show them."""
-        return leading_lines(facts.lines, self.part, self._phase_share)
+        return leading_lines(facts.lines, self.part, self._share_in(self.with_rare or self.work))
 
     def library(self, facts: JobFacts) -> str | None:
         """Return the library function that most of it is spent in, where the user's code only calls a trainer."""
@@ -143,7 +144,10 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     @property
     def _phase_share(self) -> float:
-        return float(self.work.parts[self.part].mean()) / self.step_ns
+        return self._share_in(self.work)
+
+    def _share_in(self, work: OwnWork) -> float:
+        return float(work.parts[self.part].mean()) / self.step_ns
 
     def line_evidence(self, line: BlamedLine | None) -> dict[str, object]:
         """Return the evidence about that line."""
@@ -242,7 +246,7 @@ def residual(work: OwnWork, facts: JobFacts, step_ns: float, whole: OwnWork | No
             continue
 
         if whole is not None and _RARE not in cost.excluded and _is_longer(whole, work, part):
-            cost = replace(cost, excluded=(_RARE, *cost.excluded))
+            cost = replace(cost, excluded=(_RARE, *cost.excluded), with_rare=whole)
 
         found += _residual_finding(cost, facts, has_forward=part == "other" and _is_unseen(work, "forward"))
 
@@ -279,7 +283,8 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -
     where += cost.turns_words
     summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
     trainer = cost.trainer(facts) if library is None else None
-    text = advice.for_residual(cost.part, line, facts, library, has_forward=has_forward, trainer=trainer, two=two)
+    leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {_RARE}") if two else None
+    text = advice.for_residual(cost.part, line, facts, library, has_forward=has_forward, trainer=trainer, two=leading)
     text += advice.in_same_steps() if cost.in_turns else ""
     turns = {"in_turns": True} if cost.in_turns else {}
     return [cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)]

@@ -47,7 +47,8 @@ class KeptWorkers(NamedTuple):
 def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
     """Return how to keep the loader's workers; None if they are kept, or its trainer cannot do that."""
     loader = facts.loader or LoaderFacts()
-    if loader.made > 1 and loader.made >= _ANEW_SHARE * len(facts.epochs):
+    epochs = len(facts.epochs)
+    if loader.made > 1 and epochs != 1 and loader.made >= _ANEW_SHARE * epochs:
         return KeptWorkers(
             "Make the DataLoader once, before the loop over epochs, with persistent_workers=True",
             "persistent_workers=True in one DataLoader for all epochs",
