@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 import zipimport
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -65,7 +67,7 @@ def _run(argv: list[str]) -> BaseException | None:
     # A run may be named before its module is found: after a file, as Python's own argv[0] will be.
     sys.argv = [words[0].replace(".", "/") + ".py" if module else words[0], *words[1:]]
     _end_with_torchrun()
-    with importing():
+    with importing(), _plugins_beside(words[0], is_module=module):
         start_for_script()
 
     _raise_interrupts()
@@ -198,6 +200,22 @@ def _program_of(spec: ModuleSpec, argv0: str) -> _Program:
         _quit(f"{_python()}: No code object available for {spec.name}", 1)
 
     return _Program(code, spec.origin or "", argv0, loader, spec)
+
+
+@contextmanager
+def _plugins_beside(name: str, *, is_module: bool) -> Iterator[None]:
+    """Have modules beside the script found while tracing starts: last, so that none of them shadows a library."""
+    path = Path.cwd() if is_module else Path(name).resolve()
+    folder = str(path if path.is_dir() else path.parent)
+    if folder in sys.path or sys.flags.safe_path:
+        yield
+        return
+
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _prepend(folder: str) -> None:

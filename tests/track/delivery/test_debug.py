@@ -50,7 +50,7 @@ def test_file_and_variable(tmp_path: Path, file: str, variable: dict[str, str], 
     """Deliveries write profiles, and what collectors print is shown, only if the setting in force is on."""
     (tmp_path / "my_collectors.py").write_text(COLLECTOR)
     (tmp_path / "traceml.toml").write_text(f"debug = {file}\n")
-    settings = {"TRACEML_COLLECTORS": "my_collectors:Talking", "PYTHONPATH": str(tmp_path)} | variable
+    settings = {"TRACEML_COLLECTORS": "my_collectors:Talking"} | variable
     job = Job(tmp_path, {}, code=SCRIPT.format(settings="", awaited="collected"), **settings)
 
     printed = job.finish()
