@@ -266,7 +266,10 @@ def _waits(pipeline: Pipeline, workers: int) -> str:
         return ""
 
     waits = percent_text(1 - pipeline.fetch_cpu)
-    return f" A fetch waits for {waits} of its time, so there may be more workers than cores."
+    return (
+        f" A fetch waits for {waits} of its time, so there may be more workers than cores; they gain nothing if they "
+        "wait for each other (a lock, a server's limit)."
+    )
 
 
 def _on(pipeline: Pipeline, facts: JobFacts) -> str:
