@@ -8,8 +8,9 @@ import socket
 __all__ = ["free_port"]
 
 # Below the ports that the kernel gives to connections and to servers without a port of their own, which would take one
-# that is only looked up; and beside the defaults of torchrun, MLflow and ours.
-_FIRST, _LAST = 12_000, 28_000
+# that is only looked up; and beside those of Ray's workers (10,002 to 19,999) and the defaults of torchrun, MLflow and
+# ours.
+_FIRST, _LAST = 20_000, 28_000
 _own_choice = random.SystemRandom()  # tests seed the other one
 
 
