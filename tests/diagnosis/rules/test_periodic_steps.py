@@ -170,6 +170,19 @@ def test_what_runs_there_is_named_with_its_line():
     assert "If half as often is enough, run train.py:70 log_images every 50th step: " in found.next
 
 
+def test_what_waits_there_is_to_begin_sooner():
+    """A shard that another process has not written yet: its line uses no CPU time."""
+    waits = SampledLine(0, "other", "/home/me/train.py", 9, "wait_for", None, 80, 4_000_000_000, 40_000_000)
+    rest = SampledLine(0, "forward", "/home/me/train.py", 40, "main", None, 120)
+    found = findings(ALONE, adds("other", 200, every=25), lines=(waits, rest))[0]
+
+    assert found.next.startswith(
+        "train.py:9 wait_for waits there (for a sleep, a disk, a server, another thread or proc"
+    )
+    assert "Begin it ahead of the step that needs it" in found.next
+    assert "make it cheaper" not in found.next
+
+
 def trains_more(every: int, ms: float) -> list:
     """Return the faults of a second optimizer, which steps in every n-th step."""
     return [adds("forward", ms, every=every), adds("backward", 2 * ms, every=every), adds("optimizer", ms, every=every)]
