@@ -63,7 +63,7 @@ class ChannelLoop:
         self._register(host)
 
     def remove(self, host: JobHost) -> None:
-        """StopWorkers serving a host's channel; its connection stays open."""
+        """Stop serving a host's channel; its connection stays open."""
         if host in self._hosts:
             self._hosts.remove(host)
             self._unregister(host)
