@@ -650,6 +650,23 @@ def test_workers_of_an_epoch_that_is_left_end_after_its_last_step(traced: Traced
         assert row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_optimizer_that_steps_after_the_loader_is_left_is_part_of_the_step(traced: Traced, workers: int) -> None:
+    """A discriminator trains on the loader's first batch, then the generator on noise: one step, as without workers."""
+    judge, generator = net(), net()
+    optimizers = sgd(judge), sgd(generator)
+    loader = DataLoader(data(8).dataset, batch_size=2, num_workers=workers)
+    for _ in range(4):
+        for (x,) in loader:
+            train(judge, optimizers[0], x)
+            break
+
+        train(generator, optimizers[1], torch.randn(2, 4))
+
+    assert len(traced.finish()) == 4
+
+
 def test_what_is_saved_after_an_evaluation(traced: Traced, tmp_path: Path) -> None:
     """Saving the best model belongs to the step that comes after, as it would without the evaluation before it."""
     model = net()

@@ -18,7 +18,7 @@ The state is `closing_trigger`: the event that closes the open step, which hooks
       the loader is at its end (`_await_forward`)            CHECK_FORWARD
       ... and another optimizer may follow                   the training loader; NOT_READY without one
     a step with a step call gets another (`repeat_step_call`)  NOT_READY, until that call ends
-    workers of a left iterator end (`workers_end`)           the step closes, if its loader is the trigger
+    workers of a left iterator end (`workers_end`)           a done step closes, if its loader is the trigger
     the loader's last iterator goes (`loader_left`)          CHECK_FORWARD, if it is the trigger
     a part is cut or is evaluation (`boundary`)              CHECK_FORWARD
     evaluation without a loader begins (`EvaluationPeriod`)  CHECK_FORWARD; the state before it, when it ends
@@ -378,13 +378,13 @@ class StepClock(DividedStep):
         self._await_forward(ident)
 
     def workers_end(self, loader: Any) -> Began | None:
-        """Begin to end the workers of a dropped iterator; a step that is ready closes before, as in a `break`.
+        """Begin to end the workers of a dropped iterator; a step that is done closes before, as in a `break`.
 
         Returns:
             What `workers_ended` takes; None if the wait does not count.
         """
         try:
-            if self.closing_trigger is loader and self.step_call and self.thread == get_ident():
+            if self.closing_trigger is loader and self.step_is_done and self.thread == get_ident():
                 self.commit(monotonic_ns())
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             self.fail(error)
