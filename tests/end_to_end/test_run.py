@@ -117,6 +117,17 @@ def test_several_ranks_are_one_run(traceml: Traceml, ranks: int) -> None:
     assert_nothing_is_left(ended)
 
 
+def test_one_rank_has_the_variables_of_torchrun(traceml: Traceml) -> None:
+    """`--nproc-per-node 1` starts a script as torchrun does: it may form a process group."""
+    (traceml.folder / "alone.py").write_text(
+        'import torch.distributed as dist\ndist.init_process_group("gloo")\nprint(dist.get_world_size())\n'
+    )
+
+    ended = traceml("run", "--nproc-per-node", "1", "alone.py")
+
+    assert (ended.status, ended.stdout) == (0, "1\n"), ended.stderr
+
+
 def test_a_module_is_run(traceml: Traceml, tmp_path: Path) -> None:
     """`-m MODULE` finds a module as `python -m` does."""
     package = tmp_path / "package"

@@ -221,8 +221,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _uses_torchrun(options: argparse.Namespace) -> bool:
-    """Return whether torchrun is needed: for several processes, or if one of its options was given."""
-    return options.nproc_per_node not in (None, 1) or bool(_torchrun_arguments(options))
+    """Return whether one of torchrun's options was given: a script then expects torchrun's variables, also alone."""
+    return options.nproc_per_node is not None or bool(_torchrun_arguments(options))
 
 
 def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
