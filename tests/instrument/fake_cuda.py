@@ -61,6 +61,15 @@ class FakeCuda:
         self.made += 1
         return FakeEvent(self)
 
+    def record(self, event: FakeEvent, stream: FakeStream) -> None:
+        event.record(stream)
+
+    def query(self, event: FakeEvent) -> bool:
+        return event.query()
+
+    def elapsed_ms(self, event: FakeEvent, end_event: FakeEvent) -> float:
+        return event.elapsed_time(end_event)
+
     def new_stream(self) -> FakeStream:
         """Make a stream of the current device, as `torch.cuda.Stream()`."""
         return FakeStream(self._device, next(self._handles))

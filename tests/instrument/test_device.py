@@ -27,7 +27,7 @@ from traceml.instrument.native.extension import use_time
 
 _CLOCKED = (phase_timer, backward, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
-_FIRST = 5  # by then steps are known to be long; from here on all are measured
+_FIRST = 5  # by then the device is known; from here on all are measured
 
 
 class Training:
@@ -85,8 +85,11 @@ class Batch(torch.Tensor):
 
 
 @pytest.fixture
-def traced(form: str, cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
-    """Hooks on these devices."""
+def traced(request: pytest.FixtureRequest, form: str, cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
+    """Hooks on these devices; all steps are measured, unless the test has `short_steps`."""
+    if "short_steps" not in request.fixturenames:
+        request.getfixturevalue("monkeypatch").setattr(phase_timer, "_MEASURED_FIRST", 10**6)
+
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
     flight = FlightFile.create(tmp_path, {})
     instrumentation = install(flight, device_types=frozenset({"cuda", "meta"}))
@@ -98,7 +101,7 @@ def traced(form: str, cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
 
 @pytest.fixture
 def short_steps(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock by which steps are short, so that one in four is measured: on a busy machine they are long."""
+    """A clock by which steps are short, so that one in sixteen is measured: on a busy machine they are long."""
     times = count(monotonic_ns(), 1000)
     use_time(times.__next__)
     for module in _CLOCKED:
@@ -129,7 +132,9 @@ def measured(device_rows: list[dict[str, Any]]) -> list[int]:
 
 
 def test_phases_have_device_time(traced: Traced) -> None:
-    """Between two events the time is the first one's phase; own backward ends at the engine's callback."""
+    """Between two events the time is the first one's phase; own backward, of a group, ends at the engine's callback."""
+    clock = traced.instrumentation.clock
+    clock.is_grouped = clock.slow_commits = True
     train(9)
     _, device_rows = rows_of(traced)
 
@@ -145,13 +150,59 @@ def test_phases_have_device_time(traced: Traced) -> None:
 def test_nothing_is_read_before_it_is_complete(cuda: FakeCuda, traced: Traced) -> None:
     """While the device lags no row comes, and the events in flight are bounded."""
     cuda.reached_ms = 0.0
-    train(600)
+    train(1200)
     assert traced.table("device_steps") == []
     assert cuda.made < 64 * 16  # 13 for a long step
 
     cuda.reached_ms = 1e9
     traced.instrumentation.close_open_step()
     assert len(traced.table("device_steps")) == 64
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_of_short_steps_one_in_sixteen_is_measured(cuda: FakeCuda, traced: Traced) -> None:
+    """After the first ones. In the others the hooks ask the device for nothing."""
+    train(100)
+    before = cuda.calls
+    train(10)  # 100 to 109, and the next one that is measured is 112
+    in_between = cuda.calls - before
+    train(90)
+    _, device_rows = rows_of(traced)
+
+    assert [row["step"] for row in device_rows if row["step"] > 20] == list(range(32, 200, 16))
+    assert in_between == 0
+
+
+@pytest.mark.parametrize(("step_ms", "interval"), [(50, 1), (15, 2), (7, 4), (2, 16)])
+def test_longer_steps_are_measured_more_often(
+    cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch, step_ms: int, interval: int
+) -> None:
+    """Measuring costs a step 0.1 ms on the host: it is done for 0.4 % of the time."""
+    training = Training(cuda, monkeypatch)
+    traced.instrumentation.clock.mean_ns = step_ms * _MS
+    for _ in range(120):
+        training.cuda.cpu_ms += step_ms - 11  # of which the device computes 11
+        training.step()
+        traced.instrumentation.clock.all_measured_to = -1
+        traced.instrumentation.clock.mean_ns = step_ms * _MS
+
+    steps = [row["step"] for row in rows_of(traced)[1] if row["step"] > 64]
+    assert steps == list(range(steps[0], 120, interval))
+
+
+def test_the_end_of_the_script_is_no_time_of_its_last_step(
+    cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a script does after its loop is in no step, on the device either."""
+    training = Training(cuda, monkeypatch)
+    for _ in range(40):
+        training.step()
+
+    cuda.cpu_ms += 10_000
+    rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 40
+    assert max(row["total_ns"] for row in device_rows) < 20 * _MS
 
 
 def test_events_are_used_again(cuda: FakeCuda, traced: Traced) -> None:
@@ -185,7 +236,7 @@ def test_a_job_on_the_cpu_never_touches_cuda(cuda: FakeCuda, traced: Traced) -> 
     train(70)
     _, device_rows = rows_of(traced)
 
-    assert [row["step"] for row in device_rows] == [132, 136]
+    assert [row["step"] for row in device_rows] == list(range(130, 140))
 
 
 def test_a_prefetch_on_another_stream(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,8 @@ def _begin(clock: StepClock, read_loss: Callable[[Any], None], tensors: Any) -> 
         if began is None:
             return None
 
-        return began, _measure_own(clock, tensors, began[1]) if clock.is_detailed(clock.rows) else None
+        measures_own = clock.is_grouped and clock.is_detailed(clock.step)
+        return began, _measure_own(clock, tensors, began[1]) if measures_own else None
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return None

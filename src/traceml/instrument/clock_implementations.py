@@ -131,6 +131,7 @@ class CellClock(StepClock):
     samples = CellField()
     elements = CellField()
     loss_mask = CellField()
+    slow_row = CellField()
     batch = CellField()
     first_loader = CellField()
     needs_slow_commit = CellField()
@@ -195,7 +196,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
     open_user_phases = clock.open_user_phases
     # Cells of the clock.
     input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = part_start = 0
-    step_call = backwards = batches = samples = elements = 0
+    step_call = backwards = batches = samples = elements = slow_row = 0
     needs_slow_commit = has_user_phases = False
     open_slots: Any = None
     batch: Any = None
@@ -206,7 +207,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
         nonlocal rows, part_start, step_call, backwards, batches, batch
         nonlocal first_loader, closing_trigger, samples, elements, has_user_phases
-        if needs_slow_commit or open_user_phases or backwards > batches > 0:
+        if needs_slow_commit or rows >= slow_row or open_user_phases or backwards > batches > 0:
             commit_slow(t)
             return
 

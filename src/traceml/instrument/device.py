@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
+from traceml.clock import monotonic_ns
 from traceml.database.flight.row_rings import Ring
 from traceml.database.schema import DEVICE_PHASES, DEVICE_STEPS, PHASE_COLUMNS, Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.phase_timer import OTHER
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["CudaDevice", "DeviceMarkingSlots", "DeviceTimes", "built_devices"]
+__all__ = ["CudaDevice", "DeviceMarkingSlots", "DeviceTimes", "built_devices", "level_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _BACKWARD = int(Phase.BACKWARD)
@@ -57,17 +58,26 @@ class _PendingStep(NamedTuple):
     pool: list[Any]
 
 
+def level_of(error: Exception) -> int:
+    """Return the level at which to log an error of a call to the device.
+
+    After a kernel of the script has failed, as by an index that is too large, every call does. The script sees it, too:
+    ours would only hide its traceback.
+    """
+    return logging.DEBUG if str(error).startswith(("CUDA error", "HIP error")) else logging.WARNING
+
+
 class DeviceMarkingSlots:
     """Open-phase words of the flight file that also mark each change of phase on the device.
 
-    Hooks store into them at each change of phase, after they have set the clock's `current`. Without a device, hooks
-    store into the mapping directly and this class costs nothing.
+    Hooks store into them at each change of phase, after they have set the clock's `current`. In steps whose device
+    time is not measured, hooks store into the mapping directly and this class costs nothing.
     """
 
-    __slots__ = ("_clock", "_device", "_slots")
+    __slots__ = ("_clock", "_mark", "_slots")
 
-    def __init__(self, clock: StepClock, device: DeviceTimes) -> None:
-        self._clock, self._device, self._slots = clock, device, clock.open_slots
+    def __init__(self, clock: StepClock, slots: Any, mark: Callable[[int, bool], None]) -> None:
+        self._clock, self._slots, self._mark = clock, slots, mark
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -77,12 +87,15 @@ class DeviceMarkingSlots:
 
     def __setitem__(self, index: int, value: int) -> None:
         self._slots[index] = value
-        if index < OTHER and self._device.marks:  # the slot of a phase, in a step that is measured
-            self._device.mark(self._clock.current, begins=value != 0)
+        if index < OTHER:  # the slot of a phase
+            self._mark(self._clock.current, value != 0)
 
 
-def _fail_open(method: F) -> F:
-    """Return a method of `DeviceTimes` that on an error drops the open step's measurement and returns False."""
+def _at_end_of_part(method: F) -> F:
+    """Return a method of `DeviceTimes` after which the hooks mark, or no longer do.
+
+    On an error it drops the open step's measurement and returns False.
+    """
 
     @functools.wraps(method)
     def call(self: DeviceTimes, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +104,8 @@ def _fail_open(method: F) -> F:
         except Exception as error:  # noqa: BLE001 - fail open
             self.fail(error)
             return False
+        finally:
+            self.follow()
 
     return cast("F", call)
 
@@ -111,6 +126,8 @@ class DeviceTimes:
 
     def __init__(self, clock: StepClock, ring: Ring, device: CudaDevice) -> None:
         self._clock, self._ring, self._device = clock, ring, device
+        self._slots = clock.open_slots
+        self._marking_slots = DeviceMarkingSlots(clock, self._slots, self.mark)
         self._pools: dict[int, list[Any]] = {}  # by device
         self._home: _TrainingStream | None = None
         self._next_home: _TrainingStream | None = None  # where a backward pass of this step ran instead
@@ -118,35 +135,50 @@ class DeviceTimes:
         self._cut: int | None = None  # number of marks before the cut
         self._is_whole = True  # the marks begin with the step, not at a cut in it
         self._pending: deque[_PendingStep] = deque()
+        self._open_ns = 0  # time that marks of the open step have taken on the host
+        self._cost_ns: deque[int] = deque(maxlen=31)  # the same of steps that were measured, with their ends
+        self._since, self._apart = 0, 1  # the last step that was measured, and its distance from the one before
 
-    @_fail_open
-    def mark(self, phase: int, *, begins: bool) -> None:
-        """Mark a change of phase in a step that is measured.
+    def follow(self) -> None:
+        """Let the hooks mark each change of phase if the open step is measured."""
+        self._clock.open_slots = self._marking_slots if self.marks else self._slots
+
+    def mark(self, phase: int, begins: bool) -> None:
+        """Mark a change of phase, if the step is measured.
 
         Args:
             phase: the phase that time belongs to from now on.
             begins: whether it begins here; else an inner phase has ended.
         """
         marks = self.marks
-        if phase not in _MARKED:
-            phase = OTHER  # these phases launch no work
-
-        if phase == marks[-1][1]:
+        if not marks:
             return
 
-        if len(marks) >= _MAX_MARKS or self._device.is_capturing():
-            self._drop(marks)
-        elif not begins or phase == OTHER or self._training().key == self._device.current():
-            marks.append((self._recorded(), phase))
-        elif phase == _BACKWARD:
-            self._next_home = self._here()
+        try:
+            start = monotonic_ns()
+            if phase not in _MARKED:
+                phase = OTHER  # these phases launch no work
+
+            if phase == marks[-1][1]:
+                return
+
+            if len(marks) >= _MAX_MARKS or self._device.is_capturing():
+                self._drop(marks)
+            elif not begins or phase == OTHER or self._training().key == self._device.current():
+                marks.append((self._recorded(), phase))
+            elif phase == _BACKWARD:
+                self._next_home = self._here()
+
+            self._open_ns += monotonic_ns() - start
+        except Exception as error:  # noqa: BLE001 - fail open
+            self.fail(error)
 
     def mark_own(self) -> None:
         """Mark the last local gradient; the autograd engine calls it on any of its threads."""
         if self.marks and self.marks[-1][1] == _BACKWARD:
-            self.mark(_WAITING, begins=False)
+            self.mark(_WAITING, False)
 
-    @_fail_open
+    @_at_end_of_part
     def cut(self) -> None:
         """Mark a cut: what follows may belong to another step."""
         starts = not self.marks and self._clock.is_detailed(self._clock.rows + 1)
@@ -157,14 +189,15 @@ class DeviceTimes:
         self._cut, self._is_whole = len(self.marks), self._is_whole and not starts
         self.marks.append((self._recorded(), phase))
 
-    @_fail_open
+    @_at_end_of_part
     def discard(self) -> None:
         """Drop the measurement of this step: what followed the cut was evaluation."""
         self._drop(self.marks)
 
-    @_fail_open
+    @_at_end_of_part
     def close(self, step: int) -> bool:
         """End the step (-1: without a row) and begin the next; return whether a device row will follow."""
+        start = monotonic_ns()
         marks, is_whole = self.marks, self._is_whole and step >= 0
         self._begin([])
         if self._device.is_capturing():
@@ -183,9 +216,14 @@ class DeviceTimes:
             # The end of one step is the start of the next: both share the event, and the later one returns it.
             self.marks.append((end, OTHER))
 
+        if measured:
+            self._cost_ns.append(self._open_ns + monotonic_ns() - start)
+            self._since, self._apart = step, max(step - self._since, 1)
+
+        self._open_ns = 0
         return measured
 
-    @_fail_open
+    @_at_end_of_part
     def close_prefix(self, step: int) -> bool:
         """End the step at the cut, where the next one began; return whether a device row will follow."""
         if self._cut is None:
@@ -223,6 +261,12 @@ class DeviceTimes:
 
         return measured
 
+    @property
+    def ns_per_step(self) -> int:
+        """What measuring costs a step on the host, on average, in ns: the median of the last steps that had it."""
+        ordered = sorted(self._cost_ns)
+        return ordered[(len(ordered) - 1) // 2] // self._apart if ordered else 0
+
     def drain(self) -> None:
         """Read all complete steps, at the end of the run."""
         self._read(len(self._pending))
@@ -230,7 +274,7 @@ class DeviceTimes:
     def fail(self, error: Exception) -> None:
         """Drop the measurement of the open step, and its events, one of which has failed; log and count it."""
         self._begin([])
-        with fail_open(_log, "instrument", _LOST, once=True):
+        with fail_open(_log, "instrument", _LOST, once=True, level=level_of(error)):
             raise error
 
     def _begin(self, marks: Marks) -> None:
@@ -259,40 +303,42 @@ class DeviceTimes:
 
     def _has_read(self, pending: _PendingStep) -> bool:
         """Append the row of a step; return False if the device has not finished it. One that fails counts as read."""
-        with fail_open(_log, "instrument", _LOST, once=True):
-            if not pending.end.query():
+        try:
+            if not self._device.query(pending.end):
                 return False
 
-            self._ring.append(pending.step, *_durations(pending.marks, pending.end))
+            self._ring.append(pending.step, *self._durations(pending.marks, pending.end))
             pending.pool.extend(event for event, _ in pending.marks)
             if not pending.is_shared:
                 pending.pool.append(pending.end)
+        except Exception as error:
+            with fail_open(_log, "instrument", _LOST, once=True, level=level_of(error)):
+                raise
 
         return True
 
     def _recorded(self) -> Any:
         home = self._training()
         event = home.pool.pop() if home.pool else self._device.event()
-        event.record(home.stream)
+        self._device.record(event, home.stream)
         return event
+
+    def _durations(self, marks: Marks, end: Any) -> list[int]:
+        """Return the columns of a device row after `step`: the total and the phases, in ns."""
+        elapsed_ms, spent = self._device.elapsed_ms, dict.fromkeys((*_PHASES, _WAITING, OTHER), 0)
+        for (event, phase), (after, _) in zip(marks, [*marks[1:], (end, OTHER)], strict=True):
+            spent[phase] += round(elapsed_ms(event, after) * 1e6)
+
+        total = sum(spent.values())
+        spent[_OWN] = spent[_BACKWARD] if any(phase == _WAITING for _, phase in marks) else -1
+        spent[_BACKWARD] += spent[_WAITING]
+        return [total, *(spent[phase] for phase in _SOURCES)]
 
     def _drop(self, marks: Marks) -> None:
         # The first mark may also be the end of a pending step: leave it to the garbage collector.
         self._training().pool.extend(event for event, _ in marks[1:])
         marks.clear()
         self._cut, self._is_whole = None, True
-
-
-def _durations(marks: Marks, end: Any) -> list[int]:
-    """Return the columns of a device row after `step`: the total and the phases, in ns."""
-    spent = dict.fromkeys((*_PHASES, _WAITING, OTHER), 0)
-    for (event, phase), (after, _) in zip(marks, [*marks[1:], (end, OTHER)], strict=True):
-        spent[phase] += round(event.elapsed_time(after) * 1e6)
-
-    spent[_OWN] = spent[_BACKWARD] if any(phase == _WAITING for _, phase in marks) else -1
-    spent[_BACKWARD] += spent[_WAITING]
-    total = round(marks[0][0].elapsed_time(end) * 1e6)
-    return [total, *(spent[phase] for phase in _SOURCES)]
 
 
 class CudaDevice:
@@ -304,10 +350,16 @@ class CudaDevice:
         # Whether the script uses CUDA. It asks no driver: that would break later forks and `CUDA_VISIBLE_DEVICES`.
         self.is_initialized: Callable[[], bool] = torch.cuda.is_initialized
         self._event: Callable[..., Any] = torch.cuda.Event
-        # While a graph is captured, no event may be recorded or asked.
-        self.is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
         self.stream: Callable[[], Any] = torch.cuda.current_stream
-        # Private, so optional: they take a tenth of the time.
+        # Private, so optional: the methods in C of events, and functions that take a tenth of the time.
+        base: Any = getattr(torch._C, "_CudaEventBase", None)
+        event: Any = base if hasattr(base, "record") else torch.cuda.Event
+        self.record: Callable[[Any, Any], None] = event.record
+        self.query: Callable[[Any], bool] = event.query
+        self.elapsed_ms: Callable[[Any, Any], float] = event.elapsed_time
+        public = torch.cuda.is_current_stream_capturing
+        # While a graph is captured, no event may be recorded or asked.
+        self.is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", public)
         self._index: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
         self._handle: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 

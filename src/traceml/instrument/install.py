@@ -123,7 +123,8 @@ class Instrumentation:
 
     def hook_ns_per_step(self) -> int:
         """Cost of hooks and row per step in ns, measured on this rank (see `overhead`); 0 before the first sample."""
-        return 0 if self.events.torch_hooks is None else self.events.torch_hooks.overhead.ns_per_step
+        hooks, device = self.events.torch_hooks, self.clock.device
+        return (hooks.overhead.ns_per_step if hooks else 0) + (device.ns_per_step if device else 0)
 
     def close_open_step(self) -> None:
         """End timing: the open step becomes a row if it has an optimizer step call, else it is dropped."""

@@ -25,6 +25,7 @@ __all__ = [
     "FIRST_USER",
     "MAINTENANCE_MASK",
     "NOT_READY",
+    "NO_ROW",
     "ON_FORWARD",
     "OTHER",
     "Began",
@@ -35,6 +36,8 @@ __all__ = [
 
 OTHER = len(Phase)  # the bucket of time in no phase; never read: it is the rest of the total
 FIRST_USER = OTHER + 1  # user phase k: its time is at FIRST_USER + 2k, its count at FIRST_USER + 2k + 1
+_MEASURED_FIRST = 16
+NO_ROW = 1 << 62  # no run has as many
 _INPUT_WAIT, _FORWARD, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.FORWARD), int(Phase.BACKWARD)
 _OPTIMIZER, _USER = int(Phase.OPTIMIZER), int(Phase.USER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
@@ -117,6 +120,10 @@ class StepDeviceTimer(Protocol):
     def drain(self) -> None:
         """Read what is complete, at the end of the run."""
 
+    @property
+    def ns_per_step(self) -> int:
+        """What measuring costs a step on the host, on average, in ns."""
+
 
 class PhaseTimer:
     """Times of the open step, by phase.
@@ -131,7 +138,7 @@ class PhaseTimer:
 
     thread: int  # the training thread; no thread has the number 0, which switches all hooks off
     current: int  # the phase that time belongs to now
-    open_slots: Any  # the flight file's words, or a `DeviceMarkingSlots`
+    open_slots: Any  # the flight file's words; a `DeviceMarkingSlots` in steps whose device time is measured
     # Time of the phases present in every loop, in nanoseconds; the other phases are in `rare_times`.
     input_ns: int
     forward_ns: int
@@ -156,6 +163,7 @@ class PhaseTimer:
     first_loader: Any  # the first loader that gave a batch in this step
     needs_slow_commit: bool  # closing this step takes all rules: see `commit_slow`
     has_user_phases: bool  # this step has time in user phases
+    slow_row: int  # from this row on, closing a step takes all rules too
     needs_slow_backward: bool  # backward passes take the slow path: see `StepClock.plan_backward`
 
     hook: Callable[..., Callable[..., Any]] | None = None  # makes hooks in C; None: hooks are Python functions
@@ -179,10 +187,12 @@ class PhaseTimer:
         self.group: Any = None  # the default process group once there is one
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
         self.reductions: ReductionCounter | None = None  # once there is a parallel model
-        self.extras = False  # there is a device, or a group with several ranks
-        self.slow_commits = False  # there are `extras` or a profile: every step needs a slow commit
+        self.is_grouped = False  # there is a process group with several ranks
+        self.slow_commits = False  # there is such a group, or a profile: every step needs a slow commit
         self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
+        self.all_measured_to = -1  # the last of the first steps with a device
         self.mean_ns = 0
+        self.slow_row = NO_ROW
 
         self.rows, self.before = self.ring.appended, 0
         self.current, self.needs_slow_backward = OTHER, True
@@ -196,6 +206,11 @@ class PhaseTimer:
         self.inspects, self.input_shape = False, None
         self.input_samples = self.input_elements = 0
         self.split_size = 0  # size of the loader's batches where each backward pass is on a part of one
+
+    @property
+    def extras(self) -> bool:
+        """Whether there is more to measure than times on the host: a device, or waiting for other ranks."""
+        return self.is_grouped or self.device is not None
 
     @property
     def step(self) -> int:
@@ -374,7 +389,7 @@ class PhaseTimer:
             self.times, t, total, self.micro_batches, flags, self.own + self.committed_own_ns, self.committed_data
         )
         self._clear(t)
-        self.plan_backward()
+        self.plan_step()
         if self.at_boundary is not None:
             self.cross_boundary()
 
@@ -390,7 +405,7 @@ class PhaseTimer:
         if function is not None:
             self.slow_commits = self.needs_slow_commit = True
         else:
-            self.slow_commits = self.extras
+            self.slow_commits = self.is_grouped
 
     def cross_boundary(self) -> None:
         """Call the function of `call_at_boundary`: a step has ended, and the next one has begun."""
@@ -415,7 +430,10 @@ class PhaseTimer:
             self.mean_ns += (total - self.mean_ns) >> 4
 
     def plan_backward(self) -> None:
-        """Decide what the next step measures."""
+        """Decide whether backward passes take the slow path."""
+
+    def plan_step(self) -> None:
+        """Decide what the step that begins measures, and which step is the next to need a slow commit."""
 
     def append_step(
         self,
@@ -431,7 +449,7 @@ class PhaseTimer:
         n, step = self.rows, self.step
         columns = times[:OTHER]
         columns[_USER] = self._append_users(times) if self.users else 0
-        sequence = self.sequence() if self.sequence is not None and self.extras else 0
+        sequence = self.sequence() if self.sequence is not None and self.is_grouped else 0
         own = own if flags & _CALLBACK else -1
         if self.committed_fingerprint:
             self._append_fingerprint(step, self.committed_fingerprint)
@@ -445,14 +463,11 @@ class PhaseTimer:
         if not n & MAINTENANCE_MASK:
             self.listener.maintain(times[_FORWARD], micro_batches)
 
-    def use_device(self, device: StepDeviceTimer, slots: Any) -> None:
-        """Measure device time too, from the next step.
-
-        Args:
-            slots: replacement for `open_slots` that also notifies the timer.
-        """
-        self.device, self.open_slots = device, slots
-        self.extras = self.slow_commits = self.needs_slow_commit = True
+    def use_device(self, device: StepDeviceTimer) -> None:
+        """Measure device time too, from the next step, and in all of the first ones."""
+        self.device = device
+        self.all_measured_to = self.step + _MEASURED_FIRST
+        self.needs_slow_commit = True
 
     def stop(self) -> None:
         """Switch all hooks off permanently, in every thread and context."""

@@ -140,7 +140,7 @@ class TorchHooks:
         """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
         if self._cuda is not None and self._clock.device is None and self._cuda.is_initialized():
             times = device.DeviceTimes(self._clock, self._flight.ring("device_steps"), self._cuda)
-            self._clock.use_device(times, device.DeviceMarkingSlots(self._clock, times))
+            self._clock.use_device(times)
 
     # ---- called by the hooks ----
 

@@ -70,7 +70,7 @@ class DefaultGroup:
         clock.group = group
         self._report(InfoKind.GROUP, group_size=distributed.get_world_size())
         if distributed.get_world_size() > 1:
-            clock.extras = clock.slow_commits = clock.needs_slow_commit = clock.needs_slow_backward = True
+            clock.is_grouped = clock.slow_commits = clock.needs_slow_commit = clock.needs_slow_backward = True
             # Private, so optional; it raises until the first collective of the group.
             clock.sequence = _without_errors(getattr(group, "_get_sequence_number_for_group", None))
 
@@ -86,9 +86,10 @@ class DefaultGroup:
             self._report(InfoKind.MESH, coordinates=coordinates)
 
     def _drop(self) -> None:
-        self._clock.group = self._clock.sequence = None
-        self._clock.extras = self._clock.device is not None
-        self._clock.needs_slow_backward = self._clock.extras or self._clock.awaits_backward
+        clock = self._clock
+        clock.group = clock.sequence = None
+        clock.is_grouped, clock.slow_commits = False, clock.at_boundary is not None
+        clock.needs_slow_backward = clock.needs_slow_backward or clock.awaits_backward
 
     @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:

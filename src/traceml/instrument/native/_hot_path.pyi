@@ -35,6 +35,7 @@ class HotFields:
     batches: int
     last_optimizer: int
     loss_mask: int
+    slow_row: int
     failure: int
     failed_in: int
     input_samples: int

@@ -99,7 +99,7 @@ static int append_user_phases(HotFields *hot, long long *total) {
 }
 
 int commit_step(HotFields *hot, long long t) {
-    int is_whole = !hot->needs_slow_commit && !hot->open_users && hot->count;
+    int is_whole = !hot->needs_slow_commit && hot->rows < hot->slow_row && !hot->open_users && hot->count;
     if (!LIKELY(is_whole && !(hot->batches > 0 && hot->backwards > hot->batches)))
         return call_method(hot, "commit_slow", t, NULL);
 
@@ -225,7 +225,7 @@ static PyMemberDef members[] = {
     {"thread", T_ULONG, offsetof(HotFields, thread), 0, NULL},
     NUMBER(current), NUMBER(input_ns), NUMBER(forward_ns), NUMBER(backward_ns), NUMBER(optimizer_ns), NUMBER(rows),
     NUMBER(before), NUMBER(part_start), NUMBER(step_call), NUMBER(backwards), NUMBER(batches), NUMBER(last_optimizer),
-    NUMBER(failure), NUMBER(failed_in),
+    NUMBER(slow_row), NUMBER(failure), NUMBER(failed_in),
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
     TRUTH(needs_slow_commit), TRUTH(has_user_phases), TRUTH(needs_slow_backward), TRUTH(inspects),
     OBJECT(closing_trigger), OBJECT(batch), OBJECT(first_loader), OBJECT(usual_trigger), OBJECT(usual_loader),

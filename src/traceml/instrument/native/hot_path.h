@@ -47,7 +47,7 @@ typedef struct {
     long long backwards, batches, rows, part_start;
     long long input_ns, forward_ns, backward_ns, optimizer_ns;
     long long input_samples, input_elements, samples, elements;
-    long long step_call, last_optimizer, loss_mask, before;
+    long long step_call, last_optimizer, loss_mask, before, slow_row;
     long long failure, failed_in; /* id of the exception that left a hook last, and the phase */
     /* From `connect`: the memory of the flight file, and objects of the clock's rules. */
     long long *count, *first_row;

@@ -23,6 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from traceml.clock import monotonic_ns
 from traceml.database.flight.row_rings import Ring
 from traceml.fail_open import fail_open
+from traceml.instrument.device import level_of
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
@@ -113,8 +114,11 @@ class LossReader:
 
     def finish(self) -> None:
         """Append what is complete, at the end of the run."""
-        self._collect()
-        self._flush()
+        try:
+            self._collect()
+            self._flush()
+        except Exception as error:  # noqa: BLE001 - fail open
+            self._fail(error)
 
     def _read_device(self, tensor: Any) -> None:
         if not self._device.has(tensor):
@@ -164,7 +168,7 @@ class LossReader:
         """Read no further losses."""
         self._broken = True
         self._copies.clear()
-        with fail_open(_log, "instrument", "losses are no longer read"):
+        with fail_open(_log, "instrument", "losses are no longer read", level=level_of(error)):
             raise error
 
 
