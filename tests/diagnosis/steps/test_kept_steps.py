@@ -185,7 +185,7 @@ def test_device_times_take_the_place_of_what_the_cpu_saw():
     put(kept, 0, rows)
     device = np.zeros(40, DEVICE_STEPS.dtype)
     device["step"], device["forward_ns"], device["backward_ns"] = np.arange(40), 5_000_000, 10_000_000
-    device["backward_own_ns"] = -1
+    device["total_ns"], device["backward_own_ns"] = 20_000_000, -1
     kept.scatter_device(np.zeros(40, np.int64), device)
 
     aligned = kept.aligned()
@@ -199,7 +199,55 @@ def test_device_times_take_the_place_of_what_the_cpu_saw():
 def device_rows(steps: np.ndarray, forward_ns: int) -> np.ndarray:
     rows = np.zeros(len(steps), DEVICE_STEPS.dtype)
     rows["step"], rows["forward_ns"], rows["backward_ns"], rows["backward_own_ns"] = steps, forward_ns, MS, MS // 2
+    rows["total_ns"] = 2 * MS
     return rows
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_steps_of_a_host_that_runs_ahead_are_those_of_the_device(interval: int) -> None:
+    """It launches nine steps in 2 ms each, and waits 82 ms for the device in the tenth: each step takes 10 ms."""
+    kept = KeptSteps(256)
+    rows = some_rows(0, 200, total=2 * MS)
+    rows["total_ns"][9::10] = 82 * MS
+    put(kept, 0, rows)
+    device = device_rows(np.arange(0, 200, interval), 6 * MS)
+    device["total_ns"], device["backward_ns"] = 10 * MS, 3 * MS
+    kept.scatter_device(np.zeros(len(device), np.int64), device)
+
+    aligned = kept.aligned()
+
+    assert aligned.total.mean() == pytest.approx(10 * MS, rel=0.01)
+    assert aligned.total.max() < 12 * MS
+    assert aligned.times["other"].mean() == pytest.approx(MS, rel=0.05)
+
+
+def test_a_pause_of_the_host_stays_a_long_step() -> None:
+    """It launches short steps that the device does at once, and works 100 ms in a step that is not measured."""
+    kept = KeptSteps(256)
+    rows = some_rows(0, 200, total=2 * MS)
+    rows["total_ns"][37::50] = 100 * MS
+    put(kept, 0, rows)
+    kept.scatter_device(np.zeros(50, np.int64), device_rows(np.arange(0, 200, 4), MS // 2))
+
+    aligned = kept.aligned()
+
+    assert np.flatnonzero(aligned.total[0] > 50 * MS).tolist() == [each - 10 for each in (37, 87, 137, 187)]
+
+
+def test_a_pause_of_a_host_that_runs_ahead_is_what_the_device_waits() -> None:
+    """It runs ahead by nine steps of 10 ms, and pauses 100 ms after it has waited for the device."""
+    kept = KeptSteps(256)
+    rows = some_rows(0, 200, total=2 * MS)
+    rows["total_ns"][9::10] = 82 * MS
+    rows["total_ns"][49::50] = 182 * MS
+    put(kept, 0, rows)
+    device = device_rows(np.arange(0, 200, 2), 6 * MS)
+    device["total_ns"] = 10 * MS
+    kept.scatter_device(np.zeros(100, np.int64), device)
+
+    aligned = kept.aligned()
+
+    assert np.flatnonzero(aligned.total[0] > 50 * MS).tolist() == [each - 10 for each in (49, 99, 149, 199)]
 
 
 def test_steps_without_device_times_have_the_mean_of_the_others():

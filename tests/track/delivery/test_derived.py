@@ -196,7 +196,7 @@ def device_run() -> tuple[Any, Any]:
     rows["step"] = device["step"] = np.arange(100)
     rows["total_ns"], rows["forward_ns"], rows["backward_own_ns"] = 10_000_000, 1_000_000, -1
     rows["t_end_ns"], rows["bits"] = np.cumsum(rows["total_ns"]), pack_bits(1, int(StepFlag.DEVICE), 0)
-    device["forward_ns"], device["backward_own_ns"] = 6_000_000, -1
+    device["total_ns"], device["forward_ns"], device["backward_own_ns"] = 10_000_000, 6_000_000, -1
     return rows, device
 
 
@@ -204,6 +204,16 @@ def device_run() -> tuple[Any, Any]:
 def test_device_times_are_joined_to_their_steps_however_late(size: int) -> None:
     rows, device = device_run()
     found = derive([*frames(STEPS, rows, size), *frames(DEVICE_STEPS, device, 7)], interval_s=1000)
+
+    assert named(found, "traceml/share/forward") == [pytest.approx(0.6)]
+
+
+def test_a_host_that_runs_ahead_says_nothing_of_a_step() -> None:
+    """Where it waits for the device in every tenth step, as in `loss.item()`, the share of forward is the device's."""
+    rows, device = device_run()
+    rows["total_ns"] = np.where(rows["step"] % 10 == 9, 82_000_000, 2_000_000)
+    rows["t_end_ns"] = np.cumsum(rows["total_ns"])
+    found = derive([*frames(STEPS, rows, 100), *frames(DEVICE_STEPS, device, 100)], interval_s=1000)
 
     assert named(found, "traceml/share/forward") == [pytest.approx(0.6)]
 

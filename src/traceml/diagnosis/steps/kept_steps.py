@@ -22,6 +22,7 @@ from traceml.diagnosis.steps.step_split import (
     leave_out_waiting,
     put_device_times,
     spread_device_times,
+    step_times_on_device,
 )
 
 __all__ = ["MAX_CELLS", "MAX_USER_PHASES", "KeptSteps", "Rows", "SampledSteps", "slots_for"]
@@ -32,7 +33,7 @@ Rows = NDArray[np.void]
 _DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["samples"] + 1)
 _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
 _BITS, _PROFILED = STEPS.index["bits"], int(StepFlag.PROFILED)
-_DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
+_DEVICE_VALUES = (*DEVICE_LABELS, "backward_own", "total")
 
 # A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
 MAX_CELLS = 640_000
@@ -294,6 +295,7 @@ class KeptSteps:
             return False
 
         values = dict(zip(_DEVICE_VALUES, np.moveaxis(self._device[1][at], -1, 0), strict=True))
+        np.copyto(total, step_times_on_device(total, values["total"], found))
         measured = {name: np.where(found, values[name], 0) for name in DEVICE_LABELS}
         device = spread_device_times(measured, total, 1, found)
         device["backward_own"] = np.where(found, values["backward_own"], -1)

@@ -6,6 +6,7 @@ One rule for report, verdict, charts, live view, exports and trackers:
   count for as long as the device is idle.
 - Device times are measured on some steps. On the others they are the mean of the measured ones, so that no mean mixes
   the two clocks. They are used if every rank has some.
+- With them a step is the time from step to step on the device: see `step_times_on_device`.
 - Backward is own work until the last local gradient. The rest of it is waiting for other ranks, which counts as `comm`.
   A single rank waits for nobody.
 - Own backward is measured on some steps. On the others it is the mean of the measured ones.
@@ -33,12 +34,16 @@ __all__ = [
     "put_device_times",
     "split_backward",
     "spread_device_times",
+    "step_times_on_device",
 ]
 
 Floats = NDArray[np.floating[Any]]
 
 PHASES = (*PHASE_LABELS, "other")
 """The phases of a step; they add up to its total. As rows have it, `backward` includes the waiting inside it."""
+
+AHEAD_SHARE = 0.2
+"""If the host's step times differ by this share from those of the device, it runs ahead of it."""
 
 DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
 """The phases whose time passes on the device, where there is one."""
@@ -66,6 +71,40 @@ def put_device_times(
     for phase in _HOST_LABELS:
         np.copyto(times[phase], np.minimum(times[phase], idle), where=found)
         idle = idle - times[phase]
+
+
+def step_times_on_device(total: Floats, device: Floats, found: NDArray[np.bool_]) -> Floats:
+    """Return the times from step to step on the device.
+
+    A host that only launches work runs ahead of the device, until something waits for it, such as `loss.item()` in
+    every tenth step: its own step times say when it waited, not how long the steps took. Where the host does not run
+    ahead, its times are those of the device. Else each step of the device ends when the host has launched it, and its
+    work, of the usual time, is done after that of the step before.
+
+    Args:
+        total: time of each step on the host, rank x step.
+        device: the same on the device, where measured.
+        found: steps that were measured; each rank has some.
+    """
+    steps = np.where(found, device, total)
+    for row in np.flatnonzero(~found.all(axis=1)).tolist():
+        mine, times = found[row], total[row]
+        apart = np.abs(device[row][mine] - times[mine]).sum()
+        if apart > AHEAD_SHARE * device[row][mine].sum():
+            usual = min(float(np.median(device[row][mine])), float(times.mean()))
+            steps[row] = np.where(mine, device[row], _paced(times, usual))
+
+    return steps
+
+
+def _paced(times: Floats, usual: float) -> Floats:
+    """Return times on a device that needs the usual time for each step, and is given it at the end of the host's."""
+    paced, behind = [], 0.0
+    for time in times.tolist():
+        before, behind = behind, max(behind + usual - time, 0.0)
+        paced.append(time + behind - before)
+
+    return np.array(paced, times.dtype)
 
 
 def mean_own(own: Floats) -> Floats:

@@ -280,19 +280,20 @@ class DerivedMetrics:
         if steps is None or not len(rows):
             return
 
+        total = rows["total_ns"] if device is None else device["total_ns"]
         times = {name: rows[f"{name}_ns"].astype(np.float64) for name in PHASE_LABELS}
         own = np.where(rows["backward_own_ns"] < 0, np.nan, rows["backward_own_ns"])
         if device is not None:
             values = {name: device[f"{name}_ns"] for name in (*DEVICE_LABELS, "backward_own")}
-            put_device_times(times, own, rows["total_ns"], values, np.ones(len(rows), bool))
+            put_device_times(times, own, total, values, np.ones(len(rows), bool))
 
-        times["other"] = np.maximum(rows["total_ns"] - sum(times.values()), 0)
+        times["other"] = np.maximum(total - sum(times.values()), 0)
         own = np.minimum(own, times["backward"])[~np.isnan(own)]
         new = {
             "steps": len(rows),
             "measured": len(own),
             "own": float(own.sum()),
-            "total": float(rows["total_ns"].sum()),
+            "total": float(total.sum()),
         }
         new |= {name: float(values.sum()) for name, values in times.items()}
         clock = "split" if device is None else "device_split"
