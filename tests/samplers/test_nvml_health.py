@@ -57,6 +57,14 @@ class FaultyDriver(Driver):
         out._obj.value = 1980
         return 0
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Any, out: Any) -> int:
+        out._obj.value = 400_000
+        return 0
+
+    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: Any, out: Any) -> int:
+        out._obj.value = 700_000
+        return 0
+
 
 def test_counters_are_noted_when_they_change_and_events_once() -> None:
     """Each five seconds; nothing while nothing happens."""
@@ -66,7 +74,8 @@ def test_counters_are_noted_when_they_change_and_events_once() -> None:
     assert len(list(sampler.sample(0, 1))) == 2
 
     sound = {"kind": "gpu_health", "step": 1, "ecc_errors": 0, "remap_pending": 0, "remap_failed": 0}
-    assert rows == [{**sound, "index": index, "max_clock_mhz": 1980} for index in (0, 1)]
+    limits = {"max_clock_mhz": 1980, "power_limit_w": 400, "default_power_limit_w": 700}
+    assert rows == [{**sound, "index": index, **limits} for index in (0, 1)]
 
     rows.clear()
     for second in range(1, 12):

@@ -1,4 +1,4 @@
-"""Faults of devices as NVML reports them: XID events, memory errors, rows that are remapped; and the highest clock."""
+"""Faults of devices as NVML reports them: XID events, memory errors, rows that are remapped; and their limits."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class DeviceHealth(NamedTuple):
     remap_pending: int = _UNKNOWN  # 1 if memory waits for the next reset to be replaced, else 0
     remap_failed: int = _UNKNOWN  # 1 if there was no spare memory to replace it, else 0
     max_clock_mhz: int = _UNKNOWN  # highest clock of the SMs
+    power_limit_w: int = _UNKNOWN  # power that it may draw
+    default_power_limit_w: int = _UNKNOWN  # the same if nobody has changed it
 
 
 class _EventData(ctypes.Structure):
@@ -70,7 +72,7 @@ class NvmlHealth:
 
     def read(self, device: NvmlDevice) -> DeviceHealth:
         """Return the counters of a device."""
-        errors, clock = ctypes.c_ulonglong(), ctypes.c_uint()
+        errors, clock, limit, default = ctypes.c_ulonglong(), ctypes.c_uint(), ctypes.c_uint(), ctypes.c_uint()
         corrected, uncorrected, pending, failed = (ctypes.c_uint() for _ in range(4))
         has_errors = self._call(
             "nvmlDeviceGetTotalEccErrors", device.handle, ctypes.c_uint(_UNCORRECTED), ctypes.c_uint(_VOLATILE),
@@ -82,11 +84,15 @@ class NvmlHealth:
         has_clock = self._call(
             "nvmlDeviceGetMaxClockInfo", device.handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)
         )
+        has_limit = self._call("nvmlDeviceGetEnforcedPowerLimit", device.handle, ctypes.byref(limit))
+        has_default = self._call("nvmlDeviceGetPowerManagementDefaultLimit", device.handle, ctypes.byref(default))
         return DeviceHealth(
             errors.value if has_errors else _UNKNOWN,
             pending.value if has_rows else _UNKNOWN,
             failed.value if has_rows else _UNKNOWN,
             clock.value if has_clock else _UNKNOWN,
+            limit.value // 1000 if has_limit else _UNKNOWN,
+            default.value // 1000 if has_default else _UNKNOWN,
         )
 
     def nvlink_domain(self, device: NvmlDevice) -> str | None:

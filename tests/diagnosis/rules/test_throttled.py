@@ -77,6 +77,16 @@ def test_what_slows_nothing_down_is_silent(machine):
     assert found(machine) == []
 
 
+@pytest.mark.parametrize(("limit_w", "kinds"), [(700, []), (400, [Kind.THROTTLED])])
+def test_the_power_limit_counts_where_somebody_has_lowered_it(limit_w: int, kinds: list[Kind]) -> None:
+    """At its default, a device that computes all the time cannot keep its highest clock."""
+    health = GpuHealthHistory()
+    health.add(0, {"index": 3, "power_limit_w": limit_w, "default_power_limit_w": 700})
+    facts = JobFacts(samples=samples(POWER), health=health)
+
+    assert [each.kind for each in diagnose(window_of(ALONE), facts) if each.kind is Kind.THROTTLED] == kinds
+
+
 def test_a_clock_limit_far_below_the_highest_clock_is_reported():
     """Somebody has set it; the device could run faster."""
     (finding,) = found(samples(APPLICATION, share=1.0), 1980)

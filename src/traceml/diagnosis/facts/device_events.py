@@ -10,7 +10,10 @@ import msgspec
 __all__ = ["GpuHealth", "GpuHealthHistory", "SegmentTurnover", "TurnoverHistory"]
 
 _MAX_XIDS = 16
-_COUNTERS = ("ecc_errors", "remap_pending", "remap_failed", "max_clock_mhz")
+_COUNTERS = (
+    "ecc_errors", "remap_pending", "remap_failed", "max_clock_mhz", "power_limit_w", "default_power_limit_w",
+)  # fmt: skip
+_LOWERED = 0.98
 
 
 class GpuHealth(msgspec.Struct):
@@ -22,6 +25,8 @@ class GpuHealth(msgspec.Struct):
         ecc_errors: the same now.
         remap_pending, remap_failed: whether memory waits for a reset to be replaced, or cannot be.
         max_clock_mhz: highest clock; -1 where it is not known.
+        power_limit_w, default_power_limit_w: power that it may draw, and may draw unless somebody changes it; -1 where
+            that is not known.
         xids: its first XID events: number and open step.
     """
 
@@ -32,12 +37,19 @@ class GpuHealth(msgspec.Struct):
     remap_pending: int = -1
     remap_failed: int = -1
     max_clock_mhz: int = -1
+    power_limit_w: int = -1
+    default_power_limit_w: int = -1
     xids: list[tuple[int, int]] = []
 
     @property
     def new_errors(self) -> int:
         """Memory errors since the run began."""
         return max(self.ecc_errors - self.ecc_before, 0)
+
+    @property
+    def has_default_power(self) -> bool:
+        """Whether it may draw the power that it is made for: at that limit, a lower clock is usual under full load."""
+        return self.power_limit_w >= _LOWERED * self.default_power_limit_w > 0
 
 
 class GpuHealthHistory:

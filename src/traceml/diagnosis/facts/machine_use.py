@@ -13,7 +13,7 @@ from traceml.database.row_arrays import join_rows
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
-__all__ = ["SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse"]
+__all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse"]
 
 MAX_RANKS = 8
 """Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
@@ -21,12 +21,13 @@ _MAX_ROWS = 1024
 _MIN_PASSED_NS = 4e8
 _ALL = 1 << 62
 
+POWER_LIMIT = "power limit"
 REASONS = {
     0x8: "hardware slowdown",
     0x20: "temperature",
     0x40: "temperature (hardware)",
     0x80: "power brake (hardware)",
-    0x4: "power limit",
+    0x4: POWER_LIMIT,
 }
 """Bits of NVML's throttle reasons that lower a clock below what the job asks for."""
 MIN_SAMPLES = 10
@@ -69,7 +70,8 @@ class MachineUse(msgspec.Struct, frozen=True, kw_only=True):
     clock_mhz: float | None = None
     temperature_c: float | None = None
     utilization: float | None = None  # share of the time in which the devices computed, 0..1
-    throttled: bool | None = None  # whether the devices' clocks were lowered in most samples
+    throttled: bool | None = None  # whether faults or heat lowered the devices' clocks in most samples
+    power_w: float | None = None  # median power of a device
     major_faults: float | None = None  # page faults per second that read from a disk, of a rank
     disk_read_bytes: float | None = None  # bytes per second that the host read from its disks
     # used share of the memory of the host, or of its container where that has a limit
@@ -197,8 +199,9 @@ class MachineSamples(msgspec.Struct):
             "clock_mhz": float(np.median(joined["sm_clock_mhz"])),
             "temperature_c": float(np.median(joined["temperature_c"])),
             "utilization": float(joined["utilization_pct"].mean()) / 100,
-            # Bit 0 is an idle device, bit 1 a clock set by an application: both slow nothing down.
-            "throttled": bool((joined["throttle_reasons"] & ~3 != 0).mean() > 0.5),
+            # Bit 0 is an idle device, bit 1 a clock that was set, bit 2 the power limit: all are usual.
+            "throttled": bool((joined["throttle_reasons"] & ~7 != 0).mean() > 0.5),
+            "power_w": float(np.median(joined["power_w"])),
         }
 
 

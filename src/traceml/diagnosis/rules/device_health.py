@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.facts.device_events import GpuHealth
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.machine_use import SET_LIMIT, LoweredClock
+from traceml.diagnosis.facts.machine_use import POWER_LIMIT, SET_LIMIT, LoweredClock
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import count_text, percent_text, plural
@@ -95,7 +95,7 @@ def throttled(facts: JobFacts) -> list[Finding]:
     """Return the finding about lowered clocks, about the device that lost most."""
     highest = {key: each.max_clock_mhz for key, each in facts.health.devices.items() if each.max_clock_mhz > 0}
     by_rank = facts.samples.lowered_clocks() or facts.samples.capped_clocks(highest)
-    found = [(rank, one) for rank, several in by_rank.items() for one in several]
+    found = [(rank, one) for rank, several in by_rank.items() for one in several if not _is_usual(rank, one, facts)]
     if not found:
         return []
 
@@ -123,6 +123,11 @@ def throttled(facts: JobFacts) -> list[Finding]:
     ]
 
 
+def _is_usual(rank: int, lowered: LoweredClock, facts: JobFacts) -> bool:
+    health = facts.health.devices.get((rank, lowered.index))
+    return lowered.reason == POWER_LIMIT and health is not None and health.has_default_power
+
+
 def _at(worst: LoweredClock) -> str:
     known = [f"{worst.temperature_c:.0f} C"] if worst.temperature_c > 0 else []
     known += [f"{worst.power_w:.0f} W"] if worst.power_w > 0 else []
@@ -136,7 +141,7 @@ def _for_clock(reason: str) -> str:
     if reason == SET_LIMIT:
         return "Ask who set the limit (nvidia-smi -q -d CLOCK), and lift it: nvidia-smi -rgc, and -rac."
 
-    if reason == "power limit":
+    if reason == POWER_LIMIT:
         return "Compare the device's power limit with that of others (nvidia-smi -q -d POWER), and ask who lowered it."
 
     return "Look at the host's power supply and cooling (nvidia-smi -q -d PERFORMANCE), and train on another one."
