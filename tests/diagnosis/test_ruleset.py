@@ -149,6 +149,29 @@ def test_what_costs_all_ranks_names_no_rank(part, kind, job):
 
 
 @pytest.mark.parametrize(
+    ("loader", "says", "never"),
+    [
+        (None, "make what is small on the device itself", "DataLoader"),
+        (LoaderFacts(pin_memory=False), "Set pin_memory=True in the DataLoader", "torch.tensor"),
+        (LoaderFacts(pin_memory=True), "pins memory already", "Set pin_memory"),
+    ],
+    ids=["without a loader", "pageable", "pinned"],
+)
+def test_copies_are_named_with_their_line(loader, says, never):
+    """A script that copies its own tensors has no DataLoader to change."""
+    line, rest = (
+        SampledLine(0, part, "/a/train.py", at, "<module>", None, 40) for part, at in (("h2d", 11), ("forward", 12))
+    )
+    facts = JobFacts(loader=loader, lines=(line, rest))
+    found = diagnose(window_of(ALONE, adds("h2d", 10)), facts)[0]
+
+    assert found.kind is Kind.H2D_BOUND
+    assert "of it in train.py:11; without them" in found.summary
+    assert says in found.next
+    assert never not in found.next
+
+
+@pytest.mark.parametrize(
     ("lines", "words"),
     [((), "Make rollouts cheaper. Several environments"), (GAME, "Make game.py:35 simulate cheaper.")],
 )

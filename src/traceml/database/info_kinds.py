@@ -63,7 +63,7 @@ class InfoKind(StrEnum):
         "worker_lost", "a loader worker has died",
         "pid message step worker workers signal code oom_kills shm_bytes memory_limit_bytes",
     )  # fmt: skip
-    INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first"
+    INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first autocast"
     # Model and training.
     MODEL = (
         "model", "a model was called",
@@ -96,7 +96,7 @@ class InfoKind(StrEnum):
     )  # fmt: skip
     GPU_HEALTH = (
         "gpu_health", "an XID event of a GPU, or counters that have changed",
-        "index step xid ecc_errors remap_pending remap_failed max_clock_mhz",
+        "index step xid ecc_errors remap_pending remap_failed max_clock_mhz power_limit_w default_power_limit_w",
     )  # fmt: skip
     NVLINK = "nvlink", "NVLink domain of the host", "domain"
 

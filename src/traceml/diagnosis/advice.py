@@ -93,8 +93,13 @@ def flush_denormals(facts: JobFacts) -> str | None:
 
 def for_copies(facts: JobFacts) -> str:
     """Return advice against copies to the device."""
-    pinned = facts.loader.pin_memory if facts.loader else None
-    if pinned:
+    if facts.loader is None:
+        return (
+            "Copy few large tensors instead of many small ones, from pinned memory (tensor.pin_memory()) with "
+            "non_blocking=True, and make what is small on the device itself: torch.tensor(..., device=...)."
+        )
+
+    if facts.loader.pin_memory:
         return "The loader pins memory already: pass non_blocking=True to .to(device), and send smaller types (uint8)."
 
     return (

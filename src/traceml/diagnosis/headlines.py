@@ -264,6 +264,11 @@ def compute(finding: FindingFacts) -> str:
         return _of_own_code(finding.evidence)
 
     evidence, share = finding.evidence, finding.evidence.get("steps_share")
+    busy = evidence.get("device_busy_share")
+    if busy is not None:
+        of_run = "" if share is None else f"; steps are {percent_text(share)} of the run's time"
+        return f"Launching work limits the steps: the device computes {percent_text(busy)} of the time{of_run}"
+
     heaviest = evidence.get("share_by_phase", {}).get(finding.phase)
     part = f"{largest_text(heaviest, evidence.get('compute_share'))} in {phase_words(finding.phase or 'the step')}"
     if share is None:

@@ -52,6 +52,24 @@ def test_a_kill_is_reported_with_the_line_that_was_seen_last():
 
 
 @pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("device-side assert triggered", "an index is out of range"),
+        ("an illegal memory access was encountered", "compute-sanitizer"),
+    ],
+)
+def test_an_error_of_the_device_is_older_than_its_line(error, words):
+    """The line waited for the device, as `loss.item()`: an earlier one launched what failed."""
+    ended = RankExit(rank=0, state="failed", code=1, exception=f"torch.AcceleratorError: CUDA error: {error}",
+                     file="/a/train.py", line=10, last_step=300)  # fmt: skip
+
+    advice = rank_lost(JobFacts(exits=(ended,)))[0].next
+
+    assert advice.startswith("The device reports errors late: run it with CUDA_LAUNCH_BLOCKING=1")
+    assert words in advice
+
+
+@pytest.mark.parametrize(
     ("where", "words"),
     [
         ({"open_step": 0, "open_phase": "evaluation"}, ", in evaluation, before the first step."),

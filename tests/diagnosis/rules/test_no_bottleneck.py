@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.database.schema import GPU, PROCESS
+from traceml.diagnosis.facts.device_events import GpuHealthHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
@@ -39,6 +44,53 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
 
     assert says in text
     assert never not in text
+
+
+def of_device(busy_pct: float, power_w: float = 150.0, reasons: int = 0) -> JobFacts:
+    """Return facts with 40 samples of one device in training, whose power limit is 700 W."""
+    process, gpu = np.zeros(40, PROCESS.dtype), np.zeros(40, GPU.dtype)
+    process["t_ns"] = gpu["t_ns"] = np.arange(40) * 10**9
+    process["step"] = np.arange(40) * 10
+    gpu["utilization_pct"], gpu["power_w"], gpu["throttle_reasons"] = busy_pct, power_w, reasons
+    samples, health = MachineSamples(), GpuHealthHistory()
+    samples.add(PROCESS.name, 0, process)
+    samples.add(GPU.name, 0, gpu)
+    health.add(0, {"index": 0, "power_limit_w": 700, "default_power_limit_w": 700})
+    return JobFacts(samples=samples, health=health, model=PLAIN)
+
+
+def test_a_device_that_waits_for_launches_is_named() -> None:
+    """Computation by the times of the device, but it computes in a third of the time: another type changes nothing."""
+    window = replace(window_of(Job(ranks=1, grouped=False)), device=True)
+    found = diagnose(window, of_device(32.0))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert found.headline == "Launching work limits the steps: the device computes 32 % of the time"
+    assert found.summary.startswith("The device computes only 32 % of the time and waits for the host")
+    assert found.evidence["device_busy_share"] == pytest.approx(0.32)
+    assert "reduce-overhead" in found.next
+    assert "bf16" not in found.next
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [of_device(98.0), of_device(98.0, 690.0, 0x4), of_device(40.0, 560.0)],
+    ids=["busy", "at its power limit", "as busy as its power shows"],
+)
+def test_a_busy_device_does_not_wait_for_launches(facts: JobFacts) -> None:
+    """At its power limit a device computes as fast as it can: nothing is wrong with its cooling."""
+    found = diagnose(replace(window_of(Job(ranks=1, grouped=False)), device=True), facts)[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert "device_busy_share" not in found.evidence
+    assert found.next == "To go faster: torch.compile, or bf16 autocast, where the weights are in 32 bits."
+
+
+def test_autocast_is_not_advised_where_it_is_on() -> None:
+    """The weights stay in 32 bits under it."""
+    text = for_compute("backward", replace(of_device(98.0), autocast=True), device=True)
+
+    assert text == "To go faster: torch.compile."
 
 
 @pytest.mark.parametrize(

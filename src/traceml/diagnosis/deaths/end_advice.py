@@ -23,6 +23,9 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 _MOST_TOLD = 3
 """Ranks whose place in the script is reported."""
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
+_ASSERTED = "device-side assert"
+_DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
+"""What CUDA and HIP say of an error in a kernel, some time after it was launched."""
 
 
 def _lacks_disk(ended: RankExit) -> bool:
@@ -104,6 +107,19 @@ def _for_memory(memory: MemoryEnd) -> str:
         )
 
     return "Allocate less at once, or raise the limit: ulimit -v, the container's or the job's memory limit."
+
+
+def _for_device_error(ended: RankExit, _: JobFacts) -> str:
+    """Return advice on an error in a kernel."""
+    usual = (
+        "As a rule an index is out of range: a token or a label that is not below the size of the embedding or of the "
+        "output; on the CPU the same batch raises an IndexError."
+        if ended.exception_mentions(_ASSERTED)
+        else "compute-sanitizer names the kernel and the address; custom kernels and extensions are the usual cause."
+    )
+    return (
+        f"The device reports errors late: run it with CUDA_LAUNCH_BLOCKING=1 to get the line that launched it. {usual}"
+    )
 
 
 def _for_files(ended: RankExit, facts: JobFacts) -> str:
@@ -303,6 +319,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
             "function, a lock or an open file in them cannot be pickled."
         ),
     ),
+    (lambda ended, _: ended.exception_mentions(*_DEVICE_ERRORS), _for_device_error),
     (
         lambda ended, _: bool(ended.exception and ended.file),
         lambda ended, _: f"Read {ended.place} on rank {ended.rank}; the full traceback is in the run's output.",

@@ -124,6 +124,10 @@ class JobFactsBuilder:
         if isinstance(row.get("number"), int):
             self._training_loader = rank, row["number"]
 
+    def _take_input(self, rank: int, row: Mapping[str, Any]) -> None:
+        self.batches.input(rank, row)
+        self._facts["autocast"] = bool(row.get("autocast"))
+
     def _take_exit(self, rank: int, row: Mapping[str, Any]) -> None:
         reported = RankExit.from_facts(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
         # A rank reports how it is about to end; the fate of its process, where known, has priority. A script that ended
@@ -210,7 +214,7 @@ class JobFactsBuilder:
         InfoKind.SEGMENTS: lambda self, rank, row: self.turnover.add(rank, row),
         InfoKind.GPU_HEALTH: lambda self, rank, row: self.health.add(rank, row),
         InfoKind.GROWTH: _take_growth,
-        InfoKind.INPUT: lambda self, rank, row: self.batches.input(rank, row),
+        InfoKind.INPUT: _take_input,
         InfoKind.REDUCTIONS: lambda self, _, row: self.batches.reduction_facts(row),
         InfoKind.COLLECTIVES: lambda self, rank, row: self.batches.collective(rank, row),
         InfoKind.COMPILATION: lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),

@@ -218,9 +218,12 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     if cost is None or not cost.exceeds():
         return []
 
+    line = cost.line(facts)
     cost = cost.reported()
-    summary = f"Copies to the device take {cost.of_step}; without them steps would be {cost.faster}."
-    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
+    where = line.of_it if line else ""
+    summary = f"Copies to the device take {cost.of_step}{where}; without them steps would be {cost.faster}."
+    evidence = cost.line_evidence(line) | _loader_evidence(facts)
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **evidence)]
 
 
 def residual(work: OwnWork, facts: JobFacts, step_ns: float, whole: OwnWork | None = None) -> list[Finding]:

@@ -57,6 +57,8 @@ WITHOUT_PROFILER = (
 
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
+BUSY_POWER = 0.6
+"""Unless it draws this share of its power limit: idle it draws a fifth."""
 
 
 def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
@@ -256,10 +258,15 @@ def _compute_bound(
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
     pause, after = _pauses(work, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device)
+    launches = work.device and _waits_for_launches(facts)
+    if launches:
+        evidence["device_busy_share"] = facts.use.utilization
+
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
         summary=(
+            f"{_launching_text(facts) if launches else ''}"
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, "
             f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
@@ -406,22 +413,43 @@ def _optimizer(facts: JobFacts) -> str:
 
 
 def _on_device(facts: JobFacts) -> list[str]:
-    model, use = facts.model or ModelFacts(), facts.use
+    model = facts.model or ModelFacts()
     batch = facts.loader.batch_size if facts.loader else None
     larger = "larger batches" + (f" (batch_size is {batch})" if batch else "")
+    if _waits_for_launches(facts):
+        # What it launches is few small kernels: larger ones cost the host as much, a captured graph of them one launch.
+        return [larger, "torch.compile with mode='reduce-overhead', which launches a CUDA graph instead of each kernel"]
+
     found = []
-    if use.utilization is not None and use.utilization < BUSY_SHARE:
-        found.append(f"the device computes only {percent_text(use.utilization)} of the time, so give it {larger}")
-    elif use.throttled:
-        found.append("the clocks of the device are lowered by heat or power, so look at its cooling and power limit")
+    if facts.use.throttled:
+        found.append("the clocks of the device are lowered by heat or a fault, so look at its cooling and power")
 
     if not model.compiled:
         found.append("torch.compile")
 
-    if model.dtype in (None, "torch.float32"):
+    if model.dtype in (None, "torch.float32") and not facts.autocast:
         found.append("bf16 autocast, where the weights are in 32 bits")
 
     return [*found, *([] if found else [larger, "a smaller model"])]
+
+
+def _waits_for_launches(facts: JobFacts) -> bool:
+    """Whether the device is idle for much of the time, as the host cannot launch its work faster."""
+    busy = facts.use.utilization
+    return busy is not None and busy < BUSY_SHARE and not _draws_much_power(facts)
+
+
+def _launching_text(facts: JobFacts) -> str:
+    return (
+        f"The device computes only {percent_text(facts.use.utilization or 0.0)} of the time and waits for the host to "
+        "launch its work: "
+    )
+
+
+def _draws_much_power(facts: JobFacts) -> bool:
+    """Whether the devices draw the power of computation, whatever share of the time the driver saw a kernel run."""
+    limits = [each.power_limit_w for each in facts.health.devices.values() if each.power_limit_w > 0]
+    return bool(limits) and (facts.use.power_w or 0.0) >= BUSY_POWER * min(limits)
 
 
 def _on_cpu(facts: JobFacts) -> list[str]:

@@ -195,7 +195,16 @@ def input_facts(
         "requires_grad": tensor.requires_grad,
         "tokens": _are_tokens(tensor, model),
         "batch_first": not may_be_other or batch_size == int(tensor.shape[0]),
+        "autocast": _is_under_autocast(tensor.device.type),
     }
+
+
+def _is_under_autocast(device_type: str) -> bool:
+    torch: Any = sys.modules["torch"]
+    try:
+        return bool(torch.is_autocast_enabled(device_type))
+    except RuntimeError:  # a type without autocast
+        return False
 
 
 def _may_be_sequence_first(tensor: Any, model: Any) -> bool:
