@@ -23,6 +23,7 @@ from traceml.instrument.forward import (
     patch_training_mode,
     timer_maker,
 )
+from traceml.instrument.graph_replays import patch_graph_replays
 from traceml.instrument.groups.default_group import DefaultGroup
 from traceml.instrument.guard import Guard, guarded
 from traceml.instrument.importlib_bootstrap import uncounted
@@ -92,6 +93,8 @@ class TorchHooks:
         patch_scale(patches, clock, self.losses.read_unscaled)
         patch_grad_scaler(patches, clock)
         patch_clipping(patches, clock)
+        if self._cuda is not None:
+            self.guard(patch_graph_replays, patches, clock)
 
     def patch_loaders(self, lost_workers: deque[dict[str, Any]], in_worker: Callable[[], object] | None) -> None:
         """Time waits for batches, and watch the processes that make them."""

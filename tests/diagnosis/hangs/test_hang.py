@@ -909,3 +909,12 @@ def test_a_rank_that_computes_waits_for_nothing():
 
     assert summary(finding) == "Rank 0 has been in train.py:6 spin, computing for 5:10."
     assert "what that line computes" in finding.next
+    assert "device" not in finding.next
+
+
+def test_a_rank_that_uses_a_device_may_wait_for_it():
+    """A thread in cudaStreamSynchronize uses a whole core: `loss.item()` after a kernel that does not end."""
+    finding = found(snapshot(0, line(6, "log"), process_state="R", quiet_s=310.0, uses_device=True), ranks=1)
+
+    assert summary(finding) == "Rank 0 has been in train.py:6 log, computing, or waiting for the device for 5:10."
+    assert "what an earlier line has launched does not end" in finding.next

@@ -222,6 +222,7 @@ class RankSnapshot(_Record):
         is_suspended: whether the whole process group was stopped by job control.
         is_idle_notebook: whether it is a notebook in which no cell runs.
         is_compiling: whether torch.compile is in the stack.
+        uses_device: whether the script uses CUDA: a thread that waits for the device uses a core, as if it computed.
         batches: batches that the training data loader has given, in all epochs; -1 if not known.
         epoch: number of the iteration over that loader, from 1; 0 before the first, or if not known.
         data_ended: whether it has no batch left in this epoch.
@@ -261,6 +262,7 @@ class RankSnapshot(_Record):
     is_suspended: bool = False
     is_idle_notebook: bool = False
     is_compiling: bool = False
+    uses_device: bool = False
     batches: int = -1
     epoch: int = 0
     data_ended: bool = False

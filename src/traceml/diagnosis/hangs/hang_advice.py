@@ -10,6 +10,7 @@ from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_words import failed_thread
 from traceml.diagnosis.hangs.rank_state import (
+    COMPUTING,
     WAITS_FOR_THREAD,
     awaited_thread,
     blocked_worker,
@@ -104,8 +105,15 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
         default = "Look at what the dataset does there; `DataLoader(timeout=60)` turns such a wait into an error."
         return _for_wait(worker) or default
 
-    if doing(snapshot) == "computing":
-        return "Look at what that line computes, and with which data: a loop may never end there, or take very long."
+    if doing(snapshot).startswith(COMPUTING):
+        on_device = (
+            " Where it reads a result from the device (.item(), .cpu()), what an earlier line has launched does not "
+            "end: a kernel, or a collective that another rank has not joined."
+        )
+        return (
+            "Look at what that line computes, and with which data: a loop may never end there, or take very long."
+            f"{on_device if snapshot.uses_device else ''}"
+        )
 
     return _for_wait(snapshot) or _for_held_lock(snapshot) or _for_thread(snapshot) or _check_process(found)
 

@@ -18,6 +18,7 @@ from traceml.inspection.kernel_state import AwaitedKind
 from traceml.inspection.thread_frames import is_event_loop
 
 __all__ = [
+    "COMPUTING",
     "REMOTE_CALLS",
     "WAITS_FOR_THREAD",
     "awaited_thread",
@@ -43,6 +44,7 @@ _POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_
 REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote", "shutdown", "_wait_all", "_all_gather", "_barrier")
 """Calls of torch.distributed.rpc: what they wait for is what the other rank runs for them."""
 _PIPELINES, _RPC = "/torch/distributed/pipelining/", "/torch/distributed/rpc/"
+COMPUTING = "computing"
 _WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
 _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
 _WAITING_PHASES = ("backward", "comm")
@@ -267,7 +269,11 @@ def _by_kernel(snapshot: RankSnapshot | WorkerSnapshot, state: str) -> str:
     if is_blocked_by_full_pipe(snapshot):
         return f"writing to {snapshot.waits_on or 'a pipe'}, which nobody reads"
 
-    return "computing" if state == "R" else _waiting(snapshot)
+    if state != "R":
+        return _waiting(snapshot)
+
+    on_device = isinstance(snapshot, RankSnapshot) and snapshot.uses_device
+    return f"{COMPUTING}, or waiting for the device" if on_device else COMPUTING
 
 
 def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:

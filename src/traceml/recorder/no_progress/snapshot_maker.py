@@ -45,6 +45,7 @@ from traceml.instrument.workers.loader_workers import awaited_loader
 from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, open_transfer, with_root
 from traceml.recorder.no_progress.thread_output import StoreThreads
 from traceml.recorder.user_code import UserCode, user_line
+from traceml.samplers.torch_memory import initialized_cuda
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -118,6 +119,7 @@ class SnapshotMaker:
             is_debugged=debugged,
             is_idle_notebook="ipykernel" in sys.modules and not user,
             is_compiling=compiles,
+            uses_device=initialized_cuda() is not None,
             batches=data.batches if data is not None else -1,
             epoch=data.epoch if data is not None else 0,
             data_ended=data is not None and data.is_over,

@@ -1,0 +1,126 @@
+"""Replays of CUDA graphs: computation that no hook of a module or an optimizer sees.
+
+A graph that was captured while an optimizer stepped holds a whole step: each replay is one. The time of a replay counts
+as forward, on the device as well, unless it is inside another phase, as that of a compiled model is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Phase
+from traceml.instrument.importlib_bootstrap import uncounted
+from traceml.instrument.patches import Patches
+from traceml.instrument.phase_timer import OTHER, Began
+from traceml.instrument.step_clock import StepClock
+
+__all__ = ["patch_graph_replays"]
+
+_FORWARD = int(Phase.FORWARD)
+
+
+def patch_graph_replays(patches: Patches, clock: StepClock) -> None:
+    """Time replays of graphs, and see the steps in them."""
+    graph_type: Any = sys.modules["torch"].cuda.CUDAGraph
+    methods = vars(graph_type)
+    if not {"capture_begin", "capture_end", "replay"} <= methods.keys():  # another version of torch
+        return
+
+    captures = _Captures(clock)
+    patches.wrap(graph_type, "capture_begin", _after(methods["capture_begin"], clock, captures.begun))
+    patches.wrap(graph_type, "capture_end", _after(methods["capture_end"], clock, captures.ended))
+    patches.wrap(graph_type, "replay", _timed_replay(methods["replay"], clock, captures.optimizer_of))
+
+
+class _Captures:
+    """Graphs, and the optimizers that stepped while they were captured."""
+
+    def __init__(self, clock: StepClock) -> None:
+        self._clock = clock
+        self._begun: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+        self._optimizers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def begun(self, graph: Any) -> None:
+        """Note what has stepped before a capture."""
+        self._begun[graph] = self._state()
+
+    def ended(self, graph: Any) -> None:
+        """Note the optimizer that has stepped since."""
+        before = self._begun.pop(graph, None)
+        if before is not None and self._clock.step_call and self._state() != before:
+            self._optimizers[graph] = self._clock.step_call
+
+    def optimizer_of(self, graph: Any) -> int:
+        """Return the id of the optimizer whose step a graph holds; 0 if it holds none."""
+        return self._optimizers.get(graph, 0)
+
+    def _state(self) -> tuple[int, int]:
+        return self._clock.rows, self._clock.step_call
+
+
+@uncounted
+def _after(original: Callable[..., Any], clock: StepClock, note: Callable[[Any], None]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        try:
+            note(self)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
+
+        return result
+
+    return call
+
+
+@uncounted
+def _timed_replay(
+    original: Callable[..., Any], clock: StepClock, optimizer_of: Callable[[Any], int]
+) -> Callable[..., Any]:
+    def replay(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if clock.current != OTHER or not clock.is_training_thread():
+            return original(self, *args, **kwargs)
+
+        optimizer, stepped = optimizer_of(self), 0
+        began = _begin(clock, optimizer)
+        try:
+            result = original(self, *args, **kwargs)
+            stepped = optimizer
+            return result
+        finally:
+            _end(clock, began, stepped)
+
+    return replay
+
+
+def _begin(clock: StepClock, optimizer: int) -> Began | None:
+    try:
+        if optimizer:
+            clock.forward_begins(monotonic_ns(), _no_module, trains=True)
+
+        return clock.enter(_FORWARD)
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+        return None
+
+
+def _end(clock: StepClock, began: Began | None, optimizer: int) -> None:
+    try:
+        if began is not None:
+            clock.leave(_FORWARD, began)
+            if optimizer:
+                t = monotonic_ns()
+                if clock.step_call:
+                    clock.repeat_step_call(optimizer, t)
+
+                clock.backwards += 1
+                clock.after_step(t, optimizer)
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+
+
+def _no_module() -> None:
+    """Stand in for a weak reference to the model, which is not known."""
