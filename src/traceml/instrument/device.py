@@ -263,7 +263,7 @@ class DeviceTimes:
 
     @property
     def ns_per_step(self) -> int:
-        """What measuring costs a step on the host, on average, in ns: the median of the last steps that had it."""
+        """Cost of measuring on the host in ns, per step: the median of the last steps that had it, spread over all."""
         ordered = sorted(self._cost_ns)
         return ordered[(len(ordered) - 1) // 2] // self._apart if ordered else 0
 

@@ -122,7 +122,7 @@ class StepDeviceTimer(Protocol):
 
     @property
     def ns_per_step(self) -> int:
-        """What measuring costs a step on the host, on average, in ns."""
+        """Cost of measuring on the host in ns, per step."""
 
 
 class PhaseTimer:
