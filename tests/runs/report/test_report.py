@@ -260,6 +260,26 @@ def test_an_accelerator_whose_time_is_not_measured_is_named(tmp_path, devices, t
     assert report_on(tmp_path / "run")["steps"]["untimed_device"] == expected
 
 
+@pytest.mark.parametrize("bound", [1_000_000, 1000], ids=["all rows", "blocks of them"])
+def test_durations_are_those_of_the_device(tmp_path, bound):
+    """A host that runs ahead waits 82 ms for it in each tenth step, after nine of 2 ms: each step takes 10 ms."""
+    (tmp_path / "run").mkdir()
+    rows = rows_of(Job(ranks=1, steps=4000))[0]
+    rows["total_ns"] = np.where(rows["step"] % 10 == 9, 82_000_000, 2_000_000)
+    rows["t_end_ns"] = np.cumsum(rows["total_ns"])
+    device_rows = np.zeros(4000, DEVICE_STEPS.dtype)
+    device_rows["step"], device_rows["total_ns"], device_rows["forward_ns"] = rows["step"], 10_000_000, 9_000_000
+    with StoreWriter(tmp_path / "run" / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(world_size=1))
+        stream = add_rank(writer, 0, rows)
+        writer.append(stream, DEVICE_STEPS.name, 0, 4000, device_rows.tobytes(), 0, 3999)
+
+    steps = report_on(tmp_path / "run", max_step_rows=bound)["steps"]
+
+    assert steps["mean_ms"] == pytest.approx(10, rel=0.01)
+    assert (steps["p50_ms"], steps["p99_ms"]) == (pytest.approx(10, rel=0.02), pytest.approx(10, rel=0.02))
+
+
 def test_a_long_run_is_judged_by_a_sample_and_described_by_all_steps(tmp_path):
     """Beyond the bound the verdict rests on blocks of steps, and the report says so; all figures are of all steps."""
     folder = store_run(tmp_path / "run", Job(steps=2000, callback_every=3), adds("forward", 20, (1,)), seed=1)

@@ -70,7 +70,10 @@ def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
         section.summed_ranks = digest.world_size
         mean, quantiles = of_all.mean_ns, of_all.quantiles_ns(_QUANTILES)
     elif totals is not None:
-        mean, quantiles = totals.mean_ns, totals.quantiles_ns(_QUANTILES)
+        # The histogram of all steps has the host's times, which are not the device's where it runs ahead.
+        on_device = window.device and times.size
+        quantiles = np.quantile(times, _QUANTILES).tolist() if on_device else totals.quantiles_ns(_QUANTILES)
+        mean = totals.mean_ns
     elif times.size:
         mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
     else:
