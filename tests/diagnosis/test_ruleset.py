@@ -15,7 +15,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
@@ -169,6 +169,16 @@ def test_copies_are_named_with_their_line(loader, says, never):
     assert "of it in train.py:11; without them" in found.summary
     assert says in found.next
     assert never not in found.next
+
+
+@pytest.mark.parametrize(("device", "reads"), [("cuda:0", True), ("cpu", False), (None, False)])
+def test_values_that_are_read_from_a_device_wait_for_it(device, reads):
+    """A metric in a loop over `.item()`: each call waits for all that was launched before."""
+    facts = JobFacts(model=ModelFacts(device=device), lines=GAME)
+    found = diagnose(window_of(ALONE, adds("other", 30)), facts)[0]
+
+    assert found.kind is Kind.RESIDUAL_HEAVY
+    assert ("read many at once" in found.next) == reads
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,8 @@ def for_residual(
         loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
         return (
             f"Make {line.place} cheaper{loss}, or take it out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; "
-            "metrics and logs can run every n-th step. `traceml report --lines` shows the other lines."
+            f"metrics and logs can run every n-th step. {_READS if _is_on_cuda(facts) else ''}`traceml report --lines` "
+            "shows the other lines."
         )
 
     if part not in UNNAMED_CODE:
@@ -205,6 +206,13 @@ def for_residual(
         )
 
     return _for_several_lines(trainer, two)
+
+
+_READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
+
+
+def _is_on_cuda(facts: JobFacts) -> bool:
+    return facts.model is not None and (facts.model.device or "").startswith("cuda")
 
 
 def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> str:
