@@ -60,7 +60,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
             assert row["backward_own_ns"] <= row["backward_ns"]
             assert (row["backward_own_ns"] > 0) == row["callback"]
 
-        assert all(row["callback"] for row in rows if row["step"] % 4 == 0)
+        assert all(row["callback"] for row in rows if row["step"] % 16 == 0 or 2 <= row["step"] <= 16)
         if kind != "fsdp2":  # torch's own Python calls collectives there; which ones depends on its version
             assert all((row["comm_ns"] > 0) == (kind in ("ddp_buffers", "manual", "tensor_parallel")) for row in rows)
 

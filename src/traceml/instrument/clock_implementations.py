@@ -33,6 +33,7 @@ __all__ = ["CellClock", "new_clock"]
 _INPUT_WAIT, _USER = int(Phase.INPUT_WAIT), int(Phase.USER)
 _STEP_START, _STEP, _USER_NAME = int(Slot.STEP_START), int(Slot.STEP), int(Slot.USER_NAME)
 _NO_LOADER_BITS = pack_bits(0, int(StepFlag.NO_LOADER))
+_SEQUENCE_UNIT, _SEQUENCE_MASK = pack_bits(0, 0, 1), pack_bits(0, 0, -1)
 # Columns of a usual step, whose other columns are 0.
 _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
                   "user_ns", "backward_own_ns", "elements", "samples", "bits")  # fmt: skip
@@ -100,7 +101,7 @@ def _native_type(native: Any) -> type[StepClock]:
             self.connect(
                 self.open_slots,
                 (ring.buffer, ring.offset, ring.mask, ring.count, ring.slot),
-                (MICRO_BATCHES_MASK, _NO_LOADER_BITS, MAINTENANCE_MASK),
+                (MICRO_BATCHES_MASK, _NO_LOADER_BITS, MAINTENANCE_MASK, _SEQUENCE_UNIT, _SEQUENCE_MASK),
                 (NOT_READY, ON_FORWARD, CHECK_FORWARD),
                 on_training_thread,
             )
@@ -132,6 +133,7 @@ class CellClock(StepClock):
     elements = CellField()
     loss_mask = CellField()
     slow_row = CellField()
+    sequence = CellField()
     batch = CellField()
     first_loader = CellField()
     needs_slow_commit = CellField()
@@ -202,6 +204,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
     batch: Any = None
     first_loader: Any = None
     closing_trigger: Any = NOT_READY
+    sequence: Any = None
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
@@ -219,6 +222,9 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
             bits = min(backwards, batches) & MICRO_BATCHES_MASK
             batch = first_loader = None
             batches = 0
+
+        if sequence is not None:
+            bits |= sequence() * _SEQUENCE_UNIT & _SEQUENCE_MASK
 
         row = offset + (n & mask) * row_bytes
         total = t - part_start

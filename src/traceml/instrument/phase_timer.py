@@ -161,6 +161,7 @@ class PhaseTimer:
     inspects: bool  # the next batch gets a fingerprint
     batch: Any  # the first loader that gave a batch in this part
     first_loader: Any  # the first loader that gave a batch in this step
+    sequence: Any  # returns the number of collectives that a group with several ranks has issued; None without one
     needs_slow_commit: bool  # closing this step takes all rules: see `commit_slow`
     has_user_phases: bool  # this step has time in user phases
     slow_row: int  # from this row on, closing a step takes all rules too
@@ -185,12 +186,12 @@ class PhaseTimer:
         self.open_slots = flight.open_slots
         self.device: StepDeviceTimer | None = None
         self.group: Any = None  # the default process group once there is one
-        self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
+        self.sequence = None
         self.reductions: ReductionCounter | None = None  # once there is a parallel model
         self.is_grouped = False  # there is a process group with several ranks
-        self.slow_commits = False  # there is such a group, or a profile: every step needs a slow commit
+        self.slow_commits = False  # there is a profile: every step needs a slow commit
         self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
-        self.all_measured_to = -1  # the last of the first steps with a device
+        self.all_measured_to = -1  # the last of the steps that are all measured
         self.mean_ns = 0
         self.slow_row = NO_ROW
 
@@ -405,7 +406,7 @@ class PhaseTimer:
         if function is not None:
             self.slow_commits = self.needs_slow_commit = True
         else:
-            self.slow_commits = self.is_grouped
+            self.slow_commits = False
 
     def cross_boundary(self) -> None:
         """Call the function of `call_at_boundary`: a step has ended, and the next one has begun."""
@@ -449,7 +450,7 @@ class PhaseTimer:
         n, step = self.rows, self.step
         columns = times[:OTHER]
         columns[_USER] = self._append_users(times) if self.users else 0
-        sequence = self.sequence() if self.sequence is not None and self.is_grouped else 0
+        sequence = self.sequence() if self.sequence is not None else 0
         own = own if flags & _CALLBACK else -1
         if self.committed_fingerprint:
             self._append_fingerprint(step, self.committed_fingerprint)
@@ -464,8 +465,22 @@ class PhaseTimer:
             self.listener.maintain(times[_FORWARD], micro_batches)
 
     def use_device(self, device: StepDeviceTimer) -> None:
-        """Measure device time too, from the next step, and in all of the first ones."""
+        """Measure device time too, from the next step."""
         self.device = device
+        self.measure_first()
+
+    def join_group(self, sequence: Callable[[], int] | None) -> None:
+        """Measure own backward too: a process group has several ranks.
+
+        Args:
+            sequence: returns the number of collectives that it has issued; None if it has no counter.
+        """
+        self.is_grouped, self.sequence = True, sequence
+        self.needs_slow_backward = True
+        self.measure_first()
+
+    def measure_first(self) -> None:
+        """Measure all of the next steps: how long they take is not known yet, and a short run has no others."""
         self.all_measured_to = self.step + _MEASURED_FIRST
         self.needs_slow_commit = True
 

@@ -49,10 +49,9 @@ _BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), 
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
-_SAMPLED_MASK = 3  # own backward is measured on every 4th step
-_SLOW_STEP_NS = 2_000_000  # and on every step if steps take longer
-_DEVICE_NS = 24_000_000  # device time is measured on every step if steps take longer
-_DEVICE_MASK = 15  # at least on every 16th
+# A step whose own backward or device time is measured takes the host some 0.1 ms longer: for 0.4 % of the time every
+# step is measured from this length on, and one in 2, 4, 8 or 16 of shorter ones.
+_ALL_FROM_NS, _LEAST_MASK = 24_000_000, 15
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
@@ -437,32 +436,28 @@ class StepClock(DividedStep):
     def is_detailed(self, step: int) -> bool:
         """Whether own backward and device time of a step are measured.
 
-        It depends on the step's number, so all ranks measure the same steps; long steps are all measured. A step whose
-        device time is measured takes 0.1 ms longer on the host: after the first ones it is one in 1, 2, 4, 8 or 16,
-        for 0.4 % of the time.
+        It depends on the step's number, so all ranks measure the same steps, but for a rank whose steps seem to be
+        longer: that one measures these and others. All of the first steps are measured.
         """
-        if self.device is not None:
-            return step <= self.all_measured_to or not step & self._device_mask()
+        if not self.extras:
+            return False
 
-        return self.is_grouped and (self.mean_ns > _SLOW_STEP_NS or not step & _SAMPLED_MASK)
+        mask, mean_ns = 0, self.mean_ns
+        while mask < _LEAST_MASK and mean_ns <= _ALL_FROM_NS:
+            mask, mean_ns = 2 * mask + 1, 2 * mean_ns
 
-    def _device_mask(self) -> int:
-        mask, ns = 0, self.mean_ns
-        while mask < _DEVICE_MASK and ns <= _DEVICE_NS:
-            mask, ns = 2 * mask + 1, 2 * ns
-
-        return mask
+        return step <= self.all_measured_to or not step & mask
 
     def plan_step(self) -> None:
         """Decide what the step that begins measures, and which step is the next to need a slow commit.
 
-        With a device these are the steps that are measured, and each before one: its end is where that one begins.
+        With a device or a group these are the steps that are measured, and each before one, at whose end that begins.
         """
         self.plan_backward()
-        if self.device is None or self.slow_commits:
+        if not self.extras or self.slow_commits:
             return
 
-        ahead = range(_DEVICE_MASK + 1)
+        ahead = range(_LEAST_MASK + 1)
         near = (n for n in ahead if self.is_detailed(self.step + n) or self.is_detailed(self.step + n + 1))
         self.slow_row = self.rows + next(near, 0)
 

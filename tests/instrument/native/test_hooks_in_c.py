@@ -359,7 +359,7 @@ def test_wrong_memory_is_refused() -> None:
         pytest.skip("the hooks in C are not built")
 
     words = memoryview(bytearray(8 * 32)).cast("q")
-    rest = ((65535, 0, 63), (1, 2, 3), lambda: ())
+    rest = ((65535, 0, 63, 1 << 32, 0), (1, 2, 3), lambda: ())
     for offset, mask, slot in ((0, 7, 0), (0, 0, 32), (0, 0, -1), (-8, 0, 0), (200, 0, 0)):
         with pytest.raises(ValueError, match="does not fit"):
             loaded.HotFields().connect(words, (words, offset, mask, words, slot), *rest)

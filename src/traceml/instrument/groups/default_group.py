@@ -70,9 +70,8 @@ class DefaultGroup:
         clock.group = group
         self._report(InfoKind.GROUP, group_size=distributed.get_world_size())
         if distributed.get_world_size() > 1:
-            clock.is_grouped = clock.slow_commits = clock.needs_slow_commit = clock.needs_slow_backward = True
             # Private, so optional; it raises until the first collective of the group.
-            clock.sequence = _without_errors(getattr(group, "_get_sequence_number_for_group", None))
+            clock.join_group(_without_errors(getattr(group, "_get_sequence_number_for_group", None)))
 
         if self._on_group is not None:
             self._on_group()
@@ -88,7 +87,7 @@ class DefaultGroup:
     def _drop(self) -> None:
         clock = self._clock
         clock.group = clock.sequence = None
-        clock.is_grouped, clock.slow_commits = False, clock.at_boundary is not None
+        clock.is_grouped = False
         clock.needs_slow_backward = clock.needs_slow_backward or clock.awaits_backward
 
     @uncounted

@@ -54,13 +54,14 @@ class HotFields:
     usual_loader: Any
     input_shape: Any
     rare_times: list[int]
+    sequence: Any
     commit: Callable[[int], None]
 
     def connect(
         self,
         open_slots: Any,
         ring: tuple[Any, int, int, Any, int],
-        masks: tuple[int, int, int],
+        masks: tuple[int, int, int, int, int],
         sentinels: tuple[object, object, object],
         in_context: Callable[[], Any],
     ) -> None: ...

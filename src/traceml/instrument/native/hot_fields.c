@@ -98,6 +98,17 @@ static int append_user_phases(HotFields *hot, long long *total) {
     return *total == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
+/* Add the number of collectives that the process group has issued to the bits of a row. */
+static int add_sequence(HotFields *hot, long long *bits) {
+    PyObject *number = PyObject_CallNoArgs(hot->sequence);
+    long long issued = number ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    if (issued == -1 && PyErr_Occurred()) return -1;
+
+    *bits |= issued * hot->sequence_unit & hot->sequence_mask;
+    return 0;
+}
+
 int commit_step(HotFields *hot, long long t) {
     int is_whole = !hot->needs_slow_commit && hot->rows < hot->slow_row && !hot->open_users && hot->count;
     if (!LIKELY(is_whole && !(hot->batches > 0 && hot->backwards > hot->batches)))
@@ -114,6 +125,8 @@ int commit_step(HotFields *hot, long long t) {
         assign(&hot->first_loader, NULL);
         hot->batches = 0;
     }
+
+    if (!LIKELY(none_for_null(hot->sequence) == Py_None) && add_sequence(hot, &bits)) return -1;
 
     write_row(hot, t, user_ns, bits);
     hot->part_start = t;
@@ -156,9 +169,9 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
     HotFields *hot = (HotFields *)self;
     PyObject *slots, *buffer, *count, *not_ready, *on_forward, *check_forward, *in_context;
     long long offset, slot;
-    if (!PyArg_ParseTuple(args, "O(OLLOL)(LLL)(OOO)O:connect", &slots, &buffer, &offset, &hot->mask, &count, &slot,
-                          &hot->micro_mask, &hot->no_loader_bits, &hot->maintenance_mask, &not_ready, &on_forward,
-                          &check_forward, &in_context))
+    if (!PyArg_ParseTuple(args, "O(OLLOL)(LLLLL)(OOO)O:connect", &slots, &buffer, &offset, &hot->mask, &count, &slot,
+                          &hot->micro_mask, &hot->no_loader_bits, &hot->maintenance_mask, &hot->sequence_unit,
+                          &hot->sequence_mask, &not_ready, &on_forward, &check_forward, &in_context))
         return NULL;
 
     disconnect(hot);
@@ -186,7 +199,7 @@ static PyObject *method_connect(PyObject *self, PyObject *args) {
 
 #define EACH_OBJECT(DO) \
     DO(open_slots) DO(closing_trigger) DO(batch) DO(first_loader) DO(usual_trigger) DO(usual_loader) DO(input_shape) \
-    DO(rare_times) DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
+    DO(rare_times) DO(sequence) DO(mapped_slots) DO(not_ready) DO(on_forward) DO(check_forward) DO(in_context)
 
 static int hot_traverse(PyObject *self, visitproc visit, void *arg) {
     HotFields *hot = (HotFields *)self;
@@ -229,7 +242,7 @@ static PyMemberDef members[] = {
     NUMBER(loss_mask), NUMBER(input_samples), NUMBER(input_elements), NUMBER(samples), NUMBER(elements),
     TRUTH(needs_slow_commit), TRUTH(has_user_phases), TRUTH(needs_slow_backward), TRUTH(inspects),
     OBJECT(closing_trigger), OBJECT(batch), OBJECT(first_loader), OBJECT(usual_trigger), OBJECT(usual_loader),
-    OBJECT(input_shape), OBJECT(rare_times),
+    OBJECT(input_shape), OBJECT(rare_times), OBJECT(sequence),
     {NULL, 0, 0, 0, NULL},
 };
 

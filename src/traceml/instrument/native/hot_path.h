@@ -51,9 +51,9 @@ typedef struct {
     long long failure, failed_in; /* id of the exception that left a hook last, and the phase */
     /* From `connect`: the memory of the flight file, and objects of the clock's rules. */
     long long *count, *first_row;
-    long long mask, micro_mask, no_loader_bits, maintenance_mask;
+    long long mask, micro_mask, no_loader_bits, maintenance_mask, sequence_unit, sequence_mask;
     PyObject *not_ready, *usual_trigger, *usual_loader, *batch;
-    PyObject *open_slots, *mapped_slots, *rare_times, *in_context;
+    PyObject *open_slots, *mapped_slots, *rare_times, *in_context, *sequence;
     OpenUserPhase *open_user_phases; /* innermost last */
     Py_ssize_t user_room;
     Py_buffer slots_buffer, ring_buffer, count_buffer;
