@@ -86,25 +86,32 @@ def step_times_on_device(total: Floats, device: Floats, found: NDArray[np.bool_]
         device: the same on the device, where measured.
         found: steps that were measured; each rank has some.
     """
-    steps = np.where(found, device, total)
-    for row in np.flatnonzero(~found.all(axis=1)).tolist():
-        mine, times = found[row], total[row]
-        apart = np.abs(device[row][mine] - times[mine]).sum()
-        if apart > AHEAD_SHARE * device[row][mine].sum():
-            usual = min(float(np.median(device[row][mine])), float(times.mean()))
-            steps[row] = np.where(mine, device[row], _paced(times, usual))
+    measured, of_host = np.where(found, device, 0), np.where(found, total, 0)
+    ahead = np.abs(measured - of_host).sum(axis=1) > AHEAD_SHARE * measured.sum(axis=1)
+    rows = np.flatnonzero(ahead & ~found.all(axis=1))
+    times = total.copy()
+    if len(rows):
+        columns = found[rows].any(axis=0)
+        known = np.where(found[rows][:, columns], device[rows][:, columns], np.nan)
+        usual = np.minimum(np.nanmedian(known, axis=1), total[rows].mean(axis=1))
+        times[rows] = _paced(total[rows], usual)
 
-    return steps
+    return np.where(found, device, times)
 
 
-def _paced(times: Floats, usual: float) -> Floats:
-    """Return times on a device that needs the usual time for each step, and is given it at the end of the host's."""
-    paced, behind = [], 0.0
-    for time in times.tolist():
-        before, behind = behind, max(behind + usual - time, 0.0)
-        paced.append(time + behind - before)
+def _paced(times: Floats, usual: Floats) -> Floats:
+    """Return times on devices that need the usual time for a step, and are given it at the end of the host's step.
 
-    return np.array(paced, times.dtype)
+    Args:
+        times: of each step on the host, rank x step.
+        usual: of a step on the device, by rank.
+    """
+    paced, behind = times.copy(), np.zeros_like(usual)
+    for column in range(times.shape[1]):
+        before, behind = behind, np.maximum(behind + usual - times[:, column], 0)
+        paced[:, column] += behind - before
+
+    return paced
 
 
 def mean_own(own: Floats) -> Floats:
