@@ -205,6 +205,46 @@ def test_the_end_of_the_script_is_no_time_of_its_last_step(
     assert max(row["total_ns"] for row in device_rows) < 20 * _MS
 
 
+def two_optimizers(steps: int) -> None:
+    """Train two models in turns without a loader: each step is cut where it may end."""
+    models = [nn.Linear(4, 1) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    for _ in range(steps):
+        for model, own in zip(models, optimizers, strict=True):
+            own.zero_grad()
+            model(torch.randn(2, 4)).sum().backward()
+            own.step()
+
+
+@pytest.mark.parametrize("before", [0, 8, 1008])
+@pytest.mark.parametrize("loop", [train, two_optimizers])
+@pytest.mark.usefixtures("short_steps")
+def test_a_resumed_training_is_measured_as_another(traced: Traced, loop: Callable[[int], None], before: int) -> None:
+    """The first steps, and then each whose number is a multiple of 16, also where steps are cut."""
+    traced.instrumentation.set_step(before)
+    loop(100)
+    traced.instrumentation.close_open_step()
+
+    steps = [row["step"] for row in traced.table("device_steps")]
+    assert steps[:16] == list(range(before + 1, before + 17))
+    assert [step for step in steps if step > before + 20] == [
+        step for step in range(before + 21, before + 98) if step % 16 == 0
+    ]
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_the_stated_cost_is_per_step(traced: Traced) -> None:
+    """Also after the number of the next step was set."""
+    train(100)
+    device_times = traced.instrumentation.clock.device
+    assert isinstance(device_times, device.DeviceTimes)
+    assert device_times.ns_per_step > 0
+
+    traced.instrumentation.set_step(100_000)
+    train(20)
+    assert device_times.ns_per_step > 0
+
+
 def test_events_are_used_again(cuda: FakeCuda, traced: Traced) -> None:
     """A device that keeps up needs a handful of events for ever."""
     train(400)

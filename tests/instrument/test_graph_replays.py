@@ -104,6 +104,35 @@ def test_replays_with_a_loader_close_with_its_batches(traced: Traced) -> None:
     assert all(row["input_wait_ns"] > 0 for row in rows[3:])
 
 
+def test_a_step_that_is_captured_on_the_first_batch(traced: Traced) -> None:
+    """The warm-up, the capture and the first replay are on one batch, so one step; then each replay is one."""
+    training = Training()
+    loader: Any = torch.utils.data.DataLoader(torch.randn(80, 4), batch_size=2)
+    graph = None
+    for _batch in loader:
+        if graph is None:
+            training.step()
+            graph = captured(training.step)
+
+        graph.replay()
+
+    assert len(traced.finish()) == 40
+
+
+def test_replays_of_the_optimizer_alone_are_no_backward_passes(traced: Traced) -> None:
+    """The passes before it are counted as they are."""
+    training = Training()
+    training.step()
+    graph = captured(training.optimizer.step)
+    for _ in range(30):
+        training.passes()
+        graph.replay()
+
+    rows = traced.finish()
+    assert len(rows) >= 31
+    assert {row["micro"] for row in rows[2:]} == {1}
+
+
 def test_replays_of_passes_alone_are_no_steps(traced: Traced) -> None:
     """An optimizer that steps after each replay is what ends a step."""
     training = Training()

@@ -214,6 +214,7 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
             commit_slow(t)
             return
 
+        issued = 0 if sequence is None else sequence() * _SEQUENCE_UNIT & _SEQUENCE_MASK
         user_ns = append_user_phases() if has_user_phases else 0
         n = rows
         if first_loader is None:
@@ -223,14 +224,11 @@ def _make_commit(clock: CellClock) -> Callable[[int], None]:
             batch = first_loader = None
             batches = 0
 
-        if sequence is not None:
-            bits |= sequence() * _SEQUENCE_UNIT & _SEQUENCE_MASK
-
         row = offset + (n & mask) * row_bytes
         total = t - part_start
         step = n + before
         times = input_ns, forward_ns, backward_ns, optimizer_ns, user_ns
-        pack_into(buffer, row, step, t, total, *times, -1, elements, samples, bits)
+        pack_into(buffer, row, step, t, total, *times, -1, elements, samples, bits | issued)
         count[slot] = rows = n + 1  # the row first, the counter afterwards
         part_start = open_slots[_STEP_START] = t
         open_slots[_STEP] = rows + before

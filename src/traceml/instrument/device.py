@@ -137,7 +137,7 @@ class DeviceTimes:
         self._pending: deque[_PendingStep] = deque()
         self._open_ns = 0  # time that marks of the open step have taken on the host
         self._cost_ns: deque[int] = deque(maxlen=31)  # the same of steps that were measured, with their ends
-        self._since, self._apart = 0, 1  # the last step that was measured, and its distance from the one before
+        self._row, self._apart = 0, 1  # row of the last step that was measured, and its distance from the one before
 
     def follow(self) -> None:
         """Let the hooks mark each change of phase if the open step is measured."""
@@ -181,7 +181,7 @@ class DeviceTimes:
     @_at_end_of_part
     def cut(self) -> None:
         """Mark a cut: what follows may belong to another step."""
-        starts = not self.marks and self._clock.is_detailed(self._clock.rows + 1)
+        starts = not self.marks and self._clock.is_detailed(self._clock.step + 1)
         if not (self.marks or starts) or self._device.is_capturing():
             return
 
@@ -216,16 +216,13 @@ class DeviceTimes:
             # The end of one step is the start of the next: both share the event, and the later one returns it.
             self.marks.append((end, OTHER))
 
-        if measured:
-            self._cost_ns.append(self._open_ns + monotonic_ns() - start)
-            self._since, self._apart = step, max(step - self._since, 1)
-
-        self._open_ns = 0
+        self._note_cost(start, measured=measured)
         return measured
 
     @_at_end_of_part
     def close_prefix(self, step: int) -> bool:
         """End the step at the cut, where the next one began; return whether a device row will follow."""
+        start = monotonic_ns()
         if self._cut is None:
             self._drop(self.marks)
             return False
@@ -236,15 +233,25 @@ class DeviceTimes:
             self._drop(rest)
             return False
 
-        stays, detailed = self._home, self._clock.is_detailed(step + 1)
+        home, detailed = self._training(), self._clock.is_detailed(step + 1)
         measured = self._may_end(marks, is_whole=is_whole)
         if measured:
-            self._pending.append(_PendingStep(step, marks, rest[0][0], detailed, self._training().pool))
+            self._pending.append(_PendingStep(step, marks, rest[0][0], detailed, home.pool))
 
-        if not detailed or self._home is not stays:
-            self._drop(rest)
+        if not detailed or self._home is not home:
+            self._drop(rest, home)
 
+        self._note_cost(start, measured=measured)
         return measured
+
+    def _note_cost(self, start: int, *, measured: bool) -> None:
+        """Note what a measured step has cost, its end since `start` included."""
+        if measured:
+            row = self._clock.rows
+            self._cost_ns.append(self._open_ns + monotonic_ns() - start)
+            self._row, self._apart = row, max(row - self._row, 1)
+
+        self._open_ns = 0
 
     def _may_end(self, marks: Marks, *, is_whole: bool) -> bool:
         """Return whether a step with these marks can be measured; drop them if not."""
@@ -334,9 +341,10 @@ class DeviceTimes:
         spent[_BACKWARD] += spent[_WAITING]
         return [total, *(spent[phase] for phase in _SOURCES)]
 
-    def _drop(self, marks: Marks) -> None:
+    def _drop(self, marks: Marks, home: _TrainingStream | None = None) -> None:
+        """Drop marks of a stream; None: the training's now."""
         # The first mark may also be the end of a pending step: leave it to the garbage collector.
-        self._training().pool.extend(event for event, _ in marks[1:])
+        (home or self._training()).pool.extend(event for event, _ in marks[1:])
         marks.clear()
         self._cut, self._is_whole = None, True
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
 from traceml.instrument.importlib_bootstrap import uncounted
@@ -30,7 +32,7 @@ def patch_graph_replays(patches: Patches, clock: StepClock) -> None:
     if not {"capture_begin", "capture_end", "replay"} <= methods.keys():  # another version of torch
         return
 
-    captures = _Captures(clock)
+    captures = _Captures()
     patches.wrap(graph_type, "capture_begin", _after(methods["capture_begin"], clock, captures.begun))
     patches.wrap(graph_type, "capture_end", _after(methods["capture_end"], clock, captures.ended))
     patches.wrap(graph_type, "replay", _timed_replay(methods["replay"], clock, captures.optimizer_of))
@@ -39,27 +41,27 @@ def patch_graph_replays(patches: Patches, clock: StepClock) -> None:
 class _Captures:
     """Graphs, and the optimizers that stepped while they were captured."""
 
-    def __init__(self, clock: StepClock) -> None:
-        self._clock = clock
-        self._begun: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+    def __init__(self) -> None:
+        self._watches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # graph that is captured -> handle of a hook
         self._optimizers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def begun(self, graph: Any) -> None:
-        """Note what has stepped before a capture."""
-        self._begun[graph] = self._state()
+        """Watch which optimizer steps during a capture."""
+        found = self._optimizers
+
+        def stepped(optimizer: Any, *_: Any) -> None:
+            found[graph] = id(optimizer)
+
+        self._watches[graph] = register_optimizer_step_post_hook(stepped)
 
     def ended(self, graph: Any) -> None:
-        """Note the optimizer that has stepped since."""
-        before = self._begun.pop(graph, None)
-        if before is not None and self._clock.step_call and self._state() != before:
-            self._optimizers[graph] = self._clock.step_call
+        """Watch no longer."""
+        if (watch := self._watches.pop(graph, None)) is not None:
+            watch.remove()
 
     def optimizer_of(self, graph: Any) -> int:
         """Return the id of the optimizer whose step a graph holds; 0 if it holds none."""
         return self._optimizers.get(graph, 0)
-
-    def _state(self) -> tuple[int, int]:
-        return self._clock.rows, self._clock.step_call
 
 
 @uncounted
@@ -116,7 +118,7 @@ def _end(clock: StepClock, began: Began | None, optimizer: int) -> None:
                 if clock.step_call:
                     clock.repeat_step_call(optimizer, t)
 
-                clock.backwards += 1
+                clock.backwards = clock.backwards or 1  # unless the graph holds the optimizer alone
                 clock.after_step(t, optimizer)
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)

@@ -228,6 +228,7 @@ class PhaseTimer:
         if before < self.before:
             return False
 
+        self.all_measured_to += before - self.before
         self.before = before
         if self.open_slots[_STEP] >= 0:
             self.open_slots[_STEP] = self.step

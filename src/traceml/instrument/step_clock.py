@@ -37,7 +37,16 @@ from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
 from traceml.instrument.divided_step import DividedStep
 from traceml.instrument.evaluation import EvaluationPeriod
-from traceml.instrument.phase_timer import CHECK_FORWARD, FIRST_USER, NOT_READY, ON_FORWARD, OTHER, Began, StepListener
+from traceml.instrument.phase_timer import (
+    CHECK_FORWARD,
+    FIRST_USER,
+    NO_ROW,
+    NOT_READY,
+    ON_FORWARD,
+    OTHER,
+    Began,
+    StepListener,
+)
 from traceml.instrument.values.last_step import is_overdue, usual_end
 
 if TYPE_CHECKING:
@@ -455,6 +464,7 @@ class StepClock(DividedStep):
         """
         self.plan_backward()
         if not self.extras or self.slow_commits:
+            self.slow_row = NO_ROW
             return
 
         ahead = range(_LEAST_MASK + 1)

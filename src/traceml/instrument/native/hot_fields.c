@@ -98,14 +98,14 @@ static int append_user_phases(HotFields *hot, long long *total) {
     return *total == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
-/* Add the number of collectives that the process group has issued to the bits of a row. */
-static int add_sequence(HotFields *hot, long long *bits) {
+/* Read the number of collectives that the process group has issued, as it is in the bits of a row. */
+static int read_sequence(HotFields *hot, long long *bits) {
     PyObject *number = PyObject_CallNoArgs(hot->sequence);
     long long issued = number ? PyLong_AsLongLong(number) : -1;
     Py_XDECREF(number);
     if (issued == -1 && PyErr_Occurred()) return -1;
 
-    *bits |= issued * hot->sequence_unit & hot->sequence_mask;
+    *bits = (long long)((unsigned long long)issued * (unsigned long long)hot->sequence_unit) & hot->sequence_mask;
     return 0;
 }
 
@@ -114,7 +114,10 @@ int commit_step(HotFields *hot, long long t) {
     if (!LIKELY(is_whole && !(hot->batches > 0 && hot->backwards > hot->batches)))
         return call_method(hot, "commit_slow", t, NULL);
 
-    long long n = hot->rows, user_ns = 0, bits;
+    long long n = hot->rows, user_ns = 0, bits, issued = 0;
+    /* First: it is a function in Python, in which Ctrl-C may be raised. */
+    if (!LIKELY(none_for_null(hot->sequence) == Py_None) && read_sequence(hot, &issued)) return -1;
+
     if (!LIKELY(!hot->has_user_phases) && append_user_phases(hot, &user_ns)) return -1;
 
     if (none_for_null(hot->first_loader) == Py_None) {
@@ -126,9 +129,7 @@ int commit_step(HotFields *hot, long long t) {
         hot->batches = 0;
     }
 
-    if (!LIKELY(none_for_null(hot->sequence) == Py_None) && add_sequence(hot, &bits)) return -1;
-
-    write_row(hot, t, user_ns, bits);
+    write_row(hot, t, user_ns, bits | issued);
     hot->part_start = t;
     if (set_word(hot, SLOT_STEP_START, t) || set_word(hot, SLOT_STEP, hot->rows + hot->before)) return -1;
 
