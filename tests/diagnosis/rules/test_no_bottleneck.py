@@ -46,16 +46,19 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
     assert never not in text
 
 
-def of_device(busy_pct: float, power_w: float = 150.0, reasons: int = 0) -> JobFacts:
-    """Return facts with 40 samples of one device in training, whose power limit is 700 W."""
+def of_device(
+    busy_pct: float, power_w: float = 150.0, reasons: int = 0, *, limit_w: int = 700, paused: int = 0
+) -> JobFacts:
+    """Return facts with 40 samples of one device in training; in the last ones the script did something else."""
     process, gpu = np.zeros(40, PROCESS.dtype), np.zeros(40, GPU.dtype)
     process["t_ns"] = gpu["t_ns"] = np.arange(40) * 10**9
-    process["step"] = np.arange(40) * 10
+    process["step"] = np.minimum(np.arange(40), 40 - paused) * 10
     gpu["utilization_pct"], gpu["power_w"], gpu["throttle_reasons"] = busy_pct, power_w, reasons
+    gpu["utilization_pct"][41 - paused :], gpu["power_w"][41 - paused :] = 0.0, 100.0
     samples, health = MachineSamples(), GpuHealthHistory()
     samples.add(PROCESS.name, 0, process)
     samples.add(GPU.name, 0, gpu)
-    health.add(0, {"index": 0, "power_limit_w": 700, "default_power_limit_w": 700})
+    health.add(0, {"index": 0, "power_limit_w": limit_w, "default_power_limit_w": limit_w})
     return JobFacts(samples=samples, health=health, model=PLAIN)
 
 
@@ -74,8 +77,15 @@ def test_a_device_that_waits_for_launches_is_named() -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [of_device(98.0), of_device(98.0, 690.0, 0x4), of_device(40.0, 560.0)],
-    ids=["busy", "at its power limit", "as busy as its power shows"],
+    [
+        of_device(98.0),
+        of_device(98.0, 690.0, 0x4),
+        of_device(40.0, 560.0),
+        of_device(99.0, 690.0, paused=22),
+        of_device(99.0, 350.0, paused=14),
+        of_device(40.0, limit_w=-1),
+    ],
+    ids=["busy", "at its power limit", "as busy as its power shows", "pauses", "few pauses", "no power limit known"],
 )
 def test_a_busy_device_does_not_wait_for_launches(facts: JobFacts) -> None:
     """At its power limit a device computes as fast as it can: nothing is wrong with its cooling."""

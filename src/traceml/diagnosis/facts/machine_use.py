@@ -19,6 +19,7 @@ MAX_RANKS = 8
 """Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
 _MAX_ROWS = 1024
 _MIN_PASSED_NS = 4e8
+_PACE_NS = 1e9  # before a sample, whose utilization is of up to a second
 _ALL = 1 << 62
 
 POWER_LIMIT = "power limit"
@@ -180,6 +181,19 @@ class MachineSamples(msgspec.Struct):
                 if len(rows) >= least:
                     yield rows
 
+    def _while_training(self, rank: int, rows: NDArray[np.void]) -> NDArray[np.void]:
+        """Return the samples of devices before which steps went on at half of their usual pace at least.
+
+        The others are of evaluation, of saving, or of what else the script does between steps.
+        """
+        known = self._kept[PROCESS.name, rank].rows
+        known = known[known["step"] >= 0]
+        times = rows["t_ns"].astype(np.float64)
+        done = np.interp(times, known["t_ns"], known["step"])
+        began = np.interp(times - _PACE_NS, known["t_ns"], known["step"])
+        pace = done - began
+        return rows[pace >= 0.5 * np.median(pace[pace > 0])] if (pace > 0).any() else rows[:0]
+
     def _host_cores(self, spans: dict[int, tuple[int, int]]) -> float | None:
         found = [
             float(rows["cpu_pct"].mean()) / 100 * self.machine_cores[rank]
@@ -190,7 +204,12 @@ class MachineSamples(msgspec.Struct):
         return _median(found)
 
     def _devices(self, spans: dict[int, tuple[int, int]]) -> dict[str, float | bool | None]:
-        rows = list(self._rows(GPU, spans))
+        rows = [
+            found
+            for rank, span in spans.items()
+            for each in self._rows(GPU, {rank: span})
+            if len(found := self._while_training(rank, each))
+        ]
         if not rows:
             return {}
 

@@ -435,8 +435,11 @@ def _on_device(facts: JobFacts) -> list[str]:
 
 def _waits_for_launches(facts: JobFacts) -> bool:
     """Whether the device is idle for much of the time, as the host cannot launch its work faster."""
-    busy = facts.use.utilization
-    return busy is not None and busy < BUSY_SHARE and not _draws_much_power(facts)
+    busy, limits = facts.use.utilization, _power_limits(facts)
+    if busy is None or not limits:
+        return False
+
+    return busy < BUSY_SHARE and (facts.use.power_w or 0.0) < BUSY_POWER * min(limits)
 
 
 def _launching_text(facts: JobFacts) -> str:
@@ -446,10 +449,8 @@ def _launching_text(facts: JobFacts) -> str:
     )
 
 
-def _draws_much_power(facts: JobFacts) -> bool:
-    """Whether the devices draw the power of computation, whatever share of the time the driver saw a kernel run."""
-    limits = [each.power_limit_w for each in facts.health.devices.values() if each.power_limit_w > 0]
-    return bool(limits) and (facts.use.power_w or 0.0) >= BUSY_POWER * min(limits)
+def _power_limits(facts: JobFacts) -> list[int]:
+    return [each.power_limit_w for each in facts.health.devices.values() if each.power_limit_w > 0]
 
 
 def _on_cpu(facts: JobFacts) -> list[str]:

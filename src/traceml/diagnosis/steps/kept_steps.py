@@ -295,7 +295,8 @@ class KeptSteps:
             return False
 
         values = dict(zip(_DEVICE_VALUES, np.moveaxis(self._device[1][at], -1, 0), strict=True))
-        np.copyto(total, step_times_on_device(total, values["total"], found))
+        begins = np.diff(steps, prepend=-2) != 1
+        np.copyto(total, step_times_on_device(total, values["total"], found, begins))
         measured = {name: np.where(found, values[name], 0) for name in DEVICE_LABELS}
         device = spread_device_times(measured, total, 1, found)
         device["backward_own"] = np.where(found, values["backward_own"], -1)

@@ -44,6 +44,8 @@ PHASES = (*PHASE_LABELS, "other")
 
 AHEAD_SHARE = 0.2
 """If the host's step times differ by this share from those of the device, it runs ahead of it."""
+MOST_AHEAD = 64
+"""A host runs ahead by so many steps at most: a longer wait is more than for the device."""
 
 DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
 """The phases whose time passes on the device, where there is one."""
@@ -73,7 +75,7 @@ def put_device_times(
         idle = idle - times[phase]
 
 
-def step_times_on_device(total: Floats, device: Floats, found: NDArray[np.bool_]) -> Floats:
+def step_times_on_device(total: Floats, device: Floats, found: NDArray[np.bool_], begins: NDArray[np.bool_]) -> Floats:
     """Return the times from step to step on the device.
 
     A host that only launches work runs ahead of the device, until something waits for it, such as `loss.item()` in
@@ -85,6 +87,7 @@ def step_times_on_device(total: Floats, device: Floats, found: NDArray[np.bool_]
         total: time of each step on the host, rank x step.
         device: the same on the device, where measured.
         found: steps that were measured; each rank has some.
+        begins: steps whose predecessor is not among them.
     """
     measured, of_host = np.where(found, device, 0), np.where(found, total, 0)
     ahead = np.abs(measured - of_host).sum(axis=1) > AHEAD_SHARE * measured.sum(axis=1)
@@ -93,23 +96,42 @@ def step_times_on_device(total: Floats, device: Floats, found: NDArray[np.bool_]
     if len(rows):
         columns = found[rows].any(axis=0)
         known = np.where(found[rows][:, columns], device[rows][:, columns], np.nan)
-        usual = np.minimum(np.nanmedian(known, axis=1), total[rows].mean(axis=1))
-        times[rows] = _paced(total[rows], usual)
+        usual = np.nanmedian(known, axis=1)
+        # The mean has what varies from step to step, but not what the host paused in a measured one.
+        usual = np.nanmean(np.where(known <= 2 * usual[:, None], known, np.nan), axis=1)
+        times[rows] = _paced(total[rows], usual, begins)
 
     return np.where(found, device, times)
 
 
-def _paced(times: Floats, usual: Floats) -> Floats:
+def _paced(times: Floats, usual: Floats, begins: NDArray[np.bool_]) -> Floats:
     """Return times on devices that need the usual time for a step, and are given it at the end of the host's step.
+
+    How far a device is behind where a block of steps begins is what the host's first wait in the block exceeds a usual
+    step by.
 
     Args:
         times: of each step on the host, rank x step.
         usual: of a step on the device, by rank.
+        begins: the first steps of blocks.
     """
-    paced, behind = times.copy(), np.zeros_like(usual)
-    for column in range(times.shape[1]):
-        before, behind = behind, np.maximum(behind + usual - times[:, column], 0)
-        paced[:, column] += behind - before
+    paced = times.copy()
+    starts = np.flatnonzero(begins).tolist() or [0]
+    for first, end in zip(starts, [*starts[1:], times.shape[1]], strict=True):
+        block = times[:, first:end]
+        behind = np.zeros_like(usual)
+        at_first, waited = np.zeros_like(usual), np.zeros(len(usual), bool)
+        for column in range(end - first):
+            before, behind = behind, np.maximum(behind + usual - block[:, column], 0)
+            over = block[:, column] + behind - before - usual
+            is_first = ~waited & (behind == 0) & (block[:, column] > usual)
+            at_first[is_first] = np.maximum(over, 0)[is_first]
+            waited |= is_first
+
+        behind = np.minimum(at_first, MOST_AHEAD * usual)
+        for column in range(end - first):
+            before, behind = behind, np.maximum(behind + usual - block[:, column], 0)
+            paced[:, first + column] += behind - before
 
     return paced
 

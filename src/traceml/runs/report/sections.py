@@ -68,12 +68,9 @@ def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
     of_all = digest.sums_of_hosts()
     if of_all is not None and of_all.count.sum():
         section.summed_ranks = digest.world_size
-        mean, quantiles = of_all.mean_ns, of_all.quantiles_ns(_QUANTILES)
+        mean, quantiles = of_all.mean_ns, _quantiles(of_all, window)
     elif totals is not None:
-        # The histogram of all steps has the host's times, which are not the device's where it runs ahead.
-        on_device = window.device and times.size
-        quantiles = np.quantile(times, _QUANTILES).tolist() if on_device else totals.quantiles_ns(_QUANTILES)
-        mean = totals.mean_ns
+        mean, quantiles = totals.mean_ns, _quantiles(totals, window)
     elif times.size:
         mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
     else:
@@ -85,6 +82,17 @@ def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
     section.mean_ms = significant(mean / _MS)
     section.p50_ms, section.p95_ms, section.p99_ms = (significant(value / _MS) for value in quantiles)
     return section
+
+
+def _quantiles(totals: StepTotals, window: AlignedSteps) -> list[float]:
+    """Return the percentiles of all steps; of those in the window if they have device times.
+
+    The histogram of all steps has the host's times, which are not the device's where the host runs ahead of it.
+    """
+    if window.device and window.total.size:
+        return [float(value) for value in np.quantile(window.total, _QUANTILES)]
+
+    return totals.quantiles_ns(_QUANTILES)
 
 
 def _totals(digest: Digest) -> StepTotals | None:
