@@ -117,23 +117,27 @@ def _paced(times: Floats, usual: Floats, begins: NDArray[np.bool_]) -> Floats:
     """
     paced = times.copy()
     starts = np.flatnonzero(begins).tolist() or [0]
+    ranks = np.arange(len(usual))
     for first, end in zip(starts, [*starts[1:], times.shape[1]], strict=True):
-        block = times[:, first:end]
-        behind = np.zeros_like(usual)
-        at_first, waited = np.zeros_like(usual), np.zeros(len(usual), bool)
-        for column in range(end - first):
-            before, behind = behind, np.maximum(behind + usual - block[:, column], 0)
-            over = block[:, column] + behind - before - usual
-            is_first = ~waited & (behind == 0) & (block[:, column] > usual)
-            at_first[is_first] = np.maximum(over, 0)[is_first]
-            waited |= is_first
-
-        behind = np.minimum(at_first, MOST_AHEAD * usual)
-        for column in range(end - first):
-            before, behind = behind, np.maximum(behind + usual - block[:, column], 0)
-            paced[:, first + column] += behind - before
+        block = times[:, first:end].astype(np.float64)
+        before, behind = _behind(block, usual, np.zeros_like(usual))
+        waits = (behind == 0) & (block > usual[:, None])
+        exceeds = (block - before)[ranks, waits.argmax(axis=1)] - usual
+        at_begin = np.where(waits.any(axis=1), np.clip(exceeds, 0, MOST_AHEAD * usual), 0)
+        before, behind = _behind(block, usual, at_begin)
+        paced[:, first:end] = block + behind - before
 
     return paced
+
+
+def _behind(block: Floats, usual: Floats, at_begin: Floats) -> tuple[Floats, Floats]:
+    """Return the time by which devices are behind the host at the begin and at the end of each of its steps.
+
+    In a step a device falls behind by the usual time, and catches up by the host's, but not further than to the host.
+    """
+    gained = np.cumsum(usual[:, None] - block, axis=1)
+    behind = gained - np.minimum(np.minimum.accumulate(gained, axis=1), -at_begin[:, None])
+    return np.concatenate([at_begin[:, None], behind[:, :-1]], axis=1), behind
 
 
 def mean_own(own: Floats) -> Floats:
