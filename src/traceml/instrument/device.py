@@ -199,12 +199,16 @@ class DeviceTimes:
         """End the step (-1: without a row) and begin the next; return whether a device row will follow."""
         start = monotonic_ns()
         marks, is_whole = self.marks, self._is_whole and step >= 0
+        detailed = self._clock.is_detailed(step + 1)
         self._begin([])
+        if not (marks or detailed):
+            return False
+
         if self._device.is_capturing():
             self._drop(marks)
             return False
 
-        measured, detailed = self._may_end(marks, is_whole=is_whole), self._clock.is_detailed(step + 1)
+        measured = self._may_end(marks, is_whole=is_whole)
         if not (measured or detailed):
             return False
 
