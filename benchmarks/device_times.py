@@ -238,9 +238,7 @@ def measure(name: str, case: Case, steps: int) -> bool:
         ring, rows = flight.ring(DEVICE_STEPS.name), hooks.clock.rows
         device_rows = np.frombuffer(ring.take(0, ring.appended).data, DEVICE_STEPS.dtype)
 
-    means = {
-        phase: sum(row[f"{phase}_ns"] for row in device_rows) / max(len(device_rows), 1) / 1e6 for phase in _PHASES
-    }
+    means = {phase: device_rows[f"{phase}_ns"].sum() / max(len(device_rows), 1) / 1e6 for phase in _PHASES}
     print(
         f"{name:20} losses {'equal' if found == expected else 'DIFFER'}; {rows} of {steps} steps, {len(device_rows)} "
         f"timed; {', '.join(f'{phase} {mean:.2f}' for phase, mean in means.items())}; failures {failures()}"

@@ -6,11 +6,11 @@ as forward, on the device as well, unless it is inside another phase, as that of
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from traceml.clock import monotonic_ns
@@ -27,7 +27,7 @@ _FORWARD = int(Phase.FORWARD)
 
 def patch_graph_replays(patches: Patches, clock: StepClock) -> None:
     """Time replays of graphs, and see the steps in them."""
-    graph_type: Any = sys.modules["torch"].cuda.CUDAGraph
+    graph_type: Any = torch.cuda.CUDAGraph
     methods = vars(graph_type)
     if not {"capture_begin", "capture_end", "replay"} <= methods.keys():  # another version of torch
         return
@@ -114,12 +114,8 @@ def _end(clock: StepClock, began: Began | None, optimizer: int) -> None:
         if began is not None:
             clock.leave(_FORWARD, began)
             if optimizer:
-                t = monotonic_ns()
-                if clock.step_call:
-                    clock.repeat_step_call(optimizer, t)
-
                 clock.backwards = clock.backwards or 1  # unless the graph holds the optimizer alone
-                clock.after_step(t, optimizer)
+                clock.step_without_call(monotonic_ns(), optimizer)
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
 

@@ -424,21 +424,28 @@ class StepClock(DividedStep):
         self.training_loader = loader
         self.usual_loader = NOT_READY
 
+    def step_without_call(self, t: int, ident: int, flags: int = 0) -> None:
+        """Handle a step that no call of an optimizer shows: inside backward, without an optimizer, or in a graph.
+
+        Args:
+            flags: of the step, as bits of `StepFlag`.
+        """
+        if self.step_call:
+            self.repeat_step_call(ident, t)
+
+        if flags:
+            self.flags |= flags
+            self.needs_slow_commit = True
+
+        self.after_step(t, ident)
+
     def after_backward(self, t: int) -> None:
         """Handle the end of a backward pass on the slow path: it may be a step by itself."""
         if self.fused:
             self.fused = False
-            if self.step_call:
-                self.repeat_step_call(FUSED, t)
-
-            self.after_step(t, FUSED)
+            self.step_without_call(t, FUSED)
         elif self.inferred:
-            if self.step_call:
-                self.repeat_step_call(FUSED, t)
-
-            self.flags |= _INFERRED
-            self.needs_slow_commit = True
-            self.after_step(t, FUSED)
+            self.step_without_call(t, FUSED, _INFERRED)
         elif not self.optimizers_seen and self.first_loader is None and self.open and not self.explicit:
             self._hold_batch(t)
 

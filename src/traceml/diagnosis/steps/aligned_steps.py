@@ -11,9 +11,14 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_split import Floats, mean_own, named_times, split_backward
 
-__all__ = ["AlignedSteps", "Ints"]
+__all__ = ["AlignedSteps", "Ints", "block_begins"]
 
 Ints = NDArray[np.int64]
+
+
+def block_begins(steps: Ints) -> NDArray[np.bool_]:
+    """Return which steps, in order, have no predecessor among them: the first of each block of consecutive ones."""
+    return np.asarray(np.diff(steps, prepend=-2) != 1)
 
 
 class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
@@ -42,7 +47,7 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def begins(self) -> NDArray[np.bool_]:
         """Steps whose predecessor is not in the window: the first step of each block of consecutive ones."""
-        return np.asarray(np.diff(self.steps, prepend=-2) != 1)
+        return block_begins(self.steps)
 
     @cached_property
     def wait(self) -> Floats:

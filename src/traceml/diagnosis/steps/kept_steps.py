@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
-from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints, block_begins
 from traceml.diagnosis.steps.representatives import Representatives
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
@@ -295,8 +295,7 @@ class KeptSteps:
             return False
 
         values = dict(zip(_DEVICE_VALUES, np.moveaxis(self._device[1][at], -1, 0), strict=True))
-        begins = np.diff(steps, prepend=-2) != 1
-        np.copyto(total, step_times_on_device(total, values["total"], found, begins))
+        np.copyto(total, step_times_on_device(total, values["total"], found, block_begins(steps)))
         measured = {name: np.where(found, values[name], 0) for name in DEVICE_LABELS}
         device = spread_device_times(measured, total, 1, found)
         device["backward_own"] = np.where(found, values["backward_own"], -1)

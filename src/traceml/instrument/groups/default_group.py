@@ -88,7 +88,7 @@ class DefaultGroup:
         clock = self._clock
         clock.group = clock.sequence = None
         clock.is_grouped = False
-        clock.needs_slow_backward = clock.needs_slow_backward or clock.awaits_backward
+        clock.plan_step()
 
     @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:
