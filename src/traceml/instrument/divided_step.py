@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.phase_timer import CHECK_FORWARD, PhaseTimer, StepListener
+from traceml.instrument.phase_timer import CHECK_FORWARD, PhaseTimer, StepListener, StepRow
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -25,16 +25,11 @@ _FACTOR = 2  # the last evaluation may take this many times as long as usual
 
 
 class _FirstPart(NamedTuple):
-    """The part of a step before its cut, which may become a step by itself; see `PhaseTimer.append_step`."""
+    """The part of a step before its cut, which may become a step by itself."""
 
     joined_by: int  # id of the optimizer that steps after the cut
     is_first: bool  # whether no other optimizer has joined a step before
-    end_ns: int
-    times: list[int]
-    committed_ns: int
-    micro_batches: int
-    flags: int
-    data: tuple[int, int]
+    row: StepRow
 
 
 class DividedStep(PhaseTimer):
@@ -53,6 +48,7 @@ class DividedStep(PhaseTimer):
 
     def _close_prefix(self) -> None:
         """Append the row of the part before the cut; the part after it becomes the next step."""
+        sequence = self.issued()  # first: Ctrl-C may be raised in it
         times, times_at_cut = self.times, self.times_at_cut or self.zeros
         times_at_cut = times_at_cut + [0] * (len(times) - len(times_at_cut))
         flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
@@ -60,14 +56,9 @@ class DividedStep(PhaseTimer):
         if self.device is not None and self.device.close_prefix(self.step):
             flags |= _DEVICE
 
+        before_cut = self.cut_ns, self.committed_ns, self.micro_batches
         self.append_step(
-            times_at_cut,
-            self.cut_ns,
-            self.committed_ns,
-            self.micro_batches,
-            flags,
-            self.committed_own_ns,
-            self.committed_data,
+            StepRow(times_at_cut, *before_cut, flags, sequence, self.committed_own_ns, self.committed_data)
         )
         if self.eval_ns:
             self._flush_evals(self.step)
@@ -212,8 +203,9 @@ class DividedStep(PhaseTimer):
         self.first_part = None
         if alone and self.times_at_cut is not None:
             flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
-            at_cut = self.cut_ns, self.times_at_cut, self.committed_ns, self.micro_batches
-            self.first_part = _FirstPart(ident, is_first, *at_cut, flags, self.committed_data)
+            at_cut = self.times_at_cut, self.cut_ns, self.committed_ns, self.micro_batches
+            row = StepRow(*at_cut, flags, self.issued(), data=self.committed_data)
+            self.first_part = _FirstPart(ident, is_first, row)
 
         self.times_at_cut = None
         self.pending = False
@@ -235,13 +227,14 @@ class DividedStep(PhaseTimer):
         if self.device is not None:
             self.device.discard()
 
-        self.append_step(part.times, part.end_ns, part.committed_ns, part.micro_batches, part.flags, -1, part.data)
-        first = part.times + [0] * (len(self.zeros) - len(part.times))
+        row = part.row
+        self.append_step(row)
+        first = row.times + [0] * (len(self.zeros) - len(row.times))
         self.times_at_cut = [after - before for after, before in zip(self.times_at_cut, first, strict=True)]
         self.times = [after - before for after, before in zip(self.times, first, strict=True)]
-        self.committed_ns -= part.committed_ns
-        self.micro_batches -= part.micro_batches
-        self.committed_flags &= ~part.flags
+        self.committed_ns -= row.total_ns
+        self.micro_batches -= row.micro_batches
+        self.committed_flags &= ~row.flags
         self.committed_fingerprint = 0
 
     def split_last(self) -> None:
@@ -257,6 +250,7 @@ class DividedStep(PhaseTimer):
 
     def _append_held(self, held: list[tuple[int, list[int], int]], flags: int, t: int) -> None:
         """Append the rows of held steps, and begin the next one."""
+        sequence = self.issued()
         before, before_total = self.zeros, 0
         epoch = (self.flags | self.committed_flags) & _EPOCH  # began with the first of them
         self.add_iterators()
@@ -264,7 +258,7 @@ class DividedStep(PhaseTimer):
         for end, times, total in held:
             part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]
             self.note_total(total - before_total)
-            self.append_step(part, end, total - before_total, 1, flags | epoch, -1, data)
+            self.append_step(StepRow(part, end, total - before_total, 1, flags | epoch, sequence, data=data))
             before, before_total, epoch = times, total, 0
 
         held.clear()

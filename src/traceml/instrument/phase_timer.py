@@ -11,7 +11,7 @@ import contextvars
 import logging
 from _thread import get_ident
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import PHASE_COLUMNS, Phase, Slot, StepFlag, pack_bits
@@ -123,6 +123,26 @@ class StepDeviceTimer(Protocol):
     @property
     def ns_per_step(self) -> int:
         """Cost of measuring on the host in ns, per step."""
+
+
+class StepRow(NamedTuple):
+    """What `PhaseTimer.append_step` writes of a step.
+
+    Attributes:
+        times: nanoseconds by bucket.
+        sequence: number of collectives that the process group has issued at its end.
+        own_ns: own work in backward; counts only with `StepFlag.CALLBACK`.
+        data: elements and samples.
+    """
+
+    times: list[int]
+    end_ns: int
+    total_ns: int
+    micro_batches: int
+    flags: int
+    sequence: int
+    own_ns: int = -1
+    data: tuple[int, int] = (0, 0)
 
 
 class PhaseTimer:
@@ -375,6 +395,7 @@ class PhaseTimer:
 
     def commit_slow(self, t: int) -> None:
         """Close a step that has parts, rare phases, open user phases, flags, a group or a device."""
+        sequence = self.issued()  # first: Ctrl-C may be raised in it
         self.account_user_phases(t)
         flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
         self.add_part()
@@ -387,8 +408,9 @@ class PhaseTimer:
         if self.device is not None and self.device.close(self.step):
             flags |= _DEVICE
 
+        own_ns = self.own + self.committed_own_ns
         self.append_step(
-            self.times, t, total, self.micro_batches, flags, self.own + self.committed_own_ns, self.committed_data
+            StepRow(self.times, t, total, self.micro_batches, flags, sequence, own_ns, self.committed_data)
         )
         self._clear(t)
         self.plan_step()
@@ -437,33 +459,28 @@ class PhaseTimer:
     def plan_step(self) -> None:
         """Decide what the step that begins measures, and which step is the next to need a slow commit."""
 
-    def append_step(
-        self,
-        times: list[int],
-        t: int,
-        total: int,
-        micro_batches: int,
-        flags: int,
-        own: int,
-        data: tuple[int, int] = (0, 0),
-    ) -> None:
-        """Append the row of a step, whose data has some elements and samples, and the rows of its user phases."""
-        n, step = self.rows, self.step
+    def issued(self) -> int:
+        """Return the number of collectives that the process group has issued; 0 without a group of several ranks."""
+        return self.sequence() if self.sequence is not None else 0
+
+    def append_step(self, row: StepRow) -> None:
+        """Append the row of a step, and the rows of its user phases."""
+        n, step, times, flags = self.rows, self.step, row.times, row.flags
         columns = times[:OTHER]
         columns[_USER] = self._append_users(times) if self.users else 0
-        sequence = self.sequence() if self.sequence is not None else 0
-        own = own if flags & _CALLBACK else -1
+        own_ns = row.own_ns if flags & _CALLBACK else -1
         if self.committed_fingerprint:
             self._append_fingerprint(step, self.committed_fingerprint)
 
         if flags & _EPOCH:
             iterator = self.committed_create_ns, self.committed_drain_ns, int(not self.ring.appended)
-            self._append_epoch(step, t, times[_INPUT_WAIT], *iterator)
+            self._append_epoch(step, row.end_ns, times[_INPUT_WAIT], *iterator)
 
-        self._append_step(step, t, total, *columns, own, *data, pack_bits(micro_batches, flags, sequence))
+        bits = pack_bits(row.micro_batches, flags, row.sequence)
+        self._append_step(step, row.end_ns, row.total_ns, *columns, own_ns, *row.data, bits)
         self.rows = n + 1
         if not n & MAINTENANCE_MASK:
-            self.listener.maintain(times[_FORWARD], micro_batches)
+            self.listener.maintain(times[_FORWARD], row.micro_batches)
 
     def use_device(self, device: StepDeviceTimer) -> None:
         """Measure device time too, from the next step."""

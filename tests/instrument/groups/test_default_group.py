@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,22 @@ def test_the_step_at_which_a_rank_leaves_join_is_reported(traced: Traced, tmp_pa
     assert [row["step"] for row in traced.info if row["kind"] == "joined"] in ([4, 9], [5, 9], [5, 10])
 
 
-def train(steps: int) -> None:
+@pytest.fixture
+def train() -> Callable[[int], None]:
+    """Return a function that trains a model for some steps."""
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(2, 4)).sum().backward()
-        optimizer.step()
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+
+    return run
 
 
-def test_the_first_steps_of_a_resumed_group_measure_own_backward(traced: Traced) -> None:
+def test_the_first_steps_of_a_resumed_group_measure_own_backward(traced: Traced, train: Callable[[int], None]) -> None:
     """The group is formed before the checkpoint is loaded, which says how many steps there were."""
     traced.instrumentation.clock.join_group(lambda: 7)
     traced.instrumentation.set_step(1000)
@@ -55,7 +62,9 @@ def test_the_first_steps_of_a_resumed_group_measure_own_backward(traced: Traced)
     assert {row["sequence"] for row in rows} == {7}
 
 
-def test_steps_end_in_c_again_after_a_group(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_end_in_c_again_after_a_group(
+    traced: Traced, train: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is measured any more."""
     clock = traced.instrumentation.clock
     slow: list[int] = []
@@ -71,7 +80,7 @@ def test_steps_end_in_c_again_after_a_group(traced: Traced, monkeypatch: pytest.
     assert {row["sequence"] for row in traced.finish()[45:]} == {0}
 
 
-def test_ctrl_c_while_collectives_are_counted_loses_nothing(traced: Traced) -> None:
+def test_ctrl_c_while_collectives_are_counted_loses_nothing(traced: Traced, train: Callable[[int], None]) -> None:
     """The number is read by a function in Python; the step is not closed twice by halves."""
     interrupts = iter([KeyboardInterrupt])
 
