@@ -21,6 +21,7 @@ from xdist.workermanage import WorkerController
 from tests.system import PARTS, Part, install_command, missing
 
 ROOT = Path(__file__).parent
+pytest_plugins = ["tests.crashed_workers"]
 
 # Each of the thousand Python processes of the tests would compile its modules anew; pytest itself, its tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
