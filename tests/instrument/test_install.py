@@ -34,6 +34,7 @@ ATTRIBUTES: list[tuple[Any, str]] = [
     (torch.optim.SGD, "step"),
     (torch.optim.Adam, "step"),
     (torch.optim.Optimizer, "__init__"),
+    (torch.optim.Optimizer, "add_param_group"),
     (torch.amp.GradScaler, "step"),
     (nn.Module, "compile"),
     (nn.Module, "__setstate__"),

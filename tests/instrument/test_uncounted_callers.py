@@ -125,6 +125,7 @@ REPLACED = [
     (torch.autograd, "grad"),
     (torch.optim.SGD, "step"),
     (torch.optim.Optimizer, "__init__"),
+    (torch.optim.Optimizer, "add_param_group"),
     (torch.amp.GradScaler, "scale"),
     (torch.amp.GradScaler, "unscale_"),
     (torch.amp.GradScaler, "step"),

@@ -522,3 +522,24 @@ def test_a_second_training_at_the_same_time(traced: Traced) -> None:
         train(model, optimizer, X)
 
     assert len(traced.finish()) == 40
+
+
+def test_an_optimizer_that_gets_more_parameters_is_described_again(traced: Traced) -> None:
+    """As when layers are unfrozen: steps are longer from there on, and it is another training."""
+    body, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    body.requires_grad_(False)
+    optimizer = sgd(head)
+    for step in range(20):
+        if step == 10:
+            body.requires_grad_()
+            optimizer.add_param_group({"params": body.parameters(), "lr": 0.01})
+
+        optimizer.zero_grad()
+        head(body(torch.ones(2, 4))).sum().backward()
+        optimizer.step()
+
+    traced.finish()
+    told = [(info["step"], info["tensors"]) for info in traced.info if info["kind"] == "optimizer"]
+    assert [tensors for _, tensors in told] == [2, 4]
+    assert told[1][0] in (9, 10)
+    assert not [info for info in traced.info if info["kind"] == "training_begins"]

@@ -136,7 +136,19 @@ class TorchHooks:
             self._optimizer_made(optimizer)
 
         self._patches.wrap(optimizer_type, "__init__", __init__)
+        self._watch_groups(optimizer_type)
         self.discovery.watch(self._patches)
+
+    @uncounted
+    def _watch_groups(self, optimizer_type: Any) -> None:
+        """Report an optimizer again that is given more parameters, as those of unfrozen layers."""
+        original = optimizer_type.add_param_group
+
+        def add_param_group(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            self._group_added(optimizer)
+
+        self._patches.wrap(optimizer_type, "add_param_group", add_param_group)
 
     @guarded
     def look_for_device(self) -> None:
@@ -158,6 +170,12 @@ class TorchHooks:
         if self._clock.thread == get_ident():
             self.guard(self.discovery.search_recent)
             self._clock.optimizer_made(trains_others=self._facts.trains_others(optimizer))
+
+    @guarded
+    def _group_added(self, optimizer: Any) -> None:
+        if id(optimizer) in self._clock.optimizers:  # else it is reported at its first step
+            self.guard(self.discovery.note_optimizer, optimizer)
+            self.guard(self._facts.optimizer, optimizer)
 
     @guarded
     def _new_iterator(self) -> None:
