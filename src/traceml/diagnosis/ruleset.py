@@ -106,7 +106,8 @@ def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *stopped_ranks(window, facts),
         *same_order(facts),
     ]
-    for rule in (memory_leaks, memory_pressure, memory_imbalance, allocator_churn):
+    found += memory_leaks(facts, window)
+    for rule in (memory_pressure, memory_imbalance, allocator_churn):
         found += rule(facts)
 
     return found

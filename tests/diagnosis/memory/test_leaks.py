@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_workers, host, leaking, processes
@@ -45,6 +46,25 @@ def test_a_limit_of_the_container_is_told_as_such(resource, whose):
     (finding,) = leaks(**leaking(used_bytes=15 * GB), limits=(ResourceUse(0, resource, 15 * GB, 16 * GB),))
 
     assert f"At this rate the {whose} 16.0 GiB are full" in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_leak"),
+    [
+        ((1, 2, 3, 4), False),
+        ((1, 1, 1, 1), True),
+        ((1, 2, 2, 2), True),
+        ((4, 3, 2, 1), True),
+        ((0, 0, 0, 0), True),
+    ],
+)
+def test_memory_that_follows_the_size_of_batches_is_no_leak(sizes, is_leak):
+    """As with longer and longer sequences; where batches stay the same from some step on, nothing explains growth."""
+    window = window_of(ALONE)
+    elements = np.repeat(np.float32(sizes), -(-len(window) // 4))[None, : len(window)]
+    findings = diagnose(replace(window, elements=elements), JobFacts(**leaking(15 * GB)))
+
+    assert any(each.kind is Kind.MEMORY_LEAK for each in findings) is is_leak
 
 
 def test_a_leak_that_lasts_for_long_is_no_more_than_a_warning():
@@ -202,6 +222,15 @@ LIST = {
 
 def growing_list(**facts) -> dict[int, tuple]:
     return {0: growing_of({"grown": [LIST | facts]})}
+
+
+def test_a_container_that_grows_is_a_leak_whatever_the_batches_do():
+    """It is seen to hold what it is given."""
+    window = window_of(ALONE)
+    elements = np.linspace(1, 9, len(window), dtype=np.float32)[None]
+    facts = JobFacts(**leaking(15 * GB), growing=growing_list())
+
+    assert any(each.kind is Kind.MEMORY_LEAK for each in diagnose(replace(window, elements=elements), facts))
 
 
 @pytest.mark.parametrize(("rate", "words"), [(4096.2, "gained 4,096 elements"), (0.25, "gained 0.25 elements")])

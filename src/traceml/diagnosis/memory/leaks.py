@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
@@ -14,6 +16,7 @@ from traceml.diagnosis.facts.resource_use import SOON_S
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import growth_cause, is_kept_in_copies
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.formatting import bytes_text, count_text, left_text, plural, ranks_text
 
 __all__ = ["memory_leaks"]
@@ -22,6 +25,8 @@ FAR_S = 30 * 86400.0
 """Beyond this nothing is said about when it is full."""
 MORE_THAN_ONE_PASS = 1.2
 """A data set that was read this many times has filled its caches."""
+_LARGER = 1.02
+"""Batches grow if those of each quarter of the steps are this much larger than those of the one before."""
 
 _WORDS = {
     MemoryKind.RESIDENT: "Resident memory",
@@ -63,8 +68,11 @@ class _Room(msgspec.Struct, frozen=True):
     total_bytes: int
 
 
-def memory_leaks(facts: JobFacts) -> list[Finding]:
-    """Return a finding for each kind of memory that grows steadily or by copies, about the rank where it grows most."""
+def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
+    """Return a finding for each kind of memory that grows steadily or by copies, about the rank where it grows most.
+
+    Where batches grow too, as longer sequences do, memory follows their size: only a container that grows is a leak.
+    """
     by_kind: dict[MemoryKind, dict[int, tuple[int, GrowthEstimate]]] = {}
     for rank, kind, device, growth in facts.memory.rising():
         if not growth.steady and (kind is MemoryKind.WORKERS or not is_kept_in_copies(facts, rank, growth)):
@@ -77,7 +85,8 @@ def memory_leaks(facts: JobFacts) -> list[Finding]:
     if MemoryKind.PINNED in by_kind:  # it may count as resident, too
         by_kind.pop(MemoryKind.RESIDENT, None)
 
-    findings = (_finding(facts, kind, found, by_kind) for kind, found in by_kind.items())
+    follows = _batches_grow(window)
+    findings = (_finding(facts, kind, found, by_kind, follows=follows) for kind, found in by_kind.items())
     return [each for each in findings if each is not None]
 
 
@@ -86,6 +95,8 @@ def _finding(
     kind: MemoryKind,
     found: Mapping[int, tuple[int, GrowthEstimate]],
     by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
+    *,
+    follows: bool,
 ) -> Finding | None:
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
@@ -99,6 +110,9 @@ def _finding(
     cause = None if workers or kind is MemoryKind.PINNED else growth_cause(facts, rank, growth)
     if cause and cause.left_steps < (room.left_steps if room else math.inf):
         return None  # a container with a bound is full before memory is
+
+    if follows and cause is None and copied is None:
+        return None
 
     why = copied or cause
     is_unseen = kind is MemoryKind.RESIDENT and rank in facts.growing and why is None
@@ -125,6 +139,13 @@ def _finding(
             **({} if room is None else {"limit_bytes": room.total_bytes}),
         },
     )
+
+
+def _batches_grow(window: AlignedSteps) -> bool:
+    sizes = window.elements.mean(axis=0) if len(window.elements) else np.empty(0)
+    quarters = [float(np.median(part)) for part in np.array_split(sizes, 4) if len(part)]
+    grow = (0 < earlier * _LARGER <= later for earlier, later in pairwise(quarters))
+    return len(quarters) > 1 and all(grow)
 
 
 def _severity(room: _Room | None, unread_steps: float, facts: JobFacts) -> Severity:
