@@ -61,6 +61,24 @@ def test_the_advice_fits_the_reason(guard, advice):
     assert advice in verdict.next
 
 
+@pytest.mark.parametrize(
+    ("guard", "dimension"),
+    [
+        ("tensor 'x' size mismatch at index 1. expected 8, actual 9", "1"),
+        ("x.size()[2] == 4", "2"),
+        ("x.size(3) == 4", "3"),
+        ("x.shape[0] <= 8", "0"),
+        ("len(x.shape) == 2", "dim"),
+    ],
+)
+def test_the_dimension_that_differs_is_named(guard, dimension, monkeypatch):
+    """Marking another one changes nothing."""
+    monkeypatch.setitem(NAMES[0], 6, guard)
+    verdict = found(compilations(*[Compiled.AGAIN] * 7), long_forwards(7))[0]
+
+    assert f"mark_dynamic(x, {dimension})" in verdict.next
+
+
 def test_they_are_judged_by_the_whole_run():
     """Most of them are in the first steps, which the window leaves out."""
     pauses = compilations(*[Compiled.AGAIN] * 7, every=0)

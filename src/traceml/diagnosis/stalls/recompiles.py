@@ -25,7 +25,9 @@ __all__ = ["recompiles"]
 MIN_NUMBER = 3
 """A function is compiled twice in healthy runs: for the last batch, which is smaller, and without gradients."""
 _TAKEN_FROM = ("forward", "backward", "other")
-_SHAPE = re.compile(r"(size|stride) mismatch at index (\d+)|\.(size|shape|stride)\b")
+_SHAPE = re.compile(
+    r"(?:size|stride) mismatch at index (\d+)|\.(?:size|shape|stride)\b(?:\(\))?(?:\[(\d+)\]|\((\d+)\))?"
+)
 _GRADIENTS = "grad_mode"
 _OWN = "/torch/_dynamo/"  # a frame that torch puts around a module of its own
 _REPORTED_SHARE, _REPORTED_GAIN = 0.01, 1.05
@@ -154,10 +156,11 @@ def _finding(work: OwnWork, seen: _Recompiled, share: float) -> Finding:
 
 
 def _advice(seen: _Recompiled) -> str:
-    if _SHAPE.search(seen.guard):
+    if shape := _SHAPE.search(seen.guard):
+        dimension = next(filter(None, shape.groups()), "dim")
         return (
-            "Compile for any size (torch.compile(model, dynamic=True), or torch._dynamo.mark_dynamic(x, 0) for one "
-            "dimension), or pad batches to a few sizes"
+            "Compile for any size (torch.compile(model, dynamic=True), or torch._dynamo.mark_dynamic(x, "
+            f"{dimension}) for one dimension), or pad batches to a few sizes"
         )
 
     if _GRADIENTS in seen.guard:
