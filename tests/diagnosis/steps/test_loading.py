@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
 from tests.diagnosis.rules.test_cpu_contention import samples
-from traceml.database.schema import EPOCHS
+from traceml.database.schema import EPOCHS, LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -194,6 +194,25 @@ def test_slow_samples_are_no_restarts_of_workers(epochs, share):
     assert pauses.first_share == pytest.approx(share, rel=0.1)
     assert not pauses.are_whole_epochs
     assert pauses.prefetch_factor == pytest.approx(2 + 250 / 12.6, abs=2)
+
+
+@pytest.mark.parametrize(("workers", "may_pass"), [(2, True), (1, False)])
+def test_the_line_of_slow_samples_is_named(workers: int, may_pass: bool) -> None:
+    """Also of workers that are idle for most of the time: they are awaited in few steps only."""
+    part = LINE_PHASES[LINE_WORKERS]
+    lines = (
+        SampledLine(0, part, "/x/data.py", 8, "Images.__getitem__", None, 60),
+        SampledLine(0, part, None, None, None, None, 140),
+    )
+    loader = LoaderFacts(num_workers=workers, persistent_workers=True)
+    facts = JobFacts(loader=loader, lines_of_workers={0: lines}, epochs=WHOLE[:1])
+    window = window_of(ALONE, adds("input_wait", 1), adds("input_wait", 250, every=10))
+    verdict = diagnose(window, facts)[0]
+
+    assert "most of the waiting is in 10 % of the steps; of the time in which the worker" in verdict.summary
+    assert verdict.summary.endswith("batches, all is in data.py:8 Images.__getitem__.")
+    assert "Look at what data.py:8 Images.__getitem__ does for the samples" in verdict.next
+    assert ("in_order=False" in verdict.next) is may_pass
 
 
 def test_no_prefetch_is_advised_that_would_fill_the_memory():

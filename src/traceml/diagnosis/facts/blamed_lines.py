@@ -411,7 +411,11 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
 
 
 def workers_line(
-    lines: Sequence[SampledLine], ranks: Collection[int] = (), others: Collection[int] = ()
+    lines: Sequence[SampledLine],
+    ranks: Collection[int] = (),
+    others: Collection[int] = (),
+    *,
+    waits_are_rare: bool = False,
 ) -> BlamedLine | None:
     """Return the function in which loader workers spend half of the time that they make batches; None if none is shown.
 
@@ -421,10 +425,11 @@ def workers_line(
         lines: those in which workers were seen.
         ranks: the ranks whose workers are looked at; empty for all.
         others: ranks to compare with: a function that their workers run, too, makes no rank slow.
+        waits_are_rare: whether training waits in few steps, between which workers may be idle.
     """
     part, mine = LINE_PHASES[LINE_WORKERS], tuple(_seen_on(lines, ranks))
     found = outside_line([each for each in mine if not each.is_idle], part)
-    if found is None or not workers_at_work(mine).is_most:
+    if found is None or not (waits_are_rare or workers_at_work(mine).is_most):
         return None
 
     if others and not _is_alone_in(found, tuple(_seen_on(lines, others))):

@@ -194,13 +194,12 @@ def input_bound(work: OwnWork, facts: JobFacts, step_ns: float, excluded: str | 
     if excluded is not None:
         cost = replace(cost, excluded=(*cost.excluded, excluded))
 
+    waits = pipeline or RareWaits.of(work, facts)
     if facts.loader_workers and by_sampler is None:  # the loop's own line tells nothing: the workers have the work
-        keep_up = pipeline is None or pipeline.is_handover
-        line = None if keep_up else workers_line(facts.worker_lines, cost.ranks)
+        is_theirs = waits.are_for_samples if isinstance(waits, RareWaits) else not waits.is_handover
+        line = workers_line(facts.worker_lines, cost.ranks, waits_are_rare=pipeline is None) if is_theirs else None
 
-    advised = (
-        by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, pipeline or RareWaits.of(work, facts), line)
-    )
+    advised = by_sampler or of_new_iterators(facts, pipeline) or for_input(facts, waits, line)
     is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
     where += f"; without any of it steps would be {cost.faster}" if is_part else ""
     if line is not None:

@@ -54,7 +54,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     """
     loader = facts.loader or LoaderFacts()
     if isinstance(pipeline, RareWaits):
-        return _against_pauses(facts, loader, pipeline)
+        return _against_pauses(facts, loader, pipeline, line)
 
     if loader.num_workers is None:
         return _prefetch(pipeline)
@@ -124,7 +124,10 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
-def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits) -> LoadingAdvice:
+_PASSING = "With in_order=False (torch 2.6) other batches pass a late one: they come in another order then."
+
+
+def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits, line: BlamedLine | None) -> LoadingAdvice:
     if pauses.are_whole_epochs:
         gain = pauses.gain_with_overlap
         return LoadingAdvice(
@@ -137,13 +140,16 @@ def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits) -> 
             f"{keeping.action}: {keeping.because}, and they fetch the first batches while training waits."
         )
 
-    look = "Look at the samples of the steps that wait: larger files, or a slow disk or network at times."
+    what = f"what {line.place} does for the samples" if line is not None and line.of_workers else "the samples"
+    look = f"Look at {what} of the steps that wait: larger files, or a slow disk or network at times."
+    passing = f" {_PASSING}" if (loader.num_workers or 0) > 1 else ""
     if pauses.prefetch_factor is None:
-        return LoadingAdvice(f"{look} No usual prefetch_factor covers a wait as long as these.")
+        return LoadingAdvice(f"{look} No usual prefetch_factor covers a wait as long as these.{passing}")
 
     ahead = f"{loader.option('prefetch_factor')}={pauses.prefetch_factor}"
     return LoadingAdvice(
-        f"{look} With {ahead} the workers would be far enough ahead for such a wait, if they are fast enough otherwise."
+        f"{look} With {ahead} the workers would be far enough ahead for such a wait, if they are fast enough "
+        f"otherwise.{passing}"
     )
 
 

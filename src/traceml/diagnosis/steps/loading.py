@@ -313,6 +313,11 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
     gain_with_overlap: float  # old / new step time if the workers made the same batches during the other steps
     prefetch_factor: int | None  # batches per worker that cover such a wait; None if they would fill the memory
 
+    @property
+    def are_for_samples(self) -> bool:
+        """Whether most are for some batches that take long, not for the first one or all of an epoch."""
+        return not self.are_whole_epochs and self.first_share < NAMED_SHARE
+
     @classmethod
     def of(cls, work: OwnWork, facts: JobFacts) -> Self:
         """Return those of a window."""
