@@ -181,6 +181,7 @@ def _training(facts: JobFacts) -> list[Finding]:
 def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     step_ns = work.step_ns
     work = as_one_training(window, work, facts.other_models)
+    with_explained = work
     work, explained = _without_explained(window, work, facts)
     found, without_stragglers = stragglers(work, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
@@ -205,7 +206,9 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Findin
     # What rare long steps do is no steady cost of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
-    found += residual(without_long_steps, facts, step_ns, whole if long or periodic or between else None)
+    hidden_ns = {part: float((values - work.parts[part]).mean()) for part, values in with_explained.parts.items()}
+    whole_steps = whole if long or periodic or between else None
+    found += residual(without_long_steps, facts, step_ns, whole_steps, hidden_ns)
     found += checkpoints(remaining, facts, step_ns)
     # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
     found += [each for each in long if not (found_late and each.phase == "comm")]

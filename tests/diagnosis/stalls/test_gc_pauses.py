@@ -9,6 +9,7 @@ from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from traceml.database.schema import LINE_OTHER, PAUSES, Pause, Phase
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
@@ -130,3 +131,35 @@ def test_pauses_outside_of_steps_cost_nothing():
     rows["step"] = -1
 
     assert found(ALONE, pauses=history(r0=rows))[0].kind is Kind.COMPUTE_BOUND
+
+
+@pytest.mark.parametrize(("samples", "is_named"), [(180, True), (110, False)])
+def test_the_line_that_makes_the_objects_is_named(samples: int, is_named: bool) -> None:
+    """Where it must have most of the collections: they are most of the part, and so is the line."""
+    lines = [
+        SampledLine(
+            0, "other", "/x/train.py", 8, "lr_at", "/usr/lib/python3.11/json/decoder.py:353 raw_decode", samples
+        ),
+        SampledLine(0, "other", "/x/train.py", 9, "log", None, 200 - samples),
+        SampledLine(0, "backward", "/x/train.py", 30, "train", None, 90),
+    ]
+    facts = JobFacts(pauses=history(r0=collections(18)), lines=lines)
+    (verdict, *_) = diagnose(window_of(ALONE, adds("other", 30)), facts)
+
+    assert verdict.kind is Kind.GC_PAUSES
+    assert (", most of them in train.py:8 lr_at." in verdict.summary) is is_named
+    assert ("make fewer objects in train.py:8 lr_at" in verdict.next) is is_named
+    assert ("function" in verdict.evidence) is is_named
+
+
+def test_other_code_beside_collections_has_its_line() -> None:
+    """Samples are of both: the line has as much of them as of the part with its collections."""
+    lines = [
+        SampledLine(0, "other", "/x/train.py", 8, "lr_at", None, 280),
+        SampledLine(0, "backward", "/x/train.py", 30, "train", None, 120),
+    ]
+    facts = JobFacts(pauses=history(r0=collections(18)), lines=lines)
+    findings = diagnose(window_of(ALONE, adds("other", 30)), facts)
+
+    residual = next(each for each in findings if each.kind is Kind.RESIDUAL_HEAVY)
+    assert residual.evidence["function"] == "lr_at"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -51,7 +53,12 @@ MIN_EXCLUDED = 0.02
 """What does not count is named from this share of the part on."""
 MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
-_RARE = "rare long steps"
+_RARE, _UPDATE = "rare long steps", "the update"
+_NEARLY_ALL = 0.9
+"""A line with less of a part is not all that the gain without the part is of."""
+_LITTLE_UPDATE = 0.1
+"""Functions that read gradients and have less of `other` are not all of an update by hand."""
+_MAY_UPDATE = ", which may be the update: no optimizer is called in the steps."
 _LOSS_OF = ("other", "forward")
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
@@ -69,6 +76,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
     share: float = 1.0  # share of the part that counts; the rest is other things
     excluded: tuple[str, ...] = ()  # what of the part does not count, in words
     with_rare: OwnWork | None = None  # the same with the long steps that another finding has, which samples are of, too
+    hidden_ns: float = 0.0  # the mean of the part that another finding has, as of collections; samples are of it, too
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
@@ -79,6 +87,16 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         return replace(
             self, removed=self.removed * share, saved_ns=self.saved_ns * share, share=share, excluded=excluded
         )
+
+    def with_update(self) -> _PhaseCost:
+        """Return the cost with what was left out as an update by hand."""
+        share = min(self.share + _unseen_share(self.work, "optimizer"), 1.0)
+        excluded = tuple(name for name in self.excluded if name != _UPDATE)
+        if excluded == self.excluded:
+            return self
+
+        more = share / self.share
+        return replace(self, removed=self.removed * more, saved_ns=self.saved_ns * more, share=share, excluded=excluded)
 
     def reported(self) -> _PhaseCost:
         """Return the cost with the rare long steps, as a screen shows the part; without them if they are much of it."""
@@ -122,7 +140,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
-        return own_line(facts.lines, self.part, self._phase_share, self.ranks)
+        return own_line(facts.lines, self.part, self._sampled_share, self.ranks)
 
     def leading_lines(self, facts: JobFacts) -> tuple[BlamedLine, ...]:
         """Return the two lines that most of it is spent in together, where the samples show them."""
@@ -140,11 +158,15 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def _sampled_line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, also if it only calls a trainer."""
-        return blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+        return blamed_line(facts.lines, self.part, self._sampled_share, self.ranks)
 
     @property
     def _phase_share(self) -> float:
         return self._share_in(self.work)
+
+    @property
+    def _sampled_share(self) -> float:
+        return self._phase_share + self.hidden_ns / self.step_ns
 
     def _share_in(self, work: OwnWork) -> float:
         return float(work.parts[self.part].mean()) / self.step_ns
@@ -225,11 +247,18 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **evidence)]
 
 
-def residual(work: OwnWork, facts: JobFacts, step_ns: float, whole: OwnWork | None = None) -> list[Finding]:
+def residual(
+    work: OwnWork,
+    facts: JobFacts,
+    step_ns: float,
+    whole: OwnWork | None = None,
+    hidden_ns: Mapping[str, float] | None = None,
+) -> list[Finding]:
     """Find time in the user's own phases, or outside all phases.
 
     Args:
         whole: the same with long steps that another finding has; None for none.
+        hidden_ns: mean time of each part that another finding has and `work` has not, as of garbage collections.
     """
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
@@ -247,10 +276,12 @@ def residual(work: OwnWork, facts: JobFacts, step_ns: float, whole: OwnWork | No
         if cost is None:
             continue
 
+        cost = replace(cost, hidden_ns=(hidden_ns or {}).get(part, 0.0))
         if whole is not None and _RARE not in cost.excluded and _is_longer(whole, work, part):
             cost = replace(cost, excluded=(_RARE, *cost.excluded), with_rare=whole)
 
-        found += _residual_finding(cost, facts, has_forward=part == "other" and _is_unseen(work, "forward"))
+        has_forward = part == "other" and _is_unseen(work, "forward")
+        found += _residual_finding(cost, facts, has_forward=has_forward)
 
     return found
 
@@ -264,7 +295,7 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
 
     if part == "other":
         cost = _without_torch(cost, work, facts)
-        cost = replace(cost, excluded=(*cost.excluded, "the update")) if update_share >= MIN_EXCLUDED else cost
+        cost = replace(cost, excluded=(*cost.excluded, _UPDATE)) if update_share >= MIN_EXCLUDED else cost
 
     unsure = part in UNNAMED_CODE and facts.oversubscribed
     return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
@@ -340,7 +371,7 @@ def _without_torch(cost: _PhaseCost, work: OwnWork, facts: JobFacts) -> _PhaseCo
         "clearing gradients": clearing_share(facts.lines),
         "the loss": 0.0 if forward else _loss_share(work, facts),
         "the forward": forward,
-        "the update": _unseen_share(work, "optimizer"),
+        _UPDATE: _unseen_share(work, "optimizer"),
     }
     excluded = {name: share for name, share in known.items() if share >= MIN_EXCLUDED}
     return cost.scaled(max(1 - sum(excluded.values()), 0.0), *excluded)

@@ -8,9 +8,11 @@ import msgspec
 import numpy as np
 
 from traceml.database.schema import Pause
+from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
 from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
+from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -29,6 +31,8 @@ _ROUND = (1, 2, 5, 10)
 _MIN_EVERY = 10
 _MAX_EVERY = 1000
 _OLDEST = 2
+_MOST = 0.7  # of the time of collections is in one part of the step, if a line is named
+_FEWER_OBJECTS = " Or make fewer objects in {}: their number starts the collections."
 
 
 class _Collections(msgspec.Struct, frozen=True):
@@ -68,7 +72,7 @@ def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[lis
         changed = replayed(work, without)
         cost = _collections(window, changed, facts, called=called)
         if cost is not None and cost.is_significant(work):
-            found.append(_finding(work, cost))
+            found.append(_finding(work, cost, None if called else _allocating_line(work, cost, facts)))
             without |= cost.without
 
     return found, without
@@ -100,6 +104,21 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     return _Collections(called, without, ranks, rows, saved_ns(work, without), place, library)
 
 
+def _allocating_line(work: OwnWork, cost: _Collections, facts: JobFacts) -> BlamedLine | None:
+    """Return the line in which most of the interpreter's collections run: they are started by what allocates there.
+
+    It is the line with most of a part of the step, if it has so much of it that it must have half of the collections.
+    """
+    taken = {part: float((work.parts[part] - left).mean()) for part, left in cost.without.items()}
+    part = max(taken, key=lambda name: taken[name])
+    part_ns = float(work.parts[part].mean())
+    line = own_line(facts.lines, part, part_ns / work.step_ns, cost.ranks)
+    if line is None or taken[part] < _MOST * sum(taken.values()):
+        return None
+
+    return line if line.share >= 1 - taken[part] / part_ns / 2 else None
+
+
 def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
     """Return the time that a part loses by pauses; on a device only its excess over steps without a pause."""
     if not device:
@@ -127,7 +146,7 @@ def _every(full_ns: float, step_ns: float) -> int:
     return next(digit * power for digit in _ROUND if digit * power >= wanted)
 
 
-def _finding(work: OwnWork, cost: _Collections) -> Finding:
+def _finding(work: OwnWork, cost: _Collections, allocates: BlamedLine | None) -> Finding:
     step_ns, share = work.step_ns, cost.saved_ns / work.step_ns
     every = _every(cost.full_ns, step_ns - cost.saved_ns)
     # What is left of them if they come as seldom as advised.
@@ -140,9 +159,10 @@ def _finding(work: OwnWork, cost: _Collections) -> Finding:
         ranks=cost.ranks,
         summary=(
             f"{_subject(cost, place)} {ns_text(cost.saved_ns)} of each {ns_text(step_ns)} step "
-            f"({percent_text(share)}): {_times(work, cost)}."
+            f"({percent_text(share)}): {_times(work, cost)}"
+            f"{f', most of them in {allocates.place}' if allocates else ''}."
         ),
-        next=_advice(cost, every, gain),
+        next=_advice(cost, every, gain) + (_FEWER_OBJECTS.format(allocates.place) if allocates else ""),
         evidence={
             "pause_ms": cost.full_ns / 1e6,
             "collections": cost.number,
@@ -151,6 +171,7 @@ def _finding(work: OwnWork, cost: _Collections) -> Finding:
             "called": cost.called,
             "every_advised": every,
             **({"file": file, "line": line, "function": function, "line_share": share} if place else {}),
+            **({"file": allocates.file, "line": allocates.line, "function": allocates.function} if allocates else {}),
             **({"library": cost.library} if cost.library else {}),
         },
         cost_share=share,
