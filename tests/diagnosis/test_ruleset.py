@@ -237,7 +237,7 @@ def test_a_script_without_a_loader_is_told_of_no_loader(loader):
     found = next(each for each in diagnose(window, JobFacts(lines=lines, loader=loader)) if each.phase == "other")
 
     assert ("the workers of a DataLoader" in found.next) == (loader is not None)
-    assert ("environments can be stepped several at once" in found.next) == (loader is None)
+    assert ("batches or experience can run ahead in other processes" in found.next) == (loader is None)
 
 
 @pytest.mark.parametrize("functions", [1, 8])
@@ -535,6 +535,38 @@ def test_other_code_beside_an_update_by_hand_is_named(function, told):
     assert ("not counting the update)" in found.summary) is told
     assert (found.evidence.get("function") == "confusion") is told
     assert found.speedup_if_fixed == pytest.approx(23 / (23 - 5.6) if told else 1.0, rel=0.05)
+
+
+def test_a_line_that_may_be_the_update_is_not_told_to_leave_the_loop():
+    """An Adam by hand that takes longer than backward: it is no waste, though an optimizer may be quicker."""
+    job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "other": 30.0})
+    lines = (
+        SampledLine(0, "other", "/x/train.py", 8, "adam", None, 200),
+        SampledLine(0, "backward", "/x/train.py", 30, "train", None, 100),
+    )
+
+    found = verdict(job, lines=lines)
+    by_optimizer = verdict(replace(job, own={**job.own, "optimizer": 1.0}), lines=lines)
+
+    assert "step (67 %)" in found.summary
+    assert "which may be the update" in found.summary
+    assert "torch.optim" in found.next
+    assert found.speedup_if_fixed == 1.0
+    assert "update" not in by_optimizer.summary
+    assert by_optimizer.speedup_if_fixed == pytest.approx(46 / 16, rel=0.05)
+
+
+def test_the_gain_is_that_of_the_named_line():
+    """It has 60 % of the part: the rest stays."""
+    rest = SampledLine(0, "other", "/x/train.py", 9, "other", None, 40)
+    line = SampledLine(0, "other", "/x/train.py", 12, "append", None, 60)
+    backward = SampledLine(0, "backward", "/x/train.py", 30, "train", None, 100)
+    job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "optimizer": 5.0, "other": 20.0})
+
+    found = verdict(job, lines=(line, rest, backward))
+
+    assert "60 % of it in train.py:12 append; without that part steps would be 1.43x faster" in found.summary
+    assert found.speedup_if_fixed == pytest.approx(40 / 28, rel=0.05)
 
 
 def test_ranks_without_a_group_do_not_wait_for_each_other():

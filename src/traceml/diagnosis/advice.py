@@ -41,7 +41,7 @@ WAITED_FOR = "for a sleep, a disk, a server, another thread or process"
 """What code that does not compute may wait for."""
 _ELSEWHERE = {
     True: "the workers of a DataLoader can prepare batches",
-    False: "batches can be made ahead in other processes; environments can be stepped several at once",
+    False: "what makes batches or experience can run ahead in other processes",
 }
 """What may leave a training loop, by whether it has a DataLoader."""
 _WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")
@@ -157,6 +157,7 @@ def for_residual(
     called: str | None = None,
     *,
     has_forward: bool = False,
+    is_update: bool = False,
     trainer: BlamedLine | None = None,
     two: LeadingLines | None = None,
 ) -> str:
@@ -165,6 +166,7 @@ def for_residual(
     Args:
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
+        is_update: whether the update of the weights is in this time, as no optimizer was called.
         trainer: the line that only calls a trainer, whose code takes this time.
         two: the two lines that most of it is spent in, where no line alone is known; None for none.
     """
@@ -183,6 +185,13 @@ def for_residual(
             f"No call of a module was seen, so the model's forward is in this time, too. If {place} is the forward, "
             "make it cheaper (torch.compile, a lower precision); otherwise take it out of the training loop. `traceml "
             "report --lines` shows all lines."
+        )
+
+    if is_update and line is not None:
+        return (
+            f"If {line.place} updates the weights, an optimizer of torch.optim does it in fewer and larger operations "
+            "(foreach, fused); otherwise make it cheaper, or take it out of the training loop. `traceml report "
+            "--lines` shows all lines."
         )
 
     if line is not None and is_waiting(facts.lines, part, line, facts.wait_share):

@@ -263,6 +263,7 @@ def residual(
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
     update, facts = _own_update(work, facts)
+    has_update = _is_unseen(work, "optimizer") and update < _LITTLE_UPDATE
     work, whole = _with_update(work, update), None if whole is None else _with_update(whole, update)
     for part in work.parts:
         if part in known:
@@ -281,7 +282,7 @@ def residual(
             cost = replace(cost, excluded=(_RARE, *cost.excluded), with_rare=whole)
 
         has_forward = part == "other" and _is_unseen(work, "forward")
-        found += _residual_finding(cost, facts, has_forward=has_forward)
+        found += _residual_finding(cost, facts, has_forward=has_forward, has_update=part == "other" and has_update)
 
     return found
 
@@ -301,26 +302,40 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
     return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
 
 
-def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool) -> list[Finding]:
-    """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known."""
+def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, has_update: bool) -> list[Finding]:
+    """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known.
+
+    Args:
+        has_forward: whether the model's forward is in this time.
+        has_update: whether most of an update by hand is.
+    """
     line, library = cost.line(facts), cost.library(facts)
     two = cost.leading_lines(facts) if line is None and library is None else ()
     is_known = cost.part not in UNNAMED_CODE or line or library or two
     if not is_known and (facts.is_core_wait(cost.saved_ns / cost.step_ns) or _is_unsure(cost, facts)):
         return []
 
+    is_update = has_update and line is not None and library is None
+    cost = cost.with_update() if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
     if line and library == advice.EVENT_LOOP:
         where += ", where the event loop waits because no task can run"
 
     where += cost.turns_words
-    summary = f"{cost.of_step} is spent in {where}; without it steps would be {cost.faster}."
+    line_share = 1.0 if line is None or line.is_rough or line.share >= _NEARLY_ALL else line.share
+    gain = 1.0 if is_update else speedup(cost.step_ns, cost.saved_ns * line_share)
+    what = "that part" if line_share < 1.0 else "it"
+    without = _MAY_UPDATE if is_update else f"; without {what} steps would be {gain_text(gain)}."
+    summary = f"{cost.of_step} is spent in {where}{without}"
     trainer = cost.trainer(facts) if library is None else None
     leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {_RARE}") if two else None
-    text = advice.for_residual(cost.part, line, facts, library, has_forward=has_forward, trainer=trainer, two=leading)
+    text = advice.for_residual(
+        cost.part, line, facts, library, has_forward=has_forward, is_update=is_update, trainer=trainer, two=leading
+    )
     text += advice.in_same_steps() if cost.in_turns else ""
     turns = {"in_turns": True} if cost.in_turns else {}
-    return [cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)]
+    found = cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)
+    return [replace(found, speedup_if_fixed=gain)]
 
 
 def _is_unsure(cost: _PhaseCost, facts: JobFacts) -> bool:
