@@ -7,7 +7,7 @@ from typing import NamedTuple
 from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
-from traceml.diagnosis.steps.own_work import UNNAMED_CODE
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
@@ -383,14 +383,14 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
             "needs, or a part on each rank (torch.distributed.checkpoint)."
         )
 
+    reasons = f"code that runs {on_those} only, longer or larger batches, a slower device"
     if line is not None:
-        return f"Find out why {names}{at} {'runs' if is_one else 'run'} {line.place} that long: the other ranks do not."
+        spend = "spends" if is_one else "spend"
+        why = f": {reasons}" if part in COMPUTE else ""
+        return f"Find out why {names}{at} {spend} more time in {line.place} than the other ranks{why}."
 
-    if part in ("forward", "backward", "optimizer"):
-        return (
-            f"Compare what {names}{at} {do} in {their} {part} with the others: code that runs {on_those} only, longer "
-            "or larger batches, a slower device."
-        )
+    if part in COMPUTE:
+        return f"Compare what {names}{at} {do} in {their} {part} with the others: {reasons}."
 
     if part == "other":
         return (

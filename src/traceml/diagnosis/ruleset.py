@@ -35,7 +35,7 @@ from traceml.diagnosis.rules.device_health import device_faults, throttled
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
-from traceml.diagnosis.rules.no_bottleneck import nothing_found
+from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
@@ -82,6 +82,8 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     work = own_work_of(judged, facts)
     timing, of_timing = _apart(_with_lock(_timing(judged, work, facts), work, facts))
+    lead = max(timing, key=lambda each: each.cost_share, default=None)
+    timing = [with_optimizer(each, work, facts) if each is lead else each for each in timing]
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
     if contention := cpu_contention(facts):
         return _with_contention(contention, main, timing, remarks, judged, facts)

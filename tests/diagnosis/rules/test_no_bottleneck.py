@@ -454,3 +454,17 @@ def test_what_searches_for_errors_is_turned_off_first(left_on, advice):
     assert (by_compute.kind, by_health.kind) == (Kind.COMPUTE_BOUND, Kind.HEALTHY)
     assert by_compute.next == by_health.next == advice
     assert advice not in (each.next for each in diagnose(window_of(ALONE), JobFacts()))
+
+
+@pytest.mark.parametrize(
+    ("optimizer_ms", "fused", "is_told"),
+    [(30.0, False, True), (30.0, True, False), (30.0, None, False), (5.0, False, False)],
+)
+def test_an_optimizer_that_may_be_fused_is_named_beside_another_cause(optimizer_ms, fused, is_told):
+    """A loop that saves often is told so, and that most of the step is an optimizer that has a quicker form."""
+    job = Job(ranks=1, grouped=False, own={"forward": 4.0, "backward": 8.0, "optimizer": optimizer_ms, "other": 0.3})
+    found = diagnose(window_of(job, adds("checkpoint", 120.0, every=20)), JobFacts(fused=fused))[0]
+
+    assert found.kind is Kind.CHECKPOINT_STALLS
+    assert ("step (61 %): use its fused form (fused=True)." in found.next) is is_told
+    assert ("optimizer" in found.next) is is_told

@@ -308,4 +308,4 @@ def test_a_rank_whose_workers_take_a_path_of_their_own_is_named_with_it(
     assert (found.kind, found.ranks) == ("INPUT_STRAGGLER", (1,))
     assert ("; of the time in which its workers make batches, all is in data.py:7 slow_path" in found.summary) == named
     assert (found.evidence.get("function") == "slow_path") == named
-    assert ("Find out why rank 1 runs data.py:7 slow_path that long" in found.next) == named
+    assert ("Find out why rank 1 spends more time in data.py:7 slow_path" in found.next) == named

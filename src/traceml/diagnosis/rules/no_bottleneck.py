@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import WAITED_FOR
@@ -21,7 +22,15 @@ from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
-__all__ = ["COMPUTE_SHARE", "WITHOUT_ANOMALIES", "WITHOUT_PROFILER", "for_compute", "nothing_found", "shares_text"]
+__all__ = [
+    "COMPUTE_SHARE",
+    "WITHOUT_ANOMALIES",
+    "WITHOUT_PROFILER",
+    "for_compute",
+    "nothing_found",
+    "shares_text",
+    "with_optimizer",
+]
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
@@ -38,6 +47,8 @@ _PAUSE_NS, _PAUSE_SHARE = 5e8, 0.25
 """One or two steps are reported from this time each on, if they are this share of all steps."""
 _OVERSUBSCRIBED_PAUSE_NS = 5e9
 """With too few cores from this time on: other programs cause shorter ones."""
+_OPTIMIZER_SHARE = 0.4
+"""From this share of the step an optimizer that may be fused is named beside another cause."""
 _PAUSES = 2
 """So many are no rare long steps yet."""
 _PAUSE_PART = 0.7
@@ -391,6 +402,18 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
     done = f" It is compiled already{took}." if model.compiled else ""
     return f"To go faster: {', or '.join(steps)}.{done}"
+
+
+def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
+    """Return a finding with the advice on an optimizer that is not fused, if that takes more of the step."""
+    step, shares = _step_shares(work, np.arange(len(work.step)))
+    share = shares.get("optimizer", 0.0)
+    is_most = share >= max(_OPTIMIZER_SHARE, finding.cost_share) and share == max(shares.values())
+    if not is_most or facts.fused is not False or finding.phase == "optimizer":
+        return finding
+
+    taken = f"{ns_text(share * step)} of each {ns_text(step)} step ({percent_text(share)})"
+    return replace(finding, next=f"{finding.next} The optimizer takes {taken}: use its fused form (fused=True).")
 
 
 def _optimizer(facts: JobFacts) -> str:
