@@ -30,7 +30,7 @@ from traceml.diagnosis.rules.correctness import (
     steps_skipped,
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
-from traceml.diagnosis.rules.data_imbalance import data_imbalance
+from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes
 from traceml.diagnosis.rules.device_health import device_faults, throttled
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
@@ -185,7 +185,8 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Findin
     work = as_one_training(window, work, facts.other_models)
     with_explained = work
     work, explained = _without_explained(window, work, facts)
-    found, without_stragglers = stragglers(work, facts)
+    late_ranks, without_stragglers = stragglers(work, facts)
+    found = [with_batch_sizes(each, window) for each in late_ranks]
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     remaining, found_late = replayed(work, without_stragglers), bool(found)
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,21 @@ def test_a_rank_that_is_slower_than_its_batches_are_larger_is_slow():
 
     assert (found[0].kind, found[0].ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
     assert Kind.DATA_IMBALANCE not in {each.kind for each in found}
+
+
+@pytest.mark.parametrize(("larger", "is_told"), [(3.0, True), (1.0, False)])
+def test_larger_batches_of_a_late_rank_are_told(larger, is_told):
+    """Other programs make work follow the sizes too little to explain it: they are told nevertheless."""
+    job = Job(ranks=2)
+    sizes = np.random.default_rng(5).uniform(0.98, 1.02, (2, job.steps))
+    sizes[1] *= larger
+    job = replace(job, own={**job.own, "forward": 1.0, "backward": 2.0})
+    of = steps_of(job, sizes, adds("forward", 12.0, (1,)), adds("backward", 30.0, chance=0.5))
+    found = next(each for each in diagnose(of, JobFacts(world_size=2)) if each.kind is Kind.COMPUTE_STRAGGLER)
+
+    assert found.ranks == (1,)
+    assert ("Its batches have 3.0x as many elements as those of the others." in found.summary) is is_told
+    assert found.next.startswith("Give rank 1 batches of the size that the others have") is is_told
 
 
 def test_a_slow_rank_is_found_among_uneven_batches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from msgspec.structs import replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -12,7 +13,7 @@ from traceml.diagnosis.steps.speedup import new_step_times, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import factor_text, gain_text, ns_text, percent_text, ranks_text
 
-__all__ = ["data_imbalance"]
+__all__ = ["data_imbalance", "with_batch_sizes"]
 
 MIN_VARIATION = 0.05
 """Standard deviation of the batches' sizes, as share of their mean, from which on they differ."""
@@ -22,6 +23,9 @@ MAX_GROWTH = 2.5
 """Work grows with the square of a size at most, as attention does, and a little more by the noise of both."""
 ALWAYS_SHARE = 0.9
 """A rank with the largest batch in this share of the steps is named."""
+
+MIN_RATIO = 1.2
+"""Batches of late ranks are mentioned if they are larger than those of the others by this factor."""
 
 _EVEN_BATCHES = (
     "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack short ones "
@@ -53,6 +57,29 @@ def data_imbalance(window: AlignedSteps, work: OwnWork) -> tuple[list[Finding], 
         return [], even
 
     return [_finding(work, sizes, explained, cost)], even
+
+
+def with_batch_sizes(finding: Finding, window: AlignedSteps) -> Finding:
+    """Return a finding about late ranks with the size of their batches, if it is far above that of the others.
+
+    Where other programs use the cores, work follows the size too little for a finding of its own.
+    """
+    sizes, is_late = window.elements, np.isin(window.ranks, finding.ranks)
+    is_of_compute = finding.kind.rule.is_straggler and (finding.phase is None or finding.phase in COMPUTE)
+    if not is_of_compute or not len(sizes) or (sizes <= 0).any() or not 0 < is_late.sum() < len(is_late):
+        return finding
+
+    ratio = float(sizes[is_late].mean() / sizes[~is_late].mean())
+    if ratio < MIN_RATIO:
+        return finding
+
+    whose = "Its" if len(finding.ranks) == 1 else "Their"
+    return replace(
+        finding,
+        summary=f"{finding.summary} {whose} batches have {factor_text(ratio)} as many elements as those of the others.",
+        next=f"{_EVEN_RANKS.format(ranks_text(finding.ranks))} Then: {finding.next}",
+        evidence={**finding.evidence, "size_ratio": ratio},
+    )
 
 
 def _fit(away: Floats, own_ns: Floats) -> tuple[float, float]:
