@@ -126,7 +126,7 @@ class StepDeviceTimer(Protocol):
 
 
 class StepRow(NamedTuple):
-    """What `PhaseTimer.append_step` writes of a step.
+    """Values of a step that `PhaseTimer.append_step` writes.
 
     Attributes:
         times: nanoseconds by bucket.
