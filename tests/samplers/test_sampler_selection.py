@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 
+from traceml.database.schema import SAMPLED_TABLES
 from traceml.fail_open import failures
 from traceml.samplers import sampler_selection
+from traceml.samplers.base import Sampler
 from traceml.samplers.sampler_selection import open_samplers
 
 
@@ -35,3 +38,16 @@ def test_a_sampler_that_cannot_be_started(
     assert {"process", "host", "limits"} <= {sampler.name for sampler in opened}
     assert failures().get("samplers", 0) - before == counted
     assert [record.levelname for record in caplog.records if str(error) in record.getMessage()] == [level]
+
+
+def _all_samplers(base: type[Sampler] = Sampler) -> Iterator[type[Sampler]]:
+    for each in base.__subclasses__():
+        yield from (each, *_all_samplers(each))
+
+
+def test_each_table_of_a_sampler_is_sampled() -> None:
+    """Its rows are summed over the run, and sent less often in a large job; a new sampler is not left out."""
+    own = [each for each in _all_samplers() if each.__module__.startswith("traceml.")]
+
+    assert len(own) >= 7
+    assert {each.table.name for each in own} <= {table.name for table in SAMPLED_TABLES}

@@ -22,9 +22,9 @@ __all__ = [
     "JOURNALED", "LIMITS", "LINES", "LINE_AFTER_STEPS", "LINE_OTHER", "LINE_OUTSIDE", "LINE_PHASES", "LINE_STARTUP",
     "LINE_THREADS", "LINE_WORKERS", "LOADER_WORKERS", "LOGGED", "LOGS", "LOSSES", "MAX_LOGGED_NUMBERS", "METRICS",
     "MICRO_BATCHES_MASK", "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER",
-    "PROCESS", "RELAYED_WHOLE", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES", "Column",
-    "Compiled", "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag", "Table",
-    "line_phase_name", "native_layout", "other_ns", "pack_bits", "unpack_bits",
+    "PROCESS", "RELAYED_WHOLE", "SAMPLED_TABLES", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES",
+    "USER_TABLES", "Column", "Compiled", "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits",
+    "StepFlag", "Table", "line_phase_name", "native_layout", "other_ns", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 
@@ -545,6 +545,8 @@ PACKED: tuple[Table, ...] = (
     STEPS, USER_PHASES, EVALS, EPOCHS, DEVICE_STEPS, PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY,
     METRICS, LINES, LIMITS, LOSSES, FINGERPRINTS, PAUSES,
 )  # fmt: skip
+# Tables of samplers, and of the recorder's own counters: summed over the whole run, and sent less often in large jobs.
+SAMPLED_TABLES: tuple[Table, ...] = (PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY, LIMITS)
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.
 USER_TABLES = frozenset({METRICS.name, LOGGED.name})

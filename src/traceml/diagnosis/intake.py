@@ -21,6 +21,7 @@ from traceml.database.schema import (
     LINES,
     LOADER_WORKERS,
     LOSSES,
+    PACKED,
     PAUSES,
     PROCESS,
     STEPS,
@@ -129,19 +130,4 @@ class RowIntake:
         self.kept.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_PACKED = (
-    USER_PHASES,
-    PROCESS,
-    HOST,
-    GPU,
-    TORCH_MEMORY,
-    LOADER_WORKERS,
-    LIMITS,
-    LINES,
-    EPOCHS,
-    EVALS,
-    LOSSES,
-    FINGERPRINTS,
-    PAUSES,
-)
-_DTYPES = {table.name: table.dtype for table in _PACKED}
+_DTYPES = {table.name: table.dtype for table in PACKED}

@@ -12,6 +12,7 @@ from traceml.database.schema import (
     HOST,
     PHASE_COLUMNS,
     PROCESS,
+    SAMPLED_TABLES,
     STEPS,
     USER_PHASES,
     Log,
@@ -19,7 +20,7 @@ from traceml.database.schema import (
     Table,
     pack_bits,
 )
-from traceml.database.store.summaries import MAX_BINS, SAMPLE_TABLES, STEP_TABLES, StepSums, TableSums, sum_rows
+from traceml.database.store.summaries import MAX_BINS, STEP_TABLES, StepSums, TableSums, sum_rows
 
 RANDOM = np.random.default_rng(7)
 
@@ -56,7 +57,7 @@ def assert_same(got: TableSums, wanted: TableSums) -> None:
         np.testing.assert_allclose(got.bins[name], wanted.bins[name], rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("table", [*STEP_TABLES, *SAMPLE_TABLES], ids=lambda table: table.name)
+@pytest.mark.parametrize("table", [*STEP_TABLES, *SAMPLED_TABLES], ids=lambda table: table.name)
 @pytest.mark.parametrize("count", [1, 50, 3_000])
 def test_sums_do_not_depend_on_how_rows_are_split(table: Table, count: int) -> None:
     """Joining the sums of parts, in any order, gives the sums of all rows; there are never more than 64 bins."""
@@ -98,7 +99,7 @@ def test_sums_are_those_of_the_rows() -> None:
 
 def test_every_measured_column_is_summed() -> None:
     """A new column of the schema is in the sums without a further line."""
-    for table in (*STEP_TABLES, *SAMPLE_TABLES):
+    for table in (*STEP_TABLES, *SAMPLED_TABLES):
         fields = TableSums.empty(table).bins.dtype.names or ()
         left_out = set(table.names) - set(fields)
         assert left_out <= {

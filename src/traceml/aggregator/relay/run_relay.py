@@ -17,10 +17,9 @@ from typing import Any
 
 import msgspec
 
-from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, STEPS, TABLES, TELEMETRY
+from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, SAMPLED_TABLES, STEPS, TABLES, TELEMETRY
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
-from traceml.database.store.summaries import SAMPLE_TABLES
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger, HostUpdate
 from traceml.diagnosis.merged_hosts.host_sums import HostSums
 from traceml.diagnosis.steps.representatives import HostChoice
@@ -33,7 +32,7 @@ from traceml.transport.hello import Hello
 __all__ = ["RunRelay"]
 
 # Telemetry counts the rows that a rank has appended, of which few are sent on.
-_SAMPLES = frozenset(table.name for table in (*SAMPLE_TABLES, LINES))
+_SAMPLES = frozenset(table.name for table in (*SAMPLED_TABLES, LINES))
 _CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY.name}
 _FRAMES = 256
 _HISTORY_FRAMES = 4096  # read again, about a minute: ranks are compared over it, and some samples may wait

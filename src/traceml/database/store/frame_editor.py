@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from traceml.database.schema import LINES, LOSSES, Table
+from traceml.database.schema import LINES, LOSSES, SAMPLED_TABLES, Table
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.records import (
     FRAME_COLUMNS,
@@ -25,12 +25,12 @@ from traceml.database.store.records import (
     decoded_frame,
     step_offset,
 )
-from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, TableSums, sum_rows
+from traceml.database.store.summaries import STEP_TABLES, TableSums, sum_rows
 from traceml.database.store.thinning import thinned_rows
 
 __all__ = ["SUMMED", "THINNED", "FrameEditor"]
 
-SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
+SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLED_TABLES))
 """Tables whose rows are summed."""
 THINNED = SUMMED | {LINES.name, LOSSES.name}
 """Tables whose old rows may be thinned."""

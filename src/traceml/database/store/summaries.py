@@ -33,12 +33,9 @@ from traceml.database.schema import (
     EPOCHS,
     EVALS,
     GPU,
-    HOST,
     LIMITS,
     LOADER_WORKERS,
-    PROCESS,
     STEPS,
-    TELEMETRY,
     TORCH_MEMORY,
     USER_PHASES,
     Column,
@@ -48,13 +45,11 @@ from traceml.database.schema import (
 )
 from traceml.database.store.frame_compression import decode, encode
 
-__all__ = ["LEVEL_RATIO", "MAX_BINS", "SAMPLE_TABLES", "STEP_TABLES", "StepSums", "TableSums", "sum_rows"]
+__all__ = ["LEVEL_RATIO", "MAX_BINS", "STEP_TABLES", "StepSums", "TableSums", "sum_rows"]
 
 MAX_BINS = 64
 STEP_TABLES = (STEPS, DEVICE_STEPS, USER_PHASES, EVALS, EPOCHS)
-"""Tables that are summed by step."""
-SAMPLE_TABLES = (PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY, LIMITS)
-"""Tables that are summed over the whole run."""
+"""Tables that are summed by step; `SAMPLED_TABLES` are summed over the whole run."""
 
 LEVEL_RATIO = 1.015
 """Ratio between two levels of the histogram of step times, which bounds the error of percentiles."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
-from traceml.database.schema import GPU, HOST, LIMITS, LINES, LOADER_WORKERS, PROCESS, TELEMETRY, TORCH_MEMORY
+from traceml.database.schema import LINES, SAMPLED_TABLES
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
 from traceml.formatting import left_text
 from traceml.recorder.sending.send_cursor import SendCursor
@@ -37,9 +37,7 @@ _SILENCE_NS, _LONGEST_SILENCE_NS = 30 * 10**9, 480 * 10**9
 _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait for the first output
 _LONGEST_SAMPLE_NS = 60 * 10**9
 # No live verdict waits for these, so in a large job they are sent less often, as the welcome asks.
-_SAMPLED = frozenset(
-    table.name for table in (PROCESS, HOST, GPU, TORCH_MEMORY, LOADER_WORKERS, TELEMETRY, LIMITS, LINES)
-)
+_SAMPLED = frozenset(table.name for table in (*SAMPLED_TABLES, LINES))
 _NOT_STORED = "the aggregator cannot store rows now (%s); training goes on"
 _MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
