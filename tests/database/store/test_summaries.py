@@ -20,7 +20,16 @@ from traceml.database.schema import (
     Table,
     pack_bits,
 )
-from traceml.database.store.summaries import MAX_BINS, STEP_TABLES, StepSums, TableSums, sum_rows
+from traceml.database.store.summaries import (
+    LEVELS,
+    MAX_BINS,
+    STEP_TABLES,
+    StepSums,
+    TableSums,
+    level_middle_ns,
+    level_of,
+    sum_rows,
+)
 
 RANDOM = np.random.default_rng(7)
 
@@ -191,3 +200,11 @@ def test_steps_far_apart_fit() -> None:
     got = sums_of(STEPS, rows)
     assert got.bins["total_ns"].sum() == 7
     assert got.bins["bin"].max() - got.bins["bin"].min() < MAX_BINS
+
+
+def test_the_middle_of_a_level_is_in_it() -> None:
+    """Levels and their times are inverse; times beyond both ends are in the first and the last level."""
+    levels = np.arange(LEVELS)
+
+    assert level_of(level_middle_ns(levels)).tolist() == levels.tolist()
+    assert level_of(np.array([-1, 0, 10**16])).tolist() == [0, 0, LEVELS - 1]

@@ -45,16 +45,17 @@ from traceml.database.schema import (
 )
 from traceml.database.store.frame_compression import decode, encode
 
-__all__ = ["LEVEL_RATIO", "MAX_BINS", "STEP_TABLES", "StepSums", "TableSums", "sum_rows"]
+__all__ = ["LEVELS", "MAX_BINS", "STEP_TABLES", "StepSums", "TableSums", "level_middle_ns", "level_of", "sum_rows"]
 
 MAX_BINS = 64
 STEP_TABLES = (STEPS, DEVICE_STEPS, USER_PHASES, EVALS, EPOCHS)
 """Tables that are summed by step; `SAMPLED_TABLES` are summed over the whole run."""
 
-LEVEL_RATIO = 1.015
-"""Ratio between two levels of the histogram of step times, which bounds the error of percentiles."""
+# Ratio between two levels of the histogram of step times, which bounds the error of percentiles.
+_LEVEL_RATIO = 1.015
 _MIN_NS = 1e3
-_LEVELS = 1480  # the last one begins after more than an hour
+LEVELS = 1480
+"""Number of levels of the histogram of step times: from a microsecond to more than an hour."""
 
 _GROUPS = {
     USER_PHASES.name: "name_id", GPU.name: "index", TORCH_MEMORY.name: "device", LIMITS.name: "resource",
@@ -243,8 +244,20 @@ class StepSums(msgspec.Struct, frozen=True, eq=False):
         bins = self.steps.bins
         least, most = int(bins["total_ns_min"].min()), int(bins["total_ns_max"].max())
         at = [int(np.searchsorted(reached, max(np.ceil(share * reached[-1]), 1))) for share in shares]
-        middles = _MIN_NS * LEVEL_RATIO ** (levels[at] + 0.5)
-        return [float(value) for value in np.clip(middles, least, most)]
+        return [float(value) for value in np.clip(level_middle_ns(levels[at]), least, most)]
+
+
+def level_of(ns: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the level of each step time in the histogram."""
+    levels = np.log(np.maximum(ns, _MIN_NS) / _MIN_NS) / np.log(_LEVEL_RATIO)
+    found: NDArray[np.int64] = np.minimum(levels, LEVELS - 1).astype(np.int64)
+    return found
+
+
+def level_middle_ns(level: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the step time in the middle of each level."""
+    middle: NDArray[np.float64] = np.exp(np.log(_LEVEL_RATIO) * (level + 0.5)) * _MIN_NS
+    return middle
 
 
 def sum_rows(table: str, rows: NDArray[np.void], streams: NDArray[np.int64] | None = None) -> dict[int, TableSums]:
@@ -375,11 +388,9 @@ def _widths(steps: NDArray[np.int64], stream: NDArray[np.int64], count: int) -> 
 
 
 def _levels_by_stream(rows: _Rows, stream: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
-    total = np.maximum(rows["total_ns"], _MIN_NS)
-    level = np.minimum(np.log(total / _MIN_NS) / np.log(LEVEL_RATIO), _LEVELS - 1).astype(np.int64)
-    found = _counted(stream * _LEVELS + level)
-    ends = np.searchsorted(found[:, 0], np.arange(count + 1) * _LEVELS)
-    found[:, 0] %= _LEVELS
+    found = _counted(stream * LEVELS + level_of(rows["total_ns"]))
+    ends = np.searchsorted(found[:, 0], np.arange(count + 1) * LEVELS)
+    found[:, 0] %= LEVELS
     return np.split(found, ends[1:-1])
 
 

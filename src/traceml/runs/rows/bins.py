@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.store.summaries import LEVEL_RATIO
+from traceml.database.store.summaries import LEVELS, level_middle_ns, level_of
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import split_backward
 from traceml.runs.rows.step_totals import StepTotals
@@ -24,10 +24,6 @@ Ints = NDArray[np.int64]
 _BINS = 256
 _BINS_OF_MANY = 64
 _MANY_RANKS = 1024
-# Levels of the histogram, from a microsecond to more than an hour.
-_RATIO = np.log(LEVEL_RATIO)
-_MIN_NS = 1e3
-_LEVELS = 1480
 _PER_RANK = ("total", "comm", "backward", "own", "measured", "count")
 
 
@@ -52,7 +48,7 @@ class StepBins:
         self.ranks: Ints = np.empty(0, np.int64)
         """Rank of each row of the sums per rank."""
         self._times: dict[str, Floats] = {}
-        self._histogram: Floats = np.zeros((self.bins, _LEVELS), np.int32)
+        self._histogram: Floats = np.zeros((self.bins, LEVELS), np.int32)
         self._least: Floats = np.full(self.bins, np.inf)
         self._most: Floats = np.zeros(self.bins)
         self._by_rank: dict[str, Floats] = {name: np.zeros((0, self.bins), np.float32) for name in _PER_RANK}
@@ -107,7 +103,7 @@ class StepBins:
         found = []
         for share in shares:
             level = (reached >= np.maximum(np.ceil(share * count), 1)[:, None]).argmax(axis=1)
-            value = np.clip(_MIN_NS * np.exp((level + 0.5) * _RATIO), least, most)
+            value = np.clip(level_middle_ns(level), least, most)
             found.append(np.where(count > 0, value, np.nan))
 
         if not self.sampled or not count.any():
@@ -188,7 +184,7 @@ class StepBins:
     def _take_histogram(self, new: AlignedSteps) -> None:
         bins = self._bins_of(new.steps)
         total = np.maximum(new.total.astype(np.float64), 1.0)
-        levels = np.clip(np.log(total / _MIN_NS) / _RATIO, 0, _LEVELS - 1).astype(np.int64)
+        levels = level_of(total)
         np.add.at(self._histogram, (np.broadcast_to(bins, levels.shape), levels), 1)
         np.minimum.at(self._least, bins, total.min(axis=0))
         np.maximum.at(self._most, bins, total.max(axis=0))
