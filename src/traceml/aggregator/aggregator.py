@@ -43,7 +43,7 @@ TICK_S = 0.1
 _HOSTS_TICK_S = 0.5
 _WATCH_S = 0.25
 _VERDICT_S = 1.0
-# After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
+# After each tick, when the rows are acknowledged, for summing, merging and thinning what the open runs have stored.
 _MAINTAIN_S = 0.015
 _END_POLLS, _END_POLL_S = 100, 0.05
 # An aggregator that ends when idle waits this long for its first rank.
@@ -346,9 +346,13 @@ class Aggregator:
         for run in self.registry.open_runs:
             if run.commit():
                 self._hosts.stored(run)
-                run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
+                self._maintain(run)
             else:
                 self._schedule()
+
+    def _maintain(self, run: ActiveRun) -> None:
+        """Maintain the store of a run; all open runs share the time."""
+        run.maintain(_MAINTAIN_S / len(self.registry.open_runs), self._deliveries.cursors(run.path))
 
     async def _watch(self) -> None:
         verdict_at_s = time.monotonic()
@@ -399,7 +403,7 @@ class Aggregator:
 
         if not run.ended:  # also where no rows arrive
             self._hosts.confirm(run)
-            run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
+            self._maintain(run)
 
         if run not in self._ending and run.is_over(has_launcher=self._has_launcher(run)):
             self._start(self._end_checked(run))  # the other runs are not kept waiting for its report

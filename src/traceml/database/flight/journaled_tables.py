@@ -29,7 +29,7 @@ class JournaledRing(Ring):
 
     Attributes:
         lock: held while a row is appended. Reentrant: a signal handler may log too.
-        limit: name_id of the first row that needs `make_room()` first.
+        limit: number of the first row that needs `make_room()` first.
         journal: the rows that left memory.
         before_spill: called before rows are written to the journal: what they refer to goes to disk first.
     """
