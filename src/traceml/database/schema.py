@@ -8,6 +8,7 @@ A new column is one line here, and so is a new phase of a step: layouts, slots a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
@@ -21,10 +22,10 @@ __all__ = [
     "BLOBS", "DEVICE_PHASES", "DEVICE_STEPS", "EPOCHS", "EVALS", "FINGERPRINTS", "GPU", "HOST", "IMPORTING", "INFO",
     "JOURNALED", "LIMITS", "LINES", "LINE_AFTER_STEPS", "LINE_OTHER", "LINE_OUTSIDE", "LINE_PHASES", "LINE_STARTUP",
     "LINE_THREADS", "LINE_WORKERS", "LOADER_WORKERS", "LOGGED", "LOGS", "LOSSES", "MAX_LOGGED_NUMBERS", "METRICS",
-    "MICRO_BATCHES_MASK", "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PHASE_ORDER",
-    "PROCESS", "RELAYED_WHOLE", "SAMPLED_TABLES", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES",
-    "USER_TABLES", "Column", "Compiled", "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits",
-    "StepFlag", "Table", "line_phase_name", "native_layout", "other_ns", "pack_bits", "unpack_bits",
+    "MICRO_BATCHES_MASK", "NAMES", "OPEN_SLOTS", "PACKED", "PAUSES", "PHASE_COLUMNS", "PHASE_LABELS", "PROCESS",
+    "RELAYED_WHOLE", "SAMPLED_TABLES", "STEPS", "TABLES", "TELEMETRY", "TORCH_MEMORY", "USER_PHASES", "USER_TABLES",
+    "Column", "Compiled", "Log", "MetricKind", "Pause", "Phase", "Resource", "Slot", "StepBits", "StepFlag",
+    "Table", "in_phase_order", "line_phase_name", "native_layout", "other_ns", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 
@@ -139,7 +140,7 @@ class Phase(IntEnum):
 
 PHASE_LABELS = tuple(phase.label for phase in Phase)
 PHASE_COLUMNS = tuple(phase.column for phase in Phase)
-PHASE_ORDER = tuple(
+_PHASE_ORDER = tuple(
     phase.label
     for phase in (
         Phase.INPUT_WAIT,
@@ -151,7 +152,18 @@ PHASE_ORDER = tuple(
         Phase.CHECKPOINT,
     )
 )
-"""Phases in the order in which a step runs them, as charts show them; the user's own may be anywhere."""
+"""Phases in the order in which a step runs them; the user's own may be anywhere."""
+
+
+def in_phase_order(names: Iterable[str]) -> list[str]:
+    """Return parts of steps in the order in which charts show them: phases, others by name, and `other`."""
+    present = set(names)
+    return [
+        *(name for name in _PHASE_ORDER if name in present),
+        *sorted(present - {*_PHASE_ORDER, "other"}),
+        *(["other"] * ("other" in present)),
+    ]
+
 
 OPEN_SLOTS = 32
 """Words of `open_slots` in the flight file. The first 16 are for phases, also for those that do not exist yet."""

@@ -7,12 +7,12 @@ axes, and heat maps. A chart without data is None.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import PHASE_ORDER
+from traceml.database.schema import in_phase_order
 from traceml.formatting import (
     duration_text,
     name_order,
@@ -96,7 +96,7 @@ def phases_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
     option = _over_steps(steps.steps.tolist(), theme)
     whole = np.nansum(list(steps.phases_ms.values()), axis=0)
     colors = theme.of_phases(steps.phases_ms)
-    for name in _ordered(steps.phases_ms):
+    for name in in_phase_order(steps.phases_ms):
         values = steps.phases_ms[name]
         if np.nansum(values) >= SMALL_SHARE * whole.sum():
             area = line_series(phase_label(name), plain_values(values), colors[name], 0)
@@ -292,15 +292,6 @@ def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:
 
     ordered = sorted(lines, key=lambda line: float(np.nan_to_num(line.values).max(initial=0.0)))
     return ordered[-1], ordered[statistics.median_low(range(len(ordered)))], ordered[0]
-
-
-def _ordered(names: Iterable[str]) -> list[str]:
-    present = list(names)
-    return [
-        *(n for n in PHASE_ORDER if n in present),
-        *sorted({*present} - {*PHASE_ORDER, "other"}),
-        *(["other"] * ("other" in present)),
-    ]
 
 
 def _steps_text(steps: Sequence[int]) -> list[str]:

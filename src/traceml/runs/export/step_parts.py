@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import PHASE_LABELS, PHASE_ORDER
+from traceml.database.schema import PHASE_LABELS, in_phase_order
 from traceml.diagnosis.steps.step_split import own_backward
 
 __all__ = ["DEVICE_PARTS", "STEP_PARTS", "device_parts", "part_bounds", "step_parts", "waiting_of"]
@@ -18,7 +18,7 @@ __all__ = ["DEVICE_PARTS", "STEP_PARTS", "device_parts", "part_bounds", "step_pa
 Longs = NDArray[np.int64]
 
 _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint", "wait": "comm"}
-_ORDER = (*PHASE_ORDER, *(label for label in PHASE_LABELS if label not in (*PHASE_ORDER, "user")))
+_ORDER = in_phase_order(label for label in PHASE_LABELS if label != "user")
 _AFTER_BACKWARD = _ORDER.index("backward") + 1
 _PHASES = (*_ORDER[:_AFTER_BACKWARD], "wait", *_ORDER[_AFTER_BACKWARD:])
 STEP_PARTS = (*((name, _CATEGORIES.get(name, "compute")) for name in _PHASES), ("user", "user"), ("other", "other"))
