@@ -66,7 +66,9 @@ SUBPACKAGES = {
     },
     "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
     "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
-    "runs.fleet": {"runs.report", "runs.find", "runs.run_query", "runs.json_document", "diagnosis", "traces"},
+    "runs.fleet": {
+        "runs.report", "runs.find", "runs.run_query", "runs.json_document", "diagnosis", "traces", "database.states",
+    },
     "diagnosis.facts": {"database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},
     "diagnosis.hangs": {
@@ -104,7 +106,7 @@ SUBPACKAGES = {
     "track.delivery": {
         "track.plugins", "track.filters", "track.tracker_state", "track.wandb_sweep", "database", "diagnosis",
     },
-    "track.backends": {"track.plugins"},
+    "track.backends": {"track.plugins", "database.states"},
     "track.plugins": set(),
     "traces.writer": set(),
     "traces.native": set(),

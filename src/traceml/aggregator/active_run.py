@@ -17,6 +17,7 @@ from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamSta
 from traceml.aggregator.streams.stream_ends import final_state, note_exit, note_flight, state_of_dead
 from traceml.clock import boot_id
 from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
@@ -303,11 +304,11 @@ class ActiveRun(RunStreams):
     def _final_state(self, status: int | None) -> str:
         members = self._table.of_attempt(self.attempt)
         state = final_state(members, status)
-        if self._has_lost_launcher and state == "finished" and len(members) < self.world_size:
-            state = "lost"  # before its ranks could connect
+        if self._has_lost_launcher and state == RunStatus.FINISHED and len(members) < self.world_size:
+            state = RunStatus.LOST.value  # before its ranks could connect
 
         with fail_open(_log, "aggregator", f"whether run {self.id} has hung is not known"):
-            return "hung" if state != "finished" and self.live.has_hung(state) else state
+            return RunStatus.HUNG.value if state != RunStatus.FINISHED and self.live.has_hung(state) else state
 
         return state
 

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from typing import Any
 
 from traceml.clock import SteadyClock, boot_id, process_start_ticks
+from traceml.database.states import RunStatus
 from traceml.database.store.store import StoreWriter
 from traceml.ids import DEFAULT_PROJECT
 from traceml.transport.hello import Hello
@@ -29,7 +30,7 @@ class RunFacts:
         self.values: dict[str, Any] = {
             "id": run_id, "name": run_id, "project": DEFAULT_PROJECT, "job": key, "named": named, "command": "",
             "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
-            "ended": None, "state": "running", "hosts": [],
+            "ended": None, "state": RunStatus.RUNNING.value, "hosts": [],
         }  # fmt: skip
 
     @property
@@ -94,7 +95,7 @@ class RunFacts:
 
     def reopen(self) -> None:
         """Remove the end."""
-        self.values |= {"state": "running", "ended": None}
+        self.values |= {"state": RunStatus.RUNNING.value, "ended": None}
 
     def now_s(self) -> float:
         """Return the epoch seconds of this moment; a wall clock that is set does not change the run's durations."""

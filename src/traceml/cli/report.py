@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.flight.flight_owner import waiting_steps
+from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
@@ -107,9 +108,9 @@ def current_report(run_dir: Path) -> Report:
     """
     try:
         report = read_report(run_dir / REPORT_NAME)
-        if report.run.state != "running":
+        if report.run.state != RunStatus.RUNNING:
             report.trackers = _trackers_now(run_dir) or report.trackers  # deliveries may continue after the end
-            if report.run.state == "lost":  # and so may its ranks
+            if report.run.state == RunStatus.LOST:  # and so may its ranks
                 report.run.steps_waiting = waiting_steps(run_dir)
 
             return report

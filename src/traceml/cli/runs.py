@@ -14,6 +14,7 @@ from rich.text import Text
 
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.database.states import ENDED_BADLY
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
@@ -171,7 +172,7 @@ def _print_list(runs: Sequence[RunFields], columns: list[str], *, may_cut: bool)
     console.print(Text(_joined(heads, widths, sides), style="dim"), soft_wrap=True)
     for run, row in zip(runs, rows, strict=True):
         line = Text(_joined(row[: len(widths)], widths, sides))
-        if run.info.state in ("failed", "hung", "lost", *UNREADABLE_STATES) and "state" in columns:
+        if run.info.state in (*ENDED_BADLY, *UNREADABLE_STATES) and "state" in columns:
             start = sum(width + 2 for width in widths[: columns.index("state")])
             line.stylize("red", start, start + len(run.info.state))
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from traceml.aggregator.unfinished_runs import finish_flights, finish_run
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.flight.flight_owner import silent_elsewhere
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
 from traceml.display.report_files import refresh_reports, write_reports
@@ -130,7 +131,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
 
     foreign, unreadable = [], []
     for info in reversed(list_runs(runs_dir)):
-        if info.state == "running" and not options.wait:
+        if info.state == RunStatus.RUNNING and not options.wait:
             continue
 
         if info.state in UNREADABLE_STATES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.blamed_lines import import_share, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
@@ -32,9 +33,9 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
         ranks = f"the {len(window.ranks)} ranks have no step in common" if len(window.ranks) > 1 else "no step"
         why = f"{ranks} after the first ones" if began else "no step was seen"
 
-    ended = facts.state != "running"
-    failed = not began and facts.state == "failed"
-    if not began and facts.state == "stopped":
+    ended = facts.state != RunStatus.RUNNING
+    failed = not began and facts.state == RunStatus.FAILED
+    if not began and facts.state == RunStatus.STOPPED:
         why = "the run was stopped before its first step"
     if is_untraced := facts.only_logs and not began:
         why = "the script only logs, its steps are not traced"
@@ -82,13 +83,13 @@ def _most_of_start_up(facts: JobFacts) -> str:
 
 
 def _for_more(facts: JobFacts, *, began: bool) -> str:
-    if facts.state == "lost":
+    if facts.state == RunStatus.LOST:
         return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
 
     if began:
         return f"Let the run make at least {MIN_STEPS + 10} training steps."
 
-    mostly = _most_of_start_up(facts) if facts.state == "stopped" else ""
+    mostly = _most_of_start_up(facts) if facts.state == RunStatus.STOPPED else ""
     if mostly:
         return f"Let the run come to its training: the start-up was mostly {mostly}."
 

@@ -8,6 +8,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -173,7 +174,7 @@ def _training(facts: JobFacts) -> list[Finding]:
         found += loss_not_finite(facts.losses, facts.latest, facts.world_size, facts.skipped)
 
     if facts.batches is not None:
-        steps, running = max(facts.latest, default=-1) + 1, facts.state == "running"
+        steps, running = max(facts.latest, default=-1) + 1, facts.state == RunStatus.RUNNING
         found += duplicate_data(facts.batches, facts.world_size)
         found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
 

@@ -6,6 +6,7 @@ import logging
 from contextlib import closing
 from pathlib import Path
 
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.fail_open import fail_open
 from traceml.renderers.html.report_page import report_page
@@ -47,7 +48,7 @@ def write_reports(run_dir: Path) -> Path:
 
 def _add_to_fleet(report: Report) -> None:
     folder = load().fleet_dir
-    if folder is not None and report.run.state != "running":
+    if folder is not None and report.run.state != RunStatus.RUNNING:
         from traceml.runs.fleet.fleet_dataset import FleetDataset
 
         FleetDataset(folder).add(report)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.formatting import bytes_text, duration_text, printable, rate_text, value_text
 from traceml.runs.find import RunInfo
 from traceml.runs.run_query import RunFields
@@ -46,7 +47,7 @@ def run_cell(run: RunFields, name: str) -> str:
 
 
 def _took(info: RunInfo) -> float | None:
-    if info.duration_s is None and info.started is not None and info.state == "running":
+    if info.duration_s is None and info.started is not None and info.state == RunStatus.RUNNING:
         return time.time() - info.started
 
     return info.duration_s

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import replace
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
@@ -124,7 +125,7 @@ class RunView(msgspec.Struct, frozen=True):
     @property
     def steps_per_second(self) -> float | None:
         """Steps per second: live, the speed now; of an ended run, of the time in steps, as the mean step is."""
-        return self.steps.speed(running=self.run.state == "running")
+        return self.steps.speed(running=self.run.state == RunStatus.RUNNING)
 
     @property
     def data_rates(self) -> list[tuple[str, str]]:
@@ -173,13 +174,14 @@ class RunView(msgspec.Struct, frozen=True):
 
         After a signal the card has advice; what was logged for trackers is on it.
         """
-        if self.run.state not in ("failed", "stopped") or self.steps.count or self.run.restarts or self.trackers:
+        is_cut = self.run.state in (RunStatus.FAILED, RunStatus.STOPPED)
+        if not is_cut or self.steps.count or self.run.restarts or self.trackers:
             return None
 
         if self.verdict.kind is Kind.HANG:
             return None
 
-        if self.run.state == "stopped" and self.verdict.kind is not Kind.RANK_LOST:
+        if self.run.state == RunStatus.STOPPED and self.verdict.kind is not Kind.RANK_LOST:
             return "Stopped before the first step."
 
         if any(rank.exit.signal for rank in self.report.ranks):
@@ -220,7 +222,7 @@ class RunView(msgspec.Struct, frozen=True):
         if not absent:
             return None
 
-        yet = " yet" if self.run.state == "running" else ""
+        yet = " yet" if self.run.state == RunStatus.RUNNING else ""
         return f"no data{yet} from {ranks_text(absent)} (of {count_text(self.run.world_size)})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import RunNotFoundError
 from traceml.formatting import plural
@@ -82,7 +83,8 @@ def _last_healthy(compared: Collection[Path], runs_dir: Path) -> Path:
 
 def is_healthy(info: RunInfo) -> bool:
     """Return whether a run has finished and nothing was wrong with it."""
-    return info.state == "finished" and info.severity == Severity.INFO and info.verdict != Kind.INSUFFICIENT_DATA
+    is_known = info.verdict != Kind.INSUFFICIENT_DATA
+    return info.state == RunStatus.FINISHED and info.severity == Severity.INFO and is_known
 
 
 def _others(compared: Collection[Path], runs_dir: Path) -> list[RunInfo]:

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from traceml.database.states import RunStatus
 from traceml.errors import StoreError, TraceMLError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, list_runs
@@ -23,7 +24,9 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     """
     old = list_runs(runs_dir)[max(keep, 0) :]
     removed = [
-        info for info in old if info.state != "running" and not read_labels(info.path).tags and is_delivered(info.path)
+        info
+        for info in old
+        if info.state != RunStatus.RUNNING and not read_labels(info.path).tags and is_delivered(info.path)
     ]
     for info in removed:
         remove_run(info.path)
@@ -38,7 +41,7 @@ def refuse_running(infos: Sequence[RunInfo]) -> None:
         TraceMLError: with the id of the run.
     """
     for info in infos:
-        if info.state == "running":
+        if info.state == RunStatus.RUNNING:
             raise TraceMLError(f"run {info.id} still runs: end its job before removing it. Nothing was removed")
 
 

@@ -82,7 +82,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """State of the run: running, finished, stopped, failed or lost."""
+        """State of the run: running, finished, stopped, failed, hung or lost."""
         return self._built().run.state
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from traceml.clock import boot_id, process_start_ticks
+from traceml.database.states import RunStatus
 
 __all__ = ["UNREADABLE_STATES", "is_watched", "state_of"]
 
@@ -21,8 +22,8 @@ def state_of(run: Mapping[str, Any], aggregator: Mapping[str, Any]) -> str:
         run: the store's facts of the run.
         aggregator: the store's facts of the aggregator that wrote it last.
     """
-    state = str(run.get("state", "running"))
-    return "lost" if state == "running" and not is_watched(aggregator) else state
+    state = str(run.get("state", RunStatus.RUNNING.value))
+    return RunStatus.LOST.value if state == RunStatus.RUNNING and not is_watched(aggregator) else state
 
 
 def is_watched(aggregator: Mapping[str, Any]) -> bool:

@@ -74,7 +74,7 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
 
 def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) -> None:
     """As with other trackers; two of them stand side by side, and inside a `with` one is a child."""
-    finish(
+    out = finish(
         script("""
         import traceml
         first = traceml.Experiment("first", backend="jsonl", config={"lr": 1})
@@ -84,6 +84,10 @@ def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) 
         second = traceml.Experiment("second", backend="jsonl")
         second.log_text("note", "hello")
         first.log_metric("x", 2)
+        try:
+            second.end("FINISHED")
+        except ValueError as error:
+            print(error)
         second.end()
         second.log_metric("late", 1)
         with traceml.Experiment("block", backend="jsonl"):
@@ -94,6 +98,7 @@ def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) 
         """)
     )
 
+    assert "ends as one of 'finished', 'stopped', 'failed', not as 'FINISHED'" in out
     stored = ended_run(tmp_path / "traceml_runs")
     rows = {row["name"]: row for row in stored.of("experiment")}
     assert list(rows) == ["first", "second", "block", "inner", "late", "below"]

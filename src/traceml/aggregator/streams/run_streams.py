@@ -61,7 +61,7 @@ class RunStreams:
 
     @property
     def state(self) -> str:
-        """running, finished, stopped, failed or lost."""
+        """running, finished, stopped, failed, hung or lost, as of `RunStatus`."""
         return self._facts.state
 
     @property

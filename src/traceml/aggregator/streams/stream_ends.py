@@ -11,6 +11,7 @@ from traceml.aggregator.streams.stream import RankStream, StreamState
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Slot
+from traceml.database.states import RunStatus
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
@@ -108,9 +109,9 @@ def final_state(members: Sequence[RankStream], status: int | None) -> str:
     states = {stream.state for stream in members}
     exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]
     if was_stopped(exits) or (status in _STOPPED_STATUS and not ended_badly(exits)):
-        return "stopped"
+        return RunStatus.STOPPED.value
 
     if status or states & {StreamState.FAILED, StreamState.KILLED}:
-        return "failed"
+        return RunStatus.FAILED.value
 
-    return "lost" if StreamState.LOST in states else "finished"
+    return RunStatus.LOST.value if StreamState.LOST in states else RunStatus.FINISHED.value

@@ -13,6 +13,7 @@ import msgspec
 from traceml.cli.jobs.running_job import running_job
 from traceml.cli.report import current_report
 from traceml.cli.stacks import ask_ranks, stacks_document
+from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import RunNotFoundError, TraceMLError, UsageError
 from traceml.runs.baseline import find_baseline
@@ -181,7 +182,7 @@ class RunTools:
         return resolved
 
     def _newest_running(self) -> str:
-        running = [info.id for info in list_runs(self._runs_dir) if info.state == "running"]
+        running = [info.id for info in list_runs(self._runs_dir) if info.state == RunStatus.RUNNING]
         if not running:
             raise RunNotFoundError("no job is running in this runs folder; report and findings work on ended runs")
 

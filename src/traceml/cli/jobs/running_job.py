@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.errors import RunNotFoundError, TraceMLError
 from traceml.run_folder import STORE_NAME
@@ -77,7 +78,7 @@ def _newest(places: list[Path]) -> Path:
     infos: list[RunInfo] = []
     for place in places:
         infos += list_runs(place)
-        running = [info for info in infos if info.state == "running"]
+        running = [info for info in infos if info.state == RunStatus.RUNNING]
         if running:
             return max(running, key=_age).path
 

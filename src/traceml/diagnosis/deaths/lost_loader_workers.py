@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.ends.lost_workers import LostWorker, worker_in
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -37,7 +38,7 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
     """
     known = set(explained)
     lost = [(rank, each) for rank, workers in facts.lost_workers.items() if rank not in known for each in workers]
-    if not lost or facts.state == "stopped":
+    if not lost or facts.state == RunStatus.STOPPED:
         return []
 
     lost.sort(key=lambda each: (each[1].step is None, each[1].step or 0, each[0]))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.info_kinds import InfoKind
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import EPOCHS, GPU, HOST, PROCESS
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.core_waits import CompetingProcessHistory, CoreWaits
 from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
@@ -234,7 +235,7 @@ class JobFactsBuilder:
     }
 
     def _progress(self) -> JobProgress | None:
-        if self.state == "running" and not self.progress.has_snapshots:
+        if self.state == RunStatus.RUNNING and not self.progress.has_snapshots:
             return None  # some rank makes progress
 
         opened = {
@@ -341,7 +342,7 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             save_folders=dict(self.save_folders),
             memory=self.memory,
-            lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != "running"),
+            lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != RunStatus.RUNNING),
             thread_lines=self.lines.of_other_threads(self.names),
             lines_of_workers=self.lines.of_workers(self.names),
             interval_lines=IntervalLines(self.lines, self.names, latest, ends_ns),

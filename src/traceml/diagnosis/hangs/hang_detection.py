@@ -11,6 +11,7 @@ from dataclasses import replace
 import msgspec
 
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, RankSnapshot
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
@@ -51,10 +52,10 @@ def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
     Args:
         step_p99_s: 99th percentile of its step time; 0 if unknown.
     """
-    if facts.progress is None or facts.state == "finished":
+    if facts.progress is None or facts.state == RunStatus.FINISHED:
         return None
 
-    if facts.state == "running" and not ended_badly(facts.exits):
+    if facts.state == RunStatus.RUNNING and not ended_badly(facts.exits):
         return _now(facts, facts.progress, step_p99_s)
 
     return _afterwards(facts, facts.progress, step_p99_s)

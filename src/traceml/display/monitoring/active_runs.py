@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from traceml.database.states import RunStatus
 from traceml.display.web.run_sources import RunsSource
 from traceml.errors import StoreError
 from traceml.renderers.monitoring_metrics import Instruments
@@ -25,7 +26,7 @@ MAX_RUNS = 32
 """Running runs that are shown; the oldest of more are counted only."""
 
 # Each has a value, 0 at first: Prometheus sees an increase only in a series that it knows.
-_STATES = ("running", "finished", "stopped", "failed", "hung", "lost", *UNREADABLE_STATES)
+_STATES = (*(state.value for state in RunStatus), *UNREADABLE_STATES)
 _FRESH_S = 1.0  # who asks more often, as two servers together, gets the same answer
 
 _log = logging.getLogger("traceml")
@@ -83,7 +84,7 @@ class ActiveRuns:
     def _read(self) -> RunsSnapshot:
         state = self._source.read()
         self._infos = self._infos if state is None else state.runs
-        running = [info.path for info in self._infos if info.state == "running"]
+        running = [info.path for info in self._infos if info.state == RunStatus.RUNNING]
         shown = running[:MAX_RUNS]
         self._drop(set(self._live) - set(shown))
         reports = [report for path in shown if (report := self._report(path)) is not None]

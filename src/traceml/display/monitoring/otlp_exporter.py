@@ -29,6 +29,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import StatusCode, set_span_in_context
 
+from traceml.database.states import ENDED_BADLY, RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.display.monitoring.active_runs import ActiveRuns
 from traceml.errors import StoreError
@@ -48,7 +49,6 @@ _POLL_S = 5.0
 _INTERVAL_S = 15.0
 _LONGEST_PAUSE_S = 300.0
 _MAX_PENDING = 100  # ended runs whose spans wait for the collector
-_BAD_STATES = {"failed", "hung", "lost"}
 
 _log = logging.getLogger("traceml")
 
@@ -117,7 +117,7 @@ class OtlpExporter:
             self._send_metrics()
 
         for info in snapshot.infos:
-            if info.state != "running" and info.id not in self._known:
+            if info.state != RunStatus.RUNNING and info.id not in self._known:
                 self._take_ended(info, last=last)
 
         if self._pending and (last or now_s >= self._retry_s):
@@ -223,7 +223,7 @@ class OtlpExporter:
             phase = {} if finding.phase is None else {"traceml.finding.phase": finding.phase}
             root.add_event("traceml.finding", {**facts, **phase}, at_ns)
 
-        if report.run.state in _BAD_STATES:
+        if report.run.state in ENDED_BADLY:
             root.set_status(StatusCode.ERROR, f"the run is {report.run.state}")
 
 

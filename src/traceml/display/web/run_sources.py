@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import RunEvent
 from traceml.display.web.chart_cache import ChartCache
 from traceml.errors import StoreError
@@ -170,7 +171,7 @@ class RunSource:
             events=tuple(live.events),
             logs=tuple(log_tails(self._path)),
             silent_s=self._silent(live),
-            watched=report.run.state != "lost",
+            watched=report.run.state != RunStatus.LOST,
             about=live.about(),
             labels=read_labels(self._path),
             logged=live.logged(),
@@ -237,7 +238,7 @@ class RunsSource:
     def _describe(self, path: Path) -> tuple[float, RunFields]:
         written = RunFileTimes(path).newest() + labels_time(path)
         before = self._known.get(path)
-        if before is not None and before[0] == written and before[1].info.state != "running":
+        if before is not None and before[0] == written and before[1].info.state != RunStatus.RUNNING:
             return before
 
         return written, RunFields(describe_run(path))

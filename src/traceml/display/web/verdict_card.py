@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import Finding
 from traceml.display.web.elements import Container, FactList, Prose, TextNode, set_classes, set_visible
 from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
@@ -110,7 +111,7 @@ def _figures(view: RunView) -> list[tuple[str, str]]:
         ("p99", ms_text(steps.p99_ms)),
         ("Steps", count_text(steps.count)),
         ("Ranks", _ranks(view)),
-        ("Runs for" if view.run.state == "running" else "Took", duration_text(view.run.duration_s)),
+        ("Runs for" if view.run.state == RunStatus.RUNNING else "Took", duration_text(view.run.duration_s)),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import IO
 from rich.console import Console, Group
 from rich.text import Text
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
@@ -323,7 +324,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
         style = "yellow" if tracker.needs_attention else ""
         yield from _labeled("" if number else "Sent", tracker_text(tracker), width, style=style)
 
-    if view.run.state != "running":
+    if view.run.state != RunStatus.RUNNING:
         yield from _delivery_lines(view.trackers, width)
 
     yield from _labeled("Tracing", _telemetry_text(view), width)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import significant
 from traceml.formatting import name_order, name_without_rank, percent_text, plural
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
@@ -228,7 +229,7 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
         )
 
     for side, which in ((a, "A"), (b, letter)):
-        if side.report.run.state != "finished":
+        if side.report.run.state != RunStatus.FINISHED:
             remarks.append(f"{which} is {side.report.run.state}, not finished")
 
         if side.report.steps.cut or (side.is_file and side.report.step_times.of_steps > len(side.times_ms)):

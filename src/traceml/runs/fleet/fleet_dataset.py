@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
+from traceml.database.states import RunStatus
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.installation import install_command
 from traceml.run_folder import REPORT_NAME
@@ -109,7 +110,7 @@ class FleetDataset:
             return
 
         report = written_report(run_dir)
-        if report.run.state == "running":
+        if report.run.state == RunStatus.RUNNING:
             done.running += 1
         elif self.add(report) is None:
             done.without_steps += 1

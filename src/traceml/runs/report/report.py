@@ -13,6 +13,7 @@ import msgspec
 from traceml.clock import SteadyClock
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.schema import PROCESS
+from traceml.database.states import ENDED_BADLY, RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import last_written_s
 from traceml.diagnosis.facts.run_time import RunTime
@@ -105,7 +106,7 @@ def run_wall_time(
 
     streams = [stream for stream in reader.streams() if stream.is_rank]
     sums = digest.step_sums or reader.step_sums()
-    ended_s, is_running = started_s + duration_s, state == "running"
+    ended_s, is_running = started_s + duration_s, state == RunStatus.RUNNING
     facts = digest.facts
     run_time = wall_time(
         streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
@@ -192,7 +193,7 @@ def make_report(
     """
     steps, run, time = sections.steps(digest, window), _run(digest, reader, run_dir), sections.time(digest)
     if time is not None:
-        ended_badly = run.state in ("failed", "lost", "hung")
+        ended_badly = run.state in ENDED_BADLY
         time.count_failures(len(run.restarts) + ended_badly, sum(_hung_s(digest, reader, findings).values()))
 
     rounded = [finding.rounded() for finding in with_operators(findings, reader)]
@@ -233,7 +234,7 @@ def _run(digest: Digest, reader: StoreReader, run_dir: Path) -> RunSection:
         hosts=sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
         command=run.get("command", ""),
         restarts=restarts(reader) if digest.attempt > 0 else [],
-        steps_waiting=waiting_steps(run_dir) if state == "lost" else 0,
+        steps_waiting=waiting_steps(run_dir) if state == RunStatus.LOST else 0,
     )
 
 
@@ -262,7 +263,7 @@ def _text(operator: dict[str, Any]) -> str:
 def run_times(digest: Digest, state: str, run_dir: Path) -> tuple[float | None, float | None, float | None]:
     """Return (started, ended, duration): epoch seconds and seconds; a running run has not ended."""
     started, ended = digest.run.get("started"), digest.run.get("ended")
-    if ended is None and state != "running":  # the process that would have noted it is gone
+    if ended is None and state != RunStatus.RUNNING:  # the process that would have noted it is gone
         ended = _last_row_s(digest) or last_written_s(run_dir / STORE_NAME)
 
     if started is None:

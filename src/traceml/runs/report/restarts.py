@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import INFO, PROCESS, STEPS
 from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
@@ -178,7 +179,7 @@ class _EndedAttempt:
         self.number = streams[0].attempt
         self.rank_of = {stream.id: rank for rank, stream in newest.items()}
         self.facts = JobFactsBuilder(world_size)
-        self.facts.state = "failed"
+        self.facts.state = RunStatus.FAILED.value
         for rank, stream in newest.items():
             self.facts.host(rank, stream.host)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.memory_growth import MemoryKind
@@ -185,7 +186,7 @@ def _number(value: float) -> float:
 def ranks(digest: Digest) -> list[RankSection]:
     """Return the state of each rank of the last attempt, and its end; of a lost run none is known to run."""
     latest = digest.kept.reached()
-    is_lost = state_of(digest.run, digest.aggregator) == "lost"
+    is_lost = state_of(digest.run, digest.aggregator) == RunStatus.LOST
     return [
         RankSection(
             rank=rank,
@@ -337,7 +338,7 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> Tel
     # Of a rank whose host is out of reach nobody knows what it appended after its last row.
     is_unknown = any(record.facts.get("total_unknown") for record in reader.streams() if record.state != "running")
     appended = stored + lost
-    if digest.state == "running":
+    if digest.state == RunStatus.RUNNING:
         appended = max(appended, sum(int(row["rows_appended"]) for row in last))
 
     return TelemetrySection(

@@ -33,6 +33,7 @@ from traceml.database.schema import (
     Table,
 )
 from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
@@ -87,7 +88,7 @@ class Digest:
     @property
     def state(self) -> str:
         """State of the run, as the aggregator recorded it."""
-        return str(self.run.get("state", "running"))
+        return str(self.run.get("state", RunStatus.RUNNING.value))
 
     @property
     def world_size(self) -> int:
@@ -185,7 +186,7 @@ class Digest:
         What ranks did after the last step is apart from its phases.
         """
         lines, ends_ns = self.facts.lines, self.kept.end_ns.tolist()
-        of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != "running")
+        of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != RunStatus.RUNNING)
         of_workers = lines.of_workers(self.names).values()
         return (*of_ranks, *(each for seen in of_workers for each in seen if not each.is_idle))
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.bins import StepBins
@@ -133,7 +134,7 @@ class SeriesFollower(msgspec.Struct):
             return
 
         window = digest.kept.aligned(last=new, skip_first=0)
-        if window.device and digest.state == "running":
+        if window.device and digest.state == RunStatus.RUNNING:
             window = window.select(slice(None, -_DEVICE_LAG))
 
         self._bins.take(window)

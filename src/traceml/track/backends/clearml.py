@@ -25,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import AppendFile, BatchBackend, cut_back
@@ -38,7 +39,7 @@ _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
 _BATCH = 1000
 _EVENTS = "metrics.jsonl"  # file of an offline session
-_STATUS = {"finished": "completed", "stopped": "stopped"}  # of all others failed
+_STATUS = {RunStatus.FINISHED.value: "completed", RunStatus.STOPPED.value: "stopped"}  # of all others failed
 
 
 class ClearMLBackend(BatchBackend):
@@ -70,7 +71,7 @@ class ClearMLBackend(BatchBackend):
         self._id: str | None = config.get("continue_run")
         self._task: Any = None
         self._events: Path | None = None
-        self._state = "finished"
+        self._state = RunStatus.FINISHED.value
 
     @property
     def target(self) -> str:
@@ -222,9 +223,9 @@ class ClearMLBackend(BatchBackend):
 
         with _errors():
             if not self._offline:
-                if self._state == "finished":
+                if self._state == RunStatus.FINISHED:
                     self._task.mark_completed(ignore_errors=False)
-                elif self._state == "stopped":
+                elif self._state == RunStatus.STOPPED:
                     self._task.stopped(ignore_errors=False)
                 else:
                     self._task.mark_failed(ignore_errors=False, status_reason=self._state)

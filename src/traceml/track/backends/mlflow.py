@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from traceml.database.states import RunStatus
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
@@ -44,7 +45,11 @@ _SYSTEM_TAGS = {
     "git/remote": "mlflow.source.git.repoURL",
 }
 _LOCAL = "local"  # the tracking URI of the database next to the runs
-_TERMINAL = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "hung": "FAILED", "lost": "KILLED"}
+_TERMINAL: dict[str, str] = {  # of all others FAILED
+    RunStatus.FINISHED: "FINISHED",
+    RunStatus.STOPPED: "KILLED",
+    RunStatus.LOST: "KILLED",
+}
 
 
 class MLflowBackend(BatchBackend):
@@ -214,7 +219,7 @@ class MLflowBackend(BatchBackend):
     def end_state(self, state: str) -> None:
         """Record the state and the time in which the training ended."""
         with _errors():
-            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"), self._ended_ms())
+            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FAILED"), self._ended_ms())
 
     def end_experiment(self) -> None:
         """Finish the run unless `end_state` did."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.track.backends.backend_bases import FileBackend
 from traceml.track.backends.safe_names import flattened, json_number, safe_file_name, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
@@ -140,7 +141,8 @@ class TensorBoardBackend(FileBackend):
             kind = "bool" if isinstance(value, bool) else "number" if isinstance(value, int | float) else "string"
             setattr(start.hparams[name], f"{kind}_value", value)
 
-        known = {"finished": Status.STATUS_SUCCESS, "stopped": Status.STATUS_UNKNOWN}  # it has no word for stopped
+        known = {RunStatus.FINISHED.value: Status.STATUS_SUCCESS}
+        known[RunStatus.STOPPED.value] = Status.STATUS_UNKNOWN  # it has no word for stopped
         status = known.get(state, Status.STATUS_FAILURE)
         end = SessionEndInfo(status=status, end_time_secs=self._ended or time.time())
         self._session(SESSION_START_INFO_TAG, session_start_info=start)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
@@ -41,7 +42,8 @@ _LONGEST_PROJECT = 128
 _MAX_KEYS = 500  # in one record
 _MAX_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
-_EXIT_CODES = {"finished": 0, "stopped": 255}  # 255 is what W&B itself reports after Ctrl-C; of all others 1
+# Of all others 1; 255 is what W&B itself reports after Ctrl-C.
+_EXIT_CODES = {RunStatus.FINISHED.value: 0, RunStatus.STOPPED.value: 255}
 _START_S = 30.0  # longest start of an online run; delivery retries it, not the library
 
 

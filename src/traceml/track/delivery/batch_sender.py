@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from traceml.database.schema import METRICS, STEPS
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, StreamRecord
 from traceml.errors import BackendRefusedError
 from traceml.formatting import name_at_rank
@@ -336,7 +337,10 @@ class BatchSender:
         behind = self._resume.setdefault("behind", {}).setdefault(experiment.key, {})
         behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
-            state, ended = str(logged.row.get("state") or "finished"), int(logged.row.get("t_ns") or 0) / 1e9
+            state, ended = (
+                str(logged.row.get("state") or RunStatus.FINISHED.value),
+                int(logged.row.get("t_ns") or 0) / 1e9,
+            )
             self._experiments_to_close[experiment.key] = [state, time.time(), ended or None]
 
     @property

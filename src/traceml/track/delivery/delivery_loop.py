@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.formatting import left_text
 from traceml.privacy import Masker
@@ -298,7 +299,7 @@ class DeliveryLoop:
 
             self._save()
             run = self._reader.meta().get("run", {})
-            self._sender.end(str(run.get("state") or "finished"), run.get("ended"))
+            self._sender.end(str(run.get("state") or RunStatus.FINISHED.value), run.get("ended"))
         except RewindError:
             raise
         except Exception as error:  # noqa: BLE001 - see run()

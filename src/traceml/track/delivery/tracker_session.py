@@ -192,7 +192,7 @@ class TrackerSession:
         """End an experiment at the tracker, unless it has ended or never started.
 
         Args:
-            state: state in which the training ended: finished, stopped, failed or lost.
+            state: state in which the training ended: finished, stopped, failed, hung or lost.
             ended: epoch seconds at which it did, where that is known.
         """
         stored = self.state_of(experiment)

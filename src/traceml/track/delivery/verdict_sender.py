@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import RunEvent
 from traceml.diagnosis.kinds import Kind
 from traceml.run_folder import REPORT_NAME
@@ -71,7 +72,7 @@ def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
     try:
         report = json.loads(read_regular(run_dir / REPORT_NAME))
         verdict: dict[str, Any] = report["verdict"]
-        return verdict if report["run"]["state"] != "running" else None
+        return verdict if report["run"]["state"] != RunStatus.RUNNING else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

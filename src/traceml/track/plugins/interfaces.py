@@ -173,7 +173,11 @@ class BackendInterface(ABC):
         """Send the time at which the training ended, in epoch seconds, before `end_state`."""
 
     def end_state(self, state: str) -> None:  # noqa: B027 - a tracker without states has nothing to do
-        """Send the state in which the training ended, before `end_experiment`: finished, stopped, failed or lost."""
+        """Send the state in which the training ended, before `end_experiment`.
+
+        Args:
+            state: finished, stopped (by Ctrl-C, or by its launcher), failed, hung, or lost (gone without a word).
+        """
 
     def flush(self) -> None:  # noqa: B027 - most trackers are done when a call returns
         """Return when everything given so far survives the death of this process."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from traceml.database.states import RunStatus
 from traceml.recorder.current_recorder import current_recorder, on_change
 from traceml.recorder.identity import script_name
 from traceml.settings import Config
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = ["Experiment", "Orchestrator", "names_of", "open_experiments"]
+
+_ENDS = (RunStatus.FINISHED, RunStatus.STOPPED, RunStatus.FAILED)
 
 
 class Experiment:
@@ -153,19 +156,26 @@ class Experiment:
 
         capture_lifecycle.start(config if recorder is not None else None)
 
-    def end(self, state: str = "finished") -> None:
+    def end(self, state: str = RunStatus.FINISHED.value) -> None:
         """End it: trackers close their run when all is delivered. `with` does this too.
 
         Args:
             state: `finished`, `stopped` or `failed`.
+
+        Raises:
+            ValueError: another state; it goes on.
         """
         if not self._is_active:
             return
 
+        if state not in _ENDS:
+            known = ", ".join(repr(each.value) for each in _ENDS)
+            raise ValueError(f"an experiment ends as one of {known}, not as {state!r:.100}")
+
         self._is_active = False
         logger = self._begun_logger()
         media.wait(logger)
-        logger.row("end", state=state, values=logger.values)
+        logger.row("end", state=str(state), values=logger.values)
         open_experiments.remove(self)
         loggers.deactivate(logger)
         recorder = current_recorder()
@@ -289,9 +299,9 @@ def _tags_of(tags: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
 def _state_after(kind: type[BaseException] | None) -> str:
     """Return the state in which an exception, if any, ends an experiment."""
     if kind is None:
-        return "finished"
+        return RunStatus.FINISHED.value
 
-    return "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+    return RunStatus.STOPPED.value if issubclass(kind, KeyboardInterrupt) else RunStatus.FAILED.value
 
 
 def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
