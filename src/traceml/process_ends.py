@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 __all__ = [
     "CRASHES",
+    "PR_SET_PDEATHSIG",
     "EndedBySignal",
     "StopRequest",
     "die_with_parent",
@@ -32,7 +33,8 @@ __all__ = [
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
+"""Option of `prctl`: the signal that the kernel sends us when the thread that started us ends."""
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -152,7 +154,7 @@ def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> 
     """
     import ctypes
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(how), 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(how), 0, 0, 0)
     if how and os.getppid() != parent:
         os.kill(os.getpid(), how)
 

@@ -1,4 +1,4 @@
-"""Names in the folder of a run. Light, as each rank imports it."""
+"""Names in the folder of a run, and in that of all runs. Light, as each rank imports it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ __all__ = [
     "COPIES_FOLDER",
     "LABELS_NAME",
     "LOGS_FOLDER",
+    "OPEN_FOLDER",
     "OUTPUT_LOG",
     "PAGE_NAME",
     "PROFILE_NAME",
@@ -41,5 +42,8 @@ UNREAD_LOG = f"{LOGS_FOLDER}/unread.log"
 ARTIFACTS = "artifacts"
 # State, lock and log of each tracker's delivery.
 TRACKERS_FOLDER = "trackers"
+# In the runs folder: a small file per open run, from which a later aggregator learns the run's folder, and the lock of
+# each host's aggregator with its address.
+OPEN_FOLDER = ".open"
 # Copies of flight files from other hosts.
 COPIES_FOLDER = "flights"

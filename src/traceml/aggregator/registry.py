@@ -19,7 +19,7 @@ from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreBusyError, StoreError
 from traceml.ids import new_run_id
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import OPEN_FOLDER, STORE_NAME
 from traceml.transport.folder_aggregator import create_runs_dir
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
@@ -27,9 +27,6 @@ from traceml.trusted_files import replace_file
 
 __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 
-# In the runs folder: one small file per open run, from which a later aggregator learns the run's folder. Its name is
-# the hash of the job key, which may hold any characters.
-_OPEN = ".open"
 # Runs that are over are remembered for a rank that comes back: this many runs, and this many ranks in all of them.
 _REMEMBERED, _REMEMBERED_STREAMS = 100, 20_000
 
@@ -206,7 +203,7 @@ class Registry:
 
     def resume_unfinished_runs(self) -> None:
         """Open the runs that an earlier aggregator has left open here."""
-        for marker in sorted((self.runs_dir / _OPEN).glob("*.json")):
+        for marker in sorted((self.runs_dir / OPEN_FOLDER).glob("*.json")):
             left = _read_marker(marker)
             if left is None or left["job"] in self._by_key:
                 continue
@@ -251,7 +248,7 @@ class Registry:
     def _recovery_lock(self) -> Iterator[None]:
         """Lock recovery in this folder: two processes would each make a run of the same rows."""
         try:
-            folder = self.runs_dir / _OPEN
+            folder = self.runs_dir / OPEN_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / "adopting.lock").open("ab")
         except OSError as error:  # a full disk, for example: the flight files stay for later
@@ -353,7 +350,8 @@ def _level_of(error: RefusedError) -> int:
 
 
 def _marker(runs_dir: Path, key: str) -> Path:
-    return runs_dir / _OPEN / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    # A job key may hold any characters.
+    return runs_dir / OPEN_FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def _read_marker(path: Path) -> dict[str, str] | None:

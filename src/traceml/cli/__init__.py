@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _OF_TRACEML_AI = {"watch": "run", "view": "report", "inspect": "export"}  # another product's -> the one here
 
 EXIT_OK = 0
+EXIT_GATE = 1  # what was asked of a run or a comparison does not hold
 EXIT_USAGE = 2
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from traceml.cli import EXIT_GATE
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import StoreError, UsageError
@@ -22,7 +23,6 @@ from traceml.runs.comparison.comparison_types import Comparison, Comparisons, ru
 
 __all__ = ["main"]
 
-EXIT_GATE = 1
 EXIT_UNDECIDED = 3
 
 

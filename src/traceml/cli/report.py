@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from traceml.cli import EXIT_GATE
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.states import RunStatus
@@ -27,8 +28,6 @@ from traceml.runs.report.report_types import Report, TrackerSection, read_report
 from traceml.track.tracker_state import states_of
 
 __all__ = ["current_report", "main"]
-
-EXIT_GATE = 1
 
 
 @dataclass(frozen=True)

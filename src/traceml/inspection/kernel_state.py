@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 __all__ = [
+    "DEAD_STATES",
     "AwaitedKind",
     "ProcessInfo",
     "ProcessUsage",
@@ -63,8 +64,9 @@ _LOOKUPS = {
 _MAX_PATH, _MEMORY_PAGE = 4096, 4096
 _READS = {"x86_64": 0, "aarch64": 63}
 _CONNECTING = "02"  # state of a connection in /proc/net/tcp
-_DEAD = ("Z", "X")
-_STOPPED = (*_DEAD, "T", "t")
+DEAD_STATES = ("Z", "X")
+"""States of a process that has ended, as the kernel names them."""
+_STOPPED = (*DEAD_STATES, "T", "t")
 _STOP_S, _STOP_POLL_S = 0.2, 0.001
 _MAX_CHILDREN = 512
 _CONDITION_BYTES = 32  # two threads that wait for one condition may do so at two words of it
@@ -296,7 +298,7 @@ def _send(pids: Iterable[int], number: signal.Signals) -> None:
 def is_running(pid: int) -> bool:
     """Whether a process exists and has not ended; one that nobody has collected yet has."""
     info = process_info(pid)
-    return info is not None and info.state not in _DEAD
+    return info is not None and info.state not in DEAD_STATES
 
 
 def io_bytes(process: int | str) -> tuple[int, int]:

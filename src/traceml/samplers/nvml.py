@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["VISIBLE_DEVICES", "Nvml", "NvmlDevice", "NvmlError", "has_own_gpus"]
+__all__ = ["CLOCK_SM", "UNKNOWN", "VISIBLE_DEVICES", "Nvml", "NvmlDevice", "NvmlError", "has_own_gpus"]
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 """CUDA itself is not asked for its devices, as that would initialize it."""
 
+CLOCK_SM = 1
+"""NVML's number of the clock of the SMs."""
+UNKNOWN = -1
+"""Value of what the driver does not tell."""
 _TEMPERATURE_GPU = 0
-_CLOCK_SM = 1
-_UNKNOWN = -1
 _UUID_BYTES = 96
 
 
@@ -122,7 +124,7 @@ class Nvml:
             library.nvmlDeviceGetMemoryInfo(device.mig or handle, ctypes.byref(memory)) == 0,
             library.nvmlDeviceGetTemperature(handle, ctypes.c_uint(_TEMPERATURE_GPU), ctypes.byref(temperature)) == 0,
             library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)) == 0,
-            library.nvmlDeviceGetClockInfo(handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)) == 0,
+            library.nvmlDeviceGetClockInfo(handle, ctypes.c_uint(CLOCK_SM), ctypes.byref(clock)) == 0,
             library.nvmlDeviceGetCurrentClocksThrottleReasons(handle, ctypes.byref(reasons)) == 0,
         )
         if not any(answers):
@@ -130,13 +132,13 @@ class Nvml:
 
         has_utilization, has_memory, has_temperature, has_power, has_clock, has_reasons = answers
         return (
-            float(utilization.gpu) if has_utilization else _UNKNOWN,
-            memory.used if has_memory else _UNKNOWN,
-            memory.total if has_memory else _UNKNOWN,
-            float(temperature.value) if has_temperature else _UNKNOWN,
-            milliwatts.value / 1000 if has_power else _UNKNOWN,
-            clock.value if has_clock else _UNKNOWN,
-            reasons.value & 0x7FFFFFFFFFFFFFFF if has_reasons else _UNKNOWN,
+            float(utilization.gpu) if has_utilization else UNKNOWN,
+            memory.used if has_memory else UNKNOWN,
+            memory.total if has_memory else UNKNOWN,
+            float(temperature.value) if has_temperature else UNKNOWN,
+            milliwatts.value / 1000 if has_power else UNKNOWN,
+            clock.value if has_clock else UNKNOWN,
+            reasons.value & 0x7FFFFFFFFFFFFFFF if has_reasons else UNKNOWN,
         )
 
     def close(self) -> None:

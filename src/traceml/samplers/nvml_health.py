@@ -8,14 +8,12 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from traceml.database.info_kinds import InfoKind, InfoSender
-from traceml.samplers.nvml import NvmlDevice
+from traceml.samplers.nvml import CLOCK_SM, UNKNOWN, NvmlDevice
 
 __all__ = ["DeviceHealth", "HealthWatch", "NvmlHealth"]
 
-_CLOCK_SM = 1
 _UNCORRECTED, _VOLATILE = 1, 0  # kinds of memory errors, and of their counters
 _XID_EVENTS = 0x8
-_UNKNOWN = -1
 _MAX_EVENTS = 16
 _FABRIC_COMPLETED = 3
 _EVERY_NS = 5 * 10**9
@@ -24,12 +22,12 @@ _EVERY_NS = 5 * 10**9
 class DeviceHealth(NamedTuple):
     """Counters of a device; -1 where it does not offer one."""
 
-    ecc_errors: int = _UNKNOWN  # memory errors since the driver was loaded that ECC could not correct
-    remap_pending: int = _UNKNOWN  # 1 if memory waits for the next reset to be replaced, else 0
-    remap_failed: int = _UNKNOWN  # 1 if there was no spare memory to replace it, else 0
-    max_clock_mhz: int = _UNKNOWN  # highest clock of the SMs
-    power_limit_w: int = _UNKNOWN  # power that it may draw
-    default_power_limit_w: int = _UNKNOWN  # the same if nobody has changed it
+    ecc_errors: int = UNKNOWN  # memory errors since the driver was loaded that ECC could not correct
+    remap_pending: int = UNKNOWN  # 1 if memory waits for the next reset to be replaced, else 0
+    remap_failed: int = UNKNOWN  # 1 if there was no spare memory to replace it, else 0
+    max_clock_mhz: int = UNKNOWN  # highest clock of the SMs
+    power_limit_w: int = UNKNOWN  # power that it may draw
+    default_power_limit_w: int = UNKNOWN  # the same if nobody has changed it
 
 
 class _EventData(ctypes.Structure):
@@ -81,18 +79,16 @@ class NvmlHealth:
         has_rows = self._call(
             "nvmlDeviceGetRemappedRows", device.handle, *map(ctypes.byref, (corrected, uncorrected, pending, failed))
         )
-        has_clock = self._call(
-            "nvmlDeviceGetMaxClockInfo", device.handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)
-        )
+        has_clock = self._call("nvmlDeviceGetMaxClockInfo", device.handle, ctypes.c_uint(CLOCK_SM), ctypes.byref(clock))
         has_limit = self._call("nvmlDeviceGetEnforcedPowerLimit", device.handle, ctypes.byref(limit))
         has_default = self._call("nvmlDeviceGetPowerManagementDefaultLimit", device.handle, ctypes.byref(default))
         return DeviceHealth(
-            errors.value if has_errors else _UNKNOWN,
-            pending.value if has_rows else _UNKNOWN,
-            failed.value if has_rows else _UNKNOWN,
-            clock.value if has_clock else _UNKNOWN,
-            limit.value // 1000 if has_limit else _UNKNOWN,
-            default.value // 1000 if has_default else _UNKNOWN,
+            errors.value if has_errors else UNKNOWN,
+            pending.value if has_rows else UNKNOWN,
+            failed.value if has_rows else UNKNOWN,
+            clock.value if has_clock else UNKNOWN,
+            limit.value // 1000 if has_limit else UNKNOWN,
+            default.value // 1000 if has_default else UNKNOWN,
         )
 
     def nvlink_domain(self, device: NvmlDevice) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from traceml.helper_programs import helper_program
+from traceml.process_ends import PR_SET_PDEATHSIG
 
 __all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
 
@@ -17,7 +18,6 @@ __all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_
 FORWARDED_SIGNALS = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 )
-_PR_SET_PDEATHSIG = 1
 
 
 def spawn(
@@ -88,7 +88,7 @@ def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
         if death_signal is None:
             return
 
-        prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
         if os.getppid() != parent:  # the parent died before prctl
             os._exit(128 + int(death_signal))
 

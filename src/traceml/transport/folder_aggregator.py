@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from traceml.clock import boot_id
+from traceml.run_folder import OPEN_FOLDER
 from traceml.trusted_files import create_trusted, open_trusted
 
 __all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id", "reachable"]
 
-_OPEN = ".open"
 _LONGEST_BYTES = 65536
 
 _log = logging.getLogger("traceml")
@@ -90,7 +90,7 @@ class FolderLock:
         """
         with contextlib.suppress(OSError):  # then the file is in the runtime folder
             create_runs_dir(runs_dir)
-            (runs_dir / _OPEN).mkdir(exist_ok=True)
+            (runs_dir / OPEN_FOLDER).mkdir(exist_ok=True)
 
         descriptor, locked = _lock(runs_dir, create=True)
         if locked:
@@ -179,7 +179,7 @@ def _lock(runs_dir: Path, *, create: bool) -> tuple[int, bool]:
     """
     name = f"aggregator-{socket.gethostname()}-{os.getuid()}"
     try:
-        return _locked(runs_dir / _OPEN / name, create=create)
+        return _locked(runs_dir / OPEN_FOLDER / name, create=create)
     except OSError:  # a folder of another user, or a filesystem without locks
         import hashlib  # not above: OpenSSL's take 3 ms to load
 

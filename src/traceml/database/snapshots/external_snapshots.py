@@ -26,6 +26,7 @@ from traceml.database.snapshots.rank_snapshot import (
     ThreadSnapshot,
 )
 from traceml.inspection.kernel_state import (
+    DEAD_STATES,
     UsageRates,
     process_info,
     read_status,
@@ -43,7 +44,6 @@ __all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
 FIRST_SILENT_S = 3.0
 """Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_last"}
-_DEAD = ("Z", "X")
 _BUSY_CORES, _STAMP_S = 0.2, 10.0
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
@@ -93,7 +93,7 @@ class ExternalSnapshots:
             return None
 
         seen, info = wait_state(self._pid), process_info(self._pid)
-        if seen.state in _DEAD:
+        if seen.state in DEAD_STATES:
             return None
 
         frames = self._stack(slots, seen.state)
