@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
 from tests.forked import client as forked
 from tests.traces.brute import check
 from traceml.cli import main
+from traceml.launch.worker.blas import one_blas_thread
 from traceml.run_folder import STORE_NAME
 
 EVENTS = [
@@ -196,6 +198,22 @@ def test_cores_are_for_reading(trace):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
 
     assert done.stderr.strip() == "0"
+
+
+@pytest.mark.parametrize(("before", "inside"), [(None, "1"), ("", "1"), ("4", "4")])
+def test_the_number_of_blas_threads_is_restored_after_an_error(monkeypatch, before, inside):
+    """The zygote and the command keep to a number that the user chose; an empty one is none."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", before)
+
+    seen = []
+    with suppress(KeyError), one_blas_thread():
+        seen.append(os.environ["OPENBLAS_NUM_THREADS"])
+        raise KeyError
+
+    assert seen == [inside]
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == before
 
 
 @pytest.mark.parametrize("suffix", ["html", "png"])

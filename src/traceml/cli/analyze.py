@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +14,7 @@ from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceNotFoundError, UsageError
 from traceml.helper_programs import importing
+from traceml.launch.worker.blas import one_blas_thread
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
 
@@ -112,7 +110,7 @@ def _plot(result: dict[str, Any], path: Path, top: int) -> None:
 
 def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
-    with _no_blas_threads(), importing(), spinner("Reading") as show:
+    with one_blas_thread(), importing(), spinner("Reading") as show:
         try:
             return summarize(
                 options.paths,
@@ -138,19 +136,6 @@ def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFou
 
     commands = f"traceml export {run} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
     return TraceNotFoundError(f"{run} is the folder of a run and contains no trace. Create one: {commands}")
-
-
-@contextmanager
-def _no_blas_threads() -> Iterator[None]:
-    """Keep numpy from starting BLAS threads: they spin for a while, and the cores are needed for reading."""
-    name = "OPENBLAS_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = before or "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
 
 
 def _show(result: dict[str, Any], options: AnalyzeOptions, measures: tuple[Measure, ...]) -> None:

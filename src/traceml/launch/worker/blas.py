@@ -1,5 +1,7 @@
 """Threads of numpy's OpenBLAS: none in the zygote, which must have one thread only, and each worker's share later.
 
+`traceml analyze` has none either: they spin for a while, and the cores are needed for reading.
+
 Process: zygote, and then workers.
 """
 
@@ -22,13 +24,20 @@ _setters: list[Callable[[int], object]] = []  # of the OpenBLAS that was loaded 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Keep an OpenBLAS that is loaded inside from starting its thread pool, unless the user chose the number."""
-    if _VARIABLE in os.environ:
+    before = os.environ.get(_VARIABLE)
+    if before:  # OpenBLAS takes an empty one for none
         yield
         return
 
     os.environ[_VARIABLE] = "1"
-    yield
-    del os.environ[_VARIABLE]
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = before
+
     _setters[:] = _find_setters()
 
 
