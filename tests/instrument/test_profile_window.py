@@ -14,8 +14,9 @@ from tests.instrument.conftest import Traced
 from tests.instrument.test_install import train
 from tests.instrument.test_step_clock import net, sgd
 from tests.instrument.test_step_clock import train as train_step
+from traceml.database.profile_states import ProfileState
 from traceml.database.schema import StepFlag
-from traceml.instrument.profile_window import ProfileState, ProfileWindow
+from traceml.instrument.profile_window import ProfileWindow
 
 
 def _window(traced: Traced, first_step: int, steps: int, **options: Any) -> ProfileWindow:

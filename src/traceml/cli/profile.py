@@ -22,6 +22,7 @@ from traceml.cli.notices import spinner
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.cli.report import current_report
+from traceml.database.profile_states import MAX_PROFILE_STEPS, ProfileState
 from traceml.database.store.reader import StoreReader
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import bytes_text, capitalized, plural, printable, ranks_text
@@ -38,7 +39,6 @@ from traceml.settings import PROFILE_AFTER_S, Config
 __all__ = ["main", "parse_ranks", "profiled_text"]
 
 
-MAX_STEPS = 1000
 _LIMIT_S, _ROWS_S = 120.0, 5.0
 _PACKED = (".json", ".json.gz")
 _RANKS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
@@ -56,7 +56,7 @@ class ProfileOptions:
     """A run's folder, id or name, or host:port of an aggregator here (default: the newest running job, or run)."""
     ranks: Annotated[str | None, Metavar("RANKS")] = None
     """Ranks to profile: 0,3 or 0-3 (default: all of up to 8 ranks, otherwise the first 8)."""
-    steps: Annotated[int, NumberRange(maximum=MAX_STEPS), Metavar("N")] = 5
+    steps: Annotated[int, NumberRange(maximum=MAX_PROFILE_STEPS), Metavar("N")] = 5
     """Number of steps (default: 5)."""
     timeout: Annotated[float, NumberRange(float, minimum=0, above=True), Metavar("S")] = _LIMIT_S
     """Seconds in which the steps have to end (default: 120)."""
@@ -102,7 +102,7 @@ def _operators(options: ProfileOptions, config: Config) -> int:
             client = ProfileClient(connection, hosts, lambda windows: show(_progress_text(windows)))
             traces = client.profile(request)
 
-        failed = [each for each in client.windows.values() if each.state != "recorded"]
+        failed = [each for each in client.windows.values() if each.state != ProfileState.RECORDED]
         if not traces:
             raise TraceMLError("no rank was profiled. " + "; ".join(f"rank {each.rank}: {each.why}" for each in failed))
 

@@ -7,11 +7,11 @@ import logging
 import sys
 from _thread import get_ident
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import clock_pair
+from traceml.database.profile_states import ProfileState
 from traceml.database.schema import StepFlag
 from traceml.fail_open import fail_open
 from traceml.instrument.importlib_bootstrap import uncounted
@@ -20,24 +20,11 @@ from traceml.instrument.patches import Patches
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
 
-__all__ = ["ProfileState", "ProfileWindow"]
+__all__ = ["ProfileWindow"]
 
 _log = logging.getLogger("traceml")
 
 _PROFILED = int(StepFlag.PROFILED)
-
-
-class ProfileState(StrEnum):
-    """State of a profile window."""
-
-    WAITING = "waiting"
-    """Its first step has not begun."""
-    OPEN = "open"
-    """The profiler warms up or records."""
-    RECORDED = "recorded"
-    """All steps are recorded."""
-    FAILED = "failed"
-    """There will be no trace; `why` says why."""
 
 
 class ProfileWindow:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
+from traceml.database.profile_states import MAX_PROFILE_STEPS, ProfileState
 from traceml.database.schema import STEPS
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
     from traceml.instrument.profile_window import ProfileWindow
     from traceml.instrument.step_clock import StepClock
 
-__all__ = ["MAX_STEPS", "ProfileServer"]
+__all__ = ["ProfileServer"]
 
 _log = logging.getLogger("traceml")
 
-MAX_STEPS = 1000
-"""Most steps of one profile."""
 _CHUNK_BYTES = 4 << 20  # half of the largest frame
 _READ_BYTES = 1 << 20
 _SAMPLE_S, _LEAVE_S = 0.005, 0.05
@@ -78,7 +77,7 @@ class _Profile:
         self.folder = Path(tempfile.mkdtemp(prefix="traceml-profile-"))
         self.trace = self.folder / "trace.json.gz"
         self.size = 0
-        self.state, self.why = "waiting", ""
+        self.state, self.why = ProfileState.WAITING, ""
         self._limit_s, self._limit_bytes = limit_s, limit_bytes
         self._used_s = time.monotonic()
         self._closed = threading.Event()
@@ -86,7 +85,7 @@ class _Profile:
     @property
     def is_busy(self) -> bool:
         """Whether the profiler may still run, or its trace is still wanted."""
-        return not self.window.is_over or self.state in ("waiting", "open", "saving", "recorded")
+        return not self.window.is_over or self.state is not ProfileState.FAILED
 
     def start(self) -> None:
         """Start its thread, which ends by itself."""
@@ -113,12 +112,12 @@ class _Profile:
                 finally:
                     self.window.release()
 
-                while self.state == "recorded" and not self._closed.wait(1.0):
+                while self.state == ProfileState.RECORDED and not self._closed.wait(1.0):
                     if time.monotonic() - self._used_s > _FETCH_S:
                         break
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.state, self.why = "failed", self.why or self.window.why or "its trace was not fetched"
+            self.state, self.why = ProfileState.FAILED, self.why or self.window.why or "its trace was not fetched"
 
     def _follow_window(self) -> None:
         """Wait until the window has ended, also where nobody waits for it any longer."""
@@ -131,10 +130,10 @@ class _Profile:
                 self._fail(f"its steps did not end within {self._limit_s:g} s")
                 self.window.cancel(self.why)
             else:
-                self.state = str(self.window.state)
+                self.state = self.window.state
 
             self.window.ask()
-            if self.window.state == "open":
+            if self.window.state is ProfileState.OPEN:
                 self.calls.sample()
 
     def _save(self) -> None:
@@ -143,7 +142,7 @@ class _Profile:
             self._fail(self.window.why or "it is not wanted any longer")
             return
 
-        self.state = "saving"
+        self.state = ProfileState.SAVING
         plain = self.folder / "trace.json"
         self.window.save(plain)
         size = plain.stat().st_size
@@ -155,12 +154,12 @@ class _Profile:
         else:
             _compress(plain, self.trace)
             self.size, self._used_s = self.trace.stat().st_size, time.monotonic()
-            self.state = "recorded"
+            self.state = ProfileState.RECORDED
 
         plain.unlink()
 
     def _fail(self, why: str) -> None:
-        self.state, self.why = "failed", why
+        self.state, self.why = ProfileState.FAILED, why
 
 
 class ProfileServer:
@@ -221,11 +220,11 @@ class ProfileServer:
         clock, profile = self._clock(), self._profile
         found = {"step": clock.step if clock is not None and clock.open else -1, "step_ns": self._step_ns()}
         if profile is None:
-            return {**found, "state": "none"}
+            return {**found, "state": str(ProfileState.NONE)}
 
         window = profile.window
         return {
-            **found, "state": profile.state, "why": profile.why, "first": window.first_step, "steps": window.steps,
+            **found, "state": str(profile.state), "why": profile.why, "first": window.first_step, "steps": window.steps,
             "clock": list(window.clock_pair), "size": profile.size, "pid": os.getpid(),
         }  # fmt: skip
 
@@ -239,7 +238,7 @@ class ProfileServer:
 
         from traceml.instrument.profile_window import ProfileWindow
 
-        steps = min(max(int(args["steps"]), 1), MAX_STEPS)
+        steps = min(max(int(args["steps"]), 1), MAX_PROFILE_STEPS)
         window = ProfileWindow(
             clock, first_step=int(args["first"]), steps=steps, with_stacks=args.get("stacks") is True
         )
@@ -261,7 +260,7 @@ class ProfileServer:
         return {}
 
     def _recorded(self) -> _Profile:
-        if self._profile is None or self._profile.state != "recorded":
+        if self._profile is None or self._profile.state != ProfileState.RECORDED:
             raise TraceMLError("there is no trace of it")
 
         return self._profile

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from traceml.database.profile_states import ProfileState
 from traceml.errors import TraceMLError
 from traceml.formatting import ranks_text
 from traceml.runs.export.operator_trace import ProfiledRank
@@ -40,7 +41,7 @@ class RankWindow:
     """The window of one rank, as its answers show."""
 
     rank: int
-    state: str = "waiting"  # waiting, open, saving, recorded, failed or lost
+    state: str = ProfileState.WAITING  # waiting, open, saving, recorded, failed or lost
     step: int = -1
     step_ns: int = 0  # mean duration of its last steps
     why: str = ""
@@ -53,7 +54,7 @@ class RankWindow:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is to be waited for."""
-        return self.state in ("recorded", "failed", "lost")
+        return self.state in (ProfileState.RECORDED, ProfileState.FAILED, ProfileState.LOST)
 
     def fail(self, state: str, why: str) -> None:
         """Record that there will be no trace."""
@@ -82,7 +83,7 @@ class ProfileClient:
     @property
     def spread(self) -> int:
         """Largest difference between the first profiled steps of ranks."""
-        firsts = [each.first_step for each in self.windows.values() if each.state == "recorded"]
+        firsts = [each.first_step for each in self.windows.values() if each.state == ProfileState.RECORDED]
         return max(firsts) - min(firsts) if firsts else 0
 
     def profile(self, request: ProfileRequest) -> list[ProfiledRank]:
@@ -95,7 +96,7 @@ class ProfileClient:
             self._find(request)
             self._open(request)
             self._await(request)
-            return [self._fetch(each) for each in self.windows.values() if each.state == "recorded"]
+            return [self._fetch(each) for each in self.windows.values() if each.state == ProfileState.RECORDED]
         except OSError as error:
             raise TraceMLError(f"the job ended before its traces were fetched: {error}") from error
         finally:
@@ -105,7 +106,7 @@ class ProfileClient:
         for answer in self._ask({"do": "state"}, None)[0]:
             window = self.windows.setdefault(answer["rank"], RankWindow(answer["rank"]))
             if "error" in answer:
-                window.fail("failed", str(answer["error"]))
+                window.fail(ProfileState.FAILED, str(answer["error"]))
             else:
                 self._take(window, answer["result"], state=False)
 
@@ -137,7 +138,7 @@ class ProfileClient:
             for answer in self._ask(args, [each.rank])[0]:
                 if "error" in answer:  # it may have a window of another client, which stays open
                     self._opened.remove(each.rank)
-                    each.fail("failed", str(answer["error"]).removeprefix("TraceMLError: "))
+                    each.fail(ProfileState.FAILED, str(answer["error"]).removeprefix("TraceMLError: "))
 
     def _await(self, request: ProfileRequest) -> None:
         deadline_s = time.monotonic() + request.limit_s + _SAVING_S
@@ -146,7 +147,7 @@ class ProfileClient:
             self._update({each.rank: each for each in waiting})
             for each in waiting:
                 if time.monotonic() > deadline_s:
-                    each.fail("failed", "its trace was not ready in time")
+                    each.fail(ProfileState.FAILED, "its trace was not ready in time")
 
             time.sleep(_POLL_S)
 
@@ -155,7 +156,7 @@ class ProfileClient:
             answers, silent = self._ask({"do": "state"}, list(waiting))
         except (TraceMLError, OSError) as error:  # no rank is left, the run is over, or its aggregator has ended
             for each in waiting.values():
-                each.fail("lost", f"it ended while it was profiled ({error})")
+                each.fail(ProfileState.LOST, f"it ended while it was profiled ({error})")
 
             return
 
@@ -166,14 +167,15 @@ class ProfileClient:
 
         for each in waiting.values():
             if time.monotonic() - each.heard_s > (_SILENT_S if each.rank in silent else _LOST_S):
-                each.fail("lost", "it does not answer" if each.rank in silent else "it ended while it was profiled")
+                why = "it does not answer" if each.rank in silent else "it ended while it was profiled"
+                each.fail(ProfileState.LOST, why)
 
     def _take(self, window: RankWindow, result: dict[str, Any], *, state: bool) -> None:
         window.step = int(result.get("step", window.step))
         window.step_ns = int(result.get("step_ns") or window.step_ns)
         if state and result:
             window.why = str(result.get("why") or "")
-            window.state = "failed" if result["state"] == "none" else str(result["state"])
+            window.state = ProfileState.FAILED if result["state"] == ProfileState.NONE else str(result["state"])
             window.first_step, window.steps = int(result.get("first", 0)), int(result.get("steps", 0))
             window.pid, window.size = int(result.get("pid", 0)), int(result.get("size", 0))
 
