@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.database.states import RunStatus
-from traceml.display.web.run_sources import RunsSource
 from traceml.errors import StoreError
 from traceml.renderers.monitoring_metrics import Instruments
 from traceml.renderers.monitoring_readings import Reading, readings
@@ -19,6 +18,7 @@ from traceml.runs.find import RunInfo
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
 from traceml.runs.run_state import UNREADABLE_STATES
+from traceml.runs.runs_source import RunsSource
 
 __all__ = ["MAX_RUNS", "ActiveRuns", "RunsSnapshot"]
 

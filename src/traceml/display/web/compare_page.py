@@ -23,7 +23,6 @@ from traceml.display.web.elements import (
 )
 from traceml.display.web.layout import Banner, draw, top_bar
 from traceml.display.web.panels.overlay_panel import LETTERS, ComparedRuns, OverlayPanel
-from traceml.display.web.run_sources import RunFileTimes
 from traceml.errors import StoreError
 from traceml.formatting import bytes_text, count_text, ms_text
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
@@ -36,6 +35,7 @@ from traceml.renderers.text.comparison import (
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange, run_letter
 from traceml.runs.rows.series import read_series
+from traceml.runs.runs_source import RunFileTimes
 
 __all__ = ["ComparePage", "CompareSource", "CompareState"]
 

@@ -20,8 +20,9 @@ from traceml.display.web.layout import add_head, theme_of
 from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.display.web.pollers import PollerRegistry
 from traceml.display.web.run_page import RunPage
-from traceml.display.web.run_sources import RunSource, RunsSource, RunsState, RunState, is_run_id
+from traceml.display.web.run_sources import RunSource, RunState, is_run_id
 from traceml.display.web.runs_page import RunsPage
+from traceml.runs.runs_source import RunsSource, RunsState
 
 __all__ = ["Pages"]
 

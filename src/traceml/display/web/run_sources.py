@@ -1,4 +1,4 @@
-"""Data sources of the pages: a run, and the list of runs, read from their folders."""
+"""Data source of the page of a run, read from its folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import About
-from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
 from traceml.runs.log_tails import LogTail, log_tails
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import read_report
 from traceml.runs.report.run_source import about_report
 from traceml.runs.rows.logged_media import MediaGroup
-from traceml.runs.run_labels import RunLabels, labels_time, read_labels
-from traceml.runs.run_query import RunFields
+from traceml.runs.run_labels import RunLabels, read_labels
+from traceml.runs.runs_source import RunFileTimes
 
 if TYPE_CHECKING:
     from traceml.runs.rows.series import RunSeries
 
-__all__ = ["RunFileTimes", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
+__all__ = ["RunSource", "RunState", "is_run_id"]
 
 # A running run writes its samples at least once a second; a longer silence is reported.
 _SILENT_S = 5.0
@@ -50,15 +49,6 @@ class RunState:
     about: About = field(default_factory=About)  # parameters, source, environment, machine
     labels: RunLabels = field(default_factory=RunLabels)
     logged: tuple[MediaGroup, ...] = ()  # texts, images, histograms and files that it logged
-
-
-@dataclass(frozen=True, slots=True)
-class RunsState:
-    """The list of runs, newest first, archived ones included, or the problem that prevents it."""
-
-    runs: tuple[RunInfo, ...] = ()
-    problem: str = ""
-    fields: tuple[RunFields, ...] = field(default=(), compare=False)  # the same runs, with their parameters and metrics
 
 
 def is_run_id(name: str) -> bool:
@@ -198,77 +188,3 @@ class RunSource:
     def _silent(self, live: LiveRun) -> float | None:
         silent_s = self._clock() - self._changed_s
         return silent_s if not live.ended and silent_s >= _SILENT_S else None
-
-
-class RunsSource:
-    """Follows the folder of runs; a run that has ended is read again when its files or labels change."""
-
-    def __init__(self, runs_dir: Path) -> None:
-        self._path = runs_dir
-        self._known: dict[Path, tuple[float, RunFields]] = {}
-        self._state: RunsState | None = None
-
-    def __repr__(self) -> str:
-        return f"RunsSource({str(self._path)!r})"
-
-    def read(self) -> RunsState | None:
-        """Return the list; None when nothing has changed."""
-        try:
-            listed = self._list()
-            state = RunsState(tuple(each.info for each in listed), fields=tuple(listed))
-        except OSError as error:
-            state = RunsState(problem=f"cannot list {self._path}: {error.strerror or error}")
-
-        if state == self._state:
-            return None
-
-        self._state = state
-        return state
-
-    def close(self) -> None:
-        """Keep what was read of runs that have ended, for later visits; the next read returns the list again."""
-        self._state = None
-
-    def _list(self) -> list[RunFields]:
-        known = {path: self._describe(path) for path in run_folders(self._path)}
-        self._known = known
-        fields = [each for _, each in known.values()]
-        return sorted(fields, key=lambda each: (each.info.started or 0.0, each.info.id), reverse=True)
-
-    def _describe(self, path: Path) -> tuple[float, RunFields]:
-        written = RunFileTimes(path).newest() + labels_time(path)
-        before = self._known.get(path)
-        if before is not None and before[0] == written and before[1].info.state != RunStatus.RUNNING:
-            return before
-
-        return written, RunFields(describe_run(path))
-
-
-class RunFileTimes:
-    """Time of the last write to a run's files."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal", run_dir / REPORT_NAME]
-        self._seen = -1.0
-
-    def newest(self) -> float:
-        """Return the epoch seconds of the last write, 0 without any file."""
-        found = []
-        for file in self._files:
-            try:
-                found.append(file.stat().st_mtime)
-            except OSError:
-                pass  # it does not exist, or is being removed
-
-        return max(found, default=0.0)
-
-    def age_s(self) -> float:
-        """Return the seconds since the last write."""
-        return max(0.0, time.time() - self.newest())
-
-    def take_change(self) -> bool:
-        """Return whether something was written since the last call, labels of people included."""
-        newest = self.newest() + labels_time(self._run_dir)
-        changed, self._seen = newest != self._seen, newest
-        return changed

@@ -10,11 +10,11 @@ from nicegui import Client, background_tasks, run
 
 from traceml.display.web.elements import EMIT_VALUE, Container, TextNode, set_visible
 from traceml.display.web.layout import Banner, top_bar
-from traceml.display.web.run_sources import RunsState
 from traceml.display.web.runlist.edit_bar import EditBar
 from traceml.display.web.runlist.list_query import ListPart, ListQuery, field_names
 from traceml.display.web.runlist.runs_table import RunsTable
 from traceml.formatting import count_text, plural, printable
+from traceml.runs.runs_source import RunsState
 
 __all__ = ["RunsPage"]
 
