@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from traceml.launch.wire import bootstrap, payload
+from traceml.launch.launcher.hosts import bootstrap
+from traceml.launch.wire import payload
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.channel_frames import ChannelClosedError
 from traceml.launch.wire.launch_messages import (

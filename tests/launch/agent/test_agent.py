@@ -16,7 +16,7 @@ import pytest
 
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
-from traceml.launch.wire import bootstrap
+from traceml.launch.launcher.hosts import bootstrap
 from traceml.launch.wire.launch_messages import CollectStacks, Message, Release, StreamOpened
 from traceml.launch.wire.package_import import PACKAGE, import_code
 

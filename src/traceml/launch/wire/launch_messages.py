@@ -194,7 +194,7 @@ class Bye(Message, t="bye"):
 
 
 class PackageRequest(Message, t="package"):
-    """Request for the package by a host that has other files; the answer is raw bytes, see `bootstrap`."""
+    """Request for the package by a host that has other files; `launcher.hosts.bootstrap` makes the answer."""
 
 
 class AgentHello(Message, t="hello"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from traceml.launch.wire.package_check import files_stamp, has_files
+from traceml.launch.launcher.hosts.package_check import files_stamp, has_files
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from traceml.errors import AgentFailedError
 from traceml.formatting import left_text
 from traceml.helper_programs import end_process
 from traceml.inspection.kernel_state import process_info
+from traceml.launch.launcher.hosts import bootstrap
 from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec
 from traceml.launch.launcher.hosts.slurm import step_command
-from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.launch_messages import AgentHello
 from traceml.launch.wire.process_cleanup import end_job

@@ -4,8 +4,6 @@ The command is one line, which process lists show; it reads the program from its
 with the same Python, the program contains the package's path. Elsewhere it writes the greeting. A host that has the
 same files at the same paths (a shared file system, the same image) imports them. Any other asks for the package, reads
 it (a zip file) from its standard input into a memory file, and imports it from there: nothing is written to a disk.
-
-Process: launcher.
 """
 
 from __future__ import annotations
@@ -19,7 +17,8 @@ import zipfile
 from pathlib import Path
 
 from traceml.inspection import kernel_state
-from traceml.launch.wire import package_check, process_cleanup
+from traceml.launch.launcher.hosts import package_check
+from traceml.launch.wire import process_cleanup
 from traceml.launch.wire.channel_frames import GREETING, message_frame
 from traceml.launch.wire.launch_messages import PackageRequest
 from traceml.launch.wire.package_import import PACKAGE, archive_path, import_code, zip_import_code

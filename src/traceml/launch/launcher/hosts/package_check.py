@@ -1,8 +1,6 @@
 """Check whether a host has the very files that the launcher would send there.
 
 The program of `bootstrap` has this source, and compares on the host before anything is imported there.
-
-Process: launcher.
 """
 
 from __future__ import annotations
