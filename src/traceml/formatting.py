@@ -205,7 +205,10 @@ def bytes_text(size: int | None) -> str:
 
 
 def percent_text(share: float | None) -> str:
-    """Return a share 0..1 as `62 %`; near the ends as `0.4 %`, `99.6 %`: a small rest is no nothing."""
+    """Return a share 0..1 as `62 %`; near the ends as `0.4 %`, `99.6 %`.
+
+    A small remainder is not rounded to 0 % or 100 %.
+    """
     if share is None:
         return MISSING
 

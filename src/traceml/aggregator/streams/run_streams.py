@@ -115,7 +115,7 @@ class RunStreams:
         return attempt == self.attempt and self._table.of_rank(attempt, identity["rank"]) is None
 
     def expect(self, identity: Mapping[str, Any]) -> None:
-        """Take from a rank that has not connected what no connected one has sent: how many there are, when they hang.
+        """Set world size and hang timeout, if no rank has connected, from the flight file of one that never did.
 
         Args:
             identity: of its flight file.

@@ -173,7 +173,7 @@ class ProgressHistory:
             self._saw(rank, t_ns)
 
     def take_snapshot(self, snapshot: RankSnapshot) -> None:
-        """Add a snapshot. An older one than the newest only adds a pause: readers have events after rows."""
+        """Add a snapshot. One older than the newest only counts as a pause: readers get events after rows."""
         rank = snapshot.rank
         self._saw(rank, snapshot.at_ns)
         if snapshot.at_ns < self._newest_ns(rank):
