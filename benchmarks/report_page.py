@@ -23,7 +23,7 @@ from traceml.renderers.html.report_page import report_page
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report
-from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.run_summary_reader import read_run_summary
 from traceml.runs.rows.series import SeriesFollower
 
 JOBS = (Job(ranks=2, steps=400), Job(ranks=8, steps=5_000), Job(ranks=4, steps=50_000), Job(ranks=1_000, steps=600))
@@ -53,12 +53,12 @@ def measure(run: Path) -> tuple[float, float, int]:
     """Return seconds for the JSON report, seconds more for the page, and the page's bytes."""
     began = time.perf_counter()
     with closing(StoreReader(run / STORE_NAME)) as reader:
-        digest = read_digest(reader)
-        report = full_report(digest, reader, run)
+        summary = read_run_summary(reader)
+        report = full_report(summary, reader, run)
         reported = time.perf_counter()
         follower = SeriesFollower()
-        follower.take(digest, reader)
-        page = report_page(report, follower.series(digest), about_run(reader))
+        follower.take(summary, reader)
+        page = report_page(report, follower.series(summary), about_run(reader))
 
     return reported - began, time.perf_counter() - reported, len(page.encode())
 

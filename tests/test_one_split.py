@@ -21,7 +21,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report
-from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.run_summary_reader import read_run_summary
 from traceml.runs.rows.series import read_series
 from traceml.track.delivery.derived import INPUT_TABLES, DerivedMetrics
 from traceml.track.tracker_state import DerivedState
@@ -136,9 +136,9 @@ def of_tracker(run: Path) -> dict[str, float]:
 def of_verdict(run: Path) -> dict[str, float]:
     """Shares of own work in the rules' work, which leave out waiting."""
     with closing(StoreReader(run / STORE_NAME)) as reader:
-        digest = read_digest(reader)
+        summary = read_run_summary(reader)
 
-    work = own_work_of(digest.kept.aligned(last=N), digest.facts.build())
+    work = own_work_of(summary.kept.aligned(last=N), summary.facts.build())
     return {name: float(values.mean()) / work.step_ns for name, values in work.parts.items()}
 
 

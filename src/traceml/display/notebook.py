@@ -14,8 +14,8 @@ from traceml.renderers.html.report_page import finding_html, inline_html
 from traceml.run_folder import STORE_NAME
 from traceml.runs import run as stored
 from traceml.runs.report.report import full_report
-from traceml.runs.rows.digest import read_digest
-from traceml.runs.rows.series import digest_series
+from traceml.runs.rows.run_summary_reader import read_run_summary
+from traceml.runs.rows.series import summary_series
 
 __all__ = ["NotebookRun", "Run", "load_run"]
 
@@ -53,9 +53,9 @@ class NotebookRun(stored.Run):
     def _repr_html_(self) -> str:
         """Return the HTML that a notebook shows for a run at the end of a cell."""
         with closing(StoreReader(self.path / STORE_NAME)) as reader:
-            digest = read_digest(reader)
-            self._report = full_report(digest, reader, self.path)
-            return inline_html(self._report, digest_series(digest, reader))
+            summary = read_run_summary(reader)
+            self._report = full_report(summary, reader, self.path)
+            return inline_html(self._report, summary_series(summary, reader))
 
 
 Run = NotebookRun

@@ -14,8 +14,8 @@ from traceml.run_folder import PAGE_NAME, STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report, save_report, update_trackers, write_atomic
 from traceml.runs.report.report_types import Report
-from traceml.runs.rows.digest import Digest, read_digest
-from traceml.runs.rows.series import digest_series
+from traceml.runs.rows.run_summary_reader import RunSummaryReader, read_run_summary
+from traceml.runs.rows.series import summary_series
 from traceml.settings import load
 
 __all__ = ["page_text", "refresh_reports", "write_page", "write_reports"]
@@ -34,11 +34,11 @@ def write_reports(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        digest = read_digest(reader)
-        report = full_report(digest, reader, run_dir)
+        summary = read_run_summary(reader)
+        report = full_report(summary, reader, run_dir)
         path = save_report(run_dir, report)
         with fail_open(_log, "display", f"{run_dir / PAGE_NAME} was not written"):
-            write_atomic(run_dir / PAGE_NAME, _page(digest, reader, report))
+            write_atomic(run_dir / PAGE_NAME, _page(summary, reader, report))
 
     with fail_open(_log, "display", f"{run_dir.name} was not added to the fleet's dataset"):
         _add_to_fleet(report)
@@ -87,9 +87,9 @@ def page_text(run_dir: Path) -> str:
         StoreError: the store cannot be read.
     """
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        digest = read_digest(reader)
-        return _page(digest, reader, full_report(digest, reader, Path(run_dir)))
+        summary = read_run_summary(reader)
+        return _page(summary, reader, full_report(summary, reader, Path(run_dir)))
 
 
-def _page(digest: Digest, reader: StoreReader, report: Report) -> str:
-    return report_page(report, digest_series(digest, reader), about_run(reader))
+def _page(summary: RunSummaryReader, reader: StoreReader, report: Report) -> str:
+    return report_page(report, summary_series(summary, reader), about_run(reader))

@@ -14,9 +14,9 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.about import About, about_run
 from traceml.runs.report.report import make_report, report_window, run_wall_time
 from traceml.runs.report.report_types import Report, TelemetrySection
-from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.logged_media import LoggedItems, MediaGroup
 from traceml.runs.rows.messages import RunEvents, RunMessage, RunMessages
+from traceml.runs.rows.run_summary_reader import RunSummaryReader
 from traceml.runs.rows.series import RunSeries, SeriesFollower
 
 __all__ = ["LiveRun"]
@@ -48,7 +48,7 @@ class LiveRun:
         self.rates: deque[float] = deque(maxlen=_RATES)
         self.findings: list[Finding] = []
         self._is_judged = False  # by its aggregator, which has no verdict before the first step
-        self.digest = Digest(slots_for(1))
+        self.summary = RunSummaryReader(slots_for(1))
         self._reader: StoreReader | None = None
         self._last_event = 0
         self._series: SeriesFollower | None = None
@@ -65,7 +65,7 @@ class LiveRun:
     @property
     def ended(self) -> bool:
         """Whether the run is over."""
-        return self.digest.run.get("ended") is not None
+        return self.summary.run.get("ended") is not None
 
     def refresh(self) -> bool:
         """Take what arrived since the last call; return whether there was anything.
@@ -77,13 +77,13 @@ class LiveRun:
         if reader is None:
             return False
 
-        changed = self.digest.update(reader)
+        changed = self.summary.update(reader)
         if self._series is not None and changed:
-            self._series.take(self.digest, reader)
+            self._series.take(self.summary, reader)
 
         self._take_events(reader)
         if not self._is_judged or self.ended:
-            self.findings = self.digest.diagnose()
+            self.findings = self.summary.diagnose()
 
         self._take_rate()
         return changed
@@ -94,11 +94,11 @@ class LiveRun:
             return Report.empty(self.path.name)
 
         if not self.findings:
-            self.findings = self.digest.diagnose()
+            self.findings = self.summary.diagnose()
 
         self._take_time(self._reader)
         known = self._telemetry_so_far()
-        report = make_report(self.digest, self._reader, report_window(self.digest), self.findings, self.path, known)
+        report = make_report(self.summary, self._reader, report_window(self.summary), self.findings, self.path, known)
         if known is None:
             self._telemetry = time.monotonic(), report.telemetry
 
@@ -119,7 +119,7 @@ class LiveRun:
             self._series = SeriesFollower()
             self._series.backfill(self.path)
 
-        return self._series.series(self.digest)
+        return self._series.series(self.summary)
 
     def notes(self) -> list[RunMessage]:
         """Return the run's messages, the newest first: events, warnings, texts."""
@@ -166,8 +166,8 @@ class LiveRun:
 
         run = reader.meta().get("run", {})
         ranks = max(int(run.get("world_size", 1)), 1)
-        self.digest = Digest(slots_for(ranks))
-        self.digest.start_at_end(reader, slots_for(ranks) * ranks)
+        self.summary = RunSummaryReader(slots_for(ranks))
+        self.summary.start_at_end(reader, slots_for(ranks) * ranks)
         return reader
 
     def _take_events(self, reader: StoreReader) -> None:
@@ -179,7 +179,7 @@ class LiveRun:
                 self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
 
     def _take_rate(self) -> None:
-        latest, ends = self.digest.kept.latest, self.digest.kept.end_ns
+        latest, ends = self.summary.kept.latest, self.summary.kept.end_ns
         if not latest.size or int(latest.max()) < 0:
             return
 
@@ -206,7 +206,7 @@ class LiveRun:
         if began < self._time_due:
             return
 
-        self.digest.facts.time = run_wall_time(self.digest, reader, self.path)
+        self.summary.facts.time = run_wall_time(self.summary, reader, self.path)
         ended = time.monotonic()
         self._time_due = ended + max(_TIME_S, _TIME_COST * (ended - began))
 

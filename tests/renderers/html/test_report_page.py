@@ -21,7 +21,7 @@ from traceml.renderers.html.report_page import inline_html, report_page, verdict
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report.report import full_report
-from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.run_summary_reader import read_run_summary
 from traceml.runs.rows.series import SeriesFollower
 
 _EVIL = "<img src=x onerror=alert(1)>\"'&"
@@ -55,11 +55,11 @@ class _Page(HTMLParser):
 def page_of(run_dir, of=report_page, **bounds):
     """Return the page of a run."""
     with StoreReader(run_dir / STORE_NAME) as reader:
-        digest = read_digest(reader, **bounds)
+        summary = read_run_summary(reader, **bounds)
         follower = SeriesFollower()
-        follower.take(digest, reader)
+        follower.take(summary, reader)
         about = (about_run(reader),) if of is report_page else ()
-        return of(full_report(digest, reader, run_dir), follower.series(digest), *about)
+        return of(full_report(summary, reader, run_dir), follower.series(summary), *about)
 
 
 @pytest.fixture(scope="module")

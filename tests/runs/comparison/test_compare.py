@@ -15,7 +15,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.comparison.compare import compare_runs, compare_sides
 from traceml.runs.comparison.compared_run import read_compared
 from traceml.runs.report.report import build_report
-from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.run_summary_reader import read_run_summary
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_long_runs_are_compared_by_all_steps(tmp_path, monkeypatch):
         store_run(tmp_path / name, Job(steps=4000), *faults, seed=seed)
         for seed, (name, faults) in enumerate([("a", []), ("b", [adds("forward", 5, (1,))])])
     ]
-    monkeypatch.setattr(read_digest, "__defaults__", (2000,))
+    monkeypatch.setattr(read_run_summary, "__defaults__", (2000,))
 
     found = compare_runs(*runs).to_dict()
     reports = [build_report(run, 2000).to_dict() for run in runs]

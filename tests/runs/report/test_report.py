@@ -28,7 +28,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report, save_report
-from traceml.runs.rows import digest
+from traceml.runs.rows import run_summary_reader
 from traceml.runs.rows.series import read_series
 
 KEYS = {
@@ -365,7 +365,7 @@ def test_a_run_whose_old_rows_were_thinned_is_judged_evenly(tmp_path):
 
 def test_samples_of_a_long_run_are_thinned_and_their_extremes_exact(tmp_path, monkeypatch):
     """Of many frames of samples some are read; peaks and means are of all."""
-    monkeypatch.setattr(digest, "_SAMPLE_FRAMES", 64)
+    monkeypatch.setattr(run_summary_reader, "_SAMPLE_FRAMES", 64)
     writer = open_store(tmp_path / "run", world_size=1)
     stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=100, grouped=False))[0])
     rows, host = np.zeros(500, PROCESS.dtype), np.zeros(500, HOST.dtype)

@@ -12,7 +12,7 @@ from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report
-from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.run_summary_reader import read_run_summary
 from traceml.runs.rows.series import read_series
 
 
@@ -32,7 +32,7 @@ def test_charts_of_a_long_run_are_of_all_steps(tmp_path, monkeypatch):
     """Means and longest steps are exact, percentiles are of the sample, and no bin is empty."""
     run = store_run(tmp_path / "run", Job(steps=4000), adds("forward", 20, (1,), every=50))
     whole = read_series(run)
-    monkeypatch.setattr(read_digest, "__defaults__", (2000,))
+    monkeypatch.setattr(read_run_summary, "__defaults__", (2000,))
     long = read_series(run)
 
     assert len(long.steps) == 63

@@ -96,7 +96,7 @@ class ActiveRuns:
         live = self._live.setdefault(path, LiveRun(path))
         try:
             live.refresh()
-            is_owned = self._owner is None or live.digest.aggregator.get("pid") == self._owner
+            is_owned = self._owner is None or live.summary.aggregator.get("pid") == self._owner
             return live.report() if is_owned else None
         except StoreError as error:  # the store was replaced: the next request opens the new one
             _log.warning("the metrics of %s are missing: %s", path.name, error)

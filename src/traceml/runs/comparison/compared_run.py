@@ -15,7 +15,7 @@ from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.report.report import full_report
 from traceml.runs.report.report_types import Report, read_report
 from traceml.runs.report.setup_facts import job_times
-from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.run_summary_reader import read_run_summary
 
 __all__ = ["ComparedRun", "read_compared"]
 
@@ -47,6 +47,6 @@ def read_compared(path: Path) -> ComparedRun:
 
 def _from_store(run_dir: Path) -> ComparedRun:
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        digest = read_digest(reader)
-        report = full_report(digest, reader, run_dir)
-        return ComparedRun(report, job_times(digest.all_aligned()))
+        summary = read_run_summary(reader)
+        report = full_report(summary, reader, run_dir)
+        return ComparedRun(report, job_times(summary.all_aligned()))

@@ -33,7 +33,7 @@ from traceml.runs.report.run_source import add_source
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
 from traceml.runs.report.wall_time import wall_time, with_early_compiling
-from traceml.runs.rows.digest import MAX_STEP_ROWS, Digest, read_digest
+from traceml.runs.rows.run_summary_reader import MAX_STEP_ROWS, RunSummaryReader, read_run_summary
 from traceml.runs.run_state import state_of
 from traceml.trusted_files import replace_file
 from traceml.version import __version__
@@ -62,7 +62,7 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
     """
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        return full_report(read_digest(reader, max_step_rows), reader, run_dir)
+        return full_report(read_run_summary(reader, max_step_rows), reader, run_dir)
 
 
 def written_report(run_dir: Path) -> Report:
@@ -77,60 +77,60 @@ def written_report(run_dir: Path) -> Report:
         return build_report(run_dir)
 
 
-def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
-    """Return the report on all steps of a digest."""
-    digest.facts.time = run_wall_time(digest, reader, run_dir)
-    window = digest.all_aligned()
-    findings = digest.diagnose(window, state_of(digest.run, digest.aggregator))
-    if any((hung_s := _hung_s(digest, reader, findings)).values()):
-        digest.facts.time = run_wall_time(digest, reader, run_dir, hung_s)
+def full_report(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -> Report:
+    """Return the report on all steps of a summary."""
+    summary.facts.time = run_wall_time(summary, reader, run_dir)
+    window = summary.all_aligned()
+    findings = summary.diagnose(window, state_of(summary.run, summary.aggregator))
+    if any((hung_s := _hung_s(summary, reader, findings)).values()):
+        summary.facts.time = run_wall_time(summary, reader, run_dir, hung_s)
 
-    report = make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
+    report = make_report(summary, reader, window if len(window) else _first_steps(summary), findings, run_dir)
     about = about_run(reader)
-    report.setup, report.step_times = setup_section(digest, reader, about), step_times_section(window)
+    report.setup, report.step_times = setup_section(summary, reader, about), step_times_section(window)
     add_source(report, about)
     return report
 
 
 def run_wall_time(
-    digest: Digest, reader: StoreReader, run_dir: Path, hung_s: Mapping[int, float] | None = None
+    summary: RunSummaryReader, reader: StoreReader, run_dir: Path, hung_s: Mapping[int, float] | None = None
 ) -> RunTime | None:
     """Return the wall time of a run by part, until now where it runs; None if its start is not known.
 
     Args:
         hung_s: seconds without progress before an attempt was ended, by attempt.
     """
-    state = state_of(digest.run, digest.aggregator)
-    started_s, _, duration_s = run_times(digest, state, run_dir)
+    state = state_of(summary.run, summary.aggregator)
+    started_s, _, duration_s = run_times(summary, state, run_dir)
     if started_s is None or duration_s is None:
         return None
 
     streams = [stream for stream in reader.streams() if stream.is_rank]
-    sums = digest.step_sums or reader.step_sums()
+    sums = summary.step_sums or reader.step_sums()
     ended_s, is_running = started_s + duration_s, state == RunStatus.RUNNING
-    facts = digest.facts
+    facts = summary.facts
     run_time = wall_time(
         streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
-        compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in digest.ranks}, grouped=facts.is_grouped,
+        compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in summary.ranks}, grouped=facts.is_grouped,
         untraced=facts.only_logs, hung_s=hung_s,
     )  # fmt: skip
-    return with_early_compiling(run_time, [facts.pauses.early_compile_s(rank) for rank in digest.ranks])
+    return with_early_compiling(run_time, [facts.pauses.early_compile_s(rank) for rank in summary.ranks])
 
 
-def _hung_s(digest: Digest, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:
+def _hung_s(summary: RunSummaryReader, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:
     """Return for how many seconds attempts had made no progress when they were ended, or until now."""
     last_s = sum(each.evidence["quiet_s"] for each in findings if each.kind is Kind.HANG)
-    return {**earlier_hangs_s(reader), digest.attempt: last_s}
+    return {**earlier_hangs_s(reader), summary.attempt: last_s}
 
 
-def report_window(digest: Digest) -> AlignedSteps:
+def report_window(summary: RunSummaryReader) -> AlignedSteps:
     """Return the steps that a report describes: those of the diagnosis, or the first ones of a very short run."""
-    window = digest.kept.aligned()
-    return window if len(window) else _first_steps(digest)
+    window = summary.kept.aligned()
+    return window if len(window) else _first_steps(summary)
 
 
-def _first_steps(digest: Digest) -> AlignedSteps:
-    return digest.kept.aligned(skip_first=0)
+def _first_steps(summary: RunSummaryReader) -> AlignedSteps:
+    return summary.kept.aligned(skip_first=0)
 
 
 def save_report(run_dir: Path, report: Report) -> Path:
@@ -178,24 +178,24 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def make_report(
-    digest: Digest,
+    summary: RunSummaryReader,
     reader: StoreReader,
     window: AlignedSteps,
     findings: Sequence[Finding],
     run_dir: Path,
     telemetry: TelemetrySection | None = None,
 ) -> Report:
-    """Return the report on a digest.
+    """Return the report on a summary.
 
     Args:
         window: the steps to describe.
         findings: the diagnosis, the verdict first.
         telemetry: that section, if it was made a moment ago.
     """
-    steps, run, time = sections.steps(digest, window), _run(digest, reader, run_dir), sections.time(digest)
+    steps, run, time = sections.steps(summary, window), _run(summary, reader, run_dir), sections.time(summary)
     if time is not None:
         ended_badly = run.state in ENDED_BADLY
-        time.count_failures(len(run.restarts) + ended_badly, sum(_hung_s(digest, reader, findings).values()))
+        time.count_failures(len(run.restarts) + ended_badly, sum(_hung_s(summary, reader, findings).values()))
 
     rounded = [finding.rounded() for finding in with_operators(findings, reader)]
     return Report(
@@ -206,35 +206,35 @@ def make_report(
         time=time,
         findings=rounded,
         steps=steps,
-        phases=sections.phases(digest, window),
-        ranks=sections.ranks(digest),
-        lines=sections.lines(digest),
-        memory=sections.memory(digest),
-        system=sections.system(digest),
-        metrics=sections.metrics(digest.metrics),
-        hidden_metrics=digest.metrics.hidden,
+        phases=sections.phases(summary, window),
+        ranks=sections.ranks(summary),
+        lines=sections.lines(summary),
+        memory=sections.memory(summary),
+        system=sections.system(summary),
+        metrics=sections.metrics(summary.metrics),
+        hidden_metrics=summary.metrics.hidden,
         trackers=trackers(run_dir, reader),
-        telemetry=telemetry or sections.telemetry(digest, reader, steps.mean_ms),
+        telemetry=telemetry or sections.telemetry(summary, reader, steps.mean_ms),
     )
 
 
-def _run(digest: Digest, reader: StoreReader, run_dir: Path) -> RunSection:
-    run = digest.run
-    state = state_of(run, digest.aggregator)
-    started, ended, duration_s = run_times(digest, state, run_dir)
+def _run(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -> RunSection:
+    run = summary.run
+    state = state_of(run, summary.aggregator)
+    started, ended, duration_s = run_times(summary, state, run_dir)
     return RunSection(
         id=str(run.get("id", run_dir.name)),
         name=str(run.get("name", run_dir.name)),
         project=str(run.get("project", DEFAULT_PROJECT)),
-        attempt=max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
+        attempt=max((stream.attempt for stream in summary.streams.values()), default=int(run.get("attempt", 0))),
         started=started,
         ended=ended,
         duration_s=duration_s,
         state=state,
-        world_size=int(run.get("world_size", max(len(digest.ranks), 1))),
-        hosts=sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
+        world_size=int(run.get("world_size", max(len(summary.ranks), 1))),
+        hosts=sorted({stream.host for stream in summary.ranks.values()}) or list(run.get("hosts", [])),
         command=run.get("command", ""),
-        restarts=restarts(reader) if digest.attempt > 0 else [],
+        restarts=restarts(reader) if summary.attempt > 0 else [],
         steps_waiting=waiting_steps(run_dir) if state == RunStatus.LOST else 0,
     )
 
@@ -261,16 +261,16 @@ def _text(operator: dict[str, Any]) -> str:
     return f"{operator['name']} {time}{place}"
 
 
-def run_times(digest: Digest, state: str, run_dir: Path) -> tuple[float | None, float | None, float | None]:
+def run_times(summary: RunSummaryReader, state: str, run_dir: Path) -> tuple[float | None, float | None, float | None]:
     """Return (started, ended, duration): epoch seconds and seconds; a running run has not ended."""
-    started, ended = digest.run.get("started"), digest.run.get("ended")
+    started, ended = summary.run.get("started"), summary.run.get("ended")
     if ended is None and state != RunStatus.RUNNING:  # the process that would have noted it is gone
-        ended = _last_row_s(digest) or last_written_s(run_dir / STORE_NAME)
+        ended = _last_row_s(summary) or last_written_s(run_dir / STORE_NAME)
 
     if started is None:
         return None, ended, None
 
-    clock = SteadyClock.from_facts(digest.run.get("clock"))
+    clock = SteadyClock.from_facts(summary.run.get("clock"))
     now = time.time() if clock is None else clock.now_s()
     if ended is not None:
         ended = max(ended, started)  # the wall clock may have been set
@@ -278,17 +278,17 @@ def run_times(digest: Digest, state: str, run_dir: Path) -> tuple[float | None, 
     return started, ended, max((now if ended is None else ended) - started, 0.0)
 
 
-def _last_row_s(digest: Digest) -> float | None:
+def _last_row_s(summary: RunSummaryReader) -> float | None:
     """Return the date of the last step or sample of the ranks on the aggregator's host; None without any."""
-    clock = SteadyClock.from_facts(digest.run.get("clock"))
+    clock = SteadyClock.from_facts(summary.run.get("clock"))
     if clock is None:
         return None
 
-    ends = digest.kept.end_ns
+    ends = summary.kept.end_ns
     stamps = []
-    for rank, stream in digest.ranks.items():
+    for rank, stream in summary.ranks.items():
         if stream.facts.get("boot_id") == clock.boot:
-            sample = digest.samples.last(PROCESS.name, rank)
+            sample = summary.samples.last(PROCESS.name, rank)
             stamps += [] if sample is None else [int(sample["t_ns"])]
             stamps += [int(ends[rank])] if rank < len(ends) else []
 

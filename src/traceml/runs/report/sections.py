@@ -1,4 +1,4 @@
-"""Sections of the report, each from a digest: steps, phases, ranks, memory, system, telemetry."""
+"""Sections of the report, each from a summary: steps, phases, ranks, memory, system, telemetry."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from traceml.runs.report.report_types import (
     TimeSection,
 )
 from traceml.runs.report.throughput import put_batch_sizes
-from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.metrics import MetricSummary
+from traceml.runs.rows.run_summary_reader import RunSummaryReader
 from traceml.runs.rows.samples import SampleTotals
 from traceml.runs.rows.step_totals import StepTotals
 from traceml.runs.run_state import state_of
@@ -49,37 +49,37 @@ _QUANTILES = (0.5, 0.95, 0.99)
 _ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
 
 
-def steps(digest: Digest, window: AlignedSteps) -> StepsSection:
+def steps(summary: RunSummaryReader, window: AlignedSteps) -> StepsSection:
     """Return the number of steps and their durations.
 
     Args:
         window: the steps to describe; of a long run a sample.
     """
-    latest = digest.kept.latest
-    counts = [steps_of(digest, rank, latest) for rank in range(latest.size)]
+    latest = summary.kept.latest
+    counts = [steps_of(summary, rank, latest) for rank in range(latest.size)]
     section = StepsSection(
         count=max(counts, default=0),
-        cut=digest.cut,
+        cut=summary.cut,
         diagnosed=len(window),
     )
-    totals, times = _totals(digest), window.total.ravel()
+    totals, times = _totals(summary), window.total.ravel()
     if times.size and not (window if totals is None else totals).device:
-        section.untimed_device = digest.facts.accelerator
+        section.untimed_device = summary.facts.accelerator
 
-    of_all = digest.sums_of_hosts()
+    of_all = summary.sums_of_hosts()
     if of_all is not None and of_all.count.sum():
-        section.summed_ranks = digest.world_size
+        section.summed_ranks = summary.world_size
         mean, quantiles = of_all.mean_ns, _quantiles(of_all, window)
     elif totals is not None:
         mean, quantiles = totals.mean_ns, _quantiles(totals, window)
     elif times.size:
         mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
     else:
-        section.set_rate(_per_second(digest))
+        section.set_rate(_per_second(summary))
         return section
 
-    put_batch_sizes(section, digest, window if totals is None else totals, counts)
-    section.set_rate(_per_second(digest))
+    put_batch_sizes(section, summary, window if totals is None else totals, counts)
+    section.set_rate(_per_second(summary))
     section.mean_ms = significant(mean / _MS)
     section.p50_ms, section.p95_ms, section.p99_ms = (significant(value / _MS) for value in quantiles)
     return section
@@ -96,37 +96,37 @@ def _quantiles(totals: StepTotals, window: AlignedSteps) -> list[float]:
     return totals.quantiles_ns(_QUANTILES)
 
 
-def _totals(digest: Digest) -> StepTotals | None:
+def _totals(summary: RunSummaryReader) -> StepTotals | None:
     """Return the sums of all steps of a long run, without those of its set-up."""
-    totals, set_up = digest.totals, digest.set_up
+    totals, set_up = summary.totals, summary.set_up
     return totals if totals is None or set_up is None else totals.without(set_up)
 
 
-def steps_of(digest: Digest, rank: int, latest: Ints) -> int:
+def steps_of(summary: RunSummaryReader, rank: int, latest: Ints) -> int:
     """Return the number of steps of a rank, without those before it resumed."""
     if rank >= len(latest) or latest[rank] < 0:
         return 0
 
-    return int(latest[rank]) + 1 - digest.facts.steps_before.get(rank, 0)
+    return int(latest[rank]) + 1 - summary.facts.steps_before.get(rank, 0)
 
 
-def _per_second(digest: Digest) -> float | None:
+def _per_second(summary: RunSummaryReader) -> float | None:
     """Return steps per second of wall time, time between steps included, of the rank with the most steps."""
-    latest, ends = digest.kept.latest, digest.kept.end_ns
-    if not latest.size or not digest.first:
+    latest, ends = summary.kept.latest, summary.kept.end_ns
+    if not latest.size or not summary.first:
         return None
 
     rank = int(np.argmax(latest))
-    first_step, first_end = digest.first.get(rank, (int(latest[rank]), int(ends[rank])))
+    first_step, first_end = summary.first.get(rank, (int(latest[rank]), int(ends[rank])))
     passed_ns = int(ends[rank]) - first_end
     return significant((int(latest[rank]) - first_step) / (passed_ns / 1e9)) if passed_ns > 0 else None
 
 
-def phases(digest: Digest, window: AlignedSteps) -> list[PhaseSection]:
+def phases(summary: RunSummaryReader, window: AlignedSteps) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
-    by_rank = _means_by_rank(digest, window)
-    of_all = digest.sums_of_hosts()
-    exact = {} if of_all is None else _means_of_all(of_all, digest.grouped)
+    by_rank = _means_by_rank(summary, window)
+    of_all = summary.sums_of_hosts()
+    exact = {} if of_all is None else _means_of_all(of_all, summary.grouped)
     whole = sum(sum(means.values()) for means in by_rank.values())
     found = [_phase(name, by_rank, whole) for name in _names(by_rank | ({-1: exact} if exact else {}))]
     for phase in found if exact else ():
@@ -145,14 +145,14 @@ def _means_of_all(totals: StepTotals, grouped: bool) -> dict[str, float]:
     )
 
 
-def _means_by_rank(digest: Digest, window: AlignedSteps) -> dict[int, dict[str, float]]:
-    if (totals := _totals(digest)) is not None:
-        return _means(totals, digest.grouped)
+def _means_by_rank(summary: RunSummaryReader, window: AlignedSteps) -> dict[int, dict[str, float]]:
+    if (totals := _totals(summary)) is not None:
+        return _means(totals, summary.grouped)
 
-    by_rank = _means(window, digest.grouped)
-    for rank in sorted(set(digest.ranks) - set(by_rank)):
-        if rank < len(digest.kept.latest) and digest.kept.latest[rank] >= 0:
-            by_rank |= _means(digest.kept.held(rank), digest.grouped)
+    by_rank = _means(window, summary.grouped)
+    for rank in sorted(set(summary.ranks) - set(by_rank)):
+        if rank < len(summary.kept.latest) and summary.kept.latest[rank] >= 0:
+            by_rank |= _means(summary.kept.held(rank), summary.grouped)
 
     return by_rank
 
@@ -183,25 +183,25 @@ def _number(value: float) -> float:
     return significant(value) or 0.0
 
 
-def ranks(digest: Digest) -> list[RankSection]:
+def ranks(summary: RunSummaryReader) -> list[RankSection]:
     """Return the state of each rank of the last attempt, and its end; of a lost run none is known to run."""
-    latest = digest.kept.reached()
-    is_lost = state_of(digest.run, digest.aggregator) == RunStatus.LOST
+    latest = summary.kept.reached()
+    is_lost = state_of(summary.run, summary.aggregator) == RunStatus.LOST
     return [
         RankSection(
             rank=rank,
             host=stream.host,
             pid=stream.identity.pid,
-            steps=steps_of(digest, rank, latest),
+            steps=steps_of(summary, rank, latest),
             state="lost" if is_lost and stream.state == "running" else stream.state,
-            exit=_exit(digest, stream, latest),
+            exit=_exit(summary, stream, latest),
         )
-        for rank, stream in sorted(digest.ranks.items())
+        for rank, stream in sorted(summary.ranks.items())
     ]
 
 
-def _exit(digest: Digest, stream: StreamRecord, latest: Ints) -> ExitSection:
-    ended = digest.facts.exits.get(stream.rank)
+def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints) -> ExitSection:
+    ended = summary.facts.exits.get(stream.rank)
     if ended is None:
         ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
 
@@ -214,17 +214,17 @@ def _exit(digest: Digest, stream: StreamRecord, latest: Ints) -> ExitSection:
         code=ended.code,
         signal=ended.signal,
         exception=ended.exception,
-        last_step=last_step if last_step is None else last_step + digest.facts.counted_before,
+        last_step=last_step if last_step is None else last_step + summary.facts.counted_before,
         open_phase=ended.open_phase,
         stack=ended.stack,
     )
 
 
-def lines(digest: Digest) -> list[LineSection]:
+def lines(summary: RunSummaryReader) -> list[LineSection]:
     """Return the most frequent lines of the user's code, over all ranks."""
     found: dict[tuple[Any, ...], LineSection] = {}
     of_phase: Counter[str] = Counter()
-    for each in digest.sampled_lines():
+    for each in summary.sampled_lines():
         of_phase[each.part] += each.samples
         key = (each.part, each.file, each.line, each.function, each.library)
         section = found.setdefault(key, _line(each))
@@ -248,9 +248,9 @@ def _line(seen: SampledLine) -> LineSection:
     return LineSection(phase=seen.part, file=seen.file, line=seen.line, function=seen.function, library=seen.library)
 
 
-def time(digest: Digest) -> TimeSection | None:
+def time(summary: RunSummaryReader) -> TimeSection | None:
     """Return the run's wall time by part, None if unknown."""
-    found = digest.facts.time
+    found = summary.facts.time
     if found is None:
         return None
 
@@ -267,16 +267,16 @@ def time(digest: Digest) -> TimeSection | None:
     )
 
 
-def memory(digest: Digest) -> MemorySection:
+def memory(summary: RunSummaryReader) -> MemorySection:
     """Return peaks and growth of memory by rank."""
-    return MemorySection([_memory_of(digest, rank) for rank in sorted(digest.ranks)])
+    return MemorySection([_memory_of(summary, rank) for rank in sorted(summary.ranks)])
 
 
-def _memory_of(digest: Digest, rank: int) -> RankMemory:
-    totals, memory = digest.sample_totals, RankMemory(rank=rank)
+def _memory_of(summary: RunSummaryReader, rank: int) -> RankMemory:
+    totals, memory = summary.sample_totals, RankMemory(rank=rank)
     memory.rss_peak_bytes = _whole(totals.most(PROCESS, rank, "rss_bytes"))
     memory.cuda_peak_bytes = _whole(totals.most(TORCH_MEMORY, rank, "peak_allocated_bytes"))
-    growth = digest.facts.memory.curve(rank, MemoryKind.RESIDENT).growth()
+    growth = summary.facts.memory.curve(rank, MemoryKind.RESIDENT).growth()
     memory.rss_slope_bytes_per_step = None if growth is None else significant(growth.bytes_per_step)
 
     return memory
@@ -286,18 +286,18 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def system(digest: Digest) -> SystemSection:
+def system(summary: RunSummaryReader) -> SystemSection:
     """Return the utilization of hosts and devices."""
-    totals = digest.sample_totals
-    hosts = {stream.host: HostSection(host=stream.host) for stream in digest.ranks.values()}
-    for rank in (rank for rank in totals.ranks(HOST) if rank in digest.ranks):
+    totals = summary.sample_totals
+    hosts = {stream.host: HostSection(host=stream.host) for stream in summary.ranks.values()}
+    for rank in (rank for rank in totals.ranks(HOST) if rank in summary.ranks):
         used, size = (totals.most(HOST, rank, f"memory_{what}_bytes") for what in ("used", "total"))
-        host = hosts[digest.ranks[rank].host]
+        host = hosts[summary.ranks[rank].host]
         host.cpu_pct = significant(totals.mean(HOST, rank, "cpu_pct"))
         host.memory_pct = significant(100 * used / max(size, 1)) if used is not None and size is not None else None
 
-    for rank in (rank for rank in totals.ranks(GPU) if rank in digest.ranks):
-        gpus = hosts[digest.ranks[rank].host].gpus
+    for rank in (rank for rank in totals.ranks(GPU) if rank in summary.ranks):
+        gpus = hosts[summary.ranks[rank].host].gpus
         known = {gpu.index for gpu in gpus}  # ranks with GPUs of their own sample these
         gpus += [_gpu(totals, rank, index) for index in totals.devices(GPU, rank) if index not in known]
 
@@ -329,16 +329,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> TelemetrySection:
+def telemetry(summary: RunSummaryReader, reader: StoreReader, step_ms: float | None) -> TelemetrySection:
     """Return the rows that tracing stored and lost, and its overhead."""
     stored, lost = reader.stored(TABLES), reader.lost(TABLES)
-    last = [row for rank in sorted(digest.ranks) if (row := digest.samples.last(TELEMETRY.name, rank)) is not None]
+    last = [row for rank in sorted(summary.ranks) if (row := summary.samples.last(TELEMETRY.name, rank)) is not None]
     hooks = [int(row["hook_ns_per_step"]) for row in last if row["hook_ns_per_step"] > 0]
     overhead_us = float(np.mean(hooks)) / 1e3 if hooks else None
     # Of a rank whose host is out of reach nobody knows what it appended after its last row.
     is_unknown = any(record.facts.get("total_unknown") for record in reader.streams() if record.state != "running")
     appended = stored + lost
-    if digest.state == RunStatus.RUNNING:
+    if summary.state == RunStatus.RUNNING:
         appended = max(appended, sum(int(row["rows_appended"]) for row in last))
 
     return TelemetrySection(
@@ -349,14 +349,14 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> Tel
         overhead_us_per_step=None if overhead_us is None else significant(overhead_us),
         overhead_share=significant(overhead_us / 1e3 / step_ms) if overhead_us is not None and step_ms else None,
         bytes_sent=sum(int(row["bytes_sent"]) for row in last),
-        failures=_failures(digest, reader),
+        failures=_failures(summary, reader),
     )
 
 
-def _failures(digest: Digest, reader: StoreReader) -> dict[str, int]:
+def _failures(summary: RunSummaryReader, reader: StoreReader) -> dict[str, int]:
     """Return the failures that ranks and aggregator have handled, by package."""
     total: Counter[str] = Counter(reader.meta().get("failures", {}))
-    for record in digest.ranks.values():
+    for record in summary.ranks.values():
         total.update(record.facts.get("failures", {}))
 
     return dict(sorted(total.items()))

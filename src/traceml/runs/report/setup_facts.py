@@ -16,7 +16,7 @@ from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.runs.about import About
 from traceml.runs.report.report_types import SetupSection, StepTimes
-from traceml.runs.rows.digest import Digest
+from traceml.runs.rows.run_summary_reader import RunSummaryReader
 from traceml.track.backends.safe_names import flattened
 
 __all__ = ["job_times", "setup_section", "step_times_section"]
@@ -27,14 +27,14 @@ _MAX_PARAMS, _MAX_TEXT = 500, 200
 _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
 
 
-def setup_section(digest: Digest, reader: StoreReader, about: About) -> SetupSection:
+def setup_section(summary: RunSummaryReader, reader: StoreReader, about: About) -> SetupSection:
     """Return the facts that decide whether two runs can be compared.
 
     Args:
         about: the run's other facts, which have the parameters.
     """
     model, batch_size = _first_facts(reader)
-    facts = digest.facts.build()
+    facts = summary.facts.build()
     return SetupSection(
         model=model,
         batch_size=batch_size,

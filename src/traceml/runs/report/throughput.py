@@ -10,7 +10,7 @@ from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.runs.report.report_types import StepsSection
-from traceml.runs.rows.digest import Digest
+from traceml.runs.rows.run_summary_reader import RunSummaryReader
 from traceml.runs.rows.step_totals import StepTotals
 
 __all__ = ["put_batch_sizes"]
@@ -22,7 +22,7 @@ _FEW_SIZES = 3  # in a run of a few steps
 
 
 def put_batch_sizes(
-    section: StepsSection, digest: Digest, steps: AlignedSteps | StepTotals, counts: Sequence[int]
+    section: StepsSection, summary: RunSummaryReader, steps: AlignedSteps | StepTotals, counts: Sequence[int]
 ) -> None:
     """Set the samples and tokens of a mean step of the job, where they are known.
 
@@ -30,11 +30,11 @@ def put_batch_sizes(
         section: where they are set.
         counts: number of steps by rank: one with less data ends before the others.
     """
-    batches, ranks = digest.facts.batches, steps.ranks.tolist()
+    batches, ranks = summary.facts.batches, steps.ranks.tolist()
     distinct = batches.distinct_ranks(ranks)
     rows = [ranks.index(rank) for rank in distinct]
     samples, elements = _by_rank(steps.samples, steps), _by_rank(steps.elements, steps)
-    if not rows or not samples.size or not samples[rows].all() or not _are_known(digest) or _are_parts(digest):
+    if not rows or not samples.size or not samples[rows].all() or not _are_known(summary) or _are_parts(summary):
         return
 
     section.data_ranks = len(distinct)
@@ -45,18 +45,18 @@ def put_batch_sizes(
         section.tokens_per_step = significant(float(elements[rows] @ has_step))
 
 
-def _are_known(digest: Digest) -> bool:
+def _are_known(summary: RunSummaryReader) -> bool:
     """Return whether nearly all steps have a size: in the others the model's parts may have been called alone."""
-    samples = digest.all_aligned().samples
+    samples = summary.all_aligned().samples
     return not samples.size or bool((samples > 0).mean() >= _KNOWN)
 
 
-def _are_parts(digest: Digest) -> bool:
+def _are_parts(summary: RunSummaryReader) -> bool:
     """Return whether the input's first dimension counts parts of samples, as the nodes of a batch of graphs.
 
     The loader's batches have a fixed size, and most inputs are larger than one and of different sizes.
     """
-    loader, samples = digest.facts.build().loader, digest.all_aligned().samples
+    loader, samples = summary.facts.build().loader, summary.all_aligned().samples
     if loader is None or not loader.batch_size or not samples.size:
         return False
 

@@ -1,6 +1,6 @@
 """Series of a run over steps and over time, for the charts of page, report and notebook.
 
-A running and an ended run give the same numbers, as both come from a digest of the store.
+A running and an ended run give the same numbers, as both come from a summary of the store.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.bins import StepBins
-from traceml.runs.rows.digest import Digest, read_digest
 from traceml.runs.rows.metric_series import MetricSeries, MetricSeriesSet
+from traceml.runs.rows.run_summary_reader import RunSummaryReader, read_run_summary
 
-__all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "digest_series", "read_series"]
+__all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series", "summary_series"]
 
 Floats = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -99,9 +99,9 @@ class RunSeries(msgspec.Struct, frozen=True):
 
 
 class SeriesFollower(msgspec.Struct):
-    """Makes the series of a run that a digest follows; bounded in memory, cheap to update.
+    """Makes the series of a run that a summary follows; bounded in memory, cheap to update.
 
-    Call `take` after each update of the digest, from its beginning or after a `backfill`, and `series` to draw them.
+    Call `take` after each update of the summary, from its beginning or after a `backfill`, and `series` to draw them.
     """
 
     _bins: StepBins = msgspec.field(default_factory=StepBins)
@@ -109,49 +109,49 @@ class SeriesFollower(msgspec.Struct):
     _attempt: int = -1
 
     def backfill(self, run_dir: Path) -> None:
-        """Take what was stored before the digest began, with the bound of a report.
+        """Take what was stored before the summary began, with the bound of a report.
 
         Raises:
             StoreError: the store cannot be read.
         """
         with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-            self.take(read_digest(reader), reader)
+            self.take(read_run_summary(reader), reader)
 
-    def take(self, digest: Digest, reader: StoreReader) -> None:
-        """Take what is new in a digest."""
-        if digest.attempt != self._attempt:
-            self._attempt = digest.attempt
-            self._bins = StepBins(len(digest.ranks))
-            if digest.totals is not None:
-                self._bins.take_totals(digest.totals, digest.all_aligned())
+    def take(self, summary: RunSummaryReader, reader: StoreReader) -> None:
+        """Take what is new in a summary."""
+        if summary.attempt != self._attempt:
+            self._attempt = summary.attempt
+            self._bins = StepBins(len(summary.ranks))
+            if summary.totals is not None:
+                self._bins.take_totals(summary.totals, summary.all_aligned())
 
-        self._bins.grouped = digest.grouped
+        self._bins.grouped = summary.grouped
 
         self._lines.update(reader)
-        latest = digest.kept.latest
+        latest = summary.kept.latest
         new = int(latest.max()) - self._bins.latest if latest.size else 0
         if new <= 0:
             return
 
-        window = digest.kept.aligned(last=new, skip_first=0)
-        if window.device and digest.state == RunStatus.RUNNING:
+        window = summary.kept.aligned(last=new, skip_first=0)
+        if window.device and summary.state == RunStatus.RUNNING:
             window = window.select(slice(None, -_DEVICE_LAG))
 
         self._bins.take(window)
 
-    def series(self, digest: Digest) -> RunSeries:
+    def series(self, summary: RunSummaryReader) -> RunSeries:
         """Return the series so far."""
         joined = _joined_bins(self._bins)
         steps = _steps(self._bins, joined)
         return RunSeries(
             steps,
             _heat(self._bins, joined, steps),
-            memory=_sampled(digest, PROCESS, "rss_bytes"),
-            device_memory=_sampled(digest, TORCH_MEMORY, "allocated_bytes"),
-            cpu=_sampled(digest, HOST, "cpu_pct"),
-            host_memory=_sampled(digest, HOST, "memory_used_bytes", "memory_total_bytes"),
-            gpu=_sampled(digest, GPU, "utilization_pct"),
-            gpu_memory=_sampled(digest, GPU, "memory_used_bytes", "memory_total_bytes"),
+            memory=_sampled(summary, PROCESS, "rss_bytes"),
+            device_memory=_sampled(summary, TORCH_MEMORY, "allocated_bytes"),
+            cpu=_sampled(summary, HOST, "cpu_pct"),
+            host_memory=_sampled(summary, HOST, "memory_used_bytes", "memory_total_bytes"),
+            gpu=_sampled(summary, GPU, "utilization_pct"),
+            gpu_memory=_sampled(summary, GPU, "memory_used_bytes", "memory_total_bytes"),
             metrics=tuple(self._lines.lines()),
             hidden_metrics=len(self._lines.hidden),
             attempt=max(self._attempt, 0),
@@ -165,14 +165,14 @@ def read_series(run_dir: Path) -> RunSeries:
         StoreError: the store cannot be read.
     """
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        return digest_series(read_digest(reader), reader)
+        return summary_series(read_run_summary(reader), reader)
 
 
-def digest_series(digest: Digest, reader: StoreReader) -> RunSeries:
-    """Return the series of the digest of a whole run."""
+def summary_series(summary: RunSummaryReader, reader: StoreReader) -> RunSeries:
+    """Return the series of the summary of a whole run."""
     follower = SeriesFollower()
-    follower.take(digest, reader)
-    return follower.series(digest)
+    follower.take(summary, reader)
+    return follower.series(summary)
 
 
 def _joined_bins(bins: StepBins) -> int:
@@ -223,16 +223,16 @@ def _median(work: Floats) -> Floats:
     return median
 
 
-def _sampled(digest: Digest, table: Table, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
+def _sampled(summary: RunSummaryReader, table: Table, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
     """Return a sampled column by rank, host or device; with `of`, as a percentage of that column."""
     found: dict[str, SampleSeries] = {}
-    for rank in digest.samples.ranks(table.name):
-        rows = digest.samples.of(table.name, rank)
-        if rows is None or not len(rows) or rank not in digest.ranks:
+    for rank in summary.samples.ranks(table.name):
+        rows = summary.samples.of(table.name, rank)
+        if rows is None or not len(rows) or rank not in summary.ranks:
             continue
 
-        for label, mine in _labeled(table, rank, digest.ranks[rank].host, rows):
-            found.setdefault(label, _line(digest, rank, label, mine["t_ns"], _percent(mine, column, of)))
+        for label, mine in _labeled(table, rank, summary.ranks[rank].host, rows):
+            found.setdefault(label, _line(summary, rank, label, mine["t_ns"], _percent(mine, column, of)))
 
     return tuple(found.values())
 
@@ -251,9 +251,9 @@ def _percent(rows: NDArray[np.void], column: str, of: str | None) -> Floats:
     return rows[column] if of is None else 100 * rows[column] / np.maximum(rows[of], 1)
 
 
-def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> SampleSeries:
-    mono_ns, epoch_ns = digest.ranks[rank].facts.get("clock") or (0, 0)
-    started_ns = float(digest.run.get("started") or 0) * 1e9
+def _line(summary: RunSummaryReader, rank: int, label: str, t_ns: Ints, values: Floats) -> SampleSeries:
+    mono_ns, epoch_ns = summary.ranks[rank].facts.get("clock") or (0, 0)
+    started_ns = float(summary.run.get("started") or 0) * 1e9
     # Without the rank's clock, its first sample is the start.
     start_ns = started_ns - (int(epoch_ns) - int(mono_ns)) if mono_ns and started_ns else float(t_ns[0])
     each = -(-len(t_ns) // _SAMPLES)

@@ -1,4 +1,4 @@
-"""Digest of a run's rows, for the live view and the report: followed by cursor, bounded in memory.
+"""Summary of a run's rows, for the live view and the report: followed by cursor, bounded in memory.
 
 Of a long run, the report reads exact sums of all steps and the rows of some of them, in blocks spread over the run.
 """
@@ -52,7 +52,7 @@ from traceml.runs.rows.samples import Samples, SampleTotals, rows_for
 from traceml.runs.rows.step_ranges import step_ranges
 from traceml.runs.rows.step_totals import SetUpSums, StepTotals, step_totals
 
-__all__ = ["MAX_STEP_ROWS", "Digest", "read_digest"]
+__all__ = ["MAX_STEP_ROWS", "RunSummaryReader", "read_run_summary"]
 
 MAX_STEP_ROWS = MAX_CELLS
 """Maximum of step rows that are read of a whole run."""
@@ -62,7 +62,7 @@ _SAMPLE_FRAMES = 2048
 _BATCH_BYTES = 4 << 20
 
 
-class Digest:
+class RunSummaryReader:
     """Last attempt of a run, as far as its rows have been read.
 
     Args:
@@ -417,11 +417,11 @@ _BY_RULES = (LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, EPOCHS, EVALS,
 _FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
 
 
-def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
-    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it."""
-    digest = Digest()
-    digest.read(reader, max_step_rows)
-    return digest
+def read_run_summary(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> RunSummaryReader:
+    """Return the summary of a whole run; of a long one with `max_step_rows` step rows that are spread over it."""
+    summary = RunSummaryReader()
+    summary.read(reader, max_step_rows)
+    return summary
 
 
 def _slots(rows: int, ranks: int) -> int:
