@@ -1,6 +1,7 @@
 """Findings about memory: growth, pressure, and differences between ranks.
 
-Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts` and `database`.
+Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts`,
+`diagnosis.steps` and `database`.
 """
 
 from __future__ import annotations
