@@ -162,6 +162,42 @@ def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
         read({}, tmp_path)
 
 
+@pytest.mark.parametrize("text", ["re:sk-[a-z]{3,5}", "*_key,re:a{1,2}b", "re:cust,?omer", "re:cust,*_key"])
+def test_a_regular_expression_is_not_cut_at_its_comma(text: str) -> None:
+    """Its parts would be valid patterns that mask nothing."""
+    with pytest.raises(SettingsError) as caught:
+        read({"TRACEML_MASK": text})
+
+    assert str(caught.value).startswith(f"TRACEML_MASK: {text!r}: the comma after 're:")
+    assert "(from TRACEML_MASK). Allowed: a JSON list" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        ('["re:sk-[a-z]{3,5}"]', ("re:sk-[a-z]{3,5}",)),
+        ("*_key, re:sk-[a-z]{3}", ("*_key", "re:sk-[a-z]{3}")),
+        ("re:one,re:two,!email", ("re:one", "re:two", "!email")),
+        ("", ()),
+    ],
+)
+def test_lists_of_patterns_in_the_environment(text: str, patterns: tuple[str, ...]) -> None:
+    """Regular expressions last, or as JSON."""
+    assert read({"TRACEML_MASK": text}).mask == patterns
+
+
+def test_one_text_is_one_pattern_or_command(tmp_path: Path) -> None:
+    """Arguments and files have lists of their own, so that a text with a comma there is one item."""
+    assert read(mask="re:sk-[a-z]{3,5}").mask == ("re:sk-[a-z]{3,5}",)
+    assert read(on_finding="notify --to a,b").on_finding == ("notify --to a,b",)
+    assert read(mask='["a", "b"]').mask == ("a", "b")
+    assert read(mask="").mask == ()
+    assert read(backend="mlflow,wandb").backend == ("mlflow", "wandb")
+
+    (tmp_path / "traceml.toml").write_text("mask = 're:sk-[a-z]{3,5}'\n")
+    assert read({}, tmp_path).mask == ("re:sk-[a-z]{3,5}",)
+
+
 def test_a_token_is_not_shown() -> None:
     """Neither the record's text nor an error about it contains a secret."""
     assert "secret-word" not in repr(read(token="secret-word"))

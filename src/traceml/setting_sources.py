@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
@@ -46,6 +47,8 @@ USER_ENV: dict[str, str] = {
 }
 # Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
+# Lists whose items may well hold a comma: only the environment, where there is no other list, splits their texts.
+_WHOLE_TEXTS = frozenset({"mask", "on_finding"})
 _PORT_DIGITS = 5
 SettingEntry = tuple[str, str, Any]
 """(source, setting, value)."""
@@ -220,6 +223,10 @@ class SettingSources:
 
         name = self._known(key, value, source, written)
         declared = self._declared[name]
+        is_text = isinstance(value, str) and not value.lstrip().startswith("[")
+        if name in _WHOLE_TEXTS and is_text and not source.upper().startswith(ENV_PREFIX):
+            value = [value] if value.strip() else []
+
         result = coerce(declared.kind, value, declared.limits)
         if result is BAD:
             shown = "a value" if declared.secret else repr(value)
@@ -228,9 +235,29 @@ class SettingSources:
         if name == "mask" and result:
             from traceml.privacy import Masker
 
+            if is_text and source.upper().startswith(ENV_PREFIX):
+                _refuse_cut_expressions(result, value, source, written)
+
             Masker(result, source=source)  # a bad pattern is an error now, not when a value must be masked
 
         yield source, name, result
+
+
+def _refuse_cut_expressions(patterns: tuple[str, ...], text: str, source: str, written: str) -> None:
+    """Refuse a comma-separated list in which a comma may belong to a regular expression.
+
+    The parts of `re:sk-[a-z]{3,5}` are valid patterns that mask nothing: the secret would leak without a word.
+    """
+    for pattern, following in itertools.pairwise(patterns):
+        if pattern.startswith("re:") and not following.startswith(("re:", "!")):
+            problem = f"{text!r}: the comma after {pattern!r} may be part of that regular expression"
+            raise SettingsError(written, problem, source=source, allowed=_json_form(text))
+
+
+def _json_form(text: str) -> str:
+    import json
+
+    return f"a JSON list for such patterns, here {json.dumps([text])} if it is one; shell patterns may stand before it"
 
 
 def _text_of(path: Path) -> str | None:
