@@ -11,6 +11,7 @@ import traceml
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, finish
 from tests.track.fabricated import LoggedRun
+from traceml.recorder import current_recorder
 
 ROOT = str(Path(__file__).parents[3])
 QUICK = {"TRACEML_DELIVERY_NICE": "0", "PYTHONPATH": ROOT}
@@ -122,6 +123,28 @@ def test_sync_delivers_what_is_left(script: Script, tmp_path: Path) -> None:
     )
     assert out.split() == ["True"] * 4 + ["False"]
     assert (earlier.path / "jsonl" / "x.jsonl").read_text().count('"loss"') == 2
+
+
+def test_sync_starts_nothing_when_tracing_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a variable, before anything was logged, nor with a disabled recorder; a named run is synced."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("TRACEML_ENABLED", "0")
+    monkeypatch.setattr(current_recorder.state, "recorder", None)
+    assert traceml.sync()
+    assert not started
+    assert traceml.sync("20260101-000000-earlier-abcd")
+    assert len(started) == 1
+
+    monkeypatch.delenv("TRACEML_ENABLED")
+    traceml.init(enabled=False)
+    assert traceml.sync()
+    assert len(started) == 1
 
 
 def test_a_complaint_of_the_command_names_it_once(

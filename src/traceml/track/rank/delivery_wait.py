@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceml.errors import TraceMLError
+from traceml.errors import SettingsError, TraceMLError
 from traceml.helper_programs import helper_program
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.dialing import dial_as_client
@@ -79,12 +79,14 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
 
     Args:
         run: folder or id of a run; it waits while the run is recorded. By default the run of this process, and without
-            one all that have ended in the runs folder.
+            one all that have ended in the runs folder; when tracing is off, none.
         timeout: longest wait in seconds; what is left then stays in the run, for another call.
     """
     recorder = current_recorder()
     if run is None and recorder is not None and recorder.enabled:
         return flush(timeout)
+    if run is None and not _is_tracing_enabled(recorder):
+        return True
     if run is None and recorder is not None:
         run = recorder.run_dir
 
@@ -104,6 +106,19 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
         _log.warning("traceml sync: %s", complaint.removeprefix("traceml sync: "))
 
     return done.returncode == 0
+
+
+def _is_tracing_enabled(recorder: Recorder | None) -> bool:
+    """Whether the settings in force let this process trace, now or until its recorder was stopped."""
+    if recorder is not None:
+        return recorder.config.enabled
+
+    from traceml import settings
+
+    try:
+        return settings.load().enabled
+    except SettingsError:  # the command tells of it
+        return True
 
 
 def _is_stored(recorder: Recorder, until_s: float | None) -> bool:
