@@ -166,6 +166,32 @@ def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
     assert (row["counts"], row["edges"], row["not_finite"], row["step"]) == ([1, 3], [1.0, 2.0, 3.0], 1, 3)
 
 
+def test_the_working_folder(script: Script, tmp_path: Path) -> None:
+    """Its files have its name, however it is given, and the runs folder in it is left out."""
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    finish(
+        script("""
+        import os, pathlib, traceml
+        pathlib.Path("data/a.txt").write_text("a")
+        pathlib.Path("data/inner/b.txt").write_text("b")
+        traceml.init(local=True)
+        traceml.log_metric("x", 1)
+        traceml.flush()
+        traceml.log_artifact(".", "all")
+        os.chdir("data")
+        traceml.log_artifact(".")
+        os.chdir("inner")
+        traceml.log_artifact("..")
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    names = sorted(row["name"] for row in stored.of("artifact"))
+    assert [name for name in names if not name.startswith("all/")] == ["data/a.txt"] * 2 + ["data/inner/b.txt"] * 2
+    assert not [name for name in names if "traceml_runs" in name]
+    assert {"all/data/a.txt", "all/data/inner/b.txt"} <= {*names}
+
+
 def pixels_of(image: object) -> np.ndarray:
     make, suffix = image_of(image, 1 << 20)
     assert suffix == ".png"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from traceml.recorder.sending.uploads import FileUpload
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 if TYPE_CHECKING:
+    from traceml.recorder.recorder import Recorder
     from traceml.track.rank.logger import Logger
 
 __all__ = ["artifact", "histogram", "image", "text", "wait"]
@@ -68,7 +70,7 @@ def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins:
 
 
 def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Log a file, or the files of a folder; they are opened now.
+    """Log a file, or the files of a folder; they are opened now. A runs folder within it is left out.
 
     Raises:
         OSError: the path cannot be opened, or is not a file.
@@ -81,14 +83,26 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
         _log_file(logger, where, name or where.name)
         return
 
-    inside = sorted(each for each in where.rglob("*") if each.is_file())
+    inside = sorted(_files_in(where, _recorder(logger)))
+    name = name or (where.name if where.name not in ("", "..") else where.resolve().name)
     for each in inside[:_FOLDER_FILES]:
-        _log_file(logger, each, f"{name or where.name}/{each.relative_to(where).as_posix()}")
+        _log_file(logger, each, f"{name}/{each.relative_to(where).as_posix()}".lstrip("/"))
 
     if len(inside) > _FOLDER_FILES:
         why = f"the folder has {len(inside)} files: the first {_FOLDER_FILES} were taken. Log an archive of it instead"
-        job = FileUpload(logger.experiment, "artifact", name or where.name, None, time.time_ns(), bytes, 0)
+        job = FileUpload(logger.experiment, "artifact", name, None, time.time_ns(), bytes, 0)
         _recorder(logger).files.refuse(job, why)
+
+
+def _files_in(folder: Path, recorder: Recorder) -> Iterator[Path]:
+    """Yield the files in a folder, without those of a runs folder in it: this run's own change while they are read."""
+    own = {os.path.realpath(recorder.config.runs_dir)}
+    if recorder.run_dir is not None:
+        own.add(os.path.realpath(recorder.run_dir.parent))
+
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if os.path.realpath(Path(parent, each)) not in own]
+        yield from (path for each in names if (path := Path(parent, each)).is_file())
 
 
 def wait(logger: Logger, timeout_s: float = 60.0) -> None:
