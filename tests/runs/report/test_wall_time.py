@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs.fabricated_store import add_info, run_facts
 from traceml.database.schema import EPOCHS, EVALS, STEPS
-from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import SNAPSHOT, FrameSnapshot, RankSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
@@ -108,17 +108,35 @@ def test_a_step_that_never_ended_is_time_in_steps(tmp_path, rows):
     assert parts == pytest.approx({"startup": 4.0, "steps": 56.0})
 
 
-@pytest.mark.parametrize("rows", [0, 30])
-def test_the_time_of_a_hang_is_no_time_in_steps(tmp_path, rows):
-    """A job that hung for 90 s in a collective was told as 83 % steps."""
-    folder = ended_in_step(tmp_path / "run", rows, signal.SIGTERM)
+def hung(folder: Path, rows: int, frames: tuple[FrameSnapshot, ...] = ()) -> tuple[Path, float]:
+    """Write a run that was ended in a step after some rows, and was seen to hang; return it and the time it hung."""
+    ended_in_step(folder, rows, signal.SIGTERM)
     quiet_s = 56.0 - rows - 1.0
     with StoreWriter(folder / STORE_NAME) as writer:
         seen = RankSnapshot(at_ns=160 * S, rank=0, quiet_s=quiet_s, step=rows, in_step=True, answered="recorder",
-                            phase="forward", process_state="T")  # fmt: skip
+                            phase="forward", process_state="T", frames=frames)  # fmt: skip
         writer.event(SNAPSHOT, {**seen.to_row(), "t_ns": seen.at_ns, "attempt": 0})
         facts = run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + 160.0, state="hung", world_size=1)
         writer.put_meta("run", facts)
+
+    return folder, quiet_s
+
+
+def test_a_rank_that_hung_has_the_stack_of_its_last_snapshot(tmp_path):
+    """In the form of a traceback: the innermost frame last."""
+    frames = (FrameSnapshot(file="/w/hang.py", line=6, function="stuck"), FrameSnapshot(file="/w/hang.py", line=12))
+    folder, _ = hung(tmp_path / "run", 30, frames)
+
+    report = build_report(folder)
+
+    assert report.verdict.kind == "HANG"
+    assert report.ranks[0].exit.stack == '  File "/w/hang.py", line 12\n  File "/w/hang.py", line 6, in stuck\n'
+
+
+@pytest.mark.parametrize("rows", [0, 30])
+def test_the_time_of_a_hang_is_no_time_in_steps(tmp_path, rows):
+    """A job that hung for 90 s in a collective was told as 83 % steps."""
+    folder, quiet_s = hung(tmp_path / "run", rows)
 
     assert build_report(folder).verdict.kind == "HANG"
     assert time_of(folder)[1] == pytest.approx({"startup": 4.0, "steps": rows + 1.0, "idle": quiet_s})

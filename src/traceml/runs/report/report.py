@@ -207,7 +207,7 @@ def make_report(
         findings=rounded,
         steps=steps,
         phases=sections.phases(summary, window),
-        ranks=sections.ranks(summary),
+        ranks=sections.ranks(summary, is_hung=any(finding.kind is Kind.HANG for finding in findings)),
         lines=sections.lines(summary),
         memory=sections.memory(summary),
         system=sections.system(summary),

@@ -213,7 +213,10 @@ class LineSection(msgspec.Struct, kw_only=True):
 
 
 class ExitSection(msgspec.Struct, kw_only=True):
-    """End of a rank: exit code or signal, and its last step, open phase and stack where they are known."""
+    """End of a rank: exit code or signal, and its last step, open phase and stack where they are known.
+
+    The stack is that of its exception; of a rank that hung, that of its last snapshot.
+    """
 
     code: int | None = None
     signal: int | None = None

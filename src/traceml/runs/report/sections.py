@@ -183,8 +183,12 @@ def _number(value: float) -> float:
     return significant(value) or 0.0
 
 
-def ranks(summary: RunSummaryReader) -> list[RankSection]:
-    """Return the state of each rank of the last attempt, and its end; of a lost run none is known to run."""
+def ranks(summary: RunSummaryReader, *, is_hung: bool = False) -> list[RankSection]:
+    """Return the state of each rank of the last attempt, and its end; of a lost run none is known to run.
+
+    Args:
+        is_hung: whether the job hung; then the stacks of ranks that made no progress are told, too.
+    """
     latest = summary.kept.reached()
     is_lost = state_of(summary.run, summary.aggregator) == RunStatus.LOST
     return [
@@ -194,13 +198,13 @@ def ranks(summary: RunSummaryReader) -> list[RankSection]:
             pid=stream.identity.pid,
             steps=steps_of(summary, rank, latest),
             state="lost" if is_lost and stream.state == "running" else stream.state,
-            exit=_exit(summary, stream, latest),
+            exit=_exit(summary, stream, latest, is_hung=is_hung),
         )
         for rank, stream in sorted(summary.ranks.items())
     ]
 
 
-def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints) -> ExitSection:
+def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints, *, is_hung: bool) -> ExitSection:
     ended = summary.facts.exits.get(stream.rank)
     if ended is None:
         ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
@@ -216,8 +220,21 @@ def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints) -> Exit
         exception=ended.exception,
         last_step=last_step if last_step is None else last_step + summary.facts.counted_before,
         open_phase=ended.open_phase,
-        stack=ended.stack,
+        stack=ended.stack or (_last_stack(summary, stream) if is_hung and ended.state != "finished" else None),
     )
+
+
+def _last_stack(summary: RunSummaryReader, stream: StreamRecord) -> str | None:
+    """Return the stack of a rank without progress as its last snapshot has it, in the form of a traceback."""
+    snapshot = summary.facts.progress.snapshot_of(stream.rank)
+    if snapshot is None or not snapshot.frames:
+        return None
+
+    places = [
+        f'  File "{frame.file}", line {frame.line}' + (f", in {frame.function}" if frame.function else "")
+        for frame in reversed(snapshot.frames)  # a traceback has the innermost last
+    ]
+    return "\n".join([*places, ""])
 
 
 def lines(summary: RunSummaryReader) -> list[LineSection]:
