@@ -322,7 +322,7 @@ def test_a_tracker_that_does_not_exist_is_refused(runs_dir, capsys):
     run = logged(runs_dir, "a", "jsonl")
 
     assert cli.main(["sync", "--backend", "jsnol"]) == 2
-    assert "--backend: unknown plugin 'jsnol'" in capsys.readouterr().err
+    assert "--backend: there is no tracker 'jsnol'" in capsys.readouterr().err
     assert states_of(run.path) == []
 
 

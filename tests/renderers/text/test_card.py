@@ -295,7 +295,7 @@ def test_rows_on_their_way_need_no_command():
 
 def test_what_a_broken_tracker_lacks_is_not_promised():
     """`traceml sync` fails as the delivery did until the cause is mended, as of a misspelt name."""
-    shown = text_of(tracked(tracker("mlfow", "broken", delivered=0, pending=3, error="unknown plugin 'mlfow'")))
+    shown = text_of(tracked(tracker("mlfow", "broken", delivered=0, pending=3, error="there is no tracker 'mlfow'")))
 
     assert "traceml sync delivers the pending rows once that is mended; with" in shown
     assert "--backend NAME, to another tracker" in shown

@@ -133,8 +133,8 @@ def test_import_paths_name_plugins_and_bare_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mlfow", "unknown plugin 'mlfow' among the backends; did you mean 'mlflow'"),
-        ("nothing_like_it", "available: .*jsonl.*package:Class"),
+        ("mlfow", "there is no tracker 'mlfow'. Did you mean 'mlflow'"),
+        ("nothing_like_it", "Available: .*jsonl.*package:Class"),
         ("no_such_module:Thing", "cannot be loaded from no_such_module:Thing: ModuleNotFoundError"),
         (f"{__name__}:Nothing", "AttributeError"),
         (f"{__name__}:EXAMPLES", "must be a BackendPlugin or a BackendInterface"),

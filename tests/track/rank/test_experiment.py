@@ -248,12 +248,12 @@ def test_a_tracker_that_does_not_exist_is_reported_at_once(script: Script) -> No
             print(error)
         traceml.log_metric("y", 1)
     """
-    assert "did you mean 'mlflow'?" in finish(script(code.replace("NAMES", '["jsonl", "mlfow"]')))
+    assert "Did you mean 'mlflow'?" in finish(script(code.replace("NAMES", '["jsonl", "mlfow"]')))
 
     process = script(code.replace("NAMES", "None"), TRACEML_BACKEND="mlfow")
     out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (0, ""), err
-    assert "did you mean 'mlflow'?" in err
+    assert "Did you mean 'mlflow'?" in err
 
 
 def test_wrong_settings_are_reported_where_an_experiment_begins(script: Script) -> None:
@@ -291,7 +291,7 @@ def test_options_are_checked_at_once_and_add_to_those_of_the_settings(script: Sc
             TRACEML_BACKEND_OPTIONS='{"jsonl": {"path": "elsewhere", "sample": 2}}',
         )
     )
-    for said in ("no option 'nonsense'", "'path' of backend 'jsonl' is 1", "'sample'", "did you mean 'jsonl'"):
+    for said in ("no option 'nonsense'", "'path' of backend 'jsonl' is 1", "'sample'", "Did you mean 'jsonl'"):
         assert said in out
 
     (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")

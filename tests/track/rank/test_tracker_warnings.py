@@ -55,3 +55,12 @@ def test_the_end_of_a_script_tells(script: Script) -> None:
     assert process.returncode == 0, err
     assert "mlflow at http://127.0.0.1" in err
     assert "cannot be reached: Connection refused" in err
+
+
+def test_a_wrong_name_is_told_with_its_source(script: Script) -> None:
+    """The training goes on."""
+    process = script("import traceml\ntraceml.init(local=True)\ntraceml.log_metric('x', 1)", TRACEML_BACKEND="nope")
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, err
+    assert "there is no tracker 'nope' (from TRACEML_BACKEND); nothing is delivered to it. Available: aim, " in err

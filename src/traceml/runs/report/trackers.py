@@ -7,7 +7,7 @@ from pathlib import Path
 from traceml.database.schema import METRICS
 from traceml.database.store.reader import StoreReader
 from traceml.runs.report.report_types import TrackerSection
-from traceml.track.delivery.delivery_plan import requested_backends
+from traceml.track.delivery.delivery_plan import DeliveryPlan
 from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, TrackerState, states_of
 
@@ -26,9 +26,20 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSe
     if reader is not None and METRICS.name in reader.tables:
         logged = logged_rows(reader)
         # One that cannot write its state has everything pending.
-        states = {name: TrackerState(name) for name in requested_backends(reader, run_dir)} | states
+        plan = DeliveryPlan(reader, run_dir)
+        plan.refresh()
+        states = {name: TrackerState(name) for name in plan.backends()} | states
+        if any(state.phase is DeliveryPhase.STARTING for state in states.values()):
+            _mark_unknown(states, plan.unknown_backends())
 
     return [_tracker(states[name], logged) for name in sorted(states)]
+
+
+def _mark_unknown(states: dict[str, TrackerState], unknown: dict[str, str]) -> None:
+    """Mark the deliveries to trackers that do not exist: their processes have not come so far yet, and never will."""
+    for name, why in unknown.items():
+        if states[name].phase is DeliveryPhase.STARTING:
+            states[name].phase, states[name].error = DeliveryPhase.BROKEN, f"PluginError: {why}"
 
 
 def _tracker(state: TrackerState, logged: int | None) -> TrackerSection:

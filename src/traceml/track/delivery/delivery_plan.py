@@ -15,7 +15,7 @@ from traceml.errors import PluginError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.settings import Config
 from traceml.track.plugins.plugin_metadata import PluginType
-from traceml.track.plugins.plugin_registry import BUILT_IN
+from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
 from traceml.track.plugins.plugin_signature import is_signed
 
 __all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "requested_backends", "restricted", "settings_of"]
@@ -126,6 +126,18 @@ class DeliveryPlan:
                 wanted.setdefault(backend, experiment)
 
         return wanted
+
+    def unknown_backends(self) -> dict[str, str]:
+        """Return the requested backends that do not exist here, and the texts about them."""
+        unknown: dict[str, str] = {}
+        for name, experiment in self.backends().items():
+            try:
+                if name not in (experiment.row.get("registered") or ()):
+                    check_name(PluginType.BACKEND, name)
+            except PluginError as error:
+                unknown[name] = str(error)
+
+        return unknown
 
     @property
     def is_own(self) -> bool:

@@ -63,6 +63,7 @@ BUILT_IN: dict[PluginType, dict[str, str]] = {
         "system": "traceml.track.rank.collectors.environment:SystemCollector",
     },
 }
+_NOUNS = {PluginType.BACKEND: "tracker", PluginType.FRAMEWORK: "framework", PluginType.COLLECTOR: "collector"}
 _registered: dict[PluginType, dict[str, str]] = {kind: {} for kind in PluginType}
 # Classes by path as they were registered, so that a class of the script is found in the process that defined it.
 _classes: dict[str, type] = {}
@@ -126,14 +127,19 @@ def available(kind: PluginType) -> dict[str, str]:
     return {**_entry_points(kind), **BUILT_IN[kind], **_registered[kind]}
 
 
-def check_name(kind: PluginType, name: str) -> None:
+def check_name(kind: PluginType, name: str, *, source: str = "") -> None:
     """Check that a plugin of this name exists, without importing it.
+
+    Args:
+        kind: kind of plugin.
+        name: a name, or `package:Class`.
+        source: where a tracker's name was set, for the text of a warning.
 
     Raises:
         PluginError: there is none; the text lists the names that exist.
     """
     if ":" not in name and name not in _registered[kind] and name not in BUILT_IN[kind] and name not in available(kind):
-        raise PluginError(_unknown(kind, name))
+        raise PluginError(_unknown(kind, name, source))
 
 
 def backend_metadata(name: str) -> PluginMetadata | None:
@@ -233,13 +239,14 @@ def _metadata_of(found: Any) -> PluginMetadata:
     return PluginMetadata.from_declared(declared, found.__name__, None)
 
 
-def _unknown(kind: PluginType, name: str) -> str:
+def _unknown(kind: PluginType, name: str, source: str = "") -> str:
     import difflib
 
     names = sorted(available(kind))
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown plugin {name!r} among the {kind.value}; {hint}available: {', '.join(names)}, or package:Class"
+    origin, effect = (f" (from {source})", "; nothing is delivered to it") if source else ("", "")
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"there is no {_NOUNS[kind]} {name!r}{origin}{effect}. {hint}Available: {', '.join(names)}, or package:Class"
 
 
 def _import(path: str, name: str) -> Any:

@@ -133,10 +133,15 @@ def _place_of(uri: str) -> str:
     return f"to the MLflow {kind} {secrets_only().mask_text(uri)}"
 
 
-def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]], *, source: str = "") -> None:
     """Report wrong names, wrong options and missing libraries before the training starts.
 
     A missing library is only a warning: it may be installed where the aggregator runs.
+
+    Args:
+        backends: their names.
+        options: their options by name.
+        source: where the names were set, for the text about a wrong one that is passed over.
 
     Raises:
         PluginError: there is no such backend, or an option is wrong; the text lists what exists.
@@ -151,7 +156,7 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
         if fallback := given.get("fallback"):
             check_name(PluginType.BACKEND, str(fallback))
 
-        check_name(PluginType.BACKEND, backend)
+        check_name(PluginType.BACKEND, backend, source=source)
         metadata = backend_metadata(backend) if backend in BUILT_IN[PluginType.BACKEND] else None
         if metadata is None:
             continue

@@ -51,7 +51,7 @@ def _start_tracking(recorder: Recorder) -> None:
 
 def _check_backends(config: Config) -> None:
     try:
-        check_backends(config.backend, config.backend_options)
+        check_backends(config.backend, config.backend_options, source=config.sources.get("backend", ""))
     except PluginError as error:
         _log.warning("%s", error)  # a setting may be meant for another script
 

@@ -80,4 +80,4 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
     facts = next(row["facts"] for row in found.logged["collected"] if row["name"] == "depth")
     assert facts == {"pid": found.said["pid"], "password": "[masked:secret]"}
     assert found.said["put_back"]
-    assert any("did you mean 'engine'" in text for text in found.said["said"])
+    assert any("Did you mean 'engine'" in text for text in found.said["said"])
