@@ -89,3 +89,27 @@ def test_a_run_is_called_as_its_script(monkeypatch: pytest.MonkeyPatch, argv0: s
     monkeypatch.setattr(sys, "argv", [argv0])
 
     assert script_name() == name
+
+
+@pytest.mark.parametrize(
+    ("started", "argv", "command"),
+    [
+        (["python", "-m", "json.tool", "--help"], ["/lib/json/tool.py", "--help"], "-m json.tool --help"),
+        (["python", "/x/traceml/session/entry.py", "-m", "pkg"], ["pkg.py"], "-m pkg"),
+        (["python", "-um", "pkg", "a b"], ["/x/pkg/__main__.py", "a b"], "-m pkg 'a b'"),
+        (["python", "-m", "agent.worker"], ["train.py", "--lr", "3"], "train.py --lr 3"),
+        (["python", "train.py"], ["train.py"], "train.py"),
+        (["python", "-m", "json.tool"], [""], "''"),
+    ],
+)
+def test_the_command_of_a_module(
+    monkeypatch: pytest.MonkeyPatch, started: list[str], argv: list[str], command: str
+) -> None:
+    """As it was typed, not the file that Python has found; a process that only forked from a module has its own."""
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("TRACEML_COMMAND", raising=False)
+
+    config = settings.load({}, Path("/proc"))
+
+    assert identify(config).hello(config, None).command == command

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from traceml.privacy import secrets_only
 
-__all__ = ["program_name", "python_program"]
+__all__ = ["program_name", "python_module", "python_program"]
 
 _MAX_CHARS = 60
 _THREAD_NAMES = ("python", "pt_main_thread", "pypy")  # what a Python process is called; torch renames its own
@@ -51,6 +51,12 @@ def python_program(command: Sequence[str], name: str = "python") -> str:
 
     runs = _runs(iter(command[1:]))
     return f"python {secrets_only().mask_text(runs)[:_MAX_CHARS]}" if runs else "python"
+
+
+def python_module(command: Sequence[str]) -> str:
+    """Return the module that the command line of a Python process runs by `-m`; empty for any other."""
+    runs = _runs(iter(command[1:]))
+    return runs.removeprefix("-m ") if runs.startswith("-m ") else ""
 
 
 def _runs(arguments: Iterable[str]) -> str:

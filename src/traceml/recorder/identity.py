@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from traceml.clock import process_start_ticks
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
 from traceml.inspection.kernel_state import process_info
+from traceml.inspection.program_names import python_module
 from traceml.inspection.script_time import script_age_ms
 from traceml.privacy import secrets_only
 from traceml.settings import Config
@@ -230,7 +231,17 @@ def _command() -> str:
     """Return the command line of the job with its secrets masked."""
     given = os.environ.get("TRACEML_COMMAND")
     masker = secrets_only()
-    return masker.mask_text(given) if given else shlex.join(masker.mask_value("command", sys.argv))
+    return masker.mask_text(given) if given else shlex.join(masker.mask_value("command", _program_words()))
+
+
+def _program_words() -> list[str]:
+    """Return the words with which a program was started: its file, or `-m` and its module, and its arguments."""
+    if not sys.argv or not (module := python_module(sys.orig_argv)):
+        return sys.argv
+
+    # Of a process that was started in another way, the interpreter's own command line tells nothing.
+    file, path = "/" + os.path.splitext(sys.argv[0])[0], "/" + module.replace(".", "/")  # noqa: PTH122 - may be empty
+    return ["-m", module, *sys.argv[1:]] if file.endswith((path, f"{path}/__main__")) else sys.argv
 
 
 def script_name() -> str:
