@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SettingsError,
         SlurmError,
         StoreError,
+        TableNotFoundError,
         TaskCancelledError,
         TaskDeadlockError,
         TaskError,
@@ -84,8 +85,8 @@ _NAMES = {
         "AgentFailedError AggregatorRefusedError AggregatorUnavailableError BackendBusyError BackendError "
         "BackendRefusedError BackendUnauthorizedError LaunchTimeoutError NotCallableError PayloadError "
         "PluginError ProtocolError ResultNotFoundError RunNotFoundError RuntimeClosedError SettingsError "
-        "SlurmError StoreError TaskCancelledError TaskDeadlockError TaskError TaskForkedError TaskTimeoutError "
-        "TasksFailedError TraceEmptyError TraceMLError TraceNotFoundError UsageError WaitTimeoutError "
+        "SlurmError StoreError TableNotFoundError TaskCancelledError TaskDeadlockError TaskError TaskForkedError "
+        "TaskTimeoutError TasksFailedError TraceEmptyError TraceMLError TraceNotFoundError UsageError WaitTimeoutError "
         "WorkerFailedError"
     ),
     "traceml.launch.launcher.launch_options": "DEFAULT_ENV_VARS LaunchResult",
@@ -157,6 +158,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "SlurmError",
     "StoreError",
     "SubmittedJob",
+    "TableNotFoundError",
     "TaskCancelledError",
     "TaskDeadlockError",
     "TaskError",

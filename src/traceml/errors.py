@@ -9,6 +9,7 @@ TraceMLError
 ├── RunNotFoundError              (LookupError)    no run of the given name or path
 ├── StoreError                    (OSError)        a run's store cannot be written or read
 │   ├── StoreBusyError                             another aggregator is writing it
+│   ├── TableNotFoundError        (KeyError)       it has no such table
 │   └── StoreVersionError                          its format is that of another version of traceml
 ├── UsageError                    (ValueError)     wrong arguments of a command or a function
 ├── WorkerFailedError             (RuntimeError)   a launched worker ended by a signal or an exit code
@@ -66,6 +67,7 @@ __all__ = [
     "StoreBusyError",
     "StoreError",
     "StoreVersionError",
+    "TableNotFoundError",
     "TaskCancelledError",
     "TaskDeadlockError",
     "TaskError",
@@ -168,6 +170,12 @@ class StoreError(TraceMLError, OSError):
 
 class StoreBusyError(StoreError):
     """A run's store is being written by another aggregator."""
+
+
+class TableNotFoundError(StoreError, KeyError):
+    """A run's store has no such table."""
+
+    __str__ = Exception.__str__  # KeyError shows the repr of its text
 
 
 class StoreVersionError(StoreError):

@@ -135,7 +135,8 @@ class Run:
             attempt: attempt of the job; by default the last one.
 
         Raises:
-            StoreError: there is no such table, or the store cannot be read.
+            TableNotFoundError: there is no such table; a KeyError.
+            StoreError: the store cannot be read.
         """
         with closing(StoreReader(self.path / STORE_NAME)) as reader:
             streams = reader.streams()

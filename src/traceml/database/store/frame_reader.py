@@ -25,7 +25,7 @@ from traceml.database.store.records import (
     step_offset,
 )
 from traceml.database.store.store_file import open_for_reading, translate_errors
-from traceml.errors import StoreError
+from traceml.errors import StoreError, TableNotFoundError
 
 __all__ = ["META_BATCH", "FrameReader"]
 
@@ -304,7 +304,7 @@ class FrameReader:
         try:
             return self._ids[table]
         except KeyError:
-            raise StoreError(f"no table {table!r} in {self.path}; there are {', '.join(self._ids)}.") from None
+            raise TableNotFoundError(f"no table {table!r} in {self.path}; there are {', '.join(self._ids)}.") from None
 
     def _dtype(self, table: str) -> np.dtype[Any]:
         self._id(table)
