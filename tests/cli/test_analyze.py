@@ -239,3 +239,12 @@ def test_without_matplotlib_the_extra_is_named(capsys, tmp_path, trace, monkeypa
 
     assert main(["analyze", str(trace), "--plot", str(tmp_path / "chart.png")]) == 2
     assert "pip install 'traceml-torch[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["", " ", ","])
+def test_no_field_to_group_by(capsys: pytest.CaptureFixture[str], trace: object, by: str) -> None:
+    """An empty list is a mistake, not the default."""
+    assert main(["analyze", str(trace), "--by", by]) == 2
+
+    err = capsys.readouterr().err
+    assert "no field in" in err

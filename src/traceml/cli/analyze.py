@@ -114,7 +114,7 @@ def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str
         try:
             return summarize(
                 options.paths,
-                by=options.by or "name",
+                by="name" if options.by is None else options.by,
                 where=options.where,
                 measures=measures,
                 report=report,
