@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +13,9 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 from traceml import cli
+from traceml.errors import TraceMLError
 from traceml.runs.report.report import build_report, save_report
+from traceml.runs.run import load_run
 
 
 @pytest.fixture
@@ -141,6 +145,35 @@ def test_damaged_store_is_reported(runs_dir, capsys):
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
     assert "broken" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(b""), "is damaged"),
+        (lambda path: path.write_bytes(b"no database" * 100), "is damaged"),
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "is damaged"),
+    ],
+)
+def test_a_report_without_its_store(slow, capsys, damage, told):
+    """Command, comparison and object use the written report; the commands say so in a line."""
+    copy = slow.with_name("copy")
+    shutil.copytree(slow, copy)
+    damage(copy / "store.db")
+
+    assert cli.main(["report", "copy", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["verdict"]["kind"] == "COMPUTE_STRAGGLER"
+    assert shown.err == f"traceml report: copy: store.db {told}; report.json is shown\n"
+
+    assert cli.main(["compare", slow.name, "copy", "--json"]) == 0
+    assert capsys.readouterr().err == f"traceml compare: copy: store.db {told}; report.json is compared\n"
+
+    assert load_run(copy).verdict.kind == "COMPUTE_STRAGGLER"
+    (copy / "report.json").unlink()
+    with pytest.raises(TraceMLError):
+        _ = load_run(copy).verdict
 
 
 def test_runs_dir_can_be_given(slow, capsys, monkeypatch, tmp_path):

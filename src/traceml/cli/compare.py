@@ -16,6 +16,7 @@ from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import change_text, compared_card
 from traceml.renderers.text.comparison_markdown import comparison_markdown, comparisons_markdown
 from traceml.renderers.text.viewport import Viewport, plain_console
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.baseline import find_baseline, find_compared
 from traceml.runs.comparison.compare import compare_sides
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
@@ -82,9 +83,15 @@ def _chosen(options: CompareOptions) -> list[Path]:
 
 def _read(run: Path) -> ComparedRun:
     try:
-        return read_compared(run)
+        side = read_compared(run)
     except StoreError as error:
         raise StoreError(f"cannot compare {run.name}: {error}") from error
+
+    if side.store_problem:
+        text = f"{run.name}: {STORE_NAME} {side.store_problem}; {REPORT_NAME} is compared"
+        print(f"traceml compare: {text}", file=sys.stderr)
+
+    return side
 
 
 def _print(found: list[Comparison], options: CompareOptions) -> None:

@@ -25,6 +25,7 @@ from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
 from traceml.runs.report.line_shares import LinesDocument
 from traceml.runs.report.report_types import Report, TrackerSection, read_report
+from traceml.runs.report.store_problem import store_problem
 from traceml.track.tracker_state import states_of
 
 __all__ = ["current_report", "main"]
@@ -70,6 +71,9 @@ def main(argv: list[str]) -> int:
 
     run_dir = find_run(options.run, config_over(options.runs_dir).runs_dir)
     report = current_report(run_dir)
+    if report.run.state != "running" and (problem := store_problem(run_dir)):
+        print(f"traceml report: {run_dir.name}: {STORE_NAME} {problem}; {REPORT_NAME} is shown", file=sys.stderr)
+
     if options.html is not None:
         _write_page(run_dir, Path(options.html))
     elif options.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from traceml.database.schema import METRICS, NAMES, STEPS, other_ns, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.findings import Finding
+from traceml.errors import StoreError
 from traceml.formatting import capitalized, ms_text, percent_text, phase_label, plural, sample_text, summed_text
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.report.report import build_report
-from traceml.runs.report.report_types import Report
+from traceml.runs.report.report_types import Report, read_report
 
 __all__ = ["RecordArray", "Run", "finding_lines", "load_run", "runs"]
 
@@ -67,18 +68,27 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The report (`traceml.report/1`) as plain data, made from the store.
+        """The report (`traceml.report/1`) as plain data, made from the store; if that is damaged, as it was written.
 
         Raises:
-            StoreError: the store cannot be read.
+            StoreError: neither can be read.
         """
         return self._built().to_dict()
 
     def _built(self) -> Report:
         if self._report is None:
-            self._report = build_report(self.path)
+            self._report = self._read()
 
         return self._report
+
+    def _read(self) -> Report:
+        try:
+            return build_report(self.path)
+        except StoreError:
+            with suppress(OSError, StoreError):
+                return read_report(self.path / REPORT_NAME)
+
+            raise
 
     @property
     def state(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.reader import StoreReader
+from traceml.errors import StoreError
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.report.report import full_report
 from traceml.runs.report.report_types import Report, read_report
 from traceml.runs.report.setup_facts import job_times
+from traceml.runs.report.store_problem import store_problem
 from traceml.runs.rows.run_summary_reader import read_run_summary
 
 __all__ = ["ComparedRun", "read_compared"]
@@ -27,22 +29,36 @@ class ComparedRun:
     report: Report
     times_ms: NDArray[Any]  # step times in order, the mean over ranks; of a report without its run, those that it holds
     is_file: bool = False  # whether only its report is there
+    store_problem: str = ""  # of a folder whose store is missing or damaged: `is damaged`
 
 
 def read_compared(path: Path) -> ComparedRun:
     """Return a run for a comparison.
 
     Args:
-        path: its folder, or its `report.json` without a folder.
+        path: its folder, or its `report.json` without a folder. Of a folder whose store is missing or damaged, the
+            report is read.
 
     Raises:
-        StoreError: the store or the report cannot be read.
+        StoreError: neither the store nor the report can be read.
     """
-    if path.is_dir() and ((path / STORE_NAME).exists() or not (path / REPORT_NAME).is_file()):
-        return _from_store(path)
+    if not path.is_dir():
+        return _from_report(path)
+    if not (path / STORE_NAME).exists() and (path / REPORT_NAME).is_file():
+        return _from_report(path / REPORT_NAME, store_problem(path))
 
-    report = read_report(path / REPORT_NAME if path.is_dir() else path)
-    return ComparedRun(report, np.array(report.step_times.ms), is_file=True)
+    try:
+        return _from_store(path)
+    except StoreError:
+        with suppress(OSError, StoreError):
+            return _from_report(path / REPORT_NAME, store_problem(path) or "cannot be read")
+
+        raise
+
+
+def _from_report(path: Path, problem: str = "") -> ComparedRun:
+    report = read_report(path)
+    return ComparedRun(report, np.array(report.step_times.ms), is_file=True, store_problem=problem)
 
 
 def _from_store(run_dir: Path) -> ComparedRun:
