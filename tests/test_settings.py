@@ -114,7 +114,10 @@ def test_backend_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"prot": 1}, "did you mean 'port'? (from argument). Allowed: the settings that `python -m traceml.settings`"),
+        (
+            {"prot": 1},
+            "its value is 1 (from argument). Did you mean 'port'? Allowed: the settings that `python -m",
+        ),
         ({"port": "many"}, "'many' is not allowed (from argument). Allowed: an integer from 0 to 65535"),
         ({"port": 65536}, "an integer from 0 to 65535"),
         ({"port": True}, "an integer"),
@@ -143,12 +146,13 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], expected: str) 
 
 def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
     """The error names the variable as it was written, or the file's path."""
-    with pytest.raises(SettingsError, match=r"Traceml_Prot: no such setting, set to '1'; did you mean 'port'\?"):
+    text = r"^Traceml_Prot: there is no such setting; its value is '1'\. Did you mean TRACEML_PORT\? Allowed: "
+    with pytest.raises(SettingsError, match=text):
         read({"Traceml_Prot": "1"})
 
     with pytest.raises(SettingsError) as caught:
         read({"TRACEML_TOEKN": "sesame"})
-    assert "token" in str(caught.value)
+    assert "TRACEML_TOKEN?" in str(caught.value)
     assert "sesame" not in str(caught.value)
 
     path = tmp_path / "traceml.toml"
@@ -156,6 +160,11 @@ def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         read({}, tmp_path)
     assert caught.value.source == str(path)
+
+    for table in ("[traceml]\nport = 1\n", "[tool.traceml]\nport = 1\n"):
+        path.write_text(table)
+        with pytest.raises(SettingsError, match="in this file settings stand at the top level"):
+            read({}, tmp_path)
 
     path.write_text("port = \n")
     with pytest.raises(SettingsError, match=r"traceml\.toml: is not TOML"):
@@ -169,7 +178,7 @@ def test_a_regular_expression_is_not_cut_at_its_comma(text: str) -> None:
         read({"TRACEML_MASK": text})
 
     assert str(caught.value).startswith(f"TRACEML_MASK: {text!r}: the comma after 're:")
-    assert "(from TRACEML_MASK). Allowed: a JSON list" in str(caught.value)
+    assert "may be part of that regular expression. Allowed: a JSON list" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +242,7 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
     assert settings.sources == config.sources
     described = {name: each.description for name, each in type(settings).model_fields.items()}
     assert described == {name: each.doc for name, each in declarations().items()}
-    with pytest.raises(SettingsError, match="did you mean 'port'"):
+    with pytest.raises(SettingsError, match="Did you mean 'port'"):
         traceml.Settings(prot=9)
 
 
@@ -268,7 +277,7 @@ def test_settings_over_others() -> None:
     assert (changed.project, changed.backend, changed.exclude) == ("q", ("jsonl",), ("a", "b"))
     assert (changed.sources["project"], changed.sources["exclude"]) == ("argument", "TRACEML_EXCLUDE")
     assert config.project == "p"
-    with pytest.raises(SettingsError, match="did you mean 'project'"):
+    with pytest.raises(SettingsError, match="Did you mean 'project'"):
         config.over(projct="q")
 
 

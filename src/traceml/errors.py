@@ -105,10 +105,12 @@ class SettingsError(TraceMLError, ValueError):
         problem: the mistake.
         source: source of the value: `argument`, an environment variable's name, or a file's path.
         allowed: the accepted values.
+        meant: what the user may have meant, as a question.
     """
 
-    def __init__(self, key: str, problem: str, *, source: str, allowed: str) -> None:
-        super().__init__(f"{key}: {problem} (from {source}). Allowed: {allowed}")
+    def __init__(self, key: str, problem: str, *, source: str, allowed: str, meant: str = "") -> None:
+        origin = "" if source == key else f" (from {source})"  # a variable is both
+        super().__init__(f"{key}: {problem}{origin}. {f'{meant} ' if meant else ''}Allowed: {allowed}")
         self.key, self.problem, self.source, self.allowed = key, problem, source, allowed
 
 

@@ -189,6 +189,12 @@ class SettingSources:
             raise SettingsError("tool.traceml", "is not a table", source=str(path), allowed="a table of settings")
 
         for key, value in table.items():
+            if key in ("traceml", "tool") and isinstance(value, dict) and path.name != "pyproject.toml":
+                raise SettingsError(
+                    f"[{key}]", "is a table of pyproject.toml", source=str(path),
+                    allowed="in this file settings stand at the top level: without this table's heading",
+                )  # fmt: skip
+
             # `backends` is a list of names, or one table of options per name.
             name = "backend_options" if key == "backends" and isinstance(value, dict) else key
             yield from self._checked(name, value, str(path), key)
@@ -207,10 +213,15 @@ class SettingSources:
         near = difflib.get_close_matches(key, [*self._declared, *_ALIASES], n=1)
         # A value under a misspelled name may be a secret: it is not repeated.
         hidden = any(self._declared[_ALIASES.get(name, name)].secret for name in near) or "token" in key.lower()
-        problem = "no such setting" if hidden else f"no such setting, set to {value!r:.100}"
-        problem += f"; did you mean {near[0]!r}?" if near else ""
+        problem = "there is no such setting" + ("" if hidden else f"; its value is {value!r:.100}")
+        is_variable = written.upper().startswith(ENV_PREFIX)
+        meant = [f"{ENV_PREFIX}{name.upper()}" if is_variable else repr(name) for name in near]
         raise SettingsError(
-            written, problem, source=source, allowed="the settings that `python -m traceml.settings` describes"
+            written,
+            problem,
+            source=source,
+            allowed="the settings that `python -m traceml.settings` describes",
+            meant=f"Did you mean {meant[0]}?" if meant else "",
         )
 
     def _is_list(self, name: str) -> bool:

@@ -68,7 +68,7 @@ def test_settings_alone(quick, capsys, monkeypatch):
 
     monkeypatch.setenv("TRACEML_PROT", "1")
     assert cli.main(["doctor", "--settings"]) == 2
-    assert "did you mean 'port'" in capsys.readouterr().err
+    assert "Did you mean TRACEML_PORT?" in capsys.readouterr().err
 
 
 def test_problems_come_first(quick, capsys, monkeypatch):
@@ -135,7 +135,7 @@ def test_names_of_plugins(quick, capsys, monkeypatch):
 
     notes = [line for line in capsys.readouterr().out.splitlines() if " plugins " in line]
     assert len(notes) == 1
-    assert "did you mean 'mlflow'?" in notes[0]
+    assert "Did you mean 'mlflow'?" in notes[0]
 
 
 def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):

@@ -48,7 +48,7 @@ def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_settings_are_the_callers() -> None:
     """init raises for wrong settings before anything is started."""
-    with pytest.raises(traceml.SettingsError, match="did you mean 'port'"):
+    with pytest.raises(traceml.SettingsError, match="Did you mean 'port'"):
         traceml.init(prot=1)
     with pytest.raises(traceml.SettingsError, match="true or false"):
         traceml.init(tls="perhaps")

@@ -236,7 +236,7 @@ def test_bad_settings_do_not_keep_it_from_running(run_script: Run) -> None:
     done = run_script("print('ran')", entry=True, TRACEML_PROT="1")
 
     assert (done.returncode, done.stdout) == (0, "ran\n")
-    assert "did you mean" in done.stderr
+    assert "Did you mean" in done.stderr
 
 
 def test_disabled_it_does_nothing(serving: Serving, run_script: Run) -> None:
