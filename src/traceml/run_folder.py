@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 __all__ = [
     "AGGREGATOR_LOG",
     "ARTIFACTS",
@@ -18,6 +20,7 @@ __all__ = [
     "STORE_PATH_BYTES",
     "TRACKERS_FOLDER",
     "UNREAD_LOG",
+    "unwritable_text",
 ]
 
 STORE_NAME = "store.db"
@@ -47,3 +50,19 @@ TRACKERS_FOLDER = "trackers"
 OPEN_FOLDER = ".open"
 # Copies of flight files from other hosts.
 COPIES_FOLDER = "flights"
+
+
+def unwritable_text(folder: Path, what: str, error: OSError) -> str:
+    """Return why a folder cannot be made or written: the system's "File exists" names no file.
+
+    Args:
+        folder: the folder.
+        what: what it is, in words.
+        error: the error of an attempt.
+    """
+    there = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        before = "" if there == folder else f"cannot write {what} {folder}: "
+        return f"{before}{there} is a file, not a folder"
+
+    return f"cannot write {what} {folder}: {error.strerror}"

@@ -311,8 +311,12 @@ def test_runs_dir_that_cannot_be_made(tmp_path):
     """The error names folder, reason and way out."""
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(StoreError, match=r"cannot write the runs folder .*Not a directory.*--runs-dir"):
+    with pytest.raises(
+        StoreError, match=r"cannot write the runs folder .*/file is a file, not a folder\. .*--runs-dir"
+    ):
         prepare_runs_dir(tmp_path / "file" / "runs")
+    with pytest.raises(StoreError, match=r"^\S+/file is a file, not a folder\. Choose another"):
+        prepare_runs_dir(tmp_path / "file")
 
 
 def test_ranks_that_a_process_spawns_take_its_place(registry):

@@ -117,7 +117,7 @@ def test_unwritable_runs_folder(capsys, tmp_path):
 
     error = capsys.readouterr().err
     assert "cannot write the runs folder" in error
-    assert "Not a directory" in error
+    assert "is a file, not a folder" in error
     assert "--runs-dir" in error
 
 

@@ -19,7 +19,7 @@ from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreBusyError, StoreError
 from traceml.ids import new_run_id
-from traceml.run_folder import OPEN_FOLDER, STORE_NAME
+from traceml.run_folder import OPEN_FOLDER, STORE_NAME, unwritable_text
 from traceml.transport.folder_aggregator import create_runs_dir
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
@@ -61,7 +61,7 @@ def prepare_runs_dir(runs_dir: Path) -> None:
             return  # space may be freed later; rows wait in the ranks until then
 
         raise StoreError(
-            f"cannot write the runs folder {runs_dir}: {error.strerror}. "
+            f"{unwritable_text(runs_dir, 'the runs folder', error)}. "
             "Choose another one with --runs-dir or TRACEML_RUNS_DIR."
         ) from error
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.errors import TraceMLError, UsageError
 from traceml.helper_programs import helper_program
 from traceml.ids import new_run_id, safe_run_id
-from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES
+from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, unwritable_text
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.folder_aggregator import create_runs_dir
@@ -320,8 +320,8 @@ def _is_interrupted() -> bool:
 
 def _unwritable(folder: Path, error: OSError) -> TraceMLError:
     return TraceMLError(
-        f"cannot write the run's folder {folder}: {error.strerror}. "
-        "Choose another place with --runs-dir or TRACEML_RUNS_DIR."
+        unwritable_text(folder, "the run's folder", error)
+        + ". Choose another place with --runs-dir or TRACEML_RUNS_DIR."
     )
 
 
