@@ -36,7 +36,7 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
         (["--hostnames", "a", "b", "trani.py"], "can't open file 'trani.py'"),
         (["--hostnames"], "--hostnames needs a value"),
         (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is not a number of workers"),
-        (["--workers-per-host", "2", "3", "x.py"], "workers_per_host has 2 numbers for 1 hosts"),
+        (["--workers-per-host", "2", "3", "x.py"], "workers_per_host has 2 numbers for 1 host ("),
         (["--hostnames", "a", "a", "x.py"], "hostnames has a more than once"),
         (["--timeout", "-1", "x.py"], "--timeout takes a number above 0, not '-1'"),
         (["--hostnames", "slurm", "x.py"], "Slurm"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from traceml.errors import SlurmError, UsageError
+from traceml.formatting import plural
 from traceml.launch.launcher.hosts.hostfile import is_hostfile, read_hostfile, split_port
 from traceml.launch.launcher.hosts.slurm import Allocation, allocation
 
@@ -140,7 +141,8 @@ def _numbers(workers_per_host: int | Sequence[int] | str, names: Sequence[str]) 
         numbers = list(workers_per_host)
 
     if len(numbers) != len(names):
-        raise UsageError(f"workers_per_host has {len(numbers)} numbers for {len(names)} hosts ({', '.join(names)})")
+        given, hosts = plural(len(numbers), "number"), plural(len(names), "host")
+        raise UsageError(f"workers_per_host has {given} for {hosts} ({', '.join(names)})")
 
     for number in numbers:
         if type(number) is not int or number < 1:
