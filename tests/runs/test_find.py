@@ -53,6 +53,7 @@ def test_a_run_is_found_by_its_folder(runs, tmp_path_factory):
     folder = store_run(tmp_path_factory.mktemp("elsewhere") / "x", Job(steps=30))
 
     assert find_run(folder, runs) == folder.resolve()
+    assert find_run(folder / "store.db", runs) == find_run(folder / "report.json", runs) == folder.resolve()
 
 
 def test_a_run_is_found_by_a_name_of_its_own(runs):

@@ -98,7 +98,8 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
     """Return the folder of a run.
 
     Args:
-        run: a folder, an id (or the beginning or end of one), the name that only this run has, or None for the latest.
+        run: a folder (or its store or report), an id (or the beginning or end of one), the name that only this run
+            has, or None for the latest.
         runs_dir: folder of all runs.
         by_name: take names too.
 
@@ -110,8 +111,9 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
         return _latest(runs_dir)
 
     for path in (Path(run), runs_dir / run):
-        if _is_run(path):
-            return path.resolve()
+        folder = path.parent if path.name in (STORE_NAME, REPORT_NAME) else path  # one of its files names it, too
+        if _is_run(folder):
+            return folder.resolve()
 
     names = [path.name for path in run_folders(runs_dir)]
     text = str(run)
