@@ -59,13 +59,17 @@ def test_chance_and_gains_pass(compare):
     assert compare("slow", "first", "--fail-over", "0")[0] == 0
 
 
-@pytest.mark.parametrize(("other", "why"), [("short", "too few"), ("wide", "4")])
-def test_a_gate_that_cannot_be_decided_does_not_pass(compare, other, why):
-    """Neither green nor red: 3, with the reason."""
+@pytest.mark.parametrize(
+    ("other", "why", "way"),
+    [("short", "too few", "let both runs make more steps"), ("wide", "4", "compare runs of the same job and size")],
+)
+def test_a_gate_that_cannot_be_decided_does_not_pass(compare, other, why, way):
+    """Neither green nor red: 3, with the reason and the next step."""
     status, _, complaint = compare("first", other, "--fail-over", "5")
 
     assert status == 3
     assert why in complaint
+    assert complaint.endswith(f". Next: {way}\n")
 
 
 def test_json_and_nothing_else(compare):

@@ -76,6 +76,7 @@ def test_a_limit_of_processes_is_named(command, capsys):
         ("train.py", "traceml run train.py"),
         ("watch", "traceml run"),
         ("zzzzzz", None),
+        ("nope", None),
         ("--jsn", None),
     ],
 )
@@ -278,3 +279,18 @@ def test_columns_of_0_are_unknown_ones(monkeypatch, capsys):
     assert cli.main(["doctor", "--settings"]) == 0
 
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) > 40
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_output(unbuffered: str) -> None:
+    """The error names what cannot be written, and the status is that of other failures."""
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "traceml", "--help"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environ,
+        )  # fmt: skip
+
+    assert done.returncode == 3
+    assert done.stderr == "traceml: cannot write standard output: no space left on device\n"

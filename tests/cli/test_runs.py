@@ -287,3 +287,9 @@ def test_logged_parameters_called_commit_and_branch_are_found(tmp_path, monkeypa
     [told] = json.loads(capsys.readouterr().out)
     assert [told["commit"], told["branch"]] == ["c0ffee", "main"]
     assert told["values"] == {"id": "run-0", "commit": 1234567890123, "branch": "b"}
+
+
+def test_an_unknown_action_is_told_with_those_there_are(capsys):
+    """As a usage error of the command, not of its options."""
+    assert cli.main(["runs", "foo"]) == 2
+    assert "there is no action 'foo'; there are rm, tag, note, rename, archive" in capsys.readouterr().err

@@ -80,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TraceMLError as error:
         return _explain(_title(args), error)
     except OSError as error:
+        if _is_output_lost(error):
+            reason = (error.strerror or str(error)).lower()
+            _print_error(f"{_title(args)}: cannot write standard output: {reason}")
+            _leave_broken_pipe()
+            return EXIT_ERROR
+
         _print_error(f"{_title(args)}: {error}")
         if error.errno == errno.EAGAIN:  # of fork: the system's text names no limit
             _print_error("hint: raise the limit of processes and threads (`ulimit -u`, or the container's pids.max)")
@@ -137,7 +143,7 @@ def _did_you_mean(command: str) -> str:
 
     from difflib import get_close_matches
 
-    close = [_OF_TRACEML_AI[command]] if command in _OF_TRACEML_AI else get_close_matches(command, COMMANDS, 1, 0.5)
+    close = [_OF_TRACEML_AI[command]] if command in _OF_TRACEML_AI else get_close_matches(command, COMMANDS, 1)
     return f"; did you mean `traceml {close[0]}`?" if close else ""
 
 
@@ -198,6 +204,18 @@ def _status_of(error: SystemExit) -> int:
 
     _print_error(str(error.code))
     return EXIT_ERROR
+
+
+def _is_output_lost(error: OSError) -> bool:
+    """Whether standard output takes nothing, and not a file that the command writes."""
+    try:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            print()  # without a buffer nothing is left to be written
+        sys.stdout.flush()
+    except OSError:
+        return True
+
+    return False
 
 
 def _leave_broken_pipe() -> int:

@@ -65,6 +65,8 @@ def main(argv: list[str]) -> int:
     """List runs, label them, or remove some."""
     if argv and argv[0] in EDITS:
         return EDITS[argv[0]](argv[1:])
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(f"there is no action {argv[0]!r}; there are {', '.join(EDITS)}")
 
     options = parse(RunsOptions, argv, prog="traceml runs")
     config = config_over(options.runs_dir)
