@@ -182,12 +182,17 @@ def test_the_working_folder(script: Script, tmp_path: Path) -> None:
         traceml.log_artifact(".")
         os.chdir("inner")
         traceml.log_artifact("..")
+        with traceml.Experiment("e", backend=[]) as experiment:
+            experiment.log_file_artifact(".", "kept")
         """)
     )
 
     stored = ended_run(tmp_path / "traceml_runs")
     names = sorted(row["name"] for row in stored.of("artifact"))
-    assert [name for name in names if not name.startswith("all/")] == ["data/a.txt"] * 2 + ["data/inner/b.txt"] * 2
+    assert [name for name in names if name.startswith("kept")] == ["kept/inner/b.txt"]
+    assert [name for name in names if not name.startswith(("all/", "kept/"))] == ["data/a.txt"] * 2 + [
+        "data/inner/b.txt"
+    ] * 2
     assert not [name for name in names if "traceml_runs" in name]
     assert {"all/data/a.txt", "all/data/inner/b.txt"} <= {*names}
 

@@ -236,7 +236,7 @@ class Experiment:
 
     def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
         """Log a file under a folder at the tracker; Tracelet's form of `log_artifact`."""
-        self.log_artifact(path, f"{artifact_path}/{Path(path).name}" if artifact_path else None)
+        self.log_artifact(path, f"{artifact_path}/{media.base_name(Path(path))}" if artifact_path else None)
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
         """Log text."""

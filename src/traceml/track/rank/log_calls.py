@@ -83,12 +83,14 @@ def log_params(params: Mapping[str, Any]) -> None:
 def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
     """Log a file, or the files of a folder. It may be deleted right after, but not be rewritten in place.
 
+    A runs folder within the folder is left out: it changes while it is read.
+
     Examples:
         >>> traceml.log_artifact("trace.pfw.gz", "traces/rank0.pfw.gz")
 
     Args:
-        path: the file. It is opened now and copied by a background thread.
-        name: its name; by default the name of the file.
+        path: the file or folder. It is opened now and copied by a background thread.
+        name: its name; by default that of the file or folder.
 
     Raises:
         OSError: it cannot be opened.

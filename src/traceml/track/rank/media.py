@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.track.rank.logger import Logger
 
-__all__ = ["artifact", "histogram", "image", "text", "wait"]
+__all__ = ["artifact", "base_name", "histogram", "image", "text", "wait"]
 
 _INLINE_CHARS = 1 << 20
 _FOLDER_FILES = 10_000
@@ -84,7 +84,7 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
         return
 
     inside = sorted(_files_in(where, _recorder(logger)))
-    name = name or (where.name if where.name not in ("", "..") else where.resolve().name)
+    name = name or base_name(where)
     for each in inside[:_FOLDER_FILES]:
         _log_file(logger, each, f"{name}/{each.relative_to(where).as_posix()}".lstrip("/"))
 
@@ -92,6 +92,11 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
         why = f"the folder has {len(inside)} files: the first {_FOLDER_FILES} were taken. Log an archive of it instead"
         job = FileUpload(logger.experiment, "artifact", name, None, time.time_ns(), bytes, 0)
         _recorder(logger).files.refuse(job, why)
+
+
+def base_name(path: Path) -> str:
+    """Return the name of a file or folder, also of `.` and `..`."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
 
 
 def _files_in(folder: Path, recorder: Recorder) -> Iterator[Path]:
