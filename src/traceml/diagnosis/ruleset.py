@@ -132,11 +132,14 @@ def _with_contention(
 ) -> list[Finding]:
     """Return all findings of a run that waited for cores: one about a host that became busier is the same cause."""
     several = len(trainings_of(window, facts.other_models, facts.same_models)) > 1
-    of_host = [] if several else [replace(each, severity=Severity.INFO) for each in main if is_of_the_host(each)]
+    waited = contention[0].cost_share
+    of_host = [each for each in main if is_of_the_host(each, waited)]
+    main = [each for each in main if each not in of_host]
+    of_host = [] if several else [replace(each, severity=Severity.INFO) for each in of_host]
     remarks = [*of_host, *remarks]
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
-    ordered = in_order([each for each in main if not is_of_the_host(each)], in_steps)
-    timing = [each for each in timing if not is_of_the_host(each)]
+    ordered = in_order(main, in_steps)
+    timing = [each for each in timing if not is_of_the_host(each, waited)]
     if timing and is_oversubscribed_by_others(facts) and not any(each.kind.rule.is_straggler for each in timing):
         return [*_contention_first(ordered, contention, timing), *remarks]
 

@@ -429,6 +429,22 @@ def test_a_host_that_becomes_busier_is_told_once():
     assert slowdown_of_host.severity == "info"
 
 
+@pytest.mark.parametrize(("waited", "passes", "is_host"), [(0.5, 2, True), (0.12, 2, False), (0.5, 1, False)])
+def test_computation_that_lacks_cores_is_told_once(waited: float, passes: int, is_host: bool) -> None:
+    """Threads of one operation wait for each other: with one core less, only forward and backward are longer."""
+
+    def slower(own, _random):
+        for part in ("forward", "backward")[-passes:]:
+            own[part] *= np.where(np.arange(own[part].shape[1]) >= 400, 5.0, 1.0)
+
+    waits = {0: waited}
+    facts = JobFacts(main_wait=waits, core_wait=waits, cores={"a": 2})
+    found = diagnose(window_of(Job(steps=800, ranks=1, grouped=False), slower), facts)
+
+    assert (found[0].kind is Kind.CPU_CONTENTION) is is_host
+    assert (next(each for each in found if each.kind is Kind.SLOWDOWN).severity == "info") is is_host
+
+
 def test_longer_reductions_are_not_the_host():
     """No rank's own work is longer."""
     usual = {"forward": 6.0, "backward": 10.0, "comm": 4.0}

@@ -60,6 +60,7 @@ _OTHER = "other"
 _FOLLOWING = ("backward", "optimizer", _COMM)  # longer for what the phases before them do: a larger graph, more to send
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
+_PASSES, _CORES_SHARE = {"forward", "backward"}, 0.5
 
 
 class _Where(NamedTuple):
@@ -506,14 +507,24 @@ def is_continued(of_training: Finding, of_run: Finding) -> bool:
     return of_run.evidence["shape"] == "growth" or bool(abs(since - same) <= SAME_CHANGE * max(since, same))
 
 
-def is_of_the_host(slower: Finding) -> bool:
+def is_of_the_host(slower: Finding, contention_share: float = 0.0) -> bool:
     """Return whether nothing but the cores changed when steps became slower, in all phases.
 
-    Some ranks alone became slower because of the cores only if they waited for these.
+    Some ranks alone became slower because of the cores only if they waited for these. It is also so in forward and
+    backward only, in no line, if waiting for cores costs much of it: torch's threads wait for each other there, so
+    that one core less costs a step several times its length.
+
+    Args:
+        contention_share: share of the time that the training waited for a core.
     """
     changed = slower.evidence.get("changed", ())
-    alike = slower.kind is Kind.SLOWDOWN and slower.phase is None and (not slower.ranks or "cpu_wait_share" in changed)
-    return alike and _OF_CORES.issuperset(changed)
+    alike = slower.phase is None or (
+        _PASSES.issubset(slower.evidence.get("phases", ()))
+        and "function" not in slower.evidence
+        and contention_share >= _CORES_SHARE * slower.cost_share
+    )
+    waited = not slower.ranks or "cpu_wait_share" in changed
+    return slower.kind is Kind.SLOWDOWN and alike and waited and _OF_CORES.issuperset(changed)
 
 
 def _may_read_ahead(part: str | None, facts: JobFacts) -> bool:
