@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.facts.blamed_lines import blamed_line, outside_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -315,3 +315,18 @@ def test_a_straggler_is_blamed_for_the_line_that_the_others_are_not_in():
     blame = next(each for each in findings if each.kind is Kind.STRAGGLER)
 
     assert "train.py:9 train" in blame.summary
+
+
+@pytest.mark.parametrize(
+    ("on_core", "waited", "waits"),
+    [(0.02, 0.0, True), (0.4, 0.0, True), (0.6, 0.0, False), (0.02, 0.44, True), (0.2, 0.44, False)],
+)
+def test_code_that_lacks_a_core_does_not_sleep(on_core: float, waited: float, waits: bool) -> None:
+    """Beside other programs a line may be on a core for a fifth of its time, and compute all the while."""
+    second = 1_000_000_000
+    seen = SampledLine(
+        0, "other", "/x/train.py", 12, "append", None, 50, watched_ns=second, cpu_ns=int(on_core * second)
+    )
+    append = BlamedLine("/x/train.py", 12, "append", 1.0, 50)
+
+    assert is_waiting([seen], "other", append, waited) is waits

@@ -85,6 +85,7 @@ _AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
 _MIN_CLEARING = 5  # it only lowers a cost
 _Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
 _WAITS = 0.5  # code that is on a core for less of its time
+_CONTENDED, _HARDLY_RUNS = 0.25, 0.1
 _WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 
 _Place = tuple[str, str, int | None]
@@ -330,7 +331,9 @@ def is_waiting(lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_s
         wait_share: share of the time that training threads waited for a core, which is no such waiting.
     """
     busy = busy_share([each for each in lines if (each.file, each.function) == (line.file, line.function)], part)
-    return busy is not None and busy < _WAITS * (1.0 - wait_share)
+    # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps.
+    least = _WAITS * (1.0 - wait_share) if wait_share < _CONTENDED else _HARDLY_RUNS
+    return busy is not None and busy < least
 
 
 def clearing_share(lines: Sequence[SampledLine]) -> float:
