@@ -195,16 +195,17 @@ def test_lists_of_patterns_in_the_environment(text: str, patterns: tuple[str, ..
     assert read({"TRACEML_MASK": text}).mask == patterns
 
 
-def test_one_text_is_one_pattern_or_command(tmp_path: Path) -> None:
-    """Arguments and files have lists of their own, so that a text with a comma there is one item."""
-    assert read(mask="re:sk-[a-z]{3,5}").mask == ("re:sk-[a-z]{3,5}",)
-    assert read(on_finding="notify --to a,b").on_finding == ("notify --to a,b",)
-    assert read(mask='["a", "b"]').mask == ("a", "b")
+def test_a_text_in_a_file_or_an_argument_is_the_same_list(tmp_path: Path) -> None:
+    """But one command: lists of their own are at hand there."""
+    (tmp_path / "traceml.toml").write_text("mask = 'customer_*,*_ref'\n")
+    assert read({}, tmp_path).mask == ("customer_*", "*_ref")
     assert read(mask="").mask == ()
-    assert read(backend="mlflow,wandb").backend == ("mlflow", "wandb")
+    with pytest.raises(SettingsError, match="the comma after"):
+        read(mask="re:sk-[a-z]{3,5}")
 
-    (tmp_path / "traceml.toml").write_text("mask = 're:sk-[a-z]{3,5}'\n")
-    assert read({}, tmp_path).mask == ("re:sk-[a-z]{3,5}",)
+    assert read(mask=["re:sk-[a-z]{3,5}"]).mask == ("re:sk-[a-z]{3,5}",)
+    assert read(on_finding=" notify --to a,b ").on_finding == ("notify --to a,b",)
+    assert read(backend="mlflow,wandb").backend == ("mlflow", "wandb")
 
 
 def test_a_token_is_not_shown() -> None:

@@ -48,7 +48,7 @@ USER_ENV: dict[str, str] = {
 # Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
 # Lists whose items may well hold a comma: only the environment, where there is no other list, splits their texts.
-_WHOLE_TEXTS = frozenset({"mask", "on_finding"})
+_WHOLE_TEXTS = frozenset({"on_finding"})
 _PORT_DIGITS = 5
 SettingEntry = tuple[str, str, Any]
 """(source, setting, value)."""
@@ -236,7 +236,7 @@ class SettingSources:
         declared = self._declared[name]
         is_text = isinstance(value, str) and not value.lstrip().startswith("[")
         if name in _WHOLE_TEXTS and is_text and not source.upper().startswith(ENV_PREFIX):
-            value = [value] if value.strip() else []
+            value = [value.strip()] if value.strip() else []
 
         result = coerce(declared.kind, value, declared.limits)
         if result is BAD:
@@ -246,7 +246,7 @@ class SettingSources:
         if name == "mask" and result:
             from traceml.privacy import Masker
 
-            if is_text and source.upper().startswith(ENV_PREFIX):
+            if is_text:
                 _refuse_cut_expressions(result, value, source, written)
 
             Masker(result, source=source)  # a bad pattern is an error now, not when a value must be masked
@@ -262,13 +262,13 @@ def _refuse_cut_expressions(patterns: tuple[str, ...], text: str, source: str, w
     for pattern, following in itertools.pairwise(patterns):
         if pattern.startswith("re:") and not following.startswith(("re:", "!")):
             problem = f"{text!r}: the comma after {pattern!r} may be part of that regular expression"
-            raise SettingsError(written, problem, source=source, allowed=_json_form(text))
+            raise SettingsError(written, problem, source=source, allowed=_json_form(text, patterns))
 
 
-def _json_form(text: str) -> str:
+def _json_form(text: str, patterns: tuple[str, ...]) -> str:
     import json
 
-    return f"a JSON list for such patterns, here {json.dumps([text])} if it is one; shell patterns may stand before it"
+    return f"a JSON list: {json.dumps([text])} if it is, {json.dumps(patterns)} if not"
 
 
 def _text_of(path: Path) -> str | None:

@@ -209,8 +209,8 @@ class Config:
     mask: tuple[str, ...] = _set(
         (),
         "Patterns of keys and values that are masked before rows leave the machine: shell patterns, or "
-        "`re:EXPRESSION`. `!NAME` exempts a name; `!email`, `!phone`, `!card` and `!user` turn a kind off. In the "
-        "environment a pattern with a comma needs a JSON list.",
+        "`re:EXPRESSION`. `!NAME` exempts a name; `!email`, `!phone`, `!card` and `!user` turn a kind off. A "
+        "pattern with a comma needs a list (JSON in the environment).",
     )
     otlp_endpoint: str | None = _set(
         None,
