@@ -56,10 +56,12 @@ def test_a_limit_of_the_container_is_told_as_such(resource, whose):
         ((1, 2, 2, 2), True),
         ((4, 3, 2, 1), True),
         ((0, 0, 0, 0), True),
+        ((1, 1.03, 1.06, 1.1), True),
+        ((1, 1.1, 1.2, 1.3), True),
     ],
 )
 def test_memory_that_follows_the_size_of_batches_is_no_leak(sizes, is_leak):
-    """As with longer and longer sequences; where batches stay the same from some step on, nothing explains growth."""
+    """As with longer and longer sequences; where these stay the same, or grow by far less, nothing explains growth."""
     window = window_of(ALONE)
     elements = np.repeat(np.float32(sizes), -(-len(window) // 4))[None, : len(window)]
     findings = diagnose(replace(window, elements=elements), JobFacts(**leaking(15 * GB)))

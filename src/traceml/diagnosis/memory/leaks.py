@@ -25,8 +25,8 @@ FAR_S = 30 * 86400.0
 """Beyond this nothing is said about when it is full."""
 MORE_THAN_ONE_PASS = 1.2
 """A data set that was read this many times has filled its caches."""
-_LARGER = 1.02
-"""Batches grow if those of each quarter of the steps are this much larger than those of the one before."""
+_LARGER, _LARGER_IN_ALL = 1.02, 1.2
+"""Batches grow if each quarter of the steps has so much larger ones than that before, and the last than the first."""
 
 _WORDS = {
     MemoryKind.RESIDENT: "Resident memory",
@@ -71,7 +71,8 @@ class _Room(msgspec.Struct, frozen=True):
 def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
     """Return a finding for each kind of memory that grows steadily or by copies, about the rank where it grows most.
 
-    Where batches grow too, as longer sequences do, memory follows their size: only a container that grows is a leak.
+    Where batches grow too, as longer sequences do, memory follows their size, with attention the square of it: if it
+    grows by no more, only a container that grows is a leak.
     """
     by_kind: dict[MemoryKind, dict[int, tuple[int, GrowthEstimate]]] = {}
     for rank, kind, device, growth in facts.memory.rising():
@@ -85,8 +86,8 @@ def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
     if MemoryKind.PINNED in by_kind:  # it may count as resident, too
         by_kind.pop(MemoryKind.RESIDENT, None)
 
-    follows = _batches_grow(window)
-    findings = (_finding(facts, kind, found, by_kind, follows=follows) for kind, found in by_kind.items())
+    of_batches = _growth_of_batches(window)
+    findings = (_finding(facts, kind, found, by_kind, of_batches) for kind, found in by_kind.items())
     return [each for each in findings if each is not None]
 
 
@@ -95,8 +96,7 @@ def _finding(
     kind: MemoryKind,
     found: Mapping[int, tuple[int, GrowthEstimate]],
     by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
-    *,
-    follows: bool,
+    of_batches: float,
 ) -> Finding | None:
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
@@ -111,6 +111,7 @@ def _finding(
     if cause and cause.left_steps < (room.left_steps if room else math.inf):
         return None  # a container with a bound is full before memory is
 
+    follows = growth.now_bytes <= of_batches**2 * (growth.now_bytes - growth.grown_bytes)
     if follows and cause is None and copied is None:
         return None
 
@@ -141,11 +142,15 @@ def _finding(
     )
 
 
-def _batches_grow(window: AlignedSteps) -> bool:
+def _growth_of_batches(window: AlignedSteps) -> float:
+    """Return by which factor the last batches are larger than the first; 1 if they do not grow all the time."""
     sizes = window.elements.mean(axis=0) if len(window.elements) else np.empty(0)
     quarters = [float(np.median(part)) for part in np.array_split(sizes, 4) if len(part)]
-    grow = (0 < earlier * _LARGER <= later for earlier, later in pairwise(quarters))
-    return len(quarters) > 1 and all(grow)
+    if len(quarters) < 2 or not all(0 < before * _LARGER <= then for before, then in pairwise(quarters)):
+        return 1.0
+
+    factor = quarters[-1] / quarters[0]
+    return factor if factor >= _LARGER_IN_ALL else 1.0
 
 
 def _severity(room: _Room | None, unread_steps: float, facts: JobFacts) -> Severity:
