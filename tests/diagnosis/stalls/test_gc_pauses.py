@@ -152,14 +152,31 @@ def test_the_line_that_makes_the_objects_is_named(samples: int, is_named: bool) 
     assert ("function" in verdict.evidence) is is_named
 
 
-def test_other_code_beside_collections_has_its_line() -> None:
-    """Samples are of both: the line has as much of them as of the part with its collections."""
+@pytest.mark.parametrize(("collects", "is_named"), [(0, True), (190, False)])
+def test_other_code_beside_collections_has_its_line(collects: int, is_named: bool) -> None:
+    """Samples are of both: a line is named that has most of the part even if it has all collections."""
     lines = [
-        SampledLine(0, "other", "/x/train.py", 8, "lr_at", None, 280),
+        SampledLine(0, "other", "/x/train.py", 8, "lr_at", None, 280 - collects),
+        SampledLine(0, "other", "/x/train.py", 9, "collate", None, collects),
         SampledLine(0, "backward", "/x/train.py", 30, "train", None, 120),
     ]
     facts = JobFacts(pauses=history(r0=collections(18)), lines=lines)
     findings = diagnose(window_of(ALONE, adds("other", 30)), facts)
 
     residual = next(each for each in findings if each.kind is Kind.RESIDUAL_HEAVY)
-    assert residual.evidence["function"] == "lr_at"
+    assert (residual.evidence.get("function") == "lr_at") is is_named
+    assert "collate" not in residual.summary
+
+
+def test_collections_of_the_script_are_not_those_of_the_interpreter() -> None:
+    """Most of the interpreter's own are in forward; the line that calls for others makes no objects."""
+    lines = [
+        SampledLine(0, "other", "/x/train.py", 31, "tidy", None, 200),
+        SampledLine(0, "forward", "/x/train.py", 12, "forward", None, 100),
+    ]
+    called, own = collections(20, called=True), collections(8, phase=int(Phase.FORWARD))
+    facts = JobFacts(pauses=history(r0=np.concatenate([called, own, collections(1.5)])), lines=lines)
+    findings = diagnose(window_of(ALONE, adds("other", 22), adds("forward", 8)), facts)
+
+    by_interpreter = next(each for each in findings if each.kind is Kind.GC_PAUSES and not each.evidence["called"])
+    assert "tidy" not in by_interpreter.summary + by_interpreter.next

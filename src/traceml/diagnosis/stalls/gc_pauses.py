@@ -72,7 +72,8 @@ def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[lis
         changed = replayed(work, without)
         cost = _collections(window, changed, facts, called=called)
         if cost is not None and cost.is_significant(work):
-            found.append(_finding(work, cost, None if called else _allocating_line(work, cost, facts)))
+            line = None if called else _allocating_line(work, changed, cost, facts)
+            found.append(_finding(work, cost, line))
             without |= cost.without
 
     return found, without
@@ -104,12 +105,15 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     return _Collections(called, without, ranks, rows, saved_ns(work, without), place, library)
 
 
-def _allocating_line(work: OwnWork, cost: _Collections, facts: JobFacts) -> BlamedLine | None:
+def _allocating_line(work: OwnWork, without_called: OwnWork, cost: _Collections, facts: JobFacts) -> BlamedLine | None:
     """Return the line in which most of the interpreter's collections run: they are started by what allocates there.
 
     It is the line with most of a part of the step, if it has so much of it that it must have half of the collections.
+
+    Args:
+        without_called: the work without the collections that the script calls for, which samples are of, too.
     """
-    taken = {part: float((work.parts[part] - left).mean()) for part, left in cost.without.items()}
+    taken = {part: float((without_called.parts[part] - left).mean()) for part, left in cost.without.items()}
     part = max(taken, key=lambda name: taken[name])
     part_ns = float(work.parts[part].mean())
     line = own_line(facts.lines, part, part_ns / work.step_ns, cost.ranks)
