@@ -237,7 +237,7 @@ def test_a_script_without_a_loader_is_told_of_no_loader(loader):
     found = next(each for each in diagnose(window, JobFacts(lines=lines, loader=loader)) if each.phase == "other")
 
     assert ("the workers of a DataLoader" in found.next) == (loader is not None)
-    assert ("batches or experience can run ahead in other processes" in found.next) == (loader is None)
+    assert ("collects experience can run ahead in other processes" in found.next) == (loader is None)
 
 
 @pytest.mark.parametrize("functions", [1, 8])
@@ -554,6 +554,32 @@ def test_a_line_that_may_be_the_update_is_not_told_to_leave_the_loop():
     assert found.speedup_if_fixed == 1.0
     assert "update" not in by_optimizer.summary
     assert by_optimizer.speedup_if_fixed == pytest.approx(46 / 16, rel=0.05)
+
+
+def test_a_line_that_waits_is_no_update():
+    """It is hardly on a core: no optimizer does that quicker."""
+    job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "other": 30.0})
+    fetch = SampledLine(0, "other", "/x/train.py", 8, "fetch", None, 200, watched_ns=2 * 10**9, cpu_ns=2 * 10**7)
+    backward = SampledLine(0, "backward", "/x/train.py", 30, "train", None, 100)
+
+    found = verdict(job, lines=(fetch, backward))
+
+    assert "update:" not in found.summary
+    assert "waits there" in found.next
+
+
+def test_nothing_is_left_out_for_an_update_that_may_be_the_named_line():
+    """Functions that read gradients have a twentieth: the update is elsewhere."""
+    job = Job(ranks=1, grouped=False, own={"forward": 5.0, "backward": 10.0, "other": 30.0})
+    lines = (
+        SampledLine(0, "other", "/x/train.py", 8, "adam", None, 190),
+        SampledLine(0, "other", "/x/train.py", 20, "main", None, 10),
+        SampledLine(0, "backward", "/x/train.py", 30, "train", None, 100),
+    )
+
+    found = verdict(job, lines=lines, own_updates=frozenset({("/x/train.py", "main")}))
+
+    assert "step (67 %) is spent" in found.summary
 
 
 def test_the_gain_is_that_of_the_named_line():

@@ -41,7 +41,7 @@ WAITED_FOR = "for a sleep, a disk, a server, another thread or process"
 """What code that does not compute may wait for."""
 _ELSEWHERE = {
     True: "the workers of a DataLoader can prepare batches",
-    False: "what makes batches or experience can run ahead in other processes",
+    False: "code that makes batches or collects experience can run ahead in other processes",
 }
 """What may leave a training loop, by whether it has a DataLoader."""
 _WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")

@@ -11,9 +11,11 @@ from msgspec.structs import replace
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
     MIN_SHARE_SAMPLES,
+    NAMED_SHARE,
     BlamedLine,
     blamed_line,
     clearing_share,
+    is_waiting,
     iterator_share,
     leading_lines,
     loss_share,
@@ -140,7 +142,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
-        return own_line(facts.lines, self.part, self._sampled_share, self.ranks)
+        return self._without_hidden(own_line(facts.lines, self.part, self._sampled_share, self.ranks))
 
     def leading_lines(self, facts: JobFacts) -> tuple[BlamedLine, ...]:
         """Return the two lines that most of it is spent in together, where the samples show them."""
@@ -158,7 +160,16 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def _sampled_line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, also if it only calls a trainer."""
-        return blamed_line(facts.lines, self.part, self._sampled_share, self.ranks)
+        return self._without_hidden(blamed_line(facts.lines, self.part, self._sampled_share, self.ranks))
+
+    def _without_hidden(self, line: BlamedLine | None) -> BlamedLine | None:
+        """Return a line with its share if all that is hidden was in it; None if that is not most of the part."""
+        own = self._phase_share * self.step_ns
+        if line is None or not self.hidden_ns or own <= 0:
+            return line
+
+        share = (line.share * (own + self.hidden_ns) - self.hidden_ns) / own
+        return replace(line, share=share) if share >= NAMED_SHARE else None
 
     @property
     def _phase_share(self) -> float:
@@ -262,8 +273,9 @@ def residual(
     """
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
-    update, facts = _own_update(work, facts)
+    update, facts_with_update = _own_update(work, facts)
     has_update = _is_unseen(work, "optimizer") and update < _LITTLE_UPDATE
+    update, facts = (0.0, facts) if has_update else (update, facts_with_update)
     work, whole = _with_update(work, update), None if whole is None else _with_update(whole, update)
     for part in work.parts:
         if part in known:
@@ -315,7 +327,8 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, h
     if not is_known and (facts.is_core_wait(cost.saved_ns / cost.step_ns) or _is_unsure(cost, facts)):
         return []
 
-    is_update = has_update and line is not None and library is None
+    waits = line is not None and is_waiting(facts.lines, cost.part, line, facts.wait_share)
+    is_update = has_update and line is not None and library is None and not waits and not has_forward
     cost = cost.with_update() if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
     if line and library == advice.EVENT_LOOP:

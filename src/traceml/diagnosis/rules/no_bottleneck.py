@@ -404,12 +404,23 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     return f"To go faster: {', or '.join(steps)}.{done}"
 
 
+def _has_mostly_tables(facts: JobFacts) -> bool:
+    """Return whether most parameters are tables of embeddings, whose gradients may be sparse."""
+    is_alone = facts.world_size == 1 and not (facts.model and facts.model.parallel)
+    return is_alone and _tables_share(facts) >= _MOSTLY_TABLES
+
+
+def _tables_share(facts: JobFacts) -> float:
+    model = facts.model or ModelFacts()
+    return (model.dense_embeddings or 0) / max(model.trainable or 0, 1)
+
+
 def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
     """Return a finding with the advice on an optimizer that is not fused, if that takes more of the step."""
     step, shares = _step_shares(work, np.arange(len(work.step)))
     share = shares.get("optimizer", 0.0)
     is_most = share >= max(_OPTIMIZER_SHARE, finding.cost_share) and share == max(shares.values())
-    if not is_most or facts.fused is not False or finding.phase == "optimizer":
+    if not is_most or facts.fused is not False or finding.phase == "optimizer" or _has_mostly_tables(facts):
         return finding
 
     taken = f"{ns_text(share * step)} of each {ns_text(step)} step ({percent_text(share)})"
@@ -417,13 +428,11 @@ def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
 
 
 def _optimizer(facts: JobFacts) -> str:
-    model = facts.model or ModelFacts()
-    tables = (model.dense_embeddings or 0) / max(model.trainable or 0, 1)
-    if tables >= _MOSTLY_TABLES and not model.parallel and facts.world_size == 1:
+    if _has_mostly_tables(facts):
         return (
-            f"The optimizer takes the most, and {percent_text(tables)} of the parameters are tables of embeddings: "
-            "with sparse=True there, if nothing else uses their weights, and plain SGD or torch.optim.SparseAdam for "
-            "them, a step updates only the rows of its batch."
+            f"The optimizer takes the most, and {percent_text(_tables_share(facts))} of the parameters are tables of "
+            "embeddings: with sparse=True there, if nothing else uses their weights, and plain SGD or "
+            "torch.optim.SparseAdam for them, a step updates only the rows of its batch."
         )
 
     if facts.fused:
