@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
 
     run_dir = find_run(options.run, config_over(options.runs_dir).runs_dir)
     report = current_report(run_dir)
-    if report.run.state != "running" and (problem := store_problem(run_dir)):
+    is_written = report.run.state != RunStatus.RUNNING and options.html is None and (run_dir / REPORT_NAME).exists()
+    if is_written and (problem := store_problem(run_dir)):
         print(f"traceml report: {run_dir.name}: {STORE_NAME} {problem}; {REPORT_NAME} is shown", file=sys.stderr)
 
     if options.html is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
+from traceml.errors import StoreError
 from traceml.renderers.html.report_page import finding_html, inline_html
 from traceml.run_folder import STORE_NAME
 from traceml.runs import run as stored
@@ -45,17 +47,21 @@ class NotebookRun(stored.Run):
 
         from IPython.display import display
 
-        html = self._repr_html_()
         text = io.StringIO()
         super().show(text)
-        display({"text/html": html, "text/plain": text.getvalue()}, raw=True)
+        display({"text/html": self._repr_html_(), "text/plain": text.getvalue()}, raw=True)
 
     def _repr_html_(self) -> str:
-        """Return the HTML that a notebook shows for a run at the end of a cell."""
-        with closing(StoreReader(self.path / STORE_NAME)) as reader:
-            summary = read_run_summary(reader)
-            self._report = full_report(summary, reader, self.path)
-            return inline_html(self._report, summary_series(summary, reader))
+        """Return the HTML that a notebook shows for a run at the end of a cell; its text where the store is damaged."""
+        try:
+            with closing(StoreReader(self.path / STORE_NAME)) as reader:
+                summary = read_run_summary(reader)
+                self._report = full_report(summary, reader, self.path)
+                return inline_html(self._report, summary_series(summary, reader))
+        except StoreError:
+            text = io.StringIO()
+            super().show(text)
+            return f"<pre>{html.escape(text.getvalue())}</pre>"
 
 
 Run = NotebookRun
