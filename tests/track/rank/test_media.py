@@ -167,13 +167,15 @@ def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
 
 
 def test_the_working_folder(script: Script, tmp_path: Path) -> None:
-    """Its files have its name, however it is given, and the runs folder in it is left out."""
+    """Its files have its name, however it is given, and the runs in it are left out."""
     (tmp_path / "data" / "inner").mkdir(parents=True)
     finish(
         script("""
         import os, pathlib, traceml
         pathlib.Path("data/a.txt").write_text("a")
         pathlib.Path("data/inner/b.txt").write_text("b")
+        pathlib.Path("traceml_runs").mkdir(mode=0o700)
+        pathlib.Path("traceml_runs/model.pt").write_text("the user's own")
         traceml.init(local=True)
         traceml.log_metric("x", 1)
         traceml.flush()
@@ -193,7 +195,7 @@ def test_the_working_folder(script: Script, tmp_path: Path) -> None:
     assert [name for name in names if not name.startswith(("all/", "kept/"))] == ["data/a.txt"] * 2 + [
         "data/inner/b.txt"
     ] * 2
-    assert not [name for name in names if "traceml_runs" in name]
+    assert [name for name in names if "traceml_runs" in name] == ["all/traceml_runs/model.pt"]
     assert {"all/data/a.txt", "all/data/inner/b.txt"} <= {*names}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.uploads import FileUpload
+from traceml.run_folder import OPEN_FOLDER, STORE_NAME
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 if TYPE_CHECKING:
@@ -100,13 +101,17 @@ def base_name(path: Path) -> str:
 
 
 def _files_in(folder: Path, recorder: Recorder) -> Iterator[Path]:
-    """Yield the files in a folder, without those of a runs folder in it: this run's own change while they are read."""
+    """Yield the files in a folder, without those of runs in the runs folder: this run's own change meanwhile."""
     own = {os.path.realpath(recorder.config.runs_dir)}
     if recorder.run_dir is not None:
         own.add(os.path.realpath(recorder.run_dir.parent))
 
     for parent, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if os.path.realpath(Path(parent, each)) not in own]
+        if os.path.realpath(parent) in own:
+            folders[:] = [
+                each for each in folders if each != OPEN_FOLDER and not Path(parent, each, STORE_NAME).exists()
+            ]
+
         yield from (path for each in names if (path := Path(parent, each)).is_file())
 
 
