@@ -119,8 +119,7 @@ def _gate(found: list[Comparison], percent: float) -> int:
 
     unknown = [each for each in found if not each.comparable]
     for each in unknown:
-        why = "; ".join(each.obstacles) or "there are too few independent steps"
-        way = "compare runs of the same job and size" if each.obstacles else "let both runs make more steps"
-        print(f"traceml compare: {each.b.id}: --fail-over cannot be decided: {why}. Next: {way}", file=sys.stderr)
+        why = "; ".join(each.obstacles) or "there are too few independent steps; let both runs make more"
+        print(f"traceml compare: {each.b.id}: --fail-over cannot be decided: {why}", file=sys.stderr)
 
     return EXIT_GATE if slower else EXIT_UNDECIDED if unknown else 0

@@ -144,9 +144,10 @@ class TorchHooks:
         """Report an optimizer again that is given more parameters, as those of unfrozen layers."""
         original = optimizer_type.add_param_group
 
-        def add_param_group(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
+        def add_param_group(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(optimizer, *args, **kwargs)
             self._group_added(optimizer)
+            return result
 
         self._patches.wrap(optimizer_type, "add_param_group", add_param_group)
 

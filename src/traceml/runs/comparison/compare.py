@@ -190,7 +190,8 @@ def _obstacles(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     reasons = []
     sizes = [side.report.run.world_size for side in (a, b)]
     if sizes[0] != sizes[1]:
-        reasons.append(f"A ran on {plural(sizes[0], 'rank')}, {letter} on {sizes[1]}: a step is not the same work")
+        ran = f"A ran on {plural(sizes[0], 'rank')}, {letter} on {sizes[1]}"
+        reasons.append(f"{ran}: a step is not the same work; compare runs with the same number of ranks")
 
     for name in ("model", "parameters", "dtype", "device"):
         values = [side.report.setup.model.get(name) for side in (a, b)]
