@@ -12,6 +12,8 @@ from tests.diagnosis.fabricated import Job, adds
 from tests.kernels import Kernel, forked_kernels
 from tests.runs.fabricated_store import store_run
 from traceml.errors import RunNotFoundError
+from traceml.run_folder import REPORT_NAME, STORE_NAME
+from traceml.runs.report.report import build_report
 
 _TRAIN = """
 import torch, traceml
@@ -163,3 +165,15 @@ def test_without_a_run_it_says_so():
     """A disabled recorder says why it has nothing to show."""
     with pytest.raises(RunNotFoundError, match="disabled"):
         traceml.init(enabled=False).show()
+
+
+def test_a_cell_shows_a_run_whose_store_is_damaged(tmp_path):
+    """Its written report, as text."""
+    run_dir = store_run(tmp_path / "run", Job(steps=120), adds("forward", 20, (1,)))
+    (run_dir / REPORT_NAME).write_text(build_report(run_dir).to_json())
+    (run_dir / STORE_NAME).write_bytes(b"no store")
+
+    shown = traceml.load_run(run_dir)._repr_html_()
+
+    assert shown.startswith("<pre>")
+    assert "Rank 1 slows the others down" in shown
