@@ -213,7 +213,11 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Findin
     # What rare long steps do is no steady cost of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
-    hidden_ns = {part: float((values - work.parts[part]).mean()) for part, values in with_explained.parts.items()}
+    hidden_ns = {
+        part: float((values - work.parts[part]).mean())
+        for part, values in with_explained.parts.items()
+        if values is not work.parts[part]  # most have nothing that is explained
+    }
     whole_steps = whole if long or periodic or between else None
     found += residual(without_long_steps, facts, step_ns, whole_steps, hidden_ns)
     found += checkpoints(remaining, facts, step_ns)

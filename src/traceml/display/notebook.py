@@ -47,9 +47,10 @@ class NotebookRun(stored.Run):
 
         from IPython.display import display
 
+        page = self._repr_html_()  # first: it makes the report, of which the text is made, too
         text = io.StringIO()
         super().show(text)
-        display({"text/html": self._repr_html_(), "text/plain": text.getvalue()}, raw=True)
+        display({"text/html": page, "text/plain": text.getvalue()}, raw=True)
 
     def _repr_html_(self) -> str:
         """Return the HTML that a notebook shows for a run at the end of a cell; its text where the store is damaged."""

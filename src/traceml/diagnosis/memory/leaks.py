@@ -86,7 +86,7 @@ def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
     if MemoryKind.PINNED in by_kind:  # it may count as resident, too
         by_kind.pop(MemoryKind.RESIDENT, None)
 
-    of_batches = _growth_of_batches(window)
+    of_batches = _growth_of_batches(window) if by_kind else 1.0
     findings = (_finding(facts, kind, found, by_kind, of_batches) for kind, found in by_kind.items())
     return [each for each in findings if each is not None]
 
@@ -144,8 +144,7 @@ def _finding(
 
 def _growth_of_batches(window: AlignedSteps) -> float:
     """Return by which factor the last batches are larger than the first; 1 if they do not grow all the time."""
-    sizes = window.elements.mean(axis=0) if len(window.elements) else np.empty(0)
-    quarters = [float(np.median(part)) for part in np.array_split(sizes, 4) if len(part)]
+    quarters = [float(np.median(part)) for part in np.array_split(window.mean_elements, 4) if len(part)]
     if len(quarters) < 2 or not all(0 < before * _LARGER <= then for before, then in pairwise(quarters)):
         return 1.0
 

@@ -327,8 +327,11 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, h
     if not is_known and (facts.is_core_wait(cost.saved_ns / cost.step_ns) or _is_unsure(cost, facts)):
         return []
 
-    waits = line is not None and is_waiting(facts.lines, cost.part, line, facts.wait_share)
-    is_update = has_update and line is not None and library is None and not waits and not has_forward
+    is_update = (
+        (has_update and not has_forward and library is None)
+        and line is not None
+        and not is_waiting(facts.lines, cost.part, line, facts.wait_share)
+    )
     cost = cost.with_update() if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
     if line and library == advice.EVENT_LOOP:

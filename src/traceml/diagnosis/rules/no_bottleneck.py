@@ -417,10 +417,12 @@ def _tables_share(facts: JobFacts) -> float:
 
 def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
     """Return a finding with the advice on an optimizer that is not fused, if that takes more of the step."""
+    if facts.fused is not False or finding.phase == "optimizer" or _has_mostly_tables(facts):
+        return finding
+
     step, shares = _step_shares(work, np.arange(len(work.step)))
     share = shares.get("optimizer", 0.0)
-    is_most = share >= max(_OPTIMIZER_SHARE, finding.cost_share) and share == max(shares.values())
-    if not is_most or facts.fused is not False or finding.phase == "optimizer" or _has_mostly_tables(facts):
+    if share < max(_OPTIMIZER_SHARE, finding.cost_share) or share < max(shares.values()):
         return finding
 
     taken = f"{ns_text(share * step)} of each {ns_text(step)} step ({percent_text(share)})"

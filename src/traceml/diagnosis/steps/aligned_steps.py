@@ -45,6 +45,11 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
         return len(self.steps)
 
     @cached_property
+    def mean_elements(self) -> Floats:
+        """Elements of the batches of each step, the mean of all ranks; empty if unknown."""
+        return self.elements.mean(axis=0) if len(self.elements) else np.empty(0, np.float32)
+
+    @cached_property
     def begins(self) -> NDArray[np.bool_]:
         """Steps whose predecessor is not in the window: the first step of each block of consecutive ones."""
         return block_begins(self.steps)

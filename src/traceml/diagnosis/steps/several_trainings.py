@@ -61,7 +61,7 @@ def trainings_of(
 
 def _sizes(window: AlignedSteps) -> NDArray[np.intp]:
     """Return the number of each step's batch size, among those that last for some steps, as in progressive resizing."""
-    sizes = window.elements.mean(axis=0) if len(window.elements) else np.empty(0)
+    sizes = window.mean_elements
     numbers = np.zeros(len(window), np.intp)
     if not len(sizes) or (sizes <= 0).any():
         return numbers
