@@ -25,7 +25,7 @@ from traceml.fail_open import failures
 from traceml.instrument import backward, device, forward, install, loader, optimizer, phase_timer, step_clock
 from traceml.instrument.native.extension import use_time
 
-_CLOCKED = (phase_timer, backward, forward, loader, optimizer, step_clock)
+_CLOCKED = (phase_timer, backward, device, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
 _FIRST = 5  # by then the device is known; from here on all are measured
 
@@ -188,6 +188,33 @@ def test_longer_steps_are_measured_more_often(
 
     steps = [row["step"] for row in rows_of(traced)[1] if row["step"] > 64]
     assert steps == list(range(steps[0], 120, interval))
+
+
+@pytest.mark.parametrize(("calls", "interval"), [(1, 1), (12, 2), (24, 4)])
+def test_steps_whose_events_take_long_are_measured_less_often(
+    cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch, calls: int, interval: int
+) -> None:
+    """As those of a policy that is called for each action: for 1 % of the time."""
+    training = Training(cuda, monkeypatch)
+    record = cuda.record
+
+    def slow_record(event: FakeEvent, stream: Any) -> None:
+        cuda.cpu_ms += 0.02
+        record(event, stream)
+
+    monkeypatch.setattr(cuda, "record", slow_record)
+    for _ in range(200):
+        for _ in range(calls - 1):
+            with torch.no_grad():
+                training.model(training.x)
+
+        training.step()
+        cuda.cpu_ms += 40 - cuda.cpu_ms % 40
+        traced.instrumentation.clock.all_measured_to = -1
+        traced.instrumentation.clock.mean_ns = 40 * _MS
+
+    steps = [row["step"] for row in rows_of(traced)[1] if row["step"] > 64]
+    assert steps == list(range(steps[0], 200, interval))
 
 
 def test_the_end_of_the_script_is_no_time_of_its_last_step(

@@ -175,6 +175,23 @@ def test_a_replay_has_device_time(traced: Traced) -> None:
     assert {(row["forward_ns"], row["backward_ns"]) for row in rows[5:]} == {(1_000_000, 0)}
 
 
+def test_a_replay_after_a_warm_up_on_another_stream(traced: Traced, cuda: FakeCuda) -> None:
+    """As torch's documentation has it: the device times are of the stream on which graphs are replayed."""
+    training = Training()
+    with cuda.on_stream(cuda.new_stream()):
+        for _ in range(8):
+            training.step()
+
+    graph = captured(training.step)
+    for _ in range(40):
+        graph.replay()
+
+    traced.finish()
+    rows = traced.table("device_steps")
+    assert len(rows) >= 40
+    assert {row["forward_ns"] for row in rows[12:]} == {1_000_000}
+
+
 def test_an_error_of_a_replay_reaches_the_script(traced: Traced) -> None:
     """A graph that was not captured cannot be replayed; the next one is a step again."""
     training = Training()

@@ -32,6 +32,8 @@ _WAITING = -1  # after the last local gradient: backward that waits for other ra
 _OWN = -2  # backward until that gradient, where it was measured
 _PHASES = tuple(int(phase) for phase in DEVICE_PHASES)
 _MARKED = frozenset((*_PHASES, _WAITING))
+# Where backward runs, or else forward: a graph that is replayed holds both, and its time is forward.
+_SHOWS_HOME = frozenset((_BACKWARD, int(Phase.FORWARD)))
 # The phase of each column of a device row after its total.
 _SOURCES = tuple(PHASE_COLUMNS.index(name) if name in PHASE_COLUMNS else _OWN for name in DEVICE_STEPS.names[2:])
 _MAX_PENDING_STEPS = 64
@@ -130,7 +132,7 @@ class DeviceTimes:
         self._marking_slots = DeviceMarkingSlots(clock, self._slots, self.mark)
         self._pools: dict[int, list[Any]] = {}  # by device
         self._home: _TrainingStream | None = None
-        self._next_home: _TrainingStream | None = None  # where a backward pass of this step ran instead
+        self._next_home: _TrainingStream | None = None  # where this step ran instead, see `_SHOWS_HOME`
         self.marks: Marks = []
         self._cut: int | None = None  # number of marks before the cut
         self._is_whole = True  # the marks begin with the step, not at a cut in it
@@ -166,7 +168,7 @@ class DeviceTimes:
                 self._drop(marks)
             elif not begins or phase == OTHER or self._training().key == self._device.current():
                 marks.append((self._recorded(), phase))
-            elif phase == _BACKWARD:
+            elif phase in _SHOWS_HOME:
                 self._next_home = self._here()
 
             self._open_ns += monotonic_ns() - start
@@ -254,6 +256,8 @@ class DeviceTimes:
             row = self._clock.rows
             self._cost_ns.append(self._open_ns + monotonic_ns() - start)
             self._row, self._apart = row, max(row - self._row, 1)
+            ordered = sorted(self._cost_ns)
+            self._clock.measuring_ns = ordered[(len(ordered) - 1) // 2]
 
         self._open_ns = 0
 
@@ -275,8 +279,7 @@ class DeviceTimes:
     @property
     def ns_per_step(self) -> int:
         """Cost of measuring on the host in ns, per step: the median of the last steps that had it, spread over all."""
-        ordered = sorted(self._cost_ns)
-        return ordered[(len(ordered) - 1) // 2] // self._apart if ordered else 0
+        return self._clock.measuring_ns // self._apart
 
     def drain(self) -> None:
         """Read all complete steps, at the end of the run."""

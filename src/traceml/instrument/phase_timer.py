@@ -213,6 +213,7 @@ class PhaseTimer:
         self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
         self.all_measured_to = -1  # the last of the steps that are all measured
         self.mean_ns = 0
+        self.measuring_ns = 0  # what measuring the device time of a step takes the host
         self.slow_row = NO_ROW
 
         self.rows, self.before = self.ring.appended, 0

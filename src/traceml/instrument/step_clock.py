@@ -61,6 +61,7 @@ _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 # A step whose own backward or device time is measured takes the host some 0.1 ms longer: for 0.4 % of the time every
 # step is measured from this length on, and one in 2, 4, 8 or 16 of shorter ones.
 _ALL_FROM_NS, _LEAST_MASK = 24_000_000, 15
+_STEPS_PER_COST = 100  # or from this many times on what it takes: a step of 65 model calls took 4.4 ms longer
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
@@ -459,7 +460,8 @@ class StepClock(DividedStep):
             return False
 
         mask, mean_ns = 0, self.mean_ns
-        while mask < _LEAST_MASK and mean_ns <= _ALL_FROM_NS:
+        all_from_ns = max(_ALL_FROM_NS, self.measuring_ns * _STEPS_PER_COST)
+        while mask < _LEAST_MASK and mean_ns <= all_from_ns:
             mask, mean_ns = 2 * mask + 1, 2 * mean_ns
 
         return step <= self.all_measured_to or not step & mask
