@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.memory.memories import GB, device
 from traceml.diagnosis.facts.device_events import TurnoverHistory
@@ -72,6 +73,16 @@ def first_only() -> TurnoverHistory:
     history = TurnoverHistory()
     history.add(0, interval(100, 110, 80, 80))
     return history
+
+
+def test_an_allocator_that_lacked_memory_gave_it_back_itself():
+    """Unless a call of empty_cache() was seen."""
+    memory = device(MemoryHistory(), [60 * GB] * 3, retries=1)
+    facts = JobFacts(turnover=emptied(), latest=(219,), memory=memory)
+    assert allocator_churn(facts) == []
+
+    seen = (SampledLine(0, "other", "/x/train.py", 7, "main", EMPTY_CACHE, 50),)
+    assert len(allocator_churn(replace(facts, lines=seen))) == 1
 
 
 @pytest.mark.parametrize(

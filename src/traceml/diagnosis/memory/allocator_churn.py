@@ -6,7 +6,6 @@ from traceml.diagnosis.facts.device_events import SegmentTurnover
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.memory.pressure import MIN_RETRIES
 from traceml.formatting import capitalized, line_text, ranks_text
 
 __all__ = ["allocator_churn"]
@@ -19,11 +18,11 @@ _EMPTIES = " empty_cache"
 def allocator_churn(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks whose allocator turns over memory in each step.
 
-    An allocator that lacks memory does so too: that is pressure.
+    An allocator that lacks memory does so too: that is pressure, unless the call was seen.
     """
-    lacking = {(each.rank, each.device) for each in facts.memory.devices() if each.retries >= MIN_RETRIES}
+    lacking = {(each.rank, each.device) for each in facts.memory.devices() if each.retries}
     steady = facts.turnover.steady(max(facts.latest, default=-1), MIN_PER_STEP)
-    found = {key: each for key, each in steady.items() if key not in lacking}
+    found = {key: each for key, each in steady.items() if key not in lacking or _place(key[0], facts)}
     if not found:
         return []
 
