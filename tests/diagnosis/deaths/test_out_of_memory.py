@@ -174,7 +174,7 @@ def test_a_device_that_is_full_is_reported_with_its_peak() -> None:
 
     assert finding.summary == (
         "Rank 1 ran out of device memory: an allocation of 2.00 GiB failed at train.py:17, in step 42, in forward; "
-        "it used 60.0 GiB of device memory; the device has 79.1 GiB."
+        "it used 78.0 GiB of device memory; the device has 79.1 GiB."
     )
     assert (finding.evidence["peak_bytes"], finding.evidence["requested_bytes"]) == (71 * GIB, 2 * GIB)
     assert "smaller batch" in finding.next

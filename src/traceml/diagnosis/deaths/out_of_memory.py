@@ -32,6 +32,7 @@ _OF_HOST = re.compile(
 _CAPACITY = re.compile(
     rf"total capacity of {_SIZE}|{_SIZE.replace('size', 'size2').replace('unit', 'unit2')} total capacity"
 )
+_IN_USE = re.compile(rf"this process has {_SIZE} memory in use")
 _MIN_GROWN = 16 << 20
 
 
@@ -41,7 +42,8 @@ class MemoryEnd(msgspec.Struct, frozen=True):
     cause: str  # `killed` by the kernel, `host_allocation` or `device_allocation` that failed
     certain: bool = True  # whether the kernel's counter is that of the rank's own control group; else of the whole host
     requested_bytes: int | None = None
-    used_bytes: int | None = None  # resident memory, or memory allocated on the device, in the last sample
+    # resident memory, or memory allocated on the device, in the last sample; on CUDA what the error itself says
+    used_bytes: int | None = None
     peak_bytes: int | None = None
     # growth of resident memory over the last minute; None if it did not grow steadily
     per_minute_bytes: int | None = None
@@ -153,12 +155,13 @@ def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
 def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
     own = (each for each in facts.memory.devices() if each.rank == ended.rank)
     device = max(own, key=lambda each: each.allocated_bytes, default=None)
-    capacity = _CAPACITY.search(text)
+    capacity, in_use = _CAPACITY.search(text), _IN_USE.search(text)
     total = _bytes(capacity["size"], capacity["unit"]) if capacity else None
+    used = _bytes(in_use["size"], in_use["unit"]) if in_use else None
     return MemoryEnd(
         cause="device_allocation",
         requested_bytes=_requested(text),
-        used_bytes=device.allocated_bytes if device else None,
+        used_bytes=used or (device.allocated_bytes if device else None),  # the sample may be of what it began with
         peak_bytes=device.peak_bytes if device else None,
         limit_bytes=total or (device.total_bytes if device else None),
         limit_of="device",
