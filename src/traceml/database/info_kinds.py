@@ -63,7 +63,7 @@ class InfoKind(StrEnum):
         "worker_lost", "a loader worker has died",
         "pid message step worker workers signal code oom_kills shm_bytes memory_limit_bytes",
     )  # fmt: skip
-    INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first autocast"
+    INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first autocast tf32"
     # Model and training.
     MODEL = (
         "model", "a model was called",

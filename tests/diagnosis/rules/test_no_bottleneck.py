@@ -93,7 +93,27 @@ def test_a_busy_device_does_not_wait_for_launches(facts: JobFacts) -> None:
 
     assert found.kind is Kind.COMPUTE_BOUND
     assert "device_busy_share" not in found.evidence
-    assert found.next == "To go faster: torch.compile, or bf16 autocast, where the weights are in 32 bits."
+    assert found.next == (
+        "To go faster: torch.compile, or bf16 autocast, or TF32 (torch.set_float32_matmul_precision('high')), where the "
+        "weights are in 32 bits."
+    )
+
+
+def test_short_steps_that_wait_for_launches_are_not_healthy() -> None:
+    """A fifth of the step is outside the phases, as where GradScaler reads whether gradients are finite."""
+    own = {"forward": 0.3, "backward": 0.7, "optimizer": 0.4, "other": 0.35}
+    window = replace(window_of(Job(ranks=1, grouped=False, own=own)), device=True)
+
+    assert diagnose(window, of_device(9.0))[0].headline.startswith("Launching work limits the steps: the device")
+    assert diagnose(window, of_device(98.0))[0].kind is Kind.HEALTHY
+    assert diagnose(replace(window, device=False), of_device(9.0))[0].kind is Kind.HEALTHY
+
+
+def test_tf32_is_not_advised_where_it_is_on() -> None:
+    """Convolutions use it unless it is turned off."""
+    text = for_compute("backward", replace(of_device(98.0), tf32=True), device=True)
+
+    assert text == "To go faster: torch.compile, or bf16 autocast, where the weights are in 32 bits."
 
 
 def test_autocast_is_not_advised_where_it_is_on() -> None:

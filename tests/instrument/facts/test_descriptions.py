@@ -16,7 +16,7 @@ from torch.utils.data import (
     random_split,
 )
 
-from traceml.instrument.facts.descriptions import loader_facts, optimizer_facts
+from traceml.instrument.facts.descriptions import input_facts, loader_facts, optimizer_facts
 
 
 class OwnOptimizer:
@@ -90,3 +90,24 @@ def test_a_part_of_a_data_set_is_named_by_the_whole():
     facts = loader_facts(DataLoader(part))
 
     assert (facts["dataset"], facts["length"], facts["in_memory"]) == ("TensorDataset", 6, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "is_used"),
+    [
+        (torch.nn.Linear(2, 2), "highest", False),
+        (torch.nn.Linear(2, 2), "high", True),
+        (torch.nn.Conv1d(2, 2, 1), "highest", True),
+        (None, "high", True),
+    ],
+)
+def test_whether_values_of_32_bits_may_be_computed_in_tf32(model, precision, is_used):
+    """Matrices are not by default; convolutions are."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        facts = input_facts(torch.zeros(2, 2), model, batch_size=2, is_listed=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+    assert facts["tf32"] is is_used

@@ -127,7 +127,7 @@ class JobFactsBuilder:
 
     def _take_input(self, rank: int, row: Mapping[str, Any]) -> None:
         self.batches.input(rank, row)
-        self._facts["autocast"] = bool(row.get("autocast"))
+        self._facts["autocast"], self._facts["tf32"] = bool(row.get("autocast")), bool(row.get("tf32"))
 
     def _take_exit(self, rank: int, row: Mapping[str, Any]) -> None:
         reported = RankExit.from_facts(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)

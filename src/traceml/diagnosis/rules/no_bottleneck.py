@@ -34,6 +34,8 @@ __all__ = [
 
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
+LAUNCHING_SHARE = 0.75
+"""From this one if the device waits for launches: that a part of the rest takes less than a millisecond excuses nothing."""
 
 SHORT_STEP_NS = 2e6
 """In a shorter step, a part that costs the millisecond from which it is reported takes at least half."""
@@ -77,7 +79,8 @@ def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     step, shares = _step_shares(work, _without_pauses(work))
     evidence = _evidence(work, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
-    if compute >= COMPUTE_SHARE and work.backward_known:
+    launches = work.device and _waits_for_launches(facts)
+    if compute >= (LAUNCHING_SHARE if launches else COMPUTE_SHARE) and work.backward_known:
         return _compute_bound(work, facts, step, shares, evidence)
 
     short = _too_short(work, facts, step, shares)
@@ -462,7 +465,8 @@ def _on_device(facts: JobFacts) -> list[str]:
         found.append("torch.compile")
 
     if model.dtype in (None, "torch.float32") and not facts.autocast:
-        found.append("bf16 autocast, where the weights are in 32 bits")
+        tf32 = "" if facts.tf32 else ", or TF32 (torch.set_float32_matmul_precision('high'))"
+        found.append(f"bf16 autocast{tf32}, where the weights are in 32 bits")
 
     return [*found, *([] if found else [larger, "a smaller model"])]
 

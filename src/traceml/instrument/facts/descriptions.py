@@ -196,6 +196,7 @@ def input_facts(
         "tokens": _are_tokens(tensor, model),
         "batch_first": not may_be_other or batch_size == int(tensor.shape[0]),
         "autocast": _is_under_autocast(tensor.device.type),
+        "tf32": _uses_tf32(model),
     }
 
 
@@ -205,6 +206,18 @@ def _is_under_autocast(device_type: str) -> bool:
         return bool(torch.is_autocast_enabled(device_type))
     except RuntimeError:  # a type without autocast
         return False
+
+
+def _uses_tf32(model: Any | None) -> bool:
+    """Return whether CUDA may compute with values of 32 bits in TF32, as convolutions do unless that is turned off."""
+    torch: Any = sys.modules["torch"]
+    convolution = torch.nn.modules.conv._ConvNd
+    convolves = model is not None and any(isinstance(module, convolution) for module in model.modules())
+    part = getattr(torch.backends.cudnn, "conv", None) if convolves else torch.backends.cuda.matmul
+    if (precision := getattr(part, "fp32_precision", None)) is not None:  # since torch 2.9, which may reject the others
+        return bool(precision == "tf32")
+
+    return bool(torch.backends.cudnn.allow_tf32 if convolves else torch.backends.cuda.matmul.allow_tf32)
 
 
 def _may_be_sequence_first(tensor: Any, model: Any) -> bool:
