@@ -82,6 +82,7 @@ SUBPACKAGES = {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.memory", "database",
     },
     "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
+    "diagnosis.devices": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.merged_hosts": {
         "diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database",

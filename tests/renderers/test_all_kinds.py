@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from tests.diagnosis.devices.test_device_contention import SECONDS, shared
+from tests.diagnosis.devices.test_device_faults import GOOD
+from tests.diagnosis.devices.test_device_faults import facts as faulty
+from tests.diagnosis.devices.test_throttled import THERMAL
+from tests.diagnosis.devices.test_throttled import samples as hot_samples
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.hangs import standing
 from tests.diagnosis.memory.memories import (
@@ -28,12 +33,8 @@ from tests.diagnosis.memory.memories import (
 from tests.diagnosis.memory.test_allocator_churn import emptied
 from tests.diagnosis.rules.test_correctness import group_of_two, history
 from tests.diagnosis.rules.test_data_imbalance import steps_of, uneven
-from tests.diagnosis.rules.test_device_faults import GOOD
-from tests.diagnosis.rules.test_device_faults import facts as faulty
 from tests.diagnosis.rules.test_interpreter_lock import found as locked
 from tests.diagnosis.rules.test_interpreter_lock import monitor, samples
-from tests.diagnosis.rules.test_throttled import THERMAL
-from tests.diagnosis.rules.test_throttled import samples as hot_samples
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.diagnosis.stalls.test_gc_pauses import collections
@@ -148,6 +149,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "STRAGGLER": lambda: found(Job(ranks=4), adds("other", 20, (1,))),
     "RESIDUAL_HEAVY, every n-th step": lambda: found(ALONE, adds("other", 200, every=20)),
     "CPU_CONTENTION": lambda: found(ALONE, main_wait={0: 0.45}, core_wait={0: 0.4}),
+    "DEVICE_CONTENTION": lambda: found(ALONE, samples=shared(np.where(SECONDS >= 15, 60.0, 0.0))),
     "GIL_CONTENTION": lambda: locked(samples(ran=0.1), monitor(0.9)),
     "JITTER": lambda: found(Job(ranks=1, steps=220, grouped=False), RARE),
     "STARTUP": lambda: found(ALONE, time=RunTime.of(200.0, {"steps": 110.0, "startup": 90.0})),

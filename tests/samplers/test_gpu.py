@@ -92,7 +92,7 @@ def test_figures_have_the_tables_units() -> None:
     """Percent, bytes, degrees, watts, megahertz, in the order of the columns, a row per device."""
     rows = list(GpuSampler(Nvml(Driver())).sample(9, 0))
 
-    assert rows[0] == (9, 0, 87.0, 3 << 30, 80 << 30, 61.0, 345.6, 1980, 0x20)
+    assert rows[0] == (9, 0, 87.0, 3 << 30, 80 << 30, 61.0, 345.6, 1980, 0x20, -1)
     assert [row[1] for row in rows] == [0, 1]
     assert len(rows[0]) == len(GPU.columns)
     GPU.struct.pack(*rows[0])
@@ -102,7 +102,7 @@ def test_what_a_device_does_not_offer_is_minus_one() -> None:
     """A missing figure leaves the others as they are."""
     (row,) = GpuSampler(Nvml(Driver(dumb=("utilization", "power"), count=1))).sample(9, 0)
 
-    assert row == (9, 0, -1, 3 << 30, 80 << 30, 61.0, -1, 1980, 0x20)
+    assert row == (9, 0, -1, 3 << 30, 80 << 30, 61.0, -1, 1980, 0x20, -1)
     GPU.struct.pack(*row)
 
 
@@ -162,7 +162,7 @@ def test_a_mig_device_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
     (row,) = GpuSampler(Nvml(Driver())).sample(9, 0)
 
-    assert row == (9, 1, 87.0, 1 << 30, 10 << 30, 61.0, 345.6, 1980, 0x20)
+    assert row == (9, 1, 87.0, 1 << 30, 10 << 30, 61.0, 345.6, 1980, 0x20, -1)
 
 
 def test_a_script_may_choose_devices_until_cuda_is_initialized(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,6 +391,7 @@ GPU = Table(
         _d("power_w", "watts"),
         _q("sm_clock_mhz", "SM clock"),
         _q("throttle_reasons", "NVML bit mask of clock throttle reasons"),
+        _d("others_pct", "share of time with a kernel of another program running, 0..100; -1 when not known"),
     ),
     capacity=4096,
 )

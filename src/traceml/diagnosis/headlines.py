@@ -425,9 +425,17 @@ def _run_share(finding: FindingFacts) -> str:
 
 def throttled(finding: FindingFacts) -> str:
     """Return `The driver lowers the clock of GPU 3: temperature`."""
-    devices = finding.evidence.get("devices") or []
-    which = f"GPU {devices[0]}" if len(devices) == 1 else f"{len(devices)} GPUs"
-    return f"The driver lowers the clock of {which}: {finding.evidence.get('reason')}"
+    return f"The driver lowers the clock of {_devices_text(finding.evidence)}: {finding.evidence.get('reason')}"
+
+
+def _devices_text(evidence: Mapping[str, Any]) -> str:
+    devices = evidence.get("devices") or []
+    return f"GPU {devices[0]}" if len(devices) == 1 else f"{len(devices)} GPUs"
+
+
+def shared_devices(finding: FindingFacts) -> str:
+    """Return `Other programs compute on GPU 3: 34 % of step time`."""
+    return f"Other programs compute on {_devices_text(finding.evidence)}: {_of_step_time(finding)}"
 
 
 def stopped(finding: FindingFacts) -> str:

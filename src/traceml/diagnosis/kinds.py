@@ -78,6 +78,7 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     CPU_CONTENTION = "CPU_CONTENTION", KindRule(headlines.core_wait)
+    DEVICE_CONTENTION = "DEVICE_CONTENTION", KindRule(headlines.shared_devices)
     GIL_CONTENTION = (
         "GIL_CONTENTION",
         KindRule("The training waits for Python's lock, which another thread holds: {share}"),

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from traceml.database.states import RunStatus
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
+from traceml.diagnosis.devices.device_contention import device_contention, without_changes_by_others
+from traceml.diagnosis.devices.device_health import device_faults, throttled
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
@@ -32,7 +34,6 @@ from traceml.diagnosis.rules.correctness import (
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes
-from traceml.diagnosis.rules.device_health import device_faults, throttled
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
@@ -82,7 +83,9 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
     work = own_work_of(judged, facts)
-    timing, of_timing = _apart(_with_lock(_timing(judged, work, facts), work, facts))
+    shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
+    found = without_changes_by_others(_timing(judged, work, facts), shared)
+    timing, of_timing = _apart(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [with_optimizer(each, work, facts) if each is lead else each for each in timing]
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
@@ -103,6 +106,7 @@ def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *steps_skipped(facts.skipped, facts.losses),
         *limits_near(facts.limits, facts.save_folders),
         *throttled(facts),
+        *device_contention(facts),
         *device_faults(facts),
         *_training(facts),
         *outside_steps(window, facts),

@@ -11,6 +11,7 @@ from traceml.database.schema import GPU, Table
 from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.nvml import VISIBLE_DEVICES, Nvml, NvmlError
 from traceml.samplers.nvml_health import HealthWatch, NvmlHealth
+from traceml.samplers.nvml_processes import DeviceSharing
 from traceml.samplers.torch_memory import initialized_cuda
 
 __all__ = ["GpuSampler"]
@@ -38,6 +39,7 @@ class GpuSampler(Sampler):
             self._nvml.close()
             raise NvmlError("the driver reports no device, or none is visible")
 
+        self._sharing = DeviceSharing(self._nvml.library)
         self._faults = HealthWatch(NvmlHealth(self._nvml.library, self._devices), note) if note is not None else None
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
@@ -49,7 +51,7 @@ class GpuSampler(Sampler):
         lost: NvmlError | None = None
         for device in self._devices:
             try:
-                yield t_ns, device.index, *self._nvml.figures(device)
+                yield t_ns, device.index, *self._nvml.figures(device), self._sharing.others_pct(device)
             except NvmlError as error:
                 lost = error
 

@@ -13,7 +13,7 @@ from traceml.database.row_arrays import join_rows
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
-__all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse"]
+__all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse", "SharedDevice"]
 
 MAX_RANKS = 8
 """Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
@@ -37,6 +37,7 @@ MIN_SHARE = 0.3
 """Share of these in which the clock was lowered, at least."""
 MIN_DROP = 0.15
 """A power limit is usual under load: it counts from this loss of clock on, against the device's other samples."""
+_MIN_SHARED_SAMPLES = 5
 _BUSY_PCT = 50.0
 _POWER_LIMIT = 0x4
 _SET_LIMIT, SET_LIMIT = 0x2, "a clock limit that was set"
@@ -58,6 +59,14 @@ class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
     def lost(self) -> float:
         """Share of the clock that is lost; 0 if the usual one is not known."""
         return max(1 - self.clock_mhz / self.usual_mhz, 0.0) if self.usual_mhz else 0.0
+
+
+class SharedDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """Use of a device while steps went on."""
+
+    index: int  # NVML's number of the device
+    others: float  # share of the time in which kernels of other programs ran
+    utilization: float  # the same of all programs
 
 
 class MachineUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +140,23 @@ class MachineSamples(msgspec.Struct):
                 )
                 if rows["main_wait_ns"][0] >= 0 and steps > 0:
                     found[rank] = passed / steps, max(passed - ran - waited, 0.0) / steps
+
+        return found
+
+    def shared_devices(self) -> dict[int, list[SharedDevice]]:
+        """Return the devices whose use by other programs is known, by the rank that sampled them."""
+        found: dict[int, list[SharedDevice]] = {}
+        for rank, span in self._spans(1, _ALL).items():
+            for rows in self._rows(GPU, {rank: span}):
+                known = self._while_training(rank, rows)
+                known = known[(known["others_pct"] >= 0) & (known["utilization_pct"] >= 0)]
+                for index in np.unique(known["index"]).tolist():
+                    of_device = known[known["index"] == index]
+                    if len(of_device) >= _MIN_SHARED_SAMPLES:
+                        others, busy = (
+                            float(of_device[name].mean()) / 100 for name in ("others_pct", "utilization_pct")
+                        )
+                        found.setdefault(rank, []).append(SharedDevice(index=index, others=others, utilization=busy))
 
         return found
 
