@@ -94,8 +94,8 @@ def test_a_busy_device_does_not_wait_for_launches(facts: JobFacts) -> None:
     assert found.kind is Kind.COMPUTE_BOUND
     assert "device_busy_share" not in found.evidence
     assert found.next == (
-        "To go faster: torch.compile, or bf16 autocast, or TF32 (torch.set_float32_matmul_precision('high')), where the "
-        "weights are in 32 bits."
+        "To go faster: torch.compile, or bf16 autocast, or TF32 (torch.set_float32_matmul_precision('high')), where "
+        "the weights are in 32 bits."
     )
 
 

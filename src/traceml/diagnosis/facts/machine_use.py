@@ -150,13 +150,8 @@ class MachineSamples(msgspec.Struct):
             for rows in self._rows(GPU, {rank: span}):
                 known = self._while_training(rank, rows)
                 known = known[(known["others_pct"] >= 0) & (known["utilization_pct"] >= 0)]
-                for index in np.unique(known["index"]).tolist():
-                    of_device = known[known["index"] == index]
-                    if len(of_device) >= _MIN_SHARED_SAMPLES:
-                        others, busy = (
-                            float(of_device[name].mean()) / 100 for name in ("others_pct", "utilization_pct")
-                        )
-                        found.setdefault(rank, []).append(SharedDevice(index=index, others=others, utilization=busy))
+                devices = [known[known["index"] == index] for index in np.unique(known["index"])]
+                found[rank] = [_shared_device(each) for each in devices if len(each) >= _MIN_SHARED_SAMPLES]
 
         return found
 
@@ -293,6 +288,11 @@ def _memory_share(rows: NDArray[np.void]) -> float:
 
 def _median(values: list[float]) -> float | None:
     return float(np.median(values)) if values else None
+
+
+def _shared_device(rows: NDArray[np.void]) -> SharedDevice:
+    others, busy = (float(rows[name].mean()) / 100 for name in ("others_pct", "utilization_pct"))
+    return SharedDevice(index=int(rows["index"][0]), others=others, utilization=busy)
 
 
 def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:

@@ -35,7 +35,7 @@ __all__ = [
 COMPUTE_SHARE = 0.90
 """From this share of computation a run is COMPUTE_BOUND."""
 LAUNCHING_SHARE = 0.75
-"""From this one if the device waits for launches: that a part of the rest takes less than a millisecond excuses nothing."""
+"""From this one if the device waits for launches: what else takes less than a millisecond is not why."""
 
 SHORT_STEP_NS = 2e6
 """In a shorter step, a part that costs the millisecond from which it is reported takes at least half."""
