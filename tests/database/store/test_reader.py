@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.database.store.store_writers import STREAMS, erase_newest_frames, frame
-from traceml.database.schema import STEPS
+from traceml.database.schema import EVALS, STEPS
 from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
@@ -270,6 +270,24 @@ def test_store_of_other_columns_is_not_continued_but_read(tmp_path: Path) -> Non
         StoreWriter(path)
     with StoreReader(path) as reader:
         assert reader.rows("evals").dtype.names == ("stream", "was", "then", "there", "so")
+
+
+def test_rows_of_other_columns_have_those_of_this_version(tmp_path: Path) -> None:
+    """A column that the store lacks is -1, which means not known, and one that this version lacks is left out."""
+    path = make_store(tmp_path / "store.db", ranks=1, frames=1)
+    first, second, *rest = EVALS.layout
+    assert all(code == "q" for _, code in EVALS.layout)
+    with StoreReader(path) as reader:
+        (frame,) = reader.frames("evals")
+        assert reader.current_rows(frame) == frame.data
+
+    rewrite(path, "UPDATE tables SET layout = ? WHERE name = 'evals'", msgpack.packb([first, ["was", "q"], *rest]))
+    with StoreReader(path) as reader:
+        rows = np.frombuffer(reader.current_rows(frame), EVALS.dtype)
+
+    before = np.frombuffer(frame.data, EVALS.dtype)
+    assert (rows[second[0]] == -1).all()
+    assert all((rows[name] == before[name]).all() for name, _ in (first, *rest))
 
 
 def test_truncated_store_is_reported(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.schema import TABLES, Table
 from traceml.database.store.frame_compression import decode_planes
 from traceml.database.store.records import (
     FRAME_COLUMNS,
@@ -97,6 +98,21 @@ class FrameReader:
         """Return a packed table's layout in this store, which may be an older version's; None for a log."""
         self._id(table)
         return self._dtypes[table]
+
+    def current_rows(self, frame: Frame) -> bytes:
+        """Return the rows of a frame in this version's layout of their table, without columns that it lacks.
+
+        A column that the store lacks is -1: not known.
+        """
+        stored, table = self._dtypes[frame.table], TABLES.get(frame.table)
+        if stored is None or not isinstance(table, Table) or stored == table.dtype:
+            return frame.data
+
+        rows, current = np.frombuffer(frame.data, stored), np.full(frame.n, -1, table.dtype)
+        for name in set(rows.dtype.names or ()) & set(table.names):
+            current[name] = rows[name]
+
+        return current.tobytes()
 
     def close(self) -> None:
         """Close the file."""

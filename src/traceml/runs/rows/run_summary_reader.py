@@ -268,7 +268,7 @@ class RunSummaryReader:
         self._follow_intake()
         set_up = SetUpSums()
         for table in tables:
-            for by_rank in self._batches(reader.step_frames(table.name, ranges, self._newest())):
+            for by_rank in self._batches(reader, reader.step_frames(table.name, ranges, self._newest())):
                 self._take(table, by_rank)
                 set_up.take(table, by_rank)
 
@@ -301,9 +301,10 @@ class RunSummaryReader:
             each = max(self.samples.max_rows * len(streams) // _SAMPLE_FRAMES, 8)
             for frame in reader.spread_frames(table.name, streams, _SAMPLE_FRAMES, each):
                 rank = self._rank_of(frame.stream)
-                self._intake.add(table.name, rank, frame.data)
+                rows = reader.current_rows(frame)
+                self._intake.add(table.name, rank, rows)
                 if table in _SAMPLED:
-                    self.samples.add(table.name, rank, np.frombuffer(frame.data, table.dtype))
+                    self.samples.add(table.name, rank, np.frombuffer(rows, table.dtype))
 
             self._cursors[table.name] = newest
 
@@ -322,13 +323,14 @@ class RunSummaryReader:
             if frame.stream in newest:
                 yield frame
 
-    def _batches(self, frames: Iterable[Frame]) -> Iterator[dict[int, bytes]]:
+    def _batches(self, reader: StoreReader, frames: Iterable[Frame]) -> Iterator[dict[int, bytes]]:
         """Yield the rows of frames by rank, a bounded number of bytes at a time."""
         parts: dict[int, list[bytes]] = {}
         size = 0
         for frame in frames:
-            parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
-            size += len(frame.data)
+            rows = reader.current_rows(frame)
+            parts.setdefault(self._rank_of(frame.stream), []).append(rows)
+            size += len(rows)
             if size > _BATCH_BYTES:
                 yield {rank: b"".join(of_rank) for rank, of_rank in parts.items()}
                 parts, size = {}, 0
@@ -338,7 +340,7 @@ class RunSummaryReader:
 
     def _follow(self, reader: StoreReader, table: Table) -> bool:
         found = False
-        for by_rank in self._batches(self._frames(reader, table.name)):
+        for by_rank in self._batches(reader, self._frames(reader, table.name)):
             self._take(table, by_rank)
             found = True
 
