@@ -37,6 +37,29 @@ def test_every_nth_step_is_named(job, part, every):
     assert found[0].headline.startswith(f"Every {every}th step is long")
 
 
+def test_steps_that_evaluate_with_gradients_are_named():
+    """Batches of another loader, each with a call of the model: the step waits for all of them, and trains on none."""
+    found = findings(ALONE, adds("input_wait", 150, every=10), adds("forward", 90, every=10))[0]
+
+    assert (found.kind, found.phase, found.evidence["every_n_steps"]) == (Kind.RESIDUAL_HEAVY, "forward", 10)
+    assert found.evidence["phases"] == ["forward", "input_wait"]
+    assert "evaluation" in found.next
+    assert found.cost_share == pytest.approx(24 / 38.1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), (adds("forward", 8, every=10),), (adds("forward", 90, every=10), adds("backward", 150, every=10))],
+    ids=["first batches of epochs", "a little of forward", "larger batches"],
+)
+def test_steps_that_wait_for_data_train_on_it(more):
+    """Without many calls of the model for one backward pass they do not evaluate."""
+    found = findings(ALONE, adds("input_wait", 250, every=10), *more)
+
+    assert found[0].kind is Kind.INPUT_BOUND
+    assert "input_wait" not in [part for each in found for part in each.evidence.get("phases", ())]
+
+
 @pytest.mark.parametrize(("part", "kind"), [("other", Kind.STRAGGLER), ("forward", Kind.COMPUTE_STRAGGLER)])
 def test_the_rank_that_the_others_wait_for_in_these_steps_is_named(part, kind):
     """Half of their wait is in the next step: a mean over the ranks would be the length of no step."""

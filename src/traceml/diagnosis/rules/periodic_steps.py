@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.schema import Phase
 from traceml.diagnosis.advice import for_rollouts, waiting_text
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -47,6 +48,7 @@ RANK_SHARE = 0.5
 """A rank has long steps if its time beyond the usual in them is this share of that of the rank with the most."""
 NEARLY_ALL = 0.9
 """Other parts are not named where the longest one has this share of the time."""
+_INPUT_WAIT = Phase.INPUT_WAIT.label
 SOONER_SHARE = 1 / 3
 """At most this many of them come sooner after another one than the distance."""
 
@@ -145,6 +147,8 @@ def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp]) -> _Period | 
     by_rank = {part: excess_over_usual(values, columns) for part, values in work.parts.items()}
     excess = {part: values.max(axis=0) for part, values in by_rank.items()}
     part = max(excess, key=lambda name: excess[name].sum(), default=None)
+    evaluates = part == _INPUT_WAIT and _evaluates(work, excess)
+    part = "forward" if evaluates else part
     if part is None or part not in UNNAMED:
         return None
 
@@ -161,10 +165,25 @@ def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp]) -> _Period | 
             or _is_always_long(work.parts[name], excess[name], least_ns / JOINT_FACTOR)
         )
     ]
+    joint += [_INPUT_WAIT] if evaluates else []
     removed = {name: _without_excess(work.parts[name], columns) for name in {part, *joint}}
     saved = saved_ns(work, {part: removed[part]})
     of_all = saved if len(removed) == 1 else saved_ns(work, removed)
     return _Period(every, columns, part, ranks, removed, of_all, saved)
+
+
+def _evaluates(work: OwnWork, excess: dict[str, Floats]) -> bool:
+    """Return whether steps that wait for many batches call the model on them, and train on none: backward is as long.
+
+    So does evaluation with gradients in training mode, which is counted as part of the step.
+    """
+    forward, backward = work.parts.get("forward"), work.parts.get("backward")
+    if forward is None or backward is None:
+        return False
+
+    least_ns = JOINT_SHARE * float(np.median(excess[_INPUT_WAIT]))
+    trains = float(np.median(excess["backward"])) > float(np.median(backward.max(axis=0)))
+    return not trains and _is_always_long(forward, excess["forward"], least_ns)
 
 
 def _is_always_long(values: Floats, excess: Floats, least_ns: float) -> bool:
@@ -273,7 +292,8 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
         )
 
     what, see = "what else these steps do", " `traceml report --lines` shows the lines."
-    if period.part == "forward":  # the line is the model's, which runs in each step
+    evaluation = line if _INPUT_WAIT in period.removed else None
+    if period.part == "forward" and evaluation is None:  # the line is the model's, which runs in each step
         what += " with the model (sampling, evaluation)"
     elif line is not None:
         what, see = line.place, ""
