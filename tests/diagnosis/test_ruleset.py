@@ -760,7 +760,7 @@ def test_findings_are_plain_json():
         (LoaderFacts(dataset="Labels", in_memory=True, num_workers=0, batch_size=16), "num_workers=1", "in memory"),
         (LoaderFacts(dataset="Folder", num_workers=0), "num_workers=1", "cheaper"),
         (LoaderFacts(dataset="Folder", num_workers=1), "num_workers=2", "in memory"),
-        (LoaderFacts(dataset="Folder", num_workers=8), "more workers will not help", "set num_workers"),
+        (LoaderFacts(dataset="Folder", num_workers=8), "will not help on 4 cores, unless making", "set num_workers"),
         (LoaderFacts(dataset="Folder", num_workers=1, trainer="fastai"), "num_workers=2", "persistent_workers"),
         (LoaderFacts(dataset="Folder", num_workers=1, trainer="transformers"), "set dataloader_num_workers=2", " num_"),
         (None, "num_workers=1", "in memory"),

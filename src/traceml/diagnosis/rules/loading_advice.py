@@ -72,7 +72,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
 
-    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, cores, line)
+    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(facts, loader, pipeline, line)
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
@@ -236,7 +236,9 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
-def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str, line: BlamedLine | None) -> LoadingAdvice:
+def _cheaper_samples(
+    facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None
+) -> LoadingAdvice:
     of_workers = line if line is not None and line.of_workers else None
     share = 1.0 if of_workers is None else of_workers.share
     gain, cached = pipeline.gain_with(1 - share / 2), pipeline.gain_with(1 - share)
@@ -251,7 +253,11 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, cores: str, line: 
         what, how = f"the samples of {_data(loader)}", "larger files, a faster or local disk, a cache in memory"
 
     what = what if of_workers is None else of_workers.place
-    crowd = f"; more workers will not help{cores}" if pipeline.workers or pipeline.cores else ""
+    # Workers of short epochs are gone before they were watched for long enough.
+    is_known = not pipeline.workers or share_at_work(facts) is not None
+    unless = "" if is_known else ", unless making a sample waits (for a disk, a network)"
+    on_cores = f"{_on(pipeline, facts)}{unless}"
+    crowd = f"; more workers will not help{on_cores}" if pipeline.workers or pipeline.cores else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache {gain_text(cached, 'at most')}.",
