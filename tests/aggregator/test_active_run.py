@@ -16,6 +16,7 @@ from traceml.database.flight.flight_header import FlightState
 from traceml.database.schema import Slot
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
+from traceml.transport.exit_report import ExitReport
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_launcher_reports_how_a_process_ended(registry, exitcode, state, fact): 
     run, stream = join(registry, hello(0, 1))
     run.disconnected(stream)
 
-    run.take_exit({"rank": 7, "pid": stream.incarnation.pid, "exitcode": exitcode})
+    run.take_exit(ExitReport(rank=7, pid=stream.incarnation.pid, exitcode=exitcode))
 
     assert stream.state == state
     assert fact.items() <= stream.exit.items()
@@ -166,7 +167,7 @@ def test_run_that_was_ended_by_hand_is_stopped(registry, exits, status, state): 
     _, second = join(registry, hello(1, 2, pid=first.incarnation.pid + 1))
     for stream, report in zip((first, second), exits, strict=True):
         run.disconnected(stream)
-        run.take_exit({"rank": stream.rank, "pid": stream.incarnation.pid, **report})
+        run.take_exit(ExitReport(rank=stream.rank, pid=stream.incarnation.pid, **report))
 
     run.end_remaining(status)
 
@@ -188,8 +189,8 @@ def test_ranks_of_two_hosts_with_the_same_pid_are_told_apart(registry):  # noqa:
     run, near = join(registry, hello(0, 2, pid=7, host="near"))
     _, far = join(registry, remote(1, pid=7))
 
-    run.take_exit({"rank": 1, "local_rank": 0, "host": "far", "pid": 7, "exitcode": -9})
-    run.take_exit({"rank": 0, "local_rank": 0, "host": "near", "pid": 7, "exitcode": -15, "stopped": True})
+    run.take_exit(ExitReport(rank=1, local_rank=0, host="far", pid=7, exitcode=-9))
+    run.take_exit(ExitReport(rank=0, local_rank=0, host="near", pid=7, exitcode=-15, stopped=True))
     run.disconnected(far)
     run.disconnected(near)
     run.check_absent()  # at once: what is known to be dead is not waited for
@@ -203,7 +204,7 @@ def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
     run, stream = join(registry, remote(0, 1))
     run.disconnected(stream)
 
-    run.take_exit({"rank": 0, "host": "far", "pid": stream.incarnation.pid, "lost": "its network is down"})
+    run.take_exit(ExitReport(rank=0, host="far", pid=stream.incarnation.pid, lost="its network is down"))
     run.end_remaining(1)
 
     assert stream.state is StreamState.LOST
@@ -216,9 +217,9 @@ def test_what_a_lost_host_appended_is_not_known(registry, later, is_unknown):  #
     run, stream = join(registry, remote(0, 1))
     run.disconnected(stream)
     far = {"rank": 0, "host": "far", "pid": stream.incarnation.pid}
-    run.take_exit({**far, "lost": "its network is down"})
+    run.take_exit(ExitReport(**far, lost="its network is down"))
     if later == "exit":
-        run.take_exit({**far, "exitcode": 1})
+        run.take_exit(ExitReport(**far, exitcode=1))
     elif later == "bye":
         join(registry, remote(0, 1))
         leave(run, stream)
@@ -255,7 +256,7 @@ def test_the_middle_of_a_loop_is_known_when_the_flight_file_is_gone(registry, tm
     run.commit(force=True)
     path.unlink(missing_ok=True)
 
-    run.take_exit({"pid": stream.incarnation.pid, "exitcode": 0})
+    run.take_exit(ExitReport(pid=stream.incarnation.pid, exitcode=0))
 
     assert stream.exit["code"] == 0
     assert stream.state is StreamState.LOST
@@ -288,7 +289,7 @@ def test_the_code_of_the_process_counts_where_its_script_had_ended_well(registry
     run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
     run.disconnected(stream)
 
-    run.take_exit({"pid": stream.incarnation.pid, "exitcode": 5})
+    run.take_exit(ExitReport(pid=stream.incarnation.pid, exitcode=5))
 
     assert (stream.exit["code"], stream.exit["last_step"]) == (5, 7)
     assert stream.state is StreamState.FAILED
@@ -300,12 +301,12 @@ def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
     leave(run, stream)
     assert stream.state is StreamState.FINISHED
 
-    run.take_exit({"pid": stream.incarnation.pid, "exitcode": -11})
+    run.take_exit(ExitReport(pid=stream.incarnation.pid, exitcode=-11))
 
     assert stream.state is StreamState.KILLED
 
 
-@pytest.mark.parametrize("report", [{}, {"pid": 1, "rank": 9, "exitcode": 0}, {"rank": 0, "exitcode": "x"}])
+@pytest.mark.parametrize("report", [ExitReport(), ExitReport(rank=9, pid=1, exitcode=0), ExitReport(rank=0)])
 def test_exits_without_a_rank_are_ignored(registry, report):  # noqa: F811
     """Nothing is guessed from an exit that names no rank of this run."""
     run, stream = join(registry, hello(0, 1))
@@ -320,9 +321,9 @@ def test_process_that_died_before_a_recorder_began_is_reported_by_its_launcher_a
     """Killed while it still started up, a rank is in the report all the same, with its signal."""
     run, stream = join(registry, hello(0, 1))
     leave(run, stream)
-    run.take_exit({"rank": 1, "local_rank": 1, "pid": 999_999, "exitcode": -9})
-    run.take_exit({"rank": 2, "local_rank": 2, "pid": 999_998, "exitcode": 0})
-    run.take_exit({"rank": 3, "local_rank": 0, "pid": None, "host": "far", "lost": "its network is down"})
+    run.take_exit(ExitReport(rank=1, local_rank=1, pid=999_999, exitcode=-9))
+    run.take_exit(ExitReport(rank=2, local_rank=2, pid=999_998, exitcode=0))
+    run.take_exit(ExitReport(rank=3, local_rank=0, pid=None, host="far", lost="its network is down"))
 
     run.add_unmatched_exits()
 
@@ -339,7 +340,7 @@ def test_exit_of_an_earlier_attempt_is_not_the_later_ones(registry):  # noqa: F8
     run, stream = join(registry, hello(0, 1, attempt=1))
     leave(run, stream)
 
-    run.take_exit({"rank": 0, "local_rank": 0, "pid": 999_999, "exitcode": -9})
+    run.take_exit(ExitReport(rank=0, local_rank=0, pid=999_999, exitcode=-9))
     run.add_unmatched_exits()
 
     assert [str(each.state) for each in run.streams] == ["finished"]
@@ -443,7 +444,7 @@ def test_reopened_run_reads_its_logs_once(registry, monkeypatch):  # noqa: F811
 def test_exit_of_a_rank_beyond_any_world_is_ignored(registry):  # noqa: F811
     """The number in a report must not size the windows."""
     run, _ = join(registry, hello(0, 1))
-    run.take_exit({"rank": 2**40, "local_rank": 0, "pid": 99, "exitcode": 1})
+    run.take_exit(ExitReport(rank=2**40, local_rank=0, pid=99, exitcode=1))
     run.add_unmatched_exits()
 
     assert run.world_size == len(run.streams) == 1

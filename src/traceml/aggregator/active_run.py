@@ -23,6 +23,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
 from traceml.run_folder import STORE_NAME
+from traceml.transport.exit_report import ExitReport
 from traceml.transport.hello import WORLD_LIMIT
 from traceml.transport.server import Peer
 
@@ -59,7 +60,7 @@ class ActiveRun(RunStreams):
         self._retention_gb = retention_gb
         self._recovered: list[FlightSnapshot] = []
         self._leaving: list[Peer] = []
-        self._unmatched_exits: list[dict[str, Any]] = []
+        self._unmatched_exits: list[ExitReport] = []
         self._ended_by: dict[str, Any] = {}
         self.final_findings: list[Finding] = []
         """Findings at the end of the run, if they were wanted."""
@@ -93,7 +94,7 @@ class ActiveRun(RunStreams):
                 is_helper=flight.is_helper or self._has_started_rank(flight, attempt),
             )
             self.store.update_stream(stream.id, clock=list(flight.image.clock))
-            for report in [report for report in self._unmatched_exits if report.get("pid") == flight.incarnation.pid]:
+            for report in [report for report in self._unmatched_exits if report.pid == flight.incarnation.pid]:
                 self._unmatched_exits.remove(report)
                 note_exit(stream, report)
 
@@ -118,16 +119,9 @@ class ActiveRun(RunStreams):
         stream.disconnect()
         self._end_stream(stream, state, is_total_known=state is not StreamState.LOST)
 
-    def take_exit(self, report: dict[str, Any]) -> None:
-        """Take a launcher's report of the end of a process.
-
-        Args:
-            report: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
-                `time`; `oom`, see `RankExit`; `crash`, the output of faulthandler; `stopped`, when the launcher ended
-                it because of others; `flight`, the path of a copy of its flight file; instead of an exit code `lost`,
-                when its host is out of reach.
-        """
-        if not isinstance(report.get("exitcode"), int) and not report.get("lost"):
+    def take_exit(self, report: ExitReport) -> None:
+        """Take a launcher's report of the end of a process."""
+        if report.exitcode is None and not report.lost:
             _log.info("run %s ignores an exit report without a code: %s", self.id, report)
             return
 
@@ -136,15 +130,15 @@ class ActiveRun(RunStreams):
             self._unmatched_exits.append(report)  # it may have left a flight file, or died even before that
             return
 
-        if report.get("lost"):
-            stream.exit["host_lost"] = str(report["lost"])
+        if report.lost:
+            stream.exit["host_lost"] = report.lost
             if not stream.ended or stream.state is StreamState.LOST:
                 self._end_stream(stream, StreamState.LOST, is_total_known=False)
 
             return
 
         note_exit(stream, report)
-        if stream.state is StreamState.FINISHED and report["exitcode"] == 0:
+        if stream.state is StreamState.FINISHED and report.exitcode == 0:
             self.store.update_stream(stream.id, exit=stream.exit)  # the rank's bye said the same
         elif not stream.connected:
             self._finalize_dead(stream)
@@ -152,22 +146,20 @@ class ActiveRun(RunStreams):
     def add_unmatched_exits(self) -> None:
         """Add processes that failed before their recorder started: only the launcher reports them."""
         for report in self._unmatched_exits:
-            rank, pid, local_rank = report.get("rank"), report.get("pid") or 0, report.get("local_rank", 0)
-            if not (isinstance(rank, int) and isinstance(pid, int) and isinstance(local_rank, int)):
+            rank = report.rank
+            if rank is None or not 0 <= rank < WORLD_LIMIT:
                 continue
-            if not 0 <= rank < WORLD_LIMIT:
-                continue
-            if not (report.get("exitcode") or report.get("lost")) or self._table.of_rank(self.attempt, rank):
+            if not (report.exitcode or report.lost) or self._table.of_rank(self.attempt, rank):
                 _log.info("no rank of run %s matches the exit %s", self.id, report)
                 continue
 
             if rank >= self.world_size:
                 self._resize(rank + 1)
 
-            incarnation = Incarnation(str(report.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
-            stream = self._add_stream(self.attempt, rank, incarnation, local_rank, "")
-            if report.get("lost"):
-                stream.exit["host_lost"] = str(report["lost"])
+            incarnation = Incarnation(report.host or socket.gethostname(), boot_id(), report.pid or 0, 0, "")
+            stream = self._add_stream(self.attempt, rank, incarnation, report.local_rank, "")
+            if report.lost:
+                stream.exit["host_lost"] = report.lost
                 self._end_stream(stream, StreamState.LOST, is_total_known=False)
                 continue
 

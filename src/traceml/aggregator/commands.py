@@ -20,6 +20,7 @@ from traceml.aggregator.streams.stream import RankStream
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.fail_open import fail_open
 from traceml.track.tracker_state import TrackerState
+from traceml.transport.exit_report import ExitReport
 from traceml.transport.server import Peer
 
 __all__ = ["CommandError", "Commands"]
@@ -126,8 +127,8 @@ class Commands:
         if run.ended:  # too late: this aggregator is stopping
             return {}
 
-        for report in exits if isinstance(exits, list) else []:
-            if isinstance(report, dict):
+        for message in exits if isinstance(exits, list) else []:
+            if (report := ExitReport.from_message(message)) is not None:
                 run.take_exit(report)
 
         run.commit(force=True)

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["ROOT", "OomWatch", "cgroup_folders", "cgroup_paths", "count_kills", "oom_counter", "parent_folders"]
+__all__ = [
+    "ROOT",
+    "OomPlace",
+    "OomWatch",
+    "cgroup_folders",
+    "cgroup_paths",
+    "count_kills",
+    "oom_counter",
+    "parent_folders",
+]
 
 ROOT = "/sys/fs/cgroup"
 """Where the control groups are mounted."""
+
+OomPlace = Literal["group", "host"]
+"""Where the kernel counted an out-of-memory kill: in the process's control group, or only on its host."""
 
 
 def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
@@ -82,7 +95,7 @@ class OomWatch:
         if path not in (self._path, self._host):
             self._path, self._before = path, count_kills(path)
 
-    def killed(self) -> str | None:
+    def killed(self) -> OomPlace | None:
         """Return `group` after a kill in the process's group, `host` after one on the host; None without one."""
         before, now = self._before, count_kills(self._path)
         if before is None or now is None or now <= before:

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from traceml.transport.folder_aggregator import create_runs_dir
 if TYPE_CHECKING:
     from traceml.settings import Config
     from traceml.transport.client import Connection
+    from traceml.transport.exit_report import ExitReport
 
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
@@ -174,13 +175,9 @@ class AggregatorProcess(RestartingProcess):
         """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
         self._ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
-    def tell_ends(self, exits: Sequence[dict[str, Any]]) -> None:
-        """Tell it of ranks that have ended while the job runs; `finish` tells it again.
-
-        Args:
-            exits: in the form of the command `exits`.
-        """
-        self._ask("exits", {"exits": list(exits)}, _ENDS_S)
+    def tell_ends(self, exits: Iterable[ExitReport]) -> None:
+        """Tell it of ranks that have ended while the job runs; `finish` tells it again."""
+        self._ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
 
     def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> None:
         end_s = time.monotonic() + limit_s
@@ -189,11 +186,11 @@ class AggregatorProcess(RestartingProcess):
             with contextlib.closing(connection):
                 connection.request(name, args, timeout_s=end_s - time.monotonic())
 
-    def finish(self, exits: Sequence[dict[str, Any]], status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
+    def finish(self, exits: Sequence[ExitReport], status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
         """Report the end of the processes and of the run; return whether it is complete on disk.
 
         Args:
-            exits: the end of each rank, in the form of the command `exits`.
+            exits: the end of each rank.
             status: the job's exit status, as in a shell.
             ended_by: the signal that asked for the end, in the form of the command `finish`.
         """
@@ -287,7 +284,7 @@ class AggregatorProcess(RestartingProcess):
 
         self.start()
 
-    def _report_end(self, exits: Sequence[dict[str, Any]], end: dict[str, Any]) -> bool | None:
+    def _report_end(self, exits: Iterable[ExitReport], end: dict[str, Any]) -> bool | None:
         """Return whether the aggregator has completed the run; None without an answer."""
         try:
             connection = self._connect_at_end()
@@ -296,7 +293,8 @@ class AggregatorProcess(RestartingProcess):
 
         with contextlib.closing(connection):
             try:
-                connection.request("exits", {"exits": list(exits)}, timeout_s=_FINISH_TIMEOUT_S)
+                known = [each.to_message() for each in exits]
+                connection.request("exits", {"exits": known}, timeout_s=_FINISH_TIMEOUT_S)
                 self._on_completing()
                 connection.request("finish", end, timeout_s=_FINISH_TIMEOUT_S)
             except OSError:  # a TimeoutError, or the connection broke

@@ -1,8 +1,8 @@
 """torchrun, with failures reported as they happen.
 
 `python -m traceml.supervise.elastic [torchrun options] SCRIPT …` does what `torchrun` does. It also writes one JSON
-line per failed process to the descriptor in TRACEML_FAILURES_FD, in every attempt. It exits with the status of the rank
-that failed first: its exit code, or 128 + n for signal n. torchrun itself always exits with 1.
+line per failed process, an `ExitReport`, to the descriptor in TRACEML_FAILURES_FD, in every attempt. It exits with the
+status of the rank that failed first: its exit code, or 128 + n for signal n. torchrun itself always exits with 1.
 
 Process: torchrun.
 """
@@ -88,19 +88,21 @@ def _reporter(fd_text: str | None) -> Any:
     os.set_inheritable(fd, False)
 
     def report(failures: Iterable[tuple[int, Any]], running: Collection[int] = ()) -> None:
-        for rank, failure in failures:
-            line = {
-                "rank": rank,
-                "local_rank": failure.local_rank,
-                "pid": failure.pid,
-                "exitcode": failure.exitcode,
-                "time": failure.timestamp,
-                **({"stopped": True} if failure.local_rank in running and failure.exitcode in _CLOSING else {}),
-            }
-            with contextlib.suppress(BrokenPipeError):  # `traceml run` was killed: nobody reads it
-                import json  # `traceml run` imports this module, and its script waits
+        import json  # `traceml run` imports this module, and its script waits
 
-                os.write(fd, json.dumps(line).encode() + b"\n")
+        from traceml.transport.exit_report import ExitReport  # likewise
+
+        for rank, failure in failures:
+            ended = ExitReport(
+                rank=rank,
+                local_rank=failure.local_rank,
+                pid=failure.pid,
+                exitcode=failure.exitcode,
+                time=failure.timestamp,
+                stopped=failure.local_rank in running and failure.exitcode in _CLOSING,
+            )
+            with contextlib.suppress(BrokenPipeError):  # `traceml run` was killed: nobody reads it
+                os.write(fd, json.dumps(ended.to_message()).encode() + b"\n")
 
     return report
 

@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from traceml.process_ends import has_terminal, not_ignored, shell_status
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.output import OutputCopy, UnreadOutput
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
+
+if TYPE_CHECKING:
+    from traceml.transport.exit_report import ExitReport
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
@@ -103,7 +106,7 @@ class Supervisor:
             job.run_id, job.runs_dir, on_completing=on_completing, on_delivery=on_delivery, settings=job.environ
         )
         self._on_start, self._on_tick, self._on_completing = on_start, on_tick, on_completing
-        self._failures: list[dict[str, Any]] = []
+        self._failures: list[ExitReport] = []
         self._reported_exits, self._all_reported_s = 0, 0.0  # clean exits that the aggregator knows; when it knew all
         self._signals: set[int] = set()
         self._not_ignored = not_ignored(FORWARDED_SIGNALS)
@@ -305,11 +308,14 @@ class Supervisor:
 
             import json
 
-            self._failures += [json.loads(line) for line in lines.splitlines()]
+            from traceml.transport.exit_report import ExitReport
+
+            read = [ExitReport.from_message(json.loads(line)) for line in lines.splitlines()]
+            self._failures += [each for each in read if each is not None]
 
     def _report_clean_exits(self) -> None:
         """Report ranks that have exited with status 0 while others run: after os._exit(0) a rank looks lost."""
-        clean = [each for each in self._failures if each["exitcode"] == 0]
+        clean = [each for each in self._failures if each.exitcode == 0]
         if len(clean) == self._reported_exits:
             self._all_reported_s = time.monotonic()
         elif time.monotonic() - self._all_reported_s >= _CLEAN_EXIT_S:
@@ -320,13 +326,17 @@ class Supervisor:
 
     def _finish(self, process: subprocess.Popen[bytes]) -> bool:
         """Report the end of the processes to the aggregator; return whether the run is complete on disk."""
+        from msgspec.structs import replace
+
+        from traceml.transport.exit_report import ExitReport
+
         failures = self._failures
         if not self._job.uses_torchrun:
-            failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
+            failures = [ExitReport(rank=0, pid=process.pid, exitcode=process.returncode)]
 
         # Who signals the command ends the job as a whole: no rank is the cause.
         ends = {-number for number in self._signals} | {128 + number for number in self._signals}
-        failures = [each | {"stopped": True} if each["exitcode"] in ends else each for each in failures]
+        failures = [replace(each, stopped=True) if each.exitcode in ends else each for each in failures]
         if self._ended_by is not None:
             from traceml.supervise.slurm_jobs import scheduler_facts
 

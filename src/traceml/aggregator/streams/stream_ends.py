@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from traceml.aggregator.streams.stream import RankStream, StreamState
 from traceml.database.flight.flight_header import FlightState
@@ -16,35 +15,34 @@ from traceml.diagnosis.deaths.lost_ranks import was_stopped
 from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.inspection.crash_stacks import crash_facts
+from traceml.transport.exit_report import ExitReport
 
 __all__ = ["final_state", "note_exit", "note_flight", "note_oom", "resumed_at", "state_of_dead"]
 
 # Exit status of a job that was ended from outside before its ranks had started.
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
-_OOM = ("group", "host")  # where a counter of out-of-memory kills has grown
 
-
-def note_exit(stream: RankStream, report: dict[str, Any]) -> None:
+def note_exit(stream: RankStream, report: ExitReport) -> None:
     """Add the launcher's report of its end to a stream."""
-    code = report["exitcode"]
+    code = report.exitcode or 0
     stream.exit |= {"signal": -code} if code < 0 else {"code": code}
-    stream.reported_dead = stream.incarnation.pid == report.get("pid")
-    if report.get("stopped"):
+    stream.reported_dead = stream.incarnation.pid == report.pid
+    if report.stopped:
         stream.exit["stopped"] = True
 
-    if isinstance(report.get("flight"), str):
-        stream.reported_flight = Path(report["flight"])
+    if report.flight:
+        stream.reported_flight = Path(report.flight)
 
-    if isinstance(report.get("time"), int | float):
-        stream.exit["reported_s"] = report["time"]
+    if report.time is not None:
+        stream.exit["reported_s"] = report.time
 
-    if report.get("oom") in _OOM:
-        stream.exit["oom"] = report["oom"]
+    if report.oom is not None:
+        stream.exit["oom"] = report.oom
 
-    stream.exit |= scheduler_words(report)
-    if isinstance(report.get("crash"), str):
-        stream.exit = {**crash_facts(report["crash"]), **stream.exit}
+    stream.exit |= scheduler_words(report.to_message())
+    if report.crash:
+        stream.exit = {**crash_facts(report.crash), **stream.exit}
 
 
 def note_oom(stream: RankStream) -> None:

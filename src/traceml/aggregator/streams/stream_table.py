@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from traceml.aggregator.streams.stream import Incarnation, RankStream
+from traceml.transport.exit_report import ExitReport
 
 __all__ = ["StreamTable"]
 
@@ -57,9 +56,9 @@ class StreamTable:
         """Return the stream of a recorder that was connected before."""
         return self._by_incarnation.get((incarnation, rank))
 
-    def of_exit(self, report: dict[str, Any]) -> RankStream | None:
+    def of_exit(self, report: ExitReport) -> RankStream | None:
         """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
-        pid, host = report.get("pid"), report.get("host")
+        pid, host = report.pid, report.host
         by_pid = [s for s in self.all if s.incarnation.pid == pid and host in (None, s.incarnation.host)]
-        by_rank = [stream for stream in self.all if stream.rank == report.get("rank") and not stream.ended]
+        by_rank = [stream for stream in self.all if stream.rank == report.rank and not stream.ended]
         return next(reversed(by_pid or by_rank), None)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypedDict, TypeVar, dataclass_transform
 
 from traceml.errors import ProtocolError
+from traceml.inspection.control_groups import OomPlace
 
 __all__ = [
     "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "Bye", "ChildEnded", "CollectStacks", "Done", "Exited",
@@ -297,7 +298,7 @@ class Exited(Message, t="exited"):
     signal: int | None
     tail: Sequence[str]  # last lines of the worker's output
     crash: str  # faulthandler's stacks, after a signal of a crash
-    oom: str | None  # where the kernel has killed for lack of memory, `group` (cgroup) or `host`; None: not known
+    oom: OomPlace | None  # where the kernel has killed for lack of memory meanwhile; None: not known
 
 
 class WorkerStack(TypedDict):

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from msgspec.structs import replace
+
 from traceml import settings
 from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.database.store.reader import StoreReader
@@ -32,6 +34,7 @@ from traceml.supervise.final_report import load_card, print_final_report
 from traceml.supervise.launch_screen import MakeScreen, Output, terminal_screen
 from traceml.supervise.slurm_jobs import scheduler_facts
 from traceml.supervise.supervisor import Screen
+from traceml.transport.exit_report import ExitReport
 from traceml.transport.run_line import print_start
 
 __all__ = ["Tracing"]
@@ -135,7 +138,7 @@ class Tracing:
         self._finished: bool | None = None
         self._hosts: dict[str, TracedHost] = {}
         self._flights: dict[int, _FlightTransfer] = {}
-        self._exits: list[dict[str, Any]] = []
+        self._exits: list[ExitReport] = []
         self._raised: set[int] = set()
         self.output, self.errors = Output("stdout"), Output("stderr")
         """Streams for the job's output, for any thread: it appears above the live view."""
@@ -250,22 +253,20 @@ class Tracing:
         Args:
             stopped: whether we ended it because of others.
         """
-        exited = {
-            "rank": message.rank,
-            "local_rank": message.local_rank,
-            "pid": message.pid,
-            "host": self._hosts[host].name,
-            "exitcode": -message.signal if message.signal else message.code,
-            "time": time.time(),
-            "oom": message.oom,
-            "crash": message.crash,
-        }
-        if message.rank in self._raised:
-            exited["exitcode"] = 1
-        elif stopped:
-            exited["stopped"] = True
-
-        self._exits.append(exited)
+        raised = message.rank in self._raised
+        self._exits.append(
+            ExitReport(
+                rank=message.rank,
+                local_rank=message.local_rank,
+                pid=message.pid,
+                host=self._hosts[host].name,
+                exitcode=1 if raised else -message.signal if message.signal else message.code,
+                time=time.time(),
+                stopped=stopped and not raised,
+                oom=message.oom,
+                crash=message.crash,
+            )
+        )
 
     def host_lost(self, host: str, ranks: Mapping[int, int | None], reason: str) -> None:
         """Record a lost host."""
@@ -277,7 +278,7 @@ class Tracing:
             known.tunnel.close()
 
         for rank, pid in ranks.items():
-            self._exits.append({"rank": rank, "pid": pid, "host": known.name, "lost": reason, "time": time.time()})
+            self._exits.append(ExitReport(rank=rank, pid=pid, host=known.name, lost=reason, time=time.time()))
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -288,15 +289,10 @@ class Tracing:
             status: the job's exit status, as in a shell.
             ended_by: the signal that ended it, see `AggregatorProcess.finish`.
         """
-        for exited in self._exits:
-            flight = self._flights.get(exited["rank"])
-            if flight is not None and flight.path:
-                exited["flight"] = flight.path
-
-        if status and (why := scheduler_facts(os.environ)):
-            self._exits = [exited | why for exited in self._exits]
-
-        self._finished = self._begun and self._aggregator.finish(self._exits, status, ended_by)
+        why = scheduler_facts(os.environ) if status else {}
+        copies: dict[int | None, str] = {rank: flight.path for rank, flight in self._flights.items() if flight.path}
+        exits = [replace(each, flight=copies.get(each.rank), **why) for each in self._exits]
+        self._finished = self._begun and self._aggregator.finish(exits, status, ended_by)
         return self._finished
 
     def close(self) -> None:
