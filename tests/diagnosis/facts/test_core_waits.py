@@ -40,6 +40,14 @@ def test_a_short_training_falls_back_to_the_whole_run():
     assert waits.of_wall_time() == {}
 
 
+def test_nothing_is_known_of_a_rank_without_readings():
+    """As where an attempt ended before its first one."""
+    waits = CoreWaits()
+    waits.add(0, rows())
+
+    assert waits.of_ready_time() == waits.of_wall_time() == waits.observed_s() == {}
+
+
 def test_a_rank_without_steps_is_not_compared_with_those_that_train():
     """The main thread of a parameter server has next to nothing to do, and waits for a core most of that time."""
     waits = CoreWaits()

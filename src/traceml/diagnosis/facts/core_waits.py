@@ -7,9 +7,10 @@ training if a step was open at both. A step counts when it has ended: the one in
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,47 +38,65 @@ _NOTHING: _Sums = (0, 0, 0)
 _READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
 
 
+class _MainThread(msgspec.Struct):
+    """Readings of the main thread of a rank."""
+
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+    training: _Sums = _NOTHING  # wall time, run and waited, in steps that have ended
+    of_open: list[_Sums] = []  # the same between readings, from that before the step open last
+    before: tuple[int, int] | None = None  # run and waited before the first step
+    has_begun: bool = False  # whether it had a step
+
+    def add(self, readings: Iterable[tuple[int, ...]]) -> None:
+        """Take readings, in order: the columns `_READ`."""
+        last, of_open = self.last, self.of_open
+        for row in readings:
+            t_ns, run_ns, wait_ns, step = row
+            if step >= 0:
+                self.has_begun = True
+            elif not self.has_begun:  # a restarted rank counts from 0 again
+                self.before = run_ns, wait_ns
+
+            if not last:
+                self.first = row
+            elif last[3] >= 0:
+                if step != last[3]:
+                    self.training = _sum(self.training, *of_open)
+                    of_open.clear()
+
+                if step >= 0:
+                    of_open.append((t_ns - last[0], run_ns - last[1], wait_ns - last[2]))
+
+            last = row
+
+        self.last = last
+
+    @property
+    def trained(self) -> _Sums:
+        """Wall time, run and waited in training; the last step, where only one reading saw it open."""
+        return _sum(self.training, *(self.of_open if len(self.of_open) == 1 else ()))
+
+    @property
+    def run_and_wait(self) -> tuple[int, int]:
+        """Run and waited in training; where that was too short, in the whole run."""
+        _, run, wait = self.trained
+        if run + wait >= MIN_OBSERVED_NS:
+            return run, wait
+
+        return self.last[1] - self.first[1], self.last[2] - self.first[2]
+
+
 class CoreWaits:
     """Sums the readings of each rank."""
 
     def __init__(self) -> None:
-        self._first: dict[int, tuple[int, ...]] = {}
-        self._last: dict[int, tuple[int, ...]] = {}
-        self._training: dict[int, _Sums] = {}  # wall time, run and waited, in steps that have ended
-        self._open: dict[int, list[_Sums]] = {}  # the same between readings, from that before the step open last
-        self._before: dict[int, tuple[int, int]] = {}  # run and waited before the first step
-        self._begun: set[int] = set()  # ranks that had a step
+        self._ranks: defaultdict[int, _MainThread] = defaultdict(_MainThread)
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
-        last, ended, of_open = self._last.get(rank), self._training.get(rank, _NOTHING), self._open.setdefault(rank, [])
-        for row in zip(*(rows[name].tolist() for name in _READ), strict=True):
-            self._note_start_up(rank, (row[1], row[2]), step=row[3])
-            if last is None:
-                self._first[rank] = row
-            elif last[3] >= 0:
-                if row[3] != last[3]:
-                    ended = _sum(ended, *of_open)
-                    of_open.clear()
-
-                if row[3] >= 0:
-                    of_open.append((row[0] - last[0], row[1] - last[1], row[2] - last[2]))
-
-            last = row
-
-        if last is not None:
-            self._last[rank], self._training[rank] = last, ended
-
-    def _trained(self, rank: int) -> _Sums:
-        """Return wall time, run and waited in training; the last step, where only one reading saw it open."""
-        of_open = self._open[rank]
-        return _sum(self._training[rank], *(of_open if len(of_open) == 1 else ()))
-
-    def _note_start_up(self, rank: int, run_and_wait_ns: tuple[int, int], step: int) -> None:
-        if step >= 0:
-            self._begun.add(rank)
-        elif rank not in self._begun:  # a restarted rank counts from 0 again
-            self._before[rank] = run_and_wait_ns
+        if len(rows):
+            self._ranks[rank].add(zip(*(rows[name].tolist() for name in _READ), strict=True))
 
     def of_start_up_s(self) -> float:
         """Return the seconds that main threads waited for a core before the first step: the median over ranks."""
@@ -88,7 +107,8 @@ class CoreWaits:
         return self._median_before_s(0)
 
     def _median_before_s(self, field: int) -> float:
-        known = [each[field] for each in self._before.values() if min(each) >= 0]
+        before = [each.before for each in self._ranks.values() if each.before is not None]
+        known = [each[field] for each in before if min(each) >= 0]
         return float(np.median(known)) / 1e9 if known else 0.0
 
     def of_ready_time(self) -> dict[int, float]:
@@ -97,24 +117,17 @@ class CoreWaits:
         It is that of training; where that was too short, of the whole run. Of a rank without steps, as a parameter
         server, nothing is known once others train.
         """
-        observed = {rank: self._run_and_wait(rank) for rank in self._begun or self._training}
+        begun = {rank: each for rank, each in self._ranks.items() if each.has_begun}
+        observed = {rank: each.run_and_wait for rank, each in (begun or self._ranks).items()}
         return {rank: wait / (run + wait) for rank, (run, wait) in observed.items() if run + wait >= MIN_OBSERVED_NS}
-
-    def _run_and_wait(self, rank: int) -> tuple[int, int]:
-        _, run, wait = self._trained(rank)
-        if run + wait >= MIN_OBSERVED_NS:
-            return run, wait
-
-        first, last = self._first[rank], self._last[rank]
-        return last[1] - first[1], last[2] - first[2]
 
     def observed_s(self) -> dict[int, float]:
         """Return the seconds of training between the readings of each rank."""
-        return {rank: self._trained(rank)[0] / 1e9 for rank in self._training}
+        return {rank: each.trained[0] / 1e9 for rank, each in self._ranks.items()}
 
     def of_wall_time(self) -> dict[int, float]:
         """Return the share of wall time in training that a main thread waited for a core, where that is known."""
-        trained = {rank: self._trained(rank) for rank in self._training}
+        trained = {rank: each.trained for rank, each in self._ranks.items()}
         return {rank: wait / wall for rank, (wall, _, wait) in trained.items() if wall >= MIN_OBSERVED_NS}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, anoth
 _NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER, InfoKind.EXIT)  # a rank without progress sends these too
 
 
-class RankProgress(msgspec.Struct, frozen=True):
+class RankProgress(msgspec.Struct, frozen=True, kw_only=True):
     """A rank and its progress until now, or until its end."""
 
     rank: int
@@ -63,6 +64,37 @@ class JobProgress(msgspec.Struct, frozen=True):
     diverged: DivergedRanks | None = None
 
 
+class _Signs(msgspec.Struct):
+    """What the process of a rank has sent so far beside its steps; times are those of its host's monotonic clock."""
+
+    seen_ns: int | None = None  # newest timestamp of any row
+    began_ns: int = 0  # newest timestamp of a row of `info` that shows progress
+    cpu: tuple[int, int, float | None] | None = None  # timestamp, CPU time, cores since the row before
+    awake_ns: int | None = None  # since when its recorder has taken samples without a pause
+    open_step: int = -1
+    line: tuple[int, int, int] = (0, 0, -1)  # timestamp, phase, id of the line
+    snapshot: RankSnapshot | None = None
+    own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that goes on
+    over_ns: int | None = None  # end of the pause that the snapshot is about
+    changes: int = 0  # of the process's state from snapshot to snapshot, in the same pause
+    # last step of a rank whose launched function or script is over, and whether it was a script
+    returned: tuple[int | None, bool] = (None, False)
+
+    @property
+    def current(self) -> RankSnapshot | None:
+        """The newest snapshot; None if there has been progress since."""
+        return self.snapshot if self.over_ns is None else None
+
+    @property
+    def newest_ns(self) -> int:
+        """Time of the newest snapshot, or of the end of its pause."""
+        return max(self.snapshot.at_ns if self.snapshot is not None else 0, self.over_ns or 0)
+
+    def saw(self, t_ns: int) -> None:
+        """Note the timestamp of a row."""
+        self.seen_ns = max(self.seen_ns or 0, t_ns)
+
+
 class ProgressHistory:
     """Collects rows and snapshots as they arrive."""
 
@@ -80,23 +112,12 @@ class ProgressHistory:
         self._gap_ns = 0
         self._newest_gaps = np.zeros(_FIRST_RANKS, np.int64)
         self._step_sequences = StepSequences()
-        self._began: dict[int, int] = {}
-        self._seen: dict[int, int] = {}  # newest timestamp of any row
-        self._cpu: dict[int, tuple[int, int, float | None]] = {}  # timestamp, CPU time, cores since the row before
-        self._awake: dict[int, int] = {}  # timestamp since which its recorder has taken samples without a pause
-        self._open_steps: dict[int, int] = {}
-        self._lines: dict[int, tuple[int, int, int]] = {}  # timestamp, phase, id of the line
-        self._snapshots: dict[int, RankSnapshot] = {}
-        self._own: dict[int, RankSnapshot] = {}  # newest one that the rank itself took, in a pause that goes on
-        self._over: dict[int, int] = {}  # timestamp of the end of the pause that the snapshot is about
-        self._changes: dict[int, int] = {}  # of the process's state from snapshot to snapshot, in the same pause
+        self._signs: defaultdict[int, _Signs] = defaultdict(_Signs)
         self._quiet = [0.0, 0.0]
-        # Last step of ranks whose launched function or script is over, and whether it was a script.
-        self._returned: dict[int, tuple[int, bool]] = {}
 
     def snapshot_of(self, rank: int) -> RankSnapshot | None:
         """Return the newest snapshot of a rank without progress; None if it makes progress."""
-        return None if rank in self._over else self._snapshots.get(rank)
+        return self._signs[rank].current if rank in self._signs else None
 
     def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
         """Take step rows of any ranks; those of one rank in order."""
@@ -131,18 +152,18 @@ class ProgressHistory:
         if not len(rows):
             return
 
-        times = rows["t_ns"]
-        pauses = np.flatnonzero(np.diff(times, prepend=self._cpu.get(rank, (0,))[0]) > _SENDING_S * _S)
+        signs, times = self._signs[rank], rows["t_ns"]
+        pauses = np.flatnonzero(np.diff(times, prepend=signs.cpu[0] if signs.cpu else 0) > _SENDING_S * _S)
         if len(pauses):
-            self._awake[rank] = int(times[pauses[-1]])
+            signs.awake_ns = int(times[pauses[-1]])
 
         for t_ns, step, cpu_ns in rows[["t_ns", "step", "cpu_ns"]][-2:].tolist():
-            t_before, cpu_before, share = self._cpu.get(rank, (t_ns, cpu_ns, None))
+            t_before, cpu_before, share = signs.cpu or (t_ns, cpu_ns, None)
             if t_ns > t_before:
                 share = (cpu_ns - cpu_before) / (t_ns - t_before)
 
-            self._cpu[rank], self._open_steps[rank] = (t_ns, cpu_ns, share), step
-            self._saw(rank, t_ns)
+            signs.cpu, signs.open_step = (t_ns, cpu_ns, share), step
+            signs.saw(t_ns)
 
     def line_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LINES`; of the newest ones the line that was seen most."""
@@ -150,7 +171,7 @@ class ProgressHistory:
         if len(rows):
             newest = rows[rows["t_ns"] == rows["t_ns"].max()]
             row = newest[newest["samples"].argmax()]
-            self._lines[rank] = int(row["t_ns"]), int(row["phase"]), int(row["line_id"])
+            self._signs[rank].line = int(row["t_ns"]), int(row["phase"]), int(row["line_id"])
 
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log."""
@@ -162,24 +183,24 @@ class ProgressHistory:
 
         if kind == InfoKind.RETURNED:
             last_step = row.get("last_step")
-            self._returned[rank] = last_step if isinstance(last_step, int) else -1, row.get("script") is True
+            self._signs[rank].returned = last_step if isinstance(last_step, int) else -1, row.get("script") is True
 
         if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
         elif isinstance(t_ns, int) and kind not in _NO_PROGRESS:
-            self._began[rank] = max(self._began.get(rank, 0), t_ns)
+            self._signs[rank].began_ns = max(self._signs[rank].began_ns, t_ns)
 
         if isinstance(t_ns, int):
-            self._saw(rank, t_ns)
+            self._signs[rank].saw(t_ns)
 
     def take_snapshot(self, snapshot: RankSnapshot) -> None:
         """Add a snapshot. One older than the newest only counts as a pause: readers get events after rows."""
-        rank = snapshot.rank
-        self._saw(rank, snapshot.at_ns)
-        if snapshot.at_ns < self._newest_ns(rank):
+        signs = self._signs[snapshot.rank]
+        signs.saw(snapshot.at_ns)
+        if snapshot.at_ns < signs.newest_ns:
             self._count_pause(snapshot, 0.0)
         elif not snapshot.ended:
-            before = None if rank in self._over else self._snapshots.get(rank)
+            before = signs.current
             if snapshot.is_last and before is not None and _tells_no_more(snapshot, before):
                 # The signal that ends a rank has woken it: what it did until then is how it hung.
                 snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=snapshot.quiet_s, is_last=True)
@@ -188,25 +209,18 @@ class ProgressHistory:
                 passed_s = (snapshot.at_ns - before.at_ns) / _S
                 snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=before.quiet_s + passed_s)
 
-            changes = self._changes.get(rank, 0) if before is not None else 0
-            self._changes[rank] = changes + (before is not None and _state(before) != _state(snapshot))
-            self._snapshots[rank] = snapshot
-            self._over.pop(rank, None)
+            signs.changes = 0 if before is None else signs.changes + (_state(before) != _state(snapshot))
+            signs.snapshot, signs.over_ns = snapshot, None
             if snapshot.answered == _ITSELF:
-                self._own[rank] = snapshot
-        elif snapshot.answered != _ITSELF and rank in self._own:
-            self._snapshots[rank] = self._own[rank]  # only its recorder was silent: what that saw last still stands
-        elif rank in self._snapshots:
-            self._own.pop(rank, None)
-            self._over[rank] = snapshot.at_ns
-            if not self._snapshots[rank].is_last:
-                self._count_pause(snapshot, self._snapshots[rank].quiet_s)
+                signs.own = snapshot
+        elif snapshot.answered != _ITSELF and signs.own is not None:
+            signs.snapshot = signs.own  # only its recorder was silent: what that saw last still stands
+        elif signs.snapshot is not None:
+            signs.own, signs.over_ns = None, snapshot.at_ns
+            if not signs.snapshot.is_last:
+                self._count_pause(snapshot, signs.snapshot.quiet_s)
 
         self._check_snapshots()
-
-    def _newest_ns(self, rank: int) -> int:
-        known = self._snapshots.get(rank)
-        return max(known.at_ns if known is not None else 0, self._over.get(rank, 0))
 
     def _count_pause(self, snapshot: RankSnapshot, quiet_s: float) -> None:
         if snapshot.ended:
@@ -216,24 +230,10 @@ class ProgressHistory:
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
         self.was_aborted = False
-        self._returned.pop(rank, None)
+        self._signs.pop(rank, None)
         self._step_sequences.forget()
         if rank < len(self._steps):
             self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
-
-        for known in (
-            self._began,
-            self._seen,
-            self._cpu,
-            self._awake,
-            self._open_steps,
-            self._lines,
-            self._snapshots,
-            self._own,
-            self._over,
-            self._changes,
-        ):
-            known.pop(rank, None)
 
         self._check_snapshots()
 
@@ -254,11 +254,12 @@ class ProgressHistory:
         """
         gone, open_steps = ended or {}, opened or {}
         now_ns: dict[str | None, int] = {}
-        for rank, seen_ns in self._seen.items():
+        seen = {rank: signs.seen_ns for rank, signs in sorted(self._signs.items()) if signs.seen_ns is not None}
+        for rank, seen_ns in seen.items():
             now_ns[hosts.get(rank)] = max(now_ns.get(hosts.get(rank), 0), seen_ns)
 
         ranks = {}
-        for rank, seen_ns in sorted(self._seen.items()):
+        for rank, seen_ns in seen.items():
             at_ns = now_ns[hosts.get(rank)]
             if rank in gone:
                 at_ns = max(seen_ns, at_ns - int(_earlier_s(rank, gone, hosts) * _S))
@@ -273,14 +274,14 @@ class ProgressHistory:
     ) -> RankProgress:
         ends = int(self._ends[rank]) if rank < len(self._ends) else 0
         step = int(self._steps[rank]) if rank < len(self._steps) else -1
-        last_ns = max(ends, self._began.get(rank, 0)) or now_ns
+        signs = self._signs[rank]
+        last_ns = max(ends, signs.began_ns) or now_ns
         open_s = opened[1] if opened is not None else 0.0
         if opened is not None and step >= opened[0]:  # the end of the process has closed that step
             step, last_ns = opened[0] - 1, now_ns - int(open_s * _S)
 
-        alive_s = (now_ns - self._seen[rank]) / _S
-        snapshot = self._snapshots.get(rank)
-        over_ns = self._over.get(rank)
+        alive_s = (now_ns - (signs.seen_ns or 0)) / _S
+        snapshot, over_ns = signs.snapshot, signs.over_ns
         if snapshot is not None and over_ns is not None:
             # What it did after the job was asked to end, such as to print an error, is part of its end, too.
             is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _S)
@@ -293,14 +294,22 @@ class ProgressHistory:
             quiet_s = max((now_ns - last_ns) / _S, open_s)
             if over_ns is not None and alive_s < _SENDING_S:
                 quiet_s = min(quiet_s, self._unseen_s(), (now_ns - over_ns) / _S)
-            elif now_ns - self._awake.get(rank, now_ns) > self._unseen_s() * _S:
+            elif signs.awake_ns is not None and now_ns - signs.awake_ns > self._unseen_s() * _S:
                 quiet_s = min(quiet_s, self._unseen_s())
 
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
-        is_unsteady = self._changes.get(rank, 0) >= _CHANGES
-        returned_at, ran_script = self._returned.get(rank, (None, False))
-        return RankProgress(rank, snapshot, quiet_s, alive_s, step, is_unsteady, returned_at, ran_script)
+        returned_at, ran_script = signs.returned
+        return RankProgress(
+            rank=rank,
+            snapshot=snapshot,
+            quiet_s=quiet_s,
+            alive_s=alive_s,
+            step=step,
+            is_unsteady=signs.changes >= _CHANGES,
+            returned_at=returned_at,
+            ran_script=ran_script,
+        )
 
     def _unseen_s(self) -> float:
         """Return how long a recorder that runs may make no progress without a snapshot."""
@@ -310,26 +319,23 @@ class ProgressHistory:
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
     ) -> RankSnapshot:
         """Return what the rows show of a rank that has ended, and has no snapshot."""
-        open_step, last_ns = self._open_steps.get(rank, -1), now_ns - int(quiet_s * _S)
-        t_ns, phase, line = self._lines.get(rank, (0, 0, -1))
+        signs, last_ns = self._signs[rank], now_ns - int(quiet_s * _S)
+        t_ns, phase, line = signs.line
         return RankSnapshot(
             at_ns=now_ns,
             rank=rank,
             quiet_s=quiet_s,
-            step=max(open_step, step),
-            in_step=open_step > step or is_open,
+            step=max(signs.open_step, step),
+            in_step=signs.open_step > step or is_open,
             answered="rows",
             phase=LINE_PHASES.get(phase, "other") if t_ns > last_ns else "",
             user_line=_frame(names.get(line)) if t_ns > last_ns else None,
-            cpu_share=self._cpu[rank][2] if rank in self._cpu else None,
+            cpu_share=signs.cpu[2] if signs.cpu else None,
             sequence=int(self._sequences[rank]) if rank < len(self._sequences) else -1,
         )
 
     def _check_snapshots(self) -> None:
-        self.has_snapshots = any(rank not in self._over for rank in self._snapshots)
-
-    def _saw(self, rank: int, t_ns: int) -> None:
-        self._seen[rank] = max(self._seen.get(rank, 0), t_ns)
+        self.has_snapshots = any(signs.current is not None for signs in self._signs.values())
 
     def _grow(self, ranks: int) -> None:
         if ranks <= len(self._steps):
