@@ -69,27 +69,13 @@ class LineCounts:
 
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
-        self._intervals: dict[int, _RankIntervals] = {}
-        self._threads: dict[int, NDArray[np.int64]] = {}
-        self._workers: dict[int, NDArray[np.int64]] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
-        for counted, is_apart in (
-            (self._threads, rows["phase"] == LINE_THREADS),
-            (self._workers, rows["phase"] <= LINE_WORKERS),
-        ):
-            if is_apart.any():
-                counted[rank] = _summed([counted.get(rank, _NONE), _counts_of(rows[is_apart], 0)])
-
-        rows = rows[rows["phase"] > LINE_THREADS]
-
         counts = self._ranks.get(rank)
         if counts is None:
-            if len(self._ranks) < _MAX_SPAN_RANKS:
-                self._intervals[rank] = _RankIntervals()
-
-            counts = self._ranks[rank] = _RankCounts(self._intervals.get(rank))
+            intervals = _RankIntervals() if len(self._ranks) < _MAX_SPAN_RANKS else None
+            counts = self._ranks[rank] = _RankCounts(intervals)
 
         counts.add(rows)
 
@@ -108,26 +94,28 @@ class LineCounts:
             first, end: the first step, and the first one after them.
         """
         divided = {
-            rank: intervals.divided(first, end, *ends[rank])
-            for rank, intervals in self._intervals.items()
-            if rank in ends
+            rank: counts.intervals.divided(first, end, *ends[rank])
+            for rank, counts in self._ranks.items()
+            if counts.intervals is not None and rank in ends
         }
         inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
         return _sampled_lines(inside, names), _sampled_lines(outside, names)
 
     def of_other_threads(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
         """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
-        return _sampled_lines({rank: _by_time([counts]) for rank, counts in self._threads.items()}, names)
+        threads = {rank: counts.threads for rank, counts in self._ranks.items() if len(counts.threads)}
+        return _sampled_lines({rank: _by_time([counts]) for rank, counts in threads.items()}, names)
 
     def of_workers(self, names: Mapping[int, Mapping[int, str]]) -> dict[int, tuple[SampledLine, ...]]:
         """Return the lines that the workers of each loader, by its number, were seen in while they made batches.
 
         Idle ones are how often they made none.
         """
-        phases = {phase for counts in self._workers.values() for phase in counts[:, 0].tolist()}
+        workers = {rank: counts.workers for rank, counts in self._ranks.items() if len(counts.workers)}
+        phases = {phase for counts in workers.values() for phase in counts[:, 0].tolist()}
         return {
             LINE_WORKERS - phase: _sampled_lines(
-                {rank: _by_time([counts[counts[:, 0] == phase]]) for rank, counts in self._workers.items()}, names
+                {rank: _by_time([counts[counts[:, 0] == phase]]) for rank, counts in workers.items()}, names
             )
             for phase in sorted(phases, reverse=True)
         }
@@ -172,18 +160,29 @@ def _sampled_lines(
 class _RankCounts:
     """Rows of one rank. Those in the phases of steps are apart until a later step has begun.
 
-    Args:
-        intervals: takes these, by interval of the run, too.
+    Attributes:
+        intervals: takes these, by interval of the run, too; None if nothing asks for them.
+        threads, workers: sums of the rows of other Python threads, and of loader workers.
     """
 
     def __init__(self, intervals: _RankIntervals | None = None) -> None:
+        self.intervals = intervals
+        self.threads = self.workers = _NONE
         self._parts: list[NDArray[np.int64]] = []
         self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the middle of the time in which they were counted
-        self._step, self._flushed_ns, self._intervals = -1, 0, intervals
+        self._step, self._flushed_ns = -1, 0
         self._first: NDArray[np.int64] | None = None  # counted since a time that is not known
 
     def add(self, rows: NDArray[np.void]) -> None:
         """Take rows, in order; all that were counted to the same time have it as theirs."""
+        of_threads, of_workers = rows["phase"] == LINE_THREADS, rows["phase"] <= LINE_WORKERS
+        if of_threads.any():
+            self.threads = _summed([self.threads, _counts_of(rows[of_threads], 0)])
+
+        if of_workers.any():
+            self.workers = _summed([self.workers, _counts_of(rows[of_workers], 0)])
+
+        rows = rows[rows["phase"] > LINE_THREADS]
         outside = np.isin(rows["phase"], _OUTSIDE)
         for flushed_ns in np.unique(rows["t_ns"]).tolist():
             flushed = rows["t_ns"] == flushed_ns
@@ -199,8 +198,8 @@ class _RankCounts:
             self._newest.append((middle_ns, in_steps))
             self._first = in_steps if not self._flushed_ns else None
             self._flushed_ns = flushed_ns
-            if self._intervals is not None:
-                self._intervals.add(last, middle_ns, in_steps)
+            if self.intervals is not None:
+                self.intervals.add(last, middle_ns, in_steps)
 
         if len(self._newest) > _MAX_PARTS:
             first, *others = self._newest
