@@ -11,18 +11,20 @@ import pytest
 
 from traceml.aggregator.checks import hang_termination
 from traceml.aggregator.checks.hang_termination import HungJobs
+from traceml.aggregator.live_rows import LiveRows
 from traceml.clock import process_start_ticks
 
 
 def run_of(*streams: Any, attempt: int = 0) -> Any:
-    progress = SimpleNamespace(aborts=True, timeout_s=60.0, was_aborted=False)
+    live = LiveRows(1)
+    live.set_hang_rule(60.0, aborts=True)
     return SimpleNamespace(
         id="run",
         path=None,
         attempt=attempt,
         streams=streams,
         connected=(),
-        live=SimpleNamespace(intake=SimpleNamespace(facts=SimpleNamespace(progress=progress))),
+        live=live,
         store=SimpleNamespace(event=lambda *_: None),
         commit=lambda **_: None,
     )

@@ -199,7 +199,7 @@ class ActiveRun(RunStreams):
     def note_ending(self, ended_by: object) -> None:
         """Take the signal that ended the job, as its launcher reports it; see `ending_signal_of`."""
         if (found := ending_signal_of(ended_by)) is not None:
-            self.live.intake.facts.ended_by = found
+            self.live.note_ending(found)
             self._ended_by = {"ended_by": ended_by}
 
     def note_lost_launcher(self, pid: int) -> None:

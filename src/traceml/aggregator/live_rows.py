@@ -9,6 +9,7 @@ from traceml.aggregator.streams.stream import RankStream
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, NAMES
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.hangs.hang import hang
@@ -79,6 +80,37 @@ class LiveRows:
         """Record the checkpoint that a rank has read: one may read it for all."""
         if stream.is_diagnosed:
             self.intake.facts.resumes_at = max(self.intake.facts.resumes_at, stream.resumes_at)
+
+    def set_hang_rule(self, timeout_s: float, *, aborts: bool) -> None:
+        """Set when a job hangs, and whether it is ended then, before any rank has told."""
+        self.intake.facts.progress.timeout_s, self.intake.facts.progress.aborts = timeout_s, aborts
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Time without progress after which the job hangs, as its ranks have told."""
+        return self.intake.facts.progress.timeout_s
+
+    @property
+    def ends_when_hung(self) -> bool:
+        """Whether the job is to be ended when it hangs."""
+        return self.intake.facts.progress.aborts
+
+    def note_abort(self) -> None:
+        """Record that the job hung, and is ended for that."""
+        self.intake.facts.progress.was_aborted = True
+
+    def note_ending(self, ended_by: EndingSignal) -> None:
+        """Record the signal that ended the job."""
+        self.intake.facts.ended_by = ended_by
+
+    @property
+    def has_core_waits(self) -> bool:
+        """Whether the main thread of any rank waits for a core for long."""
+        return self.intake.facts.has_core_waits
+
+    def note_competing(self, cores: dict[str, float]) -> None:
+        """Record the cores that other processes used while ranks waited for one, by name."""
+        self.intake.facts.competing_processes.add(cores)
 
     def end(self, stream: RankStream) -> None:
         """Record how a rank ended."""

@@ -53,11 +53,11 @@ class HungJobs:
 
     def is_due(self, run: ActiveRun) -> bool:
         """Return whether a run that hangs is to be ended; true once for each attempt."""
-        progress, ended = run.live.intake.facts.progress, self._ended.get(run)
-        if not progress.aborts or (ended is not None and not ended.may_hang_again(run)):
+        ended = self._ended.get(run)
+        if not run.live.ends_when_hung or (ended is not None and not ended.may_hang_again(run)):
             return False
 
-        self._ended[run] = _AbortedAttempt(run.attempt, time.monotonic() + _KILL_AFTER_S + progress.timeout_s)
+        self._ended[run] = _AbortedAttempt(run.attempt, time.monotonic() + _KILL_AFTER_S + run.live.hang_timeout_s)
         return True
 
     async def abort(self, run: ActiveRun) -> None:
@@ -70,7 +70,7 @@ class HungJobs:
                 await asyncio.to_thread(self._report, run.path)
 
         run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
-        run.live.intake.facts.progress.was_aborted = True
+        run.live.note_abort()
         run.commit(force=True)
         processes = _running_here(run)
         for stream in run.connected:

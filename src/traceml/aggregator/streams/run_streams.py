@@ -128,9 +128,8 @@ class RunStreams:
         if self.world_size < world_size <= WORLD_LIMIT:
             self._resize(world_size)
 
-        progress = self.live.intake.facts.progress
-        progress.timeout_s = self._facts.values["hang_timeout_s"] = float(timeout_s)
-        progress.aborts = identity.get("on_hang") == "abort"
+        self._facts.values["hang_timeout_s"] = float(timeout_s)
+        self.live.set_hang_rule(float(timeout_s), aborts=identity.get("on_hang") == "abort")
         if self._facts.values != before:
             self._facts.write(self.store)
 
