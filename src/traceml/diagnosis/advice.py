@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, environment_share, is_waiting, torch_share
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text

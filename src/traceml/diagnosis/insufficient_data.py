@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.blamed_lines import import_share, line_beside_imports, outside_line
+from traceml.diagnosis.facts.blamed_lines import line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
+from traceml.diagnosis.facts.sampled_shares import import_share
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.no_bottleneck import shares_text

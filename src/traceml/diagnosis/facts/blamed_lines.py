@@ -1,71 +1,59 @@
-"""Lines and libraries that a phase is spent in, as far as its samples show.
+"""Lines that a phase is spent in, as far as its samples show.
 
 Shares of phases come from the hooks; samples only divide a phase by line. Code that holds the GIL is sampled less than
 it runs. So a function is named only if its share of all samples explains half of the phase's measured share, and if the
 phase does not have more samples than its share: that would mean that code elsewhere is hidden from samples.
-
-A module is imported once, mostly in the first steps, which are not judged. So imports inside steps do not count.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from math import sqrt
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from traceml.database.schema import IMPORTING, LINE_PHASES, LINE_WORKERS, PHASE_LABELS, Phase
+from traceml.database.schema import LINE_PHASES, LINE_WORKERS, PHASE_LABELS, Phase
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
-from traceml.formatting import line_text, percent_text
+from traceml.diagnosis.facts.sampled_shares import (
+    MIN_SAMPLES,
+    MIN_SHARE_SAMPLES,
+    NAMED_SHARE,
+    SampledShare,
+    busy_share,
+    is_import,
+    is_passing,
+    least_share,
+    of_part,
+    receives,
+    samples_in,
+    workers_at_work,
+)
+from traceml.formatting import line_text
 
 __all__ = [
-    "MIN_SHARE_SAMPLES",
-    "NAMED_SHARE",
     "BlamedLine",
-    "SampledShare",
     "blamed_line",
-    "busy_share",
     "calls_collectives",
     "changed_line",
-    "child_wait_share",
-    "clearing_share",
-    "dataset_share",
-    "environment_share",
-    "handover_share",
-    "import_share",
     "is_waiting",
-    "iterator_share",
     "leading_lines",
     "line_beside_imports",
-    "loss_share",
     "main_library",
-    "ordering_share",
     "outside_line",
     "own_line_share",
-    "place_share",
     "torch_share",
-    "worker_wait_share",
-    "workers_at_work",
     "workers_line",
 ]
 
-MIN_SHARE_SAMPLES = 35
-"""Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""
-_CHILD_ANSWER = "/multiprocessing/connection.py:"
-MIN_SAMPLES = 10
-"""Fewer samples of a phase do not name a line."""
 LEADING_RATIO = 2.0
 """From `MIN_SHARE_SAMPLES` on, a function is also named if it has half of a phase, and this many times any other."""
 MAX_EXCESS = 0.15
 """The phase's share of the samples may exceed its share of the hooks' time by this much."""
-NAMED_SHARE = 0.5
-"""A function with a smaller share of the phase is not named."""
 NAMED_OF_EXCESS = 0.3
-"""The same for late ranks, beyond what the others do: the phase has other work on all ranks."""
+"""`NAMED_SHARE` of late ranks, beyond what the others do: the phase has other work on all ranks."""
 HIDDEN_RATIO = 0.8
 """If a phase has fewer of its samples than this, the share of a line is said to be the least."""
 OWN_LINE_RATIO = 12
@@ -74,51 +62,12 @@ OWN_LINE_RATIO = 12
 _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/")
-_ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
-_CLEARS = re.compile(r"\bzero_grad$")
-_LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+_loss|kl_div)$")
-_ORDERS = re.compile(r"Sampler\.__iter__$")
-_RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
-_HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
-_AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
-_MIN_CLEARING = 5  # it only lowers a cost
-_Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
 _WAITS = 0.5  # code that is on a core for less of its time
 _CONTENDED, _HARDLY_RUNS = 0.25, 0.1
-_WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 
 _Place = tuple[str, str, int | None]
 """File and function; the lines of a module have nothing in common, so each is a place of its own."""
-
-
-class SampledShare(msgspec.Struct, frozen=True):
-    """A share of a number of samples, 0..1."""
-
-    share: float
-    samples: int
-
-    @property
-    def is_rough(self) -> bool:
-        """Whether there are too few samples for a share in percent."""
-        return self.samples < MIN_SHARE_SAMPLES
-
-    @property
-    def is_most(self) -> bool:
-        """Whether it is half or more; of few samples, certainly."""
-        if self.samples < MIN_SAMPLES:
-            return False
-
-        share = _least_share(self.share * self.samples, self.samples) if self.is_rough else self.share
-        return share >= NAMED_SHARE
-
-    @property
-    def text(self) -> str:
-        """The share in words: `all`, `94 %`, or `most` where the samples are few."""
-        if self.is_rough:
-            return "most"
-
-        return "all" if self.share > 0.99 else percent_text(self.share)
 
 
 class BlamedLine(msgspec.Struct, frozen=True):
@@ -248,7 +197,7 @@ def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -
         return ()
 
     first, whole = functions.most_common(2), max(total, phase_share * in_steps)
-    if len(first) < 2 or _least_share(sum(samples for _, samples in first), whole) < NAMED_SHARE:
+    if len(first) < 2 or least_share(sum(samples for _, samples in first), whole) < NAMED_SHARE:
         return ()
 
     return tuple(_blamed(lines, part, place, samples / whole, total) for place, samples in first)
@@ -259,52 +208,16 @@ def _blamed(lines: Sequence[SampledLine], part: str, place: _Place, share: float
     return BlamedLine(place[0], max(own, key=lambda number: own[number]), place[1], share, total)
 
 
-def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
-    """Return the share of a part's samples in which modules were imported."""
-    return _sampled_share(lines, part, _imports)
-
-
-def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
-    """Return the share of a part's samples that wait for an answer of a child process.
-
-    Loader workers do not count: their batches come through a queue.
-    """
-    return _sampled_share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""))
-
-
-def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:
-    seen = _of_part(lines, part)
-    total = sum(each.samples for each in seen)
-    return SampledShare(sum(each.samples for each in seen if chosen(each)) / max(total, 1), total)
-
-
-def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int) -> float:
-    """Return the share of a part's samples that are chosen; 0 if the part has fewer samples than `fewest`."""
-    found = _sampled_share(lines, part, chosen)
-    return found.share if found.samples >= fewest else 0.0
-
-
-def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
-    """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
-    seen = _of_part(lines, part)
-    total = sum(each.samples for each in seen)
-    return _samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
-
-
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
     """Return the share of torch's functions in the samples of a function of the user, in a part of the step."""
     seen = _seen_in(lines, part, line)
-    return _samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
+    return samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
 
 
 def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
     seen = _seen_in(lines, part, line)
-    return _samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
-
-
-def _samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:
-    return sum(each.samples for each in lines if each.library and libraries.search(each.library))
+    return samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
@@ -317,13 +230,6 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
     return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
 
 
-def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
-    """Return the share of a phase's time in which the training thread was on a core; None if unknown."""
-    seen = _of_part(lines, part)
-    watched = sum(each.watched_ns for each in seen)
-    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
-
-
 def is_waiting(lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_share: float = 0.0) -> bool:
     """Return whether a function waits in a phase (for a sleep, a disk, a server, a thread), and does not compute.
 
@@ -334,72 +240,6 @@ def is_waiting(lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_s
     # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps.
     least = _WAITS * (1.0 - wait_share) if wait_share < _CONTENDED else _HARDLY_RUNS
     return busy is not None and busy < least
-
-
-def clearing_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 if unknown.
-
-    Freeing large gradients takes time, and is not the work of the user's loop.
-    """
-    return _share(lines, "other", _clears, _MIN_CLEARING)
-
-
-def _clears(line: SampledLine) -> bool:
-    return any(_CLEARS.search(name) for name in (line.function, line.library) if name)
-
-
-def loss_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` in torch's functions for losses, by samples; 0 if unknown.
-
-    They are computation as the forward is, of which they are a part where the loss is a module.
-    """
-    return _share(lines, "other", lambda each: _LOSSES.search(each.library or ""), _MIN_CLEARING)
-
-
-def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:
-    """Return the share of a part's samples in some functions, by file and name; None if there are few samples."""
-    found = _sampled_share(lines, part, lambda each: (each.file, each.function) in places)
-    return found.share if found.samples >= MIN_SAMPLES else None
-
-
-def ordering_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), MIN_SAMPLES)
-
-
-def worker_wait_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, _receives, MIN_SAMPLES)
-
-
-def _receives(line: SampledLine) -> bool:
-    """Return whether a batch of a loader worker is received, or waited for: the work is in the worker's process."""
-    return line.part == Phase.INPUT_WAIT.label and _RECEIVES.search(line.library or "") is not None
-
-
-def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
-    """Return the share of the waiting for data in the functions of a data set's class, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}", MIN_SAMPLES)
-
-
-def handover_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for loader workers in which a batch is there and is taken over; 0 if unknown.
-
-    The training process asks the worker for the memory of each tensor; it waits for a batch elsewhere.
-    """
-    seen = _of_part(lines, Phase.INPUT_WAIT.label)
-    taking, waiting = _samples_in(seen, _HANDS_OVER), _samples_in(seen, _AWAITS)
-    return taking / (taking + waiting) if taking + waiting >= MIN_SAMPLES else 0.0
-
-
-def iterator_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of `other` that is waiting for an iterator that is not a DataLoader, by samples; 0 if unknown.
-
-    Its time is measured as `other`, and its samples are those of `input_wait`.
-    """
-    waiting = sum(each.samples for each in _of_part(lines, Phase.INPUT_WAIT.label))
-    total = waiting + sum(each.samples for each in _of_part(lines, "other"))
-    return waiting / total if total >= MIN_SHARE_SAMPLES else 0.0
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
@@ -452,18 +292,9 @@ def _is_alone_in(found: BlamedLine, usual: Sequence[SampledLine]) -> bool:
     return found.share - in_it / total >= NAMED_OF_EXCESS
 
 
-def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
-    """Return the share of the time in which loader workers make batches.
-
-    Args:
-        lines: those in which workers were seen.
-    """
-    return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_idle)
-
-
 def line_beside_imports(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
     """Return `outside_line` of the time in which no modules are imported."""
-    return outside_line([each for each in lines if not _imports(each)], part)
+    return outside_line([each for each in lines if not is_import(each)], part)
 
 
 def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: float | None = None) -> bool:
@@ -475,7 +306,7 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
         excess: samples beyond those of the other ranks.
     """
     samples = min(functions[place], whole)
-    is_certain = _least_share(samples, whole) >= NAMED_SHARE
+    is_certain = least_share(samples, whole) >= NAMED_SHARE
     if excess is not None:
         return excess >= NAMED_OF_EXCESS * whole and (is_certain or whole >= MIN_SHARE_SAMPLES)
 
@@ -484,17 +315,10 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
     return is_certain or leads
 
 
-def _least_share(samples: float, whole: float) -> float:
-    """Return the lower bound of a share at a confidence of 95 % (Wilson's score)."""
-    share, spread = samples / whole, _Z_SCORE**2 / whole
-    error = sqrt(share * (1 - share) * spread + spread**2 / 4)
-    return (share + spread / 2 - error) / (1 + spread)
-
-
 def _by_line(lines: Iterable[SampledLine], part: str, place: _Place) -> Counter[int]:
     """Return the samples of a function in a phase by line."""
     counts: Counter[int] = Counter()
-    for each in _of_part(lines, part):
+    for each in of_part(lines, part):
         if _place_of(each) == place and each.line is not None:
             counts[each.line] += each.samples
 
@@ -506,13 +330,13 @@ def _by_function(lines: Iterable[SampledLine], part: str) -> tuple[Counter[_Plac
     functions: Counter[_Place] = Counter()
     total = in_steps = 0
     for each in lines:
-        if _is_passing(each):
+        if is_passing(each):
             continue
 
         in_steps += each.samples if each.part not in OUTSIDE_STEPS else 0
         if each.part == part:
             total += each.samples
-            place = None if _receives(each) else _place_of(each)
+            place = None if receives(each) else _place_of(each)
             if place is not None:
                 functions[place] += each.samples
 
@@ -524,30 +348,16 @@ def _by_place(
 ) -> tuple[Counter[tuple[str, int | None]], int]:
     """Return (samples of a phase by file and line, samples in steps)."""
     places: Counter[tuple[str, int | None]] = Counter()
-    for each in _seen_on(_of_part(lines, part), ranks):
-        if each.file is not None and not _receives(each):
+    for each in _seen_on(of_part(lines, part), ranks):
+        if each.file is not None and not receives(each):
             places[each.file, each.line] += each.samples
 
     return places, _by_function(_seen_on(lines, ranks), part)[2]
 
 
-def _of_part(lines: Iterable[SampledLine], part: str) -> list[SampledLine]:
-    """Return the lines of a part that count."""
-    return [each for each in lines if each.part == part and not _is_passing(each)]
-
-
-def _is_passing(line: SampledLine) -> bool:
-    """Return whether modules were imported inside a step."""
-    return line.part not in OUTSIDE_STEPS and _imports(line)
-
-
-def _imports(line: SampledLine) -> bool:
-    return (line.library or "").startswith(IMPORTING)
-
-
 def _seen_in(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> list[SampledLine]:
     """Return the samples of a part in the function of a line."""
-    return [each for each in _of_part(lines, part) if _place_of(each) == _place_of(line)]
+    return [each for each in of_part(lines, part) if _place_of(each) == _place_of(line)]
 
 
 def _place_of(each: SampledLine | BlamedLine) -> _Place | None:

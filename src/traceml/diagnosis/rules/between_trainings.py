@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, outside_line, torch_share
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, outside_line, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns

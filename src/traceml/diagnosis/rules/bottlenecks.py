@@ -10,22 +10,24 @@ from msgspec.structs import replace
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
-    MIN_SHARE_SAMPLES,
-    NAMED_SHARE,
     BlamedLine,
     blamed_line,
-    clearing_share,
     is_waiting,
-    iterator_share,
     leading_lines,
-    loss_share,
     main_library,
-    place_share,
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
 from traceml.diagnosis.facts.sampled_lines import place_words
+from traceml.diagnosis.facts.sampled_shares import (
+    MIN_SHARE_SAMPLES,
+    NAMED_SHARE,
+    clearing_share,
+    iterator_share,
+    loss_share,
+    place_share,
+)
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from traceml.database.schema import LINE_PHASES, LINE_THREADS
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, busy_share, outside_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import busy_share
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork

@@ -6,15 +6,14 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from traceml.diagnosis.facts.blamed_lines import (
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, main_library
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
-    BlamedLine,
     dataset_share,
-    main_library,
     ordering_share,
     worker_wait_share,
 )
-from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu, share_at_work

@@ -10,7 +10,13 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.advice import WAITED_FOR
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, leading_lines, main_library
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    blamed_line,
+    is_waiting,
+    leading_lines,
+    main_library,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line

@@ -8,19 +8,11 @@ from typing import Any
 from msgspec.structs import replace
 
 from traceml.database.schema import LINE_AFTER_STEPS
-from traceml.diagnosis.facts.blamed_lines import (
-    NAMED_SHARE,
-    BlamedLine,
-    SampledShare,
-    calls_collectives,
-    child_wait_share,
-    import_share,
-    outside_line,
-    torch_share,
-)
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, outside_line, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, SampledShare, child_wait_share, import_share
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, busy_share, handover_share, workers_at_work
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, handover_share, workers_at_work
 from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from traceml.database.schema import Phase
-from traceml.diagnosis.facts.blamed_lines import NAMED_SHARE, BlamedLine, blamed_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
 
 __all__ = ["calls_trainer", "own_line"]
 

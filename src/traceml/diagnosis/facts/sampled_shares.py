@@ -1,0 +1,231 @@
+"""Shares of a phase's samples by what they show: imports, waiting, torch's own work, loader workers.
+
+A module is imported once, mostly in the first steps, which are not judged. So imports inside steps do not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from math import sqrt
+
+import msgspec
+
+from traceml.database.schema import IMPORTING, LINE_PHASES, LINE_WORKERS, Phase
+from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
+from traceml.formatting import percent_text
+
+__all__ = [
+    "MIN_SAMPLES",
+    "MIN_SHARE_SAMPLES",
+    "NAMED_SHARE",
+    "SampledShare",
+    "busy_share",
+    "child_wait_share",
+    "clearing_share",
+    "dataset_share",
+    "environment_share",
+    "handover_share",
+    "import_share",
+    "is_import",
+    "is_passing",
+    "iterator_share",
+    "least_share",
+    "loss_share",
+    "of_part",
+    "ordering_share",
+    "place_share",
+    "receives",
+    "samples_in",
+    "worker_wait_share",
+    "workers_at_work",
+]
+
+MIN_SHARE_SAMPLES = 35
+"""Fewer samples of a phase do not give a share in percent: with 35, a share of 0.9 is accurate to a tenth."""
+MIN_SAMPLES = 10
+"""Fewer samples of a phase do not name a line."""
+NAMED_SHARE = 0.5
+"""A function with a smaller share of the phase is not named."""
+
+_CHILD_ANSWER = "/multiprocessing/connection.py:"
+_ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
+_CLEARS = re.compile(r"\bzero_grad$")
+_LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+_loss|kl_div)$")
+_ORDERS = re.compile(r"Sampler\.__iter__$")
+_RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
+_HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
+_AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
+_MIN_CLEARING = 5  # it only lowers a cost
+_Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
+_WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
+
+
+class SampledShare(msgspec.Struct, frozen=True):
+    """A share of a number of samples, 0..1."""
+
+    share: float
+    samples: int
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether there are too few samples for a share in percent."""
+        return self.samples < MIN_SHARE_SAMPLES
+
+    @property
+    def is_most(self) -> bool:
+        """Whether it is half or more; of few samples, certainly."""
+        if self.samples < MIN_SAMPLES:
+            return False
+
+        share = least_share(self.share * self.samples, self.samples) if self.is_rough else self.share
+        return share >= NAMED_SHARE
+
+    @property
+    def text(self) -> str:
+        """The share in words: `all`, `94 %`, or `most` where the samples are few."""
+        if self.is_rough:
+            return "most"
+
+        return "all" if self.share > 0.99 else percent_text(self.share)
+
+
+def import_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
+    """Return the share of a part's samples in which modules were imported."""
+    return _sampled_share(lines, part, is_import)
+
+
+def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
+    """Return the share of a part's samples that wait for an answer of a child process.
+
+    Loader workers do not count: their batches come through a queue.
+    """
+    return _sampled_share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""))
+
+
+def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:
+    seen = of_part(lines, part)
+    total = sum(each.samples for each in seen)
+    return SampledShare(sum(each.samples for each in seen if chosen(each)) / max(total, 1), total)
+
+
+def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object], fewest: int) -> float:
+    """Return the share of a part's samples that are chosen; 0 if the part has fewer samples than `fewest`."""
+    found = _sampled_share(lines, part, chosen)
+    return found.share if found.samples >= fewest else 0.0
+
+
+def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
+    """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
+    seen = of_part(lines, part)
+    total = sum(each.samples for each in seen)
+    return samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
+
+
+def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
+    """Return the share of a phase's time in which the training thread was on a core; None if unknown."""
+    seen = of_part(lines, part)
+    watched = sum(each.watched_ns for each in seen)
+    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
+
+
+def clearing_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` in which gradients are cleared (`zero_grad`), by samples; 0 if unknown.
+
+    Freeing large gradients takes time, and is not the work of the user's loop.
+    """
+    return _share(lines, "other", _clears, _MIN_CLEARING)
+
+
+def _clears(line: SampledLine) -> bool:
+    return any(_CLEARS.search(name) for name in (line.function, line.library) if name)
+
+
+def loss_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` in torch's functions for losses, by samples; 0 if unknown.
+
+    They are computation as the forward is, of which they are a part where the loss is a module.
+    """
+    return _share(lines, "other", lambda each: _LOSSES.search(each.library or ""), _MIN_CLEARING)
+
+
+def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:
+    """Return the share of a part's samples in some functions, by file and name; None if there are few samples."""
+    found = _sampled_share(lines, part, lambda each: (each.file, each.function) in places)
+    return found.share if found.samples >= MIN_SAMPLES else None
+
+
+def ordering_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the waiting for data in which torch's samplers draw an order, by samples; 0 if unknown."""
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), MIN_SAMPLES)
+
+
+def worker_wait_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
+    return _share(lines, Phase.INPUT_WAIT.label, receives, MIN_SAMPLES)
+
+
+def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
+    """Return the share of the waiting for data in the functions of a data set's class, by samples; 0 if unknown."""
+    return _share(lines, Phase.INPUT_WAIT.label, lambda each: f".{dataset}." in f".{each.function or ''}", MIN_SAMPLES)
+
+
+def handover_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of the waiting for loader workers in which a batch is there and is taken over; 0 if unknown.
+
+    The training process asks the worker for the memory of each tensor; it waits for a batch elsewhere.
+    """
+    seen = of_part(lines, Phase.INPUT_WAIT.label)
+    taking, waiting = samples_in(seen, _HANDS_OVER), samples_in(seen, _AWAITS)
+    return taking / (taking + waiting) if taking + waiting >= MIN_SAMPLES else 0.0
+
+
+def iterator_share(lines: Sequence[SampledLine]) -> float:
+    """Return the share of `other` that is waiting for an iterator that is not a DataLoader, by samples; 0 if unknown.
+
+    Its time is measured as `other`, and its samples are those of `input_wait`.
+    """
+    waiting = sum(each.samples for each in of_part(lines, Phase.INPUT_WAIT.label))
+    total = waiting + sum(each.samples for each in of_part(lines, "other"))
+    return waiting / total if total >= MIN_SHARE_SAMPLES else 0.0
+
+
+def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
+    """Return the share of the time in which loader workers make batches.
+
+    Args:
+        lines: those in which workers were seen.
+    """
+    return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_idle)
+
+
+def receives(line: SampledLine) -> bool:
+    """Return whether a batch of a loader worker is received, or waited for: the work is in the worker's process."""
+    return line.part == Phase.INPUT_WAIT.label and _RECEIVES.search(line.library or "") is not None
+
+
+def samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:
+    """Return the samples in functions of some libraries."""
+    return sum(each.samples for each in lines if each.library and libraries.search(each.library))
+
+
+def least_share(samples: float, whole: float) -> float:
+    """Return the lower bound of a share at a confidence of 95 % (Wilson's score)."""
+    share, spread = samples / whole, _Z_SCORE**2 / whole
+    error = sqrt(share * (1 - share) * spread + spread**2 / 4)
+    return (share + spread / 2 - error) / (1 + spread)
+
+
+def of_part(lines: Iterable[SampledLine], part: str) -> list[SampledLine]:
+    """Return the lines of a part that count."""
+    return [each for each in lines if each.part == part and not is_passing(each)]
+
+
+def is_passing(line: SampledLine) -> bool:
+    """Return whether modules were imported inside a step."""
+    return line.part not in OUTSIDE_STEPS and is_import(line)
+
+
+def is_import(line: SampledLine) -> bool:
+    """Return whether a module was imported."""
+    return (line.library or "").startswith(IMPORTING)
