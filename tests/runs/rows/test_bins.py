@@ -16,7 +16,7 @@ def _window(total_ms, first=0, ranks=1):
     times = {phase: np.zeros_like(total) for phase in PHASES} | {"forward": total}
     own = np.full_like(total, np.nan)
     steps = np.arange(first, first + len(total_ms))
-    return AlignedSteps(np.arange(ranks), steps, times, total, own)
+    return AlignedSteps(ranks=np.arange(ranks), steps=steps, times=times, total=total, backward_own=own)
 
 
 def _taken(window):

@@ -28,7 +28,19 @@ def stream(rank: int = 0, attempt: int = 0) -> StreamRecord:
 def frames(table: Any, rows: Any, size: int, rank: int = 0, attempt: int = 0) -> list[tuple[Frame, StreamRecord]]:
     parts, of = [rows[start : start + size] for start in range(0, len(rows), size)], stream(rank, attempt)
     return [
-        (Frame(number, of.id, table.name, 0, len(part), -1, -1, part.tobytes()), of)
+        (
+            Frame(
+                id=number,
+                stream=of.id,
+                table=table.name,
+                seq=0,
+                n=len(part),
+                first_step=-1,
+                last_step=-1,
+                data=part.tobytes(),
+            ),
+            of,
+        )
         for number, part in enumerate(parts)
     ]
 

@@ -31,7 +31,21 @@ def steps(ranks: int, count: int = 300) -> Given:
 
 def info(rank: int, *rows: dict[str, Any]) -> Given:
     packed = b"".join(msgpack.packb(row) for row in rows)
-    return [(Frame(1, stream(rank).id, INFO.name, 0, len(rows), -1, -1, packed), stream(rank))]
+    return [
+        (
+            Frame(
+                id=1,
+                stream=stream(rank).id,
+                table=INFO.name,
+                seq=0,
+                n=len(rows),
+                first_step=-1,
+                last_step=-1,
+                data=packed,
+            ),
+            stream(rank),
+        )
+    ]
 
 
 def prints(rank: int, values: list[int]) -> Given:

@@ -314,7 +314,17 @@ class FrameReader:
         if chosen.size and (offset := step_offset(self._dtypes[table])) is not None:
             first, last = _column(chosen[:, [0, -1]], offset).tolist()
 
-        return Frame(number, stream, table, seq, chosen.shape[1], first, last, chosen.T.tobytes(), thinned)
+        return Frame(
+            id=number,
+            stream=stream,
+            table=table,
+            seq=seq,
+            n=chosen.shape[1],
+            first_step=first,
+            last_step=last,
+            data=chosen.T.tobytes(),
+            thinned=thinned,
+        )
 
     def _id(self, table: str) -> int:
         try:

@@ -87,7 +87,7 @@ class RunEvent(msgspec.Struct, frozen=True):
     data: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """Consecutive rows of one table of a stream; `id` is the cursor.
 
@@ -171,7 +171,18 @@ def decoded_frame(table: str, row: tuple[Any, ...], row_bytes: int | None) -> Fr
     if row_bytes is not None and len(decoded) != n * row_bytes:
         raise ValueError(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
 
-    return Frame(number, stream, table, seq, n, first, last, decoded, thinned, len(data) + FRAME_OVERHEAD_BYTES)
+    return Frame(
+        id=number,
+        stream=stream,
+        table=table,
+        seq=seq,
+        n=n,
+        first_step=first,
+        last_step=last,
+        data=decoded,
+        thinned=thinned,
+        size=len(data) + FRAME_OVERHEAD_BYTES,
+    )
 
 
 def dtype_of(layout: Any) -> np.dtype[Any] | None:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.diagnosis.steps.step_split import Floats, mean_own, named_times, split_backward
@@ -21,7 +22,7 @@ def block_begins(steps: Ints) -> NDArray[np.bool_]:
     return np.asarray(np.diff(steps, prepend=-2) != 1)
 
 
-class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
+class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Steps that all ranks have."""
 
     ranks: Ints  # the ranks, one per row of the arrays
@@ -93,17 +94,14 @@ class AlignedSteps(msgspec.Struct, frozen=True, dict=True):
 
     def select(self, columns: slice | NDArray[np.bool_]) -> AlignedSteps:
         """Return the same ranks with some of the steps."""
-        return AlignedSteps(
-            self.ranks,
-            self.steps[columns],
-            {name: values[:, columns] for name, values in self.times.items()},
-            self.total[:, columns],
-            self.backward_own[:, columns],
-            {name: values[:, columns] for name, values in self.user.items()},
-            self.missing_ranks,
-            self.device,
-            self.elements[:, columns] if len(self.elements) else self.elements,
-            self.samples[:, columns] if len(self.samples) else self.samples,
-            self.represents,
-            self.above[:, columns] if len(self.above) else self.above,
+        return replace(
+            self,
+            steps=self.steps[columns],
+            times={name: values[:, columns] for name, values in self.times.items()},
+            total=self.total[:, columns],
+            backward_own=self.backward_own[:, columns],
+            user={name: values[:, columns] for name, values in self.user.items()},
+            elements=self.elements[:, columns] if len(self.elements) else self.elements,
+            samples=self.samples[:, columns] if len(self.samples) else self.samples,
+            above=self.above[:, columns] if len(self.above) else self.above,
         )

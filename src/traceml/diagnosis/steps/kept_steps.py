@@ -283,8 +283,18 @@ class KeptSteps:
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
             user = {name: values * kept for name, values in user.items()}
 
-        elements, samples = values[_POSITION["elements"]], values[_POSITION["samples"]]
-        return AlignedSteps(ranks, steps, times, total, own, user, missing_ranks, device, elements, samples)
+        return AlignedSteps(
+            ranks=ranks,
+            steps=steps,
+            times=times,
+            total=total,
+            backward_own=own,
+            user=user,
+            missing_ranks=missing_ranks,
+            device=device,
+            elements=values[_POSITION["elements"]],
+            samples=values[_POSITION["samples"]],
+        )
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         if self._device is None or not at.size:

@@ -44,7 +44,7 @@ _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
 
 
-class OwnWork(msgspec.Struct, frozen=True, dict=True):
+class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Own work of each rank, by part of the step, between the sync points of a window."""
 
     ranks: NDArray[np.int64]  # the ranks, one per row
@@ -166,19 +166,19 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
     wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
     step = window.total.mean(axis=0)
     return OwnWork(
-        window.ranks,
-        parts,
-        own,
-        step,
-        wait,
-        grouped,
-        known,
-        measured,
-        window.device,
-        window.begins,
-        _sync_intervals(window, facts),
-        window.represents,
-        window.above,
+        ranks=window.ranks,
+        parts=parts,
+        own=own,
+        step=step,
+        wait=wait,
+        grouped=grouped,
+        backward_known=known,
+        measured=measured,
+        device=window.device,
+        begins=window.begins,
+        sync_intervals=_sync_intervals(window, facts),
+        represents=window.represents,
+        above=window.above,
     )
 
 

@@ -65,7 +65,7 @@ class JobProgress(msgspec.Struct, frozen=True):
 
 
 class _Signs(msgspec.Struct):
-    """What the process of a rank has sent so far beside its steps; times are those of its host's monotonic clock."""
+    """Rows of the process of a rank beside its steps; times are those of its host's monotonic clock."""
 
     seen_ns: int | None = None  # newest timestamp of any row
     began_ns: int = 0  # newest timestamp of a row of `info` that shows progress
