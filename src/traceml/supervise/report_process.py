@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.errors import TraceMLError
+from traceml.formatting import left_text
 from traceml.helper_programs import change_command_line, helper_program
 from traceml.process_ends import end_of_status
 from traceml.supervise.processes import spawn
@@ -139,7 +140,7 @@ def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
         answer, _ = process.communicate(request, _LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        return {"error": f"its process took more than {_LIMIT_S:.0f} seconds"}
+        return {"error": f"its process took more than {left_text(_LIMIT_S)}"}
 
     try:
         return dict(json.loads(answer))

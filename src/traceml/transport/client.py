@@ -18,6 +18,7 @@ from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.fail_open import failures
 from traceml.fork_gate import fork_gate
+from traceml.formatting import duration_text
 from traceml.transport.client_handshake import (
     RECEIVE_BYTES,
     ClientHandshake,
@@ -249,7 +250,7 @@ class Connection:
         finally:
             self._inbox[:0] = kept
 
-        raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout_s:.1f} s")
+        raise TimeoutError(f"the aggregator did not answer {name!r} within {duration_text(timeout_s)}")
 
     def measure_clock(self, *, timeout_s: float = 0.5) -> ClockOffset | None:
         """Read the aggregator's clock a few times, and send it the fastest result; None without any answer."""

@@ -231,7 +231,7 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
 
         return LoadingAdvice(f"{waits}. {how}: {gain_text(most, 'at most')}.", most)
 
-    instead = f"{loader.option('num_workers')}=0: a step's data takes {pipeline.fetch_ns / 1e6:.3g} ms in the training"
+    instead = f"{loader.option('num_workers')}=0: a step's data takes {ns_text(pipeline.fetch_ns)} in the training"
     return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.text import Text
 
-from traceml.formatting import count_text, factor_text, percent_text, printable
+from traceml.formatting import count_text, factor_text, ms_text, percent_text, printable
 from traceml.renderers.text.bars import bar
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
@@ -41,9 +41,9 @@ def _facts(result: WhatIf) -> Iterator[Text]:
 
     yield _fact("ranks", f"{job.world_size:,}: data {job.dp_size} x pipeline {job.pp_size} x tensor {job.tp_size}")
     yield _fact("steps", f"{count_text(result.steps)}{left_out}")
-    yield _fact("step, recorded", f"{result.recorded_step_s:.3f} s")
-    yield _fact("step, simulated", f"{result.simulated_step_s:.3f} s")
-    yield _fact("step without stragglers", f"{result.ideal_step_s:.3f} s")
+    yield _fact("step, recorded", ms_text(1e3 * result.recorded_step_s))
+    yield _fact("step, simulated", ms_text(1e3 * result.simulated_step_s))
+    yield _fact("step without stragglers", ms_text(1e3 * result.ideal_step_s))
     yield _fact("explained by the worst 3 %", _share(result.worker_share))
     yield _fact("explained by the last stage", _share(result.stage_share))
 
