@@ -39,15 +39,17 @@ __all__ = ["Span", "TraceWriterStatistics", "Writer"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_WriteSpan = Callable[[str, str, int, int, dict[str, Any]], None]
+"""Function that takes a span: its name and category, begin and end in nanoseconds, and arguments."""
 
 
 class Span:
     """Context manager that writes the duration of its block; created by `Writer.span`."""
 
-    __slots__ = ("_args", "_cat", "_name", "_start_ns", "_writer")
+    __slots__ = ("_args", "_cat", "_name", "_start_ns", "_write")
 
-    def __init__(self, writer: Writer, name: str, cat: str, args: dict[str, Any]) -> None:
-        self._writer, self._name, self._cat, self._args = writer, name, cat, args
+    def __init__(self, write: _WriteSpan, name: str, cat: str, args: dict[str, Any]) -> None:
+        self._write, self._name, self._cat, self._args = write, name, cat, args
 
     def __enter__(self) -> Span:
         self._start_ns = monotonic_ns()
@@ -58,7 +60,7 @@ class Span:
         if kind is not None:
             self._args["error"] = kind.__name__
 
-        self._writer._end_span(self._name, self._cat, self._start_ns, end_ns, self._args)
+        self._write(self._name, self._cat, self._start_ns, end_ns, self._args)
 
     def note(self, **args: Any) -> None:
         """Add arguments that are known only later, such as the number of bytes read."""
@@ -134,7 +136,7 @@ class Writer:
             cat: category.
             args: arguments; values that JSON does not know are written as text.
         """
-        return Span(self, name, cat, args)
+        return Span(self._write_span, name, cat, args)
 
     def trace(self, name: str | None = None, /, cat: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Return a decorator that writes a span for each call of a function.
@@ -154,7 +156,7 @@ class Writer:
 
             @wraps(function)
             def traced(*args: P.args, **kwargs: P.kwargs) -> R:
-                with Span(self, called, cat, {}):
+                with Span(self._write_span, called, cat, {}):
                     return function(*args, **kwargs)
 
             return traced
@@ -281,7 +283,7 @@ class Writer:
 
     # ---- the hot path ----
 
-    def _end_span(self, name: str, cat: str, start_ns: int, end_ns: int, args: dict[str, Any]) -> None:
+    def _write_span(self, name: str, cat: str, start_ns: int, end_ns: int, args: dict[str, Any]) -> None:
         try:
             tid = self._local.tid
         except AttributeError:
