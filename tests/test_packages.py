@@ -133,7 +133,7 @@ FORBIDDEN = {
 # Modules for users, which no other module imports.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {
-    "formatting", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
+    "blas_threads", "formatting", "setting_sources", "settings", "coerce", "errors", "clock", "ids", "installation",
     "gc_pause", "loopback", "trusted_files", "helper_programs", "fail_open", "fork_gate", "process_ends", "run_folder",
     "version", "privacy", "inspection",
 }  # fmt: skip

@@ -13,8 +13,8 @@ import pytest
 
 from tests.forked import client as forked
 from tests.traces.brute import check
+from traceml.blas_threads import one_blas_thread
 from traceml.cli import main
-from traceml.launch.worker.blas import one_blas_thread
 from traceml.run_folder import STORE_NAME
 
 EVENTS = [

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+from traceml.blas_threads import one_blas_thread
 from traceml.cli.notices import spinner
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.errors import TraceNotFoundError, UsageError
 from traceml.helper_programs import importing
-from traceml.launch.worker.blas import one_blas_thread
 from traceml.traces.query.measures import Measure, parse_measures
 from traceml.traces.query.summary import summarize
 

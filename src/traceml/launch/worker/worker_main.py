@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from traceml.blas_threads import set_blas_threads
 from traceml.inspection import stack_signal
 from traceml.inspection.gloo_threads import await_gloo_threads
 from traceml.launch.wire import log_records, payload
@@ -31,7 +32,6 @@ from traceml.launch.wire.launch_messages import (
 )
 from traceml.launch.wire.payload_buffer import map_private
 from traceml.launch.worker import main_module
-from traceml.launch.worker.blas import set_blas_threads
 from traceml.launch.worker.finalization import end_process, exit_status
 from traceml.launch.worker.stack_thread import serve_stacks
 

@@ -19,6 +19,7 @@ import weakref
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from traceml.blas_threads import one_blas_thread
 from traceml.inspection.stack_signal import STACK_SIGNAL
 from traceml.launch.wire.fd_socket import FdSocket
 from traceml.launch.wire.launch_messages import (
@@ -32,7 +33,6 @@ from traceml.launch.wire.launch_messages import (
     ZygoteUp,
 )
 from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
-from traceml.launch.worker.blas import one_blas_thread
 from traceml.process_ends import die_with_parent
 
 __all__ = ["main"]

@@ -1,8 +1,6 @@
 """Threads of numpy's OpenBLAS: none in the zygote, which must have one thread only, and each worker's share later.
 
 `traceml analyze` has none either: they spin for a while, and the cores are needed for reading.
-
-Process: zygote, and then workers.
 """
 
 from __future__ import annotations
