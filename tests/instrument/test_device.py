@@ -22,10 +22,20 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.fail_open import failures
-from traceml.instrument import backward, device, forward, install, loader, optimizer, phase_timer, step_clock
+from traceml.instrument import (
+    backward,
+    device,
+    divided_step,
+    forward,
+    install,
+    loader,
+    optimizer,
+    phase_timer,
+    step_clock,
+)
 from traceml.instrument.native.extension import use_time
 
-_CLOCKED = (phase_timer, backward, device, forward, loader, optimizer, step_clock)
+_CLOCKED = (phase_timer, divided_step, backward, device, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
 _FIRST = 5  # by then the device is known; from here on all are measured
 
@@ -88,7 +98,7 @@ class Batch(torch.Tensor):
 def traced(request: pytest.FixtureRequest, form: str, cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
     """Hooks on these devices; all steps are measured, unless the test has `short_steps`."""
     if "short_steps" not in request.fixturenames:
-        request.getfixturevalue("monkeypatch").setattr(phase_timer, "_MEASURED_FIRST", 10**6)
+        request.getfixturevalue("monkeypatch").setattr(divided_step, "_MEASURED_FIRST", 10**6)
 
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
     flight = FlightFile.create(tmp_path, {})

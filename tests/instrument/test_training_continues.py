@@ -28,6 +28,7 @@ from traceml.instrument import (
     Instrumentation,
     backward,
     clock_implementations,
+    divided_step,
     forward,
     install,
     loader,
@@ -39,7 +40,18 @@ from traceml.instrument.maintenance import overhead
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.search import discovery
 
-_CLOCKED = (phase_timer, backward, clock_implementations, discovery, forward, loader, optimizer, overhead, step_clock)
+_CLOCKED = (
+    phase_timer,
+    divided_step,
+    backward,
+    clock_implementations,
+    discovery,
+    forward,
+    loader,
+    optimizer,
+    overhead,
+    step_clock,
+)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 _SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.
@@ -59,7 +71,7 @@ _GUARDS = frozenset(
         "PhaseTimer.fail",
         "PhaseTimer.leave",
         "PhaseTimer.stop",
-        "PhaseTimer.workers_ended",
+        "DividedStep.workers_ended",
         "CellClock.enter_user",
         "CellClock.leave_user",
         "CellField.__get__",  # a field of the clock, which is a member in C

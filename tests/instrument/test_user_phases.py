@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.instrument.conftest import Traced
 from traceml.database.schema import StepFlag
 from traceml.instrument import traced as traced_function
-from traceml.instrument.phase_timer import PhaseTimer
+from traceml.instrument.divided_step import DividedStep
 
 
 def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
@@ -79,10 +79,10 @@ def test_a_phase_around_the_whole_loop_is_booked_in_each_step(traced: Traced) ->
 def test_steps_with_phases_close_as_usual_ones(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a step inside of a phase takes the rules for unusual steps."""
     model, optimizer, x = parts()
-    phase, step = traced.instrumentation.phase, PhaseTimer.append_step
+    phase, step = traced.instrumentation.phase, DividedStep.append_step
     closed: list[int] = []
 
-    def append_step(clock: PhaseTimer, *args: Any) -> None:
+    def append_step(clock: DividedStep, *args: Any) -> None:
         closed.append(clock.step)
         step(clock, *args)
 
@@ -94,7 +94,7 @@ def test_steps_with_phases_close_as_usual_ones(traced: Traced, monkeypatch: pyte
 
     steps(3)
     with monkeypatch.context() as patch:
-        patch.setattr(PhaseTimer, "append_step", append_step)
+        patch.setattr(DividedStep, "append_step", append_step)
         steps(4)
         assert not closed
 
@@ -340,3 +340,28 @@ def test_steps_of_a_resumed_training_count_on(traced: Traced) -> None:
     wanted = [40, 41, 42, 43, 99, 100]
     assert [row["step"] for row in traced.table("steps")] == wanted
     assert [row["step"] for row in traced.table("user_phases")] == wanted
+
+
+def test_a_phase_that_is_new_between_two_steps_that_become_one_or_two(traced: Traced) -> None:
+    """Until L-BFGS steps again, its first step may be a part of SGD's last one."""
+    model, first, x = parts()
+    second = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> torch.Tensor:
+        second.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(15):
+        train(model, first, x)
+
+    second.step(closure)
+    with traced.instrumentation.phase("log"):
+        burn(1)
+
+    second.step(closure)
+
+    rows = traced.finish()
+    assert len(rows) == 17
+    assert [row["step"] for row in rows if row["user_ns"] >= 1_000_000] == [16]

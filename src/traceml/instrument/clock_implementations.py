@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import MICRO_BATCHES_MASK, STEPS, Phase, Slot, StepFlag, pack_bits
+from traceml.instrument.divided_step import MAINTENANCE_MASK, StepListener
 from traceml.instrument.native.extension import extension
 from traceml.instrument.phase_timer import (
     CHECK_FORWARD,
-    MAINTENANCE_MASK,
     NOT_READY,
     ON_FORWARD,
-    StepListener,
     on_training_thread,
 )
 from traceml.instrument.step_clock import StepClock

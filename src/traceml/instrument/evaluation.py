@@ -99,7 +99,7 @@ class EvaluationPeriod:
         self._is_first = not clock.open
         if self._is_first:
             clock.begin_first_step(t)
-        elif clock.step_call and not clock.pending:
+        elif clock.step_call and not clock.ended.may_be_step:
             if clock.closing_trigger is ON_FORWARD:
                 clock.commit(t)
             else:
@@ -125,7 +125,7 @@ class EvaluationPeriod:
 
         clock.prepares = False
         clock.account_user_phases(t)
-        kept = self._times + [0] * (len(clock.zeros) - len(self._times))
+        kept = self._times.copy()
         saving = clock.times[_CHECKPOINT] - kept[_CHECKPOINT]
         kept[_CHECKPOINT] += saving
         clock.times = kept

@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.divided_step import DividedStep
+from traceml.instrument.divided_step import DividedStep, StepListener
 from traceml.instrument.evaluation import EvaluationPeriod
+from traceml.instrument.open_step.ended_parts import EndedParts
 from traceml.instrument.phase_timer import (
     CHECK_FORWARD,
     FIRST_USER,
@@ -45,7 +46,6 @@ from traceml.instrument.phase_timer import (
     ON_FORWARD,
     OTHER,
     Began,
-    StepListener,
 )
 from traceml.instrument.values.last_step import is_overdue, usual_end
 
@@ -56,7 +56,7 @@ __all__ = ["FUSED", "StepClock"]
 
 _BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.INPUT_WAIT)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
-_EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
+_EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 # A step whose own backward or device time is measured takes the host some 0.1 ms longer: for 0.4 % of the time every
 # step is measured from this length on, and one in 2, 4, 8 or 16 of shorter ones.
@@ -90,7 +90,7 @@ class StepClock(DividedStep):
         self.fuses = False  # optimizers step inside backward
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
-        self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
+        self.unmatched_batches: list[EndedParts] = []  # ends of batches before any optimizer step
         self.last_optimizer = self.failure = self.failed_in = 0
         self.usual_trigger = self.usual_loader = NOT_READY
         self.closing_trigger = CHECK_FORWARD  # a training forward may open the first step
@@ -110,7 +110,7 @@ class StepClock(DividedStep):
     @property
     def has_stepped(self) -> bool:
         """Whether an optimizer has stepped in the open step, so that the end of training closes it."""
-        return bool(self.pending or self.step_call)
+        return bool(self.step_call)
 
     @property
     def loop_has_ended(self) -> bool:
@@ -130,7 +130,7 @@ class StepClock(DividedStep):
         if self.is_evaluating:
             return self.has_stepped
 
-        if self.pending:
+        if self.ended.may_be_step:
             return self.batch is None and self._is_idle()
 
         return bool(self.step_call) and not self._may_step_again(self.step_call)
@@ -153,7 +153,7 @@ class StepClock(DividedStep):
             self.part_loader = loader
             return
 
-        idle = self._is_idle() and (self.pending or not self.step_call)
+        idle = self._is_idle() and (self.ended.may_be_step or not self.step_call)
         if idle and loader is self.part_loader:
             return  # after the creation of its iterator, or a skipped batch: one single wait
 
@@ -161,7 +161,7 @@ class StepClock(DividedStep):
             self._discard(t, batches=1, evaluating=True)
         elif idle and self.evaluating:
             self._discard(t, batches=0, evaluating=False)  # the time after the last evaluation batch
-        elif self.pending and loader is not self.training_loader:
+        elif self.ended.may_be_step and loader is not self.training_loader:
             return  # still unknown: already the next step, or part of this one
 
         self.part_loader = loader
@@ -175,11 +175,11 @@ class StepClock(DividedStep):
             self.training_loader = self.first_loader
 
         if self.step_call and loader is self.training_loader:
-            if not self.pending:
+            if not self.ended.may_be_step:
                 self.commit(t)
                 return
 
-            self._close_prefix()
+            self._close_ended()
 
         if not self.optimizers_seen and self.backwards and not self.inferred:
             self._hold_batch(t)
@@ -216,17 +216,17 @@ class StepClock(DividedStep):
             return False
 
         self._discard(t, batches=0, evaluating=False)
-        if self.pending and self.training_loader is None:
-            self._close_prefix()
+        if self.ended.may_be_step and self.training_loader is None:
+            self._close_ended()
 
         return True
 
     def _train_again(self, t: int) -> None:
         """Handle the end of evaluation without a loader."""
         self.evaluation.end(t)
-        if self.pending and self.first_loader is None and self.closing_trigger is CHECK_FORWARD:
+        if self.ended.may_be_step and self.first_loader is None and self.closing_trigger is CHECK_FORWARD:
             self.cut_on_step = False
-            self._close_prefix()
+            self._close_ended()
 
     def _end_evaluation(self, t: int) -> None:
         """Handle the end of evaluation without a loader by a request to one, or by the end of the run."""
@@ -311,13 +311,13 @@ class StepClock(DividedStep):
         self.closing_trigger = NOT_READY  # and no forward in the optimizer's closure closes a step
         known = ident == self.step_call or ident in self.later_step_calls or self._are_steppers_gone()
         self.has_new_optimizer &= not known  # else it steps in no step of the others
-        if self.pending:
+        if self.ended.may_be_step:
             if known:
                 if self.batch is not None:
                     self._train_from(self.batch)  # a new loader replaced the last one
 
                 self.split(ident)
-                self._close_prefix()
+                self._close_ended()
             else:
                 self._merge(ident)
         elif known and not self.explicit and ident != FUSED:
@@ -560,8 +560,8 @@ class StepClock(DividedStep):
             self.evaluation.end(t)
 
         if not self.explicit:
-            if self.pending:
-                self._close_prefix()
+            if self.ended.may_be_step:
+                self._close_ended()
             elif self.step_call:
                 self.commit(t)
 
@@ -572,7 +572,7 @@ class StepClock(DividedStep):
             self._discard(t, batches=0, evaluating=False)
 
         if self.eval_ns:
-            self._flush_evals(self.step)
+            self._flush_evals()
 
     def end_block(self, *, failed: bool) -> None:
         """End a trace_step() block. After an exception it is not a step, and its time belongs to the next one."""
@@ -599,20 +599,20 @@ class StepClock(DividedStep):
             elif self.evaluating and self._is_idle():
                 self._discard(self.usual_rest_end(t), batches=0, evaluating=False)
 
-            if self.pending:
+            if self.ended.may_be_step:
                 self.split_last()
-                self._close_prefix()
+                self._close_ended()
             elif self.step_call:
                 times = self.times
                 timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
-                end = usual_end(self.ring, t, self.committed_ns + t - self.part_start, timed)
+                end = usual_end(self.ring, t, self._total_ns(t), timed)
                 if self.device is not None and end < t:
                     self.device.discard()  # there, the step would end now
 
                 self.commit(end)
 
         if self.eval_ns:
-            self._flush_evals(self.step)
+            self._flush_evals()
 
         self.open_slots[_STEP_START], self.open_slots[_STEP] = 0, -1
         self.stop()
@@ -620,9 +620,8 @@ class StepClock(DividedStep):
     def _clear(self, t: int) -> None:
         super()._clear(t)
         self.fetched_ahead = False
-        self.is_drained = False  # the loader has ended after it gave batches: the step and those after it train on them
         self.repeated = False  # the optimizer steps again on the same batch
-        self.repeats: list[tuple[int, list[int], int]] = []  # ends of steps on the same batch
+        self.repeats: list[EndedParts] = []  # ends of steps on the same batch
 
     def _hold_batch(self, t: int) -> None:
         """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
@@ -631,19 +630,18 @@ class StepClock(DividedStep):
             return
 
         self.inferred = True
-        flags = _INFERRED | (_NO_LOADER if self.first_loader is None else 0)
-        self._append_held(self.unmatched_batches, flags, t)
+        self._append_held(self.unmatched_batches, _INFERRED, t)
 
     def _hold_step_call(self, t: int) -> bool:
         """Save the end of a repeated step on the same batch; return whether the repetitions have become steps."""
         self.repeated = False
-        total = self.committed_ns + t - self.part_start
+        total = self._total_ns(t)
         if not self.repeats:  # the end of the first one was not saved: it has the wait, and half of the rest
             waited = self.times[_INPUT_WAIT]
             half = (total - waited) // 2
             times = [spent // 2 for spent in self.times]
             times[_INPUT_WAIT] = waited
-            self.repeats.append((t - half, times, total - half))
+            self.repeats.append(EndedParts(times, end_ns=t - half, total_ns=total - half))
 
         self._hold(self.repeats, t)
         if len(self.repeats) < _HELD_BATCHES:

@@ -12,6 +12,7 @@ import pytest
 
 import traceml.instrument
 from traceml.instrument.clock_implementations import CellClock, CellField
+from traceml.instrument.divided_step import DividedStep
 from traceml.instrument.native.extension import extension
 from traceml.instrument.phase_timer import PhaseTimer
 from traceml.instrument.step_clock import StepClock
@@ -20,7 +21,10 @@ FOLDER = Path(traceml.instrument.__file__).parent
 STUB = FOLDER / "native" / "_hot_path.pyi"
 _FUNCTION = re.compile(r"\b(Callable|Bind)\b")
 DECLARED = {
-    name for cls in (PhaseTimer, StepClock) for name, kind in cls.__annotations__.items() if not _FUNCTION.search(kind)
+    name
+    for cls in (PhaseTimer, DividedStep, StepClock)
+    for name, kind in cls.__annotations__.items()
+    if not _FUNCTION.search(kind)
 }
 CELLS = {name for name, value in vars(CellClock).items() if isinstance(value, CellField)}
 # Hooks in Python read them as attributes, if at all: they are not used in each step.

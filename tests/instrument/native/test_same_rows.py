@@ -18,6 +18,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.instrument import (
     backward,
     clock_implementations,
+    divided_step,
     forward,
     install,
     loader,
@@ -28,7 +29,17 @@ from traceml.instrument import (
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.values import step_pace
 
-_CLOCKED = (phase_timer, backward, clock_implementations, forward, loader, optimizer, step_clock, step_pace)
+_CLOCKED = (
+    phase_timer,
+    divided_step,
+    backward,
+    clock_implementations,
+    forward,
+    loader,
+    optimizer,
+    step_clock,
+    step_pace,
+)
 _TABLES = ("steps", "evals", "epochs", "user_phases", "fingerprints")
 _EVENTS = 400
 

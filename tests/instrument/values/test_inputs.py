@@ -576,6 +576,21 @@ def test_fingerprints_are_of_the_first_batches_of_an_epoch(traced: Traced) -> No
     assert found == {step: seen[step] for step in (0, 1, 2, 10, 11, 12)}
 
 
+def test_fingerprints_of_batches_that_prove_to_be_steps(traced: Traced) -> None:
+    """The optimizer that is alive never steps: the rows of the first 64 batches are written together."""
+    model = nn.Linear(4, 1)
+    idle = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.randn(640, 4)
+    for (x,) in DataLoader(TensorDataset(data), batch_size=8):
+        model(x).sum().backward()
+        idle.zero_grad()
+
+    assert len(traced.finish()) == 80
+    found = [(row["step"], row["fingerprint"]) for row in traced.table("fingerprints")]
+    assert found[0] == (0, fingerprint_of(data[:8]))
+    assert len({fingerprint for _, fingerprint in found}) == len(found)
+
+
 def test_fingerprints_are_few(traced: Traced) -> None:
     """Many short epochs have no more than one fingerprint in 192 steps, beyond the first ones."""
     model = nn.Linear(4, 1)

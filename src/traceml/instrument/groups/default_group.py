@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.fail_open import fail_open
+from traceml.instrument.divided_step import DividedStep
 from traceml.instrument.guard import Guard
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
-from traceml.instrument.phase_timer import PhaseTimer
 
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
@@ -128,7 +128,7 @@ def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
 
 
 @uncounted
-def patch_join(patches: Patches, clock: PhaseTimer, report: InfoSender) -> None:
+def patch_join(patches: Patches, clock: DividedStep, report: InfoSender) -> None:
     """Report the step that has the wait at the end of each `with Join(...)`."""
 
     def reporting(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class BatchCalls:
         """Return the step, and how many batches it has had; after its optimizer step a forward begins the next."""
         clock = self._clock
         has_ended = bool(clock.step_call) and not clock.batches
-        return clock.rows + has_ended, clock.batches + clock.micro_batches * (not has_ended)
+        return clock.rows + has_ended, clock.batches + clock.ended.micro_batches * (not has_ended)
 
     def _has_enough(self) -> bool:
         """Whether some passes were watched, and all of one step."""
@@ -72,6 +72,6 @@ class BatchCalls:
     def _begins_pass(self) -> bool:
         """Whether a backward pass has ended since the call before; a step may begin after its first call is noted."""
         clock, rows, backwards = self._clock, self._rows, self._backwards
-        self._rows, self._backwards = clock.rows, clock.micro_batches + clock.backwards
+        self._rows, self._backwards = clock.rows, clock.ended.micro_batches + clock.backwards
         is_next_step = backwards > 0 and self._rows == rows + 1 and not self._backwards and not clock.batches
         return not is_next_step and (self._rows, self._backwards) != (rows, backwards)

@@ -134,7 +134,7 @@ class LossReader:
     def _step_now(self) -> int:
         """Return the number of the step in training; the step before may still wait for its end, as after an epoch."""
         clock = self._clock
-        step: int = clock.rows + clock.before + clock.pending
+        step: int = clock.rows + clock.before + clock.ended.may_be_step
         return step
 
     def _collect(self) -> None:
