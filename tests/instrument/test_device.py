@@ -34,6 +34,7 @@ from traceml.instrument import (
     step_clock,
 )
 from traceml.instrument.native.extension import use_time
+from traceml.instrument.open_step import detailed_steps
 
 _CLOCKED = (phase_timer, divided_step, backward, device, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
@@ -98,7 +99,7 @@ class Batch(torch.Tensor):
 def traced(request: pytest.FixtureRequest, form: str, cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
     """Hooks on these devices; all steps are measured, unless the test has `short_steps`."""
     if "short_steps" not in request.fixturenames:
-        request.getfixturevalue("monkeypatch").setattr(divided_step, "_MEASURED_FIRST", 10**6)
+        request.getfixturevalue("monkeypatch").setattr(detailed_steps, "_FIRST", 10**6)
 
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
     flight = FlightFile.create(tmp_path, {})
@@ -189,12 +190,12 @@ def test_longer_steps_are_measured_more_often(
 ) -> None:
     """Measuring costs a step 0.1 ms on the host: it is done for 0.4 % of the time."""
     training = Training(cuda, monkeypatch)
-    traced.instrumentation.clock.mean_ns = step_ms * _MS
+    traced.instrumentation.clock.detailed.mean_ns = step_ms * _MS
     for _ in range(120):
         training.cuda.cpu_ms += step_ms - 11  # of which the device computes 11
         training.step()
-        traced.instrumentation.clock.all_measured_to = -1
-        traced.instrumentation.clock.mean_ns = step_ms * _MS
+        traced.instrumentation.clock.detailed.all_to = -1
+        traced.instrumentation.clock.detailed.mean_ns = step_ms * _MS
 
     steps = [row["step"] for row in rows_of(traced)[1] if row["step"] > 64]
     assert steps == list(range(steps[0], 120, interval))
@@ -220,8 +221,8 @@ def test_steps_whose_events_take_long_are_measured_less_often(
 
         training.step()
         cuda.cpu_ms += 40 - cuda.cpu_ms % 40
-        traced.instrumentation.clock.all_measured_to = -1
-        traced.instrumentation.clock.mean_ns = 40 * _MS
+        traced.instrumentation.clock.detailed.all_to = -1
+        traced.instrumentation.clock.detailed.mean_ns = 40 * _MS
 
     steps = [row["step"] for row in rows_of(traced)[1] if row["step"] > 64]
     assert steps == list(range(steps[0], 200, interval))

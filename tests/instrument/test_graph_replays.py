@@ -39,7 +39,7 @@ class FakeGraph:
 def traced(form: str, cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traced]:
     """Hooks on these graphs."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr("traceml.instrument.divided_step._MEASURED_FIRST", 10**6)
+    monkeypatch.setattr("traceml.instrument.open_step.detailed_steps._FIRST", 10**6)
     gc.collect()
     flight = FlightFile.create(tmp_path, {})
     instrumentation = install(flight, device_types=frozenset({"cuda", "meta"}))

@@ -6,7 +6,7 @@ calls it too.
 
 Under DDP all ranks leave backward together, so its wall time says nothing about a rank's own work. A hook on the loss
 queues a callback on the autograd engine. It runs after the last local gradient and before DDP's callback, which waits
-for the other ranks. It costs 12 us, and as much again for the slow paths around it: see `StepClock.is_detailed`.
+for the other ranks. It costs 12 us, and as much again for the slow paths around it: see `DetailedSteps`.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ class DeviceTimes:
             self._cost_ns.append(self._open_ns + monotonic_ns() - start)
             self._row, self._apart = row, max(row - self._row, 1)
             ordered = sorted(self._cost_ns)
-            self._clock.measuring_ns = ordered[(len(ordered) - 1) // 2]
+            self._clock.detailed.cost_ns = ordered[(len(ordered) - 1) // 2]
 
         self._open_ns = 0
 
@@ -279,7 +279,7 @@ class DeviceTimes:
     @property
     def ns_per_step(self) -> int:
         """Cost of measuring on the host in ns, per step: the median of the last steps that had it, spread over all."""
-        return self._clock.measuring_ns // self._apart
+        return self._clock.detailed.cost_ns // self._apart
 
     def drain(self) -> None:
         """Read all complete steps, at the end of the run."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
 from traceml.fail_open import fail_open
+from traceml.instrument.open_step.detailed_steps import DetailedSteps
 from traceml.instrument.open_step.ended_parts import EndedParts, time_since
 from traceml.instrument.open_step.step_rows import StepRows
 from traceml.instrument.phase_timer import CHECK_FORWARD, NO_ROW, Began, PhaseTimer
@@ -30,7 +31,6 @@ _CHECKPOINT, _FORWARD = int(Phase.CHECKPOINT), int(Phase.FORWARD)
 _DEVICE, _EPOCH = int(StepFlag.DEVICE), int(StepFlag.EPOCH)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 MAINTENANCE_MASK = 63
-_MEASURED_FIRST = 16
 _STEPS_ALONE = 8  # steps of one optimizer, after which another one may begin a second phase of the training
 _FACTOR = 2  # the last evaluation may take this many times as long as usual
 _log = logging.getLogger("traceml")
@@ -128,9 +128,7 @@ class DividedStep(PhaseTimer):
         self.is_grouped = False  # there is a process group with several ranks
         self.slow_commits = False  # there is a profile: every step needs a slow commit
         self.at_boundary: Callable[[], int] | None = None  # called at the end of a step; returns flags of the next one
-        self.all_measured_to = -1  # the last of the steps that are all measured
-        self.mean_ns = 0
-        self.measuring_ns = 0  # what measuring the device time of a step takes the host
+        self.detailed = DetailedSteps()
         self.slow_row, self.needs_slow_backward = NO_ROW, True
         self.loss_mask = 0
         self.inspects, self.input_shape = False, None
@@ -169,7 +167,7 @@ class DividedStep(PhaseTimer):
         if before < self.before:
             return False
 
-        self.all_measured_to += before - self.before
+        self.detailed.all_to += before - self.before
         self.before = before
         if self.open_slots[_STEP] >= 0:
             self.open_slots[_STEP] = self.step
@@ -185,7 +183,7 @@ class DividedStep(PhaseTimer):
         if self.eval_ns:
             self._flush_evals()
 
-        self.note_total(self.ended.total_ns)
+        self._add_total(self.ended.total_ns)
         if self.device is not None and self.device.close(self.step):
             self.ended.flags |= _DEVICE
 
@@ -200,7 +198,7 @@ class DividedStep(PhaseTimer):
         """Append the row of the parts before the cut; the part after it becomes the next step."""
         sequence = self.issued()  # first: Ctrl-C may be raised in it
         ended = self.ended
-        self.note_total(ended.total_ns)
+        self._add_total(ended.total_ns)
         if self.device is not None and self.device.close_prefix(self.step):
             ended.flags |= _DEVICE
 
@@ -265,16 +263,25 @@ class DividedStep(PhaseTimer):
 
         self.call_at_boundary(None)
 
-    def note_total(self, total: int) -> None:
-        """Update the moving mean of step times, which decides how detailed the next steps are measured."""
+    def is_detailed(self, step: int) -> bool:
+        """Whether own backward and device time of a step are measured."""
+        return self.extras and step in self.detailed
+
+    def _add_total(self, total_ns: int) -> None:
         if self.extras:
-            self.mean_ns += (total - self.mean_ns) >> 4
+            self.detailed.add_total(total_ns)
 
     def plan_backward(self) -> None:
-        """Decide whether backward passes take the slow path."""
+        """Decide whether backward passes take the slow path; `StepClock` has the rule."""
 
     def plan_step(self) -> None:
-        """Decide what the step that begins measures, and which step is the next to need a slow commit."""
+        """Decide what the step that begins measures, and which step is the next to need a slow commit.
+
+        With a device or a group these are the steps that are measured, and each before one, at whose end that begins.
+        """
+        self.plan_backward()
+        has_plan = self.extras and not self.slow_commits
+        self.slow_row = self.rows + self.detailed.distance(self.step) if has_plan else NO_ROW
 
     def issued(self) -> int:
         """Return the number of collectives that the process group has issued; 0 without a group of several ranks."""
@@ -283,7 +290,7 @@ class DividedStep(PhaseTimer):
     def use_device(self, device: StepDeviceTimer) -> None:
         """Measure device time too, from the next step."""
         self.device = device
-        self.measure_first()
+        self._measure_first()
 
     def join_group(self, sequence: Callable[[], int] | None) -> None:
         """Measure own backward too: a process group has several ranks.
@@ -293,11 +300,10 @@ class DividedStep(PhaseTimer):
         """
         self.is_grouped, self.sequence = True, sequence
         self.needs_slow_backward = True
-        self.measure_first()
+        self._measure_first()
 
-    def measure_first(self) -> None:
-        """Measure all of the next steps: how long they take is not known yet, and a short run has no others."""
-        self.all_measured_to = self.step + _MEASURED_FIRST
+    def _measure_first(self) -> None:
+        self.detailed.begin_at(self.step)
         self.needs_slow_commit = True
 
     # ---- parts ----
@@ -539,7 +545,7 @@ class DividedStep(PhaseTimer):
         for each in held:
             ended.times, ended.end_ns = time_since(each.times, before.times), each.end_ns
             ended.total_ns = each.total_ns - before.total_ns
-            self.note_total(ended.total_ns)
+            self._add_total(ended.total_ns)
             self.append_step(ended)
             before, ended.flags, ended.fingerprint = each, flags, 0
 

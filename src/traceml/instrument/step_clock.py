@@ -41,7 +41,6 @@ from traceml.instrument.open_step.ended_parts import EndedParts
 from traceml.instrument.phase_timer import (
     CHECK_FORWARD,
     FIRST_USER,
-    NO_ROW,
     NOT_READY,
     ON_FORWARD,
     OTHER,
@@ -58,10 +57,6 @@ _BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), 
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
-# A step whose own backward or device time is measured takes the host some 0.1 ms longer: for 0.4 % of the time every
-# step is measured from this length on, and one in 2, 4, 8 or 16 of shorter ones.
-_ALL_FROM_NS, _LEAST_MASK = 24_000_000, 15
-_STEPS_PER_COST = 100  # or from this many times on what it takes: a step of 65 model calls took 4.4 ms longer
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
@@ -449,36 +444,6 @@ class StepClock(DividedStep):
             self.step_without_call(t, FUSED, _INFERRED)
         elif not self.optimizers_seen and self.first_loader is None and self.open and not self.explicit:
             self._hold_batch(t)
-
-    def is_detailed(self, step: int) -> bool:
-        """Whether own backward and device time of a step are measured.
-
-        It depends on the step's number, so all ranks measure the same steps, but for a rank whose steps seem to be
-        longer: that one measures these and others. All of the first steps are measured.
-        """
-        if not self.extras:
-            return False
-
-        mask, mean_ns = 0, self.mean_ns
-        all_from_ns = max(_ALL_FROM_NS, self.measuring_ns * _STEPS_PER_COST)
-        while mask < _LEAST_MASK and mean_ns <= all_from_ns:
-            mask, mean_ns = 2 * mask + 1, 2 * mean_ns
-
-        return step <= self.all_measured_to or not step & mask
-
-    def plan_step(self) -> None:
-        """Decide what the step that begins measures, and which step is the next to need a slow commit.
-
-        With a device or a group these are the steps that are measured, and each before one, at whose end that begins.
-        """
-        self.plan_backward()
-        if not self.extras or self.slow_commits:
-            self.slow_row = NO_ROW
-            return
-
-        ahead = range(_LEAST_MASK + 1)
-        near = (n for n in ahead if self.is_detailed(self.step + n) or self.is_detailed(self.step + n + 1))
-        self.slow_row = self.rows + next(near, 0)
 
     def plan_backward(self) -> None:
         """Decide whether backward passes take the slow path."""

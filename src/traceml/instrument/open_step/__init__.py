@@ -1,4 +1,4 @@
-"""Records of the step clock: the parts of the open step that have ended, and the rows that they become.
+"""Parts of the step clock: what the open step has so far, its rows, and which steps are measured in detail.
 
 Runs in the rank; imports `phase_timer` and `database`.
 """
