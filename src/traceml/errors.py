@@ -42,7 +42,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from traceml.formatting import duration_text
 from traceml.process_ends import exit_text
 
 __all__ = [
@@ -141,7 +140,7 @@ class AggregatorUnavailableError(TraceMLError, ConnectionError):
     def _silence_text(self) -> str:
         own = "" if self.is_local else "let this job start its own with traceml.init(local=True), "
         return (
-            f"no traceml aggregator answered at {self.host}:{self.port} within {duration_text(self.waited_s)} "
+            f"no traceml aggregator answered at {self.host}:{self.port} within {self.waited_s:.1f} s "
             f"(last try: {self.reason}). Start one with `traceml serve`, {own}or turn tracing off with "
             "TRACEML_ENABLED=0."
         )
