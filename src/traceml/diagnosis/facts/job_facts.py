@@ -80,7 +80,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     own_updates: frozenset[tuple[str, str]] = frozenset()
     compile_s: float | None = None  # seconds that torch.compile took; None if unknown, as before the end
     autocast: bool = False  # whether the model was called under torch.autocast
-    tf32: bool = False  # whether CUDA may multiply its matrices of 32 bits in TF32
+    tf32: bool = False  # whether CUDA may compute with its values of 32 bits in TF32
     detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
     profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at
     # whether the script collects by its model what it trains on: rollouts of reinforcement learning

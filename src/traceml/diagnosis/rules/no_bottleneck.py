@@ -87,6 +87,7 @@ def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     launches = work.device and _waits_for_launches(facts)
     if compute >= (LAUNCHING_SHARE if launches else COMPUTE_SHARE) and work.backward_known:
+        evidence |= {"device_busy_share": facts.use.utilization} if launches else {}
         return _compute_bound(work, facts, step, shares, evidence)
 
     short = _too_short(work, facts, step, shares)
@@ -278,15 +279,11 @@ def _compute_bound(
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
     pause, after = _pauses(work, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device)
-    launches = work.device and _waits_for_launches(facts)
-    if launches:
-        evidence["device_busy_share"] = facts.use.utilization
-
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
         summary=(
-            f"{_launching_text(facts) if launches else ''}"
+            f"{_launching_text(facts) if 'device_busy_share' in evidence else ''}"
             f"{percent_text(compute)} of each {ns_text(step)} step is computation, "
             f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
