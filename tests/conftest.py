@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadGroupScheduling
 from xdist.workermanage import WorkerController
 
+from tests.forked.workers import fork_workers
 from tests.system import PARTS, Part, install_command, missing
 
 ROOT = Path(__file__).parent
@@ -149,6 +150,12 @@ class _Groups(LoadGroupScheduling):
         super()._reschedule(node)
         while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
             super()._reschedule(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Import the tests once for all workers."""
+    fork_workers(config, len(specs))
 
 
 @pytest.hookimpl(optionalhook=True)

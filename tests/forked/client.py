@@ -32,22 +32,25 @@ from tests.forked.fork_request import (
 from tests.forked.server_imports import SHARED
 from tests.forked.sibling import is_possible
 
-__all__ = ["TRACKERS", "Popen", "run"]
+__all__ = ["TRACKERS", "ForkServer", "Popen", "run"]
 
 _PROGRAM = Path(__file__).with_name("server.py")
 TRACKERS = frozenset({"aim", "clearml", "mlflow", "trackio", "wandb"})
 
 
-class _Server:
+class ForkServer:
     """The process that forks, kept until this one ends. Workers of one run of the tests share it.
 
     Args:
         kind: what it has imported; see `server`.
+        arguments: of pytest, whose workers it forks.
     """
 
-    def __init__(self, kind: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
-        self._environ = kept | {"OMP_NUM_THREADS": "1"}
+    def __init__(self, kind: str, arguments: Sequence[str] = ()) -> None:
+        self._arguments = arguments
+        self._kept = {name: value for name, value in os.environ.items() if name not in APPLIED_LATER}
+        one_thread = "OPENBLAS_NUM_THREADS" if arguments else "OMP_NUM_THREADS"  # workers compute by as many as usual
+        self._environ = self._kept | {one_thread: "1"}
         self._computes = kind in SHARED
         self._process: subprocess.Popen[bytes] | None = None
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
@@ -77,13 +80,16 @@ class _Server:
             listening.listen()
             sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             fds = [theirs.fileno(), listening.fileno()]
-            command = [sys.executable, str(_PROGRAM), kind, *map(str, fds)]
+            command = [sys.executable, str(_PROGRAM), kind, *map(str, fds), *self._arguments]
             self._process = subprocess.Popen(command, env=self._environ, pass_fds=fds)
             theirs.close()
             return sock
 
     def environ_for(self, requested: Mapping[str, str] | None) -> Mapping[str, str]:
         """Return its environment; as many threads as requested where nothing computes."""
+        if self._arguments:
+            return self._kept
+
         threads = (os.environ if requested is None else requested).get("OMP_NUM_THREADS")
         if self._computes or threads == self._environ["OMP_NUM_THREADS"]:
             return self._environ
@@ -106,8 +112,8 @@ def _digest(values: Mapping[str, str]) -> str:
 
 
 @cache
-def _server(kind: str) -> _Server:
-    return _Server(kind)
+def _server(kind: str) -> ForkServer:
+    return ForkServer(kind)
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -133,7 +139,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, *values: Any) -> None:
         options = inspect.signature(super()._execute_child).bind(*values).arguments
-        server = _server(self._imports)
+        server = self._server()
         if options["preexec_fn"] is not None or not can_be_forked(options, server.environ_for(options["env"])):
             super()._execute_child(*values)
             return
@@ -142,6 +148,9 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         sys.audit("subprocess.Popen", sys.executable, request.words, options["cwd"], options["env"])
         pid, self._status_pipe = server.start(request, options)
         note_started(self, pid, options)
+
+    def _server(self) -> ForkServer:
+        return _server(self._imports)
 
     def _internal_poll(self, *values: Any, **options: Any) -> int | None:
         if self._status_pipe is None or self.returncode is not None:

@@ -1,5 +1,7 @@
 """Process that has imported torch and forks a child for each request: `python server.py KIND SOCKET_FD LISTENING_FD`.
 
+With arguments of pytest after these it has imported the tests that they select, and forks the workers that run them.
+
 A child runs a script, a module or code as `python` does. The parent reports its process id and its wait status through
 a pipe that comes with the request. It has no threads, and has called nothing of the modules that it has imported.
 """
@@ -194,6 +196,15 @@ def _become(request: Request, preloaded: Preloaded) -> None:
         sys.modules["multiprocessing.process"].ORIGINAL_DIR = request.folder
 
 
+def _collect(arguments: list[str]) -> None:
+    """Import tests as pytest does; each worker collects them itself, from the imported modules."""
+    import pytest
+
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m pytest` does
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main([*arguments, "--collect-only", "-n0", "-p", "no:cacheprovider"])
+
+
 def _load_backends(torch: Any) -> None:
     """Do what torch does at the end of its import."""
     if torch._is_device_backend_autoload_enabled():
@@ -267,7 +278,10 @@ if __name__ == "__main__":
     filters = list(warnings.filters)
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's, which pandas imports
-    kind = sys.argv[1]
+    kind, client_fd, listening_fd, *of_pytest = sys.argv[1:]
+    if of_pytest:
+        _collect(of_pytest)
+
     withheld = dict.fromkeys(WITHHELD.get(kind, ()))
     sys.modules.update(withheld)
     for name in (*SMALL, *PLAIN.get(kind, ())):
@@ -284,7 +298,8 @@ if __name__ == "__main__":
     warnings.filters[:] = filters
     gc.freeze()  # else each child goes through all of these objects when it ends
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
-    request = _begin(Server(*(socket.socket(fileno=int(fd)) for fd in sys.argv[2:])).serve(), preloaded)
+    server = Server(*(socket.socket(fileno=int(fd)) for fd in (client_fd, listening_fd)))
+    request = _begin(server.serve(), preloaded)
     while request.forks:
         sock = start_helper()
         if sock is not None:

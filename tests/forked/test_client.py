@@ -265,7 +265,7 @@ def test_clients_share_the_process_that_forks(environ: dict[str, str], monkeypat
 
     first = parent()
     with monkeypatch.context() as patch:
-        another = client._Server("torch")
+        another = client.ForkServer("torch")
         patch.setattr(client, "_server", lambda kind: another)
         assert parent() == first
         another._close()

@@ -33,30 +33,30 @@ def sent(value: Any) -> Any:
     return load(received(dump(value)).memory())
 
 
-TENSORS = {
-    "small": torch.arange(6.0).reshape(2, 3),
-    "large": torch.arange(LARGE, dtype=torch.float64),
-    "bfloat16": torch.randn(LARGE).bfloat16(),
-    "float8": torch.randn(LARGE).to(torch.float8_e4m3fn),
-    "uint16": torch.arange(LARGE).to(torch.uint16),
-    "boolean": torch.rand(LARGE) > 0.5,
-    "complex": torch.randn(LARGE, dtype=torch.complex64),
-    "conjugated": torch.randn(LARGE, dtype=torch.complex64).conj(),
-    "empty": torch.zeros(0, 3),
-    "scalar": torch.tensor(3),
-    "transposed": torch.randn(200, 300).t(),
-    "strided": torch.randn(LARGE)[::7],
-    "channels last": torch.randn(2, 8, 40, 50).contiguous(memory_format=torch.channels_last),
-    "expanded": torch.randn(1).expand(1000),
-    "sparse": torch.eye(300).to_sparse(),
-    "requires grad": torch.randn(3, requires_grad=True),
+TENSORS = {  # made in the tests: on several cores that starts threads, which no worker could be forked with
+    "small": lambda: torch.arange(6.0).reshape(2, 3),
+    "large": lambda: torch.arange(LARGE, dtype=torch.float64),
+    "bfloat16": lambda: torch.randn(LARGE).bfloat16(),
+    "float8": lambda: torch.randn(LARGE).to(torch.float8_e4m3fn),
+    "uint16": lambda: torch.arange(LARGE).to(torch.uint16),
+    "boolean": lambda: torch.rand(LARGE) > 0.5,
+    "complex": lambda: torch.randn(LARGE, dtype=torch.complex64),
+    "conjugated": lambda: torch.randn(LARGE, dtype=torch.complex64).conj(),
+    "empty": lambda: torch.zeros(0, 3),
+    "scalar": lambda: torch.tensor(3),
+    "transposed": lambda: torch.randn(200, 300).t(),
+    "strided": lambda: torch.randn(LARGE)[::7],
+    "channels last": lambda: torch.randn(2, 8, 40, 50).contiguous(memory_format=torch.channels_last),
+    "expanded": lambda: torch.randn(1).expand(1000),
+    "sparse": lambda: torch.eye(300).to_sparse(),
+    "requires grad": lambda: torch.randn(3, requires_grad=True),
 }
 
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_arrive_as_they_were(name: str) -> None:
     """Values, dtype, shape, strides, layout and whether a gradient is wanted are kept."""
-    tensor = TENSORS[name]
+    tensor = TENSORS[name]()
     arrived = sent({"x": [tensor]})["x"][0]
 
     assert (arrived.dtype, arrived.shape, arrived.layout) == (tensor.dtype, tensor.shape, tensor.layout)
