@@ -195,6 +195,7 @@ def test_a_script_that_plays_is_advised_on_its_environment(lines, words):
 
     assert playing.next.startswith(words)
     assert "AsyncVectorEnv" in playing.next
+    assert ("if it makes batches" in playing.next) == bool(lines), "of a line it is not known what it does"
     assert "AsyncVectorEnv" not in supervised.next
 
 

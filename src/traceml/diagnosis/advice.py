@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting, torch_share
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, is_waiting, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
@@ -260,8 +260,14 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
             "torch.compile. `traceml report --lines` shows all lines."
         )
 
-    is_own = line is not None and not played  # the environment may be the script's own
-    return for_rollouts(line) if is_own or played is None or played >= MIN_PLAYED else None
+    if line is not None and not played:  # the environment may be the script's own
+        return (
+            f"Make {line.place} cheaper. If it steps environments, step several at once in processes of their own "
+            "(gymnasium's AsyncVectorEnv), or while the model trains; if it makes batches of what was collected, keep "
+            "that in preallocated tensors, of which one index takes a batch. `traceml report --lines` shows all lines."
+        )
+
+    return for_rollouts(line) if played is None or played >= MIN_PLAYED else None
 
 
 def for_saving(half: float, *, asynchronous: bool) -> str:
@@ -387,6 +393,12 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     reasons = f"code that runs {on_those} only, longer or larger batches, a slower device"
     if line is not None:
         spend = "spends" if is_one else "spend"
+        if part in UNNAMED_CODE and is_of_ranks_alone(facts.lines, part, line, ranks):
+            return (
+                f"Only {names}{at} {spend} time in {line.place}: do it every n-th step, or in a thread or another "
+                "process, or share it among all ranks."
+            )
+
         why = f": {reasons}" if part in COMPUTE else ""
         return f"Find out why {names}{at} {spend} more time in {line.place} than the other ranks{why}."
 

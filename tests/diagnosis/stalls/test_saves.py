@@ -11,6 +11,7 @@ from traceml.diagnosis.advice import for_straggler
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import PauseHistory
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -92,10 +93,19 @@ def test_saving_in_the_background_is_not_advised_to_who_does():
 
 
 def test_who_saves_for_all_is_told_to_do_it_less_often():
-    """A line that only one rank runs is no riddle where it saves."""
+    """A line that only one rank runs is no riddle where it saves, nor where the samples show it."""
     line = BlamedLine("train.py", 93, "train", share=0.9, samples=40)
 
     assert for_straggler("checkpoint", (0,), JobFacts(), line).startswith(
         "The others wait while rank 0 saves: save less"
     )
     assert "Find out why rank 0" in for_straggler("other", (0,), JobFacts(), line)
+
+    of_saver = [SampledLine(0, "other", "train.py", 93, "train", None, 30)]
+    for samples, is_alone in ((1, True), (20, False)):  # of the others in that function
+        of_others = [
+            SampledLine(1, "other", "train.py", 93, "train", None, samples),
+            SampledLine(1, "comm", "train.py", 80, "main", None, 60 - samples),
+        ]
+        told = for_straggler("other", (0,), JobFacts(lines=(*of_saver, *of_others)), line)
+        assert told.startswith("Only rank 0 spends time in train.py:93 train: do it every n-th step") == is_alone

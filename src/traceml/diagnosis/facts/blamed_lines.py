@@ -38,6 +38,7 @@ __all__ = [
     "blamed_line",
     "calls_collectives",
     "changed_line",
+    "is_of_ranks_alone",
     "is_waiting",
     "leading_lines",
     "line_beside_imports",
@@ -188,6 +189,15 @@ def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[in
     scale = in_steps / max(in_steps_of_others, 1)
     alone = [samples for place, samples in mine.items() if samples >= OWN_LINE_RATIO * (usual[place] * scale + 1)]
     return max(alone, default=0) / max(in_steps, 1)
+
+
+def is_of_ranks_alone(lines: Sequence[SampledLine], part: str, line: BlamedLine, ranks: Collection[int]) -> bool:
+    """Return whether the other ranks hardly run a function in a phase; False if they have too few samples."""
+    others = [each for each in lines if each.rank not in ranks]
+    in_steps, in_steps_of_others = (_by_function(some, part)[2] for some in (_seen_on(lines, ranks), others))
+    mine, usual = (sum(each.samples for each in _seen_in(some, part, line)) for some in (lines, others))
+    scale = in_steps / max(in_steps_of_others, 1)
+    return in_steps_of_others >= MIN_SAMPLES and mine - usual >= OWN_LINE_RATIO * (usual * scale + 1)
 
 
 def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -> tuple[BlamedLine, ...]:
