@@ -312,7 +312,7 @@ def test_without_own_backward_communication_is_never_claimed():
     """The verdict says that slow computation and slow communication cannot be separated."""
     window = window_of(Job(comm=20.0, callback_every=0))
 
-    found = diagnose(window, JobFacts(world_size=2, group=True))[0]
+    found = diagnose(window, JobFacts(world_size=2, backend="nccl"))[0]
 
     assert (found.kind, found.phase) == (Kind.INSUFFICIENT_DATA, "backward")
     assert "backward or communication" in found.summary
@@ -322,7 +322,7 @@ def test_without_own_backward_other_stragglers_are_still_named():
     """The parts outside backward show which rank is late."""
     window = window_of(Job(callback_every=0), adds("forward", 20, (1,)))
 
-    found = diagnose(window, JobFacts(world_size=2, group=True))[0]
+    found = diagnose(window, JobFacts(world_size=2, backend="nccl"))[0]
 
     assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "forward")
 
@@ -598,7 +598,7 @@ def test_the_gain_is_that_of_the_named_line():
 
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
-    found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)
+    found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)))
 
     assert found.kind in (Kind.COMPUTE_BOUND, Kind.HEALTHY)
 

@@ -21,7 +21,7 @@ ALL = np.ones((1, len(KINDS), EVEN.ranks), bool)
 
 
 def work(*faults: Fault) -> OwnWork:
-    return own_work_of(window_of(EVEN, *faults), JobFacts(world_size=EVEN.ranks, group=True))
+    return own_work_of(window_of(EVEN, *faults), JobFacts(world_size=EVEN.ranks, backend="nccl"))
 
 
 def durations_s(own: OwnWork) -> np.ndarray:
@@ -63,7 +63,7 @@ def estimated_gain(own: OwnWork, part: str, values: np.ndarray) -> float:
 
 
 def straggler(*faults: Fault) -> Finding:
-    found = diagnose(window_of(EVEN, *faults), JobFacts(world_size=EVEN.ranks, group=True))
+    found = diagnose(window_of(EVEN, *faults), JobFacts(world_size=EVEN.ranks, backend="nccl"))
     return next(each for each in found if each.kind.rule.is_straggler)
 
 

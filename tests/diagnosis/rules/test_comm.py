@@ -170,7 +170,7 @@ def test_a_rank_without_steps_may_be_what_the_others_wait_for() -> None:
     """Rank 0 plays and broadcasts its games; a faster network, or fewer collectives, would gain nothing."""
     window = window_of(Job(comm=20.0, steps=100))
     window.times["comm"][:] += window.wait
-    known = JobFacts(world_size=3, group=True, latest=(-1, 99, 99))
+    known = JobFacts(world_size=3, backend="nccl", latest=(-1, 99, 99))
 
     finding = next(each for each in diagnose(window, known) if each.kind is Kind.COMM_BOUND)
 

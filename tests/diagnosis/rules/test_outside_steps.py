@@ -414,16 +414,14 @@ def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str
     assert found.summary.endswith(said)
 
 
-@pytest.mark.parametrize(("group", "share"), [(None, 0.4), (False, None)])
-def test_evaluation_on_one_rank_costs_all_their_time(group: bool | None, share: float | None) -> None:
+@pytest.mark.parametrize(("grouped", "share"), [(True, 0.4), (False, None)])
+def test_evaluation_on_one_rank_costs_all_their_time(grouped: bool, share: float | None) -> None:
     """Rank 0 of four evaluates for 40 s of 100: the mean is a tenth. Ranks without a group do not wait."""
     time = structs.replace(
         RunTime.of(100.0, {"steps": 90.0, "evaluation": 10.0}, 8), evaluators=(0,), evaluators_s=40.0
     )
 
-    found = diagnose(
-        window_of(Job(ranks=4, steps=220, grouped=group is None)), JobFacts(time=time, world_size=4, group=group)
-    )
+    found = diagnose(window_of(Job(ranks=4, steps=220, grouped=grouped)), JobFacts(time=time, world_size=4))
     heavy = next((each for each in found if each.kind is Kind.EVAL_HEAVY), None)
 
     assert (heavy and heavy.cost_share) == share

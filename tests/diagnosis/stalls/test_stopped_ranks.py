@@ -30,7 +30,10 @@ def pause(step: int, rank: int = 0, ms: float = 30_000):
 
 def found(job: Job, *faults, wall_s: float | None = 100.0, **facts) -> list[Finding]:
     time = None if wall_s is None else RunTime.of(wall_s, {"steps": wall_s})
-    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, group=job.grouped, time=time, **facts))
+    return diagnose(
+        window_of(job, *faults),
+        JobFacts(world_size=job.ranks, backend="nccl" if job.grouped else None, time=time, **facts),
+    )
 
 
 def test_a_stopped_rank_is_reported_with_its_step():

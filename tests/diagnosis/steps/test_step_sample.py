@@ -99,7 +99,7 @@ def test_rules_do_not_join_the_ends_of_blocks():
         of_rank["optimizer_ns"] = of_rank["step"]
 
     window = sampled(rows).aligned(last=10_000, skip_first=0)
-    optimizer = own_work_of(window, JobFacts(world_size=2, group=True)).parts["optimizer"][0]
+    optimizer = own_work_of(window, JobFacts(world_size=2, backend="nccl")).parts["optimizer"][0]
 
     assert np.flatnonzero(window.begins).tolist() == [0, 64, 128]
     expected = np.where(window.begins, window.steps, window.steps - 1)
@@ -125,6 +125,6 @@ def test_the_verdict_is_that_of_all_steps(faults, kind, ranks):
         whole.scatter(np.full(len(of_rank), rank), of_rank)
 
     for kept in (sampled(rows, steps), whole):
-        verdict = diagnose(kept.aligned(last=20_000), JobFacts(world_size=2, group=True))[0]
+        verdict = diagnose(kept.aligned(last=20_000), JobFacts(world_size=2, backend="nccl"))[0]
 
         assert (verdict.kind, verdict.ranks) == (kind, ranks)

@@ -44,8 +44,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     state: str = "running"  # the run's state, as in the report
     time: RunTime | None = None  # the run's wall time by part; None if unknown
     resumes_at: int = 0  # steps in the checkpoint from which the ranks, whose steps count from 0, have resumed
-    group: bool | None = None  # whether the ranks share a process group; None if only the rows can show it
-    backend: str | None = None  # the group's backend (gloo, nccl)
+    backend: str | None = None  # that of the ranks' process group (gloo, nccl); None if only the rows can show a group
     rpc: bool = False  # whether ranks call functions of each other (torch.distributed.rpc)
     # place of each rank: host, switches, NVLink domain, coordinates of the device mesh
     topology: Topology = msgspec.field(default_factory=Topology)

@@ -319,7 +319,6 @@ class JobFactsBuilder:
         facts = JobFacts(
             world_size=self.world_size,
             resumes_at=self.counted_before,
-            group=True if self._facts.get("backend") else None,
             hosts=dict(self.hosts),
             cores=cores,
             main_wait=self._waits.of_ready_time(),

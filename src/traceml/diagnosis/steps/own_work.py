@@ -196,12 +196,12 @@ def median_over_ranks(values: Floats) -> Floats:
 def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
     """Return whether the ranks wait for each other."""
     use = facts.batches.group if facts.batches is not None else GroupUse()
-    if facts.group is False or not use.is_grouped(max(facts.world_size, len(window.ranks))):
+    if not use.is_grouped(max(facts.world_size, len(window.ranks))):
         return False
 
     # Ranks that reported no group are in one if they did what only a group does.
     collectives = window.times["comm"].any() and not facts.rpc
-    return facts.group or bool(not np.isnan(window.backward_own).all() or collectives)
+    return facts.backend is not None or bool(not np.isnan(window.backward_own).all() or collectives)
 
 
 def _user_parts(window: AlignedSteps) -> dict[str, Floats]:
