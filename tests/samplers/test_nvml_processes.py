@@ -62,6 +62,21 @@ def test_own_processes_are_not_others(child: int) -> None:
     assert others(Driver((os.getpid(), 60), (child, 30))) == 0.0
 
 
+def test_the_number_of_a_process_may_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own process that has ended is known from the last reading; what computes later with its number is not it."""
+    driver = Driver((os.getpid(), 60), (NO_SUCH, 30))
+    sharing = DeviceSharing(driver)
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing, "_descends", lambda pid: True)
+        sharing.others_pct(GPU_0)
+
+    assert sharing.others_pct(GPU_0) == 0.0
+    driver.use = driver.use[:1]
+    assert sharing.others_pct(GPU_0) == 0.0
+    driver.use = [(os.getpid(), 60), (NO_SUCH, 30)]
+    assert sharing.others_pct(GPU_0) == 30.0
+
+
 def test_without_kernels_nobody_computes() -> None:
     """Between two phases of a script, for example: the driver then has no samples."""
     driver = Driver((os.getpid(), 60))

@@ -39,7 +39,7 @@ class DeviceSharing:
         self._library = library
         self._samples = (_ProcessSample * _MAX_SAMPLES)()
         self._read_us: dict[int, int] = {}  # time of the last sample, by device
-        self._is_own: dict[int, bool] = {os.getpid(): True}
+        self._is_own: dict[int, dict[int, bool]] = {}  # by device: the processes of its last reading
         self._has_seen_own = False
         self._own = process_info(os.getpid())
         self._program = program_name(os.getpid())
@@ -67,21 +67,20 @@ class DeviceSharing:
         for sample in samples:
             by_process.setdefault(sample.pid, []).append(sample.sm_pct)
 
-        own = {pid for pid in by_process if self._belongs(pid)}
-        self._has_seen_own |= bool(own)
+        known = self._is_own.get(device.index, {})  # one that has ended since cannot be looked up any more
+        is_own = {pid: known[pid] if pid in known else self._belongs(pid) for pid in by_process}
+        self._is_own[device.index] = is_own
+        self._has_seen_own |= any(is_own.values())
         is_first = device.index not in self._read_us
         self._read_us[device.index] = max([self._read_us.get(device.index, 0), *(each.t_us for each in samples)])
         if is_first or not self._has_seen_own:  # the first samples are of before the run
             return UNKNOWN
 
-        return min(sum(sum(found) / len(found) for pid, found in by_process.items() if pid not in own), 100.0)
+        return min(sum(sum(found) / len(found) for pid, found in by_process.items() if not is_own[pid]), 100.0)
 
     def _belongs(self, pid: int) -> bool:
         """Return whether a process is of this job: this one, one below it, or another rank."""
-        if pid not in self._is_own:
-            self._is_own[pid] = self._descends(pid) or self._is_rank(pid)
-
-        return self._is_own[pid]
+        return self._descends(pid) or self._is_rank(pid)
 
     def _descends(self, pid: int) -> bool:
         for _ in range(_MAX_ANCESTORS):
