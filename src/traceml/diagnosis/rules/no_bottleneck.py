@@ -74,6 +74,9 @@ WITHOUT_PROFILER = (
     "memory."
 )
 
+_UNTRAINED_RATIO = 6.0
+"""From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
+
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
 BUSY_POWER = 0.6
@@ -278,7 +281,7 @@ def _compute_bound(
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
     pause, after = _pauses(work, facts, step), after_steps_advice(facts)
-    faster = own.advice if own else for_compute(heaviest, facts, device=work.device)
+    faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
@@ -408,6 +411,19 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
     done = f" It is compiled already{took}." if model.compiled else ""
     return f"To go faster: {', or '.join(steps)}.{done}"
+
+
+def _untrained(shares: Mapping[str, float], step: float) -> str:
+    """Return further advice where forward takes far longer than backward, as if much of it were not trained."""
+    forward, backward = shares.get("forward", 0.0), shares.get("backward", 0.0)
+    if not 0 < _UNTRAINED_RATIO * backward <= forward:
+        return ""
+
+    return (
+        f" Backward takes only {ns_text(backward * step)}: where forward is not trained (a frozen part, a teacher, "
+        "sampling), call it without gradients (torch.no_grad()) for more inputs at once, or keep its outputs for "
+        "inputs that come again."
+    )
 
 
 def _has_mostly_tables(facts: JobFacts) -> bool:
