@@ -188,7 +188,7 @@ def test_a_job_is_asked_to_be_profiled_by_itself(start: Callable[..., _RunningJo
 
     assert told.returncode == 0, told.stderr
     assert told.stdout == (
-        f"Run {job.run_dir.name} is profiled once its verdict has been computation for 60 s: "
+        f"Run {job.run_dir.name} is profiled once computation has been its verdict for 60 s: "
         f"{job.run_dir / 'profile.json.gz'}\n"
     )
 

@@ -156,7 +156,7 @@ class Aggregator:
             ],
         }
 
-    # --- transport.server.Handler ---------- --------------------------------------------------------------------
+    # --- transport.server.Handler -------------------------------------------------------------------------------
 
     def welcome(self, peer: Peer) -> dict[str, Any]:
         """Admit a peer: a rank gets its run and the numbers of its stored rows; clients and agents need neither."""
@@ -283,7 +283,7 @@ class Aggregator:
         return path in self._deliveries.ended_runs or path in self._finishing or self._checks.alerts.is_sending(path)
 
     def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a run once its verdict has been computation for some time; return the path that it will have."""
+        """Profile a run once computation has been its verdict for some time; return the path that it will have."""
         return self._checks.profile_later(run, after_s)
 
     def _recover_flights(self, run: ActiveRun) -> None:

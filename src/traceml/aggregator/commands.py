@@ -50,7 +50,7 @@ class CommandTarget(Protocol):
         """Whether rows of an ended run are still being delivered to trackers."""
 
     def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a run once its verdict has been computation for some time; None if one was taken already."""
+        """Profile a run once computation has been its verdict for some time; None if one was taken already."""
 
     def stop(self) -> None:
         """Stop the aggregator."""

@@ -24,8 +24,8 @@ _REPEAT_S = 5.0
 _SHARE = 0.25
 _AFTER_FAILURE_S = 60.0
 
-# The rules' cost grows with ranks x steps; with a thousand ranks, fewer steps are enough.
-_MAX_STEPS, _MIN_STEPS, _MAX_CELLS = 200, 32, 65_536
+# With a thousand ranks fewer steps are enough, with 10,000 the fewest; a report has `kept_steps.MAX_CELLS`.
+_MAX_STEPS, _MIN_STEPS, _MAX_LIVE_CELLS = 200, 32, 65_536
 
 # A host that does not send the rows that it is asked for does not hold up the verdict for more diagnoses than these.
 _LONGEST_UNCONFIRMED = 5
@@ -87,7 +87,7 @@ class LiveVerdict:
         if self._live.representatives:
             return STEPS_COMPARED
 
-        return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(self._live.intake.facts.world_size, 1)))
+        return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_LIVE_CELLS // max(self._live.intake.facts.world_size, 1)))
 
     def _is_confirmed(self, findings: list[Finding]) -> bool:
         """Ask for the rows that findings near a limit need; return whether they are there, or do not come."""

@@ -67,7 +67,7 @@ class ProfileOptions:
     cpu: bool = False
     """Write the lines that were sampled so far as a flame graph; needs no running job."""
     on_finding: bool = False
-    """Let the aggregator profile by itself, once, when the verdict has been computation for a minute."""
+    """Let the aggregator profile by itself, once, when computation has been the verdict for a minute."""
     output: Annotated[str | None, Metavar("FILE", "-o")] = None
     """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
     json: bool = False
@@ -132,7 +132,7 @@ def _on_finding(options: ProfileOptions, config: Config) -> int:
     if options.json:
         print(json.dumps({"run": run_dir.name, "file": path}))
     else:
-        print(f"Run {run_dir.name} is profiled once its verdict has been computation for {PROFILE_AFTER_S} s: {path}")
+        print(f"Run {run_dir.name} is profiled once computation has been its verdict for {PROFILE_AFTER_S} s: {path}")
 
     return 0
 

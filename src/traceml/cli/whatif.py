@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(msgspec.to_builtins(result, str_keys=True), indent=2, allow_nan=False))
     else:
         from traceml.renderers.text.viewport import Viewport, plain_console
-        from traceml.renderers.text.what_if import what_if_lines
+        from traceml.renderers.text.whatif import what_if_lines
 
         console = plain_console()
         for line in what_if_lines(result, Viewport.of(console)):

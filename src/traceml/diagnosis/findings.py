@@ -24,7 +24,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         summary: one sentence about the cause, with numbers.
         next: one sentence about what to do.
         evidence: the numbers (and, for an exception, file and line) behind the summary.
-        cost_share: share of step time it costs, 0..1.
+        cost_share: share that it costs of what `kind.rule.cost_of` names (step time, the run's time), 0..1.
         speedup_if_fixed: old / new step time if it were gone.
     """
 
@@ -119,7 +119,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding]:
-    """Return the findings with the verdict first: a lost rank, then the largest cost in wall time.
+    """Return the findings with the verdict first: urgent ones (a lost rank, a hang), then by cost in wall time.
 
     Args:
         in_steps: share of the run's wall time in steps; most costs are shares of step time.

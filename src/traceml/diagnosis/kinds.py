@@ -1,4 +1,4 @@
-"""Kinds of finding: each is declared here, once, with its headline and its severity."""
+"""Kinds of finding: each is declared here, once, with its headline, and its severity unless the cost decides it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Kind(StrEnum):
         """Return the severity of a finding of this kind.
 
         Args:
-            cost_share: share of step time that it costs.
+            cost_share: its cost, as a share of what `KindRule.cost_of` names.
         """
         by_cost = Severity.CRITICAL if cost_share >= CRITICAL_SHARE else Severity.WARNING
         return self.rule.severity or by_cost

@@ -70,7 +70,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return the findings, the verdict first; never empty.
 
     Args:
-        window: aligned steps: live the last few hundred, at the end of a run all of them.
+        window: aligned steps: live the last 200 at most, at the end of a run all of them, or of a long run some.
     """
     return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts)]
 

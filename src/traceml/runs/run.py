@@ -1,4 +1,4 @@
-"""Run as an object: `traceml.load_run(path)`."""
+"""Run as an object: `load_run(path)`. `traceml.load_run` adds charts for notebooks to it."""
 
 from __future__ import annotations
 

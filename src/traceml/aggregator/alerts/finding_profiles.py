@@ -44,7 +44,7 @@ class _PersistingVerdict(msgspec.Struct):
 
 
 class FindingProfiles:
-    """Profiles a run when its verdict has been computation for some time, by a process of `traceml profile`.
+    """Profiles a run when computation has been its verdict for some time, by a process of `traceml profile`.
 
     Args:
         after_s: time that the verdict persists before; 0: never.
@@ -73,7 +73,7 @@ class FindingProfiles:
             task.add_done_callback(self._tasks.discard)
 
     def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a running run once its verdict has been computation for some time.
+        """Profile a running run once computation has been its verdict for some time.
 
         Returns:
             The path that the profile will have; None if one was taken already.

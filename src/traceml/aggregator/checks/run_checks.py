@@ -76,7 +76,7 @@ class RunChecks:
         return verdict
 
     def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a run once its verdict has been computation for some time; see `FindingProfiles`."""
+        """Profile a run once computation has been its verdict for some time; see `FindingProfiles`."""
         return self._profiles.profile_later(run, after_s)
 
     def verdict_count(self, run: ActiveRun) -> int:

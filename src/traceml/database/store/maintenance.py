@@ -173,7 +173,7 @@ class Maintenance:
             raise StoreError(f"{error}; the frames next to it stay as they are.") from error
 
     def _resume(self) -> None:
-        """Take the small frames that the store has."""
+        """Schedule the small frames that the store has."""
         self._editor = FrameEditor(self._database, self._tables)
         self._thinned: list[ThinnedFrame] = []
         self.retention = Retention(self._database, self._editor, self._tables)

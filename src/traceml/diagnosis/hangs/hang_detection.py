@@ -29,8 +29,12 @@ AWAITED_FACTOR = 2
 ENDED_S = 10.0
 """A job that was ended hung if it had made no progress for this long, and for far longer than its steps take."""
 
-_STEPS, _GAPS, _PAUSES, _BUSY_PAUSES = 20, 2, 1.5, 3
-_SLOW_STEPS = 3
+_PAUSE_FACTOR, _BUSY_PAUSE_FACTOR = 1.5, 3
+"""A pause that ended by itself shows that the job may pause for this many times as long, and if it computes."""
+_STEP_FACTOR = 3
+"""So does a slow step, the 99th percentile."""
+_ENDED_STEP_FACTOR, _ENDED_GAP_FACTOR = 20, 2
+"""A job that was ended hung if it made no progress for this many slow steps, and longest gaps between rows."""
 # A recorder that sent something so recently, and no snapshot, has seen progress. Large jobs send samples less often.
 _ALIVE_S, _RANKS_PER_S, _SENDING_S = 15.0, 100, 120.0
 
@@ -141,9 +145,9 @@ def _limit_s(found: DetectedHang, progress: JobProgress, step_p99_s: float) -> f
 
     pause_s = progress.longest_quiet_s[any(snapshot.step >= 0 for snapshot in found.snapshots.values())]
     if found.is_busy:
-        return max(_busy_factor(found) * progress.timeout_s, _BUSY_PAUSES * pause_s)
+        return max(_busy_factor(found) * progress.timeout_s, _BUSY_PAUSE_FACTOR * pause_s)
 
-    return max(progress.timeout_s, _PAUSES * pause_s, _SLOW_STEPS * step_p99_s)
+    return max(progress.timeout_s, _PAUSE_FACTOR * pause_s, _STEP_FACTOR * step_p99_s)
 
 
 def _busy_factor(found: DetectedHang) -> int:
@@ -172,7 +176,11 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
         return None
 
     started = any(each.step >= 0 for each in ranks)
-    usual_s = max(ENDED_S, _STEPS * step_p99_s, _GAPS * progress.longest_gap_s) if started else progress.timeout_s
+    usual_s = (
+        max(ENDED_S, _ENDED_STEP_FACTOR * step_p99_s, _ENDED_GAP_FACTOR * progress.longest_gap_s)
+        if started
+        else progress.timeout_s
+    )
     usual_s = max(usual_s, _busy_factor(found) * progress.timeout_s) if found.is_busy else usual_s
     if progress.was_aborted or (not by_rows and any(ended.reached_time_limit for ended in exits.values())):
         return found
@@ -182,7 +190,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if len(ranks) + len(finished) < facts.world_size:  # others may never have got as far as the recorder
         return found if not by_rows and found.quiet_s >= live_s else None
 
-    by_rows_s = max(usual_s, _GAPS * max(progress.longest_quiet_s))
+    by_rows_s = max(usual_s, _ENDED_GAP_FACTOR * max(progress.longest_quiet_s))
     return found if found.quiet_s >= (by_rows_s if by_rows else min(usual_s, live_s)) else None
 
 

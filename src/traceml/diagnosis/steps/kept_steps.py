@@ -35,9 +35,8 @@ _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIO
 _BITS, _PROFILED = STEPS.index["bits"], int(StepFlag.PROFILED)
 _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own", "total")
 
-# A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
 MAX_CELLS = 640_000
-"""Most steps of all ranks together that a window has."""
+"""Most steps of all ranks together that a window has: the rules' cost grows with ranks x steps."""
 _MIN_STEPS = 20
 MAX_USER_PHASES = 32
 """Names of user phases beyond these count as `other`."""

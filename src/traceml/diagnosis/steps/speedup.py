@@ -19,7 +19,7 @@ __all__ = ["new_step_times", "replayed", "saved_ns", "speedup", "speedup_of_shar
 
 
 _MAX_SHARE = 0.99
-"""A larger share of the time that is saved is not told from all of it."""
+"""A larger share counts as this one, so that the ratio stays finite."""
 
 
 def replayed(work: OwnWork, changed: Mapping[str, Floats]) -> OwnWork:

@@ -1,6 +1,6 @@
 """Finding and ending the processes that a job has left on this host.
 
-Process: launcher, agent, its parent (`agent/reaper.py`) and zygote.
+Process: launcher (which sends its source to the host of a lost agent), agent, its parent (`agent/reaper.py`), zygote.
 """
 
 from __future__ import annotations

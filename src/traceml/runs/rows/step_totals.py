@@ -35,6 +35,7 @@ class StepTotals(msgspec.Struct, frozen=True):
         ranks: the ranks, one per row of the arrays.
         first: first step of the first bin, a multiple of `width`.
         width: steps per bin, a power of two.
+        latest: last step of each rank.
         count: steps.
         total: wall time of the steps.
         times: phase -> time, the user's phases by name; they add up to `total`. Where a device took part, its times
