@@ -62,6 +62,11 @@ class RowIntake:
             PAUSES.name: self.facts.pauses.add,
         }
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that the diagnosis needs."""
+        return *self._added, *self._takers
+
     def resize(self, slots: int, ranks: int) -> None:
         """Drop the kept steps and keep new ones, for another number of ranks."""
         self._replace(KeptSteps(slots, ranks))

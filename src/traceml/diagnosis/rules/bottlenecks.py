@@ -52,7 +52,10 @@ UNSURE_SHARE = 0.20
 """Code outside the phases is reported from this share on with too few cores, or too few samples to know where it is."""
 RARE_FACTOR = 1.1
 """Rare long steps are not counted if a part costs more than this factor with them."""
-_TURNS_RATIO, _LITTLE, _MOST_STEPS = 1.5, 0.25, 0.7
+_TURNS_RATIO = 1.5
+"""Ranks have a part in turns if steps lose this many times the mean of the rank with most of it,"""
+_IDLE_SHARE, _TURNS_STEPS = 0.25, 0.7
+"""and half of the ranks have less than this share of the longest, in this share of the steps."""
 MIN_EXCLUDED = 0.02
 """What does not count is named from this share of the part on."""
 MIN_PART = 1.05
@@ -128,8 +131,8 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         if self.ranks or len(by_rank) < 2 or self.saved_ns < _TURNS_RATIO * float(by_rank.max()):
             return False
 
-        little = self.removed < _LITTLE * self.removed.max(axis=0)
-        return float((little.mean(axis=0) >= 0.5).mean()) >= _MOST_STEPS
+        little = self.removed < _IDLE_SHARE * self.removed.max(axis=0)
+        return float((little.mean(axis=0) >= 0.5).mean()) >= _TURNS_STEPS
 
     @property
     def turns_words(self) -> str:

@@ -19,11 +19,16 @@ from traceml.runs.rows.run_clocks import RunClocks
 __all__ = ["checkpoints", "resumes_at", "wall_time", "with_early_compiling"]
 
 _S = 1e9
-_WHOLE = 0.9  # share of the steps of the rank with most of them
-_FEW = 0.5  # ranks with less than this share of the longest evaluation do not evaluate: a first pass, or a check
-_SHORT, _LITTLE = 0.25, 0.2  # evaluations this much shorter than the longest, if together they are this share of all
-_SOME = 0.5  # and have at most this share of its batches
-_WORTH = 0.01  # share of the run from which on evaluation and saving of some ranks count as time of all
+_NEARLY_ALL_STEPS = 0.9
+"""Share of the steps of the rank with most of them from which on a rank's rows are all there."""
+_EVALUATES_SHARE = 0.5
+"""A rank with a smaller share of the longest evaluation does not evaluate: it is a first pass, or a check."""
+_SHORT_EVALUATION, _FEW_BATCHES = 0.25, 0.5
+"""An evaluation is short that takes less than this share of the longest one, with at most this share of its batches."""
+_SHORT_ONES_SHARE = 0.2
+"""Short evaluations with at most this share of all are not counted with the others."""
+_COUNTED_SHARE = 0.01
+"""Share of the run from which on evaluation and saving of some ranks count as time of all."""
 _NOT_PRODUCTIVE = (Phase.INPUT_WAIT.label, Phase.CHECKPOINT.label)
 _USUAL_BINS = 4  # with fewer bins of steps it is not known how long they take as a rule
 _MIN_SET_UP_NS = 1e9
@@ -78,7 +83,7 @@ def wall_time(
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
     if grouped:
-        ranks, parts = _setting_the_time(ranks, parts, _WORTH * (ended_s - started_s))
+        ranks, parts = _setting_the_time(ranks, parts, _COUNTED_SHARE * (ended_s - started_s))
 
     known = {part: _mean([each[part] for each in parts]) for part in parts[0]}
     if not ranks and records and (untraced or all(stream.state == "finished" for stream in records)):
@@ -139,7 +144,7 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
     for each in relayed:
         most[each.attempt] = max(most.get(each.attempt, 0), sums[each.id].count)
 
-    return {each.id for each in relayed if sums[each.id].count < _WHOLE * most[each.attempt]}
+    return {each.id for each in relayed if sums[each.id].count < _NEARLY_ALL_STEPS * most[each.attempt]}
 
 
 def _useful_time(
@@ -214,7 +219,7 @@ def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
         seconds: rank -> its evaluation, or other time outside the training.
     """
     longest = max(seconds.values(), default=0.0)
-    some = tuple(sorted(rank for rank, s in seconds.items() if s > _FEW * longest))
+    some = tuple(sorted(rank for rank, s in seconds.items() if s > _EVALUATES_SHARE * longest))
     if not some or len(some) > len(seconds) / 2:
         return (), 0.0
 
@@ -232,8 +237,8 @@ def _evaluations(evals: TableSums) -> tuple[int, float]:
         return 0, 0.0
 
     means, batches = ns / rows, evals.bins["batches"] / rows
-    short = (means < _SHORT * means.max()) & (batches <= _SOME * batches.max())
-    if ns[short].sum() > _LITTLE * ns.sum():
+    short = (means < _SHORT_EVALUATION * means.max()) & (batches <= _FEW_BATCHES * batches.max())
+    if ns[short].sum() > _SHORT_ONES_SHARE * ns.sum():
         return int(rows.sum()), 0.0
 
     return int(rows[~short].sum()), float(ns[short].sum()) / _S

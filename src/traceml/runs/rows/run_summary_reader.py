@@ -13,18 +13,11 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import (
     DEVICE_STEPS,
-    EPOCHS,
-    EVALS,
-    FINGERPRINTS,
     GPU,
     HOST,
     INFO,
-    LIMITS,
-    LINES,
-    LOADER_WORKERS,
-    LOSSES,
     NAMES,
-    PAUSES,
+    PACKED,
     PROCESS,
     STEPS,
     TELEMETRY,
@@ -157,7 +150,7 @@ class RunSummaryReader:
         # Names come before the rows that use them, so they are read first.
         taken = [self._follow_log(reader, NAMES.name), self._follow_log(reader, INFO.name)]
         self._follow_snapshots(reader)
-        taken += [self._follow(reader, table) for table in _FOLLOWED]
+        taken += [self._follow(reader, table) for table in self._followed]
         taken.append(self.metrics.update(reader))
         return any(taken)
 
@@ -192,6 +185,7 @@ class RunSummaryReader:
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
+        self._followed = _tables_of(self._intake)
         self.kept, self.facts = self._intake.kept, self._intake.facts
         self._aligned = None
         self.samples = Samples()
@@ -289,8 +283,8 @@ class RunSummaryReader:
     def _start_samples(self, reader: StoreReader) -> None:
         """Take sampled tables of a long run: exact totals, and rows of frames that are spread over it."""
         newest, streams = reader.last_id(), self._newest()
-        for table in (*_SAMPLED, *_BY_RULES):
-            if table.name not in reader.tables or not self._is_large(reader, table):
+        for table in self._followed:
+            if table in _OF_STEPS or table.name not in reader.tables or not self._is_large(reader, table):
                 continue
 
             if table.name in SampleTotals.tables:
@@ -415,8 +409,6 @@ class RunSummaryReader:
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
 _OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
-_BY_RULES = (LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, EPOCHS, EVALS, PAUSES)
-_FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
 
 
 def read_run_summary(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> RunSummaryReader:
@@ -434,6 +426,12 @@ def _slots(rows: int, ranks: int) -> int:
         slots *= 2
 
     return max(slots, slots_for(ranks))
+
+
+def _tables_of(intake: RowIntake) -> tuple[Table, ...]:
+    """Return the tables that are read, those of steps first: what the diagnosis needs, and the recorder's counters."""
+    wanted = {*intake.tables, TELEMETRY.name} - {table.name for table in _OF_STEPS}
+    return *_OF_STEPS, *(table for table in PACKED if table.name in wanted)
 
 
 def _of_steps(reader: StoreReader) -> list[Table]:
