@@ -51,7 +51,7 @@ NARROW = {
     "whatif": set(),
     "integrations": {"session", "runs", "track", "recorder"},
     "supervise": {"display", "renderers", "transport"},
-    "session": {"display", "track", "recorder", "transport"},
+    "session": {"display", "runs", "track", "recorder", "transport"},
     "track": {"diagnosis", "recorder", "instrument", "transport", "database"},
     "aggregator": {"diagnosis", "track", "transport", "database"},
     "runs": {"diagnosis", "track", "traces", "database"},

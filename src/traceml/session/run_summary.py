@@ -31,7 +31,7 @@ def summary() -> dict[str, float]:
         if recorder is None or run_dir is None or not run_dir.is_dir():
             return {}
 
-        from traceml.display.notebook import load_run
+        from traceml.runs.run import load_run
 
         if recorder.enabled:
             recorder.wait_until_stored(_STORED_S)
