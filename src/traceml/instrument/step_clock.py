@@ -1,7 +1,15 @@
 """State machine that detects training steps from the calls that the hooks report.
 
-Terms: a *step call* is an outermost call of an optimizer's step; the next batch request to the *training loader* closes
-a step after it. `docs/steps.md` has the rules.
+`docs/steps.md` has the rules for users. Terms, here and in the classes that this one is built on (`DividedStep`, the
+parts of a step; `PhaseTimer`, the times of its phases):
+
+    step call        an outermost call of an optimizer's step
+    training loader  the loader whose batches are trained on; its next batch request closes a step after a step call
+    cut              at a request to a loader, or after a step call: what the step has so far is an ended *part*
+    part             of a step, between two cuts; it may turn out to be evaluation, or the begin of the next step
+    ready, done      a step that has its step call, and only has to be closed
+    commit           to close the step: append its row, and begin the next; a *slow* commit takes all rules; the hooks
+                     do the usual one themselves (`clock_implementations`)
 
 The state is `closing_trigger`: the event that closes the open step, which hooks compare in each step.
 
