@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import Phase
 from traceml.diagnosis.advice import for_rollouts, waiting_text
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting
+from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
@@ -230,7 +230,7 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
         is_filled = len(regular_steps) >= FILLED_SHARE * span / every
         is_spread = span >= SPAN_SHARE * len(seen)
         if is_filled and is_spread and float((np.diff(regular_steps) < every).mean()) <= SOONER_SHARE:
-            return int(every), members
+            return int(every), members & heavy  # light ones are noise, in which this distance is by chance
 
     return None
 
@@ -285,7 +285,7 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
         )
         return for_rollouts(line) + seldom
 
-    if line is not None and is_waiting(facts.lines, period.part, line, facts.wait_share):
+    if line is not None and facts.waits_in(period.part, line):
         return (
             f"{waiting_text(line)} Begin it ahead of the step that needs it, in a thread or another process. If half "
             f"as often is enough, run it every {ordinal_text(2 * period.every)} step: {gain_text(half)}."
