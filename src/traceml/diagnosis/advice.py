@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, is_waiting, torch_share
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
@@ -195,7 +195,7 @@ def for_residual(
             "--lines` shows all lines."
         )
 
-    if line is not None and is_waiting(facts.lines, part, line, facts.wait_share):
+    if line is not None and facts.waits_in(part, line):
         return (
             f"{waiting_text(line)} If it is for batches, make them faster, or in more processes (a DataLoader with "
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."

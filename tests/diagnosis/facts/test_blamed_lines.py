@@ -330,3 +330,13 @@ def test_code_that_lacks_a_core_does_not_sleep(on_core: float, waited: float, wa
     append = BlamedLine("/x/train.py", 12, "append", 1.0, 50)
 
     assert is_waiting([seen], "other", append, waited) is waits
+
+
+@pytest.mark.parametrize(("run", "waits"), [(0.89, False), (0.4, True)])
+def test_a_thread_that_is_hardly_asleep_does_not_wait(run: float, waits: bool) -> None:
+    """Where forward is called hundreds of times, samples watch only the calls that lost their core for long."""
+    sample = SampledLine(0, "forward", "/x/train.py", 9, "sample", None, 95, watched_ns=25_000_000, cpu_ns=1_000_000)
+    rest = SampledLine(0, "backward", "/x/train.py", 20, "main", None, 235)
+    facts = JobFacts(lines=(sample, rest), core_wait={0: 0.1}, main_wait={0: 0.1 / (0.1 + run)})
+
+    assert facts.waits_in("forward", BlamedLine("/x/train.py", 9, "sample", 0.8, 95)) is waits

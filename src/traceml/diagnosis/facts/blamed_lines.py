@@ -65,6 +65,7 @@ _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _WAITS = 0.5  # code that is on a core for less of its time
+_ASLEEP = 0.25  # then the thread must be asleep for this share of the function's time at least
 _CONTENDED, _HARDLY_RUNS = 0.25, 0.1
 
 _Place = tuple[str, str, int | None]
@@ -240,12 +241,21 @@ def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> s
     return called.rpartition(" ")[2] if called and samples >= NAMED_SHARE * calls.total() else None
 
 
-def is_waiting(lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_share: float = 0.0) -> bool:
+def is_waiting(
+    lines: Sequence[SampledLine], part: str, line: BlamedLine, wait_share: float = 0.0, asleep: float = 1.0
+) -> bool:
     """Return whether a function waits in a phase (for a sleep, a disk, a server, a thread), and does not compute.
 
     Args:
         wait_share: share of the time that training threads waited for a core, which is no such waiting.
+        asleep: share of the time of steps in which a training thread neither ran nor waited for a core.
     """
+    # Of a phase that is over in a millisecond, samples watch only the calls that lost their core.
+    in_steps = sum(each.samples for each in lines if each.part not in OUTSIDE_STEPS)
+    share = sum(each.samples for each in _seen_in(lines, part, line)) / max(in_steps, 1)
+    if asleep < _ASLEEP * share:
+        return False
+
     busy = busy_share([each for each in lines if (each.file, each.function) == (line.file, line.function)], part)
     # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps.
     least = _WAITS * (1.0 - wait_share) if wait_share < _CONTENDED else _HARDLY_RUNS

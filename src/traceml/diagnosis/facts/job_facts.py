@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS, Resource
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_waiting
 from traceml.diagnosis.facts.core_waits import medians_of_others, ranks_without_core
 from traceml.diagnosis.facts.device_events import GpuHealthHistory, TurnoverHistory
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
@@ -198,6 +199,12 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def _medians_of_core_run(self) -> dict[int, float]:
         return medians_of_others(self.core_runs)
+
+    def waits_in(self, part: str, line: BlamedLine) -> bool:
+        """Return whether a function waits in a phase (for a sleep, a disk, a thread), and does not compute."""
+        runs = self.core_runs
+        asleep = max((1.0 - run - self.core_wait[rank] for rank, run in runs.items()), default=1.0)
+        return is_waiting(self.lines, part, line, self.wait_share, asleep)
 
     @property
     def waited_share(self) -> float:

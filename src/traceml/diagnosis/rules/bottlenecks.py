@@ -12,7 +12,6 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
-    is_waiting,
     leading_lines,
     main_library,
     workers_line,
@@ -335,7 +334,7 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, h
     is_update = (
         (has_update and not has_forward and library is None)
         and line is not None
-        and not is_waiting(facts.lines, cost.part, line, facts.wait_share)
+        and not facts.waits_in(cost.part, line)
     )
     cost = cost.with_update() if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")

@@ -13,7 +13,6 @@ from traceml.diagnosis.advice import WAITED_FOR
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
-    is_waiting,
     leading_lines,
     main_library,
 )
@@ -165,7 +164,7 @@ def _own_code(
 
     part, line = heavy
     places = {(each.file, each.function) for each in facts.lines if each.part == "forward"}
-    waits = is_waiting(facts.lines, part, line, facts.wait_share)
+    waits = facts.waits_in(part, line)
     if not waits and (part == "forward" or (line.file, line.function) in places):
         return None
 
