@@ -172,6 +172,38 @@ def test_the_size_of_an_element_has_its_own_tensors() -> None:
     assert not any(type(each) is dict for each in gc.get_referents(records[-1]))  # its attributes are as fast as before
 
 
+def test_the_size_of_a_kept_model_is_that_of_its_tensors() -> None:
+    """A copy of the model, or an optimizer with its state, for each epoch; the same model again takes nothing."""
+    optimizers, models, same = [], [], [torch.nn.Linear(30, 30)] * 9
+    for _ in range(9):
+        model = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.BatchNorm1d(30))
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.randn(4, 30)).sum().backward()
+        optimizer.step()
+        models.append(model)
+        optimizers.append(optimizer)
+
+    found = by_path(read_containers(sys._getframe(), is_here))
+
+    weights = 4 * (30 * 30 + 3 * 30)
+    assert weights < found["models"].item_bytes < weights + 1000
+    assert 2 * weights < found["optimizers"].item_bytes < 2 * weights + 1000
+    assert found["same"].item_bytes == 8
+    assert (len(models), len(optimizers), len(same)) == (9, 9, 9)
+
+
+def test_a_few_large_elements_are_seen() -> None:
+    """One is kept in each epoch, of which there are few."""
+    states = [{"weight": torch.zeros(1 << 18)} for _ in range(2)]
+    small = [{"weight": torch.zeros(10)} for _ in range(2)]
+
+    found = by_path(read_containers(sys._getframe(), is_here))
+
+    assert found["states"].size == 2
+    assert "small" not in found
+    assert (len(states), len(small)) == (2, 2)
+
+
 def test_open_figures_of_pyplot_are_seen() -> None:
     """The size of one is its picture's; closed ones are gone."""
     pyplot = pytest.importorskip("matplotlib.pyplot")

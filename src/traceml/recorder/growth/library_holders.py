@@ -1,4 +1,4 @@
-"""Containers inside objects of libraries that a script may fill step by step: hooks, parameter groups, figures."""
+"""What objects of libraries hold: containers that a script may fill (hooks, parameter groups, figures), and tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-__all__ = ["FIGURES", "HOOKS", "PARAMETER_GROUPS", "Holder", "holders_of", "pixel_bytes", "pyplot_figures"]
+__all__ = [
+    "FIGURES",
+    "HOOKS",
+    "PARAMETER_GROUPS",
+    "Holder",
+    "holders_of",
+    "pixel_bytes",
+    "pyplot_figures",
+    "tensors_of",
+]
 
 HOOKS, PARAMETER_GROUPS, FIGURES = "hooks", "param_groups", "figures"
 """Kinds of `ReachableObjects` other than types of containers."""
 _OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MAX_MODULES = 256
+_MAX_MODULES, _MAX_TENSORS, _MAX_STATES = 256, 16, 2048
 _LEAST = 8
 _BYTES_PER_PIXEL = 4
 
@@ -45,6 +54,21 @@ def _hooks(owner: Any, path: str) -> Iterator[Holder]:
         hooks = getattr(owner, name, None)
         if isinstance(hooks, dict) and len(hooks) >= _LEAST:
             yield Holder(path, HOOKS, hooks)
+
+
+def tensors_of(value: Any) -> Iterator[Any]:
+    """Yield the parameters and buffers of a torch module, or the tensors of an optimizer's state, some thousand."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+
+    if isinstance(value, torch.nn.Module):
+        for module in list(islice(value.modules(), _MAX_MODULES)):
+            yield from list(islice(module.parameters(recurse=False), _MAX_TENSORS))
+            yield from list(islice(module.buffers(recurse=False), _MAX_TENSORS))
+    elif isinstance(value, torch.optim.Optimizer):
+        for state in list(islice(value.state.values(), _MAX_STATES)):
+            yield from (each for each in list(state.values()) if isinstance(each, torch.Tensor))
 
 
 def pyplot_figures() -> Holder | None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from traceml.instrument.facts.instance_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only
-from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures
+from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures, tensors_of
 
 __all__ = ["ReachableObjects", "read_containers"]
 
@@ -34,7 +34,9 @@ MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
 _MAX_PATH = 80
 _MAX_LISTED = 50_000  # results of a cached function that are listed to find the newest
-_LEAST = 8  # smaller containers are not counted
+_LEAST = 8  # smaller containers are not counted, unless their elements are large
+_LARGE_BYTES = 1 << 20
+_POINTER_BYTES = 8  # what an element takes that is in a list twice
 _MIN_COPIED_BYTES = 4 << 20  # nor smaller arrays, of which a script has many
 _CO_OPTIMIZED = 0x1  # inspect.CO_OPTIMIZED: the code of a function
 _LISTS = (list, deque, tuple)
@@ -163,7 +165,16 @@ def _reachable(place: _Place) -> ReachableObjects | None:
 
     if isinstance(value, (dict, set, *_LISTS)):
         count = len(value)
-        return _entry(place, kind, count, _newest(value)) if count >= _LEAST and type(value) is not tuple else None
+        if not count or type(value) is tuple:
+            return None
+
+        newest = _newest(value)
+        if count < _LEAST and not (count > 1 and _is_large(newest)):
+            return None
+
+        is_there_twice = isinstance(value, _LISTS) and value[-2] is newest
+        entry = _entry(place, kind, count, newest)
+        return entry._replace(item_bytes=_POINTER_BYTES) if is_there_twice else entry
 
     info = getattr(value, "cache_info", None) if callable(value) and hasattr(type(value), "cache_info") else None
     return _copied(place) if info is None else _cached(place, info())
@@ -311,6 +322,11 @@ def _chain(tensor: Any) -> int:
     return length
 
 
+def _is_large(item: Any) -> bool:
+    """Return whether an element is large by itself: a tensor, a state dict, a model, an optimizer."""
+    return _is_entered(item) and _size(item, depth=1) >= _LARGE_BYTES
+
+
 def _size(item: Any, depth: int = 2) -> int:
     size = sys.getsizeof(item)
     if _is_tensor(item):
@@ -318,6 +334,9 @@ def _size(item: Any, depth: int = 2) -> int:
 
     if type(item).__module__ == "numpy":  # a view, also of a tensor, has the memory of another object
         return max(size, int(getattr(item, "nbytes", 0)))
+
+    if own := sum(int(each.untyped_storage().nbytes()) for each in tensors_of(item)):
+        return size + own
 
     parts = _parts(item) if depth else ()
     counted = list(islice(parts, _MAX_FIELDS))
