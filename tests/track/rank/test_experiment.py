@@ -337,10 +337,11 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
                 traceml.log_metric("x", 1, step)
             except (TypeError, ValueError) as error:
                 print(type(error).__name__, error)
-        try:
-            traceml.log_metric(5, 1)
-        except TypeError as error:
-            print(error)
+        for call in (traceml.log_metric, traceml.log_text, traceml.log_histogram):
+            try:
+                call(5, [1.0], 0)
+            except TypeError as error:
+                print(call.__name__, error)
         for call, given in ((traceml.log_params, 5), (traceml.log_params, ["ab", 3]), (traceml.log_metrics, None)):
             try:
                 call(given)
@@ -352,7 +353,8 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
     assert "TypeError a step is a whole number, not str 'one'" in out
     assert "TypeError a step is a whole number, not 1.5" in out
     assert "ValueError a step must fit into 64 bits" in out
-    assert "a metric's name is a text, not int 5" in out
+    for call in ("log_metric", "log_text", "log_histogram"):
+        assert f"{call} the name of a logged value is a text, not int 5" in out
     assert "log_params takes a dict of names and values, not int 5" in out
     assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
     assert "log_metrics takes a dict of names and values, not NoneType None" in out

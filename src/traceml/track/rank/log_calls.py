@@ -44,6 +44,9 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
         name: any text.
         value: a number, or an object that holds one: a tensor, a numpy scalar, a bool. Any other is logged as a text.
         step: the step; by default the current training step, else a counter per name.
+
+    Raises:
+        TypeError: the name is not a text, or the step not a whole number.
     """
     logger = loggers.active
     usual = logger.usual
@@ -108,6 +111,9 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
         name: any text.
         text: the text.
         step: its step; by default as for `log_metric`.
+
+    Raises:
+        TypeError: the name is not a text, or the step not a whole number.
     """
     media.text(loggers.active, name, text, step)
 
@@ -124,6 +130,9 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
         image: an array or tensor (height, width), (height, width, channels) or (channels, height, width), of bytes or
             of floats in 0..1; a PIL image; a matplotlib figure; a PNG or JPEG file's path or bytes.
         step: its step; by default as for `log_metric`.
+
+    Raises:
+        TypeError: the name is not a text, or the step not a whole number.
     """
     media.image(loggers.active, name, image, step)
 
@@ -139,5 +148,8 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
         values: numbers: an array, a tensor, a list.
         step: its step; by default as for `log_metric`.
         bins: number of intervals of equal width.
+
+    Raises:
+        TypeError: the name is not a text, or the step not a whole number.
     """
     media.histogram(loggers.active, name, values, step, bins=bins)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["DeferredValue", "copied_to_host", "items_of", "number_of", "params_of", "plain", "step_of"]
+__all__ = ["DeferredValue", "checked_name", "copied_to_host", "items_of", "number_of", "params_of", "plain", "step_of"]
 
 _TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
@@ -81,6 +81,18 @@ def _of_tensor(tensor: Any, device: str) -> Any:
         return tensor
 
     return float(tensor.item()) if device == "cpu" else DeferredValue(tensor)
+
+
+def checked_name(name: Any) -> str:
+    """Return the name of a logged value.
+
+    Raises:
+        TypeError: it is not a text.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a logged value is a text, not {type(name).__name__} {name!r:.100}")
+
+    return str(name)
 
 
 def step_of(step: Any) -> int:

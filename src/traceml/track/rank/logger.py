@@ -18,7 +18,7 @@ from traceml.database.schema import METRICS, Slot
 from traceml.instrument.native.extension import extension
 from traceml.privacy import secrets_only
 from traceml.recorder.current_recorder import on_change
-from traceml.track.rank.logged_values import DeferredValue, number_of, plain, step_of
+from traceml.track.rank.logged_values import DeferredValue, checked_name, number_of, plain, step_of
 from traceml.track.rank.logging_recorder import recorder_for_logging
 
 if TYPE_CHECKING:
@@ -230,10 +230,7 @@ class Logger:
         if flight is None:
             return None
 
-        if not isinstance(name, str):
-            raise TypeError(f"a metric's name is a text, not {type(name).__name__} {name!r:.100}")
-
-        number = flight.names.id_of(str(name))
+        number = flight.names.id_of(checked_name(name))
         if number is None:
             self._ring.dropped += 1
             return None

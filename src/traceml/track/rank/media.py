@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.uploads import FileUpload
 from traceml.run_folder import OPEN_FOLDER, STORE_NAME
+from traceml.track.rank.logged_values import checked_name
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 
     if recorder is None:
         return
 
-    content = str(content)
+    content, name = str(content), checked_name(name)
     step = logger.next_step(name, step)
     if len(content) <= _INLINE_CHARS:
-        logger.row("text", step=step, t_ns=t_ns, name=str(name), text=content)
+        logger.row("text", step=step, t_ns=t_ns, name=name, text=content)
         return
 
     data = content.encode("utf-8", "replace")
@@ -51,11 +52,11 @@ def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int =
     if recorder is None:
         return
 
-    limit = recorder.config.max_image_bytes
+    limit, name = recorder.config.max_image_bytes, checked_name(name)
     step = logger.next_step(name, step)
     source, suffix = image_of(content, limit)
     recorder.files.add(
-        FileUpload(logger.experiment, "image", str(name), step, t_ns or time.time_ns(), source, limit, suffix)
+        FileUpload(logger.experiment, "image", name, step, t_ns or time.time_ns(), source, limit, suffix)
     )
 
 
@@ -64,10 +65,11 @@ def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins:
     if _recorder(logger) is None:
         return
 
+    name = checked_name(name)
     counts, edges, not_finite = histogram_of(values, bins)
     facts = {"not_finite": not_finite} if not_finite else {}
     step = logger.next_step(name, step)
-    logger.row("histogram", step=step, t_ns=t_ns, name=str(name), counts=counts, edges=edges, **facts)
+    logger.row("histogram", step=step, t_ns=t_ns, name=name, counts=counts, edges=edges, **facts)
 
 
 def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = None) -> None:
