@@ -1,4 +1,4 @@
-"""What objects of libraries hold: containers that a script may fill (hooks, parameter groups, figures), and tensors."""
+"""Contents of libraries' objects: containers that a script may fill (hooks, parameter groups, figures), and tensors."""
 
 from __future__ import annotations
 
