@@ -63,6 +63,21 @@ def test_the_length_of_epochs_is_known_by_their_starts():
         assert found.epoch_steps == known
 
 
+@pytest.mark.parametrize(("last", "known"), [(-1, 1.0), (299, 150.0)])
+def test_loaders_that_are_read_in_turns_have_no_epochs_of_one_step(last, known):
+    """Two tasks, each with an endless iterator that begins in the first steps: workers gain what they do in one."""
+    starts = np.zeros(2, EPOCHS.dtype)
+    starts["step"], starts["ns"], starts["first"] = [0, 1], 40 * MS, [1, 0]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 40, every=2)), JobFacts())
+    facts = JobFacts(loader=FOLDER, epochs=starts, latest=(last,), hosts={0: "h"}, cores={"h": 2})
+
+    found = pipeline_of(work, facts, float(work.parts["input_wait"].mean()))
+
+    assert found is not None
+    assert found.epoch_steps == known
+    assert ("num_workers=" in for_input(facts, found).text) == (known > 1)
+
+
 @pytest.mark.parametrize(
     ("first", "says", "never", "gain"),
     [(800, "first batch of an epoch, 8", "num_workers", 2.05), (60, "num_workers=", "first batch", 1.13)],

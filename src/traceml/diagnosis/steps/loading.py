@@ -274,9 +274,17 @@ def _levels(work: OwnWork, epoch_steps: float | None) -> tuple[float, ...]:
 
 
 def _epoch_steps(facts: JobFacts) -> float | None:
-    """Return the mean number of steps of an epoch, by the steps that wait for the first batch of one."""
+    """Return the mean number of steps of an epoch, by the steps that wait for the first batch of one.
+
+    Loaders that are read in turns all begin in the first steps: what follows until the last step counts, too.
+    """
     starts = facts.epochs["step"]
-    return max((int(starts[-1]) - int(starts[0])) / (len(starts) - 1), 1.0) if len(starts) > 1 else None
+    if len(starts) < 2:
+        return None
+
+    between = (int(starts[-1]) - int(starts[0])) / (len(starts) - 1)
+    until_now = (max(facts.latest, default=-1) + 1 - int(starts[0])) / len(starts)
+    return max(between, until_now, 1.0)
 
 
 def _first_ns(facts: JobFacts, wait_ns: float) -> float:
