@@ -242,6 +242,23 @@ def test_activations_that_are_computed_again_are_not_to_be_made_cheaper() -> Non
     assert found.speedup_if_fixed == 1.0
 
 
+@pytest.mark.parametrize(("engine", "named"), [(40, False), (0, True)])
+def test_modules_of_torch_that_are_computed_again_are_no_code_of_the_script(engine: int, named: bool) -> None:
+    """A script that checkpoints `nn.TransformerEncoderLayer`: no function of torch has half of backward."""
+    dropout, linear = (f"torch/nn/functional.py:{number} {name}" for number, name in ((1467, "dropout"), (9, "linear")))
+    lines = [
+        SampledLine(0, "backward", "/me/train.py", 22, "main", library, samples)
+        for library, samples in ((ENGINE, engine), (dropout, 30), (linear, 35), (None, 25))
+    ]
+    lines.append(SampledLine(0, "forward", "/me/net.py", 21, "Net.forward", LINEAR, 80))
+
+    found = diagnose(window_of(ALONE), JobFacts(lines=lines))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert ("Make train.py:22 main cheaper" in found.next) == named
+    assert ("of backward is in train.py:22 main" in found.summary) == named
+
+
 LINEAR = "torch/nn/modules/linear.py:130 Linear.forward"
 
 

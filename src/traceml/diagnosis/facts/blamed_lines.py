@@ -45,6 +45,7 @@ __all__ = [
     "main_library",
     "outside_line",
     "own_line_share",
+    "runs_backward",
     "torch_share",
     "workers_line",
 ]
@@ -63,7 +64,9 @@ OWN_LINE_RATIO = 12
 _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/")
+_ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
+_SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
 _ASLEEP = 0.25  # then the thread must be asleep for this share of the function's time at least
 _CONTENDED, _HARDLY_RUNS = 0.25, 0.1
@@ -229,6 +232,12 @@ def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine)
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
     seen = _seen_in(lines, part, line)
     return samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
+
+
+def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user calls autograd's engine, which a hook that runs in it does not."""
+    seen = _seen_in(lines, part, line)
+    return samples_in(seen, _ENGINE) >= _SEEN_SHARE * sum(each.samples for each in seen)
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:

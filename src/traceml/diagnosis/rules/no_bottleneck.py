@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     blamed_line,
     leading_lines,
     main_library,
+    runs_backward,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
@@ -329,7 +330,7 @@ def _heaviest_code(facts: JobFacts, forward_share: float, beside: tuple[str, Bla
 def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
     """Return the script's own code that most of backward is in, as a hook or a Function: the end of a sentence."""
     line = own_line(facts.lines, "backward", backward_share)
-    if line is None or main_library(facts.lines, "backward", line) is not None:  # as the line that calls backward()
+    if line is None or _calls_torch(facts, "backward", line):
         return ""
 
     return f"; {line.share_text} of backward is in {line.place}"
@@ -343,11 +344,14 @@ def _heavy_code(facts: JobFacts, shares: dict[str, float], step: float) -> tuple
     found = [
         (part, line)
         for part, line in lines.items()
-        if line is not None
-        and main_library(facts.lines, part, line) is None  # else it calls the model, or backward()
-        and line.share * sampled[part] >= least
+        if line is not None and not _calls_torch(facts, part, line) and line.share * sampled[part] >= least
     ]
     return max(found, key=lambda each: each[1].share * sampled[each[0]], default=None)
+
+
+def _calls_torch(facts: JobFacts, part: str, line: BlamedLine) -> bool:
+    """Return whether a line calls the model, or backward(), in which checkpointed modules of torch may run again."""
+    return main_library(facts.lines, part, line) is not None or runs_backward(facts.lines, part, line)
 
 
 def _sampled(shares: dict[str, float]) -> dict[str, float]:
