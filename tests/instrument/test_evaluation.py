@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -562,21 +563,23 @@ def test_calls_with_one_sample_are_reported(traced: Traced, samples: int, *, has
     assert ("plays" in {row["kind"] for row in traced.info}) is reported
 
 
+@pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_evaluation_without_gradients_is_reported(traced: Traced, mode: Callable[[], Any]) -> None:
-    """Advice to turn gradients off is of no use to a script that does."""
+def test_evaluation_without_gradients_is_reported(traced: Traced, mode: Callable[[], Any], averaged: bool) -> None:
+    """Advice to turn gradients off is of no use to a script that does, be it for averaged weights."""
     model = net()
+    evaluated = copy.deepcopy(model) if averaged else model
     optimizer = sgd(model)
     for _ in range(3):
         for x in DataLoader(X, batch_size=4):
             train(model, optimizer, x)
 
-        model.eval()
+        evaluated.eval()
         with mode():
             for x in DataLoader(X, batch_size=8):
-                model(x)
+                evaluated(x)
 
-        model.train()
+        evaluated.train()
 
     traced.finish()
     reported = [row for row in traced.info if row["kind"] == "plain_evaluation"]

@@ -78,7 +78,7 @@ class InfoKind(StrEnum):
     OWN_UPDATE = "own_update", "a function that may update weights, where no optimizer does", "file function"
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"
     ROLLOUTS = "rollouts", "models are trained on what they were called with in evaluation"
-    PLAIN_EVALUATION = "plain_evaluation", "a trained model was called in `eval()` without gradients"
+    PLAIN_EVALUATION = "plain_evaluation", "models were evaluated without gradients"
     # Checkpoints.
     SAVES = "saves", "folder of the checkpoints", "folder"
     LOADED = "loaded", "a checkpoint was read before the first step", "place"

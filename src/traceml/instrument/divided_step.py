@@ -143,6 +143,7 @@ class DividedStep(PhaseTimer):
         self.ended = EndedParts([])  # before the last cut
         self.eval_ns = self.eval_batches = self.eval_end = 0
         self.longest_rest_ns = 0  # from the last batch of an evaluation to its end
+        self.is_plain_evaluation = False  # models were evaluated without gradients, be it averaged weights
         self.prepares = False  # another model is to be trained since the last evaluation call, as in the next fold
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
@@ -452,6 +453,9 @@ class DividedStep(PhaseTimer):
         spent = t - self.part_start - saving
         self.eval_ns += spent
         self.eval_batches += batches
+        if batches and self.trained is None:
+            self.is_plain_evaluation = True
+
         if not batches:
             self.longest_rest_ns = max(self.longest_rest_ns, spent)
 

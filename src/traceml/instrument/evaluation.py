@@ -131,6 +131,7 @@ class EvaluationPeriod:
         clock.times = kept
         spent = t - self.start - saving
         self._longest_rest_ns = max(self._longest_rest_ns, t - self._last_call - saving)
+        clock.is_plain_evaluation = True
         clock.eval_ns += spent
         clock.eval_batches += self._calls
         clock.eval_end = t

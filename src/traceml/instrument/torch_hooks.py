@@ -73,7 +73,6 @@ class TorchHooks:
             facts.input,
             facts.calls,
             functools.partial(facts.report, InfoKind.PLAYS),
-            functools.partial(facts.report, InfoKind.PLAIN_EVALUATION),
         )
         self.losses = LossReader(clock, flight.ring("losses"), CudaLosses())
         self.overhead = HookOverhead(timed_backward, flight)

@@ -122,10 +122,13 @@ class RareEvents:
             self.guard(self.clock.device.drain)
 
     def _report_use(self) -> None:
-        """Report what the steps so far show of the loader, of rollouts and of reductions."""
+        """Report what the steps so far show of the loader, of evaluation and of reductions."""
         self.guard(self.facts.training_loader)
         if self.clock.evaluation.collects:
             self.guard(self.facts.report, InfoKind.ROLLOUTS)
+
+        if self.clock.is_plain_evaluation:
+            self.guard(self.facts.report, InfoKind.PLAIN_EVALUATION)
 
         if self.clock.reductions is not None:
             self.guard(self.facts.reductions)

@@ -57,7 +57,6 @@ class BatchReader:
         on_calls: called with what `BatchCalls` finds.
         on_play: called where a trained model is called in `eval()` with one sample, without a loader, between
             trainings with more.
-        on_plain_evaluation: called once, when a trained model is called in `eval()` without gradients.
     """
 
     def __init__(
@@ -66,10 +65,8 @@ class BatchReader:
         on_input: Callable[[Any, Any, bool], None],
         on_calls: OnCalls,
         on_play: Callable[[], None],
-        on_plain_evaluation: Callable[[], None],
     ) -> None:
         self._clock, self._on_input, self._on_play = clock, on_input, on_play
-        self._on_plain_evaluation: Callable[[], None] | None = on_plain_evaluation
         self._batch_calls = BatchCalls(clock, on_calls)
         self._known = False
         self._taken = self._wanted = 0
@@ -170,10 +167,6 @@ class BatchReader:
         self._calls = True
         if model is None or not self._clock.listener.is_trained(model):
             return
-
-        if self._on_plain_evaluation is not None and not model.training:
-            self._on_plain_evaluation()
-            self._on_plain_evaluation = None
 
         is_one = tensor.dim() == 1 or tensor.shape[0] == 1
         if is_one and not model.training and not self._clock.batches and self._clock.input_samples > 1:
