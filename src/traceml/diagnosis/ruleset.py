@@ -64,6 +64,7 @@ __all__ = ["diagnose"]
 
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
+_MOST_GOES_ON = 0.5
 
 
 def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
@@ -246,7 +247,8 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Findin
         slower = _slower(window, work, facts, ())
 
     slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
-    return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
+    explained = [each for each in found if any(_explains(one, each, window, work) for one in slower)]
+    return [*slower, *(each for each in found if each not in explained)]
 
 
 def _with_lock(timing: list[Finding], work: OwnWork, facts: JobFacts) -> list[Finding]:
@@ -334,7 +336,21 @@ def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool
     return is_queue and stays and early
 
 
-def _explains(slower: Finding, other: Finding) -> bool:
+def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
+    """Return whether slow steps that have ended have most of the waiting for data.
+
+    It goes on if it has a similar share of the later steps: all of the step took longer then, as on a busy host.
+    """
+    later = window.steps >= slower.evidence.get("until_step", np.inf)
+    waits = work.parts["input_wait"].mean(axis=0)
+    if not later.any():
+        return "until_step" in slower.evidence
+
+    usual, mean = (float(waits[columns].sum() / work.step[columns].sum()) for columns in (later, slice(None)))
+    return usual < max(WARNING_SHARE, _MOST_GOES_ON * mean)
+
+
+def _explains(slower: Finding, other: Finding, window: AlignedSteps, work: OwnWork) -> bool:
     """Return whether another finding is only about the steps that became slower, and says less."""
     same = other.phase in (None, slower.phase)
     if slower.severity is Severity.INFO:  # larger batches: what takes a share of each step still does
@@ -342,7 +358,7 @@ def _explains(slower: Finding, other: Finding) -> bool:
 
     if other.kind is Kind.INPUT_BOUND:  # its gain by workers would be that of waits which have ended
         is_all = other.cost_share - slower.cost_share < WARNING_SHARE
-        same = other.phase == slower.phase and ("until_step" in slower.evidence or is_all)
+        same = other.phase == slower.phase and (is_all or _has_ended(slower, window, work))
     else:
         same = same and other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER)
 

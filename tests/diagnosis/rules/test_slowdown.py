@@ -602,6 +602,19 @@ def test_waits_that_have_ended_are_no_reason_for_workers(slow, kinds):
     assert ("fills a cache" in found[0].next) == (found[0].kind is Kind.SLOWDOWN)
 
 
+@pytest.mark.parametrize(("later_ms", "told"), [(30, True), (3, False)])
+def test_waits_that_go_on_after_slow_steps_are_told_beside_them(later_ms, told):
+    """On a busy host each step takes longer, with its batch: the loader is waited for all along."""
+
+    def waits(own, _) -> None:
+        own["input_wait"] += later_ms
+        own["input_wait"][:, :300] += 60
+
+    found = diagnose(window_of(Job(ranks=1, steps=600, grouped=False), waits), JobFacts())
+
+    assert {each.kind for each in found} == {Kind.SLOWDOWN, *([Kind.INPUT_BOUND] if told else [])}
+
+
 @pytest.mark.parametrize(("before_ms", "kinds"), [(0.0, {Kind.SLOWDOWN}), (30.0, {Kind.SLOWDOWN, Kind.INPUT_BOUND})])
 def test_waits_that_begin_in_the_run_are_a_slowdown(before_ms, kinds):
     """A store that becomes slow; where the data was waited for before, too, that is told as well."""
