@@ -99,12 +99,17 @@ def test_a_first_batch_that_takes_long_is_not_made_sooner_by_workers(first, says
     assert advised.gain == pytest.approx(gain, rel=0.05)
 
 
-def test_a_stream_has_to_be_divided_among_workers():
+@pytest.mark.parametrize(
+    ("workers", "undivided", "told"), [(0, True, True), (1, True, True), (2, True, False), (1, False, False)]
+)
+def test_a_stream_has_to_be_divided_among_workers(workers, undivided, told):
     """Each worker of an iterable data set reads all of it, unless its code asks which worker runs it."""
-    undivided = JobFacts(loader=replace(FOLDER, is_undivided=True))
+    facts = JobFacts(loader=replace(FOLDER, is_undivided=undivided, num_workers=workers))
 
-    assert "get_worker_info" in for_input(undivided, pipeline(298, 95)).text
-    assert "get_worker_info" not in for_input(JobFacts(loader=FOLDER), pipeline(298, 95)).text
+    text = for_input(facts, pipeline(298, 30, cores=8, workers=workers)).text
+
+    assert "num_workers=" in text
+    assert ("get_worker_info" in text) == told
 
 
 def test_workers_that_wait_may_exceed_the_cores():
