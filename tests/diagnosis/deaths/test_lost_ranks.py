@@ -25,6 +25,19 @@ def test_a_signal_is_reported_with_step_and_phase():
     assert "out-of-memory" in finding.next
 
 
+@pytest.mark.parametrize(("code", "number", "told"), [(0, 6, True), (None, 6, False), (1, 6, False), (0, 9, False)])
+def test_a_crash_after_a_good_end_is_one_of_the_interpreters_end(code, number, told):
+    """A daemon thread that calls torch there ends the process by SIGABRT; a kill is from outside at any time."""
+    facts = {"signal": number, "last_step": 41, **({} if code is None else {"code": code})}
+    ended = RankExit.from_facts(0, "killed", facts)
+
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+
+    assert ended.code is None
+    assert ("in the end of the process, after step 41" in finding.summary) == (code == 0)
+    assert ("daemon thread" in finding.next) == told
+
+
 def test_the_phase_of_one_rank_is_not_said_of_all():
     """Under torchrun alone nobody reports which rank a signal has ended first."""
     ends = [

@@ -289,6 +289,14 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         _for_abort_in_backward,
     ),
     (
+        lambda ended, _: ended.signal in CRASHES and ended.open_phase == "exit",
+        (
+            "The script had ended, and its process crashed while the interpreter did. As a rule a daemon thread (which "
+            "prefetches, logs or uploads) still calls torch or another extension then: stop and join it before the "
+            "script ends."
+        ),
+    ),
+    (
         lambda ended, _: ended.signal in CRASHES and bool(ended.file),
         lambda ended, _: f"Look at the call at {ended.place}: an extension, or a library of another version, crashed.",
     ),

@@ -122,8 +122,8 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         if known.get("exception") and reported.get("message"):
             known["exception"] = f"{known['exception']}: {reported['message']}"
 
-        if known.get("signal"):
-            known.pop("code", None)  # the exit code that the signal replaced
+        if known.get("signal") and known.pop("code", None) == 0:
+            known.setdefault("open_phase", "exit")  # the rank had reported a good end, which the signal replaced
 
         if known.get("last_step", 0) < 0:
             del known["last_step"]  # it counts appended rows: there were none
