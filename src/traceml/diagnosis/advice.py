@@ -45,7 +45,8 @@ _ELSEWHERE = {
     False: "code that makes batches or collects experience can run ahead in other processes",
 }
 """What may leave a training loop, by whether it has a DataLoader."""
-_WAITS_FOR_OTHERS = ("Condition.wait", "Queue.get", "Connection._recv", "Connection._recv_bytes", "wait")
+_AWAITS_ANSWERS = ("Connection._recv", "Connection._recv_bytes")
+_WAITS_FOR_OTHERS = (*_AWAITS_ANSWERS, "Condition.wait", "Queue.get", "wait")
 
 
 def even_batches(*, is_certain: bool = False) -> str:
@@ -196,6 +197,13 @@ def for_residual(
         )
 
     if line is not None and facts.waits_in(part, line):
+        if called in _AWAITS_ANSWERS:
+            return (
+                f"{line.place} waits there for answers of other processes: make what these do cheaper, or divide it "
+                "among more of them where cores are free; or ask them ahead of the step that needs the answers, so "
+                "that they work while the model trains."
+            )
+
         return (
             f"{waiting_text(line)} If it is for batches, make them faster, or in more processes (a DataLoader with "
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."

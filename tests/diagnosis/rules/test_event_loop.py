@@ -58,3 +58,18 @@ def test_code_that_waits_is_not_to_be_made_cheaper(busy: float, waits: bool) -> 
 
     finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
     assert finding.next.startswith("train.py:15 next_batch waits there" if waits else "Make train.py:15 next_batch")
+
+
+@pytest.mark.parametrize(
+    ("library", "told"), [("/lib/multiprocessing/connection.py:390 Connection._recv", True), (None, False)]
+)
+def test_processes_that_are_waited_for_are_named(library: str | None, told: bool) -> None:
+    """Environments in processes of their own, whose answers are read from pipes."""
+    steps = SampledLine(0, "other", "/x/train.py", 19, "Vec.step", library, 80, int(1e9), int(0.05e9))
+    forward = SampledLine(0, "forward", "/x/train.py", 9, "main", None, 20)
+    found = diagnose(window_of(ALONE, adds("other", 40)), JobFacts(lines=(steps, forward)))
+
+    finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+    assert finding.next.startswith("train.py:19 Vec.step waits there")
+    assert ("for answers of other processes: make what these do cheaper" in finding.next) == told
+    assert ("find out for what" in finding.next) != told
