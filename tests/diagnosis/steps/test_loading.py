@@ -411,6 +411,28 @@ def test_more_workers_are_not_advised_where_batches_are_ready(library, says, nev
     assert never not in text
 
 
+@pytest.mark.parametrize(
+    ("making", "busy", "keeps_up"), [(15, 0.1, True), (60, 0.1, False), (5, 0.1, None), (15, 0.6, False)]
+)
+def test_a_worker_that_is_idle_keeps_up(making, busy, keeps_up):
+    """Seen waiting for orders, and not in a fetch that sleeps: the training waits for a core, or for the handover."""
+    part, idle = LINE_PHASES[LINE_WORKERS], 80 if keeps_up is not None else 20
+    lines = [
+        SampledLine(0, part, None, 0, None, None, idle),
+        SampledLine(0, part, "/me/train.py", 4, "pack", None, making),
+    ]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 3)), JobFacts())
+    usual = {"lines_of_workers": {0: lines}, "hosts": {0: "h"}, "cores": {"h": 2}}
+    facts = JobFacts(loader=replace(FOLDER, num_workers=1), workers=watched(1, busy=busy), **usual)
+
+    found = pipeline_of(work, facts, 3 * MS)
+
+    assert found is not None
+    text = for_input(facts, found).text
+    assert ("The worker keeps up" in text) == bool(keeps_up)
+    assert ("do not keep up" in text or "does not keep up" in text) != bool(keeps_up)
+
+
 def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     """Each of two workers computes for most of the time: without them the step would be longer."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]

@@ -219,7 +219,8 @@ def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
 
 def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice:
     gain = pipeline.gain(0)
-    waits = "The workers keep up: training waits to receive their batches, tensor by tensor"
+    who, their = ("The worker keeps", "its") if pipeline.workers == 1 else ("The workers keep", "their")
+    waits = f"{who} up: training waits to receive {their} batches, tensor by tensor"
     if gain < WORTHWHILE:
         how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
         most = pipeline.gain_without_handover()

@@ -48,6 +48,7 @@ _MIN_TAKEN = 8.0  # batches that are taken at once, at least
 _ASKS = 2.5  # steps of an epoch that ask for batches, where it takes all at once, or ends its iterator in another one
 _HELD_SHARE = 0.8
 _MIN_READY = 0.05
+_IDLE_SHARE = 0.3  # workers that make batches for less of the time keep up
 
 
 class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +168,7 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     cores = facts.cores_per_rank
     use = facts.worker_use if workers else None
     bound = use is not None and use.cores < min(workers, cores or 1)
-    handover = bool(workers) and handover_share(facts.lines) >= NAMED_SHARE
+    handover = bool(workers) and (handover_share(facts.lines) >= NAMED_SHARE or _are_idle(facts))
     epoch_steps, is_ahead = _epoch_steps(facts), is_taken_ahead(work, facts)
     first_ns = 0.0 if workers or is_ahead else _first_ns(facts, wait_ns)
     if workers:
@@ -214,6 +215,13 @@ def share_at_work(facts: JobFacts) -> float | None:
 
     sampled = workers_at_work(facts.worker_lines)
     return None if sampled.is_rough else sampled.share
+
+
+def _are_idle(facts: JobFacts) -> bool:
+    """Return whether workers were seen to make no batches for most of the time: each batch is ready in time."""
+    sampled = workers_at_work(facts.worker_lines)
+    at_work = share_at_work(facts)
+    return not sampled.is_rough and at_work is not None and max(sampled.share, at_work) < _IDLE_SHARE
 
 
 def _fetch_of_workers(
