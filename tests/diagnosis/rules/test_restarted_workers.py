@@ -55,6 +55,15 @@ def test_workers_that_start_in_each_epoch_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
 
 
+@pytest.mark.parametrize(("ms", "told"), [(200, True), (60, False)])
+def test_short_epochs_may_do_without_workers(ms, told):
+    """A batch that takes 0.4 ms to make was waited for 12 ms: the restarts of its workers, by their steps."""
+    (found,) = restarts(findings(ms, create_ms=0.75 * ms))
+
+    assert ("(num_workers=0) none has to start" in found.next) == told
+    assert (f"if a batch takes less than {found.cost_share * found.evidence['step_ms']:.1f}" in found.next) == told
+
+
 def test_batches_that_are_taken_at_once_are_no_restart():
     """`for batch in list(loader)` waits for all batches of an epoch, whether its workers are kept or not."""
 

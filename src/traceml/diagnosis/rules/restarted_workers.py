@@ -24,6 +24,8 @@ EACH_STEP_SHARE = 0.5
 """A script makes an iterator in each step if this share of its steps wait for the first batch of one."""
 _MIN_STARTS = 10
 _ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
+_MUCH = 0.25
+"""From this share of the step on, no workers may be better than ones that are kept: epochs are short."""
 _PART, _FORK = "input_wait", "fork"
 
 
@@ -132,9 +134,13 @@ def _finding(
     keeping: KeptWorkers,
 ) -> Finding:
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
-    workers = facts.loader_workers
+    workers, loader = facts.loader_workers, facts.loader or LoaderFacts()
     who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
     each_step = begins_each_step(facts.epochs)
+    without = (
+        f" Without workers ({loader.option('num_workers')}=0) none has to start: that is faster than now, too, if a "
+        f"batch takes less than {ns_text(saved)} to make."
+    )
     times = "for each step" if each_step else f"{plural(count, 'time')}, at the start of an epoch"
     return Finding.of(
         Kind.INPUT_BOUND,
@@ -147,7 +153,7 @@ def _finding(
         next=(
             "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
             if each_step
-            else f"{keeping.action}: {keeping.because}."
+            else f"{keeping.action}: {keeping.because}.{without if share >= _MUCH else ''}"
         ),
         evidence={
             "epochs": count,
