@@ -125,6 +125,18 @@ def test_a_jump_that_recovers_and_a_slow_start_end():
     assert first.summary.startswith("Until step ")
 
 
+@pytest.mark.parametrize(("busy", "says"), [(0.05, "waits for then (for a sleep, a disk,"), (0.95, "does only then.")])
+def test_a_line_that_waits_longer_does_no_more(busy, says):
+    """A log that is flushed to a disk which others begin to use; code that computes does more."""
+    line = replace(METRICS[0], watched_ns=int(1e9), cpu_ns=int(busy * 1e9))
+
+    rest = SampledLine(0, "backward", "/x/train.py", 30, "<module>", None, 180)
+
+    (finding,) = found(np.where(AT >= 20, 20.0, 0.0), line, rest)
+
+    assert finding.next.startswith(f"Look at what train.py:23 metrics {says}")
+
+
 def test_growth_is_reported_with_its_rate_and_line():
     """0.02 ms more in each step: 20 ms in 960."""
     line = SampledLine(0, "other", "/x/train.py", 23, "smooth", None, 90)

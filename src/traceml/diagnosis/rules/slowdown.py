@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import flush_denormals
+from traceml.diagnosis.advice import WAITED_FOR, flush_denormals
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, changed_line, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
@@ -551,7 +551,9 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
 
     meanwhile = " Loader workers (num_workers) can read ahead meanwhile." if _may_read_ahead(part, facts) else ""
     if where.line is not None:
-        return f"Look at what {where.line.place} does only then.{meanwhile}"
+        waits = part is not None and facts.waits_in(part, where.line)
+        what = f"waits for then ({WAITED_FOR}): it does not compute" if waits else "does only then"
+        return f"Look at what {where.line.place} {what}.{meanwhile}"
 
     return _for_part(part, where, f" of {ranks_text(ranks)}" if ranks else "", meanwhile)
 
