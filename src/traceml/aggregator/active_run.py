@@ -194,7 +194,7 @@ class ActiveRun(RunStreams):
             return quiet_s > (ORPHANED_S if self._has_lost_launcher else ABANDONED_S)
 
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
-        return quiet_s > (RESTART_S if broken and self._facts.restarts_left else JOIN_GRACE_S)
+        return quiet_s > (RESTART_S if broken and self._facts.values.get("restarts_left") else JOIN_GRACE_S)
 
     def note_ending(self, ended_by: object) -> None:
         """Take the signal that ended the job, as its launcher reports it; see `ending_signal_of`."""

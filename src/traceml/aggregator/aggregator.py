@@ -106,7 +106,8 @@ class Aggregator:
         )
         self._finishing: set[Path] = set()
         self._parent = os.getppid() if launcher_pid is None else launcher_pid
-        self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, profiles)
+        self.profiles = profiles if profiles is not None else FindingProfiles(0.0)
+        self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, self.profiles)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_s = math.inf
@@ -281,10 +282,6 @@ class Aggregator:
     def is_delivering(self, path: Path) -> bool:
         """Whether rows or alerts of an ended run are still being delivered."""
         return path in self._deliveries.ended_runs or path in self._finishing or self._checks.alerts.is_sending(path)
-
-    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a run once computation has been its verdict for some time; return the path that it will have."""
-        return self._checks.profile_later(run, after_s)
 
     def _recover_flights(self, run: ActiveRun) -> None:
         """Recover the rows of ranks of this run that were never connected here."""

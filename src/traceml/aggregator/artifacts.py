@@ -10,6 +10,7 @@ from typing import Any
 
 import msgpack
 
+from traceml.database.flight.journal import write_all
 from traceml.errors import ProtocolError
 from traceml.run_folder import ARTIFACTS
 
@@ -73,9 +74,7 @@ class Artifacts:
         part = self._folder / f".{stream}-{name}.part"
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(descriptor, memoryview(data)[done:], offset + done)
+            write_all(descriptor, data, offset)
         finally:
             os.close(descriptor)
 

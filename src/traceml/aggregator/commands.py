@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.registry import Registry
 from traceml.aggregator.silent_ranks.silent_ranks import store_snapshot
 from traceml.aggregator.silent_ranks.stacks_reply import snapshots_from_outside, stacks_reply
@@ -39,6 +40,7 @@ class CommandTarget(Protocol):
     """Part of the aggregator that commands use."""
 
     registry: Registry
+    profiles: FindingProfiles
 
     def statistics(self) -> dict[str, Any]:
         """Return counters of the server and of each open run."""
@@ -48,9 +50,6 @@ class CommandTarget(Protocol):
 
     def is_delivering(self, path: Path) -> bool:
         """Whether rows of an ended run are still being delivered to trackers."""
-
-    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a run once computation has been its verdict for some time; None if one was taken already."""
 
     def stop(self) -> None:
         """Stop the aggregator."""
@@ -171,7 +170,7 @@ class Commands:
         if not isinstance(after_s, int | float) or after_s <= 0:
             raise CommandError("after_s has to be a number of seconds above 0")
 
-        path = self._aggregator.profile_later(run, float(after_s))
+        path = self._aggregator.profiles.profile_later(run, float(after_s))
         if path is None:
             raise CommandError(f"run {run.id} has been profiled by itself already: that is done once per run")
 

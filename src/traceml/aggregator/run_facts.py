@@ -53,11 +53,6 @@ class RunFacts:
         """Number of ranks of the newest attempt."""
         return int(self.values["world_size"])
 
-    @property
-    def restarts_left(self) -> bool:
-        """Whether the job's launcher would start failed ranks again."""
-        return bool(self.values.get("restarts_left"))
-
     def attempt_of(self, attempt: int) -> int:
         """Return the run's number of an attempt that a launcher counts: it begins at 0 when the job comes again."""
         return attempt + int(self.values["attempt_base"])

@@ -26,13 +26,6 @@ _KILL_AFTER_S = 10.0
 _log = logging.getLogger("traceml")
 
 
-class _Process(NamedTuple):
-    """A process to end; its number may be another's by then."""
-
-    pid: int
-    start_ticks: int | None
-
-
 class _AbortedAttempt(NamedTuple):
     """The attempt that was ended last."""
 
@@ -54,10 +47,11 @@ class HungJobs:
     def is_due(self, run: ActiveRun) -> bool:
         """Return whether a run that hangs is to be ended; true once for each attempt."""
         ended = self._ended.get(run)
-        if not run.live.ends_when_hung or (ended is not None and not ended.may_hang_again(run)):
+        if not run.live.facts.progress.aborts or (ended is not None and not ended.may_hang_again(run)):
             return False
 
-        self._ended[run] = _AbortedAttempt(run.attempt, time.monotonic() + _KILL_AFTER_S + run.live.hang_timeout_s)
+        after_s = _KILL_AFTER_S + run.live.facts.progress.timeout_s
+        self._ended[run] = _AbortedAttempt(run.attempt, time.monotonic() + after_s)
         return True
 
     async def abort(self, run: ActiveRun) -> None:
@@ -70,18 +64,18 @@ class HungJobs:
                 await asyncio.to_thread(self._report, run.path)
 
         run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
-        run.live.note_abort()
+        run.live.facts.progress.was_aborted = True
         run.commit(force=True)
         processes = _running_here(run)
         for stream in run.connected:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": 0, "name": "abort", "args": {}})
 
-        processes += [_Process(each.pid, process_start_ticks(each.pid)) for each in UnconnectedRanks(run).find()]
+        processes += [(each.pid, process_start_ticks(each.pid)) for each in UnconnectedRanks(run).find()]
         await asyncio.sleep(_KILL_AFTER_S)
-        for process in processes:  # not those of an attempt that has begun meanwhile
-            if process_start_ticks(process.pid) == process.start_ticks is not None:
-                _kill(process.pid)
+        for pid, start_ticks in processes:  # not those of an attempt that has begun meanwhile
+            if process_start_ticks(pid) == start_ticks is not None:
+                _kill(pid)
 
     @staticmethod
     async def _snapshot_silent(run: ActiveRun) -> None:
@@ -94,9 +88,10 @@ class HungJobs:
         self._ended.pop(run, None)
 
 
-def _running_here(run: ActiveRun) -> list[_Process]:
+def _running_here(run: ActiveRun) -> list[tuple[int, int | None]]:
+    """Return the processes to end, and when each has started: its number may be another's by then."""
     running = [(stream.pid_here, stream) for stream in run.streams if not stream.ended]
-    return [_Process(pid, stream.incarnation.start_ticks) for pid, stream in running if pid is not None]
+    return [(pid, stream.incarnation.start_ticks) for pid, stream in running if pid is not None]
 
 
 def _kill(pid: int) -> None:

@@ -45,11 +45,11 @@ class RunChecks:
         report: Callable[[Path], object] | None,
         nice: int,
         alerts: FindingAlerts | None,
-        profiles: FindingProfiles | None,
+        profiles: FindingProfiles,
     ) -> None:
         self._start = start
         self.alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
-        self._profiles = profiles if profiles is not None else FindingProfiles(0.0)
+        self._profiles = profiles
         self.sources = SourceReadings(nice)
         self._hung = HungJobs(report)
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
@@ -74,10 +74,6 @@ class RunChecks:
             self._start(self._abort(run))
 
         return verdict
-
-    def profile_later(self, run: ActiveRun, after_s: float) -> Path | None:
-        """Profile a run once computation has been its verdict for some time; see `FindingProfiles`."""
-        return self._profiles.profile_later(run, after_s)
 
     def verdict_count(self, run: ActiveRun) -> int:
         """Return how many verdicts of a run were stored."""
@@ -114,7 +110,7 @@ class CompetingProcesses:
 
     def check(self) -> None:
         """Read again if it is time, and if a rank waits."""
-        if self._is_reading or time.monotonic() < self._due_s or not self._run.live.has_core_waits:
+        if self._is_reading or time.monotonic() < self._due_s or not self._run.live.facts.has_core_waits:
             return
 
         ranks = [each for each in self._run.connected if each.seen_here]
@@ -128,7 +124,7 @@ class CompetingProcesses:
         self._is_reading = False
         if found and not self._run.ended:
             self._run.store.event(COMPETING_PROCESSES, {"cores": found})
-            self._run.live.note_competing(found)
+            self._run.live.facts.competing_processes.add(found)
 
     def _measured(self, own: set[int]) -> tuple[dict[str, float], float]:
         began_s = time.thread_time()

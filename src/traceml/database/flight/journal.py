@@ -18,7 +18,7 @@ from pathlib import Path
 from traceml.database.flight.row_rings import RowSlice
 from traceml.trusted_files import GuardedDescriptor, create_trusted, make_trusted_folder, open_trusted, opened_trusted
 
-__all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]
+__all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal", "write_all"]
 
 JOURNAL_SUFFIX = ".journal"
 # magic, first row, rows, bytes of data, CRC-32 of these three and the data
@@ -82,7 +82,7 @@ class Journal:
         own.check()
         record = _RECORD.pack(_MAGIC, first, n, len(data), _checksum(_MAGIC, first, n, data)) + data
         try:
-            _write_all(own.number, record, self._size)
+            write_all(own.number, record, self._size)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(own.number, self._size)
@@ -189,7 +189,8 @@ def _checksum(magic: bytes, first: int, n: int, data: bytes) -> int:
     return zlib.crc32(data, start)
 
 
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+def write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of the data at an offset of a file."""
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, memoryview(data)[done:], offset + done)
