@@ -53,7 +53,6 @@ from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.joined_steps import without_joined_steps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed
@@ -79,7 +78,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     main, remarks = _apart(_beside_timing(window, facts))
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
-    judged = window if len(window) < MIN_STEPS else without_joined_steps(without_stopped_steps(window, facts), facts)
+    judged = window if len(window) < MIN_STEPS else _without_joined_steps(without_stopped_steps(window, facts), facts)
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
@@ -95,6 +94,16 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(work, facts)]
     return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
+
+
+def _without_joined_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
+    """Return the window without the steps at which a rank has left `with Join(...)`: they show no usual step.
+
+    The wait is in the step that was open, or in the next one where the script begins that with its next batch.
+    """
+    left = [step + after for steps in facts.joined.values() for step in steps for after in (0, 1)]
+    kept = ~np.isin(window.steps, left)
+    return window if kept.all() else window.select(kept)
 
 
 def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:

@@ -123,8 +123,7 @@ def test_waiting_before_the_first_step_is_that_of_the_start_up():
     waits.add(0, rows((9000, 100, 7000, -1)))
     waits.add(1, rows((0, 0, 1000, -1)))
 
-    assert waits.of_start_up_s() == pytest.approx(2.0)
-    assert waits.run_in_start_up_s() == pytest.approx(0.25)
+    assert waits.of_start_up_s() == pytest.approx((0.25, 2.0))
 
 
 def test_waiting_that_the_kernel_does_not_count_is_none():
@@ -134,4 +133,4 @@ def test_waiting_that_the_kernel_does_not_count_is_none():
     unknown["main_wait_ns"] = -1
     waits.add(0, unknown)
 
-    assert waits.of_start_up_s() == 0.0
+    assert waits.of_start_up_s() == (0.0, 0.0)

@@ -98,18 +98,11 @@ class CoreWaits:
         if len(rows):
             self._ranks[rank].add(zip(*(rows[name].tolist() for name in _READ), strict=True))
 
-    def of_start_up_s(self) -> float:
-        """Return the seconds that main threads waited for a core before the first step: the median over ranks."""
-        return self._median_before_s(1)
-
-    def run_in_start_up_s(self) -> float:
-        """Return the seconds that main threads ran before the first step: the median over ranks."""
-        return self._median_before_s(0)
-
-    def _median_before_s(self, field: int) -> float:
-        before = [each.before for each in self._ranks.values() if each.before is not None]
-        known = [each[field] for each in before if min(each) >= 0]
-        return float(np.median(known)) / 1e9 if known else 0.0
+    def of_start_up_s(self) -> tuple[float, float]:
+        """Return the seconds that main threads ran and waited for a core before the first step: medians over ranks."""
+        before = [each.before for each in self._ranks.values() if each.before is not None and min(each.before) >= 0]
+        run, wait = np.median(before, axis=0) / 1e9 if before else (0.0, 0.0)
+        return float(run), float(wait)
 
     def of_ready_time(self) -> dict[int, float]:
         """Return the share of the time in which a main thread could have run that it waited for a core.

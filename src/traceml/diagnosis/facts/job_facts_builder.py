@@ -316,6 +316,7 @@ class JobFactsBuilder:
             ends_ns: end of that step by the rank's clock (0: none).
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
+        startup_run_s, startup_wait_s = self._waits.of_start_up_s()
         facts = JobFacts(
             world_size=self.world_size,
             resumes_at=self.counted_before,
@@ -324,8 +325,8 @@ class JobFactsBuilder:
             main_wait=self._waits.of_ready_time(),
             core_wait=self._waits.of_wall_time(),
             core_wait_s=self._waits.observed_s(),
-            startup_wait_s=self._waits.of_start_up_s(),
-            startup_run_s=self._waits.run_in_start_up_s(),
+            startup_wait_s=startup_wait_s,
+            startup_run_s=startup_run_s,
             competing_processes=self.competing_processes.most(),
             samples=self.samples,
             model=self._model,

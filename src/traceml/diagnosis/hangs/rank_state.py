@@ -131,7 +131,7 @@ def is_expected_wait(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     if any(flags) or snapshot.process_state == "t":
         return True
 
-    compiles = snapshot.is_compiling or _any_in(_COMPILER, files)
+    compiles = snapshot.is_compiling or any(part in file for part in _COMPILER for file in files)
     return compiles and (is_alone or collective_wait(snapshot) is None) and snapshot.cpu_share != 0.0
 
 
@@ -331,7 +331,3 @@ def _path(target: str) -> list[str]:
 def _bracketed(*parts: str) -> str:
     text = ", ".join(filter(None, parts))
     return f" ({text})" if text else ""
-
-
-def _any_in(parts: Sequence[str], files: Sequence[str]) -> bool:
-    return any(part in file for part in parts for file in files)

@@ -36,7 +36,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     waited = min(waited, _MAX_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
-    throttled = _throttled_share(facts)
+    throttled = next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
     return [
         Finding.of(
             Kind.CPU_CONTENTION,
@@ -94,11 +94,6 @@ def _others_text(facts: JobFacts) -> str | None:
     return f"other processes{own} used {cores_text(others)}"
 
 
-def _throttled_share(facts: JobFacts) -> float | None:
-    """Return the share of scheduling periods in which the container was throttled; None if that is not a cause."""
-    return next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
-
-
 def _who(facts: JobFacts, throttled: float | None) -> str:
     if throttled is not None:  # other programs have the cores that the container may not use
         return (
@@ -130,7 +125,8 @@ def _process_names(facts: JobFacts) -> str:
 
 
 def _advice(facts: JobFacts) -> str:
-    cores, many = facts.cores_per_rank, _has_many_threads(facts)
+    cores = facts.cores_per_rank
+    many = bool(facts.threads and cores and facts.threads > cores)
     if _foreign_cores(facts) >= OTHERS_CORES:
         also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
         return (
@@ -147,8 +143,3 @@ def _advice(facts: JobFacts) -> str:
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
     return f"The run itself needs more cores than there are: try {tries}."
-
-
-def _has_many_threads(facts: JobFacts) -> bool:
-    """Return whether torch computes with more threads than a rank has cores."""
-    return bool(facts.threads and facts.cores_per_rank and facts.threads > facts.cores_per_rank)

@@ -157,7 +157,8 @@ class Representatives:
 
     def __init__(self) -> None:
         self._at: dict[str, int] = {}
-        self._choices: list[HostChoice] = []
+        self.choices: list[HostChoice] = []
+        """The newest choice of each host."""
         self._silent: set[str] = set()
         self._above = np.zeros((0, _SLOTS), np.float32)
         self._steps = np.full((0, _SLOTS), -1, np.int64)
@@ -165,12 +166,7 @@ class Representatives:
         self._chosen: _Chosen | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._choices)
-
-    @property
-    def choices(self) -> Sequence[HostChoice]:
-        """The newest choice of each host."""
-        return self._choices
+        return bool(self.choices)
 
     @property
     def unsent(self) -> Ints:
@@ -186,14 +182,14 @@ class Representatives:
     def choice_of(self, host: str) -> HostChoice | None:
         """Return the newest choice of a host."""
         at = self._at.get(host)
-        return None if at is None else self._choices[at]
+        return None if at is None else self.choices[at]
 
     def take(self, choice: HostChoice) -> bool:
         """Take a choice; return whether other ranks are chosen than before."""
         at, before = self._at.get(choice.host), self.choice_of(choice.host)
         if at is None:
-            at = self._at[choice.host] = len(self._choices)
-            self._choices.append(choice)
+            at = self._at[choice.host] = len(self.choices)
+            self.choices.append(choice)
             self._grow(at + 1)
 
         self._silent.discard(choice.host)
@@ -201,7 +197,7 @@ class Representatives:
         if before is not None and is_same and choice.ended_at == before.ended_at:
             return False  # the earlier one stays, with what was derived from it
 
-        self._choices[at] = choice
+        self.choices[at] = choice
         self._chosen = None
         if before is not None and choice.typical != before.typical:
             self._waiting = [each for each in self._waiting if each[0] != at]
@@ -224,7 +220,7 @@ class Representatives:
     def represents(self, ranks: Sequence[int]) -> dict[int, tuple[int, ...]]:
         """Return the ranks that each of these ranks represents."""
         at = self._newest.at
-        return {rank: self._choices[at[rank]].represents for rank in ranks if rank in at}
+        return {rank: self.choices[at[rank]].represents for rank in ranks if rank in at}
 
     def above(self, ranks: Sequence[int], steps: Ints) -> Floats:
         """Return how much longer the own work of the longest represented rank is, rank x step; 0 if unknown."""
@@ -256,7 +252,7 @@ class Representatives:
     @property
     def _newest(self) -> _Chosen:
         if self._chosen is None:
-            self._chosen = _Chosen.of(self._choices)
+            self._chosen = _Chosen.of(self.choices)
 
         return self._chosen
 
