@@ -249,7 +249,7 @@ def test_matching_is_the_same_without_the_library(monkeypatch):
 
     def run():
         matcher = pairs.SpanMatcher()
-        matcher.add(*columns)
+        matcher.edges.add(*columns)
         spans = [[column.tolist() for column in rows] for rows in matcher.spans()]
         return spans, matcher.unpaired
 
@@ -289,7 +289,7 @@ def test_many_crossing_spans_are_paired(way):
     """Each end closes its own begin, below all later ones; a walk through these would take 10^10 steps."""
     count = 200_000
     matcher = pairs.SpanMatcher()
-    matcher.add(*crossing(count))
+    matcher.edges.add(*crossing(count))
     rows = [np.concatenate(each) for each in zip(*matcher.spans(), strict=True)]
 
     assert rows[0].tolist() == list(range(count)), "in the order of the ends, which is that of the begins"
@@ -303,7 +303,7 @@ def test_a_crossing_span_costs_what_a_nested_one_does(monkeypatch):
 
     def lines(count):
         matcher, run = pairs.SpanMatcher(), 0
-        matcher.add(*crossing(count))
+        matcher.edges.add(*crossing(count))
 
         def trace(frame, event, arg):
             nonlocal run

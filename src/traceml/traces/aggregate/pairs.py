@@ -36,10 +36,13 @@ class SpanMatcher:
     An end without a name closes the innermost begin of its lane, an end with a name the innermost begin of that name.
     Begins inside it stay open, so spans may end in any order. The time of an
     event does not depend on the number of open begins.
+
+    Attributes:
+        edges: the events: time, whether it is an end, lane, name, group and mark; those of a begin are its span's.
     """
 
     def __init__(self, edges: ExternalSorter | None = None) -> None:
-        self._edges = edges or ExternalSorter()
+        self.edges = edges or ExternalSorter()
         self._keys = PairNumbering()  # (lane, name)
         self._head, self._top = np.full(64, -1, np.int32), np.full(64, -1, np.int32)  # by lane, by key
         self._ts, self._key = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int32)
@@ -51,30 +54,9 @@ class SpanMatcher:
         self._open: dict[int, _OpenBegins] = {}  # by lane, without the library
         self.unpaired = Unpaired()
 
-    def add(
-        self,
-        ts: NDArray[np.int64],
-        is_end: NDArray[np.uint8],
-        lane: NDArray[np.int32],
-        name: NDArray[np.int32],
-        group: NDArray[np.int32],
-        mark: NDArray[np.uint8],
-    ) -> None:
-        """Add events; `group` and `mark` of a begin are returned with its span."""
-        self._edges.add(ts, is_end, lane, name, group, mark)
-
-    def columns(self) -> RowColumns:
-        """Return the events unsorted; for a matcher whose sorter has all in memory."""
-        return self._edges.columns()
-
-    @property
-    def edges(self) -> int:
-        """Number of events."""
-        return self._edges.rows
-
     def spans(self) -> Iterator[RowColumns]:
         """Yield start, duration, group, lane and mark of the spans; sets `unpaired`."""
-        for rows in self._edges.blocks():
+        for rows in self.edges.blocks():
             columns = [np.ascontiguousarray(column) for column in rows]
             yield self._native(columns) if library() else self._plain(columns)
 

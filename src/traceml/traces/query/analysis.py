@@ -261,11 +261,11 @@ class Analysis:
         asynchronous = self.lanes.number(-2 - batch.source, self.asynchronous.number(batch.cat, batch.id))
         lane = np.where(roles >= EventRole.ASYNC_BEGIN, asynchronous, rows.lane).astype(np.int32)
         is_end = ((roles == EventRole.END) | (roles == EventRole.ASYNC_END)).astype(np.uint8)
-        self.matcher.add(*_chosen(edges, (rows.start, is_end, lane, batch.name, rows.group, mark)))
+        self.matcher.edges.add(*_chosen(edges, (rows.start, is_end, lane, batch.name, rows.group, mark)))
 
     def _end_source(self) -> None:
         """Pair the begins and ends of the current file; without a report also account for its threads."""
-        if self.matcher.edges:
+        if self.matcher.edges.rows:
             for rows in self.matcher.spans():
                 self._take_pairs(rows)
 

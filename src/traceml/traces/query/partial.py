@@ -67,7 +67,7 @@ class PartialAnalysis:
 
 def partial_of(analysis: Analysis) -> PartialAnalysis:
     """Return the state of an unfinished analysis."""
-    edges = analysis.matcher.columns()
+    edges = analysis.matcher.edges.columns()
     names = [analysis.context.strings[number] for number in np.unique(edges[3]).tolist()] if edges else []
     if edges:
         edges = (*edges[:3], np.unique(edges[3], return_inverse=True)[1].astype(np.int32), *edges[4:])
@@ -99,7 +99,7 @@ def absorb(analysis: Analysis, partial: PartialAnalysis, source: int) -> None:
     if partial.edges:
         names = np.array([analysis.context.strings.intern(name) for name in partial.names], np.int32)
         at, is_end, lane, name, group, mark = (packed.column() for packed in partial.edges)
-        analysis.matcher.add(at, is_end, lanes[lane], names[name], groups[group], mark)
+        analysis.matcher.edges.add(at, is_end, lanes[lane], names[name], groups[group], mark)
 
     analysis.context.labels.merge(partial.labels)
     analysis.phase_counts += partial.phase_counts
