@@ -221,7 +221,7 @@ def can_use_cuda_after_fork() -> bool:
         if child == 0:
             status = 2
             try:
-                hooks.disable_in_child()
+                hooks.clock.stop()
                 status = int(torch.cuda.is_available() and torch.zeros(1, device="cuda").item() != 0)
             finally:
                 os._exit(status)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from traceml.inspection import kernel_state
-from traceml.inspection.kernel_state import ProcessUsage, UsageRates
+from traceml.inspection.kernel_state import UsageRates
 
 
 def test_rates_are_of_the_time_between_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first reading and one too soon give none; idle bytes and processes that have ended take nothing away."""
-    uses = iter((ProcessUsage(1.0, 500), ProcessUsage(1.0, 500), ProcessUsage(2.0, 2500), ProcessUsage(0.5, 2600)))
+    uses = iter(((1.0, 500), (1.0, 500), (2.0, 2500), (0.5, 2600)))
     idle_bytes, times_s = iter((0, 0, 1000, 1000)), iter((10.0, 10.05, 12.05, 13.05))
     monkeypatch.setattr(kernel_state, "tree_usage", lambda _: next(uses))
     monkeypatch.setattr(kernel_state.time, "monotonic", lambda: next(times_s))

@@ -19,7 +19,6 @@ __all__ = [
     "DEAD_STATES",
     "AwaitedKind",
     "ProcessInfo",
-    "ProcessUsage",
     "Rate",
     "UsageRates",
     "WaitState",
@@ -42,9 +41,7 @@ __all__ = [
     "written_bytes",
 ]
 
-_TICKS_PER_S = os.sysconf(
-    "SC_CLK_TCK"
-)  # as in `traceml.clock`: this module also runs alone, on hosts without the package
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")  # as in `traceml.clock`: this module also runs alone, without the package
 _STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 # System calls whose first argument is the descriptor that they wait for, and those that have a list of descriptors.
 _ON_DESCRIPTOR = {
@@ -103,13 +100,6 @@ class WaitState(NamedTuple):
     waits_on: str = ""
     is_terminal_input: bool = False
     tracer: int = 0  # process id of an attached debugger, 0 without one
-
-
-class ProcessUsage(NamedTuple):
-    """Use of some processes so far: CPU seconds, and bytes read and written through the kernel."""
-
-    cpu_s: float = 0.0
-    io_bytes: int = 0
 
 
 def process_info(pid: int | str) -> ProcessInfo | None:
@@ -205,15 +195,18 @@ def wait_state(pid: int) -> WaitState:
     )
 
 
-def tree_usage(pid: int) -> ProcessUsage:
-    """Return what a process and its descendants have used so far; those that have ended do not count."""
+def tree_usage(pid: int) -> tuple[float, int]:
+    """Return the CPU seconds of a process and its descendants, and the bytes that they moved through the kernel.
+
+    Those that have ended do not count.
+    """
     cpu_s, moved = 0.0, 0
     for each in (pid, *_descendants(pid)):
         info = process_info(each)
         cpu_s += info.cpu_s if info is not None else 0.0
         moved += sum(io_bytes(each))
 
-    return ProcessUsage(cpu_s, moved)
+    return cpu_s, moved
 
 
 class Rate:
@@ -244,9 +237,9 @@ class UsageRates:
 
     def read(self) -> tuple[float | None, float | None]:
         """Return cores and bytes per second since the last reading; None without one, or where it was just now."""
-        use = tree_usage(self._pid)
-        moved, now_s = use.io_bytes - self._idle_bytes(), time.monotonic()
-        cores, bytes_per_s = self._cores.read(use.cpu_s, now_s), self._bytes.read(moved, now_s)
+        cpu_s, moved = tree_usage(self._pid)
+        now_s = time.monotonic()
+        cores, bytes_per_s = self._cores.read(cpu_s, now_s), self._bytes.read(moved - self._idle_bytes(), now_s)
         return cores and round(cores, 3), bytes_per_s and round(bytes_per_s, 1)
 
 

@@ -131,10 +131,6 @@ class Instrumentation:
         if self.clock.thread:
             self.events.finish()
 
-    def disable_in_child(self) -> None:
-        """Turn all hooks into plain calls in a forked child."""
-        self.clock.stop()
-
     def uninstall(self) -> None:
         """Restore every replaced attribute."""
         self.clock.stop()

@@ -232,18 +232,18 @@ def _at_exit() -> None:
 
 
 def _stop_at_exit() -> None:
-    recorder = state.recorder
-    if recorder is None or not recorder.enabled or recorder.pid != os.getpid():
+    recording = _live_recording()
+    if recording is None:
         return
 
-    if not recorder.exit_noted:
+    if not recording.exit_noted:
         error = sys.exc_info()[1] or (_watch.last_error() if _watch is not None else None)
         from traceml.recorder.exits import status_of
 
         note_exit(error, 0 if error is None else status_of(error))
 
     try:
-        _stop("failed" if recorder.failed else "finished")
+        _stop("failed" if recording.failed else "finished")
     except KeyboardInterrupt:
         _log.warning("interrupted while the last rows were sent; they stay in the flight file")
 

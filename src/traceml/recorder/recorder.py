@@ -262,11 +262,6 @@ class Recorder:
         """Whether an exit with an exception or a status other than 0 was recorded."""
         return self._recording is not None and self._recording.failed
 
-    @property
-    def exit_noted(self) -> bool:
-        """Whether it is recorded how the process ends."""
-        return self._recording is not None and self._recording.exit_noted
-
     def forget(self) -> None:
         """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""
         self._state = "stopped"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,8 @@ class Recording:
             capacities=child_capacities(config) if is_child else capacities(config),
             runs_dir=config.runs_dir,
         )
-        self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake, self.flight.claim)
+        append_logged = partial(self.flight.log("logged").append, urgent=True)
+        self.files = FileUploader(self.flight.journal_stems, append_logged, self._wake, self.flight.claim)
         self.tracing = RankTracing(
             config, self.flight, rank=self._rank, note=self.note, on_group=self._group_initialized
         )
@@ -323,9 +325,6 @@ class Recording:
     def _rank(self) -> tuple[int, int]:
         own = self.identity.rank_identity
         return own.rank, own.local_rank
-
-    def _append_logged(self, row: dict[str, Any]) -> None:
-        self.flight.log("logged").append(row, urgent=True)
 
     def _wake(self) -> None:
         self.thread.wake()

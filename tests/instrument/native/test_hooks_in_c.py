@@ -309,7 +309,7 @@ def test_a_forked_child_leaves_the_rows_alone(traced: Traced) -> None:
     rows, slots = traced.flight.ring("steps").appended, list(traced.flight.open_slots)
     pid = os.fork()
     if not pid:
-        traced.instrumentation.disable_in_child()  # as the recorder does after a fork
+        traced.instrumentation.clock.stop()  # as the recorder does after a fork
         train(model, optimizer, 3)
         os._exit(0)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from traceml.recorder.growth.library_holders import FIGURES, HOOKS, PARAMETER_GROUPS
 
-__all__ = ["AppendingLine", "appending_line"]
+__all__ = ["appending_line"]
 
 _MAX_LINES = 20_000
 _METHODS = "append|appendleft|extend|add|insert|update|setdefault"
@@ -22,15 +21,8 @@ _CALLS = {
 _FUNCTION = re.compile(r"(\s*)(?:async\s+)?def\s+(\w+)")
 
 
-class AppendingLine(NamedTuple):
-    """A line, and the function that it is in."""
-
-    number: int
-    function: str
-
-
-def appending_line(file: str, path: str, kind: str = "", *, is_copied: bool = False) -> AppendingLine | None:
-    """Return the only line of a file that adds to a container; None without one, or with several.
+def appending_line(file: str, path: str, kind: str = "", *, is_copied: bool = False) -> tuple[int, str] | None:
+    """Return the only line of a file that adds to a container, and its function; None without one, or with several.
 
     Args:
         path: expression that reaches the container; its last name is searched.
@@ -40,7 +32,7 @@ def appending_line(file: str, path: str, kind: str = "", *, is_copied: bool = Fa
     lines = linecache.getlines(file)[:_MAX_LINES]
     found = [] if is_copied else _matching(lines, _CALLS.get(kind) or _additions(path))
     found = found or _matching(lines, _copies(path))  # a list may be copied, too
-    return AppendingLine(found[0], _function_of(lines, found[0])) if len(found) == 1 else None
+    return (found[0], _function_of(lines, found[0])) if len(found) == 1 else None
 
 
 def _matching(lines: Sequence[str], adds: re.Pattern[str]) -> list[int]:

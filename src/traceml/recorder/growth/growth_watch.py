@@ -198,5 +198,5 @@ def _described(held: ReachableObjects, before: int, steps: int) -> dict[str, Any
     facts["count"] = facts.pop("size")
     line = appending_line(held.file, held.path, held.kind, is_copied=held.is_copied)
     facts["file"] = display_path(held.file)
-    where = {} if line is None else {"line": line.number, "function": line.function}
+    where = {} if line is None else {"line": line[0], "function": line[1]}
     return facts | {"per_step": round((held.size - before) / steps, 4), **where}

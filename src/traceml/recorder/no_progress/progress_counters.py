@@ -60,20 +60,15 @@ class ProgressCounters:
         self._done: tuple[Any, ...] = ()
         self._rest: tuple[Any, ...] | None = None
         self._received = 0
-        self._output = ThreadOutput(lambda: thread_number(thread()))
+        self.output = ThreadOutput(lambda: thread_number(thread()))
         # The furthest line that was seen in each function, by id of its code, whose hash takes long.
         self._lines: dict[int, tuple[CodeType, int]] = {}
-
-    @property
-    def has_output(self) -> bool:
-        """Whether other threads have written since the last progress, though too little to be progress."""
-        return self._output.is_some
 
     def moved(self) -> bool:
         """Return whether there was progress since the last call."""
         moved = self._moved()
         if moved:
-            self._output.forget()
+            self.output.forget()
 
         return moved
 
@@ -84,7 +79,7 @@ class ProgressCounters:
             self._lines.clear()
             return True
 
-        moved = self._output.progress_bytes(), self._written_by_child(), self._received_bytes()
+        moved = self.output.progress_bytes(), self._written_by_child(), self._received_bytes()
         before, self._rest = self._rest, (*self._work(), self._collectives(), *moved)
         if before not in (None, self._rest):
             self._lines.clear()

@@ -107,7 +107,7 @@ class ProgressWatch:
         return self._maker
 
     def _make(self, *, is_last: bool = False) -> RankSnapshot:
-        return self._snapshots().make(self.quiet_s, has_output=self._progress.has_output, is_last=is_last)
+        return self._snapshots().make(self.quiet_s, has_output=self._progress.output.is_some, is_last=is_last)
 
     def _resume(self, now: int) -> None:
         is_over, self.is_quiet = self.is_quiet, False

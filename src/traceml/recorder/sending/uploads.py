@@ -90,7 +90,8 @@ class FileUploader:
         """Bytes copied so far: grows while there is progress."""
         self._stems, self._append, self._on_work, self._on_spool = stems, append, on_work, on_spool
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._unfinished = 0
+        self.pending = 0
+        """Number of files that have not arrived."""
         self._notes = itertools.count()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -101,19 +102,14 @@ class FileUploader:
         self._sent: deque[tuple[int, FileUpload, dict[str, Any]]] = deque()
 
     @property
-    def pending(self) -> int:
-        """Number of files that have not arrived."""
-        return self._unfinished
-
-    @property
     def copying(self) -> int:
         """Number of them that are not in the spool yet."""
-        return self._unfinished - len(self._spooled) - len(self._sent)
+        return self.pending - len(self._spooled) - len(self._sent)
 
     @property
     def progress(self) -> int:
         """A number that grows while files make progress."""
-        return self.moved_bytes + self.blobs.acked + self.blobs.sent - self._unfinished
+        return self.moved_bytes + self.blobs.acked + self.blobs.sent - self.pending
 
     def connected(self, welcome: Mapping[str, Any]) -> None:
         """Read the run's folder from the welcome; it is used if the same folder is found here."""
@@ -124,7 +120,7 @@ class FileUploader:
     def add(self, upload: FileUpload) -> None:
         """Queue a file; returns at once."""
         with self._lock:
-            self._unfinished += 1
+            self.pending += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="traceml-files", daemon=True)
                 self._thread.start()
@@ -289,7 +285,7 @@ class FileUploader:
 
     def _count_down(self) -> None:
         with self._lock:
-            self._unfinished -= 1
+            self.pending -= 1
 
 
 def _row(kind: str, upload: FileUpload) -> dict[str, Any]:
