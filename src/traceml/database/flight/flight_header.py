@@ -75,29 +75,25 @@ class MappedFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self._descriptor = create_trusted(path)
+        self.descriptor = create_trusted(path)
+        """The descriptor of the file, -1 once it is closed. Closing a duplicate of it drops the lock."""
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(self._descriptor, 0, size)
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self.descriptor, 0, size)
             # mmap duplicates the descriptor. It must live as long as the lock, which closing any descriptor would drop.
-            self.memory = mmap.mmap(self._descriptor, size)
+            self.memory = mmap.mmap(self.descriptor, size)
         except BaseException:
             path.unlink(missing_ok=True)
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
 
-        self._own = GuardedDescriptor(self._descriptor)
+        self._own = GuardedDescriptor(self.descriptor)
         self._key = os.getpid(), *self._own.file
         _own_mappings[self._key] = self.memory
 
-    @property
-    def descriptor(self) -> int:
-        """The descriptor of the file, -1 once it is closed. Closing a duplicate of it drops the lock."""
-        return self._descriptor
-
     def close(self, *, unlink: bool) -> None:
         """Drop the lock, and remove the file if wanted. The mapping stays while something refers to it."""
-        if self._descriptor < 0:
+        if self.descriptor < 0:
             return
 
         if unlink:
@@ -105,7 +101,7 @@ class MappedFile:
 
         _own_mappings.pop(self._key, None)
         self._own.close()  # drops the lock
-        self._descriptor = -1
+        self.descriptor = -1
 
 
 class FlightHeader:

@@ -24,11 +24,12 @@ class OutgoingStream:
 
     Attributes:
         id: its number on the channel.
+        queued_bytes: bytes that were written and not sent yet.
         on_drain: called when all written bytes were sent and more are allowed.
         on_ended: called when the stream's end is queued: a message sent from then on arrives after it.
     """
 
-    __slots__ = ("_chunks", "_credit_bytes", "_end", "_queued_bytes", "_wake", "ended", "id", "on_drain", "on_ended")
+    __slots__ = ("_chunks", "_credit_bytes", "_end", "_wake", "ended", "id", "on_drain", "on_ended", "queued_bytes")
 
     def __init__(self, stream_id: int, wake: Callable[[OutgoingStream], object]) -> None:
         """Open a stream.
@@ -42,18 +43,13 @@ class OutgoingStream:
         self.ended = False
         self._wake = wake
         self._chunks: deque[memoryview] = deque()
-        self._queued_bytes, self._credit_bytes = 0, STREAM_WINDOW_BYTES
+        self.queued_bytes, self._credit_bytes = 0, STREAM_WINDOW_BYTES
         self._end: bytes | None = None
 
     @property
     def writable_bytes(self) -> int:
         """The bytes that the other side allows now, beyond those queued."""
-        return max(0, self._credit_bytes - self._queued_bytes)
-
-    @property
-    def queued_bytes(self) -> int:
-        """The bytes that were written and not sent yet."""
-        return self._queued_bytes
+        return max(0, self._credit_bytes - self.queued_bytes)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Queue `data` by reference: it must not change until it is sent. Return `writable_bytes`."""
@@ -63,7 +59,7 @@ class OutgoingStream:
         view = memoryview(data)
         if view.nbytes:
             self._chunks.append(view.cast("B"))
-            self._queued_bytes += view.nbytes
+            self.queued_bytes += view.nbytes
             self._wake(self)
 
         return self.writable_bytes
@@ -77,7 +73,7 @@ class OutgoingStream:
     def abort(self, error: dict[str, Any]) -> None:
         """End the stream and drop the bytes that are not sent yet."""
         self._chunks.clear()
-        self._queued_bytes = 0
+        self.queued_bytes = 0
         self.end(error)
 
     @property
@@ -92,7 +88,7 @@ class OutgoingStream:
 
     def call_on_drain(self) -> None:
         """Call `on_drain` if everything is sent and more may be written."""
-        if self.on_drain is not None and self._end is None and self.writable_bytes and not self._queued_bytes:
+        if self.on_drain is not None and self._end is None and self.writable_bytes and not self.queued_bytes:
             self.on_drain()
 
     def take_frame(self) -> tuple[FrameKind, memoryview | bytes]:
@@ -104,7 +100,7 @@ class OutgoingStream:
         first = self._chunks[0]
         n = min(len(first), self._credit_bytes, CHUNK_BYTES)
         self._credit_bytes -= n
-        self._queued_bytes -= n
+        self.queued_bytes -= n
         if n == len(first):
             return FrameKind.DATA, self._chunks.popleft()
 

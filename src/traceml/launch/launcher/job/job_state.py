@@ -181,7 +181,7 @@ class JobState:
     def _on_raised(self, _host: JobHost, message: Raised) -> None:
         worker = self.workers[message.rank]
         if self._tracing is not None:
-            self._tracing.worker_raised(worker.rank)
+            self._tracing.raised.add(worker.rank)
 
         self.failures.append(worker_raised(worker, message, worker.result))
 

@@ -139,7 +139,8 @@ class Tracing:
         self._hosts: dict[str, TracedHost] = {}
         self._flights: dict[int, _FlightTransfer] = {}
         self._exits: list[ExitReport] = []
-        self._raised: set[int] = set()
+        self.raised: set[int] = set()
+        """Ranks whose function raised: we end their processes later, and that is not the cause of their end."""
         self.output, self.errors = Output("stdout"), Output("stderr")
         """Streams for the job's output, for any thread: it appears above the live view."""
 
@@ -238,10 +239,6 @@ class Tracing:
             number, flight.data.extend, lambda error: self._arrived(flight, label, error), window_bytes=_WINDOW_BYTES
         )
 
-    def worker_raised(self, rank: int) -> None:
-        """Record that a function raised: its process is ended later, by us, and that is not the cause of its end."""
-        self._raised.add(rank)
-
     def worker_snapshot(self, host: str, message: Snapshot) -> None:
         """Pass on an agent's snapshot of a worker that is silent."""
         about = {"host": self._hosts[host].name, "rank": message.rank, "pid": message.pid}
@@ -253,7 +250,7 @@ class Tracing:
         Args:
             stopped: whether we ended it because of others.
         """
-        raised = message.rank in self._raised
+        raised = message.rank in self.raised
         self._exits.append(
             ExitReport(
                 rank=message.rank,
