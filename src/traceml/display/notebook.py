@@ -41,7 +41,7 @@ class NotebookRun(stored.Run):
         Raises:
             StoreError: the store cannot be read.
         """
-        if file is not None or not _in_notebook():
+        if file is not None or getattr(_shell(), "kernel", None) is None:
             super().show(file)
             return
 
@@ -96,11 +96,6 @@ def _draw_findings(shell: Any) -> None:
     formatters["text/plain"].for_type(
         Finding, lambda finding, printer, _cycle: printer.text("\n".join(stored.finding_lines(finding)))
     )
-
-
-def _in_notebook() -> bool:
-    """Return whether this process is a notebook kernel, not a terminal."""
-    return getattr(_shell(), "kernel", None) is not None
 
 
 def _shell() -> Any:

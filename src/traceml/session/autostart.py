@@ -67,11 +67,7 @@ def _may_train() -> bool:
     if current_recorder() is not None:  # also a disabled one: the script has decided
         return False
 
-    return not (_is_launcher() or _is_ours() or _serves_multiprocessing())
-
-
-def _is_launcher() -> bool:
-    return not _LAUNCHERS.isdisjoint(_program())
+    return _LAUNCHERS.isdisjoint(_program()) and not (_is_ours() or _serves_multiprocessing())
 
 
 def _is_ours() -> bool:

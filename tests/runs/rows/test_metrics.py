@@ -56,7 +56,7 @@ def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
     with StoreReader(run_dir / STORE_NAME) as reader:
         metrics.update(reader)
 
-    assert (len(metrics.figures()), metrics.hidden) == (1000, 500)
+    assert (len(metrics.figures()), len(metrics.hidden)) == (1000, 500)
     report = json.loads(save_report(run_dir, build_report(run_dir)).read_text())
     assert (len(report["metrics"]), report["hidden_metrics"]) == (1000, 500)
 

@@ -69,7 +69,8 @@ class GroupSnapshots:
         if self._is_lost or not _is_initialized():
             return None
 
-        return tuple(dump(False, False) for dump in _dumps()) if not self._queries_events() else None
+        queries_events = hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
+        return None if queries_events else tuple(dump(False, False) for dump in _dumps())
 
     def read(self) -> tuple[GroupSnapshot, ...]:
         """Return the newest operation by group; empty without groups."""
@@ -94,10 +95,6 @@ class GroupSnapshots:
         thread.join(_DUMP_S)
         self._is_lost = thread.is_alive()
         return list(found)
-
-    @staticmethod
-    def _queries_events() -> bool:
-        return hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
 
     def _group(self, group: Any, name: str, members: Iterable[int]) -> GroupSnapshot:
         from traceml.database.snapshots.rank_snapshot import GroupSnapshot  # a healthy rank does not pay for it

@@ -212,7 +212,7 @@ def make_report(
         memory=sections.memory(summary),
         system=sections.system(summary),
         metrics=sections.metrics(summary.metrics),
-        hidden_metrics=summary.metrics.hidden,
+        hidden_metrics=len(summary.metrics.hidden),
         trackers=trackers(run_dir, reader),
         telemetry=telemetry or sections.telemetry(summary, reader, steps.mean_ms),
     )

@@ -149,12 +149,8 @@ class MetricSummary:
     def __init__(self) -> None:
         self._reader = MetricReader()
         self._found: dict[str, list[float]] = {}  # name -> [last, its time, least, greatest, count]
-        self._hidden: set[str] = set()
-
-    @property
-    def hidden(self) -> int:
-        """Number of names that are left out, because there are too many."""
-        return len(self._hidden)
+        self.hidden: set[str] = set()
+        """Names that are left out, because there are too many."""
 
     def update(self, reader: StoreReader) -> bool:
         """Take what arrived since the last call; return whether there was anything."""
@@ -191,7 +187,7 @@ class MetricSummary:
 
     def _entry(self, name: str) -> list[float] | None:
         if name not in self._found and len(self._found) >= _SHOWN_NAMES:
-            self._hidden.add(name)
+            self.hidden.add(name)
             return None
 
         return self._found.setdefault(name, [math.nan, -1.0, math.nan, math.nan, 0])

@@ -55,7 +55,7 @@ def spread_ranges(
         places: at most this many places of the run; in each there may be several ranges.
         reach: steps from the begin of a place to its end.
     """
-    each = _block_steps(steps)
+    each = min(max(steps // _USUAL_BLOCKS, _MIN_STEPS), BLOCK_STEPS)
     if places is None or places >= steps // each:
         return list(_cut(sample_blocks(first, last, steps // each * BLOCK_STEPS), each))
 
@@ -69,11 +69,6 @@ def spread_ranges(
         ranges += _cut(sample_blocks(block, end, max(steps // places // each, 1) * BLOCK_STEPS), each)
 
     return ranges
-
-
-def _block_steps(steps: int) -> int:
-    """Return how many steps of a block to read."""
-    return min(max(steps // _USUAL_BLOCKS, _MIN_STEPS), BLOCK_STEPS)
 
 
 def _cut(ranges: Sequence[tuple[int, int]], each: int) -> Iterator[tuple[int, int]]:

@@ -91,7 +91,7 @@ class EditBar:
             except TraceMLError as error:
                 problems.append(f"{info.name}: {error}")
 
-        self._say(printable(problems[0]) if problems else f"{plural(len(self._picked), 'run')} changed")
+        self._said.set_text(printable(problems[0]) if problems else f"{plural(len(self._picked), 'run')} changed")
         self._on_change()
 
     def _open_comparison(self) -> None:
@@ -104,7 +104,7 @@ class EditBar:
         try:
             refuse_running(self._picked)
         except TraceMLError as error:
-            self._say(printable(str(error)))
+            self._said.set_text(printable(str(error)))
             return
 
         picked = tuple(self._picked)
@@ -132,11 +132,8 @@ class EditBar:
 
         with self._client:
             self._client.run_javascript("document.getElementById('delete-runs').close()")
-            self._say(said)
+            self._said.set_text(said)
             self._on_change()
-
-    def _say(self, text: str) -> None:
-        self._said.set_text(text)
 
 
 def _archive(labels: RunLabels, *, archived: bool) -> None:
