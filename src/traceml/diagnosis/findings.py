@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import msgspec
 
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 
-__all__ = ["Finding", "in_order", "known_facts", "plain", "significant"]
+__all__ = ["Explanation", "Finding", "in_order", "known_facts", "plain", "significant"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,6 +129,14 @@ def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding
         return finding.cost_share * (1.0 if finding.kind.rule.of_run else in_steps)
 
     return sorted(findings, key=lambda finding: (not finding.is_urgent, -cost(finding)))
+
+
+class Explanation(NamedTuple):
+    """A part of a finding: a sentence, what to do, and the numbers behind it."""
+
+    text: str = ""
+    action: str = ""
+    evidence: Mapping[str, Any] = {}
 
 
 def known_facts(**facts: Any) -> dict[str, Any]:

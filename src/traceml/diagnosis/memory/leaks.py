@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.memory.growth_causes import growth_cause, is_kept_in_copies
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -231,14 +230,6 @@ def _full(room: _Room | None) -> str:
     )
 
 
-class CopiedObjects(NamedTuple):
-    """The objects that forked workers copy by reading them."""
-
-    text: str
-    action: str
-    evidence: Mapping[str, Any]
-
-
 def grown_workers(workers: int, growth: GrowthEstimate) -> str:
     """Return the growth of a loader's workers as a sentence."""
     rate = f"{bytes_text(int(60 * growth.bytes_per_s))} per minute"
@@ -249,7 +240,7 @@ def grown_workers(workers: int, growth: GrowthEstimate) -> str:
     )
 
 
-def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | None:
+def copied_objects(facts: JobFacts, rank: int, loader: int) -> Explanation | None:
     """Return the objects that the workers copy; None if their growth is not from copies, or not known to be."""
     described = facts.loader_of(rank, loader) or (facts.loader if loader == 0 else None)
     if described is None or described.start_method != "fork":
@@ -263,12 +254,12 @@ def copied_objects(facts: JobFacts, rank: int, loader: int) -> CopiedObjects | N
         "copies its page, until all are copied."
     )
     if not described.objects:
-        return CopiedObjects(text, f"Keep what the Dataset holds {_AS_ARRAYS}", {"copies": True})
+        return Explanation(text, f"Keep what the Dataset holds {_AS_ARRAYS}", {"copies": True})
 
     held = described.objects[0]
     what = f" {held['path']} is a {held['type']} of {plural(held['count'], 'object')} ({held['of']})."
     evidence = {"copies": True, "attribute": held["path"], "objects": held["count"], "object_type": held["of"]}
-    return CopiedObjects(f"{text}{what}", f"Keep {held['path']} {_AS_ARRAYS}", evidence)
+    return Explanation(f"{text}{what}", f"Keep {held['path']} {_AS_ARRAYS}", evidence)
 
 
 _AS_ARRAYS = (

@@ -20,7 +20,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
@@ -200,15 +200,8 @@ def _without_pauses(work: OwnWork) -> NDArray[np.intp]:
     return np.setdiff1d(np.arange(count), longest)
 
 
-class _Pauses(NamedTuple):
-    """One or two long pauses of a run: a sentence, advice and evidence; empty if they are too short to matter."""
-
-    text: str = ""
-    action: str = ""
-    evidence: Mapping[str, object] = {}
-
-
-def _pauses(work: OwnWork, facts: JobFacts, step: float) -> _Pauses:
+def _pauses(work: OwnWork, facts: JobFacts, step: float) -> Explanation:
+    """Explain one or two long pauses of a run; empty if they are too short to matter."""
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
     times = np.maximum(work.step, work.longest(work.own))
     from_ns = _OVERSUBSCRIBED_PAUSE_NS if facts.oversubscribed else _PAUSE_NS
@@ -219,7 +212,7 @@ def _pauses(work: OwnWork, facts: JobFacts, step: float) -> _Pauses:
     )
     total = float(times[at].sum())
     if not len(at) or total < _PAUSE_SHARE * float(work.step.sum()):
-        return _Pauses()
+        return Explanation()
 
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
     line = _line_of_pause(work, facts, part, at)
@@ -235,7 +228,7 @@ def _pauses(work: OwnWork, facts: JobFacts, step: float) -> _Pauses:
         if line
         else f"Find out what {they} did: `traceml report --lines` shows the lines in which the training was seen."
     )
-    return _Pauses(
+    return Explanation(
         f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{mostly}.",
         action,
         {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(total / float(work.step.sum()), 1.0)},
