@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 from traceml.aggregator.active_run import ActiveRun
@@ -22,7 +21,7 @@ def finish_run(run_dir: Path) -> bool:
     Raises:
         StoreError: its store cannot be written, or an aggregator has it open.
     """
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+    with StoreReader(run_dir / STORE_NAME) as reader:
         facts = reader.meta().get("run", {})
 
     if facts.get("ended") is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,7 +136,7 @@ def _trackers_now(run_dir: Path) -> list[TrackerSection]:
     from traceml.runs.report.trackers import trackers
 
     try:
-        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        with StoreReader(run_dir / STORE_NAME) as reader:
             return trackers(run_dir, reader)
     except StoreError:
         return trackers(run_dir)

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,7 +169,7 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
     """Deliver one run to all its trackers at once; return its name with the state of each."""
     merge_wal(run_dir / STORE_NAME)  # a killed writer may have left a transaction, which a reader may not undo
     _finish(run_dir, wait=options.wait)
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+    with StoreReader(run_dir / STORE_NAME) as reader:
         processes = [process for process in _processes(run_dir, reader, options, config) if _is_due(process)]
         if processes:
             logged = logged_rows(reader)
@@ -186,7 +185,7 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
 def _finish(run_dir: Path, *, wait: bool) -> None:
     """Check that a run is over, or wait for that, and add the rows that its dead ranks left."""
     while True:
-        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        with StoreReader(run_dir / STORE_NAME) as reader:
             meta = reader.meta()
 
         if meta.get("run", {}).get("ended") is not None:

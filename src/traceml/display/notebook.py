@@ -6,7 +6,6 @@ import html
 import io
 import os
 import sys
-from contextlib import closing
 from typing import Any, TextIO
 
 from traceml.database.store.reader import StoreReader
@@ -55,7 +54,7 @@ class NotebookRun(stored.Run):
     def _repr_html_(self) -> str:
         """Return the HTML that a notebook shows for a run at the end of a cell; its text where the store is damaged."""
         try:
-            with closing(StoreReader(self.path / STORE_NAME)) as reader:
+            with StoreReader(self.path / STORE_NAME) as reader:
                 summary = read_run_summary(reader)
                 self._report = full_report(summary, reader, self.path)
                 return inline_html(self._report, summary_series(summary, reader))

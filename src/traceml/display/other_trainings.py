@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from traceml.errors import StoreError
@@ -46,7 +46,7 @@ def _job(path: Path) -> str:
     """Return the key of a run's job; with the run behind it, where the job had another one at that time."""
     from traceml.database.store.reader import StoreReader  # imports numpy, which most runs do not need here
 
-    with suppress(StoreError, OSError), closing(StoreReader(path / STORE_NAME)) as reader:
+    with suppress(StoreError, OSError), StoreReader(path / STORE_NAME) as reader:
         return str(reader.meta().get("run", {}).get("job", ""))
 
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import closing
 from pathlib import Path
 
 from traceml.database.states import RunStatus
@@ -33,7 +32,7 @@ def write_reports(run_dir: Path) -> Path:
         OSError: `report.json` cannot be written; a failure to make the page is only logged.
     """
     run_dir = Path(run_dir)
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+    with StoreReader(run_dir / STORE_NAME) as reader:
         summary = read_run_summary(reader)
         report = full_report(summary, reader, run_dir)
         path = save_report(run_dir, report)
@@ -86,7 +85,7 @@ def page_text(run_dir: Path) -> str:
     Raises:
         StoreError: the store cannot be read.
     """
-    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+    with StoreReader(Path(run_dir) / STORE_NAME) as reader:
         summary = read_run_summary(reader)
         return _page(summary, reader, full_report(summary, reader, Path(run_dir)))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -236,7 +235,7 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
     from traceml.database.store.reader import StoreReader  # imports numpy, which a run by its id does not need
 
     try:
-        with closing(StoreReader(path / STORE_NAME)) as reader:
+        with StoreReader(path / STORE_NAME) as reader:
             meta = reader.meta()
             event = reader.last_event("verdict") if with_verdict else None
     except StoreVersionError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,7 +67,7 @@ def is_delivered(run_dir: Path) -> bool:
 
     done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
     try:
-        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        with StoreReader(run_dir / STORE_NAME) as reader:
             return requested_backends(reader, run_dir) <= done
     except StoreError:
         return True  # what cannot be read cannot be delivered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import closing, suppress
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
@@ -148,7 +148,7 @@ class Run:
             TableNotFoundError: there is no such table; a KeyError.
             StoreError: the store cannot be read.
         """
-        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+        with StoreReader(self.path / STORE_NAME) as reader:
             streams = reader.streams()
             wanted = max((stream.attempt for stream in streams), default=0) if attempt is None else attempt
             ranks = {stream.id: stream.rank for stream in streams if stream.attempt == wanted}
@@ -165,7 +165,7 @@ class Run:
         Raises:
             StoreError: the store cannot be read.
         """
-        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+        with StoreReader(self.path / STORE_NAME) as reader:
             streams = {stream.id: stream for stream in reader.streams()}
             names = {(stream, row["id"]): str(row["name"]) for stream, row in reader.log_rows(NAMES.name)}
             rows = reader.rows(METRICS.name)
@@ -178,7 +178,7 @@ class Run:
         Raises:
             StoreError: there is no such log, or the store cannot be read.
         """
-        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+        with StoreReader(self.path / STORE_NAME) as reader:
             ranks = {stream.id: stream.rank for stream in reader.streams()}
             return [{"rank": ranks[stream], **row} for stream, row in reader.log_rows(name)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +80,7 @@ def _keys(name: str, options: dict[str, Any]) -> tuple[str, str]:
 def _deliveries(runs_dir: Path) -> Iterator[Check]:
     try:
         run_dir = find_run(None, runs_dir)
-        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        with StoreReader(run_dir / STORE_NAME) as reader:
             section = trackers(run_dir, reader)
     except (RunNotFoundError, StoreError):
         return

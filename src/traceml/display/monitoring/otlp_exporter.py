@@ -11,7 +11,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,7 +187,7 @@ class OtlpExporter:
         if ended_s < self._began_s - _POLL_S:
             return False
 
-        with closing(StoreReader(info.path / STORE_NAME)) as reader:
+        with StoreReader(info.path / STORE_NAME) as reader:
             return bool(reader.meta().get("aggregator", {}).get("pid") == self._config.owner)
 
     def _made(self, report: Report, spans: Iterable[RunSpan]) -> tuple[ReadableSpan, ...]:

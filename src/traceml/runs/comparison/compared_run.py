@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def _from_report(path: Path, problem: str = "") -> ComparedRun:
 
 
 def _from_store(run_dir: Path) -> ComparedRun:
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+    with StoreReader(run_dir / STORE_NAME) as reader:
         summary = read_run_summary(reader)
         report = full_report(summary, reader, run_dir)
         return ComparedRun(report, job_times(summary.all_aligned()))

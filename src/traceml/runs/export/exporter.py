@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def export_run(run_dir: Path, form: str, path: Path, progress: Progress = no_pro
         raise UsageError(f"{path}: a file of format {form} ends in {' or '.join(ends)}")
 
     damage: dict[str, None] = {}  # a frame may be read twice
-    with closing(StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault)) as reader:
+    with StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault) as reader:
         try:
             reader.check_frames()
         except StoreError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def run_spans(run_dir: Path, report: Report) -> list[RunSpan]:
     start_ns = int(run.started * _S)
     end_ns = start_ns + int((run.duration_s or 0.0) * _S)
     root = RunSpan(f"run {run.name}", start_ns, end_ns, "run", None, _facts(report))
-    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+    with StoreReader(Path(run_dir) / STORE_NAME) as reader:
         attempts = attempts_of(reader)
         clocks = RunClocks(stream for streams in attempts.values() for stream in streams)
         blocks = _blocks(reader, attempts, clocks, read_series(run_dir).steps)

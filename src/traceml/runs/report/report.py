@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
         StoreError: the store is missing, damaged, or of another version.
     """
     run_dir = Path(run_dir)
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+    with StoreReader(run_dir / STORE_NAME) as reader:
         return full_report(read_run_summary(reader, max_step_rows), reader, run_dir)
 
 
@@ -157,7 +156,7 @@ def update_trackers(run_dir: Path) -> bool:
     except (FileNotFoundError, StoreError):
         return False
 
-    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+    with StoreReader(Path(run_dir) / STORE_NAME) as reader:
         now = trackers(Path(run_dir), reader)
 
     if report.trackers == now:

@@ -5,7 +5,6 @@ A running and an ended run give the same numbers, as both come from a summary of
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ class SeriesFollower(msgspec.Struct):
         Raises:
             StoreError: the store cannot be read.
         """
-        with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        with StoreReader(Path(run_dir) / STORE_NAME) as reader:
             self.take(read_run_summary(reader), reader)
 
     def take(self, summary: RunSummaryReader, reader: StoreReader) -> None:
@@ -164,7 +163,7 @@ def read_series(run_dir: Path) -> RunSeries:
     Raises:
         StoreError: the store cannot be read.
     """
-    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+    with StoreReader(Path(run_dir) / STORE_NAME) as reader:
         return summary_series(read_run_summary(reader), reader)
 
 
