@@ -112,14 +112,12 @@ class ProcessTermination:
         return False
 
 
-def terminate_all(find: Callable[[], set[int]], *, grace_s: float) -> set[int]:
-    """End the processes that `find` returns, and wait; return those that could not be ended."""
+def terminate_all(find: Callable[[], set[int]], *, grace_s: float) -> None:
+    """End the processes that `find` returns, and wait."""
     ending = ProcessTermination(find, grace_s=grace_s)
     while not ending.step():
         time.sleep(_TICK_S)
         _reap()
-
-    return ending.left
 
 
 def end_job(mark: str, agent: int) -> None:
