@@ -91,12 +91,12 @@ def test_facts_are_gathered(live):
         values = [moment, 0, 0, 0, 0, 0, 0, 0, 0, moment * 10**9, moment * 10**9]
         live.take(stream, "process", PROCESS.struct.pack(*values))
 
-    facts = live.intake.facts.build()
+    facts = live.intake.facts_builder.build()
 
     assert facts.loader is not None
     assert facts.loader.num_workers == 3
     assert facts.cores == {"host": 8}
-    assert facts.main_wait == {0: 0.5}
+    assert facts.wait_of_ready_time == {0: 0.5}
     assert facts.exits == ()
     assert stream.exit == {"code": 1, "exception": "ValueError: no"}
 
@@ -109,7 +109,7 @@ def test_end_of_a_rank_is_a_fact(live):
 
     live.end(stream)
 
-    ended = live.intake.facts.build().exits[0]
+    ended = live.intake.facts_builder.build().exits[0]
     assert (ended.rank, ended.state, ended.signal, ended.open_phase, ended.open_step) == (1, "killed", 9, "backward", 7)
 
 

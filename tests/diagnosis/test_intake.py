@@ -28,7 +28,7 @@ def test_user_phases_and_facts_are_taken_at_once() -> None:
     """User phases have the rank's names, host rows give the cores, other tables are ignored."""
     intake = RowIntake(128, 1)
     intake.names[0] = {3: "augment"}
-    intake.facts.host(0, "h")
+    intake.facts_builder.host(0, "h")
     rows, user, host = np.zeros(40, STEPS.dtype), np.zeros(40, USER_PHASES.dtype), np.zeros(1, HOST.dtype)
     rows["step"] = user["step"] = np.arange(40)
     rows["total_ns"], rows["user_ns"], rows["backward_own_ns"] = 2_000, 1_000, -1

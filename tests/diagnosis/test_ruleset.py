@@ -425,15 +425,17 @@ def test_too_few_cores_withhold_blame():
     job = Job(ranks=4, comm=10.0)
 
     assert verdict(job).kind is Kind.COMM_BOUND
-    found = verdict(job, main_wait=oversubscribed)
+    found = verdict(job, wait_of_ready_time=oversubscribed)
     assert found.kind is Kind.CPU_CONTENTION
     assert "waited for a CPU core for 40 %" in found.summary
-    assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=oversubscribed).kind is Kind.CPU_CONTENTION
+    assert (
+        verdict(Job(ranks=4), adds("forward", 3.0, (1,)), wait_of_ready_time=oversubscribed).kind is Kind.CPU_CONTENTION
+    )
 
 
 def test_too_few_cores_explain_code_that_no_sample_shows():
     """Code between the phases that takes no longer than the wait for cores is a finding if its line is known."""
-    oversubscribed = {"main_wait": {0: 0.45}, "core_wait": {0: 0.4}}
+    oversubscribed = {"wait_of_ready_time": {0: 0.45}, "wait_of_wall_time": {0: 0.4}}
 
     assert verdict(ALONE, adds("other", 7)).kind is Kind.RESIDUAL_HEAVY
     assert verdict(ALONE, adds("other", 7), **oversubscribed).kind is Kind.CPU_CONTENTION
@@ -444,14 +446,14 @@ def test_too_few_cores_explain_code_that_no_sample_shows():
 
 def test_a_strong_fault_is_named_even_with_too_few_cores():
     """Twenty milliseconds on an oversubscribed host are no chance."""
-    found = verdict(Job(ranks=4), adds("forward", 20, (1,)), main_wait=dict.fromkeys(range(4), 0.4))
+    found = verdict(Job(ranks=4), adds("forward", 20, (1,)), wait_of_ready_time=dict.fromkeys(range(4), 0.4))
 
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
 
 
 def test_a_rank_that_lacks_a_core_is_not_blamed_for_its_code():
     """A rank that alone waits for a core is slow because of its host."""
-    found = verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait={0: 0.01, 1: 0.2, 2: 0.01, 3: 0.02})
+    found = verdict(Job(ranks=4), adds("forward", 3.0, (1,)), wait_of_ready_time={0: 0.01, 1: 0.2, 2: 0.01, 3: 0.02})
 
     assert found.kind is Kind.HEALTHY
 
@@ -461,14 +463,17 @@ def test_time_without_a_core_is_no_work(ms, share):
     """A rank whose excess is mostly waiting for a core is not late by its code: strongly or weakly."""
     waits = {0: 0.02, 1: 0.02 + share}
 
-    assert verdict(Job(), adds("backward", ms, (1,)), core_wait=waits).kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
-    assert verdict(Job(), adds("backward", ms, (1,)), core_wait={0: share, 1: share}).ranks == (1,)
+    assert verdict(Job(), adds("backward", ms, (1,)), wait_of_wall_time=waits).kind in (
+        Kind.HEALTHY,
+        Kind.COMPUTE_BOUND,
+    )
+    assert verdict(Job(), adds("backward", ms, (1,)), wait_of_wall_time={0: share, 1: share}).ranks == (1,)
 
 
 @pytest.mark.parametrize(("ready", "wall", "told"), [(0.21, 0.02, False), (0.8, 0.39, True)])
 def test_a_rank_that_sleeps_is_not_told_to_lack_a_core(ready, wall, told):
     """Of the little time that it has work it may wait for a core for a fifth, and so for a fiftieth of the step."""
-    waits = {"main_wait": {0: 0.09, 1: ready}, "core_wait": {0: 0.01, 1: wall}}
+    waits = {"wait_of_ready_time": {0: 0.09, 1: ready}, "wait_of_wall_time": {0: 0.01, 1: wall}}
 
     found = verdict(Job(), adds("backward", 40.0, (1,)), **waits)
 
@@ -479,8 +484,8 @@ def test_a_rank_that_sleeps_is_not_told_to_lack_a_core(ready, wall, told):
 
 def test_a_rank_that_computes_more_waits_more_for_a_core():
     """On a busy host that is due to its code: four times the work, as the kernel counts, waits four times as long."""
-    starved = {"main_wait": {0: 0.85, 1: 0.85}, "core_wait": {0: 0.6, 1: 0.15}}
-    slowed = {"main_wait": {0: 0.85, 1: 0.4}, "core_wait": {0: 0.6, 1: 0.07}}
+    starved = {"wait_of_ready_time": {0: 0.85, 1: 0.85}, "wait_of_wall_time": {0: 0.6, 1: 0.15}}
+    slowed = {"wait_of_ready_time": {0: 0.85, 1: 0.4}, "wait_of_wall_time": {0: 0.6, 1: 0.07}}
 
     found = verdict(Job(), adds("other", 20.0, (0,)), **starved)
 
@@ -490,8 +495,8 @@ def test_a_rank_that_computes_more_waits_more_for_a_core():
 
 def test_waiting_for_a_core_while_others_are_awaited_costs_nothing():
     """Two ranks that compute alike, by the kernel's count: one waits for a core at its work, the other beside it."""
-    beside = {"main_wait": {0: 0.84, 1: 0.77}, "core_wait": {0: 0.8, 1: 0.5}}
-    alike = {"main_wait": {0: 0.5, 1: 0.5}, "core_wait": {0: 0.2, 1: 0.2}}
+    beside = {"wait_of_ready_time": {0: 0.84, 1: 0.77}, "wait_of_wall_time": {0: 0.8, 1: 0.5}}
+    alike = {"wait_of_ready_time": {0: 0.5, 1: 0.5}, "wait_of_wall_time": {0: 0.2, 1: 0.2}}
     job = Job(own={"forward": 2.0, "backward": 5.0, "optimizer": 0.5, "other": 1.0})
 
     assert verdict(job, adds("backward", 27.0, (0,)), **beside).kind is Kind.CPU_CONTENTION

@@ -148,7 +148,7 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
     "H2D_STRAGGLER": lambda: found(Job(ranks=4), adds("h2d", 20, (1,))),
     "STRAGGLER": lambda: found(Job(ranks=4), adds("other", 20, (1,))),
     "RESIDUAL_HEAVY, every n-th step": lambda: found(ALONE, adds("other", 200, every=20)),
-    "CPU_CONTENTION": lambda: found(ALONE, main_wait={0: 0.45}, core_wait={0: 0.4}),
+    "CPU_CONTENTION": lambda: found(ALONE, wait_of_ready_time={0: 0.45}, wait_of_wall_time={0: 0.4}),
     "DEVICE_CONTENTION": lambda: found(ALONE, samples=shared(np.where(SECONDS >= 15, 60.0, 0.0))),
     "GIL_CONTENTION": lambda: locked(samples(ran=0.1), monitor(0.9)),
     "JITTER": lambda: found(Job(ranks=1, steps=220, grouped=False), RARE),

@@ -30,7 +30,7 @@ class LiveRows:
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
-        self.facts = self.intake.facts
+        self.facts = self.intake.facts_builder
         self.facts.world_size = world_size
         self.on_loaded: Callable[[RankStream, dict[str, Any]], None] = _ignore
         """Called when a rank has read a file before its first step: its `loaded` row."""

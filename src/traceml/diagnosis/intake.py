@@ -42,24 +42,24 @@ class RowIntake:
     """Collects rows of all ranks of a run."""
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
-        self.facts = JobFactsBuilder(max(ranks, 1))
+        self.facts_builder = JobFactsBuilder(max(ranks, 1))
         self.kept = KeptSteps(slots, ranks)
-        self.names = self.facts.names
+        self.names = self.facts_builder.names
         self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
         self._takers: dict[str, Callable[[int, Rows], None]] = {
             USER_PHASES.name: self._take_user_phases,
-            PROCESS.name: self.facts.process_rows,
-            HOST.name: self.facts.host_rows,
-            GPU.name: self.facts.gpu_rows,
-            TORCH_MEMORY.name: self.facts.memory.device_rows,
-            LOADER_WORKERS.name: self.facts.worker_rows,
-            LIMITS.name: self.facts.limits.add,
-            EPOCHS.name: self.facts.epoch_rows,
+            PROCESS.name: self.facts_builder.process_rows,
+            HOST.name: self.facts_builder.host_rows,
+            GPU.name: self.facts_builder.gpu_rows,
+            TORCH_MEMORY.name: self.facts_builder.memory.device_rows,
+            LOADER_WORKERS.name: self.facts_builder.worker_rows,
+            LIMITS.name: self.facts_builder.limits.add,
+            EPOCHS.name: self.facts_builder.epoch_rows,
             LINES.name: self._take_lines,
             EVALS.name: self._take_evaluation,
-            LOSSES.name: self.facts.losses.add,
-            FINGERPRINTS.name: self.facts.batches.add,
-            PAUSES.name: self.facts.pauses.add,
+            LOSSES.name: self.facts_builder.losses.add,
+            FINGERPRINTS.name: self.facts_builder.batches.add,
+            PAUSES.name: self.facts_builder.pauses.add,
         }
 
     @property
@@ -79,7 +79,7 @@ class RowIntake:
 
     def end(self, ended: RankExit) -> None:
         """Record how a rank ended; the others are no longer aligned with it."""
-        self.facts.exit(ended)
+        self.facts_builder.exit(ended)
         self.kept.end(ended.rank)
 
     def add(self, table: str, rank: int, data: bytes) -> None:
@@ -104,7 +104,9 @@ class RowIntake:
     def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
         window = self.kept.aligned(last=last)
-        return window, self.facts.build(self.kept.reached(window.missing_ranks).tolist(), self.kept.end_ns.tolist())
+        return window, self.facts_builder.build(
+            self.kept.reached(window.missing_ranks).tolist(), self.kept.end_ns.tolist()
+        )
 
     def _replace(self, kept: KeptSteps) -> None:
         kept.representatives, self.kept = self.kept.representatives, kept
@@ -119,17 +121,17 @@ class RowIntake:
 
     def _take_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
         self.kept.scatter(ranks, rows)
-        self.facts.skipped.add(ranks, rows)
-        self.facts.batches.steps(rows)
-        self.facts.progress.steps(ranks, rows)
+        self.facts_builder.skipped.add(ranks, rows)
+        self.facts_builder.batches.steps(rows)
+        self.facts_builder.progress.steps(ranks, rows)
 
     def _take_lines(self, rank: int, rows: Rows) -> None:
-        self.facts.lines.add(rank, rows)
-        self.facts.progress.line_rows(rank, rows)
+        self.facts_builder.lines.add(rank, rows)
+        self.facts_builder.progress.line_rows(rank, rows)
 
     def _take_evaluation(self, rank: int, rows: Rows) -> None:
         self.kept.scatter_evaluation(rank, rows)
-        self.facts.progress.eval_rows(rank, rows)
+        self.facts_builder.progress.eval_rows(rank, rows)
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
         self.kept.scatter_user(rank, rows, self.names.get(rank, {}))

@@ -337,6 +337,6 @@ def test_a_thread_that_is_hardly_asleep_does_not_wait(run: float, waits: bool) -
     """Where forward is called hundreds of times, samples watch only the calls that lost their core for long."""
     sample = SampledLine(0, "forward", "/x/train.py", 9, "sample", None, 95, watched_ns=25_000_000, cpu_ns=1_000_000)
     rest = SampledLine(0, "backward", "/x/train.py", 20, "main", None, 235)
-    facts = JobFacts(lines=(sample, rest), core_wait={0: 0.1}, main_wait={0: 0.1 / (0.1 + run)})
+    facts = JobFacts(lines=(sample, rest), wait_of_wall_time={0: 0.1}, wait_of_ready_time={0: 0.1 / (0.1 + run)})
 
     assert facts.waits_in("forward", BlamedLine("/x/train.py", 9, "sample", 0.8, 95)) is waits

@@ -30,7 +30,7 @@ class CentralMerger:
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(_SLOTS, world_size)
-        self.intake.facts.world_size = world_size
+        self.intake.facts_builder.world_size = world_size
         self._requests = RowRequests()
 
     @property
@@ -79,4 +79,4 @@ class CentralMerger:
 
     def _name_host(self, choice: HostChoice, before: HostChoice | None) -> None:
         for rank in choice.alive.difference(() if before is None else before.alive):
-            self.intake.facts.host(rank, choice.host)
+            self.intake.facts_builder.host(rank, choice.host)

@@ -202,7 +202,7 @@ def test_little_communication_is_no_finding():
 @pytest.mark.parametrize(("core_wait", "verdict"), [(0.05, Kind.COMM_BOUND), (0.5, Kind.CPU_CONTENTION)])
 def test_waiting_for_a_rank_that_has_no_core_is_no_communication(core_wait: float, verdict: Kind) -> None:
     """Rank 1 shares its core with another program: in backward it waits for the core, and rank 0 for it."""
-    waits = {"main_wait": {0: 0.02, 1: core_wait}, "core_wait": {0: 0.02, 1: core_wait}}
+    waits = {"wait_of_ready_time": {0: 0.02, 1: core_wait}, "wait_of_wall_time": {0: 0.02, 1: core_wait}}
 
     first = diagnose(window_of(Job(comm=20.0)), JobFacts(world_size=2, **waits))[0]
 

@@ -41,7 +41,14 @@ def samples(*, busy: float, waited: float = 0.0, seconds: int = 20, of_host: sli
 
 
 def oversubscribed(use: MachineSamples, waited: float = 0.4, **facts: object) -> JobFacts:
-    return JobFacts(samples=use, main_wait={0: 0.45}, core_wait={0: waited}, hosts={0: "h"}, cores={"h": 2}, **facts)
+    return JobFacts(
+        samples=use,
+        wait_of_ready_time={0: 0.45},
+        wait_of_wall_time={0: waited},
+        hosts={0: "h"},
+        cores={"h": 2},
+        **facts,
+    )
 
 
 def test_other_programs_are_reported():
@@ -102,7 +109,7 @@ def test_processes_are_not_named_where_others_use_no_cores():
 def test_ranks_that_wait_are_named_where_the_others_do_not():
     """Most of them have their cores."""
     waits = {0: 0.02, 1: 0.5, 2: 0.03, 3: 0.01}
-    (found,) = cpu_contention(JobFacts(world_size=4, main_wait=waits, core_wait=waits))
+    (found,) = cpu_contention(JobFacts(world_size=4, wait_of_ready_time=waits, wait_of_wall_time=waits))
 
     assert found.ranks == (1,)
     assert found.summary.startswith("Rank 1 of 4 waited for a CPU core for 50 % of the time.")
@@ -111,7 +118,7 @@ def test_ranks_that_wait_are_named_where_the_others_do_not():
 @pytest.mark.parametrize("waits", [{0: 0.02, 1: 0.2, 2: 0.03}, {0: 0.5, 1: 0.4, 2: 0.3}, {1: 0.5}])
 def test_no_rank_is_named_where_all_wait_or_one_waits_a_little(waits):
     """Nor where the others are not known."""
-    found = cpu_contention(JobFacts(world_size=3, main_wait=waits, core_wait=waits))
+    found = cpu_contention(JobFacts(world_size=3, wait_of_ready_time=waits, wait_of_wall_time=waits))
 
     assert [each.ranks for each in found] == ([()] if min(waits.values()) >= 0.3 else [])
 
@@ -175,7 +182,10 @@ def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(takers, says):
 
 def test_a_little_waiting_is_none():
     """A tenth of the time is usual; and a thread that has seldom work may wait for a core now and then."""
-    assert cpu_contention(JobFacts(samples=samples(busy=0.9), main_wait={0: 0.09}, core_wait={0: 0.09})) == []
+    assert (
+        cpu_contention(JobFacts(samples=samples(busy=0.9), wait_of_ready_time={0: 0.09}, wait_of_wall_time={0: 0.09}))
+        == []
+    )
     assert cpu_contention(oversubscribed(samples(busy=0.1), waited=0.05)) == []
 
 
@@ -192,7 +202,9 @@ def test_it_is_the_verdict_of_a_starved_run_and_a_remark_beside_a_cause():
 def test_a_late_rank_without_a_core_is_not_told_to_look_at_its_code():
     """Its host is the cause."""
     waits = {0: 0.01, 1: 0.4, 2: 0.01, 3: 0.02}
-    found = diagnose(window_of(Job(ranks=4), adds("forward", 20, (1,))), JobFacts(world_size=4, main_wait=waits))[0]
+    found = diagnose(
+        window_of(Job(ranks=4), adds("forward", 20, (1,))), JobFacts(world_size=4, wait_of_ready_time=waits)
+    )[0]
 
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
     assert "Rank 1 waited for a CPU core for 40 %" in found.summary
@@ -258,7 +270,9 @@ def test_a_second_of_readings_does_not_show_that_ranks_have_their_cores(counted_
     """A rank that shares its core with a program for that second is late in each step; such as before a hang."""
     job = Job(ranks=2, steps=60)
     waits = dict.fromkeys((0, 1), 0.02)
-    facts = JobFacts(world_size=2, main_wait=waits, core_wait=waits, core_wait_s=dict.fromkeys((0, 1), counted_s))
+    facts = JobFacts(
+        world_size=2, wait_of_ready_time=waits, wait_of_wall_time=waits, core_wait_s=dict.fromkeys((0, 1), counted_s)
+    )
 
     found = diagnose(window_of(job, adds("other", 5, (0,))), facts)
 

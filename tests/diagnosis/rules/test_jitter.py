@@ -81,15 +81,18 @@ def test_pauses_are_told_without_the_shorter_steps_beside_them():
 
 
 @pytest.mark.parametrize(
-    ("main_wait", "core_wait", "line", "told"),
+    ("wait_of_ready_time", "wait_of_wall_time", "line", "told"),
     [(0.5, 0.5, False, False), (0.5, 0.5, True, True), (0.5, 0.05, False, True), (0.1, 0.5, False, True)],
     ids=["oversubscribed", "a line", "waits little", "has its cores"],
 )
-def test_long_steps_cost_more_than_waiting_for_a_core(main_wait, core_wait, line, told):
+def test_long_steps_cost_more_than_waiting_for_a_core(wait_of_ready_time, wait_of_wall_time, line, told):
     """On an oversubscribed host a rank without a core for half of its time has long steps in whatever it does most."""
     window = window_of(ALONE, at_once("other", 200, 0.03))
     lines = sampled(ALONE) if line else ()
-    found = diagnose(window, JobFacts(main_wait={0: main_wait}, core_wait={0: core_wait}, lines=lines))
+    found = diagnose(
+        window,
+        JobFacts(wait_of_ready_time={0: wait_of_ready_time}, wait_of_wall_time={0: wait_of_wall_time}, lines=lines),
+    )
 
     assert any(each.kind is Kind.JITTER for each in found) == told
 
@@ -165,7 +168,12 @@ def test_without_samples_the_lines_are_pointed_to():
 @pytest.mark.parametrize(("waited", "threads", "found"), [(0.02, 1, True), (0.02, 8, False), (0.2, 1, False)])
 def test_turns_cost_more_than_waiting_for_cores(waited: float, threads: int, found: bool) -> None:
     """Ranks that mostly sleep wait for a core in much of the little time in which they have work."""
-    facts = JobFacts(world_size=2, threads=threads, main_wait={0: 0.2, 1: 0.2}, core_wait=dict.fromkeys((0, 1), waited))
+    facts = JobFacts(
+        world_size=2,
+        threads=threads,
+        wait_of_ready_time={0: 0.2, 1: 0.2},
+        wait_of_wall_time=dict.fromkeys((0, 1), waited),
+    )
 
     said = diagnose(window_of(Job(ranks=2), takes_turns("forward", 30, (0, 1))), facts)
 

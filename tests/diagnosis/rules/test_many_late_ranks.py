@@ -38,7 +38,7 @@ def shares_of(ranks: int) -> CountedShares:
 def reads_of(late: int) -> tuple[int, int]:
     """Return how often the shares of all ranks are read while some are found to be late."""
     ready, wall = shares_of(RANKS), shares_of(RANKS)
-    facts = JobFacts(world_size=RANKS, main_wait=ready, core_wait=wall)
+    facts = JobFacts(world_size=RANKS, wait_of_ready_time=ready, wait_of_wall_time=wall)
     window = window_of(Job(ranks=RANKS, steps=40), adds("forward", 10.0, tuple(range(late))))
     (found,) = find_late(own_work_of(window, facts), facts)
 
@@ -55,7 +55,7 @@ def test_each_of_ten_thousand_ranks_is_compared_with_the_others() -> None:
     """All comparisons together read the shares of all ranks a fixed number of times."""
     few, many = shares_of(10), shares_of(MANY)
     for shares in (few, many):
-        facts = JobFacts(main_wait=shares, core_wait=shares)
+        facts = JobFacts(wait_of_ready_time=shares, wait_of_wall_time=shares)
         medians = [facts.core_wait_of_others([rank]) for rank in range(len(shares))]
 
         assert None not in medians

@@ -220,7 +220,7 @@ def test_code_in_forward_that_waits_is_to_be_made_cheaper(busy: float, waited: f
         SampledLine(0, "backward", "/me/train.py", 23, "main", ENGINE, 90),
     ]
 
-    found = diagnose(window_of(ALONE, adds("forward", 14)), JobFacts(lines=lines, main_wait={0: waited}))
+    found = diagnose(window_of(ALONE, adds("forward", 14)), JobFacts(lines=lines, wait_of_ready_time={0: waited}))
     verdict = next(each for each in found if each.kind in (Kind.COMPUTE_BOUND, Kind.CPU_CONTENTION))
 
     assert ("Make train.py:8 log cheaper, which waits inside forward" in verdict.next) is told
@@ -438,7 +438,9 @@ def test_the_part_of_a_long_step_is_named():
 @pytest.mark.parametrize(("ms", "waited", "told"), [(300.0, 0.0, False), (4_000.0, 0.0, True), (4_000.0, 0.3, False)])
 def test_a_short_pause_is_reported_where_cores_were_free(ms, waited, told):
     """Other programs on the host cause such pauses, and in a long run they are nothing."""
-    (found, *_) = diagnose(window_of(ALONE, adds("other", ms, every=ALONE.steps)), JobFacts(main_wait={0: waited}))
+    (found, *_) = diagnose(
+        window_of(ALONE, adds("other", ms, every=ALONE.steps)), JobFacts(wait_of_ready_time={0: waited})
+    )
 
     assert ("One step took" in found.summary) is told
 
@@ -480,7 +482,7 @@ def test_no_gain_of_a_line_is_promised_for_the_advice_on_a_pause(other_ms: float
         SampledLine(0, "forward", "/me/train.py", 22, "main", LINEAR, 60),
         SampledLine(0, "backward", "/me/train.py", 23, "main", ENGINE, 90),
     ]
-    facts = JobFacts(lines=lines, main_wait={0: 0.0})
+    facts = JobFacts(lines=lines, wait_of_ready_time={0: 0.0})
     paused, usual = (
         diagnose(window_of(job, *pauses), facts)[0] for pauses in ([adds("other", 9_000.0, every=job.steps)], [])
     )

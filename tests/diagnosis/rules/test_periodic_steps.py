@@ -86,7 +86,7 @@ def busy(own, random) -> None:
 @pytest.mark.parametrize("every", [17, 20])
 def test_a_period_is_found_among_steps_of_all_lengths(every):
     """Steps are long by chance as often, but not by other code."""
-    starved = {"main_wait": {0: 0.9}, "core_wait": {0: 0.6}}
+    starved = {"wait_of_ready_time": {0: 0.9}, "wait_of_wall_time": {0: 0.6}}
     found = findings(Job(ranks=1, steps=400, grouped=False), busy, adds("other", 90, every=every), **starved)
 
     assert (found[0].kind, found[0].phase) == (Kind.RESIDUAL_HEAVY, "other")
@@ -310,7 +310,7 @@ def test_rare_long_steps_by_chance_stay_jitter(seed):
 def test_a_few_long_steps_without_cores_have_no_period(waited):
     """Of 36 steps six may be at one distance by chance, where each step waits for a core."""
     job = Job(ranks=2, steps=36)
-    found = findings(job, adds("backward", 900, every=6), main_wait=dict.fromkeys((0, 1), waited))
+    found = findings(job, adds("backward", 900, every=6), wait_of_ready_time=dict.fromkeys((0, 1), waited))
 
     assert any("every_n_steps" in each.evidence for each in found) is (waited == 0.0)
 

@@ -40,8 +40,8 @@ def history(change, *, noise=0.02, seed=0, part="other", alike=False):
     return StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
 
 
-def found(change, *lines, main_wait=None, **options):
-    return slowdown(history(change, **options), JobFacts(lines=lines, main_wait=main_wait or {}))
+def found(change, *lines, wait_of_ready_time=None, **options):
+    return slowdown(history(change, **options), JobFacts(lines=lines, wait_of_ready_time=wait_of_ready_time or {}))
 
 
 def test_a_jump_that_stays_is_reported_with_its_step():
@@ -432,7 +432,9 @@ def test_a_host_that_becomes_busier_is_told_once():
         for values in own.values():
             values *= np.where(np.arange(values.shape[1]) >= 400, 2.0, 1.0)
 
-    oversubscribed = JobFacts(world_size=2, main_wait={0: 0.6, 1: 0.6}, core_wait={0: 0.6, 1: 0.6}, cores={"a": 2})
+    oversubscribed = JobFacts(
+        world_size=2, wait_of_ready_time={0: 0.6, 1: 0.6}, wait_of_wall_time={0: 0.6, 1: 0.6}, cores={"a": 2}
+    )
     window = window_of(Job(steps=800), slower)
 
     assert [each.kind for each in diagnose(window, JobFacts(world_size=2))] == [Kind.SLOWDOWN]
@@ -450,7 +452,7 @@ def test_computation_that_lacks_cores_is_told_once(waited: float, passes: int, i
             own[part] *= np.where(np.arange(own[part].shape[1]) >= 400, 5.0, 1.0)
 
     waits = {0: waited}
-    facts = JobFacts(main_wait=waits, core_wait=waits, cores={"a": 2})
+    facts = JobFacts(wait_of_ready_time=waits, wait_of_wall_time=waits, cores={"a": 2})
     found = diagnose(window_of(Job(steps=800, ranks=1, grouped=False), slower), facts)
 
     assert (found[0].kind is Kind.CPU_CONTENTION) is is_host
@@ -553,7 +555,7 @@ def test_with_too_few_cores_a_phase_is_compared_with_each_other(waited, phase):
     parts = {name: np.where(AT < 30, slow[name], usual[name]) * MS for name in usual}
     bins = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
 
-    (finding,) = slowdown(bins, JobFacts(main_wait={0: waited}))
+    (finding,) = slowdown(bins, JobFacts(wait_of_ready_time={0: waited}))
 
     assert finding.phase == phase
 
@@ -565,7 +567,7 @@ def test_other_code_of_a_rank_that_hardly_has_a_core_is_not_blamed(waited, named
     """A sixth of a core is now more and now less: 1.5x as long is chance, unless samples name a line."""
     lines = (*METRICS, SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 500)) if named else ()
 
-    (finding,) = found(np.where(AT < 30, 10.0, 0.0), *lines, main_wait={0: waited})
+    (finding,) = found(np.where(AT < 30, 10.0, 0.0), *lines, wait_of_ready_time={0: waited})
 
     assert finding.phase == phase
     assert "alike" not in finding.summary

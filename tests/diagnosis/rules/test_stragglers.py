@@ -108,7 +108,7 @@ def test_a_line_of_one_rank_alone_is_no_lack_of_cores(line: int, kinds: list[str
     job = Job(ranks=3, steps=200)
     lines = [_sampled(rank, part, 7, 40) for rank in range(3) for part in ("forward", "backward")]
     facts = JobFacts(
-        world_size=3, main_wait=dict.fromkeys(range(3), 0.4), lines=[*lines, _sampled(1, "forward", line, 20)]
+        world_size=3, wait_of_ready_time=dict.fromkeys(range(3), 0.4), lines=[*lines, _sampled(1, "forward", line, 20)]
     )
 
     found = diagnose(window_of(job, adds("forward", 3.0, (1,))), facts)
@@ -124,7 +124,9 @@ def test_a_fault_in_a_part_of_a_run_is_told_by_its_line(line: int, kinds: list[s
     """Steps vary more than it costs, and one interval may be chance; a line that no other rank runs is not."""
     lines = [_sampled(rank, part, 7, 40) for rank in range(3) for part in ("forward", "input_wait")]
     facts = JobFacts(
-        world_size=3, main_wait=dict.fromkeys(range(3), 0.5), lines=[*lines, _sampled(2, "input_wait", line, 40)]
+        world_size=3,
+        wait_of_ready_time=dict.fromkeys(range(3), 0.5),
+        lines=[*lines, _sampled(2, "input_wait", line, 40)],
     )
     busy = _varying("forward", 60.0)
 
@@ -142,7 +144,7 @@ def test_more_cpu_time_is_no_lack_of_cores(ratio: float, found: bool, parts: tup
     """Four ranks on two cores; one has twice the layers, and no line of its own. Equal ones may be late by chance."""
     runs = {rank: 0.1 * (ratio if rank == 3 else 1.0) for rank in range(4)}
     waits = {rank: 3 * run for rank, run in runs.items()}
-    facts = JobFacts(world_size=4, main_wait=dict.fromkeys(range(4), 0.75), core_wait=waits)
+    facts = JobFacts(world_size=4, wait_of_ready_time=dict.fromkeys(range(4), 0.75), wait_of_wall_time=waits)
     # The host becomes busier: steps of the first half are shorter.
     faults = [adds(part, 5.0, (3,)) for part in parts] + [
         _in_steps("forward", 12.0, rank, 100, 200) for rank in range(4)
@@ -170,8 +172,8 @@ def test_a_thread_that_holds_the_lock_of_the_interpreter_is_told(
     """All parts of that rank are slower: its main thread neither runs nor waits for a core meanwhile."""
     facts = JobFacts(
         world_size=2,
-        main_wait={0: 0.35, 1: 0.55},
-        core_wait={0: 0.1, 1: 0.2},
+        wait_of_ready_time={0: 0.35, 1: 0.55},
+        wait_of_wall_time={0: 0.1, 1: 0.2},
         core_wait_s={0: 10.0, 1: 10.0},
         threads=threads,
         samples=_using(side),
@@ -205,8 +207,8 @@ def test_a_rank_that_also_lacks_a_core_is_slow_by_its_code(run: float, line: int
     lines = [_sampled(rank, part, 7, 40) for rank in range(2) for part in ("forward", "backward")]
     facts = JobFacts(
         world_size=2,
-        main_wait={0: 0.29, 1: 0.54 / (0.54 + run)},
-        core_wait={0: 0.04, 1: 0.54},
+        wait_of_ready_time={0: 0.29, 1: 0.54 / (0.54 + run)},
+        wait_of_wall_time={0: 0.04, 1: 0.54},
         lines=[*lines, _sampled(1, "forward", line, 60)],
     )
 
@@ -222,8 +224,8 @@ def test_ranks_with_one_fault_do_not_hide_each_other_s_line() -> None:
     lines = [_sampled(rank, part, 7, 40) for rank in range(4) for part in ("forward", "other")]
     facts = JobFacts(
         world_size=4,
-        main_wait=dict.fromkeys(range(4), 0.5),
-        core_wait=dict.fromkeys(range(4), 0.2),
+        wait_of_ready_time=dict.fromkeys(range(4), 0.5),
+        wait_of_wall_time=dict.fromkeys(range(4), 0.2),
         lines=[*lines, *(_sampled(rank, "other", 9, 20) for rank in (2, 3))],
     )
     # By noise a third rank is above the last one.

@@ -296,7 +296,7 @@ def test_samples_are_in_memory_on_a_crowded_host_too(waited, says):
     """86 us for a sample, of which a thread without a core computes for 15."""
     loader = LoaderFacts(dataset="Subset", in_memory=True, num_workers=0, batch_size=32)
 
-    assert says in for_input(JobFacts(loader=loader, main_wait={0: waited}), pipeline(2.74, 13)).text
+    assert says in for_input(JobFacts(loader=loader, wait_of_ready_time={0: waited}), pipeline(2.74, 13)).text
 
 
 def test_the_fetch_is_what_the_training_waits_for():
@@ -370,7 +370,7 @@ def test_waiting_for_a_core_is_work():
     """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]
     work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
-    found = pipeline_of(work, JobFacts(loader=FOLDER, lines=lines, main_wait={0: 0.4}), 30 * MS)
+    found = pipeline_of(work, JobFacts(loader=FOLDER, lines=lines, wait_of_ready_time={0: 0.4}), 30 * MS)
 
     assert found is not None
     assert found.fetch_cpu == pytest.approx(1.0)
@@ -545,7 +545,13 @@ def test_a_crowded_host_promises_no_more_than_its_own_cores_give():
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=20_000_000)]
     made = samples(busy=0.2)
     facts = JobFacts(
-        loader=FOLDER, lines=lines, samples=made, main_wait={0: 0.8}, core_wait={0: 0.8}, hosts={0: "h"}, cores={"h": 2}
+        loader=FOLDER,
+        lines=lines,
+        samples=made,
+        wait_of_ready_time={0: 0.8},
+        wait_of_wall_time={0: 0.8},
+        hosts={0: "h"},
+        cores={"h": 2},
     )
     work = own_work_of(window_of(ALONE, adds("input_wait", 30)), facts)
 

@@ -93,7 +93,7 @@ def test_the_longest_work_of_the_others_is_known_by_step():
     aligned = kept.aligned(last=3)
 
     assert aligned.steps.tolist() == [57, 58, 59]
-    np.testing.assert_allclose(aligned.above, [[0, 5e6, 0], [0, 0, 0]], rtol=1e-3)
+    np.testing.assert_allclose(aligned.excess_of_represented, [[0, 5e6, 0], [0, 0, 0]], rtol=1e-3)
 
 
 def test_a_choice_like_the_one_before_stays_that_one() -> None:
@@ -121,7 +121,7 @@ def test_work_of_many_seconds_and_hosts_is_put_into_its_steps():
 
     aligned = kept.aligned(last=2)
     assert aligned.steps.tolist() == [58, 59]
-    np.testing.assert_allclose(aligned.above, [[3e6, 3e6], [8e6, 8e6]], rtol=1e-3)
+    np.testing.assert_allclose(aligned.excess_of_represented, [[3e6, 3e6], [8e6, 8e6]], rtol=1e-3)
 
 
 def test_another_typical_rank_has_other_work_beyond_its_own():
@@ -132,10 +132,10 @@ def test_another_typical_rank_has_other_work_beyond_its_own():
     kept.representatives.add("a", above(59, 6e6))
     kept.representatives.take(choice(typical=1, sent=(1,)))
 
-    assert kept.aligned(last=1).above.tolist() == [[0]]
+    assert kept.aligned(last=1).excess_of_represented.tolist() == [[0]]
 
     kept.representatives.add("a", above(59, 7e6))
-    np.testing.assert_allclose(kept.aligned(last=1).above, [[7e6]], rtol=1e-3)
+    np.testing.assert_allclose(kept.aligned(last=1).excess_of_represented, [[7e6]], rtol=1e-3)
 
 
 def test_ranks_that_are_not_sent_any_more_do_not_hold_up_the_others():

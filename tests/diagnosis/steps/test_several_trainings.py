@@ -127,7 +127,7 @@ def test_a_host_that_became_busier_is_told_by_its_cores():
             values[:, 500:] *= 2
 
     def found(starts) -> set[Kind]:
-        facts = JobFacts(other_models=starts, cores={"": 1}, main_wait={0: 0.5}, core_wait={0: 0.5})
+        facts = JobFacts(other_models=starts, cores={"": 1}, wait_of_ready_time={0: 0.5}, wait_of_wall_time={0: 0.5})
         return {each.kind for each in diagnose(window_of(ALONE, slower), facts)}
 
     assert found(()) == {Kind.CPU_CONTENTION, Kind.SLOWDOWN}
@@ -215,7 +215,7 @@ def frozen(own, random) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_delays_of_a_part_that_takes_no_time_are_no_jitter(seed):
     """They are as long as those of the same part in the other training, which are no finding."""
-    facts = JobFacts(other_models=(300,), main_wait={0: 0.8}, core_wait={0: 0.8}, cores={"": 1})
+    facts = JobFacts(other_models=(300,), wait_of_ready_time={0: 0.8}, wait_of_wall_time={0: 0.8}, cores={"": 1})
     found = {each.kind for each in diagnose(window_of(ALONE, frozen, seed=seed), facts)}
 
     assert found == {Kind.CPU_CONTENTION}

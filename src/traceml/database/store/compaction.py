@@ -68,7 +68,7 @@ class Compaction:
         self._tails: dict[_Key, _Tail] = {}
         self._due: deque[tuple[_Key, int]] = deque()
         self._next: dict[tuple[_Key, int], None] = {}
-        self._settling: list[Callable[[], None]] = []
+        self._after_commit: list[Callable[[], None]] = []
         self.is_ripe = False
         """Whether there is enough to do for a round."""
         self._by_age: deque[tuple[float, _Key]] = deque()
@@ -148,15 +148,15 @@ class Compaction:
         """Return the next (stream, table) and level of the round, None at its end."""
         return self._due.popleft() if self._due else None
 
-    def settle(self) -> None:
+    def after_commit(self) -> None:
         """Take over what was merged, after it was written."""
-        for work in self._settling:
+        for work in self._after_commit:
             work()
 
-        self._settling.clear()
+        self._after_commit.clear()
 
     def run(self, key: _Key, level: int, up_to: int, cursors: Sequence[int] = ()) -> None:
-        """Sum and merge frames of one (stream, table) at a level; `settle` follows when the changes are written.
+        """Sum and merge frames of one (stream, table) at a level; `after_commit` follows when the changes are written.
 
         Args:
             level: from `next_due`.
@@ -192,7 +192,7 @@ class Compaction:
         small = [frame for frame in (self._merged(table, run) for run in runs) if frame.n < FULL_ROWS // 2]
         new_rows = sum(frame.n for frame in new)
 
-        def settle() -> None:
+        def finish() -> None:
             tail.unsummed -= len(summing)
             tail.unsummed_rows = tail.unsummed_rows - new_rows if tail.unsummed else 0
             if self.is_large:
@@ -205,7 +205,7 @@ class Compaction:
             for frame in small:
                 self._append(key, tail, min(level + 1, _LEVELS - 1), frame.id, frame.n)
 
-        self._settling.append(settle)
+        self._after_commit.append(finish)
 
     def _merged(self, table: Table, frames: Sequence[Frame]) -> Frame:
         if len(frames) == 1:

@@ -159,7 +159,7 @@ class Maintenance:
             raise
 
         self._editor.clear()
-        self.compaction.settle()
+        self.compaction.after_commit()
         for frame in self._thinned:
             self.compaction.take_thinned(*frame)
 

@@ -205,7 +205,7 @@ class StoreWriter:
         with translate_errors(self.path, "write"):
             frames = self._write()
 
-        self._unframed.settle()
+        self._unframed.after_commit()
         for frame, stream, number, _, n, _, _, _, data in frames:
             self._maintenance.note(stream, self._table_names[number], frame, n, len(data), now_s)
 

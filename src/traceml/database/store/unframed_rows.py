@@ -157,7 +157,7 @@ class UnframedRows:
         if self._done_record:
             self._database.execute("DELETE FROM spool WHERE id <= ?", (self._done_record,))
 
-    def settle(self) -> None:
+    def after_commit(self) -> None:
         """Take over what was written, after the transaction."""
         self._last_record += bool(self._new)
         self._new.clear()

@@ -54,9 +54,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # Cores and other programs
     cores: Mapping[str, int] = {}  # host -> cores that the job may use there
     threads: int | None = None  # torch threads per rank
-    main_wait: Mapping[int, float] = {}  # rank -> share of its main thread's ready time in which it waited for a core
+    wait_of_ready_time: Mapping[
+        int, float
+    ] = {}  # rank -> share of its main thread's ready time in which it waited for a core
     # rank -> share of wall time in training in which its main thread waited for a core
-    core_wait: Mapping[int, float] = {}
+    wait_of_wall_time: Mapping[int, float] = {}
     core_wait_s: Mapping[int, float] = {}  # rank -> seconds of training in which its waits for a core were counted
     # seconds that main threads waited for a core before the first step: the median over ranks
     startup_wait_s: float = 0.0
@@ -159,16 +161,16 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def wait_share(self) -> float:
         """Share of ready time in which main threads waited for a core: the median over ranks, 0 if unknown."""
-        return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
+        return float(np.median(list(self.wait_of_ready_time.values()))) if self.wait_of_ready_time else 0.0
 
     @cached_property
     def without_core(self) -> frozenset[int]:
         """Ranks whose main thread waited for a core, more than those of the others."""
-        return ranks_without_core(self.main_wait)
+        return ranks_without_core(self.wait_of_ready_time)
 
     def core_wait_of_others(self, ranks: Collection[int]) -> float | None:
         """Return the median share of wall time that all ranks but these waited for a core; None if unknown."""
-        return _of_others(ranks, self.core_wait, self._medians_of_core_wait)
+        return _of_others(ranks, self.wait_of_wall_time, self._medians_of_core_wait)
 
     def core_run(self, ranks: Collection[int]) -> tuple[float, float] | None:
         """Return the shares of wall time that main threads of ranks ran, the mean, and of all others, the median.
@@ -184,7 +186,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def _medians_of_core_wait(self) -> dict[int, float]:
-        return medians_of_others(self.core_wait)
+        return medians_of_others(self.wait_of_wall_time)
 
     def core_runs_of_others(self, ranks: Collection[int]) -> list[float]:
         """Return the share of wall time that the main thread of each rank but these ran, where it is known."""
@@ -193,7 +195,9 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def core_runs(self) -> dict[int, float]:
         """Share of wall time that the main thread of each rank ran, where it is known."""
-        ready = ((rank, waited, self.main_wait.get(rank, 0.0)) for rank, waited in self.core_wait.items())
+        ready = (
+            (rank, waited, self.wait_of_ready_time.get(rank, 0.0)) for rank, waited in self.wait_of_wall_time.items()
+        )
         return {rank: waited * (1 - share) / share for rank, waited, share in ready if share > 0}
 
     @cached_property
@@ -203,13 +207,13 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def waits_in(self, part: str, line: BlamedLine) -> bool:
         """Return whether a function waits in a phase (for a sleep, a disk, a thread), and does not compute."""
         runs = self.core_runs
-        asleep = max((1.0 - run - self.core_wait[rank] for rank, run in runs.items()), default=1.0)
+        asleep = max((1.0 - run - self.wait_of_wall_time[rank] for rank, run in runs.items()), default=1.0)
         return is_waiting(self.lines, part, line, self.wait_share, asleep)
 
     @property
     def waited_share(self) -> float:
         """`wait_share` as a share of wall time, where that is known; else of ready time."""
-        return float(np.median(list(self.core_wait.values()))) if self.core_wait else self.wait_share
+        return float(np.median(list(self.wait_of_wall_time.values()))) if self.wait_of_wall_time else self.wait_share
 
     @property
     def oversubscribed(self) -> bool:
@@ -218,7 +222,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def is_core_wait(self, share: float) -> bool:
         """Return whether ranks lacked cores, and waited for one that share of the time: it may be the whole cause."""
-        return self.oversubscribed and bool(self.core_wait) and share <= self.waited_share
+        return self.oversubscribed and bool(self.wait_of_wall_time) and share <= self.waited_share
 
     @cached_property
     def worker_use(self) -> WorkerUse | None:

@@ -41,7 +41,7 @@ def min_wait_ns(work: OwnWork) -> float:
 
 def _for_cores_ns(facts: JobFacts, step: float) -> float:
     """Return the time of a step in which the rank that waits most for a core does: then the others wait for it."""
-    return step * max(facts.core_wait.values(), default=0.0)
+    return step * max(facts.wait_of_wall_time.values(), default=0.0)
 
 
 def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:

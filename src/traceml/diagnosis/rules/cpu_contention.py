@@ -67,7 +67,7 @@ def is_oversubscribed_by_others(facts: JobFacts) -> bool:
 
 def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
     """Return the ranks that waited, none for all, and their share of the time: the median over them."""
-    shares = {rank: facts.core_wait.get(rank, share) for rank, share in facts.main_wait.items()}
+    shares = {rank: facts.wait_of_wall_time.get(rank, share) for rank, share in facts.wait_of_ready_time.items()}
     least = WARNING_SHARE if facts.oversubscribed else _SOME_SHARE
     some = tuple(sorted(rank for rank, share in shares.items() if share >= least))
     if len(some) in (0, len(shares)) or len(shares) < facts.world_size:

@@ -290,7 +290,7 @@ def _waits_ns(facts: JobFacts, step_ns: float) -> float:
         return 0.0
 
     # Only the main threads are known; the others wait as they do.
-    waited = sum(facts.core_wait.values()) * (facts.threads or 1) if facts.core_wait else 1.0
+    waited = sum(facts.wait_of_wall_time.values()) * (facts.threads or 1) if facts.wait_of_wall_time else 1.0
     return WAITED_FACTOR * waited * step_ns
 
 

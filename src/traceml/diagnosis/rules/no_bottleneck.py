@@ -257,7 +257,7 @@ def _evidence(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, flo
     if facts.time is not None and not facts.time.is_steps:
         evidence["steps_share"] = facts.time.in_steps
 
-    if facts.main_wait:
+    if facts.wait_of_ready_time:
         evidence["cpu_wait_share"] = facts.wait_share
 
     return evidence

@@ -35,7 +35,9 @@ def mean_of_others(values: Floats) -> Floats:
 
 def waited_for_core(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> str:
     """Return the sentence about late ranks that waited for a core."""
-    mine, usual = (float(np.median([facts.main_wait.get(rank, 0.0) for rank in some])) for some in (ranks, others))
+    mine, usual = (
+        float(np.median([facts.wait_of_ready_time.get(rank, 0.0) for rank in some])) for some in (ranks, others)
+    )
     return (
         f" {capitalized(ranks_text(ranks))} waited for a CPU core for {percent_text(mine)} of the time that "
         f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
@@ -129,7 +131,7 @@ def late_evidence(work: OwnWork, facts: JobFacts, late: LateRanks, ranks: tuple[
     group = {"rank_group": late.group.evidence()} if late.group is not None else {}
     listed = ranks[:_MAX_LISTED]
     hosts = {str(rank): facts.hosts[rank] for rank in listed if rank in facts.hosts}
-    waits = {str(rank): facts.main_wait[rank] for rank in listed if rank in facts.main_wait}
+    waits = {str(rank): facts.wait_of_ready_time[rank] for rank in listed if rank in facts.wait_of_ready_time}
     return {**evidence, **group, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}
 
 

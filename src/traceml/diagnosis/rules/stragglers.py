@@ -360,7 +360,7 @@ def _more_work_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], excess
     if run is None or min(facts.core_runs[rank] for rank in late) < MORE_WORK_RATIO * max(others):
         return 0.0
 
-    waiting = float(np.median([facts.main_wait.get(rank, 0.0) for rank in work.ranks.tolist()]))
+    waiting = float(np.median([facts.wait_of_ready_time.get(rank, 0.0) for rank in work.ranks.tolist()]))
     more_ns = (run[0] - run[1]) * work.step_ns / max(1 - waiting, 0.05)
     return min(more_ns, excess_ns) if more_ns >= MORE_WORK_SHARE * excess_ns else 0.0
 
@@ -402,7 +402,7 @@ def _without_core_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> 
         return 0.0
 
     own = work.own.mean(axis=1)
-    mine_ns = float(np.mean([facts.core_wait.get(rank, 0.0) for rank in late])) * work.step_ns
+    mine_ns = float(np.mean([facts.wait_of_wall_time.get(rank, 0.0) for rank in late])) * work.step_ns
     others_ns = min(others * work.step_ns, float(np.median(np.delete(own, rows))))
     more_work = 1.0 if run is None else max(run[0] / run[1], 1.0)
     return max(min(mine_ns, float(own[rows].mean())) - more_work * others_ns, 0.0)

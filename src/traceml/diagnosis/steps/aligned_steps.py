@@ -40,7 +40,7 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # rank -> the ranks of its host that it represents, itself among them, where hosts are merged
     represents: Mapping[int, tuple[int, ...]] = {}
     # by rank and step, own work of the longest of those beyond that of the rank itself; empty without any
-    above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    excess_of_represented: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -103,5 +103,7 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             user={name: values[:, columns] for name, values in self.user.items()},
             elements=self.elements[:, columns] if len(self.elements) else self.elements,
             samples=self.samples[:, columns] if len(self.samples) else self.samples,
-            above=self.above[:, columns] if len(self.above) else self.above,
+            excess_of_represented=self.excess_of_represented[:, columns]
+            if len(self.excess_of_represented)
+            else self.excess_of_represented,
         )

@@ -240,7 +240,7 @@ class KeptSteps:
 
         ranks = window.ranks.tolist()
         above = self.representatives.above(ranks, window.steps)
-        return replace(window, represents=self.representatives.represents(ranks), above=above)
+        return replace(window, represents=self.representatives.represents(ranks), excess_of_represented=above)
 
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self._latest >= 0

@@ -61,17 +61,19 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     begins: NDArray[np.bool_]  # steps whose predecessor is not in the window
     sync_intervals: NDArray[np.intp]  # first step of each interval at whose end the ranks meet; mostly each step is one
     represents: Mapping[int, tuple[int, ...]] = {}  # see `AlignedSteps`
-    above: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # see `AlignedSteps`
+    excess_of_represented: Floats = msgspec.field(
+        default_factory=lambda: np.empty((0, 0), np.float32)
+    )  # see `AlignedSteps`
     # what each step took beyond `step` before several trainings were made as if of one; empty without any
-    shift: Floats = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
+    leveled_ns: Floats = msgspec.field(default_factory=lambda: np.empty(0, np.float32))
 
     def as_measured(self, columns: NDArray[np.intp], usual_ns: float) -> tuple[Floats, float]:
         """Return the times of some steps, and what is usual for them, as the run had them."""
-        if not len(self.shift):
+        if not len(self.leveled_ns):
             return self.step[columns], usual_ns
 
-        shift = self.shift[columns]
-        return self.step[columns] + shift, max(usual_ns + float(shift.mean()), 0.0)
+        leveled_ns = self.leveled_ns[columns]
+        return self.step[columns] + leveled_ns, max(usual_ns + float(leveled_ns.mean()), 0.0)
 
     def in_measured(self, part: str, values: Floats) -> Floats:
         """Return the values of the steps in which a part was measured; in others backward is a mean without its noise.
@@ -113,7 +115,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return np.asarray(np.add.reduceat(values, self.sync_intervals, axis=-1))
 
     def _with_above(self, own: Floats) -> Floats:
-        return own + self.above if len(self.above) else own
+        return own + self.excess_of_represented if len(self.excess_of_represented) else own
 
     @property
     def step_ns(self) -> float:
@@ -178,7 +180,7 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
         begins=window.begins,
         sync_intervals=_sync_intervals(window, facts),
         represents=window.represents,
-        above=window.above,
+        excess_of_represented=window.excess_of_represented,
     )
 
 

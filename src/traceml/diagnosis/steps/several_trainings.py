@@ -41,7 +41,7 @@ def as_one_training(window: AlignedSteps, work: OwnWork, starts: Sequence[int]) 
     waiting = np.maximum(work.step - work.own.mean(axis=0), 0)
     step = changed.own.mean(axis=0) + _even(waiting[None], trainings)[0]
     even = work.changed(parts, np.asarray(step, work.step.dtype))
-    return replace(even, shift=work.step - even.step)
+    return replace(even, leveled_ns=work.step - even.step)
 
 
 def trainings_of(

@@ -77,7 +77,7 @@ class StepHistory(msgspec.Struct, frozen=True):
         if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
             numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
 
-        single = work.grouped and not work.represents and not len(work.above)
+        single = work.grouped and not work.represents and not len(work.excess_of_represented)
         return cls(
             first_step=first + numbers * width,
             steps=np.diff([*starts, ends[-1]]),

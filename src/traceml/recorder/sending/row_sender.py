@@ -237,7 +237,7 @@ class RowSender:
 
         self.detach()
         if not self.all_stored:
-            self._rings[0].settle()
+            self._rings[0].count_overwritten()
 
         return self.all_stored
 

@@ -17,12 +17,12 @@ class Losses:
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
-        self._settled = 0
+        self._counted = 0
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self._settled + sum(stop - start for start, stop in self._ranges)
+        return self._counted + sum(stop - start for start, stop in self._ranges)
 
     def add(self, start: int, stop: int) -> None:
         """Add [start, stop); ranges are added in the order of their ends, as rings only move on."""
@@ -33,7 +33,7 @@ class Losses:
         self._ranges.append((start, stop))
         if len(self._ranges) > 1024:  # rows so far back are not requested again
             first_start, first_stop = self._ranges.pop(0)
-            self._settled += first_stop - first_start
+            self._counted += first_stop - first_start
 
 
 class SendCursor:
@@ -48,7 +48,7 @@ class SendCursor:
         # A number beyond the appended rows is not about this table, and would skip rows.
         self.sent = self.table.sent = self.table.acked = min(max(seq, 0), self.table.appended)
 
-    def settle(self) -> None:
+    def count_overwritten(self) -> None:
         """Count the rows that the ring has overwritten, where no more are sent."""
         first = self.table.take(self.table.acked, 1).first
         if first > self.table.acked:

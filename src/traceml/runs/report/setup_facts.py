@@ -39,7 +39,7 @@ def setup_section(summary: RunSummaryReader, reader: StoreReader, about: About) 
         model=model,
         batch_size=batch_size,
         params=_plain(about.params),
-        core_wait_share=significant(facts.wait_share) if facts.main_wait else None,
+        core_wait_share=significant(facts.wait_share) if facts.wait_of_ready_time else None,
     )
 
 

@@ -186,7 +186,7 @@ class RunSummaryReader:
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
         self._followed = _tables_of(self._intake)
-        self.kept, self.facts = self._intake.kept, self._intake.facts
+        self.kept, self.facts = self._intake.kept, self._intake.facts_builder
         self._aligned = None
         self.samples = Samples()
         self.sample_totals = SampleTotals()

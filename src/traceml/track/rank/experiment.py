@@ -209,8 +209,8 @@ class Experiment:
         """Log one value; see `traceml.log_metric`."""
         logger = self._logger or self._begun_logger()
         step = self.iteration if step is None else step
-        usual = logger.usual
-        if usual is None or not usual(name, value, step):
+        append_usual = logger.append_usual
+        if append_usual is None or not append_usual(name, value, step):
             logger.metric(name, value, step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

@@ -49,8 +49,8 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
         TypeError: the name is not a text, or the step not a whole number.
     """
     logger = loggers.active
-    usual = logger.usual
-    if usual is None or not usual(name, value, step):
+    append_usual = logger.append_usual
+    if append_usual is None or not append_usual(name, value, step):
         logger.metric(name, value, step)
 
 
@@ -65,9 +65,9 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
         step: their step.
     """
     logger = loggers.active
-    usual = logger.usual
+    append_usual = logger.append_usual
     for name, value in items_of(metrics):
-        if usual is None or not usual(name, value, step):
+        if append_usual is None or not append_usual(name, value, step):
             logger.metric(name, value, step)
 
 

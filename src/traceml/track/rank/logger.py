@@ -70,7 +70,7 @@ class Logger:
         "_ring",
         "_slot",
         "_slots",
-        "usual",
+        "append_usual",
     )
 
     def __init__(
@@ -81,7 +81,7 @@ class Logger:
         self._entries: dict[str, list[int]] = {}  # name -> [its number, the next step where none is given]
         self._deferred: deque[tuple[Any, ...]] = deque()
         self._flight: FlightFile | None = None
-        self.usual: _Usual | None = None
+        self.append_usual: _Usual | None = None
         _loggers.add(self)
 
     def __repr__(self) -> str:
@@ -166,7 +166,7 @@ class Logger:
     def experiment(self, number: int) -> None:
         self._number = number
         if self._flight is not None:
-            self.usual = usual_writer(self._flight, self._entries, number)
+            self.append_usual = usual_writer(self._flight, self._entries, number)
 
     @property
     def values(self) -> int:
@@ -214,7 +214,7 @@ class Logger:
     def unbind(self, *, forked: bool = False) -> None:
         """Forget the recorder; the next call finds another. In a forked child, deferred values belong to the parent."""
         self._entries = {}
-        self._flight = self.usual = None
+        self._flight = self.append_usual = None
         if forked:
             self._deferred.clear()
 
@@ -250,7 +250,7 @@ class Logger:
         self._count, self._slot = ring.count, ring.slot
         self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
-        self.usual = usual_writer(flight, self._entries, self._number)
+        self.append_usual = usual_writer(flight, self._entries, self._number)
         recorder.every_cycle(_flush_all)
         facts = self._announce(recorder.config)
         if facts is not None:

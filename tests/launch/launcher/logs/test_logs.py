@@ -219,11 +219,11 @@ def test_a_stopped_terminal_holds_up_only_what_is_written_to_it() -> None:
         for i in range(1000):
             feed.feed(b"%d\n" % i)
 
-        router.settle()
+        router.grant_written()
         assert granted == []
 
         terminal.going.set()
-        eventually(lambda: router.settle() or sum(granted) == 3890, "all bytes to be granted")  # type: ignore[func-returns-value]
+        eventually(lambda: router.grant_written() or sum(granted) == 3890, "all bytes to be granted")  # type: ignore[func-returns-value]
 
     assert without_time(terminal.getvalue()) == [f"INFO:node1[0]: {i}" for i in range(1000)]
 

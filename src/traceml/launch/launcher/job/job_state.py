@@ -95,7 +95,7 @@ class JobState:
                 self.workers.append(worker)
 
         logs = self._logs = self._make_logs({host.name: host.size for host in self._hosts})
-        selector.register(logs.fd, selectors.EVENT_READ, lambda _: logs.settle())
+        selector.register(logs.fd, selectors.EVENT_READ, lambda _: logs.grant_written())
         for host, data in self._early_output:
             self.on_stderr(host, data)
 

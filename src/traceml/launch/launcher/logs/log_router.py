@@ -159,7 +159,7 @@ class LogStream:
 class LogRouter:
     """Writes the output of sources to handlers, in a thread of its own.
 
-    The owner's loop waits on `fd` and calls `settle` when it can be read; `LogStream.grant` is called from there.
+    The owner's loop waits on `fd` and calls `grant_written` when it can be read, which calls `LogStream.grant`.
 
     Args:
         handlers: the targets; their levels and filters apply as in `logging`.
@@ -190,7 +190,7 @@ class LogRouter:
 
         return LogStream(self._queue, self._sources[key], kind)
 
-    def settle(self) -> None:
+    def grant_written(self) -> None:
         """Call each stream's `grant` with the number of its written bytes."""
         try:
             os.eventfd_read(self.fd)
