@@ -9,11 +9,12 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
+import traceml
 from tests.eventually import eventually
 from traceml.fork_gate import ForkGate, fork_gate
 
@@ -23,13 +24,13 @@ pytestmark = pytest.mark.process
 
 
 @contextmanager
-def working(work: Callable[[], object]) -> Iterator[None]:
+def working(work: Callable[[], object], gate: AbstractContextManager[None] = fork_gate) -> Iterator[None]:
     """Let another thread do something over and over, as the recorder's does: inside the gate, with pauses."""
     ended = threading.Event()
 
     def run() -> None:
         while not ended.is_set():
-            with fork_gate:
+            with gate:
                 work()
 
             ended.wait(0.0001)
@@ -80,6 +81,19 @@ def test_a_child_never_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "this_takes_long.py").write_text("import time\ntime.sleep(0.002)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with working(import_it):
+        assert {status_of_child(import_it) for _ in range(50)} == {0}
+
+
+def test_a_child_never_waits_for_what_a_thread_uses_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the user that calls `traceml.log_metric` for the first time imports its module."""
+    (tmp_path / "this_takes_long.py").write_text("import time\ntime.sleep(0.002)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def use() -> None:
+        sys.modules.pop("this_takes_long", None)
+        traceml._imported("this_takes_long")
+
+    with working(use, nullcontext()):
         assert {status_of_child(import_it) for _ in range(50)} == {0}
 
 

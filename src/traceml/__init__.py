@@ -221,10 +221,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _imported(module: str) -> ModuleType:
-    """Import one of our modules, without a search for garbage: behind torch's import one of all objects is due."""
+    """Import one of our modules, without a search for garbage: behind torch's import one of all objects is due.
+
+    No other thread forks meanwhile: its child would wait for the module forever.
+    """
     from importlib import import_module
 
-    with import_module("traceml.gc_pause").gc_pause:
+    with import_module("traceml.gc_pause").gc_pause, import_module("traceml.fork_gate").fork_gate:
         import_module("traceml.installation").warn_of_foreign()
         return import_module(module)
 
