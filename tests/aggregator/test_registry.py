@@ -229,6 +229,19 @@ def test_an_unfinished_run_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, 
         assert len(list(reader.streams())) == 1
 
 
+@pytest.mark.parametrize(("left", "is_stored"), [("folder", True), ("store", False), ("nothing", False)])
+def test_steps_of_a_run_that_never_had_a_store_are_stored(registry, memory, left, is_stored):
+    """The disk was full while it ran. A run that was removed stays so, and a stored one had an aggregator."""
+    facts = {"job": "a-run", "run_id": "a-run", "runs_dir": str(registry.runs_dir)}
+    FlightFile.create(memory, facts).close(unlink=False)
+    if left != "nothing":
+        (registry.runs_dir / "a-run").mkdir()
+    if left == "store":
+        (registry.runs_dir / "a-run" / STORE_NAME).touch()
+
+    assert [run.id for run in registry.recover_flights()] == ["a-run"] * is_stored
+
+
 def test_an_unfinished_run_ended_with_its_last_rank(registry):
     """Its store may have been written since, by whoever merged it."""
     run, stream = join(registry, hello(0, 1))

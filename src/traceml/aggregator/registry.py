@@ -214,7 +214,7 @@ class Registry:
                 _log.log(_level_of(error), "run %s is not resumed: %s", left["run"], error)
 
     def recover_flights(self, silence_s: float | None = None) -> list[ActiveRun]:
-        """Store the logged rows of dead ranks that had no aggregator.
+        """Store what dead ranks left that had no aggregator: logged rows, and the steps of runs without a store.
 
         Args:
             silence_s: all jobs have ended, so ranks on other hosts that were silent for so long are dead, and their
@@ -237,12 +237,17 @@ class Registry:
         return list(adopted)
 
     def _dead_flights_here(self, silence_s: float | None) -> list[DeadFlight]:
-        """Return the flight files of dead ranks with logged rows whose run is, or would have been, in this folder."""
+        """Return the flight files to recover of dead ranks whose run is, or would have been, in this folder."""
         return [
             flight
             for flight in dead_flights(None, self.runs_dir, silence_s=SILENCE_S if silence_s is None else silence_s)
-            if flight.image.holds_user_rows or silence_s is not None
+            if flight.image.holds_user_rows or silence_s is not None or self._has_no_store(flight)
         ]
+
+    def _has_no_store(self, flight: DeadFlight) -> bool:
+        """Whether a launcher made the folder of the rank's run, where no store could be created: on a full disk."""
+        folder = self.runs_dir / safe_run_id(flight.run_id)
+        return bool(flight.run_id) and folder.is_dir() and not (folder / STORE_NAME).exists()
 
     @contextlib.contextmanager
     def _recovery_lock(self) -> Iterator[None]:
