@@ -129,6 +129,17 @@ def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
         traceml.init(local=True, host="192.0.2.1", port=free_port(), connect_timeout=0.2)
 
 
+def test_a_host_of_unknown_name_is_told_as_no_aggregator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The error of the name service is none that `on_missing="warn"` and the recorder's thread know."""
+
+    def unknown(*_: object, **__: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(AggregatorUnavailableError, match=r"a-host:29765 .*Name or service not known"):
+        traceml.init(local=True, host="a-host", runs_dir=tmp_path)
+
+
 @pytest.mark.process
 def test_another_users_aggregator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a host of many users the usual port may be another's: this user's aggregator takes another one."""

@@ -243,8 +243,8 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
 
 def _listen(config: Config) -> socket.socket | None:
     """Listen on the aggregator's address; return None when another process does."""
-    family, _, _, _, address = addresses_of(config.host, config.port)[0]
     try:
+        family, _, _, _, address = addresses_of(config.host, config.port)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
