@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -359,6 +360,13 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
     assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
     assert "log_metrics takes a dict of names and values, not NoneType None" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]
+
+
+@pytest.mark.parametrize(("backend", "told"), [(5, "not int 5"), ([None], r"not list \[None\]")])
+def test_backend_that_is_no_name(backend: Any, told: str) -> None:
+    """The error has the value, and says what to give."""
+    with pytest.raises(TypeError, match=f"{told}. Register a plugin by traceml.register"):
+        traceml.Experiment(backend=backend)
 
 
 def test_resume_takes_an_id():

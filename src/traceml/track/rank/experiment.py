@@ -63,7 +63,7 @@ class Experiment:
     Raises:
         PluginError: there is no such tracker, or it has no such option; raised when the experiment begins.
         SettingsError: the settings are wrong.
-        TypeError: `resume` is no id.
+        TypeError: `resume` is no id, or `backend` no name.
         UsageError: an option holds a secret; the text says where it belongs.
     """
 
@@ -305,11 +305,22 @@ def _state_after(kind: type[BaseException] | None) -> str:
 
 
 def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the trackers in an argument: a list, or a text with commas; None if none was given."""
+    """Return the trackers in an argument: a list, or a text with commas; None if none was given.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if backend is None:
         return None
 
-    return tuple(name.strip() for name in backend.split(",")) if isinstance(backend, str) else tuple(backend)
+    names = backend.split(",") if isinstance(backend, str) else backend
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"backend is a tracker's name or a list of names, not {type(backend).__name__} {backend!r:.100}. "
+            "Register a plugin by traceml.register, and give its name, or give 'package:Class'."
+        )
+
+    return tuple(name.strip() for name in names)
 
 
 def _id_to_resume(wanted: Any) -> str | None:
