@@ -242,6 +242,13 @@ def test_steps_of_a_run_that_never_had_a_store_are_stored(registry, memory, left
     assert [run.id for run in registry.recover_flights()] == ["a-run"] * is_stored
 
 
+def test_steps_of_a_rank_without_launcher_and_aggregator_are_left(registry, memory):
+    """It had no run."""
+    FlightFile.create(memory, {"job": "job", "runs_dir": str(registry.runs_dir)}).close(unlink=False)
+
+    assert registry.recover_flights() == []
+
+
 def test_an_unfinished_run_ended_with_its_last_rank(registry):
     """Its store may have been written since, by whoever merged it."""
     run, stream = join(registry, hello(0, 1))

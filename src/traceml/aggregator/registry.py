@@ -246,8 +246,11 @@ class Registry:
 
     def _has_no_store(self, flight: DeadFlight) -> bool:
         """Whether a launcher made the folder of the rank's run, where no store could be created: on a full disk."""
+        if not flight.run_id:
+            return False
+
         folder = self.runs_dir / safe_run_id(flight.run_id)
-        return bool(flight.run_id) and folder.is_dir() and not (folder / STORE_NAME).exists()
+        return folder.is_dir() and not (folder / STORE_NAME).exists()
 
     @contextlib.contextmanager
     def _recovery_lock(self) -> Iterator[None]:
