@@ -6,6 +6,7 @@ import hmac
 import os
 import signal
 import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -95,6 +96,15 @@ def test_a_child_never_waits_for_what_a_thread_uses_first(tmp_path: Path, monkey
 
     with working(use, nullcontext()):
         assert {status_of_child(import_it) for _ in range(50)} == {0}
+
+
+@pytest.mark.parametrize(("before", "is_there"), [("import threading", True), ("", False)])
+def test_the_gate_is_there_before_threads_are(before: str, is_there: bool) -> None:
+    """Else a thread would import it while another one forks; without threads `import traceml` is not to pay for it."""
+    code = f"import sys\n{before}\nimport traceml\nprint('traceml.fork_gate' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert printed == f"{is_there}\n"
 
 
 def test_a_fork_waits_until_the_work_has_ended() -> None:

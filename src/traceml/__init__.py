@@ -205,10 +205,16 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
 ]
 
 
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
+# A thread may be the first to use a name, while another one forks: then the gate must be there already.
+if "threading" in sys.modules:  # its import takes longer than all the rest, and without it there is one thread
+    from traceml import fork_gate as fork_gate
+    from traceml import gc_pause as gc_pause
 
+
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
+        from importlib import import_module
+
         return import_module(f"traceml.{name}")
 
     home = "traceml.version" if name == "__version__" else _HOMES.get(name)
@@ -225,11 +231,17 @@ def _imported(module: str) -> ModuleType:
 
     No other thread forks meanwhile: its child would wait for the module forever.
     """
-    from importlib import import_module
+    from traceml.gc_pause import gc_pause
 
-    with import_module("traceml.gc_pause").gc_pause, import_module("traceml.fork_gate").fork_gate:
-        import_module("traceml.installation").warn_of_foreign()
-        return import_module(module)
+    with gc_pause:
+        from traceml.fork_gate import fork_gate
+
+        with fork_gate:
+            from traceml.installation import warn_of_foreign
+
+            warn_of_foreign()
+            __import__(module)
+            return sys.modules[module]
 
 
 def load_ipython_extension(shell: Any) -> None:
