@@ -196,7 +196,20 @@ def for_residual(
             "--lines` shows all lines."
         )
 
-    if line is not None and facts.waits_in(part, line):
+    if line is not None:
+        return _for_line(part, line, facts, called)
+
+    if part not in UNNAMED_CODE:
+        return (
+            f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
+        )
+
+    return _for_several_lines(trainer, two)
+
+
+def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) -> str:
+    """Return advice on a line of the user's own code, whether it waits or computes."""
+    if facts.waits_in(part, line):
         if called in _AWAITS_ANSWERS:
             return (
                 f"{line.place} waits there for answers of other processes: make what these do cheaper, or divide it "
@@ -209,21 +222,13 @@ def for_residual(
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
-    if line is not None:
-        calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
-        loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
-        return (
-            f"Make {line.place} cheaper{loss}, or take it out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; "
-            f"metrics and logs can run every n-th step. {_READS if _is_on_cuda(facts) else ''}`traceml report --lines` "
-            "shows the other lines."
-        )
-
-    if part not in UNNAMED_CODE:
-        return (
-            f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
-        )
-
-    return _for_several_lines(trainer, two)
+    calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
+    loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
+    return (
+        f"Make {line.place} cheaper{loss}, or take it out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; "
+        f"metrics and logs can run every n-th step. {_READS if _is_on_cuda(facts) else ''}`traceml report --lines` "
+        "shows the other lines."
+    )
 
 
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "

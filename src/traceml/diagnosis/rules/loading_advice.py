@@ -71,7 +71,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
 
-    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(facts, loader, pipeline, line)
+    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(facts, loader, pipeline, line, cores)
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
@@ -237,7 +237,7 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
 
 
 def _cheaper_samples(
-    facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None
+    facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None, cores: str
 ) -> LoadingAdvice:
     of_workers = line if line is not None and line.of_workers else None
     share = 1.0 if of_workers is None else of_workers.share
@@ -256,8 +256,7 @@ def _cheaper_samples(
     # Workers of short epochs are gone before they were watched for long enough.
     is_known = not pipeline.workers or share_at_work(facts) is not None
     unless = "" if is_known else ", unless making a sample waits (for a disk, a network)"
-    on_cores = f"{_on(pipeline, facts)}{unless}"
-    crowd = f"; more workers will not help{on_cores}" if pipeline.workers or pipeline.cores else ""
+    crowd = f"; more workers will not help{cores}{unless}" if pipeline.workers or pipeline.cores else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache {gain_text(cached, 'at most')}.",
