@@ -331,7 +331,7 @@ class WorkerGroup:
             )
             self._stack_requests = None
 
-        if self._silent is not None:
+        if self._silent is not None and not self._stopping:  # a worker that is being ended does other things
             self._silent.check((each.rank, each.pid) for each in self._ranks.values() if each.running and each.pid)
 
         self._finish()
