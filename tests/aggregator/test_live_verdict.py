@@ -219,7 +219,7 @@ def test_a_process_that_joins_again_does_not_stand_still(live):
     for rank in range(2):
         live.join(stream_of(rank))
 
-    assert not live.facts.progress.has_snapshots
+    assert not live.facts_builder.progress.has_snapshots
 
 
 def test_a_run_that_was_stopped_while_it_hung_has_hung(live):

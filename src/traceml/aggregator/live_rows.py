@@ -30,8 +30,8 @@ class LiveRows:
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
-        self.facts = self.intake.facts_builder
-        self.facts.world_size = world_size
+        self.facts_builder = self.intake.facts_builder
+        self.facts_builder.world_size = world_size
         self.on_loaded: Callable[[RankStream, dict[str, Any]], None] = _ignore
         """Called when a rank has read a file before its first step: its `loaded` row."""
         self.fresh = False
@@ -41,7 +41,7 @@ class LiveRows:
     def resize(self, world_size: int) -> None:
         """Drop the kept steps and keep new ones: how many depends on the number of ranks."""
         self.intake.resize(slots_for(world_size), world_size)
-        self.facts.world_size = world_size
+        self.facts_builder.world_size = world_size
 
     @property
     def representatives(self) -> Representatives:
@@ -51,7 +51,7 @@ class LiveRows:
     def begin_attempt(self) -> None:
         """Forget which ranks of the previous attempt represented others, and which had not connected."""
         self._absent.clear()
-        self.facts.resumes_at = 0
+        self.facts_builder.resumes_at = 0
         self.intake.kept.representatives = Representatives()
 
     def mark_unreachable(self, host: str) -> None:
@@ -66,13 +66,13 @@ class LiveRows:
             return
 
         self.intake.kept.clear(stream.rank)
-        self.facts.join(stream.rank)
+        self.facts_builder.join(stream.rank)
         if (stood := self._absent.pop(stream.rank, None)) is not None:  # it may connect only to end
             self.take_snapshot(stood)
 
     def resume(self, stream: RankStream) -> None:
         """Add a rank as an earlier aggregator left it."""
-        self.facts.host(stream.rank, stream.incarnation.host)
+        self.facts_builder.host(stream.rank, stream.incarnation.host)
         self.note_checkpoint(stream)
         if stream.is_diagnosed:
             self.intake.names[stream.rank] = stream.names
@@ -80,15 +80,15 @@ class LiveRows:
     def note_checkpoint(self, stream: RankStream) -> None:
         """Record the checkpoint that a rank has read: one may read it for all."""
         if stream.is_diagnosed:
-            self.facts.resumes_at = max(self.facts.resumes_at, stream.resumes_at)
+            self.facts_builder.resumes_at = max(self.facts_builder.resumes_at, stream.resumes_at)
 
     def set_hang_rule(self, timeout_s: float, *, aborts: bool) -> None:
         """Set when a job hangs, and whether it is ended then, before any rank has told."""
-        self.facts.progress.timeout_s, self.facts.progress.aborts = timeout_s, aborts
+        self.facts_builder.progress.timeout_s, self.facts_builder.progress.aborts = timeout_s, aborts
 
     def note_ending(self, ended_by: EndingSignal) -> None:
         """Record the signal that ended the job."""
-        self.facts.ended_by = ended_by
+        self.facts_builder.ended_by = ended_by
 
     def end(self, stream: RankStream) -> None:
         """Record how a rank ended."""
@@ -111,11 +111,11 @@ class LiveRows:
         if is_absent:
             self._absent[snapshot.rank] = snapshot
 
-        self.facts.progress.take_snapshot(snapshot)
+        self.facts_builder.progress.take_snapshot(snapshot)
 
     def snapshot_from_outside(self, rank: int) -> RankSnapshot | None:
         """Return the newest snapshot of a rank without progress, if another process has made it."""
-        snapshot = self.facts.progress.snapshot_of(rank)
+        snapshot = self.facts_builder.progress.snapshot_of(rank)
         return snapshot if snapshot is not None and snapshot.answered in ("signal", "kernel") else None
 
     def has_hung(self, state: str) -> bool:
@@ -124,7 +124,7 @@ class LiveRows:
         Args:
             state: finished, stopped, failed or lost.
         """
-        self.facts.state = state
+        self.facts_builder.state = state
         window, facts = self.intake.snapshot(_HUNG_STEPS)
         return bool(hang(window, facts))
 
@@ -134,7 +134,7 @@ class LiveRows:
         Args:
             state: finished, stopped, failed, hung or lost.
         """
-        self.facts.state = state
+        self.facts_builder.state = state
         window, facts = self.intake.snapshot(_HUNG_STEPS)
         return diagnose(window, facts)
 
@@ -158,7 +158,7 @@ class LiveRows:
         elif row.get("kind") == InfoKind.LOADED:
             self.on_loaded(stream, row)
         elif stream.is_diagnosed:
-            self.facts.info(stream.rank, row)
+            self.facts_builder.info(stream.rank, row)
 
 
 def _ignore(_stream: RankStream, _row: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ class LiveVerdict:
     def update(self, store: StoreWriter) -> None:
         """Diagnose if there are new rows, and store a verdict that changed or is older than a few seconds."""
         now_s, began_s = time.monotonic(), time.thread_time()
-        may_differ = self._live.fresh or self._live.facts.progress.has_snapshots  # of a rank without progress
+        may_differ = self._live.fresh or self._live.facts_builder.progress.has_snapshots  # of a rank without progress
         if not may_differ or now_s < self._due_s:
             return
 
@@ -88,7 +88,7 @@ class LiveVerdict:
         if self._live.representatives:
             return STEPS_COMPARED
 
-        return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_LIVE_CELLS // max(self._live.facts.world_size, 1)))
+        return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_LIVE_CELLS // max(self._live.facts_builder.world_size, 1)))
 
     def _is_confirmed(self, findings: list[Finding]) -> bool:
         """Ask for the rows that findings near a limit need; return whether they are there, or do not come."""

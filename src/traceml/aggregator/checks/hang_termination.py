@@ -47,10 +47,10 @@ class HungJobs:
     def is_due(self, run: ActiveRun) -> bool:
         """Return whether a run that hangs is to be ended; true once for each attempt."""
         ended = self._ended.get(run)
-        if not run.live.facts.progress.aborts or (ended is not None and not ended.may_hang_again(run)):
+        if not run.live.facts_builder.progress.aborts or (ended is not None and not ended.may_hang_again(run)):
             return False
 
-        after_s = _KILL_AFTER_S + run.live.facts.progress.timeout_s
+        after_s = _KILL_AFTER_S + run.live.facts_builder.progress.timeout_s
         self._ended[run] = _AbortedAttempt(run.attempt, time.monotonic() + after_s)
         return True
 
@@ -64,7 +64,7 @@ class HungJobs:
                 await asyncio.to_thread(self._report, run.path)
 
         run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
-        run.live.facts.progress.was_aborted = True
+        run.live.facts_builder.progress.was_aborted = True
         run.commit(force=True)
         processes = _running_here(run)
         for stream in run.connected:

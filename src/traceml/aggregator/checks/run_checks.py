@@ -110,7 +110,7 @@ class CompetingProcesses:
 
     def check(self) -> None:
         """Read again if it is time, and if a rank waits."""
-        if self._is_reading or time.monotonic() < self._due_s or not self._run.live.facts.has_core_waits:
+        if self._is_reading or time.monotonic() < self._due_s or not self._run.live.facts_builder.has_core_waits:
             return
 
         ranks = [each for each in self._run.connected if each.seen_here]
@@ -124,7 +124,7 @@ class CompetingProcesses:
         self._is_reading = False
         if found and not self._run.ended:
             self._run.store.event(COMPETING_PROCESSES, {"cores": found})
-            self._run.live.facts.competing_processes.add(found)
+            self._run.live.facts_builder.competing_processes.add(found)
 
     def _measured(self, own: set[int]) -> tuple[dict[str, float], float]:
         began_s = time.thread_time()

@@ -191,7 +191,7 @@ def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[in
     """
     (mine, in_steps), (usual, in_steps_of_others) = (_by_place(lines, part, some) for some in (ranks, others))
     scale = in_steps / max(in_steps_of_others, 1)
-    alone = [samples for place, samples in mine.items() if samples >= OWN_LINE_RATIO * (usual[place] * scale + 1)]
+    alone = [samples for place, samples in mine.items() if _is_alone(samples, usual[place], scale)]
     return max(alone, default=0) / max(in_steps, 1)
 
 
@@ -201,7 +201,12 @@ def is_of_ranks_alone(lines: Sequence[SampledLine], part: str, line: BlamedLine,
     in_steps, in_steps_of_others = (_by_function(some, part)[2] for some in (_seen_on(lines, ranks), others))
     mine, usual = (sum(each.samples for each in _seen_in(some, part, line)) for some in (lines, others))
     scale = in_steps / max(in_steps_of_others, 1)
-    return in_steps_of_others >= MIN_SAMPLES and mine - usual >= OWN_LINE_RATIO * (usual * scale + 1)
+    return in_steps_of_others >= MIN_SAMPLES and _is_alone(mine - usual, usual, scale)
+
+
+def _is_alone(mine: int, of_others: int, scale: float) -> bool:
+    """Return whether ranks have far more samples than others; `scale`: their samples in steps, in those of others."""
+    return mine >= OWN_LINE_RATIO * (of_others * scale + 1)
 
 
 def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -> tuple[BlamedLine, ...]:

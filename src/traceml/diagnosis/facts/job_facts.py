@@ -54,9 +54,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # Cores and other programs
     cores: Mapping[str, int] = {}  # host -> cores that the job may use there
     threads: int | None = None  # torch threads per rank
-    wait_of_ready_time: Mapping[
-        int, float
-    ] = {}  # rank -> share of its main thread's ready time in which it waited for a core
+    # rank -> share of its main thread's ready time in which it waited for a core
+    wait_of_ready_time: Mapping[int, float] = {}
     # rank -> share of wall time in training in which its main thread waited for a core
     wait_of_wall_time: Mapping[int, float] = {}
     core_wait_s: Mapping[int, float] = {}  # rank -> seconds of training in which its waits for a core were counted

@@ -53,7 +53,7 @@ RARE_FACTOR = 1.1
 """Rare long steps are not counted if a part costs more than this factor with them."""
 _TURNS_RATIO = 1.5
 """Ranks have a part in turns if steps lose this many times the mean of the rank with most of it,"""
-_IDLE_SHARE, _TURNS_STEPS = 0.25, 0.7
+_NOT_IN_TURN_SHARE, _TURNS_STEPS = 0.25, 0.7
 """and half of the ranks have less than this share of the longest, in this share of the steps."""
 MIN_EXCLUDED = 0.02
 """What does not count is named from this share of the part on."""
@@ -130,7 +130,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         if self.ranks or len(by_rank) < 2 or self.saved_ns < _TURNS_RATIO * float(by_rank.max()):
             return False
 
-        little = self.removed < _IDLE_SHARE * self.removed.max(axis=0)
+        little = self.removed < _NOT_IN_TURN_SHARE * self.removed.max(axis=0)
         return float((little.mean(axis=0) >= 0.5).mean()) >= _TURNS_STEPS
 
     @property
