@@ -362,6 +362,12 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]
 
 
+def test_names_of_backends_come_in_any_collection() -> None:
+    """A set, too, or what a function yields."""
+    assert traceml.Experiment(backend={"jsonl"}).backends == ("jsonl",)  # type: ignore[arg-type]
+    assert traceml.Experiment(backend=(name for name in ("aim ", "jsonl"))).backends == ("aim", "jsonl")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("backend", "told"), [(5, "not int 5"), ([None], r"not list \[None\]")])
 def test_backend_that_is_no_name(backend: Any, told: str) -> None:
     """The error has the value, and says what to give."""

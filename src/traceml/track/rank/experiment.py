@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -313,8 +313,9 @@ def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if backend is None:
         return None
 
-    names = backend.split(",") if isinstance(backend, str) else backend
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+    given = backend.split(",") if isinstance(backend, str) else backend
+    names = tuple(given) if isinstance(given, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"backend is a tracker's name or a list of names, not {type(backend).__name__} {backend!r:.100}. "
             "Register a plugin by traceml.register, and give its name, or give 'package:Class'."
