@@ -92,7 +92,7 @@ def test_points_are_written_as_single_events_are(tmp_path, origin_ns, suffix):
         PointKind("%b is nan", "metric", "i", ("step",), {"metric": "%b", "value": "nan"}),
     )
     values = [0.5, 3, -1e-7, 7, 1e300]
-    numbers = np.array([msgspec.json.encode(value) for value in values], object)
+    numbers = np.array([msgspec.json.encode(value) for value in values])
     at = ORIGIN_NS + np.array([0, 1, 999_999, 10**12, 10**12 + 1])
     block = PointBlock(7, 71, kinds, np.arange(5) % 2, at, numbers[:, None])
     with Writer(tmp_path / f"one.{suffix}", origin_ns=origin_ns) as one:

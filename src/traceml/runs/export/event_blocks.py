@@ -1,6 +1,6 @@
 """Events from arrays: rows are collected, and the text of a block is made at once, without an object per event.
 
-The text is the one that the same events have when they are written one by one, and takes about a fifth of the time.
+The text is the one that the same events have when they are written one by one, and takes less than a third of the time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.database.store.reader import StreamRecord
+from traceml.runs.export.line_text import GAP, fill_lines
 from traceml.traces.writer.encoding import args_of, quoted
 from traceml.traces.writer.writer import Writer
 
@@ -22,12 +23,12 @@ __all__ = ["ArrowBlock", "EventBlocks", "PointBlock", "PointKind", "SpanBlock", 
 
 Longs = NDArray[np.int64]
 
-_SPAN = b'{"id":%%d,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"dur":%b,"ph":"X","args":%b}\n'
-_POINT = b'{"id":%%d,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"ph":"%b"%b,"args":%b}\n'
-_ARROW = b'{"id":%%d,"name":%b,"cat":%b,"pid":%%d,"tid":%%d,"ts":%b,"ph":"%b"%b}\n'
+_SPAN = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"dur":%b,"ph":"X","args":%b}\n'
+_POINT = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"ph":"%b"%b,"args":%b}\n'
+_ARROW = b'{"id":\0,"name":%b,"cat":%b,"pid":\0,"tid":\0,"ts":%b,"ph":"%b"%b}\n'
 _SCOPE = {"C": b"", "i": b',"s":"t"'}
-_US = {False: b"%d", True: b"%d%b"}  # whole microseconds; with the text of their fraction
-_FRACTIONS = np.array([str(ns / 1000)[1:].encode() for ns in range(1000)], object)
+_US = {False: GAP, True: GAP + GAP}  # whole microseconds; with the text of their fraction
+_FRACTIONS = np.array([str(ns / 1000)[1:].encode() for ns in range(1000)], "S4")
 
 _MAX_ROWS = 32_768  # of all ranks: 1 to 3 MB
 
@@ -142,43 +143,40 @@ class EventBlocks:
 
     def write_spans(self, block: SpanBlock) -> None:
         """Write spans."""
-        ids = self._writer.take_ids(len(block.kind))
+        ids = self._take_ids(len(block.kind))
         templates = [self._span_template(kind, block.pid, block.tid) for kind in block.kinds]
         times = [*self._times(block.start_ns), *self._durations(block.start_ns, block.end_ns)]
-        columns = [np.array(ids, object), *times, *block.numbers.T]
-        counts = np.array([len(kind.numbers) for kind in block.kinds])[block.kind]
-        used = np.arange(len(columns)) < (counts + 1 + len(times))[:, None]
-        text = _filled([templates[number] for number in block.kind.tolist()], columns, used)
-        self._writer.write_lines(text, len(ids))
+        self._writer.write_lines(fill_lines(templates, block.kind, [ids, *times, *block.numbers.T]), len(ids))
 
     def write_points(self, block: PointBlock) -> None:
         """Write counters and instants."""
-        ids = self._writer.take_ids(len(block.kind))
+        ids = self._take_ids(len(block.kind))
         templates = [self._point_template(kind, block.pid, block.tid) for kind in block.kinds]
-        columns = [np.array(ids, object), *self._times(block.at_ns), *block.numbers.T]
-        self._writer.write_lines(_filled([templates[number] for number in block.kind.tolist()], columns), len(ids))
+        values = [ids, *self._times(block.at_ns), *block.numbers.T]
+        self._writer.write_lines(fill_lines(templates, block.kind, values), len(ids))
 
     def write_arrows(self, block: ArrowBlock) -> None:
         """Write both ends of arrows."""
         count = len(block.from_ns)
         ids = np.arange(block.first_id, block.first_id + count)
         ends = ((block.source, block.from_ns), (block.target, block.to_ns))
-        columns = [column for tracks, at_ns in ends for column in (ids, *tracks.T, *self._times(at_ns))]
+        values = [column for tracks, at_ns in ends for column in (ids, *tracks.T, *self._times(at_ns))]
         template = self._arrow_template(block, b"s", b"") + self._arrow_template(block, b"f", b',"bp":"e"')
-        self._writer.write_lines(_filled([template] * count, columns), 2 * count)
+        self._writer.write_lines(fill_lines([template], np.zeros(count, np.intp), values), 2 * count)
+
+    def _take_ids(self, count: int) -> Longs:
+        return np.fromiter(self._writer.take_ids(count), np.int64, count)
 
     def _span_template(self, kind: SpanKind, pid: int, tid: int) -> bytes:
-        args = _args_template(kind.numbers, b"%d", kind.args)
-        name, cat = _constant(quoted(kind.name)), _constant(quoted(kind.cat))
-        return _SPAN % (name, cat, pid, tid, self._us, self._us, args)
+        args = _args_template(kind.numbers, kind.args)
+        return _SPAN % (quoted(kind.name), quoted(kind.cat), pid, tid, self._us, self._us, args)
 
     def _point_template(self, kind: PointKind, pid: int, tid: int) -> bytes:
-        args = _args_template(kind.numbers, b"%b", kind.args)
-        name, cat = _constant(quoted(kind.name)), _constant(quoted(kind.cat))
-        return _POINT % (name, cat, pid, tid, self._us, kind.phase.encode(), _SCOPE[kind.phase], args)
+        facts = quoted(kind.name), quoted(kind.cat), pid, tid, self._us, kind.phase.encode(), _SCOPE[kind.phase]
+        return _POINT % (*facts, _args_template(kind.numbers, kind.args))
 
     def _arrow_template(self, block: ArrowBlock, phase: bytes, rest: bytes) -> bytes:
-        return _ARROW % (_constant(quoted(block.name)), _constant(quoted(block.cat)), self._us, phase, rest)
+        return _ARROW % (quoted(block.name), quoted(block.cat), self._us, phase, rest)
 
     def _times(self, epoch_ns: Longs) -> list[NDArray[Any]]:
         """Return the columns of a time: microseconds, and their fraction if nanoseconds are written."""
@@ -191,9 +189,9 @@ class EventBlocks:
         return _with_fraction(end_ns - start_ns)
 
 
-def _args_template(numbers: Sequence[str], form: bytes, args: Mapping[str, Any]) -> bytes:
-    own = [b"%b:%b" % (_constant(quoted(name)), form) for name in numbers]
-    common = [_constant(bytes(args_of(args)))[1:-1]] if args else []
+def _args_template(numbers: Sequence[str], args: Mapping[str, Any]) -> bytes:
+    own = [quoted(name) + b":" + GAP for name in numbers]
+    common = [bytes(args_of(args))[1:-1]] if args else []
     return b"{" + b",".join((*own, *common)) + b"}"
 
 
@@ -205,21 +203,6 @@ def _with_fraction(ns: Longs) -> list[NDArray[Any]]:
     return [np.where(before, ns, ns // 1000), fraction]
 
 
-def _filled(templates: list[bytes], columns: Sequence[NDArray[Any]], used: NDArray[np.bool_] | None = None) -> bytes:
-    """Return the templates with the used values of each row put in."""
-    values = np.empty((len(templates), len(columns)), object)
-    for number, column in enumerate(columns):
-        values[:, number] = column
-
-    return b"".join(templates) % tuple((values if used is None else values[used]).ravel().tolist())
-
-
-def _constant(text: bytes) -> bytes:
-    return text.replace(b"%", b"%%")
-
-
 def as_json(numbers: Sequence[float]) -> NDArray[Any]:
     """Return finite numbers as JSON, each as bytes."""
-    texts = np.empty(len(numbers), object)
-    texts[:] = msgspec.json.encode(numbers)[1:-1].split(b",") if len(numbers) else ()
-    return texts
+    return np.array(msgspec.json.encode(numbers)[1:-1].split(b",") if len(numbers) else (), "S")

@@ -161,7 +161,9 @@ class MetricTracks:
         found, kind = np.unique(rows["name_id"] * (1 + len(_NOT_FINITE)) + form, return_inverse=True)
         kinds = [self._kind(stream.id, *divmod(each, 1 + len(_NOT_FINITE))) for each in found.tolist()]
         numbers = as_json(np.where(form == 0, rows["value"], 0.0).tolist())
-        numbers[form > 0] = as_json(rows["step"][form > 0].tolist())
+        if form.any():
+            numbers = np.where(form > 0, rows["step"].astype("S"), numbers)
+
         at_ns = self._clocks.from_wall_clock(stream.id, rows["t_ns"])
         self._blocks.write_points(PointBlock(pid, tid, kinds, kind, at_ns, numbers[:, None]))
 

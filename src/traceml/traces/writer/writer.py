@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from inspect import iscoroutinefunction
 from itertools import islice
@@ -255,9 +255,9 @@ class Writer:
         """Write the name of a process or a thread."""
         self._put(MetaEvent(what, pid, tid, "M", args_of({"name": name, **facts})))
 
-    def take_ids(self, count: int) -> list[int]:
+    def take_ids(self, count: int) -> Iterator[int]:
         """Return the numbers of the next events, for `write_lines`."""
-        return list(islice(self._ids, count))
+        return islice(self._ids, count)
 
     def write_lines(self, text: bytes, events: int) -> None:
         """Write events that are encoded already, after the pending ones.
