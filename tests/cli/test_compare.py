@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds
-from tests.runs.fabricated_store import store_run
+from tests.runs.fabricated_store import run_with_batches, store_run
 from traceml import cli
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
@@ -15,13 +15,15 @@ from traceml.runs.report.report import build_report
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder of runs: two alike, one with a straggler, one too short, one of other size."""
+    """A folder of runs: two alike, one with a straggler, one too short, one of other size, two of other batches."""
     folder = tmp_path_factory.mktemp("runs")
     store_run(folder / "first", Job(steps=200), seed=1)
     store_run(folder / "again", Job(steps=200), seed=5)
     store_run(folder / "slow", Job(steps=200), adds("forward", 5, (1,)), seed=2)
     store_run(folder / "short", Job(steps=12), seed=2)
     store_run(folder / "wide", Job(ranks=4, steps=200), seed=2)
+    run_with_batches(folder / "batches", 16)
+    run_with_batches(folder / "larger", 32, forward=10.0)
     return folder
 
 
@@ -51,6 +53,13 @@ def test_a_real_slowdown_over_the_limit_fails(compare):
     assert compare("first", "slow", "--fail-over", "5")[0] == 1
     assert "--fail-over" in compare("first", "slow", "--fail-over", "5")[2]
     assert compare("first", "slow", "--fail-over", "50")[0] == 0
+
+
+def test_larger_batches_are_judged_by_sample(compare):
+    """Steps of twice the samples take 1.4x as long and pass; the other way round, samples take 1.4x as long."""
+    assert compare("batches", "larger", "--fail-over", "5")[0] == 0
+    status, _, complaint = compare("larger", "batches", "--fail-over", "5")
+    assert (status, "time per sample +" in complaint) == (1, True)
 
 
 def test_chance_and_gains_pass(compare):

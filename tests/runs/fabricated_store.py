@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +88,21 @@ def store_run(
         writer.put_meta("run", {**run_facts(id=folder.name, world_size=job.ranks), **(facts or {})})
         for rank, rows in enumerate(rows_of(job, *faults, seed=seed)):
             add_rank(writer, rank, rows, **of_ranks)
+
+    return folder
+
+
+def run_with_batches(folder: Path, samples: int, **own: float) -> Path:
+    """Write a run of a rank whose steps have `samples` each, and phases of these milliseconds; return its folder."""
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=folder.name, world_size=1))
+        job = Job(ranks=1, steps=300, grouped=False)
+        rows = rows_of(replace(job, own={**job.own, **own}), seed=samples)[0]
+        rows["samples"], rows["elements"] = samples, samples * 32
+        stream = add_rank(writer, 0, rows)
+        add_info(writer, stream, kind="model", t_ns=1, model="Net", parameters=10)
+        add_info(writer, stream, kind="input", t_ns=2, dtype="torch.float32", dimensions=4, tokens=False)
+        add_info(writer, stream, kind="loader", t_ns=3, batch_size=samples)
 
     return folder

@@ -109,12 +109,10 @@ def _print(found: list[Comparison], options: CompareOptions) -> None:
 
 def _gate(found: list[Comparison], percent: float) -> int:
     """Return 1 if any run is slower than allowed, else 3 if that is unknown of any; say of which."""
-    slower = [
-        each for each in found if each.outcome == "slower" and 100 * (each.step_time.mean.change or 0.0) > percent
-    ]
+    slower = [each for each in found if each.outcome == "slower" and 100 * (each.judged.change or 0.0) > percent]
     for each in slower:
-        change = change_text(each.step_time.mean.change)
-        what = f"step time {change}, over {percent:g} % and significant (--fail-over)"
+        time = "time per sample" if each.sample_time else "step time"
+        what = f"{time} {change_text(each.judged.change)}, over {percent:g} % and significant (--fail-over)"
         print(f"traceml compare: {each.b.id}: {what}", file=sys.stderr)
 
     unknown = [each for each in found if not each.comparable]

@@ -33,11 +33,12 @@ from traceml.runs.report.report_types import (
     StepsSection,
     TelemetrySection,
     TimePart,
+    TimeSection,
     TrackerSection,
     rate_of,
 )
 
-__all__ = ["SMALL_SHARE", "RankRow", "RunView", "run_view", "verdict_look", "visible_ranks"]
+__all__ = ["SMALL_SHARE", "RankRow", "RunView", "run_view", "verdict_look", "visible_parts", "visible_ranks"]
 
 # A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
 _STANDS_OUT = 1.10
@@ -143,10 +144,8 @@ class RunView(msgspec.Struct, frozen=True):
 
     @property
     def time_parts(self) -> list[TimePart]:
-        """Parts of the run's wall time that can be seen; none where nothing of it is known, as of a run that logs."""
-        time = self.report.time
-        parts = [] if time is None else [part for part in time.parts if part.share >= SMALL_SHARE]
-        return [] if {part.part for part in parts} == {"unexplained"} else parts
+        """Parts of the run's wall time that can be seen."""
+        return visible_parts(self.report.time)
 
     @property
     def sample(self) -> str | None:
@@ -246,6 +245,12 @@ def visible_ranks(ranks: Sequence[RankRow], most: int) -> tuple[RankRow, ...]:
     fastest = 1 if most < 8 else 3
     chosen = {row.rank for row in (*by_work[: max(most - fastest, 1)], *by_work[len(by_work) - fastest :])}
     return tuple(row for row in ranks if row.rank in chosen)[:most]
+
+
+def visible_parts(time: TimeSection | None) -> list[TimePart]:
+    """Return the parts of a wall time that can be seen; none where nothing of it is known, as of a run that logs."""
+    parts = [] if time is None else [part for part in time.parts if part.share >= SMALL_SHARE]
+    return [] if {part.part for part in parts} == {"unexplained"} else parts
 
 
 def _rank_rows(report: Report) -> tuple[RankRow, ...]:

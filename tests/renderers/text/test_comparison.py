@@ -68,6 +68,21 @@ def test_a_faster_run_names_the_rank_that_was_mended(compared):
     assert not any("own work" in sentence for sentence in compared_sentences(compared("slow", "slow")))
 
 
+def test_other_batches_are_compared_by_sample(compared):
+    """Headline, phase and table speak of samples; ranks, whose work is of a step, are not blamed."""
+    comparison = compared("a", "slow")
+    comparison.a.samples_per_step, comparison.b.samples_per_step = 10, 20
+    comparison.sample_time = StatisticChange(a_ms=1.5, b_ms=1.0, change=-1 / 3, low=-0.4, high=-0.2, p=0.001, real=True)
+    comparison.outcome = "faster"
+
+    assert compared_headline(comparison) == "B is faster: a sample takes 1.50 ms -> 1.00 ms (-33 %)"
+    assert (
+        compared_sentences(comparison)[0] == "With 99 % confidence the change is between -40 % and -20 % (p = 0.001)."
+    )
+    assert "less per sample" in compared_sentences(comparison)[1]
+    assert "per sample       1.50 ms   1.00 ms     -33 %  yes, p = 0.001" in _shown(comparison, 80)
+
+
 def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
     """When all ranks got slower in the same part, the part is named."""
     all_slow = store_run(tmp_path / "all", Job(steps=200), adds("forward", 5), seed=2)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
-from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
+from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, run_with_batches, store_run
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.comparison.compare import compare_runs, compare_sides
 from traceml.runs.comparison.compared_run import read_compared
 from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import TimePart, TimeSection
 from traceml.runs.rows.run_summary_reader import read_run_summary
 
 
@@ -124,6 +125,63 @@ def test_other_models_are_no_comparison(tmp_path):
     assert {"batch size: 32 in A, 64 in B", "parallelism: none in A, ddp in B", "torch.compile: yes in A, no in B"} <= {
         *found["remarks"]
     }
+
+
+@pytest.mark.parametrize(("forward_ms", "outcome", "change"), [(10.0, "faster", -0.29), (33.0, "slower", 0.53)])
+def test_steps_with_other_batches_are_compared_by_sample(tmp_path, forward_ms, outcome, change):
+    """Steps of twice the samples take 1.4x and 3.1x as long: samples take less and more."""
+    runs = [
+        run_with_batches(tmp_path / name, samples, forward=forward)
+        for name, samples, forward in (("a", 16, 4.0), ("b", 32, forward_ms))
+    ]
+
+    found = compare_runs(*runs)
+
+    assert found.outcome == outcome
+    assert found.step_time.mean.change > 0.3
+    assert found.judged is found.sample_time
+    assert found.sample_time.change == pytest.approx(change, abs=0.03)
+    assert found.sample_time.a_ms == pytest.approx(found.step_time.mean.a_ms / 16, rel=1e-3)
+    assert found.remarks == ["samples in a step: 16 in A, 32 in B; the time per sample is compared"]
+
+
+def test_all_phases_of_larger_batches_are_seen_alike_by_sample(tmp_path):
+    """Where each phase takes half as long again per sample, the machine may be the difference."""
+    slow = {name: 3 * ms for name, ms in Job().own.items()}
+
+    found = compare_runs(run_with_batches(tmp_path / "a", 16), run_with_batches(tmp_path / "b", 32, **slow))
+
+    assert found.outcome == "unknown"
+    assert "phases are slower, as when the machine was under different load" in found.obstacles[0]
+
+
+def test_a_smaller_last_batch_is_the_same_work(tmp_path):
+    """Steps of 64 and of 62 samples in the mean are compared as they are."""
+    found = compare_runs(run_with_batches(tmp_path / "a", 64), run_with_batches(tmp_path / "b", 62))
+
+    assert found.sample_time is None
+    assert found.judged is found.step_time.mean
+
+
+@pytest.mark.parametrize(("seconds", "is_told"), [(3.0, True), (0.1, False)])
+def test_evaluation_is_not_in_the_step_time(tmp_path, seconds, is_told):
+    """A run of 300 steps that evaluates for 3 s does so for 10 ms per step; a tenth of a second is not worth a note."""
+    first, second = (
+        read_compared(store_run(tmp_path / name, Job(steps=300), seed=seed)) for seed, name in enumerate("ab")
+    )
+    first.report.time, second.report.time = (
+        TimeSection(
+            wall_s=10.0, parts=[TimePart("steps", 10.0 - evaluated, 0.0), TimePart("evaluation", evaluated, 0.0)]
+        )
+        for evaluated in (0.0, seconds)
+    )
+
+    found = compare_sides(first, second)
+
+    told = "not in the step time: evaluation, 0 us per step in A, 10.0 ms in B"
+    assert found.outcome == "same"
+    assert (told in found.remarks) == is_told
+    assert found.b.time == second.report.time
 
 
 def test_too_few_steps_are_said(healthy, tmp_path):

@@ -26,11 +26,13 @@ from traceml.display.web.panels.overlay_panel import LETTERS, ComparedRuns, Over
 from traceml.errors import StoreError
 from traceml.formatting import bytes_text, count_text, ms_text
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
+from traceml.renderers.text.card import time_text
 from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
     compared_sentences,
     step_changes,
+    step_time_rows,
 )
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange, run_letter
@@ -212,7 +214,7 @@ def _outcome_words(comparison: Comparison) -> str:
     if not comparison.obstacles:
         return "with too few steps to tell"
 
-    has_test = comparison.step_time.mean.p is not None
+    has_test = comparison.judged.p is not None
     return "where the machine may be the difference" if has_test else "not comparable"
 
 
@@ -227,7 +229,7 @@ _TIME_COLUMNS = (
 
 
 def _time_rows(comparison: Comparison) -> list[list[str]]:
-    items = list(comparison.step_time.items())
+    items = step_time_rows(comparison)
     changes = step_changes(row for _, row in items)
     return [_time_cells(name, row, *texts) for (name, row), texts in zip(items, changes, strict=True)]
 
@@ -245,6 +247,7 @@ def _fact_rows(comparison: Comparison) -> list[list[str]]:
         ["state", a.state, b.state, ""],
         ["ranks", count_text(a.world_size), count_text(b.world_size), ""],
         ["steps", count_text(a.steps), count_text(b.steps), ""],
+        ["wall time", time_text(a.time), time_text(b.time), ""],
     ]
     for what, row in comparison.memory.items():
         if row.a or row.b:  # a training without a device has no device memory

@@ -29,12 +29,20 @@ from traceml.formatting import (
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport, plain_console
-from traceml.renderers.views import SMALL_SHARE, RankRow, RunView, run_view, verdict_look, visible_ranks
+from traceml.renderers.views import (
+    SMALL_SHARE,
+    RankRow,
+    RunView,
+    run_view,
+    verdict_look,
+    visible_parts,
+    visible_ranks,
+)
 from traceml.renderers.words import gain_sentence, tracker_text
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
-from traceml.runs.report.report_types import Report, TimePart, TrackerSection, read_report
+from traceml.runs.report.report_types import Report, TimePart, TimeSection, TrackerSection, read_report
 
-__all__ = ["card", "print_card", "print_report", "verdict_style", "wrapped"]
+__all__ = ["card", "print_card", "print_report", "time_text", "verdict_style", "wrapped"]
 
 _STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
 
@@ -212,13 +220,18 @@ def _data_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]
 
 def _time_lines(view: RunView, width: int) -> Iterator[Text]:
     """Yield where the run's wall time went; nothing where that is not known, as live."""
-    time = view.report.time
-    if time is None or not view.time_parts:
-        return
+    if text := time_text(view.report.time, width - _LABEL - 1):
+        yield from _labeled("Time", text, width)
+
+
+def time_text(time: TimeSection | None, room: int = 200) -> str:
+    """Return the wall time of a run and its largest parts; nothing if they are not known."""
+    parts = visible_parts(time)
+    if time is None or not parts:
+        return ""
 
     whole = f"{duration_text(time.wall_s)}: "
-    shown = _parts_text(view.time_parts, width - _LABEL - 1 - len(whole))
-    yield from _labeled("Time", f"{whole}{shown}", width)
+    return f"{whole}{_parts_text(parts, room - len(whole))}"
 
 
 def _parts_text(parts: Sequence[TimePart], room: int) -> str:

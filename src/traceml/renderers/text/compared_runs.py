@@ -68,7 +68,7 @@ def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:
     width = max(map(len, ids))
     yield Text(f"    {'run':<{width}}{'step':>9}{'change':>9}  {'significant':<12}verdict", style="dim")
     yield Text(f" A  {ids[0]:<{width}}{ms_text(first.step_time.mean.a_ms):>9}{'':23}{first.a.verdict}")
-    changes = step_changes(each.step_time.mean for each in comparisons.comparisons)
+    changes = step_changes(each.judged for each in comparisons.comparisons)
     for number, (each, (change, _)) in enumerate(zip(comparisons.comparisons, changes, strict=True)):
         mean = each.step_time.mean
         line = Text(f" {run_letter(number + 1):<2} {ids[number + 1]:<{width}}{ms_text(mean.b_ms):>9}")

@@ -7,9 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words, plural, value_text
+from traceml.formatting import (
+    bytes_text,
+    count_text,
+    ms_text,
+    phase_label,
+    phase_words,
+    plural,
+    value_text,
+)
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.card import time_text, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
 
@@ -22,6 +30,7 @@ __all__ = [
     "interval_text",
     "step_change_text",
     "step_changes",
+    "step_time_rows",
 ]
 
 _MAX_WIDTH = 100
@@ -75,6 +84,12 @@ def step_changes(rows: Iterable[StatisticChange]) -> list[tuple[str, str]]:
     ]
 
 
+def step_time_rows(comparison: Comparison) -> list[tuple[str, StatisticChange]]:
+    """Return (name, statistic) of the table of step times; its last row is of a sample where that is compared."""
+    rows = comparison.step_time.items()
+    return [*rows, ("per sample", comparison.sample_time)] if comparison.sample_time else rows
+
+
 def interval_text(low: float | None, high: float | None, *, as_factor: bool = False) -> str:
     """Return an interval of changes, both ends in one unit: `-3.0 % and +4.2 %`, or `0.9x and 3.1x`.
 
@@ -92,26 +107,27 @@ def interval_text(low: float | None, high: float | None, *, as_factor: bool = Fa
 
 def compared_headline(comparison: Comparison) -> str:
     """Return the result in one sentence without a period."""
-    mean, outcome = comparison.step_time.mean, comparison.outcome
+    mean, outcome = comparison.judged, comparison.outcome
+    unit, time = ("sample", "time per sample") if comparison.sample_time else ("step", "step time")
     sizes = f"{ms_text(mean.a_ms)} -> {ms_text(mean.b_ms)}"
     if comparison.obstacles and mean.p is not None:
-        return f"The machine may be the difference: a step takes {sizes} ({step_change_text(mean)})"
+        return f"The machine may be the difference: a {unit} takes {sizes} ({step_change_text(mean)})"
 
     if comparison.obstacles and mean.change is not None:
-        return f"A and B are not comparable; a step takes {sizes} ({step_change_text(mean)})"
+        return f"A and B are not comparable; a {unit} takes {sizes} ({step_change_text(mean)})"
 
     if outcome == "unknown":
         return "Too few steps to tell whether the two differ"
 
     if outcome == "same":
-        return f"No significant difference in step time: {sizes} ({step_change_text(mean)})"
+        return f"No significant difference in {time}: {sizes} ({step_change_text(mean)})"
 
-    return f"B is {outcome}: a step takes {sizes} ({step_change_text(mean)})"
+    return f"B is {outcome}: a {unit} takes {sizes} ({step_change_text(mean)})"
 
 
 def compared_sentences(comparison: Comparison) -> list[str]:
     """Return the details, a sentence each: confidence, phase or rank, verdict."""
-    mean = comparison.step_time.mean
+    mean = comparison.judged
     sentences = []
     if mean.p is not None:
         between = interval_text(mean.low, mean.high)
@@ -155,6 +171,8 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
         ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}"
         facts = f"{ranks}, {plural(run.steps, 'step')}, {run.state}"
         yield Text(f" {which}  ", style="dim").append(run.id).append(f"  {facts}", "dim")
+        if text := time_text(run.time, width - 4):
+            yield Text(f"    {text}", style="dim")
 
     yield Text()
     for line in wrapped(compared_headline(comparison), width - 1):
@@ -171,8 +189,8 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
 
 def _times(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'step time':<14}{'A':>10}{'B':>10}{'change':>10}  significant", style="dim")
-    changes = step_changes(row for _, row in comparison.step_time.items())
-    for (name, row), (change, _) in zip(comparison.step_time.items(), changes, strict=True):
+    rows = step_time_rows(comparison)
+    for (name, row), (change, _) in zip(rows, step_changes(row for _, row in rows), strict=True):
         real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
         yield _row(name, row.a_ms, row.b_ms, change, real, _style(row) if row.real else "")
 
@@ -254,20 +272,24 @@ def _first_lines(heading: str, lines: Sequence[str], most: int, noun: str) -> It
 
 
 def _phase_sentence(comparison: Comparison) -> Iterator[str]:
-    mean = comparison.step_time.mean
+    mean, a_samples, b_samples = comparison.judged, 1.0, 1.0
+    if comparison.sample_time:
+        a_samples, b_samples = comparison.a.samples_per_step or 1.0, comparison.b.samples_per_step or 1.0
+
     gap = (mean.b_ms or 0.0) - (mean.a_ms or 0.0)
-    row = max(comparison.phases, key=lambda row: row.delta_ms * (1 if gap > 0 else -1), default=None)
-    if row is None or abs(row.delta_ms) < 0.1 * abs(gap):
+    deltas = {row.phase: row.b_ms / b_samples - row.a_ms / a_samples for row in comparison.phases}
+    phase = max(deltas, key=lambda phase: deltas[phase] * (1 if gap > 0 else -1), default=None)
+    if phase is None or abs(deltas[phase]) < 0.1 * abs(gap):
         return
 
-    more = "more" if row.delta_ms > 0 else "less"
-    yield f"The largest part of it is {phase_words(row.phase)}: {ms_text(abs(row.delta_ms))} {more} per step."
+    more, unit = "more" if deltas[phase] > 0 else "less", "sample" if comparison.sample_time else "step"
+    yield f"The largest part of it is {phase_words(phase)}: {ms_text(abs(deltas[phase]))} {more} per {unit}."
 
 
 def _rank_sentence(comparison: Comparison) -> Iterator[str]:
     ranks = [row for row in comparison.ranks if row.change is not None]
     step = comparison.step_time.mean.a_ms
-    if len(ranks) < 2 or not step:
+    if len(ranks) < 2 or not step or comparison.sample_time:
         return
 
     sign = 1 if comparison.outcome == "slower" else -1

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from traceml.formatting import bytes_text, ms_text, phase_label, value_text
 from traceml.renderers.printable import printable_copy
+from traceml.renderers.text.card import time_text
 from traceml.renderers.text.compared_runs import compared_losses, compared_params, significance_word
 from traceml.renderers.text.comparison import (
     change_text,
@@ -13,9 +14,10 @@ from traceml.renderers.text.comparison import (
     compared_sentences,
     delta_text,
     step_changes,
+    step_time_rows,
 )
 from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
-from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
+from traceml.runs.comparison.comparison_types import Comparison, Comparisons, RunSide, run_letter
 
 __all__ = ["comparison_markdown", "comparisons_markdown"]
 
@@ -30,7 +32,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         f"**{plain_markdown(compared_headline(comparison))}**",
         "",
         *([*sentences, ""] if sentences else ()),
-        f"A: `{markdown_code(comparison.a.id)}`, B: `{markdown_code(comparison.b.id)}`",
+        f"A: {_about(comparison.a)}  ",
+        f"B: {_about(comparison.b)}",
         "",
         *markdown_table(("", "A", "B", "change", "99 % between", "significant"), _rows(comparison)),
         *_differing(comparison),
@@ -43,7 +46,7 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
     """Return several runs that are compared with one baseline: a row for each, parameters, notes."""
     comparisons = printable_copy(comparisons)
     first = comparisons.comparisons[0]
-    changes = step_changes(each.step_time.mean for each in comparisons.comparisons)
+    changes = step_changes(each.judged for each in comparisons.comparisons)
     rows = [(f"A `{markdown_code(first.a.id)}`", ms_text(first.step_time.mean.a_ms), "", "", first.a.verdict)]
     rows += [
         (
@@ -70,9 +73,14 @@ def comparisons_markdown(comparisons: Comparisons) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _about(run: RunSide) -> str:
+    text = time_text(run.time)
+    return f"`{markdown_code(run.id)}`, {text}" if text else f"`{markdown_code(run.id)}`"
+
+
 def _rows(comparison: Comparison) -> Iterator[Sequence[str]]:
-    changes = step_changes(row for _, row in comparison.step_time.items())
-    for (name, row), (change, between) in zip(comparison.step_time.items(), changes, strict=True):
+    rows = step_time_rows(comparison)
+    for (name, row), (change, between) in zip(rows, step_changes(row for _, row in rows), strict=True):
         real = {True: "yes", False: "no", None: "unknown"}[row.real]
         yield f"step time, {name}", ms_text(row.a_ms), ms_text(row.b_ms), change, between, real
 

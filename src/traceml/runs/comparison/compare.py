@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from traceml.database.states import RunStatus
 from traceml.diagnosis.findings import significant
-from traceml.formatting import name_order, name_without_rank, percent_text, plural
+from traceml.formatting import ms_text, name_order, name_without_rank, part_words, percent_text, plural
 from traceml.runs.comparison.compared_run import ComparedRun, read_compared
 from traceml.runs.comparison.comparison_types import (
     Comparison,
@@ -40,6 +40,9 @@ _WORTH = 0.005
 _BUSY = 0.10
 # Phases of at least this share of the step are large; they change alike if each changes by half of what the step does.
 _LARGE, _MIN_PHASES, _ALIKE = 0.05, 3, 0.5
+# Steps with as many samples as this share more or less are the same work: the last batch of an epoch may be smaller.
+_SAME_BATCH = 0.05
+_BETWEEN_STEPS = ("evaluation", "between_epochs")
 
 
 def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
@@ -60,9 +63,11 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
     """Return the differences from a run that is compared with to another one."""
     obstacles = _obstacles(first, second, letter)
     times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})
-    phases = _phases(first, second)
-    outcome = _outcome(times.mean)
-    if outcome in ("slower", "faster") and (alike := _alike(times.mean, phases)):
+    samples = _samples(first, second)
+    sample_time = _time(first, second, "mean", test=not obstacles, samples=samples) if samples else None
+    judged, phases = sample_time or times.mean, _phases(first, second)
+    outcome = _outcome(judged)
+    if outcome in ("slower", "faster") and (alike := _alike(judged, phases, samples or (1.0, 1.0))):
         outcome, obstacles = "unknown", [*obstacles, alike]
 
     return Comparison(
@@ -71,8 +76,9 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
         outcome=outcome,
         comparable=not obstacles and outcome != "unknown",
         obstacles=obstacles,
-        remarks=_differences(first, second, letter),
+        remarks=[*_differences(first, second, letter), *_outside_steps(first, second, letter)],
         step_time=times,
+        sample_time=sample_time,
         phases=phases,
         ranks=_ranks(first, second),
         memory=MemoryChanges(
@@ -96,8 +102,23 @@ _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 """Statistic of step times -> function that returns it for each block, a row."""
 
 
-def _time(a: ComparedRun, b: ComparedRun, name: str, *, test: bool) -> StatisticChange:
-    """Return one statistic of both runs and its change, with its confidence interval if `test`."""
+def _samples(a: ComparedRun, b: ComparedRun) -> tuple[float, float] | None:
+    """Return the samples of a mean step of each run; None if they are the same, or not known."""
+    first, second = (side.report.steps.samples_per_step for side in (a, b))
+    if not first or not second or abs(np.log(second / first)) < np.log1p(_SAME_BATCH):
+        return None
+
+    return first, second
+
+
+def _time(
+    a: ComparedRun, b: ComparedRun, name: str, *, test: bool, samples: tuple[float, float] = (1.0, 1.0)
+) -> StatisticChange:
+    """Return one statistic of both runs and its change, with its confidence interval if `test`.
+
+    Args:
+        samples: numbers by which the step times of each run are divided.
+    """
     statistic = _STATISTICS[name]
     values = [_value(side, name) for side in (a, b)]
     if name == "mean":  # of a long run, the mean of all steps is known
@@ -106,7 +127,9 @@ def _time(a: ComparedRun, b: ComparedRun, name: str, *, test: bool) -> Statistic
             for side, value in zip((a, b), values, strict=True)
         ]
 
-    found = difference(a.times_ms, b.times_ms, statistic) if test else Difference(None, None, None)
+    values = [None if value is None else value / size for value, size in zip(values, samples, strict=True)]
+    a_ms, b_ms = (side.times_ms / size for side, size in zip((a, b), samples, strict=True))
+    found = difference(a_ms, b_ms, statistic) if test else Difference(None, None, None)
     change = _change(*values)
     low, high = _interval(found, change)
     return StatisticChange(
@@ -147,20 +170,26 @@ def _outcome(mean: StatisticChange) -> Literal["slower", "faster", "same", "unkn
     return "slower" if mean.change > 0 else "faster"
 
 
-def _alike(mean: StatisticChange, phases: list[PhaseChange]) -> str:
+def _alike(mean: StatisticChange, phases: list[PhaseChange], samples: tuple[float, float]) -> str:
     """Return a sentence if every phase changed alike, as it does when one run had a slower machine; else nothing.
 
     A change of the code is seldom in all phases; the load of a shared machine always is, and no test within two runs
     can distinguish it from the code.
+
+    Args:
+        mean: the mean time per sample, or of a step, which counts as one sample then.
+        samples: samples in a step of each run.
     """
     whole = np.log1p(mean.change or 0.0)
-    large = [row for row in phases if row.a_ms >= _LARGE * (mean.a_ms or 0.0) and row.b_ms > 0]
-    ratios = [float(np.log(row.b_ms / row.a_ms) / whole) for row in large]
+    a_ms = np.array([row.a_ms for row in phases]) / samples[0]
+    b_ms = np.array([row.b_ms for row in phases]) / samples[1]
+    large = (a_ms >= _LARGE * (mean.a_ms or 0.0)) & (b_ms > 0)
+    ratios = (np.log(b_ms[large] / a_ms[large]) / whole).tolist()
     if len(ratios) < _MIN_PHASES or min(ratios) < _ALIKE:
         return ""
 
     return (
-        f"all {len(large)} large phases are {'slower' if whole > 0 else 'faster'}, as when the machine was under "
+        f"all {len(ratios)} large phases are {'slower' if whole > 0 else 'faster'}, as when the machine was under "
         "different load: repeat the run to distinguish that from a change in the code"
     )
 
@@ -179,9 +208,11 @@ def _about(side: ComparedRun) -> RunSide:
         steps=steps.count,
         compared_steps=len(side.times_ms),
         per_second=steps.per_second,
+        samples_per_step=steps.samples_per_step,
         model=side.report.setup.model,
         core_wait_share=side.report.setup.core_wait_share,
         verdict=side.report.verdict.kind.value,
+        time=side.report.time,
     )
 
 
@@ -209,7 +240,12 @@ def _obstacles(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
 
 def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     """Return other differences that matter for the comparison."""
-    remarks = []
+    samples = _samples(a, b)
+    remarks = (
+        [f"samples in a step: {samples[0]:g} in A, {samples[1]:g} in {letter}; the time per sample is compared"]
+        if samples
+        else []
+    )
     pairs = (
         ("batch size", a.report.setup.batch_size, b.report.setup.batch_size),
         ("torch.compile", a.report.setup.model.get("compiled"), b.report.setup.model.get("compiled")),
@@ -219,7 +255,8 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     remarks += [
         f"{what}: {_word(before)} in A, {_word(after)} in {letter}"
         for what, before, after in pairs
-        if before != after and (what != "batch size" or None not in (before, after))  # not every loader reports it
+        # Not every loader reports its batches' size, and not every step has one of them.
+        if before != after and (what != "batch size" or (None not in (before, after) and not samples))
     ]
     remarks += source_remarks(a.report, b.report, letter)
     waits = [side.report.setup.core_wait_share or 0.0 for side in (a, b)]
@@ -238,6 +275,27 @@ def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
             remarks.append(f"{which} is long: {steps}, spread over the run, are compared")
 
     return remarks
+
+
+def _outside_steps(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
+    """Return what else the training does between its steps, where that differs: the step time does not contain it."""
+    remarks = []
+    step_ms = a.report.steps.mean_ms or 0.0
+    for part in _BETWEEN_STEPS:
+        before, after = (_ms_per_step(side.report, part) for side in (a, b))
+        if before is not None and after is not None and abs(after - before) > _LARGE * step_ms:
+            took = f"{ms_text(before)} per step in A, {ms_text(after)} in {letter}"
+            remarks.append(f"not in the step time: {part_words(part)}, {took}")
+
+    return remarks
+
+
+def _ms_per_step(report: Report, part: str) -> float | None:
+    """Return a part of the wall time per step; None if the wall time is not known."""
+    if report.time is None or not report.steps.count:
+        return None
+
+    return 1e3 * sum(each.seconds for each in report.time.parts if each.part == part) / report.steps.count
 
 
 def _word(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from traceml.runs.json_document import JsonDocument
+from traceml.runs.report.report_types import TimeSection
 
 __all__ = [
     "Comparison",
@@ -41,9 +42,11 @@ class RunSide(msgspec.Struct, kw_only=True):
     steps: int
     compared_steps: int
     per_second: float | None
+    samples_per_step: float | None = None
     model: dict[str, Any]
     core_wait_share: float | None
     verdict: str
+    time: TimeSection | None = None
 
 
 class StatisticChange(msgspec.Struct, kw_only=True):
@@ -154,10 +157,11 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     """Differences from run A to run B.
 
     Attributes:
-        outcome: of the mean step time: slower, faster, same, or unknown.
+        outcome: of the mean step time, or of the mean time per sample: slower, faster, same, or unknown.
         comparable: whether the difference can be judged.
         obstacles: reasons why the two cannot be measured against each other.
         remarks: other differences.
+        sample_time: the mean time per sample, if steps have other numbers of samples in B; then the outcome is of it.
         phases: those that changed most first.
         metrics: last values of metrics in both runs, losses first.
         params: parameters that differ.
@@ -172,6 +176,7 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     obstacles: list[str]
     remarks: list[str]
     step_time: StepTimeChanges
+    sample_time: StatisticChange | None = None
     phases: list[PhaseChange]
     ranks: list[RankChange]
     memory: MemoryChanges
@@ -180,6 +185,11 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     params: list[ParamChange] = []
     packages: list[TextChange] = []
     variables: list[TextChange] = []
+
+    @property
+    def judged(self) -> StatisticChange:
+        """The statistic that determines the outcome."""
+        return self.sample_time or self.step_time.mean
 
 
 class Comparisons(JsonDocument, msgspec.Struct, kw_only=True):

@@ -101,7 +101,7 @@ def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
     first = runs.comparisons[0]
     mean = first.step_time.mean
     rows = [["A", names[0], first.a.verdict, count_text(first.a.steps), ms_text(mean.a_ms), "-", "-", ""]]
-    changes = step_changes(each.step_time.mean for each in runs.comparisons)
+    changes = step_changes(each.judged for each in runs.comparisons)
     for letter, name, each, (change, _) in zip(LETTERS[1:], names[1:], runs.comparisons, changes, strict=False):
         row = each.step_time.mean
         sure = significance_word(each)
