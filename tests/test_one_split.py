@@ -138,7 +138,7 @@ def of_verdict(run: Path) -> dict[str, float]:
     with closing(StoreReader(run / STORE_NAME)) as reader:
         summary = read_run_summary(reader)
 
-    work = own_work_of(summary.kept.aligned(last=N), summary.facts.build())
+    work = own_work_of(summary.kept.aligned(last=N), summary.facts_builder.build())
     return {name: float(values.mean()) / work.step_ns for name, values in work.parts.items()}
 
 

@@ -206,7 +206,7 @@ class LiveRun:
         if began < self._time_due:
             return
 
-        self.summary.facts.time = run_wall_time(self.summary, reader, self.path)
+        self.summary.facts_builder.time = run_wall_time(self.summary, reader, self.path)
         ended = time.monotonic()
         self._time_due = ended + max(_TIME_S, _TIME_COST * (ended - began))
 

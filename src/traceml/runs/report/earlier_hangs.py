@@ -31,12 +31,12 @@ def earlier_hangs_s(reader: StoreReader) -> dict[int, float]:
     by_stream = {number: attempt for attempt in attempts for number in attempt.rank_of}
     for number, row in reader.log_rows(INFO.name):
         if (attempt := by_stream.get(number)) is not None:
-            attempt.facts.info(attempt.rank_of[number], row)
+            attempt.facts_builder.info(attempt.rank_of[number], row)
 
     for event in reader.events(kind=SNAPSHOT):
         for attempt in attempts:
             if event.data.get("stream") in attempt.rank_of or event.data.get("attempt") == attempt.number:
-                attempt.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
+                attempt.facts_builder.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
     return {attempt.number: attempt.hung_s() for attempt in attempts}
 
@@ -55,26 +55,26 @@ class _EndedAttempt:
         newest = {stream.rank: stream for stream in streams}
         self.number = streams[0].attempt
         self.rank_of = {stream.id: rank for rank, stream in newest.items()}
-        self.facts = JobFactsBuilder(world_size)
-        self.facts.state = RunStatus.FAILED.value
+        self.facts_builder = JobFactsBuilder(world_size)
+        self.facts_builder.state = RunStatus.FAILED.value
         for rank, stream in newest.items():
-            self.facts.host(rank, stream.host)
+            self.facts_builder.host(rank, stream.host)
 
         for ended in newest_exits(streams):
-            self.facts.exit(ended)
+            self.facts_builder.exit(ended)
 
         samples = self._rows(reader, PROCESS.name, _SAMPLES)
         for number, rank in self.rank_of.items():
-            self.facts.process_rows(rank, samples[samples["stream"] == number])
+            self.facts_builder.process_rows(rank, samples[samples["stream"] == number])
 
         self._steps = self._rows(reader, STEPS.name, _STEPS)
         ranks = np.array([self.rank_of[number] for number in self._steps["stream"].tolist()], np.int64)
-        self.facts.progress.steps(ranks, self._steps)
+        self.facts_builder.progress.steps(ranks, self._steps)
 
     def hung_s(self) -> float:
         """Return the time for which it had made no progress when it was ended, in seconds; 0 if it had not hung."""
         p99_s = float(np.quantile(self._steps["total_ns"], 0.99)) / 1e9 if len(self._steps) else 0.0
-        found = detect_hang(self.facts.build(), p99_s)
+        found = detect_hang(self.facts_builder.build(), p99_s)
         return 0.0 if found is None else found.quiet_s
 
     def _rows(self, reader: StoreReader, table: str, last: int) -> NDArray[np.void]:

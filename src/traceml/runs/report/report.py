@@ -78,11 +78,11 @@ def written_report(run_dir: Path) -> Report:
 
 def full_report(summary: RunSummaryReader, reader: StoreReader, run_dir: Path) -> Report:
     """Return the report on all steps of a summary."""
-    summary.facts.time = run_wall_time(summary, reader, run_dir)
+    summary.facts_builder.time = run_wall_time(summary, reader, run_dir)
     window = summary.all_aligned()
     findings = summary.diagnose(window, state_of(summary.run, summary.aggregator))
     if any((hung_s := _hung_s(summary, reader, findings)).values()):
-        summary.facts.time = run_wall_time(summary, reader, run_dir, hung_s)
+        summary.facts_builder.time = run_wall_time(summary, reader, run_dir, hung_s)
 
     report = make_report(summary, reader, window if len(window) else _first_steps(summary), findings, run_dir)
     about = about_run(reader)
@@ -107,13 +107,13 @@ def run_wall_time(
     streams = [stream for stream in reader.streams() if stream.is_rank]
     sums = summary.step_sums or reader.step_sums()
     ended_s, is_running = started_s + duration_s, state == RunStatus.RUNNING
-    facts = summary.facts
+    known = summary.facts_builder
     run_time = wall_time(
-        streams, sums, started_s, ended_s, is_running=is_running, stops=facts.stops,
-        compile_s={rank: facts.pauses.set_up_compile_s(rank) for rank in summary.ranks}, grouped=facts.is_grouped,
-        untraced=facts.only_logs, hung_s=hung_s,
+        streams, sums, started_s, ended_s, is_running=is_running, stops=known.stops,
+        compile_s={rank: known.pauses.set_up_compile_s(rank) for rank in summary.ranks}, grouped=known.is_grouped,
+        untraced=known.only_logs, hung_s=hung_s,
     )  # fmt: skip
-    return with_early_compiling(run_time, [facts.pauses.early_compile_s(rank) for rank in summary.ranks])
+    return with_early_compiling(run_time, [known.pauses.early_compile_s(rank) for rank in summary.ranks])
 
 
 def _hung_s(summary: RunSummaryReader, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:

@@ -64,7 +64,7 @@ def steps(summary: RunSummaryReader, window: AlignedSteps) -> StepsSection:
     )
     totals, times = _totals(summary), window.total.ravel()
     if times.size and not (window if totals is None else totals).device:
-        section.untimed_device = summary.facts.accelerator
+        section.untimed_device = summary.facts_builder.accelerator
 
     of_all = summary.sums_of_hosts()
     if of_all is not None and of_all.count.sum():
@@ -107,7 +107,7 @@ def steps_of(summary: RunSummaryReader, rank: int, latest: Ints) -> int:
     if rank >= len(latest) or latest[rank] < 0:
         return 0
 
-    return int(latest[rank]) + 1 - summary.facts.steps_before.get(rank, 0)
+    return int(latest[rank]) + 1 - summary.facts_builder.steps_before.get(rank, 0)
 
 
 def _per_second(summary: RunSummaryReader) -> float | None:
@@ -205,7 +205,7 @@ def ranks(summary: RunSummaryReader, *, is_hung: bool = False) -> list[RankSecti
 
 
 def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints, *, is_hung: bool) -> ExitSection:
-    ended = summary.facts.exits.get(stream.rank)
+    ended = summary.facts_builder.exits.get(stream.rank)
     if ended is None:
         ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
 
@@ -218,7 +218,7 @@ def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints, *, is_h
         code=ended.code,
         signal=ended.signal,
         exception=ended.exception,
-        last_step=last_step if last_step is None else last_step + summary.facts.counted_before,
+        last_step=last_step if last_step is None else last_step + summary.facts_builder.counted_before,
         open_phase=ended.open_phase,
         stack=ended.stack or (_last_stack(summary, stream) if is_hung and ended.state != "finished" else None),
     )
@@ -226,7 +226,7 @@ def _exit(summary: RunSummaryReader, stream: StreamRecord, latest: Ints, *, is_h
 
 def _last_stack(summary: RunSummaryReader, stream: StreamRecord) -> str | None:
     """Return the stack of a rank without progress as its last snapshot has it, in the form of a traceback."""
-    snapshot = summary.facts.progress.snapshot_of(stream.rank)
+    snapshot = summary.facts_builder.progress.snapshot_of(stream.rank)
     if snapshot is None or not snapshot.frames:
         return None
 
@@ -267,7 +267,7 @@ def _line(seen: SampledLine) -> LineSection:
 
 def time(summary: RunSummaryReader) -> TimeSection | None:
     """Return the run's wall time by part, None if unknown."""
-    found = summary.facts.time
+    found = summary.facts_builder.time
     if found is None:
         return None
 
@@ -293,7 +293,7 @@ def _memory_of(summary: RunSummaryReader, rank: int) -> RankMemory:
     totals, memory = summary.sample_totals, RankMemory(rank=rank)
     memory.rss_peak_bytes = _whole(totals.most(PROCESS, rank, "rss_bytes"))
     memory.cuda_peak_bytes = _whole(totals.most(TORCH_MEMORY, rank, "peak_allocated_bytes"))
-    growth = summary.facts.memory.curve(rank, MemoryKind.RESIDENT).growth()
+    growth = summary.facts_builder.memory.curve(rank, MemoryKind.RESIDENT).growth()
     memory.rss_slope_bytes_per_step = None if growth is None else significant(growth.bytes_per_step)
 
     return memory

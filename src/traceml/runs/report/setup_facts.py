@@ -34,7 +34,7 @@ def setup_section(summary: RunSummaryReader, reader: StoreReader, about: About) 
         about: the run's other facts, which have the parameters.
     """
     model, batch_size = _first_facts(reader)
-    facts = summary.facts.build()
+    facts = summary.facts_builder.build()
     return SetupSection(
         model=model,
         batch_size=batch_size,

@@ -30,7 +30,7 @@ def put_batch_sizes(
         section: where they are set.
         counts: number of steps by rank: one with less data ends before the others.
     """
-    batches, ranks = summary.facts.batches, steps.ranks.tolist()
+    batches, ranks = summary.facts_builder.batches, steps.ranks.tolist()
     distinct = batches.distinct_ranks(ranks)
     rows = [ranks.index(rank) for rank in distinct]
     samples, elements = _by_rank(steps.samples, steps), _by_rank(steps.elements, steps)
@@ -56,7 +56,7 @@ def _are_parts(summary: RunSummaryReader) -> bool:
 
     The loader's batches have a fixed size, and most inputs are larger than one and of different sizes.
     """
-    loader, samples = summary.facts.build().loader, summary.all_aligned().samples
+    loader, samples = summary.facts_builder.build().loader, summary.all_aligned().samples
     if loader is None or not loader.batch_size or not samples.size:
         return False
 

@@ -91,7 +91,7 @@ class RunSummaryReader:
     @property
     def grouped(self) -> bool:
         """Whether the ranks may wait for each other."""
-        return self.facts.batches.group.is_grouped(max(self.world_size, len(self.ranks)))
+        return self.facts_builder.batches.group.is_grouped(max(self.world_size, len(self.ranks)))
 
     @property
     def names(self) -> dict[int, dict[int, str]]:
@@ -168,17 +168,17 @@ class RunSummaryReader:
             window: by default the newest steps.
             state: of the run, where more is known than its aggregator recorded.
         """
-        self.facts.state, self.facts.world_size = state or self.state, self.world_size
+        self.facts_builder.state, self.facts_builder.world_size = state or self.state, self.world_size
         window = self.kept.aligned() if window is None else window
         latest, ends_ns = self.kept.reached(window.missing_ranks), self.kept.end_ns
-        return diagnose(window, self.facts.build(latest.tolist(), ends_ns.tolist()))
+        return diagnose(window, self.facts_builder.build(latest.tolist(), ends_ns.tolist()))
 
     def sampled_lines(self) -> tuple[SampledLine, ...]:
         """Return the sampled lines of all ranks, and of their loader workers, as those of a phase `workers`.
 
         What ranks did after the last step is apart from its phases.
         """
-        lines, ends_ns = self.facts.lines, self.kept.end_ns.tolist()
+        lines, ends_ns = self.facts_builder.lines, self.kept.end_ns.tolist()
         of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != RunStatus.RUNNING)
         of_workers = lines.of_workers(self.names).values()
         return (*of_ranks, *(each for seen in of_workers for each in seen if not each.is_idle))
@@ -186,7 +186,7 @@ class RunSummaryReader:
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
         self._followed = _tables_of(self._intake)
-        self.kept, self.facts = self._intake.kept, self._intake.facts_builder
+        self.kept, self.facts_builder = self._intake.kept, self._intake.facts_builder
         self._aligned = None
         self.samples = Samples()
         self.sample_totals = SampleTotals()
@@ -216,7 +216,7 @@ class RunSummaryReader:
                 self._take_stream(record)
 
         if isinstance(timeout_s := self.run.get("hang_timeout_s"), float):
-            self.facts.progress.timeout_s = timeout_s
+            self.facts_builder.progress.timeout_s = timeout_s
 
         self.samples.max_rows = rows_for(len(self.ranks))
 
@@ -229,11 +229,11 @@ class RunSummaryReader:
             self.first.pop(rank, None)
 
         self.streams[record.id] = record
-        self.facts.resumes_at = max(self.facts.resumes_at, int(record.facts.get("resumes_at", 0)))
+        self.facts_builder.resumes_at = max(self.facts_builder.resumes_at, int(record.facts.get("resumes_at", 0)))
         if current is None or record.id >= current.id:
             self.ranks[rank] = record
 
-        self.facts.host(rank, record.host)
+        self.facts_builder.host(rank, record.host)
         if record.state != "running" and (current is None or record.id >= current.id):
             self._intake.end(RankExit.from_facts(rank, record.state, record.facts.get("exit", {}), record.host))
 
@@ -367,10 +367,10 @@ class RunSummaryReader:
         for event in self._events(reader, SNAPSHOT):
             # A rank that had not connected has no stream.
             if event.data.get("stream") in self.streams or event.data.get("attempt") == self.attempt:
-                self.facts.progress.take_snapshot(RankSnapshot.from_row(event.data))
+                self.facts_builder.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
         for event in self._events(reader, COMPETING_PROCESSES):
-            self.facts.competing_processes.add(event.data.get("cores"))
+            self.facts_builder.competing_processes.add(event.data.get("cores"))
 
         for event in self._events(reader, HOST_CHOICE):
             if event.data.get("attempt") == self.attempt:
@@ -382,11 +382,11 @@ class RunSummaryReader:
 
         ended = reader.last_event(END)
         if ended is not None:
-            self.facts.ended_by = ending_signal_of(ended.data.get("ended_by"))
+            self.facts_builder.ended_by = ending_signal_of(ended.data.get("ended_by"))
 
         aborted = reader.last_event(ABORT)
         if aborted is not None and aborted.data.get("attempt") == self.attempt:
-            self.facts.progress.was_aborted = True
+            self.facts_builder.progress.was_aborted = True
 
     def _events(self, reader: StoreReader, kind: str) -> Iterator[RunEvent]:
         """Yield the events of a kind since the last call."""
@@ -402,7 +402,7 @@ class RunSummaryReader:
                 if name == NAMES.name:
                     self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
                 else:
-                    self.facts.info(rank, row)
+                    self.facts_builder.info(rank, row)
 
         return found
 
