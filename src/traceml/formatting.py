@@ -27,12 +27,14 @@ __all__ = [
     "ns_text",
     "ordinal_text",
     "overhead_text",
+    "parsed_place",
     "part_words",
     "percent_text",
     "phase_label",
     "phase_words",
     "phases_text",
     "place_text",
+    "place_words",
     "plural",
     "printable",
     "ranks_text",
@@ -373,6 +375,21 @@ def line_text(file: str, line: int, function: str) -> str:
     """Return a line of code in words: `train.py:23 update_metric`."""
     name = file.rpartition("/")[2]
     return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function.replace('.<locals>', '')}"
+
+
+def place_words(file: str | None, line: int | None, function: str | None) -> str:
+    """Return a place in words, `train.py:23 load`; empty if unknown."""
+    return line_text(file, line, function) if file and line and function else ""
+
+
+def parsed_place(text: str | None) -> tuple[str | None, int | None, str | None]:
+    """Return (file, line, function) of `FILE:LINE FUNCTION`."""
+    if not text:
+        return None, None, None
+
+    place, _, function = text.rpartition(" ")
+    file, _, line = place.rpartition(":")
+    return (file, int(line), function) if line.isdecimal() else (None, None, None)
 
 
 def place_text(place: str, room: int) -> str:

@@ -1,29 +1,12 @@
-"""Words for ends of ranks, and for the cost and the gain of a finding."""
+"""Words for restarts, and for the cost and the gain of a finding."""
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 
 from tests.renderers.reports import finding, straggler
-from traceml.renderers.words import cost_text, end_of_rank, gain_sentence, restarts_text
-from traceml.runs.report.report_types import RankSection, RestartSection
-
-
-@pytest.mark.parametrize(
-    ("rank", "says"),
-    [
-        ({"state": "finished"}, None),
-        ({"state": "running"}, None),
-        ({"state": "lost"}, "lost"),
-        ({"state": "failed", "exit": {"code": 3, "last_step": -1}}, "failed with exit code 3"),
-        ({"state": "failed", "exit": {"code": 1, "exception": "ValueError: x\n y"}}, "failed with ValueError: x"),
-        ({"state": "failed", "exit": {"code": 1, "exception": "KeyboardInterrupt"}}, "stopped with KeyboardInterrupt"),
-    ],
-)
-def test_end_of_rank(rank, says):
-    """Only a rank that ended badly has a text."""
-    assert end_of_rank(msgspec.convert({"rank": 0, **rank}, RankSection)) == says
+from traceml.renderers.words import cost_text, gain_sentence, restarts_text
+from traceml.runs.report.report_types import RestartSection
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from traceml.database.states import RunStatus
+from traceml.diagnosis.deaths.end_words import end_summary
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
@@ -25,7 +26,7 @@ from traceml.formatting import (
     summed_text,
 )
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.words import end_of_rank, goodput_text, restarts_text
+from traceml.renderers.words import goodput_text, restarts_text
 from traceml.runs.report.report_types import (
     PhaseSection,
     Report,
@@ -266,7 +267,7 @@ def _rank_rows(report: Report) -> tuple[RankRow, ...]:
             rss_bytes=memory[section.rank].rss_peak_bytes if section.rank in memory else None,
             cuda_bytes=memory[section.rank].cuda_peak_bytes if section.rank in memory else None,
             slowest=False,
-            end=end_of_rank(section),
+            end=end_summary(section.ended),
         )
         for section in sorted(report.ranks, key=lambda section: section.rank)
     ]

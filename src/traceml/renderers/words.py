@@ -1,4 +1,4 @@
-"""Words for the end of a rank, the gain of a finding, the state of a tracker, and lines of code with their calls."""
+"""Words for the gain of a finding, restarts of a job, the state of a tracker, and lines of code with their calls."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from traceml.formatting import (
     capitalized,
     count_text,
     duration_text,
-    exception_line,
     gain_text,
     library_text,
     percent_text,
     phase_label,
-    phase_words,
     plural,
     ranks_text,
 )
-from traceml.process_ends import signal_name
 from traceml.runs.report.line_shares import LineShare, PhaseLines
-from traceml.runs.report.report_types import RankSection, RestartSection, TimeSection, TrackerSection
+from traceml.runs.report.report_types import RestartSection, TimeSection, TrackerSection
 
 __all__ = [
     "cost_text",
-    "end_of_rank",
     "gain_sentence",
     "goodput_text",
     "phase_heading",
@@ -38,26 +34,6 @@ _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
 _SHOWN_LINES, _MIN_LINE = 8, 0.01
 _SHOWN_CALLS, _MIN_CALL = 3, 0.01
-
-
-def end_of_rank(rank: RankSection) -> str | None:
-    """Return how a rank ended badly: `killed by SIGKILL, last step 36, in forward`; None if it did not."""
-    if rank.state in ("running", "finished"):
-        return None
-
-    end = rank.exit
-    text = rank.state
-    if end.signal is not None:
-        text = f"killed by {signal_name(end.signal)}"
-    elif end.exception:  # a script that handles Ctrl-C, as Lightning does, may then exit with a code of its own
-        how = "stopped" if end.exception.startswith("KeyboardInterrupt") else "failed"
-        text = f"{how} with {exception_line(end.exception) or 'an exception'}"
-    elif end.code is not None:
-        text = f"{rank.state} with exit code {end.code}"
-
-    when = f", last step {count_text(end.last_step)}" if end.last_step is not None and end.last_step >= 0 else ""
-    where = f", in {phase_words(end.open_phase)}" if end.open_phase else ""
-    return f"{text}{when}{where}"
 
 
 def cost_text(finding: Finding) -> str | None:

@@ -1,16 +1,27 @@
-"""Words for the end of a rank: what ended it, where, and in which step."""
+"""Words for the end of a rank, in a sentence or in short: what ended it, where, and in which step."""
 
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
-from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
-from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
-from traceml.formatting import bytes_text, cut_text, exception_line, phase_words
+from traceml.formatting import bytes_text, count_text, cut_text, exception_line, parsed_place, phase_words, place_words
 from traceml.process_ends import exit_text, signal_name, signal_text
 
-__all__ = ["end_text", "exit_words", "place_evidence", "seen_text", "signal_of_code", "step_text", "was_cut_off"]
+if TYPE_CHECKING:  # it needs numpy, whose import takes as long as the rest of the card of a finished report
+    from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
+
+__all__ = [
+    "end_summary",
+    "end_text",
+    "exit_words",
+    "place_evidence",
+    "seen_text",
+    "signal_of_code",
+    "step_text",
+    "was_cut_off",
+]
 
 _MAX_SIGNAL = 64
 _LEFT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
@@ -85,6 +96,24 @@ def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
     return f"{exit_text(ended.code)}{_code_text(ended.code)}{at}"
 
 
+def end_summary(ended: RankExit) -> str | None:
+    """Return how a rank ended badly: `killed by SIGKILL, last step 36, in forward`; None if it did not."""
+    if ended.state in ("running", "finished"):
+        return None
+
+    text = ended.state
+    if ended.signal is not None:
+        text = f"killed by {signal_name(ended.signal)}"
+    elif ended.exception:  # a script that handles Ctrl-C, as Lightning does, may then exit with a code of its own
+        how = "stopped" if ended.exception.startswith("KeyboardInterrupt") else "failed"
+        text = f"{how} with {exception_line(ended.exception) or 'an exception'}"
+    elif ended.code is not None:
+        text = f"{ended.state} with exit code {ended.code}"
+
+    when = "" if ended.last_step is None or ended.last_step < 0 else f", last step {count_text(ended.last_step)}"
+    return f"{text}{when}{_phase_text(ended)}"
+
+
 def step_text(ended: RankExit) -> str:
     """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`.
 
@@ -93,7 +122,7 @@ def step_text(ended: RankExit) -> str:
     if ended.untraced:
         return ""
 
-    inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
+    inside = _phase_text(ended)
     step = f"step {ended.step} of this run" if ended.counts_anew else f"step {ended.step}"
     if ended.in_step:
         return f", in {step}{inside}"
@@ -111,6 +140,10 @@ def place_evidence(ended: RankExit) -> dict[str, object]:
     """Return `file`, `line` and `function` for a finding's evidence: where a rank ended, or else was seen last."""
     file, line, function = (ended.file, ended.line, ended.function) if ended.file else _seen(ended)
     return {"file": file, "line": line, "function": function}
+
+
+def _phase_text(ended: RankExit) -> str:
+    return f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
 
 
 def _seen(ended: RankExit) -> tuple[str | None, int | None, str | None]:

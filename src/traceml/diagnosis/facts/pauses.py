@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import LINE_OTHER, LINE_PHASES, PAUSES, Compiled, Pause
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
-from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.formatting import parsed_place
 
 __all__ = ["PauseHistory", "Saves"]
 

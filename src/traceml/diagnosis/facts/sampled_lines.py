@@ -22,9 +22,9 @@ from traceml.database.schema import (
     line_phase_name,
 )
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
-from traceml.formatting import line_text
+from traceml.formatting import parsed_place
 
-__all__ = ["OUTSIDE_STEPS", "IntervalLines", "LazyLines", "LineCounts", "SampledLine", "parsed_place", "place_words"]
+__all__ = ["OUTSIDE_STEPS", "IntervalLines", "LazyLines", "LineCounts", "SampledLine"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTER_STEPS)
 """Names for the time before the first step, between steps and after them, in addition to those of the phases."""
@@ -362,18 +362,3 @@ def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     sums = np.zeros((len(keys), rows.shape[1] - len(LINE_KEYS)), np.int64)
     np.add.at(sums, at.reshape(-1), rows[:, len(LINE_KEYS) :])
     return np.column_stack([keys, sums])
-
-
-def place_words(file: str | None, line: int | None, function: str | None) -> str:
-    """Return a place in words, `train.py:23 load`; empty if unknown."""
-    return line_text(file, line, function) if file and line and function else ""
-
-
-def parsed_place(text: str | None) -> tuple[str | None, int | None, str | None]:
-    """Return (file, line, function) of `FILE:LINE FUNCTION`."""
-    if not text:
-        return None, None, None
-
-    place, _, function = text.rpartition(" ")
-    file, _, line = place.rpartition(":")
-    return (file, int(line), function) if line.isdecimal() else (None, None, None)

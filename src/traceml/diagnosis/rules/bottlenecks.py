@@ -18,7 +18,6 @@ from traceml.diagnosis.facts.blamed_lines import (
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
-from traceml.diagnosis.facts.sampled_lines import place_words
 from traceml.diagnosis.facts.sampled_shares import (
     MIN_SHARE_SAMPLES,
     NAMED_SHARE,
@@ -41,7 +40,16 @@ from traceml.diagnosis.steps.loading import Pipeline, RareWaits, pipeline_of, sh
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, without_rare
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import bytes_text, capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import (
+    bytes_text,
+    capitalized,
+    gain_text,
+    ns_text,
+    percent_text,
+    phase_words,
+    place_words,
+    ranks_text,
+)
 
 __all__ = ["checkpoints", "input_bound", "residual", "transfers"]
 

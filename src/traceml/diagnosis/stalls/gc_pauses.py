@@ -11,7 +11,6 @@ from traceml.database.schema import Pause
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
-from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -19,7 +18,16 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import gain_text, library_text, ns_text, ordinal_text, percent_text, ranks_text
+from traceml.formatting import (
+    gain_text,
+    library_text,
+    ns_text,
+    ordinal_text,
+    parsed_place,
+    percent_text,
+    place_words,
+    ranks_text,
+)
 
 __all__ = ["gc_pauses"]
 

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from traceml.database.schema import Compiled, Pause
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
-from traceml.diagnosis.facts.sampled_lines import parsed_place, place_words
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup_of_share
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import duration_text, gain_text, percent_text, plural
+from traceml.formatting import duration_text, gain_text, parsed_place, percent_text, place_words, plural
 
 __all__ = ["recompiles"]
 

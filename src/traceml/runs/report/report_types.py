@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.findings import Finding, significant
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError
@@ -240,6 +241,21 @@ class RankSection(msgspec.Struct, kw_only=True):
     steps: int = 0
     state: str = "running"
     exit: ExitSection = msgspec.field(default_factory=ExitSection)
+
+    @property
+    def ended(self) -> RankExit:
+        """The end of the rank, as far as the report has it."""
+        end = self.exit
+        return RankExit(
+            rank=self.rank,
+            state=self.state,
+            host=self.host,
+            code=end.code,
+            signal=end.signal,
+            exception=end.exception,
+            last_step=end.last_step,
+            open_phase=end.open_phase,
+        )
 
 
 class RankMemory(msgspec.Struct, kw_only=True):

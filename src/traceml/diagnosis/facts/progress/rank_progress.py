@@ -16,7 +16,7 @@ from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
-from traceml.diagnosis.facts.sampled_lines import parsed_place
+from traceml.formatting import parsed_place
 
 __all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
 

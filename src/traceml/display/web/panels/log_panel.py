@@ -12,10 +12,10 @@ import msgspec
 from nicegui import Client, background_tasks, run
 
 from traceml.database.store.reader import RunEvent
+from traceml.diagnosis.deaths.end_words import end_summary
 from traceml.display.web.elements import EMIT_VALUE, Container, DataTable, TextNode, link, set_visible
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
-from traceml.renderers.words import end_of_rank
 from traceml.runs.log_tails import LEVELS, LogTail, search_logs
 from traceml.runs.report.report_types import RankSection
 
@@ -132,7 +132,7 @@ def _rank_state(data: Mapping[str, Any]) -> str:
     except msgspec.ValidationError:
         return str(data.get("state", ""))
 
-    return end_of_rank(rank) or rank.state
+    return end_summary(rank.ended) or rank.state
 
 
 def _plain(value: Any) -> str:
