@@ -16,6 +16,7 @@ __all__ = [
     "exception_line",
     "factor_text",
     "gain_text",
+    "has_gain",
     "largest_text",
     "left_text",
     "library_text",
@@ -182,6 +183,11 @@ def gain_text(speedup: float, qualifier: str = "") -> str:
         return f"more than {_MAX_GAIN}x faster"
 
     return f"{qualifier} {factor_text(speedup)} faster".lstrip()
+
+
+def has_gain(text: str) -> bool:
+    """Return whether a sentence says how much faster a run would be, in the words of `gain_text`."""
+    return "x faster" in text
 
 
 def rate_text(per_second: float | None) -> str:

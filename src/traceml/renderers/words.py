@@ -10,6 +10,7 @@ from traceml.formatting import (
     count_text,
     duration_text,
     gain_text,
+    has_gain,
     library_text,
     percent_text,
     phase_label,
@@ -44,7 +45,7 @@ def cost_text(finding: Finding) -> str | None:
 
 def gain_sentence(finding: Finding) -> str | None:
     """Return `steps are 1.3x faster once this is fixed`; None if there is no gain, or the finding says it."""
-    if finding.gain is None or "x faster" in f"{finding.summary} {finding.next}":
+    if finding.gain is None or has_gain(finding.summary) or has_gain(finding.next):
         return None
 
     subject = "the run is" if finding.kind.rule.of_run else "steps are"
