@@ -5,11 +5,9 @@ The report at the end and the report so far have the same type, so the card and 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 import msgspec
-from msgspec.structs import replace
 
 from traceml.database.states import RunStatus
 from traceml.diagnosis.deaths.end_words import end_summary
@@ -41,8 +39,6 @@ from traceml.runs.report.report_types import (
 
 __all__ = ["SMALL_SHARE", "RankRow", "RunView", "run_view", "verdict_look", "visible_parts", "visible_ranks"]
 
-# A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
-_STANDS_OUT = 1.10
 SMALL_SHARE = 0.005
 """Share of a step, or of the run's time, below which a phase or part is only in the report."""
 
@@ -257,7 +253,8 @@ def visible_parts(time: TimeSection | None) -> list[TimePart]:
 def _rank_rows(report: Report) -> tuple[RankRow, ...]:
     phases = _phases_by_rank(report)
     memory = {entry.rank: entry for entry in report.memory.by_rank}
-    rows = [
+    slowest = report.slowest_ranks()
+    return tuple(
         RankRow(
             rank=section.rank,
             host=section.host,
@@ -266,13 +263,11 @@ def _rank_rows(report: Report) -> tuple[RankRow, ...]:
             phases=phases.get(section.rank, ()),
             rss_bytes=memory[section.rank].rss_peak_bytes if section.rank in memory else None,
             cuda_bytes=memory[section.rank].cuda_peak_bytes if section.rank in memory else None,
-            slowest=False,
+            slowest=section.rank in slowest,
             end=end_summary(section.ended),
         )
         for section in sorted(report.ranks, key=lambda section: section.rank)
-    ]
-    slowest = _slowest(rows, report.verdict)
-    return tuple(replace(row, slowest=True) if row.rank in slowest else row for row in rows)
+    )
 
 
 def _phases_by_rank(report: Report) -> dict[int, tuple[tuple[str, float], ...]]:
@@ -282,19 +277,3 @@ def _phases_by_rank(report: Report) -> dict[int, tuple[tuple[str, float], ...]]:
             by_rank.setdefault(entry.rank, []).append((phase.phase, entry.mean_ms))
 
     return {rank: tuple(phases) for rank, phases in by_rank.items()}
-
-
-def _slowest(rows: Sequence[RankRow], verdict: Finding) -> frozenset[int]:
-    """Return the ranks to mark: those that the verdict accuses, else one whose own work stands out."""
-    if verdict.kind.rule.is_straggler:
-        return frozenset(verdict.ranks)
-
-    if verdict.kind is Kind.HANG:  # the mark of another rank would accuse it
-        return frozenset(verdict.ranks if len(verdict.ranks) < len(rows) else ())
-
-    if len(rows) < 2:
-        return frozenset()
-
-    most = max(rows, key=lambda row: row.work_ms)
-    others = statistics.median(row.work_ms for row in rows if row is not most)
-    return frozenset({most.rank}) if others > 0 and most.work_ms > _STANDS_OUT * others else frozenset()

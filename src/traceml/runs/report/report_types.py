@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ __all__ = [
 ]
 
 SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
+# A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
+_STANDS_OUT = 1.10
 
 
 class RestartSection(msgspec.Struct, kw_only=True):
@@ -426,6 +429,32 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
         kind = Kind.INSUFFICIENT_DATA
         verdict = Finding(kind=kind, severity=kind.severity_for(0.0), summary="", next="")
         return cls(schema=SCHEMA, run=RunSection(id=run_id, name=run_id), verdict=verdict, findings=[verdict])
+
+    def slowest_ranks(self) -> frozenset[int]:
+        """Return the ranks to mark as slowest: those that the verdict accuses, else one whose own work stands out."""
+        if self.verdict.kind.rule.is_straggler:
+            return frozenset(self.verdict.ranks)
+
+        if self.verdict.kind is Kind.HANG:  # the mark of another rank would accuse it
+            return frozenset(self.verdict.ranks if len(self.verdict.ranks) < len(self.ranks) else ())
+
+        work_ms = self._work_ms()
+        if len(work_ms) < 2:
+            return frozenset()
+
+        most = max(work_ms, key=work_ms.__getitem__)
+        others_ms = statistics.median(ms for rank, ms in work_ms.items() if rank != most)
+        return frozenset({most} if others_ms > 0 and work_ms[most] > _STANDS_OUT * others_ms else ())
+
+    def _work_ms(self) -> dict[int, float]:
+        """Return the own work of each rank in a step: its time without communication."""
+        work_ms = dict.fromkeys(sorted(section.rank for section in self.ranks), 0.0)
+        for phase in self.phases:
+            for mean in phase.by_rank if phase.phase != "comm" else ():
+                if mean.rank in work_ms:
+                    work_ms[mean.rank] += mean.mean_ms
+
+        return work_ms
 
 
 def read_report(path: Path) -> Report:
