@@ -13,6 +13,7 @@ __all__ = [
     "PARAMETER_GROUPS",
     "Holder",
     "holders_of",
+    "is_tensor",
     "pixel_bytes",
     "pyplot_figures",
     "tensors_of",
@@ -34,18 +35,31 @@ class Holder(NamedTuple):
     value: Any
 
 
+def is_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor of torch, which is not imported only to ask."""
+    return _is_of_torch(value, "torch", "Tensor")
+
+
+def _is_module(value: Any) -> bool:
+    return _is_of_torch(value, "torch.nn", "Module")
+
+
+def _is_optimizer(value: Any) -> bool:
+    return _is_of_torch(value, "torch.optim", "Optimizer")
+
+
+def _is_of_torch(value: Any, module: str, name: str) -> bool:
+    return isinstance(value, getattr(sys.modules.get(module), name, ()))
+
+
 def holders_of(value: Any, path: str) -> Iterator[Holder]:
     """Yield the containers of a torch module or optimizer; those of a few elements are left out."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-
-    if isinstance(value, torch.nn.Module):
+    if _is_module(value):
         for name, module in list(islice(value.named_modules(), _MAX_MODULES)):
             yield from _hooks(module, f"{path}.{name}" if name else path)
             for each, parameter in module.named_parameters(recurse=False):
                 yield from _hooks(parameter, ".".join(filter(None, (path, name, each))))
-    elif isinstance(value, torch.optim.Optimizer):
+    elif _is_optimizer(value):
         yield Holder(path, PARAMETER_GROUPS, value.param_groups)
 
 
@@ -58,17 +72,13 @@ def _hooks(owner: Any, path: str) -> Iterator[Holder]:
 
 def tensors_of(value: Any) -> Iterator[Any]:
     """Yield the parameters and buffers of a torch module, or the tensors of an optimizer's state, some thousand."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-
-    if isinstance(value, torch.nn.Module):
+    if _is_module(value):
         for module in list(islice(value.modules(), _MAX_MODULES)):
             yield from list(islice(module.parameters(recurse=False), _MAX_TENSORS))
             yield from list(islice(module.buffers(recurse=False), _MAX_TENSORS))
-    elif isinstance(value, torch.optim.Optimizer):
+    elif _is_optimizer(value):
         for state in list(islice(value.state.values(), _MAX_STATES)):
-            yield from (each for each in list(state.values()) if isinstance(each, torch.Tensor))
+            yield from (each for each in list(state.values()) if is_tensor(each))
 
 
 def pyplot_figures() -> Holder | None:

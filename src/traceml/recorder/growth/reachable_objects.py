@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 
 from traceml.instrument.facts.instance_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only
-from traceml.recorder.growth.library_holders import FIGURES, holders_of, pixel_bytes, pyplot_figures, tensors_of
+from traceml.recorder.growth.library_holders import (
+    FIGURES,
+    holders_of,
+    is_tensor,
+    pixel_bytes,
+    pyplot_figures,
+    tensors_of,
+)
 
 __all__ = ["ReachableObjects", "read_containers"]
 
@@ -159,7 +166,7 @@ def _variables(frame: FrameType) -> dict[str, Any]:
 
 def _reachable(place: _Place) -> ReachableObjects | None:
     value, kind = place.value, type(place.value).__name__
-    if _is_tensor(value):
+    if is_tensor(value):
         length = _chain(value)
         return _entry(place, "graph", length, value) if length >= _LEAST else _copied(place)
 
@@ -201,7 +208,7 @@ def _extent(value: Any) -> tuple[int, int]:
     if isinstance(value, (str, bytes, bytearray)):
         return len(value), sys.getsizeof(value)
 
-    if _is_tensor(value):
+    if is_tensor(value):
         return int(value.numel()), int(value.numel() * value.element_size())
 
     library = type(value).__module__.partition(".")[0]
@@ -261,7 +268,7 @@ def _newest_cached(function: Any) -> Any:
 
 def _inside(place: _Place) -> Iterator[_Place]:
     value = place.value
-    if not _is_entered(value) or _is_tensor(value):
+    if not _is_entered(value) or is_tensor(value):
         return
 
     if isinstance(value, dict):
@@ -301,15 +308,10 @@ def _is_entered(value: Any) -> bool:
     return not isinstance(value, _NOT_ENTERED)
 
 
-def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
 def _holds_graph(item: Any) -> bool:
     """Return whether an element is a tensor with a graph, or a small tuple, list or dict that has one."""
     parts = item.values() if isinstance(item, dict) else item if isinstance(item, _LISTS) else (item,)
-    return any(_is_tensor(part) and part.grad_fn is not None for part in islice(parts, 8))
+    return any(is_tensor(part) and part.grad_fn is not None for part in islice(parts, 8))
 
 
 def _chain(tensor: Any) -> int:
@@ -329,7 +331,7 @@ def _is_large(item: Any) -> bool:
 
 def _size(item: Any, depth: int = 2) -> int:
     size = sys.getsizeof(item)
-    if _is_tensor(item):
+    if is_tensor(item):
         return size + int(item.untyped_storage().nbytes())
 
     if type(item).__module__ == "numpy":  # a view, also of a tensor, has the memory of another object
