@@ -236,7 +236,7 @@ def measure(name: str, case: Case, steps: int) -> bool:
         found = losses_of(case, steps)
         hooks.close_open_step()
         ring, rows = flight.ring(DEVICE_STEPS.name), hooks.clock.rows
-        device_rows = np.frombuffer(ring.take(0, ring.appended).data, DEVICE_STEPS.dtype)
+        device_rows = np.frombuffer(ring.read_from(0, ring.appended).data, DEVICE_STEPS.dtype)
 
     means = {phase: device_rows[f"{phase}_ns"].sum() / max(len(device_rows), 1) / 1e6 for phase in _PHASES}
     print(

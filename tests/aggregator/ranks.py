@@ -31,7 +31,7 @@ def main(port: int, job: str, rank: int, world_size: int, steps: int, sent: int)
     flight.log("info").append({"kind": "process", "t_ns": monotonic_ns(), "torch_threads": 1})
     if port:
         connection = connect("127.0.0.1", port, hello, TOKEN, timeout_s=60)
-        connection.send_rows(STEPS.name, 0, sent, ring.take(0, sent).data)
+        connection.send_rows(STEPS.name, 0, sent, ring.read_from(0, sent).data)
         wait_for_acks(connection, STEPS.name, sent)
 
     flight.open_slots[Slot.STEP] = steps

@@ -194,7 +194,7 @@ def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch, stranger)
     assert check.state == "note"
     assert f"serves another runs folder, {tmp_path / 'other'}" in check.text
     assert "--port 0" in check.hint
-    with FolderLock.take(tmp_path / "runs") as lock:
+    with FolderLock.acquire(tmp_path / "runs") as lock:
         lock.publish(AggregatorAddress(*stranger))
         assert str(stranger[1]) in local_checks._aggregator(config).text
 

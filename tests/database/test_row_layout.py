@@ -80,8 +80,8 @@ def test_an_appender_writes_what_append_writes() -> None:
     rings[0].appender("step", "total_ns")(3, 5)
     rings[1].append(*(3 if name == "step" else 5 if name == "total_ns" else 0 for name in STEPS.names))
 
-    assert rings[0].take(0) == rings[1].take(0)
-    assert rings[0].take(0).n == 1
+    assert rings[0].read_from(0) == rings[1].read_from(0)
+    assert rings[0].read_from(0).n == 1
 
 
 def _map() -> mmap.mmap:

@@ -68,7 +68,7 @@ def _read_everything(path: Path) -> None:
     _ = (image.is_evaluating, image.crash_text, image.open_user_phase, image.open_step, image.holds_user_rows)
     for name in image.tables:
         image.counters(name)
-        list(image.take_all(name))
+        list(image.read_all(name))
 
     list(image.all_maps("names"))
     with suppress(ValueError, TypeError):  # as its callers do

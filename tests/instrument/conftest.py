@@ -38,7 +38,7 @@ class Traced:
         names = [column.name for column in table.columns]
         return [
             dict(zip(names, values, strict=True))
-            for values in table.struct.iter_unpack(ring.take(0, ring.appended).data)
+            for values in table.struct.iter_unpack(ring.read_from(0, ring.appended).data)
         ]
 
     def steps(self) -> list[dict[str, Any]]:

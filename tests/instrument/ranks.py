@@ -133,7 +133,7 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     losses = train(kind, rank)
     instrumentation.close_open_step()
     ring = flight.ring("steps")
-    rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.take(0, ring.appended).data)]
+    rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.read_from(0, ring.appended).data)]
     instrumentation.uninstall()
     flight.close(unlink=True)
     clock = instrumentation.clock

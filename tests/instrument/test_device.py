@@ -432,7 +432,7 @@ def verdict_of(traced: Traced) -> tuple[list[Kind], float]:
     intake = RowIntake(128, 1)
     for table in (STEPS.name, DEVICE_STEPS.name):
         ring = traced.flight.ring(table)
-        intake.add(table, 0, ring.take(0, ring.appended).data)
+        intake.add(table, 0, ring.read_from(0, ring.appended).data)
 
     intake.flush()
     window, facts = intake.snapshot(100)

@@ -33,7 +33,7 @@ def the_file(runs_dir: Path) -> Path:
 
 def test_git_ignores_a_runs_folder_of_ours_alone(runs_dir: Path, tmp_path: Path) -> None:
     """A folder that the user made may hold sources; whoever creates one writes the file once."""
-    assert FolderLock.take(runs_dir) is not None
+    assert FolderLock.acquire(runs_dir) is not None
     assert (runs_dir / ".gitignore").read_text() == "*\n"
 
     (runs_dir / ".gitignore").unlink()
@@ -48,24 +48,24 @@ def test_git_ignores_a_runs_folder_of_ours_alone(runs_dir: Path, tmp_path: Path)
 def test_address_is_reported_while_the_lock_is_held(runs_dir: Path) -> None:
     """One process has the folder; others read its address, until it lets go."""
     assert address_of(runs_dir, 1) is None
-    lock = FolderLock.take(runs_dir)
+    lock = FolderLock.acquire(runs_dir)
     assert lock is not None
     assert address_of(runs_dir, 1) is None  # it has not said where yet
     lock.publish(ADDRESS)
 
-    assert FolderLock.take(runs_dir) is None
+    assert FolderLock.acquire(runs_dir) is None
     assert address_of(runs_dir, 1) == ADDRESS
     assert the_file(runs_dir).stat().st_mode & 0o777 == 0o600  # another user could hold the lock of a readable file
 
     lock.publish(None)
     assert address_of(runs_dir, 1) is None
     lock.close()
-    assert FolderLock.take(runs_dir) is not None
+    assert FolderLock.acquire(runs_dir) is not None
 
 
 def test_address_of_a_dead_aggregator_is_not_believed(runs_dir: Path) -> None:
     """A killed process leaves its file, but not its lock."""
-    lock = FolderLock.take(runs_dir)
+    lock = FolderLock.acquire(runs_dir)
     assert lock is not None
     lock.publish(ADDRESS)
     lock.close()
@@ -77,14 +77,14 @@ def test_address_of_a_dead_aggregator_is_not_believed(runs_dir: Path) -> None:
 @pytest.mark.process
 def test_a_child_that_inherits_the_lock_has_the_folder(runs_dir: Path) -> None:
     """The process that starts an aggregator hands the lock on, without a moment in which nobody has it."""
-    lock = FolderLock.take(runs_dir)
+    lock = FolderLock.acquire(runs_dir)
     assert lock is not None
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.fileno(),))
     lock.publish(ADDRESS)
     lock.close()
     lock.close()
 
-    assert FolderLock.take(runs_dir) is None
+    assert FolderLock.acquire(runs_dir) is None
     assert address_of(runs_dir, 1) == ADDRESS
     child.kill()
     child.communicate()
@@ -94,7 +94,7 @@ def test_a_child_that_inherits_the_lock_has_the_folder(runs_dir: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "h"}', '{"host": "h", "port": "x", "token_file": ""}'])
 def test_half_written_address_is_none(runs_dir: Path, content: str) -> None:
     """A reader may come between lock and address."""
-    lock = FolderLock.take(runs_dir)
+    lock = FolderLock.acquire(runs_dir)
     assert lock is not None
     the_file(runs_dir).write_text(content)
 
@@ -106,7 +106,7 @@ def test_planted_file_is_left_alone(runs_dir: Path, own_runtime_folder: Path) ->
     the_file(runs_dir).parent.mkdir(parents=True)
     os.mkfifo(the_file(runs_dir))
 
-    lock = FolderLock.take(runs_dir)
+    lock = FolderLock.acquire(runs_dir)
 
     assert lock is not None
     lock.publish(ADDRESS)

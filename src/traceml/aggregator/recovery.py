@@ -176,9 +176,9 @@ def _take(stream: RankStream, ingest: Ingest, table: str, image: FlightSnapshot)
     before = stream.next.get(table, 0)
     uncommitted = 0
     try:
-        for taken in image.take_all(table, before):
-            ingest.take(stream, table, taken.first, taken.n, taken.data)
-            uncommitted += len(taken.data)
+        for found in image.read_all(table, before):
+            ingest.take(stream, table, found.first, found.n, found.data)
+            uncommitted += len(found.data)
             if uncommitted > _COMMIT_BYTES:  # a journal may be larger than memory
                 uncommitted = 0
                 ingest.commit()

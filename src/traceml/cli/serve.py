@@ -173,7 +173,7 @@ def _folder_lock(options: argparse.Namespace, runs_dir: Path) -> FolderLock | No
         return None
 
     try:
-        lock = FolderLock.take(runs_dir)
+        lock = FolderLock.acquire(runs_dir)
     except OSError as error:
         _log.warning("the address cannot be written into %s; scripts need TRACEML_PORT: %s", runs_dir, error)
         return None

@@ -123,7 +123,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
                 missing = error  # it starts, or stops
                 if error.refused:  # as on a full disk: no need for haste
                     pause_s = min(2 * pause_s, _REFUSED_POLL_S)
-        elif (lock := _take_lock(config)) is not None:
+        elif (lock := _acquire_lock(config)) is not None:
             with lock:
                 return _start_in_folder(config, hello, lock, began_s, timeout_s)
 
@@ -136,9 +136,9 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
             time.sleep(pause_s)
 
 
-def _take_lock(config: Config) -> FolderLock | None:
+def _acquire_lock(config: Config) -> FolderLock | None:
     try:
-        return FolderLock.take(config.runs_dir)
+        return FolderLock.acquire(config.runs_dir)
     except OSError as error:
         reason = f"none runs there, and none can be started: the runs folder cannot be locked: {error}"
         raise AggregatorUnavailableError(config.host, config.port, 0.0, reason) from error

@@ -272,13 +272,13 @@ class ProfileServer:
         return self._mean_ns(rows - n, n) if n > 1 else 0
 
     def _mean_ns(self, first: int, n: int) -> int:
-        taken = self._steps.take(first, n)
+        found = self._steps.read_from(first, n)
         at = STEPS.index["total_ns"] * 8
         whole = sum(
-            int.from_bytes(taken.data[row + at : row + at + 8], "little")
-            for row in range(0, taken.n * STEPS.row_bytes, STEPS.row_bytes)
+            int.from_bytes(found.data[row + at : row + at + 8], "little")
+            for row in range(0, found.n * STEPS.row_bytes, STEPS.row_bytes)
         )
-        return whole // max(taken.n, 1)
+        return whole // max(found.n, 1)
 
 
 def _compress(source: Path, target: Path) -> None:

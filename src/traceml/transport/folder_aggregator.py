@@ -82,7 +82,7 @@ class FolderLock:
         self.close()
 
     @classmethod
-    def take(cls, runs_dir: Path) -> Self | None:
+    def acquire(cls, runs_dir: Path) -> Self | None:
         """Take the lock; None while another process has it.
 
         Raises:

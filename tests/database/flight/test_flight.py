@@ -72,7 +72,7 @@ def test_rows_of_two_tables_do_not_touch(tmp_path: Path) -> None:
     flight.log("names").append({"id": 0, "name": "n"})
     for number, (table, ring) in enumerate(zip(PACKED, flight.rings.values(), strict=True)):
         expected = table.struct.pack(*[number] * len(table.columns))
-        assert ring.take(ring.oldest()) == (25, 15, expected * 15)
+        assert ring.read_from(ring.oldest()) == (25, 15, expected * 15)
 
     assert flight.log("info").appended == 0
     flight.close(unlink=True)

@@ -45,7 +45,7 @@ def numbers(data: bytes) -> list[int]:
 def drained(table: JournaledRing | JournaledLog, cursor: int = 0, limit: int = 2048) -> tuple[list[int], bytes]:
     """Take all from a cursor on, as the sender does; return the numbers that came first in each take, and all bytes."""
     firsts, data = [], b""
-    while (taken := table.take(cursor, limit)).n:
+    while (taken := table.read_from(cursor, limit)).n:
         firsts.append(taken.first)
         data += taken.data
         cursor = taken.first + taken.n
@@ -61,7 +61,7 @@ def test_every_row_is_given_once_whatever_is_acknowledged_when(tmp_path_factory:
     ring, sent, given_out = flight.metrics, 0, []
     for appended, taken_rows, is_acked in turns:
         ring_of(flight, appended)
-        taken = ring.take(sent, taken_rows or 1)
+        taken = ring.read_from(sent, taken_rows or 1)
         assert taken.first == sent
         given_out += numbers(taken.data)
         sent += taken.n
@@ -103,7 +103,7 @@ def test_maps_go_to_the_journal_when_memory_is_full(tmp_path: Path) -> None:
         assert log.append(row)
 
     assert [row["n"] for row in msgpack.Unpacker(_file(drained(log)[1]), max_buffer_size=0)] == list(range(300))
-    assert log.take(299).n == 1
+    assert log.read_from(299).n == 1
     journal = journal_path(flight.journal_stems[0], "logged")
     assert journal.stat().st_size > 1_000_000
     log.acked = log.appended
@@ -167,7 +167,7 @@ def test_a_journal_alone_tells_whose_it_is(tmp_path: Path) -> None:
     assert image.tables == ["metrics"]
     assert image.holds_user_rows
     assert image.open_step is None
-    rows = numbers(b"".join(taken.data for taken in image.take_all("metrics")))
+    rows = numbers(b"".join(taken.data for taken in image.read_all("metrics")))
     assert rows == list(range(image.counters("metrics").appended))
     assert len(rows) > 90
     image.unlink()
@@ -190,11 +190,11 @@ def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
     image = read_flight(flight.path, tmp_path / "disk")
     assert image.holds_user_rows
     for start in (0, 3, 50, 97, 100):
-        takes = list(image.take_all("metrics", start))
+        takes = list(image.read_all("metrics", start))
         rows = {taken.first + index: n for taken in takes for index, n in enumerate(numbers(taken.data))}
         assert {number: n for number, n in rows.items() if number >= start} == {n: n for n in range(start, 100)}
 
-    maps = b"".join(taken.data for taken in image.take_all("logged"))
+    maps = b"".join(taken.data for taken in image.read_all("logged"))
     assert [row["n"] for row in msgpack.Unpacker(_file(maps), max_buffer_size=0)] == list(range(400))
     image.unlink()
     assert list((tmp_path / "disk" / FALLBACK_FOLDER).iterdir()) == list((tmp_path / "memory").iterdir()) == []
@@ -214,7 +214,7 @@ def test_a_full_disk_loses_the_oldest_rows_and_says_so_once(
         ring_of(flight, 1000)
 
     assert [record.message.count("No space left") for record in caplog.records] == [1]
-    first = flight.metrics.take(0).first
+    first = flight.metrics.read_from(0).first
     assert 1000 - 64 < first < 1000 - 16
     ring_of(flight, 500)
     firsts, data = drained(flight.metrics, first)

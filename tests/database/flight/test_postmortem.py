@@ -211,10 +211,10 @@ def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
     image = read_flight(flight.path)
 
     assert image.counters("evals").acked == 15
-    assert [row[0] for row in struct.iter_unpack("@4q", image.take("evals", 15).data)] == [15, 16, 17, 18, 19]
-    assert image.take("evals", 3)[:2] == (13, 7)
-    assert image.take("evals", 20) == (20, 0, b"")
-    assert image.take("names", 2)[:2] == (2, 1)
+    assert [row[0] for row in struct.iter_unpack("@4q", image.read_from("evals", 15).data)] == [15, 16, 17, 18, 19]
+    assert image.read_from("evals", 3)[:2] == (13, 7)
+    assert image.read_from("evals", 20) == (20, 0, b"")
+    assert image.read_from("names", 2)[:2] == (2, 1)
     assert image.log_rows("names")[1] == {"id": 1, "name": "n"}
 
 
@@ -345,8 +345,8 @@ def test_maps_before_a_damaged_one_are_read(tmp_path: Path, caplog: pytest.LogCa
     image = read_flight(flight.path)
 
     assert image.log_rows("names") == [{"id": 0, "name": "name 0"}]
-    assert image.take("names")[:2] == (0, 1)
-    assert image.take("evals").n == 3
+    assert image.read_from("names")[:2] == (0, 1)
+    assert image.read_from("evals").n == 3
     assert [row["id"] for row in image.all_maps("names")] == [0]
     assert "2 of the 3 rows of its log 'names'" in caplog.text
 
@@ -368,9 +368,9 @@ def test_impossible_counters_cost_their_table_alone(
 
     image = read_flight(flight.path)
 
-    assert image.take("evals").n == 0
+    assert image.read_from("evals").n == 0
     assert image.waiting("evals") == 0
-    assert image.take("epochs").n == 3
+    assert image.read_from("epochs").n == 3
     assert caplog.text.count("the counters of its table 'evals' are damaged") == 1
 
 

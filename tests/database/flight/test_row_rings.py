@@ -42,7 +42,7 @@ def test_reads_what_was_appended() -> None:
     fill(ring, 5)
 
     assert (ring.appended, ring.oldest()) == (5, 0)
-    assert list(struct.iter_unpack("@4q", ring.take(1, 2).data)) == [(1, 2, 3, 4), (2, 3, 4, 5)]
+    assert list(struct.iter_unpack("@4q", ring.read_from(1, 2).data)) == [(1, 2, 3, 4), (2, 3, 4, 5)]
 
 
 def test_window_is_one_row_less_than_the_capacity_once_wrapped() -> None:
@@ -53,8 +53,8 @@ def test_window_is_one_row_less_than_the_capacity_once_wrapped() -> None:
 
     assert ring.oldest() == 1
     for cursor in (0, 1):
-        assert ring.take(cursor)[:2] == (1, 7)
-        assert numbers(ring.take(cursor).data) == list(range(1, 8))
+        assert ring.read_from(cursor)[:2] == (1, 7)
+        assert numbers(ring.read_from(cursor).data) == list(range(1, 8))
 
 
 def test_gives_no_rows_that_do_not_exist() -> None:
@@ -62,8 +62,8 @@ def test_gives_no_rows_that_do_not_exist() -> None:
     ring = make_ring()
     fill(ring, 3)
 
-    assert numbers(ring.take(0, 4).data) == [0, 1, 2]
-    assert ring.take(3) == (3, 0, b"")
+    assert numbers(ring.read_from(0, 4).data) == [0, 1, 2]
+    assert ring.read_from(3) == (3, 0, b"")
 
 
 @settings(deadline=None)
@@ -77,7 +77,7 @@ def test_taken_rows_and_overwritten_rows_are_all_rows(capacity: int, appends: li
     for rows in appends:
         fill(ring, rows)
         expected_loss = max(0, ring.oldest() - cursor)
-        taken = ring.take(cursor, limit)
+        taken = ring.read_from(cursor, limit)
         assert taken.first - cursor == expected_loss
         assert numbers(taken.data) == list(range(taken.first, taken.first + taken.n))
         lost += taken.first - cursor
@@ -93,7 +93,7 @@ def test_take_gives_nothing_when_nothing_is_new() -> None:
     ring = make_ring()
     fill(ring, 3)
 
-    assert ring.take(3) == (3, 0, b"")
+    assert ring.read_from(3) == (3, 0, b"")
 
 
 def test_never_gives_a_torn_row_to_a_thread_that_reads_while_another_writes() -> None:
@@ -105,7 +105,7 @@ def test_never_gives_a_torn_row_to_a_thread_that_reads_while_another_writes() ->
 
     writer.start()
     while cursor < total:
-        taken = ring.take(cursor, 50)
+        taken = ring.read_from(cursor, 50)
         lost += taken.first - cursor
         for row in struct.iter_unpack("@4q", taken.data):
             assert row == (row[0], row[0] + 1, row[0] + 2, row[0] + 3)
@@ -138,8 +138,8 @@ def test_log_gives_back_its_maps() -> None:
     unpacker = msgpack.Unpacker()
     unpacker.feed(log.read(2, 5))
     assert list(unpacker) == rows[2:]
-    assert log.take(4) == (4, 1, msgpack.packb(rows[4]))
-    assert log.take(5) == (5, 0, b"")
+    assert log.read_from(4) == (4, 1, msgpack.packb(rows[4]))
+    assert log.read_from(5) == (5, 0, b"")
 
 
 def test_full_log_refuses_and_counts() -> None:
@@ -167,7 +167,7 @@ def test_full_log_starts_empty_when_all_is_stored() -> None:
     assert log.unstored_bytes == 0
     first = log.base
     assert 0 < first < 50
-    taken = log.take(0)
+    taken = log.read_from(0)
     assert (taken.first, taken.n) == (first, 50 - first)
     assert [found["id"] for found in msgpack.Unpacker(io.BytesIO(taken.data))] == list(range(first, 50))
 
@@ -238,11 +238,11 @@ def test_released_rows_are_still_there() -> None:
     """Rows whose pages were given back can be read and overwritten as before, also where the ring has wrapped."""
     ring = make_ring(4096)
     fill(ring, 4096 + 100)
-    before = ring.take(0, 4096)
+    before = ring.read_from(0, 4096)
 
     ring.release(ring.oldest(), ring.appended)
 
     assert before.n == 4095
-    assert ring.take(0, 4096) == before
+    assert ring.read_from(0, 4096) == before
     fill(ring, 1)
-    assert numbers(ring.take(ring.appended - 2).data) == [4195, 4196]
+    assert numbers(ring.read_from(ring.appended - 2).data) == [4195, 4196]

@@ -84,7 +84,7 @@ def log_values(folder: Path) -> int:
             flight.metrics.append(0, step, 7, step, 0, 3)  # makes room for more
 
     assert flight.metrics.appended == before + 3 * flight.metrics.capacity
-    last = METRICS.struct.unpack(flight.metrics.take(flight.metrics.appended - 1).data)
+    last = METRICS.struct.unpack(flight.metrics.read_from(flight.metrics.appended - 1).data)
     assert last[1:] == (3 * flight.metrics.capacity - 1, 7, 3.0 * flight.metrics.capacity - 1, 0, 3)
     flight.close(unlink=True)
     return flight.metrics.appended

@@ -167,6 +167,6 @@ def test_a_device_is_never_waited_for(tmp_path: Path) -> None:
     reader.read(loss)
     reader.finish()
     table = flight.ring("losses")
-    rows = list(iter(memoryview(table.take(0, 16).data).cast("B").cast("d").tolist()))
+    rows = list(iter(memoryview(table.read_from(0, 16).data).cast("B").cast("d").tolist()))
     assert rows[2::3] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     flight.close(unlink=True)

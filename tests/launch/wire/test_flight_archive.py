@@ -40,7 +40,7 @@ def test_journals_and_files_come_along(script: Script, tmp_path: Path) -> None: 
     assert pack_flight(pid, "far", runs_dir=runs_dir) is None
     assert list((tmp_path / "traceml_runs" / FALLBACK_FOLDER).iterdir()) == []
     image = read_flight(unpack_flight(data, tmp_path / "copies", "node1.example.org-1-7"))
-    assert sum(taken.n for taken in image.take_all("metrics")) == 40_000
+    assert sum(taken.n for taken in image.read_all("metrics")) == 40_000
     (note,) = image.pending_rows
     (file,) = image.spooled_files
     assert note["name"] == "best"

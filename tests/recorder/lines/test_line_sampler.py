@@ -96,7 +96,7 @@ def dumps() -> None:
 def rows_of(flight: FlightFile) -> list[tuple[int, str, str, int]]:
     """Return (phase, line, library function, samples) of each row."""
     names = {number: name for name, number in flight.names._ids.items()}
-    taken = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    taken = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)
     return [
         (int(row["phase"]), names.get(int(row["line_id"]), ""), names.get(int(row["library_id"]), ""), row["samples"])
         for row in taken
@@ -425,7 +425,7 @@ def test_samples_since_the_end_of_the_last_step_have_a_later_time(flight: Flight
 
         sampler.flush()
 
-    rows, seen = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype), collections.Counter[int]()
+    rows, seen = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype), collections.Counter[int]()
     for row in rows:
         seen[int(row["t_ns"])] += int(row["samples"])
 
@@ -582,7 +582,7 @@ def test_threads_that_compute_are_seen_in_training(flight: FlightFile, began: in
 
         sampler.flush()
 
-    rows = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    rows = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)
     seen = rows[rows["phase"] == LINE_THREADS]
     assert len(seen) == began
     for line_id, passed_ns, cpu_ns in seen[["line_id", "watched_ns", "cpu_ns"]].tolist():
@@ -658,7 +658,7 @@ def test_cpu_time_tells_computing_from_waiting(
     flight.open_slots[Slot.STEP_START], flight.open_slots[Phase.INPUT_WAIT] = 1, 2
 
     def rows() -> np.ndarray[Any, Any]:
-        return np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+        return np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)
 
     def has_computed() -> bool:
         sampled(flight, training, 10)
@@ -687,7 +687,7 @@ def test_a_phase_that_ends_meanwhile_is_not_watched(flight: FlightFile) -> None:
         sampler.sample(next_phase)
         sampler.flush()
 
-    rows = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    rows = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)
     assert (int(rows["samples"].sum()), int(rows["watched_ns"].sum())) == (1, 0)
 
 

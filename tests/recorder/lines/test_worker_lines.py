@@ -61,7 +61,7 @@ def flight(tmp_path: Path) -> Iterator[FlightFile]:
 def rows_of(flight: FlightFile) -> Iterator[dict[str, int]]:
     """Yield the rows of lines."""
     ring = flight.ring("lines")
-    for row in LINES.struct.iter_unpack(ring.take(0, ring.appended).data):
+    for row in LINES.struct.iter_unpack(ring.read_from(0, ring.appended).data):
         yield dict(zip((column.name for column in LINES.columns), row, strict=True))
 
 

@@ -47,7 +47,7 @@ def watch(slots, monkeypatch) -> Iterator[CollectionWatch]:
 
 
 def full(watch: CollectionWatch):
-    return [each for each in watch.take_long() if each.generation == 2]
+    return [each for each in watch.drain_long() if each.generation == 2]
 
 
 def test_a_call_is_reported_with_its_line(watch):
@@ -85,7 +85,7 @@ def test_a_call_of_a_library_without_code_of_the_user(slots, monkeypatch):
     watch.start()
     tidy()
     watch.stop()
-    found = [each for each in watch.take_long() if each.generation == 2][-1]
+    found = [each for each in watch.drain_long() if each.generation == 2][-1]
 
     assert (found.code, found.line) == (found.library, found.library_line) == (tidy.__code__, 4)
 
@@ -106,7 +106,7 @@ def test_those_of_the_interpreter_have_no_line(watch):
     """Making many objects collects the young ones; nobody called for it."""
     gc.enable()
     kept = make_objects()
-    found = watch.take_long()
+    found = watch.drain_long()
 
     assert len(kept) == 50_000
     assert [each for each in found if each.generation == 0]
@@ -146,12 +146,12 @@ def test_short_ones_are_summed(slots, monkeypatch):
     gc.collect()
     gc.collect()
     watch.stop()
-    count, ns = watch.take_short()
+    count, ns = watch.drain_short()
 
     assert count >= 2
     assert ns > 0
-    assert watch.take_short() == (0, 0)
-    assert watch.take_long() == []
+    assert watch.drain_short() == (0, 0)
+    assert watch.drain_long() == []
 
 
 def test_an_error_ends_the_watch(slots, capfd):

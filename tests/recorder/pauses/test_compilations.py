@@ -25,7 +25,7 @@ class Named(torch.nn.Module):
 def reader():
     torch._dynamo.reset()
     found = CompilationReader()
-    found.take()
+    found.drain()
     yield found
     torch._dynamo.reset()
 
@@ -42,9 +42,9 @@ def test_other_values_compile_anew_until_the_limit(reader):
     module = Named()
     compiled = torch.compile(module, backend="eager")
     call(module, compiled, "abc")
-    first = reader.take()
+    first = reader.drain()
     call(module, compiled, "abcdefghij")
-    then = reader.take()
+    then = reader.drain()
 
     assert [each.detail for each in first] == [Compiled.FIRST, Compiled.AGAIN, Compiled.AGAIN]
     assert [each.detail for each in then] == [*[Compiled.AGAIN] * 5, *[Compiled.LIMIT] * (len(then) - 5)]
@@ -52,9 +52,9 @@ def test_other_values_compile_anew_until_the_limit(reader):
     assert first[1].guard == "self.name == 'a'"
     assert all(each.place.startswith(f"{__file__}:") and each.place.endswith(" forward") for each in [*first, *then])
     assert all(each.ns > 0 for each in [*first, *then])
-    assert reader.take() == []
+    assert reader.drain() == []
 
 
 def test_without_torch_there_is_nothing():
     """A script that has not imported dynamo."""
-    assert CompilationReader(modules={}).take() == []
+    assert CompilationReader(modules={}).drain() == []

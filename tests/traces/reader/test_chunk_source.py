@@ -162,7 +162,7 @@ def test_a_part_of_a_file_ends_with_the_member_that_begins_in_it(tmp_path: Path)
     texts = []
     for begin, end in ((0, middle), (middle, None)):
         source, buffer = open_source(path, begin, end), TextBuffer()
-        while (load := source.take(buffer)) is not None:
+        while (load := source.next_chunk(buffer)) is not None:
             texts.append(bytes(load().text))
 
         source.close()

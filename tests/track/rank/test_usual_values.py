@@ -35,7 +35,7 @@ def flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlightFi
 
 def rows(flight: FlightFile) -> list[tuple[Any, ...]]:
     ring = flight.metrics
-    return list(METRICS.struct.iter_unpack(ring.take(0, ring.appended).data))
+    return list(METRICS.struct.iter_unpack(ring.read_from(0, ring.appended).data))
 
 
 @pytest.mark.parametrize("value", [0.5, -0.0, 3, -(2**60), math.inf, -math.inf, math.nan], ids=str)
@@ -120,7 +120,7 @@ def test_python_makes_room(flight: FlightFile) -> None:
     assert ring.append(0, 0, 5, full, 0, EXPERIMENT)
     assert writer("loss", full + 1, 0) is True
 
-    assert [row[3] for row in METRICS.struct.iter_unpack(ring.take(full - 2, 4).data)] == [
+    assert [row[3] for row in METRICS.struct.iter_unpack(ring.read_from(full - 2, 4).data)] == [
         full - 2.0, full - 1.0, full, full + 1.0,
     ]  # fmt: skip
 

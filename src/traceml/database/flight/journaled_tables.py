@@ -95,17 +95,17 @@ class JournaledRing(Ring):
 
         self.limit = safe + self.capacity - 1
 
-    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
+    def read_from(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return at most `limit` rows at or after `cursor`, from the journal or from memory."""
-        taken = super().take(cursor, limit)
-        if taken.first <= cursor:
-            return taken
+        found = super().read_from(cursor, limit)
+        if found.first <= cursor:
+            return found
 
         with self.lock:
             record = self.journal.record_of(cursor)
 
-        if record is None or record[0] >= taken.first:
-            return taken
+        if record is None or record[0] >= found.first:
+            return found
 
         first, n, data = record
         start, size = max(cursor, first), self.row_bytes
@@ -132,15 +132,15 @@ class JournaledLog(ByteLog):
         self.journal = journal
         self._warned = False
 
-    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
+    def read_from(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the maps at or after `cursor`: at most `limit`, and at most 256 KiB unless one alone is larger."""
         with self._lock:
             if cursor >= self.base:
-                return self._take(cursor, limit)
+                return self._read_from(cursor, limit)
 
             record = self.journal.record_of(cursor)
             if record is None or record[0] >= self.base:
-                return self._take(max(cursor, self.base), limit)
+                return self._read_from(max(cursor, self.base), limit)
 
         first, n, data = record
         start = max(cursor, first)

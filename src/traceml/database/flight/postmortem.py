@@ -174,7 +174,7 @@ class FlightSnapshot:
     def counters(self, name: str) -> TableCounters:
         """Return a table's counters; for a table that is only in its journal, those that the journal shows."""
         if name not in self._tables:
-            return TableCounters(max((taken.first + taken.n for taken in self._journaled(name)), default=0), 0, 0, 0, 0)
+            return TableCounters(max((found.first + found.n for found in self._journaled(name)), default=0), 0, 0, 0, 0)
 
         index, _ = self._tables[name]
         if name not in self._counters:
@@ -258,21 +258,21 @@ class FlightSnapshot:
 
         return found
 
-    def take_all(self, name: str, start: int = 0) -> Iterator[RowSlice]:
+    def read_all(self, name: str, start: int = 0) -> Iterator[RowSlice]:
         """Yield the rows of a table or log from `start` on: first those in its journal, then those in memory."""
-        for taken in self._journaled(name):
-            if taken.first + taken.n > start:
-                yield taken
-                start = taken.first + taken.n
+        for found in self._journaled(name):
+            if found.first + found.n > start:
+                yield found
+                start = found.first + found.n
 
-        taken = self.take(name, start)
-        if taken.n:
-            yield taken
+        found = self.read_from(name, start)
+        if found.n:
+            yield found
 
     def all_maps(self, name: str) -> Iterator[dict[str, Any]]:
         """Yield the maps of a log in its journal and in memory, without damaged ones."""
-        for taken in self.take_all(name):
-            yield from whole_maps(taken.data, taken.n)[0]
+        for found in self.read_all(name):
+            yield from whole_maps(found.data, found.n)[0]
 
     def unlink(self) -> None:
         """Remove the file, its journals and its spool, as all rows are stored."""
@@ -287,7 +287,7 @@ class FlightSnapshot:
         path = self.journals.get(name)
         return read_journal(path) if path is not None else iter(())
 
-    def take(self, name: str, start: int = 0) -> RowSlice:
+    def read_from(self, name: str, start: int = 0) -> RowSlice:
         """Return the rows of a table or log in memory from `start` on, as bytes for a frame."""
         if name not in self._tables:
             return RowSlice(start, 0, b"")

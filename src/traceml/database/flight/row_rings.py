@@ -132,7 +132,7 @@ class Ring(_CountedTable):
         """
         return max(0, self.appended - self.capacity + 1)
 
-    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
+    def read_from(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return at most `limit` rows at or after `cursor`; overwritten rows are skipped, none is torn."""
         appended = self.appended
         first = max(cursor, self.oldest())
@@ -260,12 +260,12 @@ class ByteLog(_CountedTable):
 
         return self._buffer[self._offset + self._ends[start - base] : self._offset + self._ends[stop - base]]
 
-    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
+    def read_from(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the maps at or after `cursor`: at most `limit`, and at most 256 KiB unless one alone is larger."""
         with self._lock:
-            return self._take(cursor, limit)
+            return self._read_from(cursor, limit)
 
-    def _take(self, cursor: int, limit: int) -> RowSlice:
+    def _read_from(self, cursor: int, limit: int) -> RowSlice:
         base, ends = self.base, self._ends
         cursor = max(cursor, base)  # earlier ones were stored before they left memory
         stop = stop_within(ends, base, cursor, min(cursor + limit, self.appended))

@@ -193,7 +193,7 @@ class StoreWriter:
         for key in list(self._buffers):
             self._finish(key)
 
-        for key, rows in self._unframed.take(now_s, everything=frames_of_all):
+        for key, rows in self._unframed.drain(now_s, everything=frames_of_all):
             self._encode(key, rows)
 
         # A reader that follows frames by id finds each name before the rows that use it.

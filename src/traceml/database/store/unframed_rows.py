@@ -122,7 +122,7 @@ class UnframedRows:
         if not is_stored:
             self._new.append(rows)
 
-    def take(self, now_s: float, *, everything: bool = False) -> list[DueFrame]:
+    def drain(self, now_s: float, *, everything: bool = False) -> list[DueFrame]:
         """Return the rows whose frames are due, in the order of their numbers, for the next transaction.
 
         Args:

@@ -44,7 +44,7 @@ class SaveLog:
         self._done: deque[Save] = deque(maxlen=_MAX_WAITING)
         self._targets: list[str] = []
 
-    def take(self) -> list[Save]:
+    def drain(self) -> list[Save]:
         """Return the saves since the last call, at most 256."""
         return [self._done.popleft() for _ in range(len(self._done))]
 

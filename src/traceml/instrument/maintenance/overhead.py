@@ -102,7 +102,7 @@ def _user_entries(flight: FlightFile, step: int) -> int:
 def _row(flight: FlightFile, table: Table, back: int) -> tuple[int, ...]:
     """Return the last row of a table, or one that is further back; empty if there is none."""
     ring = flight.ring(table.name)
-    found = ring.take(ring.appended - back, 1) if ring.appended >= back else None
+    found = ring.read_from(ring.appended - back, 1) if ring.appended >= back else None
     return table.struct.unpack(found.data) if found else ()
 
 

@@ -49,4 +49,4 @@ def is_overdue(ring: Ring, total_ns: int) -> bool:
 
 
 def _earlier(ring: Ring) -> Iterator[tuple[int, ...]]:
-    return STEPS.struct.iter_unpack(ring.take(max(ring.appended - _EARLIER_STEPS, 0), _EARLIER_STEPS).data)
+    return STEPS.struct.iter_unpack(ring.read_from(max(ring.appended - _EARLIER_STEPS, 0), _EARLIER_STEPS).data)

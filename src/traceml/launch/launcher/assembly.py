@@ -151,7 +151,7 @@ def _connect_host(options: LaunchOptions, spec: HostSpec) -> JobHost:
     def start() -> AgentConnection:
         return AgentConnection(spec, python, config)
 
-    kept = AGENT_POOL.take(key)
+    kept = AGENT_POOL.pop(key)
     if kept is not None:
         kept.spec = spec
 

@@ -180,7 +180,7 @@ class Channel:
         while self._ready and size < CHUNK_BYTES:
             stream_id = next(iter(self._ready))
             stream = self._ready.pop(stream_id)
-            kind, body = stream.take_frame()
+            kind, body = stream.next_frame()
             self._leaving.append(frame_head(len(body), kind, stream_id))
             if body:
                 self._leaving.append(body)

@@ -91,7 +91,7 @@ class OutgoingStream:
         if self.on_drain is not None and self._end is None and self.writable_bytes and not self.queued_bytes:
             self.on_drain()
 
-    def take_frame(self) -> tuple[FrameKind, memoryview | bytes]:
+    def next_frame(self) -> tuple[FrameKind, memoryview | bytes]:
         """Remove and return the kind and body of the next frame; call this only if there is one."""
         if not self._chunks:
             assert self._end is not None

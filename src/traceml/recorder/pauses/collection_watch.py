@@ -101,11 +101,11 @@ class CollectionWatch:
         if self._collect is not None and gc.collect is self._own_collect:  # else it was replaced again after us
             gc.collect = self._collect
 
-    def take_long(self) -> list[Collection]:
+    def drain_long(self) -> list[Collection]:
         """Return the long collections since the last call, at most 512."""
         return [self._long.popleft() for _ in range(len(self._long))]
 
-    def take_short(self) -> tuple[int, int]:
+    def drain_short(self) -> tuple[int, int]:
         """Return number and wall time in ns of the short collections since the last call."""
         # Only the callback writes these sums: it may come at any moment, and nothing is lost.
         count, ns = self._short, self._short_ns

@@ -37,7 +37,7 @@ class CompilationReader:
         self._places: dict[str, str] = {}  # by number of the function
         self._recompiled: set[str] = set()  # numbers of compilations that were not the first of their function
 
-    def take(self) -> list[Compilation]:
+    def drain(self) -> list[Compilation]:
         """Return the compilations since the last call."""
         dynamo = self._modules.get("torch._dynamo.utils")
         records = getattr(dynamo, "_compilation_metrics", None)

@@ -67,29 +67,29 @@ class PauseRecorder:
             self._watch.stop()
 
         now, step = monotonic_ns(), self._slots[Slot.STEP]
-        for each in self._watch.take_long():
+        for each in self._watch.drain_long():
             self._append_collection(each)
 
-        for save in self._saves.take() if self._saves is not None else ():
+        for save in self._saves.drain() if self._saves is not None else ():
             self._append_save(save)
 
         begun_ns = time.time_ns() - now  # of the monotonic clock
-        self._compiled += [(each, 1000 * each.end_us - begun_ns) for each in self._compilations.take()]
+        self._compiled += [(each, 1000 * each.end_us - begun_ns) for each in self._compilations.drain()]
         self._compiled = [each for each in self._compiled if not self._append_compilation(*each, step, last=last)]
 
-        self._take_short(now, step)
+        self._drain_short(now, step)
         self._turn = now, step
 
     def forget(self) -> None:
         """Stop watching, in a forked child."""
         self._watch.stop()
 
-    def _take_short(self, now: int, step: int) -> None:
+    def _drain_short(self, now: int, step: int) -> None:
         passed = now - self._since_ns
         if passed < _MIN_NS:
             return
 
-        count, ns = self._watch.take_short()
+        count, ns = self._watch.drain_short()
         self._since_ns = now
         if ns >= _SHORT_SHARE * passed:
             self._append_collection(Collection(now, step, -1, ns, count, 0))
@@ -147,8 +147,8 @@ class PauseRecorder:
     def _rows_around(self, at_ns: int) -> list[tuple[int, ...] | None]:
         """Return the row of the last step that had ended at some time, and that of the next one, of the newest rows."""
         ring = self._steps
-        taken = ring.take(max(ring.appended - _MAX_ROWS, 0), _MAX_ROWS)
-        rows = list(STEPS.struct.iter_unpack(taken.data))
+        found = ring.read_from(max(ring.appended - _MAX_ROWS, 0), _MAX_ROWS)
+        rows = list(STEPS.struct.iter_unpack(found.data))
         number = bisect_left(rows, at_ns, key=lambda row: row[_T_END])
         return [rows[each] if 0 <= each < len(rows) else None for each in (number - 1, number)]
 

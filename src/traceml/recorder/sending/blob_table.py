@@ -55,7 +55,7 @@ class BlobTable:
         self._ends[path.name] = self.appended
         return self.appended
 
-    def take(self, cursor: int, limit: int = 1) -> RowSlice:  # noqa: ARG002 - one chunk is enough for a frame
+    def read_from(self, cursor: int, limit: int = 1) -> RowSlice:  # noqa: ARG002 - one chunk is enough for a frame
         """Return the next chunk at or after a cursor."""
         for first, n, path, size in list(self._files):
             if cursor < first + n:

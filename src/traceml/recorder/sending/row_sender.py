@@ -134,7 +134,7 @@ class RowSender:
     def steps_waiting(self) -> int:
         """Steps in memory that are not stored."""
         steps = self._steps
-        return steps.appended - steps.take(steps.acked, 1).first if steps.appended > steps.acked else 0
+        return steps.appended - steps.read_from(steps.acked, 1).first if steps.appended > steps.acked else 0
 
     @property
     def steps_sent(self) -> bool:

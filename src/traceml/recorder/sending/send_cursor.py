@@ -50,21 +50,21 @@ class SendCursor:
 
     def count_overwritten(self) -> None:
         """Count the rows that the ring has overwritten, where no more are sent."""
-        first = self.table.take(self.table.acked, 1).first
+        first = self.table.read_from(self.table.acked, 1).first
         if first > self.table.acked:
             self.losses.add(self.table.acked, first)
 
     def frames(self, limit: int) -> Iterator[tuple[int, int, bytes]]:
         """Yield (first row, rows, data) up to row `limit`, moving on as they are taken."""
         while self.sent < limit:
-            taken = self.table.take(self.sent, min(_SLICE_ROWS, limit - self.sent))
-            if taken.first > self.sent:
-                self.losses.add(self.sent, taken.first)
+            found = self.table.read_from(self.sent, min(_SLICE_ROWS, limit - self.sent))
+            if found.first > self.sent:
+                self.losses.add(self.sent, found.first)
                 self.table.dropped = self.losses.rows
 
-            if not taken.n:
-                self.sent = self.table.sent = max(self.sent, taken.first)
+            if not found.n:
+                self.sent = self.table.sent = max(self.sent, found.first)
                 return
 
-            self.sent = self.table.sent = taken.first + taken.n
-            yield taken.first, taken.n, taken.data
+            self.sent = self.table.sent = found.first + found.n
+            yield found.first, found.n, found.data

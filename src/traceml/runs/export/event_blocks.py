@@ -143,14 +143,14 @@ class EventBlocks:
 
     def write_spans(self, block: SpanBlock) -> None:
         """Write spans."""
-        ids = self._take_ids(len(block.kind))
+        ids = self._reserve_ids(len(block.kind))
         templates = [self._span_template(kind, block.pid, block.tid) for kind in block.kinds]
         times = [*self._times(block.start_ns), *self._durations(block.start_ns, block.end_ns)]
         self._writer.write_lines(fill_lines(templates, block.kind, [ids, *times, *block.numbers.T]), len(ids))
 
     def write_points(self, block: PointBlock) -> None:
         """Write counters and instants."""
-        ids = self._take_ids(len(block.kind))
+        ids = self._reserve_ids(len(block.kind))
         templates = [self._point_template(kind, block.pid, block.tid) for kind in block.kinds]
         values = [ids, *self._times(block.at_ns), *block.numbers.T]
         self._writer.write_lines(fill_lines(templates, block.kind, values), len(ids))
@@ -164,8 +164,8 @@ class EventBlocks:
         template = self._arrow_template(block, b"s", b"") + self._arrow_template(block, b"f", b',"bp":"e"')
         self._writer.write_lines(fill_lines([template], np.zeros(count, np.intp), values), 2 * count)
 
-    def _take_ids(self, count: int) -> Longs:
-        return np.fromiter(self._writer.take_ids(count), np.int64, count)
+    def _reserve_ids(self, count: int) -> Longs:
+        return np.fromiter(self._writer.reserve_ids(count), np.int64, count)
 
     def _span_template(self, kind: SpanKind, pid: int, tid: int) -> bytes:
         args = _args_template(kind.numbers, kind.args)

@@ -48,7 +48,7 @@ class _Lane:
     until_ns: int = 0
     device_until_ns: int = 0
 
-    def take(self, table: str) -> Any:
+    def pop(self, table: str) -> Any:
         """Take the rows of a table; None if there are none."""
         parts = self.rows.pop(table, ())
         return join_rows(parts) if parts else None
@@ -125,7 +125,7 @@ class StepTracks:
     # ---- steps ----
 
     def _write_steps(self, lane: _Lane, final: bool) -> None:
-        steps, phases = lane.take(STEPS.name), lane.take(USER_PHASES.name)
+        steps, phases = lane.pop(STEPS.name), lane.pop(USER_PHASES.name)
         if steps is None:
             self._keep_phases(lane, phases)
             return
@@ -234,7 +234,7 @@ class StepTracks:
 
     def _write_device_steps(self, lane: _Lane, final: bool) -> None:
         """Draw device steps, which have no dates, from the start of the CPU's step or the end of the last one."""
-        rows = lane.take(DEVICE_STEPS.name)
+        rows = lane.pop(DEVICE_STEPS.name)
         if rows is not None:
             self._write_device_rows(lane, rows, final)
 

@@ -202,7 +202,7 @@ def _chunks(part: FilePart, boundaries: PartBoundaries) -> Iterator[Text]:
     """Yield the texts of a part's chunks, each valid until the next one."""
     source, buffer = open_source(Path(part.path), part.begin, part.end), TextBuffer()
     try:
-        while (load := source.take(buffer)) is not None:
+        while (load := source.next_chunk(buffer)) is not None:
             chunk = load()
             if chunk.damage or chunk.too_long or chunk.begin != boundaries.end:
                 raise IndivisibleError(f"{part.path}: its members cannot be distinguished")
@@ -246,7 +246,7 @@ def _member_from(file: Any, at: int, size: int) -> int:
 def _is_wrapped(path: Path) -> bool:
     source = open_source(path)
     try:
-        load = source.take(TextBuffer())
+        load = source.next_chunk(TextBuffer())
         header = HeaderParser()
         header.find(bytes(load().text) if load else b"", final=False)
         return header.wrapped

@@ -38,7 +38,7 @@ class PlainChunks:
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
         self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
 
-    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+    def next_chunk(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
         """Return a function that loads the next chunk into a buffer; None at the end."""
         if self._next >= self._end:
             return None

@@ -77,7 +77,7 @@ class Chunk:
 class ChunkSource(Protocol):
     """A file as chunks. `take` is called under a lock, its result without one."""
 
-    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+    def next_chunk(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
         """Return a function that loads the next chunk into a buffer; None at the end."""
 
     def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:

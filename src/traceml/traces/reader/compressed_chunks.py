@@ -65,7 +65,7 @@ class CompressedChunks(ABC):
         self._descriptor, self._begin, self._next, self._end, self._size = descriptor, begin, begin, end, size
         self._stream: Inflater | None = None
 
-    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+    def next_chunk(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
         """Return a function that loads the next chunk into a buffer; None at the end."""
         if self._stream is not None:
             chunk = self._stream.read(self._end, buffer, CHUNK_BYTES)
@@ -77,7 +77,7 @@ class CompressedChunks(ABC):
         begin, self._next = self._next, self._after_units(self._next)
         if self._next == begin:
             self._stream = self._inflater(begin)
-            return self.take(buffer)
+            return self.next_chunk(buffer)
 
         stop = self._next
         return lambda: self._load(begin, stop, buffer)

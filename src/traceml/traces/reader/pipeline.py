@@ -92,7 +92,7 @@ class ReadPipeline:
             reader, first = FileReader(facts, place), True
             while True:
                 buffer = self._buffers.pop() if self._buffers else TextBuffer()
-                load = source.take(buffer)
+                load = source.next_chunk(buffer)
                 yield _ChunkTask(number, reader, source, load, first, buffer)
                 number, first = number + 1, False
                 if load is None:

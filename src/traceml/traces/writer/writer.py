@@ -255,7 +255,7 @@ class Writer:
         """Write the name of a process or a thread."""
         self._put(MetaEvent(what, pid, tid, "M", args_of({"name": name, **facts})))
 
-    def take_ids(self, count: int) -> Iterator[int]:
+    def reserve_ids(self, count: int) -> Iterator[int]:
         """Return the numbers of the next events, for `write_lines`."""
         return islice(self._ids, count)
 

@@ -25,7 +25,7 @@ class AgentPool:
     def __repr__(self) -> str:
         return f"AgentPool({list(self._connections.values())})"
 
-    def take(self, key: Hashable) -> AgentConnection | None:
+    def pop(self, key: Hashable) -> AgentConnection | None:
         """Return an idle agent kept under `key`, which the caller then owns; None if there is none alive."""
         with self._lock:
             connection = self._connections.pop(key, None)
