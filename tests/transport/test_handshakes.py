@@ -74,11 +74,11 @@ def test_thousands_of_refusals_are_a_number(monkeypatch: pytest.MonkeyPatch, cap
     log = RefusalLog()
     with caplog.at_level(logging.WARNING, "traceml"):
         for number in range(100):
-            log.note(f"peer {number}", "garbage")
+            log.record(f"peer {number}", "garbage")
 
         now_s += 61
         log.flush()
-        log.note("peer 100", "later")
+        log.record("peer 100", "later")
 
     assert len(caplog.messages) == 22
     assert caplog.messages[0] == "refused peer 0: garbage"

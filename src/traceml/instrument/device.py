@@ -222,7 +222,7 @@ class DeviceTimes:
             # The end of one step is the start of the next: both share the event, and the later one returns it.
             self.marks.append((end, OTHER))
 
-        self._note_cost(start, measured=measured)
+        self._record_cost(start, measured=measured)
         return measured
 
     @_at_end_of_part
@@ -247,10 +247,10 @@ class DeviceTimes:
         if not detailed or self._home is not home:
             self._drop(rest, home)
 
-        self._note_cost(start, measured=measured)
+        self._record_cost(start, measured=measured)
         return measured
 
-    def _note_cost(self, start: int, *, measured: bool) -> None:
+    def _record_cost(self, start: int, *, measured: bool) -> None:
         """Note what a measured step has cost, its end since `start` included."""
         if measured:
             row = self._clock.rows

@@ -41,25 +41,25 @@ _FUNCTIONAL = re.compile(
 
 _REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote")
 
-_Note = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+_Recorded = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 
 
 @uncounted
 def timed_call(
-    original: Callable[..., Any], phase: int, clock: StepClock, note: _Note | None = None
+    original: Callable[..., Any], phase: int, clock: StepClock, record: _Recorded | None = None
 ) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as a phase.
 
     Args:
-        note: takes the arguments of each call.
+        record: takes the arguments of each call.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return original(*args, **kwargs)
 
-        if note is not None:
-            note(args, kwargs)
+        if record is not None:
+            record(args, kwargs)
 
         began = clock.enter(phase)
         if began is None:
@@ -74,7 +74,7 @@ def timed_call(
 
 
 def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes) -> None:
-    """Time the collectives called from Python, and `Work.wait`; note the sizes of their tensors.
+    """Time the collectives called from Python, and `Work.wait`; record the sizes of their tensors.
 
     Collectives issued from C++ (DDP's buckets) are not included, except for DDP's broadcast of the model's buffers, as
     those of BatchNorm, in forward.
@@ -83,8 +83,8 @@ def patch_collectives(patches: Patches, clock: StepClock, sizes: CollectiveSizes
     # `vars`, not `getattr`: access to deprecated names would warn.
     names = [name for name in c10d.__all__ if _COLLECTIVE.match(name) and type(vars(c10d).get(name)) is FunctionType]
     for name in names:
-        note = sizes.note_message if _MESSAGE.search(name) else sizes.note
-        patches.wrap_in((c10d, distributed), name, partial(timed_call, phase=_COMM, clock=clock, note=note))
+        record = sizes.record_message if _MESSAGE.search(name) else sizes.record
+        patches.wrap_in((c10d, distributed), name, partial(timed_call, phase=_COMM, clock=clock, record=record))
 
     if (broadcast := vars(distributed).get(_OF_BUFFERS)) is not None:
         patches.wrap(distributed, _OF_BUFFERS, timed_call(broadcast, _COMM, clock))
@@ -105,11 +105,11 @@ def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
             patches.wrap(module, name, timed_call(value, _COMM, clock))
 
 
-def patch_remote_calls(patches: Patches, clock: StepClock, note: _Note) -> None:
+def patch_remote_calls(patches: Patches, clock: StepClock, record: _Recorded) -> None:
     """Time calls of functions in other processes (`torch.distributed.rpc`), and the wait for their results.
 
     Args:
-        note: takes the arguments of each call of `init_rpc`.
+        record: takes the arguments of each call of `init_rpc`.
     """
     package, api = sys.modules["torch.distributed.rpc"], sys.modules["torch.distributed.rpc.api"]
     for name in _REMOTE_CALLS:
@@ -119,7 +119,7 @@ def patch_remote_calls(patches: Patches, clock: StepClock, note: _Note) -> None:
     for owner, name in ((future, "wait"), (reference, "to_here")):
         patches.replace(owner, name, _waiting_method(getattr(owner, name), clock))
 
-    patches.wrap(package, "init_rpc", timed_call(vars(package)["init_rpc"], _COMM, clock, note))
+    patches.wrap(package, "init_rpc", timed_call(vars(package)["init_rpc"], _COMM, clock, record))
 
 
 def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:

@@ -66,7 +66,7 @@ class OpenHandshakes:
         self.discard(peer)
         self._open[peer] = None
         peer.deadline_s = time.monotonic() + time_s
-        self._note_peak()
+        self._record_peak()
         if len(self._open) > MAX_HANDSHAKES:
             self._cut(next(iter(self._open)))
 
@@ -78,7 +78,7 @@ class OpenHandshakes:
         else:
             self._held.pop(peer, None)
 
-        self._note_peak()
+        self._record_peak()
         while self.held_bytes > self._limit_bytes:
             self._cut(next(iter(self._held)))
 
@@ -103,7 +103,7 @@ class OpenHandshakes:
         with contextlib.suppress(OSError, AttributeError):  # a C library without it
             ctypes.CDLL(None).malloc_trim(0)
 
-    def _note_peak(self) -> None:
+    def _record_peak(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.held_bytes + _CONNECTION_BYTES * len(self._open))
 
     def _cut(self, peer: UnauthenticatedPeer) -> None:
@@ -119,7 +119,7 @@ class RefusalLog:
         self._began_s = -_LOG_PERIOD_S
         self._count = 0
 
-    def note(self, who: str, why: str) -> None:
+    def record(self, who: str, why: str) -> None:
         """Log one refusal."""
         self.flush()
         self._count += 1

@@ -49,7 +49,7 @@ def test_a_folder_for_each_checkpoint_is_in_one_folder(paths, folder) -> None:
     told: list[str] = []
     saves = SaveFolder(told.append)
     for path in paths:
-        saves.note(path)
+        saves.record(path)
 
     assert saves.path == folder
     assert told[-1:] == ([folder] if folder else [])

@@ -20,7 +20,7 @@ def sizes_of(*calls: tuple[Any, ...], sequence: int) -> list[int]:
     found: list[int] = []
     sizes = CollectiveSizes(lambda _kind, **row: found.append(row["elements"]))
     for args in calls:
-        sizes.note(args, {})
+        sizes.record(args, {})
 
     sizes.report(sequence)
     return found
@@ -54,23 +54,23 @@ def test_a_message_is_an_exchange_of_any_size() -> None:
     """Stages of a pipeline may send each other a few numbers only."""
     found: list[tuple[int, bool]] = []
     sizes = CollectiveSizes(lambda _kind, **row: found.append((row["elements"], row.get("messages", False))))
-    sizes.note((torch.zeros(1),), {})
-    sizes.note_message((torch.zeros(8), 1), {})
-    sizes.note_message((torch.zeros(8), 1), {})
+    sizes.record((torch.zeros(1),), {})
+    sizes.record_message((torch.zeros(8), 1), {})
+    sizes.record_message((torch.zeros(8), 1), {})
     sizes.report(1)
 
     assert found == [(65, True), (65, False)]
 
 
-def test_calls_of_both_kinds_are_noted() -> None:
+def test_calls_of_both_kinds_are_recorded() -> None:
     """Also with the tensor by name, and as an operation of a batch; here they fail for lack of a group."""
     found: list[tuple[str, int]] = []
-    noting: Any = SimpleNamespace(
-        note=lambda args, kwargs: found.append(("collective", len(args) + len(kwargs))),
-        note_message=lambda args, kwargs: found.append(("message", len(args) + len(kwargs))),
+    recording: Any = SimpleNamespace(
+        record=lambda args, kwargs: found.append(("collective", len(args) + len(kwargs))),
+        record_message=lambda args, kwargs: found.append(("message", len(args) + len(kwargs))),
     )
     patches, clock = Patches(), SimpleNamespace(enter=lambda _: None)
-    patch_collectives(patches, clock, noting)  # type: ignore[arg-type]
+    patch_collectives(patches, clock, recording)  # type: ignore[arg-type]
     for call in ("all_reduce", "irecv"):
         with suppress(ValueError):
             getattr(torch.distributed, call)(tensor=torch.zeros(3))

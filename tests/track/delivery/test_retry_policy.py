@@ -72,7 +72,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 
 
 def wait_after(policy: RetryPolicy, state: TrackerState, failure: TrackerFailure) -> float:
-    waits = policy.note(state, failure)
+    waits = policy.record_failure(state, failure)
     assert state.retry_at == pytest.approx(time.time() + waits, abs=5)
     return waits
 

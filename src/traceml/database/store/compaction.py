@@ -77,7 +77,7 @@ class Compaction:
         self.is_large = False
         """Whether there are too many processes: frames stay as they are from now on, and are summed alone."""
 
-    def note(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
+    def record(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
         """Take a new frame, after its commit and in the order of ids."""
         if table == LOGGED.name:
             # Trackers get values and texts in the order of the calls; a text may also end the values' experiment.
@@ -105,7 +105,7 @@ class Compaction:
             level: 0 if its rows are not in the sums, else 1 or higher.
         """
         if level == 0 or table not in _MERGED:
-            self.note(stream, table, frame, rows, now_s)
+            self.record(stream, table, frame, rows, now_s)
         elif rows < FULL_ROWS // 2 and not self.is_large:
             key = (stream, table)
             self._append(key, self._tails.get(key) or self._begin(key), level, frame, rows)

@@ -42,7 +42,7 @@ class _IdClock:
         self._times_s: list[float] = []
         self._frames: list[int] = []
 
-    def note(self, now_s: float, frame: int) -> None:
+    def record(self, now_s: float, frame: int) -> None:
         """Record the newest frame."""
         if self._times_s and now_s - self._times_s[-1] < _CLOCK_S:
             return
@@ -70,13 +70,13 @@ class Maintenance:
         self._broken_s: float | None = None
         self._resume()
 
-    def note(self, stream: int, table: str, frame: int, rows: int, size: int, now_s: float) -> None:
+    def record(self, stream: int, table: str, frame: int, rows: int, size: int, now_s: float) -> None:
         """Take a frame that was committed, in the order of ids."""
         self._last_id = frame
         if self._broken_s is not None:
             return
 
-        self.compaction.note(stream, table, frame, rows, now_s)
+        self.compaction.record(stream, table, frame, rows, now_s)
         if table in THINNED:
             self.retention.resized(size + FRAME_OVERHEAD_BYTES, frame)
 
@@ -92,7 +92,7 @@ class Maintenance:
 
             self._resume()
 
-        self._clock.note(now_s, self._last_id)
+        self._clock.record(now_s, self._last_id)
         until_s = time.perf_counter() + budget_s
         while time.perf_counter() < until_s:
             with fail_open(

@@ -207,7 +207,7 @@ class StoreWriter:
 
         self._unframed.after_commit()
         for frame, stream, number, _, n, _, _, _, data in frames:
-            self._maintenance.note(stream, self._table_names[number], frame, n, len(data), now_s)
+            self._maintenance.record(stream, self._table_names[number], frame, n, len(data), now_s)
 
         done = {key: self._next[key] for key in self._touched}
         for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):

@@ -110,7 +110,7 @@ class CheckpointPatches:
         with fail_open(_log, "instrument", "the folder of checkpoints is not known", once=True):
             target = None if find is None else find(args, kwargs)
             if target is not None:
-                self._folder.note(target)
+                self._folder.record(target)
 
             return target
 

@@ -125,7 +125,7 @@ class SaveFolder:
         self.path: str | None = None
         self._report = report
 
-    def note(self, target: Any) -> None:
+    def record(self, target: Any) -> None:
         """Note a path, or an open file; anything else has no folder."""
         path = target_path(target)
         if path is None or "://" in path:

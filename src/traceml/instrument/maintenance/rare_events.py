@@ -84,7 +84,7 @@ class RareEvents:
 
     def maintain(self, forward_ns: int, backwards: int) -> None:
         """Plan the work during the next 64 steps; unless steps are short, look after the hooks."""
-        self._pace.note(self.clock.rows)
+        self._pace.record(self.clock.rows)
         if self.torch_hooks is not None:
             self.torch_hooks.losses.plan(self._pace.step_ns)
             self.torch_hooks.batches.plan_fingerprint()

@@ -37,7 +37,7 @@ class BatchCalls:
         self.is_over = False
         """Whether enough passes were watched."""
 
-    def note(self, size: Size) -> None:
+    def record(self, size: Size) -> None:
         """Take the size of a call with gradients."""
         if self._begins_pass():
             if self._has_enough():

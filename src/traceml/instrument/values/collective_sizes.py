@@ -25,13 +25,13 @@ class CollectiveSizes:
         self._largest = self._calls = 0
         self._sends = False
 
-    def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the arguments of a collective."""
         if self._largest <= MAX_LOGGED_NUMBERS:
             self._calls += 1
             self._take(max(map(_elements, (*args, *kwargs.values())), default=0))
 
-    def note_message(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> None:
+    def record_message(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> None:
         """Take a message from rank to rank: ranks that send each other any train one model."""
         if not self._sends:
             self._sends = True

@@ -87,7 +87,7 @@ class BatchReader:
                 return
 
             tensor = _first_of((args, kwargs), _DEPTH + 1)
-            self._note(tensor, model, (*args[:_WIDTH], *kwargs.values()))
+            self._record(tensor, model, (*args[:_WIDTH], *kwargs.values()))
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
 
@@ -122,10 +122,10 @@ class BatchReader:
         self._wanted = max(self._wanted, batches)
         clock.inspects = True
 
-    def _note(self, tensor: Any, model: Any, values: tuple[Any, ...]) -> None:
+    def _record(self, tensor: Any, model: Any, values: tuple[Any, ...]) -> None:
         clock = self._clock
         if not torch.is_grad_enabled():
-            self._note_call(tensor, model)
+            self._record_call(tensor, model)
             return
 
         self.has_trained, self._calls = True, False
@@ -153,12 +153,12 @@ class BatchReader:
             clock.evaluation.is_play = self._plays.found
 
         if not self._batch_calls.is_over:
-            self._batch_calls.note((clock.input_samples, clock.input_elements))
+            self._batch_calls.record((clock.input_samples, clock.input_elements))
 
         if self._rollouts.is_looking or self._plays.is_looking or not self._batch_calls.is_over:
             clock.input_shape = None  # the next call is read too
 
-    def _note_call(self, tensor: Any, model: Any) -> None:
+    def _record_call(self, tensor: Any, model: Any) -> None:
         """Note a call without gradients, whose input is not trained on; the first one may be a rollout's."""
         self._clock.input_shape = None  # the next call with gradients is measured
         if self._calls or tensor is None or tensor.is_nested or not tensor.dim():

@@ -70,11 +70,11 @@ class RolloutSearch:
             batch = tensor.detach().flatten(1)
             for row in seen[1].flatten(1):
                 if bool((batch == row).all(1).any()):
-                    self._note(row)
+                    self._record(row)
                     self._seen = None
                     return
 
-    def _note(self, row: Any) -> None:
+    def _record(self, row: Any) -> None:
         numbers = tuple(row[:64].tolist())
         if len(set(numbers)) >= _DISTINCT:
             self._trained_on.add(numbers)

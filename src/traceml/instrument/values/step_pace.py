@@ -27,7 +27,7 @@ class StepPace:
         self.step_ns = 0
         self._rows = self._at_ns = self._was_due_ns = 0
 
-    def note(self, rows: int) -> None:
+    def record(self, rows: int) -> None:
         """Measure the steps since the last call."""
         now = monotonic_ns()
         self.step_ns = (now - self._at_ns) // max(rows - self._rows, 1)

@@ -40,7 +40,7 @@ class AuditLog:
     def _sent(self) -> AuditState:
         return self._state.resume.setdefault("audit", {})
 
-    def note(self, kind: str, names: Iterable[str], count: int, size: int = 0) -> None:
+    def record(self, kind: str, names: Iterable[str], count: int, size: int = 0) -> None:
         """Count something that is about to be sent to the backend.
 
         Args:

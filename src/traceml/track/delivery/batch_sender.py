@@ -170,7 +170,7 @@ class BatchSender:
         for _, error in refused:
             self._refused(error)
 
-        self._audit.note("metrics", {row.name for row in rows}, len(rows))
+        self._audit.record("metrics", {row.name for row in rows}, len(rows))
         self._state.delivered += len(rows) - len(refused)
 
     def _send_windows(self, experiment: PlannedExperiment) -> None:
@@ -189,7 +189,7 @@ class BatchSender:
         passing = [row for row in rows if self._filters.takes(row.name, row.rank)]
         if passing:
             refused = self._session.metrics(experiment, passing)
-            self._audit.note("metrics", {row.name for row in passing}, len(passing))
+            self._audit.record("metrics", {row.name for row in passing}, len(passing))
             self._state.derived += len(passing) - len(refused)
 
     def _send_derived(self, batch: RecordBatch) -> None:
@@ -202,7 +202,7 @@ class BatchSender:
         self._send_derived_values(main, rows)
         for event in self._reader.events(self._resume.get("event", 0), "verdict"):
             self._resume["event"] = event.id
-            self._verdicts.note(main, event)
+            self._verdicts.send_live(main, event)
 
     def _stream_of(self, frame: Frame) -> StreamRecord:
         is_first = frame.table == STEPS.name and frame.seq == 0  # by then it is known what the rank goes on from
@@ -215,7 +215,7 @@ class BatchSender:
         experiment = self._experiment_of(logged)
         if kind in {"experiment", "end"}:
             if experiment is not None and kind == "end":
-                self._note_end(experiment, logged)
+                self._record_end(experiment, logged)
 
             return
 
@@ -230,7 +230,7 @@ class BatchSender:
         try:
             for size in call(experiment, row, logged.stream.rank) if call is not None else ():
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
-                self._audit.note(kind, names, 1, size)
+                self._audit.record(kind, names, 1, size)
         except Exception as error:
             # A backend of a third party may not support artifacts; that must not stop its values.
             if classify(error).kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
@@ -330,7 +330,7 @@ class BatchSender:
 
         return passing
 
-    def _note_end(self, experiment: PlannedExperiment, logged: LoggedRecord) -> None:
+    def _record_end(self, experiment: PlannedExperiment, logged: LoggedRecord) -> None:
         """Schedule the end of an experiment when every rank that began it has ended it; later rows reopen it."""
         open_on = self._resume.setdefault("open", {}).setdefault(experiment.key, {})
         open_on[str(logged.stream.id)] = False

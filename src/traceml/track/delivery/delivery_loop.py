@@ -50,7 +50,7 @@ _REPORT_S = 15.0  # longest wait for the report of a run that has ended
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
 _ANNOUNCEMENT_S = 5.0
-_OF_AN_ATTEMPT = ("delivered", "derived", "filtered", "failed", "reasons", "resume")  # in the state
+_OF_A_TRY = ("delivered", "derived", "filtered", "failed", "reasons", "resume")  # in the state
 
 _log = logging.getLogger("traceml")
 
@@ -87,7 +87,7 @@ class DeliveryLoop:
         self._state.pid = os.getpid()
         self._refusals = RefusalSearch(self._state)
         self._has_warned_unsaved = False
-        self._before: dict[str, Any] = {}  # of the state, while an attempt changes it
+        self._before: dict[str, Any] = {}  # of the state, while a try changes it
         self._unannounced: dict[int, float] = {}  # number of an experiment -> deadline for its announcement
         self._reader = StoreReader(run_dir / STORE_NAME)
         self._plan = DeliveryPlan(self._reader, run_dir)
@@ -204,7 +204,7 @@ class DeliveryLoop:
             if self._uses_fallback and time.time() >= self._state.retry_at:
                 return EXIT_AGAIN  # to probe the backend that failed
             if is_empty:
-                self._note_idle()
+                self._record_idle()
                 if self._sender.has_pending_closes:
                     self._end_finished()
                     self._save()
@@ -330,7 +330,7 @@ class DeliveryLoop:
         """Record a failure; wait and return None when this process may try again, else return its exit status."""
         failure = classify(error)
         _log.warning("%s: %s", self._state.backend, failure.text, exc_info=_log.isEnabledFor(logging.DEBUG))
-        wait_s = self._note(failure)
+        wait_s = self._record_failure(failure)
         if failure.kind is FailureKind.BROKEN:
             return EXIT_BROKEN
 
@@ -347,9 +347,9 @@ class DeliveryLoop:
 
     def _refused(self, batch: RecordBatch, failure: TrackerFailure) -> int | None:
         """Continue the search for the refused row; return an exit status when this process should end."""
-        outcome = self._refusals.note(batch, self._cursor(), failure.text)
+        outcome = self._refusals.record(batch, self._cursor(), failure.text)
         if outcome is RefusalOutcome.EVERYTHING:
-            self._note(TrackerFailure(FailureKind.BROKEN, f"the tracker refuses everything: {failure.text}"))
+            self._record_failure(TrackerFailure(FailureKind.BROKEN, f"the tracker refuses everything: {failure.text}"))
             return EXIT_BROKEN
 
         if outcome is RefusalOutcome.FOUND:
@@ -361,10 +361,12 @@ class DeliveryLoop:
     def _hangs(self, call: str, allowed_s: float) -> None:
         """Record that a call did not return; the process ends right after this."""
         _log.error("%s: %s did not return within %.0f s", self._state.backend, call, allowed_s)
-        self._note(TrackerFailure(FailureKind.TRANSIENT, f"{call} did not return within {left_text(allowed_s)}"))
+        self._record_failure(
+            TrackerFailure(FailureKind.TRANSIENT, f"{call} did not return within {left_text(allowed_s)}")
+        )
 
-    def _note(self, failure: TrackerFailure) -> float:
-        wait_s = self._policy.note(self._state, failure)
+    def _record_failure(self, failure: TrackerFailure) -> float:
+        wait_s = self._policy.record_failure(self._state, failure)
         self._save()
         return wait_s
 
@@ -382,11 +384,11 @@ class DeliveryLoop:
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """Undo the changes of a failed attempt to the state, except the positions at the tracker.
+        """Undo the changes of a failed try to the state, except the positions at the tracker.
 
-        What is saved meanwhile has none of them either: after a kill the attempt is made again from its beginning.
+        What is saved meanwhile has none of them either: after a kill the try is made again from its beginning.
         """
-        self._before = {name: copy.deepcopy(getattr(self._state, name)) for name in _OF_AN_ATTEMPT}
+        self._before = {name: copy.deepcopy(getattr(self._state, name)) for name in _OF_A_TRY}
         try:
             yield
         except BaseException:
@@ -410,7 +412,7 @@ class DeliveryLoop:
         is_expected = 0 <= time.time() - asked_s < _REPORT_S  # not for longer where a clock was set back
         return not is_expected or has_report(self._run_dir, asked_s)
 
-    def _note_idle(self) -> None:
+    def _record_idle(self) -> None:
         """Report success when there was nothing to do since the start."""
         if self._state.phase not in {DeliveryPhase.DELIVERING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}:
             succeeded(self._state)

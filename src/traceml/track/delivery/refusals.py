@@ -61,7 +61,7 @@ class RefusalSearch:
         if self._search is not None:
             self._search["in_a_row"] = 0
 
-    def note(self, batch: RecordBatch, here: Mapping[str, int], why: str) -> RefusalOutcome:
+    def record(self, batch: RecordBatch, here: Mapping[str, int], why: str) -> RefusalOutcome:
         """Record a refused batch."""
         search = self._state.resume.setdefault("suspect", {"found": [], "in_a_row": 0})
         search.update({"from": dict(here), "to": dict(batch.cursor), "rows": max(batch.rows // 2, 1)})

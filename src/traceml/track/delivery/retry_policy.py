@@ -27,7 +27,7 @@ class RetryPolicy:
     backoff_factor: float = 2.0
     max_backoff: float = 60.0  # longest wait, and the time between probes, in seconds
 
-    def note(self, state: TrackerState, failure: TrackerFailure) -> float:
+    def record_failure(self, state: TrackerState, failure: TrackerFailure) -> float:
         """Record a failure in a tracker's state, and return the seconds to wait before the next try."""
         now = time.time()
         state.error = failure.text

@@ -24,7 +24,7 @@ class VerdictSender:
         self._state, self._reader, self._filters = delivery.state, delivery.reader, delivery.filters
         self._run_dir, self._session, self._audit = delivery.run_dir, delivery.session, delivery.audit
 
-    def note(self, main: PlannedExperiment, event: RunEvent) -> None:
+    def send_live(self, main: PlannedExperiment, event: RunEvent) -> None:
         """Send a live verdict if it names another cause than the last one."""
         verdict = event.data.get("verdict") or {}
         if _has_no_step(verdict):
@@ -38,7 +38,7 @@ class VerdictSender:
         self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
         text = f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()
         self._session.text(main, "traceml/verdict", text, max(int(event.data.get("step") or 0), 0))
-        self._audit.note("tags", ["traceml/verdict"], 1)
+        self._audit.record("tags", ["traceml/verdict"], 1)
         self._state.derived += 1
 
     def send(self, main: PlannedExperiment) -> None:
@@ -57,7 +57,7 @@ class VerdictSender:
             if facts:
                 self._session.facts(main, facts)
 
-            self._audit.note("tags", ["traceml/verdict", *facts], 1)
+            self._audit.record("tags", ["traceml/verdict", *facts], 1)
 
 
 def has_report(run_dir: Path, since_s: float) -> bool:
