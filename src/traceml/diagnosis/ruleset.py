@@ -199,10 +199,22 @@ def _training(facts: JobFacts) -> list[Finding]:
 
 
 def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
-    step_ns = work.step_ns
-    work = as_one_training(window, work, facts.other_models)
-    with_explained = work
-    work, explained = _without_explained(window, work, facts)
+    """Find what steps cost, and when they became slower."""
+    whole = as_one_training(window, work, facts.other_models)
+    without_explained, explained = _without_explained(window, whole, facts)
+    found = [*_costs(window, without_explained, whole, facts, work.step_ns), *explained]
+    return _with_slowdown(found, window, without_explained, facts)
+
+
+def _costs(
+    window: AlignedSteps, work: OwnWork, with_explained: OwnWork, facts: JobFacts, step_ns: float
+) -> list[Finding]:
+    """Find what steps cost, each rule beside what the rules before it have found.
+
+    Args:
+        with_explained: the same own work with what other findings explain.
+        step_ns: of the whole window, which costs are shares of.
+    """
     late_ranks, without_stragglers = stragglers(work, facts)
     found = [with_batch_sizes(each, window) for each in late_ranks]
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
@@ -241,7 +253,11 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Findin
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, work, facts)
 
-    found += explained
+    return found
+
+
+def _with_slowdown(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
+    """Return the findings about steps with that about steps that became slower, where it is no part of another."""
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
     slower = _slower(window, work, facts, late)
     for each in slower:

@@ -359,19 +359,17 @@ class JobFactsBuilder:
             topology=self.topology.build(self.hosts),
             epochs=self._epochs,
             time=self.time,
-            exits=tuple(
-                replace(
-                    with_last_step(self.exits[rank], latest),
-                    untraced=self.only_logs,
-                    counts_anew=rank in self._read_first and rank not in self.steps_before and not self.resumes_at,
-                )
-                for rank in sorted(self.exits)
-            ),
+            exits=tuple(self._ended(rank, latest) for rank in sorted(self.exits)),
             state=self.state,
             **self._facts,
         )
         trained = facts.loader_of(*self._training_loader) if self._training_loader is not None else None
         return replace(facts, loader=self._counted(facts.loader if trained is None else trained))
+
+    def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
+        """Return how a rank ended, with what is known of its steps."""
+        is_new = rank in self._read_first and rank not in self.steps_before and not self.resumes_at
+        return replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs, counts_anew=is_new)
 
     def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:
         made = self._loaders_made.get(loader.signature) if loader is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 import numpy as np
@@ -157,13 +157,7 @@ class MachineSamples(msgspec.Struct):
 
     def lowered_clocks(self) -> dict[int, list[LoweredClock]]:
         """Return the devices whose clocks were lowered while they computed, by the rank that sampled them."""
-        found: dict[int, list[LoweredClock]] = {}
-        for (table, rank), kept in self._kept.items():
-            for index in np.unique(kept.rows["index"]).tolist() if table == GPU.name else ():
-                if (one := _lowered_clock(kept.rows[kept.rows["index"] == index])) is not None:
-                    found.setdefault(rank, []).append(one)
-
-        return found
+        return _by_rank((rank, _lowered_clock(busy)) for (rank, _), busy in self._computing_devices())
 
     def capped_clocks(self, highest_mhz: Mapping[tuple[int, int], int]) -> dict[int, list[LoweredClock]]:
         """Return the devices that computed far below their highest clock because a limit was set, by rank.
@@ -171,13 +165,17 @@ class MachineSamples(msgspec.Struct):
         Args:
             highest_mhz: highest clock by rank and NVML's number of the device.
         """
-        found: dict[int, list[LoweredClock]] = {}
-        for (rank, index), highest in highest_mhz.items():
-            kept = self._kept.get((GPU.name, rank))
-            if kept is not None and (one := _capped_clock(kept.rows[kept.rows["index"] == index], highest)) is not None:
-                found.setdefault(rank, []).append(one)
+        devices = ((key, busy) for key, busy in self._computing_devices() if key in highest_mhz)
+        return _by_rank((key[0], _capped_clock(busy, highest_mhz[key])) for key, busy in devices)
 
-        return found
+    def _computing_devices(self) -> Iterator[tuple[tuple[int, int], NDArray[np.void]]]:
+        """Yield the samples in which a device computed, where there are enough, by rank and number of the device."""
+        for (table, rank), kept in self._kept.items():
+            for index in np.unique(kept.rows["index"]).tolist() if table == GPU.name else ():
+                rows = kept.rows[kept.rows["index"] == index]
+                busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
+                if len(busy) >= MIN_SAMPLES:
+                    yield (rank, index), busy
 
     def _spans(self, first: int, last: int, ranks: Collection[int] = ()) -> dict[int, tuple[int, int]]:
         """Return the times of the samples within a range of steps, by rank: of some, or of all that have any."""
@@ -295,12 +293,20 @@ def _shared_device(rows: NDArray[np.void]) -> SharedDevice:
     return SharedDevice(index=int(rows["index"][0]), others=others, utilization=busy)
 
 
-def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
+def _by_rank(clocks: Iterable[tuple[int, LoweredClock | None]]) -> dict[int, list[LoweredClock]]:
+    found: dict[int, list[LoweredClock]] = {}
+    for rank, clock in clocks:
+        if clock is not None:
+            found.setdefault(rank, []).append(clock)
+
+    return found
+
+
+def _lowered_clock(busy: NDArray[np.void]) -> LoweredClock | None:
     """Return the lowered clock of one device; None if it was not lowered for long."""
-    busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     bits = np.bitwise_or.reduce(np.array(list(REASONS), np.int64))
     is_low = (busy["throttle_reasons"] & bits) != 0
-    if len(busy) < MIN_SAMPLES or is_low.mean() < MIN_SHARE:
+    if is_low.mean() < MIN_SHARE:
         return None
 
     low, usual = busy[is_low], busy[~is_low]
@@ -312,11 +318,10 @@ def _lowered_clock(rows: NDArray[np.void]) -> LoweredClock | None:
     return None if bit == _POWER_LIMIT and found.lost < MIN_DROP else found
 
 
-def _capped_clock(rows: NDArray[np.void], highest_mhz: int) -> LoweredClock | None:
+def _capped_clock(busy: NDArray[np.void], highest_mhz: int) -> LoweredClock | None:
     """Return the clock of a device that a set limit keeps far below its highest one; None if none does."""
-    busy = rows[(rows["utilization_pct"] >= _BUSY_PCT) & (rows["throttle_reasons"] >= 0)]
     is_set = (busy["throttle_reasons"] & _SET_LIMIT) != 0
-    if len(busy) < MIN_SAMPLES or is_set.mean() < MIN_SHARE:
+    if is_set.mean() < MIN_SHARE:
         return None
 
     found = _low_clock(busy, is_set, SET_LIMIT, float(highest_mhz))
