@@ -90,16 +90,16 @@ SUBPACKAGES = {
     "database.flight": {"database.schema"},
     "database.store": {"database.schema", "database.row_arrays"},
     "database.snapshots": {"database.schema", "database.info_kinds", "database.flight"},
-    "launch.launcher": {"launch.wire", "supervise", "database"},
+    "launch.launcher": {"launch.shared", "supervise", "database"},
     "launch.launcher.submission": {"launch.launcher", "supervise"},
-    "launch.launcher.hosts": {"launch.wire"},
-    "launch.launcher.logs": {"launch.wire"},
+    "launch.launcher.hosts": {"launch.shared"},
+    "launch.launcher.logs": {"launch.shared"},
     "launch.launcher.job": {
-        "launch.launcher.hosts", "launch.launcher.logs", "launch.wire", "supervise", "transport", "database",
+        "launch.launcher.hosts", "launch.launcher.logs", "launch.shared", "supervise", "transport", "database",
     },
-    "launch.agent": {"launch.wire", "database"},
-    "launch.worker": {"launch.wire", "session", "recorder"},
-    "launch.wire": {"database"},
+    "launch.agent": {"launch.shared", "database"},
+    "launch.worker": {"launch.shared", "session", "recorder"},
+    "launch.shared": {"database"},
     "track.rank": {
         "track.plugins", "track.filters", "track.tracker_state", "track.wandb_sweep", "recorder", "instrument",
         "database",
@@ -298,14 +298,14 @@ def _named_imports(folder: str, docstring: str) -> set[str]:
 
 
 def test_a_module_of_the_wire_names_its_processes() -> None:
-    """The line `Process:` of each module of `launch/wire` has the processes whose folders import it, and no other."""
+    """The line `Process:` of each module of `launch/shared` has the processes whose folders import it, and no other."""
     importers = defaultdict(set)
     for name, path in _files().items():
         for each in _imported_files(path):
             importers[each].add(name)
 
     told, found = {}, {}
-    for name in [name for name in _files() if name.startswith("traceml.launch.wire.")]:
+    for name in [name for name in _files() if name.startswith("traceml.launch.shared.")]:
         line = _processes(_docstring(_files()[name]))
         told[name] = {folder for folder, word in WORDS_OF_PROCESSES.items() if re.search(word, line)}
         found[name] = {".".join(each.split(".")[1:3]) for each in _reached(name, importers)} & WORDS_OF_PROCESSES.keys()

@@ -23,7 +23,7 @@ from traceml.database.schema import TABLES, Table
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.errors import ProtocolError
-from traceml.launch.wire.channel_frames import (
+from traceml.launch.shared.channel_frames import (
     ChannelClosedError,
     ChannelDecoder,
     FrameKind,
@@ -31,8 +31,8 @@ from traceml.launch.wire.channel_frames import (
     frame_head,
     map_of,
 )
-from traceml.launch.wire.flight_archive import unpack_flight
-from traceml.launch.wire.log_records import RecordDecoder, RecordHandler
+from traceml.launch.shared.flight_archive import unpack_flight
+from traceml.launch.shared.log_records import RecordDecoder, RecordHandler
 from traceml.run_folder import STORE_NAME
 from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, decode_log, encode, rows_frame
 from traceml.transport.hello import Hello

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from traceml.launch.launcher.hosts import bootstrap
-from traceml.launch.wire import payload
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_frames import ChannelClosedError
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared import payload
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.channel_frames import ChannelClosedError
+from traceml.launch.shared.launch_messages import (
     Message,
     PackageRequest,
     Ping,

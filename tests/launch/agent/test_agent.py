@@ -17,15 +17,15 @@ import pytest
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
 from traceml.launch.launcher.hosts import bootstrap
-from traceml.launch.wire.launch_messages import CollectStacks, Message, Release, StreamOpened
-from traceml.launch.wire.package_import import PACKAGE, import_code
+from traceml.launch.shared.launch_messages import CollectStacks, Message, Release, StreamOpened
+from traceml.launch.shared.package_import import PACKAGE, import_code
 
 # An agent that is not its launcher's child, as those of other hosts.
 _REMOTE = (
     import_code().replace("{", "{{").replace("}", "}}")
     + """
 from traceml.launch.agent import agent_main
-from traceml.launch.wire.channel_frames import GREETING
+from traceml.launch.shared.channel_frames import GREETING
 import os
 os.write(1, GREETING)
 agent_main._SILENCE_S = {silence_s}

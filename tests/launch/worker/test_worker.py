@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.launch.driver import Driver
-from traceml.launch.wire.log_records import RecordDecoder
+from traceml.launch.shared.log_records import RecordDecoder
 from traceml.launch.worker import worker_main
 
 

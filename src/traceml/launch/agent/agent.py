@@ -20,9 +20,9 @@ from traceml.launch.agent.address_probe import AddressProbe
 from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_frames import ChannelClosedError
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.channel_frames import ChannelClosedError
+from traceml.launch.shared.launch_messages import (
     Bye,
     ChildEnded,
     CollectStacks,
@@ -46,9 +46,9 @@ from traceml.launch.wire.launch_messages import (
     ZygoteFailed,
     ZygoteReady,
 )
-from traceml.launch.wire.payload_buffer import PayloadBuffer
-from traceml.launch.wire.process_cleanup import find_leftovers, in_slurm_step, terminate_all
-from traceml.launch.wire.tunnel import TunnelListener
+from traceml.launch.shared.payload_buffer import PayloadBuffer
+from traceml.launch.shared.process_cleanup import find_leftovers, in_slurm_step, terminate_all
+from traceml.launch.shared.tunnel import TunnelListener
 from traceml.process_ends import end_of_status
 
 __all__ = ["Agent"]

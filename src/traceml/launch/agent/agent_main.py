@@ -13,11 +13,11 @@ from typing import NoReturn
 from traceml.clock import boot_id
 from traceml.inspection.kernel_state import process_info
 from traceml.launch.agent.machine import addresses, count_gpus
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
-from traceml.launch.wire.launch_messages import AgentHello
-from traceml.launch.wire.payload_buffer import can_reach
-from traceml.launch.wire.process_cleanup import become_subreaper
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.channel_frames import GREETING, ChannelClosedError
+from traceml.launch.shared.launch_messages import AgentHello
+from traceml.launch.shared.payload_buffer import can_reach
+from traceml.launch.shared.process_cleanup import become_subreaper
 
 __all__ = ["main"]
 

@@ -8,7 +8,7 @@ import selectors
 import time
 from collections import deque
 
-from traceml.launch.wire.channel_streams import OutgoingStream
+from traceml.launch.shared.channel_streams import OutgoingStream
 
 __all__ = ["OutputTail", "PipeReader"]
 

@@ -9,7 +9,7 @@ import os
 import signal
 from typing import NoReturn
 
-from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
+from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
 from traceml.process_ends import die_with_parent
 
 __all__ = ["fork_under_reaper"]

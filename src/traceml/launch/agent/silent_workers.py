@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
-from traceml.launch.wire.flight_archive import find_live_flight
-from traceml.launch.wire.launch_messages import TracedRun
+from traceml.launch.shared.flight_archive import find_live_flight
+from traceml.launch.shared.launch_messages import TracedRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,10 +17,10 @@ from traceml.launch.agent.machine import core_slices, interface_towards
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.worker_state import WorkerState
 from traceml.launch.agent.zygote_client import ZygoteClient
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_streams import OutgoingStream
-from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.channel_streams import OutgoingStream
+from traceml.launch.shared.fd_socket import FdSocket
+from traceml.launch.shared.launch_messages import (
     Done,
     Exited,
     Fork,
@@ -41,8 +41,8 @@ from traceml.launch.wire.launch_messages import (
     WorkerRaised,
     WorkerReady,
 )
-from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
-from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
+from traceml.launch.shared.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
+from traceml.launch.shared.process_cleanup import MARK, ProcessTermination, find_leftovers
 from traceml.process_ends import CRASHES
 
 if TYPE_CHECKING:
@@ -431,7 +431,7 @@ class WorkerGroup:
         if self._traced is None or each.pid is None:
             return
 
-        from traceml.launch.wire.flight_archive import pack_flight
+        from traceml.launch.shared.flight_archive import pack_flight
 
         data = pack_flight(each.pid, self._traced["run_id"], runs_dir=self._traced["runs_dir"])
         if data is None:

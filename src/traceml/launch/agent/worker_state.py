@@ -11,9 +11,9 @@ from traceml.inspection.kernel_state import wait_state
 from traceml.inspection.stack_signal import SignaledStacks, create_stack_file
 from traceml.inspection.stack_text import main_first
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
-from traceml.launch.wire.channel_streams import OutgoingStream
-from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.launch_messages import Message, StacksRequest, StackThread, ThreadStacks, WorkerStack
+from traceml.launch.shared.channel_streams import OutgoingStream
+from traceml.launch.shared.fd_socket import FdSocket
+from traceml.launch.shared.launch_messages import Message, StacksRequest, StackThread, ThreadStacks, WorkerStack
 
 __all__ = ["STACK_MESSAGES", "StackReader", "WorkerState"]
 

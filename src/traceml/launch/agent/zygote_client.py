@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared.fd_socket import FdSocket
+from traceml.launch.shared.launch_messages import (
     ChildEnded,
     FailedToFork,
     Fork,
@@ -22,8 +22,8 @@ from traceml.launch.wire.launch_messages import (
     ZygoteSettings,
     ZygoteUp,
 )
-from traceml.launch.wire.package_import import import_code
-from traceml.launch.wire.process_cleanup import MARK
+from traceml.launch.shared.package_import import import_code
+from traceml.launch.shared.process_cleanup import MARK
 
 __all__ = ["ZYGOTE_MESSAGES", "ZygoteClient", "ZygoteSpec"]
 

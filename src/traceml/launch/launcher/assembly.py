@@ -23,8 +23,8 @@ from traceml.launch.launcher.launch_options import LaunchOptions, LaunchResult, 
 from traceml.launch.launcher.logs.debug_log import debug_log
 from traceml.launch.launcher.logs.log_handlers import new_log_folder
 from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
-from traceml.launch.wire import payload
-from traceml.launch.wire.payload import SerializedValue
+from traceml.launch.shared import payload
+from traceml.launch.shared.payload import SerializedValue
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing

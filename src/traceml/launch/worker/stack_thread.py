@@ -7,8 +7,8 @@ import threading
 from types import FrameType
 
 from traceml.inspection.thread_frames import running_line, stack_frames, thread_frames
-from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.launch_messages import StacksRequest, StackThread, ThreadStacks
+from traceml.launch.shared.fd_socket import FdSocket
+from traceml.launch.shared.launch_messages import StacksRequest, StackThread, ThreadStacks
 
 __all__ = ["serve_stacks"]
 

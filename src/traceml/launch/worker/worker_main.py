@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 from traceml.blas_threads import set_blas_threads
 from traceml.inspection import stack_signal
 from traceml.inspection.gloo_threads import await_gloo_threads
-from traceml.launch.wire import log_records, payload
-from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared import log_records, payload
+from traceml.launch.shared.fd_socket import FdSocket
+from traceml.launch.shared.launch_messages import (
     Fork,
     Message,
     WorkerDone,
@@ -30,7 +30,7 @@ from traceml.launch.wire.launch_messages import (
     WorkerRaised,
     WorkerReady,
 )
-from traceml.launch.wire.payload_buffer import map_private
+from traceml.launch.shared.payload_buffer import map_private
 from traceml.launch.worker import main_module
 from traceml.launch.worker.finalization import end_process, exit_status
 from traceml.launch.worker.stack_thread import serve_stacks

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 from traceml.blas_threads import one_blas_thread
 from traceml.inspection.stack_signal import STACK_SIGNAL
-from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared.fd_socket import FdSocket
+from traceml.launch.shared.launch_messages import (
     ChildEnded,
     FailedToFork,
     Fork,
@@ -32,13 +32,13 @@ from traceml.launch.wire.launch_messages import (
     ZygoteSettings,
     ZygoteUp,
 )
-from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
+from traceml.launch.shared.process_cleanup import become_subreaper, find_leftovers, in_slurm_step, terminate_all
 from traceml.process_ends import die_with_parent
 
 __all__ = ["main"]
 
 # A worker's first imports: made here once, with shared memory.
-_WARM = ("traceml.launch.worker.worker_main", "traceml.launch.wire.payload", "cloudpickle", "logging.handlers")
+_WARM = ("traceml.launch.worker.worker_main", "traceml.launch.shared.payload", "cloudpickle", "logging.handlers")
 _WARM_TORCH = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.data")
 
 

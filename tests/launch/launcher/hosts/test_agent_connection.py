@@ -19,8 +19,8 @@ from tests.launch.jobs import PYTHONPATH
 from traceml.errors import AgentFailedError
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.hosts import HostSpec
-from traceml.launch.wire.channel_frames import ChannelClosedError
-from traceml.launch.wire.launch_messages import AgentHello, Message
+from traceml.launch.shared.channel_frames import ChannelClosedError
+from traceml.launch.shared.launch_messages import AgentHello, Message
 
 _LAUNCH = """
     import json, sys, traceml

@@ -26,7 +26,7 @@ from traceml.launch.launcher.logs.log_handlers import (
     stream_handler,
 )
 from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
-from traceml.launch.wire.log_records import RecordDecoder, RecordHandler
+from traceml.launch.shared.log_records import RecordDecoder, RecordHandler
 
 
 class Keeping(logging.Handler):
@@ -319,7 +319,7 @@ def test_records_arrive_as_they_were(pipe: tuple[int, int]) -> None:
 
 CHILD = """
 import logging, os, sys
-from traceml.launch.wire.log_records import install
+from traceml.launch.shared.log_records import install
 install(int(sys.argv[1]))
 children = []
 for number in range(4):

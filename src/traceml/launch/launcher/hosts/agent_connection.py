@@ -21,9 +21,9 @@ from traceml.launch.launcher.hosts import bootstrap
 from traceml.launch.launcher.hosts.hostfile import split_port
 from traceml.launch.launcher.hosts.hosts import HostSpec
 from traceml.launch.launcher.hosts.slurm import step_command
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.launch_messages import AgentHello
-from traceml.launch.wire.process_cleanup import end_job
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.launch_messages import AgentHello
+from traceml.launch.shared.process_cleanup import end_job
 from traceml.process_ends import end_of_status
 
 __all__ = ["AgentConnection"]

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from traceml.inspection import kernel_state
 from traceml.launch.launcher.hosts import package_check
-from traceml.launch.wire import process_cleanup
-from traceml.launch.wire.channel_frames import GREETING, message_frame
-from traceml.launch.wire.launch_messages import PackageRequest
-from traceml.launch.wire.package_import import PACKAGE, archive_path, import_code, zip_import_code
-from traceml.launch.wire.process_cleanup import AGENT_NAME
+from traceml.launch.shared import process_cleanup
+from traceml.launch.shared.channel_frames import GREETING, message_frame
+from traceml.launch.shared.launch_messages import PackageRequest
+from traceml.launch.shared.package_import import PACKAGE, archive_path, import_code, zip_import_code
+from traceml.launch.shared.process_cleanup import AGENT_NAME
 
 __all__ = ["agent_command", "cleanup_program", "local_program", "remote_program", "sent_package"]
 

@@ -1,4 +1,4 @@
 """One launched job: states of its hosts and workers, the event loop, payloads, failures, tracing.
 
-Process: launcher. May import `launcher.hosts`, `launcher.logs`, `launch.wire` and `supervise`.
+Process: launcher. May import `launcher.hosts`, `launcher.logs`, `launch.shared` and `supervise`.
 """

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from traceml.errors import AgentFailedError
 from traceml.launch.launcher.job.job_host import JobHost
-from traceml.launch.wire.channel_frames import ChannelClosedError
-from traceml.launch.wire.launch_messages import Message
+from traceml.launch.shared.channel_frames import ChannelClosedError
+from traceml.launch.shared.launch_messages import Message
 
 __all__ = ["ChannelLoop"]
 

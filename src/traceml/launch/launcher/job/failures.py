@@ -10,9 +10,9 @@ from typing import Any
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
 from traceml.formatting import capitalized, ranks_text
 from traceml.launch.launcher.job.job_host import JobHost, Worker
-from traceml.launch.wire import payload
-from traceml.launch.wire.launch_messages import Exited, Raised, WorkerStack
-from traceml.launch.wire.payload_buffer import PayloadBuffer
+from traceml.launch.shared import payload
+from traceml.launch.shared.launch_messages import Exited, Raised, WorkerStack
+from traceml.launch.shared.payload_buffer import PayloadBuffer
 
 __all__ = [
     "JobFailure",

@@ -26,8 +26,8 @@ from traceml.launch.launcher.job.job_spec import JobSpec
 from traceml.launch.launcher.job.job_state import JobState, MakeLogs
 from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.launcher.logs.log_handlers import log_level
-from traceml.launch.wire import payload
-from traceml.launch.wire.launch_messages import CollectStacks, Prepare, Probe, Release, Reserve, Start, StopWorkers
+from traceml.launch.shared import payload
+from traceml.launch.shared.launch_messages import CollectStacks, Prepare, Probe, Release, Reserve, Start, StopWorkers
 from traceml.process_ends import EndedBySignal, forget_interrupts, interrupts_held
 
 if TYPE_CHECKING:

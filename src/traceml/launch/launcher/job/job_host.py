@@ -8,8 +8,8 @@ from itertools import takewhile
 
 from traceml.launch.launcher.hosts.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts.hosts import HostSpec
-from traceml.launch.wire.launch_messages import AgentHello, Prepared
-from traceml.launch.wire.payload_buffer import PayloadBuffer
+from traceml.launch.shared.launch_messages import AgentHello, Prepared
+from traceml.launch.shared.payload_buffer import PayloadBuffer
 
 __all__ = ["JobHost", "Worker", "rendezvous_address"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from traceml.launch.wire.payload import SerializedValue
+from traceml.launch.shared.payload import SerializedValue
 
 __all__ = ["JobSpec"]
 

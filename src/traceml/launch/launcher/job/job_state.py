@@ -11,7 +11,7 @@ from traceml.errors import AgentFailedError
 from traceml.launch.launcher.job.failures import JobFailure, preparation_failed, unreachable, worker_died, worker_raised
 from traceml.launch.launcher.job.job_host import JobHost, Worker
 from traceml.launch.launcher.logs.log_router import LogRouter, LogStream
-from traceml.launch.wire.launch_messages import (
+from traceml.launch.shared.launch_messages import (
     AgentHello,
     Done,
     Exited,
@@ -30,7 +30,7 @@ from traceml.launch.wire.launch_messages import (
     TunnelReady,
     WorkerStack,
 )
-from traceml.launch.wire.payload_buffer import PayloadBuffer
+from traceml.launch.shared.payload_buffer import PayloadBuffer
 from traceml.process_ends import exit_text
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from traceml.launch.launcher.job.job_host import JobHost
-from traceml.launch.wire.channel_streams import OutgoingStream
-from traceml.launch.wire.launch_messages import StreamOpened
-from traceml.launch.wire.payload import SerializedValue
-from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach
+from traceml.launch.shared.channel_streams import OutgoingStream
+from traceml.launch.shared.launch_messages import StreamOpened
+from traceml.launch.shared.payload import SerializedValue
+from traceml.launch.shared.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach
 
 __all__ = ["PayloadSender", "shares_memory_with"]
 

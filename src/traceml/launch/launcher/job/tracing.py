@@ -24,10 +24,10 @@ from traceml import settings
 from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.flight_archive import unpack_flight
-from traceml.launch.wire.launch_messages import Exited, Snapshot, StreamOpened, TracedRun, Tunnel, TunnelReady
-from traceml.launch.wire.tunnel import TunnelConnector
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.flight_archive import unpack_flight
+from traceml.launch.shared.launch_messages import Exited, Snapshot, StreamOpened, TracedRun, Tunnel, TunnelReady
+from traceml.launch.shared.tunnel import TunnelConnector
 from traceml.run_folder import COPIES_FOLDER, STORE_NAME
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report

@@ -1,4 +1,4 @@
 """Output of workers and agents: routed to files, the screen and the user's handlers; the protocol's debug log.
 
-Process: launcher. May import `launch.wire`.
+Process: launcher. May import `launch.shared`.
 """

@@ -29,7 +29,7 @@ from traceml.launch.launcher.logs.log_handlers import (
     file_handler,
     stream_handler,
 )
-from traceml.launch.wire.log_records import RecordDecoder
+from traceml.launch.shared.log_records import RecordDecoder
 
 __all__ = ["LogRouter", "LogStream", "check_handlers", "make_handlers"]
 

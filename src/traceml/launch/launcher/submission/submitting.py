@@ -102,7 +102,7 @@ class SlurmOptions:
         return {key: value for key, value in chosen.items() if value is not None}
 
 
-_PROGRAM = "traceml.launch.launcher.submission.allocation"
+_PROGRAM = "traceml.launch.launcher.submission.allocation_main"
 
 
 def submit(call: AllocationCall, options: SlurmOptions, name: str, run_name: str | None = None) -> SubmittedJob[Any]:

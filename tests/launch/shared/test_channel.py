@@ -14,11 +14,11 @@ import msgpack
 import pytest
 
 from traceml.errors import ProtocolError
-from traceml.launch.wire import channel as module
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_frames import GREETING, ChannelClosedError
-from traceml.launch.wire.channel_streams import STREAM_WINDOW_BYTES
-from traceml.launch.wire.launch_messages import Bye, Idle, Message, Ping, Reserve, Snapshot, StreamOpened
+from traceml.launch.shared import channel as module
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.channel_frames import GREETING, ChannelClosedError
+from traceml.launch.shared.channel_streams import STREAM_WINDOW_BYTES
+from traceml.launch.shared.launch_messages import Bye, Idle, Message, Ping, Reserve, Snapshot, StreamOpened
 
 
 class Pair:

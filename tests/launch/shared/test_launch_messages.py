@@ -13,7 +13,7 @@ from traceml.launch.agent.worker_group import WORKER_MESSAGES
 from traceml.launch.agent.worker_state import STACK_MESSAGES
 from traceml.launch.agent.zygote_client import ZYGOTE_MESSAGES
 from traceml.launch.launcher.job import job_state
-from traceml.launch.wire.launch_messages import FROM_AGENT, FROM_LAUNCHER, Message, Ping, Pong, Probe, Start, decode
+from traceml.launch.shared.launch_messages import FROM_AGENT, FROM_LAUNCHER, Message, Ping, Pong, Probe, Start, decode
 
 
 @pytest.mark.parametrize(

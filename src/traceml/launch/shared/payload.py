@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import PayloadError
-from traceml.launch.wire.pickling import PickleSink, PickleSource, Unpickler, pickler_class, rebuild_exception
+from traceml.launch.shared.pickling import PickleSink, PickleSource, Unpickler, pickler_class, rebuild_exception
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.launch.wire.channel_frames import CHUNK_BYTES, ChannelClosedError, FrameKind
+from traceml.launch.shared.channel_frames import CHUNK_BYTES, ChannelClosedError, FrameKind
 
 __all__ = ["STREAM_WINDOW_BYTES", "IncomingStream", "OutgoingStream"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 
 from traceml.errors import ProtocolError, TraceMLError
-from traceml.launch.wire.launch_messages import Message
+from traceml.launch.shared.launch_messages import Message
 
 __all__ = [
     "CHUNK_BYTES", "GREETING", "MAX_MESSAGE_BYTES", "ChannelClosedError", "ChannelDecoder", "FrameKind", "credit_frame",

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, Literal
 
 from traceml.errors import ProtocolError
-from traceml.launch.wire.channel_frames import (
+from traceml.launch.shared.channel_frames import (
     CHUNK_BYTES,
     ChannelClosedError,
     ChannelDecoder,
@@ -33,8 +33,8 @@ from traceml.launch.wire.channel_frames import (
     map_of,
     message_frame,
 )
-from traceml.launch.wire.channel_streams import STREAM_WINDOW_BYTES, IncomingStream, OutgoingStream
-from traceml.launch.wire.launch_messages import FROM_AGENT, FROM_LAUNCHER, Message, Ping, Pong, StreamOpened, decode
+from traceml.launch.shared.channel_streams import STREAM_WINDOW_BYTES, IncomingStream, OutgoingStream
+from traceml.launch.shared.launch_messages import FROM_AGENT, FROM_LAUNCHER, Message, Ping, Pong, StreamOpened, decode
 
 __all__ = ["PING_S", "Channel"]
 

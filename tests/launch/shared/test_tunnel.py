@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from traceml.launch.wire import tunnel
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.launch_messages import StreamOpened
-from traceml.launch.wire.tunnel import TunnelConnector, TunnelListener
+from traceml.launch.shared import tunnel
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.launch_messages import StreamOpened
+from traceml.launch.shared.tunnel import TunnelConnector, TunnelListener
 
 
 class Between:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import msgpack
 
 from traceml.errors import ProtocolError
-from traceml.launch.wire.launch_messages import M, Message, decode
+from traceml.launch.shared.launch_messages import M, Message, decode
 
 __all__ = ["FdSocket"]
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from traceml.errors import PayloadError
-from traceml.launch.wire import pickling
-from traceml.launch.wire.payload import SerializedValue, dump, dump_call, dump_exception, load
-from traceml.launch.wire.payload_buffer import PayloadBuffer, map_private
+from traceml.launch.shared import pickling
+from traceml.launch.shared.payload import SerializedValue, dump, dump_call, dump_exception, load
+from traceml.launch.shared.payload_buffer import PayloadBuffer, map_private
 
 LARGE = 40_000  # floats: beyond what is put inside the pickle
 
@@ -173,8 +173,8 @@ def test_a_file_in_memory_is_opened_by_another_process() -> None:
 
     code = """
 import os, sys
-from traceml.launch.wire.payload import load
-from traceml.launch.wire.payload_buffer import PayloadBuffer, can_reach
+from traceml.launch.shared.payload import load
+from traceml.launch.shared.payload_buffer import PayloadBuffer, can_reach
 assert can_reach(os.getppid()) and not can_reach(2**22 + 1)
 load(PayloadBuffer.open_path(sys.argv[1]).memory()).add_(1)
 """
@@ -281,7 +281,7 @@ def outer(k):
         return [point.moved(), (lambda y: y * k)(2), Point, Colour.RED]
     return inner
 if __name__ == "__main__":
-    from traceml.launch.wire.payload import dump_call, load
+    from traceml.launch.shared.payload import dump_call, load
     from pathlib import Path
     import subprocess
     Path("call").write_bytes(bytes(dump_call(outer(21), (Point(1),), {})))
@@ -292,7 +292,7 @@ if __name__ == "__main__":
 """
 CALLEE = """
 from pathlib import Path
-from traceml.launch.wire.payload import dump, load
+from traceml.launch.shared.payload import dump, load
 func, args, kwargs = load(bytearray(Path("call").read_bytes()))
 Path("result").write_bytes(bytes(dump(func(*args, **kwargs))))
 """

@@ -19,9 +19,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.channel_streams import IncomingStream, OutgoingStream
-from traceml.launch.wire.launch_messages import StreamOpened
+from traceml.launch.shared.channel import Channel
+from traceml.launch.shared.channel_streams import IncomingStream, OutgoingStream
+from traceml.launch.shared.launch_messages import StreamOpened
 
 __all__ = ["TunnelConnector", "TunnelListener"]
 

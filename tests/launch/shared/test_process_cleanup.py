@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from traceml.launch.wire.process_cleanup import ProcessTermination
+from traceml.launch.shared.process_cleanup import ProcessTermination
 
 
 @pytest.mark.process
