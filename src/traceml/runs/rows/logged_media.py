@@ -10,7 +10,7 @@ from typing import Any
 from traceml.database.schema import LOGGED
 from traceml.database.store.reader import StoreReader
 from traceml.formatting import name_at_rank, name_order
-from traceml.runs.rows.run_clocks import RunClocks
+from traceml.runs.rows.logged_rows import LoggedRow, LoggedRows
 
 __all__ = ["LoggedItem", "LoggedItems", "MediaGroup"]
 
@@ -19,7 +19,6 @@ _KEPT = {"image": 24, "text": 24, "histogram": 24, "artifact": 1, "refused": 4, 
 # Pages are for people: further names are only in the store.
 _MAX_NAMES = 1000
 _MAX_CHARS = 20_000
-_FRAMES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +56,16 @@ class LoggedItems:
     """Follows the logged values of a run, of all attempts and ranks."""
 
     def __init__(self) -> None:
-        self._after = 0
+        self._rows = LoggedRows(LOGGED.name)
         self._found: dict[tuple[str, str], deque[LoggedItem]] = {}
         self._counts: dict[tuple[str, str], int] = {}
-        self._clocks = RunClocks(())
-        self._ranks: dict[int, int] = {}
 
     def update(self, reader: StoreReader) -> bool:
         """Take what arrived since the last call; return whether there was anything."""
-        if LOGGED.name not in reader.tables:
-            return False  # a store that is older than the table
-
         changed = False
-        while frames := reader.frames_of((LOGGED.name,), self._after, _FRAMES):
-            self._after, changed = frames[-1].id, True
-            for frame in frames:
-                if frame.stream not in self._ranks:
-                    streams = reader.streams()
-                    self._clocks, self._ranks = RunClocks(streams), {stream.id: stream.rank for stream in streams}
-
-                for row in frame.maps():
-                    self._take(frame.stream, row)
+        for row in self._rows.new(reader):
+            changed = True
+            self._take(row)
 
         return changed
 
@@ -89,18 +77,16 @@ class LoggedItems:
             for (kind, name), items in ordered
         )
 
-    def _take(self, stream: int, row: Mapping[str, Any]) -> None:
-        kind, name = str(row.get("kind", "")), str(row.get("name") or "")
+    def _take(self, row: LoggedRow) -> None:
+        kind, name = str(row.values.get("kind", "")), str(row.values.get("name") or "")
         if kind not in _KINDS:
             return
 
-        rank = self._ranks[stream]
-        key = kind, name_at_rank(name, rank)
+        key = kind, name_at_rank(name, row.rank)
         if key not in self._found and len(self._found) >= _MAX_NAMES:
             return
 
-        epoch_s = self._clocks.from_wall_clock(stream, int(row.get("t_ns", 0))) / 1e9
-        self._found.setdefault(key, deque(maxlen=_KEPT[kind])).append(_item(row, rank, float(epoch_s)))
+        self._found.setdefault(key, deque(maxlen=_KEPT[kind])).append(_item(row.values, row.rank, row.epoch_s))
         self._counts[key] = self._counts.get(key, 0) + 1
 
 

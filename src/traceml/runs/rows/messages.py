@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
 from traceml.diagnosis.steps.representatives import HOST_CHOICE
 from traceml.formatting import ranks_text
-from traceml.runs.rows.run_clocks import RunClocks
+from traceml.runs.rows.logged_rows import LoggedRows
 
 __all__ = ["RunEvents", "RunMessage", "RunMessages"]
 
@@ -45,24 +45,14 @@ class RunMessages:
 
     def __init__(self) -> None:
         self._kept: deque[RunMessage] = deque(maxlen=_KEPT)
-        self._after: int | None = None
-        self._clocks = RunClocks(())
-        self._ranks: dict[int, int] = {}
+        self._rows = LoggedRows(INFO.name, LOGGED.name, first_read=_FIRST_READ)
 
     def update(self, reader: StoreReader) -> None:
         """Take what arrived since the last call."""
-        if self._after is None:
-            self._after = max(reader.last_id() - _FIRST_READ, 0)
-
-        while frames := reader.frames_of((INFO.name, LOGGED.name), self._after):
-            self._after = frames[-1].id
-            for frame in frames:
-                if frame.stream not in self._ranks:
-                    streams = reader.streams()
-                    self._clocks, self._ranks = RunClocks(streams), {stream.id: stream.rank for stream in streams}
-
-                for row in frame.maps():
-                    self._take(frame.stream, frame.table, row)
+        for row in self._rows.new(reader):
+            kind = str(row.values.get("kind", ""))
+            if kind not in _SILENT:
+                self._kept.append(RunMessage(row.epoch_s, row.rank, kind, _words(row.values)))
 
     def lines(self, events: Iterable[RunEvent] = ()) -> list[RunMessage]:
         """Return the messages, the run's events among them, the newest first."""
@@ -74,15 +64,6 @@ class RunMessages:
                 joined.append(message)
 
         return joined[::-1]
-
-    def _take(self, stream: int, table: str, row: Mapping[str, Any]) -> None:
-        kind = str(row.get("kind", ""))
-        if kind in _SILENT:
-            return
-
-        date = self._clocks.from_monotonic if table == INFO.name else self._clocks.from_wall_clock
-        at_s = date(stream, int(row.get("t_ns", 0))) / 1e9
-        self._kept.append(RunMessage(at_s, self._ranks[stream], kind, _words(row)))
 
 
 class RunEvents:
