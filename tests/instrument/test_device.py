@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.instrument.clocks import use_clock
 from tests.instrument.conftest import Traced
 from tests.instrument.fake_cuda import FakeCuda, FakeEvent
 from traceml.clock import monotonic_ns
@@ -23,20 +24,11 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.fail_open import failures
 from traceml.instrument import (
-    backward,
     device,
-    divided_step,
-    forward,
     install,
-    loader,
-    optimizer,
-    phase_timer,
-    step_clock,
 )
-from traceml.instrument.native.extension import use_time
 from traceml.instrument.open_step import detailed_steps
 
-_CLOCKED = (phase_timer, divided_step, backward, device, forward, loader, optimizer, step_clock)
 _MS = 1_000_000
 _FIRST = 5  # by then the device is known; from here on all are measured
 
@@ -50,9 +42,7 @@ class Training:
     def __init__(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cuda = cuda
         cuda.tick_ms, cuda.cpu_ms = 0.0, 1.0
-        use_time(lambda: round(cuda.cpu_ms * _MS))
-        for module in _CLOCKED:
-            monkeypatch.setattr(module, "monotonic_ns", lambda: round(cuda.cpu_ms * _MS))
+        use_clock(monkeypatch, lambda: round(cuda.cpu_ms * _MS), device)
 
         self.model = nn.Linear(4, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
@@ -114,9 +104,7 @@ def traced(request: pytest.FixtureRequest, form: str, cuda: FakeCuda, tmp_path: 
 def short_steps(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by which steps are short, so that one in sixteen is measured: on a busy machine they are long."""
     times = count(monotonic_ns(), 1000)
-    use_time(times.__next__)
-    for module in _CLOCKED:
-        monkeypatch.setattr(module, "monotonic_ns", times.__next__)
+    use_clock(monkeypatch, times.__next__, device)
 
 
 def train(steps: int, *, optimizer_on: Callable[[], Any] = ExitStack) -> None:

@@ -21,37 +21,20 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import traceml.instrument
+from tests.instrument.clocks import use_clock
 from tests.instrument.fake_cuda import FakeCuda, FakeEvent
 from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import failures
 from traceml.instrument import (
     Instrumentation,
-    backward,
     clock_implementations,
-    divided_step,
-    forward,
     install,
-    loader,
-    optimizer,
     phase_timer,
-    step_clock,
 )
 from traceml.instrument.maintenance import overhead
-from traceml.instrument.native.extension import extension, use_time
+from traceml.instrument.native.extension import extension
 from traceml.instrument.search import discovery
 
-_CLOCKED = (
-    phase_timer,
-    divided_step,
-    backward,
-    clock_implementations,
-    discovery,
-    forward,
-    loader,
-    optimizer,
-    overhead,
-    step_clock,
-)
 _FOLDER = str(Path(traceml.instrument.__file__).parent)
 _SEEDS = 24
 # Functions that call the user's code, or that user and torch call: they catch what the others raise.
@@ -329,9 +312,8 @@ def test_clocks_slots_and_events_may_raise(
 
     kinds = chance.choice([("clock",), ("slots",), ("device",), ("clock", "slots", "device")])
     if "clock" in kinds:
-        use_time(failing(phase_timer.monotonic_ns))
-        for module in _CLOCKED:
-            monkeypatch.setattr(module, "monotonic_ns", failing(phase_timer.monotonic_ns))
+        now_ns = failing(phase_timer.monotonic_ns)
+        use_clock(monkeypatch, now_ns, clock_implementations, discovery, overhead)
 
     if "device" in kinds:
         for name in ("record", "query", "elapsed_time"):

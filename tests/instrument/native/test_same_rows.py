@@ -13,33 +13,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.instrument.clocks import use_clock
 from tests.instrument.conftest import Traced
 from traceml.database.flight.flight import FlightFile
 from traceml.instrument import (
-    backward,
     clock_implementations,
-    divided_step,
-    forward,
     install,
-    loader,
-    optimizer,
-    phase_timer,
-    step_clock,
 )
 from traceml.instrument.native.extension import extension, use_time
 from traceml.instrument.values import step_pace
 
-_CLOCKED = (
-    phase_timer,
-    divided_step,
-    backward,
-    clock_implementations,
-    forward,
-    loader,
-    optimizer,
-    step_clock,
-    step_pace,
-)
 _TABLES = ("steps", "evals", "epochs", "user_phases", "fingerprints")
 _EVENTS = 400
 
@@ -174,9 +157,7 @@ def rows_of(form: str, folder: Path, seed: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACEML_NATIVE", "1" if form == "native" else "0")
         ticks = count(1_000_000, 1_000)
-        use_time(lambda: next(ticks))
-        for module in _CLOCKED:
-            patch.setattr(module, "monotonic_ns", lambda: next(ticks))
+        use_clock(patch, lambda: next(ticks), clock_implementations, step_pace)
 
         torch.manual_seed(seed)
         gc.collect()
