@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.whatif.generated_job import GeneratedJob, usual_s
+from tests.whatif.generated_job import GeneratedJob, slow_worker
 from traceml.cli import main
-
-
-def slow_worker(kind, dp_rank, stage, step, micro_batch):
-    factor = 2 if "compute" in kind and (dp_rank, stage) == (1, 2) else 1
-    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
 
 
 @pytest.fixture

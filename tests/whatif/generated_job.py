@@ -20,6 +20,12 @@ def usual_s(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) ->
     return {"forward-compute": FORWARD_S, "backward-compute": BACKWARD_S}.get(kind, SMALL_S)
 
 
+def slow_worker(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    """Return the usual duration, twice as long for computation of one worker."""
+    factor = 2 if "compute" in kind and (dp_rank, stage) == (1, 2) else 1
+    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
 @dataclass
 class GeneratedJob:
     """A job whose steps are run by the schedule, one event after the other.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.whatif.generated_job import GeneratedJob, usual_s
+from tests.whatif.generated_job import GeneratedJob, slow_worker, usual_s
 from traceml.whatif.simulation import Simulator
 from traceml.whatif.straggler_cost import WhatIf, explain_job
 from traceml.whatif.trace_loading import load_job
@@ -28,11 +28,6 @@ SHAPES = [
 
 def explained(job: GeneratedJob, folder: Path) -> WhatIf:
     return explain_job(Simulator(load_job(*job.run().write(folder))))
-
-
-def slow_worker(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
-    factor = 2 if "compute" in kind and (dp_rank, stage) == (1, 2) else 1
-    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
 
 
 def long_last_stage(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:

@@ -1,4 +1,4 @@
-"""Fabricated runs that are still running."""
+"""Fabricated runs that are still running, and a clock for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 
-__all__ = ["running_run", "series_of"]
+__all__ = ["Clock", "running_run", "series_of"]
+
+
+class Clock:
+    """Monotonic seconds that a test moves."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 @contextmanager

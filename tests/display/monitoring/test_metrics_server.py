@@ -9,21 +9,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.diagnosis.fabricated import Job
-from tests.display.monitoring.running import running_run, series_of
+from tests.display.monitoring.running import Clock, running_run, series_of
 from tests.runs.fabricated_store import run_facts, store_run
 from traceml.display.monitoring.active_runs import MAX_RUNS, ActiveRuns
 from traceml.display.monitoring.metrics_server import metrics_app
 from traceml.renderers.monitoring_metrics import Instruments
 from traceml.runs.live_run import LiveRun
-
-
-class Clock:
-    """Monotonic seconds that a test moves."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def ask(app: Any, path: str = "/metrics", host: str = "localhost:29767", **headers: str) -> tuple[str, str]:

@@ -11,22 +11,13 @@ from typing import Any
 import pytest
 
 from tests.display.monitoring.collector import Collector, collecting
-from tests.display.monitoring.running import running_run
+from tests.display.monitoring.running import Clock, running_run
 from tests.ports import free_port
 from tests.runs.fabricated_store import run_facts
 from traceml.database.store.store import StoreWriter
 from traceml.display.monitoring.otlp_exporter import OtlpConfig, OtlpExporter
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report, save_report
-
-
-class Clock:
-    """Monotonic seconds that a test moves."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def exporter(folder: Any, url: str, clock: Clock | None = None, owner: int | None = None, **more: Any) -> OtlpExporter:

@@ -32,14 +32,6 @@ from traceml.recorder.user_code import UserCode
 SAMPLES = 40
 
 
-@pytest.fixture
-def flight(tmp_path: Path) -> Iterator[FlightFile]:
-    """A flight file in a folder of its own."""
-    made = FlightFile.create(tmp_path, {"rank": 0})
-    yield made
-    made.close(unlink=True)
-
-
 class Training:
     """A thread that runs a function until it is told to end."""
 

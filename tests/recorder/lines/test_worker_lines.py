@@ -50,14 +50,6 @@ class Photos(Dataset):
         return index
 
 
-@pytest.fixture
-def flight(tmp_path: Path) -> Iterator[FlightFile]:
-    """A flight file in a folder of its own."""
-    made = FlightFile.create(tmp_path, {"rank": 0})
-    yield made
-    made.close(unlink=True)
-
-
 def rows_of(flight: FlightFile) -> Iterator[dict[str, int]]:
     """Yield the rows of lines."""
     ring = flight.ring("lines")

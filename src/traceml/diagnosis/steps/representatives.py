@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = ["HOST_CHOICE", "ExcessWork", "HostChoice", "Representatives", "packed_ms"]
@@ -22,8 +22,6 @@ _PACKED_MS = np.dtype("<f2")
 _STEP_LIMIT = 2**62
 _SLOTS = 128
 _MAX_WAITING = 4096  # where no verdict reads them
-
-Ints = NDArray[np.int64]
 
 
 class HostChoice(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):

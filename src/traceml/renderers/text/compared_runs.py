@@ -15,10 +15,10 @@ from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison.comparison_types import Comparison, Comparisons, run_letter
 from traceml.runs.rows.metrics import is_loss
 
-__all__ = ["compared_losses", "compared_params", "compared_runs", "significance_word"]
+__all__ = ["OUTCOME_STYLES", "compared_losses", "compared_params", "compared_runs", "significance_word"]
 
 _MAX_WIDTH = 120
-_STYLES = {"slower": "bold red", "faster": "bold green"}
+OUTCOME_STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 12
 _COLUMNS = 36  # of the table without run and verdict
 _ID_END = 5
@@ -72,7 +72,7 @@ def _table(comparisons: Comparisons, viewport: Viewport) -> Iterator[Text]:
     for number, (each, (change, _)) in enumerate(zip(comparisons.comparisons, changes, strict=True)):
         mean = each.step_time.mean
         line = Text(f" {run_letter(number + 1):<2} {ids[number + 1]:<{width}}{ms_text(mean.b_ms):>9}")
-        line.append(f"{change:>9}", style=_STYLES.get(each.outcome, ""))
+        line.append(f"{change:>9}", style=OUTCOME_STYLES.get(each.outcome, ""))
         yield line.append(f"  {significance_word(each):<12}{each.b.verdict}")
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 from traceml.formatting import count_text, ms_text, phase_label, phase_words, plural
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
+from traceml.renderers.text.compared_runs import OUTCOME_STYLES
 from traceml.renderers.text.comparison import change_text
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.fleet.fleet_types import STEP, FleetDocument, HostJudgment, PhaseHistory, RunHistory, SlowHost
@@ -17,7 +18,6 @@ from traceml.runs.fleet.fleet_types import STEP, FleetDocument, HostJudgment, Ph
 __all__ = ["fleet_lines"]
 
 _MAX_WIDTH = 100
-_STYLES = {"slower": "bold red", "faster": "bold green"}
 _SHOWN = 20
 
 
@@ -78,8 +78,9 @@ def _phase(phase: PhaseHistory) -> Text:
     if phase.change is None:
         return line.append("new" if phase.mean_ms else "-")
 
-    line.append(change_text(phase.change), style=_STYLES.get(phase.outcome, ""))
-    return line.append("" if phase.outcome == "same" else f"  {phase.outcome}", style=_STYLES.get(phase.outcome, ""))
+    style = OUTCOME_STYLES.get(phase.outcome, "")
+    line.append(change_text(phase.change), style=style)
+    return line.append("" if phase.outcome == "same" else f"  {phase.outcome}", style=style)
 
 
 def _hosts(hosts: HostJudgment, width: int) -> Iterator[Text]:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.database.store.reader import StreamRecord
+from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.runs.export.line_text import GAP, fill_lines
 from traceml.traces.writer.encoding import args_of, quoted
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["ArrowBlock", "EventBlocks", "PointBlock", "PointKind", "SpanBlock", "SpanKind", "WaitingRows", "as_json"]
 
-Longs = NDArray[np.int64]
 
 _SPAN = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"dur":%b,"ph":"X","args":%b}\n'
 _POINT = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"ph":"%b"%b,"args":%b}\n'
@@ -57,9 +57,9 @@ class SpanBlock:
     tid: int
     kinds: Sequence[SpanKind]
     kind: NDArray[np.intp]
-    start_ns: Longs
-    end_ns: Longs
-    numbers: Longs
+    start_ns: Ints
+    end_ns: Ints
+    numbers: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class PointBlock:
     tid: int
     kinds: Sequence[PointKind]
     kind: NDArray[np.intp]  # number in `kinds` of each point
-    at_ns: Longs  # epoch nanoseconds of each point
+    at_ns: Ints  # epoch nanoseconds of each point
     numbers: NDArray[Any]  # point x argument, as JSON in bytes
 
 
@@ -99,10 +99,10 @@ class ArrowBlock:
     name: str
     cat: str
     first_id: int
-    source: Longs
-    target: Longs
-    from_ns: Longs
-    to_ns: Longs
+    source: Ints
+    target: Ints
+    from_ns: Ints
+    to_ns: Ints
 
 
 class WaitingRows:
@@ -164,7 +164,7 @@ class EventBlocks:
         template = self._arrow_template(block, b"s", b"") + self._arrow_template(block, b"f", b',"bp":"e"')
         self._writer.write_lines(fill_lines([template], np.zeros(count, np.intp), values), 2 * count)
 
-    def _reserve_ids(self, count: int) -> Longs:
+    def _reserve_ids(self, count: int) -> Ints:
         return np.fromiter(self._writer.reserve_ids(count), np.int64, count)
 
     def _span_template(self, kind: SpanKind, pid: int, tid: int) -> bytes:
@@ -178,11 +178,11 @@ class EventBlocks:
     def _arrow_template(self, block: ArrowBlock, phase: bytes, rest: bytes) -> bytes:
         return _ARROW % (quoted(block.name), quoted(block.cat), self._us, phase, rest)
 
-    def _times(self, epoch_ns: Longs) -> list[NDArray[Any]]:
+    def _times(self, epoch_ns: Ints) -> list[NDArray[Any]]:
         """Return the columns of a time: microseconds, and their fraction if nanoseconds are written."""
         return [epoch_ns // 1000] if self._origin_ns is None else _with_fraction(epoch_ns - self._origin_ns)
 
-    def _durations(self, start_ns: Longs, end_ns: Longs) -> list[NDArray[Any]]:
+    def _durations(self, start_ns: Ints, end_ns: Ints) -> list[NDArray[Any]]:
         if self._origin_ns is None:
             return [end_ns // 1000 - start_ns // 1000]
 
@@ -195,7 +195,7 @@ def _args_template(numbers: Sequence[str], args: Mapping[str, Any]) -> bytes:
     return b"{" + b",".join((*own, *common)) + b"}"
 
 
-def _with_fraction(ns: Longs) -> list[NDArray[Any]]:
+def _with_fraction(ns: Ints) -> list[NDArray[Any]]:
     fraction = _FRACTIONS[ns % 1000]
     if (before := ns < 0).any():  # before the origin, for instance of a host whose clock is wrong
         fraction[before] = b"e-3"

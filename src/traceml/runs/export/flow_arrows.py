@@ -6,11 +6,11 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+
+from traceml.diagnosis.steps.aligned_steps import Ints
 
 __all__ = ["FlowArrows", "SyncArrows"]
 
-Longs = NDArray[np.int64]
 
 _MAX_HELD = 1_000_000  # arrivals of one kind whose sync points are not complete: 40 MB
 _RANK, _STEP, _BEGAN, _ARRIVED, _LEFT = range(5)
@@ -25,10 +25,10 @@ class SyncArrows:
         from_ns, to_ns: epoch nanoseconds.
     """
 
-    source: Longs
-    from_ns: Longs
-    target: Longs
-    to_ns: Longs
+    source: Ints
+    from_ns: Ints
+    target: Ints
+    to_ns: Ints
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class _Held:
     """Arrivals of one kind whose sync points are not complete, and the ranks with new ones since the last match."""
 
     ranks: int
-    arrivals: list[Longs] = field(default_factory=list)
+    arrivals: list[Ints] = field(default_factory=list)
     count: int = 0
     newly: set[int] = field(default_factory=set)
 
@@ -57,7 +57,7 @@ class FlowArrows:
     def __init__(self) -> None:
         self._held: dict[Hashable, _Held] = {}
 
-    def add_arrivals(self, kind: Hashable, rank: int, arrivals: Longs, ranks: int) -> SyncArrows | None:
+    def add_arrivals(self, kind: Hashable, rank: int, arrivals: Ints, ranks: int) -> SyncArrows | None:
         """Take arrivals of a rank; return arrows now and then, when all ranks have new arrivals.
 
         Args:
@@ -77,7 +77,7 @@ class FlowArrows:
             yield held.match()
 
 
-def _matched(arrivals: Longs, ranks: int) -> tuple[Longs, Longs]:
+def _matched(arrivals: Ints, ranks: int) -> tuple[Ints, Ints]:
     """Return the arrivals at complete sync points, point x rank x column, and the others, oldest step first."""
     arrivals = arrivals[np.lexsort((arrivals[:, _RANK], arrivals[:, _STEP]))]
     is_last = np.ones(len(arrivals), bool)  # of a rank that repeated a step
@@ -88,7 +88,7 @@ def _matched(arrivals: Longs, ranks: int) -> tuple[Longs, Longs]:
     return arrivals[is_complete].reshape(-1, ranks, arrivals.shape[1]), arrivals[~is_complete]
 
 
-def _arrows(points: Longs) -> SyncArrows:
+def _arrows(points: Ints) -> SyncArrows:
     waited = points[:, :, _LEFT] - points[:, :, _ARRIVED]
     number = np.arange(len(points))
     last = waited.argmin(axis=1)

@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_LABELS, in_phase_order
+from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.diagnosis.steps.step_split import own_backward
 
 __all__ = ["DEVICE_PARTS", "STEP_PARTS", "device_parts", "part_bounds", "step_parts", "waiting_of"]
 
-Longs = NDArray[np.int64]
 
 _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint", "wait": "comm"}
 _ORDER = in_phase_order(label for label in PHASE_LABELS if label != "user")
@@ -28,7 +27,7 @@ DEVICE_PARTS = tuple((name, "comm" if name in ("wait", "comm") else "device") fo
 """(name, category) of the parts of a device step."""
 
 
-def waiting_of(rows: Any, *, grouped: bool) -> Longs:
+def waiting_of(rows: Any, *, grouped: bool) -> Ints:
     """Return the nanoseconds of waiting inside backward, -1 where it was not measured.
 
     Args:
@@ -42,24 +41,24 @@ def waiting_of(rows: Any, *, grouped: bool) -> Longs:
     return np.where(np.isnan(own), -1, backward - own_backward(backward, own)).astype(np.int64)
 
 
-def step_parts(rows: Any, waiting: Longs) -> Longs:
+def step_parts(rows: Any, waiting: Ints) -> Ints:
     """Return nanoseconds, step x `STEP_PARTS`."""
     parts = _matrix(rows, waiting, [name for name, _ in STEP_PARTS[:-1]])
     return np.column_stack([parts, rows["total_ns"] - parts.sum(axis=1)])
 
 
-def device_parts(rows: Any, waiting: Longs) -> Longs:
+def device_parts(rows: Any, waiting: Ints) -> Ints:
     """Return nanoseconds, step x `DEVICE_PARTS`."""
     return _matrix(rows, waiting, _DEVICE)
 
 
-def _matrix(rows: Any, waiting: Longs, names: Any) -> Longs:
+def _matrix(rows: Any, waiting: Ints, names: Any) -> Ints:
     wait = np.maximum(waiting, 0)
     columns = {"wait": wait, "backward": rows["backward_ns"] - wait}
     return np.column_stack([columns[name] if name in columns else rows[f"{name}_ns"] for name in names])
 
 
-def part_bounds(begin: Longs, end: Longs, parts: Longs) -> tuple[Longs, Longs]:
+def part_bounds(begin: Ints, end: Ints, parts: Ints) -> tuple[Ints, Ints]:
     """Return start and end of each part: one after the other from `begin`, none after `end`."""
     ends = np.minimum(begin[:, None] + np.cumsum(np.maximum(parts, 0), axis=1), end[:, None])
     return np.column_stack([np.minimum(begin, end), ends[:, :-1]]), ends

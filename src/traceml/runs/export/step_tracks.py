@@ -13,6 +13,7 @@ from traceml.database.row_arrays import join_rows
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, StepFlag, unpack_bits
 from traceml.database.store.reader import StreamRecord
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
+from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
@@ -22,8 +23,7 @@ from traceml.traces.writer.writer import Writer
 
 __all__ = ["StepTracks"]
 
-Longs = NDArray[np.int64]
-_Bounds = tuple[Longs, Longs]  # starts and ends
+_Bounds = tuple[Ints, Ints]  # starts and ends
 
 _MAX_ROWS = 32_768  # rows of all ranks that wait to be written: 4 MB
 _CELLS = 16_384  # spans of a block, at most: 2 MB of text
@@ -182,16 +182,16 @@ class StepTracks:
     def _is_grouped(self, stream: StreamRecord) -> bool:
         return self._group.is_grouped(self._world.get(stream.attempt, 1))
 
-    def _bounds(self, lane: _Lane, rows: Any) -> tuple[Longs, Longs]:
+    def _bounds(self, lane: _Lane, rows: Any) -> tuple[Ints, Ints]:
         """Return start and end of steps, without overlap with the step before."""
-        end: Longs = self._clocks.from_monotonic(lane.stream.id, rows["t_end_ns"])
+        end: Ints = self._clocks.from_monotonic(lane.stream.id, rows["t_end_ns"])
         begin = end - rows["total_ns"]
         until = np.maximum.accumulate(np.concatenate([[lane.until_ns], end]))
         lane.until_ns, before = int(until[-1]), until[:-1]
         return np.where((begin < before) & (before <= end), before, begin), end
 
     def _write_spans(
-        self, stream: StreamRecord, lane: int, kinds: list[SpanKind], kind: Any, bounds: _Bounds, numbers: Longs
+        self, stream: StreamRecord, lane: int, kinds: list[SpanKind], kind: Any, bounds: _Bounds, numbers: Ints
     ) -> None:
         """Write steps, each followed by its parts; empty parts are not drawn."""
         pid, tid = self._tracks.rank(stream, lane)
@@ -203,7 +203,7 @@ class StepTracks:
 
     # ---- arrows ----
 
-    def _add_arrivals(self, stream: StreamRecord, steps: Longs, measured: Any, starts: Longs, ends: Longs) -> None:
+    def _add_arrivals(self, stream: StreamRecord, steps: Ints, measured: Any, starts: Ints, ends: Ints) -> None:
         """Draw arrows to the waiting inside backward, and to collectives called from Python."""
         self._rank_tracks[stream.rank] = self._tracks.rank(stream, tracks.STEPS)
         before_comm = np.where(measured, starts[:, _COMM - 1], starts[:, _BACKWARD])
@@ -227,7 +227,7 @@ class StepTracks:
         self._blocks.write_arrows(block)
         self._flows += len(source)
 
-    def _tracks_of(self, ranks: Longs) -> Longs:
+    def _tracks_of(self, ranks: Ints) -> Ints:
         return np.array([self._rank_tracks[rank] for rank in ranks.tolist()])
 
     # ---- device steps ----
@@ -253,7 +253,7 @@ class StepTracks:
             chosen = slice(start, start + size)
             self._write_device_part(lane, rows[known][chosen], began[known][chosen])
 
-    def _write_device_part(self, lane: _Lane, rows: Any, began: Longs) -> None:
+    def _write_device_part(self, lane: _Lane, rows: Any, began: Ints) -> None:
         total = rows["total_ns"].cumsum()
         before = np.concatenate([[0], total[:-1]])
         starts_at = np.maximum(np.maximum.accumulate(began - before), lane.device_until_ns)
@@ -288,7 +288,7 @@ class _UserParts:
         chosen = slice(*np.searchsorted(self.own, [start, stop]))
         return _UserParts(self.phases[chosen], self.own[chosen] - start)
 
-    def spread(self, parts: Longs, numbers: Any, first: int) -> tuple[Longs, Any]:
+    def spread(self, parts: Ints, numbers: Any, first: int) -> tuple[Ints, Any]:
         """Return parts and kinds with the phases before the rest of user time; their kinds begin at `first`."""
         column = np.arange(len(self.own)) - np.searchsorted(self.own, self.own)
         ns = np.zeros((len(parts), self.most), np.int64)
@@ -320,7 +320,7 @@ def _is_ready(steps: Any, phases: Any, most_held: int) -> NDArray[np.bool_]:
     return ready
 
 
-def _owners(steps: Longs, wanted: Longs) -> NDArray[np.intp]:
+def _owners(steps: Ints, wanted: Ints) -> NDArray[np.intp]:
     """Return the position in `steps` of each element of `wanted`, -1 for those that are not there."""
     order = np.argsort(steps, kind="stable")
     at = np.minimum(np.searchsorted(steps[order], wanted), len(steps) - 1)

@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.store.summaries import LEVELS, level_middle_ns, level_of
-from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
 from traceml.diagnosis.steps.step_split import split_backward
 from traceml.runs.rows.step_totals import StepTotals
 
 __all__ = ["StepBins"]
 
 Floats = NDArray[Any]
-Ints = NDArray[np.int64]
 
 _BINS = 256
 _BINS_OF_MANY = 64

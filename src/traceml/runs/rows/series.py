@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.bins import StepBins
 from traceml.runs.rows.metric_series import MetricSeries, MetricSeriesSet
@@ -23,7 +24,6 @@ from traceml.runs.rows.run_summary_reader import RunSummaryReader, read_run_summ
 __all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series", "summary_series"]
 
 Floats = NDArray[Any]
-Ints = NDArray[np.int64]
 
 _MS = 1e6
 _MAX_SHOWN = 128

@@ -13,6 +13,7 @@ from traceml.database.row_arrays import join_rows
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, Table
 from traceml.database.store.summaries import StepSums, TableSums, sum_rows
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.diagnosis.steps.kept_steps import MAX_USER_PHASES
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
@@ -24,8 +25,6 @@ from traceml.diagnosis.steps.step_split import (
 )
 
 __all__ = ["SetUpSums", "StepTotals", "step_totals"]
-
-Ints = NDArray[np.int64]
 
 
 class StepTotals(msgspec.Struct, frozen=True):

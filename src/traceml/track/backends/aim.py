@@ -19,13 +19,12 @@ from typing import Any, ClassVar
 
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
-from traceml.track.backends.safe_names import plain_value, safe_name, utf8_text
+from traceml.track.backends.safe_names import NO_TEXT, plain_value, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
 __all__ = ["AimBackend"]
 
-_REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
 _MAX_BUCKETS = 512  # of a distribution in Aim
 _TAKEN = {"hparams", "tags", "traceml", "state"}  # keys of this backend
@@ -113,18 +112,18 @@ class AimBackend(BatchBackend):
             by_name.setdefault(row.name, []).append(row)
 
         for name, part in by_name.items():
-            self._sequence(safe_name(name, _REFUSED, _LONGEST_NAME), part)
+            self._sequence(safe_name(name, NO_TEXT, _LONGEST_NAME), part)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Send parameters, below `hparams`; a new value replaces the old one."""
         for key, value in params.items():
-            self._run["hparams", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
+            self._run["hparams", safe_name(str(key), NO_TEXT, _LONGEST_NAME)] = _plain(value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Send tags as `key` or `key: value`, in place of earlier values, and below `tags` for queries."""
         existing = set(self._run.tags)
         for key, value in tags.items():
-            text = safe_name(str(key) if value in {"", "true"} else f"{key}: {value}", _REFUSED, _LONGEST_NAME)
+            text = safe_name(str(key) if value in {"", "true"} else f"{key}: {value}", NO_TEXT, _LONGEST_NAME)
             for stale in existing - {text}:
                 if stale == str(key) or stale.startswith(f"{key}: "):
                     self._run.remove_tag(stale)
@@ -132,13 +131,13 @@ class AimBackend(BatchBackend):
             if text not in existing:
                 self._run.add_tag(text)
 
-            self._run["tags", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
+            self._run["tags", safe_name(str(key), NO_TEXT, _LONGEST_NAME)] = _plain(value)
 
     def log_facts(self, facts: Mapping[str, Any]) -> None:
         """Send facts below their collector: `system.host`."""
         for key, value in facts.items():
             collector, _, name = key.partition("/")
-            names = [safe_name(part, _REFUSED, _LONGEST_NAME) for part in (collector, name) if part]
+            names = [safe_name(part, NO_TEXT, _LONGEST_NAME) for part in (collector, name) if part]
             # `traceml` has the ids of the run already.
             self._run[tuple(["facts", *names] if collector in _TAKEN else names)] = _plain(value)
 
@@ -278,7 +277,7 @@ class AimBackend(BatchBackend):
 
     def _object(self, made: Any, sequence_type: str, name: str, step: int, same: Callable[[Any], bool]) -> None:
         """Write an object to a free slot, or over an equal one."""
-        key = safe_name(name, _REFUSED, _LONGEST_NAME)
+        key = safe_name(name, NO_TEXT, _LONGEST_NAME)
         slot = self._next_slot(key, 0, sequence_type)
         while (stored := self._object_at(key, slot, step)) is not None and not same(stored):
             slot = self._next_slot(key, slot + 1, sequence_type)
@@ -302,7 +301,7 @@ class AimBackend(BatchBackend):
         return stored if isinstance(stored, CustomObject) else None
 
 
-_UNCLEAN = re.compile(_REFUSED.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
+_UNCLEAN = re.compile(NO_TEXT.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
 
 
 def _context(slot: int) -> Any:
@@ -362,4 +361,4 @@ def _same(stored: tuple[float, float], given: tuple[float, float]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return plain_value(value, key=lambda name: safe_name(name, _REFUSED, _LONGEST_NAME))
+    return plain_value(value, key=lambda name: safe_name(name, NO_TEXT, _LONGEST_NAME))

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +28,12 @@ from traceml.database.states import RunStatus
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import AppendFile, BatchBackend, cut_back
-from traceml.track.backends.safe_names import flattened, merged_tags, safe_name, utf8_text
+from traceml.track.backends.safe_names import NO_TEXT, flattened, merged_tags, safe_name, utf8_text
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
 __all__ = ["ClearMLBackend"]
 
-_REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
 _BATCH = 1000
 _EVENTS = "metrics.jsonl"  # file of an offline session
@@ -207,7 +205,7 @@ class ClearMLBackend(BatchBackend):
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Upload a file, and wait for it."""
-        name = safe_name(artifact_name or Path(artifact_path).name, _REFUSED, _LONGEST_NAME)
+        name = safe_name(artifact_name or Path(artifact_path).name, NO_TEXT, _LONGEST_NAME)
         with _errors():
             if not self._task.upload_artifact(name, Path(artifact_path), wait_on_upload=True, retries=0):
                 raise BackendError(f"artifact {name} was not uploaded")
@@ -244,7 +242,7 @@ class ClearMLBackend(BatchBackend):
         return {"id": self._id, "events": str(self._events), "offset": offset}
 
     def _send_params(self, params: Mapping[str, Any]) -> None:
-        named = {safe_name(key, _REFUSED, _LONGEST_NAME): _typed(value) for key, value in params.items()}
+        named = {safe_name(key, NO_TEXT, _LONGEST_NAME): _typed(value) for key, value in params.items()}
         with _errors():
             self._task.update_parameters(named)
 
@@ -312,7 +310,7 @@ def _open_session() -> None:
 
 def _title_and_series(name: str) -> tuple[str, str]:
     """Return plot and series of a name, different for different names."""
-    name = safe_name(name, _REFUSED, _LONGEST_NAME)
+    name = safe_name(name, NO_TEXT, _LONGEST_NAME)
     title, _, series = name.partition("/")
     return (title, series) if title and series and title != series else (name, name)
 

@@ -23,7 +23,7 @@ from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
-from traceml.track.backends.safe_names import flattened, json_number, safe_name
+from traceml.track.backends.safe_names import NO_TEXT, flattened, json_number, safe_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
@@ -31,7 +31,6 @@ __all__ = ["MLflowBackend"]
 
 # MLflow refuses other characters, and names that are not clean relative paths (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
-_REFUSED_TITLE = re.compile("[\0\ud800-\udfff]")  # of a run or project: a text in a database
 _LONGEST_NAME = 250
 _LONGEST_PROJECT = 500
 _LONGEST_PATH = 400
@@ -126,7 +125,7 @@ class MLflowBackend(BatchBackend):
                 started_ms = round(1000 * (self._experiment.get("started") or time.time()))
                 tags = self._own_tags()
                 run = self._client.create_run(
-                    self._experiment_id, started_ms, tags, safe_name(name, _REFUSED_TITLE, _LONGEST_NAME)
+                    self._experiment_id, started_ms, tags, safe_name(name, NO_TEXT, _LONGEST_NAME)
                 )
             elif run.info.status != "RUNNING":
                 self._client.update_run(run.info.run_id, status="RUNNING")
@@ -276,7 +275,7 @@ class MLflowBackend(BatchBackend):
         """Return the MLflow experiment of that name; another delivery may create it at the same moment."""
         from mlflow.exceptions import MlflowException
 
-        project = safe_name(project, _REFUSED_TITLE, _LONGEST_PROJECT)
+        project = safe_name(project, NO_TEXT, _LONGEST_PROJECT)
         found = self._client.get_experiment_by_name(project)
         if found is None:
             try:

@@ -9,8 +9,19 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["flattened", "json_number", "merged_tags", "plain_value", "safe_file_name", "safe_name", "utf8_text"]
+__all__ = [
+    "NO_TEXT",
+    "flattened",
+    "json_number",
+    "merged_tags",
+    "plain_value",
+    "safe_file_name",
+    "safe_name",
+    "utf8_text",
+]
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""Characters that a text in a database cannot have: NUL, and lone surrogates, which UTF-8 has not."""
 _NO_FILE = re.compile(r"[/\0]")
 _LONGEST_FILE = 180
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
-from traceml.track.backends.safe_names import plain_value, safe_name, utf8_text
+from traceml.track.backends.safe_names import NO_TEXT, plain_value, safe_name, utf8_text
 from traceml.track.backends.trackio_places import TrackioEntry, TrackioFolder, TrackioPlace, TrackioRun, TrackioServer
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
@@ -28,7 +28,6 @@ _REFUSED = re.compile(r"^(?:project|run|timestamp|step|time|metrics)$|^__|[\0\ud
 _REFUSED_PARAM = re.compile(r"^_|[\0\ud800-\udfff]")
 _REFUSED_RUN = re.compile(r"(?:^|(?<=/))\.{1,2}(?=/|$)|^/|/$|//|[\\\0\ud800-\udfff]")  # it is part of a path
 _REFUSED_FILE = re.compile(r"[\\/\0\ud800-\udfff]|^\.{1,2}$|^[A-Za-z]:")
-_REFUSED_PROJECT = re.compile("[\0\ud800-\udfff]")
 _REFUSED_ID = re.compile(r"[^A-Za-z0-9._-]")
 _LONGEST_NAME = 1000
 _LONGEST_PROJECT = 60  # it is the name of a file: a character has up to 4 bytes
@@ -88,7 +87,7 @@ class TrackioBackend(BatchBackend):
         """Open the place and the run."""
         self._place = TrackioServer(self._server) if self._server else TrackioFolder(self._folder)
         self._run = TrackioRun(
-            safe_name(project, _REFUSED_PROJECT, _LONGEST_PROJECT), safe_name(name, _REFUSED_RUN, 200), self._id
+            safe_name(project, NO_TEXT, _LONGEST_PROJECT), safe_name(name, _REFUSED_RUN, 200), self._id
         )
         if self._is_continued:
             self._config = self._place.config(self._run)
