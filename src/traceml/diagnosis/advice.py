@@ -70,6 +70,11 @@ def same_collectives() -> str:
     )
 
 
+def without_answers() -> str:
+    """Return advice on a script that reads from its input."""
+    return "Pass the answer as an option of the script, or in a file: nobody can answer in a job."
+
+
 def explicit_exit() -> str:
     """Return advice on a process that ended with exit code 0 without the interpreter's own end."""
     return (
@@ -408,8 +413,8 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
         spend = "spends" if is_one else "spend"
         if part in UNNAMED_CODE and is_of_ranks_alone(facts.lines, part, line, ranks):
             return (
-                f"Only {names}{at} {spend} time in {line.place}: do it every n-th step, or in a thread or another "
-                "process, or share it among all ranks."
+                f"Only {names}{at} {spend} time in {line.place}: do it less often, or in a thread or another process, "
+                "or share it among all ranks."
             )
 
         why = f": {reasons}" if part in COMPUTE else ""
@@ -425,6 +430,11 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
         )
 
     return f"Look at what {names}{at} {do} in {their} {part} phase that the others do not."
+
+
+def for_fewer_workers(ranks: tuple[int, ...], usual: int) -> str:
+    """Return advice on ranks that have fewer loader workers than the others, of which each has `usual` or more."""
+    return f"Give {ranks_text(ranks)} as many loader workers as the others have: num_workers={usual}."
 
 
 def for_slow_group(group: RankGroup) -> str:

@@ -169,6 +169,11 @@ def test_an_exception_is_reported_with_its_line():
         ({"exception": "TypeError: cannot pickle 'module' object", "file": "a.py", "line": 3}, "Read a.py:3"),
         ({"exception": "SystemExit: no data", "file": "a.py", "line": 3}, "that leads to a.py:3"),
         ({"exception": "SystemExit: no data"}, "that leads to it"),
+        ({"exception": "RuntimeError: Expected to have finished reduction in the prior iteration before starting a new "
+                       "one.", "file": "a.py", "line": 3}, "find_unused_parameters=True"),
+        ({"exception": "EOFError: EOF when reading a line", "file": "a.py", "line": 3}, "an option of the script"),
+        ({"exception": "EOFError: Ran out of input", "file": "a.py", "line": 3}, "Read a.py:3"),
+        ({"exception": "SyntaxError: invalid syntax (a.py, line 3)"}, "Read the full traceback of rank 0"),
     ],
 )  # fmt: skip
 def test_the_advice_is_for_the_cause(ended, advice):

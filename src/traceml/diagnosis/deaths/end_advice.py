@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives
+from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives, without_answers
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, seen_text, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
@@ -319,6 +319,15 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: ended.exception_mentions("collective mismatch"),
         f"{same_collectives()} Their tensors must have equal sizes and types, too.",
     ),
+    (
+        lambda ended, _: ended.exception_mentions("expected to have finished reduction"),
+        (
+            "Some parameters got no gradient in the step before: leave them out of the model or of its gradients "
+            "(requires_grad_(False)), or pass find_unused_parameters=True to DistributedDataParallel. The message has "
+            "their numbers, and with TORCH_DISTRIBUTED_DEBUG=DETAIL their names."
+        ),
+    ),
+    (lambda ended, _: ended.exception_mentions("eoferror: eof when reading a line"), without_answers()),
     (lambda ended, _: ended.exception_mentions("dataloader timed out after"), _for_no_batch),
     (
         lambda ended, _: ended.open_phase == "checkpoint" and ended.exception_mentions("pickle"),
@@ -331,6 +340,10 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     (
         lambda ended, _: bool(ended.exception and ended.file),
         lambda ended, _: f"Read {ended.place} on rank {ended.rank}; the full traceback is in the run's output.",
+    ),
+    (
+        lambda ended, _: bool(ended.exception),
+        lambda ended, _: f"Read the full traceback of rank {ended.rank} in the run's output.",
     ),
     (lambda ended, _: was_cut_off(ended), explicit_exit()),
     (
