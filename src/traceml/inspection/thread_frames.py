@@ -26,6 +26,7 @@ __all__ = [
     "number_of",
     "running_line",
     "stack_frames",
+    "thread_exception",
     "thread_frame",
     "thread_frames",
     "thread_number",
@@ -75,6 +76,15 @@ def thread_frames() -> dict[int, FrameType]:
             _make_objects(frame)
 
     return frames
+
+
+def thread_exception(ident: int) -> BaseException | None:
+    """Return the exception that a thread handles, in `except` or `finally`; None if there is none."""
+    with _pause:
+        found: Any = sys._current_exceptions().get(ident)
+
+    error: BaseException | None = found[1] if isinstance(found, tuple) else found  # a tuple before Python 3.12
+    return error
 
 
 def _make_objects(frame: FrameType | None) -> None:

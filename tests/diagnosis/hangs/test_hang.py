@@ -918,3 +918,28 @@ def test_a_rank_that_uses_a_device_may_wait_for_it():
 
     assert summary(finding) == "Rank 0 has been in train.py:6 log, computing, or waiting for the device for 5:10."
     assert "what an earlier line has launched does not end" in finding.next
+
+
+def test_the_exception_that_a_rank_handles_is_told():
+    """Its `finally` calls a barrier, for which the others, who have no exception, do not come."""
+    handling = {"handled": "ValueError: bad row\nmore", "raised_line": line(17, "check")}
+    apart = snapshot(1, call("barrier"), line(30), groups=(group(15, "barrier"),), **handling)
+    finding = found(in_backward(0), apart)
+
+    assert summary(finding).endswith(
+        "for 75 s: different code paths. Rank 1 is handling ValueError: bad row, raised at train.py:17 check."
+    )
+    assert finding.next.startswith("Look at that exception first: rank 1 left the others by it.")
+    assert finding.evidence["handled_exception"] == handling["handled"]
+
+    waits = found(in_backward(0), replace(STUCK, **handling))
+    assert summary(waits).endswith(" Rank 1 is handling ValueError: bad row, raised at train.py:17 check.")
+    assert waits.next.startswith("Find out what holds rank 1 there, while the others went on")
+
+
+def test_an_exception_of_a_rank_that_waits_is_no_cause():
+    """Rank 0 retries in `except`, and waits there for rank 1, which is stuck."""
+    finding = found(replace(in_backward(0), handled="OSError: again"), STUCK)
+
+    assert "handling" not in summary(finding)
+    assert "handled_exception" not in finding.evidence

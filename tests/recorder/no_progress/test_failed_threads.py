@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from traceml.recorder.no_progress.failed_threads import FailedThreads
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot
+from traceml.recorder.no_progress.failed_threads import FailedThreads, handled_exception
 
 Printed = list[type[BaseException]]
 
@@ -68,3 +70,35 @@ def test_the_hook_is_restored_unless_it_was_wrapped_since(printed: Printed, monk
 
     assert printed == [ValueError]
     assert [thread.name for thread in threads.newest()] == ["feeder"]
+
+
+def handled() -> tuple[str, FrameSnapshot | None]:
+    """Return what another thread sees of this one."""
+    training = threading.get_ident()
+    with ThreadPoolExecutor(1) as recorder:
+        return recorder.submit(handled_exception, training).result()
+
+
+def test_the_exception_that_a_thread_handles_is_seen() -> None:
+    """In `except` and in `finally`, with its line; not before, not after, and not the end of an iterator."""
+    assert handled() == ("", None)
+    seen = []
+    try:
+        try:
+            feed()
+        finally:
+            seen.append(handled())
+    except ValueError:
+        seen.append(handled())
+
+    for text, line in seen:
+        assert text == "ValueError: no data"
+        assert line is not None
+        assert (line.file, line.function) == (__file__, "feed")
+
+    assert len(seen) == 2
+    assert handled() == ("", None)
+    try:
+        next(iter(()))
+    except StopIteration:
+        assert handled() == ("", None)

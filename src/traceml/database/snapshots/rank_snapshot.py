@@ -229,6 +229,8 @@ class RankSnapshot(_Record):
         sequence: number of collectives of the default group as `STEPS.bits` counts them; -1 if not known.
         groups: newest operation by process group.
         workers: workers of the data loader that is being read.
+        handled: exception that the training thread is handling, in `except` or `finally`, `Type: message`; else empty.
+        raised_line: innermost frame of the user's code where it was raised.
         threads: other threads: those that an exception has ended, and those that run the user's code, the ones without
             which the interpreter does not end first; at most `MAX_THREADS` of each.
         ended: whether the rank has made progress again: the quiet period of `quiet_s` is over.
@@ -269,6 +271,8 @@ class RankSnapshot(_Record):
     sequence: int = -1
     groups: tuple[GroupSnapshot, ...] = _of(GroupSnapshot, ())
     workers: tuple[WorkerSnapshot, ...] = _of(WorkerSnapshot, ())
+    handled: str = ""
+    raised_line: FrameSnapshot | None = field(default=None, metadata={"of": FrameSnapshot})
     threads: tuple[ThreadSnapshot, ...] = _of(ThreadSnapshot, ())
     ended: bool = False
     is_last: bool = False

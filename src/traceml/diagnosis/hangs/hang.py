@@ -13,7 +13,7 @@ from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
-from traceml.diagnosis.hangs.hang_words import failed_thread, hang_summary, operation_text
+from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank, hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, gil_holder, user_line
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -63,6 +63,7 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
 
 def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]:
     data, operation, failed = found.blame.data, found.blame.operation, failed_thread(found)
+    handling = handling_rank(found)
     evidence = known_facts(
         cause=str(found.blame.cause),
         quiet_s=round(found.quiet_s, 1),
@@ -77,6 +78,9 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
 
     if failed is not None:
         evidence |= known_facts(failed_thread=failed[1].name, thread_exception=failed[1].exception)
+
+    if handling is not None:
+        evidence |= {"handled_exception": handling.handled}
 
     return evidence if shown is None else evidence | _of_snapshot(shown)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapshot
-from traceml.diagnosis.advice import even_batches, same_collectives
+from traceml.diagnosis.advice import even_batches, same_collectives, without_answers
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
-from traceml.diagnosis.hangs.hang_words import failed_thread
+from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank
 from traceml.diagnosis.hangs.rank_state import (
     COMPUTING,
     WAITS_FOR_THREAD,
@@ -28,6 +28,13 @@ def hang_advice(found: DetectedHang) -> str:
     cause, snapshots = found.blame.cause, found.snapshots
     first = next((snapshots[rank] for rank in (found.blame.ranks or sorted(snapshots)) if rank in snapshots), None)
     what = _ADVICE.get(cause)
+    handling = handling_rank(found)
+    if handling is not None and handling.rank in found.blame.waits:
+        return (
+            f"Look at that exception first: rank {handling.rank} left the others by it. What handles one (except, "
+            "finally, the end of a `with` block) must not wait for other ranks, which have none."
+        )
+
     if cause is HangCause.CYCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
         return _OF_TRANSFERS
 
@@ -53,9 +60,9 @@ def _check_process(found: DetectedHang) -> str:
 
     others = found.blame.waits and found.blame.ranks
     why = (
-        f"Find out why {ranks_text(found.blame.ranks)} reached that point and the others did not"
+        f"Find out what holds {ranks_text(found.blame.ranks)} there, while the others went on"
         if others
-        else "Find out what it is waiting for, and why that never arrives"
+        else "Find out what is waited for there, and why it never arrives"
     )
     return f"{why}." if found.is_over else f"{why}; `traceml stacks` shows what each rank does now."
 
@@ -188,7 +195,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return f"Find out what process {blocker.pid} does; a timeout (`subprocess.run(timeout=60)`) ends such a wait."
 
     if "stdin" in what:
-        return "Pass the answer as an option of the script, or in a file: nobody can answer in a job."
+        return without_answers()
 
     if what.startswith(("connecting to", "waiting for the network")):
         return "Give the connection a timeout, so that it fails and can be tried again, and look at the server."

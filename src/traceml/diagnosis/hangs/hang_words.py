@@ -27,7 +27,7 @@ from traceml.formatting import (
     ranks_text,
 )
 
-__all__ = ["failed_thread", "hang_summary", "operation_text"]
+__all__ = ["failed_thread", "handling_rank", "hang_summary", "operation_text"]
 
 _RECEIVES = ("recv", "broadcast", "scatter")  # operations whose data comes from the rank that is named
 _WHY = {HangCause.SIZES: "sizes differ", HangCause.ROOTS: "they name different ranks"}
@@ -70,7 +70,7 @@ def hang_summary(found: DetectedHang) -> str:
     else:
         text = _late_text(found)
 
-    return f"{capitalized(text)}.{_failed_thread_text(found)}"
+    return f"{capitalized(text)}.{_failed_thread_text(found)}{_handled_text(found)}"
 
 
 def _failed_thread_text(found: DetectedHang) -> str:
@@ -89,6 +89,24 @@ def failed_thread(found: DetectedHang) -> tuple[int, ThreadSnapshot] | None:
     stuck = found.blame.ranks or sorted(found.snapshots)
     threads = ((rank, each) for rank in stuck if rank in found.snapshots for each in found.snapshots[rank].threads)
     return next(((rank, each) for rank, each in threads if each.exception), None)
+
+
+def _handled_text(found: DetectedHang) -> str:
+    """Return the sentence about the exception that a rank was handling when it came where it is."""
+    snapshot = handling_rank(found)
+    if snapshot is None:
+        return ""
+
+    who, raised = "It" if len(found.snapshots) == 1 else f"Rank {snapshot.rank}", snapshot.raised_line
+    at = f", raised at {line_text(raised.file, raised.line, raised.function)}" if raised else ""
+    return f" {who} is handling {exception_line(snapshot.handled)}{at}."
+
+
+def handling_rank(found: DetectedHang) -> RankSnapshot | None:
+    """Return a rank that blocks the others, or is stuck, while it handles an exception; None without one."""
+    ranks = found.blame.ranks or sorted(found.snapshots)
+    stuck = (found.snapshots[rank] for rank in ranks if rank in found.snapshots)
+    return next((each for each in stuck if each.handled), None)
 
 
 def _late_text(found: DetectedHang) -> str:

@@ -1,4 +1,4 @@
-"""Threads that an exception has ended: what waits for their work hangs."""
+"""Exceptions that explain a hang: of threads that one has ended, and the one that a thread is handling."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from traceml.inspection.thread_frames import thread_exception
 from traceml.recorder.exits import describe
 
 if TYPE_CHECKING:
-    from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
+    from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ThreadSnapshot
 
-__all__ = ["FailedThreads"]
+__all__ = ["FailedThreads", "handled_exception"]
 
 
 class FailedThreads:
@@ -48,14 +49,31 @@ class FailedThreads:
 
 
 def _snapshot(args: Any) -> ThreadSnapshot:
-    from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ThreadSnapshot
+    from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
 
-    facts = describe(args.exc_value)
-    name, message = facts.get("exception", args.exc_type.__name__), facts.get("message", "")
+    text, line = _text_and_line(args.exc_type, args.exc_value)
+    name = args.thread.name if args.thread is not None else ""
+    return ThreadSnapshot(name=name, line=line, is_daemon=True, exception=text)
+
+
+def handled_exception(thread: int) -> tuple[str, FrameSnapshot | None]:
+    """Return the exception that a thread is handling, in `except` or `finally`, and its line; ("", None) without one.
+
+    The end of an iterator is no error.
+    """
+    with suppress(Exception):  # a user's exception may be of any kind
+        error = thread_exception(thread)
+        if error is not None and not isinstance(error, StopIteration | StopAsyncIteration):
+            return _text_and_line(type(error), error)
+
+    return "", None
+
+
+def _text_and_line(kind: type[BaseException], error: BaseException | None) -> tuple[str, FrameSnapshot | None]:
+    """Return an exception as `Type: message`, and the line of the user's code that raised it."""
+    from traceml.database.snapshots.rank_snapshot import FrameSnapshot
+
+    facts = describe(error)
+    name, message = facts.get("exception", kind.__name__), facts.get("message", "")
     line = FrameSnapshot(file=facts.get("file", ""), line=facts.get("line", 0), function=facts.get("function", ""))
-    return ThreadSnapshot(
-        name=args.thread.name if args.thread is not None else "",
-        line=line if line.file else None,
-        is_daemon=True,
-        exception=f"{name}: {message}" if message else name,
-    )
+    return f"{name}: {message}" if message else name, line if line.file else None

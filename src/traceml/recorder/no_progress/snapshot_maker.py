@@ -42,6 +42,7 @@ from traceml.inspection.thread_frames import (
 )
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
+from traceml.recorder.no_progress.failed_threads import handled_exception
 from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, open_transfer, with_root
 from traceml.recorder.no_progress.thread_output import StoreThreads
 from traceml.recorder.user_code import UserCode, user_line
@@ -100,6 +101,7 @@ class SnapshotMaker:
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
         data = self._data()
+        handled, raised_line = handled_exception(self._thread())
         snapshot = RankSnapshot(
             at_ns=monotonic_ns(),
             rank=self._rank(),
@@ -125,6 +127,8 @@ class SnapshotMaker:
             data_ended=data is not None and data.is_over,
             groups=self._operations(frame),
             workers=self._workers(quiet_s, awaited_loader(frame)),
+            handled=handled,
+            raised_line=raised_line,
             threads=(*self._failed_threads(), *other_threads(self._thread(), self._user)),
             is_last=is_last,
         )
