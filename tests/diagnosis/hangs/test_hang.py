@@ -610,6 +610,27 @@ def test_what_a_rank_does_after_it_was_asked_to_end_is_no_progress():
     assert found(in_backward(0), goes_on, prints, exits=exits, state="stopped") is None
 
 
+@pytest.mark.parametrize("is_exiting", [True, False])
+def test_what_a_rank_reports_of_its_steps_at_its_end_is_no_progress(is_exiting):
+    """Such as its reductions per step: they are those of the steps before. While the script runs, it has gone on."""
+    builder, last_ns = JobFactsBuilder(2), NOW_NS + S
+    builder.state = "stopped"
+    for each in (in_backward(0), STUCK):
+        builder.host(each.rank, "node1")
+        builder.info(each.rank, {"kind": "process", "t_ns": NOW_NS - 100 * S})
+        builder.info(each.rank, replace(each, is_last=True).to_info())
+
+    if is_exiting:
+        builder.info(1, {"kind": "exit", "t_ns": last_ns, "exception": "KeyboardInterrupt", "at_s": 1e9})
+
+    builder.info(1, {"kind": "reductions", "t_ns": last_ns + 1, "reductions_per_step": 1.0})
+    for rank in (0, 1):
+        builder.exit(RankExit(rank=rank, state="killed", signal=2, at_s=1e9 + rank))
+
+    finding = judged(builder.build())
+    assert (finding is not None and finding.ranks == (1,)) == is_exiting
+
+
 def test_a_collective_in_flight_is_not_waited_for_by_a_sleeping_rank():
     """The stack tells: an asynchronous all_reduce that nobody waits for."""
     flying = (group(6, "all_reduce"),)

@@ -33,7 +33,7 @@ _FOREVER_S = 1e9
 _CHANGES = 2
 _ALIVE = ("R", "S", "D")
 _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, another process did
-_NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER, InfoKind.EXIT)  # a rank without progress sends these too
+_NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER)  # a rank without progress sends these too
 
 
 class RankProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +69,7 @@ class _Signs(msgspec.Struct):
 
     seen_ns: int | None = None  # newest timestamp of any row
     began_ns: int = 0  # newest timestamp of a row of `info` that shows progress
+    ends: bool = False  # whether it has begun to end: what it reports then is about earlier steps, and no progress
     cpu: tuple[int, int, float | None] | None = None  # timestamp, CPU time, cores since the row before
     awake_ns: int | None = None  # since when its recorder has taken samples without a pause
     open_step: int = -1
@@ -187,7 +188,9 @@ class ProgressHistory:
 
         if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
-        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS:
+        elif kind == InfoKind.EXIT:
+            self._signs[rank].ends = True
+        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS and not self._signs[rank].ends:
             self._signs[rank].began_ns = max(self._signs[rank].began_ns, t_ns)
 
         if isinstance(t_ns, int):
