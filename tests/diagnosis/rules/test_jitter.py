@@ -210,3 +210,45 @@ def test_waiting_for_the_evaluation_of_a_rank_is_not_the_network(evaluations: in
 
     assert {each.kind for each in found if each.severity is not Severity.INFO} == kinds
     assert next(each.ranks for each in found if each.kind is Kind.EVAL_HEAVY) == (0,)
+
+
+def pauses(own, random) -> None:
+    """Rank 1 waits for 11 s behind the point at which the ranks meet: rank 0 waits for it in its next step."""
+    own["other"][1, 200] += 11_000
+    own["other"][:, ::40] += 30
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_pause_for_which_the_others_wait_is_one_long_step(ranks):
+    """The mean over ranks has a part of it in each of two steps, neither of which took as long as said."""
+    found = jitter(Job(ranks=ranks, steps=400), pauses, lines=())
+
+    assert found.summary.startswith("One of 390 steps takes 11."), found.summary
+    assert found.evidence["long_steps"] == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+def test_waiting_for_a_rank_that_was_late_in_the_step_before_is_no_network(ranks):
+    """Any rank may have such steps. In a mean over many ranks, only the step after it is long."""
+
+    def reloads(own, random):
+        for step in 15 + np.cumsum(random.integers(5, 20, 30)):
+            own["other"][random.integers(ranks), step] += 300
+
+    found = jitter(Job(ranks=ranks, steps=600), reloads, lines=())
+
+    assert (found.phase, found.ranks) == ("other", ())
+    assert found.summary.startswith("30 of 590 steps take 31"), found.summary
+    assert found.cost_share == pytest.approx(30 * 300 / (590 * 16.5 + 30 * 300), abs=0.03)
+    assert "network" not in found.next
+
+
+@pytest.mark.parametrize(("others", "named"), [(0, (1,)), (40, ())])
+def test_the_rank_of_a_pause_is_named_if_it_alone_runs_the_line(others, named):
+    """Few long steps may be those of one rank by chance, but not in a line that the others do not run."""
+    seen = [(1, "other", "stall", 60), (0, "other", "stall", others), *((r, "forward", "main", 140) for r in (0, 1))]
+    lines = tuple(SampledLine(rank, part, FILE, 70, name, None, count) for rank, part, name, count in seen if count)
+    found = jitter(Job(ranks=2, steps=400), pauses, lines=lines)
+
+    assert found.ranks == named
+    assert ("on rank 1, mostly in train.py:70 stall" in found.summary) == bool(named)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_of_ranks_alone
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
@@ -49,6 +49,10 @@ LIGHT_SHARE = 0.1
 """Steps with less than this share of the excess of those that have half of it are noise between these."""
 LINE_SHARE = 0.6
 """The phase's line is named if the long steps have this share of the phase."""
+CAUSE_SHARE = 0.5
+"""What a rank does in a step explains that the next one is long, if it takes this share of what that takes more."""
+ONE_RANK_SHARE = 0.9
+"""Long steps are of one rank if it has this share of them."""
 _ONE_RANK_EVENTS = 6
 _PER_EVALUATION = 2  # long steps around one evaluation of some ranks, for which the others wait
 _MAX_CELLS = 100_000
@@ -72,6 +76,8 @@ class _LongSteps(msgspec.Struct, frozen=True):
     columns: NDArray[np.intp]  # their columns in the window
     excess: dict[str, Floats]  # part -> time of each rank in them beyond its usual
     usual_ns: float
+    # which of them are only waiting for a rank that was late in the step before
+    are_waits: NDArray[np.bool_]
 
 
 def jitter(work: OwnWork, facts: JobFacts, step_ns: float) -> tuple[list[Finding], dict[str, Floats]]:
@@ -105,7 +111,7 @@ def _rare_long_steps(work: OwnWork, facts: JobFacts, events: _LongSteps, step_ns
     if "line" not in found.evidence and facts.is_core_wait(cost / step_ns):
         return None
 
-    if found.phase is None and _in_a_row(events.columns):
+    if found.phase is None and _in_a_row(events.columns[~events.are_waits]):
         return None
 
     waits_for_evaluation = (
@@ -137,14 +143,29 @@ def _unexplained(work: OwnWork) -> _LongSteps:
     long[-1] = False
     columns = np.flatnonzero(long)
     if not len(columns) or not work.parts:
-        return _LongSteps(columns[:0], {}, usual_ns)
+        return _LongSteps(columns[:0], {}, usual_ns, long[:0])
+
+    if work.grouped:
+        columns = _with_causes(work, columns, usual_ns)
 
     excess = {part: excess_over_usual(values, columns) for part, values in work.parts.items()}
-
-    largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
+    longest = np.stack([values.max(axis=0) for values in excess.values()])
     open_parts = np.array([part in UNNAMED for part in excess])
-    kept = open_parts[largest]
-    return _LongSteps(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
+    kept, own = open_parts[np.argmax(longest, axis=0)], longest.sum(axis=0)
+    waits = (np.diff(columns, prepend=-2) == 1) & work.grouped
+    waits[1:] &= own[1:] < LIGHT_SHARE * own[:-1]
+    kept = np.where(waits, np.roll(kept, 1), kept)  # what explains the one step explains the waiting in the next
+    return _LongSteps(columns[kept], {part: each[:, kept] for part, each in excess.items()}, usual_ns, waits[kept])
+
+
+def _with_causes(work: OwnWork, columns: NDArray[np.intp], usual_ns: float) -> NDArray[np.intp]:
+    """Return long steps with those before them that explain them: in which a rank was late after the ranks had met.
+
+    The others wait for it in their next step; the mean over many ranks has nearly all of it there.
+    """
+    before = np.setdiff1d(columns - 1, [*columns, -1])
+    own = np.sum([excess_over_usual(values, before).max(axis=0) for values in work.parts.values()], axis=0)
+    return np.union1d(columns, before[own >= CAUSE_SHARE * (work.step[before + 1] - usual_ns)])
 
 
 def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float) -> Finding:
@@ -154,12 +175,13 @@ def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, ste
 
     part = max(sums, key=lambda name: sums[name])
     phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
-    rank = _one_rank(work, np.sum(list(events.excess.values()), axis=0))
+    rank = _one_rank(work, np.sum(list(events.excess.values()), axis=0)[:, ~events.are_waits])
     share, gain = cost / step_ns, speedup(step_ns, cost)
     long, usual_ns = work.as_measured(events.columns, events.usual_ns)
-    long = _described_steps(long, usual_ns)
+    long = _described_steps(_with_waits(events, long, usual_ns), usual_ns)
     how_long, them = _how_long(long, len(work.step))
     line, phase_share = _line(work, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
+    rank = _rank_of_line(work, facts, events, phase, line) if rank is None else rank
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding.of(
@@ -184,6 +206,11 @@ def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, ste
         cost_share=share,
         speedup_if_fixed=gain,
     )
+
+
+def _with_waits(events: _LongSteps, long: Floats, usual_ns: float) -> Floats:
+    """Return the times of long steps, the waiting for a late rank added to its own step: a mean has a part in each."""
+    return np.asarray(np.add.reduceat(long - usual_ns, np.flatnonzero(~events.are_waits)) + usual_ns)
 
 
 def _described_steps(long: Floats, usual_ns: float) -> Floats:
@@ -231,7 +258,20 @@ def _one_rank(work: OwnWork, late: Floats) -> int | None:
 
     counts = np.bincount(np.argmax(late, axis=0), minlength=len(work.ranks))
     top = int(np.argmax(counts))
-    return int(work.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
+    return int(work.ranks[top]) if counts[top] >= ONE_RANK_SHARE * late.shape[1] else None
+
+
+def _rank_of_line(
+    work: OwnWork, facts: JobFacts, events: _LongSteps, phase: str | None, line: BlamedLine | None
+) -> int | None:
+    """Return the rank that has nearly all that is longer, if the others hardly run its line: no other could have it."""
+    if phase is None or line is None or len(work.ranks) < 2:
+        return None
+
+    sums = events.excess[phase].sum(axis=1)
+    rank = int(work.ranks[int(sums.argmax())])
+    is_alone = sums.max() >= ONE_RANK_SHARE * sums.sum() and is_of_ranks_alone(facts.lines, phase, line, (rank,))
+    return rank if is_alone else None
 
 
 def late_in_turns(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
