@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from tests.diagnosis.fabricated import Fault, Job, adds, window_of
 from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict, told
@@ -187,6 +188,30 @@ def test_a_thread_that_holds_the_lock_of_the_interpreter_is_told(
         assert found[0].ranks == (1,)
         assert "Other threads of rank 1 used 0.8 cores (those of the others 0.1 cores)" in found[0].summary
         assert found[0].next.startswith("Look at what the other threads of rank 1 do")
+
+        line = SampledLine(1, "threads", "/me/train.py", 9, "monitor", None, 60)
+        seen = diagnose(window_of(Job(ranks=2, steps=200), *slower), structs.replace(facts, thread_lines=(line,)))[0]
+        assert "used 0.8 cores, all of it in train.py:9 monitor (those of the others 0.1 cores)" in seen.summary
+        assert seen.next == "Move train.py:9 monitor into another process on rank 1, or run it less often."
+
+
+@pytest.mark.parametrize(
+    ("workers", "says"),
+    [((4, 1), "Rank 1 has 1 loader worker, the others 4."), ((2, 0), "Rank 1 has no loader worker, the others 2."),
+     ((2, 2), None), ((1, 4), None), ((4,), None)],
+)  # fmt: skip
+def test_a_rank_with_fewer_loader_workers_is_told_to_have_as_many(workers: tuple[int, ...], says: str | None) -> None:
+    """Where it has as many, or that is not known, its data are to be compared."""
+    loaders = {rank: (LoaderFacts(number=0, num_workers=many),) for rank, many in enumerate(workers)}
+    facts = JobFacts(world_size=2, loader=loaders[0][0], loaders=loaders)
+
+    found = diagnose(window_of(Job(ranks=2, steps=200), adds("input_wait", 30.0, (1,))), facts)[0]
+
+    assert (found.kind, found.ranks) == (Kind.INPUT_STRAGGLER, (1,))
+    assert ("loader worker, the" in found.summary) == (says is not None)
+    if says is not None:
+        assert found.summary.endswith(says)
+        assert found.next == f"Give rank 1 as many loader workers as the others have: num_workers={workers[0]}."
 
 
 def _using(cores: tuple[float, ...]) -> MachineSamples:

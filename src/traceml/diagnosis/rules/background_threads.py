@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from traceml.database.schema import LINE_PHASES, LINE_THREADS
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import cores_text, ranks_text
 
@@ -27,20 +29,25 @@ class BackgroundThreads(msgspec.Struct, frozen=True):
     ranks: Sequence[int]
     cores: float
     others: float
+    line: BlamedLine | None  # where half of their threads' time is; None if the samples show none
 
     @property
     def text(self) -> str:
         """The sentence about them."""
         whose = ranks_text(self.ranks)
         each = " each" if len(self.ranks) > 1 else ""
+        where = "" if self.line is None else f", {self.line.share_text} of it in {self.line.place}"
         return (
-            f" Other threads of {whose} used {cores_text(self.cores)}{each} (those of the others "
+            f" Other threads of {whose} used {cores_text(self.cores)}{each}{where} (those of the others "
             f"{cores_text(self.others)}): while one runs Python code, the training waits for the GIL."
         )
 
     @property
     def advice(self) -> str:
         """The next thing to do about them."""
+        if self.line is not None:
+            return f"Move {self.line.place} into another process on {ranks_text(self.ranks)}, or run it less often."
+
         return (
             f"Look at what the other threads of {ranks_text(self.ranks)} do (`py-spy dump` shows it): do that in "
             "another process, or less often."
@@ -55,4 +62,6 @@ def background_threads(facts: JobFacts, ranks: Sequence[int]) -> BackgroundThrea
     if len(mine) < len(ranks) or not others or min(mine) < max(MIN_SIDE_CORES, SIDE_RATIO * max(others)):
         return None
 
-    return BackgroundThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)))
+    seen = [each for each in facts.thread_lines if each.rank in ranks]
+    line = outside_line(seen, LINE_PHASES[LINE_THREADS])
+    return BackgroundThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)), line)

@@ -11,9 +11,26 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
-from traceml.formatting import capitalized, factor_text, gain_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import (
+    capitalized,
+    factor_text,
+    gain_text,
+    ns_text,
+    percent_text,
+    phase_words,
+    plural,
+    ranks_text,
+)
 
-__all__ = ["late_evidence", "late_summary", "mean_of_others", "more_cpu_time", "share_late", "waited_for_core"]
+__all__ = [
+    "fewer_workers",
+    "late_evidence",
+    "late_summary",
+    "mean_of_others",
+    "more_cpu_time",
+    "share_late",
+    "waited_for_core",
+]
 
 _UNEVEN = 0.03
 """Cost and gain that differ by so much of the step are explained."""
@@ -42,6 +59,23 @@ def waited_for_core(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]
         f" {capitalized(ranks_text(ranks))} waited for a CPU core for {percent_text(mine)} of the time that "
         f"{'they' if len(ranks) > 1 else 'it'} had work (the others {percent_text(usual)})."
     )
+
+
+def fewer_workers(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> tuple[str, int] | None:
+    """Return the sentence about late ranks with fewer loader workers than any other rank, and how many these have.
+
+    None where they have as many, or not all are known.
+    """
+    number = (facts.loader.number or 0) if facts.loader else 0
+    mine, usual = ([facts.loader_of(rank, number) for rank in some] for some in (ranks, others))
+    most = max((each.num_workers or 0 for each in mine if each), default=0)
+    least = min((each.num_workers or 0 for each in usual if each), default=0)
+    if None in mine or None in usual or most >= least:
+        return None
+
+    has = "has" if len(ranks) == 1 else "have"
+    many = "no loader worker" if not most else plural(most, "loader worker")
+    return f" {capitalized(ranks_text(ranks))} {has} {many}, the others {least}.", least
 
 
 def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:

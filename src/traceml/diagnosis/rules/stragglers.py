@@ -22,6 +22,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.background_threads import background_threads
 from traceml.diagnosis.rules.straggler_words import (
+    fewer_workers,
     late_evidence,
     late_summary,
     mean_of_others,
@@ -537,6 +538,11 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
         without_core, action = False, beside.advice
 
     why = beside.text if beside is not None else ""
+    fewer = fewer_workers(facts, ranks, others) if late.part == "input_wait" else None
+    if fewer is not None:
+        why, usual = fewer
+        action = advice.for_fewer_workers(ranks, usual)
+
     if without_core:
         why = waited_for_core(facts, ranks, others)
     elif not why and facts.oversubscribed and _more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
