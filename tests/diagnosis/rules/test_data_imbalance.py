@@ -99,7 +99,7 @@ def test_larger_batches_of_a_late_rank_are_told(larger, is_told):
 
     assert found.ranks == (1,)
     assert ("Its batches have 3.0x as many elements as those of the others." in found.summary) is is_told
-    assert found.next.startswith("Give rank 1 batches of the size that the others have") is is_told
+    assert found.next.startswith("Give rank 1 as much data per step as the others have") is is_told
 
 
 def test_a_slow_rank_is_found_among_uneven_batches():

@@ -314,6 +314,23 @@ def test_a_late_rank_is_told_with_its_steps(ranks, part, shape, words):
     assert finding.speedup_if_fixed == pytest.approx({"later": 1.95, "first": 1.68}[shape], abs=0.1)
 
 
+@pytest.mark.parametrize(("since", "told"), [(380, False), (300, True)])
+def test_a_late_rank_does_not_recover_in_the_last_steps(since, told):
+    """As when the loader of the other rank is slow there, too: it is slow in all of the run."""
+
+    def slow(own, _random):
+        own["input_wait"][1] += 30.0
+        own["input_wait"][0] += 30.0 * (np.arange(own["input_wait"].shape[1]) >= since)
+
+    finding = next(
+        each for each in diagnose(window_of(Job(steps=400), slow), JobFacts(world_size=2)) if each.ranks == (1,)
+    )
+
+    assert finding.kind is Kind.INPUT_STRAGGLER
+    assert (f"until step {since}" in finding.summary) == told
+    assert ("until_step" in finding.evidence) == told
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_step_of_a_late_rank_is_that_of_its_own_work(ranks):
     """All ranks lack cores for the 30 steps before rank 1 waits for its data: it does so since step 200 only."""

@@ -31,7 +31,10 @@ _EVEN_BATCHES = (
     "Give all ranks batches of about the same size in each step: sort samples by length into buckets, pack short ones "
     "together, or fill batches up to a number of tokens."
 )
-_EVEN_RANKS = "Give {} batches of the size that the others have: look at its batch size, its sampler and its data."
+_EVEN_RANKS = (
+    "Give {} as much data per step as the others have: look at its batch size, its number of batches per step "
+    "(gradient accumulation), its sampler and its data."
+)
 
 
 def data_imbalance(window: AlignedSteps, work: OwnWork) -> tuple[list[Finding], dict[str, Floats]]:

@@ -47,6 +47,8 @@ SAME_CHANGE = 0.1
 """Changes whose first steps differ by less than this share of their number are the same."""
 MIN_COST_RATIO = 0.5
 """Ranks that are late only in the slow part cost about as much as it does; those late before it too, more than that."""
+END_SHARE = 0.1
+"""Ranks that are not late in a smaller rest of the run did not recover: the last steps are unlike the others."""
 DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 JOINT_SHARE = 0.9
@@ -471,7 +473,7 @@ def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
 
     alone = bins.of_ranks(late.ranks, late.phase)
     change = level_change(alone.step_ns)
-    if change is None:
+    if change is None or (change.shape == "first" and change.last > (1 - END_SHARE) * len(alone.step_ns)):
         return late
 
     mean, lost = _mean_and_lost(alone, change)
