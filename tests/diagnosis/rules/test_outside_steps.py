@@ -431,8 +431,24 @@ def test_evaluation_on_one_rank_costs_all_their_time(grouped: bool, share: float
         assert (
             "40 % of the run's 1:40 is evaluation on rank 0, for which the others wait: 8 times 5.0 s" in heavy.summary
         )
-        assert "on all ranks, each on its part of the data: that saves 30 %" in heavy.next
+        assert "on all ranks, each on an equal part of the data: that saves 30 %" in heavy.next
         assert heavy.speedup_if_fixed == pytest.approx(1 / 0.7)
+
+
+def test_ranks_that_evaluate_longer_than_the_others_gain_by_even_parts() -> None:
+    """Rank 0 evaluates for 40 s and the other one for 16 s: with 28 s each, 12 s are saved and not 20."""
+    time = structs.replace(
+        RunTime.of(100.0, {"steps": 60.0, "evaluation": 40.0}, 8),
+        evaluators=(0,), evaluators_s=40.0, others_evaluate_s=16.0,
+    )  # fmt: skip
+
+    found = diagnose(window_of(Job(ranks=2)), JobFacts(time=time, world_size=2))[0]
+
+    assert found.summary.startswith(
+        "40 % of the run's 1:40 is evaluation on rank 0, 2.5x as long as on the others, which wait: 8 times 5.0 s"
+    )
+    assert found.next.startswith("Evaluate on all ranks, each on an equal part of the data: that saves 12 % of")
+    assert found.speedup_if_fixed == pytest.approx(1 / 0.88)
 
 
 def test_what_one_rank_does_after_the_evaluation_is_no_evaluation() -> None:
@@ -448,7 +464,7 @@ def test_what_one_rank_does_after_the_evaluation_is_no_evaluation() -> None:
         "40 % of the run's 1:40 is evaluation on rank 0, with what follows until the training goes on, for which the "
         "others wait: 8 times 5.0 s, mostly at train.py:48 draw."
     )
-    assert found.next.startswith("Share train.py:48 draw among all ranks: that saves 20 % of the run.")
+    assert found.next.startswith("Share train.py:48 draw evenly among all ranks: that saves 20 % of the run.")
 
 
 def test_findings_are_in_order_of_wall_time():

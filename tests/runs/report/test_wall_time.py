@@ -345,6 +345,23 @@ def test_ranks_that_evaluate_alone(
     assert (found.evaluators, found.evaluators_s) == (named, pytest.approx(seconds))
 
 
+@pytest.mark.parametrize(("seconds", "named", "others_s"), [(0.5, (0,), 0.5), (1.5, (), 0.0)])
+def test_what_the_other_ranks_evaluate_meanwhile(
+    tmp_path: Path, seconds: float, named: tuple[int, ...], others_s: float
+) -> None:
+    """Rank 0 evaluates for 2 s, and the other one less than half as long, or nearly as long."""
+    folder = store(tmp_path / "run", evaluators=(0,))
+    with StoreWriter(folder / STORE_NAME) as writer:
+        row = np.zeros(1, EVALS.dtype)
+        row["step"], row["t_end_ns"], row["ns"], row["batches"] = 40, 110 * S, int(seconds * S), 2
+        writer.append(2, "evals", 0, 1, row.tobytes(), 40, 40)
+
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, grouped=True)
+
+    assert (found.evaluators, found.others_evaluate_s) == (named, pytest.approx(others_s))
+
+
 @pytest.mark.parametrize(("grouped", "evaluation", "steps"), [(False, 1.0, 5.4), (True, 2.0, 5.4)])
 def test_what_one_rank_evaluates_is_time_of_a_job_whose_ranks_wait(
     tmp_path: Path, grouped: bool, evaluation: float, steps: float

@@ -73,6 +73,7 @@ class RunTime(msgspec.Struct, frozen=True):
     first_data_s: float = 0.0  # the same of waiting for data before the first step
     evaluators: tuple[int, ...] = ()  # ranks that evaluate where most others do not, in order
     evaluators_s: float = 0.0  # their seconds of evaluation, the mean
+    others_evaluate_s: float = 0.0  # those of the other ranks, less than half as long
     short_evaluations_s: float = 0.0  # seconds of those short ones
 
     @property

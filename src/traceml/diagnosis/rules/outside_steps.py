@@ -19,7 +19,7 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import is_grouped
 from traceml.diagnosis.steps.speedup import speedup_of_share
-from traceml.formatting import count_text, duration_text, part_words, percent_text, ranks_text
+from traceml.formatting import count_text, duration_text, factor_text, part_words, percent_text, ranks_text
 
 __all__ = ["after_steps_advice", "outside_steps", "uncovered_time_text"]
 
@@ -225,7 +225,8 @@ def _evaluation(
     time: RunTime, seconds: float, line: BlamedLine | None, alone: tuple[int, ...], facts: JobFacts
 ) -> Finding:
     share, times = seconds / time.wall_s, max(time.evaluations, 1)
-    saved = share * (1 - len(alone) / facts.world_size) if alone else share / 2
+    others = time.others_evaluate_s / seconds if alone else 0.0  # as a share: they evaluate less, or not at all
+    saved = share * (1 - others) * (1 - len(alone) / facts.world_size) if alone else share / 2
     saves = f"that saves {percent_text(saved)} of the run."
     gradients = "" if facts.plain_evaluation else ", without gradients (torch.no_grad())"
     elsewhere = f"with larger ones{gradients}, or in another process."
@@ -233,13 +234,17 @@ def _evaluation(
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
     who = f" on {ranks_text(alone)}" if alone else ""
     who += ", with what follows until the training goes on" if other_code else ""
-    who += ", for which the others wait" if alone else ""
+    wait = "for which the others wait"
+    if others >= _REPORTED_SHORT:
+        wait = f"{factor_text(1 / others)} as long as on the others, which wait"
+
+    who += f", {wait}" if alone else ""
     if alone and other_code:
-        advice = f"Share {other_code.place} among all ranks: {saves} Or make it cheaper, or run it less often."
+        advice = f"Share {other_code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
     elif alone:
         advice = (
-            f"Evaluate on all ranks, each on its part of the data: {saves} Or evaluate less often, on fewer batches, "
-            f"{elsewhere}"
+            f"Evaluate on all ranks, each on an equal part of the data: {saves} Or evaluate less often, on fewer "
+            f"batches, {elsewhere}"
         )
     elif other_code:
         rarer = "run it less often." if times == 1 else f"run it half as often, with the evaluation: {saves}"

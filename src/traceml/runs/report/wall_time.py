@@ -82,6 +82,7 @@ def wall_time(
 
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
+    of_others = [seconds for rank, seconds in evaluation.items() if evaluators and rank not in evaluators]
     if grouped:
         ranks, parts = _setting_the_time(ranks, parts, _COUNTED_SHARE * (ended_s - started_s))
 
@@ -104,6 +105,7 @@ def wall_time(
         first_data_s=_mean([of_rank[-1].first_batch_ns / _S for of_rank in processes]),
         evaluators=evaluators,
         evaluators_s=min(evaluators_s, time.wall_s),
+        others_evaluate_s=_mean(of_others),
         short_evaluations_s=short_s,
     )
 
