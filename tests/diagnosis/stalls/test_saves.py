@@ -109,3 +109,19 @@ def test_who_saves_for_all_is_told_to_do_it_less_often():
         ]
         told = for_straggler("other", (0,), JobFacts(lines=(*of_saver, *of_others)), line)
         assert told.startswith("Only rank 0 spends time in train.py:93 train: do it less often") == is_alone
+
+
+@pytest.mark.parametrize("part", ["comm", "other"])
+def test_ranks_that_save_one_after_the_other_lose_the_time_of_all(part):
+    """Each of three waits for the two others; where it runs other code in that step, it waits for nobody."""
+    window = window_of(Job(ranks=3, steps=220), adds("checkpoint", 100, every=20))
+    long = window.times["checkpoint"].any(axis=0)
+    for times in (window.times[part], window.total, *([window.wait] if part == "comm" else [])):
+        times[:, long] += 200 * MS
+
+    finding = next(each for each in diagnose(window, JobFacts(world_size=3)) if each.kind is Kind.CHECKPOINT_STALLS)
+
+    in_turns = part == "comm"
+    assert ("one rank after the other, for 30" in finding.summary) == in_turns
+    assert ("Or save on all ranks at the same time" in finding.next) == in_turns
+    assert finding.cost_share == pytest.approx((15 if in_turns else 5) / window.total.mean() * MS, rel=0.1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
@@ -74,6 +75,8 @@ _LITTLE_UPDATE = 0.1
 """Functions that read gradients and have less of `other` are not all of an update by hand."""
 _MAY_UPDATE = ", which may be the update: no optimizer is called in the steps."
 _LOSS_OF = ("other", "forward")
+TURNS_FACTOR = 1.5
+"""Ranks save one after the other if a step becomes longer by this many times what one of them takes."""
 SAVING_SHARE = 1 / 3
 """A rank saves if it takes this share of the time of the one that saves longest."""
 
@@ -476,21 +479,43 @@ def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]
     saves = longest > FLOOR_NS
     kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
     ranks, removed = _ranks_with(work, values[:, :-1]), values - kept
-    cost = _PhaseCost(work, "checkpoint", step_ns, ranks, removed, saved_ns(work, {"checkpoint": kept}))
+    turns_ns = _saving_in_turns_ns(work, saves, longest)
+    saved = saved_ns(work, {"checkpoint": kept}) if turns_ns is None else turns_ns.sum() / len(work.step)
+    cost = _PhaseCost(work, "checkpoint", step_ns, ranks, removed, float(saved))
     if saves.sum() < 2 or not cost.exceeds():
         return []
 
-    count, each_ns = int(saves.sum()), float(longest[saves].mean())
+    count, each_ns = int(saves.sum()), float((longest[saves] if turns_ns is None else turns_ns).mean())
     known, half = facts.pauses.saves(work.ranks), speedup(step_ns, cost.saved_ns / 2)
     where = f" on {ranks_text(ranks)}" if ranks else ""
+    where += "" if turns_ns is None else ", one rank after the other"
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"
         f", for {ns_text(each_ns)} each{_of_save(known)}{_at_end(values)}; without it steps would be {cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
     todo = advice.for_saving(half, asynchronous=known is not None and known.asynchronous is True)
+    todo += "" if turns_ns is None else " Or save on all ranks at the same time: now each one waits for the others."
     found = cost.finding(Kind.CHECKPOINT_STALLS, summary, todo, **evidence)
     return [replace(found, speedup_if_fixed=half)]
+
+
+def _saving_in_turns_ns(work: OwnWork, saves: NDArray[np.bool_], longest: Floats) -> Floats | None:
+    """Return how much longer the steps are in which ranks save one after the other, and wait; None if they do not.
+
+    Args:
+        saves: which steps save, without the last one.
+        longest: how long the rank does that saves longest.
+    """
+    if not work.grouped or len(work.ranks) < 2 or not saves.any() or saves.all():
+        return None
+
+    # What the ranks wait for beyond their own work is what others save.
+    waits = (work.step - work.longest(work.own))[:-1]
+    waits_ns = np.maximum(waits[saves] - float(np.median(waits[~saves])), 0)
+    whole = work.parts["checkpoint"][:, :-1][:, saves].sum(axis=0)
+    in_turns = np.minimum(longest[saves] + waits_ns, whole)
+    return np.asarray(in_turns) if in_turns.sum() >= TURNS_FACTOR * longest[saves].sum() else None
 
 
 def _at_end(values: Floats) -> str:
