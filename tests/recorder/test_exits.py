@@ -167,6 +167,19 @@ def test_the_text_behind_an_exception_is_added(serving: Serving, run_script: Run
     assert row["message"].endswith("'/missing/a.yaml' (sys.exit: run set-up first)")
 
 
+@pytest.mark.parametrize("before", [KeyboardInterrupt(), OSError(28, "No space left on device"), None])
+def test_the_complaint_of_torchs_writer_is_what_broke_the_file(before: BaseException | None) -> None:
+    """Ctrl-C in the middle of `torch.save` is no full disk; a RuntimeError of others is its own cause."""
+    complaint = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 800 vs 0")
+    complaint.__context__ = before
+    other = RuntimeError("bad")
+    other.__context__ = before
+
+    assert cause_of(complaint) is (before or complaint)
+    assert cause_of(other) is other
+    assert describe(complaint)["exception"] == type(before or complaint).__name__
+
+
 @pytest.mark.parametrize(("code", "cause"), [(0, False), (None, False), (2, True), ("2 of 3", True)])
 def test_the_cause_of_an_exit_is_what_was_handled(code: object, cause: bool) -> None:
     """Only where it tells a failure; a text that repeats the exception is not added."""

@@ -271,8 +271,17 @@ def status_of(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
+_OF_WRITER = "inline_container.cc"
+
+
 def cause_of(error: BaseException | None) -> BaseException | None:
-    """Return the exception that ended the script: for a SystemExit that reports a failure, the one that was handled."""
+    """Return the exception that ended the script: for a SystemExit that reports a failure, the one that was handled.
+
+    So it is for the complaint of torch's writer about a file that is not complete: a full disk or Ctrl-C came before.
+    """
+    if isinstance(error, RuntimeError) and error.__context__ is not None and _OF_WRITER in _text_of(error):
+        return cause_of(error.__context__)
+
     if not isinstance(error, SystemExit):
         return error
 
