@@ -166,15 +166,20 @@ def test_the_line_that_calls_the_collectives_is_named(library: str, is_named: bo
     assert (finding.evidence.get("function") == "sync_metrics") is is_named
 
 
-def test_a_rank_without_steps_may_be_what_the_others_wait_for() -> None:
-    """Rank 0 plays and broadcasts its games; a faster network, or fewer collectives, would gain nothing."""
+@pytest.mark.parametrize(("messages", "how"), [(False, "in collectives"), (True, "for messages of other ranks")])
+def test_a_rank_without_steps_may_be_what_the_others_wait_for(messages: bool, how: str) -> None:
+    """Rank 0 plays and broadcasts or sends its games; a faster network, or micro-batches, would gain nothing."""
     window = window_of(Job(comm=20.0, steps=100))
     window.times["comm"][:] += window.wait
-    known = JobFacts(world_size=3, backend="nccl", latest=(-1, 99, 99))
+    builder = JobFactsBuilder(3)
+    builder.info(1, {"kind": "collectives", "elements": 65, "messages": messages})
+    known = replace(builder.build(), backend="nccl", latest=(-1, 99, 99))
 
     finding = next(each for each in diagnose(window, known) if each.kind is Kind.COMM_BOUND)
 
+    assert finding.summary.startswith(f"The ranks that train wait {how} for ")
     assert "Rank 0 has no training steps: they may wait for what it does." in finding.summary
+    assert finding.next.startswith("Look at what rank 0 does meanwhile")
     assert finding.evidence["ranks_without_steps"] == [0]
     assert finding.speedup_if_fixed == 1.0
 

@@ -59,11 +59,13 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, evidence)]
 
-    if explicit > cost / 2 and facts.batches is not None and facts.batches.messages:
-        return [_waiting_for_messages(cost, step, evidence)]
-
+    messages = facts.batches is not None and facts.batches.messages
     if explicit > cost / 2 and (without_steps := _without_steps(facts)):
-        return [_waiting_for_others(without_steps, cost, step, evidence)]
+        how = "for messages of other ranks" if messages else "in collectives"
+        return [_waiting_for_others(without_steps, how, cost, step, evidence)]
+
+    if explicit > cost / 2 and messages:
+        return [_waiting_for_messages(cost, step, evidence)]
 
     share = float(window.times["comm"].mean() / window.total.mean())
     line = _calling_line(share, facts) if explicit > cost / 2 else None
@@ -122,12 +124,12 @@ def _without_steps(facts: JobFacts) -> list[int]:
     return [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
 
 
-def _waiting_for_others(ranks: Sequence[int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
-    """Return the finding on collectives with ranks whose work is not known."""
+def _waiting_for_others(ranks: Sequence[int], how: str, cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+    """Return the finding on collectives with ranks whose work is not known, or on their messages."""
     who, they, have = ranks_text(ranks), *(("they do", "have") if len(ranks) > 1 else ("it does", "has"))
     summary = (
-        f"{_cost_text('The ranks that train wait in collectives for', cost, step)}. {capitalized(who)} {have} no "
-        f"training steps: they may wait for what {they}."
+        f"{_cost_text(f'The ranks that train wait {how} for', cost, step)}. {capitalized(who)} {have} no training "
+        f"steps: they may wait for what {they}."
     )
     action = (
         f"Look at what {who} {'do' if len(ranks) > 1 else 'does'} meanwhile (`traceml stacks`, `traceml report "
