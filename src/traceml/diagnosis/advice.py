@@ -348,6 +348,13 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
         rank: the rank that has them; None if it is not one.
     """
     where = f" on rank {rank}" if rank is not None else ""
+    if part == "input_wait":
+        what = "the data of these steps" if line is None else line.place
+        return (
+            f"Look{where} at {what}: the first batch of an epoch, a file that is read slowly. Loader workers "
+            "(num_workers) read ahead meanwhile."
+        )
+
     if line is not None:
         return (
             f"Look{where} at {line.place}: do less often what it does in these steps, or do it in the background, in "

@@ -112,6 +112,24 @@ def test_steps_in_a_row_with_more_of_everything_are_more_work():
     assert in_one_part.phase == "optimizer"
 
 
+@pytest.mark.parametrize(("ranks", "waits", "told"), [(2, (1,), True), (2, (0, 1), False), (4, (1, 2, 3), False)])
+def test_rare_waits_for_data_of_some_ranks_are_long_steps(ranks, waits, told):
+    """The first batch of an epoch takes 2 s, three times: too rarely to call the rank slow."""
+
+    def first_batches(own, random):
+        for step in (60, 150, 301):
+            own["input_wait"][list(waits), step] += 2_000
+
+    found = diagnose(window_of(Job(ranks=ranks, steps=400), first_batches), JobFacts(world_size=ranks))
+    rare = [each for each in found if each.kind is Kind.JITTER]
+
+    assert bool(rare) == told
+    if told:
+        assert rare[0].summary.startswith("3 of 390 steps take 2.0"), rare[0].summary
+        assert rare[0].phase == "input_wait"
+        assert "the first batch of an epoch" in rare[0].next
+
+
 @pytest.mark.parametrize("part", ["other", "optimizer", "forward"])
 def test_long_steps_of_one_rank_are_reported_once(part):
     """Before or after the point at which the ranks meet: the others wait in the same step or in the next one."""

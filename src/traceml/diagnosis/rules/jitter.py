@@ -150,12 +150,23 @@ def _unexplained(work: OwnWork) -> _LongSteps:
 
     excess = {part: excess_over_usual(values, columns) for part, values in work.parts.items()}
     longest = np.stack([values.max(axis=0) for values in excess.values()])
-    open_parts = np.array([part in UNNAMED for part in excess])
-    kept, own = open_parts[np.argmax(longest, axis=0)], longest.sum(axis=0)
+    is_open = np.stack([_is_open(work, part, values) for part, values in excess.items()])
+    kept, own = is_open[np.argmax(longest, axis=0), np.arange(len(columns))], longest.sum(axis=0)
     waits = (np.diff(columns, prepend=-2) == 1) & work.grouped
     waits[1:] &= own[1:] < LIGHT_SHARE * own[:-1]
     kept = np.where(waits, np.roll(kept, 1), kept)  # what explains the one step explains the waiting in the next
     return _LongSteps(columns[kept], {part: each[:, kept] for part, each in excess.items()}, usual_ns, waits[kept])
+
+
+def _is_open(work: OwnWork, part: str, excess: Floats) -> NDArray[np.bool_]:
+    """Return in which long steps a part needs an explanation, as no other finding has it.
+
+    Waiting for data has one where more than half of the ranks wait.
+    """
+    if part == "input_wait" and work.grouped:
+        return np.asarray(2 * (excess >= CAUSE_SHARE * excess.max(axis=0)).sum(axis=0) <= len(excess))
+
+    return np.full(excess.shape[1], part in UNNAMED)
 
 
 def _with_causes(work: OwnWork, columns: NDArray[np.intp], usual_ns: float) -> NDArray[np.intp]:
