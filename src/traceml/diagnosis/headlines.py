@@ -307,6 +307,12 @@ def _of_step_time(finding: FindingFacts) -> str:
     return f"{percent_text(finding.cost_share)} of step time" if finding.cost_share else "part of step time"
 
 
+def long_steps(finding: FindingFacts) -> str:
+    """Return `Some steps take far longer than the rest: 30 % of step time`, or the same of one step."""
+    steps = "One step takes" if finding.evidence.get("long_steps") == 1 else "Some steps take"
+    return f"{steps} far longer than the rest: {_of_step_time(finding)}"
+
+
 def slowdown(finding: FindingFacts) -> str:
     """Return `Steps take 2.1x as long since step 200`."""
     evidence = finding.evidence

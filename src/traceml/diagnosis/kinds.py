@@ -83,7 +83,7 @@ class Kind(StrEnum):
         "GIL_CONTENTION",
         KindRule("The training waits for Python's lock, which another thread holds: {share}"),
     )
-    JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
+    JITTER = "JITTER", KindRule(headlines.long_steps)
     STARTUP = "STARTUP", KindRule(headlines.startup, cost_of=_RUN_TIME)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule(headlines.evaluation, cost_of=_RUN_TIME)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")

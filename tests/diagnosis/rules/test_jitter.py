@@ -66,6 +66,8 @@ def test_one_step_that_is_nearly_all_of_it_is_reported_alone():
     alike = jitter(ALONE, at_once("other", 200, 0.03), lines=())
 
     assert alone.summary.startswith("One of 390 steps takes 30"), alone.summary
+    assert alone.headline.startswith("One step takes far longer than the rest: ")
+    assert alike.headline.startswith("Some steps take far longer than the rest: ")
     assert "without it steps would be" in alone.summary
     assert "One of" not in alike.summary
     assert "without them steps would be" in alike.summary
