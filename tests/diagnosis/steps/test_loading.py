@@ -120,6 +120,15 @@ def test_workers_that_wait_may_exceed_the_cores():
     assert slow.gain(8) == pytest.approx(72 / 8.3, abs=0.01)
 
 
+@pytest.mark.parametrize(("cpu", "most"), [(0.8, 2), (0.1, 16)])
+def test_only_workers_that_wait_hide_slow_batches_on_a_busy_host(cpu, most):
+    """Batches that take eight times the mean, as beside other programs: workers without a core make none of them."""
+    uneven = replace(pipeline(20, 4, cpu=cpu), outliers=(8.0,) * 20, batches=400)
+
+    assert 2 <= uneven.best_workers() <= most
+    assert (uneven.best_workers() > 2) == (most > 2)
+
+
 def test_a_single_core_gains_nothing_by_workers():
     """The work stays on that core."""
     assert pipeline(20, 10, cores=1).gain(4) == pytest.approx(1.0)

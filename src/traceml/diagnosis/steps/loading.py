@@ -105,8 +105,9 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         return slowest
 
     def best_workers(self) -> int:
-        """Return the smallest number of workers that gives nearly the shortest step."""
-        times = {count: self.step_ns(count) for count in COUNTS}
+        """Return the smallest number of workers that gives nearly the shortest step, of those that find a core."""
+        most = self.cores / self.fetch_cpu if self.cores and self.fetch_cpu else COUNTS[-1]
+        times = {count: self.step_ns(count) for count in COUNTS if count <= max(most, 1)}
         return min(count for count, time in times.items() if ENOUGH * time <= min(times.values()))
 
     def gain(self, workers: int) -> float:
