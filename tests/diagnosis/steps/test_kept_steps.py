@@ -338,3 +338,11 @@ def test_ranks_that_do_not_wait_keep_their_steps():
     put_evaluation(kept, 0, 50, 300.0)
 
     assert kept.aligned().total == pytest.approx(10 * MS)
+
+
+def test_a_script_that_only_evaluates_has_no_steps():
+    """It applies a trained model to data: its rows are those of an evaluation before a step that never comes."""
+    kept = KeptSteps(128)
+    put_evaluation(kept, 0, 0, 300.0)
+
+    assert len(kept.aligned()) == 0

@@ -271,7 +271,7 @@ class KeptSteps:
         times = {label: values[_POSITION[name]] for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
         device = self._replace_by_device(times, own, total, at, steps)
         np.minimum(own, times["backward"], out=own)
-        if self._evaluation is not None and not device:
+        if self._evaluation is not None and not device and len(ranks) > 1:
             stored, spent = self._evaluation
             leave_out_waiting(times, own, total, np.where(stored[at] == steps, spent[at], np.float32(0)))
 
