@@ -908,6 +908,26 @@ def test_a_recorder_without_a_core_is_no_loop_of_the_rank():
     assert found(in_backward(0), at[0], lacking[0], at[2], lacking[1], at[4]) is not None
 
 
+@pytest.mark.parametrize(
+    ("raised", "ranks", "is_hang"),
+    [({"line": 12}, 1, False), ({"line": 9}, 1, True), ({}, 1, True), ({"line": 12}, 2, True)],
+)
+def test_an_exception_of_another_line_shows_that_a_process_went_on(raised, ranks, is_hang):
+    """Code in C held the interpreter, as at the end of a profile, and a later line raised: it was no hang.
+
+    A queue raises where it waited too long, and with other ranks the wait of one may have been for the other.
+    """
+    long = snapshot(0, line(9), quiet_s=62.0)
+    ended = RankExit(
+        rank=0, state="failed", exception="ValueError: x", file="/home/me/train.py", function="main", **raised
+    )
+    others = [in_backward(1)][: ranks - 1]
+
+    finding = found(long, *others, exits=[ended], ranks=ranks, state="failed")
+
+    assert (finding is not None) is is_hang
+
+
 def test_the_signal_that_ends_a_rank_is_no_work_of_it():
     """Ctrl-C has woken its thread when the last snapshot is taken: it runs, a line further up."""
     writes = snapshot(0, line(105, "write"), phase="checkpoint", quiet_s=62.0, at_ns=NOW_NS - 13 * S)

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
-from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, transfers
+from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, transfers, user_line
 
 __all__ = ["DetectedHang", "detect_hang"]
 
@@ -167,6 +167,9 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if not snapshots or len(snapshots) < len(ranks):
         return None
 
+    if facts.world_size == 1 and any(_went_on(each, exits.get(rank)) for rank, each in snapshots.items()):
+        return None
+
     by_rows = [snapshot for snapshot in snapshots.values() if snapshot.answered == "rows"]
     if not all(snapshot.in_step for snapshot in by_rows):
         return None  # an evaluation, as far as the rows tell
@@ -192,6 +195,15 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
 
     by_rows_s = max(usual_s, _ENDED_GAP_FACTOR * max(progress.longest_quiet_s))
     return found if found.quiet_s >= (by_rows_s if by_rows else min(usual_s, live_s)) else None
+
+
+def _went_on(snapshot: RankSnapshot, ended: RankExit | None) -> bool:
+    """Return whether an exception shows that a process without others went on after the last look: another line."""
+    line = user_line(snapshot)
+    if ended is None or line is None or not ended.exception or ended.interrupted:
+        return False
+
+    return ended.line is not None and (ended.file, ended.line) != (line.file, line.line)
 
 
 def _with_exit(snapshot: RankSnapshot, ended: RankExit | None) -> RankSnapshot:
