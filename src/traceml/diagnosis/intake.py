@@ -132,6 +132,7 @@ class RowIntake:
     def _take_evaluation(self, rank: int, rows: Rows) -> None:
         self.kept.scatter_evaluation(rank, rows)
         self.facts_builder.progress.eval_rows(rank, rows)
+        self.facts_builder.lines.evaluated(rank, int(rows["t_end_ns"][-1]))
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
         self.kept.scatter_user(rank, rows, self.names.get(rank, {}))

@@ -89,8 +89,25 @@ def test_what_runs_after_the_last_step_of_an_ended_run_has_its_own_part():
     running, ended = (counts.lines(NAMES, [6 * S], has_ended=has_ended) for has_ended in (False, True))
 
     assert {(each.part, each.line) for each in running} == {("other", 1), ("outside", 3)}
-    assert {(each.part, each.line) for each in ended} == {("other", 1), ("outside", 3), ("after", 2)}
+    assert {(each.part, each.line) for each in ended} == {("other", 1), ("after", 2), ("after", 3)}
     assert all(each.part != "after" for each in counts.lines(NAMES, [0], has_ended=True))  # without any step
+
+
+@pytest.mark.parametrize(("evaluated_s", "part"), [(0, "after"), (6, "after"), (18, "outside")])
+def test_only_what_follows_the_last_evaluation_is_after_the_training(evaluated_s, part):
+    """A script evaluates once it has trained, until 6 s or 18 s, and then computes its statistics."""
+    counts = LineCounts()
+    for flushed in (rows(5, 65, (LINE_OTHER, 1)), rows(10, 65, (LINE_OUTSIDE, 2)), rows(20, -1, (LINE_OUTSIDE, 3))):
+        counts.add(0, flushed)
+
+    if evaluated_s:
+        counts.evaluated(0, evaluated_s * S)
+
+    found = {each.line: each.part for each in counts.lines(NAMES, [5 * S], has_ended=True)}
+    without_steps = {each.line: each.part for each in counts.lines(NAMES, [0], has_ended=True)}
+
+    assert found == {1: "other", 2: part, 3: part}
+    assert without_steps[3] == "outside"
 
 
 def test_what_hangs_soon_after_samples_were_sent_has_no_part_in_the_steps():

@@ -69,6 +69,7 @@ class LineCounts:
 
     def __init__(self) -> None:
         self._ranks: dict[int, _RankCounts] = {}
+        self._evaluated_ns: dict[int, int] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
@@ -78,6 +79,10 @@ class LineCounts:
             counts = self._ranks[rank] = _RankCounts(intervals)
 
         counts.add(rows)
+
+    def evaluated(self, rank: int, end_ns: int) -> None:
+        """Take the end of an evaluation of a rank, before which nothing is after its training."""
+        self._evaluated_ns[rank] = end_ns
 
     def divided(
         self,
@@ -132,11 +137,13 @@ class LineCounts:
             has_ended: whether the run has: then these lines follow as those of `LINE_AFTER_STEPS`.
         """
         ends = {rank: ends_ns[rank] if rank < len(ends_ns) else 0 for rank in self._ranks}
-        lines = _sampled_lines({rank: each.summed(ends[rank]) for rank, each in self._ranks.items()}, names)
-        if not has_ended:
-            return lines
-
-        after = {rank: each.summed_after(ends[rank]) for rank, each in self._ranks.items() if ends[rank] > 0}
+        # Where it evaluates after its last step, what follows is outside steps, too.
+        evaluated = {rank: max(end_ns, self._evaluated_ns.get(rank, 0)) for rank, end_ns in ends.items()}
+        until = {rank: end_ns for rank, end_ns in evaluated.items() if has_ended and ends[rank] > 0}
+        lines = _sampled_lines(
+            {rank: each.summed(ends[rank], until.get(rank)) for rank, each in self._ranks.items()}, names
+        )
+        after = {rank: self._ranks[rank].summed_after(ends[rank], end_ns) for rank, end_ns in until.items()}
         return lines + tuple(replace(each, part=LINE_AFTER_STEPS) for each in _sampled_lines(after, names))
 
 
@@ -169,7 +176,9 @@ class _RankCounts:
         self.intervals = intervals
         self.threads = self.workers = _NONE
         self._parts: list[NDArray[np.int64]] = []
-        self._newest: list[tuple[int, NDArray[np.int64]]] = []  # with the middle of the time in which they were counted
+        # with the middle of the time in which they were counted: in the phases of steps, and between steps
+        self._newest: list[tuple[int, NDArray[np.int64]]] = []
+        self._outside: list[tuple[int, NDArray[np.int64]]] = []
         self._step, self._flushed_ns = -1, 0
         self._first: NDArray[np.int64] | None = None  # counted since a time that is not known
 
@@ -189,11 +198,11 @@ class _RankCounts:
             last = int(rows["step"][flushed].max())
             counts = self._counts(rows[flushed], flushed_ns)
             if last > self._step:
-                self._parts += [each for _, each in self._newest]
-                self._newest, self._step = [], last
+                self._parts = _compact([*self._parts, *(each for _, each in (*self._newest, *self._outside))])
+                self._newest, self._outside, self._step = [], [], last
 
             middle_ns, is_outside = (self._flushed_ns + flushed_ns) // 2, outside[flushed]
-            self._parts = _compact([*self._parts, counts[is_outside]])
+            self._outside.append((middle_ns, counts[is_outside]))
             in_steps = counts[~is_outside]
             self._newest.append((middle_ns, in_steps))
             self._first = in_steps if not self._flushed_ns else None
@@ -201,9 +210,7 @@ class _RankCounts:
             if self.intervals is not None:
                 self.intervals.add(last, middle_ns, in_steps)
 
-        if len(self._newest) > _MAX_PARTS:
-            first, *others = self._newest
-            self._newest = [first, (others[0][0], _summed([each for _, each in others]))]
+        self._newest, self._outside = _joined(self._newest), _joined(self._outside)
 
     def _counts(self, rows: NDArray[np.void], flushed_ns: int) -> NDArray[np.int64]:
         """Return the counts of rows; the first ones stand for a time as the next ones do."""
@@ -214,13 +221,20 @@ class _RankCounts:
 
         return counts
 
-    def summed(self, end_ns: int) -> NDArray[np.int64]:
-        """Return the sums, of phases of steps those that were counted mostly before a time."""
-        return _by_time([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns)])
+    def summed(self, end_ns: int, until_ns: int | None = None) -> NDArray[np.int64]:
+        """Return the sums of those that were counted mostly before a time.
 
-    def summed_after(self, end_ns: int) -> NDArray[np.int64]:
-        """Return the sums of those that were counted mostly after a time."""
-        return _by_time([_NONE, *(each for middle_ns, each in self._newest if middle_ns > end_ns)])
+        Args:
+            end_ns: of those in phases of steps.
+            until_ns: of those between steps; None for all of them.
+        """
+        outside = (each for middle_ns, each in self._outside if until_ns is None or middle_ns <= until_ns)
+        return _by_time([*self._parts, *(each for middle_ns, each in self._newest if middle_ns <= end_ns), *outside])
+
+    def summed_after(self, end_ns: int, until_ns: int) -> NDArray[np.int64]:
+        """Return the sums of the others."""
+        outside = (each for middle_ns, each in self._outside if middle_ns > until_ns)
+        return _by_time([_NONE, *(each for middle_ns, each in self._newest if middle_ns > end_ns), *outside])
 
 
 class _Interval(NamedTuple):
@@ -335,6 +349,15 @@ def _counts_of(rows: NDArray[np.void], lasted_ns: int) -> NDArray[np.int64]:
     counts = np.stack([rows[name] for name in (*LINE_KEYS, *LINE_SUMS)], axis=1)
     share = rows["samples"] / max(int(rows["samples"].sum()), 1)
     return np.column_stack([counts, (share * lasted_ns).astype(np.int64)])
+
+
+def _joined(newest: list[tuple[int, NDArray[np.int64]]]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Return the first of them and the sums of the others, where they are many."""
+    if len(newest) <= _MAX_PARTS:
+        return newest
+
+    first, *others = newest
+    return [first, (others[0][0], _summed([each for _, each in others]))]
 
 
 def _compact(parts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
