@@ -81,7 +81,9 @@ SUBPACKAGES = {
     "diagnosis.deaths": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.memory", "database",
     },
-    "diagnosis.memory": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
+    "diagnosis.memory": {
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
+    },
     "diagnosis.devices": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.stalls": {"diagnosis.kinds", "diagnosis.findings", "diagnosis.facts", "diagnosis.steps", "database"},
     "diagnosis.merged_hosts": {

@@ -14,6 +14,8 @@ from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 __all__ = [
     "EVENT_LOOP",
     "WAITED_FOR",
+    "WITHOUT_ANOMALIES",
+    "WITHOUT_PROFILER",
     "LeadingLines",
     "even_batches",
     "explicit_exit",
@@ -29,6 +31,7 @@ __all__ = [
     "for_slow_group",
     "for_straggler",
     "in_same_steps",
+    "left_on",
     "same_collectives",
     "waiting_text",
 ]
@@ -40,6 +43,15 @@ EVENT_LOOP = "EpollSelector.select"
 """Library function in which asyncio's event loop waits while no task can run."""
 WAITED_FOR = "for a sleep, a disk, a server, another thread or process"
 """What code that does not compute may wait for."""
+WITHOUT_ANOMALIES = (
+    "Turn off autograd's anomaly detection (set_detect_anomaly, detect_anomaly): it records the stack of each "
+    "operation and checks each gradient, which only the search for a NaN needs."
+)
+WITHOUT_PROFILER = (
+    "Turn off torch's profiler, or let it record some steps only (schedule=torch.profiler.schedule(wait=100, warmup=2, "
+    "active=5, repeat=1)): it records each operation of every step, which makes all of them slower, and keeps it in "
+    "memory."
+)
 _ELSEWHERE = {
     True: "the workers of a DataLoader can prepare batches",
     False: "code that makes batches or collects experience can run ahead in other processes",
@@ -47,6 +59,11 @@ _ELSEWHERE = {
 """What may leave a training loop, by whether it has a DataLoader."""
 _AWAITS_ANSWERS = ("Connection._recv", "Connection._recv_bytes")
 _WAITS_FOR_OTHERS = (*_AWAITS_ANSWERS, "Condition.wait", "Queue.get", "wait")
+
+
+def left_on(facts: JobFacts) -> str:
+    """Return advice on what is for the search of errors, and makes all steps slower; else empty."""
+    return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
 
 
 def even_batches(*, is_certain: bool = False) -> str:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.states import RunStatus
+from traceml.diagnosis.advice import left_on
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.devices.device_contention import device_contention, without_changes_by_others
@@ -38,7 +39,7 @@ from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer
-from traceml.diagnosis.rules.outside_steps import outside_steps
+from traceml.diagnosis.rules.outside_steps import after_steps_advice, outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
 from traceml.diagnosis.rules.slowdown import (
@@ -87,13 +88,21 @@ def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     found = without_changes_by_others(_timing(judged, work, facts), shared)
     timing, of_timing = _apart(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
-    timing = [with_optimizer(each, work, facts) if each is lead else each for each in timing]
+    timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
-    if contention := cpu_contention(facts):
+    if contention := [_with_other_advice(each, facts) for each in cpu_contention(facts)]:
         return _with_contention(contention, main, timing, remarks, judged, facts)
 
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(work, facts)]
     return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
+
+
+def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:
+    """Return a finding about the time of steps with advice on what holds beside its cause.
+
+    That is code after the last step which takes longer than all steps, and what makes each of them slower.
+    """
+    return replace(finding, next=" ".join(filter(None, (finding.next, after_steps_advice(facts), left_on(facts)))))
 
 
 def _without_joined_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:

@@ -40,6 +40,15 @@ def test_growth_is_reported_with_its_rate_and_the_time_left():
     assert "256 steps" in finding.summary
 
 
+@pytest.mark.parametrize("profiles", [True, False])
+def test_a_profiler_that_is_left_on_keeps_what_it_records(profiles):
+    """No variable of the script refers to it."""
+    (finding,) = leaks(**leaking(), profiles=profiles)
+
+    assert finding.next.startswith("Turn off torch's profiler") is profiles
+    assert "kept from step to step" in finding.next
+
+
 @pytest.mark.parametrize(("resource", "whose"), [(Resource.MEMORY, "container's"), (Resource.OPEN_FILES, "host's")])
 def test_a_limit_of_the_container_is_told_as_such(resource, whose):
     """Its memory is what is compared with then."""

@@ -10,13 +10,14 @@ from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.database.schema import GPU, PROCESS
+from traceml.diagnosis.advice import WITHOUT_ANOMALIES, WITHOUT_PROFILER
 from traceml.diagnosis.facts.device_events import GpuHealthHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.no_bottleneck import WITHOUT_ANOMALIES, WITHOUT_PROFILER, for_compute
+from traceml.diagnosis.rules.no_bottleneck import for_compute
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, grouped=False)
@@ -503,6 +504,19 @@ def test_what_searches_for_errors_is_turned_off_first(left_on, advice):
     assert (by_compute.kind, by_health.kind) == (Kind.COMPUTE_BOUND, Kind.HEALTHY)
     assert by_compute.next == by_health.next == advice
     assert advice not in (each.next for each in diagnose(window_of(ALONE), JobFacts()))
+
+
+@pytest.mark.parametrize(
+    ("left_on", "advice"), [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)]
+)
+def test_what_searches_for_errors_is_told_beside_another_cause(left_on, advice):
+    """The steps save often, or have too few cores."""
+    saves = [adds("checkpoint", 200.0, every=10)]
+    for faults, known in ((saves, {}), ([], {"wait_of_ready_time": {0: 0.5}})):
+        told, untold = (diagnose(window_of(ALONE, *faults), JobFacts(**known, **on))[0] for on in (left_on, {}))
+
+        assert told.kind is untold.kind is (Kind.CHECKPOINT_STALLS if faults else Kind.CPU_CONTENTION)
+        assert told.next == f"{untold.next} {advice}"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
+from traceml.diagnosis.advice import WITHOUT_PROFILER
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.memory_growth import GrowthEstimate, MemoryKind
 from traceml.diagnosis.facts.resource_use import SOON_S
@@ -125,7 +126,7 @@ def _finding(
         severity=_severity(room, unread if is_open else 0.0, facts),
         ranks=ranks,
         summary=f"{grown}{_full(room)}{why.text if why else _UNSEEN if is_unseen else ''}{_MAY_END if is_open else ''}",
-        next=why.action if why else f"{_ADVICE[kind]}{_NATIVE if is_unseen else ''}",
+        next=why.action if why else _advice(kind, facts, is_unseen=is_unseen),
         evidence={
             "memory": str(kind),
             "bytes_per_step": growth.bytes_per_step,
@@ -139,6 +140,12 @@ def _finding(
             **({} if room is None else {"limit_bytes": room.total_bytes}),
         },
     )
+
+
+def _advice(kind: MemoryKind, facts: JobFacts, *, is_unseen: bool) -> str:
+    """Return advice where no container is known; a profiler that is on keeps what it records of each step."""
+    profiler = f"{WITHOUT_PROFILER} " if kind is MemoryKind.RESIDENT and facts.profiles else ""
+    return f"{profiler}{_ADVICE[kind]}{_NATIVE if is_unseen else ''}"
 
 
 def _growth_of_batches(window: AlignedSteps) -> float:

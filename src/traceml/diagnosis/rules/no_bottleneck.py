@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import WAITED_FOR
+from traceml.diagnosis.advice import WAITED_FOR, left_on
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
@@ -30,8 +30,6 @@ from traceml.formatting import count_text, duration_text, gain_text, largest_tex
 
 __all__ = [
     "COMPUTE_SHARE",
-    "WITHOUT_ANOMALIES",
-    "WITHOUT_PROFILER",
     "for_compute",
     "nothing_found",
     "shares_text",
@@ -64,16 +62,6 @@ _PAUSE_PART = 0.7
 
 _WAITING = "waiting for other ranks"
 _MOSTLY_TABLES = 0.5
-WITHOUT_ANOMALIES = (
-    "Turn off autograd's anomaly detection (set_detect_anomaly, detect_anomaly): it records the stack of each "
-    "operation and checks each gradient, which only the search for a NaN needs."
-)
-WITHOUT_PROFILER = (
-    "Turn off torch's profiler, or let it record some steps only (schedule=torch.profiler.schedule(wait=100, warmup=2, "
-    "active=5, repeat=1)): it records each operation of every step, which makes all of them slower, and keeps it in "
-    "memory."
-)
-
 _UNTRAINED_RATIO = 6.0
 """From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
 
@@ -379,14 +367,9 @@ def _largest(shares: dict[str, float]) -> str:
     )
 
 
-def _left_on(facts: JobFacts) -> str:
-    """Return advice on what is for the search of errors, and makes all steps slower; else empty."""
-    return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
-
-
 def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
-    if left_on := _left_on(facts):
-        return left_on
+    if on := left_on(facts):
+        return on
 
     if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
@@ -396,8 +379,8 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
 
 def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     """Return the advice."""
-    if left_on := _left_on(facts):
-        return left_on
+    if on := left_on(facts):
+        return on
 
     if phase == "optimizer":
         return _optimizer(facts)
