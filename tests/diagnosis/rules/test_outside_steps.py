@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from msgspec import structs
 
@@ -12,10 +13,12 @@ from traceml.database.schema import IMPORTING
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
 ALONE = Job(ranks=1, steps=220, grouped=False)
+NO_STEPS = window_of(ALONE).select(np.zeros(len(window_of(ALONE)), bool))
 
 
 def findings(wall_s: float, *faults, lines=(), evaluations=0, waited_s=0.0, run_s=0.0, ranks=1, **parts: float):
@@ -53,6 +56,24 @@ def test_code_after_the_last_step_is_named(steps, is_advised):
 
     assert "after the last step 40 % (97 % of it in train.py:7 evaluate)" in found.summary
     assert found.next.startswith("Look at train.py:7 evaluate, after the last step: it takes 39 % of") == is_advised
+
+
+def test_code_after_the_last_step_is_named_beside_another_cause():
+    """The steps lack a core, or wait for data, and are less than what follows them."""
+    lines = (line_of("after", "plot", 97), line_of("other", "main", 40))
+    contended = {"wait_of_ready_time": {0: 0.5}}
+    time = RunTime.of(100.0, {"startup": 20.0, "steps": 30.0, "idle": 50.0})
+    steps = RunTime.of(100.0, {"startup": 20.0, "steps": 75.0, "idle": 5.0})
+
+    for faults in ([], [adds("input_wait", 40.0)]):
+        window, known = window_of(ALONE, *faults), {} if faults else contended
+        told, untold = (diagnose(window, JobFacts(time=each, lines=lines, **known))[0] for each in (time, steps))
+
+        assert (told.kind, untold.kind) == ((Kind.INPUT_BOUND if faults else Kind.CPU_CONTENTION),) * 2
+        assert told.next.removeprefix(untold.next) == (
+            " Look at train.py:7 plot, after the last step: it takes 50 % of the run. Make it cheaper, or run it apart "
+            "from the training."
+        )
 
 
 @pytest.mark.parametrize(
@@ -373,6 +394,30 @@ def test_what_follows_an_evaluation_is_told_apart_by_its_line(library: str):
         "Evaluate half" if is_model else "Make train.py:15 finish_epoch cheaper, or run it half"
     )
     assert "saves 30 %" in found.next
+
+
+@pytest.mark.parametrize(
+    ("function", "workers", "advice"),
+    [
+        ("Texts.__getitem__", 0, "cheaper, or let workers of the DataLoader do it while the model computes (num_work"),
+        ("Texts.__getitem__", 2, "Make train.py:7 Texts.__getitem__ cheaper."),
+        ("write", 0, "Make train.py:7 write cheaper."),
+        (None, 0, "Apply the model to larger batches, without gradients (torch.no_grad()), or in a lower precision."),
+    ],
+)
+def test_a_script_that_only_applies_a_model_is_not_told_to_do_it_less_often(function, workers, advice):
+    """There is no training that goes on, nor one that began."""
+    time = RunTime.of(100.0, {"evaluation": 60.0, "startup": 40.0}, 1)
+    lines = (line_of("outside", function, 80),) if function else ()
+    loader = LoaderFacts(dataset="Texts", num_workers=workers)
+
+    found = {each.kind: each for each in diagnose(NO_STEPS, JobFacts(time=time, lines=lines, loader=loader))}
+    verdict, start = found[Kind.EVAL_HEAVY], found[Kind.STARTUP]
+
+    assert advice in verdict.next
+    assert "training" not in verdict.summary
+    assert verdict.speedup_if_fixed == 1.0
+    assert start.summary.startswith("Evaluation began 40 s after the start: 40 % of")
 
 
 def test_gradients_are_not_advised_against_where_there_are_none():

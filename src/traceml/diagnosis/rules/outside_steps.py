@@ -13,6 +13,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, SampledShare, child_wait_share, import_share
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
@@ -118,7 +119,8 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
 def _began_text(time: RunTime, startup_s: float, more: str = "") -> str:
     after = f"{duration_text(startup_s)} after the start{more}"
     if time.share("steps", "evaluation") > 0:
-        return f"Training began {after}: {_part_of_run(time)}"
+        what = "Training" if time.in_steps > 0 else "Evaluation"  # some scripts only apply a model
+        return f"{what} began {after}: {_part_of_run(time)}"
 
     return f"Training had not begun {after}"
 
@@ -233,13 +235,15 @@ def _evaluation(
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
     who = f" on {ranks_text(alone)}" if alone else ""
-    who += ", with what follows until the training goes on" if other_code else ""
+    who += ", with what follows until the training goes on" if other_code and time.in_steps > 0 else ""
     wait = "for which the others wait"
     if others >= _REPORTED_SHORT:
         wait = f"{factor_text(1 / others)} as long as on the others, which wait"
 
     who += f", {wait}" if alone else ""
-    if alone and other_code:
+    if time.in_steps == 0:
+        saved, advice = 0.0, _for_inference(other_code, gradients, facts)
+    elif alone and other_code:
         advice = f"Share {other_code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
     elif alone:
         advice = (
@@ -256,6 +260,20 @@ def _evaluation(
 
     finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", advice)
     return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
+
+
+def _for_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
+    """Return advice to a script that only applies a model: less of it would be less work done."""
+    if line is None:
+        return f"Apply the model to larger batches{gradients}, or in a lower precision."
+
+    loader = facts.loader or LoaderFacts()
+    is_of_samples = bool(loader.dataset) and line.function.startswith(f"{loader.dataset}.")
+    if loader.num_workers != 0 or not is_of_samples:
+        return f"Make {line.place} cheaper."
+
+    workers = f"workers of the DataLoader do it while the model computes ({loader.option('num_workers')})"
+    return f"Make {line.place} cheaper, or let {workers}."
 
 
 def _play(time: RunTime, line: BlamedLine | None) -> Finding:
