@@ -51,6 +51,16 @@ def test_set_up_between_trainings_is_no_work_of_every_nth_step(at, later):
     assert "Every" not in finding.summary + finding.next
 
 
+@pytest.mark.parametrize(("every", "is_set_up"), [(5, False), (40, True)])
+def test_the_inner_loops_of_meta_learning_are_no_trainings(every, is_set_up):
+    """Each task trains a copy of the model for 5 steps, after which the weights move towards it: in every 5th step."""
+    at = tuple(range(every - 1, 399, every))
+    (finding,) = findings(at, tuple(step + 1 for step in at), ms=120.0)
+
+    assert ("trainings" in finding.evidence) is is_set_up
+    assert (finding.evidence.get("every_n_steps") == every) is not is_set_up
+
+
 @pytest.mark.parametrize(("evaluation_s", "library"), [(2.0, None), (30.0, None), (2.0, "/lib/torch/nn/x.py:1 f")])
 def test_set_up_that_follows_an_evaluation_is_named(evaluation_s: float, library: str | None) -> None:
     """Its samples are those of the evaluation, which ends where the next training begins."""

@@ -24,6 +24,8 @@ __all__ = ["set_up_between"]
 
 MIN_BEGINS = 2
 """One training after another is no series: the second may be another phase of it."""
+FEWEST_STEPS = 20
+"""Fewer steps with an optimizer of their own are the inner loop of one training, as in meta-learning."""
 MOST_BEGINS = 0.6
 """Trainings with a set-up are at least this share of those that begin."""
 _PART = "other"
@@ -48,6 +50,9 @@ def set_up_between(
     """
     begins = np.intersect1d(facts.trainings_begin, window.steps)
     if len(begins) < MIN_BEGINS or facts.collects or _PART not in work.parts:
+        return [], {}
+
+    if np.median(np.diff(facts.trainings_begin)) < FEWEST_STEPS:
         return [], {}
 
     found = _set_up(window, work, begins)
