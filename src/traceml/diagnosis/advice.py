@@ -131,16 +131,18 @@ def for_copies(facts: JobFacts) -> str:
     )
 
 
-def for_iterator(called: str | None = None) -> str:
+def for_iterator(called: str | None = None, threads: BlamedLine | None = None) -> str:
     """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
 
     Args:
         called: library function in which most of the waiting was seen.
+        threads: the line in which other threads of the process are for most of their time, where it is known.
     """
     if called in _WAITS_FOR_OTHERS:
+        seen = "" if threads is None else f" (other threads of the process are mostly in {threads.place})"
         return (
-            "The thread or process that fills the queue does not keep up: make its batches cheaper, or let several "
-            "processes make them (an IterableDataset in a DataLoader with num_workers)."
+            f"The thread or process that fills the queue does not keep up: make its batches cheaper{seen}, or let "
+            "several processes make them (an IterableDataset in a DataLoader with num_workers)."
         )
 
     return (
@@ -244,6 +246,13 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) 
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
+    if _LOSS in line.function.lower():  # a loss cannot leave the loop
+        return (
+            f"Make {line.place} cheaper. If it computes the loss, use fewer operations, on whole tensors in place of "
+            "loops, or torch.compile: backward follows these operations, and gets cheaper with them. If it only "
+            "measures or logs, run it every n-th step. `traceml report --lines` shows the other lines."
+        )
+
     calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (
@@ -253,6 +262,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) 
     )
 
 
+_LOSS = "loss"
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
 
 

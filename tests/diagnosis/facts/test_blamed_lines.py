@@ -102,8 +102,32 @@ def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread():
     finding = found(Kind.INPUT_BOUND, waits, line("forward", "forward", 57), job=UNFED)
     read = found(Kind.INPUT_BOUND, line("input_wait", "read", 43), line("forward", "forward", 57), job=UNFED)
 
-    assert finding.next.startswith("The thread or process that fills the queue does not keep up")
+    assert finding.next.startswith("The thread or process that fills the queue does not keep up: make its batches ch")
+    assert "other threads" not in finding.next
     assert "in a thread while the model computes" in read.next
+
+
+def test_what_the_thread_that_fills_a_queue_does_is_named():
+    """The line that waits says nothing about why."""
+    library = "/lib/python3.11/threading.py:295 Condition.wait"
+    waits = SampledLine(0, "input_wait", "/home/me/train.py", 7, "main", library, 43)
+    usual = (waits, line("forward", "forward", 57))
+
+    finding = found(Kind.INPUT_BOUND, *usual, job=UNFED, thread_lines=(line("threads", "unpack", 40),))
+    several = [line("threads", name, 20) for name in ("unpack", "write_log", "watch")]
+    unknown = found(Kind.INPUT_BOUND, *usual, job=UNFED, thread_lines=several)
+
+    assert "make its batches cheaper (other threads of the process are mostly in train.py:7 unpack), or" in finding.next
+    assert "other threads" not in unknown.next
+
+
+@pytest.mark.parametrize(("function", "is_loss"), [("triplet_loss", True), ("Contrastive.loss", True), ("crop", False)])
+def test_a_loss_is_not_told_to_leave_the_training_loop(function, is_loss):
+    """It loops over pairs in Python, and backward takes as long for the graph of it."""
+    finding = found(Kind.RESIDUAL_HEAVY, line("other", function, 43), line("forward", "forward", 57))
+
+    assert ("out of the training loop" in finding.next) is not is_loss
+    assert ("backward follows these operations" in finding.next) is is_loss
 
 
 @pytest.mark.parametrize(
