@@ -370,6 +370,31 @@ def test_the_code_that_takes_most_of_forward_is_named():
     assert "net.py:12 Net.forward, which calls Conv2d._conv_forward" in found.summary
 
 
+@pytest.mark.parametrize(
+    ("library", "anomalies", "is_told"),
+    [
+        (None, False, True),
+        ("/lib/torch/nn/modules/conv.py:541 Conv2d._conv_forward", False, False),
+        (None, True, False),
+    ],
+)
+def test_a_loop_in_forward_is_told_before_threads_that_would_not_help(library, anomalies, is_told):
+    """Nodes of a graph are gathered one by one: each operation is too small for a second core."""
+    own = {"forward": 30.0, "backward": 20.0, "optimizer": 1.0, "other": 0.2}
+    lines = [
+        SampledLine(0, "forward", "/me/net.py", 12, "Aggregate.forward", library, 60),
+        SampledLine(0, "backward", "/me/net.py", 40, "main", ENGINE, 40),
+    ]
+
+    found = diagnose(
+        window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines, detects_anomalies=anomalies)
+    )[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert found.next.startswith("If net.py:12 Aggregate.forward loops in Python, use operations on") is is_told
+    assert ("loops in Python" in found.next) is is_told
+
+
 def test_steps_too_short_to_judge_are_said_to_be():
     """The loop's overhead is named, and nothing \"needs no fixing\"."""
     tiny = Job(

@@ -263,6 +263,8 @@ def _compute_bound(
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
     pause, after = _pauses(work, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
+    if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
+        faster = f"If {heavy[1].place} loops in Python, use operations on whole tensors. {faster}"
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
