@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, torch_share
+from traceml.database.schema import LINE_PHASES, LINE_THREADS
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, outside_line, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
@@ -131,15 +132,15 @@ def for_copies(facts: JobFacts) -> str:
     )
 
 
-def for_iterator(called: str | None = None, threads: BlamedLine | None = None) -> str:
+def for_iterator(facts: JobFacts, called: str | None = None) -> str:
     """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
 
     Args:
         called: library function in which most of the waiting was seen.
-        threads: the line in which other threads of the process are for most of their time, where it is known.
     """
     if called in _WAITS_FOR_OTHERS:
-        seen = "" if threads is None else f" (other threads of the process are mostly in {threads.place})"
+        threads = _in_threads(facts)
+        seen = f" ({threads})" if threads else ""
         return (
             f"The thread or process that fills the queue does not keep up: make its batches cheaper{seen}, or let "
             "several processes make them (an IterableDataset in a DataLoader with num_workers)."
@@ -149,6 +150,12 @@ def for_iterator(called: str | None = None, threads: BlamedLine | None = None) -
         "Make batches in other processes: an IterableDataset in a DataLoader with num_workers. Or fetch the next "
         "batch in a thread while the model computes."
     )
+
+
+def _in_threads(facts: JobFacts) -> str:
+    """Return in which line other threads of the process are for most of their time; empty if that is not known."""
+    line = outside_line(facts.thread_lines, LINE_PHASES[LINE_THREADS])
+    return "" if line is None else f"other threads of the process are mostly in {line.place}"
 
 
 def for_rollouts(line: BlamedLine | None) -> str:
@@ -239,6 +246,13 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) 
                 f"{line.place} waits there for answers of other processes: make what these do cheaper, or divide it "
                 "among more of them where cores are free; or ask them ahead of the step that needs the answers, so "
                 "that they work while the model trains."
+            )
+
+        if called in _WAITS_FOR_OTHERS and (threads := _in_threads(facts)):
+            return (
+                f"{line.place} waits there for another thread or process, and does not compute. {capitalized(threads)}"
+                ": if it waits for them, make that cheaper, or begin it ahead of the step that needs it. Processes (a "
+                "DataLoader with num_workers) do not wait for each other's Python code, as threads do."
             )
 
         return (

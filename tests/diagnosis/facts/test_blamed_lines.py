@@ -364,3 +364,27 @@ def test_a_thread_that_is_hardly_asleep_does_not_wait(run: float, waits: bool) -
     facts = JobFacts(lines=(sample, rest), wait_of_wall_time={0: 0.1}, wait_of_ready_time={0: 0.1 / (0.1 + run)})
 
     assert facts.waits_in("forward", BlamedLine("/x/train.py", 9, "sample", 0.8, 95)) is waits
+
+
+@pytest.mark.parametrize(
+    ("called", "threads", "is_named"),
+    [
+        ("/lib/threading.py:295 Condition.wait", ("decode",), True),
+        ("/lib/threading.py:295 Condition.wait", (), False),
+        (None, ("decode",), False),
+    ],
+    ids=["for a pool of threads", "for other processes", "for a sleep"],
+)
+def test_what_other_threads_do_is_named_where_the_training_waits_for_them(called, threads, is_named) -> None:
+    """The batches of each step are decoded in threads, whose lines are sampled, too."""
+    second = 1_000_000_000
+    waits = SampledLine(0, "other", "/x/train.py", 13, "main", called, 43, watched_ns=second, cpu_ns=0)
+    others = [line("threads", name, 40) for name in threads]
+
+    finding = found(Kind.RESIDUAL_HEAVY, waits, line("forward", "forward", 57), thread_lines=others)
+
+    assert finding.next.startswith("train.py:13 main waits there ")
+    assert ("Other threads of the process are mostly in train.py:7 decode: if it waits for them" in finding.next) is (
+        is_named
+    )
+    assert ("find out for what" in finding.next) is not is_named

@@ -9,14 +9,12 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.database.schema import LINE_PHASES, LINE_THREADS
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
     leading_lines,
     main_library,
-    outside_line,
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -465,10 +463,9 @@ def _iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding |
     phase_share = share * float(work.parts["other"].mean()) / step_ns
     line = own_line(facts.lines, "input_wait", phase_share, cost.ranks)
     called = main_library(facts.lines, "input_wait", line) if line else None
-    threads = outside_line(facts.thread_lines, LINE_PHASES[LINE_THREADS])
     summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}."
     evidence = line.evidence(phase_share) if line else {}
-    found = cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(called, threads), **evidence)
+    found = cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(facts, called), **evidence)
     return replace(found, phase="input_wait")
 
 
