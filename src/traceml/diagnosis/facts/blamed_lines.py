@@ -63,7 +63,7 @@ OWN_LINE_RATIO = 12
 
 _USER = Phase.USER.label
 _MODULE = "<module>"
-_TORCH = re.compile(r"(^|/)torch/")
+_TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
 _ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
