@@ -267,12 +267,16 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) 
             "measures or logs, run it every n-th step. `traceml report --lines` shows the other lines."
         )
 
+    is_of_loop = any(
+        each.part == "backward" and (each.file, each.function) == (line.file, line.function) for each in facts.lines
+    )
+    unless = ", unless it computes the loss," if is_of_loop else ""
     calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (
-        f"Make {line.place} cheaper{loss}, or take it out of the training loop: {_ELSEWHERE[bool(facts.loader)]}; "
-        f"metrics and logs can run every n-th step. {_READS if _is_on_cuda(facts) else ''}`traceml report --lines` "
-        "shows the other lines."
+        f"Make {line.place} cheaper{loss}, or{unless} take it out of the training loop: "
+        f"{_ELSEWHERE[bool(facts.loader)]}; metrics and logs can run every n-th step. "
+        f"{_READS if _is_on_cuda(facts) else ''}`traceml report --lines` shows the other lines."
     )
 
 

@@ -366,6 +366,16 @@ def test_a_thread_that_is_hardly_asleep_does_not_wait(run: float, waits: bool) -
     assert facts.waits_in("forward", BlamedLine("/x/train.py", 9, "sample", 0.8, 95)) is waits
 
 
+@pytest.mark.parametrize(("function", "is_of_loop"), [("main", True), ("crop", False)])
+def test_a_line_of_the_loop_itself_may_compute_the_loss(function, is_of_loop):
+    """The function of the line calls backward, too: its samples are in no function with a name of its own."""
+    lines = (line("other", function, 43), line("forward", "forward", 17), line("backward", "main", 40))
+    finding = found(Kind.RESIDUAL_HEAVY, *lines)
+
+    assert ("cheaper, or, unless it computes the loss, take it out of the training" in finding.next) is is_of_loop
+    assert ("cheaper, or take it out of the training loop" in finding.next) is not is_of_loop
+
+
 @pytest.mark.parametrize(
     ("called", "threads", "is_named"),
     [
