@@ -93,6 +93,15 @@ def test_a_period_is_found_among_steps_of_all_lengths(every):
     assert found[0].evidence["every_n_steps"] == every
 
 
+@pytest.mark.parametrize(("ms", "is_regular"), [(900, True), (130, False)])
+def test_few_long_steps_of_a_busy_host_are_regular_if_no_missing_core_explains_them(ms, is_regular):
+    """Five of 250 steps, after each epoch: what takes a few times as long on a busy host is not told by chance."""
+    starved = {"wait_of_ready_time": {0: 0.4}, "wait_of_wall_time": {0: 0.35}}
+    found = findings(Job(ranks=1, steps=250, grouped=False), adds("other", ms, every=45), **starved)
+
+    assert any(each.evidence.get("every_n_steps") == 45 for each in found) is is_regular
+
+
 def test_noise_at_the_same_distance_is_none_of_the_long_steps():
     """What a long step takes is told without steps that another program made a little longer."""
 

@@ -28,6 +28,8 @@ MIN_LONG_STEPS = 4
 """Fewer long steps have no period."""
 MIN_LONG_STEPS_OVERSUBSCRIBED = 8
 """With too few cores, where a quarter of the steps may be long by chance, some of which are at the same distance."""
+CLEAR_FACTOR, CLEAR_DISTANCE = 10.0, 20
+"""Unless each takes this many times longer than usual, so many steps apart: they are at one distance by no chance."""
 REGULAR_SHARE = 0.8
 """Long steps with another one at the same distance have this share of the time beyond the usual."""
 MIN_PART_SHARE = 0.5
@@ -86,10 +88,17 @@ def periodic_steps(
     if period is None or period.saved_ns < least_cost_ns(step_ns):
         return [], {}
 
-    if facts.oversubscribed and len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED:
+    may_be_chance = len(period.columns) < MIN_LONG_STEPS_OVERSUBSCRIBED and not _is_clear(work, period)
+    if facts.oversubscribed and may_be_chance:
         return [], {}
 
     return [_finding(work, facts, period, step_ns)], period.removed
+
+
+def _is_clear(work: OwnWork, period: _Period) -> bool:
+    """Return whether long steps are regular by no chance, and longer than a wait for a core makes them."""
+    longer = float(work.step[period.columns].min()) / max(float(np.median(work.step)), 1.0)
+    return longer >= CLEAR_FACTOR and period.every >= CLEAR_DISTANCE
 
 
 def _without_more_training(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
