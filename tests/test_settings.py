@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -341,3 +342,11 @@ def test_a_project_whose_tools_are_no_table_is_passed_over(tmp_path: Path) -> No
     """Somebody else's mistake in pyproject.toml does not stop a training."""
     (tmp_path / "pyproject.toml").write_text('tool = 3\nname = "traceml"\n')
     assert read({}, tmp_path).port == 29765
+
+
+@pytest.mark.parametrize("name", ["traceml.toml", "pyproject.toml"])
+def test_a_pipe_in_place_of_a_file_does_not_stop_its_reader(tmp_path: Path, name: str) -> None:
+    """It is an error with its path."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SettingsError, match=rf"{name}: cannot be read: it is not a regular file \(from {tmp_path}/"):
+        read({}, tmp_path)

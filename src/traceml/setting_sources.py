@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, get_origin
 
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
+from traceml.trusted_files import read_regular
 
 __all__ = [
     "ENV_PREFIX",
@@ -273,9 +275,16 @@ def _json_form(text: str, patterns: tuple[str, ...]) -> str:
 
 def _text_of(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+        return read_regular(path).decode()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        if error.errno == errno.EACCES or path.is_dir():
+            return None
+
+        raise SettingsError(
+            path.name, f"cannot be read: {error.strerror}", source=str(path), allowed="a TOML file"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(path.name, f"cannot be read: {error}", source=str(path), allowed="a TOML file") from error
 

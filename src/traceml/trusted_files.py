@@ -21,6 +21,7 @@ __all__ = [
     "create_trusted",
     "is_file_inside",
     "make_trusted_folder",
+    "open_regular",
     "open_trusted",
     "opened_trusted",
     "read_regular",
@@ -86,7 +87,7 @@ def open_trusted(path: Path, flags: int = os.O_RDONLY) -> int:
         PermissionError: it is a pipe, a device or a folder, or belongs to another user.
         OSError: it cannot be opened; a symbolic link is not followed.
     """
-    descriptor = _open_regular(path, flags | os.O_NOFOLLOW)
+    descriptor = open_regular(path, flags | os.O_NOFOLLOW)
     try:
         _check_owner(os.fstat(descriptor), path)
     except BaseException:
@@ -103,7 +104,7 @@ def read_regular(path: Path, most_bytes: int = _MAX_BYTES) -> bytes:
         PermissionError: it is a pipe, a device or a folder.
         OSError: it cannot be read, or is larger than `most_bytes`: a file with holes takes no room on a disk.
     """
-    with open(_open_regular(path, os.O_RDONLY), "rb") as file:
+    with open(open_regular(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > most_bytes:
             raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
 
@@ -194,7 +195,13 @@ def check_trusted_folder(folder: Path, *, private: bool = False) -> None:
         raise PermissionError(errno.EPERM, f"others may use it, its mode is {mode:04o}, not 0700", str(folder))
 
 
-def _open_regular(path: Path, flags: int) -> int:
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file of any user, also through links, and return its descriptor; it never waits.
+
+    Raises:
+        PermissionError: it is a pipe, a device or a folder.
+        OSError: it cannot be opened.
+    """
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor

@@ -151,6 +151,7 @@ def test_damaged_store_is_reported(runs_dir, capsys):
     ("damage", "told"),
     [
         (lambda path: path.unlink(), "is missing"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read (it is not a regular file)"),
         (lambda path: path.write_bytes(b""), "is damaged"),
         (lambda path: path.write_bytes(b"no database" * 100), "is damaged"),
         (lambda path: os.truncate(path, path.stat().st_size // 2), "is damaged"),

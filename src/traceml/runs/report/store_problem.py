@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from traceml.run_folder import STORE_NAME
+from traceml.trusted_files import open_regular
 
 __all__ = ["store_problem"]
 
@@ -20,7 +21,7 @@ _LARGEST_PAGE = 65536  # is written as 1
 def store_problem(run_dir: Path) -> str:
     """Return what is wrong with a run's store, `is missing` or `is damaged`; empty if nothing is seen."""
     try:
-        with (run_dir / STORE_NAME).open("rb") as file:
+        with open(open_regular(run_dir / STORE_NAME), "rb") as file:
             header, size = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         return "is missing"
