@@ -69,6 +69,18 @@ def test_a_limit_of_processes_is_named(command, capsys):
     assert "pids.max" not in capsys.readouterr().err
 
 
+def test_a_working_directory_that_was_removed(monkeypatch, capsys, tmp_path):
+    """The system's text names no folder; a missing file has its name."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+
+    assert cli.main(["sync"]) == cli.EXIT_ERROR
+    assert "hint: the working directory was removed" in capsys.readouterr().err
+
+    assert cli.main(["analyze", "x.pfw"]) == cli.EXIT_ERROR
+    assert "working directory" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "meant"),
     [

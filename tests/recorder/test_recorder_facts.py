@@ -41,3 +41,13 @@ def test_other_ranks_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     assert _collect() is None
+
+
+def test_a_working_directory_that_was_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The training goes on without one, and so does tracing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    tmp_path.rmdir()
+    config = Config()
+
+    assert process_facts(identify(config), config)["folder"] == ""

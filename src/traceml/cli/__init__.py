@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_ERROR
 
         _print_error(f"{_title(args)}: {error}")
+        if error.errno == errno.ENOENT and error.filename is None:  # of getcwd, which has no file to name
+            _print_error("hint: the working directory was removed: change to another one")
         if error.errno == errno.EAGAIN:  # of fork: the system's text names no limit
             _print_error("hint: raise the limit of processes and threads (`ulimit -u`, or the container's pids.max)")
 

@@ -19,6 +19,7 @@ __all__ = [
     "is_package_file",
     "is_starter",
     "is_user_file",
+    "working_folder",
 ]
 
 _DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
@@ -77,6 +78,14 @@ def display_path(path: str) -> str:
         return path
 
     return path if cell is None else str(cell[1])
+
+
+def working_folder() -> str:
+    """Return the working directory; empty where it was removed, which a running program does not notice."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return ""
 
 
 def _nothing() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import PACKED
 from traceml.fail_open import fail_open
 from traceml.inspection.git_head import git_head, repository_folders
+from traceml.inspection.user_files import working_folder
 from traceml.privacy import secrets_only
 from traceml.recorder.identity import Identity
 from traceml.recorder.network_topology import switches_above
@@ -109,7 +110,7 @@ def _git(identity: Identity, config: Config) -> dict[str, dict[str, str]]:
     found: dict[str, str] = {}
     if config.track_git and identity.rank_identity.rank == 0:
         with fail_open(_log, "recorder", "the git commit of the script is not known"):
-            found = git_head(repository_folders(sys.argv[0] if sys.argv else "", Path.cwd()))
+            found = git_head(repository_folders(sys.argv[0] if sys.argv else "", Path(working_folder())))
 
     return {"git": found} if found else {}
 
@@ -123,7 +124,7 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
         "traceml": __version__,
         "executable": sys.executable,
         "argv": secrets_only().mask_value("argv", sys.argv[:64]),
-        "folder": str(Path.cwd()),
+        "folder": working_folder(),
         "rank_from": identity.rank_identity.source,
         "cores": len(os.sched_getaffinity(0)),
         "machine_cores": os.cpu_count(),
@@ -145,7 +146,8 @@ def _to_collect(identity: Identity, config: Config) -> dict[str, Any]:
     if identity.rank_identity.rank != 0 or config.backend or config.collectors:
         return {}
 
-    path = [os.path.abspath(each) for each in sys.path[:_MAX_PATHS]]  # noqa: PTH100 - no Path for each
+    folder = working_folder()
+    path = [os.path.normpath(f"{folder}/{each}" if each[:1] != "/" else each) for each in sys.path[:_MAX_PATHS]]
     return {
         "collect": {
             "names": wanted_collectors(config),

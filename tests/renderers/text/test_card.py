@@ -358,3 +358,15 @@ def test_restarts_and_waiting_steps_are_on_the_card():
 
     assert " Restarted once: rank 1, RuntimeError at step 30 (lost 12 s)\n" in text
     assert " 1,234 steps are not stored: they wait in this host's memory; `traceml sync`\n stores them\n" in text
+
+
+def test_the_card_in_a_working_directory_that_was_removed(tmp_path, monkeypatch):
+    """A training may remove its own; the card names the run by its folder."""
+    folder, gone = tmp_path / "traceml_runs" / "20250102-030405-a", tmp_path / "gone"
+    folder.mkdir(parents=True)
+    gone.mkdir()
+    (folder / "report.json").write_text(slow_rank().to_json())
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    assert printed(folder / "report.json")[-1] == f" Command traceml report {folder}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from traceml.formatting import (
     rate_text,
     short_label,
 )
+from traceml.inspection.user_files import working_folder
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport, plain_console
 from traceml.renderers.views import (
@@ -124,7 +126,8 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
 
 def _name_of(run_dir: Path) -> str:
     """Return the run for a command line: its id in the default folder of runs, else its path."""
-    return run_dir.name if run_dir.parent == Path("traceml_runs").resolve() else str(run_dir)
+    default = Path(working_folder() or os.sep, "traceml_runs").resolve()
+    return run_dir.name if run_dir.parent == default else str(run_dir)
 
 
 def _top(view: RunView, width: int, viewport: Viewport) -> Text:

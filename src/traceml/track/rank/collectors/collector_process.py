@@ -22,6 +22,7 @@ import msgpack
 from traceml.errors import PluginError
 from traceml.fail_open import fail_open
 from traceml.helper_programs import end_process
+from traceml.inspection.user_files import working_folder
 
 __all__ = ["CollectorProcess"]
 
@@ -52,8 +53,8 @@ class CollectorProcess:
         self._on_row = on_row
         self._pid = os.getpid()
         self._first_readings = threading.Event()
-        path = [str(Path(each).absolute()) for each in sys.path]
-        argv, folder = list(sys.argv), str(Path.cwd())
+        argv, folder = list(sys.argv), working_folder()
+        path = [str(Path(folder, each)) for each in sys.path]
         facts = {"script": argv[0] if argv else "", "folder": folder, "argv": argv, "executable": sys.executable}
         request = {
             "collectors": list(collectors),
