@@ -114,7 +114,7 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
         traceml.log_image("noise", numpy.random.rand(64, 64))
         traceml.log_image("shape", numpy.zeros((2, 2, 2, 2)))
         traceml.log_image("small", numpy.zeros((4, 4)))
-        for wrong in ("nowhere", "/dev/null"):
+        for wrong in ("nowhere", "/dev/null", ""):
             try:
                 traceml.log_artifact(wrong)
             except OSError as error:
@@ -126,6 +126,7 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
     assert process.returncode == 0, err
     assert "nowhere" in out
     assert "is not a regular file" in out
+    assert "the path is empty" in out
     assert err.count("is not logged") == 3
     stored = ended_run(tmp_path / "traceml_runs")
     assert [row["name"] for row in stored.of("image")] == ["small"]
@@ -176,6 +177,8 @@ def test_the_working_folder(script: Script, tmp_path: Path) -> None:
         pathlib.Path("data/inner/b.txt").write_text("b")
         pathlib.Path("traceml_runs").mkdir(mode=0o700)
         pathlib.Path("traceml_runs/model.pt").write_text("the user's own")
+        pathlib.Path("traceml_runs/.flights").mkdir(mode=0o700)
+        pathlib.Path("traceml_runs/.flights/1-2-journal").write_text("of another rank")
         traceml.init(local=True)
         traceml.log_metric("x", 1)
         traceml.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from traceml.database.flight.flight_folders import FALLBACK_FOLDER
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.uploads import FileUpload
 from traceml.run_folder import OPEN_FOLDER, STORE_NAME
@@ -23,6 +25,7 @@ __all__ = ["artifact", "base_name", "histogram", "image", "text", "wait"]
 
 _INLINE_CHARS = 1 << 20
 _FOLDER_FILES = 10_000
+_OWN_FOLDERS = {OPEN_FOLDER, FALLBACK_FOLDER}  # in the runs folder, beside the runs
 
 
 def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 0) -> None:
@@ -81,6 +84,9 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
     if _recorder(logger) is None:
         return
 
+    if not os.fspath(path):
+        raise FileNotFoundError(errno.ENOENT, "the path is empty; the working directory is '.'", "")
+
     where = Path(path)
     if not where.is_dir():
         _log_file(logger, where, name or where.name)
@@ -103,7 +109,7 @@ def base_name(path: Path) -> str:
 
 
 def _files_in(folder: Path, recorder: Recorder) -> Iterator[Path]:
-    """Yield the files in a folder, without those of runs in the runs folder: this run's own change meanwhile."""
+    """Yield the files in a folder, without traceml's own in the runs folder: those of this run change meanwhile."""
     own = {os.path.realpath(recorder.config.runs_dir)}
     if recorder.run_dir is not None:
         own.add(os.path.realpath(recorder.run_dir.parent))
@@ -111,7 +117,7 @@ def _files_in(folder: Path, recorder: Recorder) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         if os.path.realpath(parent) in own:
             folders[:] = [
-                each for each in folders if each != OPEN_FOLDER and not Path(parent, each, STORE_NAME).exists()
+                each for each in folders if each not in _OWN_FOLDERS and not Path(parent, each, STORE_NAME).exists()
             ]
 
         yield from (path for each in names if (path := Path(parent, each)).is_file())
