@@ -138,6 +138,24 @@ def test_names_of_plugins(quick, capsys, monkeypatch):
     assert "Did you mean 'mlflow'?" in notes[0]
 
 
+def test_options_of_trackers(quick, capsys, monkeypatch, tmp_path):
+    """Tables of no tracker, and options that a tracker lacks, are notes, also where no tracker is used."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traceml.toml").write_text(
+        '[backends.mlfow]\n[backends.wandb]\nmod = "offline"\n[backends.aim]\nrepo = "x"\n[backends."my:Own"]\na = 1\n'
+    )
+
+    assert cli.main(["doctor"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    found = [(line, lines[at + 1].strip()) for at, line in enumerate(lines) if " plugins " in line]
+    (unknown, hint), (option, place) = found
+    assert "no tracker 'mlfow'. Did you mean 'mlflow'?" in unknown
+    assert hint == "correct, unless your script registers 'mlfow'"
+    assert "backend 'wandb' has no option 'mod'" in option
+    assert place == f"correct [backends.wandb] in {tmp_path}/traceml.toml"
+
+
 def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):
     """A runs folder that cannot be created is broken, with the way out."""
     (tmp_path / "taken").touch()

@@ -64,3 +64,24 @@ def test_a_wrong_name_is_told_with_its_source(script: Script) -> None:
 
     assert process.returncode == 0, err
     assert "there is no tracker 'nope' (from TRACEML_BACKEND); nothing is delivered to it. Available: aim, " in err
+
+
+def test_options_of_no_tracker_are_told(tmp_path: Path, script: Script) -> None:
+    """A misspelled table, or key of `options`, is said once each; a tracker that is not used here may have options."""
+    (tmp_path / "traceml.toml").write_text('[backends.mlfow]\ntracking_uri = "x"\n[backends.aim]\nrepo = "x"\n')
+    process = script(
+        """
+        import traceml
+        for name in "ab":
+            with traceml.Experiment(name, backend="jsonl", options={"jsnol": {}, "my_package:Own": {}}) as experiment:
+                experiment.log_metric("x", 1)
+        """
+    )
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, err
+    told = [line for line in err.splitlines() if "are not used" in line]
+    assert [line.partition(" Available")[0] for line in told] == [
+        "the options of 'jsnol' are not used: there is no tracker 'jsnol'. Did you mean 'jsonl'?",
+        "the options of 'mlfow' are not used: there is no tracker 'mlfow'. Did you mean 'mlflow'?",
+    ]

@@ -23,6 +23,7 @@ from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import check_name
+from traceml.track.rank.announcement import check_backend
 from traceml.version import __version__
 
 __all__ = ["Check", "Setting", "all_checks", "setting_values"]
@@ -110,8 +111,8 @@ def _origins(config: Config) -> str:
 
 
 def _plugins(config: Config) -> Iterator[Check]:
-    """Check the names of plugins; none is imported."""
-    wanted = [(PluginType.BACKEND, name) for name in config.backend]
+    """Check the names of plugins, and the options of the trackers; none that is not built in is imported."""
+    wanted = [(PluginType.BACKEND, name) for name in dict.fromkeys((*config.backend, *config.backend_options))]
     wanted += [(PluginType.FRAMEWORK, name) for name in config.frameworks]
     wanted += [(PluginType.COLLECTOR, name) for name in config.collectors]
     for kind, name in wanted:
@@ -119,6 +120,15 @@ def _plugins(config: Config) -> Iterator[Check]:
             check_name(kind, name)
         except PluginError as error:
             yield Check("plugins", "note", str(error), f"correct, unless your script registers {name!r}")
+            continue
+
+        try:
+            if kind is PluginType.BACKEND:
+                check_backend(name, config.backend_options.get(name, {}))
+        except PluginError as error:
+            yield Check(
+                "plugins", "note", str(error), f"correct [backends.{name}] in {config.sources['backend_options']}"
+            )
 
 
 def _installation(folder: Path, command: str | None) -> Check:

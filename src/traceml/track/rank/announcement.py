@@ -11,17 +11,28 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceml import settings
-from traceml.errors import UsageError
+from traceml.errors import PluginError, UsageError
+from traceml.inspection.user_files import working_folder
 from traceml.installation import install_command, unsupported
 from traceml.privacy import secrets_only
 from traceml.track.rank.tracker_places import place_options
 from traceml.track.wandb_sweep import variables
 
-__all__ = ["PER_EXPERIMENT", "ChosenTrackers", "announcement", "check_backends", "choose_trackers", "refuse_secrets"]
+if TYPE_CHECKING:
+    from traceml.track.plugins.plugin_metadata import PluginMetadata
+
+__all__ = [
+    "PER_EXPERIMENT",
+    "ChosenTrackers",
+    "announcement",
+    "check_backend",
+    "check_backends",
+    "choose_trackers",
+    "refuse_secrets",
+]
 
 _log = logging.getLogger("traceml")
 _warned: set[str] = set()
@@ -60,8 +71,8 @@ def announcement(
         "backoff_factor": config.backoff_factor,
         "max_backoff": config.max_backoff,
         "registered": registered(PluginType.BACKEND),
-        "sys_path": [entry or str(Path.cwd()) for entry in sys.path],
-        "folder": str(Path.cwd()),
+        "sys_path": [entry or working_folder() for entry in sys.path],
+        "folder": working_folder(),
         "environ": variables(),
         "source": sys.argv[0] if sys.argv else "",
         "user": _user() if config.track_env else "",
@@ -136,12 +147,37 @@ def _place_of(uri: str) -> str:
 def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]], *, source: str = "") -> None:
     """Report wrong names, wrong options and missing libraries before the training starts.
 
-    A missing library is only a warning: it may be installed where the aggregator runs.
+    A missing library is only a warning: it may be installed where the aggregator runs. So are options under a name
+    that no tracker has.
 
     Args:
         backends: their names.
-        options: their options by name.
+        options: their options by name; also of trackers that are not used here.
         source: where the names were set, for the text about a wrong one that is passed over.
+
+    Raises:
+        PluginError: there is no such backend, or an option is wrong; the text lists what exists.
+    """
+    for backend in sorted(options.keys() - {*backends}):
+        _warn_of_unknown(backend)
+
+    for backend in backends:
+        metadata = check_backend(backend, options.get(backend, {}), source=source)
+        if metadata is not None and backend not in _warned and metadata.missing():
+            _warned.add(backend)
+            _log.warning(
+                "%s is not installed here: %s. What is logged is kept: install it, then run `traceml sync`.",
+                backend, unsupported(backend) or install_command(backend),
+            )  # fmt: skip
+
+
+def check_backend(backend: str, given: Mapping[str, Any], *, source: str = "") -> PluginMetadata | None:
+    """Check the name and the options of one tracker; return the metadata of a built-in one.
+
+    Args:
+        backend: its name.
+        given: its options.
+        source: where the name was set, for the text about a wrong one that is passed over.
 
     Raises:
         PluginError: there is no such backend, or an option is wrong; the text lists what exists.
@@ -150,24 +186,28 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
     from traceml.track.plugins.plugin_metadata import PluginType
     from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata, check_name
 
-    for backend in backends:
-        given = options.get(backend, {})
-        DeliveryFilter.of((), (), given)
-        if fallback := given.get("fallback"):
-            check_name(PluginType.BACKEND, str(fallback))
+    DeliveryFilter.of((), (), given)
+    if fallback := given.get("fallback"):
+        check_name(PluginType.BACKEND, str(fallback))
 
-        check_name(PluginType.BACKEND, backend, source=source)
-        metadata = backend_metadata(backend) if backend in BUILT_IN[PluginType.BACKEND] else None
-        if metadata is None:
-            continue
-
+    check_name(PluginType.BACKEND, backend, source=source)
+    metadata = backend_metadata(backend) if backend in BUILT_IN[PluginType.BACKEND] else None
+    if metadata is not None:
         metadata.check_options(backend_options(given))
-        if backend not in _warned and metadata.missing():
-            _warned.add(backend)
-            _log.warning(
-                "%s is not installed here: %s. What is logged is kept: install it, then run `traceml sync`.",
-                backend, unsupported(backend) or install_command(backend),
-            )  # fmt: skip
+
+    return metadata
+
+
+def _warn_of_unknown(backend: str) -> None:
+    from traceml.track.plugins.plugin_metadata import PluginType
+    from traceml.track.plugins.plugin_registry import check_name
+
+    try:
+        check_name(PluginType.BACKEND, backend)
+    except PluginError as error:
+        if f"options {backend}" not in _warned:
+            _warned.add(f"options {backend}")
+            _log.warning("the options of %r are not used: %s", backend, error)
 
 
 def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
