@@ -209,23 +209,27 @@ def test_the_settings_trackers_get_everything_without_any_init(script: Script, t
 
 
 def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path: Path) -> None:
-    """Each has a run of its own, with nothing of the other's in it; a mere call after a shutdown does nothing."""
-    finish(
-        script("""
+    """Each has a run of its own, with nothing of the other's in it; a mere call after a shutdown only warns."""
+    process = script(
+        """
         import traceml
         for name in ("first", "second"):
             with traceml.Experiment(name, backend="jsonl"):
                 traceml.log_metric(name, 1)
             traceml.shutdown()
             traceml.log_metric("late", 1)
+            traceml.log_metric("late", 2)
         front = traceml.Orchestrator()
         front.start()
         print(front.health()["state"])
         front.stop()
         front.stop()
         print(front.health()["state"])
-        """)
+        """
     )
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert err.count("what is logged from now on is not recorded") == 1
 
     def is_over() -> list[Stored]:
         runs = [Stored(run_dir) for run_dir in runs_in(tmp_path / "traceml_runs")]

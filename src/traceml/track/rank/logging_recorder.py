@@ -18,6 +18,7 @@ from traceml.recorder.run_notices import announce
 __all__ = ["recorder_for_logging"]
 
 _log = logging.getLogger("traceml")
+_has_warned = False
 
 
 def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | None = None) -> Recorder | None:
@@ -34,6 +35,9 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
     """
     recorder = state.recorder
     if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
+        if recorder.is_over:
+            _warn_of_end()
+
         return recorder if recorder.enabled else None
 
     if lifecycle.is_helper_process() or sys.is_finalizing():
@@ -59,3 +63,14 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
         return None
 
     return recorder if recorder.enabled else None
+
+
+def _warn_of_end() -> None:
+    """Log once that a value is lost: a script may log in an `atexit` function, of which ours may come first."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        _log.warning(
+            "what is logged from now on is not recorded: the run has ended, by traceml.shutdown() or with the script. "
+            "A new Experiment begins another run"
+        )
