@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_a_working_directory_that_was_removed(monkeypatch, capsys, tmp_path):
 
     assert cli.main(["analyze", "x.pfw"]) == cli.EXIT_ERROR
     assert "working directory" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_names_that_the_locale_lacks_are_escaped(command, monkeypatch, errors):
+    """A name of a trace or a run may have any character."""
+    command(lambda _argv: print("loss/\N{GREEK SMALL LETTER ALPHA}") or 0)
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii", errors=errors))
+
+    assert cli.main(["probe"]) == cli.EXIT_OK
+    assert printed.getvalue() == b"loss/\\u03b1\n"
 
 
 @pytest.mark.parametrize(

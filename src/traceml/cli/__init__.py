@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
+    _escape_what_the_locale_lacks()
     try:
         status = _dispatch(args)
         sys.stdout.flush()  # raises here if the reader is gone, not while the interpreter exits
@@ -108,6 +109,13 @@ def _open_standard_streams() -> None:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for the process's life
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _escape_what_the_locale_lacks() -> None:
+    """Have names that standard output's encoding lacks written as escapes, as on standard error, not raise."""
+    is_default = getattr(sys.stdout, "errors", "") in ("strict", "surrogateescape")  # the latter in the C locale
+    if is_default and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(args: list[str]) -> int:
