@@ -14,6 +14,8 @@ import pytest
 from traceml.errors import AggregatorUnavailableError, TraceMLError
 from traceml.settings import load
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
+from traceml.transport.client import Connection, connect
+from traceml.transport.hello import Hello
 
 COMPUTES, WAITS = "while True: sum(range(10**5))", "input()"
 
@@ -105,3 +107,23 @@ def test_an_aggregator_that_hangs_is_given_up(late: LateAggregator) -> None:
         late._connect_at_end()
 
     assert late.tries == 1
+
+
+class Refusing(AggregatorProcess):
+    """An aggregator that could not make the store, as on a full disk: it has no run of this id."""
+
+    def _connect(self, timeout_s: float, **options: object) -> Connection:
+        hello = Hello(role="client", run="another-run")
+        return connect("127.0.0.1", self.port, hello, self.token, timeout_s=timeout_s)
+
+
+def test_a_refused_end_names_no_command_of_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says what that means for the run."""
+    serving = Refusing("a-run", tmp_path)
+    serving.start()
+    try:
+        assert not serving.finish([], 0)
+    finally:
+        serving.close()
+
+    assert caplog.messages == ["the run is not complete: the aggregator answers: there is no run 'another-run' here"]

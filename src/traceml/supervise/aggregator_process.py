@@ -300,7 +300,7 @@ class AggregatorProcess(RestartingProcess):
             except OSError:  # a TimeoutError, or the connection broke
                 return None
             except TraceMLError as error:
-                _log.warning("%s", error)
+                _log.warning("the run is not complete: %s", error)
                 return False
 
             with contextlib.suppress(TraceMLError, OSError):

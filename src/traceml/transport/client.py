@@ -244,7 +244,7 @@ class Connection:
                     if message["t"] != "reply" or message.get("id") != number:
                         kept.append(message)
                     elif "error" in message:
-                        raise TraceMLError(f"the aggregator's command {name!r} failed: {message['error']}")
+                        raise TraceMLError(f"the aggregator answers: {message['error']}")
                     else:
                         return message
         finally:

@@ -368,7 +368,7 @@ class RowSender:
                 self._warn_once(
                     "missing",
                     f"no aggregator answers yet (%s); {self._kept} until one does",
-                    error.reason,
+                    error.reason.rstrip("."),
                 )
             self._retry_after(self._pause_s)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
