@@ -33,6 +33,9 @@ def coerce(kind: Any, value: Any, limits: Limits) -> Any:
 
 
 def _convert(kind: Any, value: Any, limits: Limits) -> Any:
+    if get_origin(kind) is dict:
+        names, inner = get_args(kind)
+        return _map(names, inner, value, limits)
     if words := next((each for each in get_args(kind) if get_origin(each) is Literal), None):  # a word, or a value
         if isinstance(value, str) and value.strip().lower() in get_args(words):
             return value.strip().lower()
@@ -47,8 +50,6 @@ def _convert(kind: Any, value: Any, limits: Limits) -> Any:
     origin = get_origin(kind)
     if origin is tuple:
         return _texts(value)
-    if origin is dict:
-        return _map(get_args(kind)[1], value, limits)
     if origin is Literal:
         text = value.lower() if isinstance(value, str) else value
         return text if text in get_args(kind) else BAD
@@ -101,7 +102,7 @@ def _texts(value: Any) -> Any:
     return BAD
 
 
-def _map(kind: Any, value: Any, limits: Limits) -> Any:
+def _map(names: Any, kind: Any, value: Any, limits: Limits) -> Any:
     if isinstance(value, str):
         value = _json(value) if value.strip() else {}
     if not isinstance(value, Mapping):
@@ -110,7 +111,7 @@ def _map(kind: Any, value: Any, limits: Limits) -> Any:
     result: dict[str, Any] = {}
     for key, each in value.items():
         inner = _number(float, each, limits) if kind is float else each if isinstance(each, dict) else BAD
-        if not isinstance(key, str) or inner is BAD:
+        if not isinstance(key, str) or key not in (get_args(names) or (key,)) or inner is BAD:
             return BAD
 
         result[key] = inner
@@ -127,6 +128,9 @@ def _json(text: str) -> Any:
 def allowed(kind: Any, limits: Limits) -> str:
     """Return what `coerce` accepts, in words."""
     inner = get_args(kind)
+    if get_origin(kind) is dict:
+        names = f"names ({', '.join(get_args(inner[0]))})" if get_args(inner[0]) else "names"
+        return f"a map (JSON) of {names} to {'tables' if inner[1] is not float else allowed(float, limits)}"
     if words := next((each for each in inner if get_origin(each) is Literal), None):
         return f"{allowed(next(each for each in inner if each is not words), limits)}, or {allowed(words, limits)}"
     if type(None) in inner:
@@ -135,8 +139,6 @@ def allowed(kind: Any, limits: Limits) -> str:
         return " or ".join(inner)
     if get_origin(kind) is tuple:
         return "a list of strings (comma-separated or JSON)"
-    if get_origin(kind) is dict:
-        return f"a map (JSON) of names to {'tables' if inner[1] is not float else allowed(float, limits)}"
     if kind in (int, float):
         return _range("an integer" if kind is int else "a number", limits)
 

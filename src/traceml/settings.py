@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROFILE_AFTER_S",
     "Config",
+    "SamplerName",
     "Settings",
     "declarations",
     "load",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 
+SamplerName = Literal["gpu", "host", "host_limits", "limits", "loader_workers", "process", "torch_memory"]
 PROFILE_AFTER_S = 60
 """Value of `profile_on_finding` where a command turns it on, seconds."""
 
@@ -157,7 +159,7 @@ class Config:
         low=0,
     )
     sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
-    sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
+    sampler_intervals: dict[SamplerName, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
     stack_interval: float = _set(
         0.1,
         "Seconds between samples of the line that the training thread, or a loader worker, runs; 0 turns them off.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
@@ -12,6 +13,7 @@ from traceml.fail_open import failures
 from traceml.samplers import sampler_selection
 from traceml.samplers.base import Sampler
 from traceml.samplers.sampler_selection import open_samplers
+from traceml.settings import SamplerName
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,10 @@ def test_each_table_of_a_sampler_is_sampled() -> None:
 
     assert len(own) >= 7
     assert {each.table.name for each in own} <= {table.name for table in SAMPLED_TABLES}
+
+
+def test_each_sampler_may_have_an_interval() -> None:
+    """The setting names all of them: a name that none has is refused."""
+    own = {each.name for each in _all_samplers() if each.__module__.startswith("traceml.")}
+
+    assert own == {*get_args(SamplerName)}
