@@ -160,7 +160,7 @@ class RankTracing:
             samplers,
             lambda table, row: flight.ring(table).append(*row),
             interval_s=self._config.sample_interval,
-            intervals_s={**self._config.sampler_intervals},
+            intervals_s={str(name): each for name, each in self._config.sampler_intervals.items()},
             on_error=self._note_failed_sampler,
         )
 
