@@ -121,11 +121,12 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A run with a report, one with a store alone, one that runs, one without steps, and a damaged one."""
+    """A run with a report, one with a pipe in its place, one that runs, one without steps, and a damaged one."""
     folder = tmp_path / "runs"
     store_run(folder / "reported", Job(steps=60))
     save_report(folder / "reported", build_report(folder / "reported"))
     store_run(folder / "stored", Job(steps=60))
+    os.mkfifo(folder / "stored" / "report.json")
     store_run(folder / "running", Job(steps=60), facts={"state": "running", "ended": None})
     store_run(folder / "empty", Job(steps=0))
     (folder / "damaged").mkdir()

@@ -24,6 +24,7 @@ from traceml.runs.find import run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import Report, RunSection
+from traceml.trusted_files import read_regular
 
 __all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "parquet_library", "partition_of"]
 
@@ -120,7 +121,7 @@ class FleetDataset:
     def _is_known(self, run_dir: Path) -> bool:
         path = run_dir / REPORT_NAME
         try:
-            run = msgspec.json.decode(path.read_bytes(), type=_RunOfReport).run
+            run = msgspec.json.decode(read_regular(path), type=_RunOfReport).run
             return self.path_of(run).stat().st_mtime_ns >= path.stat().st_mtime_ns
         except (OSError, msgspec.DecodeError):
             return False
