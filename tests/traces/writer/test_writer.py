@@ -74,12 +74,13 @@ def test_spans_nest_and_adjoin(tmp_path):
         assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
 
 
-def test_decorator(tmp_path):
+@pytest.mark.parametrize("is_called", [True, False])
+def test_decorator(tmp_path, is_called):
     """A decorated function is a span with its own or a given name, and keeps its metadata."""
     path = tmp_path / "trace.pfw"
     with traces.Writer(path) as trace:
 
-        @trace.trace()
+        @(trace.trace() if is_called else trace.trace)
         def load(a, b=1):
             """Load."""
             return a + b

@@ -19,7 +19,7 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from traceml.clock import clock_pair, monotonic_ns
 from traceml.traces.writer.blocks import BlockWriter, TraceWriterStatistics
@@ -138,8 +138,12 @@ class Writer:
         """
         return Span(self._write_span, name, cat, args)
 
-    def trace(self, name: str | None = None, /, cat: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Return a decorator that writes a span for each call of a function.
+    @overload
+    def trace(self, name: Callable[P, R], /) -> Callable[P, R]: ...
+    @overload
+    def trace(self, name: str | None = None, /, cat: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def trace(self, name: Any = None, /, cat: str = "") -> Any:
+        """Return a decorator that writes a span for each call of a function; it is one itself, as `traceml.trace`.
 
         Calls of a coroutine function overlap on their thread: each is a pair of events (ph b, e) on a track of its own.
 
@@ -147,6 +151,8 @@ class Writer:
             name: name of the span; the name of the function by default.
             cat: category.
         """
+        if callable(name):
+            return self.trace()(name)
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             called = name or function.__qualname__
