@@ -126,6 +126,20 @@ def test_a_resumed_training_has_the_steps_of_this_run(tmp_path):
     assert report["ranks"][0]["exit"]["last_step"] == 5_099
 
 
+def test_a_number_that_no_step_has_yet_is_not_counted(tmp_path):
+    """The script gave it after its last step so far; the second rank has trained on from it."""
+    writer = open_store(tmp_path / "run")
+    for rank, rows in enumerate(rows_of(Job(steps=100))):
+        rows["step"][60:] += 5_000 * rank
+        add_info(writer, add_rank(writer, rank, rows), kind="resumed", step=[100, 60][rank] + 5_000, before=5_000)
+
+    writer.close()
+
+    report = report_on(tmp_path / "run")
+
+    assert [rank["steps"] for rank in report["ranks"]] == [100, 100]
+
+
 def test_a_killed_rank_is_reported_with_all_that_is_known(tmp_path):
     """Signal as a number, last step, open phase; the rank has rows to its end."""
     writer = open_store(tmp_path / "run", state="failed")

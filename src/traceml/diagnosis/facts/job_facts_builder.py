@@ -65,7 +65,8 @@ class JobFactsBuilder:
         self.save_folders: dict[int, str] = {}
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
-        self.steps_before: dict[int, int] = {}
+        # Rank -> (step, steps that its number and later ones count but this run has not seen), oldest first.
+        self._resumed: dict[int, list[tuple[int, int]]] = {}
         """Steps of each rank in the training that it resumes, which its own numbers include."""
         self.resumes_at = 0
         """Steps in the checkpoint that this attempt has read, whatever its ranks count."""
@@ -139,8 +140,11 @@ class JobFactsBuilder:
             self.exits[rank] = reported
 
     def _take_resumed(self, rank: int, row: Mapping[str, Any]) -> None:
-        if isinstance(row.get("before"), int):
-            self.steps_before[rank] = row["before"]
+        step, before = row.get("step", 0), row.get("before")
+        if isinstance(step, int) and isinstance(before, int):
+            known = self._resumed.setdefault(rank, [])
+            if not known or known[-1][1] != before:  # a script may number each step
+                known.append((step, before))
 
     def _take_joined(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("step"), int):
@@ -293,10 +297,14 @@ class JobFactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = merged_exits(before, ended) if before else ended
 
+    def steps_before(self, rank: int, last_step: int) -> int:
+        """Return how many of the numbers up to a rank's last step are of no step of this run."""
+        return next((before for step, before in reversed(self._resumed.get(rank, ())) if step <= last_step), 0)
+
     @property
     def counted_before(self) -> int:
         """Steps of the training before those of this attempt, where its ranks count from 0."""
-        return 0 if self.steps_before else self.resumes_at
+        return 0 if self._resumed else self.resumes_at
 
     @property
     def is_grouped(self) -> bool:
@@ -368,7 +376,7 @@ class JobFactsBuilder:
 
     def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
         """Return how a rank ended, with what is known of its steps."""
-        is_new = rank in self._read_first and rank not in self.steps_before and not self.resumes_at
+        is_new = rank in self._read_first and rank not in self._resumed and not self.resumes_at
         return replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs, counts_anew=is_new)
 
     def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:

@@ -107,7 +107,8 @@ def steps_of(summary: RunSummaryReader, rank: int, latest: Ints) -> int:
     if rank >= len(latest) or latest[rank] < 0:
         return 0
 
-    return int(latest[rank]) + 1 - summary.facts_builder.steps_before.get(rank, 0)
+    last = int(latest[rank])
+    return last + 1 - summary.facts_builder.steps_before(rank, last)
 
 
 def _per_second(summary: RunSummaryReader) -> float | None:
