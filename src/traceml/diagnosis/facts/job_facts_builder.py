@@ -67,7 +67,6 @@ class JobFactsBuilder:
         self.skipped = SkippedSteps()
         # Rank -> (step, steps that its number and later ones count but this run has not seen), oldest first.
         self._resumed: dict[int, list[tuple[int, int]]] = {}
-        """Steps of each rank in the training that it resumes, which its own numbers include."""
         self.resumes_at = 0
         """Steps in the checkpoint that this attempt has read, whatever its ranks count."""
         self.losses, self.batches = LossHistory(), BatchHistory()
