@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traceml.track.backends import clearml, mlflow, wandb
-from traceml.track.backends.safe_names import flattened, merged_tags, plain_value, safe_name
+from traceml.track.backends.safe_names import NO_TEXT, flattened, merged_tags, plain_value, safe_name
 
-REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (clearml._REFUSED, 1000)]
+REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (NO_TEXT, 1000)]
 
 
 @given(
