@@ -448,6 +448,7 @@ def test_two_runs_are_picked_and_compared(visit: Visits) -> None:
     expect(page).to_have_url(re.compile(f"/compare/{FAST}/{SLOW}$"))
     expect(page.locator("h1")).to_contain_text("B is slower")
     expect(page.locator("table").first).to_contain_text("p99")
+    expect(page.locator("tr", has_text="wall time")).to_contain_text(re.compile(r"\d s.*\d s"))
     for title in ("Step time", "Phases", "Each rank's own work"):
         is_drawn(page, title)
 

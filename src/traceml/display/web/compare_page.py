@@ -24,9 +24,8 @@ from traceml.display.web.elements import (
 from traceml.display.web.layout import Banner, draw, top_bar
 from traceml.display.web.panels.overlay_panel import LETTERS, ComparedRuns, OverlayPanel
 from traceml.errors import StoreError
-from traceml.formatting import bytes_text, count_text, ms_text
+from traceml.formatting import bytes_text, count_text, duration_text, ms_text, part_words
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
-from traceml.renderers.text.card import time_text
 from traceml.renderers.text.comparison import (
     change_text,
     compared_headline,
@@ -34,8 +33,10 @@ from traceml.renderers.text.comparison import (
     step_changes,
     step_time_rows,
 )
+from traceml.renderers.views import visible_parts
 from traceml.runs.comparison.compare import compare_runs
 from traceml.runs.comparison.comparison_types import Comparison, StatisticChange, run_letter
+from traceml.runs.report.report_types import TimeSection
 from traceml.runs.rows.series import read_series
 from traceml.runs.runs_source import RunFileTimes
 
@@ -247,10 +248,21 @@ def _fact_rows(comparison: Comparison) -> list[list[str]]:
         ["state", a.state, b.state, ""],
         ["ranks", count_text(a.world_size), count_text(b.world_size), ""],
         ["steps", count_text(a.steps), count_text(b.steps), ""],
-        ["wall time", time_text(a.time), time_text(b.time), ""],
     ]
+    rows += _wall_time_rows(a.time, b.time)
     for what, row in comparison.memory.items():
         if row.a or row.b:  # a training without a device has no device memory
             rows.append([what, bytes_text(row.a), bytes_text(row.b), change_text(row.change)])
 
     return rows
+
+
+def _wall_time_rows(a: TimeSection | None, b: TimeSection | None) -> list[list[str]]:
+    """Return the wall time of both runs, and its parts."""
+    if a is None or b is None:
+        return []
+
+    first, second = ({part.part: part.seconds for part in visible_parts(time)} for time in (a, b))
+    seconds = [("wall time", a.wall_s, b.wall_s)]
+    seconds += [(part_words(part), first.get(part, 0.0), second.get(part, 0.0)) for part in {**first, **second}]
+    return [[what, duration_text(before), duration_text(after), ""] for what, before, after in seconds]

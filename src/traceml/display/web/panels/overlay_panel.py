@@ -93,7 +93,7 @@ _COLUMNS = (
     ("Mean step", "n"),
     ("Change", "n"),
     ("Significant", "n"),
-    ("Why unknown", "long"),
+    ("Notes", "long"),
 )
 
 
@@ -106,6 +106,6 @@ def _rows(runs: ComparedRuns, names: Sequence[str]) -> list[list[str]]:
         row = each.step_time.mean
         sure = significance_word(each)
         cells = [letter, name, each.b.verdict, count_text(each.b.steps), ms_text(row.b_ms), change, sure]
-        rows.append([*cells, "; ".join(each.obstacles)])
+        rows.append([*cells, "; ".join([*each.obstacles, *each.remarks])])
 
     return [[printable(cell) for cell in row] for row in rows]
