@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from traceml.cli import launch, run, serve
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import CommandParser, Metavar, Positional, parse, wrapped
 from traceml.errors import UsageError
@@ -164,3 +165,10 @@ def test_sentences_are_wrapped_and_examples_kept():
         "      train.py",
         "      one rank",
     ]
+
+
+@pytest.mark.parametrize("command", [run, launch, serve])
+def test_parsers_with_words_of_a_script_name_an_option_that_is_alike(command):
+    """They are no dataclass."""
+    with pytest.raises(UsageError, match="unrecognized options: --runs_di; did you mean --runs"):
+        command.make_parser().parse_args(["--runs_di", "x"])

@@ -64,6 +64,18 @@ class CommandParser(argparse.ArgumentParser):
             **more,
         )
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the options; an unknown one is an error that names one like it."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(unknown)
+
+        return found
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Raise an error about words that no option takes."""
+        raise UsageError(_unknown_text(words, list(self._option_string_actions)))
+
     def error(self, message: str) -> NoReturn:
         """Raise an error instead of printing it."""
         raise UsageError(_WRONG_VALUE.sub(r"\1 takes", _NO_VALUE.sub(r"\1 needs a value", message)))
@@ -100,7 +112,7 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     parser = options_parser(options, prog, explained=not {"-h", "--help"}.isdisjoint(argv))
     found, unknown = parser.parse_known_intermixed_args(list(map(_with_hyphens, argv)))
     if unknown:
-        raise UsageError(_unknown_text(unknown, list(parser._option_string_actions)))
+        parser.refuse(unknown)
 
     given = {name: value for name, value in vars(found).items() if value is not None}
     labels = {each.dest: each.option_strings[-1] if each.option_strings else each.metavar for each in parser._actions}
