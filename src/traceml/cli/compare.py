@@ -13,7 +13,7 @@ from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.compared_runs import compared_runs
-from traceml.renderers.text.comparison import change_text, compared_card
+from traceml.renderers.text.comparison import change_text, compared_card, judged_time_words
 from traceml.renderers.text.comparison_markdown import comparison_markdown, comparisons_markdown
 from traceml.renderers.text.viewport import Viewport, plain_console
 from traceml.run_folder import REPORT_NAME, STORE_NAME
@@ -111,8 +111,8 @@ def _gate(found: list[Comparison], percent: float) -> int:
     """Return 1 if any run is slower than allowed, else 3 if that is unknown of any; say of which."""
     slower = [each for each in found if each.outcome == "slower" and 100 * (each.judged.change or 0.0) > percent]
     for each in slower:
-        time = "time per sample" if each.sample_time else "step time"
-        what = f"{time} {change_text(each.judged.change)}, over {percent:g} % and significant (--fail-over)"
+        change = f"{judged_time_words(each)} {change_text(each.judged.change)}"
+        what = f"{change}, over {percent:g} % and significant (--fail-over)"
         print(f"traceml compare: {each.b.id}: {what}", file=sys.stderr)
 
     unknown = [each for each in found if not each.comparable]

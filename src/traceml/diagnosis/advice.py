@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.database.schema import LINE_PHASES, LINE_THREADS
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, outside_line, torch_share
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, threads_line, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
@@ -154,7 +153,7 @@ def for_iterator(facts: JobFacts, called: str | None = None) -> str:
 
 def _in_threads(facts: JobFacts) -> str:
     """Return in which line other threads of the process are for most of their time; empty if that is not known."""
-    line = outside_line(facts.thread_lines, LINE_PHASES[LINE_THREADS])
+    line = threads_line(facts.thread_lines)
     return "" if line is None else f"other threads of the process are mostly in {line.place}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_PHASES, LINE_WORKERS, PHASE_LABELS, Phase
+from traceml.database.schema import LINE_PHASES, LINE_THREADS, LINE_WORKERS, PHASE_LABELS, Phase
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     MIN_SAMPLES,
@@ -46,6 +46,7 @@ __all__ = [
     "outside_line",
     "own_line_share",
     "runs_backward",
+    "threads_line",
     "torch_share",
     "workers_line",
 ]
@@ -285,6 +286,11 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
 
     line = _by_line(lines, part, place).most_common(1)[0][0]
     return BlamedLine(place[0], line, place[1], samples / total, total)
+
+
+def threads_line(lines: Sequence[SampledLine]) -> BlamedLine | None:
+    """Return the function that other threads of the process spend half of their time in; None if there is none."""
+    return outside_line(lines, LINE_PHASES[LINE_THREADS])
 
 
 def workers_line(

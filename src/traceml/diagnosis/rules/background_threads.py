@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from traceml.database.schema import LINE_PHASES, LINE_THREADS
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, outside_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, threads_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.formatting import cores_text, ranks_text
 
@@ -62,6 +61,5 @@ def background_threads(facts: JobFacts, ranks: Sequence[int]) -> BackgroundThrea
     if len(mine) < len(ranks) or not others or min(mine) < max(MIN_SIDE_CORES, SIDE_RATIO * max(others)):
         return None
 
-    seen = [each for each in facts.thread_lines if each.rank in ranks]
-    line = outside_line(seen, LINE_PHASES[LINE_THREADS])
+    line = threads_line([each for each in facts.thread_lines if each.rank in ranks])
     return BackgroundThreads(tuple(ranks), float(np.mean(mine)), float(np.median(others)), line)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from traceml.database.schema import LINE_PHASES, LINE_THREADS
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, outside_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, threads_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import busy_share
 from traceml.diagnosis.findings import Finding, known_facts
@@ -44,7 +43,7 @@ def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Fin
         return []
 
     cost = min(cost, step_ns)
-    line = outside_line(facts.thread_lines, LINE_PHASES[LINE_THREADS])
+    line = threads_line(facts.thread_lines)
     gain = speedup(step_ns, cost)
     return [
         Finding.of(

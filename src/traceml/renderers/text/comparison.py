@@ -28,6 +28,7 @@ __all__ = [
     "compared_sentences",
     "delta_text",
     "interval_text",
+    "judged_time_words",
     "step_change_text",
     "step_changes",
     "step_time_rows",
@@ -108,7 +109,7 @@ def interval_text(low: float | None, high: float | None, *, as_factor: bool = Fa
 def compared_headline(comparison: Comparison) -> str:
     """Return the result in one sentence without a period."""
     mean, outcome = comparison.judged, comparison.outcome
-    unit, time = ("sample", "time per sample") if comparison.sample_time else ("step", "step time")
+    unit = comparison.unit
     sizes = f"{ms_text(mean.a_ms)} -> {ms_text(mean.b_ms)}"
     if comparison.obstacles and mean.p is not None:
         return f"The machine may be the difference: a {unit} takes {sizes} ({step_change_text(mean)})"
@@ -120,9 +121,14 @@ def compared_headline(comparison: Comparison) -> str:
         return "Too few steps to tell whether the two differ"
 
     if outcome == "same":
-        return f"No significant difference in {time}: {sizes} ({step_change_text(mean)})"
+        return f"No significant difference in {judged_time_words(comparison)}: {sizes} ({step_change_text(mean)})"
 
     return f"B is {outcome}: a {unit} takes {sizes} ({step_change_text(mean)})"
+
+
+def judged_time_words(comparison: Comparison) -> str:
+    """Return the time whose mean determines the outcome: `step time`, or `time per sample`."""
+    return "time per sample" if comparison.unit == "sample" else "step time"
 
 
 def compared_sentences(comparison: Comparison) -> list[str]:
@@ -272,18 +278,15 @@ def _first_lines(heading: str, lines: Sequence[str], most: int, noun: str) -> It
 
 
 def _phase_sentence(comparison: Comparison) -> Iterator[str]:
-    mean, a_samples, b_samples = comparison.judged, 1.0, 1.0
-    if comparison.sample_time:
-        a_samples, b_samples = comparison.a.samples_per_step or 1.0, comparison.b.samples_per_step or 1.0
-
+    mean, (of_a, of_b) = comparison.judged, comparison.units_per_step
     gap = (mean.b_ms or 0.0) - (mean.a_ms or 0.0)
-    deltas = {row.phase: row.b_ms / b_samples - row.a_ms / a_samples for row in comparison.phases}
+    deltas = {row.phase: row.b_ms / of_b - row.a_ms / of_a for row in comparison.phases}
     phase = max(deltas, key=lambda phase: deltas[phase] * (1 if gap > 0 else -1), default=None)
     if phase is None or abs(deltas[phase]) < 0.1 * abs(gap):
         return
 
-    more, unit = "more" if deltas[phase] > 0 else "less", "sample" if comparison.sample_time else "step"
-    yield f"The largest part of it is {phase_words(phase)}: {ms_text(abs(deltas[phase]))} {more} per {unit}."
+    more = "more" if deltas[phase] > 0 else "less"
+    yield f"The largest part of it is {phase_words(phase)}: {ms_text(abs(deltas[phase]))} {more} per {comparison.unit}."
 
 
 def _rank_sentence(comparison: Comparison) -> Iterator[str]:

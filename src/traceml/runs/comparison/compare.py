@@ -76,7 +76,7 @@ def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") ->
         outcome=outcome,
         comparable=not obstacles and outcome != "unknown",
         obstacles=obstacles,
-        remarks=[*_differences(first, second, letter), *_outside_steps(first, second, letter)],
+        remarks=[*_differences(first, second, letter, samples), *_outside_steps(first, second, letter)],
         step_time=times,
         sample_time=sample_time,
         phases=phases,
@@ -238,14 +238,13 @@ def _obstacles(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
     return reasons
 
 
-def _differences(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
-    """Return other differences that matter for the comparison."""
-    samples = _samples(a, b)
-    remarks = (
-        [f"samples in a step: {samples[0]:g} in A, {samples[1]:g} in {letter}; the time per sample is compared"]
-        if samples
-        else []
-    )
+def _differences(a: ComparedRun, b: ComparedRun, letter: str, samples: tuple[float, float] | None) -> list[str]:
+    """Return other differences that matter for the comparison; `samples`: of a step, where they differ."""
+    remarks = []
+    if samples:
+        sizes = f"{samples[0]:g} in A, {samples[1]:g} in {letter}"
+        remarks.append(f"samples in a step: {sizes}; the time per sample is compared")
+
     pairs = (
         ("batch size", a.report.setup.batch_size, b.report.setup.batch_size),
         ("torch.compile", a.report.setup.model.get("compiled"), b.report.setup.model.get("compiled")),

@@ -187,6 +187,16 @@ class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     variables: list[TextChange] = []
 
     @property
+    def unit(self) -> Literal["sample", "step"]:
+        """Unit whose mean time determines the outcome."""
+        return "sample" if self.sample_time else "step"
+
+    @property
+    def units_per_step(self) -> tuple[float, float]:
+        """Number of them in a step of each run."""
+        return (self.a.samples_per_step or 1.0, self.b.samples_per_step or 1.0) if self.sample_time else (1.0, 1.0)
+
+    @property
     def judged(self) -> StatisticChange:
         """The statistic that determines the outcome."""
         return self.sample_time or self.step_time.mean
