@@ -19,9 +19,9 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
 from traceml.database.flight.postmortem import read_flight
 from traceml.database.store.reader import StoreReader
+from traceml.database.store.run_clocks import RunClocks
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
-from traceml.runs.rows.run_clocks import RunClocks
 
 KILLED = """
     import os, pathlib, time, traceml

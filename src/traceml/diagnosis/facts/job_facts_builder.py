@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +32,7 @@ from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import TopologyHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
 from traceml.diagnosis.facts.wall_parts import Stop, stop_of
+from traceml.diagnosis.facts.wall_time import WallTimeFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]
@@ -314,6 +315,20 @@ class JobFactsBuilder:
     def only_logs(self) -> bool:
         """Whether the script logs values and is not traced."""
         return bool(self._facts.get("only_logs", False))
+
+    def for_wall_time(self, ranks: Collection[int]) -> WallTimeFacts:
+        """Return what the division of the run's wall time depends on.
+
+        Args:
+            ranks: those whose steps are divided.
+        """
+        return WallTimeFacts(
+            stops=self.stops,
+            compile_s={rank: self.pauses.set_up_compile_s(rank) for rank in ranks},
+            early_compile_s={rank: self.pauses.early_compile_s(rank) for rank in ranks},
+            grouped=self.is_grouped,
+            untraced=self.only_logs,
+        )
 
     def build(self, latest: Sequence[int] = (), ends_ns: Sequence[int] = ()) -> JobFacts:
         """Return the facts as they are now.

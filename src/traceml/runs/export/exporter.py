@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.database.store.reader import StoreReader
+from traceml.database.store.run_clocks import RunClocks
 from traceml.errors import StoreError, UsageError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.export.export_progress import Progress, no_progress
-from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["FORMATS", "ExportResult", "default_path", "export_run", "format_of"]

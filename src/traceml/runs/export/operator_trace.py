@@ -15,11 +15,11 @@ import numpy as np
 
 from traceml.database.schema import STEPS, StepFlag, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.errors import TraceMLError
 from traceml.runs.export.step_parts import STEP_PARTS, part_bounds, step_parts, waiting_of
 from traceml.runs.export.top_operators import CallSamples, OperatorTable
 from traceml.runs.rows.group_rows import read_group_use
-from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["ProfileFile", "ProfiledRank", "steps_stored", "write_profile"]
 

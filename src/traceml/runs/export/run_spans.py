@@ -10,10 +10,10 @@ import numpy as np
 
 from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report_types import Report
 from traceml.runs.report.restarts import attempts_of
-from traceml.runs.rows.run_clocks import RunClocks
 from traceml.runs.rows.series import StepSeries, read_series
 
 __all__ = ["RunSpan", "run_spans"]

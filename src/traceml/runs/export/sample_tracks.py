@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import GPU, HOST, METRICS, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, WaitingRows, as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
-from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["MetricTracks", "SampleTracks"]

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, StepFlag, unpack_bits
 from traceml.database.store.reader import StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
 from traceml.runs.export.step_parts import DEVICE_PARTS, STEP_PARTS, device_parts, part_bounds, step_parts, waiting_of
-from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["StepTracks"]

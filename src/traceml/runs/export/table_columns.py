@@ -28,7 +28,7 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.store.reader import StreamRecord
-from traceml.runs.rows.run_clocks import RunClocks
+from traceml.database.store.run_clocks import RunClocks
 
 __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "log_part", "packed_part"]
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from traceml.database.schema import INFO, LOGGED, NAMES, PACKED
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.errors import StoreError, UsageError
 from traceml.installation import install_command
 from traceml.runs.export.export_progress import Progress, no_progress
 from traceml.runs.export.table_columns import TABLES, ExportTable, Part, RepeatedTexts, log_part, packed_part, to_json
-from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["export_tables"]
 

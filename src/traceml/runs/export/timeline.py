@@ -28,6 +28,7 @@ from traceml.database.schema import (
 )
 from traceml.database.schema import STEPS as STEP_ROWS
 from traceml.database.store.reader import Frame, RunEvent, StoreReader, StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.errors import StoreError
 from traceml.runs.export import trace_tracks as tracks
@@ -36,7 +37,6 @@ from traceml.runs.export.sample_tracks import MetricTracks, SampleTracks
 from traceml.runs.export.step_tracks import StepTracks
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.runs.rows.group_rows import read_group_use
-from traceml.runs.rows.run_clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["EventMarks", "TimelineExporter", "origin_of"]

@@ -16,6 +16,7 @@ from traceml.database.states import ENDED_BADLY, RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import last_written_s
 from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.wall_time import wall_time
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -31,7 +32,6 @@ from traceml.runs.report.restarts import restarts
 from traceml.runs.report.run_source import add_source
 from traceml.runs.report.setup_facts import setup_section, step_times_section
 from traceml.runs.report.trackers import trackers
-from traceml.runs.report.wall_time import wall_time, with_early_compiling
 from traceml.runs.rows.run_summary_reader import MAX_STEP_ROWS, RunSummaryReader, read_run_summary
 from traceml.runs.run_state import state_of
 from traceml.trusted_files import replace_file
@@ -104,16 +104,10 @@ def run_wall_time(
     if started_s is None or duration_s is None:
         return None
 
-    streams = [stream for stream in reader.streams() if stream.is_rank]
     sums = summary.step_sums or reader.step_sums()
-    ended_s, is_running = started_s + duration_s, state == RunStatus.RUNNING
-    known = summary.facts_builder
-    run_time = wall_time(
-        streams, sums, started_s, ended_s, is_running=is_running, stops=known.stops,
-        compile_s={rank: known.pauses.set_up_compile_s(rank) for rank in summary.ranks}, grouped=known.is_grouped,
-        untraced=known.only_logs, hung_s=hung_s,
-    )  # fmt: skip
-    return with_early_compiling(run_time, [known.pauses.early_compile_s(rank) for rank in summary.ranks])
+    known, is_running = summary.facts_builder.for_wall_time(summary.ranks), state == RunStatus.RUNNING
+    ended_s = started_s + duration_s
+    return wall_time(reader.streams(), sums, started_s, ended_s, known, is_running=is_running, hung_s=hung_s)
 
 
 def _hung_s(summary: RunSummaryReader, reader: StoreReader, findings: Sequence[Finding]) -> dict[int, float]:

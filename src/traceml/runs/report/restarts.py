@@ -11,13 +11,13 @@ import numpy as np
 from traceml.database.schema import STEPS
 from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.wall_time import checkpoints, resumes_at
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection
-from traceml.runs.report.wall_time import checkpoints, resumes_at
-from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["attempts_of", "newest_exits", "restarts"]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
-from traceml.runs.rows.run_clocks import RunClocks
+from traceml.database.store.run_clocks import RunClocks
 
 __all__ = ["LoggedRow", "LoggedRows"]
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import LOSSES, METRICS, NAMES
 from traceml.database.store.reader import Frame, StoreReader
+from traceml.database.store.run_clocks import RunClocks
 from traceml.formatting import name_at_rank
-from traceml.runs.rows.run_clocks import RunClocks
 
 __all__ = ["OWN_LOSS", "MetricFigures", "MetricFrame", "MetricReader", "MetricSummary", "is_hidden", "is_loss"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.database.store.reader import StreamIdentity, StreamRecord
-from traceml.runs.rows.run_clocks import RunClocks
+from traceml.database.store.run_clocks import RunClocks
 
 S = 10**9
 

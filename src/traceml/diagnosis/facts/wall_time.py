@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.schema import Phase
 from traceml.database.store.reader import StreamRecord
+from traceml.database.store.run_clocks import RunClocks
 from traceml.database.store.summaries import StepSums, TableSums
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.run_time import RunTime, UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, Stop, wall_parts, without_stops
-from traceml.runs.rows.run_clocks import RunClocks
 
-__all__ = ["checkpoints", "resumes_at", "wall_time", "with_early_compiling"]
+__all__ = ["WallTimeFacts", "checkpoints", "resumes_at", "wall_time"]
 
 _S = 1e9
 _NEARLY_ALL_STEPS = 0.9
@@ -35,17 +36,32 @@ _MIN_SET_UP_NS = 1e9
 _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
+class WallTimeFacts(msgspec.Struct, frozen=True):
+    """What is known of a run beside its sums, as far as its wall time depends on it.
+
+    Attributes:
+        stops: times in which each rank did not run.
+        compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is not training.
+        early_compile_s: seconds of compiling of each rank before the first step.
+        grouped: whether the ranks wait for each other.
+        untraced: whether the script only logs.
+    """
+
+    stops: Mapping[int, Sequence[Stop]] = {}
+    compile_s: Mapping[int, float] = {}
+    early_compile_s: Mapping[int, float] = {}
+    grouped: bool = False
+    untraced: bool = False
+
+
 def wall_time(
     records: Sequence[StreamRecord],
     sums: Mapping[int, StepSums],
     started_s: float,
     ended_s: float,
+    known: WallTimeFacts,
     *,
     is_running: bool = False,
-    stops: Mapping[int, Sequence[Stop]] | None = None,
-    compile_s: Mapping[int, float] | None = None,
-    grouped: bool = False,
-    untraced: bool = False,
     hung_s: Mapping[int, float] | None = None,
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over the ranks that determine it.
@@ -54,21 +70,17 @@ def wall_time(
     mean is over those ranks.
 
     Args:
-        records: all of its streams.
+        records: all of its streams, or those of some ranks.
         sums: the sums of its steps, by stream.
         started_s: start of the run, epoch seconds.
         ended_s: its end, or now.
         is_running: whether it runs: then the time up to the last row counts, as rows arrive late.
-        stops: times in which each rank did not run.
-        compile_s: seconds of compiling in the first steps of each rank in the last attempt: that is not training.
-        grouped: whether the ranks wait for each other.
-        untraced: whether the script only logs.
         hung_s: seconds without progress before an attempt was ended, by attempt: no time in a step.
     """
+    hung, records = hung_s or {}, [each for each in records if each.is_rank]
     clocks = RunClocks(records)
     attempt = max((stream.attempt for stream in records), default=0)
     ranks = _by_rank(records, sums)
-    hung = hung_s or {}
     processes = [
         [_process(sums.get(each.id), clocks, each, hung.get(each.attempt, 0.0)) for each in of_rank]
         for of_rank in ranks
@@ -77,30 +89,33 @@ def wall_time(
         ended_s = _end_so_far(processes, ended_s)
 
     parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes or [[]]]
-    if stops and ranks:
-        parts = [without_stops(part, stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)]
+    if known.stops and ranks:
+        parts = [
+            without_stops(part, known.stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)
+        ]
 
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
     of_others = [seconds for rank, seconds in evaluation.items() if evaluators and rank not in evaluators]
-    if grouped:
+    if known.grouped:
         ranks, parts = _setting_the_time(ranks, parts, _COUNTED_SHARE * (ended_s - started_s))
 
-    known = {part: _mean([each[part] for each in parts]) for part in parts[0]}
-    if not ranks and records and (untraced or all(stream.state == "finished" for stream in records)):
-        known = dict.fromkeys(known, 0.0)  # what it did was not seen: it is not the start-up of a training
+    spent_s = {part: _mean([each[part] for each in parts]) for part in parts[0]}
+    if not ranks and records and (known.untraced or all(stream.state == "finished" for stream in records)):
+        spent_s = dict.fromkeys(spent_s, 0.0)  # what it did was not seen: it is not the start-up of a training
 
-    compiled_s = min(_mean([(compile_s or {}).get(of_rank[0].rank, 0.0) for of_rank in ranks]), known["steps"])
+    compiled_s = min(_mean([known.compile_s.get(of_rank[0].rank, 0.0) for of_rank in ranks]), spent_s["steps"])
     set_up_s = _mean([of_rank[-1].set_up_ns / _S for of_rank in processes])
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
-    known["steps"] -= more_s
-    known["restart" if attempt else "startup"] += more_s
+    spent_s["steps"] -= more_s
+    spent_s["restart" if attempt else "startup"] += more_s
     evaluations, short_s = max((_evaluations(each.evals) for each in sums.values()), default=(0, 0.0))
-    time = RunTime.of(max(ended_s - started_s, 0.0), known, evaluations)
+    time = RunTime.of(max(ended_s - started_s, 0.0), spent_s, evaluations)
+    early_s = min(_mean([*known.early_compile_s.values()]), time.seconds["startup"])
     return replace(
         time,
         useful=_useful_time(ranks, sums, checkpoints(records), set_up_s + more_s),
-        compile_s=compiled_s,
+        compile_s=compiled_s + early_s,
         set_up_s=set_up_s + more_s,
         first_data_s=_mean([of_rank[-1].first_batch_ns / _S for of_rank in processes]),
         evaluators=evaluators,
@@ -108,11 +123,6 @@ def wall_time(
         others_evaluate_s=_mean(of_others),
         short_evaluations_s=short_s,
     )
-
-
-def with_early_compiling(time: RunTime, early_s: Sequence[float]) -> RunTime:
-    """Return a run's time with compiling before the first step, in seconds of each rank, as a part of the start-up."""
-    return replace(time, compile_s=time.compile_s + min(_mean(early_s), time.seconds.get("startup", 0.0)))
 
 
 def _end_so_far(processes: Iterable[Iterable[ProcessSums]], now_s: float) -> float:

@@ -15,9 +15,9 @@ from traceml.database.snapshots.rank_snapshot import SNAPSHOT, FrameSnapshot, Ra
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
+from traceml.diagnosis.facts.wall_time import WallTimeFacts, wall_time
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
-from traceml.runs.report.wall_time import wall_time
 
 S = 10**9
 BOOT_S = 1_700_000_000
@@ -260,7 +260,7 @@ def test_a_short_check_is_no_evaluation(
         writer.append(1, "evals", 0, len(seconds), rows.tobytes(), 0, 40)
 
     with closing(StoreReader(folder / STORE_NAME)) as reader:
-        time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0)
+        time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0, WallTimeFacts())
 
     assert (time.evaluations, time.short_evaluations_s) == (counted, pytest.approx(short_s))
 
@@ -282,7 +282,9 @@ def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
     """A few seconds without rows are no end of the steps."""
     with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:
         ended_s = BOOT_S + 112.0 + silent_s
-        time = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, ended_s, is_running=True)
+        time = wall_time(
+            reader.streams(), reader.step_sums(), BOOT_S + 100.0, ended_s, WallTimeFacts(), is_running=True
+        )
 
     assert time.wall_s == pytest.approx(12 + (idle or 0))
     assert time.seconds["idle"] == pytest.approx(idle or 0, abs=1e-6)
@@ -292,7 +294,8 @@ def test_compiling_in_the_first_steps_is_start_up(tmp_path: Path) -> None:
     """It is no step, no useful time, and nothing is counted twice."""
     with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:
         whole = reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0
-        before, after = wall_time(*whole), wall_time(*whole, compile_s={0: 3.0, 1: 1.0})
+        before = wall_time(*whole, WallTimeFacts())
+        after = wall_time(*whole, WallTimeFacts(compile_s={0: 3.0, 1: 1.0}))
 
     assert after.compile_s == pytest.approx(2.0)
     assert after.seconds["startup"] == pytest.approx(before.seconds["startup"] + 2.0)
@@ -326,7 +329,9 @@ def test_what_the_first_step_does_once_is_start_up(
 
     whole_s = float(rows["total_ns"].sum()) / S
     with closing(StoreReader(tmp_path / STORE_NAME)) as reader:
-        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 104.0 + whole_s)
+        found = wall_time(
+            reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 104.0 + whole_s, WallTimeFacts()
+        )
 
     assert found.set_up_s == pytest.approx(set_up_s, abs=0.01)
     assert found.seconds["startup"] == pytest.approx(4.0 + set_up_s, abs=0.01)
@@ -340,7 +345,7 @@ def test_ranks_that_evaluate_alone(
     """They are told with their own time, not the mean of all."""
     folder = store(tmp_path / "run", evaluators=evaluators)
     with closing(StoreReader(folder / STORE_NAME)) as reader:
-        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0)
+        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, WallTimeFacts())
 
     assert (found.evaluators, found.evaluators_s) == (named, pytest.approx(seconds))
 
@@ -357,7 +362,9 @@ def test_what_the_other_ranks_evaluate_meanwhile(
         writer.append(2, "evals", 0, 1, row.tobytes(), 40, 40)
 
     with closing(StoreReader(folder / STORE_NAME)) as reader:
-        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, grouped=True)
+        found = wall_time(
+            reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, WallTimeFacts(grouped=True)
+        )
 
     assert (found.evaluators, found.others_evaluate_s) == (named, pytest.approx(others_s))
 
@@ -369,7 +376,9 @@ def test_what_one_rank_evaluates_is_time_of_a_job_whose_ranks_wait(
     """The mean over ranks would have half of it, and the waiting of the others as steps or as pauses between them."""
     folder = store(tmp_path / "run", evaluators=(0,))
     with closing(StoreReader(folder / STORE_NAME)) as reader:
-        found = wall_time(reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, grouped=grouped)
+        found = wall_time(
+            reader.streams(), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 115.0, WallTimeFacts(grouped=grouped)
+        )
 
     assert found.seconds["evaluation"] == pytest.approx(evaluation)
     assert found.seconds["steps"] == pytest.approx(steps)
