@@ -57,6 +57,22 @@ def test_sums_are_those_of_all_rows(tmp_path: Path) -> None:
         assert_sums(reader, written)
 
 
+def test_sums_of_some_streams_are_those_of_all(tmp_path: Path) -> None:
+    """Whether they were summed by the writer or not; unknown streams have none."""
+    write_run(tmp_path / "store.db", rows=3_000)
+    for is_summed in (False, True):
+        if is_summed:
+            with StoreWriter(tmp_path / "store.db") as writer:
+                writer.maintain(60.0, [])
+
+        with StoreReader(tmp_path / "store.db") as reader:
+            all_sums, some = reader.step_sums(), reader.step_sums({1, 3, 99})
+            assert sorted(some) == [1, 3]
+            for stream, sums in some.items():
+                assert_same(sums.steps, all_sums[stream].steps)
+                assert_same(sums.user_phases, all_sums[stream].user_phases)
+
+
 def test_rows_of_ranges_of_steps(tmp_path: Path) -> None:
     """Rows of a sample of blocks are those of exactly these steps, on every rank."""
     written = write_run(tmp_path / "store.db")

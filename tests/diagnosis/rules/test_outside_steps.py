@@ -23,7 +23,9 @@ NO_STEPS = window_of(ALONE).select(np.zeros(len(window_of(ALONE)), bool))
 
 def findings(wall_s: float, *faults, lines=(), evaluations=0, waited_s=0.0, run_s=0.0, ranks=1, **parts: float):
     time = RunTime.of(wall_s, parts, evaluations)
-    facts = JobFacts(time=time, lines=lines, startup_wait_s=waited_s, startup_run_s=run_s, world_size=ranks)
+    facts = JobFacts(
+        time=time, lines=lines, startup_wait_s=waited_s, startup_run_s=run_s, world_size=ranks, state="finished"
+    )
     return diagnose(window_of(ALONE, *faults), facts)
 
 
@@ -95,7 +97,8 @@ def test_a_long_start_up_is_reported(wall_s, startup, severity, place):
 @pytest.mark.parametrize(("steps", "words"), [(0.0, "had not begun 80 s after"), (1.0, "began 80 s after")])
 def test_a_training_that_has_not_begun_did_not_begin(steps, words):
     """A job may be ended, or hang, before its first step."""
-    (found,) = (each for each in findings(80.0 + steps, startup=80.0, steps=steps) if each.kind is Kind.STARTUP)
+    facts = JobFacts(time=RunTime.of(80.0 + steps, {"startup": 80.0, "steps": steps}), state="stopped")
+    (found,) = (each for each in diagnose(window_of(ALONE), facts) if each.kind is Kind.STARTUP)
 
     assert f"Training {words} the start" in found.summary
 
@@ -411,7 +414,8 @@ def test_a_script_that_only_applies_a_model_is_not_told_to_do_it_less_often(func
     lines = (line_of("outside", function, 80),) if function else ()
     loader = LoaderFacts(dataset="Texts", num_workers=workers)
 
-    found = {each.kind: each for each in diagnose(NO_STEPS, JobFacts(time=time, lines=lines, loader=loader))}
+    facts = JobFacts(time=time, lines=lines, loader=loader, state="finished")
+    found = {each.kind: each for each in diagnose(NO_STEPS, facts)}
     verdict, start = found[Kind.EVAL_HEAVY], found[Kind.STARTUP]
 
     assert advice in verdict.next
@@ -453,7 +457,7 @@ def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str
     parts = {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}
     time = structs.replace(RunTime.of(100.0, parts, 1), short_evaluations_s=short_s)
 
-    found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1))[0]
+    found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1, state="finished"))[0]
 
     assert found.kind == Kind.EVAL_HEAVY
     assert found.summary.endswith(said)
@@ -517,3 +521,29 @@ def test_findings_are_in_order_of_wall_time():
     found = findings(100.0, adds("other", 10), steps=33.0, evaluation=60.0, startup=7.0, evaluations=3)
 
     assert [each.kind for each in found[:2]] == [Kind.EVAL_HEAVY, Kind.RESIDUAL_HEAVY]
+
+
+@pytest.mark.parametrize(
+    ("state", "evaluations", "told"), [("running", 1, False), ("running", 2, True), ("failed", 1, True)]
+)
+def test_one_evaluation_of_a_running_run_is_not_its_usual_share(state: str, evaluations: int, told: bool) -> None:
+    """The training that it belongs to goes on, or has not begun."""
+    time = RunTime.of(100.0, {"steps": 58.0, "evaluation": 40.0, "startup": 2.0}, evaluations)
+
+    kinds = [each.kind for each in diagnose(window_of(ALONE), JobFacts(time=time, state=state))]
+
+    assert (Kind.EVAL_HEAVY in kinds) is told
+
+
+@pytest.mark.parametrize(
+    ("state", "steps_s", "severity"),
+    [("running", 40.0, "info"), ("running", 0.0, "warning"), ("stopped", 40.0, "warning")],
+)
+def test_the_long_start_up_of_a_running_run_is_a_remark(state: str, steps_s: float, severity: str) -> None:
+    """Each further step makes its share less; one that goes on is the verdict."""
+    parts = {"startup": 160.0 - steps_s, "steps": steps_s}
+    window = window_of(ALONE) if steps_s else NO_STEPS
+
+    found = diagnose(window, JobFacts(time=RunTime.of(160.0, parts), state=state))
+
+    assert [str(each.severity) for each in found if each.kind is Kind.STARTUP] == [severity]

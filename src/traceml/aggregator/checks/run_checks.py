@@ -14,6 +14,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.checks.hang_termination import HungJobs
+from traceml.aggregator.checks.run_times import RunTimes
 from traceml.aggregator.collecting.source_readings import SourceReadings
 from traceml.aggregator.live_verdict import LiveVerdict
 from traceml.aggregator.silent_ranks.silent_ranks import SilentRanks
@@ -55,6 +56,7 @@ class RunChecks:
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._silent: dict[ActiveRun, SilentRanks] = {}
         self._competing: dict[ActiveRun, CompetingProcesses] = {}
+        self._times: dict[ActiveRun, RunTimes] = {}
 
     def check(self, run: ActiveRun) -> LiveVerdict:
         """Check an open run, and return its verdict. Call it once a second."""
@@ -64,6 +66,7 @@ class RunChecks:
 
         self._silent.setdefault(run, SilentRanks(run, self._start)).check()
         self._competing.setdefault(run, CompetingProcesses(run, self._start)).check()
+        self._times.setdefault(run, RunTimes(run, self._start)).check()
         verdict = self._verdicts.setdefault(run, LiveVerdict(run.live))
         verdict.update(run.store)
         self.alerts.check(run, verdict.findings)
@@ -87,6 +90,7 @@ class RunChecks:
         self._verdicts.pop(run, None)
         self._silent.pop(run, None)
         self._competing.pop(run, None)
+        self._times.pop(run, None)
         self._hung.forget(run)
 
     async def close(self) -> None:

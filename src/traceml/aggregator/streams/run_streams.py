@@ -85,6 +85,16 @@ class RunStreams:
         return self._facts.world_size
 
     @property
+    def started_s(self) -> float:
+        """Its start, epoch seconds."""
+        return float(self._facts.values["started"])
+
+    @property
+    def now_s(self) -> float:
+        """Epoch seconds of this moment, by its own clock."""
+        return self._facts.now_s()
+
+    @property
     def sample_interval_s(self) -> float:
         """Longest time that a rank holds its samples."""
         return min(max(1.0, self.world_size / _SAMPLE_FRAMES_PER_S), _LONGEST_SAMPLES_S)

@@ -199,29 +199,42 @@ class StoreReader(FrameReader):
 
         return missing
 
-    def step_sums(self) -> dict[int, StepSums]:
+    def step_sums(self, streams: Collection[int] | None = None) -> dict[int, StepSums]:
         """Return the exact sums of all steps of the run, by stream, also of rows that were thinned.
 
         Reads the stored summaries and the rows after them. Of a store without summaries it reads all rows.
+
+        Args:
+            streams: those that are wanted; by default all.
         """
-        by_table = {table.name: self.table_sums(table.name) for table in STEP_TABLES if table.name in self._ids}
-        streams = sorted({stream for sums in by_table.values() for stream in sums})
+        by_table = {
+            table.name: self.table_sums(table.name, streams) for table in STEP_TABLES if table.name in self._ids
+        }
         return {
             stream: StepSums.of({name: sums[stream] for name, sums in by_table.items() if stream in sums})
-            for stream in streams
+            for stream in sorted({stream for sums in by_table.values() for stream in sums})
         }
 
-    def table_sums(self, table: str) -> dict[int, TableSums]:
-        """Return the exact sums of a table by stream: its summaries, and the rows after them."""
+    def table_sums(self, table: str, streams: Collection[int] | None = None) -> dict[int, TableSums]:
+        """Return the exact sums of a table by stream: its summaries, and the rows after them.
+
+        Args:
+            streams: those that are wanted; by default all.
+        """
         self._update_progress()
-        after = {stream: total.first_id - 1 for (name, stream), total in self._progress.items() if name == table}
+        totals = {stream: total for (name, stream), total in self._progress.items() if name == table}
+        after = {stream: each.first_id - 1 for stream, each in totals.items() if streams is None or stream in streams}
         sums: dict[int, TableSums] = {}
         summed: dict[int, int] = {}
-        query = "SELECT stream, next_seq, after_id, data FROM summaries WHERE tbl = ?"
-        for stream, summed[stream], after[stream], data in self._fetch(query, self._id(table)):
+        query = (
+            "SELECT stream, next_seq, after_id, data FROM summaries "
+            "WHERE tbl = ?1 AND (?2 IS NULL OR stream IN (SELECT value FROM json_each(?2)))"
+        )
+        wanted = None if streams is None else str([*streams])
+        for stream, summed[stream], after[stream], data in self._fetch(query, self._id(table), wanted):
             sums[stream] = self._decoded_sums(table, data)
 
-        cursors = np.full(max(after, default=0) + 1, _NO_CURSOR)
+        cursors = np.full(max((*totals, *after), default=0) + 1, _NO_CURSOR)
         cursors[list(after)] = list(after.values())
         waiting: list[Frame] = []
         size = 0

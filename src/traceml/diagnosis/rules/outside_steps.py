@@ -8,6 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from traceml.database.schema import LINE_AFTER_STEPS
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, outside_line, torch_share
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
@@ -51,14 +52,17 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     found = []
     startup_s = time.seconds.get("startup", 0.0)
     # A script that ended well without a step trains in a way that is not recognized, if at all.
-    has_begun = time.share("steps", "evaluation") > 0 or facts.state != "finished"
-    if has_begun and time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
-        found.append(_startup(time, startup_s, facts))
+    has_begun, is_running = time.share("steps", "evaluation") > 0, facts.state == RunStatus.RUNNING
+    if (has_begun or facts.state != RunStatus.FINISHED) and startup_s >= max(STARTUP_S, HEAVY_SHARE * time.wall_s):
+        startup = _startup(time, startup_s, facts)
+        # While the training goes on, its share becomes less.
+        found.append(replace(startup, severity=Severity.INFO) if is_running and has_begun else startup)
 
     alone = time.evaluators if time.evaluators and is_grouped(window, facts) else ()
     evaluation_s = time.evaluators_s if alone else time.seconds.get("evaluation", 0.0)
     least = WARNING_SHARE if alone else HEAVY_SHARE  # in the steps of the others it is waiting
-    if evaluation_s >= least * time.wall_s > 0:
+    is_typical = not is_running or time.evaluations > 1  # else the training that it belongs to goes on, or follows
+    if is_typical and evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
         line = None if line is None or calls_trainer(lines, line) else line
         found.append(
