@@ -3,9 +3,11 @@ from __future__ import annotations
 import time
 
 import msgpack
+import numpy as np
 import pytest
 
 from tests.aggregator.conftest import step_rows
+from tests.diagnosis.fabricated import Job, rows_of
 from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, snapshot
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.live_verdict import LiveVerdict
@@ -236,3 +238,24 @@ def test_a_run_that_was_stopped_while_it_hung_has_hung(live):
     take_steps(fresh, stream_of(0), 0, 50)
     fresh.scatter()
     assert not fresh.has_hung("stopped")
+
+
+@pytest.mark.parametrize(("slow", "told"), [(slice(1_500, None), True), (slice(0), False), (slice(900, 1_700), False)])
+def test_steps_that_became_slower_long_ago_are_told(slow: slice, told: bool) -> None:
+    """The newest 200 steps alone do not show it; what never changed, or has ended, is not told."""
+
+    def slower(own: dict[str, np.ndarray], _random: np.random.Generator) -> None:
+        own["other"][:, slow] += 20.0
+
+    live, store, verdicts = LiveRows(1), EventLog(), []
+    live.join(stream_of(0))
+    (rows,) = rows_of(Job(ranks=1, steps=6_000, grouped=False), slower)
+    for first in range(0, len(rows), 600):
+        live.take(stream_of(0), "steps", rows[first : first + 600].tobytes())
+        live.scatter()
+        LiveVerdict(live).update(store)
+        verdicts.append({each["kind"]: each for each in store.events[-1][1]["findings"]})
+
+    assert [Kind.SLOWDOWN in each for each in verdicts[3:]] == [told] * 7
+    if told:
+        assert verdicts[-1][Kind.SLOWDOWN]["evidence"]["since_step"] == pytest.approx(slow.start, abs=100)

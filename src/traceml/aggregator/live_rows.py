@@ -17,6 +17,7 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.diagnosis.steps.representatives import Representatives
+from traceml.diagnosis.steps.spread_steps import SpreadSteps
 from traceml.transport.framing import decode_log
 
 __all__ = ["LiveRows"]
@@ -30,6 +31,7 @@ class LiveRows:
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
+        self.intake.history = SpreadSteps.of_run(world_size)
         self.facts_builder = self.intake.facts_builder
         self.facts_builder.world_size = world_size
         self.on_loaded: Callable[[RankStream, dict[str, Any]], None] = _ignore
@@ -41,6 +43,7 @@ class LiveRows:
     def resize(self, world_size: int) -> None:
         """Drop the kept steps and keep new ones: how many depends on the number of ranks."""
         self.intake.resize(slots_for(world_size), world_size)
+        self.intake.history = SpreadSteps.of_run(world_size)
         self.facts_builder.world_size = world_size
 
     @property
@@ -65,7 +68,7 @@ class LiveRows:
         if not stream.is_diagnosed:
             return
 
-        self.intake.kept.clear(stream.rank)
+        self.intake.clear(stream.rank)
         self.facts_builder.join(stream.rank)
         if (stood := self._absent.pop(stream.rank, None)) is not None:  # it may connect only to end
             self.take_snapshot(stood)

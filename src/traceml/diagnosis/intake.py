@@ -34,6 +34,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows, SampledSteps
+from traceml.diagnosis.steps.spread_steps import SpreadSteps
 
 __all__ = ["RowIntake"]
 
@@ -44,6 +45,8 @@ class RowIntake:
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.facts_builder = JobFactsBuilder(max(ranks, 1))
         self.kept = KeptSteps(slots, ranks)
+        self.history: SpreadSteps | None = None
+        """Steps that are spread over a run that goes on, where it is followed to compare them with the newest."""
         self.names = self.facts_builder.names
         self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
         self._takers: dict[str, Callable[[int, Rows], None]] = {
@@ -80,7 +83,13 @@ class RowIntake:
     def end(self, ended: RankExit) -> None:
         """Record how a rank ended; the others are no longer aligned with it."""
         self.facts_builder.exit(ended)
-        self.kept.end(ended.rank)
+        for kept in self._all_kept:
+            kept.end(ended.rank)
+
+    def clear(self, rank: int) -> None:
+        """Drop the kept steps of a rank that starts again."""
+        for kept in self._all_kept:
+            kept.clear(rank)
 
     def add(self, table: str, rank: int, data: bytes) -> None:
         """Add rows of one rank, in order; step rows are kept with the next `flush`.
@@ -98,7 +107,7 @@ class RowIntake:
         """Put the added step rows of all ranks among the kept ones at once; return whether there were any."""
         found = bool(self._added[STEPS.name])
         self._scatter(STEPS, self._take_steps)
-        self._scatter(DEVICE_STEPS, self.kept.scatter_device)
+        self._scatter(DEVICE_STEPS, self._take_device_steps)
         return found
 
     def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
@@ -107,6 +116,10 @@ class RowIntake:
         return window, self.facts_builder.build(
             self.kept.reached(window.missing_ranks).tolist(), self.kept.end_ns.tolist()
         )
+
+    @property
+    def _all_kept(self) -> tuple[KeptSteps, ...]:
+        return (self.kept,) if self.history is None else (self.kept, self.history)
 
     def _replace(self, kept: KeptSteps) -> None:
         kept.representatives, self.kept = self.kept.representatives, kept
@@ -120,22 +133,31 @@ class RowIntake:
             added.clear()
 
     def _take_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
-        self.kept.scatter(ranks, rows)
+        for kept in self._all_kept:
+            kept.scatter(ranks, rows)
+
         self.facts_builder.skipped.add(ranks, rows)
         self.facts_builder.batches.steps(rows)
         self.facts_builder.progress.steps(ranks, rows)
+
+    def _take_device_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
+        for kept in self._all_kept:
+            kept.scatter_device(ranks, rows)
 
     def _take_lines(self, rank: int, rows: Rows) -> None:
         self.facts_builder.lines.add(rank, rows)
         self.facts_builder.progress.line_rows(rank, rows)
 
     def _take_evaluation(self, rank: int, rows: Rows) -> None:
-        self.kept.scatter_evaluation(rank, rows)
+        for kept in self._all_kept:
+            kept.scatter_evaluation(rank, rows)
+
         self.facts_builder.progress.eval_rows(rank, rows)
         self.facts_builder.lines.evaluated(rank, int(rows["t_end_ns"][-1]))
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
-        self.kept.scatter_user(rank, rows, self.names.get(rank, {}))
+        for kept in self._all_kept:
+            kept.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
 _DTYPES = {table.name: table.dtype for table in PACKED}

@@ -67,25 +67,27 @@ _EXPLAINED_SHARE = 0.6
 _MOST_GOES_ON = 0.5
 
 
-def diagnose(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+def diagnose(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None = None) -> list[Finding]:
     """Return the findings, the verdict first; never empty.
 
     Args:
         window: aligned steps: live the last 200 at most, at the end of a run all of them, or of a long run some.
+        history: live, steps that are spread over the run: whether it became slower; by default the window.
     """
-    return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts)]
+    return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts, history)]
 
 
-def _found(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:
     main, remarks = _apart(_beside_timing(window, facts))
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
-    judged = window if len(window) < MIN_STEPS else _without_joined_steps(without_stopped_steps(window, facts), facts)
+    judged = _judged(window, facts)
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
-    found = without_changes_by_others(_timing(judged, work, facts), shared)
+    past = None if history is None else _judged(history, facts)
+    found = without_changes_by_others(_timing(judged, work, facts, past), shared)
     timing, of_timing = _apart(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
@@ -103,6 +105,11 @@ def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:
     That is code after the last step which takes longer than all steps, and what makes each of them slower.
     """
     return replace(finding, next=" ".join(filter(None, (finding.next, after_steps_advice(facts), left_on(facts)))))
+
+
+def _judged(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
+    """Return the steps that show how long a step takes as a rule; all of them if there are too few to judge."""
+    return window if len(window) < MIN_STEPS else _without_joined_steps(without_stopped_steps(window, facts), facts)
 
 
 def _without_joined_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
@@ -207,12 +214,16 @@ def _training(facts: JobFacts) -> list[Finding]:
     return found
 
 
-def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
+def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:
     """Find what steps cost, and when they became slower."""
     whole = as_one_training(window, work, facts.other_models)
     without_explained, explained = _without_explained(window, whole, facts)
     found = [*_costs(window, without_explained, whole, facts, work.step_ns), *explained]
-    return _with_slowdown(found, window, without_explained, facts)
+    if history is None or len(history) < MIN_STEPS:
+        return _with_slowdown(found, window, without_explained, facts)
+
+    past = as_one_training(history, own_work_of(history, facts), facts.other_models)
+    return _with_slowdown(found, history, _without_explained(history, past, facts)[0], facts, only_now=True)
 
 
 def _costs(
@@ -265,10 +276,16 @@ def _costs(
     return found
 
 
-def _with_slowdown(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
-    """Return the findings about steps with that about steps that became slower, where it is no part of another."""
+def _with_slowdown(
+    found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts, *, only_now: bool = False
+) -> list[Finding]:
+    """Return the findings about steps with that about steps that became slower, where it is no part of another.
+
+    Args:
+        only_now: whether the findings are about the newest steps: slow ones that have ended are none of them.
+    """
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
-    slower = _slower(window, work, facts, late)
+    slower = [each for each in _slower(window, work, facts, late) if not (only_now and "until_step" in each.evidence)]
     for each in slower:
         timed = [with_steps_from_slowdown(one, each) for one in found]
         if timed != found:  # those ranks are the cause: one finding
