@@ -21,6 +21,8 @@ from traceml.run_folder import STORE_NAME
 __all__ = ["RunTimes"]
 
 _INTERVAL_S, _AFTER_FAILURE_S = 2.0, 60.0
+_NEW_SHARE = 0.01
+"""Share of the run from one reading to the next: the parts cannot change by more meanwhile."""
 _PAUSE = 200
 """Pause after a reading, as a multiple of its own CPU time: readings take at most a 200th of a core."""
 _MAX_RANKS = 32
@@ -49,9 +51,9 @@ class RunTimes:
             ranks = self._chosen()
             streams = {stream.id for stream in run.streams if stream.rank in ranks}
             records, sums, cost_s = await asyncio.to_thread(_read, run.path / STORE_NAME, streams)
-            pause_s = max(_INTERVAL_S, _PAUSE * cost_s)
+            builder, now_s = run.live.facts_builder, run.now_s
+            pause_s = max(_INTERVAL_S, _NEW_SHARE * (now_s - run.started_s), _PAUSE * cost_s)
             if not run.ended:
-                builder, now_s = run.live.facts_builder, run.now_s
                 known = builder.for_wall_time(ranks)
                 run.live.fresh |= builder.time is None
                 builder.time = wall_time(records, sums, run.started_s, now_s, known, is_running=True)
