@@ -52,10 +52,13 @@ class StoreReader(FrameReader):
             key: self._unpacked(value, f"the fact {key!r}") for key, value in self._fetch("SELECT key, value FROM meta")
         }
 
-    def streams(self) -> list[StreamRecord]:
-        """Return all streams, in order of first appearance."""
-        rows = self._fetch("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
-        return [self._stream(row) for row in rows]
+    def streams(self, wanted: Collection[int] | None = None) -> list[StreamRecord]:
+        """Return all streams or those that are wanted, in order of first appearance."""
+        query = (
+            "SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams "
+            "WHERE ?1 IS NULL OR id IN (SELECT value FROM json_each(?1)) ORDER BY id"
+        )
+        return [self._stream(row) for row in self._fetch(query, _wanted(wanted))]
 
     def _stream(self, row: tuple[Any, ...]) -> StreamRecord:
         """Return the stream of a row; its facts are decoded when they have changed, as a report asks for it often."""
@@ -221,24 +224,30 @@ class StoreReader(FrameReader):
         Args:
             streams: those that are wanted; by default all.
         """
-        self._update_progress()
-        totals = {stream: total for (name, stream), total in self._progress.items() if name == table}
-        after = {stream: each.first_id - 1 for stream, each in totals.items() if streams is None or stream in streams}
+        if streams is None:
+            self._update_progress()
+            after = {stream: total.first_id - 1 for (name, stream), total in self._progress.items() if name == table}
+        else:  # to count the frames of all streams would take longer than to read these
+            after = dict.fromkeys(streams, 0)
+
         sums: dict[int, TableSums] = {}
         summed: dict[int, int] = {}
         query = (
             "SELECT stream, next_seq, after_id, data FROM summaries "
-            "WHERE tbl = ?1 AND (?2 IS NULL OR stream IN (SELECT value FROM json_each(?2)))"
+            "WHERE tbl = ?2 AND (?1 IS NULL OR stream IN (SELECT value FROM json_each(?1)))"
         )
-        wanted = None if streams is None else str([*streams])
-        for stream, summed[stream], after[stream], data in self._fetch(query, self._id(table), wanted):
+        for stream, summed[stream], after[stream], data in self._fetch(query, _wanted(streams), self._id(table)):
             sums[stream] = self._decoded_sums(table, data)
 
-        cursors = np.full(max((*totals, *after), default=0) + 1, _NO_CURSOR)
+        cursors = np.full(max(after, default=0) + 2, _NO_CURSOR)  # the last one is that of all later streams
         cursors[list(after)] = list(after.values())
+
+        def is_new(found: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return np.asarray(found[:, 0] > cursors[np.minimum(found[:, 1], len(cursors) - 1)])
+
         waiting: list[Frame] = []
         size = 0
-        for each in self._chosen_frames(table, lambda found: found[:, 0] > cursors[found[:, 1]], int(cursors.min())):
+        for each in self._chosen_frames(table, is_new, int(cursors.min())):
             frame = each.after(summed.get(each.stream, 0))
             if not frame.n:
                 continue
@@ -359,3 +368,8 @@ def _names(tables: str | Collection[str]) -> frozenset[str]:
 
 def _matches(key: tuple[str, int], names: Collection[str], stream: int | None) -> bool:
     return key[0] in names and (stream is None or key[1] == stream)
+
+
+def _wanted(streams: Collection[int] | None) -> str | None:
+    """Return streams as a JSON list for a query; None for all."""
+    return None if streams is None else str([*streams])
