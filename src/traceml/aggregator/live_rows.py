@@ -17,7 +17,6 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.diagnosis.steps.representatives import Representatives
-from traceml.diagnosis.steps.spread_steps import SpreadSteps
 from traceml.transport.framing import decode_log
 
 __all__ = ["LiveRows"]
@@ -31,7 +30,7 @@ class LiveRows:
 
     def __init__(self, world_size: int) -> None:
         self.intake = RowIntake(slots_for(world_size), world_size)
-        self.intake.history = SpreadSteps.of_run(world_size)
+        self.intake.keep_history(world_size)
         self.facts_builder = self.intake.facts_builder
         self.facts_builder.world_size = world_size
         self.on_loaded: Callable[[RankStream, dict[str, Any]], None] = _ignore
@@ -43,7 +42,7 @@ class LiveRows:
     def resize(self, world_size: int) -> None:
         """Drop the kept steps and keep new ones: how many depends on the number of ranks."""
         self.intake.resize(slots_for(world_size), world_size)
-        self.intake.history = SpreadSteps.of_run(world_size)
+        self.intake.keep_history(world_size)
         self.facts_builder.world_size = world_size
 
     @property

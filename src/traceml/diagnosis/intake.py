@@ -45,8 +45,9 @@ class RowIntake:
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.facts_builder = JobFactsBuilder(max(ranks, 1))
         self.kept = KeptSteps(slots, ranks)
+        self.kept.numbers = self.facts_builder.numbers
         self.history: SpreadSteps | None = None
-        """Steps that are spread over a run that goes on, where it is followed to compare them with the newest."""
+        """Steps that are spread over the run, if `keep_history` was called."""
         self.names = self.facts_builder.names
         self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
         self._takers: dict[str, Callable[[int, Rows], None]] = {
@@ -73,6 +74,12 @@ class RowIntake:
     def resize(self, slots: int, ranks: int) -> None:
         """Drop the kept steps and keep new ones, for another number of ranks."""
         self._replace(KeptSteps(slots, ranks))
+
+    def keep_history(self, ranks: int) -> None:
+        """Keep steps that are spread over a run that goes on, from now on, unless it has too many ranks."""
+        self.history = SpreadSteps.of_run(ranks)
+        if self.history is not None:
+            self.history.numbers = self.facts_builder.numbers
 
     def sample(self, steps: Ints, ranks: int) -> SampledSteps:
         """Keep only these steps from now on, ascending; return where they are kept."""
@@ -123,6 +130,7 @@ class RowIntake:
 
     def _replace(self, kept: KeptSteps) -> None:
         kept.representatives, self.kept = self.kept.representatives, kept
+        kept.numbers = self.facts_builder.numbers
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
         if added := self._added[table.name]:

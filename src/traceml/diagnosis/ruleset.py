@@ -297,7 +297,7 @@ def _with_slowdown(
     if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
         slower = _slower(window, work, facts, ())
 
-    slower = [each for each in slower if not any(_is_used_up(each, one, window) for one in found)]
+    slower = [each for each in slower if not any(_is_used_up(each, one, window, facts) for one in found)]
     explained = [each for each in found if any(_explains(one, each, window, work) for one in slower)]
     return [*slower, *(each for each in found if each not in explained)]
 
@@ -333,7 +333,7 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
     Of several trainings, each is compared with itself. A slowdown of code that does not depend on the model may
     continue in later trainings: then the finding is about the whole run.
     """
-    if window.steps[0] > _FIRST_STEPS:  # live, the window is only the newest part of a longer run
+    if _is_newest_part(window, facts):
         return []
 
     of_run = slowdown(StepHistory.of(window, work), facts, late)
@@ -350,10 +350,15 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
     return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
 
 
+def _is_newest_part(window: AlignedSteps, facts: JobFacts) -> bool:
+    """Return whether a window lacks the beginning of the run, as a live one may."""
+    return bool(window.steps[0] - facts.first_step > _FIRST_STEPS)
+
+
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
     is_late = any(each.kind.rule.is_straggler and each.ranks for each in found)
-    if not is_late or window.steps[0] > _FIRST_STEPS:
+    if not is_late or _is_newest_part(window, facts):
         return found
 
     if len(trainings_of(window, facts.other_models, facts.same_models)) > 1:
@@ -376,14 +381,15 @@ def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFact
     )
 
 
-def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps) -> bool:
+def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps, facts: JobFacts) -> bool:
     """Return whether steps became slower only because batches that had been made in advance were used up.
 
     The thread or process that fills a queue begins before the first step; what it cannot keep up with is reported.
     """
     is_queue = waiting.kind is Kind.INPUT_BOUND and waiting.phase == "input_wait" and slower.phase == "other"
     stays = slower.evidence.get("shape") == "stays" and "function" not in slower.evidence
-    early = 2 * slower.evidence.get("since_step", 0) <= int(window.steps[-1])
+    since, last = slower.evidence.get("since_step", 0), int(window.steps[-1])
+    early = 2 * (since - facts.first_step) <= last - facts.first_step
     return is_queue and stays and early
 
 

@@ -30,6 +30,19 @@ def test_blocks_are_spread_over_all_steps(steps: int, gap: int, frame: int) -> N
         assert aligned.total[rank].tolist() == pytest.approx(of_rank["total_ns"][aligned.steps].tolist(), rel=1e-6)
 
 
+def test_blocks_of_a_resumed_run_begin_at_its_first_step() -> None:
+    """Its numbers count on from a checkpoint."""
+    (rows,) = rows_of(Job(ranks=1, steps=1_000, grouped=False))
+    rows["step"] += 5_000
+    kept = SpreadSteps(SLOTS, 1)
+    kept.numbers.take(0, {"step": 5_000, "before": 5_000})
+    for first in range(0, 1_000, 50):
+        kept.scatter(np.zeros(50, np.int64), rows[first : first + 50])
+
+    aligned = kept.aligned(SLOTS)
+    assert aligned.steps.tolist() == [5_000 + step for step in range(10, 1_000) if step % 64 < 16]
+
+
 def test_what_comes_beside_the_step_rows_moves_with_them() -> None:
     """User phases come before the rows of their steps, device times after them."""
     steps = np.arange(1_000)

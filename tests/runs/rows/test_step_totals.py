@@ -89,14 +89,18 @@ def test_mean_and_quantiles_are_of_all_ranks():
     assert totals.latest.tolist() == [699, 699]
 
 
-def test_set_up_can_be_left_out():
+@pytest.mark.parametrize("before", [0, 5_000], ids=["from_0", "resumed"])
+def test_set_up_can_be_left_out(before):
     """Without the first ten steps the figures are those of the other steps."""
     ranks = tables()
     for of_rank in ranks:
+        for rows in of_rank.values():
+            rows["step"] += before
+
         of_rank["steps"]["total_ns"][:10] += int(5000 * MS)
         of_rank["steps"]["forward_ns"][:10] += int(5000 * MS)
 
-    set_up = SetUpSums()
+    set_up = SetUpSums(before)
     for table in (STEPS, USER_PHASES):
         set_up.take(table, {rank: of_rank[table.name].tobytes() for rank, of_rank in enumerate(ranks)})
 

@@ -44,6 +44,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     world_size: int = 1  # ranks of the job
     state: str = "running"  # the run's state, as in the report
     time: RunTime | None = None  # the run's wall time by part; None if unknown
+    first_step: int = 0  # number of the first step, where the script numbers its steps
     resumes_at: int = 0  # steps in the checkpoint from which the ranks, whose steps count from 0, have resumed
     backend: str | None = None  # that of the ranks' process group (gloo, nccl); None if only the rows can show a group
     rpc: bool = False  # whether ranks call functions of each other (torch.distributed.rpc)

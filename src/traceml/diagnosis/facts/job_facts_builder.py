@@ -31,6 +31,7 @@ from traceml.diagnosis.facts.sampled_lines import IntervalLines, LazyLines, Line
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import TopologyHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
+from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
 from traceml.diagnosis.facts.wall_parts import Stop, stop_of
 from traceml.diagnosis.facts.wall_time import WallTimeFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
@@ -66,13 +67,13 @@ class JobFactsBuilder:
         self.save_folders: dict[int, str] = {}
         self.growing: dict[int, tuple[GrowingObjects, ...]] = {}
         self.skipped = SkippedSteps()
-        # Rank -> (step, steps that its number and later ones count but this run has not seen), oldest first.
-        self._resumed: dict[int, list[tuple[int, int]]] = {}
+        self.numbers = StepNumbers()
+        """Numbers of the steps, as the script has given them."""
         self.resumes_at = 0
         """Steps in the checkpoint that this attempt has read, whatever its ranks count."""
         self.losses, self.batches = LossHistory(), BatchHistory()
         self.progress = ProgressHistory()
-        self.pauses = PauseHistory(self.names)
+        self.pauses = PauseHistory(self.names, self.numbers)
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
@@ -139,13 +140,6 @@ class JobFactsBuilder:
         elif reported.state != "finished":
             self.exits[rank] = reported
 
-    def _take_resumed(self, rank: int, row: Mapping[str, Any]) -> None:
-        step, before = row.get("step", 0), row.get("before")
-        if isinstance(step, int) and isinstance(before, int):
-            known = self._resumed.setdefault(rank, [])
-            if not known or known[-1][1] != before:  # a script may number each step
-                known.append((step, before))
-
     def _take_joined(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("step"), int):
             self.joined.setdefault(rank, []).append(row["step"])
@@ -210,7 +204,7 @@ class JobFactsBuilder:
         InfoKind.LOADERS_MADE: _take_loaders_made,
         InfoKind.TRAINING_LOADER: _take_training_loader,
         InfoKind.EXIT: _take_exit,
-        InfoKind.RESUMED: _take_resumed,
+        InfoKind.RESUMED: lambda self, rank, row: self.numbers.take(rank, row),
         InfoKind.LOADED: _take_loaded,
         InfoKind.STOPPED: _take_stopped,
         InfoKind.JOINED: _take_joined,
@@ -297,14 +291,10 @@ class JobFactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = merged_exits(before, ended) if before else ended
 
-    def steps_before(self, rank: int, last_step: int) -> int:
-        """Return how many of the numbers up to a rank's last step are of no step of this run."""
-        return next((before for step, before in reversed(self._resumed.get(rank, ())) if step <= last_step), 0)
-
     @property
     def counted_before(self) -> int:
         """Steps of the training before those of this attempt, where its ranks count from 0."""
-        return 0 if self._resumed else self.resumes_at
+        return 0 if self.numbers.is_given() else self.resumes_at
 
     @property
     def is_grouped(self) -> bool:
@@ -342,6 +332,7 @@ class JobFactsBuilder:
         facts = JobFacts(
             world_size=self.world_size,
             resumes_at=self.counted_before,
+            first_step=self.numbers.first,
             hosts=dict(self.hosts),
             cores=cores,
             wait_of_ready_time=self._waits.of_ready_time(),
@@ -390,7 +381,7 @@ class JobFactsBuilder:
 
     def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
         """Return how a rank ended, with what is known of its steps."""
-        is_new = rank in self._read_first and rank not in self._resumed and not self.resumes_at
+        is_new = rank in self._read_first and not self.numbers.is_given(rank) and not self.resumes_at
         return replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs, counts_anew=is_new)
 
     def _counted(self, loader: LoaderFacts | None) -> LoaderFacts | None:

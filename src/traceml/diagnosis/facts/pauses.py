@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from traceml.database.row_arrays import join_rows
 from traceml.database.schema import LINE_OTHER, LINE_PHASES, PAUSES, Compiled, Pause
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
 from traceml.formatting import parsed_place
 
 __all__ = ["PauseHistory", "Saves"]
@@ -50,10 +51,13 @@ class Saves(msgspec.Struct, frozen=True):
 class PauseHistory:
     """Rows of `schema.PAUSES` by rank."""
 
-    def __init__(self, names: Mapping[int, Mapping[int, str]] | None = None) -> None:
+    def __init__(
+        self, names: Mapping[int, Mapping[int, str]] | None = None, numbers: StepNumbers | None = None
+    ) -> None:
         self._rows: dict[int, Rows] = {}
         self._ranks: dict[int, set[int]] = {cause: set() for cause in Pause}
         self._names: Mapping[int, Mapping[int, str]] = {} if names is None else names
+        self._numbers = StepNumbers() if numbers is None else numbers
 
     def add(self, rank: int, rows: Rows) -> None:
         """Take rows of a rank, in order."""
@@ -74,7 +78,7 @@ class PauseHistory:
     def set_up_compile_s(self, rank: int) -> float:
         """Return the seconds for which functions were compiled for the first time in the first steps of a rank."""
         rows = self.rows(rank, Pause.COMPILATION)
-        in_set_up = (rows["step"] >= 0) & (rows["step"] < SET_UP_STEPS)
+        in_set_up = (rows["step"] >= 0) & (rows["step"] < self._numbers.first + SET_UP_STEPS)
         return float(rows["ns"][in_set_up & (rows["detail"] == Compiled.FIRST)].sum()) / 1e9
 
     def early_compile_s(self, rank: int) -> float:

@@ -36,10 +36,11 @@ class HostSums(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         """Return the sums of streams of a store."""
         names = _Names(reader, ranks)
         whole = [names.unified(stream, sums) for stream, sums in reader.step_sums().items() if stream in ranks]
+        begin = min((int(each.steps.bins["first_step"].min()) for each in whole if each.count), default=0)
         first: dict[int, dict[str, TableSums]] = {}
         for table in (STEPS, DEVICE_STEPS, USER_PHASES):
             if table.name in reader.tables:
-                for stream, sums in _first_sums(reader, table, ranks).items():
+                for stream, sums in _first_sums(reader, table, ranks, begin).items():
                     first.setdefault(stream, {})[table.name] = sums
 
         set_up = [names.unified(stream, StepSums.of(sums)) for stream, sums in first.items()]
@@ -102,14 +103,15 @@ class _Names:
         self._of.setdefault(stream, {})[number] = known
 
 
-def _first_sums(reader: StoreReader, table: Table, streams: Mapping[int, int]) -> dict[int, TableSums]:
-    frames = list(reader.step_frames(table.name, [(0, SET_UP_STEPS - 1)], set(streams)))
+def _first_sums(reader: StoreReader, table: Table, streams: Mapping[int, int], begin: int) -> dict[int, TableSums]:
+    end = begin + SET_UP_STEPS
+    frames = list(reader.step_frames(table.name, [(begin, end - 1)], set(streams)))
     if not frames:
         return {}
 
     rows = np.frombuffer(b"".join(frame.data for frame in frames), table.dtype)
     stream = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
-    first = rows["step"] < SET_UP_STEPS
+    first = rows["step"] < end
     return sum_rows(table.name, rows[first], stream[first])
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, StepFlag, unpack_bits
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
+from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps, Ints, block_begins
 from traceml.diagnosis.steps.representatives import Representatives
 from traceml.diagnosis.steps.step_split import (
@@ -63,11 +64,12 @@ class KeptSteps:
 
     Attributes:
         representatives: ranks that represent others, where hosts are merged.
+        numbers: numbers of the steps, whose first ones include set-up.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.slots = slots
-        self.representatives = Representatives()
+        self.representatives, self.numbers = Representatives(), StepNumbers()
         self._capacity = 0
         self._latest = np.empty(0, np.int64)
         self._ended = np.empty(0, bool)
@@ -198,11 +200,11 @@ class KeptSteps:
         if not len(chosen):
             return self._window(chosen, np.empty(0, np.int64), missing_ranks)
 
-        newest = int(self._latest[chosen].min())
+        newest, first = int(self._latest[chosen].min()), self.numbers.first
         last = min(last, self.slots, max(_MIN_STEPS, MAX_CELLS // len(chosen)))
-        skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
+        skip = min(skip_first, max(3, newest - first + 1 - _MIN_STEPS))
         steps = self._steps_until(newest, last)
-        steps = self._unprofiled(steps[steps >= skip])
+        steps = self._unprofiled(steps[steps >= first + skip])
         found = self._step[self._cells(chosen[:, None], steps)] == steps
         # A rank that lost many rows must not remove the steps of all others.
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))

@@ -29,7 +29,7 @@ class SpreadSteps(SampledSteps):
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
-        self._blocks, self._gap = slots // _BLOCK, _BLOCK
+        self._blocks, self._gap, self._first = slots // _BLOCK, _BLOCK, 0
         super().__init__(np.arange(slots, dtype=np.int64), ranks)
 
     @classmethod
@@ -49,14 +49,18 @@ class SpreadSteps(SampledSteps):
         return aligned if (usual.max(axis=1) > _SMALL_CHANGE * usual.min(axis=1)).any() else None
 
     def _has(self, steps: Ints) -> NDArray[np.bool_]:
-        while len(steps) and int(steps.max()) >= self._blocks * self._gap:
+        if not self._first and self.numbers.first:  # it is known before the first row
+            self._first = self.numbers.first
+            self._chosen = self._first + self._chosen
+
+        while len(steps) and int(steps.max()) >= self._first + self._blocks * self._gap:
             self._drop_every_second_block()
 
         return super()._has(steps)
 
     def _drop_every_second_block(self) -> None:
         self._gap *= 2
-        self._chosen = (self._gap * np.arange(self._blocks)[:, None] + np.arange(_BLOCK)).ravel()
+        self._chosen = self._first + (self._gap * np.arange(self._blocks)[:, None] + np.arange(_BLOCK)).ravel()
         pairs: list[tuple[NDArray[Any], Floats]] = [(self._step, self._values), *self._user.values()]
         pairs += [pair for pair in (self._device, self._evaluation) if pair is not None]
         for steps, values in pairs:

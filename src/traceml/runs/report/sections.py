@@ -108,7 +108,7 @@ def steps_of(summary: RunSummaryReader, rank: int, latest: Ints) -> int:
         return 0
 
     last = int(latest[rank])
-    return last + 1 - summary.facts_builder.steps_before(rank, last)
+    return last + 1 - summary.facts_builder.numbers.before(rank, last)
 
 
 def _per_second(summary: RunSummaryReader) -> float | None:

@@ -260,7 +260,7 @@ class RunSummaryReader:
         chosen = np.concatenate([np.arange(begin, end + 1) for begin, end in ranges])
         sampled = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
         self._follow_intake()
-        set_up = SetUpSums()
+        set_up = SetUpSums(first)
         for table in tables:
             for by_rank in self._batches(reader, reader.step_frames(table.name, ranges, self._newest())):
                 self._take(table, by_rank)

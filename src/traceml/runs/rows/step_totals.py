@@ -176,9 +176,14 @@ def _bins(parts: Sequence[TableSums]) -> tuple[int, int, int]:
 
 
 class SetUpSums:
-    """Collects the rows of the first steps of a run, which include set-up: reports leave them out."""
+    """Collects the rows of the first steps of a run, which include set-up: reports leave them out.
 
-    def __init__(self) -> None:
+    Args:
+        first: number of its first step.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._end = first + SET_UP_STEPS
         self._rows: dict[str, list[NDArray[np.void]]] = {}
         self._ranks: dict[str, list[Ints]] = {}
 
@@ -186,7 +191,7 @@ class SetUpSums:
         """Take rows of a table with steps; other steps are ignored."""
         for rank, data in by_rank.items():
             rows = np.frombuffer(data, table.dtype)
-            rows = rows[rows["step"] < SET_UP_STEPS]
+            rows = rows[rows["step"] < self._end]
             if len(rows):
                 self._rows.setdefault(table.name, []).append(rows)
                 self._ranks.setdefault(table.name, []).append(np.full(len(rows), rank))
