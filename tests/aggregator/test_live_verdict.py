@@ -182,6 +182,17 @@ def test_rank_of_another_attempt_clears_nothing(live):
     assert live.intake.kept.latest.tolist() == [-1, 49]
 
 
+def test_the_next_attempt_numbers_its_own_steps(live: LiveRows) -> None:
+    """It resumes from a later checkpoint than the one before, or counts from 0."""
+    for resumed_at in (5_000, 7_000, 0):
+        live.begin_attempt()
+        if resumed_at:
+            row = {"kind": "resumed", "step": resumed_at, "before": resumed_at}
+            live.take(stream_of(0), "info", msgpack.packb(row))
+
+        assert live.facts_builder.numbers.first == resumed_at
+
+
 def hang(live: LiveRows) -> None:
     """Take steps of both ranks, and then snapshots: rank 1 sleeps, and rank 0 waits for it."""
     for rank in range(2):

@@ -51,9 +51,10 @@ class LiveRows:
         return self.intake.kept.representatives
 
     def begin_attempt(self) -> None:
-        """Forget which ranks of the previous attempt represented others, and which had not connected."""
+        """Forget what the previous attempt alone was: representatives, absent ranks, and numbers of steps."""
         self._absent.clear()
         self.facts_builder.resumes_at = 0
+        self.facts_builder.numbers.clear()
         self.intake.kept.representatives = Representatives()
 
     def mark_unreachable(self, host: str) -> None:
