@@ -6,6 +6,8 @@ import gc
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -169,3 +171,22 @@ def test_a_slow_handler_gets_everything() -> None:
     traceml.launch(_talk, (3000,), workers_per_host=1, log_handlers=[slow], **HERE)
 
     assert slow.lines == [str(i) for i in range(3000)]
+
+
+def test_a_script_that_ends_by_exit_0_has_succeeded(tmp_path: Path) -> None:
+    """It need not return to us: `os._exit` leaves without a message, and a daemon's code closes the connection."""
+    (tmp_path / "job.py").write_text(
+        "import os\n"
+        "print(os.environ['RANK'], flush=True)\n"
+        "os._exit(0) if os.environ['RANK'] == '0' else os.closerange(3, 1 << 16)\n"
+    )
+    words = ["--hostnames", "localhost", "--workers-per-host", "2", "job.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "traceml", "launch", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    report = json.loads((tmp_path / "traceml_runs" / "latest" / "report.json").read_text())
+
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert report["run"]["state"] == "finished"
+    assert [rank["state"] for rank in report["ranks"]] == ["finished", "finished"]

@@ -338,3 +338,50 @@ def test_a_further_worker_costs_little_memory(driver: Driver) -> None:
 def test_the_store_of_each_torch(version: str, can: bool) -> None:
     """The store with libuv refuses a bound port up to torch 2.7, in which the older form is used."""
     assert worker_main._takes_listener_with_libuv(version) is can
+
+
+def test_a_function_that_closes_all_descriptors_goes_on(driver: Driver, tmp_path: Path) -> None:
+    """As code of daemons does. Its records follow on standard error, its own files get nothing of ours."""
+
+    def work(folder: str, ends: str) -> int:
+        os.closerange(3, 1 << 16)
+        files = [open(f"{folder}/{number}", "wb") for number in range(40)]  # noqa: SIM115
+        logging.getLogger("mine").warning("first of %d", len(files))
+        logging.getLogger("mine").warning("second")
+        print("worked")
+        if ends == "raises":
+            raise ValueError("text")
+
+        return 1
+
+    for ends in ("returns", "raises"):
+        driver.prepare(need_torch=False)
+        driver.start(work, str(tmp_path), ends)
+        told = driver.wait("exited")
+        driver.stop()
+        err = driver.text(0, "err")
+
+        assert (told["code"], driver.text(0)) == (1, "worked\n")
+        assert err.count("has closed the pipe for its logging records") == 1
+        assert "first of 40\nsecond\n" in err
+        assert err.count("has closed the connection to its launcher") == 1
+        assert ("ValueError: text" in err) == (ends == "raises")
+        assert ("Traceback" in err) == (ends == "raises")
+        assert {each.stat().st_size for each in tmp_path.iterdir()} == {0}
+
+
+def test_a_script_that_closes_all_descriptors_has_its_exit_status(driver: Driver, tmp_path: Path) -> None:
+    """It has no result to send. (The recorder's thread may say that a folder was closed while it read that.)"""
+    script = tmp_path / "job.py"
+    for ends, status in (("", 0), ("sys.exit(4)", 4)):
+        script.write_text(f"import os, sys\nos.closerange(3, 1 << 16)\nprint('worked')\n{ends}\n")
+        driver.prepare(need_torch=False)
+        driver.start(None, script={"path": str(script), "argv": []})
+        told = driver.wait("exited")
+        driver.stop()
+
+        err = driver.text(0, "err")
+
+        assert (told["code"], driver.text(0)) == (status, "worked\n")
+        assert "Traceback" not in err
+        assert "connection to its launcher" not in err

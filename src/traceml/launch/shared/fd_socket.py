@@ -14,6 +14,7 @@ import msgpack
 
 from traceml.errors import ProtocolError
 from traceml.launch.shared.launch_messages import M, Message, decode
+from traceml.trusted_files import GuardedDescriptor
 
 __all__ = ["FdSocket"]
 
@@ -23,12 +24,15 @@ _BIG = b"\xc1"  # no msgpack value begins with this byte
 
 
 class FdSocket:
-    """One end of a private unix socket that preserves message boundaries."""
+    """One end of a private unix socket that preserves message boundaries.
 
-    __slots__ = ("_socket",)
+    A worker's function may close its descriptor, and open one of its own with the same number.
+    """
+
+    __slots__ = ("_own", "_socket")
 
     def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+        self._socket, self._own = sock, GuardedDescriptor(sock.fileno())
 
     @classmethod
     def pair(cls) -> tuple[FdSocket, FdSocket]:
@@ -49,7 +53,7 @@ class FdSocket:
         """Send a message, and copies of descriptors.
 
         Raises:
-            OSError: the other end is closed.
+            OSError: the other end is closed, or this one (EBADF).
         """
         body = msgpack.packb(message.to_map(), unicode_errors="surrogateescape")
         if len(body) <= _INLINE_BYTES:
@@ -73,6 +77,7 @@ class FdSocket:
 
         Raises:
             EOFError: the other end is closed.
+            OSError: this end is closed (EBADF).
             ProtocolError: the message is none of these.
         """
         try:
@@ -98,13 +103,16 @@ class FdSocket:
 
     def close(self) -> None:
         """Close this end."""
-        self._socket.close()
+        self._socket.detach()
+        self._own.close()
 
     def _send(self, body: bytes, fds: Sequence[int]) -> None:
+        self._own.check()
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self._socket.sendmsg([body], ancillary, socket.MSG_NOSIGNAL)
 
     def _receive(self, flags: int) -> tuple[bytes, list[int]]:
+        self._own.check()
         fds = array.array("i")
         room = socket.CMSG_SPACE(_MAX_FDS * fds.itemsize)
         body, ancillary, _, _ = self._socket.recvmsg(_INLINE_BYTES, room, flags | socket.MSG_CMSG_CLOEXEC)

@@ -12,10 +12,13 @@ import logging
 import os
 import select
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import msgpack
+
+from traceml.trusted_files import GuardedDescriptor
 
 __all__ = ["FIELDS", "RecordDecoder", "RecordHandler", "install"]
 
@@ -40,19 +43,43 @@ def install(fd: int, level: int | str = "INFO") -> RecordHandler:
 
 
 class RecordHandler(logging.Handler):
-    """Writes records to a pipe before `emit` returns, so that the last records of a dying process arrive."""
+    """Writes records to a pipe before `emit` returns, so that the last records of a dying process arrive.
+
+    Once the function has closed the pipe, records go to standard error.
+    """
 
     def __init__(self, fd: int) -> None:
         super().__init__()
-        self._fd = fd
+        self._pipe = GuardedDescriptor(fd)
+        self._is_told = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record; wait while the pipe is full."""
         try:
-            for chunk in _chunks(msgpack.packb(_as_map(record), unicode_errors="surrogatepass")):
-                os.write(self._fd, chunk)
+            body = msgpack.packb(_as_map(record), unicode_errors="surrogatepass")
+            if not self._write(body):
+                self._write_as_text(record)
         except (OSError, ValueError, TypeError):
             self.handleError(record)
+
+    def _write(self, body: bytes) -> bool:
+        """Write a record to the pipe; return False if the function has closed it."""
+        try:
+            self._pipe.check()
+        except OSError:
+            return False
+
+        for chunk in _chunks(body):
+            os.write(self._pipe.number, chunk)
+
+        return True
+
+    def _write_as_text(self, record: logging.LogRecord) -> None:
+        if not self._is_told:
+            self._is_told = True
+            sys.stderr.write("traceml: the function has closed the pipe for its logging records: they follow here\n")
+
+        sys.stderr.write(_plain.format(record) + "\n")
 
 
 def _as_map(record: logging.LogRecord) -> dict[str, Any]:

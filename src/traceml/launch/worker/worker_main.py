@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import io
 import logging
@@ -40,10 +41,18 @@ __all__ = ["main"]
 _LEAVE_TIMEOUT_S = 5.0
 _MAX_NOTES = 16
 _MAX_TEXT_CHARACTERS = 512 * 1024  # of an exception's text, which is sent in one message
+_NO_RESULT = (
+    "traceml: the function has closed the connection to its launcher, as os.closerange does: what it returns or raises "
+    "cannot be sent. Close only descriptors that it has opened itself, or call os.closerange in a process it starts."
+)
 
 
 class _Stopped(BaseException):
     """The agent has closed the connection or stopped the worker."""
+
+
+class _Disconnected(BaseException):
+    """The function or script has closed the connection to the agent, as `os.closerange` does."""
 
 
 def main(request: Fork, fds: list[int]) -> NoReturn:
@@ -72,6 +81,8 @@ def main(request: Fork, fds: list[int]) -> NoReturn:
         status = _work(agent, request, listener[0] if listener else None)
     except _Stopped:
         status = 1
+    except _Disconnected:
+        status = _end_disconnected(request)
     except BaseException:  # noqa: BLE001 - our own error: make it visible
         traceback.print_exc()
 
@@ -119,6 +130,15 @@ def _work(agent: FdSocket, request: Fork, listener: int | None) -> int:
         _leave_group(store, request)
 
     return 0
+
+
+def _end_disconnected(request: Fork) -> int:
+    """Return the exit status of a worker that cannot report; that of a script is its report."""
+    if request.script:
+        return 0
+
+    print(_NO_RESULT, file=sys.stderr)  # noqa: T201 - the launcher shows it with the failure
+    return 1
 
 
 def _note_end(request: Fork, error: BaseException | None, status: int) -> None:
@@ -306,6 +326,8 @@ def _receive(agent: FdSocket, kind: type[Message]) -> list[int]:
         received = agent.receive(WorkerPayload, WorkerMayEnd)
     except EOFError:
         raise _Stopped from None
+    except OSError as error:
+        raise _connection_lost(error) from None
 
     assert received is not None
     message, fds = received
@@ -318,8 +340,15 @@ def _receive(agent: FdSocket, kind: type[Message]) -> list[int]:
 def _send(agent: FdSocket, message: Message, fds: Sequence[int] = ()) -> None:
     try:
         agent.send(message, fds)
-    except ConnectionError:
-        raise _Stopped from None
+    except OSError as error:
+        raise _connection_lost(error) from None
+
+
+def _connection_lost(error: OSError) -> BaseException:
+    if error.errno == errno.EBADF:
+        return _Disconnected()
+
+    return _Stopped() if isinstance(error, ConnectionError) else error
 
 
 def _await_release(agent: FdSocket) -> None:
@@ -364,7 +393,12 @@ def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) 
         notes=[_shortened(str(note)) for note in getattr(error, "__notes__", ())][:_MAX_NOTES],
         bases=[f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__],
     )
-    _send(agent, raised, fds)
+    try:
+        _send(agent, raised, fds)
+    except _Disconnected:
+        print(raised.traceback or raised.message, file=sys.stderr)  # noqa: T201 - the launcher shows it
+        raise
+
     for fd in fds:
         os.close(fd)
 

@@ -70,7 +70,14 @@ class LaunchJob:
         self._id = secrets.token_hex(8)
         self._deadline_s = time.monotonic() + spec.timeout_s
         self._sender = PayloadSender(spec.call, self._id)
-        self._state = JobState(self._hosts, self._id, make_logs=make_logs, prepare=self._prepare, tracing=tracing)
+        self._state = JobState(
+            self._hosts,
+            self._id,
+            make_logs=make_logs,
+            prepare=self._prepare,
+            tracing=tracing,
+            is_script=spec.script is not None,
+        )
         self._waiting_for, self._wait_logged_s = "", time.monotonic()
         self._late: Callable[[], list[str]] | None = None  # of a step of the start-up: what is late
         self._began_s = 0.0

@@ -51,6 +51,7 @@ class JobState:
 
     Args:
         prepare: called with each host whose agent has answered.
+        is_script: whether workers run a script, whose exit status is its result.
 
     Attributes:
         workers: by rank, once ranks are assigned.
@@ -71,6 +72,7 @@ class JobState:
         make_logs: MakeLogs,
         prepare: Callable[[JobHost], None],
         tracing: Tracing | None,
+        is_script: bool = False,
     ) -> None:
         self.workers: list[Worker] = []
         self.host_errors: list[AgentFailedError] = []
@@ -81,7 +83,7 @@ class JobState:
         self.stacks_received: set[str] = set()
         self.stopping = self.released = False
         self._hosts, self._job, self._make_logs = hosts, job, make_logs
-        self._prepare, self._tracing = prepare, tracing
+        self._prepare, self._tracing, self._is_script = prepare, tracing, is_script
         self._logs: LogRouter | None = None
         self._agent_logs: dict[str, LogStream] = {}
         self._early_output: list[tuple[JobHost, bytes]] = []
@@ -188,6 +190,9 @@ class JobState:
     def _on_exited(self, host: JobHost, message: Exited) -> None:
         worker = self.workers[message.rank]
         worker.ended = True
+        if self._is_script and message.code == 0:  # by `os._exit`, or it has closed its connection to the agent
+            worker.done = worker.ready = True
+
         if self._tracing is not None:
             self._tracing.worker_exited(host.name, message, stopped=self.stopping and not worker.done)
 
