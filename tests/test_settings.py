@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import traceml
+from traceml import setting_sources
 from traceml.errors import SettingsError
 from traceml.setting_sources import INTERNAL_ENV, USER_ENV
 from traceml.settings import Config, declarations, load, reference
@@ -345,9 +349,78 @@ def test_a_project_whose_tools_are_no_table_is_passed_over(tmp_path: Path) -> No
     assert read({}, tmp_path).port == 29765
 
 
-@pytest.mark.parametrize("name", ["traceml.toml", "pyproject.toml"])
-def test_a_pipe_in_place_of_a_file_does_not_stop_its_reader(tmp_path: Path, name: str) -> None:
-    """It is an error with its path."""
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(SettingsError, match=rf"{name}: cannot be read: it is not a regular file \(from {tmp_path}/"):
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A pipe does not stop its reader, and a folder is not passed over without a word."""
+    make(tmp_path / "traceml.toml")
+    with pytest.raises(SettingsError, match=rf"traceml.toml: cannot be read: .* regular file \(from {tmp_path}/"):
         read({}, tmp_path)
+
+    (tmp_path / "home" / "traceml").mkdir(parents=True)
+    make(tmp_path / "home" / "traceml" / "config.toml")
+    with pytest.raises(SettingsError, match=r"config.toml: cannot be read"):
+        read({"XDG_CONFIG_HOME": str(tmp_path / "home")})
+
+
+def test_a_pyproject_that_cannot_be_read_is_reported_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have no settings of ours, and be somebody else's; the next file upwards counts."""
+    (tmp_path / "traceml.toml").write_text("port = 7\n")
+    (tmp_path / "work").mkdir()
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / "work" / "pyproject.toml")
+        monkeypatch.setattr("traceml.fail_open._logged", set())
+        caplog.clear()
+
+        assert [read({}, tmp_path / "work").port for _ in range(2)] == [7, 7]
+        (text,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+        assert text.startswith("settings in a pyproject.toml are not used: pyproject.toml: cannot be read: ")
+        if make is os.mkdir:
+            shutil.rmtree(tmp_path / "work" / "pyproject.toml")
+        else:
+            (tmp_path / "work" / "pyproject.toml").unlink()
+
+    (tmp_path / "work" / "pyproject.toml").write_bytes(b"name = '\xe9'\n")
+    assert read({}, tmp_path / "work").port == 7
+    (tmp_path / "work" / "pyproject.toml").write_bytes(b"[tool.traceml]\nname = '\xe9'\n")
+    with pytest.raises(SettingsError, match=r"pyproject.toml: is not TOML: 'utf-8' codec"):
+        read({}, tmp_path / "work")
+
+
+def test_a_file_that_others_may_not_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless its folder is closed to this user, too: then there may be none."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(setting_sources, "read_regular", refuse)
+    assert read({}, tmp_path).port == 29765
+    (tmp_path / "traceml.toml").touch()
+    with pytest.raises(SettingsError, match=r"traceml.toml: cannot be read: Permission denied \(from "):
+        read({}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('backend = ["mlflow"]\nbackends = ["jsonl"]\n', "backends: sets the same as 'backend', which is set, too"),
+        ("[backend_options]\n[backends.jsonl]\n", "backends: sets the same as 'backend_options', which is set, too"),
+    ],
+)
+def test_a_setting_under_two_names_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    """One would win silently. Sources may differ in the name, and a variable in its case: ours is in upper case."""
+    (tmp_path / "traceml.toml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        read({}, tmp_path)
+
+    assert str(caught.value) == f"{told} (from {tmp_path}/traceml.toml). Allowed: one of the two"
+    with pytest.raises(SettingsError, match=r"^TRACEML_BACKENDS: sets the same as 'TRACEML_BACKEND'"):
+        read({"TRACEML_BACKEND": "mlflow", "TRACEML_BACKENDS": "mlflow"})
+    with pytest.raises(SettingsError, match=r"backends: sets the same as 'backend', which is set, too \(from argument"):
+        read(backend="mlflow", backends="jsonl")
+
+    (tmp_path / "traceml.toml").write_text("backends = ['mlflow']\n")
+    assert read({"TRACEML_BACKEND": "jsonl"}, tmp_path).backend == ("jsonl",)
+    for environ in ({"TRACEML_PORT": "1", "traceml_port": "2"}, {"traceml_port": "2", "TRACEML_PORT": "1"}):
+        assert read(environ).port == 1

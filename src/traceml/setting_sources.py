@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
+from traceml.fail_open import fail_open
 from traceml.trusted_files import read_regular
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 ENV_PREFIX = "TRACEML_"
+_log = logging.getLogger("traceml")
 
 # Variables that our own processes set for each other; any other with TRACEML_ is a setting, or in USER_ENV.
 INTERNAL_ENV: dict[str, str] = {
@@ -54,6 +56,8 @@ _WHOLE_TEXTS = frozenset({"on_finding"})
 _PORT_DIGITS = 5
 SettingEntry = tuple[str, str, Any]
 """(source, setting, value)."""
+_Given = tuple[str, Any, str, str]
+"""(key, value, source, the key as the user wrote it)."""
 # Settings of traceml-ai, another product of the same import name: the argument of its `init`, or its variable without
 # TRACEML_ -> the setting here.
 _RENAMED = {
@@ -123,12 +127,17 @@ class SettingSources:
 
     def arguments(self, arguments: Mapping[str, Any]) -> Iterator[SettingEntry]:
         """Yield the settings that a call was given by name."""
-        for key, value in arguments.items():
-            yield from self._checked(key, value, "argument", key)
+        yield from self._checked((key, value, "argument", key) for key, value in arguments.items())
 
     def environment(self, environ: Mapping[str, str]) -> Iterator[SettingEntry]:
-        """Yield the settings of the environment; an empty variable counts as unset, but makes a list empty."""
-        for variable, text in environ.items():
+        """Yield the settings of the environment; an empty variable counts as unset, but makes a list empty.
+
+        Of spellings that differ in case the one in upper case wins, which `traceml run` sets for its ranks.
+        """
+        yield from self._checked(self._variables(environ))
+
+    def _variables(self, environ: Mapping[str, str]) -> Iterator[_Given]:
+        for variable, text in sorted(environ.items(), key=lambda item: item[0].isupper()):
             upper = variable.upper()
             if not upper.startswith(ENV_PREFIX) or upper in INTERNAL_ENV or upper in USER_ENV:
                 continue
@@ -137,7 +146,7 @@ class SettingSources:
             if not text.strip() and not self._is_list(self._known(key, text, variable, variable)):
                 continue
 
-            yield from self._checked(key, text, variable, variable)
+            yield key, text, variable, variable
 
     def supervisor(self, environ: Mapping[str, str]) -> dict[str, Any]:
         """Return the settings that `traceml run` or `launch` has chosen for this process; they override arguments."""
@@ -167,13 +176,17 @@ class SettingSources:
 
         for place in (start, *start.parents):
             path = place / "traceml.toml"
-            if (text := _text_of(path)) is not None:
-                yield from self._table(_parse(path, text), path)
+            if (content := _content_of(path)) is not None:
+                yield from self._table(_parse(path, content), path)
                 return
 
             path = place / "pyproject.toml"
-            if (text := _text_of(path)) is not None and "traceml" in text:  # else tomllib need not be imported
-                tools = _parse(path, text).get("tool")
+            content = None
+            with fail_open(_log, "settings", "settings in a pyproject.toml are not used", once=True):
+                content = _content_of(path)
+
+            if content is not None and b"traceml" in content:  # else tomllib need not be imported
+                tools = _parse(path, content).get("tool")
                 table = tools.get("traceml") if isinstance(tools, dict) else None  # else it does not configure traceml
                 if table is not None:
                     yield from self._table(table, path)
@@ -183,13 +196,16 @@ class SettingSources:
         """Yield from `traceml/config.toml` in the user's folder of configurations."""
         base = environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", ""), ".config")
         path = Path(base) / "traceml" / "config.toml"
-        if path.is_absolute() and (text := _text_of(path)) is not None:
-            yield from self._table(_parse(path, text), path)
+        if path.is_absolute() and (content := _content_of(path)) is not None:
+            yield from self._table(_parse(path, content), path)
 
     def _table(self, table: Any, path: Path) -> Iterator[SettingEntry]:
         if not isinstance(table, dict):
             raise SettingsError("tool.traceml", "is not a table", source=str(path), allowed="a table of settings")
 
+        yield from self._checked(self._keys(table, path))
+
+    def _keys(self, table: Mapping[str, Any], path: Path) -> Iterator[_Given]:
         for key, value in table.items():
             if key in ("traceml", "tool") and isinstance(value, dict) and path.name != "pyproject.toml":
                 raise SettingsError(
@@ -199,7 +215,7 @@ class SettingSources:
 
             # `backends` is a list of names, or one table of options per name.
             name = "backend_options" if key == "backends" and isinstance(value, dict) else key
-            yield from self._checked(name, value, str(path), key)
+            yield name, value, str(path), key
 
     def _known(self, key: str, value: Any, source: str, written: str) -> str:
         name = _ALIASES.get(key, key)
@@ -229,12 +245,24 @@ class SettingSources:
     def _is_list(self, name: str) -> bool:
         return get_origin(self._declared[name].kind) is tuple
 
-    def _checked(self, key: str, value: Any, source: str, written: str) -> Iterator[SettingEntry]:
-        """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
-        if (key, value) == ("mode", "auto"):  # of traceml-ai: all that there is here
-            return
+    def _checked(self, given: Iterable[_Given]) -> Iterator[SettingEntry]:
+        """Yield the settings of one source; refuse two names of the same one, of which one would win silently."""
+        spellings: dict[str, str] = {}
+        for key, value, source, written in given:
+            if (key, value) == ("mode", "auto"):  # of traceml-ai: all that there is here
+                continue
 
-        name = self._known(key, value, source, written)
+            name = self._known(key, value, source, written)
+            first = spellings.setdefault(name, written)
+            if first.upper() != written.upper():
+                raise SettingsError(
+                    written, f"sets the same as {first!r}, which is set, too", source=source, allowed="one of the two"
+                )
+
+            yield source, name, self._converted(name, value, source, written)
+
+    def _converted(self, name: str, value: Any, source: str, written: str) -> Any:
+        """Return a value in its setting's type."""
         declared = self._declared[name]
         is_text = isinstance(value, str) and not value.lstrip().startswith("[")
         if name in _WHOLE_TEXTS and is_text and not source.upper().startswith(ENV_PREFIX):
@@ -253,7 +281,7 @@ class SettingSources:
 
             Masker(result, source=source)  # a bad pattern is an error now, not when a value must be masked
 
-        yield source, name, result
+        return result
 
 
 def _refuse_cut_expressions(patterns: tuple[str, ...], text: str, source: str, written: str) -> None:
@@ -273,28 +301,41 @@ def _json_form(text: str, patterns: tuple[str, ...]) -> str:
     return f"a JSON list: {json.dumps([text])} if it is, {json.dumps(patterns)} if not"
 
 
-def _text_of(path: Path) -> str | None:
+def _content_of(path: Path) -> bytes | None:
+    """Return the content of a file; None if there is none, or no way to see whether there is.
+
+    Raises:
+        SettingsError: there is one that cannot be read.
+    """
     try:
-        return read_regular(path).decode()
+        return read_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except PermissionError as error:
-        if error.errno == errno.EACCES or path.is_dir():
+    except OSError as error:
+        if not _is_visible(path):
             return None
 
         raise SettingsError(
-            path.name, f"cannot be read: {error.strerror}", source=str(path), allowed="a TOML file"
+            path.name, f"cannot be read: {error.strerror}", source=str(path), allowed="a TOML file that you may read"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(path.name, f"cannot be read: {error}", source=str(path), allowed="a TOML file") from error
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _is_visible(path: Path) -> bool:
+    """Return whether this user may enter the folder of a file."""
+    try:
+        path.lstat()
+    except OSError:
+        return False
+
+    return True
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number of too many digits, and tables too deep
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # also other bytes than UTF-8, long numbers, and tables too deep
         raise SettingsError(path.name, f"is not TOML: {error}", source=str(path), allowed="a TOML file") from error
 
 
