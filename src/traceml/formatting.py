@@ -91,6 +91,7 @@ _ELIDED = ".../"  # for folders of a path
 _COLORS = re.compile(r"\x1b\[[\d;]*m")
 _CODE = re.compile("`([^`\n]+)`")
 _NUMBERS = re.compile("([0-9]+)")
+_MOST_MS = 1e9  # of a duration that is written in full
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
 
@@ -147,15 +148,21 @@ def plural(count: int | None, word: str) -> str:
 
 
 def ms_text(ms: float | None) -> str:
-    """Return three digits and a unit: `812 us`, `2.73 ms`, `27.3 ms`, `1.20 s`."""
+    """Return three digits and a unit: `812 us`, `2.73 ms`, `27.3 ms`, `1.20 s`, `1.84e+13 s`."""
     if ms is None:
         return MISSING
+
+    if ms <= -0.9995:  # traces of others may have any number
+        return f"-{ms_text(-ms)}"
 
     if ms < 0.9995:
         return f"{ms * 1e3:.3g} us" if ms * 1e3 < 99.95 else f"{ms * 1e3:.0f} us"
 
     if ms < 999.5:
         return f"{_three_digits(ms)} ms"
+
+    if ms >= _MOST_MS:
+        return f"{ms / 1e3:.3g} s"
 
     return f"{_three_digits(ms / 1e3)} s"
 

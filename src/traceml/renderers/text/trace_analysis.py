@@ -134,7 +134,8 @@ def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Col
     times = _TIMES if viewport.width >= _WIDE else _TIMES[:4]
     counts = [count_text(row["count"]) for row in rows]
     width = max(5, *(len(count) for count in counts))
-    return [("count", width, counts), *((title, 8, [_time(row[key]) for row in rows]) for title, key in times)]
+    cells = [(title, [_time(row[key]) for row in rows]) for title, key in times]
+    return [("count", width, counts), *((title, max(8, *map(len, texts)), texts) for title, texts in cells)]
 
 
 def _measured(title: str, key: str, rows: Sequence[Mapping[str, Any]]) -> _Column:
