@@ -372,8 +372,8 @@ Precedence, highest first: arguments of `traceml.init()`, environment variables 
 lists comma-separated or JSON, maps JSON), the project file (`traceml.toml`, or `[tool.traceml]` in `pyproject.toml`,
 found upwards from the working directory), the user file (`$XDG_CONFIG_HOME/traceml/config.toml`), defaults. An unknown
 name, a bad value, a file that cannot be read, and two names of one setting in one source (`backend` and `backends`) are
-errors that name the source; a `pyproject.toml` that cannot be read is a warning. `traceml doctor` prints every value and
-its source.
+errors that name the source; a `pyproject.toml` that cannot be read is a warning. `traceml doctor` prints every value
+and its source.
 
 `traceml run` and `launch` set the aggregator's address, the token and the run's id, which override arguments.
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import traceml
 
@@ -128,3 +130,15 @@ def test_number_of_a_step_that_is_none(step: object) -> None:
     """A mistake is the caller's, traced or not."""
     with pytest.raises(ValueError, match="whole number from 0"):
         traceml.set_step(step)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [np.int64(7), torch.tensor(7), np.array(7)])
+def test_a_step_of_a_checkpoint_may_be_a_tensor(step: Any) -> None:
+    """Any whole number is one; nothing is recorded here."""
+    traceml.set_step(step)
+
+
+@pytest.mark.parametrize("step", [True, 1.5, "7", None, -1, torch.tensor(1.5), torch.tensor([1, 2])])
+def test_a_step_that_is_no_whole_number_is_refused(step: Any) -> None:
+    with pytest.raises(ValueError, match="a whole number from 0"):
+        traceml.set_step(step)

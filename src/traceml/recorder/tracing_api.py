@@ -6,6 +6,7 @@ Each is a no-op under 1 us while nothing is traced. They run in the rank; notes 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -72,15 +73,20 @@ def set_step(step: int) -> None:
     Raises:
         ValueError: it is not a whole number from 0, or too large to be stored.
     """
-    if type(step) is not int or step < 0:
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)  # checkpoints hold tensors and numpy's integers
+    except TypeError:
+        number = -1
+
+    if number < 0:
         raise ValueError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")
 
-    if step > _LAST_STEP:
-        raise ValueError(f"set_step({step}): the largest number of a step is {_LAST_STEP:,}")
+    if number > _LAST_STEP:
+        raise ValueError(f"set_step({number}): the largest number of a step is {_LAST_STEP:,}")
 
     running = state.instrumentation
-    if running is not None and running.set_step(step) is None and step:
-        _log.warning("set_step(%d) is ignored: later steps are recorded already", step)
+    if running is not None and running.set_step(number) is None and number:
+        _log.warning("set_step(%d) is ignored: later steps are recorded already", number)
 
 
 def trace_data(loader: Iterable[T]) -> Iterable[T]:

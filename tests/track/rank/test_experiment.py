@@ -336,7 +336,7 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
     """At the call; a step that is a whole float is taken."""
     out = finish(
         script("""
-        import traceml
+        import argparse, traceml
         for step in ("one", 1.5, 2**63, None, 3.0):
             try:
                 traceml.log_metric("x", 1, step)
@@ -347,7 +347,12 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
                 call(5, [1.0], 0)
             except TypeError as error:
                 print(call.__name__, error)
-        for call, given in ((traceml.log_params, 5), (traceml.log_params, ["ab", 3]), (traceml.log_metrics, None)):
+        for call, given in (
+            (traceml.log_params, 5),
+            (traceml.log_params, ["ab", 3]),
+            (traceml.log_params, argparse.Namespace(lr=1)),
+            (traceml.log_metrics, None),
+        ):
             try:
                 call(given)
             except TypeError as error:
@@ -362,7 +367,8 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
         assert f"{call} the name of a logged value is a text, not int 5" in out
     assert "log_params takes a dict of names and values, not int 5" in out
     assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
-    assert "log_metrics takes a dict of names and values, not NoneType None" in out
+    assert "log_metrics takes a dict of names and values, not NoneType None\n" in out
+    assert "log_params takes a dict of names and values, not Namespace Namespace(lr=1): vars() makes one of it" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]
 
 

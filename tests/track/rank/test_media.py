@@ -280,7 +280,9 @@ def test_odd_shapes_are_refused() -> None:
         make()
 
 
-@pytest.mark.parametrize("values", [[0.0, 1.0, 1.0, 4.0], np.array([0, 1, 1, 4]), torch.tensor([0.0, 1.0, 1.0, 4.0])])
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0, 1.0, 4.0], iter((0, 1, 1, 4)), np.array([0, 1, 1, 4]), torch.tensor([0.0, 1.0, 1.0, 4.0])]
+)
 def test_histograms_agree_whatever_holds_the_values(values: object) -> None:
     """Lists, arrays and tensors give the same counts and edges."""
     assert histogram_of(values, 4) == ([1, 2, 0, 1], [0.0, 1.0, 2.0, 3.0, 4.0], 0)
@@ -300,3 +302,13 @@ def test_histograms_of_nothing_and_of_one_value() -> None:
     assert sum(histogram_of(np.array([3.0, 3.0]), 2)[0]) == 2
     with pytest.raises(ValueError, match="at least one interval"):
         histogram_of([1.0], 0)
+
+
+@pytest.mark.parametrize("values", [["a"], [object()], "word"])
+@pytest.mark.parametrize("has_numpy", [True, False])
+def test_a_histogram_of_no_numbers_is_refused(values: object, has_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_numpy:
+        monkeypatch.delitem(sys.modules, "numpy")
+
+    with pytest.raises(TypeError, match=f"a histogram is of numbers, not {type(values).__name__}"):
+        histogram_of(values, 4)

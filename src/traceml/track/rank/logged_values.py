@@ -197,4 +197,5 @@ def params_of(params: Any) -> dict[Any, Any]:
 
 
 def _no_map(call: str, given: Any) -> TypeError:
-    return TypeError(f"{call} takes a dict of names and values, not {type(given).__name__} {given!r:.100}")
+    hint = ": vars() makes one of it" if hasattr(given, "__dict__") else ""  # of a Namespace, a dataclass
+    return TypeError(f"{call} takes a dict of names and values, not {type(given).__name__} {given!r:.100}{hint}")

@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
         counts = torch.histc(finite, bins, low, high).long().tolist()
         return counts, _edges(low, high, bins), total - finite.numel()
 
+    if isinstance(values, Iterator):
+        values = list(values)
+
+    try:
+        return _counted(values, bins)
+    except (TypeError, ValueError):
+        raise TypeError(f"a histogram is of numbers, not {type(values).__name__} {values!r:.100}") from None
+
+
+def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         array = numpy.asarray(values, dtype=float).reshape(-1)
