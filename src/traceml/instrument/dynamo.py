@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["skip_own_code"]
+__all__ = ["skip_leaf_code", "skip_own_code", "uncompiled"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = "traceml.instrument."
 # These never call the user's code: dynamo skips everything they call.
@@ -40,10 +42,34 @@ def skip_own_code() -> None:
     if mark is None:
         return
 
-    for name, module in sys.modules.copy().items():
-        if name.startswith(_PACKAGE):
-            for code in _codes(module):
-                mark(code, name in _LEAVES or code.co_name in _LEAF_FUNCTIONS)
+    for name, module in _modules(_PACKAGE):
+        for code in _codes(module):
+            mark(code, name in _LEAVES or code.co_name in _LEAF_FUNCTIONS)
+
+
+def skip_leaf_code(package: str) -> None:
+    """Mark all loaded functions of another package that never call the user's code; see `skip_own_code`."""
+    mark = _marker()
+    if mark is None:
+        return
+
+    for _, module in _modules(f"{package}."):
+        for code in _codes(module):
+            mark(code, True)
+
+
+def uncompiled(function: F) -> F:
+    """Have dynamo call a function of ours in the user's compiled code, and not trace into it.
+
+    This is the mark of `torch.compiler.disable`, which would import torch, and costs a call more.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "traceml logs outside of compiled code"  # type: ignore[attr-defined]
+    return function
+
+
+def _modules(prefix: str) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in sys.modules.copy().items() if name.startswith(prefix))
 
 
 def _marker() -> Callable[[CodeType, bool], None] | None:

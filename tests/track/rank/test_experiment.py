@@ -391,3 +391,49 @@ def test_resume_takes_an_id():
         traceml.Experiment(resume=True)
 
     assert traceml.Experiment(resume="").resume is None
+
+
+def test_each_call_in_a_compiled_function_breaks_its_graph_once(script: Script, tmp_path: Path) -> None:
+    """Dynamo traces none of our code: it would warn of locks and clocks in it, and break the graph ten times."""
+    out = finish(
+        script("""
+        import torch, traceml
+        traceml.init(local=True)
+        model = torch.nn.Linear(8, 8)
+        experiment = traceml.Experiment("compiled", backend=[]).start()
+
+        @torch.compile(backend="eager")
+        def loss(x):
+            value = model(x).sum()
+            traceml.log_metric("loss", value)
+            traceml.log_metrics({"a": 1.0, "b": value})
+            experiment.log_text("words", "text")
+            return value
+
+        for _ in range(3):
+            loss(torch.randn(4, 8)).backward()
+
+        experiment.end()
+        print(list(torch._dynamo.utils.counters["graph_break"]))
+        """)
+    )
+
+    assert out.count("Explanation") == out.count("traceml logs outside of compiled code") == 3, out
+    assert len(ended_run(tmp_path / "traceml_runs").steps("loss")) == 3
+
+
+def test_an_init_after_a_logged_value_is_reported(script: Script, tmp_path: Path) -> None:
+    """Its settings come too late, except those by which the aggregator is found; steps are traced from then on."""
+    out = finish(
+        script("""
+        import traceml
+        traceml.log_metric("x", 1)
+        traceml.init(local=True, run_name="late", project="p")
+        with traceml.trace_step():
+            pass
+        """)
+    )
+
+    assert "init(run_name, project) was called too late" in out
+    assert "TRACEML_RUN_NAME" in out
+    assert ended_run(tmp_path / "traceml_runs").steps("x") == [0]

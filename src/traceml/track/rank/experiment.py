@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from traceml.database.states import RunStatus
+from traceml.instrument.dynamo import uncompiled
 from traceml.recorder.current_recorder import current_recorder, on_change
 from traceml.recorder.identity import script_name
 from traceml.settings import Config
@@ -205,6 +206,7 @@ class Experiment:
         assert self._logger is not None
         return self._logger
 
+    @uncompiled
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value; see `traceml.log_metric`."""
         logger = self._logger or self._begun_logger()
@@ -213,15 +215,18 @@ class Experiment:
         if append_usual is None or not append_usual(name, value, step):
             logger.metric(name, value, step)
 
+    @uncompiled
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log several values at one step."""
         for name, value in items_of(metrics):
             self.log_metric(name, value, step)
 
+    @uncompiled
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters."""
         self._begun_logger().row("params", params=params_of(params))
 
+    @uncompiled
     def log_hyperparameter(self, name: str, value: Any) -> None:
         """Log one parameter."""
         self.log_params({name: value})
@@ -230,22 +235,27 @@ class Experiment:
         """Set tags: names with values, or names alone."""
         self._begun_logger().row("tags", tags=_tags_of(tags))
 
+    @uncompiled
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Log a file, or the files of a folder; see `traceml.log_artifact`."""
         media.artifact(self._begun_logger(), path, name)
 
+    @uncompiled
     def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
         """Log a file under a folder at the tracker; Tracelet's form of `log_artifact`."""
         self.log_artifact(path, f"{artifact_path}/{media.base_name(Path(path))}" if artifact_path else None)
 
+    @uncompiled
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
         """Log text."""
         media.text(self._begun_logger(), name, text, self.iteration if step is None else step)
 
+    @uncompiled
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
         """Log an image; see `traceml.log_image`."""
         media.image(self._begun_logger(), name, image, self.iteration if step is None else step)
 
+    @uncompiled
     def log_histogram(self, name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
         """Log the distribution of values; see `traceml.log_histogram`."""
         media.histogram(self._begun_logger(), name, values, self.iteration if step is None else step, bins=bins)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from traceml.instrument.dynamo import skip_leaf_code, uncompiled
 from traceml.track.rank import media
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.experiment import Experiment, open_experiments
@@ -34,6 +35,7 @@ def get_active_experiment() -> Experiment | None:
     return open_experiments[-1] if open_experiments else None
 
 
+@uncompiled
 def log_metric(name: str, value: Any, step: int | None = None) -> None:
     """Log one value.
 
@@ -54,6 +56,7 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
         logger.metric(name, value, step)
 
 
+@uncompiled
 def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
     """Log several values at one step.
 
@@ -71,6 +74,7 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
             logger.metric(name, value, step)
 
 
+@uncompiled
 def log_params(params: Mapping[str, Any]) -> None:
     """Log parameters of this run.
 
@@ -83,6 +87,7 @@ def log_params(params: Mapping[str, Any]) -> None:
     loggers.active.row("params", params=params_of(params))
 
 
+@uncompiled
 def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
     """Log a file, or the files of a folder. It may be deleted right after, but not be rewritten in place.
 
@@ -101,6 +106,7 @@ def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
     media.artifact(loggers.active, path, name)
 
 
+@uncompiled
 def log_text(name: str, text: str, step: int | None = None) -> None:
     """Log text.
 
@@ -118,6 +124,7 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
     media.text(loggers.active, name, text, step)
 
 
+@uncompiled
 def log_image(name: str, image: Any, step: int | None = None) -> None:
     """Log an image.
 
@@ -137,6 +144,7 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
     media.image(loggers.active, name, image, step)
 
 
+@uncompiled
 def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
     """Log the distribution of values.
 
@@ -153,3 +161,6 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
         TypeError: the name is not a text, or the step not a whole number.
     """
     media.histogram(loggers.active, name, values, step, bins=bins)
+
+
+skip_leaf_code(__name__.rpartition(".")[0])  # before the first call, which a compiled function may make

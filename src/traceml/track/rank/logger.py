@@ -15,6 +15,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import METRICS, Slot
+from traceml.instrument.dynamo import skip_leaf_code
 from traceml.instrument.native.extension import extension
 from traceml.privacy import secrets_only
 from traceml.recorder.current_recorder import on_change
@@ -250,6 +251,7 @@ class Logger:
         self._count, self._slot = ring.count, ring.slot
         self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
+        skip_leaf_code(__name__.rpartition(".")[0])
         self.append_usual = usual_writer(flight, self._entries, self._number)
         recorder.every_cycle(_flush_all)
         facts = self._announce(recorder.config)
