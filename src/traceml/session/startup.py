@@ -46,7 +46,8 @@ _FOR_CONNECTING = frozenset(
 def init(**arguments: Unpack[InitArguments]) -> Recorder:
     """Start tracing in this process: connect to the aggregator and start the recorder's thread.
 
-    A second call returns the running recorder, and warns of settings that come too late; `enabled=False` stops it.
+    A second call, or one after a `log_*` call, keeps the running recorder, and warns of settings that come too late;
+    `enabled=False` stops it.
     Under `TRACEML=1` the arguments add to the settings, if it is called before the first optimizer is made.
 
     Examples:
@@ -70,9 +71,10 @@ def init(**arguments: Unpack[InitArguments]) -> Recorder:
 
     config = load_forgiving(arguments) if is_switched_on() else settings.load(**arguments)
     running = current_recorder()
-    if config.enabled and running is not None and running.enabled and running.tracing and not running.is_deferred:
+    if config.enabled and running is not None and running.enabled and not (running.is_deferred or running.is_child):
         _warn_of_ignored(arguments, config, running.config)
-        return running
+        if running.tracing:
+            return running
 
     if not config.enabled or (running is not None and running.is_deferred):
         lifecycle.shutdown()
@@ -166,10 +168,13 @@ def _warn_of_ignored(arguments: Mapping[str, Any], wanted: Config, running: Conf
     names = [name for name in wanted.sources if wanted.sources[name] == "argument" and name not in _FOR_CONNECTING]
     ignored = [name for name in names if getattr(wanted, name) != getattr(running, name)]
     if arguments and ignored:
+        variables = ", ".join(f"TRACEML_{name.upper()}" for name in ignored)
         _log.warning(
-            "init(%s) was called too late: tracing already runs with other settings. Call it before the training is "
-            "set up, or set %s.", ", ".join(ignored), ", ".join(f"TRACEML_{name.upper()}" for name in ignored),
-        )  # fmt: skip
+            "init(%s) was called too late: this process is recorded with other settings already. Call it before the "
+            "training is set up and anything is logged, or set %s.",
+            ", ".join(ignored),
+            variables,
+        )
 
 
 def _show_run(run_dir: Path) -> None:

@@ -426,7 +426,8 @@ def test_an_init_after_a_logged_value_is_reported(script: Script, tmp_path: Path
     """Its settings come too late, except those by which the aggregator is found; steps are traced from then on."""
     out = finish(
         script("""
-        import traceml
+        import sys, traceml
+        sys.stderr = sys.stdout
         traceml.log_metric("x", 1)
         traceml.init(local=True, run_name="late", project="p")
         with traceml.trace_step():
