@@ -58,6 +58,8 @@ class Recorder:
         self._state = "disabled"
         self._stopping = threading.Lock()
         self._before_stop: list[Callable[[], None]] = []
+        self.will_trace = False
+        """Whether steps are traced, or will be: an aggregator may name the run's folder before the hooks are there."""
         self.all_stored = False
         """Whether it has stopped, and everything was stored."""
 
@@ -166,7 +168,7 @@ class Recorder:
             defer_connect=defer_connect,
             on_stored=self.on_stored,
         )
-        self._recording = recording
+        self._recording, self.will_trace = recording, tracing
         try:
             if wait:
                 recording.connect()
@@ -183,6 +185,7 @@ class Recorder:
 
     def trace(self) -> None:
         """Add tracing to a recorder that has only logged so far."""
+        self.will_trace = True
         if self._recording is not None:
             self._recording.trace()
 

@@ -52,7 +52,7 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         on_end(_show_at_end)
         on_shutdown(_show_to_user)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
-            does = "tracing" if recorder.tracing else "recording"
+            does = "tracing" if recorder.will_trace else "recording"
             print_notice(run_line(does, run_dir))
 
 

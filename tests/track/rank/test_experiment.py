@@ -188,6 +188,13 @@ def test_a_script_that_only_logs_says_where_and_ends_with_its_card(script: Scrip
     assert ("its steps are not traced" in " ".join(err.split())) is not bool(quiet)
 
 
+def test_a_script_that_calls_init_says_that_it_is_traced(script: Script) -> None:
+    """Although the aggregator answers before the hooks are there."""
+    _, err = script("import traceml; traceml.init(local=True)", TRACEML_QUIET="").communicate(timeout=60)
+
+    assert re.match(r"traceml: tracing this run; results in traceml_runs/\S+; live: `traceml top`\n", err), err
+
+
 def test_the_settings_trackers_get_everything_without_any_init(script: Script, tmp_path: Path) -> None:
     """A `log_*` call alone is enough for captures and collectors, where the settings name a tracker."""
     finish(
