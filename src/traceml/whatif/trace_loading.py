@@ -21,7 +21,7 @@ from traceml.whatif.operations import KINDS, JobTrace, Layout, Operation
 __all__ = ["layout_differences", "load_job", "unknown_kinds"]
 
 _NEEDED_LAYOUT = ("dp_size", "pp_size")  # the trace is compared with these
-_NEEDS = f"traceml whatif needs {{}}: {install_command('whatif')}"
+_NEEDS = f"the simulation needs {{}}: {install_command('whatif')}"
 
 Integers = NDArray[np.int64]
 

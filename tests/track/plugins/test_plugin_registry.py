@@ -135,7 +135,7 @@ def test_import_paths_name_plugins_and_bare_classes(tmp_path: Path) -> None:
     [
         ("mlfow", "there is no tracker 'mlfow'. Did you mean 'mlflow'"),
         ("nothing_like_it", "Available: .*jsonl.*package:Class"),
-        ("no_such_module:Thing", "cannot be loaded from no_such_module:Thing: ModuleNotFoundError"),
+        ("no_such_module:Thing", "^no_such_module:Thing cannot be loaded: ModuleNotFoundError"),
         (f"{__name__}:Nothing", "AttributeError"),
         (f"{__name__}:EXAMPLES", "must be a BackendPlugin or a BackendInterface"),
         (f"{__name__}:Reading", "must be a BackendPlugin or a BackendInterface"),

@@ -258,7 +258,8 @@ def _import(path: str, name: str) -> Any:
         for part in qualname.split("."):
             found = getattr(found, part)
     except Exception as error:  # a third party's module may raise anything while it is imported
-        raise PluginError(f"plugin {name!r} cannot be loaded from {path}: {type(error).__name__}: {error}") from error
+        source = "" if path == name else f" from {path}"
+        raise PluginError(f"{name} cannot be loaded{source}: {type(error).__name__}: {error}") from error
 
     return found
 
