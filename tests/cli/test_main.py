@@ -139,7 +139,7 @@ def test_help_of_a_command_is_the_commands_own(command):
         (UsageError("no such kind"), 2),
         (SettingsError("port", "is no number", source="TRACEML_PORT", allowed="1..65535"), 2),
         (RunNotFoundError("no run 'x' in traceml_runs"), 3),
-        (PermissionError(13, "Permission denied", "/runs"), 3),
+        (OSError("no such device"), 3),
     ],
 )
 def test_errors_are_one_line_on_stderr(command, capsys, error, status):
@@ -152,6 +152,14 @@ def test_errors_are_one_line_on_stderr(command, capsys, error, status):
     assert shown.out == ""
     assert shown.err.splitlines()[0] == f"traceml probe: {error}"
     assert [line.split(":")[0] for line in shown.err.splitlines()[1:]] == (["hint"] if status == 2 else [])
+
+
+def test_a_file_that_may_not_be_used_is_named(command, capsys):
+    """Python's number of the error says nothing to a user."""
+    command(raising(PermissionError(13, "Permission denied", "/runs")))
+
+    assert cli.main(["probe"]) == 3
+    assert capsys.readouterr().err == "traceml probe: cannot use /runs: Permission denied\n"
 
 
 def test_notes_of_an_error_follow_it(command, capsys):

@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _leave_broken_pipe()
             return EXIT_ERROR
 
-        _print_error(f"{_title(args)}: {error}")
+        about_file = error.filename is not None and error.strerror
+        _print_error(f"{_title(args)}: {f'cannot use {error.filename}: {error.strerror}' if about_file else error}")
         if error.errno == errno.ENOENT and error.filename is None:  # of getcwd, which has no file to name
             _print_error("hint: the working directory was removed: change to another one")
         if error.errno == errno.EAGAIN:  # of fork: the system's text names no limit

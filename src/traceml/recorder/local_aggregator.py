@@ -212,7 +212,7 @@ def _await_own(
         if process.has_ended() or waited_s > timeout_s:
             state = "has ended" if process.has_ended() else f"(process {process.pid}) does not answer"
             reason = f"the one started here {state}: {_last_line(Path(log))}"
-            raise AggregatorUnavailableError(config.host, config.port, waited_s, reason) from missing
+            raise AggregatorUnavailableError(config.host, config.port, waited_s, reason) from None
 
         if missing.refused:  # it answered at once
             with fork_gate.opened():
