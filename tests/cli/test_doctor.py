@@ -115,6 +115,20 @@ def test_token_is_never_shown(quick, capsys, monkeypatch):
     assert "(set, not shown)" in shown
 
 
+def test_passwords_in_other_settings_are_masked(quick, capsys, monkeypatch):
+    """In an address, and in the options of a tracker: reports of problems contain this list."""
+    monkeypatch.setenv("TRACEML_OTLP_ENDPOINT", "http://me:geheim123@host:4318")
+    monkeypatch.setenv("TRACEML_BACKEND_OPTIONS", '{"jsonl": {"path": "/logs", "api_key": "geheim123"}}')
+    monkeypatch.setenv("TRACEML_EXCLUDE", "grad/*,debug")
+
+    for options in ([], ["--settings"], ["--json"]):
+        cli.main(["doctor", *options])
+        shown = capsys.readouterr().out
+        assert "geheim123" not in shown
+        for part in ("@host:4318", "'path': '/logs'", "grad/*, debug"):
+            assert part in shown
+
+
 def test_bad_setting_is_broken(quick, capsys, monkeypatch):
     """A bad setting is named with its source, the other checks still run, and the status is 3."""
     monkeypatch.setenv("TRACEML_PROT", "1")

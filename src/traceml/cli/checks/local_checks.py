@@ -19,6 +19,7 @@ from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, PluginError, SettingsError
 from traceml.formatting import bytes_text, left_text
 from traceml.installation import PACKAGE, foreign_distributions, foreign_hint, free_threading_limits, install_command
+from traceml.privacy import secrets_only
 from traceml.process_ends import end_of_status
 from traceml.settings import Config, declarations, load
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -85,21 +86,26 @@ def all_checks() -> Iterator[Check]:
 
 
 def setting_values(config: Config) -> list[Setting]:
-    """Return every setting with its value and source."""
+    """Return every setting with its value and source; a password in an address or a tracker's option is masked."""
+    masker = secrets_only(config.mask)
     return [
-        Setting(name, _shown(getattr(config, name), secret=declared.secret), config.sources.get(name, "default"))
+        Setting(
+            name,
+            _shown(masker.mask_value(name, getattr(config, name)), secret=declared.secret),
+            config.sources.get(name, "default"),
+        )
         for name, declared in declarations().items()
     ]
 
 
 def _shown(value: object, *, secret: bool) -> str:
-    if value is None or value in ((), {}):
+    if value is None or value in ((), [], {}):
         return "-"
 
     if secret:
         return "(set, not shown)"
 
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ", ".join(map(str, value))
 
     return str(value).lower() if isinstance(value, bool) else str(value)
