@@ -21,6 +21,7 @@ from traceml.runs.report.line_shares import LineShare, PhaseLines
 from traceml.runs.report.report_types import RestartSection, TimeSection, TrackerSection
 
 __all__ = [
+    "NO_LINES",
     "cost_text",
     "gain_sentence",
     "goodput_text",
@@ -31,6 +32,7 @@ __all__ = [
     "tracker_text",
 ]
 
+NO_LINES = "No lines were sampled: the run only logs, is too short, or has a stack_interval of 0."
 _ERROR_CHARS = 100
 _SHOWN_RESTARTS = 3
 _SHOWN_LINES, _MIN_LINE = 8, 0.01

@@ -74,4 +74,4 @@ def test_phases_and_lines_are_in_order_of_time():
 
 def test_a_run_without_samples_says_why():
     """Instead of an empty screen."""
-    assert table() == ["No lines were sampled: the run was too short, or `stack_interval` is 0."]
+    assert table() == ["No lines were sampled: the run only logs, is too short, or has a stack_interval of 0."]

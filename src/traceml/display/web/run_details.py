@@ -14,7 +14,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.run_about import nothing_logged
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import phase_heading, shown_calls, shown_lines
+from traceml.renderers.words import NO_LINES, phase_heading, shown_calls, shown_lines
 from traceml.runs.about import About
 from traceml.runs.report.line_shares import PhaseLines, all_lines
 
@@ -77,7 +77,7 @@ class LinePanel:
 
     def __init__(self) -> None:
         self._shown: list[PhaseLines] | None = None
-        self._none = TextNode("p", "No lines were sampled: the run is too short, or stack_interval is 0.", "note card")
+        self._none = TextNode("p", NO_LINES, "note card")
         self._grid = Container("div", "grid")
 
     def show(self, view: RunView) -> None:

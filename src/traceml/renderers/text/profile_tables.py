@@ -19,7 +19,7 @@ from traceml.formatting import (
     ranks_text,
 )
 from traceml.renderers.views import RunView
-from traceml.renderers.words import shown_calls, shown_lines
+from traceml.renderers.words import NO_LINES, shown_calls, shown_lines
 from traceml.runs.export.top_operators import OperatorTable, OperatorTotal
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase, lines_of_workers
 
@@ -88,7 +88,7 @@ def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
     """
     phases = lines_by_phase(view.report)
     if not phases:
-        yield Text("No lines were sampled: the run was too short, or `stack_interval` is 0.")
+        yield Text(NO_LINES)
         return
 
     total = sum(phase.samples for phase in phases)
