@@ -37,7 +37,7 @@ _LATE_S = 10.0  # a running rank that was silent for longer has stopped stepping
 
 
 class WallTimeFacts(msgspec.Struct, frozen=True):
-    """What is known of a run beside its sums, as far as its wall time depends on it.
+    """Facts beside the sums of a run on which its wall time depends.
 
     Attributes:
         stops: times in which each rank did not run.

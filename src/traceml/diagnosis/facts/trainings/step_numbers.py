@@ -9,7 +9,7 @@ __all__ = ["StepNumbers"]
 
 
 class StepNumbers:
-    """What the ranks of an attempt have told about the numbers of their steps."""
+    """Numbers that the scripts of the ranks have given to their steps, in one attempt."""
 
     def __init__(self) -> None:
         # Rank -> (step, steps that its number and later ones count but this run has not seen), oldest first.
