@@ -182,6 +182,23 @@ def test_rank_of_another_attempt_clears_nothing(live):
     assert live.intake.kept.latest.tolist() == [-1, 49]
 
 
+@pytest.mark.parametrize(("slow", "told"), [(slice(80, None), True), (slice(10, 80), False)])
+def test_slow_steps_of_a_short_run_are_told_while_they_last(slow: slice, told: bool) -> None:
+    """The window is the whole run so far; the report tells those that have ended, too."""
+
+    def slower(own: dict[str, np.ndarray], _random: np.random.Generator) -> None:
+        own["other"][:, slow] += 20.0
+
+    live, store = LiveRows(1), EventLog()
+    live.join(stream_of(0))
+    live.take(stream_of(0), "steps", rows_of(Job(ranks=1, steps=160, grouped=False), slower)[0].tobytes())
+    live.scatter()
+    LiveVerdict(live).update(store)
+
+    assert (Kind.SLOWDOWN in {each["kind"] for each in store.events[-1][1]["findings"]}) is told
+    assert Kind.SLOWDOWN in {each.kind for each in diagnose(*live.intake.snapshot(200))}
+
+
 def test_the_next_attempt_numbers_its_own_steps(live: LiveRows) -> None:
     """It resumes from a later checkpoint than the one before, or counts from 0."""
     for resumed_at in (5_000, 7_000, 0):

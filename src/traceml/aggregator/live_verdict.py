@@ -65,7 +65,7 @@ class LiveVerdict:
         findings: list[Finding] = []
         with fail_open(_log, "aggregator", "the live verdict failed"):
             window, facts = self._live.intake.snapshot(self._steps())
-            findings = diagnose(window, facts, self._history())
+            findings = diagnose(window, facts, self._history(window))
 
         if not findings:
             return
@@ -90,10 +90,14 @@ class LiveVerdict:
 
         return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_LIVE_CELLS // max(self._live.facts_builder.world_size, 1)))
 
-    def _history(self) -> AlignedSteps | None:
-        """Return steps that are spread over the run if they show more than the window."""
-        history = None if self._live.representatives else self._live.intake.history
-        return None if history is None or history.latest.max(initial=-1) < _MAX_STEPS else history.changed()
+    def _history(self, window: AlignedSteps) -> AlignedSteps:
+        """Return steps that are spread over the run if they show more than the window; else the window."""
+        history = self._live.intake.history
+        if history is None or self._live.representatives or history.latest.max(initial=-1) < _MAX_STEPS:
+            return window
+
+        changed = history.changed()
+        return window if changed is None else changed
 
     def _is_confirmed(self, findings: list[Finding]) -> bool:
         """Ask for the rows that findings near a limit need; return whether they are there, or do not come."""

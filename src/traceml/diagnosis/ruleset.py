@@ -72,7 +72,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None
 
     Args:
         window: aligned steps: live the last 200 at most, at the end of a run all of them, or of a long run some.
-        history: live, steps that are spread over the run: whether it became slower; by default the window.
+        history: of a run that goes on, steps that are spread over it, or the window: whether they are slower now.
     """
     return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts, history)]
 
@@ -86,7 +86,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
 
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
-    past = None if history is None else _judged(history, facts)
+    past = judged if history is window else None if history is None else _judged(history, facts)
     found = without_changes_by_others(_timing(judged, work, facts, past), shared)
     timing, of_timing = _apart(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
@@ -219,8 +219,8 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: Align
     whole = as_one_training(window, work, facts.other_models)
     without_explained, explained = _without_explained(window, whole, facts)
     found = [*_costs(window, without_explained, whole, facts, work.step_ns), *explained]
-    if history is None or len(history) < MIN_STEPS:
-        return _with_slowdown(found, window, without_explained, facts)
+    if history is None or history is window or len(history) < MIN_STEPS:
+        return _with_slowdown(found, window, without_explained, facts, only_now=history is not None)
 
     past = as_one_training(history, own_work_of(history, facts), facts.other_models)
     return _with_slowdown(found, history, _without_explained(history, past, facts)[0], facts, only_now=True)
