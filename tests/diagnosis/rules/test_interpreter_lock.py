@@ -119,3 +119,19 @@ def test_computation_that_is_slower_at_times_is_not_reported_beside_it():
 
     assert Kind.SLOWDOWN in [each.kind for each in found(samples(ran=0.95), faults=faults, lines=FORWARD)]
     assert (kinds[0], Kind.SLOWDOWN in kinds) == (Kind.GIL_CONTENTION, False)
+
+
+@pytest.mark.parametrize(
+    ("cores", "torch_threads", "is_told"),
+    [(0.2, 1, True), (0.2, 8, False), (0.04, 1, False)],
+    ids=["has the lock without a core", "torch's threads may be waited for", "seldom runs"],
+)
+def test_a_thread_has_the_lock_while_it_waits_for_a_core(cores: float, torch_threads: int, is_told: bool) -> None:
+    """On a busy host the threads run for a quarter of the time in which they could: both causes are told."""
+    use = samples(ran=0.1, waited=0.3)
+    facts = {"wait_of_ready_time": {0: 0.75}, "wait_of_wall_time": {0: 0.3}, "threads": torch_threads}
+
+    kinds = [each.kind for each in found(use, monitor(cores), **facts)]
+
+    assert Kind.CPU_CONTENTION in kinds
+    assert (Kind.GIL_CONTENTION in kinds) is is_told

@@ -1,7 +1,9 @@
 """Other Python threads that compute: while one runs Python code, the training waits for the interpreter's lock.
 
 The training thread then neither runs nor waits for a core, in phases in which it only computes. The kernel's counters
-show that. The CPU time of the other threads shows that it waits for the lock: one of them runs meanwhile.
+show that. The CPU time of the other threads shows that it waits for the lock: one of them runs meanwhile. On a host
+whose cores others use, such a thread has the lock also while it waits for a core, for as much of its time as the main
+thread does. There threads of torch may be waited for, too, where it has several.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ EXPLAINED = 0.5
 """The other threads computed for at least this share of the time in which the training waited."""
 MAX_BUSY = 0.9
 """A training thread that computes for more of its phases waits for nothing: the main thread is another one."""
+_MIN_READY = 0.05
 
 
 def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -39,7 +42,8 @@ def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Fin
     idle = facts.samples.idle_ns()
     waits = [asleep - max(wall - work.compute_ns, 0.0) for wall, asleep in idle.values()]
     cost, cores = min(waits, default=0.0), _cores(facts, idle)
-    if cost < least_cost_ns(step_ns) or cores < max(MIN_CORES, EXPLAINED * cost / step_ns) or _computes(facts):
+    wanted = cores / max(1.0 - facts.wait_share, _MIN_READY) if facts.threads == 1 else cores
+    if cost < least_cost_ns(step_ns) or wanted < max(MIN_CORES, EXPLAINED * cost / step_ns) or _computes(facts):
         return []
 
     cost = min(cost, step_ns)
