@@ -1,4 +1,4 @@
-"""A training that shares its core with other processes: these are named, in the report too."""
+"""A training that shares its core with other processes: these are named, by who has started them."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def test_processes_that_take_the_cores_are_named(traceml: Traceml, tmp_path: Pat
     found = next(each for each in ended.report["findings"] if each["kind"] == "CPU_CONTENTION")
     assert NAME in found["evidence"]["competing_processes"]
     assert NAME in found["summary"]
+
+
+@pytest.mark.timeout(300)
+def test_processes_that_the_script_starts_are_its_own(traceml: Traceml, tmp_path: Path) -> None:
+    """Programs that make samples for it, on its core."""
+    script = tmp_path / "augments.py"
+    script.write_text(
+        f"import subprocess, sys\nstarted = [subprocess.Popen([sys.executable, '-c', {TAKER!r}]) for _ in range(3)]\n"
+        f"{SCRIPT}\nfor each in started:\n    each.kill()\n"
+    )
+
+    ended = traceml("run", script)
+
+    found = next(each for each in ended.report["findings"] if each["kind"] == "CPU_CONTENTION")
+    assert NAME in found["evidence"]["started_processes"]
+    assert NAME not in found["evidence"].get("competing_processes", {})
+    assert "processes that it started used" in found["summary"]

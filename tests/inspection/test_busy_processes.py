@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.eventually import eventually
-from traceml.inspection.busy_processes import BusyProcesses
+from traceml.inspection.busy_processes import SHORT_LIVED, BusyProcesses, CoreUse
 
 pytestmark = pytest.mark.process
 _NAME = f"busy-{os.getpid()}"  # no other test's
@@ -34,28 +34,66 @@ def taker() -> Iterator[int]:
         process.kill()
 
 
-def used(read: BusyProcesses, own: set[int], name: str) -> float:
-    """Return the cores of a name once it has used any; the time between readings is what they take."""
+def used(read: BusyProcesses, ranks: Collection[int] = (), apart: Collection[int] = ()) -> CoreUse:
+    """Return the cores since the last reading; the time between readings is what they take."""
     threading.Event().wait(0.3)
-    return read.read(own).get(name, 0.0)
+    found = read.read(ranks, apart)
+    assert found is not None
+    return found
 
 
 def test_a_process_that_computes_is_named(taker: int) -> None:
     """From the second reading on."""
     read = BusyProcesses()
-    assert read.read(set()) == {}
+    assert read.read(()) is None
 
-    assert eventually(lambda: used(read, set(), _NAME), "some CPU time") <= 2 * (os.cpu_count() or 1)
+    cores = eventually(lambda: used(read).others.get(_NAME), "some CPU time")
+    assert 0 < cores <= 2 * (os.cpu_count() or 1)
 
 
-def test_own_processes_and_their_children_are_left_out(taker: int) -> None:
-    """A rank, and its loader workers."""
+def test_a_rank_is_no_process_beside_itself(taker: int) -> None:
+    """Nor is a process that is left out, with its children."""
     read = BusyProcesses()
-    read.read(set())
-    eventually(lambda: used(read, set(), _NAME), "some CPU time")
+    read.read(())
+    eventually(lambda: used(read).others.get(_NAME), "some CPU time")
 
-    for own in ({taker}, {os.getpid()}):
-        assert used(read, own, _NAME) == 0.0
+    for found in (used(read, {taker}), used(read, apart={os.getpid()})):
+        assert _NAME not in found.others | found.started
+
+
+def test_what_a_rank_has_started_is_told_apart(taker: int) -> None:
+    """A program that makes its samples, or a loader worker."""
+    read = BusyProcesses()
+    read.read({os.getpid()})
+
+    eventually(lambda: used(read, {os.getpid()}).started.get(_NAME), "some CPU time")
+    assert _NAME not in used(read, {os.getpid()}).others
+
+
+def test_a_process_that_has_ended_counts_once_its_parent_has_collected_it() -> None:
+    """With what it used since the last reading: a rank may start a short program for each file."""
+    command = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
+    read = BusyProcesses()
+    read.read({os.getpid()})
+
+    subprocess.run(command, check=True)
+
+    assert used(read, {os.getpid()}).started[SHORT_LIVED] > 0
+    assert SHORT_LIVED not in used(read, {os.getpid()}).started
+
+
+def test_a_process_that_has_ended_does_not_count_twice() -> None:
+    """Its parent gets all of its CPU time at once, most of which was counted while it ran."""
+    begun = "import time\nwhile time.process_time() < 0.6: pass\nprint(flush=True)\ninput()"
+    read = BusyProcesses()
+    read.read({os.getpid()})
+    with subprocess.Popen([sys.executable, "-c", begun], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        used(read, {os.getpid()})
+        process.communicate(b"\n")
+
+    assert SHORT_LIVED not in used(read, {os.getpid()}).started
 
 
 def test_another_rank_of_the_same_launcher_is_no_other_process(taker: int) -> None:
@@ -65,16 +103,17 @@ def test_another_rank_of_the_same_launcher_is_no_other_process(taker: int) -> No
         other.stdout.readline()
         read = BusyProcesses()
         read.read({taker})
-        assert used(read, {taker}, _NAME) == 0.0
+        found = used(read, {taker})
+        assert _NAME not in found.others | found.started
 
-        eventually(lambda: used(read, set(), _NAME), "some CPU time")
+        eventually(lambda: used(read).others.get(_NAME), "some CPU time")
         other.kill()
 
 
 def test_processes_of_other_users_have_no_name(taker: int) -> None:
     """What runs under another account is nobody's business; that it takes the cores is."""
     read = BusyProcesses(user=Path(f"/proc/{taker}").stat().st_uid + 1)
-    read.read(set())
+    read.read(())
 
-    eventually(lambda: used(read, set(), ""), "some CPU time")
-    assert _NAME not in read.read(set())
+    eventually(lambda: used(read).others.get(""), "some CPU time")
+    assert _NAME not in used(read).others

@@ -1,4 +1,4 @@
-"""Processes that use the cores of this host, by name; those of other users have none here."""
+"""Processes that use the cores of this host, by name: those that ranks have started, and all others."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from traceml.inspection.kernel_state import ProcessInfo, process_info
 from traceml.inspection.program_names import program_name
 
-__all__ = ["MIN_CORES", "BusyProcesses"]
+__all__ = ["MIN_CORES", "SHORT_LIVED", "BusyProcesses", "CoreUse"]
 
 MIN_CORES = 0.1
 """Processes of one name are reported if they use this many cores or more."""
+SHORT_LIVED = "short-lived programs"
+"""Name of what a rank has started and what has ended before it was seen."""
+
+
+class CoreUse(NamedTuple):
+    """Cores that processes have used, by name, the most first; those of other users have no name."""
+
+    started: dict[str, float]  # by the ranks, their loader workers among them
+    others: dict[str, float]
 
 
 class BusyProcesses:
@@ -26,39 +36,47 @@ class BusyProcesses:
 
     def __init__(self, user: int | None = None) -> None:
         self._user = os.getuid() if user is None else user
-        self._cpu_s: dict[int, float] | None = None
+        self._before: dict[int, ProcessInfo] | None = None
         self._read_s = 0.0
 
-    def read(self, own: Collection[int]) -> dict[str, float]:
-        """Return the cores that processes have used since the reading before, by name, the most first.
+    def read(self, ranks: Collection[int], apart: Collection[int] = ()) -> CoreUse | None:
+        """Return the cores that processes have used since the reading before; None at the first one.
 
-        Empty at the first reading. The name of processes of other users is empty.
+        The ranks themselves are left out, with what the same parent has started from the same program: ranks that
+        have not connected yet, or have ended their tracing.
 
         Args:
-            own: processes that are left out with all their descendants, and with those that the same parent has
-                started from the same program: ranks that have not connected yet, or have ended their tracing.
+            apart: processes that are left out with all their descendants.
         """
         now_s, known = time.monotonic(), _processes()
         passed_s, self._read_s = now_s - self._read_s, now_s
-        before, self._cpu_s = self._cpu_s, {pid: info.cpu_s for pid, info in known.items()}
+        before, self._before = self._before, known
         if before is None or passed_s <= 0:
-            return {}
+            return None
 
-        own = {*own, *self._siblings(own, known)}
-        used: Counter[str] = Counter()
-        for pid, info in known.items():
-            cores = (info.cpu_s - before.get(pid, info.cpu_s)) / passed_s
-            if cores > 0 and not _is_below(pid, own, known):
-                used[_name(pid, self._user)] += cores  # type: ignore[assignment]
+        ranks = {*ranks, *self._siblings(ranks, known)}
+        used = {True: Counter[str](), False: Counter[str]()}
+        for pid, used_s in _used_s(before, known, ranks).items():
+            above = _above(pid, {*ranks, *apart}, known)
+            if above is None or above not in apart:
+                name = SHORT_LIVED if pid in ranks else self._name(pid)
+                used[above is not None][name] += used_s / passed_s  # type: ignore[assignment]
 
-        return {name: round(cores, 2) for name, cores in used.most_common() if cores >= MIN_CORES}
+        return CoreUse(_most(used[True]), _most(used[False]))
 
     def _siblings(self, own: Collection[int], known: Mapping[int, ProcessInfo]) -> set[int]:
         parents = {known[pid].parent for pid in own if pid in known}
         children = {pid: info.parent for pid, info in known.items() if info.parent in parents}
-        programs = {pid: (parent, _name(pid, self._user)) for pid, parent in children.items()}
+        programs = {pid: (parent, self._name(pid)) for pid, parent in children.items()}
         of_own = {programs[pid] for pid in own if pid in programs}
         return {pid for pid, program in programs.items() if program in of_own}
+
+    def _name(self, pid: int) -> str:
+        """Return the name of a process of the user; empty for another user's."""
+        try:
+            return program_name(pid) if Path(f"/proc/{pid}").stat().st_uid == self._user else ""
+        except OSError:  # it has just ended
+            return ""
 
 
 def _processes() -> dict[int, ProcessInfo]:
@@ -66,24 +84,42 @@ def _processes() -> dict[int, ProcessInfo]:
     return {info.pid: info for info in found if info is not None}
 
 
-def _is_below(pid: int, own: Collection[int], known: Mapping[int, ProcessInfo]) -> bool:
-    """Whether a process is one of `own` or descends from one."""
+def _used_s(
+    before: Mapping[int, ProcessInfo], known: Mapping[int, ProcessInfo], ranks: Collection[int]
+) -> dict[int, float]:
+    """Return the CPU seconds of processes, where there are any, with those of their children that have ended since.
+
+    Of a rank only the latter: it is the training.
+    """
+    counted_s = Counter[int]()  # what descendants that have ended had used before
+    for pid in before.keys() - known.keys():
+        counted_s[_above(pid, known, before)] += before[pid].cpu_s + before[pid].collected_s  # type: ignore
+
+    found = {}
+    for pid, info in known.items():
+        last = before.get(pid, ProcessInfo(pid, info.parent, info.state))  # it has begun since
+        used_s = max(info.collected_s - last.collected_s - counted_s[pid], 0.0)
+        used_s += 0.0 if pid in ranks else info.cpu_s - last.cpu_s
+        if used_s > 0:
+            found[pid] = used_s
+
+    return found
+
+
+def _above(pid: int, some: Collection[int], known: Mapping[int, ProcessInfo]) -> int | None:
+    """Return the process itself or its nearest ancestor that is one of some; None without any."""
     for _ in range(len(known)):
-        if pid in own:
-            return True
+        if pid in some:
+            return pid
 
         info = known.get(pid)
         if info is None:
-            return False
+            return None
 
         pid = info.parent
 
-    return False
+    return None
 
 
-def _name(pid: int, user: int) -> str:
-    """Return the name of a process of a user; empty for another user's."""
-    try:
-        return program_name(pid) if Path(f"/proc/{pid}").stat().st_uid == user else ""
-    except OSError:  # it has just ended
-        return ""
+def _most(used: Counter[str]) -> dict[str, float]:
+    return {name: round(cores, 2) for name, cores in used.most_common() if cores >= MIN_CORES}

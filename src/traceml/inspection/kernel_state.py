@@ -79,6 +79,7 @@ class ProcessInfo(NamedTuple):
     group: int = 0
     terminal: int = 0  # device number of its controlling terminal, 0 without one
     cpu_s: float = 0.0
+    collected_s: float = 0.0  # CPU time of its children that have ended, and of theirs, once it has collected them
 
 
 class AwaitedKind(StrEnum):
@@ -109,9 +110,10 @@ def process_info(pid: int | str) -> ProcessInfo | None:
         return None
 
     # the name, in brackets, may hold anything
-    fields = text[text.rindex(")") + 2 :].split(None, 13)
+    fields = text[text.rindex(")") + 2 :].split(None, 15)
     state, parent, group, terminal = fields[0], int(fields[1]), int(fields[2]), int(fields[4])
-    return ProcessInfo(int(pid), parent, state, group, terminal, (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
+    cpu_s, collected_s = ((int(fields[at]) + int(fields[at + 1])) / _TICKS_PER_S for at in (11, 13))
+    return ProcessInfo(int(pid), parent, state, group, terminal, cpu_s, collected_s)
 
 
 def threads_of(pid: int) -> list[ProcessInfo]:

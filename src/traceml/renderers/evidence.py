@@ -12,7 +12,7 @@ __all__ = ["evidence_items"]
 
 _LONGEST = 8  # entries of one map; the report has all
 _MIN_LONG = 1e15  # a loss that diverged, in place of a count: its digits say nothing
-_CORES = ("competing_processes", "others_cores", "busy_cores_per_rank")
+_CORES = ("competing_processes", "started_processes", "others_cores", "busy_cores_per_rank")
 _SHARES = ("share", "dominance", "fraction")
 _FACTORS = ("factor", "ratio", "speedup")
 _MARKS = re.compile(r"\n[ ^~]*[\^~][ ^~]*$", re.MULTILINE)  # below a line of a traceback; they fit one font only

@@ -53,19 +53,49 @@ def oversubscribed(use: MachineSamples, waited: float = 0.4, **facts: object) ->
 
 def test_other_programs_are_reported():
     """The share of time without a core, the cores of the rank and of the others, and the gain."""
-    (found,) = cpu_contention(oversubscribed(samples(busy=0.5)))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), started_processes={}))
 
     assert (found.kind, found.severity) == (Kind.CPU_CONTENTION, Severity.CRITICAL)
     assert found.cost_share == pytest.approx(0.4)
     assert found.speedup_if_fixed == pytest.approx(1 / 0.6)
+    assert "Of 2 cores, it used 0.5 cores, other programs used 1.5 cores." in found.summary
+    assert found.next.startswith("End or move the other programs on this host")
+
+
+def test_processes_that_the_script_started_are_no_other_programs():
+    """A program that augments samples, started by the script, takes nearly all that the rank does not."""
+    started = {"python augment.py": 1.4}
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), started_processes=started))
+
+    assert "it used 0.5 cores, processes that it started used 1.4 cores (python augment.py 1.4 cores)." in found.summary
+    assert found.next.startswith("Let the processes that the script starts take fewer cores")
+    assert found.evidence["started_processes"] == started
+
+
+def test_other_programs_are_told_beside_processes_that_the_script_started():
+    """The latter use less than half a core; what is left is of other programs."""
+    started, others = {"python augment.py": 0.3}, {"ffmpeg": 1.1}
+    facts = oversubscribed(samples(busy=0.5), started_processes=started, competing_processes=others)
+    (found,) = cpu_contention(facts)
+
+    assert (
+        "started used 0.3 cores (python augment.py 0.3 cores), other programs used 1.2 cores (ffmpeg" in found.summary
+    )
+    assert found.next.startswith("End or move the other programs on this host")
+
+
+def test_nobody_is_blamed_where_processes_were_not_read():
+    """A training of seconds, or one on another host than its aggregator: they may be other programs or its own."""
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5)))
+
     assert "Of 2 cores, it used 0.5 cores, other processes used 1.5 cores." in found.summary
-    assert "End or move the other programs" in found.next
+    assert "end or move other programs, start fewer processes in the script" in found.next
 
 
 @pytest.mark.parametrize(("threads", "told"), [(16, True), (2, False), (None, False)])
 def test_threads_that_crowd_each_other_beside_other_programs_are_told(threads, told):
     """Sixteen threads on two cores are slow, whoever else uses these."""
-    (found,) = cpu_contention(oversubscribed(samples(busy=1.2), threads=threads))
+    (found,) = cpu_contention(oversubscribed(samples(busy=1.2), threads=threads, started_processes={}))
 
     assert "End or move the other programs" in found.next
     assert ("Torch has 16 threads: set OMP_NUM_THREADS=2" in found.next) is told
@@ -93,10 +123,11 @@ def test_a_quota_is_the_cause_where_the_container_is_throttled(throttled: int, i
 
 def test_the_processes_that_take_the_cores_are_named():
     """Those of other users have no name."""
-    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), competing_processes={"ffmpeg": 1.04, "": 0.3}))
+    takers = {"ffmpeg": 1.04, "": 0.3}
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), competing_processes=takers, started_processes={}))
 
-    assert "other processes used 1.5 cores (ffmpeg 1 core, processes of other users 0.3)." in found.summary
-    assert found.evidence["competing_processes"] == {"ffmpeg": 1.04, "": 0.3}
+    assert "other programs used 1.5 cores (ffmpeg 1 core, processes of other users 0.3)." in found.summary
+    assert found.evidence["competing_processes"] == takers
 
 
 def test_processes_are_not_named_where_others_use_no_cores():
@@ -155,7 +186,7 @@ def test_one_sample_of_the_host_is_enough():
     assert "other processes used 1.5 cores" in found.summary
 
 
-@pytest.mark.parametrize(("busy", "says"), [(0.1, "End or move the other programs"), (0.9, "fewer loader workers")])
+@pytest.mark.parametrize(("busy", "says"), [(0.1, "end or move other programs"), (0.9, "fewer loader workers")])
 def test_loader_workers_are_not_taken_for_other_programs(busy, says):
     """Of 1.5 cores that others use, the one worker uses little, or most."""
     loader = LoaderFacts(num_workers=1)
@@ -168,16 +199,27 @@ def test_loader_workers_are_not_taken_for_other_programs(busy, says):
 
 
 @pytest.mark.parametrize(
-    ("takers", "says"), [({"ffmpeg": 0.9}, "End or move the other programs"), ({}, "If other programs use the cores")]
+    ("started", "says"), [({}, "End or move the other programs"), (None, "If other programs use the cores")]
 )
-def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(takers, says):
+def test_a_run_is_not_blamed_for_workers_whose_use_is_not_known(started, says):
     """They may sleep, in a training too short to watch them: who takes the cores is known, or open."""
     loader = LoaderFacts(num_workers=4)
 
-    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), threads=1, loader=loader, competing_processes=takers))
+    (found,) = cpu_contention(oversubscribed(samples(busy=0.5), threads=1, loader=loader, started_processes=started))
 
     assert says in found.next
     assert "The run itself" not in found.next
+
+
+def test_loader_workers_are_among_the_started_processes():
+    """They take all that the rank does not: it needs fewer of them."""
+    loader = LoaderFacts(num_workers=2)
+    facts = oversubscribed(samples(busy=0.5), threads=1, loader=loader, started_processes={"python train.py": 1.5})
+
+    (found,) = cpu_contention(facts)
+
+    assert "processes that it started, its loader workers among them, used 1.5 cores" in found.summary
+    assert "fewer loader workers" in found.next
 
 
 def test_a_little_waiting_is_none():
@@ -241,17 +283,20 @@ def test_the_use_of_a_device_is_that_of_the_steps():
 
 
 @pytest.mark.parametrize(
-    ("busy", "waited", "first"),
+    ("busy", "waited", "started", "first"),
     [
-        (0.2, 0.5, Kind.CPU_CONTENTION),
-        (0.2, 0.45, Kind.INPUT_BOUND),
-        (1.9, 0.7, Kind.INPUT_BOUND),
+        (0.2, 0.5, {}, Kind.CPU_CONTENTION),
+        (0.2, 0.5, {"python augment.py": 1.7}, Kind.CPU_CONTENTION),
+        (0.2, 0.45, {}, Kind.INPUT_BOUND),
+        (1.9, 0.7, {}, Kind.INPUT_BOUND),
     ],
-    ids=["most of the time", "less than half of it", "by threads of its own"],
+    ids=["most of the time", "for processes of the script", "less than half of it", "by threads of its own"],
 )
-def test_waiting_for_other_programs_most_of_the_time_comes_first(busy, waited, first):
+def test_waiting_for_other_processes_most_of_the_time_comes_first(busy, waited, started, first):
     """A worker that is starved as the training is makes it wait for data, longer than that waits for a core."""
-    found = diagnose(window_of(ALONE, adds("input_wait", 40)), oversubscribed(samples(busy=busy), waited=waited))
+    facts = oversubscribed(samples(busy=busy), waited=waited, started_processes=started)
+
+    found = diagnose(window_of(ALONE, adds("input_wait", 40)), facts)
 
     assert {each.kind for each in found} == {Kind.INPUT_BOUND, Kind.CPU_CONTENTION}
     assert found[0].kind is first

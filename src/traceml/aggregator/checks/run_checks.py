@@ -20,7 +20,7 @@ from traceml.aggregator.live_verdict import LiveVerdict
 from traceml.aggregator.silent_ranks.silent_ranks import SilentRanks
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.fail_open import fail_open
-from traceml.inspection.busy_processes import BusyProcesses
+from traceml.inspection.busy_processes import BusyProcesses, CoreUse
 
 __all__ = ["RunChecks", "checking"]
 
@@ -120,16 +120,17 @@ class CompetingProcesses:
         ranks = [each for each in self._run.connected if each.seen_here]
         if any(each.rank == 0 for each in ranks):
             self._is_reading = True
-            self._start(self._read({os.getpid(), *(each.incarnation.pid for each in ranks)}))
+            self._start(self._read({each.incarnation.pid for each in ranks}))
 
-    async def _read(self, own: set[int]) -> None:
-        found, cost_s = await asyncio.to_thread(self._measured, own)
+    async def _read(self, ranks: set[int]) -> None:
+        found, cost_s = await asyncio.to_thread(self._measured, ranks)
         self._due_s = time.monotonic() + max(_COMPETING_S, _PAUSE * cost_s)
         self._is_reading = False
-        if found and not self._run.ended:
-            self._run.store.event(COMPETING_PROCESSES, {"cores": found})
-            self._run.live.facts_builder.competing_processes.add(found)
+        if found is not None and not self._run.ended:
+            row = {"cores": found.others, "started": found.started}
+            self._run.store.event(COMPETING_PROCESSES, row)
+            self._run.live.facts_builder.competing_processes.add(row)
 
-    def _measured(self, own: set[int]) -> tuple[dict[str, float], float]:
+    def _measured(self, ranks: set[int]) -> tuple[CoreUse | None, float]:
         began_s = time.thread_time()
-        return self._busy.read(own), time.thread_time() - began_s
+        return self._busy.read(ranks, {os.getpid()}), time.thread_time() - began_s

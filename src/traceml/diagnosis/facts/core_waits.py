@@ -26,7 +26,10 @@ __all__ = [
 ]
 
 COMPETING_PROCESSES = "competing_processes"
-"""Kind of the event with cores by name of process, `{"cores": {"ffmpeg": 0.8}}`, those of other users as ''."""
+"""Kind of the event with cores by name of process: `{"cores": {"ffmpeg": 0.8}, "started": {"python augment.py": 0.9}}`.
+
+`started` are processes that the ranks have started, `cores` all others but the ranks, those of other users as ''.
+"""
 
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
@@ -130,14 +133,34 @@ def _sum(*sums: _Sums) -> _Sums:
 
 
 class CompetingProcessHistory:
-    """Other processes that used cores while ranks waited for one: sums of readings on the host of rank 0."""
+    """Processes that used cores while ranks waited for one: sums of readings on the host of rank 0."""
 
+    def __init__(self) -> None:
+        self._others, self._started = _MeanCores(), _MeanCores()
+
+    def add(self, reading: Mapping[str, object]) -> None:
+        """Take a reading: the data of an event `COMPETING_PROCESSES`."""
+        self._others.add(reading.get("cores"))
+        self._started.add(reading.get("started"))
+
+    @property
+    def others(self) -> dict[str, float]:
+        """Mean cores by name, the most first, of processes that the ranks have not started; '' are of other users."""
+        return self._others.means or {}
+
+    @property
+    def started(self) -> dict[str, float] | None:
+        """Those of processes that the ranks have started, loader workers among them; None if there was no reading."""
+        return self._started.means
+
+
+class _MeanCores:
     def __init__(self) -> None:
         self._readings = 0
         self._cores: Counter[str] = Counter()
 
     def add(self, cores: object) -> None:
-        """Take a reading: cores by name; anything else is ignored."""
+        """Take a reading, cores by name; anything else is ignored."""
         if not isinstance(cores, Mapping):
             return
 
@@ -146,9 +169,13 @@ class CompetingProcessHistory:
             if isinstance(name, str) and isinstance(used, int | float):
                 self._cores[name] += used  # type: ignore[assignment]
 
-    def most(self, count: int = 3) -> dict[str, float]:
-        """Return the mean cores of those that used most, by name; '' are all processes of other users."""
-        means = {name: cores / self._readings for name, cores in self._cores.most_common(count)}
+    @property
+    def means(self) -> dict[str, float] | None:
+        """Mean cores by name, of those that used some, the most first; None without a reading."""
+        if not self._readings:
+            return None
+
+        means = {name: cores / self._readings for name, cores in self._cores.most_common()}
         return {name: cores for name, cores in means.items() if cores >= MIN_CORES}
 
 

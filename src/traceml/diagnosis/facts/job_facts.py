@@ -63,9 +63,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # seconds that main threads waited for a core before the first step: the median over ranks
     startup_wait_s: float = 0.0
     startup_run_s: float = 0.0  # seconds that they ran
-    # name -> cores that other processes on the host of rank 0 used meanwhile, those that used most; '' are processes
+    # name -> cores that other processes on the host of rank 0 used while ranks waited, the most first; '' are processes
     # of other users
     competing_processes: Mapping[str, float] = {}
+    # the same of processes that the ranks have started, loader workers among them; None if unknown
+    started_processes: Mapping[str, float] | None = None
     # use of cores, memory and devices over the run
     samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from traceml.database.schema import Resource
@@ -22,6 +24,18 @@ _MIN_COUNTED_S = 1.0
 _MOSTLY = 0.5
 """From this share on, waiting for other programs is a finding of its own, not a remark on another one."""
 _IN_SCRIPT = " (or torch.set_num_threads, where the script calls that)"
+_CERTAIN = 0.1
+"""Other programs use what the run does not if that is this share at least: counts of the host and of processes vary."""
+_NAMED = 3
+_OWN_CORES = ", or give the training cores of its own (a container's CPU limit, taskset, Slurm's --cpus-per-task)"
+_OF_OTHERS = "End or move the other programs on this host (`top` names them)"
+_OF_SCRIPT = (
+    "Let the processes that the script starts take fewer cores (fewer processes, fewer threads in each), run them "
+    "before the training or on another host"
+)
+_OF_EITHER = (
+    "Look at what uses the cores (`top` names it): end or move other programs, start fewer processes in the script"
+)
 _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
@@ -49,6 +63,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 busy_cores_per_rank=use.busy_cores,
                 others_cores=facts.others_cores,
                 competing_processes=dict(facts.competing_processes) or None,
+                started_processes=dict(facts.started_processes or {}) or None,
                 throttled_share=throttled,
             ),
             cost_share=waited,
@@ -60,9 +75,10 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
 def is_oversubscribed_by_others(facts: JobFacts) -> bool:
     """Return whether the ranks spent most of the time waiting for cores that other programs use.
 
-    All their other work then takes less than half of the time, however long it looks by the wall clock.
+    All their other work then takes less than half of the time, however long it looks by the wall clock. Processes that
+    they have started count, but for loader workers.
     """
-    return facts.waited_share >= _MOSTLY and _foreign_cores(facts) >= OTHERS_CORES
+    return facts.waited_share >= _MOSTLY and _foreign_cores(facts) + _started_cores(facts) >= OTHERS_CORES
 
 
 def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
@@ -77,21 +93,44 @@ def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
 
 
 def _foreign_cores(facts: JobFacts) -> float:
-    """Return the cores that other programs use at least: those that are known, or that loader workers cannot use."""
-    here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
-    busy = 1.0 if facts.workers_busy is None else facts.workers_busy
+    """Return the cores that other programs use at least: those that no process of the run can use."""
     others = facts.others_cores or 0.0
-    return max(others - here * facts.loader_workers * busy, min(sum(facts.competing_processes.values()), others))
+    own = _cores_of_workers(facts) if facts.started_processes is None else sum(facts.started_processes.values())
+    return others - own if others - own >= _CERTAIN * others else 0.0
+
+
+def _started_cores(facts: JobFacts) -> float:
+    """Return the cores that processes of the script use, without loader workers; 0 if it is not known."""
+    started = sum((facts.started_processes or {}).values())
+    return max(min(started, facts.others_cores or 0.0) - _cores_of_workers(facts), 0.0)
+
+
+def _cores_of_workers(facts: JobFacts) -> float:
+    here = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
+    return here * facts.loader_workers * (1.0 if facts.workers_busy is None else facts.workers_busy)
 
 
 def _others_text(facts: JobFacts) -> str | None:
-    """Return who else uses the cores, in words; None if other programs do not, or it is not known."""
+    """Return who else uses the cores, in words; None if nobody does, or it is not known."""
     others = facts.others_cores
     if others is None or others < OTHERS_CORES:
         return None
 
     own = ", its loader workers among them," if facts.loader_workers else ""
-    return f"other processes{own} used {cores_text(others)}"
+    if facts.started_processes is None:
+        return f"other processes{own} used {cores_text(others)}{_names_text(facts.competing_processes)}"
+
+    started, foreign = min(sum(facts.started_processes.values()), others), _foreign_cores(facts)
+    who = "they" if facts.world_size > 1 else "it"
+    texts = []
+    if started > 0:
+        names = _names_text(facts.started_processes)
+        texts.append(f"processes that {who} started{own} used {cores_text(started)}{names}")
+
+    if foreign >= OTHERS_CORES:
+        texts.append(f"other programs used {cores_text(foreign)}{_names_text(facts.competing_processes)}")
+
+    return ", ".join(texts) or None
 
 
 def _who(facts: JobFacts, throttled: float | None) -> str:
@@ -109,14 +148,14 @@ def _who(facts: JobFacts, throttled: float | None) -> str:
     others = _others_text(facts)
     own = f"{'a rank' if ranks > 1 else 'it'} used {cores_text(facts.use.busy_cores)}{each if others is None else ''}"
     if others and (facts.others_cores or 0.0) > here:  # of the machine, of which the ranks are bound to a part
-        return f" {capitalized(own)}, {others}{_process_names(facts)}."
+        return f" {capitalized(own)}, {others}."
 
-    return f" Of {cores_text(here)}, {own}" + (f", {others}{_process_names(facts)}." if others else ".")
+    return f" Of {cores_text(here)}, {own}" + (f", {others}." if others else ".")
 
 
-def _process_names(facts: JobFacts) -> str:
+def _names_text(processes: Mapping[str, float]) -> str:
     """Return ` (ffmpeg 1.2 cores, processes of other users 0.5)`; empty if no process is known."""
-    found = [(name or "processes of other users", cores) for name, cores in facts.competing_processes.items()]
+    found = [(name or "processes of other users", cores) for name, cores in processes.items()][:_NAMED]
     if not found:
         return ""
 
@@ -127,12 +166,12 @@ def _process_names(facts: JobFacts) -> str:
 def _advice(facts: JobFacts) -> str:
     cores = facts.cores_per_rank
     many = bool(facts.threads and cores and facts.threads > cores)
+    also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
     if _foreign_cores(facts) >= OTHERS_CORES:
-        also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
-        return (
-            "End or move the other programs on this host (`top` names them), or give the training cores of its own "
-            f"(a container's CPU limit, taskset, Slurm's --cpus-per-task).{also}"
-        )
+        return f"{_OF_OTHERS if facts.started_processes is not None else _OF_EITHER}{_OWN_CORES}.{also}"
+
+    if _started_cores(facts) >= OTHERS_CORES:
+        return f"{_OF_SCRIPT}{_OWN_CORES}.{also}"
 
     threads = f"OMP_NUM_THREADS={cores}{_IN_SCRIPT}" if cores else "a smaller OMP_NUM_THREADS"
     what = ["fewer ranks per host"] if facts.world_size > 1 else []

@@ -370,7 +370,7 @@ class RunSummaryReader:
                 self.facts_builder.progress.take_snapshot(RankSnapshot.from_row(event.data))
 
         for event in self._events(reader, COMPETING_PROCESSES):
-            self.facts_builder.competing_processes.add(event.data.get("cores"))
+            self.facts_builder.competing_processes.add(event.data)
 
         for event in self._events(reader, HOST_CHOICE):
             if event.data.get("attempt") == self.attempt:
