@@ -114,11 +114,11 @@ def test_installing_again_begins_anew(tmp_path: Path) -> None:
 
 
 def test_facts_are_reported_once(traced: Traced) -> None:
-    """Loader, model, its input and optimizer are described, and which loader is trained on, each once."""
+    """Loader, batch, model, its input and optimizer are described, and which loader is trained on, each once."""
     train()
     on_registration = {info["kind"]: info for info in traced.info}
 
-    assert len(traced.info) == 5
+    assert len(traced.info) == 6
     assert (on_registration["input"]["dimensions"], on_registration["input"]["tokens"]) == (2, False)
     assert on_registration["model"]["model"] == "Sequential"
     assert on_registration["model"]["parameters"] == 4 * 8 + 8 + 8 + 1

@@ -58,6 +58,7 @@ class InfoKind(StrEnum):
     )  # fmt: skip
     LOADERS_MADE = "loaders_made", "number of loaders of one data set so far", "dataset length num_workers made"
     TRAINING_LOADER = "training_loader", "number of the loader whose batches are trained on", "number"
+    BATCH = "batch", "tensors and bytes of the largest of some batches, as a loader returns them", "tensors bytes"
     SAME_ORDER = "same_order", "a shuffling DistributedSampler gives the same order in each epoch", "number"
     WORKER_LOST = (
         "worker_lost", "a loader worker has died",

@@ -71,6 +71,7 @@ class TorchHooks:
         self.batches = BatchReader(
             clock,
             facts.input,
+            facts.batch,
             facts.calls,
             functools.partial(facts.report, InfoKind.PLAYS),
         )

@@ -421,6 +421,39 @@ def test_more_workers_are_not_advised_where_batches_are_ready(library, says, nev
 
 
 @pytest.mark.parametrize(
+    ("tensors", "size", "most"),
+    [(0, 0, 11.5), (2, 1e5, 11.3), (60, 1e5, 5.2), (2, 60e6, 3.4)],
+    ids=["unknown", "two small tensors", "many tensors", "large tensors"],
+)
+def test_workers_gain_no_more_than_handing_over_their_batches_leaves(tensors, size, most):
+    """On two cores that have hardly other work: workers share each tensor, and the training process receives it."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, 1000 * MS, 20 * MS)]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 150)), JobFacts())
+    usual = {"loader": FOLDER, "hosts": {0: "h"}, "cores": {"h": 2}, "lines": lines}
+    facts = JobFacts(batch_tensors=tensors, batch_bytes=int(size), samples=samples(busy=0.1), **usual)
+    found = pipeline_of(work, facts, work.step_ns - 14 * MS)
+
+    assert found is not None
+    assert 0.9 * most < found.gain(found.best_workers()) <= most
+
+
+@pytest.mark.parametrize(("receiving", "gain"), [(0, 3.0), (30, 2.2)])
+def test_more_workers_do_not_shorten_the_receiving(receiving, gain):
+    """Of the samples in which the training waits, some are in taking a batch over: that time stays."""
+    seen = ((100 - receiving, "_PollLikeSelector.select"), (receiving, "Connection._recv"))
+    lines = [
+        SampledLine(0, "input_wait", "a.py", 1, "train", f"/lib/multiprocessing/a.py:1 {name}", count)
+        for count, name in seen
+    ]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    usual = {"loader": LoaderFacts(num_workers=3), "hosts": {0: "h"}, "cores": {"h": 4}}
+    found = pipeline_of(work, JobFacts(workers=watched(3, busy=0.05), lines=lines, **usual), 86 * MS)
+
+    assert found is not None
+    assert found.gain(9) == pytest.approx(gain, rel=0.15)
+
+
+@pytest.mark.parametrize(
     ("making", "busy", "keeps_up"), [(15, 0.1, True), (60, 0.1, False), (5, 0.1, None), (15, 0.6, False)]
 )
 def test_a_worker_that_is_idle_keeps_up(making, busy, keeps_up):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
+from traceml.database.info_kinds import InfoKind
 from traceml.instrument.values.inputs import fingerprint_of
 
 
@@ -40,6 +41,17 @@ def test_batches_of_any_length(traced: Traced) -> None:
         optimizer.step()
 
     assert sizes(traced) == [(4, 16), (4, 16), (3, 12)]
+
+
+def test_the_largest_batch_is_reported(traced: Traced) -> None:
+    """What a loader worker would take to hand it over: of some batches, the largest; the last is a small one."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, y in DataLoader(TensorDataset(torch.randn(7, 4), torch.randn(7)), batch_size=4):
+        model(x).sum().add(y.sum()).backward()
+        optimizer.step()
+
+    assert [(row["tensors"], row["bytes"]) for row in traced.info if row["kind"] == InfoKind.BATCH] == [(2, 4 * 5 * 4)]
 
 
 def test_micro_batches_are_added(traced: Traced) -> None:

@@ -127,6 +127,11 @@ class JobFactsBuilder:
         if isinstance(row.get("number"), int):
             self._training_loader = rank, row["number"]
 
+    def _take_batch(self, _rank: int, row: Mapping[str, Any]) -> None:
+        for name, field in (("tensors", "batch_tensors"), ("bytes", "batch_bytes")):
+            if isinstance(row.get(name), int):
+                self._facts[field] = max(row[name], self._facts.get(field, 0))
+
     def _take_input(self, rank: int, row: Mapping[str, Any]) -> None:
         self.batches.input(rank, row)
         self._facts["autocast"], self._facts["tf32"] = bool(row.get("autocast")), bool(row.get("tf32"))
@@ -213,6 +218,7 @@ class JobFactsBuilder:
         InfoKind.SEGMENTS: lambda self, rank, row: self.turnover.add(rank, row),
         InfoKind.GPU_HEALTH: lambda self, rank, row: self.health.add(rank, row),
         InfoKind.GROWTH: _take_growth,
+        InfoKind.BATCH: _take_batch,
         InfoKind.INPUT: _take_input,
         InfoKind.REDUCTIONS: lambda self, _, row: self.batches.reduction_facts(row),
         InfoKind.COLLECTIVES: lambda self, rank, row: self.batches.collective(rank, row),

@@ -197,7 +197,7 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
     )
     ahead = ", and iterate over the loader in the training loop, not before it" if pipeline.is_taken_ahead else ""
     setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}{ahead}"
-    text = f"{before}: set {setting}; {gain_text(gain, 'about')}{cores}."
+    text = f"{before}: set {setting}; {gain_text(gain, 'about' if pipeline.takes_cpu else 'at most')}{cores}."
     if loader.is_undivided and pipeline.workers <= 1:  # several have it divided for them, or read a random stream
         text += (
             " It is an iterable data set: divide it among the workers (torch.utils.data.get_worker_info), or each of "

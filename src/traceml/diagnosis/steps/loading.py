@@ -25,7 +25,11 @@ __all__ = [
 ]
 
 TAKE_NS = 3e5
-"""Time that the training process usually takes to receive a batch from a worker."""
+"""Time that the training process usually takes to receive a batch from a worker, at least."""
+RECEIVE_TENSOR_NS, RECEIVE_BYTE_NS = 3e5, 0.35
+"""CPU time that it takes for each tensor, whose memory it asks the worker for, and for mapping each byte."""
+SHARE_TENSOR_NS, SHARE_BYTE_NS = 4e5, 1.0
+"""CPU time by which a batch takes a worker longer than the training process: it puts each tensor into shared memory."""
 ENOUGH = 0.95
 """More workers are not advised if they shorten the step by less than this factor."""
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -62,6 +66,9 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 0  # loader workers now; 0 if the training process fetches by itself
     worker_cores: int | None = None  # cores that all workers together may use, where these are fewer; else None
     take_ns: float = TAKE_NS  # time that the training process takes to receive a batch from a worker
+    # time that a worker would take in addition to make a batch that the training process can receive; 0 if that is in
+    # `fetch_ns`, as there are workers now
+    share_ns: float = 0.0
     is_handover: bool = False  # whether it waits for that, and not for the workers to make batches
     # Mean number of batches of an epoch; None if unknown. Workers make the first one of an epoch only when
     # the training asks for it.
@@ -87,7 +94,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         if self.epoch_steps is None:
             return slowest
 
-        first = self.rest_ns + self.take_ns + self.fetch_ns + self.first_ns
+        first = self.rest_ns + self.take_ns + self.share_ns + self.fetch_ns + self.first_ns
         return slowest + max(first - slowest, 0.0) / self.epoch_steps
 
     def _beyond_ns(self, workers: int, fetch_ns: float) -> float:
@@ -95,12 +102,14 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         return max(fetch_ns - PREFETCH * workers * self._slowest_ns(workers, self.fetch_ns), 0.0)
 
     def _slowest_ns(self, workers: int, fetch_ns: float) -> float:
-        slowest = max(self.rest_ns + self.take_ns, fetch_ns / workers)
+        slowest = max(self.rest_ns + self.take_ns, (fetch_ns + self.share_ns) / workers)
         if self.worker_cores:
             slowest = max(slowest, fetch_ns * self.fetch_cpu / self.worker_cores)
 
         if self.cores:
-            slowest = max(slowest, (self.rest_ns * self.rest_cores + fetch_ns * self.fetch_cpu) / self.cores)
+            added_ns = self.share_ns and self.share_ns + self.take_ns  # else they are in the others
+            computed_ns = self.rest_ns * self.rest_cores + fetch_ns * self.fetch_cpu + added_ns
+            slowest = max(slowest, computed_ns / self.cores)
 
         return slowest
 
@@ -178,6 +187,7 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         own = fetch_cpu(facts)
         fetch_ns, computes = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), 1.0 if own is None else own
 
+    take_ns, share_ns = (_taken_ns(facts, wait_ns), 0.0) if workers else _handover_ns(facts)
     rest_cores = _rest_cores(work, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
     if workers and cores:
         free_ns = max(cores * work.step_ns - rest_ns * rest_cores, 0.0)
@@ -191,7 +201,8 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         cores=cores,
         workers=workers,
         worker_cores=use.cores if use is not None and bound else None,
-        take_ns=wait_ns if handover else TAKE_NS,
+        take_ns=wait_ns if handover else take_ns,
+        share_ns=share_ns,
         is_handover=handover,
         epoch_steps=epoch_steps,
         first_ns=first_ns,
@@ -207,6 +218,18 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     ready = made.ready_to_hand_over
     saved_ns = made.step_ns(workers) - ready.step_ns(workers)
     return ready if handover and share_at_work(facts) is not None and saved_ns < MOSTLY_HANDOVER * wait_ns else made
+
+
+def _handover_ns(facts: JobFacts) -> tuple[float, float]:
+    """Return how long the training process would take to receive a batch from a worker, and a worker to share it."""
+    tensors, size = facts.batch_tensors, facts.batch_bytes
+    receive_ns = tensors * RECEIVE_TENSOR_NS + size * RECEIVE_BYTE_NS
+    return max(receive_ns, TAKE_NS), tensors * SHARE_TENSOR_NS + size * SHARE_BYTE_NS
+
+
+def _taken_ns(facts: JobFacts, wait_ns: float) -> float:
+    """Return how long it takes to receive a batch, by its samples while it waits for one."""
+    return max(wait_ns * handover_share(facts.lines), TAKE_NS)
 
 
 def share_at_work(facts: JobFacts) -> float | None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from traceml.inspection.thread_frames import stack_frames
 from traceml.inspection.user_files import is_user_file
 from traceml.instrument.facts.instance_attributes import attribute_values, instance_attribute, named_attributes
 
-__all__ = ["first_parameter", "input_facts", "loader_facts", "model_facts", "optimizer_facts", "trainer_above"]
+__all__ = [
+    "batch_size_facts",
+    "first_parameter",
+    "input_facts",
+    "loader_facts",
+    "model_facts",
+    "optimizer_facts",
+    "trainer_above",
+]
 
 _WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
 _TOKEN_TYPES = ("torch.int64", "torch.int32")
@@ -24,6 +33,7 @@ _MANY_OBJECTS = 10_000
 _CONTAINERS = (list, tuple, dict, set)
 _MAX_CONTAINERS = 4
 _MAX_PARTS = 16
+_MAX_VALUES = 1024  # of a batch
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:
@@ -65,6 +75,25 @@ def _sampler_classes(loader: Any) -> list[str]:
     inner = [instance_attribute(each, "sampler") for each in outer]
     classes = {cls for each in (*outer, *inner) for cls in type(each).__mro__}
     return sorted(cls.__qualname__ for cls in classes if cls.__module__.partition(".")[0] not in _OF_SAMPLERS)
+
+
+def batch_size_facts(batch: Any) -> dict[str, int]:
+    """Count the tensors of a batch and their bytes, and arrays like them, in nested containers."""
+    tensors = size = 0
+    todo = [batch]
+    for _ in range(_MAX_VALUES):
+        if not todo:
+            break
+
+        value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value[:_MAX_VALUES]
+        elif isinstance(nbytes := getattr(value, "nbytes", None), int):
+            tensors, size = tensors + 1, size + nbytes
+
+    return {"tensors": tensors, "bytes": size}
 
 
 def trainer_above(frame: Any) -> str | None:

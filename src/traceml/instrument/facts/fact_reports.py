@@ -80,6 +80,14 @@ class FactReports:
         is_first = facts["batch_first"] and not self._is_part(int(tensor.shape[0]))
         self.report(InfoKind.INPUT, **(facts | {"batch_first": is_first}))
 
+    def batch(self, batch: Any) -> None:
+        """Report what a batch consists of, if it is the largest so far."""
+        from traceml.instrument.facts.descriptions import batch_size_facts
+
+        known = self._reported.get(InfoKind.BATCH, {})
+        sizes = batch_size_facts(batch)
+        self.report(InfoKind.BATCH, **{name: max(size, known.get(name, 0)) for name, size in sizes.items()})
+
     def calls(self, sizes: list[tuple[int, int]], are_passes_even: bool, together: int) -> None:
         """Report again what is counted of the input, given samples and elements of the calls before a backward pass.
 

@@ -12,7 +12,8 @@ elements of their samples.
 A fingerprint is a hash of 16 numbers that are spread over a batch as the loader returns it, on the CPU, and of 16 of
 each of the next tensors in it: made-up inputs may be alike on all ranks, by one seed, where their labels are not. Ranks
 that train on the same batches have the same ones. It takes some 10 us a tensor, so the first 3 batches of an epoch have
-one, and one in 256 after them, at most one in 192 steps: 0.1 us per step with labels.
+one, and one in 256 after them, at most one in 192 steps: 0.1 us per step with labels. The same batches are measured:
+what a loader worker would take to hand one over depends on their tensors and bytes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class BatchReader:
     Args:
         on_input: called with the first input, its model, and whether it is one of a list of inputs, for facts about
             them.
+        on_batch: called with batches of which a fingerprint is taken.
         on_calls: called with what `BatchCalls` finds.
         on_play: called where a trained model is called in `eval()` with one sample, without a loader, between
             trainings with more.
@@ -63,10 +65,11 @@ class BatchReader:
         self,
         clock: StepClock,
         on_input: Callable[[Any, Any, bool], None],
+        on_batch: Callable[[Any], None],
         on_calls: OnCalls,
         on_play: Callable[[], None],
     ) -> None:
-        self._clock, self._on_input, self._on_play = clock, on_input, on_play
+        self._clock, self._on_input, self._on_batch, self._on_play = clock, on_input, on_batch, on_play
         self._batch_calls = BatchCalls(clock, on_calls)
         self._known = False
         self._taken = self._wanted = 0
@@ -101,6 +104,7 @@ class BatchReader:
             self._taken += 1
             self._wanted -= 1
             clock.inspects = self._wanted > 0
+            self._on_batch(batch)
         except Exception as error:  # noqa: BLE001 - the user's containers may raise anything
             self._fail(error)
 
