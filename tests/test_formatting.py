@@ -138,6 +138,10 @@ def test_a_gain_is_no_promise_beyond_ten():
     assert (gain_text(1.126), gain_text(10.0)) == ("1.13x faster", "10.0x faster")
     assert (gain_text(12.6), gain_text(float("inf"))) == ("more than 10x faster",) * 2
     assert (gain_text(1.5, "about"), gain_text(12.6, "about")) == ("about 1.50x faster", "more than 10x faster")
+    assert (gain_text(1.5, "at most"), gain_text(12.6, "at most")) == (
+        "at most 1.50x faster",
+        "perhaps more than 10x faster",
+    )
 
 
 @pytest.mark.parametrize(

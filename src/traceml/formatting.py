@@ -184,10 +184,10 @@ def gain_text(speedup: float, qualifier: str = "") -> str:
     """Return how much faster a run would be: `1.13x faster`; no promise beyond `more than 10x faster`.
 
     Args:
-        qualifier: `about` or `at most`, written before a factor up to 10.
+        qualifier: `about`, `at least` or `at most`, written before a factor up to 10.
     """
     if speedup > _MAX_GAIN:
-        return f"more than {_MAX_GAIN}x faster"
+        return f"{'perhaps ' if qualifier == 'at most' else ''}more than {_MAX_GAIN}x faster"
 
     return f"{qualifier} {factor_text(speedup)} faster".lstrip()
 
