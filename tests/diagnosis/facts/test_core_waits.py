@@ -40,6 +40,20 @@ def test_a_short_training_falls_back_to_the_whole_run():
     assert waits.of_wall_time() == {}
 
 
+def test_the_open_step_is_that_of_the_newest_readings():
+    """Between steps, as after the last one, none is open."""
+    waits = CoreWaits()
+    assert waits.open_step == -1
+
+    waits.add(0, rows((0, 0, 0, -1), (1000, 600, 200, 5)))
+    waits.add(1, rows((1000, 600, 200, 4)))
+    assert waits.open_step == 5
+
+    waits.add(0, rows((2000, 900, 300, -1)))
+    waits.add(1, rows((2000, 900, 300, -1)))
+    assert waits.open_step == -1
+
+
 def test_nothing_is_known_of_a_rank_without_readings():
     """As where an attempt ended before its first one."""
     waits = CoreWaits()

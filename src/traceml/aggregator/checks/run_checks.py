@@ -104,22 +104,31 @@ class RunChecks:
 
 
 class CompetingProcesses:
-    """Looks for other processes while the ranks of a run on the host of rank 0 wait for cores."""
+    """Looks for other processes while the ranks of a run on the host of rank 0 wait for cores.
+
+    A reading is of the time since the one before, so each needs another step: processes of the script that it starts
+    late or ends early are not of the training.
+    """
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
         self._run, self._start = run, start
         self._busy = BusyProcesses()
         self._due_s = 0.0
+        self._step = 0
         self._is_reading = False
 
     def check(self) -> None:
         """Read again if it is time, and if a rank waits."""
-        if self._is_reading or time.monotonic() < self._due_s or not self._run.live.facts_builder.has_core_waits:
+        if self._is_reading or time.monotonic() < self._due_s:
+            return
+
+        step, last = self._run.live.facts_builder.waits_for_core_in_step, self._step
+        if step <= 0 or step == last:  # a restarted rank counts from 0 again
             return
 
         ranks = [each for each in self._run.connected if each.seen_here]
         if any(each.rank == 0 for each in ranks):
-            self._is_reading = True
+            self._step, self._is_reading = step, True
             self._start(self._read({each.incarnation.pid for each in ranks}))
 
     async def _read(self, ranks: set[int]) -> None:

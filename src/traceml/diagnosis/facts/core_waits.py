@@ -101,6 +101,11 @@ class CoreWaits:
         if len(rows):
             self._ranks[rank].add(zip(*(rows[name].tolist() for name in _READ), strict=True))
 
+    @property
+    def open_step(self) -> int:
+        """The newest step that is open at the last reading of a rank; -1 without one."""
+        return max((each.last[-1] for each in self._ranks.values()), default=-1)
+
     def of_start_up_s(self) -> tuple[float, float]:
         """Return the seconds that main threads ran and waited for a core before the first step: medians over ranks."""
         before = [each.before for each in self._ranks.values() if each.before is not None and min(each.before) >= 0]

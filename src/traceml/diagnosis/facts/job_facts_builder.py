@@ -251,9 +251,10 @@ class JobFactsBuilder:
         return self.progress.build(self.hosts, self.names, ended, opened)
 
     @property
-    def has_core_waits(self) -> bool:
-        """Whether the main thread of any rank waits for a core for long."""
-        return any(share >= OVERSUBSCRIBED for share in self._waits.of_ready_time().values())
+    def waits_for_core_in_step(self) -> int:
+        """The newest open step, if the main thread of any rank waits for a core for long; -1 if none does."""
+        waits = any(share >= OVERSUBSCRIBED for share in self._waits.of_ready_time().values())
+        return self._waits.open_step if waits else -1
 
     def join(self, rank: int) -> None:
         """Forget how an earlier process of a rank ended, or that it made no progress: another one has joined."""
