@@ -489,6 +489,29 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     assert advised.gain == pytest.approx(found.gain_without_handover())
 
 
+@pytest.mark.parametrize(("fetching", "instead"), [(60, False), (5, True)])
+def test_a_fetch_that_waits_takes_as_long_in_the_training_process(fetching, instead):
+    """Workers hardly compute: they were seen in a fetch that waits for a server, or waiting for orders."""
+    library = "/lib/multiprocessing/a.py:1 Connection._recv"
+    made = [
+        SampledLine(0, LINE_PHASES[LINE_WORKERS], None, 0, None, None, 100 - fetching),
+        SampledLine(0, LINE_PHASES[LINE_WORKERS], "/me/train.py", 4, "fetch", None, fetching),
+    ]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    facts = JobFacts(
+        loader=LoaderFacts(num_workers=2),
+        lines=[SampledLine(0, "input_wait", "a.py", 1, "train", library, 40)],
+        lines_of_workers={0: made},
+        workers=watched(2, busy=0.05),
+        hosts={0: "h"},
+        cores={"h": 8},
+    )
+    found = pipeline_of(work, facts, 86 * MS)
+
+    assert found is not None
+    assert ("Set num_workers=0" in for_input(facts, found).text) is instead
+
+
 @pytest.mark.parametrize(
     ("workers", "says"), [(8, "Try num_workers=0, or 1: there are 8 workers for 2 cores."), (2, "Try num_workers=0.")]
 )

@@ -233,19 +233,19 @@ def _taken_ns(facts: JobFacts, wait_ns: float) -> float:
 
 
 def share_at_work(facts: JobFacts) -> float | None:
-    """Return the share of their time in which workers compute or are runnable, else make batches; None if unknown."""
-    if facts.worker_use is not None:
-        return facts.worker_use.ready
+    """Return the share of their time in which workers make batches; None if unknown.
 
-    sampled = workers_at_work(facts.worker_lines)
-    return None if sampled.is_rough else sampled.share
+    They compute or are runnable, or were seen in a fetch, which may wait for a disk or a server.
+    """
+    sampled, use = workers_at_work(facts.worker_lines), facts.worker_use
+    shares = [] if sampled.is_rough else [sampled.share]
+    return max(shares if use is None else [*shares, use.ready], default=None)
 
 
 def _are_idle(facts: JobFacts) -> bool:
     """Return whether workers were seen to make no batches for most of the time: each batch is ready in time."""
-    sampled = workers_at_work(facts.worker_lines)
     at_work = share_at_work(facts)
-    return not sampled.is_rough and at_work is not None and max(sampled.share, at_work) < _IDLE_SHARE
+    return not workers_at_work(facts.worker_lines).is_rough and at_work is not None and at_work < _IDLE_SHARE
 
 
 def _fetch_of_workers(
@@ -259,7 +259,8 @@ def _fetch_of_workers(
     """
     at_work = share_at_work(facts)
     if at_work is not None and handover:  # they wait for orders in between
-        return workers * step_ns * at_work, 1.0
+        computes = at_work if use is None else use.ready
+        return workers * step_ns * at_work, computes / max(at_work, _MIN_READY)
 
     # Each makes batches all the time, as the training waits for them.
     if use is not None and bound:
