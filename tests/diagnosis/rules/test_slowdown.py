@@ -711,3 +711,35 @@ def test_no_line_is_blamed_for_slow_steps_if_they_hardly_run_it():
     finding = slowdown(history(LATER), facts)[0]
 
     assert (finding.phase, finding.evidence.get("line")) == ("other", None)
+
+
+@pytest.mark.parametrize(("growth_ms", "is_host"), [(4.0, False), (0.25, True)])
+def test_advice_is_on_the_host_only_where_its_cores_explain_the_growth(growth_ms: float, is_host: bool) -> None:
+    """The mean of a growing list takes 12 times as long. Waits for a core have grown by a quarter of the time, too."""
+    samples = MachineSamples()
+    rows = np.zeros(60, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(60) * WIDTH, np.arange(60) * 1000 * MS
+    rows["main_wait_ns"] = np.cumsum(np.linspace(0.2, 0.6, 60)) * 1000 * MS
+    samples.add(PROCESS.name, 0, rows)
+
+    (finding,) = slowdown(history(AT * growth_ms), JobFacts(samples=samples))
+
+    assert "waited for a CPU core" in finding.summary
+    assert finding.next.startswith("End or move what else runs on the host") is is_host
+
+
+@pytest.mark.parametrize(("last_ms", "told"), [(150.0, False), (80.0, True)])
+def test_a_run_that_ends_in_a_series_of_long_steps_did_not_become_slower(last_ms: float, told: bool) -> None:
+    """There were such series before: the steps that are long at times are told. Those of another length are others."""
+
+    def series(own, _random):
+        for begin in (180, 380, 580, 780):
+            own["other"][:, begin : begin + 20] += last_ms if begin == 780 else 150.0
+
+    own = {"forward": 2.0, "backward": 3.0, "optimizer": 1.0, "other": 0.5}
+    kinds = [
+        each.kind for each in diagnose(window_of(Job(ranks=1, grouped=False, steps=800, own=own), series), JobFacts())
+    ]
+
+    assert Kind.JITTER in kinds
+    assert (Kind.SLOWDOWN in kinds) is told

@@ -181,7 +181,9 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         **where.evidence(),
     }
     whose = f", because of {ranks_text(ranks)}" if ranks else ""
-    is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or where.line is None)
+    # A part that grew by more than the loss of cores explains has another cause, be its line known or not.
+    is_other = where.line is not None or (bool(where.parts) and bool(beside) and beside[0].takes_cores)
+    is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or not is_other)
     return Finding.of(
         Kind.SLOWDOWN,
         severity=Severity.INFO if is_meant else None,
