@@ -610,6 +610,21 @@ def test_the_gain_is_that_of_the_named_line():
     assert found.speedup_if_fixed == pytest.approx(40 / 28, rel=0.05)
 
 
+@pytest.mark.parametrize(("others", "gain"), [(10, 5.0), (0, 9.0)])
+def test_what_is_beside_the_named_line_stays(others, gain):
+    """A metric has 90 % of code that takes most of the step, or all of it."""
+    lines = [
+        SampledLine(0, "other", "/x/train.py", 12, "metric", None, 100 - others),
+        SampledLine(0, "other", "/x/train.py", 9, "log", None, others),
+        SampledLine(0, "backward", "/x/train.py", 30, "train", None, 12),
+    ]
+    job = Job(ranks=1, grouped=False, own={"forward": 2.0, "backward": 2.0, "optimizer": 1.0, "other": 40.0})
+
+    found = verdict(job, lines=[each for each in lines if each.samples])
+
+    assert found.speedup_if_fixed == pytest.approx(gain, rel=0.05)
+
+
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
     found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)))

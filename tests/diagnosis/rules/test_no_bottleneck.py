@@ -228,6 +228,22 @@ def test_code_in_forward_that_waits_is_to_be_made_cheaper(busy: float, waited: f
     assert not told or verdict.speedup_if_fixed == pytest.approx(1.8, abs=0.15)
 
 
+def test_the_model_that_is_called_beside_a_wait_stays() -> None:
+    """A training step of Lightning waits in one line, and calls the model and the loss in another one."""
+    times = {"watched_ns": 400_000_000, "cpu_ns": 20_000_000}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 9, "Net.training_step", None, 120, **times),
+        SampledLine(0, "forward", "/me/train.py", 8, "Net.training_step", None, 60, **times),
+        SampledLine(0, "backward", "/me/train.py", 23, "main", ENGINE, 90),
+    ]
+    slow, fixed = (window_of(ALONE, *faults) for faults in ([adds("forward", 14)], []))
+
+    found = diagnose(slow, JobFacts(lines=lines))[0]
+
+    assert "Make train.py:9 Net.training_step cheaper, which waits inside forward" in found.next
+    assert 1.0 < found.speedup_if_fixed <= 1.05 * slow.total.mean() / fixed.total.mean()
+
+
 def test_activations_that_are_computed_again_are_not_to_be_made_cheaper() -> None:
     """With checkpointing the model's forward runs in backward, and its operations have no frames of their own."""
     lines = [

@@ -43,6 +43,7 @@ __all__ = [
     "leading_lines",
     "line_beside_imports",
     "main_library",
+    "main_line_share",
     "outside_line",
     "own_line_share",
     "runs_backward",
@@ -226,6 +227,12 @@ def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -
 def _blamed(lines: Sequence[SampledLine], part: str, place: _Place, share: float, total: int) -> BlamedLine:
     own = _by_line(lines, part, place)
     return BlamedLine(place[0], max(own, key=lambda number: own[number]), place[1], share, total)
+
+
+def main_line_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
+    """Return the share of its main line in the samples of a function of the user, in a part of the step."""
+    seen = _seen_in(lines, part, line)
+    return sum(each.samples for each in seen if each.line == line.line) / max(sum(each.samples for each in seen), 1)
 
 
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:

@@ -69,8 +69,6 @@ MIN_EXCLUDED = 0.02
 MIN_PART = 1.05
 """What the advice gains is compared with the gain without any waiting if that is larger by this factor."""
 _RARE, _UPDATE = "rare long steps", "the update"
-_NEARLY_ALL = 0.9
-"""A line with less of a part is not all that the gain without the part is of."""
 _LITTLE_UPDATE = 0.1
 """Functions that read gradients and have less of `other` are not all of an update by hand."""
 _MAY_UPDATE = ", which may be the update: no optimizer is called in the steps."
@@ -353,7 +351,7 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, h
         where += ", where the event loop waits because no task can run"
 
     where += cost.turns_words
-    line_share = 1.0 if line is None or line.is_rough or line.share >= _NEARLY_ALL else line.share
+    line_share = 1.0 if line is None or line.is_rough else line.share
     gain = 1.0 if is_update else speedup(cost.step_ns, cost.saved_ns * line_share)
     what = "that part" if line_share < 1.0 else "it"
     without = _MAY_UPDATE if is_update else f"; without {what} steps would be {gain_text(gain)}."

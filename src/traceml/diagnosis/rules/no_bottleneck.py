@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     blamed_line,
     leading_lines,
     main_library,
+    main_line_share,
     runs_backward,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -159,7 +160,9 @@ def _own_code(
 
     called = "which backward calls (a hook, or the backward of a Function)"
     what = f"which waits inside {part} ({WAITED_FOR})" if waits else called
-    return _OwnCode(line, what, 1.0 if line.is_rough else 1 / max(1.0 - line.share * _sampled(shares)[part], 0.01))
+    # What else the function does in forward may be the model's operations.
+    share = line.share * (main_line_share(facts.lines, part, line) if waits else 1.0)
+    return _OwnCode(line, what, 1.0 if line.is_rough else 1 / max(1.0 - share * _sampled(shares)[part], 0.01))
 
 
 def _evidence_of_code(
