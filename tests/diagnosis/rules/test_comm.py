@@ -213,3 +213,16 @@ def test_waiting_for_a_rank_that_has_no_core_is_no_communication(core_wait: floa
 
     assert verdict is Kind.COMM_BOUND or first.headline == "Rank 1 waits for a CPU core: 50 % of step time"
     assert (first.kind, first.ranks) == (verdict, (1,) if verdict is Kind.CPU_CONTENTION else ())
+
+
+@pytest.mark.parametrize(("core_wait", "is_told"), [(0.3, True), (0.6, False)])
+def test_communication_that_leads_is_told_where_cores_are_too_few(core_wait: float, is_told: bool) -> None:
+    """Waiting for a core may be all of the waiting for other ranks, but no more than that."""
+    waits = dict.fromkeys(range(2), core_wait)
+    known = replace(facts(4, 4), world_size=2, wait_of_ready_time=waits, wait_of_wall_time=waits)
+
+    found = diagnose(window_of(Job(comm=30.0)), known)
+
+    assert Kind.CPU_CONTENTION in {each.kind for each in found}
+    assert (found[0].kind is Kind.COMM_BOUND) is is_told
+    assert not is_told or "under model.no_sync()" in found[0].next

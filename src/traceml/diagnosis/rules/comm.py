@@ -22,8 +22,6 @@ __all__ = ["comm_bound", "min_wait_ns"]
 
 SHARE = 0.30
 """The median of the minimum wait over ranks is this share of the median step; healthy small models reach 0.2."""
-OVERSUBSCRIBED_SHARE = 0.60
-"""The same when the ranks have too few cores: then half of a step may be waiting for another rank to be scheduled."""
 FLOOR_NS = 3e6
 """Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
 DEVICE_FLOOR_NS = 1e6
@@ -41,7 +39,7 @@ def min_wait_ns(work: OwnWork) -> float:
 
 def _for_cores_ns(facts: JobFacts, step: float) -> float:
     """Return the time of a step in which the rank that waits most for a core does: then the others wait for it."""
-    return step * max(facts.wait_of_wall_time.values(), default=0.0)
+    return step * max(facts.wait_of_wall_time.values(), default=facts.waited_share)
 
 
 def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
@@ -96,7 +94,7 @@ def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
 
 def _is_little(cost: float, step: float, facts: JobFacts, floor_ns: float) -> bool:
     """Return whether communication costs too little to be reported."""
-    return cost / max(step, 1.0) < (OVERSUBSCRIBED_SHARE if facts.oversubscribed else SHARE) or cost < floor_ns
+    return cost / max(step, 1.0) < SHARE or cost < floor_ns
 
 
 def _cost_text(what: str, cost: float, step: float) -> str:
