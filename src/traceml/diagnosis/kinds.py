@@ -59,7 +59,7 @@ class KindRule(msgspec.Struct, frozen=True):
         return self.cost_of == _RUN_TIME
 
 
-_SLOW = KindRule("{ranks_are} slow in {phase}: the others wait, {share}", is_straggler=True)
+_SLOW = KindRule("{ranks_are} slow in {phase}: {others} wait, {share}", is_straggler=True)
 
 
 class Kind(StrEnum):
@@ -160,4 +160,6 @@ class Kind(StrEnum):
         if every := finding.evidence.get("every_n_steps"):
             phase = f"every {ordinal_text(int(every))} step, in {phase}"
 
-        return capitalized(rule.format(share=share, phase=phase, ranks_are=f"{ranks} {are}", ranks=ranks, use=use))
+        others = "the others of the group" if finding.evidence.get("faster_ranks") else "the others"
+        named = {"ranks": ranks, "ranks_are": f"{ranks} {are}", "others": others}
+        return capitalized(rule.format(share=share, phase=phase, use=use, **named))

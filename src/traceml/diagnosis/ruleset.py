@@ -54,11 +54,12 @@ from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, is_grouped, own_work_of
+from traceml.diagnosis.steps.paces import by_pace
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed
 from traceml.diagnosis.steps.step_history import StepHistory
-from traceml.formatting import count_text
+from traceml.formatting import count_text, ns_text, ranks_text
 
 __all__ = ["diagnose"]
 
@@ -66,6 +67,7 @@ _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 _MOST_GOES_ON = 0.5
 _SAME_LENGTH = 0.2
+_MAX_LISTED = 64
 
 
 def diagnose(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None = None) -> list[Finding]:
@@ -85,6 +87,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
+    judged, faster = by_pace(judged) if is_grouped(judged, facts) else (judged, None)
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
     past = judged if history is window else None if history is None else _judged(history, facts)
@@ -92,11 +95,13 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     timing, of_timing = _apart(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
+    timing = _of_slowest_ranks(timing, judged, faster)
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
     if contention := [_with_other_advice(each, facts) for each in cpu_contention(facts)]:
         return _with_contention(contention, main, timing, remarks, judged, facts)
 
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(work, facts)]
+    nothing = _of_slowest_ranks(nothing, judged, faster)
     return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
 
 
@@ -184,6 +189,26 @@ def _contention_first(ordered: list[Finding], contention: list[Finding], timing:
     kinds = {each.kind for each in timing}
     place = next(number for number, each in enumerate(ordered) if each.kind in kinds)
     return [*ordered[:place], *contention, *ordered[place:]]
+
+
+def _of_slowest_ranks(found: list[Finding], window: AlignedSteps, faster: AlignedSteps | None) -> list[Finding]:
+    """Add to the findings about steps whose steps these are, where other ranks do not wait for them.
+
+    Args:
+        window: the ranks that the findings are about.
+        faster: the ranks that do not wait for them, if any; see `by_pace`.
+    """
+    if not found or faster is None:
+        return found
+
+    ranks, others = (sorted(each.ranks.tolist()) for each in (window, faster))
+    text = (
+        f" This is about {ranks_text(ranks)}: the steps of {ranks_text(others)} take "
+        f"{ns_text(float(np.median(faster.total)))}, so {'it does' if len(others) == 1 else 'they do'} not wait for "
+        f"{'it' if len(ranks) == 1 else 'them'} in these steps."
+    )
+    several = [replace(each, evidence={**each.evidence, "faster_ranks": others[:_MAX_LISTED]}) for each in found]
+    return [replace(several[0], summary=several[0].summary + text), *several[1:]]
 
 
 def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) -> list[Finding]:

@@ -49,7 +49,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
 
     step = float(np.median(work.step))
     cost = min_wait_ns(work) - _for_cores_ns(facts, step)
-    if _is_little(cost, step, facts, DEVICE_FLOOR_NS if work.device else FLOOR_NS):
+    if _is_little(cost, step, DEVICE_FLOOR_NS if work.device else FLOOR_NS):
         return []
 
     explicit = float(np.median(window.times["comm"].min(axis=0)))
@@ -92,7 +92,7 @@ def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
     return line if line is not None and calls_collectives(facts.lines, "comm", line) else None
 
 
-def _is_little(cost: float, step: float, facts: JobFacts, floor_ns: float) -> bool:
+def _is_little(cost: float, step: float, floor_ns: float) -> bool:
     """Return whether communication costs too little to be reported."""
     return cost / max(step, 1.0) < SHARE or cost < floor_ns
 
@@ -158,7 +158,7 @@ def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
         return []
 
     cost, step = (float(np.median(values[callers].mean(axis=0))) for values in (waits, work.own))
-    if _is_little(cost, step, facts, FLOOR_NS):
+    if _is_little(cost, step, FLOOR_NS):
         return []
 
     share = cost / max(step, 1.0)

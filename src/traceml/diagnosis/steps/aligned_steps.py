@@ -107,3 +107,23 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if len(self.excess_of_represented)
             else self.excess_of_represented,
         )
+
+    def of_ranks(self, rows: NDArray[np.bool_]) -> AlignedSteps:
+        """Return the same steps of some of the ranks."""
+
+        def some(values: Floats) -> Floats:
+            return values[rows] if len(values) else values
+
+        ranks = self.ranks[rows]
+        return replace(
+            self,
+            ranks=ranks,
+            times={name: values[rows] for name, values in self.times.items()},
+            total=self.total[rows],
+            backward_own=self.backward_own[rows],
+            user={name: values[rows] for name, values in self.user.items()},
+            elements=some(self.elements),
+            samples=some(self.samples),
+            represents={rank: self.represents[rank] for rank in ranks.tolist() if rank in self.represents},
+            excess_of_represented=some(self.excess_of_represented),
+        )
