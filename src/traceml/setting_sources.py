@@ -32,7 +32,7 @@ _log = logging.getLogger("traceml")
 # Variables that our own processes set for each other; any other with TRACEML_ is a setting, or in USER_ENV.
 INTERNAL_ENV: dict[str, str] = {
     "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, overrides host and port",
-    "TRACEML_FAILURES_FD": "descriptor on which our torchrun reports failures to `traceml run`",
+    "TRACEML_FAILURES_FD": "descriptor on which our torchrun, or the script itself, tells `traceml run` of failures",
     "TRACEML_JOB_WARNING_S": "seconds between Slurm's warning and the end of a submitted job",
     "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
     "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",

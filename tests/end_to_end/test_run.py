@@ -469,6 +469,18 @@ def test_ranks_that_the_script_spawns(traceml: Traceml, tmp_path: Path, method: 
     assert_nothing_is_left(ended)
 
 
+def test_of_spawned_ranks_the_one_that_was_killed_first_is_named(traceml: Traceml, tmp_path: Path) -> None:
+    """The script ends the others because of it."""
+    script = tmp_path / "spawned.py"
+    killed = "    import time\n    os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)\n"
+    script.write_text(SPAWNED.replace("    dist.destroy_process_group()\n", killed))
+    ended = traceml("run", str(script), "spawn", str(tmp_path / "store"))
+
+    verdict = ended.report["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["evidence"]["signal"]) == ("RANK_LOST", [1], 9)
+    assert "rank 0 ended because of that" in verdict["summary"]
+
+
 LEAVES = """
 import os, sys, torch
 from torch.utils.data import DataLoader

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from traceml.helper_programs import importing
 from traceml.process_ends import die_with_parent
+from traceml.session.spawned_ranks import SpawnedRanks
 from traceml.session.startup import start_for_script
 
 __all__ = ["main"]
@@ -67,6 +68,7 @@ def _run(argv: list[str]) -> BaseException | None:
     # A run may be named before its module is found: after a file, as Python's own argv[0] will be.
     sys.argv = [words[0].replace(".", "/") + ".py" if module else words[0], *words[1:]]
     _end_with_torchrun()
+    spawned = SpawnedRanks()
     with importing(), _plugins_beside(words[0], is_module=module):
         start_for_script()
 
@@ -79,6 +81,7 @@ def _run(argv: list[str]) -> BaseException | None:
         _note_exit(leaving)
         raise
     except BaseException as error:  # noqa: BLE001 - the script's own; shown as the interpreter does
+        spawned.report(error)
         return error
 
     return None

@@ -88,9 +88,7 @@ def _reporter(fd_text: str | None) -> Any:
     os.set_inheritable(fd, False)
 
     def report(failures: Iterable[tuple[int, Any]], running: Collection[int] = ()) -> None:
-        import json  # `traceml run` imports this module, and its script waits
-
-        from traceml.transport.exit_report import ExitReport  # likewise
+        from traceml.transport.exit_report import ExitReport, write_report  # the script of `traceml run` waits for it
 
         for rank, failure in failures:
             ended = ExitReport(
@@ -101,8 +99,7 @@ def _reporter(fd_text: str | None) -> Any:
                 time=failure.timestamp,
                 stopped=failure.local_rank in running and failure.exitcode in _CLOSING,
             )
-            with contextlib.suppress(BrokenPipeError):  # `traceml run` was killed: nobody reads it
-                os.write(fd, json.dumps(ended.to_message()).encode() + b"\n")
+            write_report(fd, ended)
 
     return report
 

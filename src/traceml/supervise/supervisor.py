@@ -172,16 +172,14 @@ class Supervisor:
         failures_in, failures_out = os.pipe()
         os.set_blocking(failures_in, False)
         environ = {**os.environ, **self._job.environ, **self._aggregator.environ()}
-        if self._job.uses_torchrun:
-            environ["TRACEML_FAILURES_FD"] = str(failures_out)
-
+        environ["TRACEML_FAILURES_FD"] = str(failures_out)
         try:
             process = spawn(
                 self._job.command,
                 environ=environ,
                 stdout=terminal.slave if terminal is not None else None,
                 stderr=terminal.slave if isinstance(terminal, PseudoTerminal) and sys.stderr.isatty() else None,
-                pass_fds=(failures_out,) if self._job.uses_torchrun else (),
+                pass_fds=(failures_out,),
                 death_signal=signal.SIGTERM,
             )
         finally:
@@ -332,7 +330,7 @@ class Supervisor:
 
         failures = self._failures
         if not self._job.uses_torchrun:
-            failures = [ExitReport(rank=0, pid=process.pid, exitcode=process.returncode)]
+            failures = [*failures, ExitReport(rank=0, pid=process.pid, exitcode=process.returncode)]
 
         # Who signals the command ends the job as a whole: no rank is the cause.
         ends = {-number for number in self._signals} | {128 + number for number in self._signals}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 from typing import Any, Self
 
 import msgspec
 
 from traceml.inspection.control_groups import OomPlace
 
-__all__ = ["ExitReport"]
+__all__ = ["ExitReport", "write_report"]
 
 _log = logging.getLogger("traceml")
 
@@ -43,3 +46,9 @@ class ExitReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         except msgspec.ValidationError as error:
             _log.info("an exit report is ignored: %s: %s", error, message)
             return None
+
+
+def write_report(fd: int, report: ExitReport) -> None:
+    """Write a report as a line of JSON to the descriptor that `traceml run` reads."""
+    with contextlib.suppress(BrokenPipeError):  # it was killed: nobody reads it
+        os.write(fd, json.dumps(report.to_message()).encode() + b"\n")
