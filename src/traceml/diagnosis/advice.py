@@ -32,6 +32,7 @@ __all__ = [
     "for_straggler",
     "in_same_steps",
     "left_on",
+    "longer_limit",
     "same_collectives",
     "waiting_text",
 ]
@@ -85,6 +86,11 @@ def same_collectives() -> str:
         "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
         "differs between ranks."
     )
+
+
+def longer_limit() -> str:
+    """Return advice on waiting that is as it should be, but ended by the time limit of a collective."""
+    return "give what takes so long more time: init_process_group(timeout=...)."
 
 
 def without_answers() -> str:

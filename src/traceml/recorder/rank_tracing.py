@@ -26,6 +26,7 @@ from traceml.samplers.limits import DeathCauses
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument import Instrumentation
+    from traceml.instrument.loader import DataProgress
     from traceml.instrument.step_clock import StepClock
     from traceml.recorder.recorder_thread import RecorderThread
     from traceml.settings import Config
@@ -68,6 +69,7 @@ class RankTracing:
             rank=lambda: rank()[0],
             thread=self._training_thread,
             clock=self._step_clock,
+            data=self.data,
             failed_threads=self._failed_threads.newest,
             hang_timeout_s=config.hang_timeout,
         )
@@ -139,6 +141,12 @@ class RankTracing:
     def step_is_done(self) -> bool:
         """Whether an optimizer has stepped in the open step, and no part of another step has begun since."""
         return self.instrumentation is not None and self.instrumentation.clock.step_is_done
+
+    def data(self) -> DataProgress | None:
+        """Return the progress through the data of the training loader; None without one."""
+        clock = self._step_clock()
+        loader = clock.training_loader if clock is not None else None
+        return loader.data() if loader is not None else None
 
     def phase_left(self, error: BaseException | None) -> dict[str, str]:
         """Return the phase that an exception has left, where the traceback does not show it."""

@@ -227,6 +227,9 @@ class Recording:
         if status and (limit_bytes := address_limit_bytes()) is not None:
             facts["address_limit_bytes"] = limit_bytes
 
+        if (data := self.tracing.data()) is not None:
+            facts |= {"batches": data.batches, "epoch": data.epoch, "data_ended": data.is_over}
+
         facts["at_s"] = time.time()
         self.note(InfoKind.EXIT, urgent=True, **{**reported, **facts})
         if status:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
@@ -30,6 +32,26 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     assert finding.headline == "Rank 1 ended before the others"
     assert (finding.ranks, finding.evidence["cause"], finding.evidence["followed"]) == ((1,), "left_early", [0])
     assert "drop_last" in finding.next
+
+
+@pytest.mark.parametrize(
+    ("left", "cut", "is_told"),
+    [
+        ({"data_ended": True}, {}, True),
+        ({"data_ended": False}, {}, False),  # it left its loop
+        ({"data_ended": True}, {"epoch": 2}, False),  # the other one is past its own data of that epoch
+        ({"data_ended": True}, {"data_ended": True}, False),  # both have left their loops
+        ({"data_ended": True}, {"epoch": None}, False),  # the other one has no loader
+    ],
+)
+def test_data_that_ended_first_is_told(left: dict[str, bool], cut: dict[str, Any], is_told: bool) -> None:
+    """The rank reports at its end how far it has read; the loop of the other one is gone with its exception."""
+    before = replace(LEFT, **{"batches": 41, "epoch": 1, **left})
+    after = replace(CUT, **{"batches": -1, "epoch": 1, "data_ended": False, **cut})
+    (finding,) = rank_lost(JobFacts(exits=(after, before), world_size=2))
+
+    assert ("The data of rank 1 had ended (41 batches)." in finding.summary) is is_told
+    assert finding.next.startswith("Give each rank the same number" if is_told else "If the data ended there, give")
 
 
 def test_the_line_that_ended_the_script_is_told() -> None:

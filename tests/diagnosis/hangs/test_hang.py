@@ -766,6 +766,31 @@ def test_a_collective_s_time_limit_may_be_short(exception: str, is_hang: bool) -
     assert found(waiting, replace(stuck, answered="rows"), exits=(reached_time_limit, swept), state="failed") is None
 
 
+def test_a_longer_time_limit_is_advised_where_one_has_ended_the_wait():
+    """Rank 1 may prepare the data for all: that is no fault of it."""
+    timed_out = RankExit(rank=0, state="failed", code=1, exception="RuntimeError: Timed out waiting 8000ms for recv")
+    swept = RankExit(rank=1, state="killed", signal=15, stopped=True)
+    slow = found(in_backward(0), STUCK, exits=(timed_out, swept), state="failed")
+    stuck = found(in_backward(0), STUCK)
+
+    assert summary(slow).endswith(" Rank 0 waited until the time limit of its collective.")
+    assert slow.next.endswith("give what takes so long more time: init_process_group(timeout=...).")
+    assert "time limit" not in summary(stuck)
+    assert "timeout=..." not in stuck.next
+
+
+def test_a_longer_time_limit_is_not_advised_to_ranks_that_never_meet():
+    """They would wait for ever."""
+    timed_out = RankExit(rank=0, state="failed", code=1, exception="RuntimeError: Timed out waiting 8000ms for recv")
+    zero = snapshot(0, call("all_reduce"), line(25), groups=(group(6, "all_reduce"),))
+    one = snapshot(1, call("all_gather"), line(24), groups=(group(6, "all_gather"),))
+
+    finding = found(zero, one, exits=(timed_out, structs.replace(timed_out, rank=1)), state="failed")
+
+    assert finding.evidence["cause"] == "mismatch"
+    assert "timeout=..." not in finding.next
+
+
 def test_a_finished_run_has_not_hung():
     """However long it stood still at some time."""
     assert found(in_backward(0), STUCK, exits=[RankExit(rank=rank) for rank in (0, 1)], state="finished") is None

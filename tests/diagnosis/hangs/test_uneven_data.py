@@ -8,6 +8,7 @@ import pytest
 
 from tests.diagnosis.hangs.standing import TORCH, call, found, group, in_backward, line, snapshot
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 
 
 def in_barrier(rank: int, number: int = 15, **known: object) -> RankSnapshot:
@@ -128,3 +129,24 @@ def test_a_stuck_rank_is_named_before_one_without_data():
 
     assert finding is not None
     assert (finding.ranks, finding.evidence["cause"]) == ((2,), "never_came")
+
+
+@pytest.mark.parametrize(
+    ("known", "is_told"),
+    [
+        ({"batches": 51, "epoch": 1, "data_ended": True}, True),
+        ({"batches": 51, "epoch": 1, "data_ended": False}, False),  # it left its loop
+        ({}, False),
+    ],
+)
+def test_the_data_of_a_rank_that_has_ended_is_told(known: dict[str, int], is_told: bool) -> None:
+    """Its script has ended by itself after its loop, and the others wait."""
+    ended = RankExit(rank=1, state="finished", code=0, last_step=39, **known)
+    finding = found(GOES_ON, exits=(ended,))
+
+    assert finding is not None
+    assert finding.summary.startswith("Rank 1's script ended after 40 steps")
+    assert finding.evidence["cause"] == ("data_ended" if is_told else "ended")
+    assert ("The data of rank 1 had ended (51 batches, the others 52)." in finding.summary) is is_told
+    assert finding.next.startswith("Give each rank the same number" if is_told else "If the data ended there, give")
+    assert found(replace(GOES_ON, quiet_s=7.0), exits=(ended,)) is not None

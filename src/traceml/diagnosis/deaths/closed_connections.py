@@ -9,6 +9,7 @@ from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
+from traceml.diagnosis.facts.progress.uneven_data import UnevenData
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import capitalized, plural, ranks_text
@@ -61,13 +62,15 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
         return []  # it had come further, and did not need the others any more
 
     first, diverged = gone[0], facts.progress.diverged if facts.progress is not None else None
+    data = _ended_data(gone, failed)
+    why = [data.sentence if data is not None else "", diverged.text if diverged is not None else ""]
     return [
         Finding.of(
             Kind.RANK_LOST,
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
-            summary=_summary(gone, causes, failed) + (f" {diverged.text}" if diverged is not None else ""),
-            next=_advice(first, failed, diverged),
+            summary=" ".join(filter(None, [_summary(gone, causes, failed), *why])),
+            next=_advice(first, failed, diverged) if data is None else even_batches(is_certain=True),
             evidence=known_facts(
                 cause="left_early",
                 code=first.code or 0,
@@ -78,10 +81,24 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
                 file=first.file,
                 line=first.line,
                 function=first.function,
+                **({} if data is None else data.evidence),
             ),
             cost_share=1.0,
         )
     ]
+
+
+def _ended_data(gone: Sequence[RankExit], failed: RankExit) -> UnevenData | None:
+    """Return the data of the ranks that have ended, if it was over while a rank that failed still had some."""
+    read = [each.data for each in gone if each.data is not None and each.data.is_over and each.data.batches >= 0]
+    if len(read) < len(gone) or failed.data is None or failed.data.is_over or not failed.in_step:
+        return None
+
+    if failed.data.epoch > min(each.epoch for each in read):
+        return None
+
+    batches = sorted(each.batches for each in read)
+    return UnevenData(tuple(sorted(each.rank for each in gone)), (batches[0], batches[-1]))
 
 
 def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -> str:

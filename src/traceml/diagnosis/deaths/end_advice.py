@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives, without_answers
+from traceml.diagnosis.advice import even_batches, explicit_exit, longer_limit, same_collectives, without_answers
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, seen_text, signal_of_code, was_cut_off
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
@@ -142,7 +142,7 @@ def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
     where = f": {', '.join(elsewhere[:_MOST_TOLD])}" if elsewhere else ""
     return (
         f"Rank {ended.rank} waited for other ranks until the time limit of its collective{where}. Let all ranks come "
-        "to it, or give what takes so long more time: init_process_group(timeout=...)."
+        f"to it, or {longer_limit()}"
     )
 
 

@@ -13,10 +13,11 @@ from enum import StrEnum
 import msgspec
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
+from traceml.diagnosis.facts.progress.uneven_data import ReadData, UnevenData, uneven_data
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
-from traceml.formatting import count_text
 
-__all__ = ["Blame", "HangCause", "UnevenData", "blame", "uneven_data"]
+__all__ = ["Blame", "HangCause", "blame"]
 
 _RENDEZVOUS = "init_process_group"
 _SAME_SIZES = ("all_reduce", "broadcast", "reduce", "allreduce")
@@ -54,6 +55,7 @@ class Blame(msgspec.Struct, frozen=True):
     apart: tuple[int, ...] = ()  # ranks that have met in different operations, with different sizes or roots
     # how many batches the ranks have had, where the data of some ended before that of the others
     data: UnevenData | None = None
+    has_ended: bool = False  # whether the named ranks have ended
 
     @property
     def is_certain(self) -> bool:
@@ -61,25 +63,31 @@ class Blame(msgspec.Struct, frozen=True):
         if self.operation is None or self.operation.number <= 0:
             return False
 
-        is_met = self.cause is HangCause.DATA_ENDED and all(rank in self.waits for rank in self.ranks)
+        is_met = self.cause is HangCause.DATA_ENDED and (
+            self.has_ended or all(rank in self.waits for rank in self.ranks)
+        )
         return is_met or self.cause in (*_DIFFERENT, HangCause.ENDED)
 
 
-def blame(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
+def blame(snapshots: Mapping[int, RankSnapshot], ended: Mapping[int, RankExit], world_size: int) -> Blame:
     """Return which ranks block the job.
 
     Args:
         snapshots: of the ranks that run, by rank; none of them makes progress.
+        ended: ends of the others.
     """
     met = _by_collectives(snapshots, ended, world_size)
-    data = uneven_data(snapshots)
+    known = {rank: each.data for rank, each in ended.items() if each.data is not None}
+    running = {rank: ReadData(each.batches, each.epoch, each.data_ended) for rank, each in snapshots.items()}
+    data = uneven_data(known | running)
     return met if data is None else _of_data(met, data)
 
 
 def _of_data(met: Blame, data: UnevenData) -> Blame:
     """Return the blame of ranks that have left their loop over the data, if the others wait in theirs."""
     waiting = [wait for rank, wait in met.waits.items() if rank not in data.ranks]
-    if met.cause in _NEVER_CAME:
+    has_ended = met.cause is HangCause.ENDED
+    if has_ended or met.cause in _NEVER_CAME:
         is_cause = set(met.ranks) <= set(data.ranks)
     else:
         is_cause = met.cause in _APART and set(data.ranks) <= met.waits.keys()
@@ -88,7 +96,8 @@ def _of_data(met: Blame, data: UnevenData) -> Blame:
         return met
 
     operation = min(waiting, key=lambda wait: wait.number)
-    return Blame(HangCause.DATA_ENDED, data.ranks, met.waits, operation, data=data)
+    named = met.ranks if has_ended else data.ranks
+    return Blame(HangCause.DATA_ENDED, named, met.waits, operation, data=data, has_ended=has_ended)
 
 
 def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
@@ -194,7 +203,7 @@ def _of_roots(
     waiting = [rank for rank in sorted(waits) if set(targets[rank]) & set(named)]
     operation = min((waits[rank] for rank in waiting), key=lambda wait: wait.number, default=None)
     if gone:
-        return Blame(HangCause.ENDED, gone, waits, operation)
+        return Blame(HangCause.ENDED, gone, waits, operation, has_ended=True)
 
     is_alone = len(waits) == 1 and len(named) > 1
     return Blame(HangCause.ALONE if is_alone else HangCause.NEVER_CAME, named, waits, operation)
@@ -265,42 +274,3 @@ def _minority(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
     ordered = sorted(groups, key=len)
     named = ordered if len(ordered[-1]) == len(ordered[-2]) else ordered[:-1]
     return tuple(sorted(rank for group in named for rank in group))
-
-
-class UnevenData(msgspec.Struct, frozen=True):
-    """Ranks whose data has ended, and the batches of all."""
-
-    ranks: tuple[int, ...]
-    batches: tuple[int, int]  # least and most batches of these ranks
-    others: tuple[int, int]  # least and most batches of the others; they may get more
-
-    @property
-    def text(self) -> str:
-        """`51 batches, the others 52`."""
-        unit = "batch" if self.batches[1] == 1 else "batches"
-        return f"{_range(self.batches)} {unit}, the others {_range(self.others)}"
-
-
-def uneven_data(snapshots: Mapping[int, RankSnapshot]) -> UnevenData | None:
-    """Return the ranks whose data has ended, if each of the others has had more batches, and is in no later epoch.
-
-    One that is in the next epoch has come past the end of its own data. Ranks without a data loader, as in a pipeline,
-    do not count.
-    """
-    known = {rank: each for rank, each in snapshots.items() if each.batches >= 0}
-    over = {rank: each for rank, each in known.items() if each.data_ended}
-    others = [each for each in known.values() if not each.data_ended]
-    if not over or not others or max(each.epoch for each in others) > min(each.epoch for each in over.values()):
-        return None
-
-    batches, more = [sorted(each.batches for each in some) for some in (over.values(), others)]
-    if batches[-1] >= more[0]:
-        return None
-
-    return UnevenData(tuple(sorted(over)), (batches[0], batches[-1]), (more[0], more[-1]))
-
-
-def _range(counts: tuple[int, int]) -> str:
-    """Return `51`, or `51 to 53`."""
-    least, most = counts
-    return count_text(least) + (f" to {count_text(most)}" if least < most else "")

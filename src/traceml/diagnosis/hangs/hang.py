@@ -71,7 +71,7 @@ def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]
         waiting=sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
     )
     if data is not None:
-        evidence |= {"batches": max(data.batches), "batches_of_others": min(data.others)}
+        evidence |= data.evidence
 
     if operation is not None:
         evidence |= known_facts(operation=operation_text(operation) or None, sizes=list(operation.sizes) or None)

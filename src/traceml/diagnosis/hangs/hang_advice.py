@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapshot
-from traceml.diagnosis.advice import even_batches, same_collectives, without_answers
+from traceml.diagnosis.advice import even_batches, longer_limit, same_collectives, without_answers
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank
@@ -47,7 +47,9 @@ def hang_advice(found: DetectedHang) -> str:
     if what is not None:
         return what
 
-    return _advice_for(first, found) if first is not None else _check_process(found)
+    text = _advice_for(first, found) if first is not None else _check_process(found)
+    is_slow = found.timed_out and cause is HangCause.NEVER_CAME
+    return f"{text} If it should take so long, {longer_limit()}" if is_slow else text
 
 
 def _check_process(found: DetectedHang) -> str:

@@ -48,6 +48,7 @@ class DetectedHang(msgspec.Struct, frozen=True):
     is_busy: bool  # whether a rank computes: it is slow, or in an endless loop
     ended: Mapping[int, RankExit]  # how ranks have ended that the others wait for
     is_over: bool
+    timed_out: tuple[int, ...] = ()  # ranks whose wait the time limit of a collective has ended
 
 
 def detect_hang(facts: JobFacts, step_p99_s: float) -> DetectedHang | None:
@@ -112,7 +113,7 @@ def _judged(
         return None
 
     quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
-    blamed = blame(snapshots, ended.keys(), facts.world_size)
+    blamed = blame(snapshots, ended, facts.world_size)
     busy = any(
         is_busy(snapshot, is_alone=is_alone) or (rank in unsteady and rank not in blamed.waits)
         for rank, snapshot in snapshots.items()
@@ -178,6 +179,8 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if found is None:
         return None
 
+    timed_out = tuple(sorted(rank for rank, ended in exits.items() if ended.reached_time_limit))
+    found = msgspec.structs.replace(found, timed_out=timed_out)
     started = any(each.step >= 0 for each in ranks)
     usual_s = (
         max(ENDED_S, _ENDED_STEP_FACTOR * step_p99_s, _ENDED_GAP_FACTOR * progress.longest_gap_s)
@@ -185,7 +188,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
         else progress.timeout_s
     )
     usual_s = max(usual_s, _busy_factor(found) * progress.timeout_s) if found.is_busy else usual_s
-    if progress.was_aborted or (not by_rows and any(ended.reached_time_limit for ended in exits.values())):
+    if progress.was_aborted or (timed_out and not by_rows):
         return found
 
     # What was a hang while the job ran stays one; rows alone miss progress inside a step.

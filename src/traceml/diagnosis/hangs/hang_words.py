@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot
-from traceml.diagnosis.hangs.blame import HangCause, UnevenData
+from traceml.diagnosis.facts.progress.uneven_data import UnevenData
+from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.rank_state import (
     REMOTE_CALLS,
@@ -63,14 +64,24 @@ def hang_summary(found: DetectedHang) -> str:
     elif cause is HangCause.UNANSWERED:
         silent = f"; {ranks_text(found.blame.ranks)} did not answer" if found.blame.ranks else ""
         text = f"no rank has made progress for {_age(found)}: {_places(found, found.snapshots)}{silent}"
-    elif cause is HangCause.ENDED:
+    elif found.blame.has_ended:
         text = _ended_text(found)
     elif cause is HangCause.STUCK:
         text = _stuck_text(found)
     else:
         text = _late_text(found)
 
-    return f"{capitalized(text)}.{_failed_thread_text(found)}{_handled_text(found)}"
+    data = f" {found.blame.data.sentence}" if found.blame.data is not None and found.blame.has_ended else ""
+    return f"{capitalized(text)}.{data}{_time_limit_text(found)}{_failed_thread_text(found)}{_handled_text(found)}"
+
+
+def _time_limit_text(found: DetectedHang) -> str:
+    """Return the sentence about ranks that the time limit of a collective has ended."""
+    if not found.timed_out:
+        return ""
+
+    its = "its" if len(found.timed_out) == 1 else "their"
+    return f" {capitalized(ranks_text(found.timed_out))} waited until the time limit of {its} collective."
 
 
 def _failed_thread_text(found: DetectedHang) -> str:

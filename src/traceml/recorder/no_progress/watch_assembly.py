@@ -34,6 +34,7 @@ def progress_watch(
     rank: Callable[[], int],
     thread: Callable[[], int],
     clock: Callable[[], StepClock | None],
+    data: Callable[[], DataProgress | None],
     failed_threads: Callable[[], tuple[ThreadSnapshot, ...]],
     hang_timeout_s: float,
 ) -> ProgressWatch:
@@ -42,6 +43,7 @@ def progress_watch(
     Args:
         thread: returns the id of the training thread.
         clock: returns the clock of the open step, None while nothing is traced.
+        data: returns how far the data of the training loader is read.
     """
     user, groups = UserCode(), GroupSnapshots()
 
@@ -52,11 +54,6 @@ def progress_watch(
     def is_evaluating() -> bool:
         current = clock()
         return current is not None and current.is_evaluating
-
-    def data() -> DataProgress | None:
-        current = clock()
-        loader = current.training_loader if current is not None else None
-        return loader.data() if loader is not None else None
 
     def maker() -> SnapshotMaker:
         from traceml.recorder.no_progress.snapshot_maker import SnapshotMaker  # a healthy rank does not pay for it

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from traceml.diagnosis.facts.progress.uneven_data import ReadData
 from traceml.formatting import line_text
 
 __all__ = ["RankExit", "ended_badly", "merged_exits", "with_last_step"]
@@ -42,6 +43,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         untraced: whether the script only logs: then nothing is known of its steps.
         in_loop: whether a loop over a data loader was open, of a process that ended at once.
         returned: whether only the launched function has ended: its process waits for the other ranks.
+        batches, epoch, data_ended: how far it had read its data; see `ReadData`.
         oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
     """
 
@@ -73,6 +75,9 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     skipped_exit: bool | None = None
     in_loop: bool | None = None
     returned: bool | None = None
+    batches: int | None = None
+    epoch: int | None = None
+    data_ended: bool | None = None
     untraced: bool = False
     counts_anew: bool = False
 
@@ -80,6 +85,14 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether its exception has any of these words, in lower case."""
         text = (self.exception or "").lower()
         return any(word in text for word in words)
+
+    @property
+    def data(self) -> ReadData | None:
+        """Its progress through the data that it trained on; None if unknown."""
+        if self.batches is None or self.epoch is None or self.data_ended is None:
+            return None
+
+        return ReadData(self.batches, self.epoch, self.data_ended)
 
     @property
     def gone_s(self) -> float | None:
