@@ -54,7 +54,7 @@ from traceml.instrument.phase_timer import (
     OTHER,
     Began,
 )
-from traceml.instrument.values.last_step import is_overdue, usual_end
+from traceml.instrument.values.last_step import is_overdue, usual_comm, usual_end
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 __all__ = ["FUSED", "StepClock"]
 
 _BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.INPUT_WAIT)
+_COMM = int(Phase.COMM)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
@@ -576,9 +577,7 @@ class StepClock(DividedStep):
                 self.split_last()
                 self._close_ended()
             elif self.step_call:
-                times = self.times
-                timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
-                end = usual_end(self.ring, t, self._total_ns(t), timed)
+                end = self._end_of_last(t)
                 if self.device is not None and end < t:
                     self.device.discard()  # there, the step would end now
 
@@ -589,6 +588,17 @@ class StepClock(DividedStep):
 
         self.open_slots[_STEP_START], self.open_slots[_STEP] = 0, -1
         self.stop()
+
+    def _end_of_last(self, t: int) -> int:
+        """Return the end of the last step, whose waiting after the loop is cut off."""
+        times = list(self.times)
+        after = times[_COMM] - usual_comm(self.ring, times[_COMM])
+        if after:
+            times[_COMM] -= after
+            self.times = times
+
+        timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])
+        return usual_end(self.ring, t - after, self._total_ns(t) - after, timed)
 
     def _clear(self, t: int) -> None:
         super()._clear(t)

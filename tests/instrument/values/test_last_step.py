@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
+from traceml.database.schema import Phase
 from traceml.instrument.values.last_step import usual_end
 
 MIN_TAIL_S = 0.3
@@ -59,6 +60,33 @@ def test_a_long_step_like_those_before_is_whole(traced: Traced) -> None:
     rows = traced.finish()
 
     assert all(row["other_ns"] >= 100_000_000 for row in rows)
+
+
+@pytest.mark.parametrize(("waits_s", "is_cut"), [(0.5, True), (0.01, False)])
+def test_a_barrier_after_the_loop_is_no_part_of_it(traced: Traced, waits_s: float, is_cut: bool) -> None:
+    """Rank 0 evaluates, say, and the others wait in a barrier: in no step did they wait as long."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        step(model, optimizer, torch.ones(2, 4))
+        wait(traced, 0.02)
+
+    wait(traced, waits_s)
+    rows = traced.finish()
+
+    longest_ns = max(row["comm_ns"] for row in rows[:-1])
+    assert (rows[-1]["comm_ns"] <= longest_ns) or not is_cut
+    assert (rows[-1]["comm_ns"] >= 30_000_000) is not is_cut
+    assert rows[-1]["total_ns"] >= rows[-1]["comm_ns"] + 10_000_000
+    assert rows[-1]["t_end_ns"] - rows[-1]["total_ns"] >= rows[-2]["t_end_ns"] - 1_000
+
+
+def wait(traced: Traced, seconds: float) -> None:
+    """Wait in a collective."""
+    began = traced.instrumentation.clock.enter(int(Phase.COMM))
+    time.sleep(seconds)
+    assert began is not None
+    traced.instrumentation.clock.leave(int(Phase.COMM), began)
 
 
 def test_without_earlier_steps_nothing_is_cut_off(traced: Traced) -> None:

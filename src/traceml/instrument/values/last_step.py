@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from traceml.database.schema import PHASE_COLUMNS, STEPS
+from traceml.database.schema import PHASE_COLUMNS, STEPS, Phase
 
 if TYPE_CHECKING:
     from traceml.database.flight.row_rings import Ring
 
-__all__ = ["is_overdue", "usual_end"]
+__all__ = ["is_overdue", "usual_comm", "usual_end"]
 
 _EARLIER_STEPS = 32
 _FACTOR = 2.0
-"""Untimed code is cut off if it takes this many times as long as the longest in the earlier steps."""
+"""Untimed code, or waiting in collectives, is cut off if it takes this many times as long as the longest before."""
 _TOTAL = STEPS.names.index("total_ns")
+_COMM = STEPS.names.index(PHASE_COLUMNS[Phase.COMM])
 _PHASES = tuple(STEPS.names.index(name) for name in PHASE_COLUMNS)
 
 
@@ -32,10 +33,23 @@ def usual_end(ring: Ring, now_ns: int, total_ns: int, timed_ns: int) -> int:
     """
     others: list[int] = [row[_TOTAL] - sum(row[at] for at in _PHASES) for row in _earlier(ring)]
     other_ns = total_ns - timed_ns
-    if not others or other_ns <= _FACTOR * max(others):
-        return now_ns
+    return now_ns - other_ns + _usual(other_ns, others)
 
-    return now_ns - other_ns + sorted(others)[len(others) // 2]
+
+def usual_comm(ring: Ring, comm_ns: int) -> int:
+    """Return the time of the last step in collectives: a script may wait in a barrier after its loop, too.
+
+    Args:
+        ring: the rows of the steps before.
+        comm_ns: time from the step's begin until the end of training.
+    """
+    return _usual(comm_ns, [row[_COMM] for row in _earlier(ring)])
+
+
+def _usual(spent_ns: int, earlier: list[int]) -> int:
+    """Return the time spent; the median of the earlier steps if it is far longer than in each of them."""
+    is_usual = not earlier or spent_ns <= _FACTOR * max(earlier)
+    return spent_ns if is_usual else sorted(earlier)[len(earlier) // 2]
 
 
 def is_overdue(ring: Ring, total_ns: int) -> bool:
