@@ -139,6 +139,28 @@ def test_evaluation_without_a_loader(traced: Traced, loop: Callable[[], None]) -
     assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_an_evaluation_is_before_the_step_that_follows_it(traced: Traced, anew: bool) -> None:
+    """Other ranks wait for it in that step: only there may their waiting be told from that for data or the network."""
+    model = net()
+    optimizer, loader = sgd(model), data(5)
+    for _ in range(4):
+        for (x,) in data(5) if anew else loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        with torch.no_grad():
+            for (x,) in data(3):
+                model(x)
+
+        model.train()
+
+    rows = traced.finish()
+
+    assert len(rows) == 20
+    assert [row["step"] for row in traced.table("evals")] == [5, 10, 15, 20]
+
+
 @pytest.mark.parametrize("with_loader", [True, False])
 def test_set_up_of_the_next_fold_is_no_evaluation(traced: Traced, with_loader: bool) -> None:
     """It comes after the last call, and another model is made and trained then, which is in training mode."""

@@ -205,6 +205,9 @@ class DividedStep(PhaseTimer):
 
         ended.sequence = sequence
         times = self.times
+        if self.eval_ns and self.eval_end <= ended.end_ns:  # before this step
+            self._flush_evals()
+
         self.append_step(ended)
         if self.eval_ns:
             self._flush_evals()
