@@ -88,6 +88,17 @@ def test_the_step_in_which_a_job_hangs_is_left_out() -> None:
     assert waits.of_wall_time() == {0: pytest.approx(1012 / 64_000)}
 
 
+def test_what_a_script_does_after_its_loop_is_left_out() -> None:
+    """Rank 0 evaluates for longer than it has trained, without a core: its steps had one."""
+    waits = CoreWaits()
+    trained = (0, 0, 0, -1), (1000, 500, 0, 0), (2000, 1400, 100, 50), (3000, 2300, 200, 99)
+    waits.add(0, rows(*trained, (4000, 2400, 1100, 99), (9000, 2900, 5600, 99), (9500, 2950, 6000, -1)))
+    waits.add(1, rows(*trained, (9000, 2400, 300, 100), (9500, 2450, 400, -1)))
+
+    assert waits.of_ready_time()[0] == pytest.approx(200 / 2000)
+    assert waits.observed_s() == {0: 2.0, 1: 8.0}
+
+
 def test_too_little_is_not_known():
     """A single reading has no share, and neither has a short time."""
     waits = CoreWaits()

@@ -3,6 +3,7 @@
 Ranks that start at the same time import torch on the same cores, so the time before the first step says nothing about
 training. The kernel's counters are exact, and are read once or twice a second: the time between two readings is
 training if a step was open at both. A step counts when it has ended: the one in which a job hangs may last for hours.
+Of the last one of a training, what follows its first reading may be what the script does after its loop.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class _MainThread(msgspec.Struct):
                 self.first = row
             elif last[3] >= 0:
                 if step != last[3]:
-                    self.training = _sum(self.training, *of_open)
+                    self.training = _sum(self.training, *(of_open if step >= 0 else of_open[:1]))
                     of_open.clear()
 
                 if step >= 0:
