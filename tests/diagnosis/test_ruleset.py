@@ -714,6 +714,24 @@ def test_other_runs_without_steps_are_not_told_to_trace(facts):
     assert "traceml.init" not in found.next
 
 
+@pytest.mark.parametrize(
+    ("library", "is_told"),
+    [
+        ("/usr/lib/python3.11/subprocess.py:2001 Popen._try_wait", True),
+        ("/usr/lib/python3.11/socket.py:720 recv", False),
+    ],
+)
+def test_a_program_that_was_not_traced_is_told(library: str, is_told: bool) -> None:
+    """Such as torchrun with an environment of its own: its ranks start no recorder."""
+    lines = [SampledLine(0, "startup", "/me/start.py", 2, "main", library, 40)]
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="finished", lines=lines))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert ("waits for a program that it starts" in found.next) is is_told
+    assert ("If that one trains, it was not traced" in found.next) is is_told
+    assert ("trace_step()" in found.next) is not is_told
+
+
 def test_a_logging_script_that_calls_init_is_traced():
     """Its recorder only logged at first; a store of an earlier version does not tell."""
     builder = JobFactsBuilder()

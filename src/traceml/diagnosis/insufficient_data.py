@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.blamed_lines import line_beside_imports, outside_line
+from traceml.diagnosis.facts.blamed_lines import awaits_program, line_beside_imports, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS
 from traceml.diagnosis.facts.sampled_shares import import_share
@@ -22,6 +22,10 @@ _SHOWN_STEPS = 3  # of so many the summary says what took their time
 _UNKNOWN_SHARE = 0.30
 _NAMED_IMPORTS = 0.1  # of a run without steps, imports are named from this share of its time on
 _TO_TRACE = "To trace it too, start it by `traceml run`, or call traceml.init(local=True) before training."
+_TO_INHERIT = (
+    "If that one trains, it was not traced: start it by the same Python, with the script's environment (env=None, or "
+    "os.environ with more), or let `traceml run` start it itself."
+)
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 
@@ -52,6 +56,8 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
             so_far = f" {beside}, {line.share_text} of the rest is in {line.place}."
 
         advice = f"If the run should be faster, look at {line.place}. {advice}"
+        if awaits_program(facts.lines, OUTSIDE_STEPS[0], line):
+            advice = f"{line.place} waits for a program that it starts. {_TO_INHERIT}"
 
     return Finding.of(
         Kind.INSUFFICIENT_DATA,

@@ -35,6 +35,7 @@ from traceml.formatting import line_text
 
 __all__ = [
     "BlamedLine",
+    "awaits_program",
     "blamed_line",
     "calls_collectives",
     "changed_line",
@@ -67,6 +68,7 @@ _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
 _ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
+_PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
@@ -245,6 +247,12 @@ def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine)
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
     seen = _seen_in(lines, part, line)
     return samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
+
+
+def awaits_program(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user mostly waits for a program that it has started."""
+    seen = _seen_in(lines, part, line)
+    return samples_in(seen, _PROGRAMS) >= NAMED_SHARE * sum(each.samples for each in seen)
 
 
 def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
