@@ -188,6 +188,8 @@ def test_the_cause_of_an_exit_is_what_was_handled(code: object, cause: bool) -> 
 
     assert cause_of(leaving) is (error if cause else None)
     assert describe(leaving).get("message") == ("only 2 of 3" if cause else None)
+    assert describe(leaving).get("caught") is (True if cause else None)
+    assert "caught" not in describe(error)
     assert cause_of(error) is error
 
 

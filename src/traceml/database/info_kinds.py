@@ -47,7 +47,7 @@ class InfoKind(StrEnum):
     RETURNED = "returned", "the launched function or script is over", "last_step script"
     EXIT = (
         "exit", "how the process is about to end",
-        ("code last_step step open_s open_phase exception message stack file line function saved_steps saved_in "
+        ("code last_step step open_s open_phase exception message caught stack file line function saved_steps saved_in "
          "address_limit_bytes at_s batches epoch data_ended"),
     )  # fmt: skip
     # Data.

@@ -299,6 +299,9 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     if not isinstance(error, SystemExit):
         return facts
 
+    if facts:
+        facts["caught"] = True
+
     if error.code is None or isinstance(error.code, int):
         return facts or _place_left(error)
 

@@ -173,7 +173,9 @@ def test_an_exception_is_reported_with_its_line():
                        "one.", "file": "a.py", "line": 3}, "find_unused_parameters=True"),
         ({"exception": "EOFError: EOF when reading a line", "file": "a.py", "line": 3}, "an option of the script"),
         ({"exception": "EOFError: Ran out of input", "file": "a.py", "line": 3}, "Read a.py:3"),
-        ({"exception": "SyntaxError: invalid syntax (a.py, line 3)"}, "Read the full traceback of rank 0"),
+        ({"exception": "SyntaxError: invalid syntax (a.py, line 3)"}, "full traceback of rank 0 is in the run's"),
+        ({"exception": "ValueError: no", "file": "a.py", "line": 3}, "full traceback of rank 0 is in the run's"),
+        ({"exception": "ValueError: no", "file": "a.py", "line": 3, "caught": True}, "only if the script printed it"),
     ],
 )  # fmt: skip
 def test_the_advice_is_for_the_cause(ended, advice):

@@ -159,8 +159,19 @@ def _for_peer(ended: RankExit, facts: JobFacts) -> str:
 
     return (
         "Another rank closed its connection while it still ran: look for destroy_process_group(), an early return "
-        f"or a caught exception on the others; the full traceback of rank {ended.rank} is in the run's output."
+        f"or a caught exception on the others; {_traceback_text(ended)}."
     )
+
+
+def _traceback_text(ended: RankExit) -> str:
+    """Return where the traceback of a rank is: the interpreter prints that of an exception which nobody catches."""
+    if ended.caught:
+        return (
+            f"the script of rank {ended.rank} caught its exception and ended itself: the run's output has the "
+            "traceback only if the script printed it"
+        )
+
+    return f"the full traceback of rank {ended.rank} is in the run's output"
 
 
 def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
@@ -339,11 +350,11 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
     (lambda ended, _: ended.exception_mentions(*_DEVICE_ERRORS), _for_device_error),
     (
         lambda ended, _: bool(ended.exception and ended.file),
-        lambda ended, _: f"Read {ended.place} on rank {ended.rank}; the full traceback is in the run's output.",
+        lambda ended, _: f"Read {ended.place}; {_traceback_text(ended)}.",
     ),
     (
         lambda ended, _: bool(ended.exception),
-        lambda ended, _: f"Read the full traceback of rank {ended.rank} in the run's output.",
+        lambda ended, _: f"Look at that exception; {_traceback_text(ended)}.",
     ),
     (lambda ended, _: was_cut_off(ended), explicit_exit()),
     (

@@ -24,6 +24,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
         exception: `Type: message` of the exception that ended the script.
+        caught: whether the script caught it, and then ended itself by sys.exit.
         file, line, function: the user's code that raised it.
         seen: the user's line that was seen last in the phase that was open, `FILE:LINE FUNCTION`.
         last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
@@ -52,6 +53,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     code: int | None = None
     signal: int | None = None
     exception: str | None = None
+    caught: bool | None = None
     file: str | None = None
     line: int | None = None
     function: str | None = None
