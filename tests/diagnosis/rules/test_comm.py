@@ -221,3 +221,16 @@ def test_communication_that_leads_is_told_where_cores_are_too_few(core_wait: flo
     assert Kind.CPU_CONTENTION in {each.kind for each in found}
     assert (found[0].kind is Kind.COMM_BOUND) is is_told
     assert not is_told or "under model.no_sync()" in found[0].next
+
+
+@pytest.mark.parametrize(("of_ready_time", "is_told"), [(0.8, True), (0.32, False)])
+def test_waits_for_a_core_while_a_rank_computes_are_no_waits_for_other_ranks(
+    of_ready_time: float, is_told: bool
+) -> None:
+    """Of the 39 % of a step that it computes, a main thread ran 8 %: the rest of its waits for a core is in these."""
+    waits = dict.fromkeys(range(2), of_ready_time), dict.fromkeys(range(2), 0.32)
+    known = JobFacts(world_size=2, wait_of_ready_time=waits[0], wait_of_wall_time=waits[1])
+
+    found = diagnose(window_of(Job(comm=20.0)), known)
+
+    assert (Kind.COMM_BOUND in {each.kind for each in found}) is is_told

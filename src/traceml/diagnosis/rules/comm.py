@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.own_work import OwnWork
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ranks_text
 
@@ -37,9 +38,24 @@ def min_wait_ns(work: OwnWork) -> float:
     return float(np.median(work.wait)) if work.wait.size else 0.0
 
 
-def _for_cores_ns(facts: JobFacts, step: float) -> float:
-    """Return the time of a step in which the rank that waits most for a core does: then the others wait for it."""
-    return step * max(facts.wait_of_wall_time.values(), default=facts.waited_share)
+def _for_cores_ns(work: OwnWork, facts: JobFacts, step: float) -> float:
+    """Return the time of a step in which the rank that waits most for a core does while others may wait for it.
+
+    What it waits for a core while it computes is in its own work. The main thread that computes on the CPU either runs
+    or waits for a core, so the time beyond that which it ran is such waiting.
+    """
+    known = facts.wait_of_wall_time
+    if not known or work.device:
+        return step * max(known.values(), default=facts.waited_share)
+
+    parts = (work.parts[part].mean(axis=1) for part in COMPUTE if part in work.parts)
+    computing = sum(parts, np.zeros(len(work.ranks))) / work.step_ns
+    shares = dict(zip(work.ranks.tolist(), computing.tolist(), strict=True))
+    left = (
+        waited - min(max(shares.get(rank, 0.0) - facts.core_runs.get(rank, inf), 0.0), waited)
+        for rank, waited in known.items()
+    )
+    return float(step * max(left))
 
 
 def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
@@ -48,7 +64,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
         return _waiting_for_answers(work, facts)
 
     step = float(np.median(work.step))
-    cost = min_wait_ns(work) - _for_cores_ns(facts, step)
+    cost = min_wait_ns(work) - _for_cores_ns(work, facts, step)
     if _is_little(cost, step, DEVICE_FLOOR_NS if work.device else FLOOR_NS):
         return []
 
