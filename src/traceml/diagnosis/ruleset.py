@@ -87,7 +87,10 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
-    judged, faster = by_pace(judged) if is_grouped(judged, facts) else (judged, None)
+    # What some ranks evaluate is in no step of theirs, and may be in those of the ranks that wait for them.
+    evaluate_alone = facts.time is not None and facts.time.evaluators
+    is_one_pace = evaluate_alone or not is_grouped(judged, facts)
+    judged, faster = (judged, None) if is_one_pace else by_pace(judged)
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
     past = judged if history is window else None if history is None else _judged(history, facts)

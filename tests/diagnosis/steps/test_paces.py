@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
@@ -50,6 +51,20 @@ def test_ranks_of_one_group_are_compared_with_all() -> None:
     assert (late.kind, late.ranks) == (Kind.STRAGGLER, (1,))
     assert late.headline.endswith(f"the others wait, {late.cost_share:.0%} of step time".replace("%", " %"))
     assert "This is about" not in late.summary
+
+
+@pytest.mark.parametrize("evaluators", [(), (0,)])
+def test_a_rank_that_evaluates_alone_has_the_pace_of_those_that_wait(evaluators: tuple[int, ...]) -> None:
+    """Device times of the others include it; its own steps do not."""
+    window = window_of(Job(ranks=3))
+    waited = np.array([0.0, 8e6, 8e6])[:, None]
+    times = {**window.times, "comm": window.times["comm"] + waited}
+    window = replace(window, times=times, total=window.total + waited, device=True)
+    time = replace(RunTime.of(100.0, {"steps": 70.0, "evaluation": 30.0}, 9), evaluators=evaluators, evaluators_s=30.0)
+
+    found = diagnose(window, JobFacts(world_size=3, time=time, state="finished"))
+
+    assert any("faster_ranks" in each.evidence for each in found) is not bool(evaluators)
 
 
 @pytest.mark.parametrize("meets_every", [1, 8, 40])
