@@ -54,7 +54,7 @@ from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, is_grouped, own_work_of
+from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
 from traceml.diagnosis.steps.paces import by_pace
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
 from traceml.diagnosis.steps.speedup import replayed
@@ -87,10 +87,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
-    # What some ranks evaluate is in no step of theirs, and may be in those of the ranks that wait for them.
-    evaluate_alone = facts.time is not None and facts.time.evaluators
-    is_one_pace = evaluate_alone or not is_grouped(judged, facts)
-    judged, faster = (judged, None) if is_one_pace else by_pace(judged)
+    judged, faster = by_pace(judged, facts)
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
     past = judged if history is window else None if history is None else _judged(history, facts)

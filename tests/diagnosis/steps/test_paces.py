@@ -72,7 +72,7 @@ def test_ranks_that_meet_have_one_pace(meets_every: int) -> None:
     """In local SGD a late rank is waited for in every n-th step: most steps of the others are short."""
     window = window_of(Job(ranks=3, meets_every=meets_every, comm=0.1), adds("forward", 20.0, (2,)))
 
-    assert by_pace(window) == (window, None)
+    assert by_pace(window, JobFacts(world_size=len(window.ranks))) == (window, None)
 
 
 @pytest.mark.parametrize("at", [-1, 0, 100])
@@ -81,4 +81,4 @@ def test_what_a_rank_does_once_is_no_pace(at: int) -> None:
     window = replace(FAST, total=FAST.total.copy())
     window.total[0, at] += 60e9
 
-    assert by_pace(window) == (window, None)
+    assert by_pace(window, JobFacts(world_size=len(window.ranks))) == (window, None)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.own_work import is_grouped
 
 __all__ = ["by_pace"]
 
@@ -18,14 +20,16 @@ _PARTS = 8
 _EDGE = 1  # steps at each end of a window, which may have what precedes and follows a training
 
 
-def by_pace(window: AlignedSteps) -> tuple[AlignedSteps, AlignedSteps | None]:
+def by_pace(window: AlignedSteps, facts: JobFacts) -> tuple[AlignedSteps, AlignedSteps | None]:
     """Return the ranks that take as long for their steps as the slowest, and the others, if there are any.
 
     A rank that is faster is so in all steps together, and in most parts of the window: ranks may meet in every n-th
     step only, and one may pause outside of its steps.
     """
     times = window.total[:, _EDGE:-_EDGE]
-    if times.shape[1] < _PARTS or len(window.ranks) < 2:
+    # What some ranks evaluate is in no step of theirs, and may be in those of the ranks that wait for them.
+    evaluate_alone = facts.time is not None and facts.time.evaluators
+    if evaluate_alone or times.shape[1] < _PARTS or not is_grouped(window, facts):
         return window, None
 
     parts = np.array([part.mean(axis=1) for part in np.array_split(times, _PARTS, axis=1)])
