@@ -223,6 +223,14 @@ def test_a_token_is_not_shown() -> None:
     assert "secret-word" not in str(caught.value)
 
 
+def test_a_key_among_options_of_a_tracker_is_not_quoted() -> None:
+    """The error for a map that is no JSON names the variable, and not the value."""
+    with pytest.raises(SettingsError, match="TRACEML_BACKEND_OPTIONS: a value is not allowed") as caught:
+        read({"TRACEML_BACKEND_OPTIONS": '{"wandb": {"api_key": "secret-word"'})
+
+    assert "secret-word" not in str(caught.value)
+
+
 def test_variables_of_our_own_processes_are_exempt() -> None:
     """INTERNAL_ENV is not mistaken for settings, and none of it is one."""
     read(dict.fromkeys(INTERNAL_ENV, "host:1"))

@@ -53,6 +53,8 @@ USER_ENV: dict[str, str] = {
 _ALIASES = {"backends": "backend"}
 # Lists whose items may well hold a comma: only the environment, where there is no other list, splits their texts.
 _WHOLE_TEXTS = frozenset({"on_finding"})
+# Values that may hold a key beside what may be shown.
+_NOT_QUOTED = frozenset({"backend_options"})
 _PORT_DIGITS = 5
 SettingEntry = tuple[str, str, Any]
 """(source, setting, value)."""
@@ -270,7 +272,7 @@ class SettingSources:
 
         result = coerce(declared.kind, value, declared.limits)
         if result is BAD:
-            shown = "a value" if declared.secret else repr(value)
+            shown = "a value" if declared.secret or name in _NOT_QUOTED else repr(value)
             raise SettingsError(written, f"{shown} is not allowed", source=source, allowed=declared.allowed)
 
         if name == "mask" and result:
