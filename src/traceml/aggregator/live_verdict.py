@@ -8,11 +8,12 @@ from typing import Any
 
 from traceml.aggregator.live_rows import LiveRows
 from traceml.database.store.store import StoreWriter
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED
 from traceml.diagnosis.merged_hosts.row_requests import RowRequests
-from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.ruleset import diagnose, is_newest_part
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.fail_open import fail_open
 
@@ -23,9 +24,6 @@ _REPEAT_S = 5.0
 # At most this share of a core is spent on diagnosis: the more it computes, the less often it runs.
 _SHARE = 0.25
 _AFTER_FAILURE_S = 60.0
-
-# With a thousand ranks fewer steps are enough, with 10,000 the fewest; a report has `kept_steps.MAX_CELLS`.
-_MAX_STEPS, _MIN_STEPS, _MAX_LIVE_CELLS = 200, 32, 65_536
 
 # A host that does not send the rows that it is asked for does not hold up the verdict for more diagnoses than these.
 _LONGEST_UNCONFIRMED = 5
@@ -64,8 +62,9 @@ class LiveVerdict:
         self._due_s = now_s + _AFTER_FAILURE_S
         findings: list[Finding] = []
         with fail_open(_log, "aggregator", "the live verdict failed"):
-            window, facts = self._live.intake.snapshot(self._steps())
-            findings = diagnose(window, facts, self._history(window))
+            # Where hosts are merged, those steps are sent of each chosen rank.
+            window, facts = self._live.intake.snapshot(STEPS_COMPARED if self._live.representatives else None)
+            findings = diagnose(window, facts, self._history(window, facts))
 
         if not findings:
             return
@@ -83,17 +82,10 @@ class LiveVerdict:
             self._last, self._stored_s = signature, now_s
             store.event("verdict", _event(findings, window))
 
-    def _steps(self) -> int:
-        """Return the number of steps to diagnose; where hosts are merged, those that are sent of each chosen rank."""
-        if self._live.representatives:
-            return STEPS_COMPARED
-
-        return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_LIVE_CELLS // max(self._live.facts_builder.world_size, 1)))
-
-    def _history(self, window: AlignedSteps) -> AlignedSteps:
+    def _history(self, window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
         """Return steps that are spread over the run if they show more than the window; else the window."""
         history = self._live.intake.history
-        if history is None or self._live.representatives or history.latest.max(initial=-1) < _MAX_STEPS:
+        if history is None or self._live.representatives or not is_newest_part(window, facts):
             return window
 
         changed = history.changed()

@@ -117,8 +117,8 @@ class RowIntake:
         self._scatter(DEVICE_STEPS, self._take_device_steps)
         return found
 
-    def snapshot(self, last: int) -> tuple[AlignedSteps, JobFacts]:
-        """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
+    def snapshot(self, last: int | None = None) -> tuple[AlignedSteps, JobFacts]:
+        """Return the input of the rules: the newest aligned steps, at most `last`, and the facts; see `KeptSteps`."""
         window = self.kept.aligned(last=last)
         return window, self.facts_builder.build(
             self.kept.reached(window.missing_ranks).tolist(), self.kept.end_ns.tolist()

@@ -61,7 +61,7 @@ from traceml.diagnosis.steps.speedup import replayed
 from traceml.diagnosis.steps.step_history import StepHistory
 from traceml.formatting import count_text, ns_text, ranks_text
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "is_newest_part"]
 
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
@@ -74,10 +74,15 @@ def diagnose(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None
     """Return the findings, the verdict first; never empty.
 
     Args:
-        window: aligned steps: live the last 200 at most, at the end of a run all of them, or of a long run some.
+        window: aligned steps: live the newest, at the end of a run all of them, or of a long run some.
         history: of a run that goes on, steps that are spread over it, or the window: whether they are slower now.
     """
     return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts, history)]
+
+
+def is_newest_part(window: AlignedSteps, facts: JobFacts) -> bool:
+    """Return whether a window lacks the beginning of the run, as a live one may."""
+    return len(window) > 0 and bool(window.steps[0] - facts.first_step > _FIRST_STEPS)
 
 
 def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:
@@ -363,7 +368,7 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
     Of several trainings, each is compared with itself. A slowdown of code that does not depend on the model may
     continue in later trainings: then the finding is about the whole run.
     """
-    if _is_newest_part(window, facts):
+    if is_newest_part(window, facts):
         return []
 
     of_run = slowdown(StepHistory.of(window, work), facts, late)
@@ -380,15 +385,10 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
     return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
 
 
-def _is_newest_part(window: AlignedSteps, facts: JobFacts) -> bool:
-    """Return whether a window lacks the beginning of the run, as a live one may."""
-    return bool(window.steps[0] - facts.first_step > _FIRST_STEPS)
-
-
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
     is_late = any(each.kind.rule.is_straggler and each.ranks for each in found)
-    if not is_late or _is_newest_part(window, facts):
+    if not is_late or is_newest_part(window, facts):
         return found
 
     if len(trainings_of(window, facts.other_models, facts.same_models)) > 1:

@@ -45,6 +45,19 @@ def test_the_first_steps_are_left_out():
     assert short.aligned().steps[0] == 5
 
 
+@pytest.mark.parametrize(
+    ("step_ms", "ranks", "steps"),
+    [(1, 1, 1_024), (20, 1, 500), (100, 1, 200), (1, 100, 655), (1, 1_000, 65), (50, 5_000, 32)],
+)
+def test_the_newest_steps_are_those_of_ten_seconds(step_ms: int, ranks: int, steps: int) -> None:
+    """Within bounds: 200 steps at least and 1,024 at most, and with many ranks fewer, to cost no more."""
+    kept = KeptSteps(2_048, ranks)
+    rows = some_rows(0, 1_200 if ranks < 1_000 else 100, step_ms * 1_000_000)
+    kept.scatter(np.repeat(np.arange(ranks), len(rows)), np.tile(rows, ranks))
+
+    assert len(kept.aligned()) == steps
+
+
 def test_many_ranks_in_one_write():
     """Rows of many ranks go in by one call, and each rank's newest row is known."""
     kept = KeptSteps(128)

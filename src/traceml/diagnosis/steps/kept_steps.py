@@ -39,6 +39,9 @@ _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own", "total")
 MAX_CELLS = 640_000
 """Most steps of all ranks together that a window has: the rules' cost grows with ranks x steps."""
 _MIN_STEPS = 20
+# The newest steps are those of ten seconds, 200 at least and 1,024 at most; with many ranks fewer, to cost no more.
+_NEWEST_NS = 10e9
+_LEAST_NEWEST, _MOST_NEWEST, _FEWEST_NEWEST, _NEWEST_CELLS = 200, 1024, 32, 65_536
 MAX_USER_PHASES = 32
 """Names of user phases beyond these count as `other`."""
 
@@ -184,7 +187,7 @@ class KeptSteps:
         self._ended[rank_index], self._latest[rank_index] = False, -1
         self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
 
-    def aligned(self, last: int = 200, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
+    def aligned(self, last: int | None = None, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
         """Return the newest steps that all live ranks have.
 
         Ranks that ended before others went on, or that are behind by more than half the ring, are left out. When all
@@ -192,7 +195,8 @@ class KeptSteps:
         they take longer, and the other ranks wait.
 
         Args:
-            last: maximum number of steps (less for thousands of ranks).
+            last: maximum number of steps (less for thousands of ranks); by default those of the last ten seconds, but
+                200 at least and 1,024 at most.
             skip_first: number of first steps to leave out, as they include set-up. Fewer are left out if less than 20
                 steps would remain, but never less than 3.
         """
@@ -201,6 +205,7 @@ class KeptSteps:
             return self._window(chosen, np.empty(0, np.int64), missing_ranks)
 
         newest, first = int(self._latest[chosen].min()), self.numbers.first
+        last = self._newest(chosen, newest) if last is None else last
         last = min(last, self.slots, max(_MIN_STEPS, MAX_CELLS // len(chosen)))
         skip = min(skip_first, max(3, newest - first + 1 - _MIN_STEPS))
         steps = self._steps_until(newest, last)
@@ -222,6 +227,16 @@ class KeptSteps:
 
     def _unprofiled(self, steps: Ints) -> Ints:
         return steps[~np.isin(steps, list(self._profiled))] if self._profiled else steps
+
+    def _newest(self, ranks: Ints, newest: int) -> int:
+        """Return the number of steps up to the newest that show what goes on now."""
+        cells = _NEWEST_CELLS // len(ranks)
+        least = max(_FEWEST_NEWEST, min(_LEAST_NEWEST, cells))
+        steps = self._steps_until(newest, least)
+        at = self._cells(int(ranks[0]), steps)
+        times_ns = self._values[at[self._step[at] == steps], _POSITION["total_ns"]]
+        wanted = int(_NEWEST_NS / max(float(times_ns.mean()), 1.0)) if len(times_ns) else least
+        return max(least, min(wanted, _MOST_NEWEST, cells))
 
     @property
     def _reach(self) -> int:
