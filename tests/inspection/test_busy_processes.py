@@ -70,30 +70,61 @@ def test_what_a_rank_has_started_is_told_apart(taker: int) -> None:
     assert _NAME not in used(read, {os.getpid()}).others
 
 
-def test_a_process_that_has_ended_counts_once_its_parent_has_collected_it() -> None:
+class Rank:
+    """A process that runs what it is told. Those beside it have other parents, as processes of other tests have."""
+
+    def __init__(self) -> None:
+        code = "import sys\nfor line in sys.stdin:\n    exec(line)\n    print(flush=True)"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pids = {self._process.pid}
+
+    def run(self, line: str) -> None:
+        """Run a line of code, and wait until it is done."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "\n"
+
+    def close(self) -> None:
+        """Let it end."""
+        self._process.communicate()
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    """A rank that starts programs."""
+    made = Rank()
+    yield made
+    made.close()
+
+
+def test_a_process_that_has_ended_counts_once_its_parent_has_collected_it(rank: Rank) -> None:
     """With what it used since the last reading: a rank may start a short program for each file."""
-    command = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
+    code = "import time\nwhile time.process_time() < 0.5: pass"
     read = BusyProcesses()
-    read.read({os.getpid()})
+    read.read(rank.pids)
 
-    subprocess.run(command, check=True)
+    rank.run(f"import subprocess; subprocess.run([sys.executable, '-c', {code!r}], check=True)")
 
-    assert used(read, {os.getpid()}).started[SHORT_LIVED] > 0
-    assert SHORT_LIVED not in used(read, {os.getpid()}).started
+    assert used(read, rank.pids).started[SHORT_LIVED] > 0
+    assert SHORT_LIVED not in used(read, rank.pids).started
 
 
-def test_a_process_that_has_ended_does_not_count_twice() -> None:
+def test_a_process_that_has_ended_does_not_count_twice(rank: Rank) -> None:
     """Its parent gets all of its CPU time at once, most of which was counted while it ran."""
-    begun = "import time\nwhile time.process_time() < 0.6: pass\nprint(flush=True)\ninput()"
+    code = "import time\nwhile time.process_time() < 0.6: pass\nprint(flush=True)\ninput()"
     read = BusyProcesses()
-    read.read({os.getpid()})
-    with subprocess.Popen([sys.executable, "-c", begun], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        used(read, {os.getpid()})
-        process.communicate(b"\n")
+    read.read(rank.pids)
+    pipes = "stdin=subprocess.PIPE, stdout=subprocess.PIPE"
+    rank.run(f"import subprocess; begun = subprocess.Popen([sys.executable, '-c', {code!r}], {pipes})")
+    rank.run("begun.stdout.readline()")
+    used(read, rank.pids)
+    rank.run("begun.communicate(b'\\n')")
 
-    assert SHORT_LIVED not in used(read, {os.getpid()}).started
+    assert SHORT_LIVED not in used(read, rank.pids).started
 
 
 def test_another_rank_of_the_same_launcher_is_no_other_process(taker: int) -> None:
