@@ -6,10 +6,9 @@ import json
 import os
 
 import pytest
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-torch_spawn = pytest.importorskip("torch.multiprocessing.spawn")
-
-from traceml.session.spawned_ranks import SpawnedRanks  # noqa: E402 - torch is optional
+from traceml.session.spawned_ranks import SpawnedRanks
 
 
 def reported(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
@@ -28,13 +27,13 @@ def reported(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[dict
 
 def test_the_process_that_ended_first_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others were ended because of it, and look like it."""
-    error = torch_spawn.ProcessExitedException("killed", 1, 4711, -9, "SIGKILL")
+    error = ProcessExitedException("killed", 1, 4711, -9, "SIGKILL")
     (told,) = reported(error, monkeypatch)
 
     assert {name: told[name] for name in ("pid", "exitcode")} == {"pid": 4711, "exitcode": -9}
 
 
-@pytest.mark.parametrize("error", [torch_spawn.ProcessRaisedException("KeyError", 1, 4711), ValueError("no process")])
+@pytest.mark.parametrize("error", [ProcessRaisedException("KeyError", 1, 4711), ValueError("no process")])
 def test_what_a_process_has_reported_itself_is_not(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception ends it with a report of its own; another one is of the script."""
     assert reported(error, monkeypatch) == []
@@ -44,4 +43,4 @@ def test_a_script_without_traceml_run_reports_to_nobody(monkeypatch: pytest.Monk
     """As a rank of torchrun, which reports its ends itself."""
     monkeypatch.delenv("TRACEML_FAILURES_FD", raising=False)
 
-    SpawnedRanks().report(torch_spawn.ProcessExitedException("killed", 1, 4711, -9, "SIGKILL"))
+    SpawnedRanks().report(ProcessExitedException("killed", 1, 4711, -9, "SIGKILL"))
