@@ -321,13 +321,19 @@ def test_debug_log_shows_connection_and_decisions(run_script: Run) -> None:
         assert line in verbose.stderr
 
 
-def test_a_group_that_is_initialized_later_gives_the_rank(serving: Serving, run_script: Run) -> None:
+@pytest.mark.parametrize("late_s", ["0", "2"])
+def test_a_group_that_is_initialized_later_gives_the_rank(serving: Serving, run_script: Run, late_s: str) -> None:
     """Children of mp.spawn that call init before init_process_group become ranks of one run, and nothing else."""
     done = run_script(
         """
-        import os, sys, torch, torch.distributed as dist, torch.multiprocessing as mp, traceml
+        import os, sys, time, torch, torch.distributed as dist, torch.multiprocessing as mp, traceml
+        import traceml.recorder.recording
 
-        def train(rank, port):
+        def train(rank, port, late_s):
+            if late_s:
+                traceml.recorder.recording._PROVISIONAL_S = 0.5  # rank 0 waits in init_process_group for longer
+
+            time.sleep(rank * late_s)
             traceml.init()
             dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
             for _ in range(20):
@@ -337,9 +343,10 @@ def test_a_group_that_is_initialized_later_gives_the_rank(serving: Serving, run_
             dist.destroy_process_group()
 
         if __name__ == "__main__":
-            mp.spawn(train, (sys.argv[1],), nprocs=2)
+            mp.spawn(train, (sys.argv[1], float(sys.argv[2])), nprocs=2)
         """,
         str(free_port()),
+        late_s,
     )
 
     assert done.returncode == 0, done.stderr

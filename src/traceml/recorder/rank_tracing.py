@@ -123,6 +123,11 @@ class RankTracing:
             self._worker_lines.close()
 
     @property
+    def is_joining_group(self) -> bool:
+        """Whether this process is about to become a rank of a process group, which gives its number."""
+        return self.instrumentation is not None and self.instrumentation.events.group.is_joining
+
+    @property
     def is_evaluating(self) -> bool:
         """Whether an evaluation runs, whose time is in no step."""
         return self.instrumentation is not None and self.instrumentation.clock.is_evaluating

@@ -34,6 +34,9 @@ class DefaultGroup:
         report: takes facts about the group, and this rank's place in the device mesh.
         guard: runs what is done when the group is made and destroyed.
         on_group: called on the training thread when the group exists.
+
+    Attributes:
+        is_joining: whether `init_process_group` runs, which waits for the other ranks.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class DefaultGroup:
     ) -> None:
         self._clock, self._patches = clock, patches
         self._report, self._guard, self._on_group = report, guard, on_group
+        self.is_joining = False
 
     def patch(self) -> None:
         """Watch the functions that make and destroy the group; torch.distributed is imported and available."""
         distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
         modules = c10d, distributed
-        self._patches.wrap_in(modules, "init_process_group", lambda original: self._then(original, self.find))
+        self._patches.wrap_in(
+            modules, "init_process_group", lambda original: self._then(self._joining(original), self.find)
+        )
         self._patches.wrap_in(modules, "destroy_process_group", self._dropping)
 
         self.find()
@@ -89,6 +95,17 @@ class DefaultGroup:
         clock.group = clock.sequence = None
         clock.is_grouped = False
         clock.plan_step()
+
+    @uncounted
+    def _joining(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def join(*args: Any, **kwargs: Any) -> Any:
+            self.is_joining = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.is_joining = False
+
+        return join
 
     @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:
