@@ -22,12 +22,15 @@ def serve_stacks(fd: int) -> None:
     Python, it reads frames that are changing, and the process may crash.
     """
     agent = FdSocket.from_fd(fd)
-    threading.Thread(target=_serve, args=(agent,), name="traceml-stacks", daemon=True).start()
+    thread = threading.Thread(target=_serve, args=(agent,), name="traceml-stacks", daemon=True)
+    thread.start()
+    with contextlib.suppress(OSError):
+        # Not from the thread: the user's function may hold the GIL before it has run.
+        agent.send(StackThread(tid=thread.native_id or 0))
 
 
 def _serve(agent: FdSocket) -> None:
     with contextlib.suppress(OSError, EOFError):  # the agent is gone
-        agent.send(StackThread(tid=threading.get_native_id()))
         while True:
             agent.receive(StacksRequest)
             agent.send(ThreadStacks(text=_stacks()))
