@@ -54,7 +54,8 @@ def test_keys_of_later_versions_may_be_absent():
     [
         ('{"schema": ', r"report\.json is not a report: Input data was truncated"),
         ("[]", r"Expected `object`, got `array`"),
-        ('{"schema": "traceml.report/2"}', r"Invalid enum value 'traceml.report/2' - at `\$\.schema`"),
+        ('{"schema": "traceml.report/2"}', r"has the schema 'traceml.report/2', this traceml reads"),
+        ('{"schema": "other/1"}', r"Invalid enum value 'other/1' - at `\$\.schema`"),
         ('{"schema": "traceml.report/1"}', r"missing required field `run`"),
         (b'{"schema": "traceml.report/1", "x": "\xff"}', r"report\.json is not a report: "),
     ],

@@ -461,13 +461,34 @@ def read_report(path: Path) -> Report:
     """Return the report in a file.
 
     Raises:
-        StoreError: the file does not hold a report; the text names the file and the key.
+        StoreError: the file does not hold a report, or one of another version; the text names the file and the key.
         OSError: the file cannot be read.
     """
+    data = read_regular(path)
     try:
-        return msgspec.json.decode(read_regular(path), type=Report)
+        return msgspec.json.decode(data, type=Report)
     except UNREADABLE_JSON as error:
+        if schema := _other_schema(data):
+            problem = f"has the schema {schema!r}, this traceml reads {SCHEMA!r}. Use a newer traceml for this report"
+            raise StoreError(f"{path} {problem}.") from error
+
         raise StoreError(f"{path} is not a report: {error}") from error
+
+
+class _AnyReport(msgspec.Struct):
+    """A report of any version."""
+
+    schema: str = SCHEMA
+
+
+def _other_schema(data: bytes) -> str:
+    """Return the schema of a report that a later version has written; "" if this is none."""
+    try:
+        schema = msgspec.json.decode(data, type=_AnyReport).schema
+    except UNREADABLE_JSON:
+        return ""
+
+    return schema if schema != SCHEMA and schema.startswith("traceml.report/") else ""
 
 
 class RunOrigin(msgspec.Struct):
