@@ -172,6 +172,12 @@ def test_archived_runs_are_left_out(three, capsys):
     """Until --archived, or until they are listed again."""
     assert cli.main(["runs", "archive", "run-0", "run-2"]) == 0
     assert capsys.readouterr().out == "2 runs archived\n"
+    assert cli.main(["runs", "archive", "run-0"]) == 0
+    assert capsys.readouterr().out == "0 runs archived; 1 archived already\n"
+    assert cli.main(["runs", "archive", "run-1", "run-2", "--undo"]) == 0
+    assert capsys.readouterr().out == "1 run listed again; 1 not archived\n"
+    assert cli.main(["runs", "archive", "run-2"]) == 0
+    capsys.readouterr()
 
     for words, listed in (([], ["run-1"]), (["--archived"], ["run-2", "run-1", "run-0"])):
         assert cli.main(["runs", "--json", *words]) == 0

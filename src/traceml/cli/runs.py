@@ -329,14 +329,20 @@ def _rename(argv: list[str]) -> int:
 def _archive(argv: list[str]) -> int:
     options = parse(ArchiveOptions, argv, prog="traceml runs archive")
 
+    changed = 0
+
     def change(labels: RunLabels) -> None:
+        nonlocal changed
+        changed += labels.archived == options.undo
         labels.archived = not options.undo
 
     done = {path.name: change_labels(path, change) for path in _found(options.runs, options.runs_dir)}
     if options.json:
         print(json.dumps({name: {"archived": labels.archived} for name, labels in done.items()}))
     else:
-        print(f"{plural(len(done), 'run')} {'listed again' if options.undo else 'archived'}")
+        as_before = len(done) - changed
+        rest = f"; {as_before} {'not archived' if options.undo else 'archived already'}" if as_before else ""
+        print(f"{plural(changed, 'run')} {'listed again' if options.undo else 'archived'}{rest}")
 
     return 0
 
