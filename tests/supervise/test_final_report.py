@@ -80,7 +80,7 @@ def test_a_folder_that_was_moved_is_reported(run_dir: Path) -> None:
     assert "`traceml sync FOLDER`" in told.getvalue()
 
 
-@pytest.mark.parametrize(("others", "words"), [(0, ""), (1, "one more process trained"), (5, "and 2 more")])
+@pytest.mark.parametrize(("others", "words"), [(0, ""), (1, "one more process has a run"), (5, "and 2 more")])
 def test_other_trainings_of_the_script_are_named(tmp_path: Path, others: int, words: str) -> None:
     """Not those of other jobs, nor of a job whose name begins alike."""
     key = "20260101-000000-train-abcd"

@@ -29,8 +29,8 @@ def other_trainings(run_dir: Path) -> str:
         return ""
 
     count = len(names)
-    are = f"{count} more processes trained, as runs of their own"
-    are = are if count > 1 else "one more process trained, as a run of its own"
+    are = f"{count} more processes have runs of their own"
+    are = are if count > 1 else "one more process has a run of its own"
     more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
     return f"{are}: {', '.join(names[:_SHOWN])}{more} (`traceml report RUN`)"
 
