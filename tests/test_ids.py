@@ -75,6 +75,14 @@ def test_rank_comes_from_the_launchers_variables(environ: dict[str, str], found:
     assert (own.rank, own.world_size, own.local_rank, own.source) == found
 
 
+@pytest.mark.parametrize(("environ", "local"), [({}, 1), ({"LOCAL_RANK": "0"}, 0), (TORCHRUN, 1)])
+def test_a_group_that_is_joined_gives_the_rank(environ: dict[str, str], local: int) -> None:
+    """Before it exists, as its other ranks may never come."""
+    own = detect_rank(environ, joining=(1, 3))
+
+    assert (own.rank, own.world_size, own.local_rank, own.source) == (1, 3, local, "torch.distributed")
+
+
 def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.distributed that another thread imports has no functions yet: the variables tell the rank."""
     monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))

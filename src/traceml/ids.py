@@ -36,11 +36,14 @@ class RankIdentity(NamedTuple):
     source: str = "single process"
 
 
-def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
+def detect_rank(environ: Mapping[str, str] = os.environ, joining: tuple[int, int] | None = None) -> RankIdentity:
     """Find this process's rank: an initialized process group, then torchrun's, OpenMPI's and Slurm's variables.
 
     Slurm's are those of a step only (`_slurm_step`). Where mpirun starts its daemons by srun, the ranks have both, and
     Slurm's are those of the daemon.
+
+    Args:
+        joining: rank and size of the process group that this process is about to join.
 
     Returns:
         The identity; by default rank 0 of 1.
@@ -50,9 +53,11 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
     # Without distributed support, and while another thread imports it, the module lacks the function.
     is_initialized = getattr(distributed, "is_initialized", None)
     if distributed is not None and is_initialized is not None and is_initialized():
-        rank = distributed.get_rank()
-        local = _int(environ.get("LOCAL_RANK"), _int(environ.get("SLURM_LOCALID"), rank))
-        return RankIdentity(rank, distributed.get_world_size(), local, attempt, "torch.distributed")
+        joining = distributed.get_rank(), distributed.get_world_size()
+
+    if joining is not None:
+        local = _int(environ.get("LOCAL_RANK"), _int(environ.get("SLURM_LOCALID"), joining[0]))
+        return RankIdentity(*joining, local, attempt, "torch.distributed")
 
     for source, rank_key, size_key, local_key in (
         ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),

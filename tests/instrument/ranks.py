@@ -124,9 +124,13 @@ def train(kind: str, rank: int) -> list[float]:
 def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     """Train with hooks and without; return what the hooks found."""
     flight = FlightFile.create(folder / f"flight-{rank}", {})
-    groups: list[bool] = []
+    groups: list[tuple[tuple[int, int] | None, bool]] = []
     facts: list[dict[str, Any]] = []
-    instrumentation = install(flight, on_info=facts.append, on_group=lambda: groups.append(dist.is_initialized()))
+
+    def on_group(joining: tuple[int, int] | None) -> None:
+        groups.append((joining, dist.is_initialized()))
+
+    instrumentation = install(flight, on_info=facts.append, on_group=on_group)
     if not dist.is_initialized():
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 

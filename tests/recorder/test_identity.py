@@ -68,7 +68,7 @@ def test_a_rank_that_sets_the_address_itself_is_of_that_group(
         monkeypatch.setenv(name, value)
 
     grouped = RankIdentity(0, 2, 0, source="torch.distributed")
-    monkeypatch.setattr("traceml.recorder.identity.detect_rank", lambda: grouped)
+    monkeypatch.setattr("traceml.recorder.identity.detect_rank", lambda **_options: grouped)
 
     assert identify(settings.load({}, Path("/proc")), before).job == job
 

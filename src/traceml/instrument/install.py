@@ -19,6 +19,7 @@ from traceml.instrument.checkpoints.save_log import SaveFolder, SaveLog
 from traceml.instrument.facts.fact_reports import Info
 from traceml.instrument.frameworks.framework_calls import FrameworkCalls
 from traceml.instrument.frameworks.framework_trainers import TRAINERS
+from traceml.instrument.groups.default_group import OnGroup
 from traceml.instrument.guard import guarded
 from traceml.instrument.import_hook import PostImportHook, is_imported
 from traceml.instrument.loader import TracedIterable
@@ -50,7 +51,7 @@ class Instrumentation:
         self,
         flight: FlightFile,
         on_info: Callable[[Info], None] | None,
-        on_group: Callable[[], None] | None,
+        on_group: OnGroup | None,
         device_types: frozenset[str] | None,
         thread: int,
         in_worker: Callable[[], object] | None,
@@ -227,7 +228,7 @@ def install(
     flight: FlightFile,
     *,
     on_info: Callable[[Info], None] | None = None,
-    on_group: Callable[[], None] | None = None,
+    on_group: OnGroup | None = None,
     device_types: frozenset[str] | None = None,
     in_worker: Callable[[], object] | None = None,
 ) -> Instrumentation:
@@ -235,7 +236,7 @@ def install(
 
     Args:
         on_info: called with facts about each loader, model and optimizer: maps with `kind` and `t_ns`.
-        on_group: called on the training thread when a process group exists.
+        on_group: called on the training thread before and after a process group is made; see `DefaultGroup`.
         device_types: copies to these devices are `h2d`; None: every accelerator that torch was built for.
         in_worker: called in each loader worker before the user's code, without raising; can be pickled.
 

@@ -189,14 +189,15 @@ def _exported_parent() -> SpawnedFrom | None:
     return _spawned
 
 
-def identify(config: Config, before: Identity | None = None) -> Identity:
+def identify(config: Config, before: Identity | None = None, joining: tuple[int, int] | None = None) -> Identity:
     """Return the current identity of this process.
 
     Args:
         config: the settings; `run_id` is the job key where it is set.
         before: the identity so far: the job stays, unless a process group gives a better key.
+        joining: rank and size of the process group that this process is about to join.
     """
-    own = detect_rank()
+    own = detect_rank(joining=joining)
     parent = _parent_process()
     job = config.run_id or (before.job if before is not None else job_key())
     # A script that starts its other ranks itself, as Lightning does, sets the address in its own environment, too.

@@ -26,6 +26,7 @@ from traceml.samplers.limits import DeathCauses
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
     from traceml.instrument import Instrumentation
+    from traceml.instrument.groups.default_group import OnGroup
     from traceml.instrument.loader import DataProgress
     from traceml.instrument.step_clock import StepClock
     from traceml.recorder.recorder_thread import RecorderThread
@@ -42,7 +43,7 @@ class RankTracing:
     Args:
         rank: returns the rank, and its number on its host.
         note: appends a row to `info`.
-        on_group: called on the training thread when a process group exists.
+        on_group: called on the training thread before and after a process group is made; see `DefaultGroup`.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class RankTracing:
         *,
         rank: Callable[[], tuple[int, int]],
         note: InfoSender,
-        on_group: Callable[[], None],
+        on_group: OnGroup,
     ) -> None:
         self._config, self._flight, self._rank, self._note, self._on_group = config, flight, rank, note, on_group
         self.instrumentation: Instrumentation | None = None
@@ -121,11 +122,6 @@ class RankTracing:
 
         if self._worker_lines is not None:
             self._worker_lines.close()
-
-    @property
-    def is_joining_group(self) -> bool:
-        """Whether this process is about to become a rank of a process group, which gives its number."""
-        return self.instrumentation is not None and self.instrumentation.events.group.is_joining
 
     @property
     def is_evaluating(self) -> bool:

@@ -39,8 +39,7 @@ __all__ = ["Recording"]
 
 _log = logging.getLogger("traceml")
 
-# A child that becomes a rank is in init_process_group by then. Until the last rank is, too, no number is known.
-_PROVISIONAL_S, _JOINING_S = 10.0, 60.0
+_PROVISIONAL_S = 10.0
 _FILES_STUCK_S = 10.0
 
 
@@ -73,7 +72,7 @@ class Recording:
         self._config, self._is_child = config, is_child
         self._on_stored = on_stored
         self._ending, self._is_deferred = False, defer_connect
-        self._provisional_ns = monotonic_ns() if identity.provisional else 0  # 0: the rank is not waited for any more
+        self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9) if identity.provisional else 0
         self.flight = FlightFile.create(
             None,
             identity.facts(config),
@@ -82,9 +81,7 @@ class Recording:
         )
         append_logged = partial(self.flight.log("logged").append, urgent=True)
         self.files = FileUploader(self.flight.journal_stems, append_logged, self._wake, self.flight.claim)
-        self.tracing = RankTracing(
-            config, self.flight, rank=self._rank, note=self.note, on_group=self._group_initialized
-        )
+        self.tracing = RankTracing(config, self.flight, rank=self._rank, note=self.note, on_group=self._on_group)
         self.sender = RowSender(
             self.flight,
             self._dial,
@@ -151,7 +148,7 @@ class Recording:
         self._ending = True
         self.tracing.end()
         self.flight.open_slots[Slot.STATE] = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
-        self._provisional_ns = 0
+        self._hold_until_ns = 0
         self.tracing.profiles.close()
         stop_export()
         has_launcher, local = self._config.supervised, self._config.local
@@ -352,21 +349,13 @@ class Recording:
     def _dial(self, timeout_s: float) -> Connection:
         """Connect by one try, on the recorder's thread."""
         config = self._config
-        if self._awaits_rank():
+        if self._hold_until_ns > monotonic_ns() and not self.flight.ring("steps").appended:
             raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
 
         hello = self.identity.hello(config, self.flight.path)
         connection = dial(config, hello, timeout_s=timeout_s, tries=1, is_ending=lambda: self._ending)
         self.address = connection.address
         return connection
-
-    def _awaits_rank(self) -> bool:
-        """Whether a process group may still give this process its rank, so that it belongs to no run yet."""
-        if not self._provisional_ns or self.flight.ring("steps").appended:
-            return False
-
-        limit_s = _JOINING_S if self.tracing.is_joining_group else _PROVISIONAL_S
-        return monotonic_ns() - self._provisional_ns < limit_s * 1e9
 
     def _welcomed(self, welcome: Mapping[str, Any]) -> None:
         """Note the run's folder in the flight file: after a crash it says where the rows belong."""
@@ -381,15 +370,15 @@ class Recording:
                     place, self.address, self._config.runs_dir,
                 )  # fmt: skip
 
-    def _group_initialized(self) -> None:
+    def _on_group(self, joining: tuple[int, int] | None) -> None:
         if not self._ending:
-            self.thread.call(self._identify_again)
+            self.thread.call(partial(self._identify_again, joining))
 
-    def _identify_again(self) -> None:
+    def _identify_again(self, joining: tuple[int, int] | None) -> None:
         """Take over rank and job from the process group; on the recorder's thread."""
         self.release()
-        before, now = self.identity, identify(self._config, self.identity)
-        self._provisional_ns = 0
+        before, now = self.identity, identify(self._config, self.identity, joining)
+        self._hold_until_ns = 0
         old, new = before.rank_identity, now.rank_identity
         if (old.rank, old.world_size, before.job) == (new.rank, new.world_size, now.job):
             return

@@ -1,10 +1,13 @@
 """The default process group: reported when the script makes it, forgotten when the script destroys it.
 
+The place of this rank in it is known before, where the script passes it: the other ranks may never come.
+
 Also the steps at whose end ranks wait for others in `with Join(...)`.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -20,7 +23,9 @@ from traceml.instrument.patches import Patches
 if TYPE_CHECKING:
     from traceml.instrument.step_clock import StepClock
 
-__all__ = ["DefaultGroup", "patch_join"]
+__all__ = ["DefaultGroup", "OnGroup", "patch_join"]
+
+OnGroup = Callable[[tuple[int, int] | None], None]
 
 _log = logging.getLogger("traceml")
 MODULE = "torch.distributed.algorithms.join"
@@ -33,10 +38,8 @@ class DefaultGroup:
         clock: gets the group and its counter of collectives.
         report: takes facts about the group, and this rank's place in the device mesh.
         guard: runs what is done when the group is made and destroyed.
-        on_group: called on the training thread when the group exists.
-
-    Attributes:
-        is_joining: whether `init_process_group` runs, which waits for the other ranks.
+        on_group: called on the training thread with the rank and size of a group that the script is about to make,
+            and without them when the group exists.
     """
 
     def __init__(
@@ -45,19 +48,16 @@ class DefaultGroup:
         patches: Patches,
         report: InfoSender,
         guard: Guard,
-        on_group: Callable[[], None] | None,
+        on_group: OnGroup | None,
     ) -> None:
         self._clock, self._patches = clock, patches
         self._report, self._guard, self._on_group = report, guard, on_group
-        self.is_joining = False
 
     def patch(self) -> None:
         """Watch the functions that make and destroy the group; torch.distributed is imported and available."""
         distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
         modules = c10d, distributed
-        self._patches.wrap_in(
-            modules, "init_process_group", lambda original: self._then(self._joining(original), self.find)
-        )
+        self._patches.wrap_in(modules, "init_process_group", self._joining)
         self._patches.wrap_in(modules, "destroy_process_group", self._dropping)
 
         self.find()
@@ -80,7 +80,7 @@ class DefaultGroup:
             clock.join_group(_without_errors(getattr(group, "_get_sequence_number_for_group", None)))
 
         if self._on_group is not None:
-            self._on_group()
+            self._on_group(None)
 
     def report_mesh(self) -> None:
         """Report this rank's place in the device mesh, by which a verdict names a pipeline stage or a replica."""
@@ -98,14 +98,22 @@ class DefaultGroup:
 
     @uncounted
     def _joining(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def join(*args: Any, **kwargs: Any) -> Any:
-            self.is_joining = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.is_joining = False
+        signature = inspect.signature(original)
 
-        return join
+        def announce(args: Any, kwargs: Any) -> None:
+            passed = signature.bind_partial(*args, **kwargs).arguments
+            rank, size = int(passed.get("rank", -1)), int(passed.get("world_size", -1))
+            if self._on_group is not None and 0 <= rank < size > 1:
+                self._on_group((rank, size))
+
+        def join(*args: Any, **kwargs: Any) -> Any:
+            if self._clock.thread:
+                with fail_open(_log, "instrument", "the rank is not known before the group exists", once=True):
+                    announce(args, kwargs)
+
+            return original(*args, **kwargs)
+
+        return self._then(join, self.find)
 
     @uncounted
     def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:

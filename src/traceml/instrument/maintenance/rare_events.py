@@ -10,7 +10,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.info_kinds import InfoKind
 from traceml.instrument.clock_implementations import new_clock
 from traceml.instrument.facts.fact_reports import FactReports, Info
-from traceml.instrument.groups.default_group import DefaultGroup
+from traceml.instrument.groups.default_group import DefaultGroup, OnGroup
 from traceml.instrument.guard import Guard
 from traceml.instrument.patches import Patches
 from traceml.instrument.search.iterators import BatchSource, batch_source_of
@@ -38,7 +38,7 @@ class RareEvents:
         flight: FlightFile,
         patches: Patches,
         on_info: Callable[[Info], None] | None,
-        on_group: Callable[[], None] | None,
+        on_group: OnGroup | None,
         thread: int,
     ) -> None:
         self.clock = new_clock(flight, self, thread=thread)
