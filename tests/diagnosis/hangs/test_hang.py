@@ -363,6 +363,7 @@ def test_a_rank_without_an_answer_is_no_culprit():
     finding = found(in_backward(0, groups=(group(15, "all_reduce", members=(0, 2)),)), ranks=2, silent=(1,))
 
     assert "rank 1 did not answer" in summary(finding)
+    assert "init_process_group" not in finding.next
 
 
 @pytest.mark.parametrize(("quiet_s", "is_hang"), [(75.0, True), (20.0, False)])
@@ -376,6 +377,8 @@ def test_a_rank_that_never_answered_is_missed_after_the_end_too(quiet_s, is_hang
     if finding is not None:
         assert "in init_process_group in start-up (train.py:7 main)" in summary(finding)
         assert "rank 1 did not answer" in summary(finding)
+        assert "what they do before init_process_group" in finding.next
+        assert "MASTER_ADDR" in finding.next
 
 
 GIL = "in C code called at train.py:6 stuck that holds the GIL"

@@ -17,9 +17,9 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.progress.uneven_data import ReadData, UnevenData, uneven_data
 from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
 
-__all__ = ["Blame", "HangCause", "blame"]
+__all__ = ["RENDEZVOUS", "Blame", "HangCause", "blame"]
 
-_RENDEZVOUS = "init_process_group"
+RENDEZVOUS = "init_process_group"
 _SAME_SIZES = ("all_reduce", "broadcast", "reduce", "allreduce")
 
 
@@ -134,7 +134,7 @@ def _together(waits: Mapping[int, GroupSnapshot], snapshots: Mapping[int, RankSn
         return Blame(HangCause.UNANSWERED, (), waits)
 
     met = next(iter(waits.values()))
-    return Blame(HangCause.RENDEZVOUS if met.operation == _RENDEZVOUS else HangCause.NETWORK, (), waits, met)
+    return Blame(HangCause.RENDEZVOUS if met.operation == RENDEZVOUS else HangCause.NETWORK, (), waits, met)
 
 
 def _targets(

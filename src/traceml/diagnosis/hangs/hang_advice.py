@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapshot
 from traceml.diagnosis.advice import even_batches, longer_limit, same_collectives, without_answers
-from traceml.diagnosis.hangs.blame import HangCause
+from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank
 from traceml.diagnosis.hangs.rank_state import (
@@ -40,6 +40,9 @@ def hang_advice(found: DetectedHang) -> str:
 
     if cause is HangCause.UNANSWERED and not found.blame.ranks:
         return _OF_CALLS
+
+    if cause is HangCause.UNANSWERED and all(wait.operation == RENDEZVOUS for wait in found.blame.waits.values()):
+        return f"{_OF_ABSENT} {_ADVICE[HangCause.RENDEZVOUS]}"
 
     if cause in _APART and any(map(is_in_join, snapshots.values())):
         return _OF_JOIN
@@ -78,6 +81,10 @@ _OF_JOIN = (
 _OF_CALLS = (
     "Find out what these calls wait for: no rank is known to wait for another one. A timeout turns such a wait into an "
     "error."
+)
+_OF_ABSENT = (
+    "Look at the processes of the ranks that did not answer: whether they run, and what they do before "
+    "init_process_group."
 )
 _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: same_collectives(),
