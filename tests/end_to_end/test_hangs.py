@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.conftest import Running, Traceml
+from tests.ports import free_port
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
+from traceml.runs.find import run_folders
 
 HANGING = Path(__file__).with_name("hanging.py")
 
@@ -146,3 +148,33 @@ def test_an_end_that_waits_for_a_thread_has_hung(traceml: Traceml) -> None:
     assert (ended.status, ended.report["run"]["state"]) == (0, "hung")
     for seen in (live, ended.report["verdict"]):
         assert "waiting for its thread 'Thread-1 (consume)' in leaves.py:5 consume" in seen["summary"]
+
+
+ONE_NEVER_COMES = """
+import datetime, sys, time
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+def train(rank, address, late_s):
+    time.sleep(rank * late_s)
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20)
+    )
+
+if __name__ == "__main__":
+    mp.spawn(train, (f"tcp://127.0.0.1:{sys.argv[1]}", 600.0), nprocs=2)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_processes_of_mp_spawn_that_do_not_meet_are_ranks_of_one_run(traceml: Traceml) -> None:
+    """They have made no optimizer yet, and no group; the one that waits says how many should come."""
+    script = traceml.folder / "meets.py"
+    script.write_text(ONE_NEVER_COMES)
+
+    ended = traceml("run", script, str(free_port()), TRACEML_HANG_TIMEOUT="5")
+
+    verdict = ended.report["verdict"]
+    assert (verdict["kind"], verdict["ranks"], ended.report["run"]["world_size"]) == ("HANG", [1], 2)
+    assert "rank 0 in init_process_group in start-up (meets.py:8 train); rank 1 did not answer" in verdict["summary"]
+    assert len(run_folders(traceml.folder / "traceml_runs")) == 1

@@ -95,20 +95,20 @@ def _serves_multiprocessing() -> bool:
 def _start_in_job() -> None:
     """Trace a program that a rank has started, or has become by `exec`: the script may only prepare the training."""
     from traceml.recorder.identity import is_of_traced_job
-    from traceml.session.children import at_first_optimizer
+    from traceml.session.children import at_training_setup
     from traceml.session.startup import start_in_child
 
     if is_of_traced_job():
-        at_first_optimizer(start_in_child)
+        at_training_setup(start_in_child)
 
 
 def _start() -> None:
     from traceml.recorder.lifecycle import is_helper_process
-    from traceml.session.children import at_first_optimizer
+    from traceml.session.children import at_training_setup
     from traceml.session.startup import start_held, start_in_child
 
     process = sys.modules.get("multiprocessing.process")
     if is_helper_process() or (process is not None and process.parent_process() is not None):
-        at_first_optimizer(start_in_child)  # workers of loaders and pools make none
+        at_training_setup(start_in_child)  # workers of loaders and pools make none
     else:
         start_held()

@@ -1,11 +1,12 @@
-"""Trainings in child processes: one that creates an optimizer becomes a rank of its parent's run.
+"""Trainings in child processes: one that joins a process group or makes an optimizer is a rank of its parent's run.
 
 `torch.multiprocessing.spawn` and `multiprocessing.Process` start a function. It is wrapped in one that starts tracing
-at the first optimizer of the child. Workers of data loaders and pools make none.
+at the first of these. Workers of data loaders and pools do neither.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing.process
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 from traceml.fail_open import fail_open
 from traceml.ids import detect_rank
 
-__all__ = ["ChildTarget", "at_first_optimizer", "watch_children"]
+__all__ = ["ChildTarget", "at_training_setup", "watch_children"]
 
 _OTHERS = ("torch.utils.data", "traceml")
 _log = logging.getLogger("traceml")
@@ -30,7 +31,7 @@ class ChildTarget:
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Run the function, on the child's side."""
         with fail_open(_log, "session", "a child process trains without tracing"):
-            at_first_optimizer(self._start)
+            at_training_setup(self._start)
 
         return self._target(*args, **kwargs)
 
@@ -77,30 +78,50 @@ def _may_train(target: Any) -> bool:
     return False
 
 
-def at_first_optimizer(start: Callable[[], None]) -> None:
-    """Call `start` once, when the first optimizer of this process is made; does nothing without torch."""
+def at_training_setup(start: Callable[[], None]) -> None:
+    """Call `start` once, before this process joins a process group or makes its first optimizer; nothing without torch.
+
+    A rank whose group never forms has no optimizer.
+    """
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "optim"):
         return
 
-    optimizer_type = torch.optim.Optimizer
-    original = optimizer_type.__init__
-    is_waiting = True
+    setup = _SetupCalls(start)
+    setup.watch("__init__", torch.optim.Optimizer)
+    modules = [sys.modules.get(f"torch.distributed{name}") for name in ("", ".distributed_c10d")]
+    if all(hasattr(each, "init_process_group") for each in modules):
+        setup.watch("init_process_group", *modules)
 
-    def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
-        nonlocal is_waiting
-        if not is_waiting:
-            original(optimizer, *args, **kwargs)
-            return
 
-        is_waiting = False
-        is_outermost = optimizer_type.__init__ is __init__
-        if is_outermost:
-            optimizer_type.__init__ = original
-        with fail_open(_log, "session", "this process trains without tracing"):
-            start()
+class _SetupCalls:
+    """Functions that a training calls at its start; before the first call of any of them, `start` is called."""
 
-        # `start` may have put a hook around the original
-        (optimizer_type.__init__ if is_outermost else original)(optimizer, *args, **kwargs)
+    def __init__(self, start: Callable[[], None]) -> None:
+        self._start = start
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
 
-    optimizer_type.__init__ = __init__
+    def watch(self, name: str, *owners: Any) -> None:
+        """Watch a function that all the owners have under this name."""
+        original = getattr(owners[0], name)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            is_outermost = getattr(owners[0], name) is call
+            self._begin()
+            # `start` may have put a hook around the original
+            return (getattr(owners[0], name) if is_outermost else original)(*args, **kwargs)
+
+        for owner in owners:
+            self._replaced.append((owner, name, original, call))
+            setattr(owner, name, call)
+
+    def _begin(self) -> None:
+        replaced, self._replaced = self._replaced, []
+        for owner, name, original, ours in replaced:
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+
+        if replaced:
+            with fail_open(_log, "session", "this process trains without tracing"):
+                self._start()

@@ -139,11 +139,11 @@ def start_for_script() -> None:
 
 def start_held() -> None:
     """Start a recorder that connects when this process trains: see `traceml.session.autostart`."""
-    from traceml.session.children import at_first_optimizer
+    from traceml.session.children import at_training_setup
 
     config = load_forgiving({})
     if config.enabled:
-        at_first_optimizer(_release)
+        at_training_setup(_release)
         start(config, wait=False, defer_connect=True)
 
 
