@@ -320,3 +320,33 @@ def test_framework_plugins_patch_once() -> None:
         plugin.unpatch_framework()
 
     assert calls == ["patch", "unpatch"]
+
+
+def test_framework_plugins_may_patch_by_themselves() -> None:
+    """The two methods of the interface are enough; a plugin with neither says what it lacks."""
+
+    class Own(FrameworkPlugin):
+        patched = False
+
+        @classmethod
+        def get_metadata(cls) -> PluginMetadata:
+            return PluginMetadata(name="own", version="1")
+
+        def patch_framework(self, orchestrator: Any) -> None:
+            self.patched = True
+
+        def unpatch_framework(self) -> None:
+            self.patched = False
+
+    class Neither(FrameworkPlugin):
+        @classmethod
+        def get_metadata(cls) -> PluginMetadata:
+            return PluginMetadata(name="neither", version="1")
+
+    orchestrator: Any = None
+    plugin = Own()
+    plugin.patch_framework(orchestrator)
+    assert plugin.patched
+
+    with pytest.raises(NotImplementedError, match=r"Neither cannot be used as FrameworkPlugin.*create_framework"):
+        Neither().patch_framework(orchestrator)

@@ -71,6 +71,8 @@ class BackendPlugin(PluginInterface):
 class FrameworkPlugin(PluginInterface):
     """Captures a framework's logging calls.
 
+    It defines `create_framework`, or `patch_framework` and `unpatch_framework` themselves.
+
     Examples:
         >>> class PrintCapturePlugin(traceml.FrameworkPlugin):
         ...     @classmethod
@@ -85,9 +87,12 @@ class FrameworkPlugin(PluginInterface):
 
     _framework: FrameworkInterface | None = None
 
-    @abstractmethod
     def create_framework(self) -> FrameworkInterface:
         """Return the capture; patch nothing yet."""
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be used as FrameworkPlugin: it does not define create_framework, nor "
+            "patch_framework and unpatch_framework"
+        )
 
     def patch_framework(self, orchestrator: OrchestratorInterface) -> None:
         """Start capturing into `orchestrator`; does nothing when it has."""
