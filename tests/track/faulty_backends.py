@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 from traceml.errors import BackendBusyError, BackendRefusedError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_base import BackendPlugin
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["Bare", "FaultyBackend", "FaultyBackendIdempotent"]
+__all__ = ["Bare", "FaultyBackend", "FaultyBackendIdempotent", "FaultyPlugin"]
 
 
 class FaultyBackend(BackendInterface):
@@ -102,6 +104,24 @@ class FaultyBackendIdempotent(FaultyBackend):
                 raise BackendRefusedError(f"bad name {row.name!r}")
 
         super().log_metrics(rows)
+
+
+class FaultyPlugin(BackendPlugin):
+    """Creates the backend, and fails when it is to release what it took."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        return PluginMetadata(name="faulty", version="1")
+
+    def initialize(self, config: Mapping[str, Any]) -> None:
+        self._folder = Path(config["path"])
+
+    def create_backend(self, config: Mapping[str, Any]) -> BackendInterface:
+        return FaultyBackend(config)
+
+    def cleanup(self) -> None:
+        (self._folder / "cleaned").touch()
+        raise OSError("nothing to release")
 
 
 class Bare(BackendInterface):

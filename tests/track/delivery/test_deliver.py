@@ -19,7 +19,15 @@ import pytest
 from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
-from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
+from traceml.track.tracker_state import (
+    EXIT_AGAIN,
+    EXIT_BROKEN,
+    EXIT_DONE,
+    EXIT_TAKEN,
+    DeliveryPhase,
+    TrackerState,
+    locked,
+)
 from traceml.trusted_files import replace_file
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -522,6 +530,17 @@ def test_a_run_that_asked_for_no_tracker_can_be_delivered_later(run: LoggedRun) 
 
     assert deliver(run.path, "jsonl", "--once", "--options", "{}").returncode == 0
     assert values(lines_of(run.path), "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_plugin_releases_what_it_took(run: LoggedRun) -> None:
+    """`cleanup` is called when all is delivered, and its error costs nothing."""
+    plugin = FAULTY.replace("FaultyBackend", "FaultyPlugin")
+    folder = faulty(run, plugin)
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+
+    assert deliver(run.path, plugin).returncode == EXIT_DONE
+    assert (folder / "cleaned").exists()
 
 
 def test_a_profile_is_written_where_it_is_asked_for(run: LoggedRun) -> None:

@@ -113,7 +113,10 @@ class DeliveryLoop:
         """Deliver until all is done or a new process is needed; return the exit status."""
         try:
             self._prepare()
-            return self._follow()
+            try:
+                return self._follow()
+            finally:
+                self._session.close()
         except RewindError:
             self._rewind()
             return EXIT_AGAIN

@@ -112,7 +112,8 @@ def _probe(backend: str, options: dict[str, Any], run_dir: Path) -> ProbeResult:
         }
         config = {"options": backend_options(options), "run_id": run_dir.name, "run_dir": str(run_dir),
                   "experiment": experiment, "continue_run": None, "local_only": False}  # fmt: skip
-        created = create_backend(backend, config)
+        with contextlib.ExitStack() as ends:
+            created = create_backend(backend, config, on_end=ends.callback)
     except (PluginError, ImportError) as error:
         return ProbeResult(versions, error=str(error))
     except Exception as error:  # noqa: BLE001 - a library may raise anything while it is imported

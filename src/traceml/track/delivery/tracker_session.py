@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ __all__ = ["RewindError", "TrackerSession"]
 _SLOW_S = 30.0
 # An artifact gets the usual time, and one more second per this many bytes.
 _BYTES_PER_S = 1 << 20
+
+_log = logging.getLogger("traceml")
 
 
 class RewindError(Exception):
@@ -70,6 +73,7 @@ class TrackerSession:
         self._local_only = local_only
         self._prefix = f"{backend}:" if is_fallback else ""
         self._connected: dict[str, BackendInterface] = {}
+        self._cleanups: list[Callable[[], object]] = []
         self._unconfirmed: set[str] = set()
         self._ranked_names: dict[tuple[str, int], str] = {}
 
@@ -110,7 +114,8 @@ class TrackerSession:
         return backend
 
     def _begin(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> BackendInterface:
-        backend = create_backend(self.backend, self._config(experiment, stored), experiment.row.get("registered"))
+        config, known = self._config(experiment, stored), experiment.row.get("registered")
+        backend = create_backend(self.backend, config, known, self._cleanups.append)
         if stored and not stored.get("ended") and not backend.resume(stored["mark"]):
             raise RewindError
 
@@ -211,6 +216,16 @@ class TrackerSession:
 
         del self._connected[experiment.key]
         self._save()
+
+    def close(self) -> None:
+        """Let the plugins release what they took; an error is logged, as everything is delivered or will be again."""
+        while self._cleanups:
+            cleanup = self._cleanups.pop()
+            try:
+                with self._watched("cleanup"):
+                    cleanup()
+            except Exception:  # noqa: BLE001 - code of a third party
+                _log.exception("the cleanup of %s failed", self.backend)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

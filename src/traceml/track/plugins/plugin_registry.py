@@ -9,7 +9,7 @@ one, an entry point of an installed package in the group `traceml.backends`, `tr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -96,7 +96,8 @@ def register(plugin: _Plugin) -> _Plugin:
     kind = _kind_of(plugin)
     if kind is None:
         raise PluginError(
-            f"{plugin!r} is not a plugin: derive a class from BackendPlugin, FrameworkPlugin or CollectorPlugin"
+            f"{plugin!r} is not a plugin: derive a class from BackendPlugin, FrameworkPlugin or CollectorPlugin, or "
+            "from BackendInterface, FrameworkInterface or CollectorInterface with `metadata = PluginMetadata(...)`"
         )
 
     name = _metadata_of(plugin).name
@@ -187,13 +188,19 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     return plugin
 
 
-def create_backend(name: str, config: Mapping[str, Any], known: Mapping[str, str] | None = None) -> BackendInterface:
+def create_backend(
+    name: str,
+    config: Mapping[str, Any],
+    known: Mapping[str, str] | None = None,
+    on_end: Callable[[Callable[[], object]], object] = lambda _cleanup: None,
+) -> BackendInterface:
     """Return a backend that is configured and not yet connected.
 
     Args:
         name: a name, or `package:Class`.
         config: see `BackendPlugin.create_backend`.
         known: names registered in another process.
+        on_end: takes the plugin's `cleanup`, which is to be called when the backend is no longer used.
 
     Raises:
         PluginError: there is no such backend, an option is unknown, or `local_only` forbids its target.
@@ -208,6 +215,7 @@ def create_backend(name: str, config: Mapping[str, Any], known: Mapping[str, str
     options = config.get("options") or {}
     metadata.check_options(options)
     plugin.initialize(options)
+    on_end(plugin.cleanup)
     backend = plugin.create_backend(config)
     if config.get("local_only") and not backend.is_local:
         raise PluginError(

@@ -160,6 +160,9 @@ class AutoCapture:
                     else:
                         self._orchestrator.log_collected(name, masker.mask_mapping(row))
 
+            with guard():
+                plugin.cleanup()
+
         thread = threading.Thread(target=run, name=f"traceml collector {name}", daemon=True)
         self._threads.append(thread)
         thread.start()

@@ -22,6 +22,7 @@ import msgpack
 from traceml.helper_programs import lower_priority
 from traceml.privacy import Masker
 from traceml.track.plugins.interfaces import CollectorInterface
+from traceml.track.plugins.plugin_base import CollectorPlugin
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import load
 from traceml.track.rank.collectors.reading_schedule import readings
@@ -30,6 +31,7 @@ __all__ = ["main"]
 
 MAX_ROW_BYTES = 1 << 20
 _FIRST_READING_S = 2.0
+_CLEANUP_S = 0.5  # the parent kills this process a second after it has closed the pipe
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
         if select.select([0], [], [], 1.0)[0] and not os.read(0, 4096):
             break
 
+    collectors.stop()
     os._exit(0)  # without waiting for a collector that hangs
 
 
@@ -75,16 +78,18 @@ class _CollectorThreads:
         self._threads: list[threading.Thread] = []
         self._once: list[threading.Thread] = []
         self._first_readings = threading.Event()
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         for name in self._request["collectors"]:
             try:
-                collector = self._load(name)
+                plugin, collector = self._load(name)
             except Exception as error:  # noqa: BLE001 - code of a third party, which must not stop the others
                 self._warn(name, error)
                 continue
 
-            thread = threading.Thread(target=self._run, args=(name, collector), name=f"collector {name}", daemon=True)
+            given = name, plugin, collector
+            thread = threading.Thread(target=self._run, args=given, name=f"collector {name}", daemon=True)
             (self._once if collector.interval is None else self._threads).append(thread)
             thread.start()
 
@@ -100,21 +105,34 @@ class _CollectorThreads:
 
         os._exit(0)
 
-    def _load(self, name: str) -> CollectorInterface:
+    def stop(self) -> None:
+        """End the readings; wait a moment until the plugins have released what they took."""
+        self._stopped.set()
+        ends_s = time.monotonic() + _CLEANUP_S
+        for thread in self._threads:
+            thread.join(max(0.0, ends_s - time.monotonic()))
+
+    def _load(self, name: str) -> tuple[CollectorPlugin, CollectorInterface]:
         plugin = load(PluginType.COLLECTOR, name, self._request["known"])
+        assert isinstance(plugin, CollectorPlugin)
         config = self._request["config"]
         plugin.initialize(config)
-        return plugin.create_collector(config)  # type: ignore[attr-defined, no-any-return]
+        return plugin, plugin.create_collector(config)
 
-    def _run(self, name: str, collector: CollectorInterface) -> None:
+    def _run(self, name: str, plugin: CollectorPlugin, collector: CollectorInterface) -> None:
         # A single reading is little work, and a short run waits for it; repeated readings yield to the training.
         if collector.interval is not None:
             self._first_readings.wait(_FIRST_READING_S)
             lower_priority()
 
-        for rows in readings(collector, lambda error: self._warn(name, error)):
+        for rows in readings(collector, lambda error: self._warn(name, error), self._stopped):
             for row in rows:
                 self._send_row(name, row)
+
+        try:
+            plugin.cleanup()
+        except Exception as error:  # noqa: BLE001 - code of a third party
+            self._warn(name, error)
 
     def _send_row(self, name: str, row: Any) -> None:
         if isinstance(row, Mapping):
