@@ -220,8 +220,12 @@ COLLECTORS = """
     import os
     import time
 
+    import numpy as np
+
     from traceml.track.plugins.interfaces import CollectorInterface
     from traceml.track.plugins.metric import Metric
+    from traceml.track.plugins.plugin_base import CollectorPlugin
+    from traceml.track.plugins.plugin_metadata import PluginMetadata
 
     class Once(CollectorInterface):
         def __init__(self, config):
@@ -245,6 +249,27 @@ COLLECTORS = """
     class Hanging(CollectorInterface):
         def collect(self):
             time.sleep(3600)
+
+    class Numbers(CollectorInterface):
+        def collect(self):
+            return [Metric("f32", np.float32(1.5), np.int64(7)), Metric("big", 2**80), {"count": 2**70}]
+
+    class Mapping(Once):
+        interval = 0.1
+
+        def collect(self):
+            return {"pid": os.getpid()}
+
+    class Holding(CollectorPlugin):
+        @classmethod
+        def get_metadata(cls):
+            return PluginMetadata(name="holding", version="1")
+
+        def create_collector(self, config):
+            return Ticking()
+
+        def cleanup(self):
+            open("cleaned", "w").close()
 """
 
 
@@ -298,6 +323,38 @@ def test_failing_and_hanging_collectors_harm_nobody(caplog: pytest.LogCaptureFix
     assert "out of order for once" in caplog.text
     assert "Missing" in caplog.text
     assert failures()["track"] == before + 2
+
+
+@pytest.mark.usefixtures("plugins")
+def test_values_of_numpy_arrive_as_numbers() -> None:
+    """What msgpack cannot hold is converted, as a value that the script logs itself; nothing after it is lost."""
+    rows: list[dict[str, Any]] = []
+    child = CollectorProcess(["my_collectors:Numbers"], {}, (), rows.append)
+    child.stop(timeout_s=60)
+
+    found = {row["name"]: (row["value"], row["step"]) for row in rows if row["kind"] == "metric"}
+    assert found == {"f32": (1.5, 7), "big": (float(2**80), None)}
+    assert [row["facts"] for row in rows if row["kind"] == "collected"] == [{"count": str(2**70)}]
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_collector_that_returns_no_list_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A dict in place of a list of dicts was lost without a word, and the collector with it."""
+    child = CollectorProcess(["my_collectors:Mapping"], {}, (), lambda row: None)
+    eventually(lambda: "collect() must return a list of Metric and dict, not of str 'pid'" in caplog.text)
+    child.stop(timeout_s=0)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_plugins_release_what_they_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cleanup` is called at the end, also of a collector with an interval."""
+    monkeypatch.chdir(tmp_path)
+    rows: list[dict[str, Any]] = []
+    child = CollectorProcess(["my_collectors:Holding"], {}, (), rows.append)
+    eventually(lambda: rows)
+    child.stop(timeout_s=0)
+
+    assert (tmp_path / "cleaned").exists()
 
 
 @pytest.mark.usefixtures("plugins")
