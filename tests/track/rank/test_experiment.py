@@ -73,6 +73,44 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
     assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}, {"late": ""}, {"last": ""}]
 
 
+def test_experiments_of_two_threads_are_no_children_of_each_other(script: Script, tmp_path: Path) -> None:
+    """Each is a child of the main thread's experiment, where there is one, and of those of its own thread."""
+    finish(
+        script("""
+        import threading
+        import traceml
+
+        both = threading.Barrier(2)
+
+        def search(prefix):
+            both.wait()
+            with traceml.Experiment(f"{prefix}{threading.current_thread().name}", backend="jsonl") as trial:
+                both.wait()
+                trial.log_metric("x", 1)
+                with traceml.Experiment(f"{prefix}{threading.current_thread().name} inner", backend="jsonl"):
+                    both.wait()
+
+        def search_twice(prefix):
+            threads = [threading.Thread(target=search, args=(prefix,), name=name) for name in "ab"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        search_twice("alone ")
+        with traceml.Experiment("sweep", backend="jsonl"):
+            search_twice("")
+        """)
+    )
+
+    rows = {row["name"]: row for row in ended_run(tmp_path / "traceml_runs").of("experiment")}
+    names = {row["id"]: name for name, row in rows.items()} | {None: None}
+    assert {name: names[row["parent"]] for name, row in rows.items()} == {
+        "alone a": None, "alone b": None, "alone a inner": "alone a", "alone b inner": "alone b",
+        "sweep": None, "a": "sweep", "b": "sweep", "a inner": "a", "b inner": "b",
+    }  # fmt: skip
+
+
 def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) -> None:
     """As with other trackers; two of them stand side by side, and inside a `with` one is a child."""
     out = finish(

@@ -100,13 +100,13 @@ class Experiment:
         self._settings = dict(settings or {})
         self._logger: Logger | None = None  # from its first begin on, also after its end
         self._is_active = False
-        self._has_block = False
+        self._block_thread: int | None = None  # that runs its `with`
 
     def __repr__(self) -> str:
         return f"Experiment({self.name!r}, id={self.id!r})"
 
     def __enter__(self) -> Self:
-        self._has_block = True
+        self._block_thread = threading.get_ident()
         return self.start()
 
     def __exit__(
@@ -138,7 +138,7 @@ class Experiment:
             self._parent._begun_logger()
             self.parent = self._parent.id
         elif self.parent is None:
-            self.parent = next((each.id for each in reversed(open_experiments) if each._has_block), None)
+            self.parent = _enclosing()
 
         ordinal = _begun.get(self.name, 0)
         _begun[self.name] = ordinal + 1
@@ -296,6 +296,13 @@ def _renew_lock(forked: bool) -> None:
 
 on_change(_renew_lock)
 capture_lifecycle.follow_recorder()  # a logging call may start the recorder
+
+
+def _enclosing() -> str | None:
+    """Return the id of the innermost experiment whose `with` runs on this thread, else on the main thread, if any."""
+    threads = threading.get_ident(), threading.main_thread().ident
+    found = (each.id for thread in threads for each in reversed(open_experiments) if each._block_thread == thread)
+    return next(found, None)
 
 
 def _tags_of(tags: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
