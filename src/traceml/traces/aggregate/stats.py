@@ -40,12 +40,12 @@ _FEW = 4  # as in kernels.c
 
 
 def bucket(value: int) -> int:
-    """Return the bucket of a duration in nanoseconds; durations beyond 2^63 are in the last one."""
+    """Return the bucket of a duration in nanoseconds, of any size."""
     if value < CELLS:
         return max(value, 0)
 
-    exponent = min(value.bit_length() - 1, 62)
-    return (exponent - 6) * CELLS + ((min(value, 2**63 - 1) >> (exponent - 7)) & (CELLS - 1))
+    exponent = value.bit_length() - 1
+    return (exponent - 6) * CELLS + ((value >> (exponent - 7)) & (CELLS - 1))
 
 
 def middle(number: int) -> int:

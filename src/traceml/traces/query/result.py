@@ -117,7 +117,7 @@ def _percentile(stat: GroupStat, share: Fraction, fractional: bool) -> int | flo
     assert stat.least is not None
     assert stat.most is not None
     if -(-share.numerator * stat.count // share.denominator) == stat.count:
-        return microseconds(stat.most, fractional=fractional)  # exact, also beyond the sketch's last bucket
+        return microseconds(stat.most, fractional=fractional)  # exact
 
     middle = quantile(stat.counts, share, stat.count)
     value: int = middle if fractional else (2 * middle + 1000) // 2000 * 1000
