@@ -8,7 +8,7 @@ import math
 import pytest
 
 from traceml.errors import PluginError
-from traceml.track.filters import DeliveryFilter
+from traceml.track.filters import DeliveryFilter, check_delivery_options
 from traceml.track.plugins.metric import Metric
 
 
@@ -82,9 +82,16 @@ def test_nan_does_not_hide_the_least_and_the_greatest() -> None:
     [
         {"sample": 0}, {"sample": "often"}, {"sample": True}, {"routes": "val/*"}, {"routes": [{"rank": 0}]},
         {"routes": {"ranks": ["0"]}}, {"aggregate": 10}, {"aggregate": {"every": 10, "by": "median"}}, {"include": 3},
+        {"env": 5}, {"timeout_s": "60"}, {"timeout_s": 0}, {"timeout_s": math.inf}, {"fallback": ["jsonl"]},
+        {"api_key_file": 5},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_is_not_understood_is_named(options: dict[str, object]) -> None:
     with pytest.raises(PluginError, match=next(iter(options))):
-        DeliveryFilter.of((), (), options)
+        check_delivery_options(options)
+
+
+def test_options_for_delivery_as_they_are_documented() -> None:
+    check_delivery_options({"env": "MY_*", "timeout_s": 60, "fallback": "jsonl", "api_key_file": "~/.key"})
+    check_delivery_options({"env": ["MY_*"], "timeout_s": 0.5, "path": 5})

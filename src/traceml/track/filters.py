@@ -16,7 +16,15 @@ from typing import Any
 from traceml.errors import PluginError
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["DELIVERY_OPTIONS", "Aggregation", "DeliveryFilter", "backend_options"]
+__all__ = [
+    "DELIVERY_OPTIONS",
+    "Aggregation",
+    "DeliveryFilter",
+    "backend_options",
+    "check_delivery_options",
+    "timeout_of",
+    "variables_of",
+]
 
 # Options of `[tool.traceml.backends.<name>]` for delivery; all others are the backend's own.
 DELIVERY_OPTIONS = frozenset(
@@ -29,6 +37,43 @@ _AGGREGATES = ("mean", "min", "max", "sum", "last")
 def backend_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options for the backend itself."""
     return {key: value for key, value in options.items() if key not in DELIVERY_OPTIONS}
+
+
+def check_delivery_options(options: Mapping[str, Any]) -> None:
+    """Check the values of the options for delivery.
+
+    Raises:
+        PluginError: an option is invalid; the text has its name, its value and what is allowed.
+    """
+    DeliveryFilter.of((), (), options)
+    variables_of(options)
+    timeout_of(options, 1.0)
+    for key in ("fallback", "api_key_file"):
+        value = options.get(key, "")
+        if not isinstance(value, str):
+            raise _bad(key, value, "the name of a tracker" if key == "fallback" else "the path of a file")
+
+
+def variables_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the patterns of the environment variables that a delivery gets beside its tracker's own.
+
+    Raises:
+        PluginError: they are no patterns.
+    """
+    return _patterns(options, "env", "MY_PROXY_*")
+
+
+def timeout_of(options: Mapping[str, Any], default_s: float) -> float:
+    """Return the seconds after which a call counts as hanging.
+
+    Raises:
+        PluginError: it is no positive number.
+    """
+    value = options.get("timeout_s", default_s)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise _bad("timeout_s", value, "a positive number of seconds")
+
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +211,12 @@ def _bad(key: str, value: Any, allowed: str) -> PluginError:
     return PluginError(f"option {key!r} of a backend is {value!r:.100}; allowed: {allowed}")
 
 
-def _patterns(options: Mapping[str, Any], key: str) -> tuple[str, ...]:
+def _patterns(options: Mapping[str, Any], key: str, example: str = "train/*") -> tuple[str, ...]:
     value = options.get(key, ())
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise _bad(key, value, 'a list of patterns, such as ["train/*"]')
+        raise _bad(key, value, f'a list of patterns, such as ["{example}"]')
 
     return tuple(value)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from traceml.errors import PluginError
 from traceml.privacy import is_secret_name, secrets_only
+from traceml.track.filters import variables_of
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import backend_metadata, known_backends, load
 
@@ -36,6 +37,9 @@ def environment_for(
         options: of the backend; `env` names further variables (patterns) that it needs, and the variables of its
             `fallback` are included.
         environ: the environment to choose from; by default this process's.
+
+    Raises:
+        PluginError: the option `env` is invalid.
     """
     environ = os.environ if environ is None else environ
     own = _own_patterns(backend, options)
@@ -91,9 +95,8 @@ def read_key_file(backend: str, path: Path, known: Mapping[str, str] | None = No
 
 
 def _own_patterns(backend: str, options: Mapping[str, Any]) -> tuple[str, ...]:
-    extra = options.get("env") or ()
     fallback = str(options.get("fallback") or "")
-    return (*_patterns_of(backend), *_patterns_of(fallback), *([extra] if isinstance(extra, str) else extra))
+    return (*_patterns_of(backend), *_patterns_of(fallback), *variables_of(options))
 
 
 def _patterns_of(backend: str) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
 from traceml.track.delivery.tracker_session import RewindError, TrackerSession
 from traceml.track.delivery.verdict_sender import has_report
-from traceml.track.filters import DeliveryFilter
+from traceml.track.filters import DeliveryFilter, check_delivery_options, timeout_of
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, DeliveryPhase, TrackerState
 from traceml.track.wandb_sweep import variables
@@ -146,6 +146,7 @@ class DeliveryLoop:
         with contextlib.suppress(OSError):  # relative paths in options start at the folder of the script's start
             os.chdir(str(first.get("folder") or "."))
 
+        check_delivery_options(self._options)
         _read_key(self._state.backend, self._options, first.get("registered"))
         self._records = RecordReader(self._reader, INPUT_TABLES)
         self._session = self._make_session()
@@ -171,7 +172,7 @@ class DeliveryLoop:
             and state.phase in {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
             and time.time() < state.retry_at
         )
-        timeout_s = float(self._options.get("timeout_s") or _TIMEOUT_S)
+        timeout_s = timeout_of(self._options, _TIMEOUT_S)
         self._uses_fallback = uses_fallback
         if uses_fallback and self._requested_by is not None:
             _read_key(fallback, self._requested_by.options(fallback), self._requested_by.row.get("registered"))

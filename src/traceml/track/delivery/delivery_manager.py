@@ -11,6 +11,7 @@ from typing import Any
 
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
+from traceml.fail_open import fail_open
 from traceml.run_folder import STORE_NAME
 from traceml.track.delivery.delivery_plan import DeliveryPlan
 from traceml.track.delivery.delivery_process import STOP_S, DeliveryProcess
@@ -120,11 +121,15 @@ class DeliveryManager:
         self._runs: dict[Path, RunDeliveries] = {}
 
     def poll(self, run_dir: Path, *, ended: bool) -> None:
-        """Supervise the deliveries of a run; call it often, also after its end, until it is delivered."""
+        """Supervise the deliveries of a run; call it often, also after its end, until it is delivered.
+
+        An error is logged, and the deliveries of other runs go on: what a run announces came over a connection.
+        """
         if run_dir not in self._runs:
             self._runs[run_dir] = RunDeliveries(run_dir, self._start)
 
-        self._runs[run_dir].poll(ended=ended)
+        with fail_open(_log, "track", f"run {run_dir.name} could not be delivered", once=True, level=logging.ERROR):
+            self._runs[run_dir].poll(ended=ended)
 
     def cursors(self, run_dir: Path) -> list[int]:
         """Return the id of the last frame of a run's store that each of its deliveries has done."""

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from traceml.errors import PluginError
 from traceml.helper_programs import end_process, helper_program
 from traceml.inspection.kernel_state import core_wait_ns
 from traceml.process_ends import end_of_status
@@ -160,8 +161,8 @@ class DeliveryProcess:
         command += ["--options", json.dumps(self._forced)] if self._forced is not None else []
         command += ["--settings", json.dumps(self._settings)] if self._settings is not None else []
         self._started_s = time.monotonic()
-        environ = environment_for(self.backend, self._options) | {"OMP_NUM_THREADS": "1"}
         try:
+            environ = environment_for(self.backend, self._options) | {"OMP_NUM_THREADS": "1"}
             folder = self.run_dir / TRACKERS_FOLDER
             folder.mkdir(exist_ok=True)
             with _log_file(folder / f"{TrackerState.path_in(self.run_dir, self.backend).name[:-11]}.log") as log:
@@ -173,6 +174,11 @@ class DeliveryProcess:
                     stderr=log,
                     start_new_session=True,  # Ctrl-C at the terminal is for the job
                 )
+        except PluginError as error:
+            state = self.state
+            state.phase, state.error = DeliveryPhase.BROKEN, f"PluginError: {error}"
+            state.save(self.run_dir)
+            self._ended(EXIT_BROKEN)
         except OSError as error:
             _log.warning("%r cannot be started: %s", self, error)
             self._pause()

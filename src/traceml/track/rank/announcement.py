@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -182,11 +183,11 @@ def check_backend(backend: str, given: Mapping[str, Any], *, source: str = "") -
     Raises:
         PluginError: there is no such backend, or an option is wrong; the text lists what exists.
     """
-    from traceml.track.filters import DeliveryFilter, backend_options
+    from traceml.track.filters import backend_options, check_delivery_options
     from traceml.track.plugins.plugin_metadata import PluginType
     from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata, check_name
 
-    DeliveryFilter.of((), (), given)
+    check_delivery_options(given)
     if fallback := given.get("fallback"):
         check_name(PluginType.BACKEND, str(fallback))
 
@@ -240,6 +241,7 @@ def _with_places(options: Mapping[str, Mapping[str, Any]], backends: Sequence[st
 
 def _with_environment(options: dict[str, dict[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Add the variables that a registered backend declares: the aggregator does not import a third party's class."""
+    from traceml.track.filters import variables_of
     from traceml.track.plugins.plugin_metadata import PluginType
     from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata
 
@@ -247,7 +249,7 @@ def _with_environment(options: dict[str, dict[str, Any]], backends: Sequence[str
         metadata = backend_metadata(backend)
         if metadata is not None and metadata.environment:
             given = options.setdefault(backend, {})
-            named = given.get("env") or ()
-            given["env"] = [*([named] if isinstance(named, str) else named), *metadata.environment]
+            with suppress(PluginError):  # delivery reports it
+                given["env"] = [*variables_of(given), *metadata.environment]
 
     return options
