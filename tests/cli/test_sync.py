@@ -361,6 +361,22 @@ def test_a_run_is_delivered_to_the_place_that_its_script_named(runs_dir, tmp_pat
     assert [each.name for each in tmp_path.glob("*.db")] == ["shell.db" if is_named else "script.db"]
 
 
+def test_an_option_that_was_wrong_can_be_mended(runs_dir, capsys):
+    """The run keeps its options, so the tracker would refuse its rows for ever; the command that helps is named."""
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(["jsonl"], id="a", options={"jsonl": {"timeout_s": "60"}})
+    run.metrics({"loss": [1.0, 2.0, 3.0]})
+    run.end()
+
+    assert cli.main(["sync"]) == 3
+    assert "'timeout_s' of a backend is '60'; allowed: a positive number of seconds" in (err := capsys.readouterr().err)
+    assert "traceml sync a --backend jsonl takes the present settings" in err
+    assert cli.main(["sync", "a", "--backend", "jsonl"]) == 0
+    assert values(run.path) == THREE
+    assert cli.main(["sync"]) == 0
+    assert "timeout_s" not in capsys.readouterr().err
+
+
 def test_local_only_holds_for_sync_too(runs_dir, monkeypatch, capsys):
     """For a run without settings of its own it is the setting of now that counts."""
     logged(runs_dir, "a")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,8 @@ from traceml.track.delivery.delivery_process import DeliveryProcess
 from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
-from traceml.track.rank.announcement import refuse_secrets
-from traceml.track.rank.tracker_places import moved_options
+from traceml.track.rank.announcement import check_options, refuse_secrets
+from traceml.track.rank.tracker_places import moved_options, place_options
 from traceml.track.tracker_state import DeliveryPhase, locked
 
 __all__ = ["SYNC_STALL_LIMIT_S", "main"]
@@ -222,13 +222,35 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
         )
         own = config.backend_options.get(backend, {})
         announced = asked[backend].options(backend) if backend in asked else {}
-        moved = moved_options(backend, announced, own) if backend in options.backend else None
+        wrong, is_named = _wrong_option(backend, announced), backend in options.backend
+        moved = None
+        if is_named:
+            present = {**own, **place_options(backend, own)}
+            moved = present if wrong else moved_options(backend, announced, own)
+
         if backend in asked and moved is None:
-            yield start(announced)
+            process = start(announced)
+            if wrong and process.state.phase is not DeliveryPhase.DONE:
+                _warn(
+                    f"{wrong}. The run has stored this; traceml sync {run_dir.name} --backend {backend} "
+                    "takes the present settings"
+                )
+
+            yield process
         else:
             own = own if moved is None else moved
             refuse_secrets({backend: own})
             yield start(own, forced=own, settings=delivery_settings(config))
+
+
+def _wrong_option(backend: str, announced: Mapping[str, Any]) -> str:
+    """Return what is wrong with the options that a run has stored for a tracker; empty if nothing is."""
+    try:
+        check_options(backend, announced)
+    except PluginError as error:
+        return str(error)
+
+    return ""
 
 
 def _check_backend(name: str) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "announcement",
     "check_backend",
     "check_backends",
+    "check_options",
     "choose_trackers",
     "refuse_secrets",
 ]
@@ -183,15 +184,28 @@ def check_backend(backend: str, given: Mapping[str, Any], *, source: str = "") -
     Raises:
         PluginError: there is no such backend, or an option is wrong; the text lists what exists.
     """
-    from traceml.track.filters import backend_options, check_delivery_options
     from traceml.track.plugins.plugin_metadata import PluginType
-    from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata, check_name
-
-    check_delivery_options(given)
-    if fallback := given.get("fallback"):
-        check_name(PluginType.BACKEND, str(fallback))
+    from traceml.track.plugins.plugin_registry import check_name
 
     check_name(PluginType.BACKEND, backend, source=source)
+    metadata = check_options(backend, given)
+    if fallback := given.get("fallback"):
+        check_name(PluginType.BACKEND, fallback)
+
+    return metadata
+
+
+def check_options(backend: str, given: Mapping[str, Any]) -> PluginMetadata | None:
+    """Check the options of one tracker; return the metadata of a built-in one.
+
+    Raises:
+        PluginError: an option is wrong; the text lists what is allowed.
+    """
+    from traceml.track.filters import backend_options, check_delivery_options
+    from traceml.track.plugins.plugin_metadata import PluginType
+    from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata
+
+    check_delivery_options(given)
     metadata = backend_metadata(backend) if backend in BUILT_IN[PluginType.BACKEND] else None
     if metadata is not None:
         metadata.check_options(backend_options(given))
