@@ -64,6 +64,13 @@ def test_nothing_found_is_an_error(folder: Path, name: str, why: str) -> None:
         discover([])
 
 
+def test_an_empty_path_is_not_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`traceml analyze "$TRACE"` without the variable would report traces that nobody named."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(TraceNotFoundError, match="the path of a trace is empty"):
+        discover(["b.json", ""])
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     """`traceml analyze <(zcat trace.gz)`: the error says what to do."""
     os.mkfifo(tmp_path / "pipe")

@@ -58,6 +58,9 @@ def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
 
     found: dict[Path, Path] = {}
     for path in named:
+        if path == "":  # a variable that is not set; Path would take it for the working directory
+            raise TraceNotFoundError("the path of a trace is empty; the working directory is '.'")
+
         for file in _under(Path(path)):
             found.setdefault(file.resolve(), file)
 
