@@ -260,6 +260,13 @@ COLLECTORS = """
         def collect(self):
             return {"pid": os.getpid()}
 
+    class Text(Ticking):
+        interval = "1"
+
+    class Leaving(CollectorInterface):
+        def collect(self):
+            raise SystemExit(3)
+
     class Holding(CollectorPlugin):
         @classmethod
         def get_metadata(cls):
@@ -342,6 +349,14 @@ def test_a_collector_that_returns_no_list_is_told_so(caplog: pytest.LogCaptureFi
     """A dict in place of a list of dicts was lost without a word, and the collector with it."""
     child = CollectorProcess(["my_collectors:Mapping"], {}, (), lambda row: None)
     eventually(lambda: "collect() must return a list of Metric and dict, not of str 'pid'" in caplog.text)
+    child.stop(timeout_s=0)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_collector_that_ends_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Its thread ended without a word."""
+    child = CollectorProcess(["my_collectors:Text", "my_collectors:Leaving"], {}, (), lambda row: None)
+    eventually(lambda: "my_collectors:Text': TypeError" in caplog.text and "Leaving': SystemExit: 3" in caplog.text)
     child.stop(timeout_s=0)
 
 

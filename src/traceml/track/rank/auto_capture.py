@@ -153,12 +153,13 @@ class AutoCapture:
         masker = Masker(self._config.mask)
 
         def run() -> None:
-            for rows in readings(collector, failed, self._stopped):
-                for row in rows:
-                    if isinstance(row, Metric):
-                        self._orchestrator.route_metric(row)
-                    else:
-                        self._orchestrator.log_collected(name, masker.mask_mapping(row))
+            with guard():
+                for rows in readings(collector, failed, self._stopped):
+                    for row in rows:
+                        if isinstance(row, Metric):
+                            self._orchestrator.route_metric(row)
+                        else:
+                            self._orchestrator.log_collected(name, masker.mask_mapping(row))
 
             with guard():
                 plugin.cleanup()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -125,14 +126,16 @@ class _CollectorThreads:
             self._first_readings.wait(_FIRST_READING_S)
             lower_priority()
 
+        for action in (partial(self._read, name, collector), plugin.cleanup):
+            try:
+                action()
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - code of a third party
+                self._warn(name, error)
+
+    def _read(self, name: str, collector: CollectorInterface) -> None:
         for rows in readings(collector, lambda error: self._warn(name, error), self._stopped):
             for row in rows:
                 self._send_row(name, row)
-
-        try:
-            plugin.cleanup()
-        except Exception as error:  # noqa: BLE001 - code of a third party
-            self._warn(name, error)
 
     def _send_row(self, name: str, row: Any) -> None:
         if isinstance(row, Mapping):
