@@ -15,7 +15,7 @@ from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_base import BackendPlugin
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["Bare", "FaultyBackend", "FaultyBackendIdempotent", "FaultyPlugin"]
+__all__ = ["Bare", "FaultyBackend", "FaultyBackendIdempotent", "FaultyBackendMark", "FaultyPlugin"]
 
 
 class FaultyBackend(BackendInterface):
@@ -89,6 +89,8 @@ class FaultyBackend(BackendInterface):
             raise BackendBusyError("come back later", 0.1)
         elif behavior == "refuses":
             raise BackendRefusedError("no such project (400)")
+        elif behavior == "exits":
+            raise SystemExit(3)
         elif behavior == "broken":
             raise TypeError("log() got an unexpected keyword argument")
 
@@ -104,6 +106,13 @@ class FaultyBackendIdempotent(FaultyBackend):
                 raise BackendRefusedError(f"bad name {row.name!r}")
 
         super().log_metrics(rows)
+
+
+class FaultyBackendMark(FaultyBackend):
+    """The same, with a position that cannot be kept."""
+
+    def mark(self) -> dict[str, Any]:
+        return {"file": self._file}
 
 
 class FaultyPlugin(BackendPlugin):

@@ -532,6 +532,33 @@ def test_a_run_that_asked_for_no_tracker_can_be_delivered_later(run: LoggedRun) 
     assert values(lines_of(run.path), "a") == [(0, 1.0), (1, 2.0)]
 
 
+@pytest.mark.parametrize("to", ["start", "metrics"])
+def test_a_library_that_ends_its_process_is_a_failure(run: LoggedRun, to: str) -> None:
+    """It was started again and again, and nobody was told why nothing arrived."""
+    folder = faulty(run)
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+    (folder / "behavior").write_text(json.dumps({to: "exits"}))
+
+    assert deliver(run.path, FAULTY).returncode == EXIT_AGAIN
+    assert state_of(run.path, FAULTY).phase == DeliveryPhase.WAITING
+    assert "the tracker's library ended its process: sys.exit(3)" in state_of(run.path, FAULTY).error
+
+    (folder / "behavior").unlink()
+    assert deliver(run.path, FAULTY).returncode == EXIT_DONE
+    assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_position_that_cannot_be_kept_is_named(run: LoggedRun) -> None:
+    """The process died of it, as often as it was started."""
+    backend = f"{FAULTY}Mark"
+    faulty(run, backend)
+    run.end()
+
+    assert deliver(run.path, backend).returncode == EXIT_BROKEN
+    assert "FaultyBackendMark.mark() must return what JSON can hold" in state_of(run.path, backend).error
+
+
 def test_a_plugin_releases_what_it_took(run: LoggedRun) -> None:
     """`cleanup` is called when all is delivered, and its error costs nothing."""
     plugin = FAULTY.replace("FaultyBackend", "FaultyPlugin")

@@ -19,6 +19,7 @@ from typing import Any
 
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
+from traceml.errors import BackendError
 from traceml.formatting import left_text
 from traceml.privacy import Masker
 from traceml.process_ends import StopRequest
@@ -122,6 +123,8 @@ class DeliveryLoop:
             return EXIT_AGAIN
         except Exception as error:  # noqa: BLE001 - a library may raise anything; its kind decides how to continue
             return self._failed(error)
+        except SystemExit as error:
+            return self._failed(BackendError(f"the tracker's library ended its process: sys.exit({error.code!r:.100})"))
 
     def _settings(self, requested_by: PlannedExperiment | None, current: dict[str, Any] | None) -> Config:
         """Return the settings of the run; a tracker that it did not request gets no more than they allow."""

@@ -125,7 +125,7 @@ class TrackerSession:
         number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or DEFAULT_PROJECT)))
         # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
-            "id": number, "url": backend.url, "mark": backend.mark(), "ended": False,
+            "id": number, "url": backend.url, "mark": _mark_of(backend), "ended": False,
             "public": str(row.get("id") or ""),
         }  # fmt: skip
         return backend
@@ -189,7 +189,7 @@ class TrackerSession:
 
             with self._watched("flush"):
                 backend.flush()
-                self._state.experiments[self._prefix + key]["mark"] = backend.mark()
+                self._state.experiments[self._prefix + key]["mark"] = _mark_of(backend)
 
         self._unconfirmed.clear()
 
@@ -297,6 +297,21 @@ class TrackerSession:
             )
 
         return continued
+
+
+def _mark_of(backend: BackendInterface) -> Any:
+    """Return the position of a backend.
+
+    Raises:
+        PluginError: it cannot be kept with the cursor.
+    """
+    mark = backend.mark()
+    try:
+        json.dumps(mark)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{type(backend).__name__}.mark() must return what JSON can hold: {error}") from error
+
+    return mark
 
 
 def _time_for(path: Path) -> float:
