@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import getpass
 import re
 from pathlib import Path
@@ -375,6 +376,22 @@ def test_a_sweeps_parameters(tmp_path: Path) -> None:
     }
     assert wandb_sweep.parameters({}) == {}
     assert wandb_sweep.parameters(environ | {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")}) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"config": argparse.Namespace(lr=1)}, "(config=...) takes a dict of names and values, not Namespace"),
+        ({"settings": 5}, "(settings=...) takes a dict of names and values, not int 5"),
+        ({"options": 5}, "(options=...) takes a dict of names and values, not int 5"),
+        ({"options": {"jsonl": 5}}, "(options={'jsonl': ...}) takes a dict of names and values, not int 5"),
+        ({"tags": 5}, "tags are a dict of names and values, or a list of names, not int 5"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_named(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(text)):
+        traceml.Experiment("a", **given)
 
 
 def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:

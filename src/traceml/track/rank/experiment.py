@@ -64,7 +64,7 @@ class Experiment:
     Raises:
         PluginError: there is no such tracker, or it has no such option; raised when the experiment begins.
         SettingsError: the settings are wrong.
-        TypeError: `resume` is no id, or `backend` no name.
+        TypeError: `resume` is no id, `backend` no name, or another argument has the wrong type.
         UsageError: an option holds a secret; the text says where it belongs.
     """
 
@@ -85,7 +85,7 @@ class Experiment:
         self.project = project
         self.backends = names_of(backend)
         self.tags = _tags_of(tags or ())
-        self.config: dict[str, Any] = dict(config or {})
+        self.config: dict[str, Any] = params_of(config or {}, "Experiment(config=...)")
         """Parameters at the start; under a sweep agent, those that the sweep chose."""
         self._parent = parent if isinstance(parent, Experiment) else None
         self.parent = parent.id if isinstance(parent, Experiment) else parent
@@ -95,9 +95,12 @@ class Experiment:
         """Step of values that are logged without one; None for the training step, else a counter per name."""
         self.id: str = ""
         """Id by which others refer to it; set when it begins."""
-        self._options = {backend: dict(values) for backend, values in (options or {}).items()}
+        given = params_of(options or {}, "Experiment(options=...)").items()
+        self._options = {
+            backend: params_of(values, f"Experiment(options={{{backend!r}: ...}})") for backend, values in given
+        }
         refuse_secrets(self._options)
-        self._settings = dict(settings or {})
+        self._settings = params_of(settings or {}, "Experiment(settings=...)")
         self._logger: Logger | None = None  # from its first begin on, also after its end
         self._is_active = False
         self._block_thread: int | None = None  # that runs its `with`
@@ -305,10 +308,17 @@ def _enclosing() -> str | None:
     return next(found, None)
 
 
-def _tags_of(tags: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
-    """Return tags with their values, empty if they are names alone; a text is one name."""
+def _tags_of(tags: Any) -> dict[str, str]:
+    """Return tags with their values, empty if they are names alone; a text is one name.
+
+    Raises:
+        TypeError: they are neither.
+    """
     if isinstance(tags, Mapping):
         return {str(name): str(value) for name, value in tags.items()}
+    if not isinstance(tags, Iterable):
+        kind = type(tags).__name__
+        raise TypeError(f"tags are a dict of names and values, or a list of names, not {kind} {tags!r:.100}")
 
     return dict.fromkeys(map(str, [tags] if isinstance(tags, str) else tags), "")
 

@@ -184,8 +184,11 @@ def items_of(metrics: Any) -> Iterable[tuple[Any, Any]]:
         raise _no_map("log_metrics", metrics) from None
 
 
-def params_of(params: Any) -> dict[Any, Any]:
+def params_of(params: Any, call: str = "log_params") -> dict[Any, Any]:
     """Return parameters, also given as pairs, as a dict.
+
+    Args:
+        call: what takes them, for the error.
 
     Raises:
         TypeError: they are neither.
@@ -193,7 +196,7 @@ def params_of(params: Any) -> dict[Any, Any]:
     try:
         return dict(params)
     except (TypeError, ValueError):
-        raise _no_map("log_params", params) from None
+        raise _no_map(call, params) from None
 
 
 def _no_map(call: str, given: Any) -> TypeError:
