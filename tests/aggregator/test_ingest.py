@@ -135,3 +135,30 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(way, table, seq, n, da
 
     assert not way.ingest.waiting
     assert way.stream.next == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "named"),
+    [
+        ("names", {"id": 1}, "'name'"),
+        ("names", {"id": "1", "name": "a"}, "'id'"),
+        ("info", {"kind": "git", "t_ns": "now"}, "'t_ns'"),
+        ("logged", {"kind": 5}, "'kind'"),
+        ("logged", {"kind": "experiment", "experiment": [1]}, "'experiment'"),
+        ("logged", {"kind": "experiment", "backends": 5}, "'backends'"),
+        ("logged", {"kind": "params", "params": [1]}, "'params'"),
+    ],
+)
+def test_a_row_that_no_reader_understands_is_refused(way, table, row, named):
+    """It was stored, and the run's report and `traceml sync` of all runs ended with a traceback."""
+    with pytest.raises(ProtocolError, match=f"{named} of a row of '{table}' is missing or of a wrong type"):
+        way.ingest.take(way.stream, table, 0, 1, msgpack.packb(row))
+
+    assert table not in way.stream.next
+
+
+def test_rows_without_optional_fields_are_taken(way):
+    row = {"kind": "tags", "t_ns": 1, "step": None, "tags": ["a"]}
+    way.ingest.take(way.stream, "logged", 0, 1, msgpack.packb(row))
+
+    assert way.stream.next["logged"] == 1

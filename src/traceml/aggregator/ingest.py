@@ -6,7 +6,8 @@ import io
 import logging
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -14,7 +15,7 @@ import msgspec
 
 from traceml.aggregator.artifacts import Artifacts
 from traceml.aggregator.streams.stream import RankStream
-from traceml.database.schema import BLOBS, TABLES, Table
+from traceml.database.schema import BLOBS, INFO, LOGGED, NAMES, TABLES, Table
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log
 from traceml.transport.server import RefusedError
@@ -43,6 +44,37 @@ def _layout(table: Any) -> tuple[int, int]:
 
 
 _LAYOUTS = {name: _layout(table) for name, table in TABLES.items()}
+
+
+_Types = dict[str, type | tuple[type, ...]]
+# Fields of logs that all readers of a store rely on: required ones, and others where a row has them.
+_REQUIRED: dict[str, _Types] = {
+    NAMES.name: {"id": int, "name": str}, LOGGED.name: {"kind": str},
+}  # fmt: skip
+_OPTIONAL: dict[str, _Types] = {
+    LOGGED.name: {
+        "t_ns": int, "step": int, "experiment": int, "params": dict, "tags": (dict, list), "facts": dict,
+        "backends": list, "options": dict, "registered": dict, "sys_path": list, "environ": dict, "counts": list,
+        "edges": list,
+    },
+    INFO.name: {"t_ns": int},
+}  # fmt: skip
+
+
+def _check_maps(table: str, maps: Sequence[Mapping[str, Any]]) -> None:
+    """Check rows of a log, which other programs read from the store.
+
+    Raises:
+        ProtocolError: a field is missing, or has another type.
+    """
+    required, optional = _REQUIRED.get(table, {}), _OPTIONAL.get(table, {})
+    for row in maps:
+        wrong = [key for key, kind in required.items() if not isinstance(row.get(key), kind)]
+        wrong += [key for key in row.keys() & optional if not isinstance(row[key], (optional[key], NoneType))]
+        if wrong:
+            raise ProtocolError(
+                f"{wrong[0]!r} of a row of {table!r} is missing or of a wrong type: {row.get(wrong[0])!r:.50}"
+            )
 
 
 class IngestStatistics(msgspec.Struct, frozen=True):
@@ -126,6 +158,8 @@ class Ingest:
             maps = decode_log(data)
             if len(maps) != n:
                 raise ProtocolError(f"a rows frame of {table!r} does not hold {n} maps")
+
+            _check_maps(table, maps)
             if table == BLOBS.name:
                 data, packed = self._take_chunks(stream, maps), None
 

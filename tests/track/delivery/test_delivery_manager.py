@@ -16,7 +16,6 @@ from traceml.track.tracker_state import DeliveryPhase
     "row",
     [
         {"backends": ["jsonl"], "options": {"jsonl": {"env": 5}}},
-        {"backends": ["jsonl"], "options": {"jsonl": 5}},
         {"backends": ["jsonl"], "options": 5},
         {"backends": 5},
     ],

@@ -48,7 +48,8 @@ class PlannedExperiment(msgspec.Struct):
 
     def options(self, backend: str) -> dict[str, Any]:
         """Return the options of a backend."""
-        return dict((self.row.get("options") or {}).get(backend) or {})
+        options = (self.row.get("options") or {}).get(backend)
+        return dict(options) if isinstance(options, dict) else {}
 
     def settings(self) -> Config:
         """Return the settings of its announcement, with defaults for missing ones."""
