@@ -217,6 +217,25 @@ def test_the_policy_of_a_script_that_plays_is_no_environment(library, samples, s
     assert never not in found.next
 
 
+@pytest.mark.parametrize("every", [1, 8])
+@pytest.mark.parametrize(("on_core", "waits"), [(0.1, True), (0.9, False)])
+def test_environments_in_other_processes_are_not_advised_to_be_there(every, on_core, waits):
+    """The script waits for what they send, in each step or in every n-th one; a large message is copied."""
+    second = 1_000_000_000
+    step = SampledLine(
+        0, "other", "/me/ppo.py", 21, "VecEnv.step", "/lib/multiprocessing/connection.py:390 Connection._recv", 80,
+        watched_ns=second, cpu_ns=int(on_core * second),
+    )  # fmt: skip
+    rest = SampledLine(0, "backward", "/me/ppo.py", 50, "main", None, 40)
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30 * every, every=every))
+    found = next(
+        each for each in diagnose(window, JobFacts(lines=(step, rest), collects=True)) if each.phase == "other"
+    )
+
+    assert found.next.startswith("ppo.py:21 VecEnv.step waits there for answers of other processes") is waits
+    assert ("AsyncVectorEnv" in found.next) is not waits
+
+
 @pytest.mark.parametrize(
     ("library", "is_told"),
     [

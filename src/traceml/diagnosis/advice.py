@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, is_of_ranks_alone, threads_line, torch_share
+from traceml.diagnosis.facts.blamed_lines import (
+    AWAITS_ANSWERS,
+    WAITS_FOR_OTHERS,
+    BlamedLine,
+    is_of_ranks_alone,
+    main_library,
+    threads_line,
+    torch_share,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
@@ -58,8 +66,6 @@ _ELSEWHERE = {
     False: "code that makes batches or collects experience can run ahead in other processes",
 }
 """What may leave a training loop, by whether it has a DataLoader."""
-_AWAITS_ANSWERS = ("Connection._recv", "Connection._recv_bytes")
-_WAITS_FOR_OTHERS = (*_AWAITS_ANSWERS, "Condition.wait", "Queue.get", "wait")
 
 
 def left_on(facts: JobFacts) -> str:
@@ -143,7 +149,7 @@ def for_iterator(facts: JobFacts, called: str | None = None) -> str:
     Args:
         called: library function in which most of the waiting was seen.
     """
-    if called in _WAITS_FOR_OTHERS:
+    if called in WAITS_FOR_OTHERS:
         threads = _in_threads(facts)
         seen = f" ({threads})" if threads else ""
         return (
@@ -163,16 +169,32 @@ def _in_threads(facts: JobFacts) -> str:
     return "" if line is None else f"other threads of the process are mostly in {line.place}"
 
 
-def for_rollouts(line: BlamedLine | None) -> str:
+def for_rollouts(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
     """Return advice on time in which the model collects what it trains on.
 
     Args:
+        part: the part of the step that most of it is.
         line: the line that most of it is spent in, where it is known.
     """
+    if answers := _for_answers(part, line, facts):  # the environments are in processes of their own already
+        return answers
+
     cheaper = "Make rollouts cheaper" if line is None else f"Make {line.place} cheaper"
     return (
         f"{cheaper}. Several environments can be stepped at once in processes of their own (gymnasium's "
         "AsyncVectorEnv), or while the model trains. `traceml report --lines` shows all lines."
+    )
+
+
+def _for_answers(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
+    """Return advice on a line that waits for what other processes compute; None if it does not."""
+    if line is None or main_library(facts.lines, part, line) not in AWAITS_ANSWERS or not facts.waits_in(part, line):
+        return None
+
+    return (
+        f"{line.place} waits there for answers of other processes: make what these do cheaper, or divide it among more "
+        "of them where cores are free; or ask them ahead of the step that needs the answers, so that they work while "
+        "the model trains."
     )
 
 
@@ -245,15 +267,11 @@ def for_residual(
 
 def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) -> str:
     """Return advice on a line of the user's own code, whether it waits or computes."""
-    if facts.waits_in(part, line):
-        if called in _AWAITS_ANSWERS:
-            return (
-                f"{line.place} waits there for answers of other processes: make what these do cheaper, or divide it "
-                "among more of them where cores are free; or ask them ahead of the step that needs the answers, so "
-                "that they work while the model trains."
-            )
+    if answers := _for_answers(part, line, facts):
+        return answers
 
-        if called in _WAITS_FOR_OTHERS and (threads := _in_threads(facts)):
+    if facts.waits_in(part, line):
+        if called in WAITS_FOR_OTHERS and (threads := _in_threads(facts)):
             return (
                 f"{line.place} waits there for another thread or process, and does not compute. {capitalized(threads)}"
                 ": if it waits for them, make that cheaper, or begin it ahead of the step that needs it. Processes (a "
@@ -320,6 +338,9 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
     if not facts.collects or part not in UNNAMED_CODE:
         return None
 
+    if answers := _for_answers(part, line, facts):
+        return answers
+
     played = environment_share(facts.lines, part)
     if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
         return (
@@ -335,7 +356,7 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
             "that in preallocated tensors, of which one index takes a batch. `traceml report --lines` shows all lines."
         )
 
-    return for_rollouts(line) if played is None or played >= MIN_PLAYED else None
+    return for_rollouts(part, line, facts) if played is None or played >= MIN_PLAYED else None
 
 
 def for_saving(half: float, *, asynchronous: bool) -> str:

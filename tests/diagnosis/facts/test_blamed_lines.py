@@ -356,6 +356,25 @@ def test_code_that_lacks_a_core_does_not_sleep(on_core: float, waited: float, wa
     assert is_waiting([seen], "other", append, waited) is waits
 
 
+@pytest.mark.parametrize(
+    ("called", "on_core", "waits"),
+    [
+        ("/lib/multiprocessing/connection.py:390 Connection._recv", 0.2, True),
+        ("/lib/multiprocessing/connection.py:390 Connection._recv", 0.5, False),
+        ("/lib/json/decoder.py:353 JSONDecoder.raw_decode", 0.2, False),
+    ],
+    ids=["receives answers", "receives large ones", "computes"],
+)
+def test_what_only_waits_does_so_beside_other_programs(called: str, on_core: float, waits: bool) -> None:
+    """A fifth of its time on a core is that of the calls before and after it."""
+    second = 1_000_000_000
+    seen = SampledLine(
+        0, "other", "/x/ppo.py", 21, "VecEnv.step", called, 50, watched_ns=second, cpu_ns=int(on_core * second)
+    )
+
+    assert is_waiting([seen], "other", BlamedLine("/x/ppo.py", 21, "VecEnv.step", 1.0, 50), 0.44) is waits
+
+
 @pytest.mark.parametrize(("run", "waits"), [(0.89, False), (0.4, True)])
 def test_a_thread_that_is_hardly_asleep_does_not_wait(run: float, waits: bool) -> None:
     """Where forward is called hundreds of times, samples watch only the calls that lost their core for long."""

@@ -34,6 +34,8 @@ from traceml.diagnosis.facts.sampled_shares import (
 from traceml.formatting import line_text
 
 __all__ = [
+    "AWAITS_ANSWERS",
+    "WAITS_FOR_OTHERS",
     "BlamedLine",
     "awaits_program",
     "blamed_line",
@@ -74,6 +76,10 @@ _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
 _ASLEEP = 0.25  # then the thread must be asleep for this share of the function's time at least
 _CONTENDED, _HARDLY_RUNS = 0.25, 0.1
+AWAITS_ANSWERS = ("Connection._recv", "Connection._recv_bytes")
+"""Library functions that wait for what another process sends,"""
+WAITS_FOR_OTHERS = (*AWAITS_ANSWERS, "Condition.wait", "Queue.get", "wait")
+"""or for another thread or process."""
 
 _Place = tuple[str, str, int | None]
 """File and function; the lines of a module have nothing in common, so each is a place of its own."""
@@ -287,8 +293,10 @@ def is_waiting(
         return False
 
     busy = busy_share([each for each in lines if (each.file, each.function) == (line.file, line.function)], part)
-    # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps.
-    least = _WAITS * (1.0 - wait_share) if wait_share < _CONTENDED else _HARDLY_RUNS
+    # Beside other programs one line waits for a core more than the mean: only one that hardly runs at all sleeps,
+    # or is seen in a function that does nothing else.
+    only_waits = main_library(lines, part, line) in WAITS_FOR_OTHERS
+    least = _WAITS * (1.0 - wait_share) if only_waits or wait_share < _CONTENDED else _HARDLY_RUNS
     return busy is not None and busy < least
 
 

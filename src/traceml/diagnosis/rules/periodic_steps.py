@@ -292,7 +292,7 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
         seldom = (
             "" if period.part == "forward" else f" If it only logs or saves, do it half as often: {gain_text(half)}."
         )
-        return for_rollouts(line) + seldom
+        return for_rollouts(period.part, line, facts) + seldom
 
     if line is not None and facts.waits_in(period.part, line):
         return (
