@@ -379,9 +379,10 @@ def phase_words(phase: str) -> str:
 
 
 def phases_text(phases: Sequence[str], line: str | None) -> str:
-    """Return where time is spent in words: `train.py:23 play and forward`, with a line of the first phase."""
+    """Return where time is spent in words: `train.py:23 play, forward and backward`, with a line of the first phase."""
     first, *others = map(phase_words, phases)
-    return " and ".join([line or first, *others])
+    *before, last = [line or first, *others]
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def line_text(file: str, line: int, function: str) -> str:

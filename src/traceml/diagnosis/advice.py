@@ -293,7 +293,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) 
     is_of_loop = any(
         each.part == "backward" and (each.file, each.function) == (line.file, line.function) for each in facts.lines
     )
-    unless = ", unless it computes the loss," if is_of_loop else ""
+    unless = ", unless it computes the loss or updates weights," if is_of_loop else ""
     calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (

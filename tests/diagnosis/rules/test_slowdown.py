@@ -564,6 +564,22 @@ def test_phases_that_fewer_cores_may_slow_are_told_as_most_of_it(waited, phase):
     assert ("other programs on the host" in finding.next) is (phase is None)
 
 
+@pytest.mark.parametrize(
+    ("rest_ms", "are_told"), [({"comm": 0.0}, False), ({"input_wait": 0.05}, False), ({"optimizer": 2.0}, True)]
+)
+def test_phases_that_are_all_of_the_step_are_not_told_as_most_of_it(rest_ms, are_told):
+    """A program takes the core for a third of the run, and the loop waits for no data and no ranks."""
+    usual = {"forward": 6.0, "backward": 10.0, "other": 18.0}
+    parts = {name: ms * np.where(AT >= 40, 1.8, 1.0) * MS for name, ms in usual.items()}
+    parts |= {name: np.full(BINS, ms * MS) for name, ms in rest_ms.items()}
+    run = StepHistory(AT * WIDTH, np.full(BINS, 40 * WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(run, JobFacts())
+
+    assert ("most of it in code outside the known phases, forward and backward" in finding.summary) is are_told
+    assert ("in all phases alike" in finding.summary) is not are_told
+
+
 @pytest.mark.parametrize(("waited", "phase"), [(0.0, "backward"), (0.9, None)])
 def test_with_too_few_cores_a_phase_is_compared_with_each_other(waited, phase):
     """Backward takes 1.64x and forward 1.47x as long, while the optimizer takes less by chance."""

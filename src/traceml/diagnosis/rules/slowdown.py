@@ -53,6 +53,8 @@ DOMINANT_SHARE = 0.7
 """The phase that has this share of the difference is blamed."""
 JOINT_SHARE = 0.9
 """Else phases that have this share of it together are, the fewest that do."""
+MIN_REST_SHARE = 0.02
+"""The rest of the step is this share of it at least: one without time, as without communication, is no faster."""
 EXPLAINED_LOSS = 0.5
 """What explains this share of what the steps lost is a cause of it."""
 SAME_PACE = 1.15
@@ -381,6 +383,9 @@ def _together(usual: Mapping[str, float], slow: Mapping[str, float]) -> tuple[st
     )
     rest = [name for name in ordered if name not in some]
     own, least = _sum(usual, some), SIMILAR_FACTOR * _sum(differences, some)
+    if _sum(usual, rest) < MIN_REST_SHARE * sum(usual.values()):
+        return ()
+
     if not some or whole <= 0 or _sum(differences, rest) * max(own, 1.0) >= least * max(_sum(usual, rest), 1.0):
         return ()
 
