@@ -223,7 +223,7 @@ def test_what_waits_there_is_to_begin_sooner():
     assert found.next.startswith(
         "train.py:9 wait_for waits there (for a sleep, a disk, a server, another thread or proc"
     )
-    assert "Begin it ahead of the step that needs it" in found.next
+    assert "Do it in the background, in a thread or another process, and begin what a step needs" in found.next
     assert "make it cheaper" not in found.next
 
 
