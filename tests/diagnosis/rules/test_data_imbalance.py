@@ -11,6 +11,7 @@ import pytest
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.data_imbalance import with_batch_sizes
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps
@@ -100,6 +101,21 @@ def test_larger_batches_of_a_late_rank_are_told(larger, is_told):
     assert found.ranks == (1,)
     assert ("Its batches have 3.0x as many elements as those of the others." in found.summary) is is_told
     assert found.next.startswith("Give rank 1 as much data per step as the others have") is is_told
+
+
+@pytest.mark.parametrize(("larger", "is_all"), [(3.0, False), (16.0, True)])
+def test_batches_that_are_larger_than_their_work_is_longer_explain_a_late_rank(larger, is_all):
+    """Forward takes 13 times as long: with batches of three times the size there is another cause."""
+    job = Job(ranks=2)
+    job = replace(job, own={**job.own, "forward": 1.0, "backward": 2.0})
+    sizes = np.ones((2, job.steps))
+    late = diagnose(steps_of(job, sizes, adds("forward", 12.0, (1,)), known=False), JobFacts(world_size=2))[0]
+    sizes[1] *= larger
+
+    told = with_batch_sizes(late, steps_of(job, sizes)).next
+
+    assert told.startswith("Give rank 1 as much data per step")
+    assert (late.next in told) is not is_all
 
 
 def test_a_slow_rank_is_found_among_uneven_batches():

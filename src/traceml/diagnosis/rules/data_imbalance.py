@@ -77,10 +77,11 @@ def with_batch_sizes(finding: Finding, window: AlignedSteps) -> Finding:
         return finding
 
     whose = "Its" if len(finding.ranks) == 1 else "Their"
+    more = finding.evidence["own_ms"] > ratio * finding.evidence["others_ms"]
     return replace(
         finding,
         summary=f"{finding.summary} {whose} batches have {factor_text(ratio)} as many elements as those of the others.",
-        next=f"{_EVEN_RANKS.format(ranks_text(finding.ranks))} Then: {finding.next}",
+        next=_EVEN_RANKS.format(ranks_text(finding.ranks)) + (f" Then: {finding.next}" if more else ""),
         evidence={**finding.evidence, "size_ratio": ratio},
     )
 

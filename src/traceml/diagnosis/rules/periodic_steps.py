@@ -296,9 +296,9 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
 
     if line is not None and facts.waits_in(period.part, line):
         return (
-            f"{waiting_text(line)} Do it in the background, in a thread or another process, and begin what a step needs "
-            f"ahead of that step. If half as often is enough, run it every {ordinal_text(2 * period.every)} step: "
-            f"{gain_text(half)}."
+            f"{waiting_text(line)} Do it in the background, in a thread or another process, and begin what a step "
+            f"needs ahead of that step. If half as often is enough, run it every {ordinal_text(2 * period.every)} "
+            f"step: {gain_text(half)}."
         )
 
     what, see = "what else these steps do", " `traceml report --lines` shows the lines."
