@@ -7,9 +7,11 @@ import logging
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import traceml
@@ -62,6 +64,32 @@ def test_steps_reach_the_store_once(serving: Serving) -> None:
     assert not traceml.is_enabled()
     assert recorder_threads() == my_flights() == []
     assert recorder.statistics().rows_acked == recorder.statistics().rows_appended > 200
+
+
+@pytest.mark.parametrize("other", [True, False], ids=["in a thread of a pool", "in the main thread"])
+def test_core_time_is_that_of_the_thread_that_trains(serving: Serving, other: bool) -> None:
+    """The main thread of a service waits for the training, and would seem never to lack a core."""
+    traceml.init(port=serving.port, token=TOKEN, sampler_intervals={"process": 0.02})
+
+    def train() -> None:
+        until = time.thread_time() + 0.5
+        while time.thread_time() < until:
+            do_steps(1)
+
+    if other:
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    else:
+        train()
+
+    traceml.shutdown()
+    with serving.store() as store:
+        rows = store.rows("process")
+
+    of_steps = rows[rows["step"] > 0]["main_run_ns"]
+    assert (np.diff(of_steps) >= 0).all()
+    assert of_steps[-1] - of_steps[0] > 2e8
 
 
 def test_the_last_telemetry_row_counts_what_the_end_sends(serving: Serving) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
+import time
 
 import psutil
 
@@ -72,3 +73,42 @@ def test_memory_growth_is_seen() -> None:
 
     assert len(ballast) == 64 << 20
     assert 56 << 20 < grown < 80 << 20
+
+
+def test_the_figures_are_those_of_the_thread_that_trains() -> None:
+    """A script trains in a thread of a pool while the main thread waits for its result; the thread ends before it."""
+    computes, ends, started = threading.Event(), threading.Event(), threading.Event()
+
+    def train() -> None:
+        started.set()
+        computes.wait()
+        until = time.thread_time() + 0.2
+        while time.thread_time() < until:
+            pass
+
+        ends.wait()
+
+    thread, trains = threading.Thread(target=train), threading.main_thread()
+    sampler = ProcessSampler(lambda: trains.ident)
+    ran_ns = [_main_run_ns(sampler)]
+    thread.start()
+    started.wait()
+    trains = thread
+    ran_ns.append(_main_run_ns(sampler))
+    computes.set()
+    until = time.monotonic() + 60
+    while (last := _main_run_ns(sampler)) < ran_ns[-1] + 2e8 and time.monotonic() < until:
+        time.sleep(0.01)
+
+    ends.set()
+    thread.join()
+    ran_ns += [last, _main_run_ns(sampler)]
+    sampler.close()
+
+    assert 2e8 <= ran_ns[2] - ran_ns[1] < 4e8
+    assert 0 <= ran_ns[1] - ran_ns[0] < 1e8, "it goes on from there"
+    assert 0 <= ran_ns[3] - ran_ns[2] < 1e8, "an ended thread has run as long as it had"
+
+
+def _main_run_ns(sampler: ProcessSampler) -> int:
+    return sampler.sample(5, 7)[0][9]

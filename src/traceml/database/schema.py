@@ -359,8 +359,8 @@ PROCESS = Table(
         _q("involuntary_switches", "involuntary context switches since start"),
         _q("minor_faults", "minor page faults since start"),
         _q("major_faults", "major page faults since start"),
-        _q("main_run_ns", "main thread: time on a CPU core since start"),
-        _q("main_wait_ns", "main thread: time spent waiting for a CPU core since start"),
+        _q("main_run_ns", "training thread, before it is known the main one: time on a CPU core since start"),
+        _q("main_wait_ns", "the same: time spent waiting for a CPU core since start"),
     ),
     capacity=4096,
 )

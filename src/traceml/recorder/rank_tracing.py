@@ -181,7 +181,11 @@ class RankTracing:
         from traceml.samplers.sampler_selection import open_samplers  # 5 ms, for nothing where only logging is wanted
 
         return open_samplers(
-            local_rank=self._rank()[1], workers=worker_pids, save_folder=self._save_folder, note=self._note
+            local_rank=self._rank()[1],
+            workers=worker_pids,
+            save_folder=self._save_folder,
+            training_thread=self._training_thread,
+            note=self._note,
         )
 
     def _save_folder(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 
 from traceml.database.info_kinds import InfoSender
@@ -28,6 +29,7 @@ def open_samplers(
     local_rank: int,
     workers: Groups = tuple,
     save_folder: Callable[[], str | None] = lambda: None,
+    training_thread: Callable[[], int | None] = lambda: threading.main_thread().ident,
     note: InfoSender | None = None,
 ) -> list[Sampler]:
     """Open the samplers that work on this machine; local rank 0 also opens those of the host.
@@ -36,10 +38,11 @@ def open_samplers(
 
     Args:
         workers: returns (number of the loader, ids of its worker processes) of each iterator.
+        training_thread: returns Python's number of the thread that trains.
         note: appends a row to `info`.
     """
     factories: list[_Factory] = [
-        ProcessSampler,
+        lambda: ProcessSampler(training_thread),
         lambda: TorchMemorySampler(note=note),
         LimitsSampler,
         lambda: LoaderWorkersSampler(workers),
