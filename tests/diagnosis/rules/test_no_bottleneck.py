@@ -37,6 +37,10 @@ HALF = ModelFacts(dtype="torch.bfloat16", compiled=True)
         ({"model": COMPILED, "compile_s": 12.0}, "compiled already, which took 12 s", "torch.compile"),
         ({"threads": 1, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch uses 1 of 8 cores", "bf16"),
         ({"threads": 8, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch.compile", "OMP_NUM_THREADS"),
+        ({"model": HALF}, "32-bit floats in place of 16-bit ones", "torch.compile"),
+        ({"model": PLAIN, "autocast": True}, "To go faster: 32-bit floats in place of 16-bit ones", "compiled already"),
+        ({"model": PLAIN}, "torch.compile", "16-bit"),
+        ({"model": ModelFacts(device="cuda:0"), "autocast": True}, "torch.compile", "16-bit"),
     ],
 )
 def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):

@@ -66,6 +66,8 @@ _MOSTLY_TABLES = 0.5
 _UNTRAINED_RATIO = 6.0
 """From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
 
+_OF_16_BITS = ("torch.bfloat16", "torch.float16")
+
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
 BUSY_POWER = 0.6
@@ -405,8 +407,8 @@ def _untrained(shares: Mapping[str, float], step: float) -> str:
 
     return (
         f" Backward takes only {ns_text(backward * step)}: where forward is not trained (a frozen part, a teacher, "
-        "sampling), call it without gradients (torch.no_grad()) for more inputs at once, or keep its outputs for "
-        "inputs that come again."
+        "sampling), keep its outputs for inputs that come again, or call it for more inputs at once, without gradients "
+        "(torch.no_grad())."
     )
 
 
@@ -501,6 +503,12 @@ def _on_cpu(facts: JobFacts) -> list[str]:
         found.append(
             f"torch uses {threads} of {cores} cores, so let it use {cores} (OMP_NUM_THREADS, "
             "or torch.set_num_threads where the script calls that)"
+        )
+
+    if model.device in (None, "cpu") and (facts.autocast or model.dtype in _OF_16_BITS):
+        found.append(
+            "32-bit floats in place of 16-bit ones (autocast, or the weights), which are far slower unless the CPU "
+            "computes with them (lscpu shows amx_bf16, avx512_bf16 or bf16)"
         )
 
     if not model.compiled:
