@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ClassVar
 
 from traceml.database.schema import PROCESS, Table
@@ -79,19 +80,14 @@ class ProcessSampler(Sampler):
     def _read_thread(self) -> None:
         """Read how long the thread that trains has run and waited; where that has changed, both go on from there."""
         thread = self._training_thread()
-        if thread != self._thread and (number := thread_number(thread or 0)):
-            self._thread = thread
-            self._follow(number)
+        with suppress(OSError):  # the thread has ended
+            if thread != self._thread and (number := thread_number(thread or 0)):
+                self._follow(number)
+                self._thread = thread
 
-        if self._sched is None:
-            return
-
-        try:
-            run_ns, wait_ns = _figures(self._sched)
-        except OSError:  # the thread has ended
-            return
-
-        self._run_ns, self._wait_ns = self._earlier[0] + run_ns, self._earlier[1] + wait_ns
+            if self._sched is not None:
+                run_ns, wait_ns = _figures(self._sched)
+                self._run_ns, self._wait_ns = self._earlier[0] + run_ns, self._earlier[1] + wait_ns
 
     def _follow(self, number: int) -> None:
         before, opened = self._sched, open_if_visible(f"/proc/self/task/{number}/schedstat", 256)
