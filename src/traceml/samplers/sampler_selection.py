@@ -58,6 +58,6 @@ def open_samplers(
             try:
                 opened.append(factory())
             except OSError as error:  # this machine lacks what it reads, as the driver of GPUs
-                _log.debug("no %s on this machine: %s", getattr(factory, "name", factory), error)
+                _log.debug("a sampler has nothing to read on this machine: %s", error)
 
     return opened
