@@ -481,6 +481,52 @@ def test_of_spawned_ranks_the_one_that_was_killed_first_is_named(traceml: Tracem
     assert "rank 0 ended because of that" in verdict["summary"]
 
 
+POOL = """
+import multiprocessing, multiprocessing.pool, sys, time
+import torch
+from torch.utils.data import DataLoader
+
+def train(steps):
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for x in DataLoader(torch.ones(4 * steps, 8), batch_size=4):
+        model(x).sum().backward()
+        optimizer.step()
+        time.sleep(0.005)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    tasks, results = context.SimpleQueue(), context.SimpleQueue()
+    worker = context.Process(target=multiprocessing.pool.worker, args=(tasks, results))
+    worker.start()
+    tasks.put((0, 0, train, (100,), {}))
+    results.get()
+    if sys.argv[2] == "in a task":
+        tasks.put((0, 0, train, (10000,), {}))
+    time.sleep(1)
+    worker.terminate()
+    worker.join()
+    time.sleep(2)
+"""
+
+
+@pytest.mark.parametrize(("method", "when", "state"), [
+    ("fork", "between tasks", "finished"), ("spawn", "between tasks", "finished"), ("fork", "in a task", "lost"),
+])  # fmt: skip
+def test_a_worker_of_a_pool_that_waits_for_a_task_may_be_ended(
+    traceml: Traceml, tmp_path: Path, method: str, when: str, state: str
+) -> None:
+    """A pool does so at the end of `with Pool(...)`: such a worker has lost nothing."""
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    ended = traceml("run", str(script), method, when)
+
+    assert ended.status == 0, ended.stderr
+    assert [rank["state"] for rank in ended.report["ranks"]] == [state]
+    assert (ended.report["verdict"]["kind"] == "RANK_LOST") == (state == "lost")
+
+
 LEAVES = """
 import os, sys, torch
 from torch.utils.data import DataLoader

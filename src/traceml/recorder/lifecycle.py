@@ -166,6 +166,13 @@ def note_return(*, is_script: bool) -> None:
             recording.note_return(is_script=is_script)
 
 
+def note_idle(*, idle: bool) -> None:
+    """Record that this process waits for another task, or has one; see `Recording.note_idle`."""
+    if (recording := _live_recording()) is not None:
+        with fail_open(_log, "recorder", "the end of a task could not be recorded"):
+            recording.note_idle(idle=idle)
+
+
 def _live_recording() -> Recording | None:
     return state.recorder.live_recording if state.recorder is not None else None
 

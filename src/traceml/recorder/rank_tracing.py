@@ -143,6 +143,12 @@ class RankTracing:
         """Whether an optimizer has stepped in the open step, and no part of another step has begun since."""
         return self.instrumentation is not None and self.instrumentation.clock.step_is_done
 
+    @property
+    def trains_in_thread(self) -> bool:
+        """Whether a thread other than the main one trains, and has not ended."""
+        thread = self._training_thread()
+        return thread != threading.main_thread().ident and thread in sys._current_frames()
+
     def data(self) -> DataProgress | None:
         """Return the progress through the data of the training loader; None without one."""
         clock = self._step_clock()

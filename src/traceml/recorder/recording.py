@@ -235,6 +235,12 @@ class Recording:
 
         self.thread.wake()
 
+    def note_idle(self, *, idle: bool) -> None:
+        """Record that this process waits for another task, or has one: one that waits may be ended by a signal."""
+        if not self.exit_noted:
+            is_over = idle and not self.tracing.trains_in_thread
+            self.flight.open_slots[Slot.STATE] = FlightState.FINISHED if is_over else FlightState.RUNNING
+
     def _is_in_step(self, status: int, reported: Mapping[str, Any]) -> bool:
         """Whether the end comes in the middle of a step: after the last one another is open, with nothing done."""
         if self._is_between_phases(reported) and self.tracing.loop_has_ended:

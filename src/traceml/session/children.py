@@ -15,6 +15,7 @@ from typing import Any
 
 from traceml.fail_open import fail_open
 from traceml.ids import detect_rank
+from traceml.session.task_workers import watch_pool_worker
 
 __all__ = ["ChildTarget", "at_training_setup", "watch_children"]
 
@@ -32,6 +33,7 @@ class ChildTarget:
         """Run the function, on the child's side."""
         with fail_open(_log, "session", "a child process trains without tracing"):
             at_training_setup(self._start)
+            watch_pool_worker(self._target, args)
 
         return self._target(*args, **kwargs)
 

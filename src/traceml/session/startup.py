@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,12 @@ def start(config: Config, *, wait: bool = True, defer_connect: bool = False) -> 
         from traceml.session.children import watch_children
 
         watch_children(start_in_child)
+
+    if recorder.enabled and "ray" in sys.modules:
+        with fail_open(_log, "session", "a worker that Ray ends counts as lost"):
+            from traceml.session.task_workers import watch_ray_worker
+
+            watch_ray_worker()
 
     return recorder
 
