@@ -82,6 +82,8 @@ def test_a_rank_that_sets_the_address_itself_is_of_that_group(
         ("-c", "python"),
         ("", "python"),
         ("/usr/lib/ipykernel_launcher.py", "notebook"),
+        ("/usr/lib/ray/_private/workers/default_worker.py", "ray"),
+        ("default_worker.py", "default_worker"),
     ],
 )
 def test_a_run_is_called_as_its_script(monkeypatch: pytest.MonkeyPatch, argv0: str, name: str) -> None:

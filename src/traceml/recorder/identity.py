@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _PARENT = "TRACEML_PARENT"
+_RAY_WORKER = "ray/_private/workers/default_worker.py"  # the program of each worker of Ray
 _spawned: SpawnedFrom | None = None
 
 
@@ -251,6 +252,8 @@ def script_name() -> str:
     path = Path(script)
     if path.name == "ipykernel_launcher.py":
         return "notebook"
+    if script.endswith(_RAY_WORKER):
+        return "ray"
     if path.name == "__main__.py":
         return path.parent.name or "run"
     if script in ("", "-c", "-"):
