@@ -510,8 +510,8 @@ def test_training_in_one_thread_after_another(traced: Traced) -> None:
     assert len(traced.finish()) == 150
 
 
-def test_a_second_training_at_the_same_time(traced: Traced) -> None:
-    """While the training thread is alive, another thread's training is not counted."""
+def test_a_second_training_at_the_same_time(traced: Traced, caplog: pytest.LogCaptureFixture) -> None:
+    """While the training thread is alive, another thread's training is not counted, which is said once."""
     model: nn.Module = net()
     optimizer = sgd(model)
     for _ in range(20):
@@ -522,6 +522,26 @@ def test_a_second_training_at_the_same_time(traced: Traced) -> None:
         train(model, optimizer, X)
 
     assert len(traced.finish()) == 40
+    [said] = [record.getMessage() for record in caplog.records if "latter are counted" in record.getMessage()]
+    assert "in the thread MainThread is traced" in said
+
+
+def test_an_optimizer_that_moves_with_the_training_is_no_second_one(
+    traced: Traced, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One thread after another, and optimizers that step in the backward pass."""
+    for _ in range(2):
+        in_thread(lambda: train_all(20, with_loader=False))
+
+    model = net()
+    own = {parameter: torch.optim.SGD([parameter], lr=0.01) for parameter in model.parameters()}
+    for parameter in own:
+        parameter.register_post_accumulate_grad_hook(lambda tensor: own[tensor].step())
+
+    for _ in range(20):
+        model(X).sum().backward()
+
+    assert "latter are counted" not in caplog.text
 
 
 def test_an_optimizer_that_gets_more_parameters_is_described_again(traced: Traced) -> None:

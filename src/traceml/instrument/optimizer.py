@@ -8,7 +8,10 @@ A closure given to `step` is code of the training loop, and no part of the optim
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 import weakref
+from _thread import get_ident
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +37,11 @@ __all__ = [
 ]
 
 # Their optimizers wrap the user's. They step it, or skip it while gradients accumulate.
+_log = logging.getLogger("traceml")
+
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
 _CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
-_INPUT_WAIT, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.OPTIMIZER)
+_INPUT_WAIT, _BACKWARD, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
@@ -267,7 +272,11 @@ def patch_clipping(patches: Patches, clock: StepClock) -> None:
 def _begin(clock: StepClock, optimizer: Any) -> Began | None:
     """Begin an optimizer step call; return None if it is not a step call of its own."""
     try:
-        if clock.current == _INPUT_WAIT or not (clock.is_training_thread() or clock.claim_thread()):
+        if clock.current == _INPUT_WAIT:
+            return None
+
+        if not (clock.is_training_thread() or clock.claim_thread()):
+            _warn_of_other_thread(clock)
             return None
 
         if clock.depth or clock.current == _OPTIMIZER:
@@ -278,6 +287,27 @@ def _begin(clock: StepClock, optimizer: Any) -> Began | None:
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return None
+
+
+def _warn_of_other_thread(clock: StepClock) -> None:
+    """Log, once, that two threads of the script train at the same time, of which one is traced."""
+    # Autograd has threads of its own, in which hooks of a backward pass may step.
+    if clock.warned_of_thread or clock.current == _BACKWARD or not clock.has_stepped:
+        return
+
+    known = (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))
+    names = {thread.ident: thread.name for thread in known}
+    own, traced = (names.get(ident) for ident in (get_ident(), clock.thread))
+    if own is None or traced is None:
+        return
+
+    clock.warned_of_thread = True
+    _log.warning(
+        "an optimizer steps in the thread %s while the training in the thread %s is traced: only the steps of the "
+        "latter are counted. Train one after the other, or in processes of their own, to trace both.",
+        own,
+        traced,
+    )
 
 
 def _end(clock: StepClock, optimizer: Any, began: Began, *, failed: bool) -> None:

@@ -82,6 +82,7 @@ class StepClock(DividedStep):
         super().__init__(flight, listener, get_ident() if thread is None else thread)
         self.evaluation = EvaluationPeriod(self)
         self.blocks = 0  # nested trace_step() blocks
+        self.warned_of_thread = False  # that another thread trains, too
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
         self.training_loader: Any = None  # the loader whose batches are trained on
