@@ -19,14 +19,16 @@ class ProcessState:
         recorder: the newest recorder, running or stopped; None before the first one.
         instrumentation: hooks of the running recorder; None while nothing is traced.
         parent: in a forked child, the recorder of the process that it was forked from.
+        starter: identifier of the thread that is starting the recorder; None while none does.
     """
 
-    __slots__ = ("instrumentation", "parent", "recorder")
+    __slots__ = ("instrumentation", "parent", "recorder", "starter")
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
         self.instrumentation: Instrumentation | None = None
         self.parent: Recorder | None = None
+        self.starter: int | None = None
 
 
 state = ProcessState()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from traceml.settings import Config
 
 __all__ = [
+    "await_start",
     "in_fixed_folder",
     "is_helper_process",
     "note_exit",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("traceml")
+_START_S = 10.0  # longest wait for another thread's start: it may wait itself for the thread that waits for it
 _lock = threading.Lock()
 _watch: ExitWatch | None = None
 _hooked = False
@@ -83,22 +85,36 @@ def start(
         _set_log_level(config)
         parent = state.parent.identity if state.parent is not None and not tracing else None
         spawned = spawned_from() if not tracing and parent is None else None
-        state.recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
+        recorder = Recorder(config, parent=parent, spawned=spawned)
         if on_stored is not None:
             recorder.on_stored = partial(on_stored, recorder)
 
-        if config.enabled and not is_helper_process():
-            with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
-                recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
-                state.instrumentation = recorder.instrumentation
-                _hook_process(watch=not recorder.is_child)
+        state.starter, state.recorder = threading.get_ident(), recorder
+        try:
+            if config.enabled and not is_helper_process():
+                with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
+                    recorder.start(wait=wait, tracing=tracing, defer_connect=defer_connect)
+                    state.instrumentation = recorder.instrumentation
+                    _hook_process(watch=not recorder.is_child)
 
-        notify_change()
+            notify_change()
+        finally:
+            state.starter = None
 
     if recorder.enabled:
         notify_start(recorder)
 
     return recorder
+
+
+def await_start() -> None:
+    """Wait while another thread starts the recorder of this process; the thread itself does not wait."""
+    recorder = state.recorder
+    if recorder is None or state.starter in (None, threading.get_ident()) or recorder.pid != os.getpid():
+        return
+
+    if _lock.acquire(timeout=_START_S):
+        _lock.release()
 
 
 def in_fixed_folder(config: Config) -> Config:

@@ -329,6 +329,27 @@ def test_threads_and_a_signal_handler_log_at_once(script: Script, tmp_path: Path
     assert int(out) > 10
 
 
+def test_the_first_values_of_many_threads(script: Script, tmp_path: Path) -> None:
+    """What a thread logs while another one's first value, or its `init`, starts the recorder is not lost."""
+    finish(
+        script("""
+        import threading, traceml
+        barrier = threading.Barrier(9)
+        def work(number):
+            barrier.wait()
+            traceml.log_metric("value", number)
+        def start():
+            barrier.wait()
+            traceml.init(local=True)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in [*threads, threading.Thread(target=start)]:
+            thread.start()
+        """)
+    )
+
+    assert sorted(ended_run(tmp_path / "traceml_runs").values("value")) == [float(number) for number in range(8)]
+
+
 def test_two_ranks_at_once(script: Script, tmp_path: Path) -> None:
     """Both ranks' values are in one run, under one experiment, each with its rank."""
     ranks = [

@@ -33,6 +33,9 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
     Raises:
         SettingsError: the settings are wrong and `again` is set; else that is a warning.
     """
+    if state.starter is not None:  # what is logged meanwhile would be lost
+        lifecycle.await_start()
+
     recorder = state.recorder
     if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
         if recorder.is_over:
