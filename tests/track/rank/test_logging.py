@@ -350,6 +350,24 @@ def test_the_first_values_of_many_threads(script: Script, tmp_path: Path) -> Non
     assert sorted(ended_run(tmp_path / "traceml_runs").values("value")) == [float(number) for number in range(8)]
 
 
+def test_after_an_init_that_failed(script: Script) -> None:
+    """A value logged after it is not recorded, and the warning says that `init` failed, not that a run has ended."""
+    out = finish(
+        script("""
+        import logging, sys, traceml
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        try:
+            traceml.init(port=1, connect_timeout=0)
+        except traceml.AggregatorUnavailableError:
+            pass
+        traceml.log_metric("value", 1)
+        """)
+    )
+
+    assert "not recorded: tracing could not be started" in out
+    assert "has ended" not in out
+
+
 def test_two_ranks_at_once(script: Script, tmp_path: Path) -> None:
     """Both ranks' values are in one run, under one experiment, each with its rank."""
     ranks = [

@@ -39,7 +39,7 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
     recorder = state.recorder
     if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
         if recorder.is_over:
-            _warn_of_end()
+            _warn_of_end(has_run=recorder.identity is not None)
 
         return recorder if recorder.enabled else None
 
@@ -68,12 +68,13 @@ def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | 
     return recorder if recorder.enabled else None
 
 
-def _warn_of_end() -> None:
+def _warn_of_end(*, has_run: bool) -> None:
     """Log once that a value is lost: a script may log in an `atexit` function, of which ours may come first."""
     global _has_warned
     if not _has_warned:
         _has_warned = True
+        why = "the run has ended, by traceml.shutdown() or with the script"
         _log.warning(
-            "what is logged from now on is not recorded: the run has ended, by traceml.shutdown() or with the script. "
-            "A new Experiment begins another run"
+            "what is logged from now on is not recorded: %s. A new Experiment begins another run",
+            why if has_run else "tracing could not be started, the error of traceml.init() says why",
         )
