@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import os
+import shlex
 import signal
 import socket
 import time
@@ -502,7 +503,7 @@ def _elsewhere(hello: Hello, runs_dir: Path) -> str:
     return (
         f"it serves the runs folder {runs_dir}, and this job's is {hello.runs_dir}. Start `traceml serve` for that one "
         "(with --port 0 next to this one) or let the job do it with traceml.init(local=True); "
-        f"or set TRACEML_RUNS_DIR={runs_dir}, or the address (TRACEML_PORT), to store the run there"
+        f"or set TRACEML_RUNS_DIR={shlex.quote(str(runs_dir))}, or the address (TRACEML_PORT), to store the run there"
     )
 
 

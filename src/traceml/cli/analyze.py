@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -134,7 +135,7 @@ def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFou
     if run is None:
         return error
 
-    commands = f"traceml export {run} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
+    commands = f"traceml export {shlex.quote(run)} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
     return TraceNotFoundError(f"{run} is the folder of a run and contains no trace. Create one: {commands}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def _show_at_end() -> None:
         for run_dir, recorder in due:
             _show_ended(run_dir, recorder)
     except KeyboardInterrupt:
-        _print(f"traceml: `traceml report {short_path(run_dir)}` shows the verdict")
+        _print(f"traceml: `traceml report {shlex.quote(short_path(run_dir))}` shows the verdict")
 
 
 def _show_ended(run_dir: Path, recorder: Recorder) -> None:
@@ -112,9 +113,8 @@ def _show_ended(run_dir: Path, recorder: Recorder) -> None:
         return
 
     if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
-        _print(
-            f"traceml: rank {own.rank} failed; `traceml report {short_path(run_dir)}` says why when the job has ended"
-        )
+        command = f"traceml report {shlex.quote(short_path(run_dir))}"
+        _print(f"traceml: rank {own.rank} failed; `{command}` says why when the job has ended")
     else:
         show_verdict(run_dir)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from contextlib import suppress
@@ -63,7 +64,8 @@ def print_final_report(
         _print_report(run_dir, program, report, target, finished=finished, quiet=quiet)
 
     if not finished and run_dir.is_dir():
-        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=run_dir.parent))
+        runs = shlex.quote(str(run_dir.parent))
+        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=runs))
 
 
 def _print_report(

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,7 +85,8 @@ class ReportProcess:
                 answer = _answer(process, f"{request}\n".encode())
 
         if (path := answer.get("path")) is None:
-            raise TraceMLError(f"{answer['error'].rstrip('.')}. `traceml report {run_dir}` makes it again.")
+            command = f"traceml report {shlex.quote(str(run_dir))}"
+            raise TraceMLError(f"{answer['error'].rstrip('.')}. `{command}` makes it again.")
 
         return Path(path)
 

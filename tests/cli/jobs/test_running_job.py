@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_top import running_run
+from tests.runs.fabricated_store import run_facts
 from traceml.cli.jobs import running_job as module
 from traceml.cli.jobs.running_job import aggregator_of, running_job
 from traceml.database.store.store import StoreWriter
@@ -37,6 +39,26 @@ def test_a_job_of_another_folder_than_the_named_one_is_not_meant(tmp_path: Path)
     """Its stacks would be taken for those of a job that has just ended."""
     with pytest.raises(RunNotFoundError, match=f"no job is running in {tmp_path / 'runs'}"):
         running_job(None, load(runs_dir=tmp_path / "runs"), only_there=True)
+
+
+def test_a_run_that_has_ended_is_named_in_a_command_that_a_shell_understands(tmp_path: Path) -> None:
+    """A folder may have spaces; the command is meant to be copied."""
+    run_dir = tmp_path / "my runs" / "20250102-030405-train-abcd"
+    run_dir.mkdir(parents=True)
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=run_dir.name))
+        writer.commit()
+
+    config = load(runs_dir=run_dir.parent)
+    with pytest.raises(TraceMLError) as named:
+        running_job(str(run_dir), config)
+
+    with pytest.raises(TraceMLError) as latest:
+        running_job(None, config, only_there=True)
+
+    for error in (named.value, latest.value):
+        words = shlex.split(str(error).partition("traceml report ")[2])
+        assert words == [str(run_dir)]
 
 
 @pytest.mark.parametrize(("waits_s", "says"), [(0.0, "has stored nothing yet"), (60.0, "runs on host node7")])

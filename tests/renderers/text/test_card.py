@@ -49,6 +49,9 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert printed(path)[-2:] == [f" Report  {path}", f" Command traceml report {folder}"]
 
+    spaced = folder.rename(tmp_path / "my runs")
+    assert printed(spaced / "report.json")[-1] == f" Command traceml report '{spaced}'"
+
 
 def test_a_missing_rank_is_reported():
     """A missing rank is named; without one there is no such line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ def running_job(target: str | None, config: Config, *, only_there: bool = False)
     ended = live.ended
     live.close()
     if ended:
-        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: traceml report {target}")
+        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: traceml report {shlex.quote(target)}")
 
     return run_dir
 
@@ -86,7 +87,7 @@ def _newest(places: list[Path]) -> Path:
     hint = "Start one with `traceml run SCRIPT`"
     if infos:
         latest = max(infos, key=_age)
-        hint = f"The latest, {latest.id}, has ended ({latest.state}): traceml report {latest.path}"
+        hint = f"The latest, {latest.id}, has ended ({latest.state}): traceml report {shlex.quote(str(latest.path))}"
 
     raise RunNotFoundError(f"no job is running in {where}. {hint}")
 
@@ -126,7 +127,7 @@ def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     if served is None:
         raise TraceMLError(
             f"the aggregator of run {run_dir.name} (pid {pid}) no longer runs, or belongs to another user. "
-            f"The last state of the run: traceml report {run_dir.name}"
+            f"The last state of the run: traceml report {shlex.quote(run_dir.name)}"
         )
 
     known = address_of(run_dir.parent, served.port)

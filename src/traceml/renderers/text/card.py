@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -127,7 +128,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
 def _name_of(run_dir: Path) -> str:
     """Return the run for a command line: its id in the default folder of runs, else its path."""
     default = Path(working_folder() or os.sep, "traceml_runs").resolve()
-    return run_dir.name if run_dir.parent == default else str(run_dir)
+    return shlex.quote(run_dir.name if run_dir.parent == default else str(run_dir))
 
 
 def _top(view: RunView, width: int, viewport: Viewport) -> Text:
