@@ -217,14 +217,14 @@ def test_a_launcher_finds_the_rows_of_a_rank_that_never_met_an_aggregator(
 
 def test_a_wrong_token_is_refused(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
     """It raises; with on_missing=warn the training goes on untraced by anyone."""
-    with pytest.raises(AggregatorRefusedError, match="wrong token"):
+    with pytest.raises(AggregatorRefusedError, match="wrong token: both sides need the same TRACEML_TOKEN"):
         traceml.init(port=serving.port, token="wrong")
 
     with caplog.at_level(logging.WARNING, "traceml"):
         recorder = traceml.init(port=serving.port, token="wrong", on_missing="warn")
     assert recorder.enabled
     assert not recorder.statistics().connected
-    assert "wrong token. Training goes on" in caplog.text
+    assert "in a file of settings. Training goes on" in caplog.text
 
 
 def test_no_row_is_lost_or_doubled_when_the_aggregator_dies(serving: Serving) -> None:

@@ -259,7 +259,7 @@ class Peer(asyncio.BufferedProtocol):
         binding = self._server.tls.fingerprint if self._server.tls is not None else b""
         expected = auth.mac(self._server.token, self.nonce, hello.role, hello.run, hello.rank, binding)
         if not isinstance(proof, bytes) or not auth.same_mac(proof, expected):
-            raise RefusedError("wrong token")
+            raise RefusedError("wrong token: both sides need the same TRACEML_TOKEN, or token in a file of settings")
 
         if not isinstance(nonce, bytes) or not 16 <= len(nonce) <= 64:
             raise ProtocolError("the hello's nonce is not 16 to 64 bytes")
