@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         AgentFailedError,
         AggregatorRefusedError,
         AggregatorUnavailableError,
+        ArgumentTypeError,
         BackendBusyError,
         BackendError,
         BackendRefusedError,
@@ -82,8 +83,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "traceml.display.notebook": "Run load_run",
     "traceml.errors": (
-        "AgentFailedError AggregatorRefusedError AggregatorUnavailableError BackendBusyError BackendError "
-        "BackendRefusedError BackendUnauthorizedError LaunchTimeoutError NotCallableError PayloadError "
+        "AgentFailedError AggregatorRefusedError AggregatorUnavailableError ArgumentTypeError BackendBusyError "
+        "BackendError BackendRefusedError BackendUnauthorizedError LaunchTimeoutError NotCallableError PayloadError "
         "PluginError ProtocolError ResultNotFoundError RunNotFoundError RuntimeClosedError SettingsError "
         "SlurmError StoreError TableNotFoundError TaskCancelledError TaskDeadlockError TaskError TaskForkedError "
         "TaskTimeoutError TasksFailedError TraceEmptyError TraceMLError TraceNotFoundError UsageError WaitTimeoutError "
@@ -123,6 +124,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "AgentFailedError",
     "AggregatorRefusedError",
     "AggregatorUnavailableError",
+    "ArgumentTypeError",
     "BackendBusyError",
     "BackendError",
     "BackendInterface",

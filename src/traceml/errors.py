@@ -12,6 +12,7 @@ TraceMLError
 │   ├── TableNotFoundError        (KeyError)       it has no such table
 │   └── StoreVersionError                          its format is that of another version of traceml
 ├── UsageError                    (ValueError)     wrong arguments of a command or a function
+├── ArgumentTypeError             (TypeError)      an argument of a function has a type that it cannot take
 ├── WorkerFailedError             (RuntimeError)   a launched worker ended by a signal or an exit code
 ├── AgentFailedError              (RuntimeError)   a host of a launch cannot be used, or was lost
 ├── LaunchTimeoutError            (TimeoutError)   a launch did not start within its timeout
@@ -49,6 +50,7 @@ __all__ = [
     "AggregatorForeignError",
     "AggregatorRefusedError",
     "AggregatorUnavailableError",
+    "ArgumentTypeError",
     "BackendBusyError",
     "BackendError",
     "BackendRefusedError",
@@ -193,6 +195,10 @@ class StoreVersionError(StoreError):
 
 class UsageError(TraceMLError, ValueError):
     """A command or a function got wrong arguments; the text is one line and a hint."""
+
+
+class ArgumentTypeError(TraceMLError, TypeError):
+    """An argument of a function has a type that it cannot take."""
 
 
 class TraceNotFoundError(TraceMLError, LookupError):

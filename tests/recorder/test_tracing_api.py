@@ -116,19 +116,21 @@ def test_a_callable_without_a_name_can_be_traced() -> None:
 
 @pytest.mark.parametrize("decorate", [traceml.trace, traceml.trace("named"), traceml.trace(None)])
 def test_only_what_can_be_called_is_traced(decorate: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match=r"trace\(5\): give a function or the name of a phase"):
+    with pytest.raises(traceml.ArgumentTypeError, match=r"trace\(5\): give a function or the name of a phase"):
         decorate(5)
 
 
 def test_a_step_that_cannot_be_stored_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set_step\(1208925819614629174706176\): the largest number of a step is"):
+    with pytest.raises(
+        traceml.UsageError, match=r"set_step\(1208925819614629174706176\): the largest number of a step is"
+    ):
         traceml.set_step(2**80)
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, True, "3"])
 def test_number_of_a_step_that_is_none(step: object) -> None:
     """A mistake is the caller's, traced or not."""
-    with pytest.raises(ValueError, match="whole number from 0"):
+    with pytest.raises(traceml.UsageError, match="whole number from 0"):
         traceml.set_step(step)  # type: ignore[arg-type]
 
 
@@ -140,5 +142,5 @@ def test_a_step_of_a_checkpoint_may_be_a_tensor(step: Any) -> None:
 
 @pytest.mark.parametrize("step", [True, 1.5, "7", None, -1, torch.tensor(1.5), torch.tensor([1, 2])])
 def test_a_step_that_is_no_whole_number_is_refused(step: Any) -> None:
-    with pytest.raises(ValueError, match="a whole number from 0"):
+    with pytest.raises(traceml.UsageError, match="a whole number from 0"):
         traceml.set_step(step)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, overload
 
+from traceml.errors import ArgumentTypeError, UsageError
 from traceml.recorder.current_recorder import state
 
 __all__ = ["phase", "set_step", "trace", "trace_data", "trace_step"]
@@ -71,7 +72,7 @@ def set_step(step: int) -> None:
         step: number of the next step, from 0.
 
     Raises:
-        ValueError: it is not a whole number from 0, or too large to be stored.
+        UsageError: it is not a whole number from 0, or too large to be stored.
     """
     try:
         number = -1 if isinstance(step, bool) else operator.index(step)  # checkpoints hold tensors and numpy's integers
@@ -79,10 +80,10 @@ def set_step(step: int) -> None:
         number = -1
 
     if number < 0:
-        raise ValueError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")
+        raise UsageError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")
 
     if number > _LAST_STEP:
-        raise ValueError(f"set_step({number}): the largest number of a step is {_LAST_STEP:,}")
+        raise UsageError(f"set_step({number}): the largest number of a step is {_LAST_STEP:,}")
 
     running = state.instrumentation
     if running is not None and running.set_step(number) is None and number:
@@ -119,7 +120,7 @@ def trace(function: Any = None, /) -> Any:
         function: the function, or the phase's name; by default the function's name.
 
     Raises:
-        TypeError: it is neither.
+        ArgumentTypeError: it is neither.
     """
     if function is None or isinstance(function, str):
         return lambda decorated: _traced(decorated, function)
@@ -129,7 +130,7 @@ def trace(function: Any = None, /) -> Any:
 
 def _traced(function: Any, name: str | None) -> Any:
     if not callable(function):
-        raise TypeError(f"trace({function!r:.100}): give a function or the name of a phase")
+        raise ArgumentTypeError(f"trace({function!r:.100}): give a function or the name of a phase")
 
     from traceml.instrument.user_phases import traced
 

@@ -13,7 +13,7 @@ import pytest
 import traceml
 from tests.eventually import eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
-from traceml.errors import UsageError
+from traceml.errors import ArgumentTypeError, UsageError
 from traceml.track import wandb_sweep
 
 
@@ -402,12 +402,12 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
         for step in ("one", 1.5, 2**63, None, 3.0):
             try:
                 traceml.log_metric("x", 1, step)
-            except (TypeError, ValueError) as error:
+            except traceml.TraceMLError as error:
                 print(type(error).__name__, error)
         for call in (traceml.log_metric, traceml.log_text, traceml.log_histogram):
             try:
                 call(5, [1.0], 0)
-            except TypeError as error:
+            except traceml.ArgumentTypeError as error:
                 print(call.__name__, error)
         for call, given in (
             (traceml.log_params, 5),
@@ -417,14 +417,14 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
         ):
             try:
                 call(given)
-            except TypeError as error:
+            except traceml.ArgumentTypeError as error:
                 print(error)
         """)
     )
 
-    assert "TypeError a step is a whole number, not str 'one'" in out
-    assert "TypeError a step is a whole number, not 1.5" in out
-    assert "ValueError a step must fit into 64 bits" in out
+    assert "ArgumentTypeError a step is a whole number, not str 'one'" in out
+    assert "ArgumentTypeError a step is a whole number, not 1.5" in out
+    assert "UsageError a step must fit into 64 bits" in out
     for call in ("log_metric", "log_text", "log_histogram"):
         assert f"{call} the name of a logged value is a text, not int 5" in out
     assert "log_params takes a dict of names and values, not int 5" in out
@@ -443,13 +443,13 @@ def test_names_of_backends_come_in_any_collection() -> None:
 @pytest.mark.parametrize(("backend", "told"), [(5, "not int 5"), ([None], r"not list \[None\]")])
 def test_backend_that_is_no_name(backend: Any, told: str) -> None:
     """The error has the value, and says what to give."""
-    with pytest.raises(TypeError, match=f"{told}. Register a plugin by traceml.register"):
+    with pytest.raises(ArgumentTypeError, match=f"{told}. Register a plugin by traceml.register"):
         traceml.Experiment(backend=backend)
 
 
 def test_resume_takes_an_id():
     """`resume=True` would only be refused by the trackers, when nothing can be changed any more."""
-    with pytest.raises(TypeError, match="the id of a run or of an experiment, not bool True"):
+    with pytest.raises(ArgumentTypeError, match="the id of a run or of an experiment, not bool True"):
         traceml.Experiment(resume=True)
 
     assert traceml.Experiment(resume="").resume is None

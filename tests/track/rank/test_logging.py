@@ -244,7 +244,7 @@ def test_any_value_is_kept(script: Script, tmp_path: Path, native: str) -> None:
         for wrong, step in (("again", 2**63), ("again", 1.5), ("again", "x"), (b"name", 1)):
             try:
                 traceml.log_metric(wrong, 1.0, step)
-            except (TypeError, ValueError) as error:
+            except traceml.TraceMLError as error:
                 traceml.log_text("refused", f"{type(error).__name__}: {error}")
         """,
             TRACEML_NATIVE=native,
@@ -273,7 +273,7 @@ def test_any_value_is_kept(script: Script, tmp_path: Path, native: str) -> None:
     assert stored.values("again") == [value for value in (1.5, 2.0, 1.0, 2.0**60, -math.inf) for _ in range(10)]
 
     assert [row["text"].partition(":")[0] for row in stored.of("text")] == [
-        "ValueError", "TypeError", "TypeError", "TypeError"
+        "UsageError", "ArgumentTypeError", "ArgumentTypeError", "ArgumentTypeError"
     ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, ended_run, finish
 from traceml.aggregator.unfinished_runs import finish_flights
+from traceml.errors import ArgumentTypeError, UsageError
 from traceml.recorder.sending.uploads import RefusedFileError
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
@@ -269,7 +270,7 @@ def test_figures_and_files_are_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image", [3, object(), {"a": 1}])
 def test_what_is_no_image_is_reported(image: object) -> None:
     """With what would be one."""
-    with pytest.raises(TypeError, match="an image is an array, a tensor"):
+    with pytest.raises(ArgumentTypeError, match="an image is an array, a tensor"):
         image_of(image, 100)
 
 
@@ -300,7 +301,7 @@ def test_histograms_of_nothing_and_of_one_value() -> None:
     assert histogram_of([], 2) == ([0, 0], [0.0, 0.5, 1.0], 0)
     assert histogram_of(torch.tensor([float("nan")]), 2) == ([0, 0], [0.0, 0.5, 1.0], 1)
     assert sum(histogram_of(np.array([3.0, 3.0]), 2)[0]) == 2
-    with pytest.raises(ValueError, match="at least one interval"):
+    with pytest.raises(UsageError, match="at least one interval"):
         histogram_of([1.0], 0)
 
 
@@ -310,5 +311,5 @@ def test_a_histogram_of_no_numbers_is_refused(values: object, has_numpy: bool, m
     if not has_numpy:
         monkeypatch.delitem(sys.modules, "numpy")
 
-    with pytest.raises(TypeError, match=f"a histogram is of numbers, not {type(values).__name__}"):
+    with pytest.raises(ArgumentTypeError, match=f"a histogram is of numbers, not {type(values).__name__}"):
         histogram_of(values, 4)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from traceml.database.states import RunStatus
+from traceml.errors import ArgumentTypeError, UsageError
 from traceml.instrument.dynamo import uncompiled
 from traceml.recorder.current_recorder import current_recorder, on_change
 from traceml.recorder.identity import script_name
@@ -64,7 +65,7 @@ class Experiment:
     Raises:
         PluginError: there is no such tracker, or it has no such option; raised when the experiment begins.
         SettingsError: the settings are wrong.
-        TypeError: `resume` is no id, `backend` no name, or another argument has the wrong type.
+        ArgumentTypeError: `resume` is no id, `backend` no name, or another argument has the wrong type.
         UsageError: an option holds a secret; the text says where it belongs.
     """
 
@@ -167,14 +168,14 @@ class Experiment:
             state: `finished`, `stopped` or `failed`.
 
         Raises:
-            ValueError: another state; it goes on.
+            UsageError: another state; it goes on.
         """
         if not self._is_active:
             return
 
         if state not in _ENDS:
             known = ", ".join(repr(each.value) for each in _ENDS)
-            raise ValueError(f"an experiment ends as one of {known}, not as {state!r:.100}")
+            raise UsageError(f"an experiment ends as one of {known}, not as {state!r:.100}")
 
         self._is_active = False
         logger = self._begun_logger()
@@ -312,13 +313,13 @@ def _tags_of(tags: Any) -> dict[str, str]:
     """Return tags with their values, empty if they are names alone; a text is one name.
 
     Raises:
-        TypeError: they are neither.
+        ArgumentTypeError: they are neither.
     """
     if isinstance(tags, Mapping):
         return {str(name): str(value) for name, value in tags.items()}
     if not isinstance(tags, Iterable):
         kind = type(tags).__name__
-        raise TypeError(f"tags are a dict of names and values, or a list of names, not {kind} {tags!r:.100}")
+        raise ArgumentTypeError(f"tags are a dict of names and values, or a list of names, not {kind} {tags!r:.100}")
 
     return dict.fromkeys(map(str, [tags] if isinstance(tags, str) else tags), "")
 
@@ -335,7 +336,7 @@ def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Return the trackers in an argument: a list, or a text with commas; None if none was given.
 
     Raises:
-        TypeError: it is neither.
+        ArgumentTypeError: it is neither.
     """
     if backend is None:
         return None
@@ -343,7 +344,7 @@ def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
     given = backend.split(",") if isinstance(backend, str) else backend
     names = tuple(given) if isinstance(given, Iterable) else None
     if names is None or not all(isinstance(name, str) for name in names):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"backend is a tracker's name or a list of names, not {type(backend).__name__} {backend!r:.100}. "
             "Register a plugin by traceml.register, and give its name, or give 'package:Class'."
         )
@@ -355,9 +356,10 @@ def _id_to_resume(wanted: Any) -> str | None:
     """Return the id of the run or experiment to continue; `resume=True` of another tracker names none.
 
     Raises:
-        TypeError: it is no text.
+        ArgumentTypeError: it is no text.
     """
     if wanted and not isinstance(wanted, str):
-        raise TypeError(f"resume is the id of a run or of an experiment, not {type(wanted).__name__} {wanted!r:.100}")
+        kind = type(wanted).__name__
+        raise ArgumentTypeError(f"resume is the id of a run or of an experiment, not {kind} {wanted!r:.100}")
 
     return wanted or None

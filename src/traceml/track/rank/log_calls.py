@@ -48,7 +48,7 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
         step: the step; by default the current training step, else a counter per name.
 
     Raises:
-        TypeError: the name is not a text, or the step not a whole number.
+        ArgumentTypeError: the name is not a text, or the step not a whole number.
     """
     logger = loggers.active
     append_usual = logger.append_usual
@@ -119,7 +119,7 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
         step: its step; by default as for `log_metric`.
 
     Raises:
-        TypeError: the name is not a text, or the step not a whole number.
+        ArgumentTypeError: the name is not a text, or the step not a whole number.
     """
     media.text(loggers.active, name, text, step)
 
@@ -139,7 +139,7 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
         step: its step; by default as for `log_metric`.
 
     Raises:
-        TypeError: the name is not a text, or the step not a whole number.
+        ArgumentTypeError: the name is not a text, or the step not a whole number.
     """
     media.image(loggers.active, name, image, step)
 
@@ -158,7 +158,7 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
         bins: number of intervals of equal width.
 
     Raises:
-        TypeError: the name is not a text, or the step not a whole number.
+        ArgumentTypeError: the name is not a text, or the step not a whole number.
     """
     media.histogram(loggers.active, name, values, step, bins=bins)
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from traceml.errors import ArgumentTypeError, UsageError
+
 __all__ = ["DeferredValue", "checked_name", "copied_to_host", "items_of", "number_of", "params_of", "plain", "step_of"]
 
 _TEXT_CHARS = 2_000_000
@@ -87,10 +89,10 @@ def checked_name(name: Any) -> str:
     """Return the name of a logged value.
 
     Raises:
-        TypeError: it is not a text.
+        ArgumentTypeError: it is not a text.
     """
     if not isinstance(name, str):
-        raise TypeError(f"the name of a logged value is a text, not {type(name).__name__} {name!r:.100}")
+        raise ArgumentTypeError(f"the name of a logged value is a text, not {type(name).__name__} {name!r:.100}")
 
     return str(name)
 
@@ -99,8 +101,8 @@ def step_of(step: Any) -> int:
     """Return a step as an integer.
 
     Raises:
-        TypeError: it is not a whole number.
-        ValueError: it does not fit into 64 bits.
+        ArgumentTypeError: it is not a whole number.
+        UsageError: it does not fit into 64 bits.
     """
     try:
         number = operator.index(step)
@@ -109,13 +111,13 @@ def step_of(step: Any) -> int:
             as_float = float(step)
             number = int(as_float)
         except (TypeError, ValueError, OverflowError):
-            raise TypeError(f"a step is a whole number, not {type(step).__name__} {step!r:.100}") from None
+            raise ArgumentTypeError(f"a step is a whole number, not {type(step).__name__} {step!r:.100}") from None
 
         if number != as_float:
-            raise TypeError(f"a step is a whole number, not {step!r:.100}") from None
+            raise ArgumentTypeError(f"a step is a whole number, not {step!r:.100}") from None
 
     if not -_INT64 <= number < _INT64:
-        raise ValueError(f"a step must fit into 64 bits, not {number:.3e}")
+        raise UsageError(f"a step must fit into 64 bits, not {number:.3e}")
 
     return number
 
@@ -175,7 +177,7 @@ def items_of(metrics: Any) -> Iterable[tuple[Any, Any]]:
     """Return the names and values of a map.
 
     Raises:
-        TypeError: it is no map.
+        ArgumentTypeError: it is no map.
     """
     try:
         items: Iterable[tuple[Any, Any]] = metrics.items()
@@ -191,7 +193,7 @@ def params_of(params: Any, call: str = "log_params") -> dict[Any, Any]:
         call: what takes them, for the error.
 
     Raises:
-        TypeError: they are neither.
+        ArgumentTypeError: they are neither.
     """
     try:
         return dict(params)
@@ -199,6 +201,7 @@ def params_of(params: Any, call: str = "log_params") -> dict[Any, Any]:
         raise _no_map(call, params) from None
 
 
-def _no_map(call: str, given: Any) -> TypeError:
+def _no_map(call: str, given: Any) -> ArgumentTypeError:
     hint = ": vars() makes one of it" if hasattr(given, "__dict__") else ""  # of a Namespace, a dataclass
-    return TypeError(f"{call} takes a dict of names and values, not {type(given).__name__} {given!r:.100}{hint}")
+    kind = type(given).__name__
+    return ArgumentTypeError(f"{call} takes a dict of names and values, not {kind} {given!r:.100}{hint}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from traceml.errors import ArgumentTypeError, UsageError
 from traceml.recorder.sending.uploads import RefusedFileError
 from traceml.track.rank.logged_values import copied_to_host
 
@@ -48,7 +49,8 @@ def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
         array = image.copy() if hasattr(image, "copy") else image
         return lambda: _encode_array(array, limit_bytes), ".png"
 
-    raise TypeError(f"an image is an array, a tensor, a PIL image, a figure, or a file; not {type(image).__name__}")
+    kind = type(image).__name__
+    raise ArgumentTypeError(f"an image is an array, a tensor, a PIL image, a figure, or a file; not {kind}")
 
 
 def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
@@ -71,11 +73,11 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     """Return (counts, edges, number of values that are not finite) for `bins` intervals of equal width.
 
     Raises:
-        TypeError: not all values are numbers.
-        ValueError: `bins` is below 1.
+        ArgumentTypeError: not all values are numbers.
+        UsageError: `bins` is below 1.
     """
     if bins < 1:
-        raise ValueError(f"a histogram has at least one interval, not {bins}")
+        raise UsageError(f"a histogram has at least one interval, not {bins}")
 
     if hasattr(values, "detach"):
         torch = sys.modules["torch"]
@@ -95,7 +97,7 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     try:
         return _counted(values, bins)
     except (TypeError, ValueError):
-        raise TypeError(f"a histogram is of numbers, not {type(values).__name__} {values!r:.100}") from None
+        raise ArgumentTypeError(f"a histogram is of numbers, not {type(values).__name__} {values!r:.100}") from None
 
 
 def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
