@@ -138,6 +138,13 @@ def test_backend_tables(tmp_path: Path) -> None:
         ({"tls": "maybe"}, "true or false"),
         ({"host": " "}, "a non-empty string"),
         ({"enabled": "perhaps"}, "true or false"),
+        *(
+            (
+                {"run_id": text},
+                "cannot be the name of a run's folder (from argument). Allowed: a text with a letter a-z",
+            )
+            for text in ("..", "日本", "latest")
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], expected: str) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 __all__ = [
     "DEFAULT_PROJECT",
+    "RUN_ID_ALLOWED",
     "RankIdentity",
     "detect_rank",
     "group_address",
@@ -24,6 +25,8 @@ __all__ = [
 
 DEFAULT_PROJECT = "default"
 """Project of runs for which nobody names one."""
+RUN_ID_ALLOWED = "a text with a letter a-z, a digit or one of _=+@ in it, other than 'latest'"
+"""What `safe_run_id` makes a folder's name of, in words."""
 
 
 class RankIdentity(NamedTuple):
@@ -147,7 +150,7 @@ def safe_run_id(text: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9._=+@-]+", "-", text).strip("-.")[:200]
     if not name or name == "latest":
-        raise ValueError(f"{text[:100]!r} cannot be the name of a run's folder")
+        raise ValueError(f"{text[:100]!r} cannot be the name of a run's folder. Allowed: {RUN_ID_ALLOWED}")
 
     return name
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_origin
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
 from traceml.fail_open import fail_open
+from traceml.ids import RUN_ID_ALLOWED, safe_run_id
 from traceml.trusted_files import read_regular
 
 __all__ = [
@@ -283,7 +284,19 @@ class SettingSources:
 
             Masker(result, source=source)  # a bad pattern is an error now, not when a value must be masked
 
+        if name == "run_id" and result:
+            _refuse_unusable_id(result, source, written)
+
         return result
+
+
+def _refuse_unusable_id(run_id: str, source: str, written: str) -> None:
+    """Refuse what no folder can be called, before the aggregator does: it could not tell the source."""
+    try:
+        safe_run_id(run_id)
+    except ValueError:
+        problem = f"{run_id[:100]!r} cannot be the name of a run's folder"
+        raise SettingsError(written, problem, source=source, allowed=RUN_ID_ALLOWED) from None
 
 
 def _refuse_cut_expressions(patterns: tuple[str, ...], text: str, source: str, written: str) -> None:

@@ -201,6 +201,19 @@ def test_a_run_folder_outside_of_the_runs_folder_is_not_believed(tmp_path: Path,
     assert flight.path.exists()
 
 
+def test_a_rank_whose_run_id_can_be_no_folder_gets_a_run(tmp_path: Path) -> None:
+    """An aggregator refused it. What it left must not end every later aggregator of the folder."""
+    facts = {"run_id": "日本", "job": "日本", "name": "train", "runs_dir": str(tmp_path)}
+    flight = FlightFile.create(tmp_path / FALLBACK_FOLDER, facts)
+    flight.log("logged").append({"kind": "text", "name": "note", "text": "hello"})
+    flight.close(unlink=False)
+
+    (run_dir,) = finish_flights(tmp_path)
+
+    assert "-train-" in run_dir.name
+    assert [row["text"] for row in Stored(run_dir).of("text")] == ["hello"]
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 def test_only_files_of_the_folder_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_own: bool

@@ -47,7 +47,7 @@ class DeadFlight:
         self.is_helper = bool(facts.get("parent"))
         self.name = str(facts.get("name") or "run")
         self.project = str(facts.get("project") or DEFAULT_PROJECT)
-        self.run_id = str(facts.get("run_id") or "")
+        self.run_id = _usable(str(facts.get("run_id") or ""))
         self.run_dir = Path(str(facts["run_dir"])) if facts.get("run_dir") else None
         """Its run's folder, if it ever learned it."""
         if self.run_dir is not None and safe_run_id(self.run_dir.name) != self.run_dir.name:
@@ -70,6 +70,14 @@ class DeadFlight:
     def may_be_of(self, run_id: str) -> bool:
         """Return whether its rank was of a run, or never learned its run."""
         return may_be_of(self.image.identity, run_id)
+
+
+def _usable(run_id: str) -> str:
+    """Return a rank's run id; empty if no folder can be called so: its rows then get a run with an id of our own."""
+    try:
+        return safe_run_id(run_id)
+    except ValueError:
+        return ""
 
 
 def dead_flights(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.errors import TraceMLError, UsageError
+from traceml.errors import TraceMLError
 from traceml.helper_programs import helper_program
 from traceml.ids import new_run_id, safe_run_id
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, unwritable_text
@@ -327,14 +327,7 @@ def choose_run_id(config: Config, name: str) -> str:
     """Return the run id that the user asked for, or a new one that contains `name`.
 
     A job that a traced script starts is a run of its own: the id that it inherits is that of the script's run.
-
-    Raises:
-        UsageError: the id cannot be a folder's name.
     """
-    try:
-        wanted = safe_run_id(config.run_id) if config.run_id else None
-    except ValueError as error:
-        raise UsageError(f"run_id: {error}") from error
-
+    wanted = safe_run_id(config.run_id) if config.run_id else None
     inherited = wanted is not None and config.supervised and (config.runs_dir / wanted).exists()
     return new_run_id(name) if wanted is None or inherited else wanted
