@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -24,11 +25,15 @@ BOOT_S = 1_700_000_000
 USUAL_WAIT_S = 0.01
 
 
-def store(folder: Path, *, attempts: int = 1, evaluators: tuple[int, ...] = (0, 1)) -> Path:
-    """Write a run of two ranks: start-up of 4 s, 40 steps of 0.1 s, evaluation of 2 s, 20 steps; it ends 3 s later."""
+def store(folder: Path, *, attempts: int = 1, evaluators: tuple[int, ...] = (0, 1), more_s: float = 0.0) -> Path:
+    """Write a run of two ranks: start-up of 4 s, 40 steps of 0.1 s, evaluation of 2 s, 20 steps; it ends 3 s later.
+
+    Args:
+        more_s: time after that.
+    """
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
-        ended = 100 + 20 * (attempts - 1) + 15
+        ended = 100 + 20 * (attempts - 1) + 15 + more_s
         facts = run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + float(ended), attempt=attempts - 1)
         writer.put_meta("run", facts)
         for attempt in range(attempts):
@@ -63,6 +68,14 @@ def time_of(folder: Path) -> tuple[float, dict[str, float]]:
     assert sum(part.seconds for part in section.parts) == pytest.approx(section.wall_s, rel=1e-6)
     assert sum(part.share for part in section.parts) == pytest.approx(1, rel=1e-5)
     return section.wall_s, {part.part: part.seconds for part in section.parts}
+
+
+def test_the_parts_add_up_when_they_are_rounded(tmp_path):
+    """Each part has six digits; `wall_s` is their sum, and not the run's time to six digits."""
+    section = build_report(store(tmp_path / "run", more_s=1 / 3)).time
+    assert section is not None
+    assert math.fsum(part.seconds for part in section.parts) == section.wall_s
+    assert section.wall_s == pytest.approx(15 + 1 / 3, rel=1e-5)
 
 
 def test_the_parts_are_those_of_the_run(tmp_path):

@@ -275,7 +275,7 @@ def time(summary: RunSummaryReader) -> TimeSection | None:
     parts = [TimePart(part, _number(seconds), _number(found.share(part))) for part, seconds in found.seconds.items()]
     useful = found.useful
     return TimeSection(
-        wall_s=_number(found.wall_s),
+        wall_s=math.fsum(part.seconds for part in parts),  # of rounded parts: their sum differs in the sixth digit
         parts=[part for part in parts if part.seconds > 0],
         goodput=_number(found.goodput),
         productive_s=_number(useful.productive_s),
