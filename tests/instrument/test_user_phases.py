@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -129,6 +130,73 @@ def test_phases_of_other_threads_do_not_count(traced: Traced) -> None:
     rows = traced.finish()
     assert all(row["user_ns"] == 0 for row in rows)
     assert traced.table("user_phases") == []
+
+
+def test_a_block_whose_work_moves_to_another_thread(traced: Traced) -> None:
+    """A step that waits for `asyncio.to_thread` is one, with the phases of that thread."""
+    model, optimizer, x = parts()
+
+    async def steps() -> None:
+        for _ in range(10):
+            with traced.instrumentation.trace_step():
+                await asyncio.to_thread(train, model, optimizer, x)
+
+    asyncio.run(steps())
+
+    rows = traced.finish()
+    assert len(rows) == 10
+    assert all(row["backward_ns"] > 0 for row in rows)
+
+
+def test_a_block_whose_work_a_pool_does(traced: Traced) -> None:
+    """A worker without the context is not the training thread; the steps are counted all the same."""
+    model, optimizer, x = parts()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(10):
+            with traced.instrumentation.trace_step():
+                pool.submit(train, model, optimizer, x).result()
+
+    assert len(traced.finish()) == 10
+
+
+def test_blocks_of_two_threads_at_once(traced: Traced) -> None:
+    """One of the two trainings is counted. Neither ends the other's block, nor leaves one open."""
+    at_once = threading.Barrier(2)
+
+    def steps() -> None:
+        for _ in range(10):
+            at_once.wait()
+            with traced.instrumentation.trace_step():
+                at_once.wait()  # both are inside
+                burn(1)
+
+    threads = [threading.Thread(target=steps) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    rows = traced.finish()
+    assert len(rows) == 10
+    assert all(row["total_ns"] >= 1_000_000 for row in rows)
+
+
+def test_blocks_of_a_thread_after_one_of_another(traced: Traced) -> None:
+    """A block that warms up on the main thread does not make that the training thread forever."""
+    model, optimizer, x = parts()
+    with traced.instrumentation.trace_step():
+        burn(1)
+
+    def steps() -> None:
+        for _ in range(10):
+            with traced.instrumentation.trace_step():
+                train(model, optimizer, x)
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join()
+
+    assert len(traced.finish()) == 11
 
 
 def test_a_phase_nests_as_deep_as_its_function(traced: Traced) -> None:

@@ -506,13 +506,13 @@ class StepClock(DividedStep):
     def claim_thread(self) -> bool:
         """Make the current thread, which trains, the training thread; return whether it may be.
 
-        It may if no other thread has trained, if the training moved here with its context, as in `asyncio.to_thread`,
-        or if the thread that trained has ended.
+        It may if no other thread has trained or is in a trace_step() block, if the training moved here with its
+        context, as in `asyncio.to_thread`, or if the thread that trained has ended.
         """
         if not self.thread:
             return False
 
-        if self.awaits_backward:
+        if self.awaits_backward and not self.blocks:
             self.current = OTHER
         elif self.current < OTHER or not (self.is_training_context() or self._has_thread_ended()):
             return False

@@ -83,7 +83,8 @@ class StepBlock:
     def __enter__(self) -> StepBlock:
         clock = self._clock
         try:
-            if clock.thread == get_ident() or clock.claim_thread():
+            # In a block of another thread it is inside that one's step, or of a second training.
+            if clock.is_training_thread() or (not clock.blocks and clock.claim_thread()):
                 self._counts = True
                 clock.begin_block()
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -95,12 +96,13 @@ class StepBlock:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         clock = self._clock
-        if not self._counts or clock.thread != get_ident():
+        if not self._counts:
             return
 
         self._counts = False
         try:
-            clock.end_block(failed=error_type is not None)
+            is_here = clock.thread == get_ident() or clock.claim_thread()  # it may have moved, and come back
+            clock.end_block(failed=error_type is not None or not is_here)
         except Exception as failure:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(failure)
 
