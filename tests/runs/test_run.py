@@ -16,7 +16,7 @@ from tests.track.fabricated import START_NS, LoggedRun
 from traceml.database.store.store import StoreWriter
 from traceml.errors import RunNotFoundError
 from traceml.run_folder import STORE_NAME
-from traceml.runs.run import Run, load_run
+from traceml.runs.run import Run, load_run, runs
 
 
 @pytest.fixture
@@ -147,6 +147,7 @@ def test_a_run_that_is_not_there(tmp_path, monkeypatch):
         load_run("nope")
 
     assert load_run("abcd").id == load_run().id == "20260101-000000-train-abcd"
+    assert load_run(runs()[0]).id == load_run().id
 
 
 def test_one_long_name_does_not_widen_each_row(tmp_path):

@@ -82,6 +82,10 @@ class RunInfo:
     branch: str | None = None
     dirty: bool | None = None
 
+    def __fspath__(self) -> str:
+        """Return its folder, so that it can be given where a run's folder is wanted."""
+        return str(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class _StoredFacts:
@@ -105,17 +109,16 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
     Raises:
         RunNotFoundError: there is none, or there are several; the message lists those that exist.
     """
-    runs_dir = Path(runs_dir)
-    if run is None or str(run) == "latest":
+    runs_dir, text = Path(runs_dir), os.fspath("latest" if run is None else run)
+    if text == "latest":
         return _latest(runs_dir)
 
-    for path in (Path(run), runs_dir / run):
+    for path in (Path(text), runs_dir / text):
         folder = path.parent if path.name in (STORE_NAME, REPORT_NAME) else path  # one of its files names it, too
         if _is_run(folder):
             return folder.resolve()
 
     names = [path.name for path in run_folders(runs_dir)]
-    text = str(run)
     # People type the four letters at the end.
     matching = [name for name in names if name.startswith(text) or name.endswith(text)] if text else []
     named = {info.id: info.name for info in list_runs(runs_dir)} if text and by_name and not matching else {}
