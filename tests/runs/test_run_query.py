@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
         ("lr<0.1", "b"),
         ("lr<=0.1 tag:baseline", "b"),
         ("lr=0.10", "a"),
+        ("lr==0.1 state==finished", "a"),
         ("lr!=0.1", "cb"),
         ("loss>0.5", "a"),
         ("state=failed", "b"),
@@ -63,7 +64,13 @@ def test_conditions(runs, conditions, found):
 
 @pytest.mark.parametrize(
     ("conditions", "what"),
-    [("rl<1", "no run has .* 'rl'"), ("steps<", "has no value"), ("a='b", "No closing quotation")],
+    [
+        ("rl<1", "no run has .* 'rl'"),
+        ("steps<", "has no value"),
+        ("==", "no name before =="),
+        ("ranks>x", "compares numbers with 'x'"),
+        ("a='b", "No closing quotation"),
+    ],
 )
 def test_conditions_that_cannot_be_understood(runs, conditions, what):
     """A misspelt name is an error, not an empty list."""

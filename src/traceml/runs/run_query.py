@@ -49,7 +49,7 @@ FIELDS: dict[str, Callable[[RunInfo], Any]] = {
 Trainings often log parameters called `commit` and `branch`, so ours have a prefix.
 """
 
-_TERM = re.compile(r"^([^<>=!~]+?)(<=|>=|!=|<|>|=|~)(.*)$", re.DOTALL)
+_TERM = re.compile(r"^([^<>=!~]*?)(<=|>=|!=|==|<|>|=|~)(.*)$", re.DOTALL)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -216,16 +216,27 @@ def _test(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], boo
         return lambda run: any(word in text.lower() for text in run.texts)
 
     name, sign, wanted = found.groups()
+    if not name:
+        raise UsageError(f"--where: {term} has no name before {sign}, as in lr{sign}{wanted or 0.1}")
+
     if sign in _ORDERS and not wanted:
         raise UsageError(f"--where: {term} has no value, as in {term}0.1")
 
     _check(name, runs)
-    return lambda run: _holds(run.value(name), sign, wanted)
+    if sign in _ORDERS and _number(wanted) is None and _is_number_in_all(name, runs):
+        raise UsageError(f"--where: {term} compares numbers with {wanted!r}, which is no number and no date")
+
+    return lambda run: _holds(run.value(name), sign.replace("==", "="), wanted)
 
 
 def _check(name: str, runs: Sequence[SearchedRun]) -> None:
     if runs and not any(run.has(name) for run in runs):
         raise UsageError(runs[0].unknown_name(name))
+
+
+def _is_number_in_all(name: str, runs: Sequence[SearchedRun]) -> bool:
+    values = [value for run in runs if (value := run.value(name)) is not None]
+    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _holds(value: Any, sign: str, wanted: str) -> bool:
