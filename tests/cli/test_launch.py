@@ -33,6 +33,7 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
     ("words", "complaint"),
     [
         ([], "no script given. Try: traceml launch --hostnames node1 node2 train.py"),
+        ([""], "no script given. Try: traceml launch --hostnames node1 node2 train.py"),
         (["--hostnames", "a", "b", "trani.py"], "can't open file 'trani.py'"),
         (["--hostnames"], "--hostnames needs a value"),
         (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is not a number of workers"),

@@ -97,7 +97,7 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
     if target and target[0] == "--":
         target = target[1:]
 
-    if not target:
+    if not target or not target[0]:
         raise UsageError(f"no script given. Try: {example}")
 
     if target[0].startswith("-"):
