@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Phase, Slot
 from traceml.fail_open import fail_open
+from traceml.inspection.thread_frames import thread_frame
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.recorder.lines.worker_lines import WorkerLines
@@ -147,7 +148,7 @@ class RankTracing:
     def trains_in_thread(self) -> bool:
         """Whether a thread other than the main one trains, and has not ended."""
         thread = self._training_thread()
-        return thread != threading.main_thread().ident and thread in sys._current_frames()
+        return thread != threading.main_thread().ident and thread_frame(thread) is not None
 
     def data(self) -> DataProgress | None:
         """Return the progress through the data of the training loader; None without one."""
