@@ -73,7 +73,7 @@ class DeadFlight:
 
 
 def _usable(run_id: str) -> str:
-    """Return a rank's run id; empty if no folder can be called so: its rows then get a run with an id of our own."""
+    """Return the folder's name that a rank's run id gives; empty if none: its rows then get an id of our own."""
     try:
         return safe_run_id(run_id)
     except ValueError:

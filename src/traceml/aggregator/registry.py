@@ -249,7 +249,7 @@ class Registry:
         if not flight.run_id:
             return False
 
-        folder = self.runs_dir / safe_run_id(flight.run_id)
+        folder = self.runs_dir / flight.run_id
         return folder.is_dir() and not (folder / STORE_NAME).exists()
 
     @contextlib.contextmanager
@@ -295,7 +295,7 @@ class Registry:
         if not flight.path.exists():  # another process has just stored it
             return None
 
-        return safe_run_id(flight.run_id) if flight.run_id else new_run_id(flight.name)
+        return flight.run_id or new_run_id(flight.name)
 
     def _resume(self, hello: Hello) -> ActiveRun | None:
         """Open a new rank's run from disk, if an earlier aggregator has left it there."""
