@@ -226,7 +226,8 @@ def _test(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], boo
     if sign in _ORDERS and _number(wanted) is None and _is_number_in_all(name, runs):
         raise UsageError(f"--where: {term} compares numbers with {wanted!r}, which is no number and no date")
 
-    return lambda run: _holds(run.value(name), sign.replace("==", "="), wanted)
+    compared = "=" if sign == "==" else sign
+    return lambda run: _holds(run.value(name), compared, wanted)
 
 
 def _check(name: str, runs: Sequence[SearchedRun]) -> None:
@@ -236,7 +237,11 @@ def _check(name: str, runs: Sequence[SearchedRun]) -> None:
 
 def _is_number_in_all(name: str, runs: Sequence[SearchedRun]) -> bool:
     values = [value for run in runs if (value := run.value(name)) is not None]
-    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return bool(values) and all(map(_is_number, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _holds(value: Any, sign: str, wanted: str) -> bool:
@@ -247,7 +252,7 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
         return wanted.lower() in str(value).lower()
 
     number = _number(wanted)
-    if isinstance(value, int | float) and not isinstance(value, bool) and number is not None:
+    if _is_number(value) and number is not None:
         return {"=": value == number, "!=": value != number}.get(sign) or (
             sign in _ORDERS and _ORDERS[sign](value, number)
         )
