@@ -109,6 +109,6 @@ def _start() -> None:
 
     process = sys.modules.get("multiprocessing.process")
     if is_helper_process() or (process is not None and process.parent_process() is not None):
-        at_training_setup(start_in_child)  # workers of loaders and pools make none
+        at_training_setup(start_in_child)  # workers of loaders and pools neither join nor make any
     else:
         start_held()
