@@ -20,6 +20,7 @@ __all__ = [
     "STORE_PATH_BYTES",
     "TRACKERS_FOLDER",
     "UNREAD_LOG",
+    "report_command",
     "unwritable_text",
 ]
 
@@ -50,6 +51,13 @@ TRACKERS_FOLDER = "trackers"
 OPEN_FOLDER = ".open"
 # Copies of flight files from other hosts.
 COPIES_FOLDER = "flights"
+
+
+def report_command(run: Path | str) -> str:
+    """Return the command that shows a run's report, for a message from which it is copied: a path may have spaces."""
+    import shlex  # a rank rarely says it
+
+    return f"traceml report {shlex.quote(str(run))}"
 
 
 def unwritable_text(folder: Path, what: str, error: OSError) -> str:

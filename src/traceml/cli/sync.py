@@ -27,7 +27,7 @@ from traceml.errors import PluginError, TraceMLError, UsageError
 from traceml.formatting import plural, printable
 from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.words import tracker_text
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import STORE_NAME, report_command
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.report.report_types import TrackerSection
 from traceml.runs.run_state import UNREADABLE_STATES, is_watched
@@ -142,7 +142,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
 
     if unreadable:
         count = plural(len(unreadable), "run")
-        _warn(f"{count} that cannot be read left out: `traceml report {unreadable[-1]}` says why")
+        _warn(f"{count} that cannot be read left out: `{report_command(unreadable[-1])}` says why")
 
     if foreign:
         _warn(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from traceml.formatting import printable
 from traceml.helper_programs import helper_program
 from traceml.inspection.script_time import is_interactive
 from traceml.recorder.lifecycle import on_end, on_shutdown
-from traceml.run_folder import REPORT_NAME
+from traceml.run_folder import REPORT_NAME, report_command
 from traceml.transport.run_line import run_line, short_path
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def show_verdict(run_dir: Path) -> None:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as failure:
         message = getattr(failure, "stderr", None) or failure
-        _log.warning("the verdict cannot be shown: %s. See `traceml report %s`.", str(message).strip(), run_dir)
+        _log.warning("the verdict cannot be shown: %s. See `%s`.", str(message).strip(), report_command(run_dir))
         return
 
     print_notice(done.stdout.removesuffix("\n"))
@@ -104,7 +103,7 @@ def _show_at_end() -> None:
         for run_dir, recorder in due:
             _show_ended(run_dir, recorder)
     except KeyboardInterrupt:
-        _print(f"traceml: `traceml report {shlex.quote(short_path(run_dir))}` shows the verdict")
+        _print(f"traceml: `{report_command(short_path(run_dir))}` shows the verdict")
 
 
 def _show_ended(run_dir: Path, recorder: Recorder) -> None:
@@ -113,7 +112,7 @@ def _show_ended(run_dir: Path, recorder: Recorder) -> None:
         return
 
     if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
-        command = f"traceml report {shlex.quote(short_path(run_dir))}"
+        command = report_command(short_path(run_dir))
         _print(f"traceml: rank {own.rank} failed; `{command}` says why when the job has ended")
     else:
         show_verdict(run_dir)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from traceml.errors import TraceMLError
 from traceml.formatting import left_text
 from traceml.helper_programs import change_command_line, helper_program
 from traceml.process_ends import end_of_status
+from traceml.run_folder import report_command
 from traceml.supervise.processes import spawn
 
 __all__ = ["BESIDE_RUNS", "ReportProcess"]
@@ -85,8 +85,7 @@ class ReportProcess:
                 answer = _answer(process, f"{request}\n".encode())
 
         if (path := answer.get("path")) is None:
-            command = f"traceml report {shlex.quote(str(run_dir))}"
-            raise TraceMLError(f"{answer['error'].rstrip('.')}. `{command}` makes it again.")
+            raise TraceMLError(f"{answer['error'].rstrip('.')}. `{report_command(run_dir)}` makes it again.")
 
         return Path(path)
 

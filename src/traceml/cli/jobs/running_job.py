@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.errors import RunNotFoundError, TraceMLError
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import STORE_NAME, report_command
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.live_run import LiveRun
 from traceml.settings import Config
@@ -50,7 +49,7 @@ def running_job(target: str | None, config: Config, *, only_there: bool = False)
     ended = live.ended
     live.close()
     if ended:
-        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: traceml report {shlex.quote(target)}")
+        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: {report_command(target)}")
 
     return run_dir
 
@@ -87,7 +86,7 @@ def _newest(places: list[Path]) -> Path:
     hint = "Start one with `traceml run SCRIPT`"
     if infos:
         latest = max(infos, key=_age)
-        hint = f"The latest, {latest.id}, has ended ({latest.state}): traceml report {shlex.quote(str(latest.path))}"
+        hint = f"The latest, {latest.id}, has ended ({latest.state}): {report_command(latest.path)}"
 
     raise RunNotFoundError(f"no job is running in {where}. {hint}")
 
@@ -127,7 +126,7 @@ def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     if served is None:
         raise TraceMLError(
             f"the aggregator of run {run_dir.name} (pid {pid}) no longer runs, or belongs to another user. "
-            f"The last state of the run: traceml report {shlex.quote(run_dir.name)}"
+            f"The last state of the run: {report_command(run_dir.name)}"
         )
 
     known = address_of(run_dir.parent, served.port)

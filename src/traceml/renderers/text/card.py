@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -42,7 +41,7 @@ from traceml.renderers.views import (
     visible_ranks,
 )
 from traceml.renderers.words import gain_sentence, tracker_text
-from traceml.run_folder import PAGE_NAME, REPORT_NAME
+from traceml.run_folder import PAGE_NAME, REPORT_NAME, report_command
 from traceml.runs.report.report_types import Report, TimePart, TimeSection, TrackerSection, read_report
 
 __all__ = ["card", "print_card", "print_report", "time_text", "verdict_style", "wrapped"]
@@ -76,7 +75,7 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
     if (line := run_view(report).ended_before_training) is None:
         print_report(report, report_path.parent, console=console)
     else:
-        again = f"More: traceml report {_name_of(report_path.parent.resolve())}"
+        again = f"More: {report_command(_name_of(report_path.parent.resolve()))}"
         console.print(Text(f"traceml: {line} {again}"), soft_wrap=True)
 
 
@@ -89,7 +88,7 @@ def print_report(report: Report, run_dir: Path, *, console: Console) -> None:
         Viewport.of(console),
         report_path=str(path) if path.exists() else "",
         page_path=str(page) if page.exists() else "",
-        again=f"traceml report {_name_of(folder)}",
+        again=report_command(_name_of(folder)),
     )
     # Lines are fitted already; a path or a command is never cut, so that it can be copied.
     console.print(shown, soft_wrap=True)
@@ -128,7 +127,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
 def _name_of(run_dir: Path) -> str:
     """Return the run for a command line: its id in the default folder of runs, else its path."""
     default = Path(working_folder() or os.sep, "traceml_runs").resolve()
-    return shlex.quote(run_dir.name if run_dir.parent == default else str(run_dir))
+    return run_dir.name if run_dir.parent == default else str(run_dir)
 
 
 def _top(view: RunView, width: int, viewport: Viewport) -> Text:
