@@ -526,8 +526,16 @@ LINES = Table(
         _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
         _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),
         _q("samples", "number of samples since the last row of this phase and line"),
-        _q("watched_ns", "time before these samples in which the phase, or the threads, were watched without a break"),
-        _q("cpu_ns", "CPU time of the training thread, or of all other Python threads, in that time"),
+        _q(
+            "watched_ns",
+            "time before these samples in which the phase, the threads, or a worker that made batches, were watched "
+            "without a break",
+        ),
+        _q(
+            "cpu_ns",
+            "CPU time of the training thread, or of all other Python threads, in that time; of a worker also its wait "
+            "for a core",
+        ),
     ),
     capacity=1024,
 )

@@ -65,10 +65,25 @@ def test_the_busiest_loader_counts():
 )
 def test_the_workers_of_the_training_count(trains: LoaderFacts, busy: float | None):
     """torchvision's reference evaluates for half of the run, and waits for a metric meanwhile."""
-    evaluates = LoaderFacts(length=640, num_workers=2, number=0)
-    facts = JobFacts(loader=trains, loaders={0: (evaluates, trains)}, workers=two_loaders())
+    evaluates, other = (LoaderFacts(length=640 >> at, num_workers=2, number=at) for at in (0, 1))
+    facts = JobFacts(loader=trains, loaders={0: (evaluates, other, trains)}, workers=two_loaders())
 
     assert facts.workers_busy == (busy if busy is None else pytest.approx(busy))
+
+
+def test_loaders_of_one_epoch_count_as_one():
+    """A script that makes a loader for each epoch describes the first one; each is watched for less than a second."""
+    history = WorkerHistory()
+    for epoch in range(8):
+        rows = worker_rows(2, busy=0.4, pid=100 + epoch, start=60 * epoch)[:2]
+        rows["loader"] = epoch
+        rows["t_ns"], rows["cpu_ns"] = rows["t_ns"] // 2, rows["cpu_ns"] // 2
+        history.add(0, rows)
+
+    trains = LoaderFacts(length=640, num_workers=2, number=0)
+
+    assert history.use() is None
+    assert JobFacts(loader=trains, loaders={0: (trains,)}, workers=history).workers_busy == pytest.approx(0.4)
 
 
 def test_too_short_is_not_known():

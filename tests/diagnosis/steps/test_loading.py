@@ -489,6 +489,28 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     assert advised.gain == pytest.approx(found.gain_without_handover())
 
 
+@pytest.mark.parametrize(
+    ("watched_s", "ready", "says"),
+    [
+        (2, 0.95, "; about 1.84x faster on 2 cores. Its samples take CPU time: made once and cached, at most"),
+        (2, 0.2, "num_workers=6 and persistent_workers=True; at most 5.9x faster on 2 cores. A fetch waits for 80 %"),
+        (0, 0.0, "; about 1.76x faster on 2 cores. With samples that are made once and cached, at most 7.2x"),
+    ],
+)
+def test_workers_of_short_epochs_compute_or_wait_as_they_were_sampled(watched_s: int, ready: float, says: str) -> None:
+    """They are gone before their use of cores is known. Where neither is, nothing is said of it."""
+    times = {"watched_ns": watched_s * 10**9, "cpu_ns": int(ready * watched_s * 1e9)}
+    lines = [SampledLine(0, LINE_PHASES[LINE_WORKERS], "/me/train.py", 4, "fetch", None, 80, **times)]
+    loader = replace(FOLDER, num_workers=1, number=0)
+    facts = JobFacts(loader=loader, loaders={0: (loader,)}, lines_of_workers={3: lines}, hosts={0: "h"}, cores={"h": 2})
+    work = own_work_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+
+    found = pipeline_of(work, facts, 86 * MS)
+
+    assert found is not None
+    assert says in for_input(facts, found).text
+
+
 @pytest.mark.parametrize(("fetching", "instead"), [(60, False), (5, True)])
 def test_a_fetch_that_waits_takes_as_long_in_the_training_process(fetching, instead):
     """Workers hardly compute: they were seen in a fetch that waits for a server, or waiting for orders."""

@@ -93,6 +93,38 @@ def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loade
     assert counts["decode"] > 0.8 * (counts.total() - counts[""])
 
 
+class Requests(Photos):
+    """A data set whose samples wait for a server."""
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.02)
+        return index
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("data", "computes"), [(Photos(), True), (Requests(), False)])
+def test_computing_is_told_from_waiting(flight: FlightFile, data: Photos, *, computes: bool) -> None:
+    """Within a second, which a worker of a short epoch lives for; waiting for a busy core counts as computing."""
+    lines = WorkerLines(flight, worker_pids, INTERVAL_S)
+    hooks = install(flight, in_worker=lines.sampling)
+    try:
+        iterator = iter(DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="fork"))
+
+        def watched_ns() -> int:
+            next(iterator)
+            lines(False)
+            return sum(sums[1] for sums in lines._counts.values())
+
+        eventually(lambda: watched_ns() > 5e8, "half a second of making batches", timeout_s=60)
+        lines(True)
+    finally:
+        hooks.uninstall()
+
+    rows = [row for row in rows_of(flight) if row["phase"] <= LINE_WORKERS]
+    ready = sum(row["cpu_ns"] for row in rows) / sum(row["watched_ns"] for row in rows)
+    assert ready > 0.8 if computes else ready < 0.5
+
+
 def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batches are taken later than it makes them. While none is taken, it is not known to wait for the next one."""
     monkeypatch.setattr(worker_lines, "_ROWS_S", 0.0)
@@ -141,7 +173,7 @@ def test_workers_have_the_number_of_their_loader(flight: FlightFile) -> None:
     groups = [Group(0, (11,)), Group(2, (22, 23))]
     lines = WorkerLines(flight, lambda: groups, INTERVAL_S)  # type: ignore[arg-type,return-value]
     for pid in (11, 22, 23, 99):
-        os.write(lines.sampling.number, b'[%d, "train.py:3 decode", "", 7]\n' % pid)
+        os.write(lines.sampling.number, b'[%d, "train.py:3 decode", "", 7, 0, 0]\n' % pid)
 
     lines(True)
 
@@ -153,14 +185,15 @@ def test_rows_are_added_up_over_messages_that_arrive_in_pieces(flight: FlightFil
     """A message may be read in two parts; workers of one line are one row."""
     lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S)  # type: ignore[list-item]
     for part in (
-        b'[11, "train.py:3 decode", "", 7]\n[11, "train.py:3 dec',
-        b'ode", "", 2]\n[11, "", "PIL.py:1 load", 1]\n',
+        b'[11, "train.py:3 decode", "", 7, 50, 40]\n[11, "train.py:3 dec',
+        b'ode", "", 2, 9, 3]\n[11, "", "PIL.py:1 load", 1, 0, 0]\n',
     ):
         os.write(lines.sampling.number, part)
         lines(False)
 
     lines(True)
     assert functions_of(flight) == {"decode": 9, "": 1}
+    assert [(row["watched_ns"], row["cpu_ns"]) for row in rows_of(flight)] == [(59, 43), (0, 0)]
     assert flight.ring("lines").appended == 2
 
 
@@ -169,7 +202,7 @@ def test_a_pipe_that_the_script_has_closed_is_not_touched(flight: FlightFile, tm
     lines = WorkerLines(flight, worker_pids, INTERVAL_S)
     number = lines._pipe.number
     os.close(number)
-    (tmp_path / "own").write_bytes(b'["train.py:3 decode", "", 7]\n')
+    (tmp_path / "own").write_bytes(b'["train.py:3 decode", "", 7, 0, 0]\n')
     own = os.open(tmp_path / "own", os.O_RDONLY)
     assert own == number
 
@@ -184,7 +217,7 @@ def test_the_pipe_is_closed_with_the_recording(flight: FlightFile) -> None:
     """A process may record many times."""
     lines = WorkerLines(flight, lambda: [Group(0, (11,))], INTERVAL_S)  # type: ignore[list-item]
     ends = lines._pipe.number, lines.sampling.number
-    os.write(lines.sampling.number, b'[11, "train.py:3 decode", "", 7]\n')
+    os.write(lines.sampling.number, b'[11, "train.py:3 decode", "", 7, 0, 0]\n')
 
     lines(True)
 
@@ -217,9 +250,9 @@ def test_sampling_ends_with_the_rank(sampling: tuple[int, WorkerSampling]) -> No
         while True:
             os.write(started.number, b"x" * 4096)
 
-    started._run(GuardedDescriptor(os.dup(started.number)), threading.get_ident())
+    started._run(GuardedDescriptor(os.dup(started.number)), threading.get_ident(), threading.get_native_id())
     os.close(read)
-    started._run(GuardedDescriptor(os.dup(started.number)), threading.get_ident())
+    started._run(GuardedDescriptor(os.dup(started.number)), threading.get_ident(), threading.get_native_id())
 
 
 def test_a_file_of_the_script_is_not_written_to(sampling: tuple[int, WorkerSampling], tmp_path: Path) -> None:
@@ -227,7 +260,7 @@ def test_a_file_of_the_script_is_not_written_to(sampling: tuple[int, WorkerSampl
     _, started = sampling
     own = os.open(tmp_path / "log.txt", os.O_WRONLY | os.O_CREAT)
 
-    replace(started, number=own)._run(GuardedDescriptor(own), threading.get_ident())
+    replace(started, number=own)._run(GuardedDescriptor(own), threading.get_ident(), threading.get_native_id())
 
     assert (tmp_path / "log.txt").read_bytes() == b""
 

@@ -148,10 +148,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
 
-    @property
+    @cached_property
     def worker_lines(self) -> Sequence[SampledLine]:
-        """Those lines of the workers of the training's loader."""
-        return self.lines_of_workers.get((self.loader.number or 0) if self.loader else 0, ())
+        """Those lines of the workers of the training's loader, and of those like it."""
+        by_loader = sorted(self.lines_of_workers.items())
+        return [each for number, lines in by_loader for each in lines if self._is_like_trained(each.rank, number)]
 
     @property
     def loader_workers(self) -> int:
@@ -230,13 +231,17 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def worker_use(self) -> WorkerUse | None:
-        """Use of cores by the workers of the training's loader, or of one like it; None if unknown."""
-        loader = self.loader
-        if loader is None or loader.number is None:
-            return self.workers.use()
+        """Use of cores by the workers of the training's loader, and of those like it; None if unknown."""
+        is_known = self.loader is not None and self.loader.number is not None
+        return self.workers.use(self._is_like_trained if is_known else None)
 
-        known = (each for loaders in self.loaders.values() for each in loaders if each.signature == loader.signature)
-        return self.workers.use({loader.number, *(each.number for each in known if each.number is not None)})
+    def _is_like_trained(self, rank: int, number: int) -> bool:
+        """Return whether a rank's loader is the training's, or like it: a script may make one for each epoch."""
+        found = self.loader_of(rank, number)
+        if self.loader is None or found is None:
+            return number == ((self.loader.number or 0) if self.loader else 0)
+
+        return found.signature == self.loader.signature
 
     @property
     def workers_busy(self) -> float | None:

@@ -122,11 +122,16 @@ def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     return samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
 
 
-def busy_share(lines: Sequence[SampledLine], part: str) -> float | None:
-    """Return the share of a phase's time in which the training thread was on a core; None if unknown."""
+def busy_share(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCHED_NS) -> float | None:
+    """Return the share of a part's time in which its thread was on a core; None if unknown.
+
+    Args:
+        part: a phase of the training thread, or that of the workers, whose waiting for a core counts, too.
+        least_ns: a part that was watched for less tells nothing about its CPU time.
+    """
     seen = of_part(lines, part)
     watched = sum(each.watched_ns for each in seen)
-    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
+    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= least_ns else None
 
 
 def clearing_share(lines: Sequence[SampledLine]) -> float:

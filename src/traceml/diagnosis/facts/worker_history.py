@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -52,6 +52,15 @@ class _Watched(msgspec.Struct):
         return WorkerUse(busy=busy, waited=waited, workers=workers, cores=int(self.last["cores"][0]))
 
 
+def _summed(parts: Sequence[_Watched]) -> _Watched:
+    return _Watched(
+        last=max((each.last for each in parts), key=lambda last: int(last["t_ns"][0])),
+        worker_ns=sum(each.worker_ns for each in parts),
+        cpu_ns=sum(each.cpu_ns for each in parts),
+        wait_ns=sum(each.wait_ns for each in parts),
+    )
+
+
 class WorkerHistory(msgspec.Struct):
     """Rows of `schema.LOADER_WORKERS`, summed by rank and loader; in the first step workers start."""
 
@@ -79,14 +88,20 @@ class WorkerHistory(msgspec.Struct):
         if len(measured):
             watched.memory = measured[measured["pid"] == measured["pid"][-1]][[0, -1]]
 
-    def use(self, loaders: Collection[int] | None = None) -> WorkerUse | None:
+    def use(self, counts: Callable[[int, int], bool] | None = None) -> WorkerUse | None:
         """Return the use of the loader whose workers are busiest, on any rank; None if nothing is known.
 
         Args:
-            loaders: numbers of those that count, None for all: while an evaluation waits for its own, they are idle.
+            counts: tells whether that of a rank, by its number, is one of those that count, and count as one: a script
+                may make one for each epoch, which lives for a second. None for each of all. While an evaluation waits
+                for its own workers, the others are idle.
         """
-        watched = (each for (_, loader), each in self._watched.items() if loaders is None or loader in loaders)
-        found = [use for each in watched if (use := each.use()) is not None]
+        watched: dict[tuple[int, int], list[_Watched]] = {}
+        for (rank, loader), each in self._watched.items():
+            if counts is None or counts(rank, loader):
+                watched.setdefault((rank, loader if counts is None else -1), []).append(each)
+
+        found = [use for parts in watched.values() if (use := _summed(parts).use()) is not None]
         return max(found, key=lambda use: use.busy + use.waited, default=None)
 
     def workers(self, rank: int, loader: int) -> int:

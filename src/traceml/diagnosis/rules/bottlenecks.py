@@ -587,8 +587,9 @@ def _fetch_evidence(pipeline: Pipeline | None, advised: LoadingAdvice) -> dict[s
 
     return {
         "fetch_ms": pipeline.fetch_ns / 1e6,
-        "fetch_cpu_share": pipeline.fetch_cpu,
-        **known_facts(worker_cores=pipeline.worker_cores),
+        **known_facts(
+            fetch_cpu_share=pipeline.fetch_cpu if pipeline.is_cpu_known else None, worker_cores=pipeline.worker_cores
+        ),
         "speedup_with_data_ready": pipeline.gain_with(0.0, workers=0),
         **known_facts(workers_advised=advised.workers),
     }

@@ -71,7 +71,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if is_in_memory(loader, pipeline, facts.wait_share):
         return _whole_batches(loader, pipeline)
 
-    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(facts, loader, pipeline, line, cores)
+    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
@@ -236,9 +236,7 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     return LoadingAdvice(f"{waits}. Set {instead} process; {gain_text(gain, 'about')}{cores}.", gain, 0)
 
 
-def _cheaper_samples(
-    facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None, cores: str
-) -> LoadingAdvice:
+def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None, cores: str) -> LoadingAdvice:
     of_workers = line if line is not None and line.of_workers else None
     share = 1.0 if of_workers is None else of_workers.share
     gain, cached = pipeline.gain_with(1 - share / 2), pipeline.gain_with(1 - share)
@@ -254,8 +252,7 @@ def _cheaper_samples(
 
     what = what if of_workers is None else of_workers.place
     # Workers of short epochs are gone before they were watched for long enough.
-    is_known = not pipeline.workers or share_at_work(facts) is not None
-    unless = "" if is_known else ", unless making a sample waits (for a disk, a network)"
+    unless = "" if pipeline.is_cpu_known else ", unless making a sample waits (for a disk, a network)"
     crowd = f"; more workers will not help{cores}{unless}" if pipeline.workers or pipeline.cores else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
@@ -268,6 +265,9 @@ def _cached(pipeline: Pipeline, gain: float) -> str:
     cached = pipeline.gain_with(0.0, workers=0)
     if not pipeline.takes_cpu or cached < WORTHWHILE * gain:
         return ""
+
+    if not pipeline.is_cpu_known:
+        return f" With samples that are made once and cached, {gain_text(cached, 'at most')}."
 
     return f" Its samples take CPU time: made once and cached, {gain_text(cached, 'at most')}."
 

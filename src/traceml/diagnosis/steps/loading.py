@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from traceml.database.schema import LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, handover_share, workers_at_work
 from traceml.diagnosis.facts.worker_history import WorkerUse
@@ -42,6 +43,8 @@ PREFETCH = 2
 """Batches that each worker has in advance (torch's prefetch_factor): a single slow one is waited for beyond these."""
 MAX_PREFETCH = 32
 """No larger prefetch_factor is advised: each worker would hold as many batches in memory."""
+MIN_WORKERS_NS = 5e8
+"""Less time of making batches does not tell how much of it is CPU time."""
 MOSTLY_HANDOVER = 0.5
 """The wait for workers is one for receiving batches if this share of it would end with that."""
 _LEVELS = 16
@@ -60,6 +63,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
 
     fetch_ns: float  # wall time that one process takes for the data of a step
     fetch_cpu: float  # share of it on a CPU core, 0..1; 1 where that is not known
+    is_cpu_known: bool = True  # whether it is
     rest_ns: float  # wall time of the step without waiting for data
     rest_cores: float = 1.0  # mean number of cores that the training process uses meanwhile
     cores: int | None = None  # cores of a rank; None if unknown
@@ -182,9 +186,15 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     epoch_steps, is_ahead = _epoch_steps(facts), is_taken_ahead(work, facts)
     first_ns = 0.0 if workers or is_ahead else _first_ns(facts, wait_ns)
     if workers:
-        fetch_ns, computes = _fetch_of_workers(workers, use, work.step_ns, facts, bound=bound, handover=handover)
+        sampled = _sampled_cpu(facts)
+        is_known = use is not None or sampled is not None
+        fetch_cpu_share = 1.0 if sampled is None else sampled
+        fetch_ns, computes = _fetch_of_workers(
+            workers, use, work.step_ns, facts, fetch_cpu_share, bound=bound, handover=handover
+        )
     else:
         own = fetch_cpu(facts)
+        is_known = own is not None
         fetch_ns, computes = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), 1.0 if own is None else own
 
     take_ns, share_ns = (_taken_ns(facts, wait_ns), 0.0) if workers else _handover_ns(facts)
@@ -196,6 +206,7 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     made = Pipeline(
         fetch_ns=fetch_ns,
         fetch_cpu=computes,
+        is_cpu_known=is_known,
         rest_ns=rest_ns,
         rest_cores=rest_cores,
         cores=cores,
@@ -249,24 +260,37 @@ def _are_idle(facts: JobFacts) -> bool:
 
 
 def _fetch_of_workers(
-    workers: int, use: WorkerUse | None, step_ns: float, facts: JobFacts, *, bound: bool, handover: bool
+    workers: int,
+    use: WorkerUse | None,
+    step_ns: float,
+    facts: JobFacts,
+    sampled: float,
+    *,
+    bound: bool,
+    handover: bool,
 ) -> tuple[float, float]:
     """Return how long a worker takes for a batch, and the share of it in which it computes, or waits for a core.
 
     Args:
+        sampled: that share by the samples of the workers, for where their use is not known.
         bound: whether the workers may use fewer cores than they are.
         handover: whether the training receives batches that are ready.
     """
     at_work = share_at_work(facts)
     if at_work is not None and handover:  # they wait for orders in between
-        computes = at_work if use is None else use.ready
+        computes = at_work * sampled if use is None else use.ready
         return workers * step_ns * at_work, computes / max(at_work, _MIN_READY)
 
     # Each makes batches all the time, as the training waits for them.
     if use is not None and bound:
         return workers * step_ns * _unbound(use, facts), use.busy / max(1.0 - use.waited, _MIN_READY)
 
-    return workers * step_ns, 1.0 if use is None else use.ready
+    return workers * step_ns, sampled if use is None else use.ready
+
+
+def _sampled_cpu(facts: JobFacts) -> float | None:
+    """Return the share of a fetch in which a worker computes, or waits for a core, by samples; None if unknown."""
+    return busy_share(facts.worker_lines, LINE_PHASES[LINE_WORKERS], MIN_WORKERS_NS)
 
 
 def _within_cores(fetch_ns: float, computes: float, free_ns: float) -> tuple[float, float]:

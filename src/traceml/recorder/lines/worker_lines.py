@@ -5,6 +5,9 @@ fetcher was seen in which line, and how often it did not run, into a pipe of the
 `schema.LINES` of it. The worker opens the pipe by /proc: this works for a forked worker and for one that was started
 anew.
 
+Between two samples of the fetcher it also counts for how long its thread ran or waited for a core: a worker may live
+for an epoch of a second, in which `samplers.worker_sampler` does not see it twice.
+
 A sample is armed, as those of `line_sampler` are, but only for milliseconds: with a short switch interval the worker's
 other threads, which hand batches over to the rank, would get the interpreter's lock sooner than without tracing.
 
@@ -19,18 +22,18 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from select import PIPE_BUF
 from time import sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
+from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns
 from traceml.inspection.switch_interval import LONGEST_S, MAX_SLEEP_S, MIN_SLEEP_S, random_share, switch_interval
 from traceml.inspection.thread_frames import thread_stack
 from traceml.recorder.lines.sampled_place import SampledPlace, sampled_place
@@ -54,6 +57,8 @@ _MAX_PIDS = 4096  # of workers of earlier epochs, too: their last samples may ar
 _MAX_BYTES = 64 * 1024
 _UNREAD = 40  # full pipes in a row, in some 10 s, after which the rank has stopped to record
 _IDLE = SampledPlace(None, 0, None)
+_Sums = tuple[int, int, int]  # samples, time watched, time on a core or ready for one, in nanoseconds
+_Key = TypeVar("_Key")
 _log = logging.getLogger("traceml")
 
 
@@ -71,29 +76,32 @@ class WorkerSampling:
         with _quiet():
             name = f"/proc/{self.rank_pid}/fd/{self.number}"
             pipe = GuardedDescriptor(os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-            run = functools.partial(self._run, pipe, threading.get_ident())
+            run = functools.partial(self._run, pipe, threading.get_ident(), threading.get_native_id())
             try:
                 threading.Thread(target=run, name="traceml-worker-lines", daemon=True).start()
             except RuntimeError:  # no more threads are allowed
                 pipe.close()
                 raise
 
-    def _run(self, pipe: GuardedDescriptor, watched: int) -> None:
+    def _run(self, pipe: GuardedDescriptor, watched: int, native_id: int) -> None:
         with _quiet(), closing(pipe):
             if pipe.file == self.pipe:
-                self._sample(pipe, watched)
+                self._sample(pipe, watched, native_id)
 
-    def _sample(self, pipe: GuardedDescriptor, watched: int) -> None:
-        user, counts, due_s = UserCode(), Counter[SampledPlace](), time.monotonic() + _FLUSH_S
+    def _sample(self, pipe: GuardedDescriptor, watched: int, native_id: int) -> None:
+        user, counts, due_s = UserCode(), dict[SampledPlace, _Sums](), time.monotonic() + _FLUSH_S
         idle, started, unread = 0, False, 0  # idle: samples since it made a batch
+        seen = _ThreadTimes.of(native_id)
         for number in count():
             interval_s = self.interval_s / (_DENSER if number < _DENSE else 1)
             sleep(max(interval_s * (0.5 + random_share()) - MAX_SLEEP_S / 2, 0.0))
-            place = _armed_place(watched, user)
+            place, before, seen = _armed_place(watched, user), seen, _ThreadTimes.of(native_id)
             if place == _IDLE:
                 idle += 1
             else:
-                counts += Counter({place: 1, _IDLE: min(idle, _MOST_IDLE) if started else 0})
+                makes_on = started and not idle  # no order was awaited since the sample before
+                _add(counts, place, (1, *(seen.since(before) if makes_on else (0, 0))))
+                _add(counts, _IDLE, (min(idle, _MOST_IDLE) if started else 0, 0, 0))
                 started, idle = True, 0
 
             if time.monotonic() >= due_s:
@@ -103,6 +111,33 @@ class WorkerSampling:
 
                 counts.clear()
                 due_s = time.monotonic() + _FLUSH_S
+
+
+class _ThreadTimes(NamedTuple):
+    """The clock, and the time for which the watched thread has run or waited for a core."""
+
+    now_ns: int
+    ready_ns: int
+
+    @classmethod
+    def of(cls, thread: int) -> Self:
+        """Read both.
+
+        Args:
+            thread: the thread's native id.
+        """
+        return cls(monotonic_ns(), (thread_cpu_ns(thread) or 0) + core_wait_ns(f"{os.getpid()}/task/{thread}"))
+
+    def since(self, before: Self) -> tuple[int, int]:
+        """Return how long ago an earlier reading was, and how long the thread was ready since then."""
+        passed_ns = self.now_ns - before.now_ns
+        return passed_ns, min(max(self.ready_ns - before.ready_ns, 0), passed_ns)
+
+
+def _add(counts: dict[_Key, _Sums], key: _Key, sums: _Sums) -> None:
+    if any(sums):
+        samples, watched_ns, ready_ns = counts.get(key, (0, 0, 0))
+        counts[key] = samples + sums[0], watched_ns + sums[1], ready_ns + sums[2]
 
 
 def _quiet() -> fail_open:
@@ -119,7 +154,7 @@ def _armed_place(watched: int, user: UserCode) -> SampledPlace:
         switch_interval.restore()
 
 
-def _sent(pipe: GuardedDescriptor, counts: Counter[SampledPlace]) -> bool:
+def _sent(pipe: GuardedDescriptor, counts: Mapping[SampledPlace, _Sums]) -> bool:
     """Write the counts; return False if the pipe is full, as the rank does not read."""
     pipe.check()
     for message in _messages(counts):
@@ -138,11 +173,11 @@ def _worker_place(watched: int, user: UserCode) -> SampledPlace:
     return sampled_place(stack, user) if makes_batch else _IDLE
 
 
-def _messages(counts: Counter[SampledPlace]) -> Iterator[bytes]:
+def _messages(counts: Mapping[SampledPlace, _Sums]) -> Iterator[bytes]:
     """Yield lines of JSON, joined up to the size that is written to a pipe as a whole."""
     message = b""
-    for place, samples in counts.items():
-        line = json.dumps([os.getpid(), place.user_name, place.library_name, samples]).encode() + b"\n"
+    for place, sums in counts.items():
+        line = json.dumps([os.getpid(), place.user_name, place.library_name, *sums]).encode() + b"\n"
         if message and len(message) + len(line) > PIPE_BUF:
             yield message
             message = b""
@@ -170,7 +205,7 @@ class WorkerLines:
         """What a worker calls to be sampled."""
         self._slots, self._lines, self._name_id = flight.open_slots, flight.ring("lines"), flight.names.id_of
         self._workers, self._loaders = workers, dict[int, int]()  # process id -> number of its loader
-        self._rest, self._counts, self._due_s = b"", Counter[tuple[int, str, str]](), time.monotonic() + _ROWS_S
+        self._rest, self._counts, self._due_s = b"", dict[tuple[int, str, str], _Sums](), time.monotonic() + _ROWS_S
         self._ids: dict[str, int | None] = {"": -1}
 
     def __call__(self, last: bool) -> None:
@@ -196,16 +231,16 @@ class WorkerLines:
             return
 
         *lines, self._rest = (self._rest + self._read()).split(b"\n")
-        for pid, user, library, samples in map(json.loads, lines):
+        for pid, user, library, *sums in map(json.loads, lines):
             if pid in self._loaders:
-                self._counts[self._loaders[pid], user, library] += samples
+                _add(self._counts, (self._loaders[pid], user, library), tuple(sums))
 
     def _append(self) -> None:
         now_ns, step = monotonic_ns(), self._slots[Slot.STEP]
-        for (loader, user, library), samples in self._counts.items():
+        for (loader, user, library), sums in self._counts.items():
             line, called = self._id(user), self._id(library)
             if line is not None and called is not None:
-                self._lines.append(now_ns, step, LINE_WORKERS - loader, line, called, samples, 0, 0)
+                self._lines.append(now_ns, step, LINE_WORKERS - loader, line, called, *sums)
 
         self._counts.clear()
 
