@@ -244,6 +244,21 @@ def test_the_line_of_slow_samples_is_named(workers: int, may_pass: bool) -> None
     assert ("in_order=False" in verdict.next) is may_pass
 
 
+@pytest.mark.parametrize(("idle", "keep_up"), [(3, False), (60, True)])
+def test_workers_that_always_make_batches_do_not_keep_up(idle: int, keep_up: bool) -> None:
+    """A loop that draws from two loaders by chance waits for the slow one in few steps."""
+    part = LINE_PHASES[LINE_WORKERS]
+    lines = (
+        SampledLine(0, part, "/x/data.py", 8, "Images.__getitem__", None, 60),
+        SampledLine(0, part, None, None, None, None, idle),
+    )
+    facts = JobFacts(loader=LoaderFacts(num_workers=2, persistent_workers=True), lines_of_workers={0: lines})
+    verdict = diagnose(window_of(ALONE, adds("input_wait", 1), adds("input_wait", 250, every=10)), facts)[0]
+
+    assert ("2 workers do not keep up: set num_workers=" in verdict.next) is not keep_up
+    assert ("prefetch_factor=" in verdict.next) is keep_up
+
+
 def test_no_prefetch_is_advised_that_would_fill_the_memory():
     """A wait of hundreds of steps: each worker would have as many batches in advance."""
     assert RareWaits.of(slow_samples(5000), JobFacts(loader=LoaderFacts(num_workers=1))).prefetch_factor is None

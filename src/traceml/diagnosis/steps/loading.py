@@ -55,6 +55,7 @@ _MIN_TAKEN = 8.0  # batches that are taken at once, at least
 _ASKS = 2.5  # steps of an epoch that ask for batches, where it takes all at once, or ends its iterator in another one
 _HELD_SHARE = 0.8
 _MIN_READY = 0.05
+_ALL_THE_TIME = 0.9
 _IDLE_SHARE = 0.3  # workers that make batches for less of the time keep up
 
 
@@ -175,7 +176,7 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         step_ns: mean step of the run, if other causes have been taken away in the window.
     """
     workers = facts.loader_workers
-    if workers and are_pauses(work, workers):
+    if workers and are_pauses(work, workers) and not _make_all_the_time(facts):
         return None
 
     rest_ns = max(work.step_ns - wait_ns, 1.0)
@@ -257,6 +258,16 @@ def _are_idle(facts: JobFacts) -> bool:
     """Return whether workers were seen to make no batches for most of the time: each batch is ready in time."""
     at_work = share_at_work(facts)
     return not workers_at_work(facts.worker_lines).is_rough and at_work is not None and at_work < _IDLE_SHARE
+
+
+def _make_all_the_time(facts: JobFacts) -> bool:
+    """Return whether workers were seen to make batches nearly all the time: they are too few, whoever waits when.
+
+    A loop that reads several loaders, by chance or in turns, waits for the slow one in few steps. Workers that a slow
+    sample holds up are idle meanwhile, but for one.
+    """
+    at_work = workers_at_work(facts.worker_lines)
+    return not at_work.is_rough and at_work.share >= _ALL_THE_TIME
 
 
 def _fetch_of_workers(
