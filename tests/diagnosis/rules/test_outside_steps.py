@@ -399,6 +399,44 @@ def test_what_follows_an_evaluation_is_told_apart_by_its_line(library: str):
     assert "saves 30 %" in found.next
 
 
+WAITS_FOR_WORKERS = "/lib/selectors.py:402 _PollLikeSelector.select"
+
+
+@pytest.mark.parametrize(
+    ("trains", "library", "advice"),
+    [
+        (
+            True,
+            WAITS_FOR_WORKERS,
+            "make val.py:9 Images.__getitem__ cheaper, or evaluate half as often: that saves 30 %",
+        ),
+        (False, WAITS_FOR_WORKERS, "there if there are cores for them, or make val.py:9 Images.__getitem__ cheaper."),
+        (True, "/lib/matplotlib/text.py:1 draw", "Make train.py:15 finish cheaper, or run it half as often"),
+    ],
+)
+def test_an_evaluation_that_waits_for_its_loader_is_told_so(trains: bool, library: str, advice: str) -> None:
+    """Its line is that of its loop, in which nothing can be made cheaper."""
+    time = RunTime.of(100.0, {"steps": 38.0 * trains, "evaluation": 60.0, "startup": 2.0}, 12)
+    loaders = [LoaderFacts(dataset="Images", length=length, num_workers=1, number=n) for n, length in ((0, 9), (1, 5))]
+    made = SampledLine(0, "workers", "/me/val.py", 9, "Images.__getitem__", None, 60)
+    facts = JobFacts(
+        time=time,
+        lines=(SampledLine(0, "outside", "/me/train.py", 15, "finish", library, 80),),
+        loader=loaders[0] if trains else loaders[1],
+        loaders={0: loaders},
+        lines_of_workers={1: (made,)},
+        state="finished",
+    )
+
+    found = diagnose(window_of(ALONE) if trains else NO_STEPS, facts)
+
+    (told,) = (each.next for each in found if each.kind == Kind.EVAL_HEAVY)
+    assert advice in told
+    assert told.startswith("It waits for the worker of its DataLoader: set a larger num_workers") is (
+        library == WAITS_FOR_WORKERS
+    )
+
+
 @pytest.mark.parametrize(
     ("function", "workers", "advice"),
     [

@@ -154,6 +154,23 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         by_loader = sorted(self.lines_of_workers.items())
         return [each for number, lines in by_loader for each in lines if self._is_like_trained(each.rank, number)]
 
+    @cached_property
+    def other_loader(self) -> tuple[LoaderFacts, Sequence[SampledLine]] | None:
+        """Of the other loaders the one whose workers made batches most often, and their lines; None without any.
+
+        Loaders that are alike count as one. An evaluation has another loader.
+        """
+        loaders: dict[object, tuple[LoaderFacts, list[SampledLine]]] = {}
+        for number, lines in self.lines_of_workers.items():
+            for each in lines:
+                loader = self.loader_of(each.rank, number)
+                if loader is not None and not self._is_like_trained(each.rank, number):
+                    loaders.setdefault(loader.signature, (loader, []))[1].append(each)
+
+        return max(
+            loaders.values(), key=lambda one: sum(each.samples for each in one[1] if not each.is_idle), default=None
+        )
+
     @property
     def loader_workers(self) -> int:
         """Number of workers of the training's loader; 0 without any."""

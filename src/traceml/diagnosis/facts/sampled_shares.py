@@ -165,9 +165,13 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
     return _share(lines, Phase.INPUT_WAIT.label, lambda each: _ORDERS.search(each.library or ""), MIN_SAMPLES)
 
 
-def worker_wait_share(lines: Sequence[SampledLine]) -> float:
-    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
-    return _share(lines, Phase.INPUT_WAIT.label, receives, MIN_SAMPLES)
+def worker_wait_share(lines: Sequence[SampledLine], part: str = Phase.INPUT_WAIT.label) -> float:
+    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown.
+
+    Args:
+        part: the waiting for data of steps, or what else may wait for it.
+    """
+    return _share(lines, part, lambda each: receives(each, part), MIN_SAMPLES)
 
 
 def dataset_share(lines: Sequence[SampledLine], dataset: str) -> float:
@@ -204,9 +208,9 @@ def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
     return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_idle)
 
 
-def receives(line: SampledLine) -> bool:
+def receives(line: SampledLine, part: str = Phase.INPUT_WAIT.label) -> bool:
     """Return whether a batch of a loader worker is received, or waited for: the work is in the worker's process."""
-    return line.part == Phase.INPUT_WAIT.label and _RECEIVES.search(line.library or "") is not None
+    return line.part == part and _RECEIVES.search(line.library or "") is not None
 
 
 def samples_in(lines: Iterable[SampledLine], libraries: re.Pattern[str]) -> int:

@@ -7,13 +7,19 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_AFTER_STEPS
+from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, outside_line, torch_share
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, outside_line, torch_share, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, SampledShare, child_wait_share, import_share
+from traceml.diagnosis.facts.sampled_shares import (
+    NAMED_SHARE,
+    SampledShare,
+    child_wait_share,
+    import_share,
+    worker_wait_share,
+)
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
@@ -254,6 +260,10 @@ def _evaluation(
             f"Evaluate on all ranks, each on an equal part of the data: {saves} Or evaluate less often, on fewer "
             f"batches, {elsewhere}"
         )
+    elif data := _for_awaited_workers(
+        facts.other_loader, facts, "evaluate on fewer batches." if times == 1 else f"evaluate half as often: {saves}"
+    ):
+        advice = data
     elif other_code:
         rarer = "run it less often." if times == 1 else f"run it half as often, with the evaluation: {saves}"
         advice = f"Make {other_code.place} cheaper, or {rarer}"
@@ -266,10 +276,38 @@ def _evaluation(
     return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
 
 
+def _for_awaited_workers(
+    evaluates: tuple[LoaderFacts | None, Sequence[SampledLine]] | None, facts: JobFacts, rarer: str = ""
+) -> str:
+    """Return the advice where most of an evaluation waits for loader workers; else empty.
+
+    Args:
+        evaluates: the loader of the evaluation and the lines of its workers.
+        rarer: advice to evaluate less; empty if that is the script's work.
+    """
+    if evaluates is None or worker_wait_share(facts.lines, LINE_PHASES[LINE_OUTSIDE]) < NAMED_SHARE:
+        return ""
+
+    loader, lines = evaluates
+    made = workers_line(lines, waits_are_rare=True)
+    if loader is None or not loader.num_workers:
+        return ""
+
+    cheaper = f"make {made.place if made else 'its samples'} cheaper"
+    whom = "worker" if loader.num_workers == 1 else f"{loader.num_workers} workers"
+    return (
+        f"It waits for the {whom} of its DataLoader: set a larger {loader.option('num_workers')} there if there are "
+        "cores for them, " + (f"{cheaper}, or {rarer}" if rarer else f"or {cheaper}.")
+    )
+
+
 def _for_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
     """Return advice to a script that only applies a model: less of it would be less work done."""
     if line is None:
         return f"Apply the model to larger batches{gradients}, or in a lower precision."
+
+    if data := _for_awaited_workers((facts.loader, facts.worker_lines), facts):
+        return data
 
     loader = facts.loader or LoaderFacts()
     is_of_samples = bool(loader.dataset) and line.function.startswith(f"{loader.dataset}.")
