@@ -167,6 +167,15 @@ def test_sentences_are_wrapped_and_examples_kept():
     ]
 
 
+@pytest.mark.parametrize(
+    ("command", "word", "meant"), [(run, "--nproc", "--nproc-per-node"), (launch, "--host", "--hostnames")]
+)
+def test_a_shortened_option_is_completed_before_one_that_is_alike(command, word, meant):
+    """`--nproc` is nearer to `--project`, and `--host` to `--qos`."""
+    with pytest.raises(UsageError, match=f"unrecognized options: {word}; did you mean {meant}\\?"):
+        command.make_parser().parse_args([word, "2"])
+
+
 @pytest.mark.parametrize("command", [run, launch, serve])
 def test_parsers_with_words_of_a_script_name_an_option_that_is_alike(command):
     """They are no dataclass."""

@@ -201,7 +201,7 @@ def _unknown_text(words: Sequence[str], known: Sequence[str]) -> str:
 
     from difflib import get_close_matches
 
-    near = get_close_matches(options[0], known, 1, 0.7)
+    near = [name for name in known if name.startswith(options[0])] or get_close_matches(options[0], known, 1, 0.7)
     return f"unrecognized options: {', '.join(options)}{f'; did you mean {near[0]}?' if near else ''}"
 
 
