@@ -168,6 +168,19 @@ def test_labels(three, capsys):
     assert describe_run(three[1]).name == "large batch"
 
 
+def test_the_list_shows_labels_that_a_run_has(three, capsys):
+    """Behind the verdict, so that they are not the first to be left out; without labels there is no such column."""
+    assert cli.main(["runs", "tag", "run-1", "baseline"]) == 0
+    assert cli.main(["runs", "rename", "run-0", "large batch"]) == 0
+    capsys.readouterr()
+    assert cli.main(["runs"]) == 0
+
+    head, _, tagged, renamed = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "verdict", "name", "tags", "ranks", "samples/s", "took", "size"]
+    assert head.index("tags") == tagged.index("baseline")
+    assert head.index("name") == renamed.index("large batch")
+
+
 def test_archived_runs_are_left_out(three, capsys):
     """Until --archived, or until they are listed again."""
     assert cli.main(["runs", "archive", "run-0", "run-2"]) == 0

@@ -27,7 +27,7 @@ from traceml.runs.run_state import UNREADABLE_STATES
 
 __all__ = ["EDITS", "main"]
 
-_COLUMNS = "id,state,verdict,ranks,samples/s,took,size"
+_FIRST_COLUMNS, _MORE_COLUMNS = ("id", "state", "verdict"), ("ranks", "samples/s", "took", "size")
 _WIDTHS = {"state": 8, "verdict": 17, "ranks": 5, "samples/s": 9, "took": 7, "size": 8}
 _LONGEST = 40
 
@@ -84,7 +84,8 @@ def main(argv: list[str]) -> int:
     if options.json:
         _print_json(runs, _names(options.columns) if options.columns else ())
     elif runs:
-        _print_list(runs, _names(options.columns or _COLUMNS), may_cut=not options.columns)
+        columns = _names(options.columns or "") or [*_FIRST_COLUMNS, *_labels_of(runs), *_MORE_COLUMNS]
+        _print_list(runs, columns, may_cut=not options.columns)
         _print_unreadable([run.info for run in runs])
     elif every:
         print(
@@ -121,6 +122,17 @@ def _chosen(runs: list[RunFields], options: RunsOptions) -> list[RunFields]:
 
 def _names(columns: str) -> list[str]:
     return [name.strip() for name in columns.split(",") if name.strip()]
+
+
+def _labels_of(runs: Sequence[RunFields]) -> list[str]:
+    """Return the labels that at least one run has; a name that people gave it is not in its id."""
+    infos = [run.info for run in runs]
+    given = {
+        "name": any(info.renamed for info in infos),
+        "tags": any(info.tags for info in infos),
+        "note": any(info.note for info in infos),
+    }
+    return [name for name, is_given in given.items() if is_given]
 
 
 def _print_json(runs: Sequence[RunFields], columns: Sequence[str] = ()) -> None:

@@ -58,6 +58,7 @@ class RunInfo:
         user: owner of the folder; empty if the host does not know its name.
         commit, branch: of the script's git repository; None outside one, and before the report.
         dirty: whether it had uncommitted changes; None if git was not asked.
+        renamed: whether people gave it its name.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class RunInfo:
     commit: str | None = None
     branch: str | None = None
     dirty: bool | None = None
+    renamed: bool = False
 
     def __fspath__(self) -> str:
         """Return its folder, so that it can be given where a run's folder is wanted."""
@@ -175,6 +177,7 @@ def describe_run(path: Path) -> RunInfo:
         commit=source.commit,
         branch=source.branch,
         dirty=source.dirty,
+        renamed=bool(labels.name),
     )
 
 
