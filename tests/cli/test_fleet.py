@@ -64,6 +64,18 @@ def test_a_run_as_usual(fleet):
     assert "Next to 40 earlier runs like it, every phase is as usual" in words
 
 
+def test_a_name_that_one_run_has_names_it(tmp_path, capsys):
+    """As in the other commands; of several runs the id is needed."""
+    dataset = FleetDataset(tmp_path / "fleet")
+    for number in range(2):
+        report = fleet_report(number, HOSTS[:2])
+        report.run.name = ("first", "train")[number]
+        dataset.add(report)
+
+    assert cli.main(["fleet", "first", "--runs-dir", str(tmp_path)]) == 0
+    assert "Run run-0000" in capsys.readouterr().out
+
+
 def test_conditions_choose_the_runs(fleet):
     """Without the slow host's jobs no host is listed; a condition that no run meets is an error."""
     status, shown, _ = fleet("--where", "!hosts~h03")

@@ -25,7 +25,7 @@ class FleetOptions:
     """
 
     run: Annotated[str | None, Positional("[RUN]")] = None
-    """The run: its id, or the last four characters of its id (default: the newest run)."""
+    """The run: its id or name, or the last four characters of its id (default: the newest run)."""
     update: bool = False
     """First add the ended runs that the dataset does not have yet."""
     where: Annotated[str | None, Metavar("CONDITIONS")] = None

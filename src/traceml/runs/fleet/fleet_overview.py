@@ -64,14 +64,16 @@ def _chosen(runs: Sequence[FleetRun], wanted: str | None) -> FleetRun:
     if wanted is None:
         return runs[-1]
 
-    found = [each for each in runs if each.run == wanted] or [
-        each for each in runs if wanted and (each.run.startswith(wanted) or each.run.endswith(wanted))
-    ]
+    found = (
+        [each for each in runs if each.run == wanted]
+        or [each for each in runs if wanted and (each.run.startswith(wanted) or each.run.endswith(wanted))]
+        or [each for each in runs if each.name == wanted]
+    )
     if len({each.run for each in found}) == 1:
         return found[-1]
 
     if found:
-        raise RunNotFoundError(f"{wanted!r} matches {len(found)} runs of the dataset. Give more of the id.")
+        raise RunNotFoundError(f"{wanted!r} matches {len(found)} runs of the dataset. Give the id, or more of it.")
 
     raise RunNotFoundError(
         f"no run {wanted!r} in the dataset. `traceml fleet --update` adds ended runs that have steps and are missing."
