@@ -132,9 +132,9 @@ class Phase(IntEnum):
     H2D = 1, "copies to the device, as seen by the CPU"
     FORWARD = 2, "outermost model calls"
     BACKWARD = 3, "backward passes, including the wait for other ranks inside them"
-    OPTIMIZER = 4, "optimizer steps, including GradScaler.step"
+    OPTIMIZER = 4, "optimizer steps, GradScaler's step and unscale_, and clipping of gradients"
     COMM = 5, "collectives called from Python by the user's code or an optimizer"
-    CHECKPOINT = 6, "torch.save and distributed checkpoints"
+    CHECKPOINT = 6, "saving: torch.save, distributed checkpoints, safetensors"
     USER = 7, "all user phases together; each one is in user_phases"
 
 
@@ -478,7 +478,11 @@ PAUSES = Table(
         _q("phase", "Phase that was open; -1: other code; of several together -1"),
         _q("ns", "wall time of it, or of several short ones together"),
         _q("count", "how many they are"),
-        _q("detail", "collection: generation; compilation: Compiled; save: 1 if files are written after it"),
+        _q(
+            "detail",
+            "collection: generation; compilation: 0 the first of a function, 1 again for other inputs, 2 none, as the "
+            "limit is reached, 3 the backward pass of one that was recompiled; save: 1 if files are written after it",
+        ),
         _q("called", "1 if the script's code called for it, else 0"),
         _q("size_bytes", "save: bytes of the files; -1 where that is not known"),
         _q("line_id", "the function, or the line that called for it, `FILE:LINE FUNCTION`, by id in `names`; else -1"),

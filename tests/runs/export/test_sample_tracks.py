@@ -30,7 +30,7 @@ def sampled(table: Table, rank: int, count: int = 60) -> Any:
     for name in rows.dtype.names:
         rows[name] = random.integers(0, 10**9, count)
         if rows[name].dtype.kind == "f":
-            rows[name] = random.choice([0.1, 33.3, 100.0, math.nan], count)
+            rows[name] = random.choice([0.1, 33.3, 100.0, -1.0, math.nan], count)
 
     rows["t_ns"] = np.sort(random.integers(0, 50, count)) * S
     for name in {"cpu_ns"} & set(rows.dtype.names):
@@ -66,7 +66,7 @@ def expected() -> Counter[str]:
     def count(pid: int, name: str, row: Any, args: dict[str, Any]) -> None:
         tid = pid * 10 + (3 if pid < 1_000_000 else 0)
         event = {"cat": "sample", "name": name, "ph": "C", "pid": pid, "tid": tid, "ts": int(row["t_ns"]) / 1000}
-        if all(math.isfinite(value) for value in args.values()):
+        if all(math.isfinite(value) and value >= 0 for value in args.values()):
             events[json.dumps(event | {"args": args}, sort_keys=True)] += 1
 
     for rank, host in enumerate(HOSTS):
@@ -99,7 +99,7 @@ def expected() -> Counter[str]:
 def test_every_sample_is_an_event(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, block: int
 ) -> None:
-    """Finite numbers are counters; those of one counter of a rank are in order, as viewers join them by lines."""
+    """Known numbers are counters; those of one counter of a rank are in order, as viewers join them by lines."""
     monkeypatch.setattr(event_blocks, "_MAX_ROWS", waiting)
     monkeypatch.setattr(sample_tracks, "_BLOCK", block)
     result = export_run(run_dir, "perfetto", tmp_path / "out.json")

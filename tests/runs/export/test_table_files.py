@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.runs.export.exported import BOOT_NS, STEPS, S, rich_run
+from traceml.database.schema import GPU, METRICS
+from traceml.database.store.store import StoreWriter
 from traceml.errors import UsageError
+from traceml.run_folder import STORE_NAME
 from traceml.runs.export.exporter import export_run
 from traceml.runs.export.table_columns import TABLES
 from traceml.runs.run import Run
@@ -57,6 +60,23 @@ def test_steps_are_those_of_the_run(run_dir, tmp_path):
     last = steps[steps["step"] == STEPS - 1]["end_epoch_ns"].tolist()
     assert abs(last[0] - last[1]) < S // 10
     assert last[0] > BOOT_NS
+
+
+def test_a_negative_number_that_means_unknown_is_null(tmp_path):
+    """A logged value may be negative, and a figure that a device does not offer is -1 in the store."""
+    run_dir = rich_run(tmp_path / "rich")
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        gpu, metric = np.zeros(1, GPU.dtype), np.zeros(1, METRICS.dtype)
+        gpu["power_w"], gpu["sm_clock_mhz"], gpu["temperature_c"], metric["value"] = -1.0, -1, 40.0, -2.5
+        for table, row in ((GPU, gpu), (METRICS, metric)):
+            writer.append(1, table.name, writer.next_seq(1, table.name), 1, row.tobytes())
+
+    export_run(run_dir, "parquet", tmp_path / "p")
+    last = pq.read_table(tmp_path / "p" / "gpu.parquet").to_pylist()[-1]
+    values = pq.read_table(tmp_path / "p" / "metrics.parquet").to_pylist()
+
+    assert (last["power_w"], last["sm_clock_mhz"], last["temperature_c"]) == (None, None, 40.0)
+    assert -2.5 in [row["value"] for row in values]
 
 
 def test_names_are_resolved(run_dir, tmp_path):

@@ -110,8 +110,10 @@ class SampleTracks:
         self._write(self._tracks.rank(stream, EVENTS), stream, t_ns, counters)
 
     def _of_host(self, stream: StreamRecord, rows: Any, fields: Sequence[tuple[str, str]]) -> None:
-        """Write a counter for each (name, field), where the field has a finite value."""
-        counters = [_counter(name, rows, (field,), np.isfinite(rows[field])) for name, field in fields]
+        """Write a counter for each (name, field), where the value is finite and known: a negative one is not."""
+        counters = [
+            _counter(name, rows, (field,), np.isfinite(rows[field]) & (rows[field] >= 0)) for name, field in fields
+        ]
         if any(counter.shown.any() for counter in counters):
             self._write(self._tracks.host(stream.host), stream, rows["t_ns"], counters)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,7 +36,7 @@ __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "lo
 Kind = Literal["int64", "float64", "string"]
 Part = dict[str, Any]
 """Column -> values of some rows: an array, a list, `RepeatedTexts`, or one value for all rows. None is written as null,
-and -1 where it means "not measured"."""
+and so is a negative number, which means "not known" in all columns but `_SIGNED`."""
 
 
 class RepeatedTexts(NamedTuple):
@@ -89,7 +90,22 @@ _DOCS = {
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")
 _JSON = ExportColumn("data_json", "string", "everything else, as a JSON object")
-_FLAG_WORDS = ", ".join(f"{flag.value} {flag.name.lower().replace('_', ' ')}" for flag in StepFlag if flag.name)
+_FLAG_WORDS = {
+    StepFlag.EXPLICIT: "its bounds are those of trace_step()",
+    StepFlag.INFERRED: "no optimizer was seen",
+    StepFlag.SKIPPED: "by GradScaler, as gradients were not finite",
+    StepFlag.NO_LOADER: "none took part",
+    StepFlag.DEVICE: "it has a row in device_steps",
+    StepFlag.CALLBACK: "backward_own_ns was measured",
+    StepFlag.EPOCH: "it waited for the first batch of an iterator",
+    StepFlag.PROFILED: "torch.profiler ran, or was started or stopped",
+}
+
+
+def _flag_text(flag: StepFlag) -> str:
+    return f"{int(flag)} {str(flag.name).lower().replace('_', ' ')} ({_FLAG_WORDS[flag]})"
+
+
 # Columns of the store that have another name or form in the export.
 _RENAMED = {"ns": "duration_ns"}
 _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
@@ -110,20 +126,20 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "bits": (
         ExportColumn("other_ns", "int64", "rest of total_ns: code outside the known phases"),
         ExportColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
-        ExportColumn("flags", "int64", "bits: " + _FLAG_WORDS),
+        ExportColumn("flags", "int64", "bits: " + "; ".join(map(_flag_text, StepFlag))),
         ExportColumn("sequence", "int64", "collectives issued so far"),
     ),
 }
 _NAMES = {"name_id": "name", "line_id": "line", "library_id": "library", "text_id": "text"}
 _ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause}
-_NULLED = ("backward_own_ns",)
+_SIGNED = ("value", "loss", "fingerprint")
 
 
 def _table(table: Table) -> ExportTable:
     columns = list(_STREAM_COLUMNS)
     for column in table.columns:
         kind: Kind = "int64" if column.code == "q" else "float64"
-        doc = column.doc.replace("-1 when not measured", "null when not measured")
+        doc = re.sub(r"-1(?= (when|where|without) )", "null", column.doc)
         columns += _REPLACED.get(column.name, (ExportColumn(_RENAMED.get(column.name, column.name), kind, doc),))
 
     return ExportTable(table.name, _DOCS[table.name], tuple(columns))
@@ -200,7 +216,8 @@ def _columns_of(
     if name == "bits":
         return _bits(rows)
 
-    return {_RENAMED.get(name, name): np.ma.masked_less(values, 0) if name in _NULLED else values}
+    is_whole = name in _SIGNED or values.min(initial=0) >= 0
+    return {_RENAMED.get(name, name): values if is_whole else np.ma.masked_less(values, 0)}
 
 
 def _repeated(numbers: NDArray[np.int64], text_of: Callable[[int], str | None]) -> RepeatedTexts:
