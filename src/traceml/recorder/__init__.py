@@ -1,5 +1,6 @@
 """Recorder of one rank: its tables, its thread, its connection, its start and its end.
 
 Runs in the training process. May import `instrument`, `samplers`, `transport` and `database`, and neither numpy nor
-SQLite. Packages above register with `current_recorder.on_start`, `on_change`, `Recorder.every_cycle` and `before_stop`.
+SQLite. It moves rows, and makes none of the training: steps are detected in `instrument.step_clock`. A step that is
+missing was not detected there, or is counted as lost in the report (`telemetry`). Packages above register with `current_recorder.on_start`, `on_change`, `Recorder.every_cycle` and `before_stop`.
 """
