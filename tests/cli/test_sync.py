@@ -300,11 +300,13 @@ def test_code_of_an_own_run_is_imported_unasked(runs_dir: Path) -> None:
     assert (folder / "imported").exists()
 
 
-def test_run_comes_before_backend(runs_dir, capsys):
-    logged(runs_dir, "a", "jsonl")
+@pytest.mark.parametrize("word", ["20260101-a1b2", "a1b2"])
+def test_run_comes_before_backend(runs_dir, capsys, word):
+    """Whichever word names it."""
+    logged(runs_dir, "20260101-a1b2", "jsonl")
 
-    assert cli.main(["sync", "--backend", "jsonl", "a"]) == 2
-    assert "RUN comes before --backend: traceml sync a --backend jsonl" in capsys.readouterr().err
+    assert cli.main(["sync", "--backend", "jsonl", word]) == 2
+    assert f"RUN comes before --backend: traceml sync {word} --backend jsonl" in capsys.readouterr().err
 
 
 def test_a_tracker_that_failed_gets_all_its_tries_again(runs_dir):

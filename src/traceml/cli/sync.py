@@ -23,7 +23,7 @@ from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
 from traceml.display.report_files import refresh_reports, write_reports
-from traceml.errors import PluginError, TraceMLError, UsageError
+from traceml.errors import PluginError, RunNotFoundError, TraceMLError, UsageError
 from traceml.formatting import plural, printable
 from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.words import tracker_text
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     config = config_over(options.runs_dir)
     if options.backend and not options.runs:
         *names, last = options.backend
-        if names and (config.runs_dir / last).is_dir():
+        if names and last not in BUILT_IN[PluginType.BACKEND] and _is_run(last, config.runs_dir):
             raise UsageError(f"RUN comes before --backend: traceml sync {last} --backend {' '.join(names)}")
 
     outcomes: list[tuple[str, TrackerSection]] = []
@@ -114,6 +114,15 @@ def main(argv: list[str]) -> int:
         if each.state != DeliveryPhase.DONE and (each.pending or each.state != DeliveryPhase.OPEN)
     ]
     return EXIT_UNDELIVERED if left else 0
+
+
+def _is_run(word: str, runs_dir: Path) -> bool:
+    try:
+        find_run(word, runs_dir)
+    except RunNotFoundError:
+        return False
+
+    return True
 
 
 def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
