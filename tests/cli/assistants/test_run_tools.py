@@ -52,6 +52,7 @@ def test_the_cause_of_a_slow_run(tools):
     assert verdict["headline"].startswith("Rank 1 is slow in forward: the others wait, ")
     assert verdict["next"]
     assert "rank" in tools.explain_kind("compute-straggler")["raised"]
+    assert tools.explain_kind("STRAGGLER")["shared_evidence"]["step_ms, steps"].startswith("mean step time")
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -68,6 +69,7 @@ def test_the_evidence_of_a_kind_is_explained(tools):
     raised = {kind: tools.explain_kind(kind)["raised"] for kind in ("HANG", "STRAGGLER", "JITTER")}
 
     assert "`blocker`" in raised["HANG"]
+    assert "\n- `worker`: the process of a loader worker;\n- `thread`" in raised["HANG"]
     assert "RANK_LOST" not in raised["HANG"]
     assert "`rank_group`" in raised["STRAGGLER"]
     assert raised["JITTER"].endswith("`excess_ms_by_phase`.")

@@ -164,7 +164,14 @@ class RunTools:
         if name not in list(Kind):
             raise UsageError(f"no such kind: {kind!r}. Kinds: {', '.join(Kind)}")
 
-        return bounded({"kind": name, "raised": kind_text(name) or "", "all_kinds": [each.value for each in Kind]})
+        return bounded(
+            {
+                "kind": name,
+                "raised": kind_text(name) or "",
+                "shared_evidence": shared_evidence(),
+                "all_kinds": [each.value for each in Kind],
+            }
+        )
 
     def _find(self, run: str) -> Path:
         self._refuse_path(run)
@@ -261,4 +268,16 @@ def kind_text(kind: str) -> str | None:
     """
     page = page_text("verdicts.md")
     section = re.search(rf"^### .*`{re.escape(kind)}`.*\n((?:(?!#).*\n)*)", page, re.MULTILINE)
-    return None if section is None else _LINK.sub(r"\1", " ".join(section.group(1).split()))
+    return None if section is None else _plain(section.group(1))
+
+
+def shared_evidence() -> dict[str, str]:
+    """Return keys of evidence that mean the same in all kinds, with their meaning."""
+    table = page_text("verdicts.md").partition("| key | meaning |\n")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`.+) \| (.+) \|$", table, re.MULTILINE)
+    return {keys.replace("`", ""): _plain(meaning) for keys, meaning in rows}
+
+
+def _plain(markdown: str) -> str:
+    """Return a text without links, each paragraph and each entry of a list in one line."""
+    return _LINK.sub(r"\1", re.sub(r"(?<!\n)\n *(?![\n-])", " ", markdown.strip()))
