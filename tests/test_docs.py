@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RAW = "https://raw.githubusercontent.com/traceml/traceml/main/"  # pictures of the README, which a registry shows too
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-_OUTSIDE_ITS_ENTRY = re.compile(r"\n {1,3}(?:-|\d+\.) .*|(?<=\n\n) {1,3}\S.*")
+_OUTSIDE_ITS_ENTRY = re.compile(r"\n {1,3}(?:-|\d+\.) .*|(?<=\n\n) {1,3}\S.*|\n {4}\S.*(?=\n(?:-|\d+\.) )")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -44,7 +44,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_is_inside_an_entry_of_a_list_is_indented_by_four(page: Path) -> None:
-    """With less the site shows a list in it beside it, and a paragraph ends the list, whose numbers begin again."""
+    """With less the site shows a list in it beside it, and a paragraph ends the list, whose numbers begin again.
+
+    The next entry has an empty line before it: else it is shown as text.
+    """
     assert _OUTSIDE_ITS_ENTRY.findall(_BLOCK.sub("", page.read_text())) == []
 
 
