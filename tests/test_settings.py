@@ -176,7 +176,7 @@ def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
 
     for table in ("[traceml]\nport = 1\n", "[tool.traceml]\nport = 1\n"):
         path.write_text(table)
-        with pytest.raises(SettingsError, match="in this file settings stand at the top level"):
+        with pytest.raises(SettingsError, match="In this file settings are at the top level"):
             read({}, tmp_path)
 
     path.write_text("port = \n")
@@ -271,10 +271,10 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
 @pytest.mark.parametrize(
     ("variable", "here"),
     [
-        ("TRACEML_AGGREGATOR_PORT", "here, TRACEML_PORT"),
-        ("TRACEML_SESSION_ID", "here, TRACEML_RUN_ID"),
-        ("TRACEML_DISABLED", "here, `enabled=False`, or TRACEML_ENABLED=0"),
-        ("TRACEML_UI_MODE", "here, `traceml run --live terminal|web|none`"),
+        ("TRACEML_AGGREGATOR_PORT", "Here: TRACEML_PORT"),
+        ("TRACEML_SESSION_ID", "Here: TRACEML_RUN_ID"),
+        ("TRACEML_DISABLED", "Here: `enabled=False`, or TRACEML_ENABLED=0"),
+        ("TRACEML_UI_MODE", "Here: `traceml run --live terminal|web|none`"),
     ],
 )
 def test_variables_of_traceml_ai_are_reported_by_their_names_here(variable: str, here: str) -> None:
@@ -282,12 +282,12 @@ def test_variables_of_traceml_ai_are_reported_by_their_names_here(variable: str,
     with pytest.raises(SettingsError) as caught:
         read({variable: "1"})
 
-    assert f"{variable}: is a setting of traceml-ai" in str(caught.value)
+    assert f"{variable}: is a setting of traceml-ai. Here: " in str(caught.value)
     assert here in str(caught.value)
     assert read({}, mode="auto").sources == read({}).sources
     with pytest.raises(SettingsError, match="trace_step"):
         read({}, mode="manual")
-    with pytest.raises(SettingsError, match="here, `port`"):
+    with pytest.raises(SettingsError, match="Here: `port`"):
         read({}, aggregator_port=1)
 
 

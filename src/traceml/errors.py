@@ -106,13 +106,15 @@ class SettingsError(TraceMLError, ValueError):
         key: the setting, as written by the user.
         problem: the mistake.
         source: source of the value: `argument`, an environment variable's name, or a file's path.
-        allowed: the accepted values.
-        meant: what the user may have meant, as a question.
+        allowed: the accepted values; empty where `meant` tells all.
+        meant: what the user may have meant, as a sentence.
     """
 
-    def __init__(self, key: str, problem: str, *, source: str, allowed: str, meant: str = "") -> None:
+    def __init__(self, key: str, problem: str, *, source: str, allowed: str = "", meant: str = "") -> None:
         origin = "" if source == key else f" (from {source})"  # a variable is both
-        super().__init__(f"{key}: {problem}{origin}. {f'{meant} ' if meant else ''}Allowed: {allowed}")
+        super().__init__(
+            " ".join(filter(None, (f"{key}: {problem}{origin}.", meant, allowed and f"Allowed: {allowed}")))
+        )
         self.key, self.problem, self.source, self.allowed = key, problem, source, allowed
 
 

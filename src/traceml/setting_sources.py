@@ -213,7 +213,7 @@ class SettingSources:
             if key in ("traceml", "tool") and isinstance(value, dict) and path.name != "pyproject.toml":
                 raise SettingsError(
                     f"[{key}]", "is a table of pyproject.toml", source=str(path),
-                    allowed="in this file settings stand at the top level: without this table's heading",
+                    meant="In this file settings are at the top level: leave this heading out",
                 )  # fmt: skip
 
             # `backends` is a list of names, or one table of options per name.
@@ -227,7 +227,7 @@ class SettingSources:
 
         former = former_setting(key, is_variable=written.upper().startswith(ENV_PREFIX))
         if former is not None:
-            raise SettingsError(written, "is a setting of traceml-ai", source=source, allowed=f"here, {former}")
+            raise SettingsError(written, "is a setting of traceml-ai", source=source, meant=f"Here: {former}")
 
         import difflib
 
