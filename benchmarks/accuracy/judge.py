@@ -238,8 +238,8 @@ def page(results: list[Judged], without: list[Case]) -> str:
 
 
 def _left_out(without: list[Case]) -> list[str]:
-    names = ", ".join(case.name for case in without)
-    return [f"Left out, as libraries are not installed: {names}."] if without else []
+    names = ", ".join(f"*{case.name}*" for case in without)
+    return [f"Left out, as their libraries are not installed: {names}."] if without else []
 
 
 def _is_crowded(report: dict[str, Any]) -> bool:
