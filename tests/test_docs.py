@@ -12,7 +12,7 @@ from traceml.cli import COMMANDS
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.kinds import Kind
 from traceml.track.plugins.plugin_metadata import PluginType
-from traceml.track.plugins.plugin_registry import BUILT_IN
+from traceml.track.plugins.plugin_registry import BUILT_IN, known_backends
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -62,11 +62,13 @@ def test_the_site_has_every_page() -> None:
 
 
 def test_every_tracker_is_in_its_table() -> None:
-    """A built-in tracker says what it needs, and whether it is exact."""
+    """A built-in tracker says what it needs, whether it is exact, and each of its options."""
     section = (ROOT / "docs" / "tracking.md").read_text().partition("\n## Trackers\n")[2].partition("\n## ")[0]
 
-    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
     assert sorted(rows) == sorted(BUILT_IN[PluginType.BACKEND])
+    options = {name: metadata.options for name, metadata in known_backends().items()}
+    assert [(name, each) for name, cell in rows.items() for each in options[name] if f"`{each}`" not in cell] == []
 
 
 def test_pictures_of_the_readme_are_absolute() -> None:
