@@ -137,6 +137,22 @@ def test_the_module_of_every_kind_is_in_the_table() -> None:
     assert raised == dict.fromkeys((kind.value for kind in Kind), True)
 
 
+def test_every_command_of_the_wire_is_explained() -> None:
+    """What an aggregator does itself, and what its ranks do."""
+    tables = (ROOT / "docs" / "wire.md").read_text().partition("\nCommands of a client")[2].partition("\n### ")[0]
+    explained = re.findall(r"^\| `(\w+)", tables, re.MULTILINE)
+
+    own = re.findall(r'^            "(\w+)": self\._\w+,$', _source("aggregator/commands.py"), re.MULTILINE)
+    of_ranks = re.findall(r'^                "(\w+)": ', _source("recorder/recording.py"), re.MULTILINE)
+    assert len(own) > 5
+    assert len(of_ranks) > 2
+    assert set(explained) == {*own, *of_ranks}
+
+
+def _source(module: str) -> str:
+    return (ROOT / "src/traceml" / module).read_text()
+
+
 def test_every_benchmark_is_reported() -> None:
     """`make bench` runs every benchmark, and its page tells of each."""
     from benchmarks.run import BENCHMARKS
