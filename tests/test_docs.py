@@ -149,6 +149,18 @@ def test_every_command_of_the_wire_is_explained() -> None:
     assert set(explained) == {*own, *of_ranks}
 
 
+def test_every_message_of_the_wire_is_explained() -> None:
+    """Whoever sends it; agents of a launch have a protocol of their own."""
+    page, package = (ROOT / "docs" / "wire.md").read_text(), ROOT / "src/traceml"
+    sources = [
+        path.read_text() for name in ("aggregator", "recorder", "transport") for path in (package / name).rglob("*.py")
+    ]
+    sent = {kind for text in sources for kind in re.findall(r'"t": "(\w+)"', text)}
+
+    assert len(sent) > 10
+    assert [kind for kind in sorted(sent) if not re.search(rf"`{kind}\b", page)] == []
+
+
 def _source(module: str) -> str:
     return (ROOT / "src/traceml" / module).read_text()
 
