@@ -63,11 +63,12 @@ def test_steps_are_those_of_the_run(run_dir, tmp_path):
 
 
 def test_a_negative_number_that_means_unknown_is_null(tmp_path):
-    """A logged value may be negative, and a figure that a device does not offer is -1 in the store."""
+    """A logged value and its step may be negative; a figure that a device does not offer is -1 in the store."""
     run_dir = rich_run(tmp_path / "rich")
     with StoreWriter(run_dir / STORE_NAME) as writer:
         gpu, metric = np.zeros(1, GPU.dtype), np.zeros(1, METRICS.dtype)
         gpu["power_w"], gpu["sm_clock_mhz"], gpu["temperature_c"], metric["value"] = -1.0, -1, 40.0, -2.5
+        metric["step"] = -5
         for table, row in ((GPU, gpu), (METRICS, metric)):
             writer.append(1, table.name, writer.next_seq(1, table.name), 1, row.tobytes())
 
@@ -76,7 +77,7 @@ def test_a_negative_number_that_means_unknown_is_null(tmp_path):
     values = pq.read_table(tmp_path / "p" / "metrics.parquet").to_pylist()
 
     assert (last["power_w"], last["sm_clock_mhz"], last["temperature_c"]) == (None, None, 40.0)
-    assert -2.5 in [row["value"] for row in values]
+    assert (-5, -2.5) in [(row["step"], row["value"]) for row in values]
 
 
 def test_names_are_resolved(run_dir, tmp_path):

@@ -36,7 +36,7 @@ __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "RepeatedTexts", "lo
 Kind = Literal["int64", "float64", "string"]
 Part = dict[str, Any]
 """Column -> values of some rows: an array, a list, `RepeatedTexts`, or one value for all rows. None is written as null,
-and so is a negative number, which means "not known" in all columns but `_SIGNED`."""
+and so is a negative number, which means "not known" in all columns but `_SIGNED` and those of metrics."""
 
 
 class RepeatedTexts(NamedTuple):
@@ -132,7 +132,7 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
 }
 _NAMES = {"name_id": "name", "line_id": "line", "library_id": "library", "text_id": "text"}
 _ENUMS: dict[str, type[IntEnum]] = {"resource": Resource, "cause": Pause}
-_SIGNED = ("value", "loss", "fingerprint")
+_SIGNED = ("loss", "fingerprint")
 
 
 def _table(table: Table) -> ExportTable:
@@ -216,7 +216,8 @@ def _columns_of(
     if name == "bits":
         return _bits(rows)
 
-    is_whole = name in _SIGNED or values.min(initial=0) >= 0
+    # A user's own step may be negative, as a value may.
+    is_whole = table == METRICS.name or name in _SIGNED or values.min(initial=0) >= 0
     return {_RENAMED.get(name, name): values if is_whole else np.ma.masked_less(values, 0)}
 
 
