@@ -16,7 +16,10 @@ import pytest
 
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
+from traceml.database.flight.postmortem import read_flight
+from traceml.database.schema import STEPS
 from traceml.launch.launcher.hosts import bootstrap
+from traceml.launch.shared.flight_archive import unpack_flight
 from traceml.launch.shared.launch_messages import CollectStacks, Message, Release, StreamOpened
 from traceml.launch.shared.package_import import PACKAGE, import_code
 
@@ -56,6 +59,21 @@ def _spawn_kin() -> None:
     subprocess.run(["sh", "-c", "setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo daemon $!"], check=True)
     print("daemon", *pids, flush=True)
     time.sleep(1000)
+
+
+def _die_with_rows(rows: int) -> None:
+    """Append rows that cannot be compressed to a flight file, as a rank does, and be killed."""
+    import socket
+
+    from traceml.database.flight.flight import FlightFile
+    from traceml.database.schema import STEPS
+
+    identity = {"job": "a-run", "host": socket.gethostname(), "rank": 0, "world_size": 1, "recorder": "r"}
+    ring = FlightFile.create(None, identity).ring(STEPS.name)
+    for _ in range(rows):
+        ring.append(*STEPS.struct.unpack(os.urandom(STEPS.row_bytes)))
+
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _kin(driver: Driver) -> list[int]:
@@ -350,6 +368,19 @@ def test_the_end_of_one_worker_leaves_the_others_alone(driver: Driver) -> None:
         "tail": [], "crash": "", "oom": None,
     }  # fmt: skip
     assert {each["rank"]: each["code"] for each in driver.of("exited")} == {0: 0, 1: None, 2: 0}
+
+
+def test_the_last_rows_of_a_killed_worker_arrive_though_the_job_is_stopped(driver: Driver, tmp_path: Path) -> None:
+    """They are on their way when the launcher ends the other workers, and its file is removed by then."""
+    driver.prepare()
+    run = {"run_id": "a-run", "runs_dir": str(tmp_path), "flights": True}
+    driver.start(_die_with_rows, 60_000, trace=run, env={"TRACEML_ENABLED": "0"})
+    driver.wait("exited")
+    driver.stop()
+
+    (stream,) = driver.of("stream", kind="flight")
+    flight = read_flight(unpack_flight(bytes(driver.parcels[stream["id"]]), tmp_path / "copies", "node1-0"))
+    assert flight.counters(STEPS.name).appended == 60_000
 
 
 def test_a_zygote_that_was_killed_is_replaced(driver: Driver) -> None:

@@ -264,6 +264,7 @@ class WorkerGroup:
         path = path_of(fd) if shared else None
         stream = self._channel.open_stream(StreamOpened(kind=kind, job=self.job, rank=each.rank, size=size, path=path))
         each.streams.append(stream)
+        each.answers.append(stream)
         if shared:
             self._shared_fds.append(fd)  # open until the launcher has opened it
         else:
@@ -292,7 +293,7 @@ class WorkerGroup:
         self._stopping = self._exiting = True
         self._grace_s, self._exit_deadline_s = grace_s, time.monotonic() + exit_s
         for each in self._ranks.values():
-            for stream in each.streams[3:]:
+            for stream in each.answers:
                 stream.abort({"text": "stopped"})
 
             if each.reported:

@@ -118,6 +118,7 @@ class WorkerState:
 
     Attributes:
         socket: to the worker.
+        answers: the streams with its result or exception, which nobody waits for once the job is stopped.
         status: as `waitpid` returns it.
         reported: whether its function has returned or raised; it then waits to be released.
         end_sent: whether the launcher was notified of its end.
@@ -137,6 +138,7 @@ class WorkerState:
         self.rank, self.local_rank = rank, local_rank
         self.socket, self.worker_end = socket, worker_end
         self.streams, self.readers, self.tail = streams, readers, tail
+        self.answers: list[OutgoingStream] = []
         self.stacks = StackReader()
         self.pid: int | None = None
         self.status: int | None = None
