@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import random
 import resource
 import signal
@@ -17,7 +20,7 @@ import pytest
 from tests.database.store.store_writers import STREAMS, frame, row
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
-from traceml.errors import StoreError
+from traceml.errors import StoreBusyError, StoreError
 
 Start = Callable[..., "Popen[str]"]
 KIB = 1024
@@ -201,6 +204,25 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
 
     first.close()
     first.close()
+    StoreWriter(tmp_path / "store.db").close()
+
+
+def test_second_writer_is_refused_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS locks only what is open for writing: two writers there gave their streams the same numbers."""
+    flock = fcntl.flock
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with StoreWriter(tmp_path / "store.db"), pytest.raises(StoreBusyError):
+        StoreWriter(tmp_path / "store.db")
+
     StoreWriter(tmp_path / "store.db").close()
 
 
