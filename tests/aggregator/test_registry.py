@@ -16,6 +16,7 @@ from traceml.database.schema import STEPS
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
+from traceml.transport.folder_aggregator import FolderLock
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
 
@@ -142,6 +143,43 @@ def test_second_recorder_of_a_process_takes_the_rank_over_in_a_new_run(registry)
     leave(run, stream)
 
     assert join(registry, hello(0, 1, run="b", recorder="r2"))[0] is not run
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Make this the host of a name, as far as names tell."""
+    return lambda name: monkeypatch.setattr(socket, "gethostname", lambda: name)
+
+
+@pytest.mark.parametrize("run_id", ["", "mine"])
+def test_ranks_of_a_second_host_of_a_folder_are_a_run_of_their_own(registry, host, run_id):
+    """Each host has an aggregator that only its own ranks reach: both store what they get, also after a restart."""
+    host("node1")
+    job = [hello(rank, 4, run_id=run_id, host=f"node{rank // 2 + 1}", recorder=f"r{rank}") for rank in range(4)]
+    first, _ = join(registry, job[0])
+    assert join(registry, job[1])[0] is first
+    with FolderLock.acquire(registry.runs_dir):
+        host("node2")
+        second = Registry(registry.runs_dir)
+        part, _ = join(second, job[2])
+        assert (join(second, job[3])[0], part.id) == (part, f"{first.id}-node2")
+        assert (registry.runs_dir / "latest").readlink().name == first.id
+        part.close()
+
+        again = Registry(registry.runs_dir)
+        resumed, stream = join(again, job[2])
+        assert (resumed.id, stream.rank) == (part.id, 2)
+        resumed.close()
+
+
+def test_a_store_that_is_written_on_this_host_is_not_split(registry, host):
+    """Its aggregator may just be ending: the rank asks again a minute later."""
+    host("node1")
+    join(registry, hello(0, run_id="mine"))
+    with FolderLock.acquire(registry.runs_dir), pytest.raises(RefusedError, match="another aggregator is writing"):
+        join(Registry(registry.runs_dir), hello(1, run_id="mine"))
+
+    assert not list(registry.runs_dir.glob("mine-*"))
 
 
 def test_late_rank_joins_the_run_that_is_over(registry):

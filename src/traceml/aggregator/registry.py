@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreBusyError, StoreError
 from traceml.ids import new_run_id
 from traceml.run_folder import OPEN_FOLDER, STORE_NAME, unwritable_text
-from traceml.transport.folder_aggregator import create_runs_dir
+from traceml.transport.folder_aggregator import create_runs_dir, serving_hosts
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
 from traceml.trusted_files import replace_file
@@ -127,7 +128,7 @@ class Registry:
         # While the run of that key goes on, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         self._expect(_key(hello), run_id)
-        run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
+        run = self._begin_or_part(run_id, key, named=bool(hello.run_id) and not taken)
         del self._not_begun[_key(hello)]
         if taken and other is not None and other.admission.starts_next_run(hello):
             self._by_key[_key(hello)] = run  # the job's other ranks join its next training too
@@ -177,6 +178,34 @@ class Registry:
         if is_new or not (self.runs_dir / "latest").exists():
             self._point_latest_at(run)
 
+        return run
+
+    def _begin_or_part(self, run_id: str, key: str, *, named: bool) -> ActiveRun:
+        """Open a run, or that of this host's ranks alone if the aggregator of another host writes the store.
+
+        Hosts that share a runs folder, but were given no common aggregator, have one each: the second would refuse all
+        its ranks, whose rows then end with this host's memory.
+
+        Raises:
+            RefusedError: it cannot be created or written.
+        """
+        try:
+            return self.begin(run_id, key, named=named)
+        except RefusedError as error:
+            hosts = serving_hosts(self.runs_dir) if isinstance(error.__cause__, StoreBusyError) else []
+            if not hosts:
+                raise
+
+        part_id = safe_run_id(f"{run_id}-{socket.gethostname()}")
+        run = self.begin(part_id, f"{key}#{part_id}", named=named, is_new=False)
+        self._by_key[key] = run
+        _log.warning(
+            "run %s is stored by the aggregator of another host (%s): the ranks of this host are run %s. They are one "
+            "run with `traceml launch`, or where TRACEML_HOST names a host with `traceml serve --host 0.0.0.0`",
+            run_id,
+            ", ".join(hosts),
+            part_id,
+        )
         return run
 
     def mark_ended(self, run: ActiveRun) -> None:
@@ -314,7 +343,7 @@ class Registry:
 
             run_id = left["run"]
 
-        return self.begin(run_id, key, named=bool(hello.run_id))
+        return self._begin_or_part(run_id, key, named=bool(hello.run_id))
 
     def _mark(self, key: str, run_id: str, *, named: bool) -> None:
         marker = _marker(self.runs_dir, key)

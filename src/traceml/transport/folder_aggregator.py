@@ -19,7 +19,15 @@ from traceml.clock import boot_id
 from traceml.run_folder import OPEN_FOLDER
 from traceml.trusted_files import create_trusted, open_trusted
 
-__all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id", "reachable"]
+__all__ = [
+    "AggregatorAddress",
+    "FolderLock",
+    "address_of",
+    "create_runs_dir",
+    "folder_id",
+    "reachable",
+    "serving_hosts",
+]
 
 _LONGEST_BYTES = 65536
 
@@ -161,6 +169,22 @@ def _published_address(runs_dir: Path) -> AggregatorAddress | None:
         os.close(descriptor)
 
 
+def serving_hosts(runs_dir: Path) -> list[str]:
+    """Return the other hosts that share a runs folder and on which an aggregator of this user serves it."""
+    own, hosts = _name_of(socket.gethostname()), []
+    for path in sorted((runs_dir / OPEN_FOLDER).glob(_name_of("*"))):
+        if path.name == own:
+            continue
+
+        with contextlib.suppress(OSError):
+            descriptor, free = _locked(path, create=False)
+            os.close(descriptor)
+            if not free:
+                hosts.append(path.name.removeprefix("aggregator-").rpartition("-")[0])
+
+    return hosts
+
+
 def folder_id(folder: Path) -> list[Any]:
     """Return the identity of a folder, by which another process recognizes the same one; empty without a folder."""
     try:
@@ -177,9 +201,8 @@ def _lock(runs_dir: Path, *, create: bool) -> tuple[int, bool]:
     Raises:
         OSError: there is no such file, or none can be created or locked.
     """
-    name = f"aggregator-{socket.gethostname()}-{os.getuid()}"
     try:
-        return _locked(runs_dir / OPEN_FOLDER / name, create=create)
+        return _locked(runs_dir / OPEN_FOLDER / _name_of(socket.gethostname()), create=create)
     except OSError:  # a folder of another user, or a filesystem without locks
         import hashlib  # not above: OpenSSL's take 3 ms to load
 
@@ -187,6 +210,10 @@ def _lock(runs_dir: Path, *, create: bool) -> tuple[int, bool]:
 
         known = hashlib.sha256(os.fsencode(runs_dir.resolve())).hexdigest()[:16]
         return _locked(auth.runtime_folder() / f"folder-{known}", create=create)
+
+
+def _name_of(host: str) -> str:
+    return f"aggregator-{host}-{os.getuid()}"
 
 
 def _locked(path: Path, *, create: bool) -> tuple[int, bool]:
