@@ -175,6 +175,18 @@ def test_run_that_was_ended_by_hand_is_stopped(registry, exits, status, state): 
     assert run.state == state
 
 
+def test_rank_that_got_the_jobs_signal_before_its_launcher_has_not_failed(registry):  # noqa: F811
+    """A scheduler signals all processes of a job at once."""
+    run, stream = join(registry, hello(0, 1))
+    run.disconnected(stream)
+    stream.exit["at_s"] = time.time() - 1.2
+    run.take_exit(ExitReport(rank=0, pid=stream.incarnation.pid, exitcode=-15))
+    run.note_ending({"signal": 15, "time": time.time()})
+
+    assert run.end(143)
+    assert run.state == "stopped"
+
+
 def test_job_that_was_interrupted_before_its_ranks_came_is_stopped(registry):  # noqa: F811
     """The launcher's exit status tells."""
     run, stream = join(registry, hello(0))

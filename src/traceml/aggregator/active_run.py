@@ -295,7 +295,7 @@ class ActiveRun(RunStreams):
 
     def _final_state(self, status: int | None) -> str:
         members = self._table.of_attempt(self.attempt)
-        state = final_state(members, status)
+        state = final_state(members, status, ending_signal_of(self._ended_by.get("ended_by")))
         if self._has_lost_launcher and state == RunStatus.FINISHED and len(members) < self.world_size:
             state = RunStatus.LOST.value  # before its ranks could connect
 

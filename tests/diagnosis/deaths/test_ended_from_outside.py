@@ -65,6 +65,22 @@ def test_a_launcher_that_is_killed_after_its_ranks_is_no_cause(end: RankExit) ->
     assert "launcher_pid" not in {key for finding in found for key in finding.evidence}
 
 
+@pytest.mark.parametrize(
+    ("number", "before_s", "words"),
+    [
+        (15, 1.2, "SIGTERM from slurmstepd (process 812) ended the job"),
+        (15, 30.0, "Rank 1 was killed by signal 15"),
+        (9, 1.2, "Rank 1 was killed by signal 9"),
+    ],
+)
+def test_a_rank_that_got_the_signal_before_its_launcher_is_no_cause(number: int, before_s: float, words: str) -> None:
+    """A scheduler signals all processes of a job, within seconds. What killed a rank otherwise, or earlier, did."""
+    first = RankExit(rank=1, state="killed", signal=number, last_step=811, open_step=812, at_s=AT_S - before_s)
+    (finding, *_) = rank_lost(job(swept(0), first))
+
+    assert finding.summary.startswith(words)
+
+
 def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
     """It saved on the signal, and was advised to do so."""
     (finding,) = rank_lost(job(swept(0, saved_steps=812), swept(1)))

@@ -6,13 +6,16 @@ import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from traceml.aggregator.streams.stream import RankStream, StreamState
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Slot
 from traceml.database.states import RunStatus
+from traceml.diagnosis.deaths.ended_jobs import ended_with_job
 from traceml.diagnosis.deaths.lost_ranks import was_stopped
-from traceml.diagnosis.facts.ends.ending_signal import scheduler_words
+from traceml.diagnosis.facts.ends.ending_signal import EndingSignal, scheduler_words
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.inspection.crash_stacks import crash_facts
 from traceml.transport.exit_report import ExitReport
@@ -98,14 +101,16 @@ def state_of_dead(stream: RankStream, world_size: int) -> StreamState:
     return StreamState.FINISHED
 
 
-def final_state(members: Sequence[RankStream], status: int | None) -> str:
+def final_state(members: Sequence[RankStream], status: int | None, by: EndingSignal | None = None) -> str:
     """Return the state of a run that is over: finished, stopped, failed or lost.
 
     Args:
         members: the ranks of its last attempt.
+        by: the signal that ended the job, as its launcher reports it.
     """
     states = {stream.state for stream in members}
     exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]
+    exits = [replace(ended, stopped=True) if ended_with_job(ended, by) else ended for ended in exits]
     if was_stopped(exits) or (status in _STOPPED_STATUS and not ended_badly(exits)):
         return RunStatus.STOPPED.value
 

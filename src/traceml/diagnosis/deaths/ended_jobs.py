@@ -15,7 +15,14 @@ from traceml.diagnosis.kinds import Kind, Severity
 from traceml.formatting import duration_text, left_text, plural
 from traceml.process_ends import signal_name
 
-__all__ = ["end_by_scheduler", "ended_by_scheduler", "ended_from_outside", "lost_steps", "lost_steps_text"]
+__all__ = [
+    "end_by_scheduler",
+    "ended_by_scheduler",
+    "ended_from_outside",
+    "ended_with_job",
+    "lost_steps",
+    "lost_steps_text",
+]
 
 # A scheduler ends a job at its limit, and may warn it before: Slurm with --signal=USR2@120.
 _EARLY_S = {
@@ -27,6 +34,8 @@ _EARLY_S = {
 }
 
 _CLOCKS_S = 0.5  # clocks of hosts differ a little
+# A scheduler signals all processes of a job, the launcher not always first; a rank's last beat is a second older.
+_SAME_SIGNAL_S = 5.0
 _LATE_S = 600.0  # a script that goes on for longer, and then ends well, has ignored the signal
 _SENDERS = (
     (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
@@ -122,7 +131,16 @@ def _failed_before(causes: Sequence[RankExit], by: EndingSignal) -> bool:
     """Return whether a rank had failed by itself when the job was asked to end."""
     # Ranks that a killed launcher takes with it tell nothing of their end.
     known = [ended for ended in causes if by.launcher_pid is None or ended.state != "lost"]
+    known = [ended for ended in known if not ended_with_job(ended, by)]
     return any(ended.at_s is not None and ended.at_s < by.at_s - _CLOCKS_S for ended in known)
+
+
+def ended_with_job(ended: RankExit, by: EndingSignal | None) -> bool:
+    """Return whether a rank got the signal that ended the job, as its launcher did."""
+    if by is None or not by.number or ended.signal != by.number or ended.at_s is None:
+        return False
+
+    return ended.at_s > by.at_s - _SAME_SIGNAL_S
 
 
 def lost_steps(ended: RankExit, exits: Sequence[RankExit]) -> int | None:
