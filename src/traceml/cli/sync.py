@@ -129,7 +129,7 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
     runs_dir = config.runs_dir
     if options.ended or not options.runs:
         for run_dir in finish_flights(runs_dir, _SILENT_S if options.ended else None):
-            write_reports(run_dir)
+            _report_stored(run_dir)
 
         _warn_of_silent(runs_dir)
 
@@ -211,6 +211,10 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
     if not finish_run(run_dir):
         raise TraceMLError(f"run {run_dir.name} has no aggregator anymore, but its ranks still run: end them first")
 
+    _report_stored(run_dir)
+
+
+def _report_stored(run_dir: Path) -> None:
     write_reports(run_dir)
     print(f"{run_dir.name}: stored what its ranks left in memory", file=sys.stderr, flush=True)
 
