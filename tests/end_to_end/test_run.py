@@ -118,14 +118,17 @@ def test_several_ranks_are_one_run(traceml: Traceml, ranks: int) -> None:
 
 
 def test_one_rank_has_the_variables_of_torchrun(traceml: Traceml) -> None:
-    """`--nproc-per-node 1` starts a script as torchrun does: it may form a process group."""
+    """`--nproc-per-node 1` starts a script as torchrun does: it may form a process group. Its options are its own."""
     (traceml.folder / "alone.py").write_text(
-        'import torch.distributed as dist\ndist.init_process_group("gloo")\nprint(dist.get_world_size())\n'
+        "import sys, torch.distributed as dist\n"
+        'dist.init_process_group("gloo")\nprint(dist.get_world_size(), *sys.argv[1:])\n'
     )
 
-    ended = traceml("run", "--nproc-per-node", "1", "alone.py")
+    ended = traceml(
+        "run", "--nproc-per-node", "1", "alone.py", "--log", "--", "--rdzv-id"
+    )  # --log: as --log-dir begins
 
-    assert (ended.status, ended.stdout) == (0, "1\n"), ended.stderr
+    assert (ended.status, ended.stdout) == (0, "1 --log -- --rdzv-id\n"), ended.stderr
 
 
 def test_a_module_is_run(traceml: Traceml, tmp_path: Path) -> None:

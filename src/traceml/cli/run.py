@@ -240,8 +240,9 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
     if not _uses_torchrun(options):
         return [sys.executable, str(_ENTRY), *script]
 
+    # "--": else torchrun refuses a script's option that begins two of its own (--log: --log-dir, --logs-specs)
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return helper_program("traceml.supervise.elastic", *torchrun, str(_ENTRY), *script)
+    return helper_program("traceml.supervise.elastic", *torchrun, "--", str(_ENTRY), *script)
 
 
 def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
