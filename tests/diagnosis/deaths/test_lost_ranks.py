@@ -172,6 +172,11 @@ def test_an_exception_is_reported_with_its_line():
         ({"exception": "RuntimeError: Expected to have finished reduction in the prior iteration before starting a new "
                        "one.", "file": "a.py", "line": 3}, "find_unused_parameters=True"),
         ({"exception": "EOFError: EOF when reading a line", "file": "a.py", "line": 3}, "an option of the script"),
+        (
+            {"exception": "BrokenPipeError: [Errno 32] Broken pipe", "file": "a.py", "line": 3},
+            "a.py:3 wrote to a pipe or a connection that its reader had closed. If that line prints",
+        ),
+        ({"exception": "RuntimeError: Broken pipe", "file": "a.py", "line": 3}, "Read a.py:3"),
         ({"exception": "EOFError: Ran out of input", "file": "a.py", "line": 3}, "Read a.py:3"),
         ({"exception": "SyntaxError: invalid syntax (a.py, line 3)"}, "full traceback of rank 0 is in the run's"),
         ({"exception": "ValueError: no", "file": "a.py", "line": 3}, "full traceback of rank 0 is in the run's"),

@@ -339,6 +339,14 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         ),
     ),
     (lambda ended, _: ended.exception_mentions("eoferror: eof when reading a line"), without_answers()),
+    (
+        lambda ended, _: (ended.exception or "").startswith("BrokenPipeError"),
+        lambda ended, _: (
+            f"{f'{ended.place} wrote' if ended.place else 'It wrote'} to a pipe or a connection that its reader had "
+            "closed. If that line prints, the reader of the job's output had ended (`| head`, `| less`): let it read "
+            f"to the end, or write the output to a file; {_traceback_text(ended)}."
+        ),
+    ),
     (lambda ended, _: ended.exception_mentions("dataloader timed out after"), _for_no_batch),
     (
         lambda ended, _: ended.open_phase == "checkpoint" and ended.exception_mentions("pickle"),
