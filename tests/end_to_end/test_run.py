@@ -264,7 +264,7 @@ def test_ranks_per_gpu_without_one_are_one_line(traceml: Traceml) -> None:
     assert ended.status == 2
     assert "Traceback" not in ended.stderr
     assert "torchrun: --nproc-per-node xpu: Xpu is not available." in ended.stderr.splitlines()
-    assert "traceml: The job failed before its first step; its output says why." in ended.stderr
+    assert "traceml: The job failed before its first step: read its output, if it has any." in ended.stderr
 
 
 def test_a_script_without_training(traceml: Traceml, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class RunView(msgspec.Struct, frozen=True):
             return self.verdict.summary
 
         unknown = self.verdict.kind is Kind.INSUFFICIENT_DATA
-        return "The job failed before its first step; its output says why." if unknown else None
+        return "The job failed before its first step: read its output, if it has any." if unknown else None
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -321,7 +321,7 @@ def unstarted(verdict: Finding, state="failed", **end) -> Report:
     [
         ("INSUFFICIENT_DATA", {"state": "stopped", "signal": 15}, "Stopped before the first step."),
         ("INSUFFICIENT_DATA", {"state": "stopped"}, "Stopped before the first step."),
-        ("INSUFFICIENT_DATA", {"code": 2}, "The job failed before its first step; its output says why."),
+        ("INSUFFICIENT_DATA", {"code": 2}, "The job failed before its first step: read its output, if it has any."),
         ("RANK_LOST", {"exception": "ImportError: no"}, "Rank 0 ended with ImportError: no at x.py:1."),
     ],
 )
