@@ -31,6 +31,9 @@ class FaultyBackend(BackendInterface):
         return True
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
+        if self._file is not None:
+            self._file.flush()
+
         with self._path.open("ab") as file:
             file.truncate(mark["offset"])
 
@@ -85,6 +88,9 @@ class FaultyBackend(BackendInterface):
             time.sleep(600)
         elif behavior == "down":
             raise ConnectionRefusedError("nobody listens")
+        elif behavior == "down once":
+            (self._folder / "behavior").unlink()
+            raise ConnectionRefusedError("nobody listens yet")
         elif behavior == "busy":
             raise BackendBusyError("come back later", 0.1)
         elif behavior == "refuses":

@@ -395,6 +395,24 @@ def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(
     assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
 
 
+def test_a_batch_that_failed_halfway_comes_once(run: LoggedRun) -> None:
+    """Its values were accepted, then its file was not: the same object continues before them."""
+    backend = f"{FAULTY}Idempotent"
+    folder = faulty(run, backend)
+    (run.path / "artifacts").mkdir()
+    (run.path / "artifacts" / "model.pt").write_bytes(b"weights")
+    run.metrics({"a": [1.0, 2.0]})
+    run.row("artifact", name="model.pt", path="artifacts/model.pt")
+    run.end()
+    (folder / "behavior").write_text('{"artifact": "down once"}')
+
+    assert deliver(run.path, backend).returncode == 0
+    lines = lines_of(folder, "x.jsonl")
+    assert values(lines, "a") == [(0, 1.0), (1, 2.0)]
+    assert [line["artifact"] for line in lines if "artifact" in line] == ["model.pt"]
+    assert sum("start" in line for line in lines) == 1  # by one process
+
+
 def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:
     """A TypeError of every call is no reason to give up one row after another: it is the library that is broken."""
     folder = faulty(run, f"{FAULTY}Idempotent")

@@ -257,9 +257,12 @@ class DeliveryLoop:
                 raise
             except Exception as error:  # noqa: BLE001 - see run()
                 failure = classify(error)
-                return (
-                    self._refused(batch, failure) if failure.kind is FailureKind.REFUSED else self._retry_or_exit(error)
-                )
+                is_refused = failure.kind is FailureKind.REFUSED
+                status = self._refused(batch, failure) if is_refused else self._retry_or_exit(error)
+                if status is None:
+                    self._session.resume()
+
+                return status
 
         self._passed(batch, time.monotonic() - began_s)
         self._save()

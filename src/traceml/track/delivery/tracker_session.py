@@ -182,16 +182,27 @@ class TrackerSession:
 
     def confirm(self) -> None:
         """Return when everything sent is safe at the tracker, and record the position there."""
-        for key in self._unconfirmed:
-            backend = self._connected.get(key)
-            if backend is None:
-                continue  # has ended, which includes the flush
-
+        # One that is not connected has ended, which includes the flush.
+        sent = {key: self._connected[key] for key in self._unconfirmed if key in self._connected}
+        for backend in sent.values():
             with self._watched("flush"):
                 backend.flush()
-                self._state.experiments[self._prefix + key]["mark"] = _mark_of(backend)
+
+        # Afterwards: the rows of all are sent again if one fails.
+        for key, backend in sent.items():
+            self._state.experiments[self._prefix + key]["mark"] = _mark_of(backend)
 
         self._unconfirmed.clear()
+
+    def resume(self) -> None:
+        """Let the backend objects continue at their recorded positions, as what came after it is sent again.
+
+        Raises:
+            RewindError: a backend needs the run from its first row.
+        """
+        for key, backend in self._connected.items():
+            if not backend.resume(self._state.experiments[self._prefix + key]["mark"]):
+                raise RewindError
 
     def end(self, experiment: PlannedExperiment, state: str, ended: float | None = None) -> None:
         """End an experiment at the tracker, unless it has ended or never started.

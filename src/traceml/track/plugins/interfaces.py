@@ -55,7 +55,8 @@ class BackendInterface(ABC):
 
     Order of calls: `resume` (only after a restart), `start_experiment`, then any of the `log_` methods, `flush` and
     `mark` after each batch, and last `end_experiment`. After `flush` has returned, what was given survives the death of
-    this process, so the caller may forget it.
+    this process, so the caller may forget it. When a batch fails, `resume` comes before it is given to the same object
+    again.
 
     A delivery process can be killed after the tracker got a batch and before that was recorded; the batch then comes
     again. A backend duplicates nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after
@@ -190,9 +191,10 @@ class BackendInterface(ABC):
         return {}
 
     def resume(self, mark: Mapping[str, Any]) -> bool:  # noqa: ARG002 - an idempotent backend needs only the run's id
-        """Continue at `mark`, and cut off what came after it; called before `start_experiment`.
+        """Continue at `mark`, and cut off what came after it.
 
-        Called after a death only, so never for a run that `end_experiment` ended.
+        Called before `start_experiment` after a death, and before a batch is given again to an `idempotent` backend;
+        never for a run that `end_experiment` ended.
 
         Returns:
             True to continue from the cursor kept with the mark; False to get the whole run from its first row.
