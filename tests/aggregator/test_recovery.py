@@ -81,7 +81,7 @@ def test_rows_on_disk_are_stored_after_a_reboot(script: Script, tmp_path: Path) 
     in_memory.unlink()
     rewrite_boot(claim)
 
-    (run_dir,) = finish_flights(runs_dir)
+    (run_dir,) = finish_flights(runs_dir).runs
 
     stored = Stored(run_dir)
     values = stored.values("loss")
@@ -91,7 +91,7 @@ def test_rows_on_disk_are_stored_after_a_reboot(script: Script, tmp_path: Path) 
     (artifact,) = stored.of("artifact")
     assert (run_dir / artifact["path"]).read_bytes() == b"weights" * 1000
     assert list((runs_dir / FALLBACK_FOLDER).iterdir()) == []
-    assert finish_flights(runs_dir) == []
+    assert finish_flights(runs_dir).runs == []
 
 
 def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path: Path) -> None:  # noqa: F811
@@ -101,7 +101,7 @@ def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path
     (in_memory,) = find_flights(default_folder(), pid=process.pid)
     in_memory.unlink()
 
-    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
 
     (stream,) = Stored(run_dir).streams
     now_ns = RunClocks([stream]).from_monotonic(stream.id, monotonic_ns())
@@ -114,7 +114,7 @@ def test_a_run_that_is_found_later_took_as_long_as_its_process(script: Script, t
     finish(script(KILLED_EARLY), -signal.SIGKILL)
     after_s = time.time()
 
-    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
 
     with StoreReader(run_dir / STORE_NAME) as reader:
         run = reader.meta()["run"]
@@ -126,7 +126,7 @@ def test_a_killed_rank_is_told_with_the_line_that_was_seen_last(script: Script, 
     process = script(KILLED_IN_A_LINE)
     finish(process, -signal.SIGKILL)
 
-    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
 
     (ended,) = build_report(run_dir).findings
     assert "last seen at" in ended.summary
@@ -180,7 +180,7 @@ def test_what_another_user_planted_in_a_shared_folder_is_left_alone(tmp_path: Pa
     for path in (planted, *planted.iterdir()):
         os.chown(path, 12345, -1)
 
-    assert finish_flights(runs_dir) == []
+    assert finish_flights(runs_dir).runs == []
 
     assert (precious / "thesis").read_text() == "text"
     assert len(list(planted.iterdir())) == 2
@@ -196,7 +196,7 @@ def test_a_run_folder_outside_of_the_runs_folder_is_not_believed(tmp_path: Path,
     flight.close(unlink=False)
 
     assert dead_flights("j", tmp_path / "runs") == []
-    assert finish_flights(tmp_path / "runs") == []
+    assert finish_flights(tmp_path / "runs").runs == []
     assert flight.path is not None
     assert flight.path.exists()
 
@@ -208,7 +208,7 @@ def test_a_rank_whose_run_id_can_be_no_folder_gets_a_run(tmp_path: Path) -> None
     flight.log("logged").append({"kind": "text", "name": "note", "text": "hello"})
     flight.close(unlink=False)
 
-    (run_dir,) = finish_flights(tmp_path)
+    (run_dir,) = finish_flights(tmp_path).runs
 
     assert "-train-" in run_dir.name
     assert [row["text"] for row in Stored(run_dir).of("text")] == ["hello"]

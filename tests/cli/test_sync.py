@@ -24,6 +24,7 @@ from traceml.clock import boot_id, monotonic_ns, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER
 from traceml.database.schema import STEPS
+from traceml.database.store import store_file
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import list_runs
@@ -244,6 +245,20 @@ def test_rows_of_another_host_wait_until_the_user_knows(runs_dir: Path, capsys: 
     assert "ranks on node7 left rows" in capsys.readouterr().err
     (info,) = list_runs(runs_dir)
     assert len(load_run(info.path).steps()) == 1
+
+
+def test_rows_of_a_run_that_cannot_be_opened_are_not_nothing(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk is full: they stay, the reason is told, and the status is that of rows that are left."""
+    flight = left_on_another_host(runs_dir, "a", 90.0)
+    monkeypatch.setattr(store_file, "_DDL", "CREATE TABLE full (")
+
+    assert cli.main(["sync", "--ended"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"the rows in {flight} are not stored, and stay there: cannot create the run's store" in captured.err
+    assert flight.exists()
 
 
 def plugin_that_leaves_a_mark(folder: Path) -> str:

@@ -77,6 +77,8 @@ class Registry:
         self._by_key: dict[str, ActiveRun] = {}
         # Job key -> the id under which its run could not be created; the newest ones.
         self._not_begun: dict[str, str] = {}
+        self.not_recovered: dict[Path, str] = {}
+        """Flight files of dead ranks whose run cannot be opened, with the reason."""
 
     @property
     def runs(self) -> list[ActiveRun]:
@@ -311,8 +313,11 @@ class Registry:
 
         try:
             return self.begin(run_id, flight.job, named=bool(flight.run_id), is_new=False)
-        except RefusedError as error:  # another aggregator has it open
+        except RefusedError as error:
             _log.log(_level_of(error), "%s is not recovered: %s", flight.path, error)
+            if not isinstance(error.__cause__, StoreBusyError):  # else the aggregator that has it open does it
+                self.not_recovered[flight.path] = str(error)
+
             return None
 
     def _run_id_of(self, flight: DeadFlight) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
@@ -10,7 +11,7 @@ from traceml.aggregator.registry import Registry
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 
-__all__ = ["finish_flights", "finish_run"]
+__all__ = ["FinishedFlights", "finish_flights", "finish_run"]
 
 
 def finish_run(run_dir: Path) -> bool:
@@ -31,14 +32,18 @@ def finish_run(run_dir: Path) -> bool:
     return _finish(run, Registry(run_dir.parent))
 
 
-def finish_flights(runs_dir: Path, silence_s: float | None = None) -> list[Path]:
-    """Store the logged rows that dead ranks left in a folder; return the runs that are over now.
+class FinishedFlights(NamedTuple):
+    """Runs that are over now, and why those of other flight files cannot be opened."""
 
-    Raises:
-        StoreError: a run's folder cannot be written.
-    """
+    runs: list[Path]
+    failures: dict[Path, str]
+
+
+def finish_flights(runs_dir: Path, silence_s: float | None = None) -> FinishedFlights:
+    """Store the logged rows that dead ranks left in a folder."""
     registry = Registry(runs_dir)
-    return [run.path for run in registry.recover_flights(silence_s) if _finish(run, registry)]
+    runs = [run.path for run in registry.recover_flights(silence_s) if _finish(run, registry)]
+    return FinishedFlights(runs, registry.not_recovered)
 
 
 def _finish(run: ActiveRun, registry: Registry) -> bool:

@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
 
     outcomes: list[tuple[str, TrackerSection]] = []
     console = plain_console(stderr=True)
+    has_stored = _store_left(options, config)
     for run_dir in _wanted(options, config):
         try:
             found = _sync(run_dir, options, config, console)
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         rows = [{"run": run, **{name: getattr(tracker, name) for name in _PRINTED}} for run, tracker in outcomes]
         print(json.dumps(rows, indent=2))
-    elif not outcomes:
+    elif not outcomes and has_stored:
         is_misspelt = options.runs_dir is not None and not config.runs_dir.is_dir()
         print(printable(f"There is no folder {config.runs_dir}" if is_misspelt else "Nothing to deliver"))
 
@@ -113,7 +114,23 @@ def main(argv: list[str]) -> int:
         for _, each in outcomes
         if each.state != DeliveryPhase.DONE and (each.pending or each.state != DeliveryPhase.OPEN)
     ]
-    return EXIT_UNDELIVERED if left else 0
+    return EXIT_UNDELIVERED if left or not has_stored else 0
+
+
+def _store_left(options: SyncOptions, config: Config) -> bool:
+    """Store what dead ranks left in memory; return whether nothing of it had to stay there."""
+    if options.runs and not options.ended:
+        return True
+
+    found = finish_flights(config.runs_dir, _SILENT_S if options.ended else None)
+    for run_dir in found.runs:
+        _report_stored(run_dir)
+
+    for path, why in found.failures.items():
+        _warn(f"the rows in {path} are not stored, and stay there: {why}")
+
+    _warn_of_silent(config.runs_dir)
+    return not found.failures
 
 
 def _is_run(word: str, runs_dir: Path) -> bool:
@@ -127,12 +144,6 @@ def _is_run(word: str, runs_dir: Path) -> bool:
 
 def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
     runs_dir = config.runs_dir
-    if options.ended or not options.runs:
-        for run_dir in finish_flights(runs_dir, _SILENT_S if options.ended else None):
-            _report_stored(run_dir)
-
-        _warn_of_silent(runs_dir)
-
     if options.runs:
         yield from (find_run(run, runs_dir) for run in options.runs)
         return

@@ -190,14 +190,14 @@ def test_without_any_aggregator_the_rows_wait(script: Script, tmp_path: Path) ->
     )
 
     assert runs_in(tmp_path / "traceml_runs") == []
-    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
 
     stored = Stored(run_dir)
     assert "lonely" in run_dir.name
     assert stored.values("x") == [float(i) for i in range(40_000)]
     (row,) = stored.of("artifact")
     assert (run_dir / row["path"]).read_bytes() == b"weights" * 1000
-    assert finish_flights(tmp_path / "traceml_runs") == []
+    assert finish_flights(tmp_path / "traceml_runs").runs == []
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
 
 
@@ -412,7 +412,7 @@ def test_a_full_disk_costs_only_what_has_no_room(script: Script, tmp_path: Path)
     assert process.returncode == 0, err
     assert out == "True\n"
     assert err.count("cannot be written") == 1
-    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
     values = Stored(run_dir).values("x")
     assert values[-1000:] == [float(i) for i in range(19_000, 20_000)]
     assert values[:1000] == [float(i) for i in range(1000)]

@@ -94,7 +94,7 @@ def test_files_of_a_rank_that_is_killed_before_anybody_took_them(script: Script,
         os.kill(os.getpid(), 9)
         """)
     finish(process, -9)
-    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
 
     stored = Stored(run_dir)
     assert [row["name"] for row in stored.of("artifact")] == ["first", "second"]
