@@ -44,6 +44,7 @@ def first_line(stacks: dict[int, dict[str, Any]], ranks: int = 3) -> str:
         ),
         ({0: _WAITS, 1: _WAITS, 2: _WAITS}, "ranks 0-2 were here:"),
         ({0: _SILENT}, "rank 0 (local rank 0 on node1) has reported no stack: its process is stopped."),
+        ({0: _SILENT, 1: _SILENT}, "ranks 0, 1 have reported no stack: their processes are stopped."),
     ],
 )
 def test_only_a_rank_that_is_seen_elsewhere_had_not_entered(stacks: dict[int, dict[str, Any]], says: str) -> None:

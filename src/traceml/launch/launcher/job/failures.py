@@ -188,9 +188,10 @@ def note_stacks(
         together.setdefault(_where(stacks.get(worker.rank)), []).append(worker)
 
     for where, those in together.items():
-        alone = len(those) == 1
-        who = str(those[0]) if alone else ranks_text({worker.rank for worker in those})
-        lines.append(who + (where if alone else where.replace(" was here:", " were here:", 1)))
+        if len(those) == 1:
+            lines.append(f"{those[0]}{where}")
+        else:
+            lines.append(ranks_text({worker.rank for worker in those}) + _where(stacks.get(those[0].rank), many=True))
 
     error.add_note("\n".join(lines))
 
@@ -214,20 +215,25 @@ def _who_waited(inside: Collection[int], outside: Sequence[Worker], unknown: Col
     return []
 
 
-def _where(stack: WorkerStack | None) -> str:
-    """Return a worker's stack without the frames that called the user's function."""
+def _where(stack: WorkerStack | None, *, many: bool = False) -> str:
+    """Return a worker's stack without the frames that called the user's function; `many` workers have the same."""
+    have, host, process, were = (
+        ("have", "the host of each does", "their processes are", "were")
+        if many
+        else ("has", "its host does", "its process is", "was")
+    )
     if stack is None:
-        return " has reported no stack: its host does not answer."
+        return f" {have} reported no stack: {host} not answer."
 
     if not stack["stack"]:
-        return f" has reported no stack: its process is {stack['state'] or 'silent'}."
+        return f" {have} reported no stack: {process} {stack['state'] or 'silent'}."
 
     threads = stack["stack"].strip("\n").split("\n\n")
     text = "\n\n".join(thread for thread in threads if not _OUR_THREAD.search(thread))
     lines = [_THREAD.sub(r"\1", line) for line in text.splitlines()]
     ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
     rest = next((i for i in range(ours, len(lines)) if not lines[i].startswith("  ")), len(lines))
-    return " was here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
+    return f" {were} here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
 
 
 def _loaded(received: PayloadBuffer | None) -> BaseException | None:
