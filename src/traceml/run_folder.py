@@ -20,6 +20,7 @@ __all__ = [
     "STORE_PATH_BYTES",
     "TRACKERS_FOLDER",
     "UNREAD_LOG",
+    "moved_text",
     "report_command",
     "unwritable_text",
 ]
@@ -51,6 +52,14 @@ TRACKERS_FOLDER = "trackers"
 OPEN_FOLDER = ".open"
 # Copies of flight files from other hosts.
 COPIES_FOLDER = "flights"
+
+
+def moved_text(run_dir: Path) -> str:
+    """Return why a run whose folder is gone at its end has no report, and what to do."""
+    return (
+        f"its folder {run_dir} was moved or removed while it ran. If you moved it, `traceml report FOLDER` shows the "
+        "run, and `traceml sync FOLDER` delivers to trackers what they lack."
+    )
 
 
 def report_command(run: Path | str) -> str:

@@ -130,6 +130,16 @@ def test_each_run_of_a_process_has_its_card(python: Python, tmp_path: Path) -> N
     assert commands == ["first", "second"]
 
 
+def test_a_run_whose_folder_was_removed_is_told_of(python: Python, tmp_path: Path) -> None:
+    """In place of the card, as the script's user looks for one."""
+    announced = "from traceml.recorder import run_notices\nwhile not run_notices._here: time.sleep(0.01)\n"
+    ended = python(f"{SCRIPT}\n{announced}import shutil\nshutil.rmtree('traceml_runs')")
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n"), ended.stderr
+    assert "traceml: no report of this run: its folder" in ended.stderr
+    assert "was moved or removed while it ran" in ended.stderr
+
+
 def test_quiet_prints_nothing(python: Python, tmp_path: Path) -> None:
     """The run is stored all the same."""
     ended = python(SCRIPT, TRACEML_QUIET="1")

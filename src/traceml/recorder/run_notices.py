@@ -19,7 +19,7 @@ from traceml.formatting import printable
 from traceml.helper_programs import helper_program
 from traceml.inspection.script_time import is_interactive
 from traceml.recorder.lifecycle import on_end, on_shutdown
-from traceml.run_folder import REPORT_NAME, report_command
+from traceml.run_folder import REPORT_NAME, moved_text, report_command
 from traceml.transport.run_line import run_line, short_path
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _REPORT_WAIT_S = 10.0
 _SHOW_S = 60.0
 _MAX_SHOWN = 10  # each takes most of a second
 _due: list[tuple[Path, Recorder]] = []  # the runs whose verdicts are due, in the order of their starts
+_here: set[Path] = set()  # folders of runs that are on this host
 
 
 def announce(recorder: Recorder, run_dir: Path) -> None:
@@ -49,6 +50,9 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
 
         os.environ[_ANNOUNCED] = str(run_dir)  # for children that join this run
         _due.append((run_dir, recorder))
+        if run_dir.is_dir():
+            _here.add(run_dir)
+
         on_end(_show_at_end)
         on_shutdown(_show_to_user)
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
@@ -64,6 +68,10 @@ def dismiss(run_dir: Path) -> None:
 def show_verdict(run_dir: Path) -> None:
     """Print the verdict of an ended run; another process creates it, so this one loads nothing."""
     dismiss(run_dir)
+    if run_dir in _here and not run_dir.is_dir():
+        _print(f"traceml: no report of this run: {moved_text(run_dir)}")
+        return
+
     if not run_dir.is_dir():  # the aggregator runs on another host
         _log.info("the report will be in %s on the host of the aggregator", run_dir)
         return

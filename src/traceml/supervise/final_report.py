@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME
+from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME, moved_text
 
 __all__ = ["load_card", "print_final_report"]
 
@@ -24,11 +24,6 @@ _UNFINISHED = """\
 {program}: this run is not stored completely; {log} may give the reason.
 The rest stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir {runs}` stores it.
 """
-
-_MOVED = (
-    "its folder {folder} was moved or removed while it ran. If you moved it, `traceml report FOLDER` shows the run, "
-    "and `traceml sync FOLDER` delivers to trackers what they lack."
-)
 
 
 def load_card() -> None:
@@ -84,7 +79,7 @@ def _print_report(
         if not quiet:
             print_card(path, file=file)
     except (TraceMLError, OSError) as error:  # the job's own result matters more
-        why = error if run_dir.is_dir() else _MOVED.format(folder=run_dir)
+        why = error if run_dir.is_dir() else moved_text(run_dir)
         file.write(printable(f"{program}: no report of this run: {why}", lines=True) + "\n")
     else:
         if not quiet:
