@@ -132,7 +132,10 @@ def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
         ("RuntimeError: Cannot use ReduceOp.PREMUL_SUM with Gloo", "Read a.py:3"),
         ("ValueError: Invalid process group specified", "Read a.py:3"),
         ("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, invalid usage", "Read a.py:3"),
-        ("BrokenPipeError: [Errno 32] Broken pipe", "Read a.py:3"),
+        (
+            "BrokenPipeError: [Errno 32] Broken pipe",
+            "a.py:3 wrote to a pipe or a connection that its reader had closed",
+        ),
         (
             "RuntimeError: [gloo/transport/tcp/pair.cc:456] Is there a distributed collective mismatch in your code?",
             "equal sizes and types",

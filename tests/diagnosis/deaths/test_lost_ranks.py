@@ -451,9 +451,9 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
 
     finding = rank_lost(builder.build([120, 99]))[0]
 
-    assert "after step 99" in finding.summary
+    assert "after step 99 had arrived" in finding.summary
     assert finding.evidence["last_step"] == 99
-    assert "before the first step" in rank_lost(builder.build([120, -1]))[0].summary
+    assert "before a step had arrived" in rank_lost(builder.build([120, -1]))[0].summary
 
 
 def test_a_process_that_is_gone_is_no_silent_host():
