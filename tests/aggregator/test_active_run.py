@@ -241,6 +241,7 @@ def test_what_a_lost_host_appended_is_not_known(registry, later, is_unknown):  #
     with StoreReader(run.path / STORE_NAME) as reader:
         (record,) = reader.streams()
     assert record.facts["total_unknown"] is is_unknown
+    assert record.facts["exit"].get("unsent", False) is is_unknown
 
 
 def test_rank_that_was_dead_before_its_first_word_was_read(registry, tmp_path):  # noqa: F811

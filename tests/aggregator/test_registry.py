@@ -249,6 +249,8 @@ def test_an_unfinished_run_ended_when_its_store_was_last_written(registry):
 
     with StoreReader(run.path / STORE_NAME) as reader:
         assert reader.meta()["run"]["ended"] == written_s
+        (rank,) = reader.streams()
+        assert rank.facts["ended"] == written_s  # of which another one who finishes it makes the run's end
 
 
 def test_an_unfinished_run_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, memory):

@@ -273,11 +273,17 @@ class RunStreams:
         stream.state = state
         self._table.disconnected.pop(stream, None)
         self._touched_s = time.monotonic()
+        # Who only finishes a run, perhaps days later, has not seen its end.
+        ended_s = self._facts.now_s() if self._is_attended else max(self._signs_s, default=self._last_written_s)
         if state is not StreamState.FINISHED:
-            stream.exit.setdefault("at_s", stream.exit.get("reported_s", self._facts.now_s()))
+            stream.exit.setdefault("at_s", stream.exit.get("reported_s", ended_s))
             note_oom(stream)
 
-        ended = {"ended": self._facts.now_s(), "exit": stream.exit, "total_unknown": not is_total_known}
+        stream.exit.pop("unsent", None)
+        if not is_total_known:
+            stream.exit["unsent"] = True
+
+        ended = {"ended": ended_s, "exit": stream.exit, "total_unknown": not is_total_known}
         self.store.update_stream(stream.id, state=str(state), **ended)
         self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),
                                   "exit": stream.exit})  # fmt: skip
