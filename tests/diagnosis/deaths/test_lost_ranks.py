@@ -447,7 +447,7 @@ def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
 def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
     """A rank of another host that lost its connection reports nothing; its rows show its last step."""
     builder = JobFactsBuilder(2)
-    builder.exit(RankExit(rank=1, state="lost", host="node7"))
+    builder.exit(RankExit(rank=1, state="lost", host="node7", unsent=True))
 
     finding = rank_lost(builder.build([120, 99]))[0]
 

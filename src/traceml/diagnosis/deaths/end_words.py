@@ -127,7 +127,7 @@ def step_text(ended: RankExit) -> str:
     if ended.in_step:
         return f", in {step}{inside}"
 
-    if ended.state == "lost" and ended.at_s is None:  # what it did after its last rows is known to its host alone
+    if ended.state == "lost" and ended.unsent:
         return f"{inside}, before a step had arrived" if ended.step is None else f"{inside}, after {step} had arrived"
 
     return f"{inside}, before the first step" if ended.step is None else f"{inside}, after {step}"

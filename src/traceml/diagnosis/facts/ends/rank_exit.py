@@ -42,6 +42,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         skipped_exit: whether its process ended without the interpreter's own end: by a signal, or by `os._exit`.
         counts_anew: whether it read a checkpoint before its first step, and its steps are counted from 0 nevertheless.
         untraced: whether the script only logs: then nothing is known of its steps.
+        unsent: whether it may have gone on after its last rows: its flight file was not read.
         in_loop: whether a loop over a data loader was open, of a process that ended at once.
         returned: whether only the launched function has ended: its process waits for the other ranks.
         batches, epoch, data_ended: how far it had read its data; see `ReadData`.
@@ -81,6 +82,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int | None = None
     data_ended: bool | None = None
     untraced: bool = False
+    unsent: bool = False
     counts_anew: bool = False
 
     def exception_mentions(self, *words: str) -> bool:
