@@ -456,6 +456,17 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
     assert "before a step had arrived" in rank_lost(builder.build([120, -1]))[0].summary
 
 
+@pytest.mark.parametrize("unsent", [True, False])
+def test_what_a_lost_host_still_has_is_stored_there(unsent):
+    """Its memory has the last rows, unless its flight files were read."""
+    lost = RankExit(rank=1, state="lost", host="node7", host_lost="its agent was lost", last_step=7, unsent=unsent)
+
+    finding = rank_lost(JobFacts(exits=(lost,)))[0]
+
+    assert ("`traceml sync` there stores what had not arrived" in finding.next) is unsent
+    assert ("after step 7 had arrived" in finding.summary) is unsent
+
+
 def test_a_process_that_is_gone_is_no_silent_host():
     """If the process is known to have ended, the advice does not mention the network."""
     gone = RankExit.from_facts(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")

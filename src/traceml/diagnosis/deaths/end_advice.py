@@ -370,6 +370,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: (
             f"Look at the host{_name_of_host(ended)}: whether it or its network was down, and whether the launch agent "
             "there was killed or stopped; the launcher ends a job whose agent is silent for 15 s."
+            + (" If it shares the runs folder, `traceml sync` there stores what had not arrived." * ended.unsent)
         ),
     ),
     (
