@@ -377,7 +377,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
         lambda ended, _: ended.state == "lost" and bool(ended.process_gone),
         lambda ended, _: (
             f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
-            "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
+            "memory or time limit, or a kill command; the output of `traceml run`, torchrun or srun names the signal."
         ),
     ),
     (
