@@ -162,3 +162,22 @@ def test_rows_without_optional_fields_are_taken(way):
     way.ingest.take(way.stream, "logged", 0, 1, msgpack.packb(row))
 
     assert way.stream.next["logged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"kind": "loader", "dataset": "Rows", "num_workers": [2], "length": 8}, "num_workers"),
+        ({"kind": "exit", "code": 1, "at_s": float("nan"), "line": None}, "at_s"),
+        ({"kind": "growth", "grown": 5, "step": 3}, "grown"),
+    ],
+)
+def test_a_fact_that_no_reader_understands_is_left_out(way, caplog, row, wrong):
+    """One such value made the report of the run fail; a loader of the user's may have it by its own attributes."""
+    way.ingest.take(way.stream, "info", 0, 2, msgpack.packb(row) + msgpack.packb({"kind": "rpc"}))
+    way.ingest.commit()
+
+    with StoreReader(way.path) as reader:
+        stored = [each for _, each in reader.log_rows("info")]
+    assert stored == [{name: value for name, value in row.items() if name != wrong}, {"kind": "rpc"}]
+    assert f"facts of a wrong type, which are left out: {wrong}=" in caplog.text

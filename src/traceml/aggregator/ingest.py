@@ -15,6 +15,7 @@ import msgspec
 
 from traceml.aggregator.artifacts import Artifacts
 from traceml.aggregator.streams.stream import RankStream
+from traceml.database.info_kinds import wrong_fields
 from traceml.database.schema import BLOBS, INFO, LOGGED, NAMES, TABLES, Table
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log
@@ -75,6 +76,11 @@ def _check_maps(table: str, maps: Sequence[Mapping[str, Any]]) -> None:
             raise ProtocolError(
                 f"{wrong[0]!r} of a row of {table!r} is missing or of a wrong type: {row.get(wrong[0])!r:.50}"
             )
+
+
+def _drop_wrong(row: dict[str, Any]) -> str:
+    """Drop the fields of a row of `info` that no reader understands; return them and their values, empty without any."""
+    return ", ".join(f"{name}={row.pop(name)!r:.50} of {row['kind']!r}" for name in wrong_fields(row))
 
 
 class IngestStatistics(msgspec.Struct, frozen=True):
@@ -162,12 +168,19 @@ class Ingest:
             _check_maps(table, maps)
             if table == BLOBS.name:
                 data, packed = self._take_chunks(stream, maps), None
+            elif table == INFO.name and any(dropped := [_drop_wrong(row) for row in maps]):
+                data, packed = b"".join(map(msgpack.packb, maps)), None
+                self._note_dropped(stream, dropped)
 
         self._store.append(stream.id, table, seq, n, data, first, last, packed)
         self._rows += n
         stream.next[table] = stream.unacked[table] = seq + n
         self._touched[stream] = None
         self._live.take(stream, table, data)
+
+    def _note_dropped(self, stream: RankStream, dropped: list[str]) -> None:
+        facts = "; ".join(filter(None, dropped))
+        _log.warning("rank %d has sent facts of a wrong type, which are left out: %s", stream.rank, facts)
 
     def _take_chunks(self, stream: RankStream, maps: list[dict[str, Any]]) -> bytes:
         try:

@@ -424,3 +424,9 @@ def test_damaged_rows_are_left_out():
     """Of another version, or of another shape."""
     assert growing_of({"grown": [{"path": "x"}, 3, LIST]}) == growing_of({"grown": [LIST]})
     assert growing_of({}) == ()
+
+
+def test_a_damaged_description_of_a_container_is_left_out():
+    """Its number was a text, and the comparison with it ended the report of the run."""
+    wrong = [LIST | {"count": "many"}, LIST | {"per_step": None}, 5]
+    assert growing_of({"grown": [*wrong, LIST]}) == growing_of({"grown": [LIST]})

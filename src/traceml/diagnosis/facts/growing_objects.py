@@ -78,17 +78,14 @@ class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
         return counts and (self.holds_graph or self.per_step * self.item_bytes >= MIN_SHARE * bytes_per_step)
 
 
-_FIELDS = set(GrowingObjects.__struct_fields__)
-
-
 def growing_of(row: Mapping[str, Any]) -> tuple[GrowingObjects, ...]:
     """Return the containers of a row `growth` of the `info` log, those with graphs first; damaged ones are left out."""
     found = []
     common = {name: row[name] for name in ("steps", "step") if isinstance(row.get(name), int)}
     for each in row.get("grown") or ():
         try:
-            found.append(GrowingObjects(**common, **{name: value for name, value in each.items() if name in _FIELDS}))
-        except (AttributeError, TypeError):
+            found.append(msgspec.convert({**common, **each}, GrowingObjects))
+        except (TypeError, msgspec.ValidationError):
             continue
 
     return tuple(found)

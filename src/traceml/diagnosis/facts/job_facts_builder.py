@@ -398,4 +398,11 @@ class JobFactsBuilder:
 
 
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:
-    return LoaderFacts(**{name: row[name] for name in _LOADER_FIELDS if name in row})
+    known = {name: row[name] for name in _LOADER_FIELDS if row.get(name) is not None}
+    return LoaderFacts(**{**known, "objects": tuple(filter(_is_held, known.get("objects", ())))})
+
+
+def _is_held(described: Any) -> bool:
+    """Whether a map describes objects of a data set."""
+    is_named = isinstance(described, Mapping) and described.keys() >= {"path", "type", "of"}
+    return is_named and isinstance(described.get("count"), int)
