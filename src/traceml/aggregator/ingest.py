@@ -79,7 +79,7 @@ def _check_maps(table: str, maps: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _drop_wrong(row: dict[str, Any]) -> str:
-    """Drop the fields of a row of `info` that no reader understands; return them and their values, empty without any."""
+    """Drop the fields of a row of `info` that no reader understands; return them with values, empty without any."""
     return ", ".join(f"{name}={row.pop(name)!r:.50} of {row['kind']!r}" for name in wrong_fields(row))
 
 

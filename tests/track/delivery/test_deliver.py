@@ -274,6 +274,19 @@ def test_an_experiment_ends_after_the_last_value_that_was_logged_before(run: Log
     assert len(values(lines, "a")) == 5_000
 
 
+def test_a_tracker_without_the_run_to_resume_begins_another(run: LoggedRun) -> None:
+    """An id with a typing error kept all rows of the run from the tracker, for good: the row cannot be changed."""
+    run.experiment(["jsonl"], id="own", resume="nope")
+    run.metrics({"loss": [0.5, 0.4]})
+    run.end()
+
+    done = deliver(run.path, "jsonl")
+
+    assert done.returncode == 0
+    assert values(lines_of(run.path), "loss") == [(0, 0.5), (1, 0.4)]
+    assert "resume='nope': jsonl has no run of that id" in done.stderr
+
+
 def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) -> None:
     """The announcement is in another table, and may be committed a moment later."""
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})

@@ -297,15 +297,12 @@ class TrackerSession:
         return None
 
     def _resumed(self, wanted: Any) -> str | None:
-        if not wanted:
-            return None
-
-        continued = self._id_at_tracker(str(wanted))
-        if continued is None:
-            raise PluginError(
-                f"resume={wanted!r}: backend {self.backend!r} has no run of that id in {self._run_dir.parent}; "
-                "give the id of a run or of an experiment that was delivered to it"
-            )
+        continued = self._id_at_tracker(str(wanted)) if wanted else None
+        if wanted and continued is None:
+            _log.warning(
+                "resume=%r: %s has no run of that id in %s, so another one begins. Give the id of a run or of an "
+                "experiment that was delivered to it", wanted, self.backend, self._run_dir.parent,
+            )  # fmt: skip
 
         return continued
 
