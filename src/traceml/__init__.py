@@ -19,6 +19,9 @@ if TYPE_CHECKING:
         BackendError,
         BackendRefusedError,
         BackendUnauthorizedError,
+        FileForbiddenError,
+        FileMissingError,
+        FileUnreadableError,
         LaunchTimeoutError,
         NotCallableError,
         PayloadError,
@@ -84,7 +87,8 @@ _NAMES = {
     "traceml.display.notebook": "Run load_run",
     "traceml.errors": (
         "AgentFailedError AggregatorRefusedError AggregatorUnavailableError ArgumentTypeError BackendBusyError "
-        "BackendError BackendRefusedError BackendUnauthorizedError LaunchTimeoutError NotCallableError PayloadError "
+        "BackendError BackendRefusedError BackendUnauthorizedError FileForbiddenError FileMissingError "
+        "FileUnreadableError LaunchTimeoutError NotCallableError PayloadError "
         "PluginError ProtocolError ResultNotFoundError RunNotFoundError RuntimeClosedError SettingsError "
         "SlurmError StoreError TableNotFoundError TaskCancelledError TaskDeadlockError TaskError TaskForkedError "
         "TaskTimeoutError TasksFailedError TraceEmptyError TraceMLError TraceNotFoundError UsageError WaitTimeoutError "
@@ -135,6 +139,9 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "CollectorPlugin",
     "DEFAULT_ENV_VARS",
     "Experiment",
+    "FileForbiddenError",
+    "FileMissingError",
+    "FileUnreadableError",
     "FrameworkInterface",
     "FrameworkPlugin",
     "LaunchResult",

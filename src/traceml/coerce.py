@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-__all__ = ["BAD", "Limits", "allowed", "coerce"]
+from traceml.errors import ArgumentTypeError
+
+__all__ = ["BAD", "Limits", "allowed", "coerce", "path_text", "seconds_to_wait"]
 
 Limits = Mapping[str, float | None]  # low, high (inclusive) and above (exclusive)
 
@@ -153,3 +155,37 @@ def _range(noun: str, limits: Limits) -> str:
         return f"{noun} above {above:g}"
 
     return f"{noun} of at least {low:g}" if low is not None else noun
+
+
+def path_text(value: Any, what: str) -> str:
+    """Return a path that a user's call got as a text.
+
+    Args:
+        what: description of the argument.
+
+    Raises:
+        ArgumentTypeError: it is neither a text nor a path.
+    """
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise ArgumentTypeError(f"{what} is a text or a path, not {type(value).__name__} {value!r:.100}") from None
+
+
+def seconds_to_wait(timeout: Any) -> float | None:
+    """Return the longest wait that a user's call got, in seconds; None for no limit.
+
+    Raises:
+        ArgumentTypeError: it is neither a number nor None.
+    """
+    if timeout is None:
+        return None
+
+    try:
+        if not isinstance(timeout, str | bytes | bool):
+            return float(timeout)
+    except (TypeError, ValueError, OverflowError):
+        pass
+
+    kind = type(timeout).__name__
+    raise ArgumentTypeError(f"a timeout is a number of seconds, or None for no limit, not {kind} {timeout!r:.100}")

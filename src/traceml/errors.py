@@ -13,6 +13,9 @@ TraceMLError
 │   └── StoreVersionError                          its format is that of another version of traceml
 ├── UsageError                    (ValueError)     wrong arguments of a command or a function
 ├── ArgumentTypeError             (TypeError)      an argument of a function has a type that it cannot take
+├── FileUnreadableError           (OSError)        a file that is to be logged cannot be read
+│   ├── FileMissingError          (FileNotFoundError) there is none of its name
+│   └── FileForbiddenError        (PermissionError) this process may not read it
 ├── WorkerFailedError             (RuntimeError)   a launched worker ended by a signal or an exit code
 ├── AgentFailedError              (RuntimeError)   a host of a launch cannot be used, or was lost
 ├── LaunchTimeoutError            (TimeoutError)   a launch did not start within its timeout
@@ -55,6 +58,9 @@ __all__ = [
     "BackendError",
     "BackendRefusedError",
     "BackendUnauthorizedError",
+    "FileForbiddenError",
+    "FileMissingError",
+    "FileUnreadableError",
     "LaunchTimeoutError",
     "NotCallableError",
     "PayloadError",
@@ -201,6 +207,18 @@ class UsageError(TraceMLError, ValueError):
 
 class ArgumentTypeError(TraceMLError, TypeError):
     """An argument of a function has a type that it cannot take."""
+
+
+class FileUnreadableError(TraceMLError, OSError):
+    """A file that is to be logged cannot be read, or is none."""
+
+
+class FileMissingError(FileUnreadableError, FileNotFoundError):
+    """There is no file of the name that is to be logged."""
+
+
+class FileForbiddenError(FileUnreadableError, PermissionError):
+    """This process may not read the file that is to be logged."""
 
 
 class TraceNotFoundError(TraceMLError, LookupError):

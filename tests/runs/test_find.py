@@ -9,12 +9,13 @@ from contextlib import closing, suppress
 import msgpack
 import pytest
 
+import traceml
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.renderers.reports import finding
 from tests.runs.fabricated_store import STARTED, add_rank, run_facts, store_run
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
-from traceml.errors import RunNotFoundError
+from traceml.errors import ArgumentTypeError, RunNotFoundError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.remove import prune, remove_run
@@ -213,3 +214,10 @@ def test_a_run_is_removed_while_a_page_reads_it(runs, monkeypatch):
     remove_run(run)
 
     assert sorted(path.name[-4:] for path in runs.iterdir()) == ["0000", "0001"]
+
+
+@pytest.mark.parametrize("given", [5, 1.5, ["a"]])
+def test_what_is_no_path_is_an_error_of_the_package(given):
+    for call in (traceml.load_run, traceml.runs, traceml.sync):
+        with pytest.raises(ArgumentTypeError, match="is a text or a path, not"):
+            call(given)

@@ -5,11 +5,39 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 
+import traceml
 from tests.eventually import eventually
-from traceml import Runtime, TaskCancelledError, WaitTimeoutError
+from traceml import ArgumentTypeError, Runtime, TaskCancelledError, UsageError, WaitTimeoutError
+
+
+@pytest.mark.parametrize("timeout", ["1", b"1", True, [1], 10**400])
+def test_a_timeout_that_is_no_number_is_an_error_of_the_package(rt: Runtime, timeout: Any) -> None:
+    """A text gave the TypeError of a comparison, and the largest integers an OverflowError."""
+    handle = rt.submit(threading.Event().wait, 0.2)
+    for call in (handle.get, handle.wait, rt.wait_all, traceml.flush, traceml.sync):
+        with pytest.raises(ArgumentTypeError, match="a timeout is a number of seconds, or None for no limit, not"):
+            call(timeout=timeout)
+
+    with pytest.raises(UsageError, match="it must be a positive number of seconds"):
+        rt.submit(len, "a", timeout=timeout)
+
+
+def test_numbers_of_any_kind_are_timeouts_and_sizes() -> None:
+    with Runtime(threads=np.int64(1), io_threads=np.uint8(2)) as runtime:
+        assert (runtime.threads, runtime.io_threads) == (1, 2)
+        handle = runtime.submit(len, "abc", timeout=np.float32(60))
+        runtime.wait_all(timeout=Fraction(60))
+        assert handle.get(timeout=Decimal(60)) == 3
+
+    with pytest.raises(UsageError, match="whole number of threads"):
+        Runtime(threads=10**400)
 
 
 def test_states_follow_the_task(single: Runtime) -> None:

@@ -127,11 +127,11 @@ class InfoSender(Protocol):
 def wrong_fields(row: Mapping[str, Any]) -> list[str]:
     """Return the fields of a row that have another type than the declared one, or a number that is not finite."""
     kind = row.get("kind")
-    types = InfoKind(kind).types if isinstance(kind, str) and kind in _KINDS else {}
+    types = _TYPES_OF.get(kind, {}) if isinstance(kind, str) else {}
     return [name for name in row.keys() & types if not _fits(row[name], types[name])]
 
 
-_KINDS = {str(kind) for kind in InfoKind}
+_TYPES_OF = {kind.value: kind.types for kind in InfoKind}
 
 
 def _fits(value: Any, types: tuple[type, ...]) -> bool:

@@ -79,6 +79,7 @@ def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
         path: its folder, id or name, the latest where left out; ids and names are those in `runs_dir` of the settings.
 
     Raises:
+        ArgumentTypeError: the path is no text or path.
         RunNotFoundError: there is no such run.
     """
     run = NotebookRun(stored.load_run(path).path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from traceml.coerce import path_text
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError, StoreVersionError
 from traceml.ids import DEFAULT_PROJECT
@@ -109,9 +110,10 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
         by_name: take names too.
 
     Raises:
+        ArgumentTypeError: `run` is no text or path.
         RunNotFoundError: there is none, or there are several; the message lists those that exist.
     """
-    runs_dir, text = Path(runs_dir), os.fspath("latest" if run is None else run)
+    runs_dir, text = Path(runs_dir), "latest" if run is None else path_text(run, "a run")
     if text == "latest":
         return _latest(runs_dir)
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.coerce import path_text
 from traceml.database.schema import METRICS, NAMES, STEPS, other_ns, unpack_bits
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.diagnosis.findings import Finding
@@ -213,10 +214,13 @@ def runs(runs_dir: str | os.PathLike[str] | None = None) -> list[RunInfo]:
 
     Args:
         runs_dir: the folder; by default the `runs_dir` of the settings.
+
+    Raises:
+        ArgumentTypeError: it is no text or path.
     """
     from traceml.settings import load
 
-    return list_runs(Path(load().runs_dir if runs_dir is None else runs_dir))
+    return list_runs(Path(load().runs_dir if runs_dir is None else path_text(runs_dir, "runs_dir")))
 
 
 def _numbers(report: Report) -> dict[str, float]:

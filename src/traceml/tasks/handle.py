@@ -51,6 +51,7 @@ class TaskHandle(TaskRecord, Generic[T]):
             timeout: seconds to wait; the task goes on after them.
 
         Raises:
+            ArgumentTypeError: `timeout` is no number.
             WaitTimeoutError: it has not ended within the time.
             TaskDeadlockError: it can only end after the task that is calling.
             BaseException: the error of the task.

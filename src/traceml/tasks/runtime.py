@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import copy_context
 from time import perf_counter
 from types import BuiltinFunctionType, FunctionType, MethodWrapperType, TracebackType
 from typing import Any, Self, TypeVar, cast, overload
 
-from traceml.errors import NotCallableError, TaskError, TasksFailedError, UsageError
+from traceml.coerce import seconds_to_wait
+from traceml.errors import ArgumentTypeError, NotCallableError, TaskError, TasksFailedError, UsageError
 from traceml.formatting import plural
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
@@ -156,6 +160,7 @@ class Runtime:
 
         Raises:
             TasksFailedError: tasks failed or timed out, since the start or the last `clear_failed`.
+            ArgumentTypeError: `timeout` is no number.
             WaitTimeoutError: there are unfinished tasks after `timeout` seconds.
         """
         wait_for_all(self._engine, timeout)
@@ -256,19 +261,26 @@ class Runtime:
 
 
 def _size(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    try:
+        size = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        size = -1
+
+    if not 0 <= size <= sys.maxsize:
         raise UsageError(
-            f"{name}={value!r}: it must be a whole number of threads, or 0 for a number that suits the host"
+            f"{name}={value!r:.100}: it must be a whole number of threads, or 0 for a number that suits the host"
         )
 
-    return value
+    return size
 
 
 def _seconds(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0 or math.isinf(value):
-        raise UsageError(f"{name}={value!r}: it must be a positive number of seconds, or None for no limit")
+    with suppress(ArgumentTypeError):
+        seconds = seconds_to_wait(value)
+        if seconds is not None and 0 < seconds < math.inf:
+            return seconds
 
-    return float(value)
+    raise UsageError(f"{name}={value!r:.100}: it must be a positive number of seconds, or None for no limit")
 
 
 def _raise_all(failed: list[TaskHandle[Any]]) -> None:

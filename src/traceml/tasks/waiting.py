@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 
+from traceml.coerce import seconds_to_wait
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
 from traceml.formatting import plural
 from traceml.tasks.execution import WorkerReplaced, run_claimed
@@ -53,10 +54,11 @@ def wait_for(task: TaskRecord, timeout: float | None) -> None:
     """Return when a task has ended.
 
     Raises:
+        ArgumentTypeError: `timeout` is no number.
         WaitTimeoutError: `timeout` seconds have passed.
         TaskDeadlockError: the task cannot end before the one that waits.
     """
-    thread, me = thread_state(), current_task()
+    thread, me, timeout = thread_state(), current_task(), seconds_to_wait(timeout)
     if timeout is None and _runs_in_place(task, thread) and task.claim():
         _run_in_place(task, thread)
 
@@ -262,13 +264,15 @@ def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
     """Return when all tasks of an engine have ended, except the calling task and those that wait for it.
 
     Raises:
+        ArgumentTypeError: `timeout` is no number.
         WaitTimeoutError: `timeout` seconds have passed.
         TaskDeadlockError: this is the engine's event loop, on which its coroutines could not go on.
     """
     if engine.loop.is_here():
         raise TaskDeadlockError("wait_all() would block the event loop; await the handles, or asyncio.gather(*handles)")
 
-    me, ends_s = current_task(), None if timeout is None else perf_counter() + timeout
+    me, timeout = current_task(), seconds_to_wait(timeout)
+    ends_s = None if timeout is None else perf_counter() + timeout
     in_place = timeout is None and _may_run_tasks(thread_state(), engine)
     with waiting_for(me, engine), _blocking_loop(me):
         wake_idle_waiters()

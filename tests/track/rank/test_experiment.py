@@ -500,3 +500,11 @@ def test_an_init_after_a_logged_value_is_reported(script: Script, tmp_path: Path
     assert "init(run_name, project) was called too late" in out
     assert "TRACEML_RUN_NAME" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0]
+
+
+@pytest.mark.parametrize(
+    "metric", [5, None, {"name": "a"}, traceml.Metric("a", 1, kind="user"), traceml.Metric("a", 1, timestamp="now")]
+)
+def test_what_is_no_metric_is_an_error_of_the_package(metric: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"route_metric\(\) takes a traceml\.Metric, not"):
+        traceml.Orchestrator().route_metric(metric)

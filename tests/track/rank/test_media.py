@@ -115,19 +115,30 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
         traceml.log_image("noise", numpy.random.rand(64, 64))
         traceml.log_image("shape", numpy.zeros((2, 2, 2, 2)))
         traceml.log_image("small", numpy.zeros((4, 4)))
-        for wrong in ("nowhere", "/dev/null", ""):
+        for wrong in ("nowhere", "/dev/null", "", "nu\\0ll", 5):
             try:
                 traceml.log_artifact(wrong)
-            except OSError as error:
-                print(error)
+            except traceml.TraceMLError as error:
+                print(error, [kind.__name__ for kind in (FileNotFoundError, OSError, TypeError)
+                              if isinstance(error, kind)])
+
+        try:
+            traceml.log_image("drawing", "nowhere.png")
+        except FileNotFoundError as error:
+            print(error)
         """
     )
     out, err = process.communicate(timeout=240)
 
     assert process.returncode == 0, err
-    assert "nowhere" in out
-    assert "is not a regular file" in out
-    assert "the path is empty" in out
+    nowhere, device, empty, null, number, image = out.splitlines()
+    seen_from = f"there is no such file or folder, seen from {tmp_path}. Log it after it was written"
+    assert nowhere == f"log_artifact('nowhere'): {seen_from} ['FileNotFoundError', 'OSError']"
+    assert "is not a regular file" in device
+    assert "the path is empty" in empty
+    assert null.endswith("embedded null byte ['OSError']")
+    assert number == "the file or folder of log_artifact() is a text or a path, not int 5 ['TypeError']"
+    assert image == f"log_image('drawing', 'nowhere.png'): {seen_from}"
     assert err.count("is not logged") == 3
     stored = ended_run(tmp_path / "traceml_runs")
     assert [row["name"] for row in stored.of("image")] == ["small"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -114,7 +114,8 @@ class LaunchOptions:
 
         for name in ("default_env_vars", "extra_env_vars"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+            if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
                 raise UsageError(f"{name}={patterns!r}: give a list of names or patterns, such as ['WANDB_*']")
 
 

@@ -181,6 +181,12 @@ def _unpicklable(named: Mapping[str, object], error: Exception) -> str:
     return _reason(error)
 
 
+_PICKLING_ADVICE = (
+    ". Locks, open files, sockets, generators and threads cannot be sent between processes: make them where they are "
+    "used, or send what they are made from"
+)
+
+
 def _pickling_error(value: object) -> Exception | None:
     """Return the error of pickling `value`, or None."""
     try:
@@ -193,10 +199,11 @@ def _pickling_error(value: object) -> Exception | None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
-        return "it is nested too deeply to be pickled"
+        return "it is nested too deeply to be pickled; send it as flat lists or arrays"
 
     text = str(error)
-    return text if "pickle" in text else f"cannot be pickled ({type(error).__name__}: {text})"
+    known = text if "pickle" in text else f"cannot be pickled ({type(error).__name__}: {text})"
+    return f"{known}{_PICKLING_ADVICE}"
 
 
 def _name_arguments(

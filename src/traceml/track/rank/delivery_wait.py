@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceml.coerce import path_text, seconds_to_wait
 from traceml.errors import SettingsError, TraceMLError
 from traceml.helper_programs import helper_program
 from traceml.recorder.current_recorder import current_recorder
@@ -46,8 +47,11 @@ def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
     Args:
         timeout: longest wait in seconds; None waits until all is delivered, or a tracker is broken.
         experiment: number of the experiment whose trackers count; by default all that this process logs to.
+
+    Raises:
+        ArgumentTypeError: `timeout` is no number.
     """
-    recorder = current_recorder()
+    recorder, timeout = current_recorder(), seconds_to_wait(timeout)
     if recorder is None or not (recorder.enabled or recorder.is_over):
         return True
 
@@ -81,8 +85,14 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
         run: folder or id of a run; it waits while the run is recorded. By default the run of this process, and without
             one all that have ended in the runs folder; when tracing is off, none.
         timeout: longest wait in seconds; what is left then stays in the run, for another call.
+
+    Raises:
+        ArgumentTypeError: `run` is no text or path, or `timeout` no number.
     """
-    recorder = current_recorder()
+    recorder, timeout = current_recorder(), seconds_to_wait(timeout)
+    if run is not None:
+        run = path_text(run, "a run")
+
     if run is None and recorder is not None and recorder.enabled:
         return flush(timeout)
     if run is None and not _is_tracing_enabled(recorder):
@@ -90,7 +100,7 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
     if run is None and recorder is not None:
         run = recorder.run_dir
 
-    command = helper_program("traceml", "sync", *([] if run is None else [os.fspath(run), "--wait"]))
+    command = helper_program("traceml", "sync", *([] if run is None else [str(run), "--wait"]))
     if recorder is not None:
         command += ["--runs-dir", str(recorder.config.runs_dir)]
 

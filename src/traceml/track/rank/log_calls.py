@@ -101,7 +101,8 @@ def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
         name: its name; by default that of the file or folder.
 
     Raises:
-        OSError: it cannot be opened.
+        ArgumentTypeError: it is no path.
+        FileUnreadableError: it cannot be opened; `FileMissingError` where there is none. Both are an `OSError`, too.
     """
     media.artifact(loggers.active, path, name)
 
@@ -140,6 +141,7 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
 
     Raises:
         ArgumentTypeError: the name is not a text, or the step not a whole number.
+        FileUnreadableError: the file cannot be opened.
     """
     media.image(loggers.active, name, image, step)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from traceml.coerce import path_text
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER
+from traceml.errors import FileForbiddenError, FileMissingError, FileUnreadableError
+from traceml.inspection.user_files import working_folder
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.sending.uploads import FileUpload
 from traceml.run_folder import OPEN_FOLDER, STORE_NAME
@@ -57,7 +60,10 @@ def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int =
 
     limit, name = recorder.config.max_image_bytes, checked_name(name)
     step = logger.next_step(name, step)
-    source, suffix = image_of(content, limit)
+    is_file = isinstance(content, str | os.PathLike)
+    with _readable(f"log_image({name!r}, {os.fspath(content)!r:.300})") if is_file else nullcontext():
+        source, suffix = image_of(content, limit)
+
     recorder.files.add(
         FileUpload(logger.experiment, "image", name, step, t_ns or time.time_ns(), source, limit, suffix)
     )
@@ -79,15 +85,42 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
     """Log a file, or the files of a folder; they are opened now. A runs folder within it is left out.
 
     Raises:
-        OSError: the path cannot be opened, or is not a file.
+        ArgumentTypeError: it is no path.
+        FileUnreadableError: the path cannot be opened, or is not a file.
     """
     if _recorder(logger) is None:
         return
 
+    where = Path(path_text(path, "the file or folder of log_artifact()"))
+    call = f"log_artifact({str(path)!r:.300})"
     if not os.fspath(path):
-        raise FileNotFoundError(errno.ENOENT, "the path is empty; the working directory is '.'", "")
+        raise FileMissingError(f"{call}: the path is empty; the working directory is '.'")
 
-    where = Path(path)
+    with _readable(call):
+        _log_path(logger, where, name)
+
+
+@contextmanager
+def _readable(call: str) -> Iterator[None]:
+    """Raise an error of the package, which names the call, where a file cannot be read.
+
+    Raises:
+        FileUnreadableError: it cannot be read; of a class that is also the built-in one.
+    """
+    try:
+        yield
+    except FileUnreadableError:
+        raise
+    except FileNotFoundError as error:
+        raise FileMissingError(
+            f"{call}: there is no such file or folder, seen from {working_folder()}. Log it after it was written"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        kind = FileForbiddenError if isinstance(error, PermissionError) else FileUnreadableError
+        raise kind(f"{call}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _log_path(logger: Logger, where: Path, name: str | None) -> None:
     if not where.is_dir():
         _log_file(logger, where, name or where.name)
         return
@@ -139,7 +172,7 @@ def _log_file(logger: Logger, path: Path, name: str) -> None:
     job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), descriptor, limit, path.suffix)
     if not stat.S_ISREG(status.st_mode):
         job.close()
-        raise OSError(f"{path} is not a regular file: only files and folders can be logged")
+        raise FileUnreadableError(f"{path} is not a regular file: only files and folders can be logged")
 
     if status.st_size > limit:
         job.close()

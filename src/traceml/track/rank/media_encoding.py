@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import os
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from traceml.errors import ArgumentTypeError, UsageError
 from traceml.recorder.sending.uploads import RefusedFileError
@@ -74,10 +75,10 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
 
     Raises:
         ArgumentTypeError: not all values are numbers.
-        UsageError: `bins` is below 1.
+        UsageError: `bins` is no whole number from 1.
     """
-    if bins < 1:
-        raise UsageError(f"a histogram has at least one interval, not {bins}")
+    if not isinstance(bins, SupportsIndex) or operator.index(bins) < 1:
+        raise UsageError(f"a histogram has at least one interval, not {bins!r:.100}")
 
     if hasattr(values, "detach"):
         torch = sys.modules["torch"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from traceml.database.schema import MetricKind
+from traceml.errors import ArgumentTypeError
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.lifecycle import shutdown
 from traceml.track.plugins.metric import Metric
@@ -50,8 +51,18 @@ class Orchestrator:
 
         Args:
             metric: name, value, step, timestamp and kind; a step of None means the training step, else a counter.
+
+        Raises:
+            ArgumentTypeError: it is no `Metric`, or its kind or timestamp is no number.
         """
-        given = (metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
+        try:
+            given = (metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            kind = type(metric).__name__
+            raise ArgumentTypeError(
+                f"route_metric() takes a traceml.Metric, not {kind} {metric!r:.100}: {error}"
+            ) from None
+
         if metric.kind == MetricKind.COLLECTOR:
             self._log_for_run(lambda logger: logger.metric(*given))
         else:
