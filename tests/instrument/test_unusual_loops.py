@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -500,6 +501,29 @@ def test_steps_that_move_between_threads(traced: Traced) -> None:
     asyncio.run(steps())
 
     assert len(traced.finish()) == 101
+
+
+@pytest.mark.parametrize("with_blocks", [False, True])
+def test_steps_in_threads_of_a_pool(traced: Traced, *, with_blocks: bool) -> None:
+    """Each step is a task of its own, from its first on: no context goes from one thread to the next."""
+    model = net()
+    optimizer = sgd(model)
+
+    def step() -> None:
+        with traced.instrumentation.trace_step() if with_blocks else nullcontext():
+            train(model, optimizer, X)
+
+    async def steps() -> None:
+        other = asyncio.get_running_loop().run_in_executor(None, threading.Event().wait, 5)  # keeps one thread busy
+        for number in range(50):
+            await asyncio.to_thread(step)
+            await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.001) for _ in range(number % 3)))
+
+        other.cancel()
+
+    asyncio.run(steps())
+
+    assert len(traced.finish()) == 50
 
 
 def test_training_in_one_thread_after_another(traced: Traced) -> None:

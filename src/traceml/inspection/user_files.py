@@ -17,6 +17,7 @@ __all__ = [
     "is_import_machinery",
     "is_instrumentation",
     "is_package_file",
+    "is_standard_library",
     "is_starter",
     "is_user_file",
     "working_folder",
@@ -52,6 +53,15 @@ def is_starter(path: str) -> bool:
 def is_import_machinery(path: str) -> bool:
     """Return whether a file is Python's own of an import, which has four or five frames and is in no traceback."""
     return path.startswith("<frozen importlib.")
+
+
+def is_standard_library(path: str) -> bool:
+    """Return whether a file belongs to Python's standard library."""
+    return path.startswith(("<frozen ", _STANDARD)) and not _is_installed(path)
+
+
+def _is_installed(path: str) -> bool:
+    return "/site-packages/" in path or "/dist-packages/" in path
 
 
 def is_debugger(path: str) -> bool:
@@ -101,7 +111,7 @@ def is_user_file(path: str, modules: Any = None) -> bool:
     if path.startswith("<"):
         return path.startswith("<ipython-input-")
 
-    if "/site-packages/" in path or "/dist-packages/" in path or path.startswith((_STANDARD, *PACKAGE_FOLDERS)):
+    if _is_installed(path) or path.startswith((_STANDARD, *PACKAGE_FOLDERS)):
         return False
 
     torch = getattr((sys.modules if modules is None else modules).get("torch"), "__file__", None)

@@ -43,6 +43,8 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
+from traceml.inspection.thread_frames import thread_stack
+from traceml.inspection.user_files import is_standard_library
 from traceml.instrument.divided_step import DividedStep, StepListener
 from traceml.instrument.evaluation import EvaluationPeriod
 from traceml.instrument.open_step.ended_parts import EndedParts
@@ -507,21 +509,26 @@ class StepClock(DividedStep):
         """Make the current thread, which trains, the training thread; return whether it may be.
 
         It may if no other thread has trained or is in a trace_step() block, if the training moved here with its
-        context, as in `asyncio.to_thread`, or if the thread that trained has ended.
+        context, as in `asyncio.to_thread`, or if the thread that trained has ended, or is one of a pool without a task.
         """
         if not self.thread:
             return False
 
         if self.awaits_backward and not self.blocks:
             self.current = OTHER
-        elif self.current < OTHER or not (self.is_training_context() or self._has_thread_ended()):
+        elif self.current < OTHER or not (self.is_training_context() or self._has_thread_left()):
             return False
 
         self.thread = get_ident()
         return self.is_training_thread()
 
-    def _has_thread_ended(self) -> bool:
-        return all(thread.ident != self.thread for thread in threading.enumerate())
+    def _has_thread_left(self) -> bool:
+        """Whether the training thread has ended, or has nothing to return to: a pool's threads take the next step."""
+        if all(thread.ident != self.thread for thread in threading.enumerate()):
+            return True
+
+        frames = thread_stack(self.thread)
+        return bool(frames) and all(is_standard_library(frame.f_code.co_filename) for frame in frames)
 
     def begin_block(self) -> None:
         """Begin a trace_step() block; the first one turns step detection off."""
