@@ -52,7 +52,8 @@ def step():
 def phase():
     with traceml.phase("x"): pass
 calls = {"is_enabled()": traceml.is_enabled, "with phase(...)": phase, "with trace_step()": step,
-         "trace_data(...)": lambda: traceml.trace_data(data), "@trace function": traced}
+         "trace_data(...)": lambda: traceml.trace_data(data), "@trace function": traced,
+         "log_metric(...)": lambda: traceml.log_metric("x", 1.0), "log_text(...)": lambda: traceml.log_text("x", "y")}
 cost = lambda call: min(timeit.repeat(call, number=100_000, repeat=7)) / 100_000 * 1e9
 base = cost(plain)
 print(json.dumps({name: cost(call) - base for name, call in calls.items()}))

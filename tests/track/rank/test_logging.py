@@ -440,6 +440,30 @@ def test_off_means_nothing_happens(script: Script, tmp_path: Path) -> None:
     assert not (tmp_path / "traceml_runs").exists()
 
 
+def test_an_init_after_one_that_was_off_records(script: Script, tmp_path: Path) -> None:
+    """While tracing is off a call does not look for a recorder again; the next init is noticed, on all paths."""
+    finish(
+        script("""
+        import traceml
+        traceml.init(enabled=False)
+        for _ in range(3):
+            traceml.log_metric("x", 1)
+            traceml.log_params({"a": 1})
+        traceml.log_text("t", "off")
+        traceml.init(local=True)
+        traceml.log_metric("x", 2)
+        traceml.log_metrics({"y": 3})
+        traceml.log_params({"a": 2})
+        traceml.log_text("t", "on")
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert (stored.values("x"), stored.values("y")) == ([2.0], [3.0])
+    assert [row["params"] for row in stored.of("params")] == [{"a": 2}]
+    assert [row["text"] for row in stored.of("text")] == ["on"]
+
+
 def test_init_after_logging_adds_tracing(script: Script, tmp_path: Path) -> None:
     """Values logged before `init` and steps traced after it are in one run; values then have the training step."""
     finish(

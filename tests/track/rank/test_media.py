@@ -293,7 +293,14 @@ def test_odd_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [[0.0, 1.0, 1.0, 4.0], iter((0, 1, 1, 4)), np.array([0, 1, 1, 4]), torch.tensor([0.0, 1.0, 1.0, 4.0])]
+    "values",
+    [
+        [0.0, 1.0, 1.0, 4.0],
+        iter((0, 1, 1, 4)),
+        {0: 0, 1: 1, 2: 1, 3: 4}.values(),
+        np.array([0, 1, 1, 4]),
+        torch.tensor([0.0, 1.0, 1.0, 4.0]),
+    ],
 )
 def test_histograms_agree_whatever_holds_the_values(values: object) -> None:
     """Lists, arrays and tensors give the same counts and edges."""

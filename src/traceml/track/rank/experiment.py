@@ -228,7 +228,9 @@ class Experiment:
     @uncompiled
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters."""
-        self._begun_logger().row("params", params=params_of(params))
+        logger = self._begun_logger()
+        if logger.begin():
+            logger.row("params", params=params_of(params))
 
     @uncompiled
     def log_hyperparameter(self, name: str, value: Any) -> None:

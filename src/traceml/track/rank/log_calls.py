@@ -84,7 +84,9 @@ def log_params(params: Mapping[str, Any]) -> None:
     Args:
         params: name -> value; maps may be nested.
     """
-    loggers.active.row("params", params=params_of(params))
+    logger = loggers.active
+    if logger.begin():
+        logger.row("params", params=params_of(params))
 
 
 @uncompiled

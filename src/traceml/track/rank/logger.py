@@ -18,7 +18,7 @@ from traceml.database.schema import METRICS, Slot
 from traceml.instrument.dynamo import skip_leaf_code
 from traceml.instrument.native.extension import extension
 from traceml.privacy import secrets_only
-from traceml.recorder.current_recorder import on_change
+from traceml.recorder.current_recorder import on_change, state
 from traceml.track.rank.logged_values import DeferredValue, checked_name, number_of, plain, step_of
 from traceml.track.rank.logging_recorder import recorder_for_logging
 
@@ -50,8 +50,9 @@ class Logger:
             process that logs for the experiment appends that row first.
 
     Attributes:
-        usual: appends a usual value, given its name, the value and the step or None, and returns whether it was one;
-            `metric` takes every value. None before the first value, and where it is not built: it is in C.
+        append_usual: appends a usual value, given its name, the value and the step or None, and returns whether it was
+            one; `metric` takes every value. None before the first value, and where it is not built: it is in C. While
+            tracing is off it takes all values and does nothing.
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class Logger:
         "_deferred",
         "_entries",
         "_flight",
+        "_is_off",
         "_lock",
         "_mask",
         "_masker",
@@ -82,6 +84,7 @@ class Logger:
         self._entries: dict[str, list[int]] = {}  # name -> [its number, the next step where none is given]
         self._deferred: deque[tuple[Any, ...]] = deque()
         self._flight: FlightFile | None = None
+        self._is_off = False  # until the recorder changes: a call then costs a fraction of the search for it
         self.append_usual: _Usual | None = None
         _loggers.add(self)
 
@@ -216,6 +219,7 @@ class Logger:
         """Forget the recorder; the next call finds another. In a forked child, deferred values belong to the parent."""
         self._entries = {}
         self._flight = self.append_usual = None
+        self._is_off = False
         if forked:
             self._deferred.clear()
 
@@ -239,9 +243,15 @@ class Logger:
         return self._entries.setdefault(name, [number, 0])
 
     def _bind(self) -> FlightFile | None:
+        if self._is_off and state.starter is None:
+            return None
+
         recorder = recorder_for_logging()
         flight = recorder.flight if recorder is not None else None
         if recorder is None or flight is None:
+            if state.recorder is not None and not (state.recorder.enabled or state.recorder.is_over):
+                self._is_off, self.append_usual = True, _ignore
+
             return None
 
         ring = flight.metrics
@@ -270,6 +280,10 @@ class Logger:
             return
 
         self.row("value", step=step_of(step), t_ns=t_ns, name=name, value=value, source=kind)
+
+
+def _ignore(_name: str, _value: Any, _step: int | None) -> bool:
+    return state.starter is None  # else another thread starts a recorder, which takes the value
 
 
 def usual_writer(flight: FlightFile, entries: dict[str, list[int]], experiment: int) -> _Usual | None:

@@ -9,7 +9,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -92,7 +92,7 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
         counts = torch.histc(finite, bins, low, high).long().tolist()
         return counts, _edges(low, high, bins), total - finite.numel()
 
-    if isinstance(values, Iterator):
+    if isinstance(values, Iterable) and not isinstance(values, Sequence) and not hasattr(values, "__array__"):
         values = list(values)
 
     try:
