@@ -13,6 +13,7 @@ __all__ = [
     "count_text",
     "cut_text",
     "duration_text",
+    "error_text",
     "exception_line",
     "factor_text",
     "gain_text",
@@ -364,6 +365,15 @@ def part_words(part: str) -> str:
 def short_label(phase: str) -> str:
     """Return a phase's name for a narrow column."""
     return _SHORT_LABELS.get(phase) or phase_label(phase)
+
+
+def error_text(error: BaseException) -> str:
+    """Return the type and the text of an exception of a user's code, whose `__str__` may raise anything."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except Exception as broken:  # noqa: BLE001 - see above
+        return f"{kind}: <its text failed: {type(broken).__name__}>"
 
 
 def exception_line(exception: str) -> str:

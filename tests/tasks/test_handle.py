@@ -177,3 +177,20 @@ def test_a_handle_of_another_runtime_can_be_waited_for(rt: Runtime, single: Runt
     assert single.submit(task).get() == 2
     assert single.get_progress()["total"] == 1
     assert rt.get_progress()["completed"] == 2
+
+
+def test_an_error_without_a_text_is_listed_all_the_same(rt: Runtime) -> None:
+    """The error of its `__str__` took the place of the list of failures, and of the progress."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise KeyError("text")
+
+    def fail() -> None:
+        raise Mute
+
+    rt.submit(fail, name="mute")
+    with pytest.raises(RuntimeError, match="1 task failed: mute: Mute: <its text failed: KeyError>"):
+        rt.wait_all(raise_on_error=True)
+
+    assert rt.get_progress()["errors"] == [{"task": "mute", "error": "Mute: <its text failed: KeyError>"}]

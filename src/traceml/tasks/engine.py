@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from traceml.errors import RuntimeClosedError, TaskForkedError
+from traceml.formatting import error_text
 from traceml.tasks import execution
 from traceml.tasks.event_loop import EventLoop
 from traceml.tasks.task_record import TaskRecord, ThreadState, Waker, current_task, thread_state, wake_idle_waiters
@@ -134,7 +135,7 @@ class Engine:
                 self.error_callback(task, error)
         except BaseException as failure:  # noqa: BLE001 - a callback's error is logged, and ends no worker
             _log.exception("the error callback failed for task %r", task.name)
-            self.callback_errors.append((task.name, f"error callback: {type(failure).__name__}: {failure}"))
+            self.callback_errors.append((task.name, f"error callback: {error_text(failure)}"))
         finally:
             thread.current = before
             self._reporting.discard(task)

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TaskError, UsageError
-from traceml.formatting import ms_text
+from traceml.formatting import error_text, ms_text
 from traceml.tasks.engine import Engine
 from traceml.tasks.task_record import ThreadState, current_task
 from traceml.tasks.task_statistics import COMPLETED, FINAL, RECORDS, EndedTask
@@ -58,7 +58,7 @@ def snapshot(engine: Engine, *, details: bool) -> dict[str, Any]:
         "io_workers": _workers(engine.io),
         "tasks": _tasks(engine) if details else [],
         "errors": [
-            *({"task": name, "error": f"{type(error).__name__}: {error}"} for name, error in failures),
+            *({"task": name, "error": error_text(error)} for name, error in failures),
             *({"task": name, "error": text} for name, text in list(engine.callback_errors)),
         ],
         "stalled": engine.watchdog.stalled(),

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar, cast, overload
 
 from traceml.coerce import seconds_to_wait
 from traceml.errors import ArgumentTypeError, NotCallableError, TaskError, TasksFailedError, UsageError
-from traceml.formatting import plural
+from traceml.formatting import error_text, plural
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.progress import progress, showing, snapshot
@@ -292,7 +292,7 @@ def _raise_all(failed: list[TaskHandle[Any]]) -> None:
 
         errors.append(error.with_traceback(trace))
 
-    texts = [f"{handle.name}: {type(error).__name__}: {error}" for handle, error in zip(failed, errors, strict=True)]
+    texts = [f"{handle.name}: {error_text(error)}" for handle, error in zip(failed, errors, strict=True)]
     more = [f"and {len(texts) - _NAMED} more"] if len(texts) > _NAMED else []
     raise TasksFailedError(f"{plural(len(failed), 'task')} failed: {'; '.join(texts[:_NAMED] + more)}", errors)
 
