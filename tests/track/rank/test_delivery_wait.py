@@ -98,6 +98,28 @@ def test_flush_tells_of_a_tracker_that_has_not(script: Script) -> None:
     assert out.split() == ["False", "False", "True"]
 
 
+def test_flush_waits_for_the_trackers_that_work(script: Script) -> None:
+    """It returned at once when one was broken, whatever the others had."""
+    out = finish(
+        script(
+            """
+        import json, pathlib, time, traceml
+        options = {"jsonl": {"path": "out"}}
+        with traceml.Experiment("e", backend=["nowhere:Missing", "jsonl"], options=options) as experiment:
+            experiment.log_metric("first", 1)
+            assert not traceml.flush(None)  # the tracker is broken now
+            for i in range(5000):
+                traceml.log_metric("loss", i, i)
+            done = traceml.flush(None)
+            (path,) = pathlib.Path("out").glob("*.jsonl")
+            print(done, path.read_text().count('"loss"'))
+        """,
+            **QUICK,
+        )
+    )
+    assert out.splitlines() == ["False 5000"]
+
+
 def test_sync_delivers_what_is_left(script: Script, tmp_path: Path) -> None:
     """Of this process's run after its end, of a run by its name, and of all; a tracker that fails makes it false."""
     earlier = LoggedRun(tmp_path / "traceml_runs" / "20260101-000000-earlier-abcd")

@@ -45,7 +45,7 @@ def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
         >>> is_delivered = traceml.flush(timeout=20)
 
     Args:
-        timeout: longest wait in seconds; None waits until all is delivered, or a tracker is broken.
+        timeout: longest wait in seconds; None waits until all is delivered, except to trackers that are broken.
         experiment: number of the experiment whose trackers count; by default all that this process logs to.
 
     Raises:
@@ -162,14 +162,14 @@ def _tracker_states(recorder: Recorder, run_dir: Path, backends: Collection[str]
 
 
 def _await_trackers(recorder: Recorder, read: _States, until_s: float | None) -> bool:
-    """Wait until every tracker has the rows logged so far; give up on one that is broken."""
+    """Wait until every tracker has the rows logged so far, or only broken ones have not; return whether all do."""
     # A stopped recorder has no tables to count in; its trackers are done when they have ended their runs.
     wanted = recorder.logged_rows if recorder.enabled else None
     while True:
-        states = read()
-        if all(_has(state, recorder.stream, wanted) for state in states):
+        missing = [state for state in read() if not _has(state, recorder.stream, wanted)]
+        if not missing:
             return True
-        if any(state.phase is DeliveryPhase.BROKEN for state in states) or _left_s(until_s) <= 0:
+        if all(state.phase is DeliveryPhase.BROKEN for state in missing) or _left_s(until_s) <= 0:
             return False
 
         time.sleep(_POLL_S)

@@ -197,7 +197,7 @@ class Experiment:
         """Wait until its trackers have confirmed what this process has logged; return whether they have.
 
         Args:
-            timeout: longest wait in seconds; None waits until all is delivered, or a tracker is broken.
+            timeout: longest wait in seconds; None waits until all is delivered, except to trackers that are broken.
         """
         return self._logger is None or delivery_wait.flush(timeout, self._logger.experiment)
 
