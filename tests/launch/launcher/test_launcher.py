@@ -20,7 +20,7 @@ from tests.eventually import eventually
 from tests.launch import jobs
 from tests.launch.hosts import Hosts
 from tests.launch.jobs import PYTHONPATH
-from traceml.errors import ResultNotFoundError
+from traceml.errors import ResultNotFoundError, UsageError
 from traceml.launch.launcher.launch_options import matching
 
 _HERE: dict[str, Any] = {"hostnames": ["localhost"], "log_handlers": None}
@@ -369,3 +369,10 @@ def test_a_child_forked_during_a_launch_does_not_keep_it_alive(tmp_path: Path) -
         assert child.is_running()
     finally:
         child.kill()
+
+
+@pytest.mark.parametrize("given", [5, "WANDB_*", [5], None])
+def test_variables_are_a_list_of_names(given: Any) -> None:
+    """A number gave the TypeError of an iteration."""
+    with pytest.raises(UsageError, match=r"extra_env_vars=.*: give a list of names or patterns"):
+        traceml.launch(print, extra_env_vars=given)
