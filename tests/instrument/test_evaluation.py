@@ -564,6 +564,26 @@ def test_rollouts_of_single_states(traced: Traced, acts_on: slice | int, reporte
     assert ("rollouts" in {row["kind"] for row in traced.info}) is reported
 
 
+@pytest.mark.parametrize(("prompted_by", "reported"), [(slice(4), True), (slice(1, 5), False)])
+def test_texts_that_a_model_continues_to_learn_from_them(traced: Traced, prompted_by: slice, *, reported: bool) -> None:
+    """A language model that is rewarded for its answers generates in `eval()`, on as many texts as it is trained on."""
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 50))
+    optimizer = sgd(model)
+    for _ in range(12):
+        texts = torch.randint(50, (4, 8))
+        model.eval()
+        with torch.no_grad():
+            model(texts[:, prompted_by])
+            model(texts)
+
+        model.train()
+        train(model, optimizer, texts)
+
+    assert len(traced.finish()) == 12
+    assert ("rollouts" in {row["kind"] for row in traced.info}) is reported
+    assert (len(traced.table("evals")) < 10) is reported
+
+
 @pytest.mark.parametrize(("samples", "has_loader", "reported"), [(1, False, True), (8, False, False), (1, True, False)])
 def test_calls_with_one_sample_are_reported(traced: Traced, samples: int, *, has_loader: bool, reported: bool) -> None:
     """Self-play of AlphaZero calls the model for one board after another, and trains on many of them later."""

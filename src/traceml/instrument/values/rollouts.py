@@ -1,7 +1,8 @@
 """Rollouts of the script's own simulator: what the model sees in `eval()` is trained on afterwards.
 
 Both an evaluation and a rollout call the model without gradients between training steps. But only a rollout collects
-data: samples of its calls are among those of the next training batches, and they are new ones each time.
+data: samples of its calls are among those of the next training batches, and they are new ones each time. A language
+model that is rewarded for its answers is trained on texts that begin with its prompts.
 """
 
 from __future__ import annotations
@@ -54,20 +55,21 @@ class RolloutSearch:
             self._seen = rows.shape[0], rows[:_ROWS].clone()
 
     def trained(self, tensor: Any) -> None:
-        """Look for the samples in a training batch, which has more of them than a call."""
+        """Look for the samples in a training batch, which has more of them than a call, or longer texts."""
         seen, self._batches_left = self._seen, self._batches_left - 1
         if self._batches_left <= 0:
             self._seen = None
 
-        if seen is None or not tensor.is_cpu or tensor.dtype != seen[1].dtype or tensor.shape[0] <= seen[0]:
+        if seen is None or not tensor.is_cpu or tensor.dtype != seen[1].dtype or tensor.layout is not torch.strided:
             return
 
-        if tensor.shape[1:] != seen[1].shape[1:] or tensor.layout is not torch.strided:
+        continued = _continued(tensor, seen[1])
+        if continued is None and (tensor.shape[0] <= seen[0] or tensor.shape[1:] != seen[1].shape[1:]):
             return
 
         self._searches += 1
         with torch.no_grad():
-            batch = tensor.detach().flatten(1)
+            batch = (tensor if continued is None else continued).detach().flatten(1)
             for row in seen[1].flatten(1):
                 if bool((batch == row).all(1).any()):
                     self._record(row)
@@ -78,3 +80,9 @@ class RolloutSearch:
         numbers = tuple(row[:64].tolist())
         if len(set(numbers)) >= _DISTINCT:
             self._trained_on.add(numbers)
+
+
+def _continued(batch: Any, texts: Any) -> Any:
+    """Return the beginnings of the longer texts of a batch, as long as others; None where they are no longer."""
+    is_text = batch.dim() == texts.dim() == 2 and not batch.is_floating_point()
+    return batch[:, : texts.shape[1]] if is_text and batch.shape[1] > texts.shape[1] else None
