@@ -526,6 +526,24 @@ def test_workers_of_short_epochs_compute_or_wait_as_they_were_sampled(watched_s:
     assert says in for_input(facts, found).text
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_workers_only_add_copies_to_samples_in_memory(in_memory: bool) -> None:
+    """Eight workers for a TensorDataset keep up, but handing batches over takes longer than making them."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 4)), JobFacts())
+    loader = LoaderFacts(num_workers=8, dataset="TensorDataset", in_memory=in_memory, batch_size=1024)
+    usual = {"loader": loader, "lines": lines, "hosts": {0: "h"}, "cores": {"h": 2}}
+    facts = JobFacts(workers=watched(8, busy=0.1), **usual)
+    found = pipeline_of(work, facts, 4 * MS)
+
+    assert found is not None
+    advised = for_input(facts, found)
+    assert ("is in memory: use no workers" in advised.text) is in_memory
+    assert ("The workers keep up" in advised.text) is not in_memory
+    assert advised.gain is not None
+    assert advised.gain > WORTHWHILE
+
+
 @pytest.mark.parametrize(("fetching", "instead"), [(60, False), (5, True)])
 def test_a_fetch_that_waits_takes_as_long_in_the_training_process(fetching, instead):
     """Workers hardly compute: they were seen in a fetch that waits for a server, or waiting for orders."""

@@ -62,13 +62,14 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _all_cores(pipeline, pipeline.worker_cores)
 
     cores = _on(pipeline, facts)
-    if pipeline.is_handover:
+    in_memory = is_in_memory(loader, pipeline, facts.wait_share)
+    if pipeline.is_handover and not in_memory:
         return _fewer_handovers(facts, loader, pipeline, cores)
 
-    if pipeline.first_wait_ns >= NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
+    if pipeline.first_wait_ns > NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
         return _cheaper_first(loader, pipeline)
 
-    if is_in_memory(loader, pipeline, facts.wait_share):
+    if in_memory:
         return _whole_batches(loader, pipeline)
 
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
