@@ -510,6 +510,14 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     return f"Look at what {names}{at} {do} in {their} {part} phase that the others do not."
 
 
+def for_long_stage(ranks: tuple[int, ...]) -> str:
+    """Return advice on ranks that are the longest stages of a pipeline."""
+    return (
+        f"Divide the model more evenly: move layers from {ranks_text(ranks)} to the other ranks. Split the batch into "
+        "more micro-batches, too: with one, each stage waits while another one computes, however long they are."
+    )
+
+
 def for_fewer_workers(ranks: tuple[int, ...], usual: int) -> str:
     """Return advice on ranks that have fewer loader workers than the others, of which each has `usual` or more."""
     return f"Give {ranks_text(ranks)} as many loader workers as the others have: num_workers={usual}."

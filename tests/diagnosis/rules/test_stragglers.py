@@ -14,6 +14,7 @@ from tests.diagnosis.merged_hosts.clusters import Cluster, any_run, flat_verdict
 from traceml.database.schema import PROCESS
 from traceml.diagnosis.facts.blamed_lines import own_line_share
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -336,3 +337,26 @@ def test_a_rank_whose_workers_take_a_path_of_their_own_is_named_with_it(
     assert ("; of the time in which its workers make batches, all is in data.py:7 slow_path" in found.summary) == named
     assert (found.evidence.get("function") == "slow_path") == named
     assert ("Find out why rank 1 spends more time in data.py:7 slow_path" in found.next) == named
+
+
+@pytest.mark.parametrize(
+    ("parameters", "messages", "is_stage"),
+    [((100, 400), True, True), ((400, 400), True, False), ((100, 400), False, False)],
+)
+@pytest.mark.parametrize("parts", [("backward",), ("forward", "backward", "optimizer")])
+def test_a_long_stage_of_a_pipeline_gains_nothing_by_another_host(
+    parameters: tuple[int, int], parts: tuple[str, ...], *, messages: bool, is_stage: bool
+) -> None:
+    """What one stage computes less, another one does; a late rank whose stage is like the others' is slow."""
+    window = window_of(Job(ranks=2, steps=100), *(adds(part, 20.0, (1,)) for part in parts))
+    builder = JobFactsBuilder(2)
+    for rank, size in enumerate(parameters):
+        builder.info(rank, {"kind": "model", "parameters": size, "step": 0})
+        builder.info(rank, {"kind": "collectives", "elements": 65, "messages": messages})
+
+    finding = next(each for each in diagnose(window, builder.build()) if each.kind is Kind.COMPUTE_STRAGGLER)
+
+    assert finding.ranks == (1,)
+    assert ("its part of the model is another one" in finding.summary) is is_stage
+    assert finding.next.startswith("Divide the model more evenly: move layers from rank 1") is is_stage
+    assert (finding.speedup_if_fixed == 1.0) is is_stage

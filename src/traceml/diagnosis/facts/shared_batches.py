@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -82,6 +82,13 @@ class BatchHistory:
         """Take the elements of the largest tensor that the collectives of a rank have carried, and of messages."""
         self._ranks[rank].carried = int(row.get("elements") or 0)
         self.messages = self.messages or bool(row.get("messages"))
+
+    def has_own_stages(self, ranks: Collection[int], others: Collection[int]) -> bool:
+        """Return whether some ranks are stages of a pipeline that train other numbers of parameters than all others."""
+        mine, usual = (
+            {self._ranks[rank].parameters for rank in some if rank in self._ranks} for some in (ranks, others)
+        )
+        return self.messages and bool(mine) and bool(usual) and 0 not in mine | usual and mine.isdisjoint(usual)
 
     def input(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take the facts of a rank's first input of the model; the newest say what is counted."""

@@ -29,6 +29,7 @@ __all__ = [
     "mean_of_others",
     "more_cpu_time",
     "share_late",
+    "stage_summary",
     "waited_for_core",
 ]
 
@@ -127,6 +128,21 @@ def late_summary(
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that costs {percent_text(share)} of step "
         f"time{gained}{batches}."
+    )
+
+
+def stage_summary(work: OwnWork, late: LateRanks, ranks: tuple[int, ...], share: float) -> str:
+    """Return the sentence about late ranks that are stages of a pipeline: what one computes less, another one does.
+
+    Args:
+        share: as of `late_summary`.
+    """
+    slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
+    more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
+    return (
+        f"{_subject(late, ranks)} {slow} the others down: {their} part of the model is another one, and takes "
+        f"{ns_text(more_ns)} more own work per step than the others' (most of it in {phase_words(late.part)}), for "
+        f"which they wait {percent_text(share)} of step time."
     )
 
 

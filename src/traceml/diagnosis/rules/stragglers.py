@@ -28,6 +28,7 @@ from traceml.diagnosis.rules.straggler_words import (
     mean_of_others,
     more_cpu_time,
     share_late,
+    stage_summary,
     waited_for_core,
 )
 from traceml.diagnosis.steps.long_steps import RARE, count_long_steps, long_steps_blame
@@ -527,6 +528,19 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
         line = blamed_line(facts.lines, late.part, mine, ranks, others, waiting)
         if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
             line = workers_line(facts.worker_lines, ranks, others)
+
+    waits = line is not None and facts.waits_in(late.part, line)
+    is_stage = facts.batches is not None and facts.batches.has_own_stages(ranks, others)
+    if late.part in COMPUTE and is_stage and not waits:
+        return Finding.of(
+            kind,
+            ranks=ranks,
+            phase=late.part,
+            summary=stage_summary(work, late, ranks, share),
+            next=advice.for_long_stage(ranks),
+            evidence=late_evidence(work, facts, late, ranks) | (line.evidence(mine) if line else {}),
+            cost_share=share,
+        )
 
     without_core = late.part != "input_wait" and _is_without_core(work, facts, late)
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
