@@ -10,6 +10,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     is_of_ranks_alone,
     main_library,
+    sends_objects,
     threads_line,
     torch_share,
 )
@@ -395,6 +396,12 @@ def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -
         )
 
     if grad_phase == "comm":
+        if line is not None and sends_objects(facts.lines, grad_phase, line):
+            return (
+                f"{line.place} sends Python objects (all_gather_object), which are pickled and unpickled: send tensors "
+                "instead, or call it less often."
+            )
+
         which = "collectives" if line is None else f"the collectives of {line.place}"
         return (
             f"Call {which} less often, on one flattened tensor, or begin them earlier (async_op=True) and wait for "

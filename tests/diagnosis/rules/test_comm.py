@@ -166,6 +166,25 @@ def test_the_line_that_calls_the_collectives_is_named(library: str, is_named: bo
     assert (finding.evidence.get("function") == "sync_metrics") is is_named
 
 
+@pytest.mark.parametrize(("library", "is_told"), [("3424 _tensor_to_object", True), ("4191 all_gather", False)])
+def test_objects_that_are_pickled_are_told(library: str, is_told: bool) -> None:
+    """all_gather_object cannot begin earlier; a collective of tensors can."""
+    window = window_of(Job(comm=20.0, steps=100))
+    window.times["comm"][:] += window.wait
+    c10d = "/lib/torch/distributed/distributed_c10d.py"
+    lines = (
+        SampledLine(0, "comm", "/me/train.py", 13, "gather", f"{c10d}:4191 all_gather", 50),
+        SampledLine(0, "comm", "/me/train.py", 13, "gather", f"{c10d}:{library}", 10),
+        SampledLine(0, "backward", "/me/train.py", 30, "train", None, 40),
+    )
+    known = JobFacts(world_size=2, lines=lines)
+
+    finding = next(each for each in diagnose(window, known) if each.kind is Kind.COMM_BOUND)
+
+    assert finding.next.startswith("train.py:13 gather sends Python objects") is is_told
+    assert ("async_op=True" in finding.next) is not is_told
+
+
 @pytest.mark.parametrize(("messages", "how"), [(False, "in collectives"), (True, "for messages of other ranks")])
 def test_a_rank_without_steps_may_be_what_the_others_wait_for(messages: bool, how: str) -> None:
     """Rank 0 plays and broadcasts or sends its games; a faster network, or micro-batches, would gain nothing."""

@@ -50,6 +50,7 @@ __all__ = [
     "outside_line",
     "own_line_share",
     "runs_backward",
+    "sends_objects",
     "threads_line",
     "torch_share",
     "workers_line",
@@ -72,6 +73,7 @@ _TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(f
 _ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
 _PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
+_PICKLES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$")
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
 _ASLEEP = 0.25  # then the thread must be asleep for this share of the function's time at least
@@ -253,6 +255,12 @@ def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine)
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
     seen = _seen_in(lines, part, line)
     return samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
+
+
+def sends_objects(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user calls collectives of Python objects, which are pickled."""
+    seen = _seen_in(lines, part, line)
+    return samples_in(seen, _PICKLES) >= _SEEN_SHARE * sum(each.samples for each in seen)
 
 
 def awaits_program(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
