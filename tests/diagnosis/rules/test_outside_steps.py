@@ -383,6 +383,15 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
+@pytest.mark.parametrize(("steps", "is_told"), [(9.0, True), (11.0, False)])
+def test_evaluation_that_takes_longer_than_the_steps_is_heavy(steps: float, is_told: bool) -> None:
+    """A short run may be mostly start-up, of which a longer one has less."""
+    found = findings(50.0, evaluations=10, startup=40.0 - steps, steps=steps, evaluation=10.0)
+
+    assert (found[0].kind is Kind.EVAL_HEAVY) is is_told
+    assert any("that saves 10 % of the run" in each.next for each in found) is is_told
+
+
 @pytest.mark.parametrize("library", ["/lib/torch/nn/modules/linear.py:130 forward", "/lib/matplotlib/text.py:1 draw"])
 def test_what_follows_an_evaluation_is_told_apart_by_its_line(library: str):
     """Plots and metrics of an evaluation, up to the next training: larger batches do not help."""

@@ -66,7 +66,9 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     alone = time.evaluators if time.evaluators and is_grouped(window, facts) else ()
     evaluation_s = time.evaluators_s if alone else time.seconds.get("evaluation", 0.0)
-    least = WARNING_SHARE if alone else HEAVY_SHARE  # in the steps of the others it is waiting
+    # With ranks that evaluate alone, it is waiting in the steps of the others; a start-up is long in short runs only.
+    is_longest = evaluation_s > time.in_steps * time.wall_s > 0
+    least = WARNING_SHARE if alone or is_longest else HEAVY_SHARE
     is_typical = not is_running or time.evaluations > 1  # else the training that it belongs to goes on, or follows
     if is_typical and evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
