@@ -415,6 +415,21 @@ def test_a_loop_in_forward_is_told_before_threads_that_would_not_help(library, a
     assert ("loops in Python" in found.next) is is_told
 
 
+@pytest.mark.parametrize(("function", "may_watch"), [("histogram", True), ("Block.forward", False)])
+def test_a_hook_of_forward_may_run_less_often(function: str, may_watch: bool) -> None:
+    """Its operations may be on whole tensors already; those of a module's forward are the model's."""
+    lines = [
+        SampledLine(0, "forward", "/me/net.py", 12, function, None, 60),
+        SampledLine(0, "backward", "/me/net.py", 40, "main", ENGINE, 40),
+    ]
+    own = {"forward": 30.0, "backward": 20.0, "optimizer": 1.0, "other": 0.2}
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert f"If net.py:12 {function} loops in Python" in found.next
+    assert ("if it only watches (a hook), run it every n-th step." in found.next) is may_watch
+
+
 def test_steps_too_short_to_judge_are_said_to_be():
     """The loop's overhead is named, and nothing \"needs no fixing\"."""
     tiny = Job(

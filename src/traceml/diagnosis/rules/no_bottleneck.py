@@ -269,7 +269,10 @@ def _compute_bound(
     pause, after = _pauses(work, facts, step), after_steps_advice(facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
     if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
-        faster = f"If {heavy[1].place} loops in Python, use operations on whole tensors. {faster}"
+        watches = (
+            "" if heavy[1].function.endswith(".forward") else "; if it only watches (a hook), run it every n-th step"
+        )
+        faster = f"If {heavy[1].place} loops in Python, use operations on whole tensors{watches}. {faster}"
     return Finding.of(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
