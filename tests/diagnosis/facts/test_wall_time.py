@@ -278,6 +278,24 @@ def test_a_short_check_is_no_evaluation(
     assert (time.evaluations, time.short_evaluations_s) == (counted, pytest.approx(short_s))
 
 
+@pytest.mark.parametrize(
+    ("steps", "before"), [([0, 20, 40], True), ([0, 20, 60], False), ([20, 40, 50], False), ([0, 40], False)]
+)
+def test_evaluation_before_steps_each_time(tmp_path: Path, steps: list[int], before: bool) -> None:
+    """As for pseudo-labels; one after the last step, or none before the first, shows that it only evaluates."""
+    folder = store(tmp_path / "run", evaluators=())
+    rows = np.zeros(len(steps), EVALS.dtype)
+    rows["step"], rows["batches"], rows["ns"] = steps, 8, S
+    rows["t_end_ns"] = 105 * S + np.cumsum(rows["ns"])
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.append(1, "evals", 0, len(steps), rows.tobytes(), 0, 60)
+
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0, WallTimeFacts())
+
+    assert time.evaluates_before is before
+
+
 @pytest.mark.parametrize(("attempts", "wall_s"), [(1, 15), (2, 35)])
 def test_goodput_counts_each_step_once(tmp_path, attempts, wall_s):
     """60 steps of 80 ms beside waiting and saving; but for three, 200 ms, which began an epoch.

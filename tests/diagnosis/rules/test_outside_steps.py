@@ -383,6 +383,16 @@ def test_much_evaluation_is_reported_with_what_less_would_save():
     assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_evaluation_that_the_training_may_learn_from_is_said_to_be(before: bool) -> None:
+    """Pseudo-labels half as often are another training."""
+    time = structs.replace(RunTime.of(100.0, {"steps": 60.0, "evaluation": 40.0}, 5), evaluates_before=before)
+    found = diagnose(window_of(ALONE), JobFacts(time=time))[0]
+
+    assert found.kind is Kind.EVAL_HEAVY
+    assert ("it is part of the training: make it cheaper instead." in found.next) is before
+
+
 @pytest.mark.parametrize(("steps", "is_told"), [(9.0, True), (11.0, False)])
 def test_evaluation_that_takes_longer_than_the_steps_is_heavy(steps: float, is_told: bool) -> None:
     """A short run may be mostly start-up, of which a longer one has less."""

@@ -75,6 +75,7 @@ class RunTime(msgspec.Struct, frozen=True):
     evaluators_s: float = 0.0  # their seconds of evaluation, the mean
     others_evaluate_s: float = 0.0  # those of the other ranks, less than half as long
     short_evaluations_s: float = 0.0  # seconds of those short ones
+    evaluates_before: bool = False  # whether each of them comes before training steps, the first before all
 
     @property
     def goodput(self) -> float:

@@ -28,6 +28,7 @@ _SHORT_EVALUATION, _FEW_BATCHES = 0.25, 0.5
 """An evaluation is short that takes less than this share of the longest one, with at most this share of its batches."""
 _SHORT_ONES_SHARE = 0.2
 """Short evaluations with at most this share of all are not counted with the others."""
+_SEVERAL = 3  # evaluations that show when they come
 _COUNTED_SHARE = 0.01
 """Share of the run from which on evaluation and saving of some ranks count as time of all."""
 _NOT_PRODUCTIVE = (Phase.INPUT_WAIT.label, Phase.CHECKPOINT.label)
@@ -122,6 +123,7 @@ def wall_time(
         evaluators_s=min(evaluators_s, time.wall_s),
         others_evaluate_s=_mean(of_others),
         short_evaluations_s=short_s,
+        evaluates_before=any(_evaluates_before(each) for each in sums.values()),
     )
 
 
@@ -254,6 +256,17 @@ def _evaluations(evals: TableSums) -> tuple[int, float]:
         return int(rows.sum()), 0.0
 
     return int(rows[~short].sum()), float(ns[short].sum()) / _S
+
+
+def _evaluates_before(sums: StepSums) -> bool:
+    """Return whether evaluation comes before training steps each time, as where these train on what it gives."""
+    evals, steps = sums.evals.bins, sums.steps.bins
+    if evals["rows"].sum() < _SEVERAL or not len(steps):
+        return False
+
+    return bool(
+        evals["first_step"].min() <= steps["first_step"].min() and evals["last_step"].max() <= steps["last_step"].max()
+    )
 
 
 def _has_rows(sums: StepSums | None) -> bool:

@@ -273,6 +273,11 @@ def _evaluation(
         advice = f"Evaluate on half as many batches: {saves} Or evaluate {elsewhere}"
     else:
         advice = f"Evaluate half as often: {saves} Or evaluate on fewer batches, {elsewhere}"
+        if time.evaluates_before:
+            advice += (
+                " If the training learns from what it gives (pseudo-labels, features), it is part of the training: "
+                "make it cheaper instead."
+            )
 
     finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", advice)
     return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
