@@ -530,6 +530,16 @@ def for_fewer_workers(ranks: tuple[int, ...], usual: int) -> str:
     return f"Give {ranks_text(ranks)} as many loader workers as the others have: num_workers={usual}."
 
 
+def for_reading_ranks(ranks: tuple[int, ...], facts: JobFacts) -> str:
+    """Return advice on ranks that read the batches of all."""
+    reads, its = ("reads", "its") if len(ranks) == 1 else ("read", "their")
+    more = "more workers" if facts.loader_workers else "workers"
+    return (
+        f"Only {ranks_text(ranks)} {reads} batches: let {more} of {its} DataLoader make them ahead (num_workers), or "
+        "let each rank read its own part (DistributedSampler)."
+    )
+
+
 def for_slow_group(group: RankGroup) -> str:
     """Return advice on a group of which all ranks slow the others down.
 

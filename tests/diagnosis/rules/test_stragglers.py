@@ -215,6 +215,23 @@ def test_a_rank_with_fewer_loader_workers_is_told_to_have_as_many(workers: tuple
         assert found.next == f"Give rank 1 as many loader workers as the others have: num_workers={workers[0]}."
 
 
+@pytest.mark.parametrize(("readers", "alone"), [((1,), True), ((0, 1), False), ((0,), False)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_that_reads_for_all_is_not_compared_with_the_others(
+    readers: tuple[int, ...], alone: bool, workers: int
+) -> None:
+    """It sends its batches on; ranks with loaders have data of their own, which may be faster."""
+    loader = LoaderFacts(number=0, num_workers=workers)
+    facts = JobFacts(world_size=2, loader=loader, loaders=dict.fromkeys(readers, (loader,)))
+    window = window_of(Job(ranks=2, steps=200, own={"input_wait": 0.0}), adds("input_wait", 30.0, (1,)))
+
+    found = diagnose(window, facts)[0]
+
+    assert (found.kind, found.ranks) == (Kind.INPUT_STRAGGLER, (1,))
+    assert found.next.startswith("Only rank 1 reads batches: let ") is alone
+    assert ("let more workers" in found.next) is (alone and bool(workers))
+
+
 def _using(cores: tuple[float, ...]) -> MachineSamples:
     """Return samples of ranks whose threads, but the main one, use so many cores; that one uses 0.2."""
     samples = MachineSamples()

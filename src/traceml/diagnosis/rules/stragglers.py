@@ -512,6 +512,13 @@ def _waiting_share(work: OwnWork, late: LateRanks) -> float:
     return max(1.0 - float(work.own[late.rows].mean()) / work.step_ns, 0.0)
 
 
+def _read_for_others(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
+    """Return whether late ranks alone have loaders, and the others wait for no data of their own."""
+    readers = {rank for rank, loaders in facts.loaders.items() if loaders}
+    waits = work.parts["input_wait"]
+    return readers == set(work.ranks_of(late.rows)) and not waits[late.others].any()
+
+
 def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(work, {part: with_typical_work(work.parts[part], late.rows, late.others) for part in blamed})
@@ -556,6 +563,9 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     if fewer is not None:
         why, usual = fewer
         action = advice.for_fewer_workers(ranks, usual)
+
+    if late.part == "input_wait" and _read_for_others(work, facts, late):
+        action = advice.for_reading_ranks(ranks, facts)
 
     if without_core:
         why = waited_for_core(facts, ranks, others)
