@@ -219,6 +219,7 @@ def for_residual(
     *,
     has_forward: bool = False,
     is_update: bool = False,
+    makes_graph: bool = False,
     trainer: BlamedLine | None = None,
     two: LeadingLines | None = None,
 ) -> str:
@@ -228,6 +229,7 @@ def for_residual(
         called: library function that this line has called most of the time.
         has_forward: whether the model's forward is in this time, as no module was called.
         is_update: whether the update of the weights is in this time, as no optimizer was called.
+        makes_graph: whether backward follows operations outside of the model.
         trainer: the line that only calls a trainer, whose code takes this time.
         two: the two lines that most of it is spent in, where no line alone is known; None for none.
     """
@@ -256,7 +258,7 @@ def for_residual(
         )
 
     if line is not None:
-        return _for_line(part, line, facts, called)
+        return _for_line(part, line, facts, called, makes_graph=makes_graph)
 
     if part not in UNNAMED_CODE:
         return (
@@ -266,7 +268,7 @@ def for_residual(
     return _for_several_lines(trainer, two)
 
 
-def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) -> str:
+def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, *, makes_graph: bool) -> str:
     """Return advice on a line of the user's own code, whether it waits or computes."""
     if answers := _for_answers(part, line, facts):
         return answers
@@ -284,7 +286,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None) 
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
-    if _LOSS in line.function.lower():  # a loss cannot leave the loop
+    if makes_graph or _LOSS in line.function.lower():  # a loss cannot leave the loop
         return (
             f"Make {line.place} cheaper. If it computes the loss, use fewer operations, on whole tensors in place of "
             "loops, or torch.compile: backward follows these operations, and gets cheaper with them. If it only "

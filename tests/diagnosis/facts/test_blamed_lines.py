@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -128,6 +130,17 @@ def test_a_loss_is_not_told_to_leave_the_training_loop(function, is_loss):
 
     assert ("out of the training loop" in finding.next) is not is_loss
     assert ("backward follows these operations" in finding.next) is is_loss
+
+
+@pytest.mark.parametrize(("backward_ms", "may_be_loss"), [(9.0, True), (4.0, False)])
+def test_code_that_backward_follows_may_be_the_loss(backward_ms: float, may_be_loss: bool) -> None:
+    """A soft alignment of sequences loops over operations of torch; no gradient flows through a metric."""
+    job = replace(ALONE, own={**ALONE.own, "forward": 1.0, "backward": backward_ms})
+
+    finding = found(Kind.RESIDUAL_HEAVY, line("other", "soft_dtw", 43), line("forward", "forward", 57), job=job)
+
+    assert ("If it computes the loss, use fewer operations" in finding.next) is may_be_loss
+    assert ("out of the training loop" in finding.next) is not may_be_loss
 
 
 @pytest.mark.parametrize(

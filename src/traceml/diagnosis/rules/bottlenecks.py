@@ -73,6 +73,8 @@ _LITTLE_UPDATE = 0.1
 """Functions that read gradients and have less of `other` are not all of an update by hand."""
 _MAY_UPDATE = ", which may be the update: no optimizer is called in the steps."
 _LOSS_OF = ("other", "forward")
+_PASSES, _GRAPH_RATIO = ("forward", "backward"), 5.0
+"""Backward of the model alone takes fewer times as long as forward, also where activations are computed again."""
 TURNS_FACTOR = 1.5
 """Ranks save one after the other if a step becomes longer by this many times what one of them takes."""
 SAVING_SHARE = 1 / 3
@@ -307,7 +309,13 @@ def residual(
             cost = replace(cost, excluded=(_RARE, *cost.excluded), with_rare=whole)
 
         has_forward = part == "other" and _is_unseen(work, "forward")
-        found += _residual_finding(cost, facts, has_forward=has_forward, has_update=part == "other" and has_update)
+        found += _residual_finding(
+            cost,
+            facts,
+            has_forward=has_forward,
+            has_update=part == "other" and has_update,
+            makes_graph=part == "other" and _makes_graph(work),
+        )
 
     return found
 
@@ -327,12 +335,15 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
     return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
 
 
-def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, has_update: bool) -> list[Finding]:
+def _residual_finding(
+    cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, has_update: bool, makes_graph: bool
+) -> list[Finding]:
     """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known.
 
     Args:
         has_forward: whether the model's forward is in this time.
         has_update: whether most of an update by hand is.
+        makes_graph: whether operations that backward follows are.
     """
     line, library = cost.line(facts), cost.library(facts)
     two = cost.leading_lines(facts) if line is None and library is None else ()
@@ -359,12 +370,26 @@ def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, h
     trainer = cost.trainer(facts) if library is None else None
     leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {_RARE}") if two else None
     text = advice.for_residual(
-        cost.part, line, facts, library, has_forward=has_forward, is_update=is_update, trainer=trainer, two=leading
+        cost.part,
+        line,
+        facts,
+        library,
+        has_forward=has_forward,
+        is_update=is_update,
+        makes_graph=makes_graph,
+        trainer=trainer,
+        two=leading,
     )
     text += advice.in_same_steps() if cost.in_turns else ""
     turns = {"in_turns": True} if cost.in_turns else {}
     found = cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)
     return [replace(found, speedup_if_fixed=gain)]
+
+
+def _makes_graph(work: OwnWork) -> bool:
+    """Return whether backward takes far longer than the model's forward: it follows other operations, as of a loss."""
+    forward, backward = (float(work.parts[part].mean()) if part in work.parts else 0.0 for part in _PASSES)
+    return not work.device and 0.0 < _GRAPH_RATIO * forward <= backward
 
 
 def _is_unsure(cost: _PhaseCost, facts: JobFacts) -> bool:
