@@ -184,6 +184,25 @@ def test_evaluation_is_not_in_the_step_time(tmp_path, seconds, is_told):
     assert found.b.time == second.report.time
 
 
+@pytest.mark.parametrize(("in_steps_s", "is_told"), [(9.0, False), (4.0, True)])
+def test_waiting_for_the_first_batch_of_an_epoch_is_in_the_step_time(tmp_path, in_steps_s, is_told):
+    """Workers that start anew make some steps long; what is between epochs beside that makes none longer."""
+    first, second = (
+        read_compared(store_run(tmp_path / name, Job(steps=300), seed=seed)) for seed, name in enumerate("ab")
+    )
+    for side, seconds in ((first, 6.0), (second, 0.0)):
+        side.report.steps.mean_ms = (in_steps_s + 1.0) / 300 * 1e3 if seconds else side.report.steps.mean_ms
+        steps_s = 4.0 if seconds else side.report.steps.mean_ms * 0.3
+        side.report.time = TimeSection(
+            wall_s=10.0, parts=[TimePart("steps", steps_s, 0.0), TimePart("between_epochs", seconds, 0.0)]
+        )
+
+    found = compare_sides(first, second)
+
+    assert ("not in the step time: between epochs, 16.7 ms per step in A, 0 us in B" in found.remarks) is is_told
+    assert any("between epochs" in each for each in found.remarks) is is_told
+
+
 def test_too_few_steps_are_said(healthy, tmp_path):
     """With ten steps, or none, there is no result."""
     short = store_run(tmp_path / "short", Job(steps=12))

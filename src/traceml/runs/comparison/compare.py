@@ -43,6 +43,7 @@ _LARGE, _MIN_PHASES, _ALIKE = 0.05, 3, 0.5
 # Steps with as many samples as this share more or less are the same work: the last batch of an epoch may be smaller.
 _SAME_BATCH = 0.05
 _BETWEEN_STEPS = ("evaluation", "between_epochs")
+_WITH_STEPS = ("steps", "checkpoint", "between_epochs")
 
 
 def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
@@ -290,11 +291,18 @@ def _outside_steps(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
 
 
 def _ms_per_step(report: Report, part: str) -> float | None:
-    """Return a part of the wall time per step; None if the wall time is not known."""
+    """Return a part of the wall time per step, as far as steps do not contain it; None if the wall time is not known."""
     if report.time is None or not report.steps.count:
         return None
 
-    return 1e3 * sum(each.seconds for each in report.time.parts if each.part == part) / report.steps.count
+    per_step = {each.part: 1e3 * each.seconds / report.steps.count for each in report.time.parts}
+    spent = per_step.get(part, 0.0)
+    if part not in _WITH_STEPS:
+        return spent
+
+    # The wait for the first batch of an epoch is in the step that takes it.
+    beyond = sum(per_step.get(each, 0.0) for each in _WITH_STEPS) - (report.steps.mean_ms or 0.0)
+    return min(max(beyond, 0.0), spent)
 
 
 def _word(value: Any) -> str:
