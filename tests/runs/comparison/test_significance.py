@@ -95,3 +95,19 @@ def test_times_without_any_noise():
 
     assert difference(same, same, _mean).real is False
     assert difference(same, other, _mean).p < ALPHA
+
+
+@pytest.mark.parametrize(("removed", "least", "most"), [(True, 0.9, 1.0), (False, 0.0, 0.1)])
+def test_long_steps_at_a_distance_are_missed_where_they_are_gone(removed, least, most):
+    """Workers that start anew every 50 steps take most of the time: six long steps of 320 are no chance."""
+    random = np.random.default_rng(3)
+    found = []
+    for _ in range(20):
+        times = [step_times(random, 320, 0.0) for _ in range(2)]
+        for run in times[: 1 if removed else 2]:
+            long = np.arange(random.integers(50), 320, 50)
+            run[long] += 4000 * np.exp(0.15 * random.standard_normal(len(long)))
+
+        found.append(bool(difference(*times, _mean).real))
+
+    assert least <= np.mean(found) <= most

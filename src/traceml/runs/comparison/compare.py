@@ -291,7 +291,7 @@ def _outside_steps(a: ComparedRun, b: ComparedRun, letter: str) -> list[str]:
 
 
 def _ms_per_step(report: Report, part: str) -> float | None:
-    """Return a part of the wall time per step, as far as steps do not contain it; None if the wall time is not known."""
+    """Return a part of the wall time per step that steps do not contain; None if the wall time is not known."""
     if report.time is None or not report.steps.count:
         return None
 

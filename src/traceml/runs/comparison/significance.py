@@ -25,6 +25,7 @@ ALPHA = 0.01
 _TIMES = 4
 _MAX_BLOCKS = 64
 _MIN_BLOCKS = 8
+_FEW, _MOST = 0.05, 0.5
 # With fewer independent steps than this, the autocorrelation cannot be estimated.
 _INDEPENDENT = 16
 _PERMUTATIONS = 1999
@@ -78,7 +79,15 @@ def block_steps(a: Floats, b: Floats) -> int | None:
         return None
 
     wanted = max(int(np.ceil(_TIMES * time)), -(-shorter // _MAX_BLOCKS))
-    return min(wanted, shorter // _MIN_BLOCKS)
+    most = shorter // _MIN_BLOCKS
+    # Long steps at a distance, as of epochs, are in all blocks or in none of a run only if the blocks are long, too.
+    return most if _is_of_few(a) or _is_of_few(b) else min(wanted, most)
+
+
+def _is_of_few(values: Floats) -> bool:
+    """Return whether a few long steps have most of the time."""
+    few = np.sort(values)[-max(int(_FEW * len(values)), 1) :]
+    return bool(few.sum() >= _MOST * values.sum())
 
 
 def difference(a: Floats, b: Floats, statistic: Callable[[Floats], Floats]) -> Difference:
