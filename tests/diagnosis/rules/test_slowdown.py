@@ -404,6 +404,35 @@ def test_backward_that_grows_far_more_than_cores_explain_is_told_in_seconds(usua
     assert all("detach" in each.next for each in findings)
 
 
+@pytest.mark.parametrize(
+    ("forward_ms", "backward_ms", "until", "told"),
+    [
+        ((0.6, 20.6), (2.4, 3.1), BINS, True),
+        ((0.6, 20.6), (2.4, 3.1), BINS - 10, False),
+        ((0.6, 6.0), (2.4, 12.0), BINS, False),
+        ((4.0, 24.0), (0.4, 0.4), BINS, False),
+    ],
+    ids=["a part that begins", "one that ends again", "all grow", "the rest is too short to lose its core"],
+)
+def test_a_part_that_begins_is_told_on_a_busy_host(forward_ms, backward_ms, until, told):
+    """From the middle on forward computes another loss, for some seconds, with a core for a third of the time."""
+    samples = MachineSamples()
+    rows = np.zeros(40, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(0, 480, 12), np.arange(40) * 250 * MS
+    rows["main_wait_ns"] = rows["t_ns"] * 0.6
+    samples.add(PROCESS.name, 0, rows)
+    slow = (AT >= BINS / 2) & (until > AT)
+    parts = {
+        name: np.where(slow, then, usual) * MS
+        for name, (usual, then) in (("forward", forward_ms), ("backward", backward_ms))
+    }
+    run = StepHistory(AT * 12, np.full(BINS, 12), sum(parts.values()), parts)
+
+    findings = slowdown(run, JobFacts(samples=samples))
+
+    assert [each.phase for each in findings] == (["forward"] if told else [])
+
+
 @pytest.mark.parametrize(("waited", "told"), [(0.0, True), (0.3, False), (-1, False)])
 def test_slow_seconds_of_one_phase_count_if_the_ranks_had_their_cores(waited, told):
     """100 steps of 45 ms; the kernel counts the waiting of the main thread, or says -1."""

@@ -39,6 +39,8 @@ MIN_COMPARED_SHARE = 0.25
 """And the rest of a rank's work, which is not slower, is at least this share of that phase."""
 NOT_OF_CORES = 2.5
 """By this factor steps do not become slower because a core does: another thread on it, or its clock."""
+FAR_SLOWER = 4.0
+"""Phases that become slower by this factor more than the rest, which is as long, do so on any host."""
 HAS_CORE_WAIT = 0.05
 """A rank has its core if it waits for one for less of the time."""
 SOME_RANKS_SHARE = 1 / 3
@@ -145,7 +147,7 @@ def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Col
 
     lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
     is_known = bool(parts) and (_COMM not in parts or change.factor >= NOT_OF_CORES)
-    is_sure = is_known and _has_cores(bins, change, parts, facts)
+    is_sure = is_known and (_has_cores(bins, change, parts, facts) or _are_far_slower(bins, change, parts))
     return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= (MIN_COMPUTE_NS if is_sure else MIN_ALIKE_NS)
 
 
@@ -160,6 +162,17 @@ def _has_cores(bins: StepHistory, change: LevelChange, parts: Sequence[str], fac
     waited = facts.samples.use(*_steps_of(bins, change), _ranks(bins, change)).waited
     is_compared = compared >= MIN_COMPARED_SHARE * own or change.factor >= NOT_OF_CORES
     return waited is not None and waited < HAS_CORE_WAIT and is_compared
+
+
+def _are_far_slower(bins: StepHistory, change: LevelChange, parts: Sequence[str]) -> bool:
+    """Return whether some phases become slower by far more than the rest, which is as long: it is no lack of cores."""
+    if change.shape != "stays":  # another program that comes and goes may take the core in these phases
+        return False
+
+    usual, slow = _levels_of(bins, change)
+    rest = [name for name in usual if name not in (*parts, _COMM)]
+    (own, own_then), (others, others_then) = ((_sum(usual, each), _sum(slow, each)) for each in (parts, rest))
+    return others >= own > 0 and own_then / own >= FAR_SLOWER * max(others_then / others, 1.0)
 
 
 def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, facts: JobFacts) -> Finding:
