@@ -285,7 +285,10 @@ def _costs(
     found += periodic
     remaining = replayed(remaining, without_long)
 
-    found += input_bound(remaining, facts, step_ns, "restarts of workers" if restarted else None)
+    names = (
+        "restarts of workers" if "restart_ms" in each.evidence else "first batches of epochs" for each in restarted
+    )
+    found += input_bound(remaining, facts, step_ns, next(names, None))
     found += transfers(remaining, facts, step_ns)
     # What rare long steps do is no steady cost of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -10,6 +12,7 @@ from tests.diagnosis.fabricated import MS, Job, window_of
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.restarted_workers import keeping_workers
@@ -30,14 +33,20 @@ def waits(ms: float, every: int = EPOCH):
 
 
 def findings(
-    ms: float, *, every: int = EPOCH, loader: LoaderFacts | None = LOADER, create_ms: float = 0.0, drain_ms: float = 0.0
+    ms: float,
+    *,
+    every: int = EPOCH,
+    loader: LoaderFacts | None = LOADER,
+    create_ms: float = 0.0,
+    drain_ms: float = 0.0,
+    lines: Sequence[SampledLine] = (),
 ):
     window = window_of(ALONE, waits(ms, every))
     rows = np.zeros(-(-ALONE.steps // every), EPOCHS.dtype)
     rows["step"] = np.arange(len(rows)) * every
     rows["ns"], rows["create_ns"] = (ms + 0.3) * MS, create_ms * MS
     rows["drain_ns"] = drain_ms * MS
-    return diagnose(window, JobFacts(loader=loader, epochs=rows))
+    return diagnose(window, JobFacts(loader=loader, epochs=rows, lines=lines))
 
 
 def restarts(found) -> list:
@@ -151,6 +160,38 @@ def test_nobody_is_told_to_keep_workers_that_cannot_be_kept(ms, create_ms):
 def test_a_batch_that_takes_long_is_no_restart():
     """The first batch is fetched while nothing else runs: two workers may need two steps for it."""
     assert not restarts(findings(25))
+
+
+@pytest.mark.parametrize(
+    ("length", "method", "create_ms", "begins_anew"),
+    [(None, "fork", 2, True), (1000, "fork", 2, False), (None, "spawn", 2, False), (None, "fork", 150, False)],
+)
+def test_a_data_set_that_begins_anew_is_no_restart(length, method, create_ms, begins_anew):
+    """A shuffle buffer fills in kept workers, too; forked ones have no imports to repeat."""
+    loader = LoaderFacts(dataset="Shards", length=length, num_workers=2, start_method=method)
+
+    found = findings(200, loader=loader, create_ms=create_ms)
+
+    assert len(restarts(found)) == (not begins_anew)
+    first = [each for each in found if "first_batch_ms" in each.evidence]
+    assert len(first) == begins_anew
+    assert all(each.headline.startswith("Training waits for data: ") for each in first)
+    assert all("Look at what Shards does before its first batch" in each.next for each in first)
+
+
+@pytest.mark.parametrize(("drawing", "restarted"), [(80, False), (0, True)])
+def test_an_order_that_each_epoch_draws_is_no_restart(drawing, restarted):
+    """A weighted sampler draws a million numbers in the training process, for kept workers, too."""
+    library = "/lib/torch/utils/data/sampler.py:276 WeightedRandomSampler.__iter__"
+    waiting = "/lib/selectors.py:402 _PollLikeSelector.select"
+    lines = [
+        SampledLine(0, "input_wait", "/me/train.py", 12, "main", library, drawing),
+        SampledLine(0, "input_wait", "/me/train.py", 12, "main", waiting, 100 - drawing),
+    ]
+
+    found = findings(200, create_ms=150, loader=replace(LOADER, length=10**6), lines=lines)
+
+    assert any(each.cost_share > 0.2 for each in restarts(found)) is restarted
 
 
 @pytest.mark.parametrize("keeps", [False, True])

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import ordering_share
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -79,13 +80,17 @@ def workers_restarted(
 
     # Where a script takes all batches of an epoch at once, it waits for these, and not for the first one.
     fetch_ns = np.inf if is_taken_ahead(work, facts) else workers * float(np.median(work.step))
-    columns, restart_ns = _restarts(window, facts, fetch_ns)
+    columns, start_ns, rest_ns = _restarts(window, facts, fetch_ns)
     if len(columns) < 2:
         return [], {}
 
+    # Kept workers draw the order of the samples as often, and begin an iterable data set as often.
+    drawn_ns = ordering_share(facts.lines) * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
+    restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0)
+    begins_anew = _begins_anew(facts) and float(rest_ns.mean()) > float(start_ns.mean()) + drawn_ns
     kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
-    if (facts.loader or LoaderFacts()).start_method in (None, _FORK):
+    if not begins_anew and _is_forked(facts):
         copied_ns = _copied_ns(work, columns)
         restart_ns = restart_ns + sum(float(each.mean()) for each in copied_ns.values())
         for part, excess in copied_ns.items():
@@ -96,7 +101,19 @@ def workers_restarted(
     if saved < least_cost_ns(step_ns):
         return [], {}
 
+    if begins_anew:
+        return [_of_first_batches(work, restart_ns, saved, step_ns, facts)], kept
+
     return [_finding(work, restart_ns, saved, step_ns, facts, keeping)], kept
+
+
+def _is_forked(facts: JobFacts) -> bool:
+    return (facts.loader or LoaderFacts()).start_method in (None, _FORK)
+
+
+def _begins_anew(facts: JobFacts) -> bool:
+    """Return whether the data set is iterable, and its workers are forked, which takes no time after that."""
+    return facts.loader is not None and facts.loader.length is None and _is_forked(facts)
 
 
 def _copied_ns(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
@@ -112,9 +129,12 @@ def _copied_ns(work: OwnWork, columns: NDArray[np.intp]) -> dict[str, Floats]:
     return {part: np.maximum(each, 0) for part, each in excess.items()}
 
 
-def _restarts(window: AlignedSteps, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def _restarts(
+    window: AlignedSteps, facts: JobFacts, fetch_ns: float
+) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
     """Return the steps that waited for new workers, as columns of the window, and how long.
 
+    The first time is that of starting them and ending the ones before, the second one the wait for a batch after it.
     Persistent workers, too, fetch the first batch only on request, so that wait is not a cost of the restart. It is at
     most the time in which all workers, which keep up with the steps, fetch one batch each (`fetch_ns`).
     """
@@ -122,7 +142,39 @@ def _restarts(window: AlignedSteps, facts: JobFacts, fetch_ns: float) -> tuple[N
     _, columns, at = np.intersect1d(window.steps, rows["step"], return_indices=True)
     rows = rows[at]
     certain = rows["create_ns"] + rows["drain_ns"]
-    return columns, certain + np.maximum(rows["ns"] - certain - fetch_ns, 0)
+    return columns, certain.astype(np.float64), np.maximum(rows["ns"] - certain - fetch_ns, 0.0)
+
+
+def _of_first_batches(
+    work: OwnWork, waits_ns: NDArray[np.float64], saved: float, step_ns: float, facts: JobFacts
+) -> Finding:
+    """Return the finding about first batches of an iterable data set, which take long in each epoch."""
+    count, each_ns, share = len(waits_ns), float(np.mean(waits_ns)), saved / step_ns
+    loader, gain = facts.loader or LoaderFacts(), speedup(step_ns, saved)
+    data = loader.dataset or "The data set"
+    return Finding.of(
+        Kind.INPUT_BOUND,
+        phase=_PART,
+        summary=(
+            f"{data} begins anew in each epoch: its first batch is waited for {ns_text(each_ns)} longer than the "
+            f"others, {plural(count, 'time')}, {percent_text(share)} of step time; without that steps would be "
+            f"{gain_text(gain)}."
+        ),
+        next=(
+            f"Look at what {data} does before its first batch (filling a shuffle buffer, listing or opening files), "
+            f"and at worker_init_fn: make it cheaper, or keep it from epoch to epoch; {gain_text(gain, 'at most')}. "
+            "With persistent workers worker_init_fn runs once, but the data set begins anew all the same."
+        ),
+        evidence={
+            "epochs": count,
+            "first_batch_ms": each_ns / 1e6,
+            "num_workers": facts.loader_workers,
+            "step_ms": step_ns / 1e6,
+            "steps": work.parts[_PART].shape[1],
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
 
 
 def _finding(
