@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -273,9 +273,12 @@ def _costs(
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
     restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
+    before_ns = _waiting_ns(remaining)
     if restarted:
         found += restarted
         remaining = replayed(remaining, without_restarts)
+
+    restarts_ns = before_ns - _waiting_ns(remaining)
 
     whole = remaining
     between, without_set_up = set_up_between(window, remaining, facts, step_ns)
@@ -285,10 +288,7 @@ def _costs(
     found += periodic
     remaining = replayed(remaining, without_long)
 
-    names = (
-        "restarts of workers" if "restart_ms" in each.evidence else "first batches of epochs" for each in restarted
-    )
-    found += input_bound(remaining, facts, step_ns, next(names, None))
+    found += input_bound(remaining, facts, step_ns, _excluded_waits(restarted), restarts_ns)
     found += transfers(remaining, facts, step_ns)
     # What rare long steps do is no steady cost of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)
@@ -308,6 +308,18 @@ def _costs(
         found += comm_bound(window, work, facts)
 
     return found
+
+
+def _excluded_waits(restarted: Sequence[Finding]) -> str | None:
+    """Return in words the waiting that is reported apart; None without any."""
+    if not restarted:
+        return None
+
+    return "restarts of workers" if "restart_ms" in restarted[0].evidence else "first batches of epochs"
+
+
+def _waiting_ns(work: OwnWork) -> float:
+    return float(work.parts["input_wait"].mean()) if "input_wait" in work.parts else 0.0
 
 
 def _with_slowdown(

@@ -180,18 +180,28 @@ def test_a_data_set_that_begins_anew_is_no_restart(length, method, create_ms, be
 
 
 @pytest.mark.parametrize(("drawing", "restarted"), [(80, False), (0, True)])
-def test_an_order_that_each_epoch_draws_is_no_restart(drawing, restarted):
+@pytest.mark.parametrize(
+    ("function", "library"),
+    [
+        ("main", "/lib/torch/utils/data/sampler.py:276 WeightedRandomSampler.__iter__"),
+        ("ByLength.measure", None),
+    ],
+)
+def test_an_order_that_each_epoch_draws_is_no_restart(drawing, restarted, function, library):
     """A weighted sampler draws a million numbers in the training process, for kept workers, too."""
-    library = "/lib/torch/utils/data/sampler.py:276 WeightedRandomSampler.__iter__"
     waiting = "/lib/selectors.py:402 _PollLikeSelector.select"
     lines = [
-        SampledLine(0, "input_wait", "/me/train.py", 12, "main", library, drawing),
+        SampledLine(0, "input_wait", "/me/train.py", 12, function, library, drawing),
         SampledLine(0, "input_wait", "/me/train.py", 12, "main", waiting, 100 - drawing),
+        SampledLine(0, "forward", "/me/train.py", 13, "main", None, 130),
     ]
 
-    found = findings(200, create_ms=150, loader=replace(LOADER, length=10**6), lines=lines)
+    found = findings(200, create_ms=150, loader=replace(LOADER, length=10**6, samplers=("ByLength",)), lines=lines)
 
     assert any(each.cost_share > 0.2 for each in restarts(found)) is restarted
+    told = [each for each in found if each.next.startswith("The sampler runs in the training process")]
+    assert len(told) == (function != "main" and not restarted)
+    assert all("it in train.py:12 ByLength.measure" in each.summary for each in told)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

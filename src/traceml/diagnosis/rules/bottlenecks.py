@@ -159,6 +159,12 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
         return self._without_hidden(own_line(facts.lines, self.part, self._sampled_share, self.ranks))
 
+    def line_beside(self, hidden_ns: float, facts: JobFacts) -> BlamedLine | None:
+        """Return the line that most of it is spent in, where none of what another finding has is."""
+        own = self._phase_share * self.step_ns
+        line = own_line(facts.lines, self.part, self._phase_share + hidden_ns / self.step_ns, self.ranks)
+        return None if line is None else replace(line, share=min(line.share * (own + hidden_ns) / max(own, 1.0), 1.0))
+
     def leading_lines(self, facts: JobFacts) -> tuple[BlamedLine, ...]:
         """Return the two lines that most of it is spent in together, where the samples show them."""
         return leading_lines(facts.lines, self.part, self._share_in(self.with_rare or self.work))
@@ -220,12 +226,15 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         )
 
 
-def input_bound(work: OwnWork, facts: JobFacts, step_ns: float, excluded: str | None = None) -> list[Finding]:
+def input_bound(
+    work: OwnWork, facts: JobFacts, step_ns: float, excluded: str | None = None, hidden_ns: float = 0.0
+) -> list[Finding]:
     """Find waiting for data on all ranks.
 
     Args:
         step_ns: mean step, to which the cost is compared.
         excluded: waiting that another finding has, and `work` has not, in words.
+        hidden_ns: its mean time of a step.
     """
     # Two steps are left out: the first batch after a pause is slow in any run.
     cost = _cost(work, "input_wait", step_ns, rare_share=0)
@@ -236,7 +245,7 @@ def input_bound(work: OwnWork, facts: JobFacts, step_ns: float, excluded: str | 
     rare = share_of_long_waits(work)
     where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
     pipeline = pipeline_of(work, facts, float(cost.removed.mean()), step_ns)
-    line = cost.line(facts)
+    line = cost.line(facts) or cost.line_beside(hidden_ns, facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
     if excluded is not None:

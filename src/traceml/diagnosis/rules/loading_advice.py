@@ -336,11 +336,10 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None
     if loader is None or line is None:
         return None
 
-    if loader.num_workers and not _computes_beside_workers(facts, line):
+    is_its_code = line.function.startswith(tuple(f"{name}." for name in loader.samplers))
+    # Beside workers the training process has no other code of the data set.
+    if not is_its_code and not (loader.num_workers and _computes_beside_workers(facts, line)):
         return None
-
-    if not loader.num_workers and not line.function.startswith(tuple(f"{name}." for name in loader.samplers)):
-        return None  # it may be the data set's
 
     more = "more workers" if loader.num_workers else "workers"
     return LoadingAdvice(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_shares import ordering_share
+from traceml.diagnosis.facts.sampled_shares import dataset_share, ordering_share
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -86,7 +86,7 @@ def workers_restarted(
 
     # Kept workers draw the order of the samples as often, and begin an iterable data set as often.
     drawn_ns = ordering_share(facts.lines) * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
-    restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0)
+    restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0) * (1 - _own_samplers_share(facts))
     begins_anew = _begins_anew(facts) and float(rest_ns.mean()) > float(start_ns.mean()) + drawn_ns
     kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
@@ -105,6 +105,12 @@ def workers_restarted(
         return [_of_first_batches(work, restart_ns, saved, step_ns, facts)], kept
 
     return [_finding(work, restart_ns, saved, step_ns, facts, keeping)], kept
+
+
+def _own_samplers_share(facts: JobFacts) -> float:
+    """Return the share of the waiting for data in samplers of the script's own classes."""
+    names = () if facts.loader is None else facts.loader.samplers
+    return min(sum(dataset_share(facts.lines, name) for name in names), 1.0)
 
 
 def _is_forked(facts: JobFacts) -> bool:
