@@ -505,6 +505,24 @@ def test_computation_that_lacks_cores_is_told_once(waited: float, passes: int, i
     assert (next(each for each in found if each.kind is Kind.SLOWDOWN).severity == "info") is is_host
 
 
+@pytest.mark.parametrize(("busy", "is_host"), [(0.51, True), (0.35, False)])
+def test_a_core_that_is_had_for_less_of_the_time_explains_longer_steps(busy: float, is_host: bool) -> None:
+    """From 77 % of the time to 49 % of it: the same work takes 1.57 times as long, most of 2.3 times; 65 % do not."""
+    samples = MachineSamples()
+    rows = np.zeros(60, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = AT * 2 * WIDTH, AT * 500 * MS
+    rows["main_wait_ns"] = np.cumsum(np.where(AT >= 30, busy, 0.23)) * 500 * MS
+    samples.add(PROCESS.name, 0, rows)
+    usual = {"forward": 1.0, "backward": 6.0, "optimizer": 1.0}
+    parts = {name: ms * MS * np.where((AT >= 30) & (name == "backward"), 2.8, 1.0) for name, ms in usual.items()}
+    run = StepHistory(AT * 2 * WIDTH, np.full(BINS, 2 * WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(run, JobFacts(samples=samples))
+
+    assert finding.phase == (None if is_host else "backward")
+    assert finding.next.startswith("End or move what else runs on the host") is is_host
+
+
 def test_longer_reductions_are_not_the_host():
     """No rank's own work is longer."""
     usual = {"forward": 6.0, "backward": 10.0, "comm": 4.0}

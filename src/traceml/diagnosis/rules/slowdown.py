@@ -326,7 +326,9 @@ def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
 
 def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool:
     """Return whether the loss of cores explains half of what the steps lost."""
-    waited = next((each.then - each.before for each in beside if each.name == "cpu_wait_share"), 0.0)
+    # What a step would be shorter by if its thread had its core as often as in the others.
+    waits = ((each.before, each.then) for each in beside if each.name == "cpu_wait_share")
+    waited = next((1 - (1 - then) / max(1 - before, 0.01) for before, then in waits), 0.0)
     taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
     return waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
 
