@@ -701,6 +701,32 @@ def test_pseudo_labels_on_each_batch(traced: Traced) -> None:
     assert len(traced.table("evals")) <= 3
 
 
+@pytest.mark.parametrize(("optimizers", "evaluates"), [(1, True), (2, False)])
+def test_evaluation_after_each_step(traced: Traced, optimizers: int, *, evaluates: bool) -> None:
+    """What is called after the step on each batch is evaluation, unless another optimizer follows and learns of it."""
+    model, critic = net(), net()
+    first, second = sgd(critic), sgd(model)
+    for (x,) in data(20):
+        if optimizers == 2:
+            train(critic, first, x)
+        else:
+            train(model, second, x)
+
+        model.eval()
+        with torch.no_grad():
+            target = model(x)
+
+        model.train()
+        if optimizers == 2:
+            second.zero_grad()
+            (model(x) - target).square().mean().backward()
+            second.step()
+
+    assert len(traced.finish()) == 20
+    assert (len(traced.table("evals")) >= 19) is evaluates
+    assert evaluates or len(traced.table("evals")) <= 5
+
+
 def on_batches(model: nn.Module, batches: int) -> None:
     model.eval()
     with torch.no_grad():

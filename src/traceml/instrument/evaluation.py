@@ -87,7 +87,8 @@ class EvaluationPeriod:
     def _is_usual(self) -> bool:
         """Whether each step evaluates the model on its batch first, as for pseudo-labels."""
         clock = self._clock
-        if clock.batch is None or clock.rows == self._last_step:
+        is_done = clock.step_call and not clock.joined  # of several optimizers, another one may follow
+        if clock.batch is None or is_done or clock.rows == self._last_step:
             return False
 
         self._in_a_row = self._in_a_row + 1 if clock.rows == self._last_step + 1 else 0
