@@ -163,14 +163,20 @@ def test_a_batch_that_takes_long_is_no_restart():
 
 
 @pytest.mark.parametrize(
-    ("length", "method", "create_ms", "begins_anew"),
-    [(None, "fork", 2, True), (1000, "fork", 2, False), (None, "spawn", 2, False), (None, "fork", 150, False)],
+    ("ms", "length", "method", "create_ms", "begins_anew"),
+    [
+        (600, None, "fork", 2, True),
+        (200, None, "fork", 2, False),
+        (600, 1000, "fork", 2, False),
+        (600, None, "spawn", 2, False),
+        (600, None, "fork", 250, False),
+    ],
 )
-def test_a_data_set_that_begins_anew_is_no_restart(length, method, create_ms, begins_anew):
+def test_a_data_set_that_begins_anew_is_no_restart(ms, length, method, create_ms, begins_anew):
     """A shuffle buffer fills in kept workers, too; forked ones have no imports to repeat."""
     loader = LoaderFacts(dataset="Shards", length=length, num_workers=2, start_method=method)
 
-    found = findings(200, loader=loader, create_ms=create_ms)
+    found = findings(ms, loader=loader, create_ms=create_ms)
 
     assert len(restarts(found)) == (not begins_anew)
     first = [each for each in found if "first_batch_ms" in each.evidence]

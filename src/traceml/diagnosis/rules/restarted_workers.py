@@ -27,6 +27,8 @@ _MIN_STARTS = 10
 _ANEW_SHARE = 0.5  # the number of loaders is known to a factor of two
 _MUCH = 0.25
 """From this share of the step on, no workers may be better than ones that are kept: epochs are short."""
+_LONG_BEGIN_NS, _LONG_BEGIN = 3e8, 3.0
+"""A forked worker that has started is ready in less time, and in less than so many times what its start took."""
 _PART, _FORK = "input_wait", "fork"
 
 
@@ -87,7 +89,8 @@ def workers_restarted(
     # Kept workers draw the order of the samples as often, and begin an iterable data set as often.
     drawn_ns = ordering_share(facts.lines) * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
     restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0) * (1 - _own_samplers_share(facts))
-    begins_anew = _begins_anew(facts) and float(rest_ns.mean()) > float(start_ns.mean()) + drawn_ns
+    least_ns = max(_LONG_BEGIN_NS, _LONG_BEGIN * float(start_ns.mean()))
+    begins_anew = _begins_anew(facts) and float(rest_ns.mean()) - drawn_ns >= least_ns
     kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
     if not begins_anew and _is_forked(facts):
