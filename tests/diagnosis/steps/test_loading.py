@@ -51,6 +51,17 @@ def test_the_first_batch_of_an_epoch_is_waited_for_with_workers_too(batches, gai
     assert short.gain(1) == pytest.approx(gain, abs=0.02)
 
 
+@pytest.mark.parametrize(("batches", "is_told"), [(3, True), (300, False), (None, False)])
+def test_workers_are_not_ahead_in_short_epochs(batches, is_told):
+    """Of three batches of 13 ms two workers have made none when the epoch begins: more of them gain little there."""
+    short = replace(pipeline(26, 2.5, cpu=0.1, workers=2), epoch_steps=batches)
+
+    advised = for_input(JobFacts(loader=FOLDER), short)
+
+    assert ("and it has 3 batches: in longer ones (" in advised.text) is is_told
+    assert ("in longer ones" in advised.text) is is_told
+
+
 def test_the_length_of_epochs_is_known_by_their_starts():
     """Steps that waited for the first batch of an iterator, every fifth here."""
     starts = np.zeros(40, EPOCHS.dtype)

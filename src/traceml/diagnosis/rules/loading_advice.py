@@ -33,6 +33,8 @@ _TAKEN_AHEAD = (
     "The script takes all batches of an epoch before it trains on the first one, as list(loader) does. Iterate over "
     "the loader in the training loop"
 )
+_MUCH_MORE = 1.25
+"""Further advice has to gain this factor more."""
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
 
@@ -205,7 +207,20 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
             "them reads all of it."
         )
 
+    text += _in_longer_epochs(pipeline, workers, gain)
     return LoadingAdvice(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
+
+
+def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
+    """Return further advice where epochs are so short that workers are not ahead; else nothing."""
+    longer = 0.0 if pipeline.epoch_steps is None else pipeline.gain_in_longer_epochs(workers)
+    if pipeline.is_taken_ahead or longer < _MUCH_MORE * gain:
+        return ""
+
+    return (
+        f" Workers begin an epoch only when the training does, and it has {round(pipeline.epoch_steps or 1)} batches: "
+        f"in longer ones (the data set several times, or a sampler that goes on) {gain_text(longer, 'at most')}."
+    )
 
 
 def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
@@ -255,9 +270,10 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine |
     # Workers of short epochs are gone before they were watched for long enough.
     unless = "" if pipeline.is_cpu_known else ", unless making a sample waits (for a disk, a network)"
     crowd = f"; more workers will not help{cores}{unless}" if pipeline.workers or pipeline.cores else ""
+    longer = _in_longer_epochs(pipeline, pipeline.workers, gain) if pipeline.workers else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
-        f"cache {gain_text(cached, 'at most')}.",
+        f"cache {gain_text(cached, 'at most')}.{longer}",
         gain,
     )
 

@@ -142,6 +142,10 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         """Return old / new step time if the first batch of an epoch took as long as the others."""
         return self._gain_to(replace(self, first_ns=0.0).step_ns(self.workers))
 
+    def gain_in_longer_epochs(self, workers: int) -> float:
+        """Return old / new step time with this many workers if they went on from epoch to epoch."""
+        return self._gain_to(replace(self, epoch_steps=None).step_ns(workers))
+
     def gain_on_all_cores(self) -> float:
         """Return old / new step time if the workers could use all cores of the rank."""
         return self._gain_to(replace(self, worker_cores=None).step_ns(self.workers))
