@@ -131,14 +131,14 @@ def late_summary(
     )
 
 
-def stage_summary(work: OwnWork, late: LateRanks, ranks: tuple[int, ...], share: float) -> str:
+def stage_summary(work: OwnWork, late: LateRanks, ranks: tuple[int, ...], more_ns: float) -> str:
     """Return the sentence about late ranks that are stages of a pipeline: what one computes less, another one does.
 
     Args:
-        share: as of `late_summary`.
+        more_ns: own work that they have more than the others, in all parts of a step.
     """
     slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
-    more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
+    share = min(more_ns / work.step_ns, 1.0)
     return (
         f"{_subject(late, ranks)} {slow} the others down: {their} part of the model is another one, and takes "
         f"{ns_text(more_ns)} more own work per step than the others' (most of it in {phase_words(late.part)}), for "

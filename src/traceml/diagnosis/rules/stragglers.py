@@ -539,14 +539,15 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     waits = line is not None and facts.waits_in(late.part, line)
     is_stage = facts.batches is not None and facts.batches.has_own_stages(ranks, others)
     if late.part in COMPUTE and is_stage and not waits:
+        more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
         return Finding.of(
             kind,
             ranks=ranks,
             phase=late.part,
-            summary=stage_summary(work, late, ranks, share),
+            summary=stage_summary(work, late, ranks, more_ns),
             next=advice.for_long_stage(ranks),
             evidence=late_evidence(work, facts, late, ranks) | (line.evidence(mine) if line else {}),
-            cost_share=share,
+            cost_share=min(more_ns / work.step_ns, 1.0),
         )
 
     without_core = late.part != "input_wait" and _is_without_core(work, facts, late)
