@@ -456,6 +456,31 @@ def test_an_evaluation_that_waits_for_its_loader_is_told_so(trains: bool, librar
     )
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_an_evaluation_are_to_be_kept(persistent: bool) -> None:
+    """Each validation starts them anew otherwise, which takes longer than its batches do."""
+    time = RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)
+    loaders = [
+        LoaderFacts(dataset="Images", length=length, num_workers=2, number=n, persistent_workers=persistent)
+        for n, length in ((0, 9), (1, 5))
+    ]
+    facts = JobFacts(
+        time=time,
+        lines=(SampledLine(0, "outside", "/me/train.py", 15, "validate", WAITS_FOR_WORKERS, 80),),
+        loader=loaders[0],
+        loaders={0: loaders},
+        lines_of_workers={1: (SampledLine(0, "workers", "/me/val.py", 9, "Images.__getitem__", None, 60),)},
+        state="finished",
+    )
+
+    found = diagnose(window_of(ALONE), facts)[0]
+
+    assert found.kind is Kind.EVAL_HEAVY
+    assert (
+        "keep them from one evaluation to the next (persistent_workers=True), make val" in found.next
+    ) is not persistent
+
+
 @pytest.mark.parametrize(
     ("function", "workers", "advice"),
     [

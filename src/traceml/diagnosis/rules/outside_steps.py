@@ -304,8 +304,16 @@ def _for_awaited_workers(
     whom = "worker" if loader.num_workers == 1 else f"{loader.num_workers} workers"
     return (
         f"It waits for the {whom} of its DataLoader: set a larger {loader.option('num_workers')} there if there are "
-        "cores for them, " + (f"{cheaper}, or {rarer}" if rarer else f"or {cheaper}.")
+        f"cores for them, {_kept(loader) if rarer else ''}" + (f"{cheaper}, or {rarer}" if rarer else f"or {cheaper}.")
     )
+
+
+def _kept(loader: LoaderFacts) -> str:
+    """Return advice to keep workers that each evaluation starts anew; empty where they are kept, or cannot be."""
+    if loader.persistent_workers or loader.trainer == "fastai":
+        return ""
+
+    return f"keep them from one evaluation to the next ({loader.option('persistent_workers')}=True), "
 
 
 def _for_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
