@@ -15,6 +15,7 @@ LOCK = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
 HOLDER = ProcessSnapshot(pid=77, name="python build.py", state="S", wchan="hrtimer_nanosleep")
 CHILD = ProcessSnapshot(pid=78, name="ffmpeg", state="S", wchan="do_sys_poll")
 FULL = ProcessSnapshot(pid=79, name="ffmpeg", state="S", wchan="anon_pipe_write", waits_on="stdout")
+DEAD = ProcessSnapshot(pid=81, state="Z", end="ended with exit code 3")
 HELPER = ThreadSnapshot(name="Thread-1", line=line(40, "upload"))
 QUEUE = FrameSnapshot(file="/usr/lib/python3.11/multiprocessing/queues.py", line=103, function="get")
 BEHIND = (group(14, "all_reduce", flying=False),)
@@ -60,6 +61,11 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
         ),
         ({"wchan": "do_sys_poll", "blocker": CHILD}, "waiting for process 78 to end (ffmpeg)", "what process 78 does"),
         ({"wchan": "do_wait"}, "waiting for a child process to end for 75 s.", "traceml stacks"),
+        (
+            {"wchan": "anon_pipe_read", "blocker": DEAD},
+            "waiting for another process (its child process 81 ended with exit code 3) for 75 s.",
+            "why process 81 has ended",
+        ),
         ({"wchan": "anon_pipe_read", "waits_on": "stdin"}, "waiting for input on stdin", "option of the script"),
         (
             {"wchan": "wait_woken", "waits_on": "tcp 10.0.0.7:443"},

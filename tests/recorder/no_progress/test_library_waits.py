@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +20,8 @@ import pytest
 
 from tests.eventually import eventually
 from traceml.database.snapshots.blocker_snapshot import blocker_of
-from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock
+from traceml.inspection.kernel_state import process_info
+from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, dead_sender
 
 pytestmark = pytest.mark.process
 
@@ -57,6 +61,65 @@ def test_the_child_is_found_by_the_call_that_waits(wait: Callable[[subprocess.Po
         thread.join(240)
         assert not thread.is_alive()
         assert awaited_child(sys._getframe(), is_test) is None
+
+
+def end_with(status: int) -> None:
+    if status < 0:
+        os.kill(os.getpid(), -status)
+
+    os._exit(status)
+
+
+def next_item(queue: multiprocessing.Queue[int]) -> None:
+    queue.get()
+
+
+def set_elsewhere(event: threading.Event) -> None:
+    event.wait()
+
+
+@pytest.mark.parametrize(("statuses", "found_at"), [((3,), 0), ((0, -9), 1), ((0,), 0), ((0, None), None), ((), None)])
+def test_a_process_that_was_to_send_is_found_dead(statuses: tuple[int | None, ...], found_at: int | None) -> None:
+    """One that has done its work may not be the one that is waited for, while others go on."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [
+        context.Process(target=time.sleep, args=(600,))
+        if status is None
+        else context.Process(target=end_with, args=(status,))
+        for status in statuses
+    ]
+    for child in children:
+        child.start()
+
+    thread = threading.Thread(target=next_item, args=(queue,))
+    thread.start()
+    other = threading.Thread(target=set_elsewhere, args=(event := threading.Event(),))
+    other.start()
+
+    def found(ident: int | None) -> tuple[int, int] | None:
+        return dead_sender(sys._current_frames().get(ident or 0), is_test)
+
+    def has_ended(child: BaseProcess) -> bool:
+        return (info := process_info(child.pid or 0)) is not None and info.state == "Z"
+
+    try:
+        ended = [child for child, status in zip(children, statuses, strict=True) if status is not None]
+        eventually(lambda: all(map(has_ended, ended)), "the ends of the children")
+        expected = None if found_at is None else (children[found_at].pid, statuses[found_at])
+        eventually(lambda: found(thread.ident) == expected, "the wait for an item")
+        assert found(other.ident) is None
+        assert dead_sender(None, is_test) is None
+    finally:
+        queue.put(1)
+        event.set()
+        for child in children:
+            child.kill()
+            child.join(240)
+
+        thread.join(240)
+        other.join(240)
+        queue.close()
 
 
 def test_a_function_of_that_name_elsewhere_waits_for_no_child() -> None:

@@ -119,6 +119,8 @@ class GroupSnapshot(_Record):
 class ProcessSnapshot(_Record):
     """A process for which one waits: a child, or the holder of a file's lock, which may be the one that waits.
 
+    It may be a child that has ended, from which data are awaited all the same.
+
     Attributes:
         pid: its process id.
         is_self: whether it is the one that waits.
@@ -127,6 +129,7 @@ class ProcessSnapshot(_Record):
         state: letter of the kernel, see `WorkerSnapshot.state`.
         wchan: name of the kernel function in which it sleeps.
         waits_on: file or pipe that its system call waits for.
+        end: how it has ended, as `process_ends.exit_text`; empty while it runs.
     """
 
     pid: int = 0
@@ -136,6 +139,7 @@ class ProcessSnapshot(_Record):
     state: str = ""
     wchan: str = ""
     waits_on: str = ""
+    end: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,6 +197,12 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if "file lock" in what:
         return "Look for a process that holds the lock, or remove a stale lock file."
 
+    if blocker is not None and blocker.end:
+        return (
+            f"Find out by its output why process {blocker.pid} has ended. With a timeout, queue.get(timeout=60), the "
+            "script can look at the exitcode of its processes from time to time."
+        )
+
     if blocker is not None and is_blocked_by_full_pipe(blocker):
         return "Read the output of that process while it runs: communicate() instead of wait(), or send it to a file."
 

@@ -277,6 +277,10 @@ def _by_kernel(snapshot: RankSnapshot | WorkerSnapshot, state: str) -> str:
 
 
 def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
+    dead = snapshot.blocker
+    if dead is not None and dead.end:
+        return f"waiting for another process{_bracketed(f'its child process {dead.pid} {dead.end}')}"
+
     words = next((text for start, text in _SLEEPS if snapshot.wchan.startswith(start)), "")
     path = snapshot.waits_on.removeprefix(_POLLED_LOCK)
     if words.endswith("file lock") or path != snapshot.waits_on:

@@ -1,4 +1,4 @@
-"""Waits of a thread in a library, by its frames: for a child process, a lock file that it polls, or a rank.
+"""Waits of a thread in a library, by its frames: for a child process, dead or alive, a lock file, or a rank.
 
 Of ranks these are the facts that the flight recorder of torch does not have: the peer of gloo's sends and receives, and
 the roots of collectives.
@@ -6,6 +6,8 @@ the roots of collectives.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import takewhile
@@ -17,12 +19,13 @@ from traceml.inspection.thread_frames import stack_frames
 if TYPE_CHECKING:
     from traceml.database.snapshots.rank_snapshot import GroupSnapshot
 
-__all__ = ["awaited_child", "awaited_lock", "library_frames", "open_transfer", "with_root"]
+__all__ = ["awaited_child", "awaited_lock", "dead_sender", "library_frames", "open_transfer", "with_root"]
 
 _SUBPROCESS = "/subprocess.py"
 _WAITS = ("wait", "communicate", "_wait", "_communicate")
 # Files of torch.utils.cpp_extension and of filelock, which poll a file, and the attribute that has its path.
 _LOCKS = {"/torch/utils/file_baton.py": "lock_file_path", "/filelock/_api.py": "lock_file"}
+_MULTIPROCESSING, _TORCH = "/multiprocessing/", "/torch/"
 _DEPTH = 50  # torch.utils.cpp_extension is itself 20 calls deep
 _FILE = "/torch/distributed/distributed_c10d.py"
 _PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_list": "src"}
@@ -43,6 +46,40 @@ def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool])
             return pid if type(pid) is int and getattr(child, "returncode", 0) is None else None
 
     return None
+
+
+def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[int, int] | None:
+    """Return the process that was to answer a wait in `multiprocessing`, for a queue or an event, and has ended.
+
+    It is a child that has failed or, where all have ended, the one of the lowest number. Its process id and its status
+    as of `subprocess`; None if there is none, or the user's code does not wait there.
+    """
+    files = [each.f_code.co_filename for each in library_frames(frame, is_user)]
+    module = sys.modules.get("multiprocessing.process")
+    if module is None or not any(_MULTIPROCESSING in file for file in files) or any(_TORCH in file for file in files):
+        return None
+
+    started = [getattr(getattr(each, "_popen", None), "pid", None) for each in list(module._children)]
+    pids = sorted(pid for pid in started if type(pid) is int)
+    ends = {pid: status for pid in pids if (status := _end_of(pid)) is not None}
+    failed = next((pid for pid, status in ends.items() if status), None)
+    if failed is None and len(ends) == len(pids):
+        failed = next(iter(ends), None)
+
+    return None if failed is None else (failed, ends[failed])
+
+
+def _end_of(pid: int) -> int | None:
+    """Return the status of a child of this process that has ended, which stays to be collected; else None."""
+    try:
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError:  # it was collected
+        return None
+
+    if end is None:
+        return None
+
+    return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
 
 def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> str:

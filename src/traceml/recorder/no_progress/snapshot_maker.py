@@ -19,6 +19,7 @@ from traceml.database.snapshots.rank_snapshot import (
     MAX_THREADS,
     FrameSnapshot,
     GroupSnapshot,
+    ProcessSnapshot,
     RankSnapshot,
     ThreadSnapshot,
     WorkerSnapshot,
@@ -42,8 +43,15 @@ from traceml.inspection.thread_frames import (
 )
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
+from traceml.process_ends import end_of_status
 from traceml.recorder.no_progress.failed_threads import handled_exception
-from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, open_transfer, with_root
+from traceml.recorder.no_progress.library_waits import (
+    awaited_child,
+    awaited_lock,
+    dead_sender,
+    open_transfer,
+    with_root,
+)
 from traceml.recorder.no_progress.thread_output import StoreThreads
 from traceml.recorder.user_code import UserCode, user_line
 from traceml.samplers.torch_memory import initialized_cuda
@@ -113,7 +121,7 @@ class SnapshotMaker:
             answered="recorder",
             frames=tuple(frames[:MAX_FRAMES]),
             waits_on=f"{AwaitedKind.LOCK} {lock}" if lock else "",
-            blocker=blocker_of(os.getpid(), number, child=awaited_child(frame, self._user.contains), lock=lock),
+            blocker=self._blocker(frame, number, lock),
             cpu_share=cpu_share,
             thread_share=self._thread_share(),
             io_bytes_per_s=io_bytes_per_s,
@@ -133,6 +141,13 @@ class SnapshotMaker:
             is_last=is_last,
         )
         return snapshot.with_process(seen, info, user)
+
+    def _blocker(self, frame: FrameType | None, number: int, lock: str) -> ProcessSnapshot | None:
+        dead = dead_sender(frame, self._user.contains)
+        if dead is not None:
+            return ProcessSnapshot(pid=dead[0], state="Z", end=end_of_status(dead[1]))
+
+        return blocker_of(os.getpid(), number, child=awaited_child(frame, self._user.contains), lock=lock)
 
     def _operations(self, frame: FrameType | None) -> tuple[GroupSnapshot, ...]:
         transfer = open_transfer(frame, self._user.contains)
