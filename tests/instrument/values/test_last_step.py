@@ -62,14 +62,19 @@ def test_a_long_step_like_those_before_is_whole(traced: Traced) -> None:
     assert all(row["other_ns"] >= 100_000_000 for row in rows)
 
 
-@pytest.mark.parametrize(("waits_s", "is_cut"), [(0.5, True), (0.01, False)])
-def test_a_barrier_after_the_loop_is_no_part_of_it(traced: Traced, waits_s: float, is_cut: bool) -> None:
-    """Rank 0 evaluates, say, and the others wait in a barrier: in no step did they wait as long."""
+@pytest.mark.parametrize(("usual_s", "waits_s", "is_cut"), [(0.02, 0.5, True), (0.1, 0.01, False)])
+def test_a_barrier_after_the_loop_is_no_part_of_it(
+    traced: Traced, usual_s: float, waits_s: float, is_cut: bool
+) -> None:
+    """Rank 0 evaluates, say, and the others wait in a barrier: in no step did they wait as long.
+
+    A tenth of a second and a bit is not far longer than a tenth, also where a busy machine adds a pause.
+    """
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
         step(model, optimizer, torch.ones(2, 4))
-        wait(traced, 0.02)
+        wait(traced, usual_s)
 
     wait(traced, waits_s)
     rows = traced.finish()
@@ -78,7 +83,7 @@ def test_a_barrier_after_the_loop_is_no_part_of_it(traced: Traced, waits_s: floa
     if is_cut:
         assert rows[-1]["comm_ns"] <= longest_ns
     else:
-        assert rows[-1]["comm_ns"] >= 30_000_000
+        assert rows[-1]["comm_ns"] >= (usual_s + waits_s) * 1e9
     assert rows[-1]["total_ns"] >= rows[-1]["comm_ns"] + 10_000_000
     assert rows[-1]["t_end_ns"] - rows[-1]["total_ns"] >= rows[-2]["t_end_ns"] - 1_000
 
