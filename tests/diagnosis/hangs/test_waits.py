@@ -66,6 +66,11 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
             "waiting for another process (its child process 81 ended with exit code 3) for 75 s.",
             "why process 81 has ended",
         ),
+        (
+            {"wchan": "futex_wait", "blocker": ProcessSnapshot(state="Z", end="has died")},
+            "waiting for another process (a process of its Pool has died) for 75 s.",
+            "ProcessPoolExecutor raises BrokenProcessPool",
+        ),
         ({"wchan": "anon_pipe_read", "waits_on": "stdin"}, "waiting for input on stdin", "option of the script"),
         (
             {"wchan": "wait_woken", "waits_on": "tcp 10.0.0.7:443"},

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,8 @@ import pytest
 from tests.eventually import eventually
 from traceml.database.snapshots.blocker_snapshot import blocker_of
 from traceml.inspection.kernel_state import process_info
-from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, dead_sender
+from traceml.process_ends import end_of_status
+from traceml.recorder.no_progress.library_waits import awaited_child, awaited_lock, dead_sender, library_frames
 
 pytestmark = pytest.mark.process
 
@@ -97,7 +99,7 @@ def test_a_process_that_was_to_send_is_found_dead(statuses: tuple[int | None, ..
     other = threading.Thread(target=set_elsewhere, args=(event := threading.Event(),))
     other.start()
 
-    def found(ident: int | None) -> tuple[int, int] | None:
+    def found(ident: int | None) -> tuple[int, str] | None:
         return dead_sender(sys._current_frames().get(ident or 0), is_test)
 
     def has_ended(child: BaseProcess) -> bool:
@@ -106,7 +108,7 @@ def test_a_process_that_was_to_send_is_found_dead(statuses: tuple[int | None, ..
     try:
         ended = [child for child, status in zip(children, statuses, strict=True) if status is not None]
         eventually(lambda: all(map(has_ended, ended)), "the ends of the children")
-        expected = None if found_at is None else (children[found_at].pid, statuses[found_at])
+        expected = None if found_at is None else (children[found_at].pid, end_of_status(statuses[found_at] or 0))
         eventually(lambda: found(thread.ident) == expected, "the wait for an item")
         assert found(other.ident) is None
         assert dead_sender(None, is_test) is None
@@ -120,6 +122,42 @@ def test_a_process_that_was_to_send_is_found_dead(statuses: tuple[int | None, ..
         thread.join(240)
         other.join(240)
         queue.close()
+
+
+def results_of(pool: Pool, statuses: list[int]) -> None:
+    pool.map_async(end_with_or_sleep, statuses).get()
+
+
+def end_with_or_sleep(status: int) -> None:
+    time.sleep(0.5)  # or the kernel's clock for starts, of hundredths, tells no difference
+    if status:
+        end_with(status)
+
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(("status", "seen"), [(-9, (0, "has died")), (0, None)])
+def test_a_process_of_a_pool_is_found_dead(status: int, seen: tuple[int, str] | None) -> None:
+    """The Pool starts another one, and never gives the result."""
+    pool = multiprocessing.get_context("fork").Pool(2)
+    first = {each.pid for each in pool._pool}  # type: ignore[attr-defined]
+    thread = threading.Thread(target=results_of, args=(pool, [0, status]), daemon=True)
+    thread.start()
+
+    def calls() -> FrameType | None:
+        return sys._current_frames().get(thread.ident or 0)
+
+    def waits() -> bool:
+        return any(each.f_code.co_qualname == "ApplyResult.get" for each in library_frames(calls(), is_test))
+
+    try:
+        eventually(waits, "the wait for the results")
+        if status:
+            eventually(lambda: {each.pid for each in pool._pool} - first, "another process")  # type: ignore[attr-defined]
+
+        eventually(lambda: dead_sender(calls(), is_test) == seen, "the dead process, if there is one")
+    finally:
+        pool.terminate()
 
 
 def test_a_function_of_that_name_elsewhere_waits_for_no_child() -> None:

@@ -122,7 +122,7 @@ class ProcessSnapshot(_Record):
     It may be a child that has ended, from which data are awaited all the same.
 
     Attributes:
-        pid: its process id.
+        pid: its process id; 0 for a process of a Pool that has replaced it.
         is_self: whether it is the one that waits.
         rank: the rank that it is, which a reader adds; None for another process.
         name: its program; empty if not known.

@@ -97,7 +97,7 @@ def _of_snapshot(shown: RankSnapshot) -> dict[str, Any]:
         state=doing(shown) or None,
         worker=worker.pid if worker is not None else None,
         thread=(thread.name or None) if thread is not None else None,
-        blocker=shown.blocker.pid if shown.blocker is not None else None,
+        blocker=(shown.blocker.pid or None) if shown.blocker is not None else None,
     )
     if line is not None:
         return evidence | {"file": line.file, "line": line.line, "function": line.function}

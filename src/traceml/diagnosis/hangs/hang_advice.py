@@ -197,6 +197,12 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if "file lock" in what:
         return "Look for a process that holds the lock, or remove a stale lock file."
 
+    if blocker is not None and blocker.end and not blocker.pid:
+        return (
+            "The result of a process that dies never comes: look in the output and in `dmesg` for what ended it, often "
+            "a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then, a Pool waits."
+        )
+
     if blocker is not None and blocker.end:
         return (
             f"Find out by its output why process {blocker.pid} has ended. With a timeout, queue.get(timeout=60), the "

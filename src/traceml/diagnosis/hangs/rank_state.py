@@ -279,7 +279,8 @@ def _by_kernel(snapshot: RankSnapshot | WorkerSnapshot, state: str) -> str:
 def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     dead = snapshot.blocker
     if dead is not None and dead.end:
-        return f"waiting for another process{_bracketed(f'its child process {dead.pid} {dead.end}')}"
+        which = f"its child process {dead.pid}" if dead.pid else "a process of its Pool"
+        return f"waiting for another process ({which} {dead.end})"
 
     words = next((text for start, text in _SLEEPS if snapshot.wchan.startswith(start)), "")
     path = snapshot.waits_on.removeprefix(_POLLED_LOCK)

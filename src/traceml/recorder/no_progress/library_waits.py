@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import takewhile
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from traceml.clock import process_start_ticks
 from traceml.inspection.thread_frames import stack_frames
+from traceml.process_ends import end_of_status
 
 if TYPE_CHECKING:
     from traceml.database.snapshots.rank_snapshot import GroupSnapshot
@@ -25,7 +27,7 @@ _SUBPROCESS = "/subprocess.py"
 _WAITS = ("wait", "communicate", "_wait", "_communicate")
 # Files of torch.utils.cpp_extension and of filelock, which poll a file, and the attribute that has its path.
 _LOCKS = {"/torch/utils/file_baton.py": "lock_file_path", "/filelock/_api.py": "lock_file"}
-_MULTIPROCESSING, _TORCH = "/multiprocessing/", "/torch/"
+_MULTIPROCESSING, _POOL, _TORCH = "/multiprocessing/", "/multiprocessing/pool.py", "/torch/"
 _DEPTH = 50  # torch.utils.cpp_extension is itself 20 calls deep
 _FILE = "/torch/distributed/distributed_c10d.py"
 _PEERS = {"send": "dst", "recv": "src", "send_object_list": "dst", "recv_object_list": "src"}
@@ -48,16 +50,21 @@ def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool])
     return None
 
 
-def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[int, int] | None:
+def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[int, str] | None:
     """Return the process that was to answer a wait in `multiprocessing`, for a queue or an event, and has ended.
 
-    It is a child that has failed or, where all have ended, the one of the lowest number. Its process id and its status
-    as of `subprocess`; None if there is none, or the user's code does not wait there.
+    It is a child that has failed or, where all have ended, the one of the lowest number. Its process id and how it
+    ended; id 0 for one of a Pool, which has replaced it; None if there is none, or the user's code does not wait there.
     """
-    files = [each.f_code.co_filename for each in library_frames(frame, is_user)]
+    calls = list(library_frames(frame, is_user))
+    files = [each.f_code.co_filename for each in calls]
     module = sys.modules.get("multiprocessing.process")
     if module is None or not any(_MULTIPROCESSING in file for file in files) or any(_TORCH in file for file in files):
         return None
+
+    waiting = next((each.f_locals.get("self") for each in calls if each.f_code.co_filename.endswith(_POOL)), None)
+    if waiting is not None:
+        return (0, "has died") if _has_replaced_worker(getattr(waiting, "_pool", None)) else None
 
     started = [getattr(getattr(each, "_popen", None), "pid", None) for each in list(module._children)]
     pids = sorted(pid for pid in started if type(pid) is int)
@@ -66,7 +73,21 @@ def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -
     if failed is None and len(ends) == len(pids):
         failed = next(iter(ends), None)
 
-    return None if failed is None else (failed, ends[failed])
+    return None if failed is None else (failed, end_of_status(ends[failed]))
+
+
+def _has_replaced_worker(pool: Any) -> bool:
+    """Return whether a process of a Pool has died. The Pool starts another one, and waits for the result forever.
+
+    The thread that replaces them was started after the first ones.
+    """
+    handler = getattr(pool, "_worker_handler", None)
+    began = process_start_ticks(handler.native_id) if handler is not None else None
+    if began is None or pool._maxtasksperchild is not None:
+        return False
+
+    starts = (process_start_ticks(each.pid) for each in list(pool._pool))
+    return any(start is not None and start > began + 1 for start in starts)
 
 
 def _end_of(pid: int) -> int | None:

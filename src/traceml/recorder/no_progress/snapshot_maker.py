@@ -43,7 +43,6 @@ from traceml.inspection.thread_frames import (
 )
 from traceml.inspection.user_files import display_path, is_debugger, is_import_machinery, is_package_file
 from traceml.instrument.workers.loader_workers import awaited_loader
-from traceml.process_ends import end_of_status
 from traceml.recorder.no_progress.failed_threads import handled_exception
 from traceml.recorder.no_progress.library_waits import (
     awaited_child,
@@ -145,7 +144,7 @@ class SnapshotMaker:
     def _blocker(self, frame: FrameType | None, number: int, lock: str) -> ProcessSnapshot | None:
         dead = dead_sender(frame, self._user.contains)
         if dead is not None:
-            return ProcessSnapshot(pid=dead[0], state="Z", end=end_of_status(dead[1]))
+            return ProcessSnapshot(pid=dead[0], state="Z", end=dead[1])
 
         return blocker_of(os.getpid(), number, child=awaited_child(frame, self._user.contains), lock=lock)
 
