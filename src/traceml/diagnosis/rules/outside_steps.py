@@ -310,7 +310,7 @@ def _for_awaited_workers(
 
 def _kept(loader: LoaderFacts) -> str:
     """Return advice to keep workers that each evaluation starts anew; empty where they are kept, or cannot be."""
-    if loader.persistent_workers or loader.trainer == "fastai":
+    if not loader.can_keep_workers:
         return ""
 
     return f"keep them from one evaluation to the next ({loader.option('persistent_workers')}=True), "

@@ -60,7 +60,7 @@ def keeping_workers(facts: JobFacts) -> KeptWorkers | None:
             "the script makes a new one for each epoch, and a new one starts its workers",
         )
 
-    if loader.persistent_workers or loader.trainer == "fastai":
+    if not loader.can_keep_workers:
         return None
 
     setting = f"{loader.option('persistent_workers')}=True"

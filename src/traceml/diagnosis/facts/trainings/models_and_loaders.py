@@ -40,6 +40,11 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
         """Data and workers, which loaders that a script makes for each epoch have in common."""
         return self.dataset, self.length, self.num_workers
 
+    @property
+    def can_keep_workers(self) -> bool:
+        """Whether its workers end with each epoch, and an option would keep them; fastai has none."""
+        return not (self.persistent_workers or self.trainer == "fastai")
+
     def option(self, name: str) -> str:
         """Return the name under which the script sets an argument of DataLoader: that of its trainer, if it has one."""
         return f"dataloader_{name}" if self.trainer == "transformers" else name
