@@ -24,6 +24,7 @@ from traceml.inspection.kernel_state import (
     thread_here,
     threads_of,
     tree_usage,
+    uncollected_status,
     wait_state,
 )
 
@@ -176,6 +177,19 @@ def test_a_process_that_is_gone_has_no_state() -> None:
     assert wait_state(process.pid) == WaitState()
     assert threads_of(process.pid) == []
     assert tree_usage(process.pid)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("", 0), ("import os; os._exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+)
+def test_the_end_of_a_child_can_be_read_and_collected(code: str, status: int) -> None:
+    """Its parent, which waits for it later, gets the same; then nothing is known any more."""
+    with _python(code) as child:
+        eventually(lambda: uncollected_status(child.pid) is not None, "the end of the child")
+        assert uncollected_status(child.pid) == status
+        assert child.wait() == status
+        assert uncollected_status(child.pid) is None
+        assert uncollected_status(os.getpid()) is None
 
 
 def test_a_thread_has_its_own_cpu_time() -> None:

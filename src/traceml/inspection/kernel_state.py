@@ -36,6 +36,7 @@ __all__ = [
     "thread_here",
     "threads_of",
     "tree_usage",
+    "uncollected_status",
     "wait_state",
     "waits_with",
     "written_bytes",
@@ -249,6 +250,22 @@ def children_of(pid: int) -> list[int]:
     """Return the ids of the processes that a process has started and that it has not collected yet."""
     threads = _names(f"/proc/{pid}/task")
     return [int(each) for thread in threads for each in _read(f"/proc/{pid}/task/{thread}/children").split()]
+
+
+def uncollected_status(pid: int) -> int | None:
+    """Return how a child of this process has ended, as `subprocess` has it, and leave it to be collected.
+
+    None if it runs, if it was collected, or for another process.
+    """
+    try:
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError:
+        return None
+
+    if end is None:
+        return None
+
+    return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
 
 def end_started_processes(pid: int) -> None:

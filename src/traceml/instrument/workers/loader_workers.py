@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import re
 import weakref
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
+from traceml.inspection.kernel_state import uncollected_status
 from traceml.inspection.thread_frames import stack_frames
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
@@ -44,7 +44,6 @@ _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 _pids: dict[weakref.ref[Any], WorkersOfLoader] = {}
 _log = logging.getLogger("traceml")
 _PID = re.compile(r"\(pid (\d+)\)")
-_KILLED = (os.CLD_KILLED, os.CLD_DUMPED)
 
 
 class WorkersOfLoader(NamedTuple):
@@ -169,12 +168,8 @@ def _number(pid: int) -> dict[str, Any]:
 
 def _status(pid: int) -> dict[str, Any]:
     """Return the signal or the exit status of a child, which stays there for torch to collect."""
-    try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) if pid else None
-    except ChildProcessError:  # collected already
+    status = uncollected_status(pid)
+    if status is None:
         return {}
 
-    if ended is None:
-        return {}
-
-    return {"signal" if ended.si_code in _KILLED else "code": ended.si_status}
+    return {"signal": -status} if status < 0 else {"code": status}

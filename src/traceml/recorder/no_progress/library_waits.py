@@ -6,7 +6,6 @@ the roots of collectives.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import process_start_ticks
+from traceml.inspection.kernel_state import uncollected_status
 from traceml.inspection.thread_frames import stack_frames
 from traceml.process_ends import end_of_status
 
@@ -68,7 +68,7 @@ def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -
 
     started = [getattr(getattr(each, "_popen", None), "pid", None) for each in list(module._children)]
     pids = sorted(pid for pid in started if type(pid) is int)
-    ends = {pid: status for pid in pids if (status := _end_of(pid)) is not None}
+    ends = {pid: status for pid in pids if (status := uncollected_status(pid)) is not None}
     failed = next((pid for pid, status in ends.items() if status), None)
     if failed is None and len(ends) == len(pids):
         failed = next(iter(ends), None)
@@ -88,19 +88,6 @@ def _has_replaced_worker(pool: Any) -> bool:
 
     starts = (process_start_ticks(each.pid) for each in list(pool._pool))
     return any(start is not None and start > began + 1 for start in starts)
-
-
-def _end_of(pid: int) -> int | None:
-    """Return the status of a child of this process that has ended, which stays to be collected; else None."""
-    try:
-        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except OSError:  # it was collected
-        return None
-
-    if end is None:
-        return None
-
-    return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
 
 def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> str:
