@@ -375,9 +375,16 @@ def duplicates(finding: FindingFacts) -> str:
 
 
 def not_finite(finding: FindingFacts) -> str:
-    """Return `The loss has not been finite since step 120: first nan on rank 1`."""
+    """Return `The loss has not been finite since step 120: first nan on rank 1`.
+
+    Or, of trainings before the last: `Losses were not finite in 12 % of the steps, first in step 120: nan`.
+    """
     evidence = finding.evidence
     since = count_text(evidence.get("since_step"))
+    if "until_step" in evidence:
+        share = percent_text(finding.cost_share)
+        return f"Losses were not finite in {share} of the steps, first in step {since}: {evidence.get('loss', 'nan')}"
+
     where = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
     return f"The loss has not been finite since step {since}: first {evidence.get('loss', 'nan')}{where}"
 

@@ -32,6 +32,7 @@ from traceml.diagnosis.rules.correctness import (
     never_synchronized,
     same_order,
     steps_skipped,
+    trainings_not_finite,
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes
@@ -234,11 +235,12 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
 def _training(facts: JobFacts) -> list[Finding]:
     """Find what is wrong with the training itself: its numbers, its data, its gradients."""
     found: list[Finding] = []
+    steps, running = max(facts.latest, default=-1) + 1, facts.state == RunStatus.RUNNING
     if facts.losses is not None:
         found += loss_not_finite(facts.losses, facts.latest, facts.world_size, facts.skipped)
+        found = found or trainings_not_finite(facts.losses, facts.trainings_begin, steps, facts.skipped)
 
     if facts.batches is not None:
-        steps, running = max(facts.latest, default=-1) + 1, facts.state == RunStatus.RUNNING
         found += duplicate_data(facts.batches, facts.world_size)
         found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
 

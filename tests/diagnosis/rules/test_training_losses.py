@@ -12,8 +12,8 @@ from tests.diagnosis.rules.test_skipped_updates import skipped
 from traceml.database.schema import LOSSES
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.numerics import LossHistory
-from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.correctness import loss_not_finite
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.rules.correctness import loss_not_finite, trainings_not_finite
 from traceml.diagnosis.ruleset import diagnose
 
 NAN, INF = math.nan, math.inf
@@ -95,3 +95,48 @@ def test_a_loss_that_is_not_finite_without_skips_is_reported_beside_a_few():
 
     assert finding.kind is Kind.NUMERIC
     assert "checkpoint" in finding.next
+
+
+def test_a_fold_that_was_lost_among_good_ones_is_reported():
+    """The second of four folds has no finite loss from its tenth step on; the third begins a new model."""
+    losses = history([2.0] * 10 + [2.0] + [NAN] * 9 + [2.0] * 20)
+    facts = JobFacts(losses=losses, latest=(399,), trainings_begin=(100, 200, 300))
+
+    finding = next(f for f in diagnose(window_of(Job(ranks=1, grouped=False)), facts) if f.kind is Kind.NUMERIC)
+
+    assert (finding.severity, finding.is_urgent) == (Severity.WARNING, False)
+    assert finding.headline == "Losses were not finite in 22 % of the steps, first in step 110: nan"
+    assert "it was not finite any more until the next training began at step 200: 90 of 400 steps" in finding.summary
+    assert (finding.evidence["until_step"], finding.evidence["trainings"]) == (200, 1)
+
+
+def test_trials_that_were_lost_are_counted():
+    """Every second of six trials is lost, and their last is still told as the newest loss."""
+    losses = history(([2.0] * 10 + [INF] * 10) * 3 + [2.0] * 10)
+
+    (finding,) = trainings_not_finite(losses, range(100, 700, 100), 700)
+
+    assert finding.evidence["trainings"] == 3
+    assert finding.evidence["wasted_steps"] == 300
+    assert "; so it was in 2 more trainings: 300 of 700 steps (43 %)" in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("losses", "begins"),
+    [
+        ([2.0] * 10 + [NAN] * 9 + [2.0] * 20, (100, 300)),
+        ([2.0] * 10 + [NAN] * 9 + [2.0] * 20, ()),
+        ([2.0] * 20 + [NAN] * 20, (100, 200, 300)),
+        ([2.0] * 40, (100, 200, 300)),
+    ],
+)
+def test_losses_that_recover_within_a_training_are_no_lost_training(losses, begins):
+    """Nor is the newest training one of the earlier ones."""
+    assert trainings_not_finite(history(losses), begins, 400) == []
+
+
+def test_steps_that_the_scaler_skipped_in_an_earlier_training_did_no_harm():
+    """The updates of those steps were skipped."""
+    losses, steps = history([2.0] * 10 + [INF] * 10 + [2.0] * 20), skipped(list(range(100, 200)))
+    assert trainings_not_finite(losses, (200,), 400, steps) == []
+    assert trainings_not_finite(losses, (200,), 400, skipped([0, 1]))

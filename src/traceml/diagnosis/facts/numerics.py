@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import StepFlag, unpack_bits
 
-__all__ = ["LossHistory", "SkippedSteps"]
+__all__ = ["LossHistory", "LossSpan", "SkippedSteps"]
+
+
+class LossSpan(msgspec.Struct, frozen=True):
+    """Steps whose losses were not finite, one after the other, before losses that were finite again."""
+
+    first: int
+    until: int  # step of the next finite loss
+    word: str  # nan or inf
 
 
 class _RankLosses(msgspec.Struct):
@@ -17,6 +27,10 @@ class _RankLosses(msgspec.Struct):
     since: int | None = None
     word: str = ""
     last_finite: float | None = None
+    spans: list[LossSpan] = []  # the longest that ended
+
+
+_MAX_SPANS = 64
 
 
 class LossHistory:
@@ -30,15 +44,18 @@ class LossHistory:
         if not len(rows):
             return
 
-        known, losses = self._ranks.setdefault(rank, _RankLosses()), rows["loss"]
-        finite = np.flatnonzero(np.isfinite(losses))
-        first = 0
-        if len(finite):
-            first = int(finite[-1]) + 1
-            known.since, known.last_finite = None, float(losses[finite[-1]])
+        known, losses, steps = self._ranks.setdefault(rank, _RankLosses()), rows["loss"], rows["step"].tolist()
+        finite = np.isfinite(losses)
+        for first in np.flatnonzero(np.diff(finite, prepend=~finite[:1])) if len(finite) else ():
+            if not finite[first] and known.since is None:
+                known.since, known.word = steps[first], "nan" if np.isnan(losses[first]) else "inf"
+            elif finite[first] and known.since is not None:
+                spans = [*known.spans, LossSpan(known.since, steps[first], known.word)]
+                known.spans = sorted(spans, key=lambda span: span.first - span.until)[:_MAX_SPANS]
+                known.since = None
 
-        if first < len(rows) and known.since is None:
-            known.since, known.word = int(rows["step"][first]), "nan" if np.isnan(losses[first]) else "inf"
+        if finite.any():
+            known.last_finite = float(losses[finite][-1])
 
     def first(self) -> tuple[int, tuple[int, ...], str, float | None] | None:
         """Return the first step whose loss is not finite, its ranks, the loss and the last finite one.
@@ -52,6 +69,16 @@ class LossHistory:
         step = min(each.since or 0 for each in broken.values())
         ranks = tuple(sorted(rank for rank, each in broken.items() if each.since == step))
         return step, ranks, broken[ranks[0]].word, broken[ranks[0]].last_finite
+
+    @property
+    def ended_spans(self) -> list[LossSpan]:
+        """Longest spans of the rank that has most steps in them, in order."""
+        each = max((known.spans for known in self._ranks.values()), key=_steps_of, default=[])
+        return sorted(each, key=lambda span: span.first)
+
+
+def _steps_of(spans: Sequence[LossSpan]) -> int:
+    return sum(span.until - span.first for span in spans)
 
 
 _MAX_KEPT = 65_536
@@ -77,10 +104,11 @@ class SkippedSteps:
         """Share of the steps whose rows were taken; less than 1 where rows are a sample."""
         return min(self.rows / max(self.latest + 1 - self.first, 1), 1.0)
 
-    def share_since(self, step: int) -> float:
-        """Return the share of the steps from one on that were skipped."""
-        seen = self.taken_share * (self.latest + 1 - step)
-        return min(float((self.steps >= step).sum()) / seen, 1.0) if seen > 0 else 0.0
+    def share_since(self, step: int, end: int | None = None) -> float:
+        """Return the share of the steps from one on, up to `end` or the last, that were skipped."""
+        end = self.latest + 1 if end is None else end
+        seen = self.taken_share * (end - step)
+        return min(float(((self.steps >= step) & (self.steps < end)).sum()) / seen, 1.0) if seen > 0 else 0.0
 
     def add(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
         """Take rows of `schema.STEPS`."""

@@ -11,15 +11,23 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.findings import Finding, known_facts
-from traceml.diagnosis.kinds import Kind, Severity
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
 
-__all__ = ["duplicate_data", "loss_not_finite", "never_synchronized", "same_order", "steps_skipped"]
+__all__ = [
+    "duplicate_data",
+    "loss_not_finite",
+    "never_synchronized",
+    "same_order",
+    "steps_skipped",
+    "trainings_not_finite",
+]
 
 MIN_LOST_STEPS = 3
 """A loss that is not finite in fewer steps than this may be one that GradScaler skips."""
 SKIPPED_SHARE = 0.8
 """Where this share of the steps without a finite loss was skipped, the model was not harmed."""
+_TOLD_SHARE = 0.01  # of the steps: those of earlier trainings that are lost
 MIN_STEPS = 50
 """Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
 MIN_LIVE_STEPS = 500
@@ -69,6 +77,60 @@ def loss_not_finite(
                 "steps": steps,
                 "loss": word,
                 "last_finite_loss": last_finite,
+            },
+            cost_share=share,
+        )
+    ]
+
+
+def trainings_not_finite(
+    losses: LossHistory, begins: Sequence[int], steps: int, skipped: SkippedSteps | None = None
+) -> list[Finding]:
+    """Return the finding about trainings before the last, as folds and trials are, that ended without a finite loss.
+
+    Losses that are finite again within the same training did not harm its model for good.
+
+    Args:
+        begins: first step of each training but the first.
+        steps: steps of the rank with the most.
+    """
+    lost: list[tuple[int, int, str]] = []
+    for span in losses.ended_spans:
+        end = max((begin for begin in begins if span.first < begin <= span.until), default=span.first)
+        harmless = skipped is not None and skipped.share_since(span.first, end) >= SKIPPED_SHARE
+        if end - span.first >= MIN_LOST_STEPS and not harmless:
+            lost.append((span.first, end, span.word))
+
+    wasted = sum(end - first for first, end, _ in lost)
+    share = wasted / max(steps, 1)
+    if share < _TOLD_SHARE:
+        return []
+
+    first, end, word = lost[0]
+    until = f"the next training began at step {count_text(end)}"
+    more = "" if len(lost) == 1 else f"; so it was in {plural(len(lost) - 1, 'more training')}"
+    return [
+        Finding.of(
+            Kind.NUMERIC,
+            severity=Severity.WARNING if share >= WARNING_SHARE else Severity.INFO,
+            phase="backward",
+            summary=(
+                f"The run trains several models one after the other. One had a loss of {word} in step "
+                f"{count_text(first)}, and it was not finite any more until {until}{more}: {count_text(wasted)} of "
+                f"{count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
+            ),
+            next=(
+                "Stop such a training at once (if not math.isfinite(loss.item()): break), and leave it out of the "
+                "results. A lower learning rate or clipped gradients may keep its loss finite; "
+                "torch.autograd.set_detect_anomaly(True) names the operation."
+            ),
+            evidence={
+                "since_step": first,
+                "until_step": end,
+                "trainings": len(lost),
+                "wasted_steps": wasted,
+                "steps": steps,
+                "loss": word,
             },
             cost_share=share,
         )
