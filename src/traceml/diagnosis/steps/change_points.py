@@ -79,22 +79,24 @@ def growth(values: Floats) -> LevelChange | None:
 def _late_growth(values: Floats) -> LevelChange | None:
     """Return a growth that begins after the run, if a level and a line explain it clearly better than other shapes."""
     count = len(values)
-    firsts = range(max(_MIN_SEGMENT, int(_MIN_LEVEL * count)), count - 2 * _MIN_SEGMENT + 1)
-    fits = {first: _hinge(values, first) for first in firsts}
-    first = min(fits, key=lambda at: float(np.abs(values - fits[at]).sum()), default=0)
-    if not first or fits[first][-1] <= fits[first][0]:
+    firsts = np.arange(max(_MIN_SEGMENT, int(_MIN_LEVEL * count)), count - 2 * _MIN_SEGMENT + 1)
+    if not len(firsts):
+        return None
+
+    fits = _hinges(values, firsts)
+    misfits = np.abs(values - fits).sum(axis=1)
+    best = int(misfits.argmin())
+    fit, first = fits[best], int(firsts[best])
+    usual, slow = values[:first], values[first:]
+    if fit[-1] <= fit[0] or not _rises_on(usual, slow) or _tau(slow) < MIN_TAU:
         return None
 
     parts = [(0, end) for end in range(_MIN_SEGMENT, count - _MIN_SEGMENT + 1)]
     others = [_best(values, parts)[0], *(float(np.abs(values - _power(values, power)).sum()) for power in _POWERS)]
-    usual, slow = values[:first], values[first:]
-    if float(np.abs(values - fits[first]).sum()) >= _SIMPLER * min(others) or not _rises_on(usual, slow):
+    if misfits[best] >= _SIMPLER * min(others):
         return None
 
-    if _tau(slow) < MIN_TAU:
-        return None
-
-    end = max(float(fits[first][-1]), float(np.median(slow[-_MIN_SEGMENT:])))
+    end = max(float(fit[-1]), float(np.median(slow[-_MIN_SEGMENT:])))
     return LevelChange("growth", first, count, float(np.median(usual)), end)
 
 
@@ -104,12 +106,15 @@ def _tau(values: Floats) -> float:
     return float(np.sign(values[second] - values[first]).mean())
 
 
-def _hinge(values: Floats, first: int) -> Floats:
-    """Return a level up to a bin, and a line that rises from it."""
-    level = float(np.median(values[:first]))
-    since = np.arange(len(values) - first) + 0.5
-    slope = max(float(np.median((values[first:] - level) / since)), 0.0)
-    return np.concatenate([np.full(first, level), level + slope * since])
+def _hinges(values: Floats, firsts: NDArray[np.int64]) -> Floats:
+    """Return a row for each bin: a level up to it, and a line that rises from it."""
+    since = np.arange(len(values)) - firsts[:, None] + 0.5
+    order = np.argsort(values)
+    levels = _medians(values[order], since[:, order] < 0)
+    slopes = np.sort(np.where(since > 0, (values - levels) / since, np.inf), axis=1)
+    slope = slopes[np.arange(len(firsts)), (len(values) - firsts - 1) // 2][:, None]
+    hinges: Floats = levels + np.maximum(slope, 0) * np.maximum(since, 0)
+    return hinges
 
 
 def _power(values: Floats, power: float) -> Floats:
