@@ -425,11 +425,12 @@ def startup(finding: FindingFacts) -> str:
 def evaluation(finding: FindingFacts) -> str:
     """Return `60 % of the run's time is evaluation`, with self-play, the ranks that evaluate for all, and the line."""
     evidence = finding.evidence
+    what = "inference" if evidence.get("steps") == 0 else "evaluation"
     or_play = " or self-play" if "samples_per_call" in evidence else ""
     on_ranks = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
     line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
     mostly = f", mostly at {line}" if line else ""
-    return f"{_run_share(finding)} is evaluation{or_play}{on_ranks}{mostly}"
+    return f"{_run_share(finding)} is {what}{or_play}{on_ranks}{mostly}"
 
 
 def _run_share(finding: FindingFacts) -> str:

@@ -502,8 +502,11 @@ def test_a_script_that_only_applies_a_model_is_not_told_to_do_it_less_often(func
 
     assert advice in verdict.next
     assert "training" not in verdict.summary
+    assert "is inference: once 60 s" in verdict.summary
+    assert verdict.headline.startswith("60 % of the run's time is inference")
+    assert verdict.next.endswith("mark its steps with traceml.trace_step().")  # a zeroth-order method calls it, too
     assert verdict.speedup_if_fixed == 1.0
-    assert start.summary.startswith("Evaluation began 40 s after the start: 40 % of")
+    assert start.summary.startswith("Inference began 40 s after the start: 40 % of")
 
 
 def test_gradients_are_not_advised_against_where_there_are_none():
@@ -512,6 +515,8 @@ def test_gradients_are_not_advised_against_where_there_are_none():
     found = diagnose(window_of(ALONE), JobFacts(time=time, plain_evaluation=True))[0]
 
     assert found.next.endswith("on fewer batches, with larger ones, or in another process.")
+    assert "inference" not in found.summary
+    assert "steps" not in found.evidence
 
 
 def test_self_play_is_not_made_half_as_often():

@@ -27,7 +27,7 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import is_grouped
 from traceml.diagnosis.steps.speedup import speedup_of_share
-from traceml.formatting import count_text, duration_text, factor_text, part_words, percent_text, ranks_text
+from traceml.formatting import capitalized, count_text, duration_text, factor_text, part_words, percent_text, ranks_text
 
 __all__ = ["after_steps_advice", "outside_steps", "uncovered_time_text"]
 
@@ -131,7 +131,7 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
 def _began_text(time: RunTime, startup_s: float, more: str = "") -> str:
     after = f"{duration_text(startup_s)} after the start{more}"
     if time.share("steps", "evaluation") > 0:
-        what = "Training" if time.in_steps > 0 else "Evaluation"  # some scripts only apply a model
+        what = "Training" if time.in_steps > 0 else capitalized(_applied_words(time))
         return f"{what} began {after}: {_part_of_run(time)}"
 
     return f"Training had not begun {after}"
@@ -217,6 +217,10 @@ _FOR_RANKS = (
     "It waits there for the other ranks to join the process group: look at what these do before (imports, data that "
     "one rank prepares for all), and start all ranks at the same time. A longer run has a smaller share of it."
 )
+_FOR_UNSEEN_STEPS = (
+    "If the script trains by these calls (zeroth-order or evolution strategies), mark its steps with "
+    "traceml.trace_step()."
+)
 _FOR_IMPORTS = (
     "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
     "shows what takes long), and keep the Python environment on a local disk."
@@ -279,8 +283,13 @@ def _evaluation(
                 "make it cheaper instead."
             )
 
-    finding = _evaluation_finding(time, seconds, line, f"evaluation{who}", advice)
+    finding = _evaluation_finding(time, seconds, line, f"{_applied_words(time)}{who}", advice)
     return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
+
+
+def _applied_words(time: RunTime) -> str:
+    """Return how calls of the model outside steps are called: a script without any only applies it."""
+    return "evaluation" if time.in_steps > 0 else "inference"
 
 
 def _for_awaited_workers(
@@ -318,6 +327,10 @@ def _kept(loader: LoaderFacts) -> str:
 
 def _for_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
     """Return advice to a script that only applies a model: less of it would be less work done."""
+    return f"{_cheaper_inference(line, gradients, facts)} {_FOR_UNSEEN_STEPS}"
+
+
+def _cheaper_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
     if line is None:
         return f"Apply the model to larger batches{gradients}, or in a lower precision."
 
@@ -364,6 +377,7 @@ def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, 
             "evaluations": times,
             "wall_s": time.wall_s,
             "share": share,
+            **({} if time.in_steps > 0 else {"steps": 0}),
             **({} if line is None else line.evidence(share)),
         },
         cost_share=share,
