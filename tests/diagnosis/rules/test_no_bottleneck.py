@@ -550,6 +550,8 @@ def test_no_gain_of_a_line_is_promised_for_the_advice_on_a_pause(other_ms: float
 
     assert (paused.kind, usual.kind) == (kind, kind)
     assert paused.next.startswith("Find out what that step did")
+    # What limits the other steps is told, too; of a healthy run nothing else needs to be done.
+    assert paused.next.endswith(usual.next) is (kind is Kind.COMPUTE_BOUND)
     assert paused.speedup_if_fixed == 1.0 < usual.speedup_if_fixed
 
 

@@ -285,7 +285,7 @@ def _compute_bound(
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
             f"{pause.text}{uncovered_time_text(facts)}"
         ),
-        next=after or pause.action or faster,
+        next=after or " ".join(filter(None, (pause.action, faster))),
         evidence={**evidence, "compute_share": compute, **line, **pause.evidence},
         speedup_if_fixed=own.gain if own and not (after or pause.action) else 1.0,
     )
