@@ -10,6 +10,7 @@ from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
 from tests.diagnosis.rules.test_cpu_contention import samples
 from traceml.database.schema import EPOCHS, LINE_PHASES, LINE_WORKERS
+from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
@@ -60,6 +61,18 @@ def test_workers_are_not_ahead_in_short_epochs(batches, is_told):
 
     assert ("and it has 3 batches: in longer ones (" in advised.text) is is_told
     assert ("in longer ones" in advised.text) is is_told
+
+
+@pytest.mark.parametrize("line", [None, BlamedLine("/me/data.py", 7, "Digits.__getitem__", 0.8, 90)])
+def test_samples_in_memory_that_code_makes_are_made_for_a_batch_at_once(line):
+    """A tensor of them can be indexed; code that makes each of them has to be written for several."""
+    in_memory = LoaderFacts(dataset="Digits", num_workers=0, batch_size=256, in_memory=True)
+
+    advised = for_input(JobFacts(loader=in_memory), pipeline(8, 12), line)
+
+    assert "take whole batches by indexing its tensors (data[indices])" in advised.text
+    assert ("data.py:7 Digits.__getitem__ for all samples of a batch at once; at most" in advised.text) is bool(line)
+    assert ("single samples; about" in advised.text) is (line is None)
 
 
 def test_the_length_of_epochs_is_known_by_their_starts():
@@ -518,9 +531,9 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
 @pytest.mark.parametrize(
     ("watched_s", "ready", "says"),
     [
-        (2, 0.95, "; about 1.84x faster on 2 cores. Its samples take CPU time: made once and cached, at most"),
+        (2, 0.95, "; about 1.84x faster on 2 cores. Its samples take CPU time: those that are the same in each epoch"),
         (2, 0.2, "num_workers=6 and persistent_workers=True; at most 5.9x faster on 2 cores. A fetch waits for 80 %"),
-        (0, 0.0, "; about 1.76x faster on 2 cores. With samples that are made once and cached, at most 7.2x"),
+        (0, 0.0, "; about 1.76x faster on 2 cores. With samples that are the same in each epoch, made once and "),
     ],
 )
 def test_workers_of_short_epochs_compute_or_wait_as_they_were_sampled(watched_s: int, ready: float, says: str) -> None:

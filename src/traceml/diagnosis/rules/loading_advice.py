@@ -72,7 +72,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _cheaper_first(loader, pipeline)
 
     if in_memory:
-        return _whole_batches(loader, pipeline)
+        return _whole_batches(loader, pipeline, line)
 
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
 
@@ -175,12 +175,14 @@ def _all_cores(pipeline: Pipeline, allowed: int) -> LoadingAdvice:
     )
 
 
-def _whole_batches(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
+def _whole_batches(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None) -> LoadingAdvice:
     gain = pipeline.gain_with(_WHOLE_BATCH, workers=0)
     instead = "use no workers, which add copies, and " if loader.num_workers else ""
+    by_index = "take whole batches by indexing its tensors (data[indices]) instead of collating single samples"
+    own = "" if line is None else f", {line.place} for all samples of a batch at once"
     return LoadingAdvice(
-        f"{_data(loader, begins=True)} is in memory: {instead}take whole batches by indexing its tensors "
-        f"(data[indices]) instead of collating single samples; {gain_text(gain, 'about')}.",
+        f"{_data(loader, begins=True)} is in memory: {instead}{by_index}{own}; "
+        f"{gain_text(gain, 'about' if line is None else 'at most')}.",
         gain,
         0 if loader.num_workers else None,
     )
@@ -284,9 +286,12 @@ def _cached(pipeline: Pipeline, gain: float) -> str:
         return ""
 
     if not pipeline.is_cpu_known:
-        return f" With samples that are made once and cached, {gain_text(cached, 'at most')}."
+        return f" With samples that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
 
-    return f" Its samples take CPU time: made once and cached, {gain_text(cached, 'at most')}."
+    return (
+        " Its samples take CPU time: those that are the same in each epoch, made once and cached, "
+        f"{gain_text(cached, 'at most')}."
+    )
 
 
 def _waits(pipeline: Pipeline, workers: int) -> str:
