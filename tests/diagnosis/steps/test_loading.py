@@ -63,6 +63,22 @@ def test_workers_are_not_ahead_in_short_epochs(batches, is_told):
     assert ("in longer ones" in advised.text) is is_told
 
 
+def test_no_advice_gains_more_than_no_waiting_at_all():
+    """The first batch of each short epoch is part of what the workers were measured by already."""
+    starts = np.zeros(40, EPOCHS.dtype)
+    starts["step"] = np.arange(40) * 3
+    loader = replace(FOLDER, num_workers=2)
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    most = work.step_ns / (work.step_ns - 30 * MS)
+
+    found = pipeline_of(work, JobFacts(loader=loader, epochs=starts), 30 * MS)
+
+    assert found is not None
+    assert replace(found, wait_ns=np.inf).gain_in_longer_epochs(8) > 1.05 * most
+    assert found.gain_in_longer_epochs(8) == pytest.approx(most)
+    assert 1.0 < replace(found, wait_ns=np.inf).gain_with(0.9) == found.gain_with(0.9)
+
+
 @pytest.mark.parametrize("line", [None, BlamedLine("/me/data.py", 7, "Digits.__getitem__", 0.8, 90)])
 def test_samples_in_memory_that_code_makes_are_made_for_a_batch_at_once(line):
     """A tensor of them can be indexed; code that makes each of them has to be written for several."""

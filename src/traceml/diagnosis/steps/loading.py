@@ -66,6 +66,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     fetch_cpu: float  # share of it on a CPU core, 0..1; 1 where that is not known
     is_cpu_known: bool = True  # whether it is
     rest_ns: float  # wall time of the step without waiting for data
+    wait_ns: float = np.inf  # how long the step waits for data now: no advice gains more than all of it
     rest_cores: float = 1.0  # mean number of cores that the training process uses meanwhile
     cores: int | None = None  # cores of a rank; None if unknown
     workers: int = 0  # loader workers now; 0 if the training process fetches by itself
@@ -151,7 +152,8 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         return self._gain_to(replace(self, worker_cores=None).step_ns(self.workers))
 
     def _gain_to(self, step_ns: float) -> float:
-        return (self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns)
+        most = 1.0 + self.wait_ns / (self.rest_ns + self.lost_ns)
+        return min((self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns), most)
 
     def gain_without_handover(self) -> float:
         """Return old / new step time if receiving a batch took no longer than usual."""
@@ -213,6 +215,7 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
         fetch_cpu=computes,
         is_cpu_known=is_known,
         rest_ns=rest_ns,
+        wait_ns=wait_ns,
         rest_cores=rest_cores,
         cores=cores,
         workers=workers,
