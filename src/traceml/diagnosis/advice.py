@@ -31,7 +31,6 @@ __all__ = [
     "flush_denormals",
     "for_comm",
     "for_copies",
-    "for_iterator",
     "for_jitter",
     "for_rank_without_core",
     "for_residual",
@@ -40,6 +39,7 @@ __all__ = [
     "for_slow_group",
     "for_straggler",
     "in_same_steps",
+    "in_threads",
     "left_on",
     "longer_limit",
     "same_collectives",
@@ -144,27 +144,7 @@ def for_copies(facts: JobFacts) -> str:
     )
 
 
-def for_iterator(facts: JobFacts, called: str | None = None) -> str:
-    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
-
-    Args:
-        called: library function in which most of the waiting was seen.
-    """
-    if called in WAITS_FOR_OTHERS:
-        threads = _in_threads(facts)
-        seen = f" ({threads})" if threads else ""
-        return (
-            f"The thread or process that fills the queue does not keep up: make its batches cheaper{seen}, or let "
-            "several processes make them (an IterableDataset in a DataLoader with num_workers)."
-        )
-
-    return (
-        "Make batches in other processes: an IterableDataset in a DataLoader with num_workers. Or fetch the next "
-        "batch in a thread while the model computes."
-    )
-
-
-def _in_threads(facts: JobFacts) -> str:
+def in_threads(facts: JobFacts) -> str:
     """Return in which line other threads of the process are for most of their time; empty if that is not known."""
     line = threads_line(facts.thread_lines)
     return "" if line is None else f"other threads of the process are mostly in {line.place}"
@@ -274,7 +254,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
         return answers
 
     if facts.waits_in(part, line):
-        if called in WAITS_FOR_OTHERS and (threads := _in_threads(facts)):
+        if called in WAITS_FOR_OTHERS and (threads := in_threads(facts)):
             return (
                 f"{line.place} waits there for another thread or process, and does not compute. {capitalized(threads)}"
                 ": if it waits for them, make that cheaper, or begin it ahead of the step that needs it. Processes (a "
@@ -454,8 +434,8 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
         return f"Look{where} for work that the optimizer does only occasionally, and for other processes on the host."
 
     return (
-        f"Look{where} for inputs of unusual size or shape in those steps, recompilation, and other processes on the "
-        "host."
+        f"Look{where} for inputs of unusual size or shape in those steps, more calls of the model (evaluation, "
+        "sampling), recompilation, and other processes on the host."
     )
 
 

@@ -97,16 +97,38 @@ def test_an_iterator_that_is_no_loader_is_waited_for():
     assert [each.kind for each in diagnose(window, JobFacts(world_size=1, lines=lines))] == [Kind.INPUT_BOUND]
 
 
-def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread():
-    """Another thread fills it already."""
-    library = "/lib/python3.11/threading.py:295 Condition.wait"
+@pytest.mark.parametrize(
+    "library",
+    [
+        "/lib/python3.11/threading.py:295 Condition.wait",
+        "/lib/python3.11/multiprocessing/connection.py:390 Connection._recv",
+    ],
+)
+def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread(library):
+    """Another thread or process fills it already: batches in half the time, and no more, halve the step."""
     waits = SampledLine(0, "input_wait", "/home/me/train.py", 7, "main", library, 43)
     finding = found(Kind.INPUT_BOUND, waits, line("forward", "forward", 57), job=UNFED)
     read = found(Kind.INPUT_BOUND, line("input_wait", "read", 43), line("forward", "forward", 57), job=UNFED)
 
-    assert finding.next.startswith("The thread or process that fills the queue does not keep up: make its batches ch")
+    assert finding.next.startswith("The threads or processes that make the batches do not keep up: make batches cheap")
     assert "other threads" not in finding.next
     assert "in a thread while the model computes" in read.next
+    assert "train.py:7 main" in finding.summary
+    assert "without any of it steps would be" not in finding.summary  # it gains no more than half the time does
+    assert "Half the time for a batch makes the run 1.77x faster" in finding.next
+    assert "num_workers=1; at most 1.7" in read.next
+    assert finding.speedup_if_fixed == pytest.approx(1.77, abs=0.01)
+
+
+def test_an_iterator_that_takes_most_of_the_time_gains_what_cores_give():
+    """Batches of 100 ms beside 14 ms: two cores make them twice as fast, and no more."""
+    window = window_of(UNFED, adds("other", 100))
+    lines = [line("input_wait", "read", 88), line("forward", "forward", 12)]
+    finding = diagnose(window, JobFacts(world_size=1, lines=lines, hosts={0: "h"}, cores={"h": 2}))[0]
+
+    assert "without any of it steps would be 8.5x faster" in finding.summary
+    assert "num_workers=2; at most 2.0x faster on 2 cores." in finding.next
+    assert finding.speedup_if_fixed == pytest.approx(2.0, abs=0.1)
 
 
 def test_what_the_thread_that_fills_a_queue_does_is_named():
@@ -119,7 +141,7 @@ def test_what_the_thread_that_fills_a_queue_does_is_named():
     several = [line("threads", name, 20) for name in ("unpack", "write_log", "watch")]
     unknown = found(Kind.INPUT_BOUND, *usual, job=UNFED, thread_lines=several)
 
-    assert "make its batches cheaper (other threads of the process are mostly in train.py:7 unpack), or" in finding.next
+    assert "make batches cheaper (other threads of the process are mostly in train.py:7 unpack), or" in finding.next
     assert "other threads" not in unknown.next
 
 
@@ -427,6 +449,7 @@ def test_what_other_threads_do_is_named_where_the_training_waits_for_them(called
 
     finding = found(Kind.RESIDUAL_HEAVY, waits, line("forward", "forward", 57), thread_lines=others)
 
+    assert "without it steps would be at most 1.75x faster" in finding.summary  # others may take as long
     assert finding.next.startswith("train.py:13 main waits there ")
     assert ("Other threads of the process are mostly in train.py:7 decode: if it waits for them" in finding.next) is (
         is_named

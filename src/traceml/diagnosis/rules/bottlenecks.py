@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.database.schema import Phase
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
@@ -19,6 +20,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Saves
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     MIN_SHARE_SAMPLES,
     NAMED_SHARE,
@@ -33,6 +35,7 @@ from traceml.diagnosis.kinds import FLOOR_NS, WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import (
     LoadingAdvice,
     for_input,
+    for_iterator,
     of_new_iterators,
     of_sampler,
     with_waited_loader,
@@ -360,11 +363,8 @@ def _residual_finding(
     if not is_known and (facts.is_core_wait(cost.saved_ns / cost.step_ns) or _is_unsure(cost, facts)):
         return []
 
-    is_update = (
-        (has_update and not has_forward and library is None)
-        and line is not None
-        and not facts.waits_in(cost.part, line)
-    )
+    waits = line is not None and facts.waits_in(cost.part, line)
+    is_update = (has_update and not has_forward and library is None) and line is not None and not waits
     cost = cost.with_update() if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
     if line and library == advice.EVENT_LOOP:
@@ -374,7 +374,9 @@ def _residual_finding(
     line_share = 1.0 if line is None or line.is_rough else line.share
     gain = 1.0 if is_update else speedup(cost.step_ns, cost.saved_ns * line_share)
     what = "that part" if line_share < 1.0 else "it"
-    without = _MAY_UPDATE if is_update else f"; without {what} steps would be {gain_text(gain)}."
+    # What is waited for, as a batch that a thread makes, may take as long elsewhere.
+    faster = gain_text(gain, "at most") if waits else gain_text(gain)
+    without = _MAY_UPDATE if is_update else f"; without {what} steps would be {faster}."
     summary = f"{cost.of_step} is spent in {where}{without}"
     trainer = cost.trainer(facts) if library is None else None
     leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {_RARE}") if two else None
@@ -493,12 +495,23 @@ def _iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding |
         return None
 
     phase_share = share * float(work.parts["other"].mean()) / step_ns
-    line = own_line(facts.lines, "input_wait", phase_share, cost.ranks)
-    called = main_library(facts.lines, "input_wait", line) if line else None
-    summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}."
+    lines = _as_code(facts.lines)
+    line = own_line(lines, "other", phase_share, cost.ranks)
+    called = main_library(lines, "other", line) if line else None
+    advised = for_iterator(facts, float(cost.removed.mean()), step_ns, called)
+    is_part = advised.gain is not None and speedup(step_ns, cost.saved_ns) > MIN_PART * advised.gain
+    without = f"; without any of it steps would be {cost.faster}" if is_part else ""
+    summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}{without}."
     evidence = line.evidence(phase_share) if line else {}
-    found = cost.finding(Kind.INPUT_BOUND, summary, advice.for_iterator(facts, called), **evidence)
+    found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
+    found = found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)
     return replace(found, phase="input_wait")
+
+
+def _as_code(lines: Sequence[SampledLine]) -> list[SampledLine]:
+    """Return lines with those of an iterator as `other`, as its time is: what it receives is no loader's batch."""
+    names = {"input_wait": "other", "other": Phase.USER.label}
+    return [replace(each, part=names.get(each.part, each.part)) for each in lines]
 
 
 def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, main_library
+from traceml.diagnosis.advice import in_threads
+from traceml.diagnosis.facts.blamed_lines import WAITS_FOR_OTHERS, BlamedLine, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
@@ -19,7 +20,7 @@ from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_
 from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu, share_at_work
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
-__all__ = ["LoadingAdvice", "for_input", "of_new_iterators", "of_sampler", "with_waited_loader"]
+__all__ = ["LoadingAdvice", "for_input", "for_iterator", "of_new_iterators", "of_sampler", "with_waited_loader"]
 
 CHEAP_SAMPLE_NS = 50e3
 """A sample that is fetched in less time was in memory: workers would only add copies."""
@@ -75,6 +76,42 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _whole_batches(loader, pipeline, line)
 
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
+
+
+def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | None = None) -> LoadingAdvice:
+    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
+
+    Args:
+        wait_ns: time of a step for which it waits.
+        called: library function in which most of the waiting was seen.
+    """
+    rest_ns = max(step_ns - wait_ns, 1.0)
+    if called in WAITS_FOR_OTHERS:
+        threads, gain = in_threads(facts), step_ns / max(step_ns / 2, rest_ns)
+        seen = f" ({threads})" if threads else ""
+        return LoadingAdvice(
+            f"The threads or processes that make the batches do not keep up: make batches cheaper{seen}, or let more "
+            "processes make them (an IterableDataset in a DataLoader with num_workers). Half the time for a batch "
+            f"makes the run {gain_text(gain)}.",
+            gain,
+        )
+
+    computes = fetch_cpu(facts)
+    made = Pipeline(
+        fetch_ns=wait_ns,
+        fetch_cpu=1.0 if computes is None else computes,
+        rest_ns=rest_ns,
+        wait_ns=wait_ns,
+        cores=facts.cores_per_rank,
+    )
+    workers = made.best_workers()
+    gain = made.gain(workers)
+    return LoadingAdvice(
+        f"Make batches in other processes: an IterableDataset in a DataLoader with num_workers={workers}; "
+        f"{gain_text(gain, 'at most')}{_on(made, facts)}. Or fetch the next batch in a thread while the model "
+        "computes.",
+        gain,
+    )
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
