@@ -178,6 +178,19 @@ def test_loaders_that_each_epoch_makes_are_counted(traced: Traced) -> None:
     assert made == [2, 3, 4, 5, 6, 7, 8, 16]
 
 
+def test_a_loader_that_is_kept_beside_another_is_not_made_for_an_epoch(traced: Traced) -> None:
+    """Two loaders of the same data, as to train and to fill a memory bank."""
+    model = net()
+    optimizer = sgd(model)
+    kept = [data(3), data(3)]
+    for _ in range(4):
+        for loader in kept:
+            for (x,) in loader:
+                train(model, optimizer, x)
+
+    assert not [row for row in traced.info if row["kind"] == "loaders_made"]
+
+
 TRAINER = """
 class Trainer:
     def get_train_dataloader(self): ...

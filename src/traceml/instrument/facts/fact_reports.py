@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
@@ -33,7 +33,8 @@ class FactReports:
     def __init__(self, clock: StepClock, on_info: Callable[[Info], None] | None) -> None:
         self._clock, self._on_info = clock, on_info
         self._reported: dict[InfoKind, Info] = {}  # the last facts
-        self._loaders: Counter[tuple[Any, ...]] = Counter()  # those that were made, by the facts in `_LIKE`
+        # by the facts in `_LIKE`: number of loaders that followed each other, and a weak reference to the last one
+        self._loaders: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self._begins = 0  # trainings that have begun after the first step
         self._trained: Any = None  # weak reference to a parameter of the newest optimizer
 
@@ -56,13 +57,23 @@ class FactReports:
         facts = loader_facts(loader)
         self.report(InfoKind.LOADER, {"number": number}, **facts)
         if self._on_info is not None:
-            self._count(facts)
+            self._count(loader, facts)
 
-    def _count(self, facts: Info) -> None:
-        """Report how many loaders of one data set were made: a script may make one for each epoch."""
+    def _count(self, loader: Any, facts: Info) -> None:
+        """Report how many loaders of one data set were made: a script may make one for each epoch.
+
+        One that is kept beside another, as to evaluate on the same data, is none of them.
+        """
         like = {name: facts[name] for name in _LIKE}
-        self._loaders[tuple(like.values())] += 1
-        made = self._loaders[tuple(like.values())]
+        made, last = self._loaders.get(tuple(like.values()), (0, None))
+        if last is not None and last() is not None:
+            return
+
+        made, last = made + 1, None
+        with suppress(TypeError):  # its class allows no weak references: the next one follows it
+            last = weakref.ref(loader)
+
+        self._loaders[tuple(like.values())] = made, last
         if 1 < made <= _COUNTED or (made > _COUNTED and made.bit_count() == 1):
             self.report(InfoKind.LOADERS_MADE, **like, made=made)
 
