@@ -588,6 +588,22 @@ def test_code_and_communication_that_grow_together_are_named(longer_ms, phases):
     assert ("most of it" in finding.summary) is (phases is None)
 
 
+@pytest.mark.parametrize("passes", [True, False])
+def test_longer_episodes_of_a_policy_that_learns_are_no_promised_gain(passes):
+    """Each step of the game calls the model and adds to the loss: all but the optimizer grows. A list grows alone."""
+    random, grown = np.random.default_rng(0), AT / BINS
+    usual = {"forward": 2.0, "backward": 3.0, "optimizer": 0.7, "other": 6.0 * (1 + 3 * grown)}
+    if passes:
+        usual |= {"forward": 2.0 * (1 + 3 * grown), "backward": 3.0 * (1 + 3 * grown), "optimizer": 4.0}
+
+    parts = {name: ms * random.lognormal(0, 0.02, BINS) * MS for name, ms in usual.items()}
+    (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts())
+
+    assert finding.evidence["shape"] == "growth"
+    assert ("longer episodes or sequences), nothing needs fixing" in finding.next) is passes
+    assert (finding.speedup_if_fixed == 1.0) is passes
+
+
 @pytest.mark.parametrize(("waited", "phase"), [(0.0, "forward"), (-1, None)])
 def test_phases_that_fewer_cores_may_slow_are_told_as_most_of_it(waited, phase):
     """Forward and backward take 1.6x as long: named where the kernel counted that the training had its core."""

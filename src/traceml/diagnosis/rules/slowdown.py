@@ -208,8 +208,16 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
         next=beside[0].advice if is_beside else _advice(change, where, ranks, facts),
         evidence=evidence,
         cost_share=share,
-        speedup_if_fixed=1.0 if is_meant else speedup_of_share(share),
+        speedup_if_fixed=1.0 if is_meant or _may_be_work(change, where) else speedup_of_share(share),
     )
+
+
+def _may_be_work(change: LevelChange, where: _Where) -> bool:
+    """Return whether steps may have more work from one to the next, as longer episodes of a policy that learns.
+
+    What a script keeps makes one pass longer, or code outside the model.
+    """
+    return change.shape == "growth" and _PASSES.issubset(where.parts)
 
 
 def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> _Where:
@@ -600,6 +608,14 @@ def _for_shape(shape: str, part: str | None, where: _Where, facts: JobFacts) -> 
 
     if shape != "growth":
         return None
+
+    if _PASSES.issubset(where.parts):
+        keeps = "the script" if where.line is None else where.line.place
+        return (
+            "Forward and backward grow, too: the model is called more often in a step, or with more at once. If that "
+            "is meant (longer episodes or sequences), nothing needs fixing. Otherwise look for a list or history that "
+            f"{keeps} adds to and passes to the model."
+        )
 
     if part == "backward":
         return (
