@@ -159,6 +159,17 @@ def test_a_forward_that_is_hardly_trained_is_told(backward_ms: float, is_told: b
     assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) == is_told
 
 
+@pytest.mark.parametrize(("forward_ms", "is_told"), [(16.0, True), (6.0, False)])
+def test_a_forward_that_is_hardly_trained_is_told_beside_other_code(forward_ms: float, is_told: bool) -> None:
+    """A bit more than a tenth of the step is no computation: a teacher that takes most of the rest is told, too."""
+    own = {"forward": forward_ms, "backward": 0.9, "optimizer": 20.0 - forward_ms, "other": 1.8, "input_wait": 1.5}
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts())[0]
+
+    assert found.kind is Kind.HEALTHY
+    assert found.next.startswith("Nothing needs fixing; larger batches")
+    assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) == is_told
+
+
 ENGINE = "torch/autograd/graph.py:966 _engine_run_backward"
 
 

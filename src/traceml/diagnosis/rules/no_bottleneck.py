@@ -63,6 +63,7 @@ _PAUSE_PART = 0.7
 
 _WAITING = "waiting for other ranks"
 _MOSTLY_TABLES = 0.5
+_MOSTLY_FORWARD = 0.5
 _UNTRAINED_RATIO = 6.0
 """From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
 
@@ -96,7 +97,7 @@ def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= _evidence_of_code(heavy, own, shares)
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
-    cheaper = own.advice if own else _when_healthy(shares, facts)
+    cheaper = own.advice if own else _when_healthy(shares, facts) + ("" if work.grouped else _untrained(shares, step))
     summary, action = short or (healthy, pause.action or cheaper)
     after = after_steps_advice(facts)
     return Finding.of(
@@ -405,7 +406,7 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
 def _untrained(shares: Mapping[str, float], step: float) -> str:
     """Return further advice where forward takes far longer than backward, as if much of it were not trained."""
     forward, backward = shares.get("forward", 0.0), shares.get("backward", 0.0)
-    if not 0 < _UNTRAINED_RATIO * backward <= forward:
+    if forward < _MOSTLY_FORWARD or not 0 < _UNTRAINED_RATIO * backward <= forward:
         return ""
 
     return (
