@@ -91,8 +91,8 @@ def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | 
         seen = f" ({threads})" if threads else ""
         return LoadingAdvice(
             f"The threads or processes that make the batches do not keep up: make batches cheaper{seen}, or let more "
-            "processes make them (an IterableDataset in a DataLoader with num_workers). Half the time for a batch "
-            f"makes the run {gain_text(gain)}.",
+            "processes make them (a DataLoader with num_workers). Half the time for a batch makes the run "
+            f"{gain_text(gain)}.",
             gain,
         )
 
