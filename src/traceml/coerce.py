@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from traceml.errors import ArgumentTypeError
+from traceml.errors import ArgumentTypeError, TraceMLError, UsageError
 
 __all__ = ["BAD", "Limits", "allowed", "coerce", "path_text", "seconds_to_wait"]
 
@@ -176,16 +176,21 @@ def seconds_to_wait(timeout: Any) -> float | None:
     """Return the longest wait that a user's call got, in seconds; None for no limit.
 
     Raises:
+        UsageError: it is NaN.
         ArgumentTypeError: it is neither a number nor None.
     """
     if timeout is None:
         return None
 
+    error: type[TraceMLError] = ArgumentTypeError
     try:
         if not isinstance(timeout, str | bytes | bool):
-            return float(timeout)
+            if not math.isnan(seconds := float(timeout)):
+                return seconds
+
+            error = UsageError
     except (TypeError, ValueError, OverflowError):
         pass
 
     kind = type(timeout).__name__
-    raise ArgumentTypeError(f"a timeout is a number of seconds, or None for no limit, not {kind} {timeout!r:.100}")
+    raise error(f"a timeout is a number of seconds, or None for no limit, not {kind} {timeout!r:.100}")

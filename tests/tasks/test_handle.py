@@ -12,21 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-import traceml
 from tests.eventually import eventually
-from traceml import ArgumentTypeError, Runtime, TaskCancelledError, UsageError, WaitTimeoutError
+from traceml import ArgumentTypeError, Runtime, TaskCancelledError, UsageError, WaitTimeoutError, flush, sync
 
 
 @pytest.mark.parametrize("timeout", ["1", b"1", True, [1], 10**400])
 def test_a_timeout_that_is_no_number_is_an_error_of_the_package(rt: Runtime, timeout: Any) -> None:
     """A text gave the TypeError of a comparison, and the largest integers an OverflowError."""
     handle = rt.submit(threading.Event().wait, 0.2)
-    for call in (handle.get, handle.wait, rt.wait_all, traceml.flush, traceml.sync):
+    for call in (handle.get, handle.wait, rt.wait_all, flush, sync):
         with pytest.raises(ArgumentTypeError, match="a timeout is a number of seconds, or None for no limit, not"):
             call(timeout=timeout)
 
     with pytest.raises(UsageError, match="it must be a positive number of seconds"):
         rt.submit(len, "a", timeout=timeout)
+
+
+def test_nan_is_no_timeout(rt: Runtime) -> None:
+    """`wait_all` gave up at once: "1 task had not ended after nan s"."""
+    handle = rt.submit(threading.Event().wait, 0.2)
+    for call in (handle.get, handle.wait, rt.wait_all, flush, sync):
+        with pytest.raises(UsageError, match="not float nan"):
+            call(timeout=float("nan"))
 
 
 def test_numbers_of_any_kind_are_timeouts_and_sizes() -> None:
@@ -190,7 +197,7 @@ def test_an_error_without_a_text_is_listed_all_the_same(rt: Runtime) -> None:
         raise Mute
 
     rt.submit(fail, name="mute")
-    with pytest.raises(RuntimeError, match="1 task failed: mute: Mute: <its text failed: KeyError>"):
+    with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: mute: Mute: <its text failed: KeyError>"):
         rt.wait_all(raise_on_error=True)
 
     assert rt.get_progress()["errors"] == [{"task": "mute", "error": "Mute: <its text failed: KeyError>"}]

@@ -92,7 +92,7 @@ def test_the_documents_error_handling_runs_as_written(rt: Runtime) -> None:
     rt.wait_all()
     assert [f"{h.name} failed: {h.exception}" for h in rt.get_failed()] == ["fail failed: no"]
 
-    with pytest.raises(RuntimeError, match=r"1 task failed: fail: ValueError: no"):
+    with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: fail: ValueError: no"):
         rt.wait_all(raise_on_error=True)
 
     rt.set_error_callback(lambda h, e: seen.append(f"FAILED {h.name}: {e}"))
@@ -120,7 +120,7 @@ def test_all_failures_are_raised_together(rt: Runtime) -> None:
     rt.submit(dict[str, int]().__getitem__, "b")
     rt.submit(len, 5)
     rt.submit(len, "fine")
-    with pytest.raises(RuntimeError, match=r"^3 tasks failed: ") as caught:
+    with pytest.raises(RuntimeError, match=r"^3 task\(s\) failed: ") as caught:
         rt.wait_all(raise_on_error=True)
 
     assert isinstance(caught.value, ExceptionGroup)
@@ -148,7 +148,7 @@ def test_many_failures_make_one_line(rt: Runtime) -> None:
     for i in range(200):
         rt.submit(fail, str(i), name=f"t{i}")
 
-    with pytest.raises(TasksFailedError, match=r"^200 tasks failed: .*; and 197 more$") as caught:
+    with pytest.raises(TasksFailedError, match=r"^200 task\(s\) failed: .*; and 197 more$") as caught:
         rt.wait_all(raise_on_error=True)
 
     assert len(caught.value.exceptions) == 200
@@ -162,8 +162,20 @@ def test_an_exit_in_a_task_is_raised_where_it_is_waited_for(rt: Runtime) -> None
 
     assert caught.value.code == 3
     assert [rt.submit(len, "ab").get() for _ in range(20)] == [2] * 20
-    with pytest.raises(SystemExit):
+
+
+def test_an_exit_in_a_task_is_a_failure_among_others(rt: Runtime) -> None:
+    """It is raised with the other failures, which it hid when `wait_all` raised it by itself."""
+    rt.submit(os.sys.exit, 3, name="leave").done()
+    rt.submit(fail, name="bad")
+    with pytest.raises(RuntimeError, match=r"^2 task\(s\) failed: .*leave: SystemExit: 3") as caught:
         rt.wait_all(raise_on_error=True)
+
+    assert isinstance(caught.value, TasksFailedError)
+    assert {type(error) for error in caught.value.exceptions} == {TaskError, ValueError}
+    (left,) = (error for error in caught.value.exceptions if isinstance(error, TaskError))
+    assert isinstance(left.__cause__, SystemExit)
+    assert left.__cause__.code == 3
 
 
 def test_an_error_callback_is_called_after_the_task_is_done(rt: Runtime) -> None:
@@ -325,13 +337,23 @@ def test_failures_are_kept_and_then_let_go(rt: Runtime) -> None:
     eventually(lambda: gc.collect() >= 0 and kept() is None)  # the worker may still be in the task's last lines
 
 
-@pytest.mark.parametrize("arguments", [{"threads": -1}, {"io_threads": -2}, {"threads": 1.5}, {"threads": True}])
+@pytest.mark.parametrize(
+    "arguments", [{"threads": -1}, {"io_threads": -2}, {"threads": 1.5}, {"threads": True}, {"threads": 10**9}]
+)
 def test_sizes_must_be_numbers_of_threads(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="whole number of threads"):
         Runtime(**arguments)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "1", True])
+def test_an_infinite_time_is_no_limit(rt: Runtime) -> None:
+    """The waits of a handle took it, a task's limit did not."""
+    with Runtime(1, timeout=float("inf"), stall_after=float("inf")) as unlimited:
+        assert unlimited.submit(len, "ab").get(timeout=float("inf")) == 2
+
+    assert rt.submit(len, "ab", timeout=float("inf")).get() == 2
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), "1", True])
 def test_times_must_be_positive(rt: Runtime, seconds: Any) -> None:
     with pytest.raises(UsageError, match="positive number of seconds"):
         rt.submit(len, "", timeout=seconds)
@@ -467,5 +489,5 @@ def test_the_default_runtime_can_be_set(rt: Runtime) -> None:
     assert set_default_runtime(rt) is None
     assert get_default_runtime() is rt
     assert set_default_runtime(None) is rt
-    with pytest.raises(ValueError, match="takes a Runtime or None, not int"):
+    with pytest.raises(TypeError, match="takes a Runtime or None, not int"):
         set_default_runtime(3)  # type: ignore[arg-type]

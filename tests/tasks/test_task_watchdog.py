@@ -44,7 +44,7 @@ def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCapt
     eventually(lambda: seen == ["timed_out"])
     assert isinstance(handle.exception, TimeoutError)
     assert single.get_failed() == [handle]
-    with pytest.raises(RuntimeError, match=r"1 task failed: slow: TaskTimeoutError"):
+    with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: slow: TaskTimeoutError"):
         single.wait_all(raise_on_error=True)  # does not wait for the thread
 
     progress = single.get_progress()

@@ -6,7 +6,6 @@ import inspect
 import math
 import operator
 import os
-import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import Any, Self, TypeVar, cast, overload
 
 from traceml.coerce import seconds_to_wait
 from traceml.errors import ArgumentTypeError, NotCallableError, TaskError, TasksFailedError, UsageError
-from traceml.formatting import error_text, plural
+from traceml.formatting import error_text
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.progress import progress, showing, snapshot
@@ -33,6 +32,7 @@ ErrorCallback = Callable[[TaskHandle[Any], BaseException], object]
 _new = object.__new__
 _ASYNC = inspect.CO_COROUTINE
 _SYNC_KINDS = frozenset({BuiltinFunctionType, MethodWrapperType})
+_MOST_THREADS = 1 << 22  # Linux numbers no more; a larger pool would only take memory
 _NAMED = 3  # failures in the text of an error; all are in its `exceptions`
 
 
@@ -159,7 +159,8 @@ class Runtime:
             timeout: seconds to wait.
 
         Raises:
-            TasksFailedError: tasks failed or timed out, since the start or the last `clear_failed`.
+            TasksFailedError: tasks failed or timed out, since the start or the last `clear_failed`. A task's SystemExit
+                or KeyboardInterrupt is the cause of a TaskError among its `exceptions`.
             ArgumentTypeError: `timeout` is no number.
             WaitTimeoutError: there are unfinished tasks after `timeout` seconds.
         """
@@ -266,35 +267,39 @@ def _size(name: str, value: int) -> int:
     except TypeError:
         size = -1
 
-    if not 0 <= size <= sys.maxsize:
+    if not 0 <= size <= _MOST_THREADS:
         raise UsageError(
-            f"{name}={value!r:.100}: it must be a whole number of threads, or 0 for a number that suits the host"
+            f"{name}={value!r:.100}: it must be a whole number of threads up to {_MOST_THREADS:,}, "
+            "or 0 for a number that suits the host"
         )
 
     return size
 
 
-def _seconds(name: str, value: float) -> float:
-    with suppress(ArgumentTypeError):
+def _seconds(name: str, value: float) -> float | None:
+    with suppress(ArgumentTypeError, UsageError):
         seconds = seconds_to_wait(value)
-        if seconds is not None and 0 < seconds < math.inf:
-            return seconds
+        if seconds is not None and seconds > 0:
+            return None if seconds == math.inf else seconds
 
     raise UsageError(f"{name}={value!r:.100}: it must be a positive number of seconds, or None for no limit")
 
 
 def _raise_all(failed: list[TaskHandle[Any]]) -> None:
-    errors = []
+    texts, errors = [], []
     for handle in failed:
         error, trace = handle.outcome
-        if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt
-            raise error.with_traceback(trace)
+        texts.append(f"{handle.name}: {error_text(error)}")
+        error = error.with_traceback(trace)
+        if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt, which a group of errors cannot hold
+            left = TaskError(f"task {handle.name!r} raised {error_text(error)}")
+            left.__cause__ = error
+            error = left
 
-        errors.append(error.with_traceback(trace))
+        errors.append(error)
 
-    texts = [f"{handle.name}: {error_text(error)}" for handle, error in zip(failed, errors, strict=True)]
     more = [f"and {len(texts) - _NAMED} more"] if len(texts) > _NAMED else []
-    raise TasksFailedError(f"{plural(len(failed), 'task')} failed: {'; '.join(texts[:_NAMED] + more)}", errors)
+    raise TasksFailedError(f"{len(failed)} task(s) failed: {'; '.join(texts[:_NAMED] + more)}", errors)
 
 
 _default_lock = threading.RLock()
@@ -329,11 +334,11 @@ def set_default_runtime(runtime: Runtime | None) -> Runtime | None:
         the previous one; it is not shut down.
 
     Raises:
-        UsageError: it is not a Runtime.
+        ArgumentTypeError: it is not a Runtime.
     """
     global _default
     if runtime is not None and not isinstance(runtime, Runtime):
-        raise UsageError(f"set_default_runtime() takes a Runtime or None, not {type(runtime).__name__}")
+        raise ArgumentTypeError(f"set_default_runtime() takes a Runtime or None, not {type(runtime).__name__}")
 
     with _default_lock:
         before, _default = _default, runtime
