@@ -1,7 +1,7 @@
 """Cache of results across processes: a query about unchanged files is not computed again.
 
-An entry contains the files' identities (inode, size, time of modification) and is valid only while they are the same. A
-cache that cannot be read or written is ignored.
+An entry contains the files' identities (inode, size, times of modification and of change) and is valid only while they
+are the same. A cache that cannot be read or written is ignored.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ _FTRACE = re.compile(rb"^# tracer: |^[ \t]*\S[^\n]{0,40}-\d+ +(?:\( *[\d-]+\) +)
 _SYSTRACE = (b"systrace", b"trace-viewer", b"trace viewer", b"tracing_analyzer")
 _SNIFFED_BYTES = 64 * 1024  # of a file in a folder: torch.profiler writes its device properties before the events
 
-Identity = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in nanoseconds
+# Device, inode, size in bytes, times of modification and of change in nanoseconds.
+Identity = tuple[int, int, int, int, int]
 
 
 def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -70,7 +71,7 @@ def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
 def identity(path: Path) -> Identity:
     """Return values that change when a file is written to or replaced."""
     stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # mtime can be set
 
 
 def looks_like_a_trace(path: Path) -> bool:
