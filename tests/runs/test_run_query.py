@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
             report.setup.params, report.metrics = {"lr": lr, "opt": "Adam W"}, {"loss": MetricSection(last=10 * lr)}
             save_report(run, report)
 
-    write_labels(folder / "run-b", RunLabels(tags=["baseline"], note="slow disk"))
+    write_labels(folder / "run-b", RunLabels(tags=["baseline", "night"], note="slow disk"))
     return [RunFields(info) for info in list_runs(folder)]
 
 
@@ -46,6 +46,9 @@ def runs(tmp_path_factory):
         ("state=failed", "b"),
         ("state=FINISHED", "ca"),
         ("!tag:baseline", "ca"),
+        ("tags=Night", "b"),
+        ("tags!=baseline", "ca"),
+        ("tags=", "ca"),
         ("opt~adam", "ba"),
         ("opt='Adam W'", "ba"),
         ("note~disk", "b"),
@@ -96,5 +99,5 @@ def test_record_has_the_columns(runs):
     """Facts of the list, and values by name."""
     record = runs[1].record(["lr", "loss"])
 
-    assert (record.id, record.tags, record.values) == ("run-b", ["baseline"], {"lr": 0.01, "loss": 0.1})
+    assert (record.id, record.tags, record.values) == ("run-b", ["baseline", "night"], {"lr": 0.01, "loss": 0.1})
     assert json.loads((runs[1].info.path / "report.json").read_text())["steps"]["mean_ms"] == record.step_ms

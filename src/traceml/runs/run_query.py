@@ -168,8 +168,8 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
 
     Args:
         conditions: terms with spaces between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"; a value may be a
-            date), `tag:TAG`, or a word that the id, project, state, verdict or a tag contains; `!` before a term
-            negates it.
+            date), `tag:TAG` or `tags=TAG`, or a word that the id, project, state, verdict or a tag contains; `!` before
+            a term negates it.
 
     Raises:
         UsageError: a term cannot be understood, or names something that no run has.
@@ -227,6 +227,9 @@ def _test(term: str, runs: Sequence[SearchedRun]) -> Callable[[SearchedRun], boo
         raise UsageError(f"--where: {term} compares numbers with {wanted!r}, which is no number and no date")
 
     compared = "=" if sign == "==" else sign
+    if name == "tags" and wanted and compared in ("=", "!="):  # one of them; `tags=` is a run without any
+        return lambda run: any(_holds(tag, "=", wanted) for tag in run.tags) == (compared == "=")
+
     return lambda run: _holds(run.value(name), compared, wanted)
 
 
