@@ -83,6 +83,7 @@ def test_damage_is_reported_and_the_rest_is_written(run_dir, tmp_path, capsys):
         (["--format", "pfw", "-o", "x.json"], "ends in .pfw.gz or .pfw"),
         (["--format", "xml"], "unknown format xml. Formats: perfetto, pfw, parquet, csv\n"),
         (["--format", "csv", "-o", "store.db"], "store.db is a file"),
+        (["--format", "pfw", "-o", "-"], "not standard output"),
     ],
 )
 def test_wrong_words(run_dir, monkeypatch, capsys, words, said):

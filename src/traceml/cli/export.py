@@ -53,6 +53,9 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Export a run."""
     options = parse(ExportOptions, argv, prog="traceml export")
+    if options.output == "-":
+        raise UsageError("-o -: an export is a file or a folder, not standard output; name it, as run.pfw.gz")
+
     export_format = _format(options)
     config = config_over(options.runs_dir)
     run_dir = find_run(options.run, config.runs_dir)
