@@ -126,6 +126,21 @@ def test_a_resumed_training_has_the_steps_of_this_run(tmp_path):
     assert report["ranks"][0]["exit"]["last_step"] == 5_099
 
 
+def test_numbers_that_a_script_leaves_out_are_no_speed(tmp_path):
+    """It numbers its steps after the first ones: 5,000 numbers passed within one step."""
+    writer = open_store(tmp_path / "run")
+    for rank, rows in enumerate(rows_of(Job(steps=100))):
+        rows["step"][60:] += 5_000
+        add_info(writer, add_rank(writer, rank, rows), kind="resumed", step=5_060, before=5_000)
+
+    writer.close()
+
+    steps = report_on(tmp_path / "run")["steps"]
+
+    assert steps["count"] == 100
+    assert steps["per_second"] == pytest.approx(1000 / steps["mean_ms"], rel=0.1)
+
+
 def test_a_number_that_no_step_has_yet_is_not_counted(tmp_path):
     """The script gave it after its last step so far; the second rank has trained on from it."""
     writer = open_store(tmp_path / "run")

@@ -118,9 +118,12 @@ def _per_second(summary: RunSummaryReader) -> float | None:
         return None
 
     rank = int(np.argmax(latest))
-    first_step, first_end = summary.first.get(rank, (int(latest[rank]), int(ends[rank])))
+    last_step = int(latest[rank])
+    first_step, first_end = summary.first.get(rank, (last_step, int(ends[rank])))
     passed_ns = int(ends[rank]) - first_end
-    return significant((int(latest[rank]) - first_step) / (passed_ns / 1e9)) if passed_ns > 0 else None
+    before = summary.facts_builder.numbers.before
+    number = last_step - before(rank, last_step) - (first_step - before(rank, first_step))
+    return significant(number / (passed_ns / 1e9)) if passed_ns > 0 else None
 
 
 def phases(summary: RunSummaryReader, window: AlignedSteps) -> list[PhaseSection]:
