@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 __all__ = ["CASES", "QUIET", "Case"]
 
-QUIET = frozenset({"HEALTHY", "COMPUTE_BOUND", "CPU_CONTENTION"})
-"""Verdicts of runs whose code has no fault; they may have too few cores."""
+QUIET = frozenset({"HEALTHY", "COMPUTE_BOUND", "CPU_CONTENTION", "AFTER_STEPS"})
+"""Verdicts of runs whose steps have no fault; they may have too few cores, and end with other code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,8 +84,8 @@ ELABORATED = {"MEMORY_LEAK, workers"}  # the summary begins with the headline, a
 
 
 def found(job: Job, *faults, **facts) -> list[Finding]:
-    lines = LATE_LINES if job.ranks > 2 else LINES
-    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, lines=lines, **facts))
+    known = {"lines": LATE_LINES if job.ranks > 2 else LINES, **facts}
+    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, **known))
 
 
 def reduced_often() -> BatchHistory:
@@ -157,6 +157,11 @@ CASES: dict[str, Callable[[], list[Finding]]] = {
         ALONE, time=replace(RunTime.of(200.0, {"steps": 110.0, "startup": 90.0}), compile_s=70.0)
     ),
     "EVAL_HEAVY": lambda: found(ALONE, time=RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)),
+    "AFTER_STEPS": lambda: found(
+        ALONE,
+        time=RunTime.of(100.0, {"startup": 20.0, "steps": 30.0, "idle": 50.0}),
+        lines=(SampledLine(0, "after", "/x/train.py", 7, "plot", None, 97),),
+    ),
     "CHECKPOINT_STALLS": lambda: found(ALONE, adds("checkpoint", 100, every=20)),
     "GC_PAUSES": lambda: found(ALONE, adds("other", 30), pauses=collected(r0=collections(30, called=True))),
     "GC_PAUSES, by the interpreter": lambda: found(

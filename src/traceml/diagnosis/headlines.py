@@ -428,9 +428,20 @@ def evaluation(finding: FindingFacts) -> str:
     what = "inference" if evidence.get("steps") == 0 else "evaluation"
     or_play = " or self-play" if "samples_per_call" in evidence else ""
     on_ranks = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
-    line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
-    mostly = f", mostly at {line}" if line else ""
-    return f"{_run_share(finding)} is {what}{or_play}{on_ranks}{mostly}"
+    return f"{_run_share(finding)} is {what}{or_play}{on_ranks}{_mostly_at(finding)}"
+
+
+def after_steps(finding: FindingFacts) -> str:
+    """Return `60 % of the run's time is after the last step, mostly at train.py:80 plot`."""
+    return f"{_run_share(finding)} is after the last step{_mostly_at(finding)}"
+
+
+def _mostly_at(finding: FindingFacts) -> str:
+    evidence = finding.evidence
+    if "function" not in evidence:
+        return ""
+
+    return f", mostly at {line_text(evidence['file'], evidence['line'], evidence['function'])}"
 
 
 def _run_share(finding: FindingFacts) -> str:

@@ -86,6 +86,7 @@ class Kind(StrEnum):
     JITTER = "JITTER", KindRule(headlines.long_steps)
     STARTUP = "STARTUP", KindRule(headlines.startup, cost_of=_RUN_TIME)
     EVAL_HEAVY = "EVAL_HEAVY", KindRule(headlines.evaluation, cost_of=_RUN_TIME)
+    AFTER_STEPS = "AFTER_STEPS", KindRule(headlines.after_steps, cost_of=_RUN_TIME)
     CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     GC_PAUSES = "GC_PAUSES", KindRule("Garbage collection stops the training: {share}")
     RECOMPILES = "RECOMPILES", KindRule(headlines.recompiles, cost_of=_RUN_TIME)

@@ -40,7 +40,7 @@ from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer
-from traceml.diagnosis.rules.outside_steps import after_steps_advice, outside_steps
+from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
 from traceml.diagnosis.rules.slowdown import (
@@ -112,11 +112,8 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
 
 
 def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:
-    """Return a finding about the time of steps with advice on what holds beside its cause.
-
-    That is code after the last step which takes longer than all steps, and what makes each of them slower.
-    """
-    return replace(finding, next=" ".join(filter(None, (finding.next, after_steps_advice(facts), left_on(facts)))))
+    """Return a finding about the time of steps with advice on what makes each of them slower, beside its cause."""
+    return replace(finding, next=" ".join(filter(None, (finding.next, left_on(facts)))))
 
 
 def _judged(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:

@@ -25,7 +25,7 @@ from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.jitter import LINE_SHARE
-from traceml.diagnosis.rules.outside_steps import after_steps_advice, uncovered_time_text
+from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
@@ -99,13 +99,12 @@ def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
     cheaper = own.advice if own else _when_healthy(shares, facts) + ("" if work.grouped else _untrained(shares, step))
     summary, action = short or (healthy, pause.action or cheaper)
-    after = after_steps_advice(facts)
     return Finding.of(
         Kind.HEALTHY,
         summary=summary + uncovered_time_text(facts),
-        next=after or action,
+        next=action,
         evidence=evidence,
-        speedup_if_fixed=own.gain if own and not (after or pause.action) else 1.0,
+        speedup_if_fixed=own.gain if own and not pause.action else 1.0,
     )
 
 
@@ -267,7 +266,7 @@ def _compute_bound(
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
-    pause, after = _pauses(work, facts, step), after_steps_advice(facts)
+    pause = _pauses(work, facts, step)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
     if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
         watches = (
@@ -286,9 +285,9 @@ def _compute_bound(
             f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
             f"{pause.text}{uncovered_time_text(facts)}"
         ),
-        next=after or " ".join(filter(None, (pause.action, faster))),
+        next=" ".join(filter(None, (pause.action, faster))),
         evidence={**evidence, "compute_share": compute, **line, **pause.evidence},
-        speedup_if_fixed=own.gain if own and not (after or pause.action) else 1.0,
+        speedup_if_fixed=own.gain if own and not pause.action else 1.0,
     )
 
 

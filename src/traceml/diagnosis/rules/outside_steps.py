@@ -1,4 +1,4 @@
-"""Parts of the run's wall time outside the steps: a long start-up, much evaluation."""
+"""Parts of the run's wall time outside the steps: a long start-up, much evaluation, code after the last step."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from traceml.diagnosis.steps.own_work import is_grouped
 from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import capitalized, count_text, duration_text, factor_text, part_words, percent_text, ranks_text
 
-__all__ = ["after_steps_advice", "outside_steps", "uncovered_time_text"]
+__all__ = ["outside_steps", "uncovered_time_text"]
 
 STARTUP_S = 5.0
 """A shorter start-up is not reported."""
+AFTER_STEPS_S = 5.0
+"""Less time after the last step is not reported: processes need some to end."""
 LONG_STARTUP_S = 60.0
 """From here on a long start-up is a warning, without its waiting for a core."""
 _REPORTED_WAIT = 0.25
@@ -46,7 +48,7 @@ _REPORTED_SHORT = 0.05
 
 
 def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
-    """Return the findings about a long start-up and much evaluation; none where the run's time is not known.
+    """Return the findings about the run's time outside of its steps; none where that is not known.
 
     Args:
         window: aligned steps, which show whether ranks wait for those that evaluate alone.
@@ -77,7 +79,29 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
             _play(time, line) if facts.plays and not alone else _evaluation(time, evaluation_s, line, alone, facts)
         )
 
+    after = outside_line(lines, LINE_AFTER_STEPS)  # None while the run goes on
+    after_s, is_most = time.seconds.get("idle", 0.0), time.share("idle") >= max(HEAVY_SHARE, time.in_steps)
+    if after is not None and time.in_steps > 0 and after_s >= AFTER_STEPS_S and is_most:
+        found.append(_after_steps(time, after_s, after))
+
     return found
+
+
+def _after_steps(time: RunTime, seconds: float, line: BlamedLine) -> Finding:
+    """Return the finding about code after the last step that takes longer than all steps."""
+    share = time.share("idle")
+    return Finding.of(
+        Kind.AFTER_STEPS,
+        severity=Severity.WARNING,
+        summary=(
+            f"{duration_text(seconds)} of the run's {duration_text(time.wall_s)} ({percent_text(share)}) passed after "
+            f"the last step{line.of_it}; all steps together took {percent_text(time.in_steps)}."
+        ),
+        next=f"Look at {line.place}: make it cheaper, or run it apart from the training.",
+        evidence={"after_s": seconds, "wall_s": time.wall_s, "share": share, **line.evidence(share)},
+        cost_share=share,
+        speedup_if_fixed=speedup_of_share(line.share * share),
+    )
 
 
 def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
@@ -391,23 +415,6 @@ def uncovered_time_text(facts: JobFacts) -> str:
         return ""
 
     return f" The rest of the run's {duration_text(time.wall_s)}: {_largest(time, facts.lines)}."
-
-
-def after_steps_advice(facts: JobFacts) -> str:
-    """Return the advice where code after the last step takes more of the run than the steps; else empty."""
-    time = facts.time
-    if time is None or time.share("idle") < max(HEAVY_SHARE, time.in_steps):
-        return ""
-
-    line = outside_line(facts.lines, LINE_AFTER_STEPS)
-    if line is None:
-        return ""
-
-    share = percent_text(line.share * time.share("idle"))
-    return (
-        f"Look at {line.place}, after the last step: it takes {share} of the run. Make it cheaper, or run it apart "
-        "from the training."
-    )
 
 
 def _largest(time: RunTime, lines: Sequence[SampledLine]) -> str:
