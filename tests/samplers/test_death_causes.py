@@ -20,6 +20,7 @@ def test_kills_are_counted_from_the_start(tmp_path: Path) -> None:
     assert before["oom_kills"] == 0
     assert causes.facts()["oom_kills"] == 2
     assert 0 < causes.facts()["shm_bytes"] <= shared.f_blocks * shared.f_frsize
+    assert 0 <= causes.facts()["shm_used_bytes"] <= causes.facts()["shm_bytes"]
 
 
 def test_a_kernel_without_the_counter_says_nothing(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class InfoKind(StrEnum):
     SAME_ORDER = "same_order", "a shuffling DistributedSampler gives the same order in each epoch", "number"
     WORKER_LOST = (
         "worker_lost", "a loader worker has died",
-        "pid message step worker workers signal code oom_kills shm_bytes memory_limit_bytes",
+        "pid message step worker workers signal code oom_kills shm_bytes shm_used_bytes memory_limit_bytes",
     )  # fmt: skip
     INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first autocast tf32"
     # Model and training.

@@ -172,12 +172,13 @@ class DeathCauses:
         self._before = count_kills(self._counter)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is known: `oom_kills` since the start, `shm_bytes`, `memory_limit_bytes`."""
+        """Return what is known: `oom_kills` since the start, memory, and shared memory with its use."""
         shared = file_system("/dev/shm")  # noqa: S108 - it is only measured
         kills, memory = count_kills(self._counter), _memory_limit()
         known = {
             "oom_kills": None if kills is None or self._before is None else kills - self._before,
             "shm_bytes": shared[1] if shared else None,
+            "shm_used_bytes": shared[0] if shared else None,
             "memory_limit_bytes": memory,
         }
         return {key: value for key, value in known.items() if value is not None}

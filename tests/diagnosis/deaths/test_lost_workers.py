@@ -144,6 +144,9 @@ def test_a_death_that_is_reported_already_is_not_reported_again(facts):
         ({"signal": 9}, "dmesg"),
         ({"signal": 7, "shm_bytes": 64 << 20}, "/dev/shm of 64.0 MiB more room (docker run --shm-size=8g"),
         ({"signal": 7, "shm_bytes": 16 << 30}, "--shm-size=32g"),
+        ({"signal": 7, "shm_bytes": 16 << 30, "shm_used_bytes": 9 << 30}, "--shm-size=32g"),
+        ({"signal": 7, "shm_bytes": 64 << 20, "shm_used_bytes": 0}, "--shm-size=8g"),  # its own batch is gone
+        ({"signal": 7, "shm_bytes": 16 << 30, "shm_used_bytes": 1 << 30}, "only 6 % was used: probably a mapped file"),
         ({"signal": 11}, "faulthandler"),
         ({"signal": 15}, "what sent the signal"),
         ({"code": 1}, "num_workers=0"),

@@ -11,13 +11,14 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import bytes_text, capitalized, count_text, ranks_text
+from traceml.formatting import bytes_text, capitalized, count_text, percent_text, ranks_text
 from traceml.process_ends import CRASHES, exit_text
 
 __all__ = [
     "BUS_ERROR",
     "KILL",
     "death_words",
+    "for_mapped_file",
     "for_shared_memory",
     "for_worker",
     "worker_causing_end",
@@ -87,6 +88,7 @@ def worker_evidence(lost: LostWorker) -> dict[str, Any]:
         step=lost.step,
         oom_kills=lost.oom_kills,
         shm_bytes=lost.shm_bytes if lost.signal == BUS_ERROR else None,
+        shm_used_bytes=lost.shm_used_bytes if lost.signal == BUS_ERROR else None,
         memory_limit_bytes=lost.memory_limit_bytes if lost.signal == KILL else None,
     )
 
@@ -95,6 +97,8 @@ BUS_ERROR = 7
 """Number of SIGBUS, by which a process ends that writes to shared memory when that is full."""
 KILL = 9
 """Number of SIGKILL."""
+_AMPLE_GIB = 8
+_AMPLE_BYTES = _AMPLE_GIB << 30  # free after the death: no batch of a worker needs so much
 
 
 def for_worker(lost: LostWorker) -> str:
@@ -103,7 +107,11 @@ def for_worker(lost: LostWorker) -> str:
         return _for_killed_worker(lost)
 
     if lost.signal == BUS_ERROR:
-        return for_shared_memory(lost.shm_bytes)
+        shared, used = lost.shm_bytes, lost.shm_used_bytes
+        if shared is not None and used is not None and shared - used >= _AMPLE_BYTES:
+            return for_mapped_file(used, shared)
+
+        return for_shared_memory(shared)
 
     if lost.signal in CRASHES:
         return (
@@ -129,10 +137,23 @@ def _for_killed_worker(lost: LostWorker) -> str:
     return f"Look for the kernel's out-of-memory killer (dmesg). If it was that: {less}."
 
 
+def for_mapped_file(used: int, shared: int, where: str = "") -> str:
+    """Return advice on SIGBUS where little of the shared memory was used.
+
+    Args:
+        where: the line that reads the file, as ` at train.py:12 f`.
+    """
+    return (
+        f"Of /dev/shm only {percent_text(used / shared)} was used: probably a mapped file{where} has become shorter, "
+        "or could not be read (numpy.memmap, safetensors, torch.load with mmap). Write a new file and rename it, "
+        "instead of changing one that a job reads; dmesg reports a failing disk."
+    )
+
+
 def for_shared_memory(shm_bytes: int | None = None) -> str:
     """Return advice on shared memory that ran out."""
     size = "" if shm_bytes is None else f" of {bytes_text(shm_bytes)}"
-    wanted = max(8, 2 * ((shm_bytes or 0) >> 30))
+    wanted = max(_AMPLE_GIB, 2 * ((shm_bytes or 0) >> 30))
     docker = f"docker run --shm-size={wanted}g or --ipc=host"
     return (
         f"Shared memory has probably run out: give /dev/shm{size} more room ({docker}; in Kubernetes an emptyDir with "

@@ -22,6 +22,7 @@ class LostWorker(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         worker, workers: its number in the loader, from 0, and how many there were.
         oom_kills: processes that the kernel's out-of-memory killer had ended since the start of the rank.
+        shm_bytes, shm_used_bytes: shared memory of the host, and its use after the death, without the worker's own.
     """
 
     pid: int
@@ -32,6 +33,7 @@ class LostWorker(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     oom_kills: int | None = None
     shm_bytes: int | None = None
+    shm_used_bytes: int | None = None
     memory_limit_bytes: int | None = None
 
 
