@@ -43,6 +43,7 @@ __all__ = [
     "left_on",
     "longer_limit",
     "same_collectives",
+    "stop_together",
     "waiting_text",
 ]
 
@@ -84,7 +85,17 @@ def even_batches(*, is_certain: bool = False) -> str:
         "give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
         "torch.distributed.algorithms.join.Join, which lets ranks end early."
     )
-    return capitalized(how) if is_certain else f"If the data ended there, {how}"
+    return capitalized(how) if is_certain else f"If the data ended there, {how} {stop_together()}"
+
+
+def stop_together(*, is_certain: bool = False) -> str:
+    """Return advice on ranks that leave their loop by a condition of their own.
+
+    Args:
+        is_certain: whether it is known that their data had not ended.
+    """
+    how = "let all ranks decide alike whether to leave the loop (early stopping, a limit): all_reduce the condition."
+    return capitalized(how) if is_certain else f"Otherwise {how}"
 
 
 def same_collectives() -> str:

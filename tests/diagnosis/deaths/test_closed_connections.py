@@ -32,6 +32,7 @@ def test_a_rank_whose_script_ended_first_is_the_cause() -> None:
     assert finding.headline == "Rank 1 ended before the others"
     assert (finding.ranks, finding.evidence["cause"], finding.evidence["followed"]) == ((1,), "left_early", [0])
     assert "drop_last" in finding.next
+    assert "Otherwise let all ranks decide alike whether to leave the loop (early stopping" in finding.next
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,9 @@ def test_data_that_ended_first_is_told(left: dict[str, bool], cut: dict[str, Any
     (finding,) = rank_lost(JobFacts(exits=(after, before), world_size=2))
 
     assert ("The data of rank 1 had ended (41 batches)." in finding.summary) is is_told
-    assert finding.next.startswith("Give each rank the same number" if is_told else "If the data ended there, give")
+    has_left = not left["data_ended"]
+    or_else = "Let all ranks decide alike whether to leave" if has_left else "If the data ended there, give each rank"
+    assert finding.next.startswith("Give each rank the same number" if is_told else or_else)
 
 
 def test_the_line_that_ended_the_script_is_told() -> None:
@@ -132,6 +135,12 @@ def test_a_rank_that_left_the_group_and_runs_is_looked_for() -> None:
         ("RuntimeError: Cannot use ReduceOp.PREMUL_SUM with Gloo", "Read a.py:3"),
         ("ValueError: Invalid process group specified", "Read a.py:3"),
         ("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, invalid usage", "Read a.py:3"),
+        (
+            "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. "
+            "port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
+            "Port 29500 is taken: by an earlier job",
+        ),
+        ("OSError: [Errno 98] Address already in use", "The port is taken: by an earlier job"),
         (
             "BrokenPipeError: [Errno 32] Broken pipe",
             "a.py:3 wrote to a pipe or a connection that its reader had closed",

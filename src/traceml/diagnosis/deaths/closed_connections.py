@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives
+from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives, stop_together
 from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -33,7 +33,7 @@ _PEER_GONE = (
     "distnetworkerror",
     "store->get",
 )
-_OWN_ERRORS = ("collective mismatch", "invalid usage", "invalid argument", "duplicate gpu", "cuda error")
+_OWN_ERRORS = ("collective mismatch", "invalid usage", "invalid argument", "duplicate gpu", "cuda error", "eaddrinuse")
 """What the same sources say of a call that its own arguments or device made fail."""
 
 
@@ -70,7 +70,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
             summary=" ".join(filter(None, [_summary(gone, causes, failed), *why])),
-            next=_advice(first, failed, diverged) if data is None else even_batches(is_certain=True),
+            next=_advice(gone, failed, diverged) if data is None else even_batches(is_certain=True),
             evidence=known_facts(
                 cause="left_early",
                 code=first.code or 0,
@@ -101,14 +101,17 @@ def _ended_data(gone: Sequence[RankExit], failed: RankExit) -> UnevenData | None
     return UnevenData(tuple(sorted(each.rank for each in gone)), (batches[0], batches[-1]))
 
 
-def _advice(first: RankExit, failed: RankExit, diverged: DivergedRanks | None) -> str:
+def _advice(gone: Sequence[RankExit], failed: RankExit, diverged: DivergedRanks | None) -> str:
+    first = gone[0]
     if first.skipped_exit:
         return explicit_exit()
 
+    has_data = all(each.data is not None and each.data.batches >= 0 and not each.data.is_over for each in gone)
+    end = stop_together(is_certain=True) if has_data else even_batches()
     if first.place:
-        return f"Look at why rank {first.rank} comes to {first.place}, which ends it alone. {even_batches()}"
+        return f"Look at why rank {first.rank} comes to {first.place}, which ends it alone. {end}"
 
-    return even_batches() if failed.in_step and diverged is None else same_collectives()
+    return end if failed.in_step and diverged is None else same_collectives()
 
 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:

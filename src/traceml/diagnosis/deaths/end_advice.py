@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable
 
@@ -9,17 +10,19 @@ from traceml.database.schema import Resource
 from traceml.diagnosis.advice import even_batches, explicit_exit, longer_limit, same_collectives, without_answers
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, seen_text, signal_of_code, was_cut_off
-from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_shared_memory
+from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.formatting import capitalized, count_text, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, count_text, phase_words, ranks_text
 from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
 
 _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection refused", "no route to host")
 """What process groups say when they cannot be set up."""
+_TAKEN = ("eaddrinuse", "address already in use")
+_PORT = re.compile(r"\bport: (\d+)")  # in what torch's store says
 _MOST_TOLD = 3
 """Ranks whose place in the script is reported."""
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
@@ -29,8 +32,9 @@ _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failur
 
 
 def _lacks_disk(ended: RankExit) -> bool:
-    # The last is what torch.save says when its file could not be written to the end.
+    # These are what torch.save says when its file could not be written to the end.
     is_cut = ended.exception_mentions("inline_container.cc") and ended.exception_mentions("unexpected pos")
+    is_cut = is_cut or (ended.open_phase == "checkpoint" and ended.exception_mentions("iostream error"))
     return is_cut or ended.exception_mentions("no space left", "quota exceeded")
 
 
@@ -76,12 +80,7 @@ def _for_bus_error(ended: RankExit, facts: JobFacts) -> str:
     if shared.is_near:
         return for_shared_memory(shared.limit)
 
-    where = f" at {ended.place}" if ended.place else ""
-    return (
-        f"Of /dev/shm only {percent_text(shared.share)} was used: probably a mapped file{where} has become shorter, or "
-        "could not be read (numpy.memmap, safetensors, torch.load with mmap). Write a new file and rename it, instead "
-        "of changing one that a job reads; dmesg reports a failing disk."
-    )
+    return for_mapped_file(shared.used, shared.limit, f" at {ended.place}" if ended.place else "")
 
 
 def _for_memory(memory: MemoryEnd) -> str:
@@ -143,6 +142,17 @@ def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
     return (
         f"Rank {ended.rank} waited for other ranks until the time limit of its collective{where}. Let all ranks come "
         f"to it, or {longer_limit()}"
+    )
+
+
+def _for_taken_port(ended: RankExit, _: JobFacts) -> str:
+    """Return advice on a server whose port another program has: the store of a group, or the script's own."""
+    found = _PORT.search(ended.exception or "")
+    has = f"Port {found[1]} is taken" if found else "The port is taken"
+    return (
+        f"{has}: by an earlier job that still runs, another job on this host, or the launcher's own store "
+        "(`ss -ltnp` names the process). End that, or take another port: MASTER_PORT, or --standalone of torchrun, "
+        "which takes a free one."
     )
 
 
@@ -289,6 +299,7 @@ _ADVICE: tuple[tuple[_Applies, _Text], ...] = (
             "the one before."
         ),
     ),
+    (lambda ended, _: ended.exception_mentions(*_TAKEN), _for_taken_port),
     # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
     (lambda ended, _: ended.exception_mentions("too many open files", "items of ancdata"), _for_files),
     (
