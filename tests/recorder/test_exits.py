@@ -6,6 +6,8 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from torch._utils import ExceptionWrapper
@@ -178,6 +180,28 @@ def test_the_complaint_of_torchs_writer_is_what_broke_the_file(before: BaseExcep
     assert cause_of(complaint) is (before or complaint)
     assert cause_of(other) is other
     assert describe(complaint)["exception"] == type(before or complaint).__name__
+
+
+def test_the_line_of_what_a_library_handles_is_the_one_that_called_it(tmp_path: Path) -> None:
+    """Of a full disk torch's writer raises two errors: the traceback of the first begins in torch."""
+    library = tmp_path / "site-packages" / "writer.py"
+    library.parent.mkdir()
+    library.write_text(
+        "def write():\n"
+        "    try:\n"
+        "        open('/missing/model.pt')\n"
+        "    finally:\n"
+        "        raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 800 vs 0')\n"
+    )
+    space: dict[str, Any] = {}
+    exec(compile(library.read_text(), str(library), "exec"), space)  # noqa: S102 - our own text
+    with pytest.raises(RuntimeError) as raised:
+        space["write"]()
+
+    facts = describe(raised.value)
+    assert facts["exception"] == "FileNotFoundError"
+    assert facts["file"].endswith("test_exits.py")
+    assert facts["function"] == "test_the_line_of_what_a_library_handles_is_the_one_that_called_it"
 
 
 @pytest.mark.parametrize(("code", "cause"), [(0, False), (None, False), (2, True), ("2 of 3", True)])

@@ -295,7 +295,7 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     only the line is known.
     """
     cause = cause_of(error)
-    facts = {} if cause is None else _described(cause)
+    facts = {} if cause is None else _described(cause, _frames_above(error, cause))
     if not isinstance(error, SystemExit):
         return facts
 
@@ -339,15 +339,33 @@ def _place(frame: traceback.FrameSummary) -> _Place:
     return {"file": display_path(frame.filename), "line": frame.lineno or 0, "function": frame.name}
 
 
-def _described(error: BaseException) -> dict[str, Any]:
-    """Return the fields for an exception that is no SystemExit."""
+def _frames_above(error: BaseException | None, cause: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames above the one that caught a cause, which are in the traceback of the error that followed."""
+    above: list[traceback.FrameSummary] = []
+    trace, caught = None if error is None or error is cause else error.__traceback__, cause.__traceback__
+    while trace is not None and caught is not None:
+        if trace.tb_frame is caught.tb_frame:
+            return above
+
+        above += traceback.extract_tb(trace, limit=1)
+        trace = trace.tb_next
+
+    return []
+
+
+def _described(error: BaseException, above: list[traceback.FrameSummary]) -> dict[str, Any]:
+    """Return the fields for an exception that is no SystemExit.
+
+    Args:
+        above: frames above those of its traceback.
+    """
     kind = type(error)
     name = (
         kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
     )
     text = _text_of(error)
     facts: dict[str, Any] = {"exception": name, "message": secrets_only().mask_text(text[:_MESSAGE_CHARS])}
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [*above, *traceback.extract_tb(error.__traceback__)]
     shown = [frame for frame in frames if not is_package_file(frame.filename)] or frames
     if shown:
         # The innermost line may be deep in a library; the user needs the line of their own code that led there.
