@@ -807,6 +807,23 @@ def test_advice_is_on_the_host_only_where_its_cores_explain_the_growth(growth_ms
     assert finding.next.startswith("End or move what else runs on the host") is is_host
 
 
+@pytest.mark.parametrize(("now_ms", "phase"), [(70.0, "other"), (40.0, None)])
+def test_code_that_grows_is_told_although_it_waits_for_cores_more_often(now_ms: float, phase: str | None) -> None:
+    """From a core for 84 % of the time to one for 49 %: of what takes 5 times as long, 2.9 times is not of the cores."""
+    samples = MachineSamples()
+    rows = np.zeros(60, PROCESS.dtype)
+    rows["step"], rows["t_ns"] = np.arange(60) * WIDTH, np.arange(60) * 1000 * MS
+    rows["main_wait_ns"] = np.cumsum(np.where(AT < 20, 0.16, 0.51)) * 1000 * MS
+    samples.add(PROCESS.name, 0, rows)
+    parts = {"forward": np.full(BINS, 4.0) * MS, "other": (10.0 + (now_ms - 10.0) * AT / BINS) * MS}
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(run, JobFacts(samples=samples))
+
+    assert finding.phase == phase
+    assert "Meanwhile the training waited for a CPU core" in finding.summary
+
+
 @pytest.mark.parametrize(("last_ms", "told"), [(150.0, False), (80.0, True)])
 def test_a_run_that_ends_in_a_series_of_long_steps_did_not_become_slower(last_ms: float, told: bool) -> None:
     """There were such series before: the steps that are long at times are told. Those of another length are others."""

@@ -59,6 +59,8 @@ MIN_REST_SHARE = 0.02
 """The rest of the step is this share of it at least: one without time, as without communication, is no faster."""
 EXPLAINED_LOSS = 0.5
 """What explains this share of what the steps lost is a cause of it."""
+STILL_SLOWER = 2.5
+"""Steps that are this many times as long, also if they had not lost cores, have another cause."""
 SAME_PACE = 1.15
 """Steps that are longer by no more than this factor of the growth of their batches have more work, and no fault."""
 _COMM = "comm"
@@ -333,12 +335,16 @@ def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
 
 
 def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool:
-    """Return whether the loss of cores explains half of what the steps lost."""
+    """Return whether the loss of cores explains half of what the steps lost, and they would not be far slower without.
+
+    A list that grows takes a core more often, too: what uses more of them waits more for them.
+    """
     # What a step would be shorter by if its thread had its core as often as in the others.
     waits = ((each.before, each.then) for each in beside if each.name == "cpu_wait_share")
     waited = next((1 - (1 - then) / max(1 - before, 0.01) for before, then in waits), 0.0)
     taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
-    return waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
+    is_cause = waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
+    return is_cause and change.factor * (1 - waited) < STILL_SLOWER
 
 
 def _may_be_cores(change: LevelChange, facts: JobFacts) -> bool:
