@@ -298,6 +298,24 @@ def test_waiting_for_the_other_ranks_is_nothing_to_cache():
     assert found.next.startswith("It waits there for the other ranks to join the process group")
 
 
+@pytest.mark.parametrize(("rank_1", "says"), [(0, "63 % of it in train.py:12 download on rank 0"), (42, None)])
+def test_a_start_up_that_one_rank_makes_long_names_what_it_does(rank_1: int, says: str | None) -> None:
+    """Rank 1 waits in a barrier while rank 0 downloads; or it computes as long, each in a line of its own."""
+    barrier = "/lib/torch/distributed/distributed_c10d.py:5283 barrier"
+    lines = (
+        SampledLine(0, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 25),
+        SampledLine(0, "startup", "/x/train.py", 12, "download", None, 42),
+        SampledLine(1, "startup", "/x/train.py", 1, "<module>", f"{IMPORTING}:1165 _find_and_load", 27),
+        SampledLine(1, "startup", "/x/train.py", 16, "main", barrier, 40),
+        SampledLine(1, "startup", "/x/train.py", 18, "prepare", None, rank_1),
+    )
+
+    found = findings(60.0, startup=29.0, steps=31.0, lines=lines, ranks=2)[-1]
+
+    assert found.evidence.get("function") == ("download" if says else None)
+    assert says is None or says in found.summary
+
+
 def compiled(compile_s: float, startup_s: float, wall_s: float = 100.0, **parts: float):
     time = structs.replace(RunTime.of(wall_s, {"startup": startup_s, **parts}), compile_s=compile_s)
     lines = (SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 80),)

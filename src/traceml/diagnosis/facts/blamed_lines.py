@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_PHASES, LINE_THREADS, LINE_WORKERS, PHASE_LABELS, Phase
+from traceml.database.schema import LINE_PHASES, LINE_STARTUP, LINE_THREADS, LINE_WORKERS, PHASE_LABELS, Phase
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     MIN_SAMPLES,
@@ -47,6 +47,7 @@ __all__ = [
     "line_beside_imports",
     "main_library",
     "main_line_share",
+    "of_longest_startup",
     "outside_line",
     "own_line_share",
     "runs_backward",
@@ -76,6 +77,7 @@ _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)
 _PICKLES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$")
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
+_AS_LONG = 0.8  # ranks with this share of the longest start-up begin at about the same time
 _ASLEEP = 0.25  # then the thread must be asleep for this share of the function's time at least
 _CONTENDED, _HARDLY_RUNS = 0.25, 0.1
 AWAITS_ANSWERS = ("Connection._recv", "Connection._recv_bytes")
@@ -317,6 +319,20 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
 
     line = _by_line(lines, part, place).most_common(1)[0][0]
     return BlamedLine(place[0], line, place[1], samples / total, total)
+
+
+def of_longest_startup(lines: Sequence[SampledLine]) -> tuple[SampledLine, ...]:
+    """Return the samples of the start-up of the ranks that work longest before their first step.
+
+    The others wait for them in a collective, or in their first step: what these do meanwhile delays nothing.
+    """
+    startup = [each for each in lines if each.part == LINE_PHASES[LINE_STARTUP]]
+    own: Counter[int] = Counter()
+    for each in startup:
+        own[each.rank] += 0 if _COLLECTIVES.search(each.library or "") else each.samples
+
+    most = max(own.values(), default=0)
+    return tuple(each for each in startup if own[each.rank] >= _AS_LONG * most)
 
 
 def threads_line(lines: Sequence[SampledLine]) -> BlamedLine | None:

@@ -9,7 +9,14 @@ from msgspec.structs import replace
 
 from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES
 from traceml.database.states import RunStatus
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, outside_line, torch_share, workers_line
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    calls_collectives,
+    of_longest_startup,
+    outside_line,
+    torch_share,
+    workers_line,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -105,7 +112,8 @@ def _after_steps(time: RunTime, seconds: float, line: BlamedLine) -> Finding:
 
 
 def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
-    line, imports = outside_line(facts.lines, "startup"), import_share(facts.lines, "startup")
+    lines = of_longest_startup(facts.lines)
+    line, imports = outside_line(lines, "startup"), import_share(lines, "startup")
     is_first = time.share("restart") == 0
     data_share = min(time.first_data_s / startup_s, 1.0) if is_first else 0.0
     if data_share >= _MOST:
@@ -118,12 +126,13 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if is_first and time.set_up_s >= _REPORTED_SET_UP * startup_s:
         return _slow_first_steps(time, startup_s)
 
-    children = child_wait_share(facts.lines, "startup")
+    children = child_wait_share(lines, "startup")
     if children.is_most:
         return _awaiting_startup(time, startup_s, children, line)
 
     mostly_imports = imports.is_most
-    where = f", {imports.text} of it in imports" if mostly_imports else line.of_it if line else ""
+    of_line = line.of_it + _of_ranks(lines, facts) if line else ""
+    where = f", {imports.text} of it in imports" if mostly_imports else of_line
     if data_share >= _REPORTED_SET_UP:  # these shares are of the time before that
         where = f", {duration_text(time.first_data_s)} of it waiting for data"
     # Read once or twice a second: the last reading may be of the first step, and what ran took its time on any core.
@@ -135,7 +144,7 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     if oversubscribed and not own_code:
         advice = _for_cores(startup_s - waited_s, facts.world_size)
     else:
-        waits = line is not None and calls_collectives(facts.lines, "startup", line)
+        waits = line is not None and calls_collectives(lines, "startup", line)
         advice = _FOR_IMPORTS if mostly_imports else _FOR_RANKS if waits else _for_startup(line)
 
     return _startup_finding(
@@ -150,6 +159,12 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
         },
         waited_s=waited_s,
     )
+
+
+def _of_ranks(lines: Sequence[SampledLine], facts: JobFacts) -> str:
+    """Return ` on rank 0` for lines of some of the ranks; empty for those of all."""
+    ranks, known = ({each.rank for each in some if each.part == "startup"} for some in (lines, facts.lines))
+    return f" on {ranks_text(sorted(ranks))}" if ranks < known else ""
 
 
 def _began_text(time: RunTime, startup_s: float, more: str = "") -> str:
