@@ -304,7 +304,7 @@ def _costs(
     found += [each for each in long if not (found_late and each.phase == "comm")]
 
     if not any(finding.kind.rule.is_straggler for finding in found):
-        found += comm_bound(window, work, facts)
+        found += comm_bound(window, with_explained, facts)
 
     return found
 

@@ -54,6 +54,27 @@ def test_a_call_in_each_step_is_reported_with_its_line():
     assert "library" not in verdict.evidence
 
 
+def test_the_line_is_looked_up_in_the_names_of_its_own_rank() -> None:
+    """Rank 1 collects longest, rank 0 most often; they have numbered the lines that they ran in another order."""
+    often, long = (collections(ms, called=True) for ms in (15, 31))
+    long["line_id"] = 6
+    pauses = PauseHistory({0: NAMES[0], 1: {5: LIBRARY, 6: "/x/train.py:31 tidy"}})
+    pauses.add(0, np.repeat(often, 2))
+    pauses.add(1, long)
+
+    (verdict, *_) = found(Job(ranks=2, steps=220), adds("other", 31), pauses=pauses)
+
+    assert "gc.collect() at train.py:31 tidy takes" in verdict.summary
+
+
+def test_communication_beside_collections_is_a_share_of_the_whole_step() -> None:
+    """Steps would be 14 ms without them, of which 10 ms are waiting: that is a tenth of 104 ms."""
+    rows = collections(90, called=True)
+    findings = found(Job(ranks=2, steps=220, comm=10.0), adds("other", 90), pauses=history(r0=rows, r1=rows))
+
+    assert [each.kind for each in findings] == [Kind.GC_PAUSES]
+
+
 @pytest.mark.parametrize(
     ("line", "subject"),
     [

@@ -105,9 +105,10 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     totals = sum(taken.values(), np.zeros_like(work.own)).sum(axis=1)
     has = totals >= 0.5 * totals.max()
     ranks = work.named(has)
-    rows = _rows_in(window, facts, work, called=called)
+    by_rank = _rows_in(window, facts, work, called=called)
+    rows = np.concatenate(list(by_rank.values()))
     lead = int(work.ranks[int(totals.argmax())])
-    single = rows[rows["count"] == 1]
+    single = by_rank[lead][by_rank[lead]["count"] == 1]  # ids of places are those of their rank
     place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
     library = facts.pauses.most_frequent(lead, single, "text_id")
     return _Collections(called, without, ranks, rows, saved_ns(work, without), place, library)
@@ -141,14 +142,14 @@ def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
     return np.clip(values - usual, 0, ns).astype(np.float32)
 
 
-def _rows_in(window: AlignedSteps, facts: JobFacts, work: OwnWork, *, called: bool) -> Rows:
-    found = []
+def _rows_in(window: AlignedSteps, facts: JobFacts, work: OwnWork, *, called: bool) -> dict[int, Rows]:
+    found = {}
     for rank in sorted(facts.pauses.ranks(Pause.COLLECTION).intersection(work.ranks.tolist())):
         rows = facts.pauses.rows(rank, Pause.COLLECTION)
         inside = (rows["step"] >= window.steps[0]) & (rows["step"] <= window.steps[-1])
-        found.append(rows[inside & (rows["called"] == int(called))])
+        found[rank] = rows[inside & (rows["called"] == int(called))]
 
-    return np.concatenate(found)
+    return found
 
 
 def _every(full_ns: float, step_ns: float) -> int:
