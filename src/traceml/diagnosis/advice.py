@@ -471,7 +471,7 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
             f"{their} batches are larger than the others'."
         )
 
-    if part == "input_wait" and (line is None or not line.of_workers):
+    if part == "input_wait" and line is None:
         return (
             f"Compare the data of {names}{at} with another rank's: shard, file system, worker processes; time "
             f"{their} loader alone."
