@@ -90,7 +90,7 @@ _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: same_collectives(),
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
     HangCause.ROOTS: "Pass the same rank as src or dst of that collective on every rank: it is no rank of one's own.",
-    HangCause.CYCLE: "Let all ranks of both groups call these collectives in the same order.",
+    HangCause.CYCLE: "Let all ranks of these groups call these collectives in the same order.",
     HangCause.ENDED: even_batches(),
     HangCause.DATA_ENDED: even_batches(is_certain=True),
     HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
