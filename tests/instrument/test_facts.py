@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -88,6 +89,20 @@ def test_a_lazy_model_is_described_by_the_parameters_that_it_has() -> None:
     """The others have no size before the first call."""
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
     assert model_facts(model).items() >= {"parameters": 10, "trainable": 10, "dtype": "torch.float32"}.items()
+
+
+def test_the_cores_that_the_training_thread_may_use_are_known_where_they_are_fewer() -> None:
+    """As after OMP_PROC_BIND, which binds the main thread of each process to the first core."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        bound = model_facts(nn.Linear(2, 2))["bound_cores"]
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+    one_of_one = os.cpu_count() == 1
+    assert bound == (None if one_of_one else [min(allowed)])
+    assert model_facts(nn.Linear(2, 2))["bound_cores"] == (None if len(allowed) == os.cpu_count() else sorted(allowed))
 
 
 def test_detection_of_anomalies_is_reported_while_it_is_on(traced: Traced) -> None:

@@ -194,7 +194,7 @@ def test_the_line_of_what_a_library_handles_is_the_one_that_called_it(tmp_path: 
         "        raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 800 vs 0')\n"
     )
     space: dict[str, Any] = {}
-    exec(compile(library.read_text(), str(library), "exec"), space)  # noqa: S102 - our own text
+    exec(compile(library.read_text(), str(library), "exec"), space)
     with pytest.raises(RuntimeError) as raised:
         space["write"]()
 

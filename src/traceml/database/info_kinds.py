@@ -84,7 +84,7 @@ class InfoKind(StrEnum):
     MODEL = (
         "model", "a model was called",
         ("model:text parameters:int trainable:int dense_embeddings:int device:text dtype:text torch_threads:int "
-         "compiled parallel:text gradient_size:int gradient_ranks:list step"),
+         "bound_cores:list compiled parallel:text gradient_size:int gradient_ranks:list step"),
     )  # fmt: skip
     OPTIMIZER = "optimizer", "an optimizer has stepped", "optimizer:text groups tensors:int lr fused foreach step"
     TRAINING_BEGINS = "training_begins", "an optimizer of other parameters begins to step", "step"

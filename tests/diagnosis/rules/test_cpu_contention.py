@@ -51,6 +51,27 @@ def oversubscribed(use: MachineSamples, waited: float = 0.4, **facts: object) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("bound", "hosts", "told"),
+    [
+        ({0: [0], 1: [0]}, "hh", "Ranks 0, 1 may run on core 0 only."),
+        ({0: [0, 1], 1: [0], 2: [1]}, "hhh", "Ranks 0-2 may run on cores 0, 1 only."),
+        ({0: [0], 1: [1]}, "hh", None),
+        ({0: [0], 1: [0]}, "hg", None),
+        ({1: [0]}, "hh", None),
+    ],
+    ids=["the same core", "some of these cores", "a core each", "two hosts", "one of them"],
+)
+def test_ranks_that_are_bound_to_too_few_cores_are_told(bound: dict[int, list[int]], hosts: str, told: str | None):
+    """Other programs are busy, too; but other cores of the host are no help as long as the ranks may not use them."""
+    known = oversubscribed(samples(busy=0.5), started_processes={})
+    (found,) = cpu_contention(replace(known, world_size=len(hosts), hosts=dict(enumerate(hosts)), bound_cores=bound))
+
+    assert ("may run on" in found.summary) is (told is not None)
+    assert told is None or told in found.summary
+    assert found.next.startswith("Bind each rank to cores of its own" if told else "End or move the other programs")
+
+
 def test_other_programs_are_reported():
     """The share of time without a core, the cores of the rank and of the others, and the gain."""
     (found,) = cpu_contention(oversubscribed(samples(busy=0.5), started_processes={}))

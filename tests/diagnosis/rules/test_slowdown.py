@@ -809,7 +809,7 @@ def test_advice_is_on_the_host_only_where_its_cores_explain_the_growth(growth_ms
 
 @pytest.mark.parametrize(("now_ms", "phase"), [(70.0, "other"), (40.0, None)])
 def test_code_that_grows_is_told_although_it_waits_for_cores_more_often(now_ms: float, phase: str | None) -> None:
-    """From a core for 84 % of the time to one for 49 %: of what takes 5 times as long, 2.9 times is not of the cores."""
+    """With a core for 49 % of the time instead of 84 %: of 5 times as long, 2.9 times are not of the cores."""
     samples = MachineSamples()
     rows = np.zeros(60, PROCESS.dtype)
     rows["step"], rows["t_ns"] = np.arange(60) * WIDTH, np.arange(60) * 1000 * MS

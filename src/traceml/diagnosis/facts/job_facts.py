@@ -55,6 +55,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # Cores and other programs
     cores: Mapping[str, int] = {}  # host -> cores that the job may use there
     threads: int | None = None  # torch threads per rank
+    bound_cores: Mapping[int, Collection[int]] = {}  # rank -> cores on which its training thread may run, if not all
     # rank -> share of its main thread's ready time in which it waited for a core
     wait_of_ready_time: Mapping[int, float] = {}
     # rank -> share of wall time in training in which its main thread waited for a core

@@ -84,6 +84,7 @@ class JobFactsBuilder:
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
+        self._bound_cores: dict[int, frozenset[int]] = {}
         self._waits = CoreWaits()
         self.competing_processes = CompetingProcessHistory()
         """Other processes on the host of rank 0, seen while a rank waited for a core."""
@@ -180,6 +181,9 @@ class JobFactsBuilder:
         self.accelerator = device if device not in _NO_ACCELERATOR else self.accelerator
         if self._model is None or row.get("compiled"):
             self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__struct_fields__})
+
+        if isinstance(bound := row.get("bound_cores"), list):
+            self._bound_cores[rank] = frozenset(each for each in bound if isinstance(each, int))
 
         self.batches.model(rank, row)
         self._take_setup(rank, row)
@@ -342,6 +346,7 @@ class JobFactsBuilder:
             first_step=self.numbers.first,
             hosts=dict(self.hosts),
             cores=cores,
+            bound_cores=dict(self._bound_cores),
             wait_of_ready_time=self._waits.of_ready_time(),
             wait_of_wall_time=self._waits.of_wall_time(),
             core_wait_s=self._waits.observed_s(),

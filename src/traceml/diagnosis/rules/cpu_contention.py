@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,11 @@ _IN_SCRIPT = " (or torch.set_num_threads, where the script calls that)"
 _CERTAIN = 0.1
 """Other programs use what the run does not if that is this share at least: counts of the host and of processes vary."""
 _NAMED = 3
+_OF_BOUND = (
+    "Bind each rank to cores of its own, or none of them: look for os.sched_setaffinity in the script, taskset or "
+    "numactl around it, and OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY in the environment, which bind "
+    "all processes of a host alike. If the job was given no others, ask for as many cores as ranks."
+)
 _OWN_CORES = ", or give the training cores of its own (a container's CPU limit, taskset, Slurm's --cpus-per-task)"
 _OF_OTHERS = "End or move the other programs on this host (`top` names them)"
 _OF_SCRIPT = (
@@ -50,13 +56,15 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     waited = min(waited, _MAX_SHARE)
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
+    bound = _bound_together(facts)
     throttled = next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
     return [
         Finding.of(
             Kind.CPU_CONTENTION,
             ranks=ranks,
-            summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}",
-            next=_advice(facts) if throttled is None else QUOTA_ADVICE,
+            summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}"
+            f"{'' if bound is None else bound.text}",
+            next=QUOTA_ADVICE if throttled is not None else _OF_BOUND if bound is not None else _advice(facts),
             evidence=known_facts(
                 cpu_wait_share=waited,
                 cores_per_rank=facts.cores_per_rank,
@@ -65,6 +73,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 competing_processes=dict(facts.competing_processes) or None,
                 started_processes=dict(facts.started_processes or {}) or None,
                 throttled_share=throttled,
+                **({} if bound is None else {"bound_ranks": bound.ranks, "bound_cores": bound.cores}),
             ),
             cost_share=waited,
             speedup_if_fixed=speedup_of_share(waited),
@@ -90,6 +99,31 @@ def _waiting(facts: JobFacts) -> tuple[tuple[int, ...], float]:
         return (), facts.waited_share if facts.oversubscribed else 0.0
 
     return some, float(np.median([shares[rank] for rank in some]))
+
+
+class _Bound(NamedTuple):
+    """Ranks of a host whose training threads may run on fewer cores than there are such ranks."""
+
+    ranks: list[int]
+    cores: list[int]
+
+    @property
+    def text(self) -> str:
+        """A sentence: ` Ranks 0, 1 may run on core 0 only.`."""
+        one = "core" if len(self.cores) == 1 else "cores"
+        return f" {capitalized(ranks_text(self.ranks))} may run on {one} {', '.join(map(str, self.cores))} only."
+
+
+def _bound_together(facts: JobFacts) -> _Bound | None:
+    """Return the ranks that are bound to too few cores of a host that has more; None if there are none."""
+    for rank, cores in sorted(facts.bound_cores.items()):
+        host = facts.hosts.get(rank)
+        here = ((one, own) for one, own in sorted(facts.bound_cores.items()) if facts.hosts.get(one) == host)
+        ranks = [one for one, own in here if set(own) <= set(cores)]
+        if len(ranks) > len(cores):
+            return _Bound(ranks, sorted(cores))
+
+    return None
 
 
 def _foreign_cores(facts: JobFacts) -> float:

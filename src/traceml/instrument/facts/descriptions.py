@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ _MANY_OBJECTS = 10_000
 _CONTAINERS = (list, tuple, dict, set)
 _MAX_CONTAINERS = 4
 _MAX_PARTS = 16
+_MAX_CORES = 256
 _MAX_VALUES = 1024  # of a batch
 
 
@@ -143,10 +145,20 @@ def model_facts(module: Any) -> dict[str, Any]:
         "device": str(parameters[0].device) if parameters else None,
         "dtype": str(parameters[0].dtype) if parameters else None,
         "torch_threads": torch.get_num_threads(),
+        "bound_cores": _bound_cores(),
         "compiled": compiled or getattr(slot, "inner", None) is not None,
         "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
         **_gradient_group(module),
     }
+
+
+def _bound_cores() -> list[int] | None:
+    """Return the cores on which the thread that trains may run; None where it may run on all, or on many."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed if len(allowed) < min(os.cpu_count() or 1, _MAX_CORES) else None
 
 
 def _dense_embeddings(module: Any) -> int:
