@@ -10,6 +10,7 @@ from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal, ending_signal_of
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.kinds import Kind, Severity
 
 AT_S = 1_000_000.0
@@ -38,6 +39,23 @@ def test_who_ended_the_job_is_reported_with_the_lost_steps() -> None:
     assert finding.headline == "The job was ended from outside by SIGTERM at step 812"
     assert "sacct" in finding.next
     assert finding.evidence["lost_steps"] == 112
+
+
+@pytest.mark.parametrize(
+    ("open_s", "wall_s", "phase", "told"),
+    [(211.0, 900.0, "other", True), (50.0, 900.0, "other", False), (211.0, 90_000.0, "other", False),
+     (211.0, 900.0, "backward", False)],
+    ids=["waited", "not for long", "steps that may take as long", "all wait"],
+)  # fmt: skip
+def test_a_rank_that_had_waited_for_another_one_is_told(open_s: float, wall_s: float, phase: str, told: bool) -> None:
+    """The job seemed to hang, and was ended by hand: rank 1 had left the loop, and evaluated."""
+    waits = swept(0, open_phase="backward", open_s=open_s)
+    elsewhere = swept(1, open_phase=phase, open_step=811, open_s=open_s, seen="train.py:7 final")
+    (finding,) = rank_lost(job(waits, elsewhere, time=RunTime(wall_s=wall_s)))
+
+    words = " Rank 0 had been in step 812 for 3:31; meanwhile rank 1 was in code outside the known phases, last seen at"
+    assert (words in finding.summary) is told
+    assert ("meanwhile" in finding.summary) is told
 
 
 def test_a_killed_launcher_takes_its_ranks_along() -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from traceml.database.schema import Resource
 from traceml.diagnosis.advice import even_batches, explicit_exit, longer_limit, same_collectives, without_answers
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
-from traceml.diagnosis.deaths.end_words import exit_words, seen_text, signal_of_code, was_cut_off
+from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off, whereabouts
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.formatting import capitalized, count_text, phase_words, ranks_text
+from traceml.formatting import capitalized, count_text, ranks_text
 from traceml.process_ends import CRASHES
 
 __all__ = ["for_exit"]
@@ -23,8 +23,6 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 """What process groups say when they cannot be set up."""
 _TAKEN = ("eaddrinuse", "address already in use")
 _PORT = re.compile(r"\bport: (\d+)")  # in what torch's store says
-_MOST_TOLD = 3
-"""Ranks whose place in the script is reported."""
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 _ASSERTED = "device-side assert"
 _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
@@ -133,12 +131,9 @@ def _for_files(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
-    elsewhere = [
-        f"rank {each.rank} was in {phase_words(each.open_phase)}{seen_text(each)}"
-        for each in facts.exits
-        if each.rank != ended.rank and each.open_phase and each.open_phase != ended.open_phase
-    ]
-    where = f": {', '.join(elsewhere[:_MOST_TOLD])}" if elsewhere else ""
+    others = (each for each in facts.exits if each.rank != ended.rank and each.open_phase != ended.open_phase)
+    elsewhere = whereabouts(others)
+    where = f": {elsewhere}" if elsewhere else ""
     return (
         f"Rank {ended.rank} waited for other ranks until the time limit of its collective{where}. Let all ranks come "
         f"to it, or {longer_limit()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
@@ -21,9 +22,12 @@ __all__ = [
     "signal_of_code",
     "step_text",
     "was_cut_off",
+    "whereabouts",
 ]
 
 _MAX_SIGNAL = 64
+_MOST_TOLD = 3
+"""Ranks whose place in the script is reported."""
 _LEFT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
 _CODES = {
     126: "a shell's code for 'cannot execute'",
@@ -137,6 +141,14 @@ def seen_text(ended: RankExit) -> str:
     """Return the line in which a rank was seen last: `, last seen at train.py:23 load`; "" where it has one."""
     place = place_words(*_seen(ended))
     return f", last seen at {place}" if place else ""
+
+
+def whereabouts(exits: Iterable[RankExit]) -> str:
+    """Return where ranks were at their end: `rank 1 was in forward, last seen at train.py:23 test`; else ""."""
+    known = [
+        f"rank {each.rank} was in {phase_words(each.open_phase)}{seen_text(each)}" for each in exits if each.open_phase
+    ]
+    return ", ".join(known[:_MOST_TOLD])
 
 
 def place_evidence(ended: RankExit) -> dict[str, object]:

@@ -6,13 +6,13 @@ import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.deaths.end_words import step_text, whereabouts
 from traceml.diagnosis.facts.ends.ending_signal import EndingSignal
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.formatting import duration_text, left_text, plural
+from traceml.formatting import capitalized, duration_text, left_text, plural, ranks_text
 from traceml.process_ends import signal_name
 
 __all__ = [
@@ -33,6 +33,8 @@ _EARLY_S = {
     signal.SIGUSR2: 900.0,
 }
 
+_WAITING = ("backward", "comm")  # phases in which ranks wait for each other
+_LONG_S, _LONG_STEPS = 60.0, 5.0  # of an open step: seconds, and steps of the mean length that the run allows for
 _CLOCKS_S = 0.5  # clocks of hosts differ a little
 # A scheduler signals all processes of a job, the launcher not always first; a rank's last beat is a second older.
 _SAME_SIGNAL_S = 5.0
@@ -103,7 +105,7 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
             Kind.RANK_LOST,
             ranks=(),
             phase=last.open_phase,
-            summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.",
+            summary=f"The scheduler {did}{_how(last)}{step_text(last)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
             next=_CAUSES[cause].next,
             evidence=_evidence(last, lost, cause=cause, limit_s=limit_s, signal=last.signal, code=last.code),
             cost_share=1.0,
@@ -230,7 +232,7 @@ def ended_from_outside(causes: Sequence[RankExit], facts: JobFacts) -> list[Find
             Kind.RANK_LOST,
             severity=Severity.WARNING if returned and by.launcher_pid is None else None,
             phase=None if returned else last.open_phase,
-            summary=_outside_summary(by, last, returned=returned) + f"{lost_steps_text(lost)}.",
+            summary=f"{_outside_summary(by, last, returned=returned)}{lost_steps_text(lost)}.{_waiting_text(facts)}",
             next=f"{_for_sender(by)}. {_to_resume(by, lost)}" if by.scheduler is None else _CAUSES[by.scheduler].next,
             evidence=_evidence(
                 last,
@@ -257,6 +259,30 @@ def _outside_summary(by: EndingSignal, last: RankExit, *, returned: bool) -> str
         return f"{name} asked the job to end, and it exited on its own{after}{step_text(last)}"
 
     return f"{name} ended the job{step_text(last)}"
+
+
+def _waiting_text(facts: JobFacts) -> str:
+    """Return a sentence on ranks that had waited long for others, which were elsewhere; empty without such ranks.
+
+    A job that seems to hang is ended by hand, or by its time limit.
+    """
+    waiting = [each for each in facts.exits if each.open_phase in _WAITING and _is_long(each, facts)]
+    elsewhere = whereabouts(each for each in facts.exits if each.open_phase not in (*_WAITING, "exit"))
+    if not waiting or not elsewhere:
+        return ""
+
+    longest = max(waiting, key=lambda each: each.open_s or 0.0)
+    ranks = capitalized(ranks_text(sorted(each.rank for each in waiting)))
+    passed = duration_text(longest.open_s or 0.0)
+    return f" {ranks} had been in step {longest.step} for {passed}; meanwhile {elsewhere}."
+
+
+def _is_long(ended: RankExit, facts: JobFacts) -> bool:
+    """Return whether the open step of a rank had taken far longer than its steps before could have."""
+    if not ended.in_step or ended.open_s is None or ended.last_step is None or facts.time is None:
+        return False
+
+    return ended.open_s >= max(_LONG_S, _LONG_STEPS * facts.time.wall_s / (ended.last_step + 1))
 
 
 def _sender(by: EndingSignal) -> str:
