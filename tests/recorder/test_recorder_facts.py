@@ -51,3 +51,16 @@ def test_a_working_directory_that_was_removed(monkeypatch: pytest.MonkeyPatch, t
     config = Config()
 
     assert process_facts(identify(config), config)["folder"] == ""
+
+
+@pytest.mark.parametrize(
+    ("restarts", "is_shared", "told"), [("1", "True", 1), ("0", "True", None), ("1", "False", None), ("", "True", None)]
+)
+def test_restarts_with_the_store_of_the_agent_are_told(
+    monkeypatch: pytest.MonkeyPatch, restarts: str, is_shared: str, told: int | None
+) -> None:
+    """With TORCH_DISABLE_SHARE_RDZV_TCP_STORE each attempt makes a store."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_shared)
+
+    assert process_facts(identify(Config()), Config()).get("store_restarts") == told

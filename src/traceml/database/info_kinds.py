@@ -48,7 +48,7 @@ class InfoKind(StrEnum):
     PROCESS = (
         "process", "a recorder has started; of rank 0 also `git`, and what the aggregator is to `collect`",
         ("tracing hang_timeout_s on_hang python traceml executable argv folder rank_from cores machine_cores "
-         "job_end_s:number job_limit_s:number switches:list git collect"),
+         "job_end_s:number job_limit_s:number store_restarts:int switches:list git collect"),
     )  # fmt: skip
     TRACING = "tracing", "a recorder that only logged so far traces from now on"
     IDENTITY = "identity", "the process group gives another rank after rows were sent", "rank world_size job", True

@@ -44,6 +44,7 @@ __all__ = [
     "longer_limit",
     "same_collectives",
     "stop_together",
+    "store_of_its_own",
     "waiting_text",
 ]
 
@@ -86,6 +87,15 @@ def even_batches(*, is_certain: bool = False) -> str:
         "torch.distributed.algorithms.join.Join, which lets ranks end early."
     )
     return capitalized(how) if is_certain else f"If the data ended there, {how} {stop_together()}"
+
+
+def store_of_its_own() -> str:
+    """Return advice on ranks that do not find each other after torchrun has restarted them."""
+    return (
+        "After a restart torchrun gives the ranks the store of the attempt before, in which some find addresses of "
+        "processes that have ended. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --standalone on one host or "
+        "--rdzv-backend=c10d on several: then each attempt has a store of its own."
+    )
 
 
 def stop_together(*, is_certain: bool = False) -> str:

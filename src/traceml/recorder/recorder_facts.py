@@ -96,6 +96,13 @@ def _job_end(environ: Mapping[str, str]) -> dict[str, float]:
     return {"job_end_s": float(end)} | ({"job_limit_s": float(int(end) - int(start))} if start.isdecimal() else {})
 
 
+def _store_restarts(environ: Mapping[str, str]) -> dict[str, int]:
+    """Return how often torchrun has restarted the ranks, where its agent's store serves them in each attempt."""
+    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    is_shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and restarts.isdecimal() and int(restarts) > 0
+    return {"store_restarts": int(restarts)} if is_shared else {}
+
+
 def _switches(config: Config) -> dict[str, list[str]]:
     """Return the switches above this host, the leaf first, where they are known."""
     found: list[str] = []
@@ -129,6 +136,7 @@ def process_facts(identity: Identity, config: Config) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "machine_cores": os.cpu_count(),
         **_job_end(os.environ),
+        **_store_restarts(os.environ),
         **_switches(config),
         **_git(identity, config),
         **_to_collect(identity, config),

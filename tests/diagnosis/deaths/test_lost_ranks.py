@@ -221,6 +221,17 @@ def test_a_group_that_was_never_set_up_lost_no_member(exception, advice):
     assert advice in finding.next
 
 
+@pytest.mark.parametrize(("restarts", "step", "told"), [(1, None, True), (0, None, False), (1, 40, False)])
+def test_a_group_of_restarted_ranks_may_have_read_old_addresses(restarts: int, step: int | None, told: bool) -> None:
+    """torchrun's store serves each attempt; a group that is made later is no matter of a restart."""
+    exception = "RuntimeError: Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: refused"
+    ended = RankExit(rank=0, state="failed", code=1, exception=exception, file="train.py", line=3, last_step=step)
+
+    finding = rank_lost(JobFacts(exits=(ended,), world_size=2, store_restarts=restarts))[0]
+
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in finding.next) is told
+
+
 def test_a_script_that_ends_itself_is_told_with_its_text():
     """Its own words, though they look like another rank's end; of an exception that only names it, nothing changes."""
     own = RankExit(rank=0, state="failed", code=1, exception="SystemExit: nccl is missing\nask", file="a.py", line=3)

@@ -347,6 +347,17 @@ def test_ranks_that_do_not_find_each_other_are_told_what_they_wait_for():
     assert "MASTER_ADDR" in finding.next
 
 
+@pytest.mark.parametrize(("restarts", "words"), [(1, "a store of its own"), (0, "MASTER_ADDR")])
+def test_ranks_that_torchrun_has_restarted_may_have_read_old_addresses(restarts: int, words: str) -> None:
+    """Its store serves each attempt; the address of the store itself was right before."""
+    waiting = [snapshot(rank, call("init_process_group"), line(5), phase="startup") for rank in range(2)]
+
+    finding = judged(structs.replace(facts(waiting), store_restarts=restarts))
+
+    assert finding is not None
+    assert words in finding.next
+
+
 def test_calls_that_point_to_no_rank_are_listed():
     """As of torch.distributed.rpc: all ranks have answered, so none is to be looked for."""
     zero = snapshot(0, call("rpc_sync"), line(20))

@@ -7,7 +7,14 @@ import signal
 from collections.abc import Callable
 
 from traceml.database.schema import Resource
-from traceml.diagnosis.advice import even_batches, explicit_exit, longer_limit, same_collectives, without_answers
+from traceml.diagnosis.advice import (
+    even_batches,
+    explicit_exit,
+    longer_limit,
+    same_collectives,
+    store_of_its_own,
+    without_answers,
+)
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off, whereabouts
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
@@ -153,6 +160,9 @@ def _for_taken_port(ended: RankExit, _: JobFacts) -> str:
 
 def _for_peer(ended: RankExit, facts: JobFacts) -> str:
     if ended.exception_mentions(*_NOT_CONNECTED):
+        if facts.store_restarts and ended.step is None:
+            return store_of_its_own()
+
         return (
             f"Rank {ended.rank} could not reach another rank: look in the output for one that ended, or that started "
             "later than the time limit of init_process_group allows; between hosts, check the interface "

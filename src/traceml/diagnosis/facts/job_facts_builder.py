@@ -38,7 +38,9 @@ from traceml.diagnosis.facts.worker_history import WorkerHistory
 
 __all__ = ["JobFactsBuilder"]
 
-_KEPT = {name: name for name in ("backend", "fused", "job_end_s", "job_limit_s")} | {"torch_threads": "threads"}
+_KEPT = {name: name for name in ("backend", "fused", "job_end_s", "job_limit_s", "store_restarts")} | {
+    "torch_threads": "threads"
+}
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = _MAX_LOST = 64
 _MAX_EPOCHS = 65_536

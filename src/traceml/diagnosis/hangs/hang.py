@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.diagnosis.advice import store_of_its_own
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.findings import Finding, known_facts
@@ -42,20 +43,21 @@ def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         return []
 
     diverged = facts.progress.diverged if facts.progress is not None and found.blame.cause in _OF_COLLECTIVES else None
-    return [_finding(found, diverged)]
+    return [_finding(found, diverged, facts)]
 
 
-def _finding(found: DetectedHang, diverged: DivergedRanks | None) -> Finding:
+def _finding(found: DetectedHang, diverged: DivergedRanks | None, facts: JobFacts) -> Finding:
     named = found.blame.ranks
     first = next((found.snapshots[rank] for rank in named if rank in found.snapshots), None)
     shown = first or (None if named else next(iter(found.snapshots.values())))
     phase = shown.phase if shown is not None and shown.phase else None
+    has_old_store = found.blame.cause is HangCause.RENDEZVOUS and facts.store_restarts > 0
     return Finding.of(
         Kind.HANG,
         ranks=named,
         phase=phase,
         summary=hang_summary(found) + (f" {diverged.text}" if diverged is not None else ""),
-        next=hang_advice(found),
+        next=store_of_its_own() if has_old_store else hang_advice(found),
         evidence=_evidence(found, shown) | ({} if diverged is None else {"apart_since_step": diverged.since}),
         cost_share=1.0,
     )
