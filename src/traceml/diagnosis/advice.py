@@ -116,9 +116,13 @@ def same_collectives() -> str:
     )
 
 
-def longer_limit() -> str:
-    """Return advice on waiting that is as it should be, but ended by the time limit of a collective."""
-    return "give what takes so long more time: init_process_group(timeout=...)."
+def longer_limit(call: str = "init_process_group") -> str:
+    """Return advice on waiting that is as it should be, but ended by the time limit of a collective.
+
+    Args:
+        call: what takes that limit.
+    """
+    return f"give what takes so long more time: {call}(timeout=...)."
 
 
 def without_answers() -> str:

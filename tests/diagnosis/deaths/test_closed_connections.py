@@ -159,16 +159,26 @@ def test_a_call_that_is_wrong_by_itself_is_the_cause(exception: str, advice: str
     assert advice in finding.next
 
 
-def test_a_rank_that_waited_in_vain_is_told_where_the_others_were() -> None:
+@pytest.mark.parametrize(
+    ("exception", "call"),
+    [
+        ("RuntimeError: [Rank 0]: Rank 1 failed to pass monitoredBarrier in 8000 ms", "monitored_barrier"),
+        (
+            "RuntimeError: [gloo/unbound_buffer.cc:78] Timed out waiting 5000ms for recv",
+            "init_process_group",
+        ),
+    ],
+)
+def test_a_rank_that_waited_in_vain_is_told_where_the_others_were(exception: str, call: str) -> None:
     """Nobody closed a connection: one rank evaluates for longer than a collective may take."""
-    waited = replace(CUT, exception="RuntimeError: [Rank 0]: Rank 1 failed to pass monitoredBarrier in 8000 ms")
+    waited = replace(CUT, exception=exception)
     swept = RankExit(rank=1, state="killed", signal=15, stopped=True, last_step=40, open_phase="evaluation")
     (finding,) = rank_lost(JobFacts(exits=(waited, swept), world_size=2))
 
     assert finding.next.startswith(
         "Rank 0 waited for other ranks until the time limit of its collective: rank 1 was in evaluation."
     )
-    assert "timeout=" in finding.next
+    assert finding.next.endswith(f"more time: {call}(timeout=...).")
 
 
 def test_one_process_has_no_other_rank() -> None:

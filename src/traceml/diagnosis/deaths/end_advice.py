@@ -30,6 +30,7 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 """What process groups say when they cannot be set up."""
 _TAKEN = ("eaddrinuse", "address already in use")
 _PORT = re.compile(r"\bport: (\d+)")  # in what torch's store says
+_MONITORED = "monitoredbarrier"
 _TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 _ASSERTED = "device-side assert"
 _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
@@ -141,9 +142,11 @@ def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
     others = (each for each in facts.exits if each.rank != ended.rank and each.open_phase != ended.open_phase)
     elsewhere = whereabouts(others)
     where = f": {elsewhere}" if elsewhere else ""
+    has_own_limit = ended.exception_mentions(_MONITORED)
+    limit = longer_limit("monitored_barrier") if has_own_limit else longer_limit()
     return (
         f"Rank {ended.rank} waited for other ranks until the time limit of its collective{where}. Let all ranks come "
-        f"to it, or {longer_limit()}"
+        f"to it, or {limit}"
     )
 
 
