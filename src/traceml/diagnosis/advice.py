@@ -524,6 +524,15 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     return f"Look at what {names}{at} {do} in {their} {part} phase that the others do not."
 
 
+def for_more_work(ranks: tuple[int, ...]) -> str:
+    """Return advice on ranks that compute far longer than the others in every part of the step."""
+    has, its, it = ("has", "its", "it") if len(ranks) == 1 else ("have", "their", "them")
+    return (
+        f"{capitalized(ranks_text(ranks))} {has} more to compute: compare the sizes of {its} batches with the others', "
+        f"and what these send to {it}, such as the tokens of an expert (all_to_all). Let all ranks have as much."
+    )
+
+
 def for_long_stage(ranks: tuple[int, ...]) -> str:
     """Return advice on ranks that are the longest stages of a pipeline."""
     return (

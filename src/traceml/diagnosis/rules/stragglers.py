@@ -75,6 +75,8 @@ WAITING_SHARE = 0.5
 MORE_WORK_RATIO = 1.2
 """Main threads that each compute this many times as long as that of any other rank have more work. Those of equal
 ranks, four on two busy cores, differ by less than 1.1."""
+FAR_MORE_WORK = 2.0
+"""By this factor no lower clock and no other program on a core makes the same work longer in CPU time."""
 MORE_WORK_SHARE = 0.5
 """That explains the lateness if it is this share of the excess."""
 
@@ -367,6 +369,12 @@ def _more_work_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], excess
     return min(more_ns, excess_ns) if more_ns >= MORE_WORK_SHARE * excess_ns else 0.0
 
 
+def _has_far_more_work(facts: JobFacts, ranks: Sequence[int]) -> bool:
+    """Return whether ranks ran for longer than the others by more than a lower clock or a shared core explains."""
+    run = facts.core_run(ranks)
+    return run is not None and run[0] >= FAR_MORE_WORK * run[1]
+
+
 def _may_be_without_core(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
     """Return whether the ranks have too few cores, or these ranks wait for one more than the others.
 
@@ -572,6 +580,8 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
         why = waited_for_core(facts, ranks, others)
     elif not why and facts.oversubscribed and _more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
         why = more_cpu_time(facts, ranks)
+        if late.everywhere and _has_far_more_work(facts, ranks):
+            action = advice.for_more_work(ranks)
 
     only_without_core = without_core and not _due_to_code_ns(work, facts, late.rows, late.part, late.excess_ns)
     return Finding.of(
