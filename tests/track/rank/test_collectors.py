@@ -254,6 +254,10 @@ COLLECTORS = """
         def collect(self):
             return [Metric("f32", np.float32(1.5), np.int64(7)), Metric("big", 2**80), {"count": 2**70}]
 
+    class Undecoded(CollectorInterface):
+        def collect(self):
+            return [{"folder": os.fsdecode(b"/runs/\\xff"), "beside": 1}]
+
     class Mapping(Once):
         interval = 0.1
 
@@ -342,6 +346,16 @@ def test_values_of_numpy_arrive_as_numbers() -> None:
     found = {row["name"]: (row["value"], row["step"]) for row in rows if row["kind"] == "metric"}
     assert found == {"f32": (1.5, 7), "big": (float(2**80), None)}
     assert [row["facts"] for row in rows if row["kind"] == "collected"] == [{"count": str(2**70)}]
+
+
+@pytest.mark.usefixtures("plugins")
+def test_names_that_are_not_utf_8_cost_no_facts() -> None:
+    """A folder may have any bytes in its name; the facts beside it were lost with it."""
+    rows: list[dict[str, Any]] = []
+    child = CollectorProcess(["my_collectors:Undecoded"], {}, (), rows.append)
+    child.stop(timeout_s=60)
+
+    assert [row["facts"] for row in rows] == [{"folder": "/runs/\\udcff", "beside": 1}]
 
 
 @pytest.mark.usefixtures("plugins")

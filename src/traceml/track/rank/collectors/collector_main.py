@@ -148,7 +148,7 @@ class _CollectorThreads:
         self._send({"kind": "warning", "text": f"collector {name!r}: {type(error).__name__}: {error}"})
 
     def _send(self, row: dict[str, Any]) -> None:
-        data = msgpack.packb({"t_ns": time.time_ns(), **row}, default=str)
+        data = msgpack.packb({"t_ns": time.time_ns(), **row}, default=str, unicode_errors="backslashreplace")
         if len(data) > MAX_ROW_BYTES:
             self._send(
                 {"kind": "warning", "text": f"collector {row['name']!r} returned {len(data)} bytes: at most 1 MiB"}
