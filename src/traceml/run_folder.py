@@ -20,6 +20,7 @@ __all__ = [
     "STORE_PATH_BYTES",
     "TRACKERS_FOLDER",
     "UNREAD_LOG",
+    "aggregator_words",
     "moved_text",
     "report_command",
     "unwritable_text",
@@ -52,6 +53,20 @@ TRACKERS_FOLDER = "trackers"
 OPEN_FOLDER = ".open"
 # Copies of flight files from other hosts.
 COPIES_FOLDER = "flights"
+
+_LAST_WORDS_BYTES = 2048
+
+
+def aggregator_words(run_dir: Path) -> str:
+    """Return the last line of the log of the run's aggregator; empty without one."""
+    try:
+        with (run_dir / AGGREGATOR_LOG).open("rb") as log:
+            log.seek(max(log.seek(0, 2) - _LAST_WORDS_BYTES, 0))
+            lines = log.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def moved_text(run_dir: Path) -> str:

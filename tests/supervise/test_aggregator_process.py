@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from traceml.errors import AggregatorUnavailableError, TraceMLError
+from traceml.run_folder import AGGREGATOR_LOG
 from traceml.settings import load
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.transport.client import Connection, connect
@@ -127,3 +128,41 @@ def test_a_refused_end_names_no_command_of_ours(tmp_path: Path, caplog: pytest.L
         serving.close()
 
     assert caplog.messages == ["the run is not complete: the aggregator answers: there is no run 'another-run' here"]
+
+
+class Ending(AggregatorProcess):
+    """An aggregator that ends at once with a status, and may say why in its log."""
+
+    def __init__(self, runs_dir: Path, program: str) -> None:
+        super().__init__("a-run", runs_dir)
+        self._program = program
+
+    def spawn_process(self) -> subprocess.Popen[bytes]:
+        log = self.run_dir / AGGREGATOR_LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stderr:
+            return subprocess.Popen([sys.executable, "-c", self._program], stderr=stderr)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import sys; sys.exit('traceml serve: the disk is full.')", "(traceml serve: the disk is full)"),
+        ("import sys; sys.exit(3)", "(ended with exit code 3)"),
+        ("import os; os.kill(os.getpid(), 9)", None),
+        ("", None),
+    ],
+)
+def test_an_aggregator_that_ends_with_an_error_is_reported_once(
+    program: str, words: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job would train for days without a word, and nothing of it would be stored; a killed one is replaced."""
+    serving = Ending(tmp_path, program)
+    with serving:
+        for _ in range(3):
+            serving.start()
+            serving.process.wait()
+
+    told = capsys.readouterr().err
+    assert told.count("the aggregator has ended") == (words is not None)
+    assert (words or "") in told

@@ -14,7 +14,7 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
 from traceml.display import report_files
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME
 from traceml.supervise.final_report import print_final_report
 
 
@@ -65,8 +65,21 @@ def test_a_store_that_cannot_be_read_is_reported(run_dir: Path, tmp_path: Path) 
     print_final_report(run_dir, finished=False, program="traceml run", report=tmp_path / "mine.html", file=told)
 
     assert "traceml run: no report of this run: " in told.getvalue()
-    assert "aggregator.log may give the reason" in told.getvalue()
+    assert "aggregator.log may give the reason." in told.getvalue()
     assert not (tmp_path / "mine.html").exists()
+
+
+def test_the_last_words_of_the_aggregator_are_shown(run_dir: Path) -> None:
+    """The reason is on the screen, not in a file alone."""
+    log = run_dir / AGGREGATOR_LOG
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("earlier\ntraceml serve: the disk is full\n\n")
+    told = io.StringIO()
+
+    print_final_report(run_dir, finished=False, program="traceml run", file=told)
+
+    assert "aggregator.log may give the reason; its last line is\n  traceml serve: the disk is full\n" in told.getvalue()
+    assert "earlier" not in told.getvalue()
 
 
 def test_a_folder_that_was_moved_is_reported(run_dir: Path) -> None:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError
+from traceml.fail_open import print_notice
 from traceml.helper_programs import helper_program
 from traceml.ids import new_run_id, safe_run_id
-from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, unwritable_text
+from traceml.process_ends import exit_text
+from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, aggregator_words, unwritable_text
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.folder_aggregator import create_runs_dir
@@ -67,7 +69,7 @@ class AggregatorProcess(RestartingProcess):
         self.token = os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()  # `secrets` takes 5 ms to import
         self._listener: socket.socket | None = None
         self._left: tuple[int, int] | None = None
-        self._stopping = False
+        self._stopping = self._has_told = False
         self._on_completing, self._on_delivery = on_completing, on_delivery
         self._settings = dict(settings or {})
 
@@ -124,6 +126,25 @@ class AggregatorProcess(RestartingProcess):
                 pass
         except OSError as error:
             raise _unwritable(self.runs_dir, error) from error
+
+    def start(self) -> None:
+        """Start it. In place of one that has ended with an error, say so once: nothing is stored meanwhile.
+
+        Raises:
+            TraceMLError: the run's folder cannot be written.
+        """
+        status = self.process.poll() if self.process is not None else None
+        if status is not None and status > 0 and not self._has_told:
+            from traceml.formatting import printable
+
+            self._has_told = True
+            why = aggregator_words(self.run_dir).rstrip(".") or exit_text(status)
+            print_notice(
+                f"the aggregator has ended ({printable(why)}). The training goes on; it is started again and again, "
+                "and until it runs nothing is stored."
+            )
+
+        super().start()
 
     def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start an aggregator on our socket.

@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME, moved_text
+from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME, aggregator_words, moved_text
 
 __all__ = ["load_card", "print_final_report"]
 
@@ -21,8 +21,9 @@ _ASKING_S = 0.002  # the request goes out first
 
 _log = logging.getLogger("traceml")
 _UNFINISHED = """\
-{program}: this run is not stored completely; {log} may give the reason.
-The rest stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir {runs}` stores it.
+{program}: this run is not stored completely; {log} may give the reason{words}
+What of the rest could be kept stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir \
+{runs}` stores it.
 """
 
 
@@ -59,8 +60,12 @@ def print_final_report(
         _print_report(run_dir, program, report, target, finished=finished, quiet=quiet)
 
     if not finished and run_dir.is_dir():
+        from traceml.formatting import printable
+
         runs = shlex.quote(str(run_dir.parent))
-        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, runs=runs))
+        last = printable(aggregator_words(run_dir))
+        words = f"; its last line is\n  {last}" if last else "."
+        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, words=words, runs=runs))
 
 
 def _print_report(
