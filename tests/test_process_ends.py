@@ -118,9 +118,14 @@ from traceml.process_ends import EndedBySignal, ended_by
 if "nohup" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 try:
-    with ended_by(signal.SIGTERM, signal.SIGHUP):
-        print("ready", flush=True)
-        sys.stdin.read()
+    with ended_by(signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        try:
+            print("ready", flush=True)
+            sys.stdin.read()
+        finally:
+            if "hangs" in sys.argv:
+                print("ending", flush=True)
+                sys.stdin.read()
 except EndedBySignal as error:
     sys.exit(f"{signal.Signals(error.number).name}, {error.from_terminal}")
 sys.exit("not ended")
@@ -144,6 +149,30 @@ def test_a_hang_up_ends_a_launcher_that_was_not_told_to_ignore_it(words, end) ->
         _, err = launcher.communicate()
 
     assert err.strip() == end
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("first", "end"), [("SIGQUIT", "SIGQUIT, False"), ("SIGTERM", "SIGTERM, False")])
+@pytest.mark.parametrize("second", ["", "SIGTERM", "SIGQUIT"])
+def test_a_second_quit_ends_a_launcher_that_hangs_in_its_end(first, second, end) -> None:
+    """The first one lets it end the job and restore the terminal; other signals do not hurry it."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, "hangs"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with launcher:
+        launcher.stdout.readline()
+        launcher.send_signal(signal.Signals[first])
+        assert launcher.stdout.readline() == "ending\n"
+        if second:
+            launcher.send_signal(signal.Signals[second])
+
+        _, err = launcher.communicate()
+
+    assert (launcher.returncode, err.strip()) == ((-signal.SIGQUIT, "") if second == "SIGQUIT" else (1, end))
 
 
 @pytest.mark.process

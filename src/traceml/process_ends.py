@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "BY_OTHERS",
     "CRASHES",
     "PR_SET_PDEATHSIG",
     "EndedBySignal",
@@ -33,6 +34,8 @@ __all__ = [
 
 CRASHES = frozenset((signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV))
 """Signals by which native code crashes; SIGBUS often is a lack of shared memory."""
+BY_OTHERS = frozenset((signal.SIGTERM, signal.SIGHUP))
+"""Signals by which others end a job; by Ctrl-C and Ctrl-\\, a user ends it by hand."""
 PR_SET_PDEATHSIG = 1
 """Option of `prctl`: the signal that the kernel sends us when the thread that started us ends."""
 
@@ -67,12 +70,15 @@ def has_terminal() -> bool:
 
 @contextmanager
 def ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `EndedBySignal` in the block on the first of these signals that is not_ignored; ignore later ones."""
+    """Raise `EndedBySignal` in the block on the first of these signals that is not_ignored; ignore later ones.
+
+    A SIGQUIT that comes later ends the process at once: the way out of an end that hangs.
+    """
     had_terminal = has_terminal()
 
     def end(number: int, _frame: object) -> None:
         for each in before:
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGQUIT else signal.SIG_IGN)
 
         raise EndedBySignal(number, from_terminal=number == signal.SIGHUP and had_terminal and not has_terminal())
 

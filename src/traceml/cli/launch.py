@@ -92,13 +92,13 @@ def _submit(options: argparse.Namespace, script: dict[str, Any], tracing: dict[s
 def _run(options: argparse.Namespace, script: dict[str, Any], tracing: dict[str, Any] | None) -> None:
     from traceml.launch.launcher.assembly import run_script
     from traceml.launch.launcher.job.tracing import Tracing
-    from traceml.process_ends import ended_by
+    from traceml.process_ends import BY_OTHERS, ended_by
     from traceml.supervise.launch_screen import terminal_screen
     from traceml.supervise.page_process import PageScreen
 
     screen: MakeScreen = {"none": lambda _run_dir: None, "web": PageScreen}.get(options.live, terminal_screen)
     traced = Tracing(make_screen=screen, report=options.report, **tracing) if tracing is not None else None
-    with ended_by(signal.SIGTERM, signal.SIGHUP):
+    with ended_by(*BY_OTHERS, signal.SIGQUIT):  # else Ctrl-\ would leave the terminal as the screen had it
         run_script(_launcher(options), script, tracing=traced)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
-from traceml.process_ends import has_terminal, not_ignored, shell_status
+from traceml.process_ends import BY_OTHERS, has_terminal, not_ignored, shell_status
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.output import OutputCopy, UnreadOutput
@@ -35,7 +35,6 @@ _LOADING_S = 1.0  # in which the script and the aggregator load most of their mo
 _CLEAN_EXIT_S = 1.0  # if other ranks still run this long after a clean exit, the job is not ending
 _STDOUT, _STDERR = 1, 2
 _ENDING = {signal.SIGINT, signal.SIGTERM}
-_BY_OTHERS = {signal.SIGTERM, signal.SIGHUP}  # by SIGINT, a user stops the job by hand
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
@@ -271,7 +270,7 @@ class Supervisor:
 
     def _note_sender(self, info: signal.struct_siginfo) -> None:
         """Remember who ended the job: the program may have ended when the job has."""
-        if self._ended_by is not None or info.si_signo not in _BY_OTHERS:
+        if self._ended_by is not None or info.si_signo not in BY_OTHERS:
             return
 
         self._ended_by = {"signal": info.si_signo, "time": time.time()}

@@ -28,7 +28,7 @@ from traceml.launch.launcher.job.payload_sender import PayloadSender, shares_mem
 from traceml.launch.launcher.logs.log_handlers import log_level
 from traceml.launch.shared import payload
 from traceml.launch.shared.launch_messages import CollectStacks, Prepare, Probe, Release, Reserve, Start, StopWorkers
-from traceml.process_ends import EndedBySignal, forget_interrupts, interrupts_held
+from traceml.process_ends import BY_OTHERS, EndedBySignal, forget_interrupts, interrupts_held
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
@@ -346,6 +346,8 @@ class LaunchJob:
         ended_by = None
         if isinstance(error, EndedBySignal):
             status = 128 + error.number
+
+        if isinstance(error, EndedBySignal) and error.number in BY_OTHERS:
             ended_by = {"signal": error.number, "time": error.at_s, "from_terminal": error.from_terminal}
 
         self._tracing.finish(status, ended_by)
