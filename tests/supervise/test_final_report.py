@@ -14,6 +14,7 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
 from traceml.display import report_files
+from traceml.errors import TraceMLError
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME
 from traceml.supervise.final_report import print_final_report
 
@@ -67,6 +68,26 @@ def test_a_store_that_cannot_be_read_is_reported(run_dir: Path, tmp_path: Path) 
     assert "traceml run: no report of this run: " in told.getvalue()
     assert "aggregator.log may give the reason." in told.getvalue()
     assert not (tmp_path / "mine.html").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), TraceMLError("no rows at all")])
+def test_a_report_that_cannot_be_written_is_reported(
+    error: Exception, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder became read-only: without the card, nothing else says what its trackers lack."""
+
+    def fail(_run_dir: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("traceml.display.report_files.write_reports", fail)
+    told = io.StringIO()
+
+    print_final_report(run_dir, finished=False, program="traceml run", file=told)
+
+    advice = f"`traceml report {run_dir}` shows it; then `traceml sync {run_dir}` delivers to trackers"
+    why = f"cannot write its folder {run_dir}: Read-only file system." if isinstance(error, OSError) else "no rows at all"
+    assert f"traceml run: no report of this run: {why}" in told.getvalue()
+    assert (advice in told.getvalue()) is isinstance(error, OSError)
 
 
 def test_the_last_words_of_the_aggregator_are_shown(run_dir: Path) -> None:

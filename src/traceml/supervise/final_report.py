@@ -13,7 +13,14 @@ from typing import Any, TextIO, cast
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.run_folder import AGGREGATOR_LOG, REPORT_NAME, aggregator_words, moved_text
+from traceml.run_folder import (
+    AGGREGATOR_LOG,
+    REPORT_NAME,
+    aggregator_words,
+    moved_text,
+    report_command,
+    unwritable_text,
+)
 
 __all__ = ["load_card", "print_final_report"]
 
@@ -84,7 +91,7 @@ def _print_report(
         if not quiet:
             print_card(path, file=file)
     except (TraceMLError, OSError) as error:  # the job's own result matters more
-        why = error if run_dir.is_dir() else moved_text(run_dir)
+        why = _reason(run_dir, error)
         file.write(printable(f"{program}: no report of this run: {why}", lines=True) + "\n")
     else:
         if not quiet:
@@ -92,6 +99,18 @@ def _print_report(
 
         if report is not None:
             _copy_report(path, report, program, file)
+
+
+def _reason(run_dir: Path, error: Exception) -> str:
+    """Return why there is no report, and what to do."""
+    if not run_dir.is_dir():
+        return moved_text(run_dir)
+
+    if isinstance(error, TraceMLError) or not isinstance(error, OSError):
+        return str(error)
+
+    unwritable, sync = unwritable_text(run_dir, "its folder", error), f"traceml sync {shlex.quote(str(run_dir))}"
+    return f"{unwritable}. `{report_command(run_dir)}` shows it; then `{sync}` delivers to trackers what they lack."
 
 
 class _Lossy:
