@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from tests.track.backends.conftest import Maker
 from tests.track.servers import MLflowServer
-from traceml.errors import BackendError, BackendRefusedError, PluginError
+from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError, PluginError
 from traceml.track.plugins.metric import Metric
 
 # MLflow and SQLAlchemy warn about each other; neither is ours to mend.
@@ -219,6 +221,53 @@ def test_nested_and_continued_runs(make: Maker, uri: str, request: pytest.Fixtur
     assert run.data.tags["mlflow.parentRunId"] == parent_id
     assert run.info.status == "FINISHED"
     assert [value for value, _, _ in _history(uri, child_id, "loss")] == [1.0, 2.0]
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    """A proxy before a server that answers itself, as one that wants a login does; the server class has the answer."""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        status, headers, body = self.server.answer
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "kind", "words"),
+    [
+        (401, {}, b'{"message": "Unauthorized"}', BackendUnauthorizedError, "(401)"),
+        (403, {}, b'{"message": "Forbidden"}', BackendUnauthorizedError, "(403)"),
+        (403, {}, b"<html>Forbidden</html>", BackendUnauthorizedError, "(403)"),
+        (429, {}, b'{"message": "Too many requests"}', BackendBusyError, "(429)"),
+        (503, {"Retry-After": "3"}, b'{"message": "Down"}', BackendBusyError, "(503)"),
+        (418, {}, b'{"message": "Teapot"}', BackendError, "(418)"),
+        (200, {}, b"<html>Log in to the guest network</html>", BackendError, "valid JSON"),
+    ],
+)
+def test_the_answer_of_a_proxy_is_told_as_it_was(
+    make: Maker, status: int, headers: dict[str, str], body: bytes, kind: type[BackendError], words: str
+) -> None:
+    """The client calls every answer in JSON that is not MLflow's a 500: a missing key was told as a broken server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Proxy) as proxy:
+        proxy.answer = (status, headers, body)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        backend = make("mlflow", tracking_uri=f"http://127.0.0.1:{proxy.server_port}")
+        try:
+            with pytest.raises(BackendError) as raised:
+                backend.start_experiment("first", "tests")
+        finally:
+            proxy.shutdown()
+
+    assert type(raised.value) is kind
+    assert words in str(raised.value)
 
 
 def test_an_image_is_an_artifact(make: Maker, server: MLflowServer, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ __all__ = ["MLflowBackend"]
 
 # MLflow refuses other characters, and names that are not clean relative paths (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
+_RETRIED = re.compile(r"too many (\d{3}) error")
 _LONGEST_NAME = 250
 _LONGEST_PROJECT = 500
 _LONGEST_PATH = 400
@@ -374,9 +376,28 @@ def _errors() -> Iterator[None]:
         if (reason := _unreachable(error)) is not None:
             raise BackendError(f"MLflow cannot be reached: {reason}") from error
 
-        # The client reports a 429 without retries in its text alone.
-        status = 429 if "too many 429 error" in str(error) else error.get_http_status_code()
-        _raise_for(status, str(error), None, error)
+        status, retry_after = _answer(error)
+        _raise_for(status or error.get_http_status_code(), str(error), retry_after, error)
+
+
+def _answer(error: BaseException) -> tuple[int | None, str | None]:
+    """Return status and Retry-After of the answer that caused an error; None where there is none.
+
+    The client takes the status from the text alone, where a proxy's `{"message": "Forbidden"}` has none: it says 500.
+    """
+    if found := _RETRIED.search(str(error)):  # it has dropped the answer
+        return int(found[1]), None
+
+    trace = error.__traceback__
+    while trace is not None:
+        response = trace.tb_frame.f_locals.get("response")
+        status, headers = getattr(response, "status_code", None), getattr(response, "headers", None)
+        if isinstance(status, int) and status >= HTTPStatus.BAD_REQUEST and headers is not None:
+            return status, headers.get("Retry-After")
+
+        trace = trace.tb_next
+
+    return None, None
 
 
 def _unreachable(error: BaseException | None) -> str | None:
