@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.runs.fabricated_store import store_run
 from traceml.display import report_files
 from traceml.errors import TraceMLError
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME
-from traceml.supervise.final_report import print_final_report
+from traceml.supervise.final_report import load_card, print_final_report
 
 
 @pytest.fixture
@@ -68,6 +69,16 @@ def test_a_store_that_cannot_be_read_is_reported(run_dir: Path, tmp_path: Path) 
     assert "traceml run: no report of this run: " in told.getvalue()
     assert "aggregator.log may give the reason." in told.getvalue()
     assert not (tmp_path / "mine.html").exists()
+
+
+def test_a_card_without_a_thread_costs_the_job_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit of processes, the supervisor died in the job's last moment, and took its exit status along."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    load_card()
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), TraceMLError("no rows at all")])
