@@ -168,6 +168,11 @@ def test_a_connection_that_broke_during_the_start_is_reported(tmp_path: Path, mo
     ("said", "tries"),
     [
         ("Host key verification failed.", ["ssh {} node1", "ssh-keygen -R '[node1]:2222'"]),
+        # an alias, or another file of known hosts: only ssh knows under which name and where the old key is
+        (
+            'remove with:\n  ssh-keygen -f "/etc/my hosts" -R "[10.0.0.1]:2222"\nHost key verification failed.',
+            ["ssh {} node1", 'ssh-keygen -f "/etc/my hosts" -R "[10.0.0.1]:2222"'],
+        ),
         ("root@node1: Permission denied (publickey).", ["ssh {} node1 true"]),
         ("Connection timed out during banner exchange", ["ssh -v {} node1"]),
         ("what is this", ["ssh -v {} node1 true"]),
@@ -186,6 +191,25 @@ def test_the_commands_to_try_reach_the_host(
 
     for command in tries:
         assert f"`{command.format(f'-F {tmp_path}/config -p 2222')}`" in str(error)
+
+
+@pytest.mark.parametrize(("status", "is_login"), [(3, True), (255, False)])
+def test_a_shell_that_ends_before_python_is_told_apart(
+    status: int, is_login: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start-up file that ends by `exit 3` looks like a broken Python; 255 is ssh's own. Long lines are cut."""
+    ssh = tmp_path / "ssh"
+    said = "head -c 50000 /dev/zero | tr '\\0' x"
+    ssh.write_text(f'#!/bin/sh\ncase "$*" in *-G*) exit 0;; esac\n{said}; {said} >&2; exit {status}\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    link = AgentConnection(HostSpec("node1", "ssh", 1), "/opt/python", None)
+    error = link.failure(eventually(lambda: _end_of(link), "the channel to close"))
+
+    assert "its agent did not start" in error.reason
+    assert "`ssh -v node1 true`" in error.advice
+    assert ("~/.bashrc" in error.advice and "`ssh -v node1 /opt/python -V`" in error.advice) is is_login
+    assert [len(line) for line in error.words] == [1000, 1000]
 
 
 def test_something_that_accepts_and_says_nothing_is_reported(hosts: Hosts) -> None:

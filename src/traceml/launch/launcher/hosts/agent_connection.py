@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from traceml.errors import AgentFailedError
-from traceml.formatting import left_text
+from traceml.formatting import cut_text, left_text
 from traceml.helper_programs import end_process
 from traceml.inspection.kernel_state import process_info
 from traceml.launch.launcher.hosts import bootstrap
@@ -38,12 +38,15 @@ exec ssh "$@" -- "$host" "$command"
 """
 
 _KEPT_LINES = 20
+_LONGEST_LINE = 1000
 _READ_BYTES = 65536
 _SSH_FAILED = 255  # exit status of ssh itself
 _TOO_OLD = 78  # exit status of the bootstrap program
 _SILENT_S = 6.0  # longer than any pause of a connection that works: both sides send something every few seconds
 _LOST = "A host whose agent is silent that long counts as lost, and the job ends: the other ranks would wait for it."
 _END_WAIT_S = 1.0  # a program that has closed its output exits soon; its status is known only then
+
+_REMOVAL = re.compile(r"^\s*(ssh-keygen -f .* -R .*?)\s*$", re.MULTILINE)  # of the file and the name that have the key
 
 _log = logging.getLogger("traceml.launch")
 
@@ -183,7 +186,8 @@ class AgentConnection:
         except BlockingIOError:
             return b""
 
-        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
+        *lines, last = (self._partial_line + data).split(b"\n")
+        self._partial_line = last[:_READ_BYTES]  # a start-up file may write for ever
         self._lines += [line.decode(errors="replace").rstrip() for line in lines if line.strip()]
         return data or None
 
@@ -203,7 +207,7 @@ class AgentConnection:
         status = self._process.poll()
         noise = [line.decode(errors="replace") for line in self.channel.noise.splitlines() if line.strip()]
         rest = [self._partial_line.decode(errors="replace")] if self._partial_line.strip() else []
-        output = [*noise[-_KEPT_LINES:], *self._lines, *rest]
+        output = [cut_text(line, _LONGEST_LINE) for line in (*noise[-_KEPT_LINES:], *self._lines, *rest)]
         self.close()
         if self.hello is not None:
             self._clean_up(self.hello.mark, self.hello.pid)
@@ -287,7 +291,10 @@ class AgentConnection:
 
         for pattern, meaning, advice in _MEANINGS:
             if carrier != "the agent" and re.search(pattern, output):
-                return meaning, self._with_commands(advice)
+                return meaning, self._with_commands(advice, output)
+
+        if carrier == "ssh" and not self.channel.greeted and status not in (None, _SSH_FAILED):
+            return f"its agent did not start ({reason}; {ended})", self._login_advice()
 
         if status == _SSH_FAILED and carrier == "ssh" and self.channel.greeted:
             return "the connection broke after Python had started there", f"Try `{self.by_hand}`."
@@ -295,13 +302,23 @@ class AgentConnection:
         hand = "" if carrier == "the agent" else f"Try `{self._shown_by('true')}`."
         return f"its agent did not start ({reason}; {ended})", hand
 
-    def _with_commands(self, advice: str) -> str:
-        """Fill in the commands that reach this host."""
+    def _login_advice(self) -> str:
+        """Return the advice for a connection that worked, whose shell or Python then ended by itself."""
+        return (
+            f"`{self._shown_by('true')}` must end with status 0 (see `echo $?`): otherwise a start-up file of the shell "
+            f"there (~/.bashrc) ends it. If it does, try `{self._shown_by(self._python, '-V')}`."
+        )
+
+    def _with_commands(self, advice: str, output: str) -> str:
+        """Fill in the commands that reach this host; where ssh itself names one that removes the old key, that one."""
         host, port = split_port(self.spec.name)
+        if removal := _REMOVAL.search(output):
+            advice = advice.replace("ssh-keygen -R {known_host}", "{removal}")
         return advice.format(
             ssh=shlex.join(_reach(self.spec, self._ssh_config_file)),
             verbose=self._shown_by(),
             known_host=host if port is None else shlex.quote(f"[{host}]:{port}"),
+            removal=removal and removal[1],
         )
 
 
