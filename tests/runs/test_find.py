@@ -17,7 +17,7 @@ from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import ArgumentTypeError, RunNotFoundError
 from traceml.run_folder import STORE_NAME
-from traceml.runs.find import find_run, list_runs
+from traceml.runs.find import describe_run, find_run, list_runs
 from traceml.runs.remove import prune, remove_run
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import add_tags, change_labels, remove_tags
@@ -160,6 +160,22 @@ def test_a_list_tells_a_store_of_another_version_from_a_damaged_one(tmp_path):
     states = {info.id: info.state for info in list_runs(tmp_path)}
 
     assert states == {"later": "newer", "earlier": "older", "current": "finished"}
+
+
+@pytest.mark.parametrize("has_report", [True, False])
+def test_a_damaged_run_has_the_facts_of_its_report(has_report, tmp_path):
+    """A half copied run of two ranks was listed with one rank, beside the speed of two, and at the list's end."""
+    run = store_run(tmp_path / "half", Job(ranks=2, steps=200))
+    if has_report:
+        save_report(run, build_report(run))
+
+    whole = describe_run(run)
+    (run / STORE_NAME).write_bytes(b"no database at all" * 100)
+    found = describe_run(run)
+
+    assert found.state == "damaged"
+    known = (found.world_size, found.name, found.started, found.duration_s)
+    assert known == ((2, whole.name, whole.started, whole.duration_s) if has_report else (1, "half", None, None))
 
 
 def test_a_list_has_the_severity_of_the_verdict(tmp_path):

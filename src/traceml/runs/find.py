@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -247,9 +247,9 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
             meta = reader.meta()
             event = reader.last_event("verdict") if with_verdict else None
     except StoreVersionError as error:
-        return _StoredFacts({}, {}, None, "newer" if error.is_newer else "older")
+        return replace(_reported(path), unreadable="newer" if error.is_newer else "older")
     except StoreError:
-        return _StoredFacts({}, {}, None, "damaged")
+        return replace(_reported(path), unreadable="damaged")
 
     findings = event.data.get("findings") if event is not None else None
     try:
@@ -259,7 +259,10 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
 
     run, aggregator = meta.get("run", {}), meta.get("aggregator", {})
     is_whole = _has_valid_types(run) and isinstance(aggregator, dict)
-    return _StoredFacts(run, aggregator, verdict) if is_whole else _StoredFacts({}, {}, verdict, "damaged")
+    if not is_whole:
+        return replace(_reported(path), verdict=verdict, unreadable="damaged")
+
+    return _StoredFacts(run, aggregator, verdict)
 
 
 def _has_valid_types(run: Any) -> bool:
