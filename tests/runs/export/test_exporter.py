@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -48,6 +49,28 @@ def test_store_that_lost_its_end_is_reported(tmp_path, form):
     assert any("not in order" in what for what in exported.damage)
 
 
+@pytest.mark.parametrize("page", ["frames_by_table", "thinnings"])
+def test_tables_have_the_rows_that_a_damaged_page_hides(page, tmp_path):
+    """A page of an index, or of a table beside it, kept an export from all rows after the first few."""
+    run_dir = rich_run(tmp_path / "run")
+    whole = export_run(run_dir, "csv", tmp_path / "whole")
+    with closing(sqlite3.connect(run_dir / STORE_NAME)) as database:
+        (root,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (page,)).fetchone()
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+
+    with (run_dir / STORE_NAME).open("r+b") as file:
+        file.seek((root - 1) * size)
+        file.write(b"\xff" * size)
+
+    found = export_run(run_dir, "csv", tmp_path / "found")
+
+    assert found.damage
+    assert (found.steps, found.rows) == (whole.steps, whole.rows)
+    for table in ("steps", "metrics"):
+        lines = [sorted((tmp_path / name / f"{table}.csv").read_text().splitlines()) for name in ("whole", "found")]
+        assert lines[0] == lines[1]
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_store_that_breaks_off_gives_what_is_before(tmp_path, form):
     """A store with destroyed pages is read as far as possible, or refused as damaged; never silently empty."""
@@ -64,7 +87,7 @@ def test_store_that_breaks_off_gives_what_is_before(tmp_path, form):
         return
 
     assert len(exported.damage) == len(set(exported.damage)) > 0
-    assert exported.steps < 4000
+    assert exported.steps < 4000 or form in ("csv", "parquet")  # tables are salvaged frame by frame
 
 
 @pytest.mark.parametrize("form", FORMATS)

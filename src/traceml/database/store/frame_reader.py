@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,7 @@ META_BATCH = 8192
 
 _THREADS = 4
 _SHARE = 16  # frames per task of a thread
+_TRIED_IDS = 1 << 15  # that are missing in a row, where the list of frames is damaged; merged frames leave gaps
 
 _FrameChoice = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 _RowChoice = Callable[[NDArray[np.uint8]], NDArray[np.bool_]]
@@ -161,6 +162,29 @@ class FrameReader:
         known = ((self._names[row[-1]], row[:-1]) for row in found if row[-1] in self._names)
         frames = self._new_frames((*tables, None), known, after_id)
         return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
+
+    def salvaged_ids(self, after_id: int = 0) -> dict[str, list[int]]:
+        """Return the ids of the frames after a cursor by table, where a damaged page ends every other way to read.
+
+        Asks for one after the other, which takes seconds, until too many in a row are missing.
+        """
+        found: dict[str, list[int]] = {}
+        number, end = after_id, after_id + _TRIED_IDS
+        while (number := number + 1) <= end:
+            with suppress(StoreError):
+                for (table,) in self._fetch("SELECT tbl FROM frames WHERE id = ?", number):
+                    found.setdefault(self._names.get(table, ""), []).append(number)
+                    end = number + _TRIED_IDS
+
+        return found
+
+    def salvaged_frames(self, table: str, numbers: Sequence[int]) -> Iterator[Frame]:
+        """Yield those of a table's frames that can be read; the others are left out without a word."""
+        columns = FRAME_COLUMNS.replace("coalesce(thinned, 0)", "0")  # they may be damaged, too
+        for number in numbers:
+            with suppress(StoreError, ValueError):
+                for row in self._fetch(f"SELECT {columns} FROM frames WHERE id = ?", number):  # noqa: S608 - no values
+                    yield self._decoded(table, row)
 
     def step_frames(
         self, table: str, steps: Sequence[tuple[int, int]], streams: Collection[int] | None = None

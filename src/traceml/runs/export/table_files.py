@@ -80,24 +80,36 @@ class _TablesExport:
         self._clocks = RunClocks(self._streams.values())
         self._names: dict[tuple[int, int], str] = {}
         self._counts = dict.fromkeys(files, 0)
+        self._after = 0  # the last frame that was read in order
 
     def run(self, progress: Progress) -> dict[str, int]:
         """Write all tables; return their numbers of rows."""
+        ranks = list(self._streams.values())
+        self._add("ranks", _ranks(ranks), len(ranks))
         self._guarded(self._facts)
-        self._guarded(partial(self._rows, progress))
+        self._guarded(self._events)
+        if not self._guarded(partial(self._rows, progress)):
+            self._salvage()
+
         return self._counts
 
-    def _guarded(self, write: Callable[[], None]) -> None:
+    def _guarded(self, write: Callable[[], None]) -> bool:
+        """Write a part; return whether it is complete."""
         try:
             write()
         except StoreError as error:
-            self._damage.append(str(error))
+            if str(error) not in self._damage:
+                self._damage.append(str(error))
+
+            return False
+
+        return True
 
     def _facts(self) -> None:
-        ranks = list(self._streams.values())
-        self._add("ranks", _ranks(ranks), len(ranks))
         facts = [(key, to_json(value)) for key, value in self._reader.meta().items()]
         self._add("run", {"key": [key for key, _ in facts], "value_json": [text for _, text in facts]}, len(facts))
+
+    def _events(self) -> None:
         events = self._reader.events()
         part: Part = {
             "time_epoch_ns": [event.epoch_ns for event in events],
@@ -107,16 +119,25 @@ class _TablesExport:
         self._add("events", part, len(events))
 
     def _rows(self, progress: Progress) -> None:
-        after, last = 0, self._reader.last_id()
-        while frames := self._reader.frames_of(_STORED, after):
-            after = frames[-1].id
-            progress(after, last)
+        last = self._reader.last_id()
+        while frames := self._reader.frames_of(_STORED, self._after):
+            self._after = frames[-1].id
+            progress(self._after, last)
             for frame in frames:
-                stream = self._streams.get(frame.stream)
-                if stream is not None:  # else it is newer than this export
-                    self._take(stream, frame)
+                self._take(frame)
 
-    def _take(self, stream: StreamRecord, frame: Frame) -> None:
+    def _salvage(self) -> None:
+        """Write the rows that a damaged page keeps `_rows` from."""
+        found = self._reader.salvaged_ids(self._after)
+        for table in filter(found.__contains__, _STORED):  # names come first
+            for frame in self._reader.salvaged_frames(table, found[table]):
+                self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        stream = self._streams.get(frame.stream)
+        if stream is None:  # it is newer than this export
+            return
+
         try:
             if frame.table == NAMES.name:
                 self._names |= {(stream.id, row["id"]): row["name"] for row in frame.maps()}
