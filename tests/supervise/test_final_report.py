@@ -96,7 +96,8 @@ def test_a_report_that_cannot_be_written_is_reported(
     print_final_report(run_dir, finished=False, program="traceml run", file=told)
 
     advice = f"`traceml report {run_dir}` shows it; then `traceml sync {run_dir}` delivers to trackers"
-    why = f"cannot write its folder {run_dir}: Read-only file system." if isinstance(error, OSError) else "no rows at all"
+    unwritable = f"cannot write its folder {run_dir}: Read-only file system."
+    why = unwritable if isinstance(error, OSError) else "no rows at all"
     assert f"traceml run: no report of this run: {why}" in told.getvalue()
     assert (advice in told.getvalue()) is isinstance(error, OSError)
 
@@ -110,7 +111,7 @@ def test_the_last_words_of_the_aggregator_are_shown(run_dir: Path) -> None:
 
     print_final_report(run_dir, finished=False, program="traceml run", file=told)
 
-    assert "aggregator.log may give the reason; its last line is\n  traceml serve: the disk is full\n" in told.getvalue()
+    assert "log may give the reason; its last line is\n  traceml serve: the disk is full\n" in told.getvalue()
     assert "earlier" not in told.getvalue()
 
 

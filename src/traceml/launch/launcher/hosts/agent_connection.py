@@ -305,8 +305,8 @@ class AgentConnection:
     def _login_advice(self) -> str:
         """Return the advice for a connection that worked, whose shell or Python then ended by itself."""
         return (
-            f"`{self._shown_by('true')}` must end with status 0 (see `echo $?`): otherwise a start-up file of the shell "
-            f"there (~/.bashrc) ends it. If it does, try `{self._shown_by(self._python, '-V')}`."
+            f"`{self._shown_by('true')}` must end with status 0 (see `echo $?`): otherwise a start-up file of its "
+            f"shell (~/.bashrc) ends the login. If it does, try `{self._shown_by(self._python, '-V')}`."
         )
 
     def _with_commands(self, advice: str, output: str) -> str:
