@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+from importlib import import_module
+
 import pytest
 
 from traceml import cli
-from traceml.cli.launch import _joined
+from traceml.cli.launch import _joined, main
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,25 @@ def test_mistakes_are_reported_in_one_line(words, complaint, capsys, monkeypatch
     assert complaint in shown
     assert status == (3 if "slurm" in words else 2)
     assert len(shown.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_ends_the_job_before_the_launcher(number, capsys, monkeypatch, tmp_path) -> None:
+    """Ctrl-\\ too: it killed the launcher, whose live screen then stayed in the terminal."""
+    ended = []
+
+    def run_script(*_args: object, **_options: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            ended.append(error.number)
+            raise
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(import_module("traceml.launch.launcher.assembly"), "run_script", run_script)
+    before = signal.getsignal(number)
+
+    assert main(["--hostnames", "localhost", "train.py"]) == 128 + number
+    assert ended == [number]
+    assert f"traceml launch: ended by {number.name}" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
