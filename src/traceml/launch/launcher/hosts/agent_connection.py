@@ -187,7 +187,7 @@ class AgentConnection:
             return b""
 
         *lines, last = (self._partial_line + data).split(b"\n")
-        self._partial_line = last[:_READ_BYTES]  # a start-up file may write for ever
+        self._partial_line = last[:_READ_BYTES]  # a start-up file may write a line without an end
         self._lines += [line.decode(errors="replace").rstrip() for line in lines if line.strip()]
         return data or None
 
