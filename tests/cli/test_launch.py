@@ -79,6 +79,7 @@ def test_a_signal_ends_the_job_before_the_launcher(number, capsys, monkeypatch, 
             raise
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
     monkeypatch.setattr(import_module("traceml.launch.launcher.assembly"), "run_script", run_script)
     before = signal.getsignal(number)
 
