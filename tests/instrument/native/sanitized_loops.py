@@ -6,9 +6,11 @@ The checks end the process at the first error.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import itertools
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,19 @@ def call_with_many_arguments(folder: Path) -> None:
         flight.close(unlink=True)
 
 
+def leave_a_phase_open(folder: Path) -> None:
+    """Let the collector take a clock with a user phase that never ended."""
+    flight = FlightFile.create(folder, {})
+    instrumentation = install(flight)
+    instrumentation.phase("open").__enter__()
+    clock = weakref.ref(instrumentation.clock)
+    instrumentation.uninstall()
+    flight.close(unlink=True)
+    del instrumentation
+    gc.collect()
+    assert clock() is None
+
+
 def log_values(folder: Path) -> int:
     """Log values of every kind through a ring that wraps around; return the number of rows."""
     flight = FlightFile.create(folder, {})
@@ -105,6 +120,7 @@ def main() -> None:
     use(library)
     torch.set_num_threads(1)
     call_with_many_arguments(folder / "arguments")
+    leave_a_phase_open(folder / "open")
     log_values(folder / "values")
     print(*(run(folder / str(seed), seed) for seed in seeds))
 

@@ -217,7 +217,11 @@ static int hot_clear(PyObject *self) {
 #define CLEAR(name) Py_CLEAR(hot->name);
     EACH_OBJECT(CLEAR)
 #undef CLEAR
-    while (hot->open_users > 0) Py_CLEAR(hot->open_user_phases[--hot->open_users].phase);
+    while (hot->open_users > 0) {
+        OpenUserPhase *open = hot->open_user_phases + --hot->open_users; /* Py_CLEAR evaluates its argument twice */
+        Py_CLEAR(open->phase);
+    }
+
     return 0;
 }
 
