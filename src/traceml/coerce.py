@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
-from traceml.errors import ArgumentTypeError, TraceMLError, UsageError
+from traceml.errors import ArgumentTypeError, UsageError
 
 __all__ = ["BAD", "Limits", "allowed", "coerce", "path_text", "seconds_to_wait"]
 
@@ -182,15 +182,14 @@ def seconds_to_wait(timeout: Any) -> float | None:
     if timeout is None:
         return None
 
-    error: type[TraceMLError] = ArgumentTypeError
     try:
-        if not isinstance(timeout, str | bytes | bool):
-            if not math.isnan(seconds := float(timeout)):
-                return seconds
-
-            error = UsageError
+        seconds = None if isinstance(timeout, str | bytes | bool) else float(timeout)
     except (TypeError, ValueError, OverflowError):
-        pass
+        seconds = None
 
+    if seconds is not None and not math.isnan(seconds):
+        return seconds
+
+    error = ArgumentTypeError if seconds is None else UsageError
     kind = type(timeout).__name__
     raise error(f"a timeout is a number of seconds, or None for no limit, not {kind} {timeout!r:.100}")
