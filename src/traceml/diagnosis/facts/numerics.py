@@ -46,7 +46,7 @@ class LossHistory:
 
         known, losses, steps = self._ranks.setdefault(rank, _RankLosses()), rows["loss"], rows["step"].tolist()
         finite = np.isfinite(losses)
-        for first in np.flatnonzero(np.diff(finite, prepend=~finite[:1])) if len(finite) else ():
+        for first in np.flatnonzero(np.diff(finite, prepend=~finite[:1])):
             if not finite[first] and known.since is None:
                 known.since, known.word = steps[first], "nan" if np.isnan(losses[first]) else "inf"
             elif finite[first] and known.since is not None:

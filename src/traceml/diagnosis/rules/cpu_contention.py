@@ -64,7 +64,7 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
             ranks=ranks,
             summary=f"{subject} waited for a CPU core for {percent_text(waited)} of the time.{_who(facts, throttled)}"
             f"{'' if bound is None else bound.text}",
-            next=QUOTA_ADVICE if throttled is not None else _OF_BOUND if bound is not None else _advice(facts),
+            next=_advice(facts, throttled, bound),
             evidence=known_facts(
                 cpu_wait_share=waited,
                 cores_per_rank=facts.cores_per_rank,
@@ -73,7 +73,8 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
                 competing_processes=dict(facts.competing_processes) or None,
                 started_processes=dict(facts.started_processes or {}) or None,
                 throttled_share=throttled,
-                **({} if bound is None else {"bound_ranks": bound.ranks, "bound_cores": bound.cores}),
+                bound_ranks=None if bound is None else bound.ranks,
+                bound_cores=None if bound is None else bound.cores,
             ),
             cost_share=waited,
             speedup_if_fixed=speedup_of_share(waited),
@@ -197,7 +198,13 @@ def _names_text(processes: Mapping[str, float]) -> str:
     return f" ({', '.join([f'{first} {cores_text(cores)}', *(f'{name} {used:.1f}' for name, used in rest)])})"
 
 
-def _advice(facts: JobFacts) -> str:
+def _advice(facts: JobFacts, throttled: float | None, bound: _Bound | None) -> str:
+    if throttled is not None:
+        return QUOTA_ADVICE
+
+    if bound is not None:
+        return _OF_BOUND
+
     cores = facts.cores_per_rank
     many = bool(facts.threads and cores and facts.threads > cores)
     also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
