@@ -293,13 +293,16 @@ class AgentConnection:
             if carrier != "the agent" and re.search(pattern, output):
                 return meaning, self._with_commands(advice, output)
 
-        if carrier == "ssh" and not self.channel.greeted and status not in (None, _SSH_FAILED):
-            return f"its agent did not start ({reason}; {ended})", self._login_advice()
-
         if status == _SSH_FAILED and carrier == "ssh" and self.channel.greeted:
             return "the connection broke after Python had started there", f"Try `{self.by_hand}`."
 
-        hand = "" if carrier == "the agent" else f"Try `{self._shown_by('true')}`."
+        if carrier == "the agent":
+            hand = ""
+        elif carrier == "ssh" and not self.channel.greeted and status not in (None, _SSH_FAILED):
+            hand = self._login_advice()
+        else:
+            hand = f"Try `{self._shown_by('true')}`."
+
         return f"its agent did not start ({reason}; {ended})", hand
 
     def _login_advice(self) -> str:

@@ -346,9 +346,8 @@ class LaunchJob:
         ended_by = None
         if isinstance(error, EndedBySignal):
             status = 128 + error.number
-
-        if isinstance(error, EndedBySignal) and error.number in BY_OTHERS:
-            ended_by = {"signal": error.number, "time": error.at_s, "from_terminal": error.from_terminal}
+            if error.number in BY_OTHERS:
+                ended_by = {"signal": error.number, "time": error.at_s, "from_terminal": error.from_terminal}
 
         self._tracing.finish(status, ended_by)
 
