@@ -132,18 +132,16 @@ sys.exit("not ended")
 """
 
 
+def launcher_with(*words: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", LAUNCHER, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(("words", "end"), [((), "SIGHUP, False"), (("nohup",), "not ended")])
 def test_a_hang_up_ends_a_launcher_that_was_not_told_to_ignore_it(words, end) -> None:
     """Its terminal did not close; under `nohup` the signal is dropped."""
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with launcher:
+    with launcher_with(*words) as launcher:
         launcher.stdout.readline()
         launcher.send_signal(signal.SIGHUP)
         _, err = launcher.communicate()
@@ -156,14 +154,7 @@ def test_a_hang_up_ends_a_launcher_that_was_not_told_to_ignore_it(words, end) ->
 @pytest.mark.parametrize("second", ["", "SIGTERM", "SIGQUIT"])
 def test_a_second_quit_ends_a_launcher_that_hangs_in_its_end(first, second, end) -> None:
     """The first one lets it end the job and restore the terminal; other signals do not hurry it."""
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, "hangs"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with launcher:
+    with launcher_with("hangs") as launcher:
         launcher.stdout.readline()
         launcher.send_signal(signal.Signals[first])
         assert launcher.stdout.readline() == "ending\n"
