@@ -76,7 +76,8 @@ SUBPACKAGES = {
         "diagnosis.rules", "database",
     },
     "diagnosis.rules": {
-        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps",
+        "diagnosis.stalls", "database",
     },
     "diagnosis.deaths": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.memory", "database",

@@ -295,10 +295,10 @@ def test_a_users_heavy_phase_is_residual_under_its_name():
 
 
 def test_the_numbers_of_a_sentence_agree():
-    """A pause of two seconds, as between a notebook's cells, is in the mean step but not in the gain."""
+    """A pause of a second, as between a notebook's cells, is in the mean step but not in the gain."""
     window = window_of(ALONE, adds("other", 10))
-    window.times["other"][0, -1] += 2_000 * 1e6
-    window.total[0, -1] += 2_000 * 1e6
+    window.times["other"][0, -1] += 1_000 * 1e6
+    window.total[0, -1] += 1_000 * 1e6
 
     found = next(each for each in diagnose(window, JobFacts()) if each.kind is Kind.RESIDUAL_HEAVY)
 

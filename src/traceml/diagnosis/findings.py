@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import msgspec
 
+from traceml.diagnosis import headlines
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 
 __all__ = ["Explanation", "Finding", "in_order", "known_facts", "plain", "significant"]
@@ -89,7 +90,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def headline(self) -> str:
         """The finding in one sentence without a period."""
-        return self.kind.headline(self)
+        text = self.kind.headline(self)
+        is_beside = "pause_share" in self.evidence and self.severity is not Severity.INFO
+        return f"{text}, not counting {headlines.pauses_text(self.evidence)}" if is_beside else text
 
     def rounded(self) -> Finding:
         """Return the finding as the report has it: plain numbers, lists and texts, in few digits.

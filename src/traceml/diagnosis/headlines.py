@@ -39,6 +39,7 @@ __all__ = [
     "lost_worker",
     "near_limit",
     "not_finite",
+    "pauses_text",
     "pressure",
     "recompiles",
     "skipped",
@@ -275,6 +276,12 @@ def compute(finding: FindingFacts) -> str:
         return f"The model's own compute limits this run, {part}"
 
     return f"Compute limits the steps, {part}; they are {percent_text(share)} of the run's time"
+
+
+def pauses_text(evidence: Mapping[str, Any]) -> str:
+    """Return `one step of 16.0 s`."""
+    count, each = int(evidence["pauses"]), ms_text(evidence["pause_ms"])
+    return f"one step of {each}" if count == 1 else f"{count} steps of {each} each"
 
 
 def _of_pauses(evidence: Mapping[str, Any]) -> str:

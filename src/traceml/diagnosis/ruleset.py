@@ -53,6 +53,7 @@ from traceml.diagnosis.rules.slowdown import (
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
+from traceml.diagnosis.stalls.single_pauses import single_pauses
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
@@ -64,6 +65,8 @@ from traceml.formatting import count_text, ns_text, ranks_text
 
 __all__ = ["diagnose", "is_newest_part"]
 
+_OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.JITTER)
+"""Kinds that explain single long steps."""
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 _MOST_GOES_ON = 0.5
@@ -97,7 +100,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
     past = judged if history is window else None if history is None else _judged(history, facts)
-    found = without_changes_by_others(_timing(judged, work, facts, past), shared)
+    found = without_changes_by_others(_timing_without_pauses(judged, work, facts, past), shared)
     timing, of_timing = _apart(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
@@ -242,6 +245,27 @@ def _training(facts: JobFacts) -> list[Finding]:
         found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
 
     return found
+
+
+def _timing_without_pauses(
+    window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None
+) -> list[Finding]:
+    """Find what steps cost; single pauses that nothing explains are left out of it, and told beside it."""
+    found, pauses = _timing(window, work, facts, history), single_pauses(work, facts)
+    if pauses is None or any(each.kind in _OF_LONG_STEPS for each in found):
+        return found
+
+    others = pauses.left_out_of(window, work)
+    if len(others) < MIN_STEPS:
+        return found
+
+    found = _timing(others, own_work_of(others, facts), facts, history)
+    text, action, evidence = pauses.explanation
+    text += f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
+    found = [replace(each, evidence={**each.evidence, **evidence}) for each in found]
+    lead = max(found, key=lambda each: each.cost_share, default=None)
+    told = lead and replace(lead, summary=lead.summary + text, next=f"{lead.next} {action}")
+    return [told if told and each is lead else each for each in found]
 
 
 def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:

@@ -470,7 +470,7 @@ def test_one_step_that_takes_most_of_the_time_is_reported(other_ms, kind):
 
 def test_the_long_step_of_one_rank_is_told_by_its_work():
     """The other ranks wait in this step or in the next one: the mean over ranks has half of it."""
-    job = Job(ranks=2, steps=80, own={"forward": 3.0, "backward": 3.0, "other": 20.0})
+    job = Job(ranks=2, steps=80, own={"forward": 3.0, "backward": 3.0, "other": 1.0})
     (found, *_) = diagnose(window_of(job, adds("other", 15_000.0, (1,), every=job.steps)), JobFacts(world_size=2))
 
     assert found.kind is Kind.HEALTHY
@@ -604,3 +604,30 @@ def test_an_optimizer_that_may_be_fused_is_named_beside_another_cause(optimizer_
     assert found.kind is Kind.CHECKPOINT_STALLS
     assert ("step (61 %): use its fused form (fused=True)." in found.next) is is_told
     assert ("optimizer" in found.next) is is_told
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("part", ["other", "forward", "input_wait"])
+def test_what_the_other_steps_wait_for_is_found_beside_a_pause(part: str, ranks: int) -> None:
+    """Of the mean of all steps it is a twentieth, of each of the others a third."""
+    job = Job(ranks=ranks, grouped=ranks > 1, own={"forward": 8.0, "backward": 8.0, "other": 0.3})
+    faults = [adds("input_wait", 8.0), adds(part, 30_000.0, (0,), every=job.steps)]
+    found, *more = diagnose(window_of(job, *faults), JobFacts(world_size=ranks))
+
+    assert (found.kind, more) == (Kind.INPUT_BOUND, [])
+    assert 0.29 < found.cost_share < 0.34
+    assert found.headline.endswith(" % of step time, not counting one step of 32.8 s") or ranks > 1
+    assert re.search(
+        r"One step took 3\d\.\d s, 1,3\d\d times the mean of the others.*\. It is not counted here\.", found.summary
+    )
+    assert found.next.endswith("shows the lines in which the training was seen.")
+
+
+def test_long_steps_that_are_explained_are_no_pauses() -> None:
+    """They are counted: each tenth step saves, and one takes much longer."""
+    job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": 0.3})
+    faults = [adds("checkpoint", 80.0, every=10), adds("checkpoint", 30_000.0, every=job.steps)]
+    found, *_ = diagnose(window_of(job, *faults), JobFacts())
+
+    assert found.kind is Kind.CHECKPOINT_STALLS
+    assert "not counted" not in found.summary

@@ -24,10 +24,10 @@ from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_l
 from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
-from traceml.diagnosis.rules.jitter import LINE_SHARE
 from traceml.diagnosis.rules.outside_steps import uncovered_time_text
+from traceml.diagnosis.stalls.single_pauses import single_pauses, usual_steps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
-from traceml.formatting import count_text, duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
+from traceml.formatting import duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
 __all__ = [
     "COMPUTE_SHARE",
@@ -50,16 +50,8 @@ SHORT_LOOP_SHARE = 0.25
 HEAVY_CODE_SHARE = 0.25
 """Code of the script in forward or backward is named if it takes this share of the step."""
 
-_PAUSE_NS, _PAUSE_SHARE = 5e8, 0.25
-"""One or two steps are reported from this time each on, if they are this share of all steps."""
-_OVERSUBSCRIBED_PAUSE_NS = 5e9
-"""With too few cores from this time on: other programs cause shorter ones."""
 _OPTIMIZER_SHARE = 0.4
 """From this share of the step an optimizer that may be fused is named beside another cause."""
-_PAUSES = 2
-"""So many are no rare long steps yet."""
-_PAUSE_PART = 0.7
-"""If no line is known, the part of the step is named if it took at least this share of it."""
 
 _WAITING = "waiting for other ranks"
 _MOSTLY_TABLES = 0.5
@@ -77,7 +69,7 @@ BUSY_POWER = 0.6
 
 def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
-    step, shares = _step_shares(work, _without_pauses(work))
+    step, shares = _step_shares(work, usual_steps(work))
     evidence = _evidence(work, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     launches = work.device and _waits_for_launches(facts)
@@ -89,7 +81,7 @@ def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
     if short is not None:
         evidence["too_short"] = True
 
-    pause = _pauses(work, facts, step)
+    pause = _pause(work, facts)
     evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, shares, device=work.device)
@@ -178,68 +170,9 @@ def _evidence_of_code(
     return line.evidence(_sampled(shares)[part]) | ({} if own is None else {"own_code": True})
 
 
-def _without_pauses(work: OwnWork) -> NDArray[np.intp]:
-    """Return the steps without the two longest, which are usually pauses."""
-    count = len(work.step)
-    if count < 10:
-        return np.arange(count)
-
-    longest = np.argsort(work.step)[-2:]
-    if work.grouped:
-        # The optimizer's work counts after the sync point: in the next step.
-        after = longest[longest < count - 1] + 1
-        longest = np.union1d(longest, after[~work.begins[after]])
-
-    return np.setdiff1d(np.arange(count), longest)
-
-
-def _pauses(work: OwnWork, facts: JobFacts, step: float) -> Explanation:
-    """Explain one or two long pauses of a run; empty if they are too short to matter."""
-    # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
-    times = np.maximum(work.step, work.longest(work.own))
-    from_ns = _OVERSUBSCRIBED_PAUSE_NS if facts.oversubscribed else _PAUSE_NS
-    least = max(from_ns, 2 * step, float(times.max()) / 2)  # the mean of a longer and a shorter one tells of neither
-    at = np.array(
-        [column for column in np.argsort(-times)[: 1 if work.grouped else _PAUSES] if times[column] >= least],
-        np.intp,
-    )
-    total = float(times[at].sum())
-    if not len(at) or total < _PAUSE_SHARE * float(work.step.sum()):
-        return Explanation()
-
-    part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
-    line = _line_of_pause(work, facts, part, at)
-    in_part = float(work.parts[part][:, at].max(axis=0).sum()) if part in work.parts else 0.0
-    is_known = part != "other" and in_part >= _PAUSE_PART * total
-    where = line.place if line else phase_words(part) if is_known else ""
-    mostly = f", mostly in {where}" if where else ""
-    mean = total / len(at)
-    factor = count_text(round(mean / max(step, 1.0)))
-    steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
-    action = (
-        f"Find out what {line.place} did in {they}, and whether it needs to."
-        if line
-        else f"Find out what {they} did: `traceml report --lines` shows the lines in which the training was seen."
-    )
-    return Explanation(
-        f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{mostly}.",
-        action,
-        {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(total / float(work.step.sum()), 1.0)},
-    )
-
-
-def _line_of_pause(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
-    """Return the line of one part of some steps, where these have most of what its samples are about."""
-    values = work.parts.get(part)
-    if values is None:
-        return None
-
-    row = int(values[:, at].sum(axis=1).argmax())
-    if values[row, at].sum() < LINE_SHARE * values[row].sum():
-        return None
-
-    share = float(values[row].sum()) / max(float(work.step.sum()), 1.0)
-    return own_line(facts.lines, part, share, (int(work.ranks[row]),))
+def _pause(work: OwnWork, facts: JobFacts) -> Explanation:
+    pauses = single_pauses(work, facts)
+    return Explanation() if pauses is None else pauses.explanation
 
 
 def _evidence(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
@@ -266,7 +199,7 @@ def _compute_bound(
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
-    pause = _pauses(work, facts, step)
+    pause = _pause(work, facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
     if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
         watches = (
