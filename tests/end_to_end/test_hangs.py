@@ -13,6 +13,7 @@ import pytest
 from tests.end_to_end.conftest import Running, Traceml
 from tests.ports import free_port
 from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.findings import Finding
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import run_folders
 
@@ -59,8 +60,10 @@ def test_a_rank_that_sleeps_is_named_with_its_line(traceml: Traceml) -> None:
     assert f"(hanging.py:{line_of('BACKWARD')} train)" in verdict["summary"]
 
     os.killpg(running.process.pid, signal.SIGINT)
-    report = running.end().report
+    ended = running.end()
+    report = ended.report
     after = report["verdict"]
+    assert f"traceml: HANG: {Finding.from_dict(verdict).headline}; " in ended.stderr
     assert (report["run"]["state"], after["kind"]) == ("hung", "HANG")
     assert (after["ranks"], after["evidence"]["line"]) == ([1], line_of("STUCK")), after
 

@@ -11,6 +11,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.checks.competing_processes import CompetingProcesses
+from traceml.aggregator.checks.hang_notices import HangNotices
 from traceml.aggregator.checks.hang_termination import HungJobs
 from traceml.aggregator.checks.run_times import RunTimes
 from traceml.aggregator.collecting.source_readings import SourceReadings
@@ -36,6 +37,7 @@ class _OpenRun:
     def __init__(self, run: ActiveRun, start: Callable[[Coroutine[Any, Any, None]], None]) -> None:
         self.silent, self.competing = SilentRanks(run, start), CompetingProcesses(run, start)
         self.times, self.verdict = RunTimes(run, start), LiveVerdict(run.live)
+        self.notices = HangNotices(run, self.silent)
 
 
 class RunChecks:
@@ -68,6 +70,7 @@ class RunChecks:
 
         verdict = opened.verdict
         verdict.update(run.store)
+        opened.notices.check(verdict.findings)
         self.alerts.check(run, verdict.findings)
         self._profiles.check(run, verdict.findings)
         self.sources.check(run)

@@ -127,6 +127,10 @@ class SilentRanks:
             elif quiet_s < FIRST_SILENT_S and silence is not None:
                 self._wake(process)
 
+    def is_silent(self, stream: RankStream) -> bool:
+        """Return whether a connected rank was silent at the last check."""
+        return any(process.stream is stream for process in self._silences)
+
     def _connected(self) -> list[RankProcess]:
         ranks = [stream for stream in self._run.connected if stream.is_diagnosed and not stream.is_helper]
         return [process for process in map(RankProcess.of, ranks) if process is not None]

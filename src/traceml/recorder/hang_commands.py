@@ -1,4 +1,4 @@
-"""End of this process on the aggregator's command, when the job hangs and `on_hang` is `abort`."""
+"""Commands of the aggregator to a rank of a job that hangs: to say so, and to end where `on_hang` is `abort`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from traceml.fail_open import print_notice
+from traceml.formatting import printable
 from traceml.inspection.kernel_state import end_started_processes
+from traceml.run_folder import report_command
+from traceml.transport.run_line import short_path
 
-__all__ = ["abort_process"]
+__all__ = ["abort_process", "print_hang"]
 
 _ANSWER_S, _KILL_S = 0.2, 5.0
 
@@ -39,3 +45,20 @@ def _terminate() -> None:
 
     end_started_processes(os.getpid())
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def print_hang(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Print that the job hangs, or goes on; in a thread of its own, as nobody may read the pipe of standard error.
+
+    Args:
+        args: `headline` of the hang, absent if the job goes on; `run_dir`.
+    """
+    command = report_command(short_path(Path(str(args.get("run_dir")))))
+    headline = args.get("headline")
+    line = (
+        f"traceml: the job goes on; `{command}` says what it waited for"
+        if headline is None
+        else (f"traceml: HANG: {headline}; `{command}` says why and what to do")
+    )
+    Thread(target=print_notice, args=(printable(line),), name="traceml-notice", daemon=True).start()
+    return {}

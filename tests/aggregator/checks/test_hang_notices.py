@@ -1,0 +1,68 @@
+"""Which rank is told that the job hangs, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from traceml.aggregator.checks.hang_notices import HangNotices
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+
+HANG = Finding(kind=Kind.HANG, severity=Severity.CRITICAL, summary="Stuck.", next="Look.", ranks=(1,))
+FINE = Finding(kind=Kind.HEALTHY, severity=Severity.INFO, summary="Fine.", next="None.")
+
+
+class Rank:
+    """A connected rank that keeps what it is told."""
+
+    is_diagnosed, is_helper = True, False
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.peer = rank, self
+        self.told: list[dict[str, Any]] = []
+
+    def send(self, message: dict[str, Any]) -> None:
+        assert message["name"] == "hang_notice"
+        self.told.append(message["args"])
+
+
+def notices_of(*ranks: Rank, silent: Rank | None = None) -> tuple[HangNotices, Any]:
+    run: Any = SimpleNamespace(path=Path("/runs/a"), attempt=0, connected=ranks)
+    watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent)
+    return HangNotices(run, watch), run
+
+
+def test_one_rank_tells_it_once_and_that_it_is_over() -> None:
+    ranks = Rank(1), Rank(0)
+    notices, _ = notices_of(*ranks)
+    for findings in ([], [FINE], [HANG], [HANG, FINE], [FINE], [FINE, HANG], [HANG]):
+        notices.check(findings)
+
+    assert ranks[0].told == []
+    assert [each.get("headline") for each in ranks[1].told] == [HANG.headline, None, HANG.headline]
+    assert {each["run_dir"] for each in ranks[1].told} == {"/runs/a"}
+
+
+def test_a_rank_that_cannot_print_is_not_asked() -> None:
+    """C code has the interpreter's lock there; if no other can, a later check asks again."""
+    silent, other = Rank(0), Rank(1)
+    notices, run = notices_of(silent, silent=silent)
+    notices.check([HANG])
+    run.connected = (silent, other)
+    notices.check([HANG])
+
+    assert (len(silent.told), len(other.told)) == (0, 1)
+
+
+def test_each_attempt_that_hangs_is_told() -> None:
+    """The end of the attempt before is no progress of the job."""
+    rank = Rank(0)
+    notices, run = notices_of(rank)
+    notices.check([HANG])
+    run.attempt = 1
+    notices.check([FINE])
+    notices.check([HANG])
+
+    assert [each.get("headline") for each in rank.told] == [HANG.headline] * 2
