@@ -623,6 +623,15 @@ def test_what_the_other_steps_wait_for_is_found_beside_a_pause(part: str, ranks:
     assert found.next.endswith("shows the lines in which the training was seen.")
 
 
+def test_more_long_steps_are_no_pauses() -> None:
+    """All of them are of one finding."""
+    job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "input_wait": 8.0})
+    found, *_ = diagnose(window_of(job, adds("forward", 5_000.0, every=44)), JobFacts())
+
+    assert found.headline.startswith("Every 44th step is long, in forward")
+    assert "not counted" not in found.summary
+
+
 def test_long_steps_that_are_explained_are_no_pauses() -> None:
     """They are counted: each tenth step saves, and one takes much longer."""
     job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": 0.3})

@@ -49,11 +49,13 @@ def single_pauses(work: OwnWork, facts: JobFacts) -> SinglePauses | None:
     times = np.maximum(work.step, work.longest(work.own))
     from_ns = OVERSUBSCRIBED_PAUSE_NS if facts.oversubscribed else PAUSE_NS
     least = max(from_ns, 2 * step, float(times.max()) / 2)  # the mean of a longer and a shorter one tells of neither
-    most = 1 if work.grouped else MOST_PAUSES
-    at = np.array([column for column in np.argsort(-times)[:most] if times[column] >= least], np.intp)
+    at = np.flatnonzero(times >= least)
+    if work.grouped and len(at) and at[-1] - at[0] <= 1:
+        at = at[[int(times[at].argmax())]]
+
     total = float(times[at].sum())
     share = total / max(float(work.step.sum()), 1.0)
-    if not len(at) or share < PAUSE_SHARE:
+    if not 0 < len(at) <= (1 if work.grouped else MOST_PAUSES) or share < PAUSE_SHARE:
         return None
 
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
