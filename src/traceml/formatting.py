@@ -65,6 +65,7 @@ _PARTS = {
     "startup": "start-up",
     "checkpoint": "saving",
     "between_epochs": "between epochs",
+    "hang": "without progress",
     "idle": "after the last step",
     "restart": "restarts",
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
 from traceml.renderers.text.card import verdict_style
-from traceml.renderers.views import run_view, verdict_look, visible_ranks
-from traceml.runs.report.report_types import Report
+from traceml.renderers.views import run_view, verdict_look, visible_parts, visible_ranks
+from traceml.runs.report.report_types import Report, TimePart, TimeSection
 
 
 def test_straggler_is_marked():
@@ -108,3 +108,15 @@ def test_live_view_holds_the_trend():
 
     assert view.rates == (1.0, 2.0)
     assert view.report == run_view(slow_rank()).report
+
+
+def test_the_time_of_a_hang_is_apart() -> None:
+    """It is in a step that was open, after the last one that ended; or in `restart`, where another attempt followed."""
+    parts = [TimePart("steps", 20.0, 0.2), TimePart("idle", 80.0, 0.8)]
+
+    def shown(hang_s: float) -> list[tuple[str, float]]:
+        section = TimeSection(wall_s=100.0, parts=parts, hang_s=hang_s)
+        return [(part.part, part.seconds) for part in visible_parts(section)]
+
+    assert shown(75.0) == [("steps", 20.0), ("hang", 75.0), ("idle", 5.0)]
+    assert shown(0.0) == shown(90.0) == [("steps", 20.0), ("idle", 80.0)]

@@ -245,9 +245,23 @@ def visible_ranks(ranks: Sequence[RankRow], most: int) -> tuple[RankRow, ...]:
 
 
 def visible_parts(time: TimeSection | None) -> list[TimePart]:
-    """Return the parts of a wall time that can be seen; none where nothing of it is known, as of a run that logs."""
-    parts = [] if time is None else [part for part in time.parts if part.share >= SMALL_SHARE]
+    """Return the parts of a wall time that can be seen; none where nothing of it is known, as of a run that logs.
+
+    Time without progress before the end is a part of its own: it is not after the last step, but in one that hung.
+    """
+    parts = [] if time is None else [part for part in _with_hang(time) if part.share >= SMALL_SHARE]
     return [] if {part.part for part in parts} == {"unexplained"} else parts
+
+
+def _with_hang(time: TimeSection) -> list[TimePart]:
+    """Return the parts with the time of a hang apart from the `idle` that it is in, if no attempt followed it."""
+    idle = next((part for part in time.parts if part.part == "idle"), None)
+    if idle is None or not 0 < time.hang_s <= idle.seconds:
+        return time.parts
+
+    hung = TimePart(part="hang", seconds=time.hang_s, share=time.hang_s / time.wall_s)
+    rest = TimePart(part="idle", seconds=idle.seconds - hung.seconds, share=idle.share - hung.share)
+    return [each for part in time.parts for each in ((hung, rest) if part is idle else (part,))]
 
 
 def _rank_rows(report: Report) -> tuple[RankRow, ...]:

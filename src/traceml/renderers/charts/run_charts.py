@@ -136,7 +136,7 @@ def time_chart(view: RunView, theme: Theme = LIGHT) -> Option | None:
     option["yAxis"] = category_axis([""], theme)
     for part in view.time_parts:
         name = f"{part_words(part.part)} {duration_text(part.seconds)} ({percent_text(part.share)})"
-        color = theme.parts.get(part.part, theme.rule)
+        color = theme.worse if part.part == "hang" else theme.parts.get(part.part, theme.rule)
         option["series"].append(bar_series(name, [number(part.seconds / seconds)], color, "time"))
 
     return option
