@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from traceml.recorder.hang_commands import print_hang
+from traceml.recorder.hang_commands import print_stuck
 
 SCRIPT = """
 import multiprocessing, signal, subprocess, time
@@ -42,8 +42,8 @@ def test_the_process_ends_with_its_workers_and_programs():
 
 def test_a_hang_is_told_on_standard_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Also what a terminal would take for its own commands, as it comes over a wire."""
-    for facts in ({"headline": "Rank 1 blocks the others, in a.py:3\x1b[2J"}, {}):
-        assert print_hang({**facts, "run_dir": str(tmp_path / "a run")}) == {}
+    for facts in ({"kind": "HANG", "headline": "Rank 1 blocks the others, in a.py:3\x1b[2J"}, {}):
+        assert print_stuck({**facts, "run_dir": str(tmp_path / "a run")}) == {}
         for thread in threading.enumerate():
             if thread.name == "traceml-notice":
                 thread.join()

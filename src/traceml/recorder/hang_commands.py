@@ -1,4 +1,4 @@
-"""Commands of the aggregator to a rank of a job that hangs: to say so, and to end where `on_hang` is `abort`."""
+"""Commands of the aggregator to a rank of a job that is stuck: to say so, and to end where `on_hang` is `abort`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceml.inspection.kernel_state import end_started_processes
 from traceml.run_folder import report_command
 from traceml.transport.run_line import short_path
 
-__all__ = ["abort_process", "print_hang"]
+__all__ = ["abort_process", "print_stuck"]
 
 _ANSWER_S, _KILL_S = 0.2, 5.0
 
@@ -47,18 +47,17 @@ def _terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def print_hang(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Print that the job hangs, or goes on; in a thread of its own, as nobody may read the pipe of standard error.
+def print_stuck(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Print that the job is stuck, or goes on; in a thread of its own, as nobody may read the pipe of standard error.
 
     Args:
-        args: `headline` of the hang, absent if the job goes on; `run_dir`.
+        args: `kind` and `headline` of the verdict, absent if the job goes on; `run_dir`.
     """
     command = report_command(short_path(Path(str(args.get("run_dir")))))
-    headline = args.get("headline")
     line = (
-        f"traceml: the job goes on; `{command}` says what it waited for"
-        if headline is None
-        else (f"traceml: HANG: {headline}; `{command}` says why and what to do")
+        f"traceml: {args.get('kind')}: {args['headline']}; `{command}` says why and what to do"
+        if "headline" in args
+        else f"traceml: the job goes on; `{command}` says what it waited for"
     )
     Thread(target=print_notice, args=(printable(line),), name="traceml-notice", daemon=True).start()
     return {}

@@ -22,7 +22,7 @@ from traceml.gc_pause import gc_pause
 from traceml.inspection.crash_stacks import disable_crash_stacks
 from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import address_limit_bytes, cause_of, describe
-from traceml.recorder.hang_commands import abort_process, print_hang
+from traceml.recorder.hang_commands import abort_process, print_stuck
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.rank_tracing import RankTracing
 from traceml.recorder.recorder_facts import RecorderStatistics, capacities, child_capacities, process_facts
@@ -91,7 +91,7 @@ class Recording:
                 "statistics": lambda _args: asdict(statistics()),
                 "profile": self.tracing.profiles.answer,
                 "abort": lambda _args: abort_process(self.thread.call_later),
-                "hang_notice": lambda args: {} if config.quiet else print_hang(args),
+                "notice": lambda args: {} if config.quiet else print_stuck(args),
             },
             files=self.files,
             on_welcome=self._welcomed,

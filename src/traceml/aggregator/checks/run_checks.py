@@ -11,8 +11,8 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.checks.competing_processes import CompetingProcesses
-from traceml.aggregator.checks.hang_notices import HangNotices
 from traceml.aggregator.checks.hang_termination import HungJobs
+from traceml.aggregator.checks.job_notices import JobNotices
 from traceml.aggregator.checks.run_times import RunTimes
 from traceml.aggregator.collecting.source_readings import SourceReadings
 from traceml.aggregator.live_verdict import LiveVerdict
@@ -37,7 +37,7 @@ class _OpenRun:
     def __init__(self, run: ActiveRun, start: Callable[[Coroutine[Any, Any, None]], None]) -> None:
         self.silent, self.competing = SilentRanks(run, start), CompetingProcesses(run, start)
         self.times, self.verdict = RunTimes(run, start), LiveVerdict(run.live)
-        self.notices = HangNotices(run, self.silent)
+        self.notices = JobNotices(run, self.silent)
 
 
 class RunChecks:

@@ -1,16 +1,19 @@
-"""Which rank is told that the job hangs, and when."""
+"""Which rank prints that the job is stuck, and when."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from traceml.aggregator.checks.hang_notices import HangNotices
+from traceml.aggregator.checks.job_notices import JobNotices
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 
 HANG = Finding(kind=Kind.HANG, severity=Severity.CRITICAL, summary="Stuck.", next="Look.", ranks=(1,))
+LOST = Finding(kind=Kind.RANK_LOST, severity=Severity.CRITICAL, summary="Lost.", next="Look.", ranks=(1,))
 FINE = Finding(kind=Kind.HEALTHY, severity=Severity.INFO, summary="Fine.", next="None.")
 
 
@@ -24,14 +27,16 @@ class Rank:
         self.told: list[dict[str, Any]] = []
 
     def send(self, message: dict[str, Any]) -> None:
-        assert message["name"] == "hang_notice"
+        assert message["name"] == "notice"
         self.told.append(message["args"])
 
 
-def notices_of(*ranks: Rank, silent: Rank | None = None) -> tuple[HangNotices, Any]:
+def notices_of(
+    *ranks: Rank, silent: Rank | None = None, now_s: Callable[[], float] = time.monotonic
+) -> tuple[JobNotices, Any]:
     run: Any = SimpleNamespace(path=Path("/runs/a"), attempt=0, connected=ranks)
     watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent)
-    return HangNotices(run, watch), run
+    return JobNotices(run, watch, now_s), run
 
 
 def test_one_rank_tells_it_once_and_that_it_is_over() -> None:
@@ -66,3 +71,25 @@ def test_each_attempt_that_hangs_is_told() -> None:
     notices.check([HANG])
 
     assert [each.get("headline") for each in rank.told] == [HANG.headline] * 2
+
+
+def test_a_lost_rank_is_reported_where_nobody_ends_the_others() -> None:
+    """A launcher usually does within 30 s."""
+    now_s, rank = [100.0], Rank(0)
+    notices, _ = notices_of(rank, now_s=lambda: now_s[0])
+    counts = []
+    for seconds, findings in (
+        (0, [LOST]),
+        (35, [LOST]),
+        (1, [FINE]),
+        (1, [LOST]),
+        (39, [LOST]),
+        (1, [LOST]),
+        (9, [LOST]),
+    ):
+        now_s[0] += seconds
+        notices.check(findings)
+        counts.append(len(rank.told))
+
+    assert counts == [0, 0, 0, 0, 0, 1, 1]
+    assert (rank.told[0]["kind"], rank.told[0]["headline"]) == ("RANK_LOST", LOST.headline)
