@@ -119,7 +119,9 @@ def test_a_small_document_is_whole():
 @pytest.mark.parametrize("run", ["../outside", "/etc", "runs/good", ".."])
 def test_runs_outside_the_folder_are_not_read(tools, folder, run):
     """Neither by path nor through a link in the folder."""
-    store_run(folder.parent / "outside", Job(steps=20))
+    if not (folder.parent / "outside").exists():
+        store_run(folder.parent / "outside", Job(steps=20))
+
     (folder / "link").unlink(missing_ok=True)
     (folder / "link").symlink_to(folder.parent / "outside")
 
