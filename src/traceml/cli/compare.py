@@ -10,7 +10,8 @@ from typing import Annotated
 
 from traceml.cli import EXIT_GATE
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.compared_runs import compared_runs
 from traceml.renderers.text.comparison import change_text, compared_card, judged_time_words
@@ -28,7 +29,7 @@ EXIT_UNDECIDED = 3
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(RunsDirOptions):
     """Report what got slower from run A to run B, by how much, and whether the change is significant.
 
     Of more runs, each is compared with the first, or with --baseline.
@@ -47,8 +48,6 @@ class CompareOptions:
     """Print it as Markdown, for a pull request."""
     fail_over: Annotated[float | None, NumberRange(float, minimum=0), Metavar("PCT")] = None
     """Exit with 1 when steps take more than PCT percent longer than the baseline's and the change is significant."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 def _chosen(options: CompareOptions) -> list[Path]:
     """Return the baseline and the runs that are compared with it."""
-    runs_dir = config_over(options.runs_dir).runs_dir
+    runs_dir = options.config.runs_dir
     if options.baseline is None and len(options.runs) < 2:
         raise UsageError("name two runs, or one run and --baseline RUN: traceml compare A B")
 

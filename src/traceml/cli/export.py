@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from traceml.cli.notices import print_left_out
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, plural, printable
 from traceml.runs.export.export_progress import no_progress
@@ -28,7 +29,7 @@ EXIT_INCOMPLETE = 3
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(RunsDirOptions):
     """Export a run: a trace with ranks, phases, counters and arrows, or all rows as tables.
 
     perfetto files open at https://ui.perfetto.dev, pfw files in dftracer's tools and `traceml analyze`.
@@ -46,8 +47,6 @@ class ExportOptions:
     """File or folder to write (default: named after the run, in the working directory)."""
     json: bool = False
     """Print what was written as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("-o -: an export is a file or a folder, not standard output; name it, as run.pfw.gz")
 
     export_format = _format(options)
-    config = config_over(options.runs_dir)
+    config = options.config
     run_dir = find_run(options.run, config.runs_dir)
     path = Path(options.output) if options.output else default_path(run_dir, export_format)
     with _progress(f"Writing {path}") as progress:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 from traceml.cli.notices import print_left_out, spinner
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.formatting import plural
 from traceml.runs.fleet.fleet_dataset import DATASET_NAME, FleetDataset, FleetUpdate
 
@@ -16,7 +17,7 @@ __all__ = ["main"]
 
 
 @dataclass(frozen=True)
-class FleetOptions:
+class FleetOptions(RunsDirOptions):
     """Show a run next to earlier runs of its model, and the hosts that were slow in most of their last jobs.
 
     Runs are read from a dataset: Parquet files with a row for each run, host, rank and phase.
@@ -37,14 +38,12 @@ class FleetOptions:
     """Folder of the dataset (default: the setting fleet_dir, without it `fleet` in the folder of runs)."""
     dask: Annotated[str | None, Metavar("ADDRESS")] = None
     """Read the dataset on the workers of this Dask scheduler; they need it under the same path."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
     """Print what the fleet's dataset shows."""
     options = parse(FleetOptions, argv, prog="traceml fleet")
-    config = config_over(options.runs_dir)
+    config = options.config
     dataset = FleetDataset(_folder(options, config.fleet_dir, config.runs_dir))
     if options.update:
         _print_update(dataset.update(config.runs_dir))

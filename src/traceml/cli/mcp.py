@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from traceml.cli.assistants.run_tools import RunTools
-from traceml.cli.options.parsing import Metavar, config_over, parse
+from traceml.cli.options.parsing import Metavar, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.errors import TraceMLError
 from traceml.version import __version__
 
@@ -25,7 +26,7 @@ _INSTRUCTIONS = (
 
 
 @dataclass(frozen=True)
-class McpOptions:
+class McpOptions(RunsDirOptions):
     """Answer an assistant's questions about runs, as a server of the Model Context Protocol.
 
     It speaks on standard input and output; a client starts it.
@@ -44,7 +45,7 @@ class McpOptions:
 def main(argv: list[str]) -> int:
     """Serve until standard input ends."""
     options = parse(McpOptions, argv, prog="traceml mcp")
-    config = config_over(options.runs_dir)
+    config = options.config
     os.environ.setdefault("MCP_LOG_LEVEL", "WARNING")
     server = build_server(RunTools(config.runs_dir, [Path(folder) for folder in options.traces]))
     server.run("stdio")

@@ -20,7 +20,8 @@ from traceml.cli.jobs.profile_client import ProfileClient, ProfileRequest, RankW
 from traceml.cli.jobs.running_job import aggregator_of, running_job
 from traceml.cli.notices import spinner
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.cli.report import current_report
 from traceml.database.profile_states import MAX_PROFILE_STEPS, ProfileState
 from traceml.database.store.reader import StoreReader
@@ -46,7 +47,7 @@ _MAX_RANKS = 100_000
 
 
 @dataclass(frozen=True)
-class ProfileOptions:
+class ProfileOptions(RunsDirOptions):
     """Profile the next steps of a running job: the operators of each rank, in one file for Perfetto.
 
     The script needs no change. With --cpu: draw the sampled lines of a run as a flame graph.
@@ -72,14 +73,12 @@ class ProfileOptions:
     """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
     json: bool = False
     """Print one JSON document and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
     """Profile a run."""
     options = parse(ProfileOptions, argv, prog="traceml profile")
-    config = config_over(options.runs_dir)
+    config = options.config
     if options.on_finding:
         return _on_finding(options, config)
 

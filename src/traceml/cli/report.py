@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from traceml.cli import EXIT_GATE
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind
@@ -31,7 +32,7 @@ __all__ = ["current_report", "main"]
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(RunsDirOptions):
     """Show what limits a run: the verdict, the numbers behind it, and what to do next.
 
     The run may be running or ended.
@@ -51,8 +52,6 @@ class ReportOptions:
     """With --lines: print them as a flame graph for speedscope.app (speedscope) or ui.perfetto.dev (perfetto)."""
     fail_on: Annotated[tuple[str, ...], Metavar("KIND")] = ()
     """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,7 +67,7 @@ def main(argv: list[str]) -> int:
     if options.format and (options.json or not options.lines):
         raise UsageError("--format needs --lines, alone: `traceml report --lines --format speedscope > lines.json`")
 
-    run_dir = find_run(options.run, config_over(options.runs_dir).runs_dir)
+    run_dir = find_run(options.run, options.config.runs_dir)
     report = current_report(run_dir)
     is_written = report.run.state != RunStatus.RUNNING and options.html is None and (run_dir / REPORT_NAME).exists()
     if is_written and (problem := store_problem(run_dir)):

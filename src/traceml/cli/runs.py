@@ -13,7 +13,8 @@ import msgspec
 from rich.text import Text
 
 from traceml.cli.options.number_range import NumberRange
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.database.states import ENDED_BADLY
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, cut_text, plural, printable
@@ -33,7 +34,7 @@ _LONGEST = 40
 
 
 @dataclass(frozen=True)
-class RunsOptions:
+class RunsOptions(RunsDirOptions):
     """List the runs in the folder of runs, newest first, or remove old ones.
 
     Runs are removed and labeled by `traceml runs rm|tag|note|rename|archive RUN`.
@@ -57,8 +58,6 @@ class RunsOptions:
     """With --prune: the number of runs to keep."""
     json: bool = False
     """Print the list as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"there is no action {argv[0]!r}; there are {', '.join(EDITS)}")
 
     options = parse(RunsOptions, argv, prog="traceml runs")
-    config = config_over(options.runs_dir)
+    config = options.config
     if options.keep is not None and not options.prune:
         raise UsageError("--keep requires --prune")
 
@@ -209,7 +208,7 @@ def _cell(run: RunFields, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class RemoveOptions:
+class RemoveOptions(RunsDirOptions):
     """Remove runs with everything in their folders. Asks first; a running job is refused."""
 
     runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ()
@@ -218,12 +217,18 @@ class RemoveOptions:
     """Do not ask; needed where standard input is not a terminal."""
     json: bool = False
     """Print the removed runs as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LabelOptions(RunsDirOptions):
+    """Options of a command that changes the labels of runs."""
+
+    json: bool = False
+    """Print the labels as JSON and nothing else."""
 
 
 @dataclass(frozen=True)
-class TagOptions:
+class TagOptions(_LabelOptions):
     """Add tags to a run, or remove them."""
 
     run: Annotated[str, Positional("RUN")]
@@ -232,57 +237,41 @@ class TagOptions:
     """The tags; without any, those of the run are printed."""
     remove: bool = False
     """Remove these tags instead of adding them."""
-    json: bool = False
-    """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 @dataclass(frozen=True)
-class NoteOptions:
+class NoteOptions(_LabelOptions):
     """Write a note for a run."""
 
     run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
     text: Annotated[str | None, Positional("[TEXT]")] = None
     """The note; an empty one removes it; without it, that of the run is printed."""
-    json: bool = False
-    """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 @dataclass(frozen=True)
-class RenameOptions:
+class RenameOptions(_LabelOptions):
     """Give a run another name in lists and on its page."""
 
     run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
     name: Annotated[str, Positional("[NAME]")] = ""
     """The name; without it, the run has its own name again."""
-    json: bool = False
-    """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 @dataclass(frozen=True)
-class ArchiveOptions:
+class ArchiveOptions(_LabelOptions):
     """Leave runs out of lists without removing them; `traceml runs --archived` lists them."""
 
     runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ()
     """Folders or ids of the runs."""
     undo: bool = False
     """List them again."""
-    json: bool = False
-    """Print the labels as JSON and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def _remove(argv: list[str]) -> int:
     options = parse(RemoveOptions, argv, prog="traceml runs rm")
-    infos = [describe_run(path) for path in _found(options.runs, options.runs_dir)]
+    infos = [describe_run(path) for path in _found(options.runs, options.config.runs_dir)]
     refuse_running(infos)
     if not options.yes and not _confirmed(infos):
         print("Nothing was removed", file=sys.stderr)
@@ -348,7 +337,7 @@ def _archive(argv: list[str]) -> int:
         changed += labels.archived == options.undo
         labels.archived = not options.undo
 
-    done = {path.name: change_labels(path, change) for path in _found(options.runs, options.runs_dir)}
+    done = {path.name: change_labels(path, change) for path in _found(options.runs, options.config.runs_dir)}
     if options.json:
         print(json.dumps({name: {"archived": labels.archived} for name, labels in done.items()}))
     else:
@@ -359,12 +348,11 @@ def _archive(argv: list[str]) -> int:
     return 0
 
 
-def _found(runs: Sequence[str], runs_dir: str | None) -> list[Path]:
+def _found(runs: Sequence[str], runs_dir: Path) -> list[Path]:
     if not runs:
         raise UsageError("name a run: its folder, id or name, or `latest`")
 
-    folder = config_over(runs_dir).runs_dir
-    return list(dict.fromkeys(find_run(run, folder) for run in runs))
+    return list(dict.fromkeys(find_run(run, runs_dir) for run in runs))
 
 
 def _edit(
@@ -373,7 +361,7 @@ def _edit(
     text_of: Callable[[RunLabels], str],
 ) -> int:
     """Change the labels of a run, and print them."""
-    labels = change_labels(find_run(options.run, config_over(options.runs_dir).runs_dir), change)
+    labels = change_labels(find_run(options.run, options.config.runs_dir), change)
     print(json.dumps(msgspec.to_builtins(labels)) if options.json else printable(text_of(labels), lines=True))
     return 0
 

@@ -12,7 +12,8 @@ import msgspec
 
 from traceml.cli.assistants.json_documents import StacksDocument
 from traceml.cli.jobs.running_job import aggregator_of, running_job
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.renderers.text.rank_stacks_text import MissingRank, StacksRank, stacks_text
 from traceml.settings import Config
 
@@ -22,7 +23,7 @@ _ANSWER_S = 15.0
 
 
 @dataclass(frozen=True)
-class StacksOptions:
+class StacksOptions(RunsDirOptions):
     """Show what each rank of a running job is doing: Python stack, step, phase, loader workers.
 
     Ranks with equal stacks are shown together. The job goes on undisturbed.
@@ -32,14 +33,12 @@ class StacksOptions:
     """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job)."""
     json: bool = False
     """Print one JSON document and nothing else."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
     """Ask the ranks of a job for their stacks, and print them."""
     options = parse(StacksOptions, argv, prog="traceml stacks")
-    config = config_over(options.runs_dir)
+    config = options.config
     run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
     ranks, missing = ask_ranks(run_dir, config)
     if options.json:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from traceml.aggregator.unfinished_runs import finish_flights, finish_run
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Metavar, Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.database.flight.flight_owner import silent_elsewhere
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
@@ -52,7 +53,7 @@ _PRINTED = ("backend", "state", "delivered", "pending", "failed", "error", "fall
 
 
 @dataclass(frozen=True)
-class SyncOptions:
+class SyncOptions(RunsDirOptions):
     """Upload what a tracker is still missing.
 
     For runs whose tracker was down; with --backend also to a tracker that a run did not use.
@@ -70,14 +71,12 @@ class SyncOptions:
     """Wait for runs that are still running, instead of leaving them to their aggregator."""
     ended: bool = False
     """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
     """Deliver; return 0, or 3 when something is left."""
     options = parse(SyncOptions, argv, prog="traceml sync")
-    config = config_over(options.runs_dir)
+    config = options.config
     if options.backend and not options.runs:
         *names, last = options.backend
         if names and last not in BUILT_IN[PluginType.BACKEND] and _is_run(last, config.runs_dir):

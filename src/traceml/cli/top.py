@@ -10,7 +10,8 @@ from typing import Annotated
 from rich.console import Console
 
 from traceml.cli.jobs.running_job import running_job
-from traceml.cli.options.parsing import Metavar, Positional, config_over, parse
+from traceml.cli.options.parsing import Positional, parse
+from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.cli.report import current_report
 from traceml.display.terminal.fullscreen import FullScreen
 from traceml.display.terminal.top_app import TopApp
@@ -27,7 +28,7 @@ _QUIT = ("q", "Q", "escape")
 
 
 @dataclass(frozen=True)
-class TopOptions:
+class TopOptions(RunsDirOptions):
     """Watch a running job: speed, phases of each rank, and what limits it so far.
 
     Keys: o p r m t l s (or Tab) switch between overview, phases, ranks, memory, metrics, logs, system.
@@ -39,15 +40,13 @@ class TopOptions:
     """A run's folder, id or name, or host:port of an aggregator on this host (default: the newest running job)."""
     json: bool = False
     """Print the report so far as JSON, once, and nothing else; needs no terminal."""
-    runs_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
     """Show a running job until it ends or a key is pressed."""
     options = parse(TopOptions, argv, prog="traceml top")
     is_named = options.runs_dir is not None
-    config = config_over(options.runs_dir)
+    config = options.config
     if options.json:
         print(current_report(running_job(options.run, config, only_there=is_named)).to_json())
         return 0

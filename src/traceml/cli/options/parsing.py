@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
@@ -25,10 +24,7 @@ from traceml.cli.options.examples import examples_text
 from traceml.cli.options.number_range import NumberRange
 from traceml.errors import UsageError
 
-if TYPE_CHECKING:
-    from traceml.settings import Config
-
-__all__ = ["CommandParser", "Metavar", "Positional", "config_over", "options_parser", "parse"]
+__all__ = ["CommandParser", "Metavar", "Positional", "options_parser", "parse"]
 
 T = TypeVar("T")
 _NO_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: expected (?:one argument|at least one \w+)$")
@@ -129,10 +125,11 @@ def options_parser(options: type[Any], prog: str, *, explained: bool = True) -> 
     Args:
         explained: give each option the text below its field, which takes milliseconds to find.
     """
-    from inspect import cleandoc
+    from inspect import cleandoc, get_annotations
 
     hints, texts = get_type_hints(options, include_extras=True), _option_texts(options) if explained else {}
-    arguments = {name: _argument(name, hint, texts.get(name)) for name, hint in hints.items()}
+    ordered = dict.fromkeys(name for each in options.__mro__ for name in get_annotations(each))  # shared ones last
+    arguments = {name: _argument(name, hints[name], texts.get(name)) for name in ordered}
     words = [more["metavar"] for names, more in arguments.values() if not names[0].startswith("-")]
     parser = CommandParser(
         prog=prog,
@@ -176,11 +173,12 @@ def _option_texts(options: type[Any]) -> dict[str, str]:
 
     texts: dict[str, str] = {}
     try:
-        (declared,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+        sources = [inspect.getsource(each) for each in options.__mro__[-2::-1]]
     except OSError:  # installed without its source
         return texts
 
-    for option, below in pairwise(declared.body if isinstance(declared, ast.ClassDef) else ()):
+    declared = [each for source in sources for each in ast.parse(textwrap.dedent(source)).body]
+    for option, below in pairwise(part for each in declared if isinstance(each, ast.ClassDef) for part in each.body):
         match option, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 texts[name] = " ".join(text.split())
@@ -203,10 +201,3 @@ def _unknown_text(words: Sequence[str], known: Sequence[str]) -> str:
 
     near = [name for name in known if name.startswith(options[0])] or get_close_matches(options[0], known, 1, 0.7)
     return f"unrecognized options: {', '.join(options)}{f'; did you mean {near[0]}?' if near else ''}"
-
-
-def config_over(runs_dir: str | None) -> Config:
-    """Return the settings in force, with another folder of runs where one is given."""
-    from traceml.settings import load  # commands without settings do not pay for it
-
-    return load() if runs_dir is None else load(runs_dir=runs_dir)
