@@ -8,14 +8,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, PointBlock, PointKind, SpanBlock, SpanKind
+from traceml.runs.export.event_blocks import ArrowBlock, EventBlock, EventBlocks, EventKind
 from traceml.traces.writer.writer import Writer
 
 ORIGIN_NS = 1_700_000_000_000_000_000
 KINDS = (
-    SpanKind("step", "step", ("step", "micro_batches"), {"skipped": True}),
-    SpanKind('100 %d of "ü"\n', "user %s"),
-    SpanKind("\udcff", "", ("%b",)),
+    EventKind("step", "step", ("step", "micro_batches"), {"skipped": True}),
+    EventKind('100 %d of "ü"\n', "user %s"),
+    EventKind("\udcff", "", ("%b",)),
 )
 
 
@@ -24,11 +24,11 @@ def spans(seed=0, count=500, before=0):
     start = ORIGIN_NS + random.integers(0, 10**12, count) - before
     end = start + random.choice([0, 1, 999, 1_000, 123_456, 5_000_000_000], count)
     numbers = random.integers(-5, 10**12, (count, 2))
-    return SpanBlock(7, 71, KINDS, random.integers(0, len(KINDS), count), start, end, numbers)
+    return EventBlock(7, 71, KINDS, random.integers(0, len(KINDS), count), start, numbers, end)
 
 
 def write_single(writer, block):
-    for kind, start, end, numbers in zip(block.kind, block.start_ns, block.end_ns, block.numbers, strict=True):
+    for kind, start, end, numbers in zip(block.kind, block.at_ns, block.end_ns, block.numbers, strict=True):
         of = block.kinds[kind]
         args = {**dict(zip(of.numbers, numbers.tolist(), strict=False)), **of.args}
         writer.write_span(of.name, int(start), int(end), pid=block.pid, tid=block.tid, cat=of.cat, args=args)
@@ -45,7 +45,7 @@ def test_blocks_are_written_as_single_events_are(tmp_path, origin_ns, suffix):
 
     with Writer(tmp_path / f"block.{suffix}", origin_ns=origin_ns) as whole:
         whole.write_name("thread_name", "training", pid=7, tid=71)
-        EventBlocks(whole).write_spans(block)
+        EventBlocks(whole).write(block)
 
     assert whole.path.read_bytes() == one.path.read_bytes()
     assert (whole.statistics.written, whole.statistics.pending) == (one.statistics.written, 0)
@@ -58,7 +58,7 @@ def test_times_before_the_origin(tmp_path):
         write_single(one, block)
 
     with Writer(tmp_path / "block.json", origin_ns=ORIGIN_NS) as whole:
-        EventBlocks(whole).write_spans(block)
+        EventBlocks(whole).write(block)
 
     times = [event["ts"] for event in read(whole.path)]
     assert min(times) < 0 < max(times)
@@ -88,13 +88,13 @@ def test_arrows_are_written_as_single_events_are(tmp_path, origin_ns):
 def test_points_are_written_as_single_events_are(tmp_path, origin_ns, suffix):
     """Counters and instants of a block have the bytes of the same events, one by one."""
     kinds = (
-        PointKind('100 %d of "ü"\n', "metric", "C", ("value",)),
-        PointKind("%b is nan", "metric", "i", ("step",), {"metric": "%b", "value": "nan"}),
+        EventKind('100 %d of "ü"\n', "metric", ("value",), phase="C"),
+        EventKind("%b is nan", "metric", ("step",), {"metric": "%b", "value": "nan"}, "i"),
     )
     values = [0.5, 3, -1e-7, 7, 1e300]
     numbers = np.array([msgspec.json.encode(value) for value in values])
     at = ORIGIN_NS + np.array([0, 1, 999_999, 10**12, 10**12 + 1])
-    block = PointBlock(7, 71, kinds, np.arange(5) % 2, at, numbers[:, None])
+    block = EventBlock(7, 71, kinds, np.arange(5) % 2, at, numbers[:, None])
     with Writer(tmp_path / f"one.{suffix}", origin_ns=origin_ns) as one:
         one.write_name("thread_name", "events", pid=7, tid=71)
         for number, value in enumerate(values):
@@ -107,7 +107,7 @@ def test_points_are_written_as_single_events_are(tmp_path, origin_ns, suffix):
 
     with Writer(tmp_path / f"block.{suffix}", origin_ns=origin_ns) as whole:
         whole.write_name("thread_name", "events", pid=7, tid=71)
-        EventBlocks(whole).write_points(block)
+        EventBlocks(whole).write(block)
 
     assert whole.path.read_bytes() == one.path.read_bytes()
     assert whole.statistics.written == one.statistics.written
@@ -118,10 +118,10 @@ def test_pending_events_come_first_and_late_blocks_are_counted(tmp_path):
     block = spans(count=3)
     with Writer(tmp_path / "trace.pfw") as writer:
         writer.write_counter("memory", ORIGIN_NS, {"bytes": 1}, pid=7, tid=71)
-        EventBlocks(writer).write_spans(block)
+        EventBlocks(writer).write(block)
         writer.write_counter("memory", ORIGIN_NS, {"bytes": 2}, pid=7, tid=71)
 
-    EventBlocks(writer).write_spans(block)
+    EventBlocks(writer).write(block)
 
     assert [event["id"] for event in read(writer.path)] == [1, 2, 3, 4, 5]
     assert (writer.statistics.written, writer.statistics.lost) == (5, 3)

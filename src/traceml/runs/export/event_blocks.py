@@ -20,13 +20,12 @@ from traceml.runs.export.line_text import GAP, fill_lines
 from traceml.traces.writer.encoding import args_of, quoted
 from traceml.traces.writer.writer import Writer
 
-__all__ = ["ArrowBlock", "EventBlocks", "PointBlock", "PointKind", "SpanBlock", "SpanKind", "WaitingRows", "as_json"]
+__all__ = ["ArrowBlock", "EventBlock", "EventBlocks", "EventKind", "WaitingRows", "as_json"]
 
 
-_SPAN = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"dur":%b,"ph":"X","args":%b}\n'
-_POINT = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b,"ph":"%b"%b,"args":%b}\n'
+_EVENT = b'{"id":\0,"name":%b,"cat":%b,"pid":%d,"tid":%d,"ts":%b%b,"ph":"%b"%b,"args":%b}\n'
 _ARROW = b'{"id":\0,"name":%b,"cat":%b,"pid":\0,"tid":\0,"ts":%b,"ph":"%b"%b}\n'
-_SCOPE = {"C": b"", "i": b',"s":"t"'}
+_SCOPE = {"i": b',"s":"t"'}
 _US = {False: GAP, True: GAP + GAP}  # whole microseconds; with the text of their fraction
 _FRACTIONS = np.array([str(ns / 1000)[1:].encode() for ns in range(1000)], "S4")
 
@@ -34,56 +33,35 @@ _MAX_ROWS = 32_768  # of all ranks: 1 to 3 MB
 
 
 @dataclass(frozen=True, slots=True)
-class SpanKind:
-    """Common parts of some spans of a block."""
+class EventKind:
+    """Common parts of some events of a block."""
 
     name: str
     cat: str
-    numbers: tuple[str, ...] = ()  # names of arguments that are integers; each span has its own values
+    numbers: tuple[str, ...] = ()  # names of arguments of which each event has its own value
     args: Mapping[str, Any] = field(default_factory=dict)  # arguments that all of them have, after the numbers
+    phase: Literal["X", "C", "i"] = "X"  # spans; C, values of a counter; i, instants of their thread
 
 
 @dataclass(frozen=True, slots=True)
-class SpanBlock:
-    """Spans of one thread.
+class EventBlock:
+    """Events of one thread: either spans, or counters and instants.
 
     Attributes:
-        kind: number in `kinds` of each span.
-        start_ns, end_ns: epoch nanoseconds of each span.
-        numbers: span x argument, of as many as the kind with the most; a kind with fewer uses the first ones.
+        kind: number in `kinds` of each event.
+        at_ns: epoch nanoseconds of each event; of a span, its start.
+        numbers: event x argument, integers or JSON in bytes, of as many arguments as the kind with the most; a kind
+            with fewer uses the first ones.
+        end_ns: epoch nanoseconds of each span's end.
     """
 
     pid: int
     tid: int
-    kinds: Sequence[SpanKind]
+    kinds: Sequence[EventKind]
     kind: NDArray[np.intp]
-    start_ns: Ints
-    end_ns: Ints
-    numbers: Ints
-
-
-@dataclass(frozen=True, slots=True)
-class PointKind:
-    """Common parts of some points of a block."""
-
-    name: str
-    cat: str
-    phase: Literal["C", "i"]  # C, values of a counter, or i, instants of their thread
-    # names of arguments of which each point has its own value; as many for all kinds of a block
-    numbers: tuple[str, ...]
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PointBlock:
-    """Events without duration of one thread."""
-
-    pid: int
-    tid: int
-    kinds: Sequence[PointKind]
-    kind: NDArray[np.intp]  # number in `kinds` of each point
-    at_ns: Ints  # epoch nanoseconds of each point
-    numbers: NDArray[Any]  # point x argument, as JSON in bytes
+    at_ns: Ints
+    numbers: NDArray[Any]
+    end_ns: Ints | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +119,12 @@ class EventBlocks:
         self._writer, self._origin_ns = writer, writer.origin_ns
         self._us = _US[writer.origin_ns is not None]
 
-    def write_spans(self, block: SpanBlock) -> None:
-        """Write spans."""
-        ids = self._reserve_ids(len(block.kind))
-        templates = [self._span_template(kind, block.pid, block.tid) for kind in block.kinds]
-        times = [*self._times(block.start_ns), *self._durations(block.start_ns, block.end_ns)]
-        self._writer.write_lines(fill_lines(templates, block.kind, [ids, *times, *block.numbers.T]), len(ids))
-
-    def write_points(self, block: PointBlock) -> None:
-        """Write counters and instants."""
-        ids = self._reserve_ids(len(block.kind))
-        templates = [self._point_template(kind, block.pid, block.tid) for kind in block.kinds]
-        values = [ids, *self._times(block.at_ns), *block.numbers.T]
+    def write(self, block: EventBlock) -> None:
+        """Write spans, counters and instants."""
+        ids = np.fromiter(self._writer.reserve_ids(len(block.kind)), np.int64, len(block.kind))
+        templates = [self._template(kind, block.pid, block.tid) for kind in block.kinds]
+        lengths = self._durations(block.at_ns, block.end_ns) if block.end_ns is not None else []
+        values = [ids, *self._times(block.at_ns), *lengths, *block.numbers.T]
         self._writer.write_lines(fill_lines(templates, block.kind, values), len(ids))
 
     def write_arrows(self, block: ArrowBlock) -> None:
@@ -164,16 +136,10 @@ class EventBlocks:
         template = self._arrow_template(block, b"s", b"") + self._arrow_template(block, b"f", b',"bp":"e"')
         self._writer.write_lines(fill_lines([template], np.zeros(count, np.intp), values), 2 * count)
 
-    def _reserve_ids(self, count: int) -> Ints:
-        return np.fromiter(self._writer.reserve_ids(count), np.int64, count)
-
-    def _span_template(self, kind: SpanKind, pid: int, tid: int) -> bytes:
-        args = _args_template(kind.numbers, kind.args)
-        return _SPAN % (quoted(kind.name), quoted(kind.cat), pid, tid, self._us, self._us, args)
-
-    def _point_template(self, kind: PointKind, pid: int, tid: int) -> bytes:
-        facts = quoted(kind.name), quoted(kind.cat), pid, tid, self._us, kind.phase.encode(), _SCOPE[kind.phase]
-        return _POINT % (*facts, _args_template(kind.numbers, kind.args))
+    def _template(self, kind: EventKind, pid: int, tid: int) -> bytes:
+        duration = b',"dur":' + self._us if kind.phase == "X" else b""
+        facts = quoted(kind.name), quoted(kind.cat), pid, tid, self._us, duration, kind.phase.encode()
+        return _EVENT % (*facts, _SCOPE.get(kind.phase, b""), _args_template(kind.numbers, kind.args))
 
     def _arrow_template(self, block: ArrowBlock, phase: bytes, rest: bytes) -> bytes:
         return _ARROW % (quoted(block.name), quoted(block.cat), self._us, phase, rest)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import GPU, HOST, METRICS, PROCESS, TORCH_MEMORY
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.run_clocks import RunClocks
-from traceml.runs.export.event_blocks import EventBlocks, PointBlock, PointKind, WaitingRows, as_json
+from traceml.runs.export.event_blocks import EventBlock, EventBlocks, EventKind, WaitingRows, as_json
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.traces.writer.writer import Writer
 
@@ -120,11 +120,11 @@ class SampleTracks:
     def _write(self, track: tuple[int, int], stream: StreamRecord, t_ns: Any, counters: Sequence[_Counter]) -> None:
         """Write the counters row by row: those of one name stay in the order of time."""
         shown = np.stack([counter.shown for counter in counters], axis=1)
-        kinds = [PointKind(counter.name, "sample", "C", counter.fields) for counter in counters]
+        kinds = [EventKind(counter.name, "sample", counter.fields, phase="C") for counter in counters]
         kind = np.broadcast_to(np.arange(len(kinds)), shown.shape)[shown]
         at_ns = np.broadcast_to(self._clocks.from_monotonic(stream.id, t_ns)[:, None], shown.shape)[shown]
         texts = np.stack([counter.texts for counter in counters], axis=1)[shown]
-        self._blocks.write_points(PointBlock(*track, kinds, kind, at_ns, texts))
+        self._blocks.write(EventBlock(*track, kinds, kind, at_ns, texts))
 
 
 def _counter(name: str, rows: Any, fields: tuple[str, ...], shown: NDArray[np.bool_]) -> _Counter:
@@ -167,15 +167,15 @@ class MetricTracks:
             numbers = np.where(form > 0, rows["step"].astype("S"), numbers)
 
         at_ns = self._clocks.from_wall_clock(stream.id, rows["t_ns"])
-        self._blocks.write_points(PointBlock(pid, tid, kinds, kind, at_ns, numbers[:, None]))
+        self._blocks.write(EventBlock(pid, tid, kinds, kind, at_ns, numbers[:, None]))
 
-    def _kind(self, stream: int, number: int, form: int) -> PointKind:
+    def _kind(self, stream: int, number: int, form: int) -> EventKind:
         name = self._name_of(stream, number)
         if not form:
-            return PointKind(name, "metric", "C", ("value",))
+            return EventKind(name, "metric", ("value",), phase="C")
 
         value = _NOT_FINITE[form - 1]
-        return PointKind(f"{name} is {value}", "metric", "i", ("step",), {"metric": name, "value": value})
+        return EventKind(f"{name} is {value}", "metric", ("step",), {"metric": name, "value": value}, "i")
 
 
 def _forms(values: NDArray[np.float64]) -> NDArray[np.int64]:

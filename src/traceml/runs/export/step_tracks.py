@@ -16,7 +16,7 @@ from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.steps.aligned_steps import Ints
 from traceml.runs.export import trace_tracks as tracks
-from traceml.runs.export.event_blocks import ArrowBlock, EventBlocks, SpanBlock, SpanKind
+from traceml.runs.export.event_blocks import ArrowBlock, EventBlock, EventBlocks, EventKind
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrows
 from traceml.runs.export.step_parts import DEVICE_PARTS, STEP_PARTS, device_parts, part_bounds, step_parts, waiting_of
 from traceml.traces.writer.writer import Writer
@@ -164,14 +164,14 @@ class StepTracks:
         lane.began.update(zip(rows["step"][on_device].tolist(), begin[on_device].tolist(), strict=True))
 
         waiting = waiting_of(rows, grouped=self._is_grouped(stream))
-        parts, kinds = step_parts(rows, waiting), [SpanKind(name, category) for name, category in STEP_PARTS]
+        parts, kinds = step_parts(rows, waiting), [EventKind(name, category) for name, category in STEP_PARTS]
         numbers = np.broadcast_to(np.arange(len(kinds)), parts.shape)
         if user is not None:
             parts, numbers = user.spread(parts, numbers, len(kinds))
-            kinds += [SpanKind(self._name_of(stream.id, number), "user") for number in user.names]
+            kinds += [EventKind(self._name_of(stream.id, number), "user") for number in user.names]
 
         flags, which = np.unique(bits.flags & _NAMED, return_inverse=True)
-        steps = [SpanKind("step", "step", _STEP_NUMBERS, _marks(each)) for each in flags.tolist()]
+        steps = [EventKind("step", "step", _STEP_NUMBERS, _marks(each)) for each in flags.tolist()]
         kind = np.column_stack([which, numbers + len(steps)])
         numbers_of = np.column_stack([rows["step"], bits.micro_batches])
         bounds = part_bounds(begin, end, parts)
@@ -191,7 +191,7 @@ class StepTracks:
         return np.where((begin < before) & (before <= end), before, begin), end
 
     def _write_spans(
-        self, stream: StreamRecord, lane: int, kinds: list[SpanKind], kind: Any, bounds: _Bounds, numbers: Ints
+        self, stream: StreamRecord, lane: int, kinds: list[EventKind], kind: Any, bounds: _Bounds, numbers: Ints
     ) -> None:
         """Write steps, each followed by its parts; empty parts are not drawn."""
         pid, tid = self._tracks.rank(stream, lane)
@@ -199,7 +199,7 @@ class StepTracks:
         drawn = ends > starts
         drawn[:, 0] = True
         rows = np.nonzero(drawn)[0]
-        self._blocks.write_spans(SpanBlock(pid, tid, kinds, kind[drawn], starts[drawn], ends[drawn], numbers[rows]))
+        self._blocks.write(EventBlock(pid, tid, kinds, kind[drawn], starts[drawn], numbers[rows], ends[drawn]))
 
     # ---- arrows ----
 
@@ -259,7 +259,10 @@ class StepTracks:
         starts_at = np.maximum(np.maximum.accumulate(began - before), lane.device_until_ns)
         begin, end = starts_at + before, starts_at + total
         lane.device_until_ns = int(end[-1])
-        kinds = [SpanKind("step", "device", ("step",)), *(SpanKind(name, category) for name, category in DEVICE_PARTS)]
+        kinds = [
+            EventKind("step", "device", ("step",)),
+            *(EventKind(name, category) for name, category in DEVICE_PARTS),
+        ]
         waiting = waiting_of(rows, grouped=self._is_grouped(lane.stream))
         kind = np.broadcast_to(np.arange(len(kinds)), (len(rows), len(kinds)))
         bounds = _joined((begin, end), part_bounds(begin, end, device_parts(rows, waiting)))
