@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Hashable
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from nicegui import Client, ui
 from nicegui.elements.mixins.text_element import TextElement
@@ -21,6 +21,7 @@ from traceml.display.web.panels.overlay_panel import LETTERS
 from traceml.display.web.pollers import PollerRegistry
 from traceml.display.web.run_page import RunPage
 from traceml.display.web.run_sources import RunSource, RunState, is_run_id
+from traceml.display.web.runlist.runs_table import RunsTable
 from traceml.display.web.runs_page import RunsPage
 from traceml.runs.runs_source import RunsSource, RunsState
 
@@ -135,14 +136,6 @@ def _ignore(_state: object) -> None:
     """Ignore a state."""
 
 
-@runtime_checkable
-class _HasHtml(Protocol):
-    """An element that a component of its own builds in the browser."""
-
-    def html(self) -> str:
-        """Return what the component builds."""
-
-
 def _with_first_paint(client: Client, request: Request) -> Response:
     """Return NiceGUI's response to a request of a page, with the page's elements as HTML in it.
 
@@ -159,7 +152,7 @@ def _with_first_paint(client: Client, request: Request) -> Response:
 
 
 def _html(element: ui.element) -> str:
-    if isinstance(element, _HasHtml):
+    if isinstance(element, RunsTable):
         return element.html()
 
     tag, attributes = ("div", {}) if element.component else (element.tag, dict(element.props))

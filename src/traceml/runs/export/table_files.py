@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +24,6 @@ __all__ = ["export_tables"]
 
 _STORED = (NAMES.name, *(table.name for table in PACKED), LOGGED.name, INFO.name)
 _GROUP = 65_536  # rows of a Parquet row group
-
-
-class TableFile(Protocol):
-    """File of a table that is being written."""
-
-    def add(self, part: Part, rows: int) -> None:
-        """Write rows."""
-
-    def close(self) -> None:
-        """Finish the file."""
 
 
 def export_tables(
@@ -74,7 +64,7 @@ def export_tables(
 
 
 class _TablesExport:
-    def __init__(self, reader: StoreReader, files: dict[str, TableFile], damage: list[str]) -> None:
+    def __init__(self, reader: StoreReader, files: dict[str, _Csv | _Parquet], damage: list[str]) -> None:
         self._reader, self._files, self._damage = reader, files, damage
         self._streams = {stream.id: stream for stream in reader.streams()}
         self._clocks = RunClocks(self._streams.values())
@@ -174,7 +164,7 @@ def _ranks(streams: list[StreamRecord]) -> Part:
     }
 
 
-def _maker(form: str) -> Callable[[Path, ExportTable], TableFile]:
+def _maker(form: str) -> Callable[[Path, ExportTable], _Csv | _Parquet]:
     if form == "csv":
         return _Csv
 
