@@ -66,6 +66,8 @@ class KeptSteps:
         ranks: ranks to allocate now; more are added as they arrive.
 
     Attributes:
+        latest: last step of each rank by rank index, -1 before the first.
+        end_ns: monotonic timestamp at the end of that step.
         representatives: ranks that represent others, where hosts are merged.
         numbers: numbers of the steps, whose first ones include set-up.
     """
@@ -73,10 +75,10 @@ class KeptSteps:
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.slots = slots
         self.representatives, self.numbers = Representatives(), StepNumbers()
+        self.latest: Ints = np.empty(0, np.int64)
+        self.end_ns: Ints = np.empty(0, np.int64)
         self._capacity = 0
-        self._latest = np.empty(0, np.int64)
         self._ended = np.empty(0, bool)
-        self._end_ns = np.empty(0, np.int64)
         self._step = np.empty(0, np.int64)
         self._values = np.empty((0, len(_POSITION)), np.float32)
         self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
@@ -85,11 +87,6 @@ class KeptSteps:
         self._profiled: set[int] = set()
         self._grow(ranks)
 
-    @property
-    def latest(self) -> Ints:
-        """Last step of each rank by rank index, -1 before the first."""
-        return self._latest[: self._capacity]
-
     def reached(self, missing: Collection[int] = ()) -> Ints:
         """Return the last step of each rank, also of those that others represent; -1 before the first.
 
@@ -97,17 +94,6 @@ class KeptSteps:
             missing: ranks with rows that are not compared; see `AlignedSteps`.
         """
         return self.representatives.reached(self.latest, missing) if self.representatives else self.latest
-
-    @property
-    def end_ns(self) -> Ints:
-        """Monotonic timestamp at the end of each rank's last step, by rank index."""
-        return self._end_ns[: self._capacity]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held by the rings."""
-        held = [self._step, self._values, *(array for pair in self._user.values() for array in pair)]
-        return sum(array.nbytes for array in [*held, *(self._device or ()), *(self._evaluation or ())])
 
     def scatter(self, rank_indices: Ints, rows: Rows) -> None:
         """Take step rows of many ranks at once.
@@ -127,8 +113,8 @@ class KeptSteps:
         self._values[at] = matrix[:, _DURATIONS]
         self._profiled.update(steps[unpack_bits(matrix[:, _BITS]).flags & _PROFILED > 0].tolist())
         # Of a repeated index the last value stays, which is the rank's newest row.
-        self._latest[rank_indices] = steps
-        self._end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
+        self.latest[rank_indices] = steps
+        self.end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
 
     def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
         """Take rows of `schema.USER_PHASES` of one rank.
@@ -184,7 +170,7 @@ class KeptSteps:
     def clear(self, rank_index: int) -> None:
         """Drop a rank's rows, as it starts again (a new attempt)."""
         self._grow(rank_index + 1)
-        self._ended[rank_index], self._latest[rank_index] = False, -1
+        self._ended[rank_index], self.latest[rank_index] = False, -1
         self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
 
     def aligned(self, last: int | None = None, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
@@ -204,7 +190,7 @@ class KeptSteps:
         if not len(chosen):
             return self._window(chosen, np.empty(0, np.int64), missing_ranks)
 
-        newest, first = int(self._latest[chosen].min()), self.numbers.first
+        newest, first = int(self.latest[chosen].min()), self.numbers.first
         last = self._newest(chosen, newest) if last is None else last
         last = min(last, self.slots, max(_MIN_STEPS, MAX_CELLS // len(chosen)))
         skip = min(skip_first, max(3, newest - first + 1 - _MIN_STEPS))
@@ -220,7 +206,7 @@ class KeptSteps:
     def held(self, rank_index: int) -> AlignedSteps:
         """Return all steps kept of one rank, in order."""
         mine = self._step[rank_index * self.slots : (rank_index + 1) * self.slots]
-        latest = int(self._latest[rank_index])
+        latest = int(self.latest[rank_index])
         # Rows from before a restart at step 0 are above the latest step.
         steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self._reach)])
         return self._window(np.array([rank_index], np.int64), self._unprofiled(steps), ())
@@ -260,21 +246,21 @@ class KeptSteps:
         return replace(window, represents=self.representatives.represents(ranks), excess_of_represented=above)
 
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
-        seen = self._latest >= 0
+        seen = self.latest >= 0
         if self.representatives:  # the steps of ranks whose rows are not sent end anywhere
             seen[self.representatives.unsent[self.representatives.unsent < len(seen)]] = False
 
         live = seen & ~self._ended
         if live.any():
             # One that ends a moment before the others is compared until these have newer steps.
-            live |= seen & (self._latest >= self._latest[live].max())
+            live |= seen & (self.latest >= self.latest[live].max())
         else:
             live = seen
 
         if not live.any():
             return np.empty(0, np.int64), ()
 
-        near = live & (self._latest > self._latest[live].max() - max(self._reach // 2, 1))
+        near = live & (self.latest > self.latest[live].max() - max(self._reach // 2, 1))
         if self.representatives and not np.isin(np.flatnonzero(near), self.representatives.silent).all():
             near[np.isin(np.arange(len(near)), self.representatives.silent)] = False
 
@@ -346,9 +332,9 @@ class KeptSteps:
         # At least by half, so that ranks that arrive one by one do not copy everything each time.
         self._capacity = max(ranks, self._capacity * 3 // 2)
         cells = self._capacity * self.slots
-        self._latest = _longer(self._latest, self._capacity, fill=-1)
+        self.latest = _longer(self.latest, self._capacity, fill=-1)
         self._ended = _longer(self._ended, self._capacity)
-        self._end_ns = _longer(self._end_ns, self._capacity)
+        self.end_ns = _longer(self.end_ns, self._capacity)
         self._step = _longer(self._step, cells, fill=-1)
         self._values = _longer(self._values, cells)
         self._user = {name: _longer_pair(pair, cells) for name, pair in self._user.items()}
@@ -391,7 +377,7 @@ class SampledSteps(KeptSteps):
     def advance(self, rank_indices: Ints, steps: Ints, ends_ns: Ints) -> None:
         """Record the latest steps of ranks, and the monotonic timestamps of their ends."""
         self._grow(int(rank_indices.max()) + 1)
-        self._latest[rank_indices], self._end_ns[rank_indices] = steps, ends_ns
+        self.latest[rank_indices], self.end_ns[rank_indices] = steps, ends_ns
 
     def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
         """Take the chosen ones of a rank's user phases."""
@@ -412,7 +398,7 @@ class SampledSteps(KeptSteps):
 
     @property
     def _reach(self) -> int:
-        return int(self._latest.max()) + 1
+        return int(self.latest.max()) + 1
 
     def _cells(self, ranks: Ints | int, steps: Ints) -> Ints:
         return np.asarray(ranks * self.slots + np.searchsorted(self._chosen, steps))
