@@ -3,5 +3,3 @@
 Runs in the aggregator and in readers. Imports kinds, findings, advice, `diagnosis.facts`, `diagnosis.memory` and
 `database`.
 """
-
-from __future__ import annotations

@@ -1,9 +1,4 @@
 """Findings about memory: growth, pressure, and differences between ranks.
 
-Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts`,
-`diagnosis.steps` and `database`.
+Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts`, `diagnosis.steps` and `database`.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

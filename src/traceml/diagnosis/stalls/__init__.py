@@ -2,7 +2,3 @@
 
 Runs in the aggregator and in readers. Imports kinds, findings, `diagnosis.facts`, `diagnosis.steps` and `database`.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []
