@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -11,7 +14,7 @@ from traceml.database.schema import HOST, LINE_OTHER, LINES, PROCESS, Phase, Res
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
-from traceml.diagnosis.facts.sampled_lines import IntervalLines, LineCounts, SampledLine
+from traceml.diagnosis.facts.sampled_lines import DividedLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.slowdown import slowdown
@@ -758,9 +761,9 @@ LATER = np.where(AT >= 45, 25.0, 0.0)
 """From step 720 on 27 of 45 ms are in `other`, before that 2 of 20 ms."""
 
 
-def interval_lines(step: int, check: int) -> IntervalLines:
+def divided_lines(step: int, check: int) -> Callable[[int, int], DividedLines]:
     """Return the samples of 960 steps: one in ten in `step` at first, and of the slow steps in two lines of `other`."""
-    counts, names = LineCounts(), {0: {1: "/x/train.py:25 step", 2: "/x/train.py:22 check", 3: "/x/train.py:5 forward"}}
+    counts = LineCounts({0: {1: "/x/train.py:25 step", 2: "/x/train.py:22 check", 3: "/x/train.py:5 forward"}})
     for second in range(1, 65):
         rows = np.zeros(3, LINES.dtype)
         rows["t_ns"], rows["step"], rows["line_id"] = second * 1_000_000_000, 15 * second, [1, 2, 3]
@@ -768,14 +771,14 @@ def interval_lines(step: int, check: int) -> IntervalLines:
         rows["samples"] = [1, 0, 9] if second <= 48 else [step, check, 10 - step - check]
         counts.add(0, rows[rows["samples"] > 0])
 
-    return IntervalLines(counts, names, [960], [64_000_000_000])
+    return partial(counts.divided, [960], [64_000_000_000])
 
 
 @pytest.mark.parametrize(("step", "check", "named"), [(1, 5, 22), (2, 4, 22), (5, 1, 25)])
 def test_the_line_of_slow_steps_is_what_they_have_more(step, check, named):
     """Not what has most of the phase in the whole run, nor its share of that."""
     whole = (SampledLine(0, "other", "/x/train.py", 25, "step", None, 40), METRICS[0])
-    facts = JobFacts(lines=whole, interval_lines=interval_lines(step, check))
+    facts = JobFacts(lines=whole, divided_lines=divided_lines(step, check))
 
     finding = slowdown(history(LATER), facts)[0]
 
@@ -785,7 +788,7 @@ def test_the_line_of_slow_steps_is_what_they_have_more(step, check, named):
 
 def test_no_line_is_blamed_for_slow_steps_if_they_hardly_run_it():
     """The phase is longer by code that samples do not see; the line has most of the phase in the whole run."""
-    facts = JobFacts(lines=METRICS, interval_lines=interval_lines(1, 0))
+    facts = JobFacts(lines=METRICS, divided_lines=divided_lines(1, 0))
 
     finding = slowdown(history(LATER), facts)[0]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import IntervalLines, SampledLine
+from traceml.diagnosis.facts.sampled_lines import DividedLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
@@ -139,7 +139,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     # Lines in which threads were seen
     lines: Sequence[SampledLine] = ()  # lines in which the training threads were seen
-    interval_lines: IntervalLines = msgspec.field(default_factory=IntervalLines)  # the same by interval of the run
+    # (first step, first one after them) -> the same in some steps, and in the others, by interval of the run
+    divided_lines: Callable[[int, int], DividedLines] = partial(LineCounts({}).divided, (), ())
     # lines in which the busiest other Python threads were seen, with the CPU time of all of them
     thread_lines: Sequence[SampledLine] = ()
     # loader -> lines in which its workers were seen while they made batches, and how often they were idle in between

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import IntervalLines, LazyLines, LineCounts
+from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import TopologyHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
@@ -63,7 +64,7 @@ class JobFactsBuilder:
         """Texts of each rank by id: names of user phases, sampled lines."""
         self.state = "running"
         self.ended_by: EndingSignal | None = None
-        self.limits, self.lines, self.memory = UseHistory(), LineCounts(), MemoryHistory()
+        self.limits, self.lines, self.memory = UseHistory(), LineCounts(self.names), MemoryHistory()
         self.workers = WorkerHistory()
         self.lost_workers: dict[int, list[LostWorker]] = {}
         self.save_folders: dict[int, str] = {}
@@ -370,10 +371,10 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             save_folders=dict(self.save_folders),
             memory=self.memory,
-            lines=LazyLines(self.lines, self.names, ends_ns, has_ended=self.state != RunStatus.RUNNING),
-            thread_lines=self.lines.of_other_threads(self.names),
-            lines_of_workers=self.lines.of_workers(self.names),
-            interval_lines=IntervalLines(self.lines, self.names, latest, ends_ns),
+            lines=LazyLines(self.lines, ends_ns, has_ended=self.state != RunStatus.RUNNING),
+            thread_lines=self.lines.of_other_threads(),
+            lines_of_workers=self.lines.of_workers(),
+            divided_lines=partial(self.lines.divided, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,
             batches=self.batches,

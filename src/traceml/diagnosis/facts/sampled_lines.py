@@ -24,7 +24,7 @@ from traceml.database.schema import (
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import parsed_place
 
-__all__ = ["OUTSIDE_STEPS", "IntervalLines", "LazyLines", "LineCounts", "SampledLine"]
+__all__ = ["OUTSIDE_STEPS", "DividedLines", "LazyLines", "LineCounts", "SampledLine"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTER_STEPS)
 """Names for the time before the first step, between steps and after them, in addition to those of the phases."""
@@ -64,10 +64,19 @@ class SampledLine(msgspec.Struct, frozen=True):
         return self.file is None and self.library is None
 
 
-class LineCounts:
-    """Sums the rows of `schema.LINES` by rank, phase and line."""
+DividedLines = tuple[Sequence[SampledLine], Sequence[SampledLine]]
+"""Lines in some steps, and those in the others."""
 
-    def __init__(self) -> None:
+
+class LineCounts:
+    """Sums the rows of `schema.LINES` by rank, phase and line.
+
+    Args:
+        names: texts of each rank by id, as far as they have arrived.
+    """
+
+    def __init__(self, names: Mapping[int, Mapping[int, str]]) -> None:
+        self._names = names
         self._ranks: dict[int, _RankCounts] = {}
         self._evaluated_ns: dict[int, int] = {}
 
@@ -84,34 +93,28 @@ class LineCounts:
         """Take the end of an evaluation of a rank, before which nothing is after its training."""
         self._evaluated_ns[rank] = end_ns
 
-    def divided(
-        self,
-        names: Mapping[int, Mapping[int, str]],
-        ends: Mapping[int, tuple[int, int]],
-        first: int,
-        end: int,
-    ) -> tuple[tuple[SampledLine, ...], tuple[SampledLine, ...]]:
+    def divided(self, latest: Sequence[int], ends_ns: Sequence[int], first: int, end: int) -> DividedLines:
         """Return the lines in the phases of some steps, and in those of the others; of the first ranks that had any.
 
         Args:
-            names: texts of each rank by id.
-            ends: last step of each rank, and the time at which it ended.
+            latest: last step of each rank.
+            ends_ns: time at which it ended.
             first, end: the first step, and the first one after them.
         """
         divided = {
-            rank: counts.intervals.divided(first, end, *ends[rank])
+            rank: counts.intervals.divided(first, end, latest[rank], ends_ns[rank])
             for rank, counts in self._ranks.items()
-            if counts.intervals is not None and rank in ends
+            if counts.intervals is not None and rank < min(len(latest), len(ends_ns))
         }
         inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
-        return _sampled_lines(inside, names), _sampled_lines(outside, names)
+        return self._lines_of(inside), self._lines_of(outside)
 
-    def of_other_threads(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
+    def of_other_threads(self) -> tuple[SampledLine, ...]:
         """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
         threads = {rank: counts.threads for rank, counts in self._ranks.items() if len(counts.threads)}
-        return _sampled_lines({rank: _by_time([counts]) for rank, counts in threads.items()}, names)
+        return self._lines_of({rank: _by_time([counts]) for rank, counts in threads.items()})
 
-    def of_workers(self, names: Mapping[int, Mapping[int, str]]) -> dict[int, tuple[SampledLine, ...]]:
+    def of_workers(self) -> dict[int, tuple[SampledLine, ...]]:
         """Return the lines that the workers of each loader, by its number, were seen in while they made batches.
 
         Idle ones are how often they made none.
@@ -119,19 +122,16 @@ class LineCounts:
         workers = {rank: counts.workers for rank, counts in self._ranks.items() if len(counts.workers)}
         phases = {phase for counts in workers.values() for phase in counts[:, 0].tolist()}
         return {
-            LINE_WORKERS - phase: _sampled_lines(
-                {rank: _by_time([counts[counts[:, 0] == phase]]) for rank, counts in workers.items()}, names
+            LINE_WORKERS - phase: self._lines_of(
+                {rank: _by_time([counts[counts[:, 0] == phase]]) for rank, counts in workers.items()}
             )
             for phase in sorted(phases, reverse=True)
         }
 
-    def lines(
-        self, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int] = (), *, has_ended: bool = False
-    ) -> tuple[SampledLine, ...]:
+    def lines(self, ends_ns: Sequence[int] = (), *, has_ended: bool = False) -> tuple[SampledLine, ...]:
         """Return the lines of all ranks, the most frequent of each rank first.
 
         Args:
-            names: texts of each rank by id.
             ends_ns: time at which the last step of each rank ended, 0 for none. After it a rank may hang, or have ended
                 its training: what it does then has no part in the phases of the steps.
             has_ended: whether the run has: then these lines follow as those of `LINE_AFTER_STEPS`.
@@ -140,28 +140,17 @@ class LineCounts:
         # Where it evaluates after its last step, what follows is outside steps, too.
         evaluated = {rank: max(end_ns, self._evaluated_ns.get(rank, 0)) for rank, end_ns in ends.items()}
         until = {rank: end_ns for rank, end_ns in evaluated.items() if has_ended and ends[rank] > 0}
-        lines = _sampled_lines(
-            {rank: each.summed(ends[rank], until.get(rank)) for rank, each in self._ranks.items()}, names
-        )
+        lines = self._lines_of({rank: each.summed(ends[rank], until.get(rank)) for rank, each in self._ranks.items()})
         after = {rank: self._ranks[rank].summed_after(ends[rank], end_ns) for rank, end_ns in until.items()}
-        return lines + tuple(replace(each, part=LINE_AFTER_STEPS) for each in _sampled_lines(after, names))
+        return lines + tuple(replace(each, part=LINE_AFTER_STEPS) for each in self._lines_of(after))
 
-
-def _sampled_lines(
-    summed: Mapping[int, NDArray[np.int64]], names: Mapping[int, Mapping[int, str]]
-) -> tuple[SampledLine, ...]:
-    return tuple(
-        SampledLine(
-            rank,
-            line_phase_name(phase),
-            *parsed_place(known.get(line)),
-            known.get(called),
-            *sums,
+    def _lines_of(self, summed: Mapping[int, NDArray[np.int64]]) -> tuple[SampledLine, ...]:
+        return tuple(
+            SampledLine(rank, line_phase_name(phase), *parsed_place(known.get(line)), known.get(called), *sums)
+            for rank, counts in sorted(summed.items())
+            for known in (self._names.get(rank, {}),)
+            for phase, line, called, *sums in counts.tolist()
         )
-        for rank, counts in sorted(summed.items())
-        for known in (names.get(rank, {}),)
-        for phase, line, called, *sums in counts.tolist()
-    )
 
 
 class _RankCounts:
@@ -283,35 +272,6 @@ class _RankIntervals:
         return inside, outside
 
 
-class IntervalLines:
-    """The lines of a run in some of its steps.
-
-    Args:
-        counts: rows of all ranks, None without any.
-        names: texts of each rank by id.
-        latest: last step of each rank.
-        ends_ns: time at which it ended.
-    """
-
-    def __init__(
-        self,
-        counts: LineCounts | None = None,
-        names: Mapping[int, Mapping[int, str]] | None = None,
-        latest: Sequence[int] = (),
-        ends_ns: Sequence[int] = (),
-    ) -> None:
-        self._counts, self._names = counts, names or {}
-        self._latest, self._ends_ns = latest, ends_ns
-
-    def divided(self, first: int, end: int) -> tuple[Sequence[SampledLine], Sequence[SampledLine]]:
-        """Return `LineCounts.divided`."""
-        if self._counts is None:
-            return (), ()
-
-        ends = dict(enumerate(zip(self._latest, self._ends_ns, strict=False)))
-        return self._counts.divided(self._names, ends, first, end)
-
-
 class LazyLines(Sequence[SampledLine]):
     """The lines of a run, made when a rule asks for them: a live verdict seldom does, and has many ranks.
 
@@ -319,14 +279,12 @@ class LazyLines(Sequence[SampledLine]):
         ends_ns, has_ended: as of `LineCounts.lines`.
     """
 
-    def __init__(
-        self, counts: LineCounts, names: Mapping[int, Mapping[int, str]], ends_ns: Sequence[int], *, has_ended: bool
-    ) -> None:
-        self._counts, self._names, self._ends_ns, self._has_ended = counts, names, ends_ns, has_ended
+    def __init__(self, counts: LineCounts, ends_ns: Sequence[int], *, has_ended: bool) -> None:
+        self._counts, self._ends_ns, self._has_ended = counts, ends_ns, has_ended
 
     @cached_property
     def _lines(self) -> tuple[SampledLine, ...]:
-        return self._counts.lines(self._names, self._ends_ns, has_ended=self._has_ended)
+        return self._counts.lines(self._ends_ns, has_ended=self._has_ended)
 
     @overload
     def __getitem__(self, at: int) -> SampledLine: ...

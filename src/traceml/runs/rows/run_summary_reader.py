@@ -179,8 +179,8 @@ class RunSummaryReader:
         What ranks did after the last step is apart from its phases.
         """
         lines, ends_ns = self.facts_builder.lines, self.kept.end_ns.tolist()
-        of_ranks = lines.lines(self.names, ends_ns, has_ended=self.state != RunStatus.RUNNING)
-        of_workers = lines.of_workers(self.names).values()
+        of_ranks = lines.lines(ends_ns, has_ended=self.state != RunStatus.RUNNING)
+        of_workers = lines.of_workers().values()
         return (*of_ranks, *(each for seen in of_workers for each in seen if not each.is_idle))
 
     def _start_over(self) -> None:
