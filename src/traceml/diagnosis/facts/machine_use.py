@@ -102,8 +102,8 @@ class MachineSamples(msgspec.Struct):
     def use(self, first: int = 1, last: int = _ALL, ranks: Collection[int] = ()) -> MachineUse:
         """Return the use in steps `first` to `last`, without the last, of some ranks or of all."""
         spans = self._spans(first, last, ranks)
-        processes = [_rates(rows) for rows in self._rows(PROCESS, spans)]
-        hosts = list(self._rows(HOST, spans))
+        processes = [_rates(rows) for _, rows in self._rows(PROCESS, spans)]
+        hosts = [rows for _, rows in self._rows(HOST, spans)]
         disks = [_rate(rows, "disk_read_bytes") for rows in hosts]
         return MachineUse(
             waited=_median([each[0] for each in processes if each[0] is not None]),
@@ -118,11 +118,10 @@ class MachineSamples(msgspec.Struct):
     def background_cores(self) -> dict[int, float]:
         """Return the cores that threads other than the main one used in training, by rank."""
         found = {}
-        for rank, span in self._spans(1, _ALL).items():
-            for rows in self._rows(PROCESS, {rank: span}):
-                if rows["main_run_ns"][0] >= 0:
-                    used = (_rate(rows, "cpu_ns") or 0.0) - (_rate(rows, "main_run_ns") or 0.0)
-                    found[rank] = max(used, 0.0) / 1e9
+        for rank, rows in self._rows(PROCESS, self._spans()):
+            if rows["main_run_ns"][0] >= 0:
+                used = (_rate(rows, "cpu_ns") or 0.0) - (_rate(rows, "main_run_ns") or 0.0)
+                found[rank] = max(used, 0.0) / 1e9
 
         return found
 
@@ -132,26 +131,22 @@ class MachineSamples(msgspec.Struct):
         It sleeps where it neither runs nor waits for a core.
         """
         found = {}
-        for rank, span in self._spans(1, _ALL).items():
-            for rows in self._rows(PROCESS, {rank: span}):
-                last = rows[-1]
-                passed, ran, waited, steps = (
-                    float(last[name] - rows[0][name]) for name in ("t_ns", "main_run_ns", "main_wait_ns", "step")
-                )
-                if rows["main_wait_ns"][0] >= 0 and steps > 0:
-                    found[rank] = passed / steps, max(passed - ran - waited, 0.0) / steps
+        for rank, rows in self._rows(PROCESS, self._spans()):
+            columns = ("t_ns", "main_run_ns", "main_wait_ns", "step")
+            passed, ran, waited, steps = (float(rows[name][-1] - rows[name][0]) for name in columns)
+            if rows["main_wait_ns"][0] >= 0 and steps > 0:
+                found[rank] = passed / steps, max(passed - ran - waited, 0.0) / steps
 
         return found
 
     def shared_devices(self) -> dict[int, list[SharedDevice]]:
         """Return the devices whose use by other programs is known, by the rank that sampled them."""
         found: dict[int, list[SharedDevice]] = {}
-        for rank, span in self._spans(1, _ALL).items():
-            for rows in self._rows(GPU, {rank: span}):
-                known = self._while_training(rank, rows)
-                known = known[(known["others_pct"] >= 0) & (known["utilization_pct"] >= 0)]
-                devices = [known[known["index"] == index] for index in np.unique(known["index"])]
-                found[rank] = [_shared_device(each) for each in devices if len(each) >= _MIN_SHARED_SAMPLES]
+        for rank, rows in self._rows(GPU, self._spans()):
+            known = self._while_training(rank, rows)
+            known = known[(known["others_pct"] >= 0) & (known["utilization_pct"] >= 0)]
+            devices = [known[known["index"] == index] for index in np.unique(known["index"])]
+            found[rank] = [_shared_device(each) for each in devices if len(each) >= _MIN_SHARED_SAMPLES]
 
         return found
 
@@ -177,7 +172,7 @@ class MachineSamples(msgspec.Struct):
                 if len(busy) >= MIN_SAMPLES:
                     yield (rank, index), busy
 
-    def _spans(self, first: int, last: int, ranks: Collection[int] = ()) -> dict[int, tuple[int, int]]:
+    def _spans(self, first: int = 1, last: int = _ALL, ranks: Collection[int] = ()) -> dict[int, tuple[int, int]]:
         """Return the times of the samples within a range of steps, by rank: of some, or of all that have any."""
         some = ranks or range(MAX_RANKS)
         return {rank: span for rank in some if (span := self._span(rank, first, last)) is not None}
@@ -191,14 +186,16 @@ class MachineSamples(msgspec.Struct):
         times = kept.rows["t_ns"][(kept.rows["step"] >= max(first, 0)) & (kept.rows["step"] < last)]
         return (int(times[0]), int(times[-1])) if len(times) > 1 and times[-1] - times[0] >= _MIN_PASSED_NS else None
 
-    def _rows(self, table: Table, spans: dict[int, tuple[int, int]], least: int = 2) -> Iterator[NDArray[np.void]]:
-        """Yield the rows of a table within the spans, by rank; at least this many each."""
+    def _rows(
+        self, table: Table, spans: Mapping[int, tuple[int, int]], least: int = 2
+    ) -> Iterator[tuple[int, NDArray[np.void]]]:
+        """Yield each rank and its rows of a table within its span; at least this many."""
         for rank, (first, last) in spans.items():
             kept = self._kept.get((table.name, rank))
             if kept is not None:
                 rows = kept.rows[(kept.rows["t_ns"] >= first) & (kept.rows["t_ns"] <= last)]
                 if len(rows) >= least:
-                    yield rows
+                    yield rank, rows
 
     def _while_training(self, rank: int, rows: NDArray[np.void]) -> NDArray[np.void]:
         """Return the samples of devices before which steps went on at half of their usual pace at least.
@@ -216,23 +213,17 @@ class MachineSamples(msgspec.Struct):
     def _host_cores(self, spans: dict[int, tuple[int, int]]) -> float | None:
         found = [
             float(rows["cpu_pct"].mean()) / 100 * self.machine_cores[rank]
-            for rank, span in spans.items()
-            for rows in self._rows(HOST, {rank: span}, least=1)  # each is a mean of the time before it
+            for rank, rows in self._rows(HOST, spans, least=1)  # each is a mean of the time before it
             if rank in self.machine_cores
         ]
         return _median(found)
 
     def _devices(self, spans: dict[int, tuple[int, int]]) -> dict[str, float | bool | None]:
-        rows = [
-            found
-            for rank, span in spans.items()
-            for each in self._rows(GPU, {rank: span})
-            if len(found := self._while_training(rank, each))
-        ]
-        if not rows:
+        rows = [self._while_training(rank, each) for rank, each in self._rows(GPU, spans)]
+        joined = join_rows(rows) if rows else np.empty(0, GPU.dtype)
+        if not len(joined):
             return {}
 
-        joined = join_rows(rows)
         return {
             "clock_mhz": float(np.median(joined["sm_clock_mhz"])),
             "temperature_c": float(np.median(joined["temperature_c"])),
