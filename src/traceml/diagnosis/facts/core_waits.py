@@ -142,46 +142,32 @@ class CompetingProcessHistory:
     """Processes that used cores while ranks waited for one: sums of readings on the host of rank 0."""
 
     def __init__(self) -> None:
-        self._others, self._started = _MeanCores(), _MeanCores()
+        self._readings: Counter[str] = Counter()
+        self._cores: dict[str, Counter[str]] = {"cores": Counter(), "started": Counter()}
 
     def add(self, reading: Mapping[str, object]) -> None:
-        """Take a reading: the data of an event `COMPETING_PROCESSES`."""
-        self._others.add(reading.get("cores"))
-        self._started.add(reading.get("started"))
+        """Take a reading: the data of an event `COMPETING_PROCESSES`; what is not cores by name is left out."""
+        for kind, sums in self._cores.items():
+            cores = reading.get(kind)
+            if isinstance(cores, Mapping):
+                self._readings[kind] += 1
+                for name, used in cores.items():
+                    if isinstance(name, str) and isinstance(used, int | float):
+                        sums[name] += used  # type: ignore[assignment]
 
     @property
     def others(self) -> dict[str, float]:
         """Mean cores by name, the most first, of processes that the ranks have not started; '' are of other users."""
-        return self._others.means or {}
+        return self._means("cores")
 
     @property
     def started(self) -> dict[str, float] | None:
         """Those of processes that the ranks have started, loader workers among them; None if there was no reading."""
-        return self._started.means
+        return self._means("started") if self._readings["started"] else None
 
-
-class _MeanCores:
-    def __init__(self) -> None:
-        self._readings = 0
-        self._cores: Counter[str] = Counter()
-
-    def add(self, cores: object) -> None:
-        """Take a reading, cores by name; anything else is ignored."""
-        if not isinstance(cores, Mapping):
-            return
-
-        self._readings += 1
-        for name, used in cores.items():
-            if isinstance(name, str) and isinstance(used, int | float):
-                self._cores[name] += used  # type: ignore[assignment]
-
-    @property
-    def means(self) -> dict[str, float] | None:
-        """Mean cores by name, of those that used some, the most first; None without a reading."""
-        if not self._readings:
-            return None
-
-        means = {name: cores / self._readings for name, cores in self._cores.most_common()}
+    def _means(self, kind: str) -> dict[str, float]:
+        """Return the mean cores by name, of those that used some, the most first."""
+        means = {name: cores / self._readings[kind] for name, cores in self._cores[kind].most_common()}
         return {name: cores for name, cores in means.items() if cores >= MIN_CORES}
 
 
