@@ -7,7 +7,7 @@ checkpoint or an evaluation do not count.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
 from itertools import pairwise
@@ -384,11 +384,13 @@ class MemoryHistory:
         Args:
             trained: whether the rank has trained.
         """
-        return _at_end(self._tails, rank, trained=trained)
+        tail = self._tails.get(rank)
+        return None if tail is None else tail.at_end(trained=trained)
 
     def workers_at_end(self, rank: int) -> EndMemory | None:
         """Return the private memory of all workers of a rank's loader in the last sample; None without any."""
-        return _at_end(self._worker_tails, rank)
+        tail = self._worker_tails.get(rank)
+        return None if tail is None else tail.at_end()
 
     def hosts(self) -> dict[int, HostMemory]:
         """Return the memory of each host, by the rank that samples it."""
@@ -408,11 +410,6 @@ class MemoryHistory:
     def steady(self) -> Iterator[tuple[int, MemoryKind, int, GrowthEstimate]]:
         """Yield (rank, kind, device, growth) of each memory that grows steadily, by rank."""
         return (each for each in self.rising() if each[3].steady)
-
-
-def _at_end(tails: Mapping[int, MemoryTail], rank: int, *, trained: bool = False) -> EndMemory | None:
-    tail = tails.get(rank)
-    return None if tail is None else tail.at_end(trained=trained)
 
 
 def _host(rows: NDArray[np.void]) -> HostMemory:
