@@ -62,6 +62,10 @@ _NATIVE = (
 _MAY_END = " The data is read for the first time: a cache that fills looks the same."
 
 
+_Growths = dict[int, tuple[int, GrowthEstimate]]
+"""Rank -> device, or loader, and growth of a memory there."""
+
+
 class _Room(msgspec.Struct, frozen=True):
     """Time until a memory is full."""
 
@@ -77,7 +81,7 @@ def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
     Where batches grow too, as longer sequences do, memory follows their size, with attention the square of it: if it
     grows by no more, only a container that grows is a leak.
     """
-    by_kind: dict[MemoryKind, dict[int, tuple[int, GrowthEstimate]]] = {}
+    by_kind: dict[MemoryKind, _Growths] = {}
     for rank, kind, device, growth in facts.memory.rising():
         if not growth.steady and (kind is MemoryKind.WORKERS or not is_kept_in_copies(facts, rank, growth)):
             continue
@@ -90,23 +94,20 @@ def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
         by_kind.pop(MemoryKind.RESIDENT, None)
 
     of_batches = _growth_of_batches(window) if by_kind else 1.0
-    findings = (_finding(facts, kind, found, by_kind, of_batches) for kind, found in by_kind.items())
+    findings = (_finding(facts, kind, by_kind, of_batches) for kind in by_kind)
     return [each for each in findings if each is not None]
 
 
 def _finding(
-    facts: JobFacts,
-    kind: MemoryKind,
-    found: Mapping[int, tuple[int, GrowthEstimate]],
-    by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
-    of_batches: float,
+    facts: JobFacts, kind: MemoryKind, by_kind: Mapping[MemoryKind, _Growths], of_batches: float
 ) -> Finding | None:
+    found = by_kind[kind]
     rank = max(found, key=lambda each: found[each][1].bytes_per_step)
     device, growth = found[rank]
     growth = facts.memory.curve(rank, kind, device).since_it_began(growth)
     workers = facts.workers.workers(rank, device) if kind is MemoryKind.WORKERS else 0
     copied = copied_objects(facts, rank, device) if workers else None
-    room = _room(facts, kind, rank, device, by_kind)
+    room = _room(facts, kind, rank, by_kind)
     if copied and room and room.left_s > facts.workers.uncopied_bytes(rank, device) / max(growth.bytes_per_s, 1.0):
         room = None  # all is copied before it is full
 
@@ -139,8 +140,7 @@ def _finding(
             "since_step": growth.since_step,
             **({"workers": workers} if workers else {}),
             **(why.evidence if why else {}),
-            **({} if room is None else {"left_s": room.left_s, "left_steps": room.left_steps}),
-            **({} if room is None else {"limit_bytes": room.total_bytes}),
+            **({"left_s": room.left_s, "left_steps": room.left_steps, "limit_bytes": room.total_bytes} if room else {}),
         },
     )
 
@@ -183,14 +183,8 @@ def _unread_steps(facts: JobFacts) -> float:
     return max(MORE_THAN_ONE_PASS * loader.length / per_step - max(facts.latest, default=0) - 1, 0.0)
 
 
-def _room(
-    facts: JobFacts,
-    kind: MemoryKind,
-    rank: int,
-    device: int,
-    by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]],
-) -> _Room | None:
-    growth = by_kind[kind][rank][1]
+def _room(facts: JobFacts, kind: MemoryKind, rank: int, by_kind: Mapping[MemoryKind, _Growths]) -> _Room | None:
+    device, growth = by_kind[kind][rank]
     if kind is MemoryKind.DEVICE:
         use = next((each for each in facts.memory.devices() if (each.rank, each.device) == (rank, device)), None)
         left, total = (use.total_bytes - use.allocated_bytes, use.total_bytes) if use is not None else (0, 0)
@@ -208,9 +202,7 @@ def _room(
     return _Room(left_s, left_s * growth.bytes_per_s / max(growth.bytes_per_step, 1.0), name, total)
 
 
-def _host_rate(
-    facts: JobFacts, host: str | None, by_kind: Mapping[MemoryKind, Mapping[int, tuple[int, GrowthEstimate]]]
-) -> float:
+def _host_rate(facts: JobFacts, host: str | None, by_kind: Mapping[MemoryKind, _Growths]) -> float:
     """Return the growth in bytes per second of all ranks of a host."""
     return sum(
         growth.bytes_per_s
