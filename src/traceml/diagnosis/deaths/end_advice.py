@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.advice import (
@@ -31,17 +31,15 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 _TAKEN = ("eaddrinuse", "address already in use")
 _PORT = re.compile(r"\bport: (\d+)")  # in what torch's store says
 _MONITORED = "monitoredbarrier"
-_TIMERS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 _ASSERTED = "device-side assert"
 _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
 """What CUDA and HIP say of an error in a kernel, some time after it was launched."""
 
 
-def _lacks_disk(ended: RankExit) -> bool:
-    # These are what torch.save says when its file could not be written to the end.
+def _is_cut(ended: RankExit) -> bool:
+    """Return whether torch.save says that its file could not be written to the end."""
     is_cut = ended.exception_mentions("inline_container.cc") and ended.exception_mentions("unexpected pos")
-    is_cut = is_cut or (ended.open_phase == "checkpoint" and ended.exception_mentions("iostream error"))
-    return is_cut or ended.exception_mentions("no space left", "quota exceeded")
+    return is_cut or (ended.open_phase == "checkpoint" and ended.exception_mentions("iostream error"))
 
 
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
@@ -54,7 +52,7 @@ def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) 
     if memory is not None:
         return _for_memory(memory)
 
-    text = next(text for applies, text in _ADVICE if applies(ended, facts))
+    text = _advice(ended, facts)
     return text if isinstance(text, str) else text(ended, facts)
 
 
@@ -253,163 +251,158 @@ def _for_exit_code(ended: RankExit, _facts: JobFacts) -> str:
     )
 
 
-def _name_of_host(ended: RankExit) -> str:
-    return f" {ended.host}" if ended.host else ""
+def _for_kill(ended: RankExit, facts: JobFacts) -> str:
+    if _cpu_limit_s(ended, facts):
+        return _for_cpu_time(ended, facts)
+
+    return (
+        "SIGKILL comes from outside the process: look for the kernel's out-of-memory killer (dmesg, the scheduler's "
+        "log), the job's memory limit, or a kill command."
+    )
 
 
-_Applies = Callable[[RankExit, JobFacts], bool]
+def _for_broken_pipe(ended: RankExit, _: JobFacts) -> str:
+    wrote = f"{ended.place} wrote" if ended.place else "It wrote"
+    return (
+        f"{wrote} to a pipe or a connection that its reader had closed. If that line prints, the reader of the job's "
+        "output had ended (`| head`, `| less`): let it read to the end, or write the output to a file; "
+        f"{_traceback_text(ended)}."
+    )
+
+
 _Text = str | Callable[[RankExit, JobFacts], str]
 
-# When each advice applies. The first that does is given: what is known for certain stands above what is usual.
-_ADVICE: tuple[tuple[_Applies, _Text], ...] = (
-    (
-        lambda ended, facts: (
-            ended.signal == signal.SIGXCPU or (ended.signal == KILL and bool(_cpu_limit_s(ended, facts)))
-        ),
-        _for_cpu_time,
+_TIMER = "A timer that the script or a library has set (signal.alarm, setitimer) ran out, and nothing handled it."
+_TOO_LARGE = (
+    "A file became larger than its shell or host allows (ulimit -f): raise the limit, or save in several files."
+)
+_NO_ROOM = (
+    "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints; where there is "
+    "room, look at the limit of a file's size (ulimit -f). The last file is not complete: resume from the one before."
+)
+_BY_SIGNAL: Mapping[int | None, _Text] = {
+    signal.SIGXCPU: _for_cpu_time,
+    KILL: _for_kill,
+    signal.SIGHUP: (
+        "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does not "
+        "protect the ranks of torchrun."
     ),
-    (
-        lambda ended, _: ended.signal == KILL,
-        (
-            "SIGKILL comes from outside the process: look for the kernel's out-of-memory killer (dmesg, the "
-            "scheduler's log), the job's memory limit, or a kill command."
-        ),
+    signal.SIGPIPE: (
+        "The script wrote to a pipe or a connection that its reader had closed (`| head`, a server that ended). Python "
+        "raises BrokenPipeError there, unless the script resets the signal (signal.SIG_DFL)."
     ),
-    (
-        lambda ended, _: ended.signal == signal.SIGHUP,
-        (
-            "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does "
-            "not protect the ranks of torchrun."
-        ),
-    ),
-    (
-        lambda ended, _: ended.signal == signal.SIGPIPE,
-        (
-            "The script wrote to a pipe or a connection that its reader had closed (`| head`, a server that ended). "
-            "Python raises BrokenPipeError there, unless the script resets the signal (signal.SIG_DFL)."
-        ),
-    ),
-    (
-        lambda ended, _: ended.signal in _TIMERS,
-        "A timer that the script or a library has set (signal.alarm, setitimer) ran out, and nothing handled it.",
-    ),
-    (
-        lambda ended, _: ended.signal == signal.SIGXFSZ or ended.exception_mentions("file too large"),
-        "A file became larger than its shell or host allows (ulimit -f): raise the limit, or save in several files.",
-    ),
-    (lambda ended, _: ended.signal == BUS_ERROR, _for_bus_error),
-    (lambda ended, _: ended.exception_mentions("shared memory", "bus error", "/dev/shm"), for_shared_memory()),  # noqa: S108 - a message
-    (
-        lambda ended, _: _lacks_disk(ended),
-        (
-            "Make room on the disk of that file (df -h, df -i, the user's quota), and keep fewer checkpoints; where "
-            "there is room, look at the limit of a file's size (ulimit -f). The last file is not complete: resume from "
-            "the one before."
-        ),
-    ),
-    (lambda ended, _: ended.exception_mentions(*_TAKEN), _for_taken_port),
+    signal.SIGALRM: _TIMER,
+    signal.SIGVTALRM: _TIMER,
+    signal.SIGPROF: _TIMER,
+    signal.SIGXFSZ: _TOO_LARGE,
+    BUS_ERROR: _for_bus_error,
+}
+# What the exception says of a resource that ran out, whatever ended the process then.
+_BY_RESOURCE: Mapping[tuple[str, ...], _Text] = {
+    ("file too large",): _TOO_LARGE,
+    ("shared memory", "bus error", "/dev/shm"): for_shared_memory(),  # noqa: S108 - a message
+    ("no space left", "quota exceeded"): _NO_ROOM,
+    _TAKEN: _for_taken_port,
     # The second is what multiprocessing says when the kernel drops the descriptors of a batch.
-    (lambda ended, _: ended.exception_mentions("too many open files", "items of ancdata"), _for_files),
-    (
-        lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "comm" and facts.world_size > 1,
-        _for_sizes,
+    ("too many open files", "items of ancdata"): _for_files,
+}
+_BY_WORDS: Mapping[tuple[str, ...], _Text] = {
+    ("collective mismatch",): f"{same_collectives()} Their tensors must have equal sizes and types, too.",
+    ("expected to have finished reduction",): (
+        "Some parameters got no gradient in the step before: leave them out of the model or of its gradients "
+        "(requires_grad_(False)), or pass find_unused_parameters=True to DistributedDataParallel. The message has "
+        "their numbers, and with TORCH_DISTRIBUTED_DEBUG=DETAIL their names."
     ),
-    (
-        lambda ended, facts: ended.signal == signal.SIGABRT and ended.open_phase == "backward" and facts.world_size > 1,
-        _for_abort_in_backward,
-    ),
-    (
-        lambda ended, _: ended.signal in CRASHES and ended.open_phase == "exit",
-        (
+    ("eoferror: eof when reading a line",): without_answers(),
+    ("brokenpipeerror: ",): _for_broken_pipe,
+    ("dataloader timed out after",): _for_no_batch,
+    _DEVICE_ERRORS: _for_device_error,
+}
+
+
+def _advice(ended: RankExit, facts: JobFacts) -> _Text:
+    """Return the first advice that applies: what is known for certain stands above what is usual."""
+    if ended.signal in _BY_SIGNAL:
+        return _BY_SIGNAL[ended.signal]
+
+    if _is_cut(ended):
+        return _NO_ROOM
+
+    if text := _mentioned(ended, _BY_RESOURCE):
+        return text
+
+    if ended.signal is not None:
+        return _for_signal(ended, facts)
+
+    if exit_words(ended) is not None:
+        return f"The script ended itself with this text: look at the condition that leads to {ended.place or 'it'}."
+
+    if facts.world_size > 1 and failed_because_of_peer(ended):
+        return _for_peer
+
+    if ended.open_phase == "checkpoint" and ended.exception_mentions("pickle"):
+        return (
+            "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
+            "function, a lock or an open file in them cannot be pickled."
+        )
+
+    if text := _mentioned(ended, _BY_WORDS):
+        return text
+
+    if ended.exception:
+        look = f"Read {ended.place}" if ended.file else "Look at that exception"
+        return f"{look}; {_traceback_text(ended)}."
+
+    return _without_report(ended)
+
+
+def _mentioned(ended: RankExit, texts: Mapping[tuple[str, ...], _Text]) -> _Text | None:
+    return next((text for words, text in texts.items() if ended.exception_mentions(*words)), None)
+
+
+def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:
+    if ended.signal == signal.SIGABRT and facts.world_size > 1 and ended.open_phase in ("comm", "backward"):
+        return _for_sizes if ended.open_phase == "comm" else _for_abort_in_backward
+
+    if ended.signal not in CRASHES:
+        return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
+
+    if ended.open_phase == "exit":
+        return (
             "The script had ended, and its process crashed while the interpreter did. As a rule a daemon thread (which "
             "prefetches, logs or uploads) still calls torch or another extension then: stop and join it before the "
             "script ends."
-        ),
-    ),
-    (
-        lambda ended, _: ended.signal in CRASHES and bool(ended.file),
-        lambda ended, _: f"Look at the call at {ended.place}: an extension, or a library of another version, crashed.",
-    ),
-    (
-        lambda ended, _: ended.signal in CRASHES,
-        "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed.",
-    ),
-    (
-        lambda ended, _: ended.signal is not None,
-        "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command.",
-    ),
-    (
-        lambda ended, _: exit_words(ended) is not None,
-        lambda ended, _: (
-            f"The script ended itself with this text: look at the condition that leads to {ended.place or 'it'}."
-        ),
-    ),
-    (lambda ended, facts: failed_because_of_peer(ended) and facts.world_size > 1, _for_peer),
-    (
-        lambda ended, _: ended.exception_mentions("collective mismatch"),
-        f"{same_collectives()} Their tensors must have equal sizes and types, too.",
-    ),
-    (
-        lambda ended, _: ended.exception_mentions("expected to have finished reduction"),
-        (
-            "Some parameters got no gradient in the step before: leave them out of the model or of its gradients "
-            "(requires_grad_(False)), or pass find_unused_parameters=True to DistributedDataParallel. The message has "
-            "their numbers, and with TORCH_DISTRIBUTED_DEBUG=DETAIL their names."
-        ),
-    ),
-    (lambda ended, _: ended.exception_mentions("eoferror: eof when reading a line"), without_answers()),
-    (
-        lambda ended, _: (ended.exception or "").startswith("BrokenPipeError"),
-        lambda ended, _: (
-            f"{f'{ended.place} wrote' if ended.place else 'It wrote'} to a pipe or a connection that its reader had "
-            "closed. If that line prints, the reader of the job's output had ended (`| head`, `| less`): let it read "
-            f"to the end, or write the output to a file; {_traceback_text(ended)}."
-        ),
-    ),
-    (lambda ended, _: ended.exception_mentions("dataloader timed out after"), _for_no_batch),
-    (
-        lambda ended, _: ended.open_phase == "checkpoint" and ended.exception_mentions("pickle"),
-        (
-            "Save state_dict() of the model and the optimizer instead of the objects: a lambda, a local class or "
-            "function, a lock or an open file in them cannot be pickled."
-        ),
-    ),
-    (lambda ended, _: ended.exception_mentions(*_DEVICE_ERRORS), _for_device_error),
-    (
-        lambda ended, _: bool(ended.exception and ended.file),
-        lambda ended, _: f"Read {ended.place}; {_traceback_text(ended)}.",
-    ),
-    (
-        lambda ended, _: bool(ended.exception),
-        lambda ended, _: f"Look at that exception; {_traceback_text(ended)}.",
-    ),
-    (lambda ended, _: was_cut_off(ended), explicit_exit()),
-    (
-        lambda ended, _: ended.state == "lost" and bool(ended.host_lost),
-        lambda ended, _: (
-            f"Look at the host{_name_of_host(ended)}: whether it or its network was down, and whether the launch agent "
-            "there was killed or stopped; the launcher ends a job whose agent is silent for 15 s."
+        )
+
+    if ended.file:
+        return f"Look at the call at {ended.place}: an extension, or a library of another version, crashed."
+
+    return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
+
+
+def _without_report(ended: RankExit) -> _Text:
+    """Return advice on an end of which only a code is known, or that its connection was lost."""
+    if was_cut_off(ended):
+        return explicit_exit()
+
+    host = f" {ended.host}" if ended.host else ""
+    if ended.state == "lost" and ended.host_lost:
+        return (
+            f"Look at the host{host}: whether it or its network was down, and whether the launch agent there was "
+            "killed or stopped; the launcher ends a job whose agent is silent for 15 s."
             + (" If it shares the runs folder, `traceml sync` there stores what had not arrived." * ended.unsent)
-        ),
-    ),
-    (
-        lambda ended, _: ended.state == "lost" and bool(ended.process_gone),
-        lambda ended, _: (
+        )
+
+    if ended.state == "lost" and ended.process_gone:
+        return (
             f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
             "memory or time limit, or a kill command; the output of `traceml run`, torchrun or srun names the signal."
-        ),
-    ),
-    (
-        lambda ended, _: ended.state == "lost",
-        lambda ended, _: (
-            f"Look at the host{_name_of_host(ended)} and its network: the rank lost its connection without a report."
-        ),
-    ),
-    (
-        lambda ended, _: signal_of_code(ended.code) is not None,
-        lambda ended, _: (
-            f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
-        ),
-    ),
-    (lambda *_: True, _for_exit_code),
-)
+        )
+
+    if ended.state == "lost":
+        return f"Look at the host{host} and its network: the rank lost its connection without a report."
+
+    if signal_of_code(ended.code) is not None:
+        return f"The rank is a wrapper; a signal ended the program that it started: read rank {ended.rank}'s output."
+
+    return _for_exit_code
