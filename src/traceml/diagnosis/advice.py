@@ -22,29 +22,35 @@ from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
     "EVENT_LOOP",
+    "EVEN_BATCHES",
+    "EVEN_OR_TOGETHER",
+    "EXPLICIT_EXIT",
+    "IN_SAME_STEPS",
+    "SAME_COLLECTIVES",
+    "STOP_TOGETHER",
+    "STORE_OF_ITS_OWN",
     "WAITED_FOR",
     "WITHOUT_ANOMALIES",
+    "WITHOUT_ANSWERS",
     "WITHOUT_PROFILER",
     "LeadingLines",
-    "even_batches",
-    "explicit_exit",
     "flush_denormals",
     "for_comm",
     "for_copies",
+    "for_fewer_workers",
     "for_jitter",
+    "for_long_stage",
+    "for_more_work",
     "for_rank_without_core",
+    "for_reading_ranks",
     "for_residual",
     "for_rollouts",
     "for_saving",
     "for_slow_group",
     "for_straggler",
-    "in_same_steps",
     "in_threads",
     "left_on",
     "longer_limit",
-    "same_collectives",
-    "stop_together",
-    "store_of_its_own",
     "waiting_text",
 ]
 
@@ -64,6 +70,35 @@ WITHOUT_PROFILER = (
     "active=5, repeat=1)): it records each operation of every step, which makes all of them slower, and keeps it in "
     "memory."
 )
+STORE_OF_ITS_OWN = (
+    "After a restart torchrun gives the ranks the store of the attempt before, in which some find addresses of "
+    "processes that have ended. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --standalone on one host or "
+    "--rdzv-backend=c10d on several: then each attempt has a store of its own."
+)
+"""For ranks that do not find each other after torchrun has restarted them."""
+SAME_COLLECTIVES = (
+    "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
+    "differs between ranks."
+)
+"""For ranks that call different collectives."""
+WITHOUT_ANSWERS = "Pass the answer as an option of the script, or in a file: nobody can answer in a job."
+"""For a script that reads from its input."""
+EXPLICIT_EXIT = (
+    "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. A "
+    "script that ends this way on purpose must call traceml.shutdown() first."
+)
+"""For a process that ended with exit code 0 without the interpreter's own end."""
+IN_SAME_STEPS = " Or do it on all ranks in the same steps: now the others wait for each one that does it."
+"""Further advice on work that ranks do in turns."""
+_EVEN = (
+    "give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
+    "torch.distributed.algorithms.join.Join, which lets ranks end early."
+)
+_TOGETHER = "let all ranks decide alike whether to leave the loop (early stopping, a limit): all_reduce the condition."
+EVEN_BATCHES, STOP_TOGETHER = capitalized(_EVEN), capitalized(_TOGETHER)
+"""For ranks that end before the others: because their data ended first, or by a condition of their own;"""
+EVEN_OR_TOGETHER = f"If the data ended there, {_EVEN} Otherwise {_TOGETHER}"
+"""and where it is not known why."""
 _ELSEWHERE = {
     True: "the workers of a DataLoader can prepare batches",
     False: "code that makes batches or collects experience can run ahead in other processes",
@@ -76,46 +111,6 @@ def left_on(facts: JobFacts) -> str:
     return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
 
 
-def even_batches(*, is_certain: bool = False) -> str:
-    """Return advice on ranks that end before the others.
-
-    Args:
-        is_certain: whether it is known that the data of these ranks ended first.
-    """
-    how = (
-        "give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
-        "torch.distributed.algorithms.join.Join, which lets ranks end early."
-    )
-    return capitalized(how) if is_certain else f"If the data ended there, {how} {stop_together()}"
-
-
-def store_of_its_own() -> str:
-    """Return advice on ranks that do not find each other after torchrun has restarted them."""
-    return (
-        "After a restart torchrun gives the ranks the store of the attempt before, in which some find addresses of "
-        "processes that have ended. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --standalone on one host or "
-        "--rdzv-backend=c10d on several: then each attempt has a store of its own."
-    )
-
-
-def stop_together(*, is_certain: bool = False) -> str:
-    """Return advice on ranks that leave their loop by a condition of their own.
-
-    Args:
-        is_certain: whether it is known that their data had not ended.
-    """
-    how = "let all ranks decide alike whether to leave the loop (early stopping, a limit): all_reduce the condition."
-    return capitalized(how) if is_certain else f"Otherwise {how}"
-
-
-def same_collectives() -> str:
-    """Return advice on ranks that call different collectives."""
-    return (
-        "Call the same collectives in the same order on every rank: look for a branch on the rank, or on data that "
-        "differs between ranks."
-    )
-
-
 def longer_limit(call: str = "init_process_group") -> str:
     """Return advice on waiting that is as it should be, but ended by the time limit of a collective.
 
@@ -123,19 +118,6 @@ def longer_limit(call: str = "init_process_group") -> str:
         call: what takes that limit.
     """
     return f"give what takes so long more time: {call}(timeout=...)."
-
-
-def without_answers() -> str:
-    """Return advice on a script that reads from its input."""
-    return "Pass the answer as an option of the script, or in a file: nobody can answer in a job."
-
-
-def explicit_exit() -> str:
-    """Return advice on a process that ended with exit code 0 without the interpreter's own end."""
-    return (
-        "Look for os._exit(0) in the script and its libraries, or for exit() in C code: nothing after it has run. A "
-        "script that ends this way on purpose must call traceml.shutdown() first."
-    )
 
 
 def flush_denormals(facts: JobFacts) -> str | None:
@@ -462,11 +444,6 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
         f"Look{where} for inputs of unusual size or shape in those steps, more calls of the model (evaluation, "
         "sampling), recompilation, and other processes on the host."
     )
-
-
-def in_same_steps() -> str:
-    """Return the further advice on work that ranks do in turns."""
-    return " Or do it on all ranks in the same steps: now the others wait for each one that does it."
 
 
 def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, line: BlamedLine | None = None) -> str:

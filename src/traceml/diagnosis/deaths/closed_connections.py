@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceml.diagnosis.advice import even_batches, explicit_exit, same_collectives, stop_together
+from traceml.diagnosis.advice import (
+    EVEN_BATCHES,
+    EVEN_OR_TOGETHER,
+    EXPLICIT_EXIT,
+    SAME_COLLECTIVES,
+    STOP_TOGETHER,
+)
 from traceml.diagnosis.deaths.end_words import step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -70,7 +76,7 @@ def left_early(causes: Sequence[RankExit], facts: JobFacts) -> list[Finding]:
             ranks=tuple(sorted(each.rank for each in gone)),
             phase=None,
             summary=" ".join(filter(None, [_summary(gone, causes, failed), *why])),
-            next=_advice(gone, failed, diverged) if data is None else even_batches(is_certain=True),
+            next=_advice(gone, failed, diverged) if data is None else EVEN_BATCHES,
             evidence=known_facts(
                 cause="left_early",
                 code=first.code or 0,
@@ -104,14 +110,14 @@ def _ended_data(gone: Sequence[RankExit], failed: RankExit) -> UnevenData | None
 def _advice(gone: Sequence[RankExit], failed: RankExit, diverged: DivergedRanks | None) -> str:
     first = gone[0]
     if first.skipped_exit:
-        return explicit_exit()
+        return EXPLICIT_EXIT
 
     has_data = all(each.data is not None and each.data.batches >= 0 and not each.data.is_over for each in gone)
-    end = stop_together(is_certain=True) if has_data else even_batches()
+    end = STOP_TOGETHER if has_data else EVEN_OR_TOGETHER
     if first.place:
         return f"Look at why rank {first.rank} comes to {first.place}, which ends it alone. {end}"
 
-    return end if failed.in_step and diverged is None else same_collectives()
+    return end if failed.in_step and diverged is None else SAME_COLLECTIVES
 
 
 def _summary(gone: Sequence[RankExit], causes: Sequence[RankExit], failed: RankExit) -> str:

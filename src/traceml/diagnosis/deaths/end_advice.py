@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.advice import (
-    even_batches,
-    explicit_exit,
+    EVEN_OR_TOGETHER,
+    EXPLICIT_EXIT,
+    SAME_COLLECTIVES,
+    STORE_OF_ITS_OWN,
+    WITHOUT_ANSWERS,
     longer_limit,
-    same_collectives,
-    store_of_its_own,
-    without_answers,
 )
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
 from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off, whereabouts
@@ -162,7 +162,7 @@ def _for_taken_port(ended: RankExit, _: JobFacts) -> str:
 def _for_peer(ended: RankExit, facts: JobFacts) -> str:
     if ended.exception_mentions(*_NOT_CONNECTED):
         if facts.store_restarts and ended.step is None:
-            return store_of_its_own()
+            return STORE_OF_ITS_OWN
 
         return (
             f"Rank {ended.rank} could not reach another rank: look in the output for one that ended, or that started "
@@ -220,7 +220,7 @@ def _for_left_loop(facts: JobFacts) -> str:
     their, be = "its" if len(left) == 1 else "their", "was" if len(training) == 1 else "were"
     return (
         f"{capitalized(ranks_text(left))} had left {their} loop over the data, and {ranks_text(training)} {be} in "
-        f"backward. {even_batches()}"
+        f"backward. {EVEN_OR_TOGETHER}"
     )
 
 
@@ -307,13 +307,13 @@ _BY_RESOURCE: Mapping[tuple[str, ...], _Text] = {
     ("too many open files", "items of ancdata"): _for_files,
 }
 _BY_WORDS: Mapping[tuple[str, ...], _Text] = {
-    ("collective mismatch",): f"{same_collectives()} Their tensors must have equal sizes and types, too.",
+    ("collective mismatch",): f"{SAME_COLLECTIVES} Their tensors must have equal sizes and types, too.",
     ("expected to have finished reduction",): (
         "Some parameters got no gradient in the step before: leave them out of the model or of its gradients "
         "(requires_grad_(False)), or pass find_unused_parameters=True to DistributedDataParallel. The message has "
         "their numbers, and with TORCH_DISTRIBUTED_DEBUG=DETAIL their names."
     ),
-    ("eoferror: eof when reading a line",): without_answers(),
+    ("eoferror: eof when reading a line",): WITHOUT_ANSWERS,
     ("brokenpipeerror: ",): _for_broken_pipe,
     ("dataloader timed out after",): _for_no_batch,
     _DEVICE_ERRORS: _for_device_error,
@@ -383,7 +383,7 @@ def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:
 def _without_report(ended: RankExit) -> _Text:
     """Return advice on an end of which only a code is known, or that its connection was lost."""
     if was_cut_off(ended):
-        return explicit_exit()
+        return EXPLICIT_EXIT
 
     host = f" {ended.host}" if ended.host else ""
     if ended.state == "lost" and ended.host_lost:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
-from traceml.diagnosis.advice import store_of_its_own
+from traceml.diagnosis.advice import STORE_OF_ITS_OWN
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
 from traceml.diagnosis.findings import Finding, known_facts
@@ -57,7 +57,7 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None, facts: JobFact
         ranks=named,
         phase=phase,
         summary=hang_summary(found) + (f" {diverged.text}" if diverged is not None else ""),
-        next=store_of_its_own() if has_old_store else hang_advice(found),
+        next=STORE_OF_ITS_OWN if has_old_store else hang_advice(found),
         evidence=_evidence(found, shown) | ({} if diverged is None else {"apart_since_step": diverged.since}),
         cost_share=1.0,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapshot
-from traceml.diagnosis.advice import even_batches, longer_limit, same_collectives, without_answers
+from traceml.diagnosis.advice import EVEN_BATCHES, EVEN_OR_TOGETHER, SAME_COLLECTIVES, WITHOUT_ANSWERS, longer_limit
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank
@@ -87,12 +87,12 @@ _OF_ABSENT = (
     "init_process_group."
 )
 _ADVICE: Mapping[HangCause, str] = {
-    HangCause.MISMATCH: same_collectives(),
+    HangCause.MISMATCH: SAME_COLLECTIVES,
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
     HangCause.ROOTS: "Pass the same rank as src or dst of that collective on every rank: it is no rank of one's own.",
     HangCause.CYCLE: "Let all ranks of these groups call these collectives in the same order.",
-    HangCause.ENDED: even_batches(),
-    HangCause.DATA_ENDED: even_batches(is_certain=True),
+    HangCause.ENDED: EVEN_OR_TOGETHER,
+    HangCause.DATA_ENDED: EVEN_BATCHES,
     HangCause.ALONE: "Call that collective on every rank, or on none: look for a branch on the rank around it.",
     HangCause.NETWORK: (
         "All of them called the same collective: look at the network between the ranks and at the devices (dmesg; with "
@@ -216,7 +216,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return f"Find out what process {blocker.pid} does; a timeout (`subprocess.run(timeout=60)`) ends such a wait."
 
     if "stdin" in what:
-        return without_answers()
+        return WITHOUT_ANSWERS
 
     if what.startswith(("connecting to", "waiting for the network")):
         return "Give the connection a timeout, so that it fails and can be tried again, and look at the server."

@@ -391,7 +391,7 @@ def _residual_finding(
         trainer=trainer,
         two=leading,
     )
-    text += advice.in_same_steps() if cost.in_turns else ""
+    text += advice.IN_SAME_STEPS if cost.in_turns else ""
     turns = {"in_turns": True} if cost.in_turns else {}
     found = cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)
     return [replace(found, speedup_if_fixed=gain)]
