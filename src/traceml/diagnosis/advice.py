@@ -112,11 +112,7 @@ def left_on(facts: JobFacts) -> str:
 
 
 def longer_limit(call: str = "init_process_group") -> str:
-    """Return advice on waiting that is as it should be, but ended by the time limit of a collective.
-
-    Args:
-        call: what takes that limit.
-    """
+    """Return advice on waiting that is as it should be, but ended by the time limit that a call takes."""
     return f"give what takes so long more time: {call}(timeout=...)."
 
 
@@ -158,12 +154,7 @@ def in_threads(facts: JobFacts) -> str:
 
 
 def for_rollouts(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
-    """Return advice on time in which the model collects what it trains on.
-
-    Args:
-        part: the part of the step that most of it is.
-        line: the line that most of it is spent in, where it is known.
-    """
+    """Return advice on time in which the model collects what it trains on."""
     if answers := _for_answers(part, line, facts):  # the environments are in processes of their own already
         return answers
 
@@ -350,12 +341,7 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
 
 
 def for_saving(half: float, *, asynchronous: bool) -> str:
-    """Return advice on saving checkpoints.
-
-    Args:
-        half: gain of saving half as often.
-        asynchronous: whether `async_save` does it already.
-    """
+    """Return advice on saving checkpoints; `half` is the gain of saving half as often."""
     if asynchronous:
         return (
             f"Save half as often: {gain_text(half)}. async_save copies all tensors before it returns: save only what a "
@@ -370,11 +356,7 @@ def for_saving(half: float, *, asynchronous: bool) -> str:
 
 
 def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -> str:
-    """Return advice against waiting for the network.
-
-    Args:
-        line: the line that calls most of the collectives.
-    """
+    """Return advice against waiting for the network."""
     sharding = None if facts.batches is None else facts.batches.sharding
     if sharding is not None:
         keep = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
@@ -408,12 +390,7 @@ def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -
 
 
 def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = None) -> str:
-    """Return advice on rare long steps.
-
-    Args:
-        part: the part of the step that makes them long; None if it is not one.
-        rank: the rank that has them; None if it is not one.
-    """
+    """Return advice on rare long steps, by the part and the rank that make them long, if it is one."""
     where = f" on rank {rank}" if rank is not None else ""
     if part == "input_wait":
         what = "the data of these steps" if line is None else line.place
@@ -447,11 +424,7 @@ def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = Non
 
 
 def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, line: BlamedLine | None = None) -> str:
-    """Return advice on ranks that slow the others down.
-
-    Args:
-        part: the slow part of their step; None for all parts.
-    """
+    """Return advice on ranks that slow the others down in a part of their step; None: in all of it."""
     names, is_one = ranks_text(ranks), len(ranks) == 1
     do, their, on_those = ("does", "its", "on that rank") if is_one else ("do", "their", "on those ranks")
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
@@ -534,11 +507,7 @@ def for_reading_ranks(ranks: tuple[int, ...], facts: JobFacts) -> str:
 
 
 def for_slow_group(group: RankGroup) -> str:
-    """Return advice on a group of which all ranks slow the others down.
-
-    Args:
-        group: the host, NVLink domain, switch or part of the mesh.
-    """
+    """Return advice on a group of which all ranks slow the others down."""
     if group.level == "host":
         return (
             f"Look at {group.name}, as its ranks are slow together: clocks and temperature of its devices, cores that "

@@ -21,11 +21,7 @@ FLOOR_NS = 1e6
 
 
 def least_cost_ns(step_ns: float, share: float = WARNING_SHARE) -> float:
-    """Return the cost per step from which on a timing finding is reported.
-
-    Args:
-        share: of the step that a finding costs at least.
-    """
+    """Return the cost per step from which on a timing finding is reported."""
     return max(FLOOR_NS, share * step_ns)
 
 
@@ -138,11 +134,7 @@ class Kind(StrEnum):
         return self._rule
 
     def severity_for(self, cost_share: float) -> Severity:
-        """Return the severity of a finding of this kind.
-
-        Args:
-            cost_share: its cost, as a share of what `KindRule.cost_of` names.
-        """
+        """Return the severity of a finding of this kind."""
         by_cost = Severity.CRITICAL if cost_share >= CRITICAL_SHARE else Severity.WARNING
         return self.rule.severity or by_cost
 

@@ -201,7 +201,6 @@ def _of_slowest_ranks(found: list[Finding], window: AlignedSteps, faster: Aligne
     """Add to the findings about steps whose steps these are, where other ranks do not wait for them.
 
     Args:
-        window: the ranks that the findings are about.
         faster: the ranks that do not wait for them, if any; see `by_pace`.
     """
     if not found or faster is None:

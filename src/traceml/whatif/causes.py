@@ -35,7 +35,6 @@ def cause_of(
     """Return what makes a job slow, in one or two sentences.
 
     Args:
-        job: the operations.
         slowdown: of the whole job.
         by_kind: slowdown by kind of operation.
         worst: workers with the highest scores, as (dp_rank, stage).

@@ -19,7 +19,6 @@ def draw_heatmap(result: WhatIf, path: Path) -> None:
     """Write the scores of workers as a picture.
 
     Args:
-        result: of the analysis.
         path: file to write; its suffix chooses the format, `.png` (also without one) or any that Matplotlib writes.
 
     Raises:

@@ -28,7 +28,6 @@ def write_timeline(simulator: Simulator, path: Path) -> int:
     """Write the first ten steps, one process for each data-parallel rank as recorded and one as simulated.
 
     Args:
-        simulator: of the job.
         path: a JSON file in Chrome's trace format; compressed if it ends in `.gz`.
 
     Returns:

@@ -43,12 +43,7 @@ def _is_cut(ended: RankExit) -> bool:
 
 
 def for_exit(ended: RankExit, facts: JobFacts, memory: MemoryEnd | None = None) -> str:
-    """Return advice on a lost rank.
-
-    Args:
-        facts: about the job, for the limits that it had.
-        memory: set for an end for lack of memory.
-    """
+    """Return advice on a lost rank; one that lacked memory has `memory`."""
     if memory is not None:
         return _for_memory(memory)
 

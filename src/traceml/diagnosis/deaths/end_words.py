@@ -53,11 +53,7 @@ def was_cut_off(ended: RankExit) -> bool:
 
 
 def end_text(ended: RankExit, memory: MemoryEnd | None, *, many: bool) -> str:
-    """Return what ended a rank: `was killed by signal 9 (SIGKILL)`.
-
-    Args:
-        many: whether several ranks ended so.
-    """
+    """Return what ended a rank: `was killed by signal 9 (SIGKILL)`."""
     was = "were" if many else "was"
     if memory is not None and memory.cause == "killed" and (ended.signal or not ended.exception):
         if memory.certain:

@@ -57,11 +57,7 @@ def device_contention(facts: JobFacts) -> list[Finding]:
 
 
 def without_changes_by_others(timing: Sequence[Finding], contention: Sequence[Finding]) -> list[Finding]:
-    """Return findings about times of steps; computation that takes longer at times is a remark beside other programs.
-
-    Args:
-        contention: of `device_contention`.
-    """
+    """Return findings about times of steps; computation that is longer at times is a remark beside other programs."""
     if not contention:
         return list(timing)
 

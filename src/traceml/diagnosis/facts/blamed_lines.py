@@ -131,11 +131,7 @@ class BlamedLine(msgspec.Struct, frozen=True):
         return f"; of the time in which {who} batches, {self.share_text} is in {self.place}"
 
     def evidence(self, phase_share: float) -> dict[str, Any]:
-        """Return the line as a finding's evidence; with few samples there is no `line_share`.
-
-        Args:
-            phase_share: share of the step that the phase has.
-        """
+        """Return the line as a finding's evidence; with few samples there is no `line_share`."""
         share = {} if self.is_rough else {"line_share": self.share * phase_share}
         return {"file": self.file, "line": self.line, "function": self.function, **share}
 

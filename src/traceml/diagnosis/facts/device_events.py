@@ -118,7 +118,6 @@ class TurnoverHistory:
 
         Args:
             latest: newest step; an interval that ended long before it is over.
-            least: blocks per step, in each of the newest intervals.
         """
         return {
             key: kept[-1]

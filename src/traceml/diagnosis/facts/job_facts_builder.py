@@ -321,11 +321,7 @@ class JobFactsBuilder:
         return bool(self._facts.get("only_logs", False))
 
     def for_wall_time(self, ranks: Collection[int]) -> WallTimeFacts:
-        """Return what the division of the run's wall time depends on.
-
-        Args:
-            ranks: those whose steps are divided.
-        """
+        """Return what the division of the run's wall time depends on."""
         return WallTimeFacts(
             stops=self.stops,
             compile_s={rank: self.pauses.set_up_compile_s(rank) for rank in ranks},

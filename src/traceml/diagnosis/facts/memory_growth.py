@@ -379,11 +379,7 @@ class MemoryHistory:
         return {rank: size for rank, size in sorted(found.items()) if size is not None}
 
     def at_end(self, rank: int, *, trained: bool = False) -> EndMemory | None:
-        """Return the resident memory of a rank in its last sample; None without any.
-
-        Args:
-            trained: whether the rank has trained.
-        """
+        """Return the resident memory of a rank in its last sample; None without any."""
         tail = self._tails.get(rank)
         return None if tail is None else tail.at_end(trained=trained)
 

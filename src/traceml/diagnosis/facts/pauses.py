@@ -131,8 +131,6 @@ class PauseHistory:
 
         Args:
             steps: numbers of the steps, ascending.
-            cause: what the pauses are.
-            wanted: selects rows; None: all.
         """
         sums: dict[str, Floats] = {}
         for row in np.flatnonzero(np.isin(ranks, list(self.ranks(cause)))).tolist():

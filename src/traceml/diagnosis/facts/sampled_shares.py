@@ -166,11 +166,7 @@ def ordering_share(lines: Sequence[SampledLine]) -> float:
 
 
 def worker_wait_share(lines: Sequence[SampledLine], part: str = Phase.INPUT_WAIT.label) -> float:
-    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown.
-
-    Args:
-        part: the waiting for data of steps, or what else may wait for it.
-    """
+    """Return the share of the waiting for data that is receiving from loader workers, by samples; 0 if unknown."""
     return _share(lines, part, lambda each: receives(each, part), MIN_SAMPLES)
 
 
@@ -200,11 +196,7 @@ def iterator_share(lines: Sequence[SampledLine]) -> float:
 
 
 def workers_at_work(lines: Sequence[SampledLine]) -> SampledShare:
-    """Return the share of the time in which loader workers make batches.
-
-    Args:
-        lines: those in which workers were seen.
-    """
+    """Return the share of the time in which loader workers make batches."""
     return _sampled_share(lines, LINE_PHASES[LINE_WORKERS], lambda each: not each.is_idle)
 
 

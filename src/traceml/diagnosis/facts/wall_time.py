@@ -192,11 +192,7 @@ def _has_written(ended: RankExit, bins: NDArray[np.void]) -> bool:
 
 
 def resumes_at(stream: StreamRecord, attempts: Mapping[int, int]) -> int:
-    """Return the steps in the checkpoint with which a process began: its own, else that of its attempt.
-
-    Args:
-        attempts: the steps of each attempt, as `checkpoints` returns them.
-    """
+    """Return the steps in the checkpoint with which a process began: its own, else that of its attempt."""
     return int(stream.facts.get("resumes_at") or attempts.get(stream.attempt, 0))
 
 
@@ -213,12 +209,7 @@ def checkpoints(records: Sequence[StreamRecord]) -> dict[int, int]:
 def _setting_the_time(
     ranks: list[list[StreamRecord]], parts: list[dict[str, float]], least_s: float
 ) -> tuple[list[list[StreamRecord]], list[dict[str, float]]]:
-    """Return the ranks that evaluate or save where most others do not, with their parts; else all ranks.
-
-    Args:
-        parts: of the wall time of each rank.
-        least_s: with less time of it, all ranks count.
-    """
+    """Return the ranks that evaluate or save for `least_s` where most others do not, with their parts; else all."""
     some, seconds = _evaluators({index: each["evaluation"] + each["checkpoint"] for index, each in enumerate(parts)})
     if not some or seconds < least_s:
         return ranks, parts
@@ -227,11 +218,7 @@ def _setting_the_time(
 
 
 def _evaluators(seconds: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
-    """Return the ranks that evaluate where most others do not, and their seconds of it, the mean; none if most do.
-
-    Args:
-        seconds: rank -> its evaluation, or other time outside the training.
-    """
+    """Return the ranks that evaluate where most others do not, and their seconds of it, the mean; none if most do."""
     longest = max(seconds.values(), default=0.0)
     some = tuple(sorted(rank for rank, s in seconds.items() if s > _EVALUATES_SHARE * longest))
     if not some or len(some) > len(seconds) / 2:

@@ -30,11 +30,7 @@ _OF_COLLECTIVES = (
 
 
 def hang(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
-    """Return the finding about a job that hangs, or has hung when it was ended.
-
-    Args:
-        window: steps of the job, which show how long they take.
-    """
+    """Return the finding about a job that hangs, or has hung when it was ended."""
     # The last step may be the one that hung, and that the end of the job has closed.
     times = window.total[:, :-1]
     p99_s = float(np.quantile(times, 0.99)) / _S if times.size else 0.0

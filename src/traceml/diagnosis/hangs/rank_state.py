@@ -121,11 +121,7 @@ def is_blocked_by_full_pipe(snapshot: RankSnapshot | WorkerSnapshot | ProcessSna
 
 
 def is_expected_wait(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
-    """Whether no progress is normal: input from a terminal, a debugger, job control, an idle notebook, compiling.
-
-    Args:
-        is_alone: whether it is the job's only rank, so waits for no other.
-    """
+    """Whether no progress is normal: input from a terminal, a debugger, job control, an idle notebook, compiling."""
     flags = (snapshot.is_waiting_for_terminal, snapshot.is_debugged, snapshot.is_suspended, snapshot.is_idle_notebook)
     files = [frame.file for frame in snapshot.frames]
     if any(flags) or snapshot.process_state == "t":

@@ -75,11 +75,7 @@ class HostMerger:
         self._steps.clear(self._index.setdefault(rank, len(self._index)))
 
     def flush(self, asked: Collection[int] = ()) -> HostUpdate | None:
-        """Return the update about the rows since the last one; None if no rank has a step.
-
-        Args:
-            asked: ranks whose rows are wanted in addition to those of the chosen ones.
-        """
+        """Return the update about the rows since the last one; None if no rank has a step."""
         new = {rank: join_rows(parts) for rank, parts in self._new.items()}
         self._new.clear()
         self._take(new)
@@ -165,7 +161,6 @@ def choose_ranks(work: OwnWork, kept: int | None = None) -> RankChoice:
     """Return the typical rank of a host and its outliers.
 
     Args:
-        work: own work of the host's ranks in the newest steps.
         kept: the typical rank so far; it stays typical while it is an ordinary one.
     """
     if not work.own.size:  # no step that all of them have made: nobody differs yet

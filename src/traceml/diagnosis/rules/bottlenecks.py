@@ -211,11 +211,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         return line.evidence(self._phase_share) if line else {}
 
     def finding(self, kind: Kind, summary: str, action: str, **evidence: object) -> Finding:
-        """Return the finding.
-
-        Args:
-            evidence: what it is based on in addition to the times of the part.
-        """
+        """Return the finding."""
         share = self.saved_ns / self.step_ns
         return Finding.of(
             kind,
@@ -350,13 +346,7 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
 def _residual_finding(
     cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, has_update: bool, makes_graph: bool
 ) -> list[Finding]:
-    """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known.
-
-    Args:
-        has_forward: whether the model's forward is in this time.
-        has_update: whether most of an update by hand is.
-        makes_graph: whether operations that backward follows are.
-    """
+    """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known."""
     line, library = cost.line(facts), cost.library(facts)
     two = cost.leading_lines(facts) if line is None and library is None else ()
     is_known = cost.part not in UNNAMED_CODE or line or library or two

@@ -49,12 +49,7 @@ _CORES = "End or move what else runs on the host then (`top` names it), or give 
 def changes(
     before: MachineUse, then: MachineUse, *, memory_of: str = "host", use_of: str = "the training"
 ) -> list[SideChange]:
-    """Return what else changed with the steps, the likeliest cause first.
-
-    Args:
-        memory_of: whose memory the samples are of, the host's or the container's.
-        use_of: whose use it is, in words.
-    """
+    """Return what else changed with the steps, the likeliest cause first."""
     found = (_cores(before, then, use_of), _others(before, then), _clock(before, then), _swap(before, then))
     return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
 

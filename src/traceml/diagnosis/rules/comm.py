@@ -96,11 +96,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
 
 
 def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
-    """Return the line that calls most of the collectives itself; None if a sharded model does it, or in no line.
-
-    Args:
-        share: the share of `comm` in the time of the steps.
-    """
+    """Return the line that calls most of the collectives itself; None if a sharded model does it, or in no line."""
     if facts.batches is not None and facts.batches.sharding is not None:
         return None
 

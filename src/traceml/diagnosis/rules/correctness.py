@@ -40,9 +40,6 @@ def loss_not_finite(
     """Return the finding about a loss that is no longer finite.
 
     Steps that GradScaler skips leave the model as it was: they are a finding of their own.
-
-    Args:
-        latest: last step of each rank, -1 before the first.
     """
     found = losses.first()
     steps = max(latest, default=-1) + 1
@@ -92,7 +89,6 @@ def trainings_not_finite(
 
     Args:
         begins: first step of each training but the first.
-        steps: steps of the rank with the most.
     """
     lost: list[tuple[int, int, str]] = []
     for span in losses.ended_spans:
@@ -188,12 +184,7 @@ def same_order(facts: JobFacts) -> list[Finding]:
 
 
 def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, running: bool) -> list[Finding]:
-    """Return the finding about ranks of one process group that exchange no gradients.
-
-    Args:
-        world_size: number of ranks; they share a process group.
-        steps: steps of the rank with the most.
-    """
+    """Return the finding about ranks of one process group that exchange no gradients in so many steps."""
     if world_size < 2 or not batches.are_alone or steps < (MIN_LIVE_STEPS if running else MIN_STEPS):
         return []
 

@@ -374,9 +374,7 @@ class _Turns(msgspec.Struct, frozen=True):
         """Return the finding about them.
 
         Args:
-            saved: time by which a step would be shorter without that.
             summary: the sentence up to what steps would be then.
-            evidence: beside the times.
         """
         gain, kind = speedup(step_ns, saved), straggler_kind(self.part)
         return Finding.of(

@@ -48,12 +48,7 @@ class LoadingAdvice(NamedTuple):
 
 
 def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine | None = None) -> LoadingAdvice:
-    """Return advice against waiting for data.
-
-    Args:
-        pipeline: its loading; what is known of the waits where they are pauses.
-        line: where the time goes, if that is known.
-    """
+    """Return advice against waiting for data."""
     loader = facts.loader or LoaderFacts()
     if isinstance(pipeline, RareWaits):
         return _against_pauses(facts, loader, pipeline, line)
@@ -79,12 +74,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
 
 
 def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | None = None) -> LoadingAdvice:
-    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue.
-
-    Args:
-        wait_ns: time of a step for which it waits.
-        called: library function in which most of the waiting was seen.
-    """
+    """Return advice against waiting for an iterator that is not a DataLoader, or for a queue."""
     rest_ns = max(step_ns - wait_ns, 1.0)
     if called in WAITS_FOR_OTHERS:
         threads, gain = in_threads(facts), step_ns / max(step_ns / 2, rest_ns)
@@ -357,11 +347,7 @@ def _kept(facts: JobFacts) -> str:
 
 
 def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
-    """Return the name of the data set's class; that of a plain container says nothing.
-
-    Args:
-        begins: whether a sentence begins with it.
-    """
+    """Return the name of the data set's class; that of a plain container says nothing."""
     if loader.dataset and loader.dataset not in _CONTAINERS:
         return loader.dataset
 
@@ -385,11 +371,7 @@ def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> LoadingAdvic
 
 
 def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None:
-    """Return advice on a sampler that takes most of the waiting; None if it does not.
-
-    Args:
-        line: line of the user's code in which the training process was seen meanwhile.
-    """
+    """Return advice on a sampler that takes most of the waiting; None if it does not."""
     loader = facts.loader
     if loader is None or line is None:
         return None

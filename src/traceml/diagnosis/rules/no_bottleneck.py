@@ -234,11 +234,7 @@ def _beside_the_model(facts: JobFacts, shares: dict[str, float], step: float) ->
 
 
 def _heaviest_code(facts: JobFacts, forward_share: float, beside: tuple[str, BlamedLine] | None) -> str:
-    """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules.
-
-    Args:
-        beside: of `_beside_the_model`.
-    """
+    """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules."""
     line = blamed_line(facts.lines, "forward", forward_share)
     if line is None:
         return ""

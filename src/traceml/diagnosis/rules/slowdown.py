@@ -105,7 +105,6 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
     """Return the finding about steps that became slower, or were slow at first.
 
     Args:
-        bins: history of the whole run.
         late: groups of ranks that are known to be late.
     """
     change = _change(bins, facts)
@@ -305,11 +304,7 @@ def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
 
 
 def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> list[SideChange]:
-    """Return what else changed on the hosts in the slow steps; in the last third against the first where all grow.
-
-    Args:
-        ranks: those whose own work became longer; empty for all.
-    """
+    """Return what else changed on the hosts in the slow steps; in the last third against the first where all grow."""
     starts = [*bins.first_step.tolist(), bins.end]
     hosts: set[str | None] = set(facts.hosts.values())
     is_limited = all(map(facts.has_memory_limit, hosts or {None}))
@@ -490,12 +485,7 @@ def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | No
 
 
 def with_steps_from_slowdown(late: Finding, slower: Finding) -> Finding:
-    """Return a finding about late ranks with the steps in which they are; unchanged where others became slower.
-
-    Args:
-        late: about ranks that the others wait for.
-        slower: about steps that became slower.
-    """
+    """Return a finding about late ranks with the steps in which they are; unchanged where others became slower."""
     if not _is_same_cause(late, slower):
         return late
 
@@ -551,9 +541,6 @@ def is_of_the_host(slower: Finding, contention_share: float = 0.0) -> bool:
     Some ranks alone became slower because of the cores only if they waited for these. It is also so in forward and
     backward only, in no line, if waiting for cores costs much of it: torch's threads wait for each other there, so
     that one core less costs a step several times its length.
-
-    Args:
-        contention_share: share of the time that the training waited for a core.
     """
     changed = slower.evidence.get("changed", ())
     alike = slower.phase is None or (

@@ -97,15 +97,7 @@ def late_summary(
     line: BlamedLine | None,
     workers: int = 0,
 ) -> str:
-    """Return the sentence about late ranks.
-
-    Args:
-        late: the ranks, as indices.
-        share: cost as a share of step time.
-        gain: old / new step time without their excess.
-        line: where the excess is, if it is known.
-        workers: loader workers of a rank.
-    """
+    """Return the sentence about late ranks."""
     subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = work.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
@@ -132,11 +124,7 @@ def late_summary(
 
 
 def stage_summary(work: OwnWork, late: LateRanks, ranks: tuple[int, ...], more_ns: float) -> str:
-    """Return the sentence about late ranks that are stages of a pipeline: what one computes less, another one does.
-
-    Args:
-        more_ns: own work that they have more than the others, in all parts of a step.
-    """
+    """Return the sentence about late ranks that are stages of a pipeline: what one computes less, another one does."""
     slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
     share = min(more_ns / work.step_ns, 1.0)
     return (

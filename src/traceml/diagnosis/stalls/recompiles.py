@@ -48,11 +48,7 @@ class _Recompiled(msgspec.Struct, frozen=True):
 
 
 def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return the finding about recompiled functions, and the parts of the step without these compilations.
-
-    Args:
-        facts: the compilations that ranks have reported, and the run's wall time.
-    """
+    """Return the finding about recompiled functions, and the parts of the step without these compilations."""
     taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION)
     # A compilation explains a long step, even if it is too short for a finding.
     without = _without(work, sum(taken.values(), np.zeros_like(work.own))) if taken else {}

@@ -28,7 +28,6 @@ def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     Args:
         window: the steps; while the run goes on, only stops in these count.
-        facts: the stops of each rank, and the run's wall time.
     """
     stops = _recent(window, facts.stops) if facts.time is None else facts.stops
     seconds = {rank: sum(stop.seconds for stop in of_rank) for rank, of_rank in stops.items() if of_rank}

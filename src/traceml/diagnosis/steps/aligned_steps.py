@@ -83,11 +83,7 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return named_times(self.times, self.user)
 
     def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
-        """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
-
-        Args:
-            grouped: whether the ranks wait for each other; see `GroupUse`.
-        """
+        """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`."""
         steps = max(len(self), 1)
         means = {name: values.sum(axis=1, dtype=np.float64) / steps for name, values in self.named_times().items()}
         return split_backward(means, self.own_mean, grouped=grouped)

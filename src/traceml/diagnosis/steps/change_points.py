@@ -68,11 +68,7 @@ def level_change(values: Floats) -> LevelChange | None:
 
 
 def growth(values: Floats) -> LevelChange | None:
-    """Return a growth over the whole run, or from some bin to its end.
-
-    Args:
-        values: usual time of each of at least `MIN_BINS` bins, in ns.
-    """
+    """Return a growth over the whole run, or from some bin to its end."""
     return _late_growth(values) or _steady_growth(values)
 
 
@@ -125,11 +121,7 @@ def _power(values: Floats, power: float) -> Floats:
 
 
 def _steady_growth(values: Floats) -> LevelChange | None:
-    """Return a growth over the whole run, if a line explains it better than a jump, or its slow part grows as well.
-
-    Args:
-        values: usual time of each of at least `MIN_BINS` bins, in ns.
-    """
+    """Return a growth over the whole run, if a line explains it better than a jump, or its slow part grows as well."""
     at = np.arange(len(values), dtype=float)
     first, second = np.triu_indices(len(values), 1)
     slope = float(np.median((values[second] - values[first]) / (at[second] - at[first])))

@@ -98,11 +98,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self.ranks_of(np.arange(len(self.ranks)))
 
     def longest(self, own: Floats) -> Floats:
-        """Return the own work of the rank that takes longest, by step.
-
-        Args:
-            own: own work of each row, which may have been changed.
-        """
+        """Return the own work of the rank that takes longest, by step."""
         return np.asarray(self._with_above(own).max(axis=0))
 
     def longest_intervals(self, own: Floats) -> Floats:

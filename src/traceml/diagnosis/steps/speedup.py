@@ -23,11 +23,7 @@ _MAX_SHARE = 0.99
 
 
 def replayed(work: OwnWork, changed: Mapping[str, Floats]) -> OwnWork:
-    """Return the window with the own work of some parts replaced, and the step times that follow.
-
-    Args:
-        changed: as of `new_step_times`; empty leaves the window as it is.
-    """
+    """Return the window with the own work of some parts replaced, if any, and the step times that follow."""
     return work.changed(changed, new_step_times(work, changed)) if changed else work
 
 

@@ -40,12 +40,7 @@ class SteadyExcess(msgspec.Struct, frozen=True):
 
 
 def steady_excesses(work: OwnWork, min_ns: float) -> list[SteadyExcess]:
-    """Return the steady excess of a rank in each part that has one, the largest first.
-
-    Args:
-        work: the window's own work of at least two ranks.
-        min_ns: a smaller mean is left out.
-    """
+    """Return the steady excess of a rank in each part that has one, the largest first."""
     found = [each for part in work.parts for each in _of_part(work, part, min_ns)]
     return sorted(found, key=lambda each: -each.mean_ns)
 

@@ -59,11 +59,7 @@ class StepHistory(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, window: AlignedSteps, work: OwnWork) -> StepHistory:
-        """Return the history of a window, in up to 64 bins of equal width in steps.
-
-        Args:
-            work: its own work; the rest of a step is waiting for other ranks.
-        """
+        """Return the history of a window, in up to 64 bins of equal width in steps."""
         first, last = int(window.steps[0]), int(window.steps[-1])
         width = max(-(-(last - first + 1) // _MAX_BINS), -(-MIN_STEPS_PER_BIN * (last - first + 1) // len(window)))
         numbers, starts = np.unique((window.steps - first) // width, return_index=True)

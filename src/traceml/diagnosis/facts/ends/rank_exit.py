@@ -175,11 +175,7 @@ def merged_exits(before: RankExit, after: RankExit) -> RankExit:
 
 
 def with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
-    """Return an exit with the last step of its rank, where it has none.
-
-    Args:
-        latest: last step of each rank, -1 for none.
-    """
+    """Return an exit with the last step of its rank, where it has none."""
     if ended.last_step is not None or ended.rank >= len(latest) or latest[ended.rank] < 0:
         return ended
 

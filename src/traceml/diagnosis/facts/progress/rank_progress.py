@@ -251,7 +251,6 @@ class ProgressHistory:
 
         Args:
             hosts: rank -> host; the ranks of one host have one clock.
-            names: texts of each rank by id.
             ended: epoch seconds at which ranks have ended, None if unknown: their time does not advance.
             opened: number and age in seconds of the step that was open at the end of a rank.
         """

@@ -60,9 +60,5 @@ class GroupUse(msgspec.Struct):
         return self.size > 1 and self.has_model and not self.communicates and not self.is_parallel
 
     def is_grouped(self, ranks: int) -> bool:
-        """Return whether the ranks may wait for each other.
-
-        Args:
-            ranks: number of ranks of the job.
-        """
+        """Return whether the ranks of a job, so many of them, may wait for each other."""
         return ranks > 1 and not self.is_unused
