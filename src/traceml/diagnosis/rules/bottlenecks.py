@@ -160,7 +160,8 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples show it."""
-        return self._without_hidden(own_line(facts.lines, self.part, self._sampled_share, self.ranks))
+        line = self.sampled_line(facts)
+        return None if line is None or calls_trainer(facts.lines, line) else line
 
     def line_beside(self, hidden_ns: float, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, where none of what another finding has is."""
@@ -172,19 +173,10 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         """Return the two lines that most of it is spent in together, where the samples show them."""
         return leading_lines(facts.lines, self.part, self._share_in(self.with_rare or self.work))
 
-    def library(self, facts: JobFacts) -> str | None:
-        """Return the library function that most of it is spent in, where the user's code only calls a trainer."""
-        line = self._sampled_line(facts)
-        return None if line is None else main_library(facts.lines, self.part, line)
-
-    def trainer(self, facts: JobFacts) -> BlamedLine | None:
-        """Return the line that calls a trainer, where most of it is spent in there."""
-        line = self._sampled_line(facts)
-        return line if line is not None and calls_trainer(facts.lines, line) else None
-
-    def _sampled_line(self, facts: JobFacts) -> BlamedLine | None:
+    def sampled_line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, also if it only calls a trainer."""
-        return self._without_hidden(blamed_line(facts.lines, self.part, self._sampled_share, self.ranks))
+        sampled_share = self._phase_share + self.hidden_ns / self.step_ns
+        return self._without_hidden(blamed_line(facts.lines, self.part, sampled_share, self.ranks))
 
     def _without_hidden(self, line: BlamedLine | None) -> BlamedLine | None:
         """Return a line with its share if all that is hidden was in it; None if that is not most of the part."""
@@ -199,10 +191,6 @@ class _PhaseCost(msgspec.Struct, frozen=True):
     def _phase_share(self) -> float:
         return self._share_in(self.work)
 
-    @property
-    def _sampled_share(self) -> float:
-        return self._phase_share + self.hidden_ns / self.step_ns
-
     def _share_in(self, work: OwnWork) -> float:
         return float(work.parts[self.part].mean()) / self.step_ns
 
@@ -210,18 +198,19 @@ class _PhaseCost(msgspec.Struct, frozen=True):
         """Return the evidence about that line."""
         return line.evidence(self._phase_share) if line else {}
 
-    def finding(self, kind: Kind, summary: str, action: str, **evidence: object) -> Finding:
-        """Return the finding."""
-        share = self.saved_ns / self.step_ns
+    def finding(
+        self, kind: Kind, summary: str, action: str, evidence: Mapping[str, object], gain: float | None = None
+    ) -> Finding:
+        """Return the finding; its gain is that without any of the cost, unless it is given."""
         return Finding.of(
             kind,
             ranks=self.ranks,
             phase=self.part,
             summary=summary,
             next=action,
-            evidence=_evidence(self.work, self.part, self.step_ns) | evidence,
-            cost_share=share,
-            speedup_if_fixed=speedup(self.step_ns, self.saved_ns),
+            evidence={**_evidence(self.work, self.part, self.step_ns), **evidence},
+            cost_share=self.saved_ns / self.step_ns,
+            speedup_if_fixed=speedup(self.step_ns, self.saved_ns) if gain is None else gain,
         )
 
 
@@ -263,8 +252,7 @@ def input_bound(
 
     summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{where}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
-    found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
-    return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]
+    return [cost.finding(Kind.INPUT_BOUND, summary, advised.text, evidence, advised.gain)]
 
 
 def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -278,7 +266,7 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     where = line.of_it if line else ""
     summary = f"Copies to the device take {cost.of_step}{where}; without them steps would be {cost.faster}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts)
-    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **evidence)]
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), evidence)]
 
 
 def residual(
@@ -316,14 +304,7 @@ def residual(
         if whole is not None and _RARE not in cost.excluded and _is_longer(whole, work, part):
             cost = replace(cost, excluded=(_RARE, *cost.excluded), with_rare=whole)
 
-        has_forward = part == "other" and _is_unseen(work, "forward")
-        found += _residual_finding(
-            cost,
-            facts,
-            has_forward=has_forward,
-            has_update=part == "other" and has_update,
-            makes_graph=part == "other" and _makes_graph(work),
-        )
+        found += _residual_finding(cost, facts, has_update=part == "other" and has_update)
 
     return found
 
@@ -343,17 +324,17 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
     return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
 
 
-def _residual_finding(
-    cost: _PhaseCost, facts: JobFacts, *, has_forward: bool, has_update: bool, makes_graph: bool
-) -> list[Finding]:
+def _residual_finding(cost: _PhaseCost, facts: JobFacts, *, has_update: bool) -> list[Finding]:
     """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known."""
-    line, library = cost.line(facts), cost.library(facts)
+    line, sampled = cost.line(facts), cost.sampled_line(facts)
+    library = None if sampled is None else main_library(facts.lines, cost.part, sampled)
     two = cost.leading_lines(facts) if line is None and library is None else ()
     is_known = cost.part not in UNNAMED_CODE or line or library or two
     if not is_known and (facts.is_core_wait(cost.saved_ns / cost.step_ns) or _is_unsure(cost, facts)):
         return []
 
     waits = line is not None and facts.waits_in(cost.part, line)
+    has_forward = cost.part == "other" and _is_unseen(cost.work, "forward")
     is_update = (has_update and not has_forward and library is None) and line is not None and not waits
     cost = cost.with_update() if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
@@ -368,7 +349,6 @@ def _residual_finding(
     faster = gain_text(gain, "at most") if waits else gain_text(gain)
     without = _MAY_UPDATE if is_update else f"; without {what} steps would be {faster}."
     summary = f"{cost.of_step} is spent in {where}{without}"
-    trainer = cost.trainer(facts) if library is None else None
     leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {_RARE}") if two else None
     text = advice.for_residual(
         cost.part,
@@ -377,14 +357,13 @@ def _residual_finding(
         library,
         has_forward=has_forward,
         is_update=is_update,
-        makes_graph=makes_graph,
-        trainer=trainer,
+        makes_graph=cost.part == "other" and _makes_graph(cost.work),
+        trainer=sampled if line is None and library is None else None,
         two=leading,
     )
     text += advice.IN_SAME_STEPS if cost.in_turns else ""
-    turns = {"in_turns": True} if cost.in_turns else {}
-    found = cost.finding(Kind.RESIDUAL_HEAVY, summary, text, **cost.line_evidence(line), **turns)
-    return [replace(found, speedup_if_fixed=gain)]
+    evidence = cost.line_evidence(line) | known_facts(in_turns=cost.in_turns or None)
+    return [cost.finding(Kind.RESIDUAL_HEAVY, summary, text, evidence, gain)]
 
 
 def _makes_graph(work: OwnWork) -> bool:
@@ -493,8 +472,7 @@ def _iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding |
     without = f"; without any of it steps would be {cost.faster}" if is_part else ""
     summary = f"{_subject(cost.ranks)} for data of an iterator: {cost.of_step}{line.of_it if line else ''}{without}."
     evidence = line.evidence(phase_share) if line else {}
-    found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
-    found = found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)
+    found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, evidence, advised.gain)
     return replace(found, phase="input_wait")
 
 
@@ -532,8 +510,7 @@ def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
     todo = advice.for_saving(half, asynchronous=known is not None and known.asynchronous is True)
     todo += "" if turns_ns is None else " Or save on all ranks at the same time: now each one waits for the others."
-    found = cost.finding(Kind.CHECKPOINT_STALLS, summary, todo, **evidence)
-    return [replace(found, speedup_if_fixed=half)]
+    return [cost.finding(Kind.CHECKPOINT_STALLS, summary, todo, evidence, half)]
 
 
 def _saving_in_turns_ns(work: OwnWork, saves: NDArray[np.bool_], longest: Floats) -> Floats | None:
