@@ -5,7 +5,7 @@ Also afterwards: a job that somebody ended while it hung has hung.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -74,7 +74,7 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedH
     if snapshots is None:
         return None
 
-    found = _judged(snapshots, ended, facts, unsteady=_unsteady(progress), is_over=False)
+    found = _judged(snapshots, ended, facts, progress, is_over=False)
     return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
 
 
@@ -95,16 +95,12 @@ def _snapshots(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankS
     return {each.rank: each.snapshot for each in ranks if each.snapshot is not None} or None
 
 
-def _unsteady(progress: JobProgress) -> set[int]:
-    return {each.rank for each in progress.ranks.values() if each.is_unsteady}
-
-
 def _judged(
     snapshots: Mapping[int, RankSnapshot],
     ended: Mapping[int, RankExit],
     facts: JobFacts,
+    progress: JobProgress,
     *,
-    unsteady: Collection[int],
     is_over: bool,
 ) -> DetectedHang | None:
     snapshots = _with_blocking_ranks(snapshots, facts.hosts)
@@ -115,7 +111,7 @@ def _judged(
     quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
     blamed = blame(snapshots, ended, facts.world_size)
     busy = any(
-        is_busy(snapshot, is_alone=is_alone) or (rank in unsteady and rank not in blamed.waits)
+        is_busy(snapshot, is_alone=is_alone) or (progress.ranks[rank].is_unsteady and rank not in blamed.waits)
         for rank, snapshot in snapshots.items()
     )
     return DetectedHang(snapshots, blamed, quiet_s, busy, ended, is_over)
@@ -175,7 +171,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if not all(snapshot.in_step for snapshot in by_rows):
         return None  # an evaluation, as far as the rows tell
 
-    found = _judged(snapshots, finished, facts, unsteady=_unsteady(progress), is_over=True)
+    found = _judged(snapshots, finished, facts, progress, is_over=True)
     if found is None:
         return None
 
