@@ -245,32 +245,32 @@ def main_line_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -
 
 def torch_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
     """Return the share of torch's functions in the samples of a function of the user, in a part of the step."""
-    seen = _seen_in(lines, part, line)
-    return samples_in(seen, _TORCH) / max(sum(each.samples for each in seen), 1)
+    return _library_share(lines, part, line, _TORCH)
 
 
 def calls_collectives(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user is mostly in collectives, or in making process groups, in some time."""
-    seen = _seen_in(lines, part, line)
-    return samples_in(seen, _COLLECTIVES) >= NAMED_SHARE * sum(each.samples for each in seen)
+    return _library_share(lines, part, line, _COLLECTIVES) >= NAMED_SHARE
 
 
 def sends_objects(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user calls collectives of Python objects, which are pickled."""
-    seen = _seen_in(lines, part, line)
-    return samples_in(seen, _PICKLES) >= _SEEN_SHARE * sum(each.samples for each in seen)
+    return _library_share(lines, part, line, _PICKLES) >= _SEEN_SHARE
 
 
 def awaits_program(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user mostly waits for a program that it has started."""
-    seen = _seen_in(lines, part, line)
-    return samples_in(seen, _PROGRAMS) >= NAMED_SHARE * sum(each.samples for each in seen)
+    return _library_share(lines, part, line, _PROGRAMS) >= NAMED_SHARE
 
 
 def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user calls autograd's engine, which a hook that runs in it does not."""
+    return _library_share(lines, part, line, _ENGINE) >= _SEEN_SHARE
+
+
+def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:
     seen = _seen_in(lines, part, line)
-    return samples_in(seen, _ENGINE) >= _SEEN_SHARE * sum(each.samples for each in seen)
+    return samples_in(seen, libraries) / max(sum(each.samples for each in seen), 1)
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:
