@@ -222,30 +222,18 @@ def _library_name(file: str) -> str:
 
 
 def _advice(cost: _Collections, every: int, gain: float) -> str:
+    seldom = "" if every > _MAX_EVERY else f"every {ordinal_text(every)} step"
+    if not (cost.called or cost.library):
+        return (
+            f"Before the loop call gc.collect(), gc.freeze() and gc.disable(), and then gc.collect() "
+            f"{seldom or 'between epochs'}: {gain_text(gain)}."
+        )
+
+    how = f"Take the call out of the loop{f', or call it {seldom}' if seldom else ''}"
     if cost.library:
-        return _for_library(_library_name(parsed_place(cost.library)[0] or ""), gain)
+        how = f"Look for an option of {_library_name(parsed_place(cost.library)[0] or '')} that leaves it out"
 
-    return _for_called(every, gain) if cost.called else _for_automatic(every, gain)
-
-
-def _for_library(name: str, gain: float) -> str:
     return (
-        f"Tensors are freed without it. Look for an option of {name} that leaves it out: {gain_text(gain)}. "
-        "gc.freeze() before the loop makes each collection shorter."
-    )
-
-
-def _for_called(every: int, gain: float) -> str:
-    less = "" if every > _MAX_EVERY else f", or call it every {ordinal_text(every)} step"
-    return (
-        f"Tensors are freed without it. Take the call out of the loop{less}: {gain_text(gain)}. gc.freeze() before the "
-        "loop makes each collection shorter."
-    )
-
-
-def _for_automatic(every: int, gain: float) -> str:
-    when = "between epochs" if every > _MAX_EVERY else f"every {ordinal_text(every)} step"
-    return (
-        f"Before the loop call gc.collect(), gc.freeze() and gc.disable(), and then gc.collect() {when}: "
-        f"{gain_text(gain)}."
+        f"Tensors are freed without it. {how}: {gain_text(gain)}. gc.freeze() before the loop makes each collection "
+        "shorter."
     )
