@@ -547,7 +547,7 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
 @pytest.mark.parametrize(
     ("watched_s", "ready", "says"),
     [
-        (2, 0.95, "; about 1.84x faster on 2 cores. Its samples take CPU time: those that are the same in each epoch"),
+        (2, 0.95, "; about 1.84x faster on 2 cores. With samples that are the same in each epoch"),
         (2, 0.2, "num_workers=6 and persistent_workers=True; at most 5.9x faster on 2 cores. A fetch waits for 80 %"),
         (0, 0.0, "; about 1.76x faster on 2 cores. With samples that are the same in each epoch, made once and "),
     ],

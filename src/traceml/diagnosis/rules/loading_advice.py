@@ -312,13 +312,7 @@ def _cached(pipeline: Pipeline, gain: float) -> str:
     if not pipeline.takes_cpu or cached < WORTHWHILE * gain:
         return ""
 
-    if not pipeline.is_cpu_known:
-        return f" With samples that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
-
-    return (
-        " Its samples take CPU time: those that are the same in each epoch, made once and cached, "
-        f"{gain_text(cached, 'at most')}."
-    )
+    return f" With samples that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
 
 
 def _waits(pipeline: Pipeline, workers: int) -> str:
