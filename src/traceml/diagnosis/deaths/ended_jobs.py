@@ -93,7 +93,10 @@ def ended_by_scheduler(bad: Sequence[RankExit], causes: Sequence[RankExit], fact
         bad: the ends that are failures.
         causes: those that caused the others.
     """
-    found = _by_its_words(bad, causes, facts.ended_by) or end_by_scheduler(bad, causes, facts.job_end_s)
+    by, found = facts.ended_by, end_by_scheduler(bad, causes, facts.job_end_s)
+    if by is not None and by.scheduler is not None and bad and not _failed_before(causes, by):  # by its own words
+        found = max(bad, key=lambda each: each.last_step or 0), by.scheduler
+
     if found is None:
         return []
 
@@ -176,16 +179,6 @@ def _cause(ended: RankExit, job_end_s: float | None) -> str | None:
         return None
 
     return "time_limit" if ended.at_s >= job_end_s - _EARLY_S[signal.Signals(number)] else None
-
-
-def _by_its_words(
-    bad: Sequence[RankExit], causes: Sequence[RankExit], by: EndingSignal | None
-) -> tuple[RankExit, str] | None:
-    """Return the rank that came furthest and the cause that the scheduler gave to the launcher."""
-    if by is None or by.scheduler is None or not bad or _failed_before(causes, by):
-        return None
-
-    return max(bad, key=lambda each: each.last_step or 0), by.scheduler
 
 
 def _limit_s(cause: str, last: RankExit, facts: JobFacts) -> float | None:
