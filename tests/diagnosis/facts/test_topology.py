@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis.facts.topology import Topology, TopologyHistory
+from traceml.diagnosis.facts.topology import Topology
 
 RANKS = range(64)
 # Hosts of 8 ranks, 2 hosts per leaf switch, 4 leaves below 2 spines; 4 stages of 16 ranks, 2 replicas of 8 in each.
 CLUSTER = Topology(
     hosts={rank: f"gpu-{rank // 8:03}" for rank in RANKS},
-    domains={f"gpu-{host:03}": f"nv{host // 4}" for host in range(8)},
+    domains={8 * host: f"nv{host // 4}" for host in range(8)},
     switches={rank: (f"leaf{rank // 16}", f"spine{rank // 32}") for rank in RANKS},
     mesh={rank: {"pp": rank % 16 // 4, "tp": rank % 4} for rank in RANKS},
 )
@@ -69,16 +69,15 @@ def test_where_nothing_is_known_there_is_no_group():
 
 def test_places_come_from_rows_of_ranks():
     """Each rank tells its switches and its place in the mesh; one rank of a host tells the NVLink domain."""
-    history = TopologyHistory()
+    topology = Topology(hosts={rank: f"h{rank // 2}" for rank in range(8)})
     for rank in range(8):
-        history.info(rank, {"kind": "process", "switches": [f"leaf{rank // 4}", "spine"]})
-        history.info(rank, {"kind": "mesh", "coordinates": {"dp_shard": rank % 2, "mine": rank // 4}})
+        topology.info(rank, {"kind": "process", "switches": [f"leaf{rank // 4}", "spine"]})
+        topology.info(rank, {"kind": "mesh", "coordinates": {"dp_shard": rank % 2, "mine": rank // 4}})
 
-    history.info(0, {"kind": "nvlink", "domain": "c0ffee.1"})
-    history.info(3, {"kind": "process"})  # outside of Slurm, and without a file
-    topology = history.build({rank: f"h{rank // 2}" for rank in range(8)})
+    topology.info(0, {"kind": "nvlink", "domain": "c0ffee.1"})
+    topology.info(3, {"kind": "process"})  # outside of Slurm, and without a file
 
-    assert topology.domains == {"h0": "c0ffee.1"}
+    assert topology.domains == {0: "c0ffee.1"}
     assert topology.switches[3] == ()
     stage = topology.smallest_group([1, 3, 5, 7], range(8))
     leaf = topology.smallest_group([4, 5, 6, 7], range(8))

@@ -30,7 +30,7 @@ from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
 from traceml.diagnosis.facts.shared_batches import BatchHistory
-from traceml.diagnosis.facts.topology import TopologyHistory
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
 from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
 from traceml.diagnosis.facts.wall_parts import Stop, stop_of
@@ -80,7 +80,7 @@ class JobFactsBuilder:
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
-        self.topology = TopologyHistory()
+        self.topology = Topology(hosts=self.hosts)
         self.stops: dict[int, list[Stop]] = {}
         """Times in which a rank did not run."""
         self.joined: dict[int, list[int]] = {}
@@ -381,7 +381,7 @@ class JobFactsBuilder:
             joined=dict(self.joined),
             turnover=self.turnover,
             health=self.health,
-            topology=self.topology.build(self.hosts),
+            topology=self.topology,
             epochs=self._epochs,
             time=self.time,
             exits=tuple(self._ended(rank, latest) for rank in sorted(self.exits)),

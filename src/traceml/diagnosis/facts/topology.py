@@ -14,7 +14,7 @@ import msgspec
 from traceml.database.info_kinds import InfoKind
 from traceml.formatting import count_text
 
-__all__ = ["RankGroup", "Topology", "TopologyHistory"]
+__all__ = ["RankGroup", "Topology"]
 
 MAX_ABSENT = 0.1
 """A group is to blame if at most this share of its ranks is not among the slow ones."""
@@ -63,13 +63,23 @@ class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class Topology(msgspec.Struct, frozen=True, kw_only=True):
-    """Places of ranks, as far as they are known."""
+class Topology(msgspec.Struct, kw_only=True):
+    """Places of ranks, as far as they have reported them."""
 
-    hosts: Mapping[int, str] = {}  # rank -> host
-    domains: Mapping[str, str] = {}  # host -> NVLink domain
-    switches: Mapping[int, tuple[str, ...]] = {}  # rank -> switches above its host, the leaf first
-    mesh: Mapping[int, Mapping[str, int]] = {}  # rank -> dimension of the device mesh -> coordinate
+    hosts: dict[int, str] = {}  # rank -> host
+    domains: dict[int, str] = {}  # rank that reported it for its host -> NVLink domain
+    switches: dict[int, tuple[str, ...]] = {}  # rank -> switches above its host, the leaf first
+    mesh: dict[int, dict[str, int]] = {}  # rank -> dimension of the device mesh -> coordinate
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take a row of the `info` log: `process`, `mesh` and `nvlink` rows are used."""
+        kind = row.get("kind")
+        if kind == InfoKind.PROCESS:
+            self.switches[rank] = tuple(str(name) for name in row.get("switches") or ())
+        elif kind == InfoKind.MESH and isinstance(row.get("coordinates"), Mapping):
+            self.mesh[rank] = {str(name): at for name, at in row["coordinates"].items() if isinstance(at, int)}
+        elif kind == InfoKind.NVLINK and row.get("domain"):
+            self.domains[rank] = str(row["domain"])
 
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
         """Return the smallest group that explains slow ranks; None if they are not a group.
@@ -96,37 +106,14 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def _levels(self, rank: int) -> Iterator[tuple[str, str, _Key]]:
         """Yield the levels at which a rank has a place, the most local first, and how a place's name begins."""
         yield "host", "host ", lambda each: self.hosts.get(each) or None
-        yield "nvlink", "NVLink domain ", lambda each: self.domains.get(self.hosts.get(each, "")) or None
+        domains = {self.hosts[each]: domain for each, domain in self.domains.items() if each in self.hosts}
+        yield "nvlink", "NVLink domain ", lambda each: domains.get(self.hosts.get(each, "")) or None
         for above in range(len(self.switches.get(rank, ()))):
             yield "switch", "switch ", lambda each, above=above: _at(self.switches.get(each, ()), above) or None  # type: ignore[misc]
 
         for dimension in self.mesh.get(rank, {}):
             word = f"{_MESH_WORDS[dimension]} " if dimension in _MESH_WORDS else f"mesh coordinate {dimension}="
             yield "mesh", word, lambda each, dimension=dimension: self.mesh.get(each, _NOWHERE).get(dimension)  # type: ignore[misc]
-
-
-class TopologyHistory:
-    """Places of ranks, as they report them."""
-
-    def __init__(self) -> None:
-        self._domains: dict[int, str] = {}
-        self._switches: dict[int, tuple[str, ...]] = {}
-        self._mesh: dict[int, dict[str, int]] = {}
-
-    def info(self, rank: int, row: Mapping[str, Any]) -> None:
-        """Take a row of the `info` log: `process`, `mesh` and `nvlink` rows are used."""
-        kind = row.get("kind")
-        if kind == InfoKind.PROCESS:
-            self._switches[rank] = tuple(str(name) for name in row.get("switches") or ())
-        elif kind == InfoKind.MESH and isinstance(row.get("coordinates"), Mapping):
-            self._mesh[rank] = {str(name): at for name, at in row["coordinates"].items() if isinstance(at, int)}
-        elif kind == InfoKind.NVLINK and row.get("domain"):
-            self._domains[rank] = str(row["domain"])
-
-    def build(self, hosts: Mapping[int, str]) -> Topology:
-        """Return the places that are known now."""
-        domains = {hosts[rank]: domain for rank, domain in self._domains.items() if rank in hosts}
-        return Topology(hosts=hosts, domains=domains, switches=self._switches, mesh=self._mesh)
 
 
 def _smallest(found: list[tuple[int, str, str]], slow: int) -> RankGroup | None:
