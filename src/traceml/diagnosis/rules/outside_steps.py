@@ -117,13 +117,11 @@ def _startup(time: RunTime, startup_s: float, facts: JobFacts) -> Finding:
     is_first = time.share("restart") == 0
     data_share = min(time.first_data_s / startup_s, 1.0) if is_first else 0.0
     if data_share >= _MOST:
-        return _awaiting_data(time, startup_s)
+        more = f", after {duration_text(time.first_data_s)} of waiting for data"
+        summary = f"{_began_text(time, startup_s, more)}."
+        return _startup_finding(time, startup_s, summary, _FOR_FIRST_DATA, {"first_data_s": time.first_data_s})
 
-    compiled = min(time.compile_s / startup_s, 1.0) if is_first else 0.0
-    if compiled >= _REPORTED_SET_UP:
-        return _compiled_startup(time, startup_s, compiled)
-
-    if is_first and time.set_up_s >= _REPORTED_SET_UP * startup_s:
+    if is_first and max(time.compile_s, time.set_up_s) >= _REPORTED_SET_UP * startup_s:
         return _slow_first_steps(time, startup_s)
 
     children = child_wait_share(lines, "startup")
@@ -176,28 +174,20 @@ def _began_text(time: RunTime, startup_s: float, more: str = "") -> str:
     return f"Training had not begun {after}"
 
 
-def _compiled_startup(time: RunTime, startup_s: float, compiled: float) -> Finding:
-    """Return the finding about a start-up that includes the compilations of the first steps."""
-    summary = (
-        f"Start-up with the compilations of the first steps took {duration_text(startup_s)}: {_part_of_run(time)}; "
-        f"torch.compile took {duration_text(time.compile_s)} of it."
-    )
-    evidence = {"compile_s": time.compile_s, "compile_share": compiled}
-    return _startup_finding(time, startup_s, summary, _FOR_COMPILING, evidence)
-
-
 def _slow_first_steps(time: RunTime, startup_s: float) -> Finding:
-    """Return the finding about a start-up that includes what the first steps do once."""
+    """Return the finding about a start-up that includes what the first steps do once, as compilations."""
+    compiled = min(time.compile_s / startup_s, 1.0)
+    if compiled >= _REPORTED_SET_UP:
+        summary = (
+            f"Start-up with the compilations of the first steps took {duration_text(startup_s)}: {_part_of_run(time)}; "
+            f"torch.compile took {duration_text(time.compile_s)} of it."
+        )
+        evidence = {"compile_s": time.compile_s, "compile_share": compiled}
+        return _startup_finding(time, startup_s, summary, _FOR_COMPILING, evidence)
+
     more = f", and the first steps took {duration_text(time.set_up_s)} longer than the others"
     summary = f"{_began_text(time, startup_s - time.set_up_s, more)}."
     return _startup_finding(time, startup_s, summary, _FOR_SET_UP, {"set_up_s": time.set_up_s})
-
-
-def _awaiting_data(time: RunTime, startup_s: float) -> Finding:
-    """Return the finding about a start-up that is mostly waiting for data before the first step."""
-    more = f", after {duration_text(time.first_data_s)} of waiting for data"
-    summary = f"{_began_text(time, startup_s, more)}."
-    return _startup_finding(time, startup_s, summary, _FOR_FIRST_DATA, {"first_data_s": time.first_data_s})
 
 
 def _awaiting_startup(time: RunTime, startup_s: float, waiting: SampledShare, line: BlamedLine | None) -> Finding:
@@ -297,7 +287,7 @@ def _evaluation(
 
     who += f", {wait}" if alone else ""
     if time.in_steps == 0:
-        saved, advice = 0.0, _for_inference(other_code, gradients, facts)
+        saved, advice = 0.0, f"{_for_inference(other_code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
     elif alone and other_code:
         advice = f"Share {other_code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
     elif alone:
@@ -349,27 +339,17 @@ def _for_awaited_workers(
         return ""
 
     cheaper = f"make {made.place if made else 'its samples'} cheaper"
+    keep = f"keep them from one evaluation to the next ({loader.option('persistent_workers')}=True), "
+    kept = keep if rarer and loader.can_keep_workers else ""
     whom = "worker" if loader.num_workers == 1 else f"{loader.num_workers} workers"
     return (
         f"It waits for the {whom} of its DataLoader: set a larger {loader.option('num_workers')} there if there are "
-        f"cores for them, {_kept(loader) if rarer else ''}" + (f"{cheaper}, or {rarer}" if rarer else f"or {cheaper}.")
+        f"cores for them, {kept}" + (f"{cheaper}, or {rarer}" if rarer else f"or {cheaper}.")
     )
-
-
-def _kept(loader: LoaderFacts) -> str:
-    """Return advice to keep workers that each evaluation starts anew; empty where they are kept, or cannot be."""
-    if not loader.can_keep_workers:
-        return ""
-
-    return f"keep them from one evaluation to the next ({loader.option('persistent_workers')}=True), "
 
 
 def _for_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
     """Return advice to a script that only applies a model: less of it would be less work done."""
-    return f"{_cheaper_inference(line, gradients, facts)} {_FOR_UNSEEN_STEPS}"
-
-
-def _cheaper_inference(line: BlamedLine | None, gradients: str, facts: JobFacts) -> str:
     if line is None:
         return f"Apply the model to larger batches{gradients}, or in a lower precision."
 
