@@ -195,10 +195,7 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     if workers:
         sampled = _sampled_cpu(facts)
         is_known = use is not None or sampled is not None
-        fetch_cpu_share = 1.0 if sampled is None else sampled
-        fetch_ns, computes = _fetch_of_workers(
-            workers, use, work.step_ns, facts, fetch_cpu_share, bound=bound, handover=handover
-        )
+        fetch_ns, computes = _fetch_of_workers(facts, work.step_ns, sampled, bound=bound, handover=handover)
     else:
         own = fetch_cpu(facts)
         is_known = own is not None
@@ -278,14 +275,7 @@ def _make_all_the_time(facts: JobFacts) -> bool:
 
 
 def _fetch_of_workers(
-    workers: int,
-    use: WorkerUse | None,
-    step_ns: float,
-    facts: JobFacts,
-    sampled: float,
-    *,
-    bound: bool,
-    handover: bool,
+    facts: JobFacts, step_ns: float, sampled: float | None, *, bound: bool, handover: bool
 ) -> tuple[float, float]:
     """Return how long a worker takes for a batch, and the share of it in which it computes, or waits for a core.
 
@@ -294,6 +284,7 @@ def _fetch_of_workers(
         bound: whether the workers may use fewer cores than they are.
         handover: whether the training receives batches that are ready.
     """
+    workers, use, sampled = facts.loader_workers, facts.worker_use, 1.0 if sampled is None else sampled
     at_work = share_at_work(facts)
     if at_work is not None and handover:  # they wait for orders in between
         computes = at_work * sampled if use is None else use.ready
