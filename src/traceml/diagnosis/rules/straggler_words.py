@@ -89,15 +89,10 @@ def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:
 
 
 def late_summary(
-    work: OwnWork,
-    late: LateRanks,
-    ranks: tuple[int, ...],
-    share: float,
-    gain: float,
-    line: BlamedLine | None,
-    workers: int = 0,
+    work: OwnWork, late: LateRanks, share: float, gain: float, line: BlamedLine | None, workers: int
 ) -> str:
     """Return the sentence about late ranks."""
+    ranks = work.ranks_of(late.rows)
     subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = work.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
@@ -123,8 +118,9 @@ def late_summary(
     )
 
 
-def stage_summary(work: OwnWork, late: LateRanks, ranks: tuple[int, ...], more_ns: float) -> str:
+def stage_summary(work: OwnWork, late: LateRanks, more_ns: float) -> str:
     """Return the sentence about late ranks that are stages of a pipeline: what one computes less, another one does."""
+    ranks = work.ranks_of(late.rows)
     slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
     share = min(more_ns / work.step_ns, 1.0)
     return (
@@ -145,7 +141,7 @@ def _seldom_text(work: OwnWork, late: LateRanks) -> str:
     return f", nearly all in {percent_text(often)} of the steps ({ns_text(float(excess[is_late].mean()))} each)"
 
 
-def _subject(late: LateRanks, ranks: tuple[int, ...]) -> str:
+def _subject(late: LateRanks, ranks: list[int]) -> str:
     if late.group is None:
         return capitalized(ranks_text(ranks))
 
