@@ -247,7 +247,6 @@ def for_residual(
 
 
 def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, *, makes_graph: bool) -> str:
-    """Return advice on a line of the user's own code, whether it waits or computes."""
     if answers := _for_answers(part, line, facts):
         return answers
 
@@ -293,7 +292,6 @@ def _is_on_cuda(facts: JobFacts) -> bool:
 
 
 def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> str:
-    """Return advice on code of which no single line has most."""
     if trainer is not None:
         return (
             f"The training loop is inside {trainer.place}: look at what it was asked to do beside the model (loss "

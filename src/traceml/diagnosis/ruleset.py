@@ -232,7 +232,6 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
 
 
 def _training(facts: JobFacts) -> list[Finding]:
-    """Find what is wrong with the training itself: its numbers, its data, its gradients."""
     found: list[Finding] = []
     steps, running = max(facts.latest, default=-1) + 1, facts.state == RunStatus.RUNNING
     if facts.losses is not None:
@@ -436,7 +435,6 @@ def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, f
 
 
 def _history_of(window: AlignedSteps, columns: NDArray[np.bool_], facts: JobFacts) -> StepHistory:
-    """Return the history of one of several trainings."""
     training = window.select(columns)
     work, _ = _without_explained(training, own_work_of(training, facts), facts)
     after = window.steps[window.steps > training.steps[-1]]

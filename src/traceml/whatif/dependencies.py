@@ -205,7 +205,6 @@ def _order_collectives(step: _Step, stage: int) -> None:
 
 
 def _overlaps(step: _Step) -> bool:
-    """Return whether gradients are reduced while backward still runs."""
     return any(operation.kind == "separate-grads-all-reduce" for operation in step.operations)
 
 

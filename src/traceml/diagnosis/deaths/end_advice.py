@@ -108,7 +108,6 @@ def _for_memory(memory: MemoryEnd) -> str:
 
 
 def _for_device_error(ended: RankExit, _: JobFacts) -> str:
-    """Return advice on an error in a kernel."""
     usual = (
         "As a rule an index is out of range: a token or a label that is not below the size of the embedding or of the "
         "output; on the CPU the same batch raises an IndexError."

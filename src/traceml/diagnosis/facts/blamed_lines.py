@@ -399,7 +399,6 @@ def _is_named(functions: Counter[_Place], place: _Place, whole: float, excess: f
 
 
 def _by_line(lines: Iterable[SampledLine], part: str, place: _Place) -> Counter[int]:
-    """Return the samples of a function in a phase by line."""
     counts: Counter[int] = Counter()
     for each in of_part(lines, part):
         if _place_of(each) == place and each.line is not None:
@@ -439,7 +438,6 @@ def _by_place(
 
 
 def _seen_in(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> list[SampledLine]:
-    """Return the samples of a part in the function of a line."""
     return [each for each in of_part(lines, part) if _place_of(each) == _place_of(line)]
 
 

@@ -392,7 +392,6 @@ class JobFactsBuilder:
         return replace(facts, loader=self._counted(facts.loader if trained is None else trained))
 
     def _ended(self, rank: int, latest: Sequence[int]) -> RankExit:
-        """Return how a rank ended, with what is known of its steps."""
         is_new = rank in self._read_first and not self.numbers.is_given(rank) and not self.resumes_at
         return replace(with_last_step(self.exits[rank], latest), untraced=self.only_logs, counts_anew=is_new)
 
@@ -407,6 +406,5 @@ def _loader(row: Mapping[str, Any]) -> LoaderFacts:
 
 
 def _is_held(described: Any) -> bool:
-    """Whether a map describes objects of a data set."""
     is_named = isinstance(described, Mapping) and described.keys() >= {"path", "type", "of"}
     return is_named and isinstance(described.get("count"), int)

@@ -266,7 +266,6 @@ def _rates(rows: NDArray[np.void]) -> tuple[float | None, float, float]:
 
 
 def _rate(rows: NDArray[np.void], column: str) -> float | None:
-    """Return the growth of a column per second."""
     passed = int(rows["t_ns"][-1] - rows["t_ns"][0])
     return float(rows[column][-1] - rows[column][0]) / passed * 1e9 if passed > 0 else None
 

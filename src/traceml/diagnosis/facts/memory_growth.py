@@ -217,7 +217,6 @@ def _is_even(points: _Points) -> bool:
 
 
 def _least_bytes(used_bytes: float) -> float:
-    """Return the growth from which on it counts."""
     return max(MIN_GROWN_BYTES, MIN_GROWN_SHARE * used_bytes)
 
 
@@ -257,7 +256,6 @@ def _is_in_stairs(
 
 @cache
 def _pairs(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return all pairs of numbers below `count`, the smaller first."""
     first, second = np.triu_indices(count, 1)
     return first, second
 

@@ -145,7 +145,6 @@ def _targets(
     world_size: int,
     waits: Mapping[int, GroupSnapshot],
 ) -> set[int]:
-    """Return the ranks that a rank waits for."""
     if wait.is_p2p and wait.peer is not None:
         return {wait.peer}
 
@@ -182,7 +181,6 @@ def _walk(targets: Mapping[int, Collection[int]]) -> tuple[set[int], tuple[int, 
 
 
 def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
-    """Return the ranks that a rank waits for, directly or through others."""
     seen: set[int] = set()
     frontier = set(targets.get(start, ()))
     while frontier:

@@ -154,7 +154,6 @@ def _busy_factor(found: DetectedHang) -> int:
 
 
 def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:
-    """Return the hang in which a job was ended."""
     exits = {each.rank: each for each in facts.exits}
     finished = {rank: ended for rank, ended in exits.items() if ended.state == "finished"} | _returned(progress)
     ranks = [each for rank, each in progress.ranks.items() if rank not in finished]

@@ -76,7 +76,6 @@ def hang_summary(found: DetectedHang) -> str:
 
 
 def _time_limit_text(found: DetectedHang) -> str:
-    """Return the sentence about ranks that the time limit of a collective has ended."""
     if not found.timed_out:
         return ""
 
@@ -290,7 +289,6 @@ def _places(found: DetectedHang, ranks: Iterable[int]) -> str:
 
 
 def _by_place(ranks: Iterable[int], place: Callable[[int], str]) -> list[tuple[str, list[int]]]:
-    """Return the places of ranks, and the ranks that are there."""
     found: dict[str, list[int]] = defaultdict(list)
     for rank in sorted(ranks):
         found[place(rank)].append(rank)

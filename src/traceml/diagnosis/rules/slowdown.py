@@ -119,7 +119,6 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
 
 
 def _mean_and_lost(bins: StepHistory, change: LevelChange) -> tuple[float, float]:
-    """Return the mean step, and what it loses by the slow part."""
     mean = float(np.average(bins.step_ns, weights=bins.steps))
     lost = ((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum()
     return mean, float(lost)
@@ -222,7 +221,6 @@ def _may_be_work(change: LevelChange, where: _Where) -> bool:
 
 
 def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> _Where:
-    """Return where in the step it became slower."""
     parts = _parts(bins, change, facts)
     if not parts:
         return _Where(mostly=_together(*_levels_of(bins, change)))
@@ -284,7 +282,6 @@ def _line(
 
 
 def _share(bins: StepHistory, part: str, at: NDArray[np.bool_]) -> float:
-    """Return a phase's share of the step, in some bins."""
     part_ns, step_ns = (float((values * bins.steps)[at].sum()) for values in (bins.parts_ns[part], bins.step_ns))
     return part_ns / max(step_ns, 1.0)
 
@@ -324,7 +321,6 @@ def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[i
 
 
 def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
-    """Return the slow part's first step, and the first one after it."""
     starts = [*bins.first_step.tolist(), bins.end]
     return max(starts[change.first], 1), starts[change.last]
 
@@ -459,7 +455,6 @@ def _usual_and_slow(bins: StepHistory, change: LevelChange) -> tuple[NDArray[np.
 
 
 def _levels_of(bins: StepHistory, change: LevelChange) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the usual time and the slow time of each phase."""
     usual, slow = _usual_and_slow(bins, change)
     return _medians(bins, usual), _medians(bins, slow)
 
@@ -553,7 +548,6 @@ def is_of_the_host(slower: Finding, contention_share: float = 0.0) -> bool:
 
 
 def _may_read_ahead(part: str | None, facts: JobFacts) -> bool:
-    """Return whether the training waits for a loader that has no workers."""
     return part == "input_wait" and facts.loader is not None and not facts.loader_workers
 
 

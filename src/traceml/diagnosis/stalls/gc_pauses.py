@@ -216,7 +216,6 @@ def _times(work: OwnWork, cost: _Collections) -> str:
 
 
 def _library_name(file: str) -> str:
-    """Return the package of a library's file."""
     inside = library_text(file)
     return (Path(file).name if inside == file else inside).partition("/")[0].removesuffix(".py")
 

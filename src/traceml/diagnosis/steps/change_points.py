@@ -114,7 +114,6 @@ def _hinges(values: Floats, firsts: NDArray[np.int64]) -> Floats:
 
 
 def _power(values: Floats, power: float) -> Floats:
-    """Return the best growth by a power of time from the first bin on."""
     at = np.linspace(0.0, 1.0, len(values)) ** power
     slope, level = np.polyfit(at, values, 1)
     return np.asarray(level + slope * at, np.float64)

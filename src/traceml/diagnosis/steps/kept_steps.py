@@ -230,7 +230,6 @@ class KeptSteps:
         return self.slots
 
     def _cells(self, ranks: Ints | int, steps: Ints) -> Ints:
-        """Return the indices at which steps of ranks are kept."""
         return np.asarray(ranks * self.slots + steps % self.slots)
 
     def _steps_until(self, newest: int, last: int) -> Ints:

@@ -129,7 +129,6 @@ def _usual(values: NDArray[np.floating[Any]], starts: Sequence[int], ends: Seque
 
 
 def _of_longest(work: OwnWork) -> dict[str, Floats]:
-    """Return the parts of each step on the rank that takes longest in it."""
     if not work.grouped:
         return {name: values.mean(axis=0, dtype=np.float64) for name, values in work.parts.items()}
 
