@@ -122,7 +122,7 @@ def flush_denormals(facts: JobFacts) -> str | None:
     Averages of Adam decay by a tenth per step where weights get no gradient, such as rows of an embedding that are not
     in the batches. After some 800 steps they are denormal, and a CPU takes ten times as long for these.
     """
-    if facts.model is not None and facts.model.device not in (None, "cpu"):
+    if facts.model.device not in (None, "cpu"):
         return None
 
     return (
@@ -274,21 +274,17 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
         each.part == "backward" and (each.file, each.function) == (line.file, line.function) for each in facts.lines
     )
     unless = ", unless it computes the loss or updates weights," if is_of_loop else ""
-    calls_torch = torch_share(facts.lines, part, line) >= NAMED_SHARE
+    calls_torch, is_on_cuda = torch_share(facts.lines, part, line) >= NAMED_SHARE, "cuda" in (facts.model.device or "")
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (
         f"Make {line.place} cheaper{loss}, or{unless} take it out of the training loop: "
         f"{_ELSEWHERE[bool(facts.loader)]}; metrics and logs can run every n-th step. "
-        f"{_READS if _is_on_cuda(facts) else ''}`traceml report --lines` shows the other lines."
+        f"{_READS if is_on_cuda else ''}`traceml report --lines` shows the other lines."
     )
 
 
 _LOSS = "loss"
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
-
-
-def _is_on_cuda(facts: JobFacts) -> bool:
-    return facts.model is not None and (facts.model.device or "").startswith("cuda")
 
 
 def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> str:
@@ -355,7 +351,7 @@ def for_saving(half: float, *, asynchronous: bool) -> str:
 
 def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -> str:
     """Return advice against waiting for the network."""
-    sharding = None if facts.batches is None else facts.batches.sharding
+    sharding = facts.batches.sharding
     if sharding is not None:
         keep = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
         return (
@@ -378,7 +374,7 @@ def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -
         )
 
     last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a gradient-compression hook"
-    known = None if facts.batches is None else facts.batches.reductions
+    known = facts.batches.reductions
     accumulates = known is not None and known[0] > known[1] > 0
     more = "more micro-batches per step" if accumulates else "gradient accumulation under model.no_sync()"
     return (

@@ -8,7 +8,6 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.database.states import RunStatus
 from traceml.diagnosis.advice import left_on
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
@@ -141,7 +140,7 @@ def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     found = [
         *ended,
         *worker_lost(facts, explained),
-        *steps_skipped(facts.skipped, facts.losses),
+        *steps_skipped(facts),
         *limits_near(facts.limits, facts.save_folders),
         *throttled(facts),
         *device_contention(facts),
@@ -232,17 +231,8 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
 
 
 def _training(facts: JobFacts) -> list[Finding]:
-    found: list[Finding] = []
-    steps, running = max(facts.latest, default=-1) + 1, facts.state == RunStatus.RUNNING
-    if facts.losses is not None:
-        found += loss_not_finite(facts.losses, facts.latest, facts.world_size, facts.skipped)
-        found = found or trainings_not_finite(facts.losses, facts.trainings_begin, steps, facts.skipped)
-
-    if facts.batches is not None:
-        found += duplicate_data(facts.batches, facts.world_size)
-        found += never_synchronized(facts.batches, facts.world_size, steps, running=running)
-
-    return found
+    lost = loss_not_finite(facts) or trainings_not_finite(facts)
+    return [*lost, *duplicate_data(facts), *never_synchronized(facts)]
 
 
 def _timing_without_pauses(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from traceml.database.schema import FINGERPRINTS, STEPS, pack_bits
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.kinds import Severity
@@ -26,9 +27,14 @@ def history(*batches: list[int], model: dict | None = None) -> BatchHistory:
     return found
 
 
+def facts(batches: BatchHistory, steps: int = 60, *, running: bool = False) -> JobFacts:
+    state = "running" if running else "finished"
+    return JobFacts(batches=batches, world_size=2, latest=(steps - 1,), state=state)
+
+
 def test_equal_batches_of_all_ranks():
     """No rank has a part of its own: three of four repeat the first one's work."""
-    (finding,) = duplicate_data(history(*([[5, 6, 7, 8]] * 4)), 4)
+    (finding,) = duplicate_data(JobFacts(batches=history(*([[5, 6, 7, 8]] * 4)), world_size=4))
 
     assert finding.ranks == ()
     assert finding.cost_share == 0.75
@@ -38,7 +44,7 @@ def test_equal_batches_of_all_ranks():
 
 def test_equal_batches_of_some_ranks():
     """Each host has its own part of the data, but the ranks of a host share it."""
-    (finding,) = duplicate_data(history([1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]), 4)
+    (finding,) = duplicate_data(JobFacts(batches=history([1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]), world_size=4))
 
     assert finding.evidence["groups"] == [[0, 1], [2, 3]]
     assert finding.cost_share == 0.5
@@ -55,7 +61,7 @@ def test_equal_batches_of_some_ranks():
 )
 def test_other_batches_are_no_finding(batches):
     """Ranks with parts of their own, and too little to tell."""
-    assert duplicate_data(history(*batches), 2) == []
+    assert duplicate_data(JobFacts(batches=history(*batches), world_size=2)) == []
 
 
 def test_ranks_of_a_tensor_parallel_group_share_batches():
@@ -67,8 +73,11 @@ def test_ranks_of_a_tensor_parallel_group_share_batches():
         batches.add(rank, rows)
         batches.model(rank, {"parallel": "ddp", "gradient_size": 2, "gradient_ranks": [rank % 2, rank % 2 + 2]})
 
-    assert duplicate_data(batches, 4) == []
-    assert duplicate_data(history([1, 2, 3], [1, 2, 3], model={"parallel": "dtensor"}), 2) == []
+    assert duplicate_data(JobFacts(batches=batches, world_size=4)) == []
+    assert (
+        duplicate_data(JobFacts(batches=history([1, 2, 3], [1, 2, 3], model={"parallel": "dtensor"}), world_size=2))
+        == []
+    )
 
 
 def group_of_two(*, comm_ns: int = 0, sequence: int = 0, parallel: str | None = None, size: int = 2) -> BatchHistory:
@@ -86,7 +95,7 @@ def group_of_two(*, comm_ns: int = 0, sequence: int = 0, parallel: str | None = 
 
 def test_ranks_without_any_collective_train_alone():
     """A process group that nobody uses."""
-    (finding,) = never_synchronized(group_of_two(), 2, 60, running=False)
+    (finding,) = never_synchronized(facts(group_of_two()))
 
     assert finding.evidence == {"ranks": 2, "steps": 60}
     assert finding.severity == "warning"
@@ -97,7 +106,7 @@ def test_a_parallel_model_that_is_called_by_its_module_exchanges_nothing():
     batches = group_of_two(parallel="ddp")
     batches.reduction_facts({"backwards_per_step": 1.0, "reductions_per_step": 0.0})
 
-    (finding,) = never_synchronized(batches, 2, 60, running=False)
+    (finding,) = never_synchronized(facts(batches))
 
     assert ".module" in finding.next
 
@@ -114,7 +123,7 @@ def with_collectives(elements: tuple[int, ...], parameters: int = 10_000) -> Bat
 
 def test_a_logged_loss_is_no_exchange_of_gradients():
     """All collectives of both ranks carry one or two numbers, of models with 10,000."""
-    (finding,) = never_synchronized(with_collectives((1, 2)), 2, 60, running=False)
+    (finding,) = never_synchronized(facts(with_collectives((1, 2))))
 
     assert "no collective of more than 2 numbers in 60 steps" in finding.summary
 
@@ -135,7 +144,7 @@ def test_a_logged_loss_is_no_exchange_of_gradients():
 )
 def test_ranks_that_communicate_or_have_no_group_are_no_finding(batches, steps, running):
     """Collectives, parallel models, independent processes, and too few steps."""
-    assert never_synchronized(batches, 2, steps, running=running) == []
+    assert never_synchronized(facts(batches, steps, running=running)) == []
 
 
 @pytest.mark.parametrize(("trained", "told"), [(1, True), (0, False)])

@@ -41,7 +41,7 @@ def test_steps_that_are_skipped_for_good_are_reported_with_the_first():
 
 def test_the_first_step_is_that_of_the_dense_part():
     """Two skips of the calibration at first are not the beginning."""
-    (finding,) = steps_skipped(skipped([0, 1, *range(150, 300)]))
+    (finding,) = steps_skipped(JobFacts(skipped=skipped([0, 1, *range(150, 300)])))
 
     assert finding.evidence["since_step"] == 150
 
@@ -51,12 +51,12 @@ def test_the_first_step_is_that_of_the_dense_part():
 )
 def test_skips_that_end_or_are_rare_are_no_finding(steps):
     """The scaler's calibration, a bad part of the data, single overflows."""
-    assert steps_skipped(skipped(steps)) == []
+    assert steps_skipped(JobFacts(skipped=skipped(steps))) == []
 
 
 def test_without_rows_there_is_nothing_to_say():
     """A run that has not made a step."""
-    assert steps_skipped(None) == steps_skipped(SkippedSteps()) == []
+    assert steps_skipped(JobFacts()) == []
 
 
 def test_a_sample_of_the_steps_tells_the_same():
@@ -65,10 +65,10 @@ def test_a_sample_of_the_steps_tells_the_same():
     rows["step"] = np.arange(20_000)
     rows["bits"] = np.where(rows["step"] < 9_000, pack_bits(1, 0), pack_bits(1, StepFlag.SKIPPED))
     sample = rows[rows["step"] // 64 % 8 == 0]
-    facts = SkippedSteps()
-    facts.add(np.zeros(len(sample), np.int64), sample)
+    steps = SkippedSteps()
+    steps.add(np.zeros(len(sample), np.int64), sample)
 
-    (finding,) = steps_skipped(facts)
+    (finding,) = steps_skipped(JobFacts(skipped=steps))
 
     assert finding.cost_share == pytest.approx(0.55, abs=0.02)
     assert finding.evidence["since_step"] == pytest.approx(9_000, abs=1_000)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, window_of
 from tests.diagnosis.rules.test_skipped_updates import skipped
@@ -53,14 +54,14 @@ def test_the_first_step_and_its_rank_are_named():
 @pytest.mark.parametrize("losses", [[], [2.0] * 6, [2.0, NAN, 2.0, INF, INF, 1.0], [NAN, 2.0]])
 def test_losses_that_are_finite_again_are_no_finding(losses):
     """Single overflows, as GradScaler skips them."""
-    assert loss_not_finite(history(losses), [100], 1) == []
+    assert loss_not_finite(JobFacts(losses=history(losses), latest=(100,))) == []
 
 
 def test_the_newest_steps_may_still_recover():
     """A loss that was not finite in the last step only is no finding yet."""
     losses = history([2.0, 2.0, NAN])
-    assert loss_not_finite(losses, [21], 1) == []
-    assert loss_not_finite(losses, [22], 1)[0].evidence["since_step"] == 20
+    assert loss_not_finite(JobFacts(losses=losses, latest=(21,))) == []
+    assert loss_not_finite(JobFacts(losses=losses, latest=(22,)))[0].evidence["since_step"] == 20
 
 
 @pytest.mark.parametrize(("ranks", "whose"), [(1, "The run"), (2, "All ranks")])
@@ -68,7 +69,7 @@ def test_no_rank_is_named_where_all_have_it(ranks, whose):
     """The only rank, or all of them in the same step."""
     losses = history(*[[3.0, NAN, NAN, NAN]] * ranks)
 
-    (finding,) = loss_not_finite(losses, [39] * ranks, ranks)
+    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(39,) * ranks, world_size=ranks))
 
     assert finding.ranks == ()
     assert finding.summary.startswith(f"{whose} had a loss of nan in step 10,")
@@ -91,7 +92,7 @@ def test_a_loss_that_is_not_finite_without_skips_is_reported_beside_a_few():
     """The scaler skipped some steps at first, and the updates of the rest broke the model."""
     losses, steps = history([2.0] * 10 + [INF] * 20), skipped([0, 1, 2, 3, 4])
 
-    (finding,) = loss_not_finite(losses, [299], 1, steps)
+    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(299,), skipped=steps))
 
     assert finding.kind is Kind.NUMERIC
     assert "checkpoint" in finding.next
@@ -114,7 +115,9 @@ def test_trials_that_were_lost_are_counted():
     """Every second of six trials is lost, and their last is still told as the newest loss."""
     losses = history(([2.0] * 10 + [INF] * 10) * 3 + [2.0] * 10)
 
-    (finding,) = trainings_not_finite(losses, range(100, 700, 100), 700)
+    (finding,) = trainings_not_finite(
+        JobFacts(losses=losses, latest=(699,), trainings_begin=tuple(range(100, 700, 100)))
+    )
 
     assert finding.evidence["trainings"] == 3
     assert finding.evidence["wasted_steps"] == 300
@@ -132,11 +135,12 @@ def test_trials_that_were_lost_are_counted():
 )
 def test_losses_that_recover_within_a_training_are_no_lost_training(losses, begins):
     """Nor is the newest training one of the earlier ones."""
-    assert trainings_not_finite(history(losses), begins, 400) == []
+    assert trainings_not_finite(JobFacts(losses=history(losses), latest=(399,), trainings_begin=begins)) == []
 
 
 def test_steps_that_the_scaler_skipped_in_an_earlier_training_did_no_harm():
     """The updates of those steps were skipped."""
     losses, steps = history([2.0] * 10 + [INF] * 10 + [2.0] * 20), skipped(list(range(100, 200)))
-    assert trainings_not_finite(losses, (200,), 400, steps) == []
-    assert trainings_not_finite(losses, (200,), 400, skipped([0, 1]))
+    facts = JobFacts(losses=losses, latest=(399,), trainings_begin=(200,), skipped=steps)
+    assert trainings_not_finite(facts) == []
+    assert trainings_not_finite(replace(facts, skipped=skipped([0, 1])))

@@ -74,7 +74,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     samples: MachineSamples = msgspec.field(default_factory=MachineSamples)
 
     # What is trained, and how
-    model: ModelFacts | None = None  # the model that is trained
+    model: ModelFacts = ModelFacts()  # the model that is trained
     # steps before which a model or optimizer of another size appeared; not those of the run's start
     other_models: tuple[int, ...] = ()
     # of these steps, those at which an earlier model was trained again -> first step of that model
@@ -104,13 +104,14 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
     batch_tensors: int = 0  # tensors of the largest of some batches, as a loader returns it; 0 if unknown
     batch_bytes: int = 0  # its bytes
-    batches: BatchHistory | None = None  # fingerprints of batches, and how ranks exchange gradients
+    # fingerprints of batches, and how ranks exchange gradients
+    batches: BatchHistory = msgspec.field(default_factory=BatchHistory)
     # numbers of loaders whose DistributedSampler drew one order in several epochs: no `set_epoch`
     same_order: frozenset[int] = frozenset()
 
     # Numbers
-    losses: LossHistory | None = None  # losses that were read
-    skipped: SkippedSteps | None = None  # steps without an update
+    losses: LossHistory = msgspec.field(default_factory=LossHistory)  # losses that were read
+    skipped: SkippedSteps = msgspec.field(default_factory=SkippedSteps)  # steps without an update
 
     # Progress, pauses and ends
     latest: tuple[int, ...] = ()  # last step of each rank, -1 before the first

@@ -354,7 +354,7 @@ class JobFactsBuilder:
             competing_processes=self.competing_processes.others,
             started_processes=self.competing_processes.started,
             samples=self.samples,
-            model=self._model,
+            model=self._model or ModelFacts(),
             other_models=self._models.steps,
             same_models=self._models.returns,
             trainings_begin=self._models.begins,

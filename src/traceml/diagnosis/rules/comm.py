@@ -73,12 +73,11 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, evidence)]
 
-    messages = facts.batches is not None and facts.batches.messages
     if explicit > cost / 2 and (without_steps := _without_steps(facts)):
-        how = "for messages of other ranks" if messages else "in collectives"
+        how = "for messages of other ranks" if facts.batches.messages else "in collectives"
         return [_waiting_for_others(without_steps, how, cost, step, evidence)]
 
-    if explicit > cost / 2 and messages:
+    if explicit > cost / 2 and facts.batches.messages:
         return [_waiting_for_messages(cost, step, evidence)]
 
     share = float(window.times["comm"].mean() / window.total.mean())
@@ -97,7 +96,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
 
 def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:
     """Return the line that calls most of the collectives itself; None if a sharded model does it, or in no line."""
-    if facts.batches is not None and facts.batches.sharding is not None:
+    if facts.batches.sharding is not None:
         return None
 
     line = own_line(facts.lines, "comm", share)
@@ -186,7 +185,7 @@ def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
 
 
 def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit: float) -> dict[str, Any]:
-    reductions = None if facts.batches is None else facts.batches.reductions
+    reductions = facts.batches.reductions
     counted = {} if reductions is None else dict(zip(_COUNTED, reductions, strict=True))
     return {
         "step_ms": step / 1e6,
@@ -202,7 +201,7 @@ def _evidence(work: OwnWork, facts: JobFacts, cost: float, step: float, explicit
 
 def _needless(facts: JobFacts) -> tuple[int, int] | None:
     """Return the backward passes of a step and its reductions, if one reduction would do; None otherwise."""
-    if facts.batches is None or facts.batches.reductions is None:
+    if facts.batches.reductions is None:
         return None
 
     backwards, reductions = facts.batches.reductions

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.numerics import LossHistory, SkippedSteps
-from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.facts.numerics import LossHistory
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
@@ -34,20 +32,17 @@ MIN_LIVE_STEPS = 500
 _EXCHANGE = "{}. If the models are meant to differ, run them as separate jobs."
 
 
-def loss_not_finite(
-    losses: LossHistory, latest: Sequence[int], world_size: int, skipped: SkippedSteps | None = None
-) -> list[Finding]:
+def loss_not_finite(facts: JobFacts) -> list[Finding]:
     """Return the finding about a loss that is no longer finite.
 
     Steps that GradScaler skips leave the model as it was: they are a finding of their own.
     """
-    found = losses.first()
-    steps = max(latest, default=-1) + 1
+    found, steps, world_size = facts.losses.first(), _steps(facts), facts.world_size
     if found is None or steps - found[0] < MIN_LOST_STEPS:
         return []
 
     since, ranks, word, last_finite = found
-    if skipped is not None and skipped.share_since(since) >= SKIPPED_SHARE:
+    if facts.skipped.share_since(since) >= SKIPPED_SHARE:
         return []
 
     ranks = () if len(ranks) == world_size else ranks
@@ -80,24 +75,24 @@ def loss_not_finite(
     ]
 
 
-def trainings_not_finite(
-    losses: LossHistory, begins: Sequence[int], steps: int, skipped: SkippedSteps | None = None
-) -> list[Finding]:
+def _steps(facts: JobFacts) -> int:
+    """Return the steps of the rank with the most."""
+    return max(facts.latest, default=-1) + 1
+
+
+def trainings_not_finite(facts: JobFacts) -> list[Finding]:
     """Return the finding about trainings before the last, as folds and trials are, that ended without a finite loss.
 
     Losses that are finite again within the same training did not harm its model for good.
-
-    Args:
-        begins: first step of each training but the first.
     """
     lost: list[tuple[int, int, str]] = []
-    for span in losses.ended_spans:
-        end = max((begin for begin in begins if span.first < begin <= span.until), default=span.first)
-        harmless = skipped is not None and skipped.share_since(span.first, end) >= SKIPPED_SHARE
+    for span in facts.losses.ended_spans:
+        end = max((begin for begin in facts.trainings_begin if span.first < begin <= span.until), default=span.first)
+        harmless = facts.skipped.share_since(span.first, end) >= SKIPPED_SHARE
         if end - span.first >= MIN_LOST_STEPS and not harmless:
             lost.append((span.first, end, span.word))
 
-    wasted = sum(end - first for first, end, _ in lost)
+    wasted, steps = sum(end - first for first, end, _ in lost), _steps(facts)
     share = wasted / max(steps, 1)
     if share < _TOLD_SHARE:
         return []
@@ -133,9 +128,10 @@ def trainings_not_finite(
     ]
 
 
-def duplicate_data(batches: BatchHistory, world_size: int) -> list[Finding]:
+def duplicate_data(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks that train on identical batches."""
-    found = batches.duplicates(world_size)
+    world_size = facts.world_size
+    found = facts.batches.duplicates(world_size)
     if not found:
         return []
 
@@ -183,9 +179,11 @@ def same_order(facts: JobFacts) -> list[Finding]:
     ]
 
 
-def never_synchronized(batches: BatchHistory, world_size: int, steps: int, *, running: bool) -> list[Finding]:
-    """Return the finding about ranks of one process group that exchange no gradients in so many steps."""
-    if world_size < 2 or not batches.are_alone or steps < (MIN_LIVE_STEPS if running else MIN_STEPS):
+def never_synchronized(facts: JobFacts) -> list[Finding]:
+    """Return the finding about ranks of one process group that exchange no gradients."""
+    batches, world_size, steps = facts.batches, facts.world_size, _steps(facts)
+    least = MIN_LIVE_STEPS if facts.state == RunStatus.RUNNING else MIN_STEPS
+    if world_size < 2 or not batches.are_alone or steps < least:
         return []
 
     numbers = batches.only_numbers
@@ -216,13 +214,10 @@ _DENSE_SHARE = 0.8
 _READ_EVERY = 64  # losses of fast steps are read in every 16th or 64th
 
 
-def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = None) -> list[Finding]:
-    """Return the finding about updates that are skipped, and go on being skipped.
-
-    Args:
-        losses: losses that were read; where they are not finite either, they are the cause.
-    """
-    if skipped is None or len(skipped.steps) < MIN_SKIPPED:
+def steps_skipped(facts: JobFacts) -> list[Finding]:
+    """Return the finding about updates that are skipped, and go on being skipped; of losses, if they are the cause."""
+    skipped = facts.skipped
+    if len(skipped.steps) < MIN_SKIPPED:
         return []
 
     count, last = len(skipped.steps), skipped.latest + 1
@@ -232,7 +227,7 @@ def steps_skipped(skipped: SkippedSteps | None, losses: LossHistory | None = Non
 
     since = _since(skipped.steps, last, skipped.taken_share)
     share = count / max(skipped.rows, count)
-    loss = _loss_since(since, losses)
+    loss = _loss_since(since, facts.losses)
     cause = "their gradients were" if loss is None else f"their loss ({loss}), and so their gradients, were"
     return [
         Finding.of(
@@ -260,9 +255,9 @@ _FOR_LOSS = (
 )
 
 
-def _loss_since(since: int, losses: LossHistory | None) -> str | None:
+def _loss_since(since: int, losses: LossHistory) -> str | None:
     """Return the loss that is no longer finite since about that step, as a word; None if it is finite."""
-    found = None if losses is None else losses.first()
+    found = losses.first()
     return None if found is None or found[0] > since + _READ_EVERY else found[2]
 
 

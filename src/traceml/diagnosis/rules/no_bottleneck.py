@@ -19,7 +19,6 @@ from traceml.diagnosis.facts.blamed_lines import (
     runs_backward,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -325,7 +324,7 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
         return _optimizer(facts)
 
     steps = _on_device(facts) if device else _on_cpu(facts)
-    model = facts.model or ModelFacts()
+    model = facts.model
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
     done = f" It is compiled already{took}." if model.compiled else ""
     return f"To go faster: {', or '.join(steps)}.{done}"
@@ -346,12 +345,12 @@ def _untrained(shares: Mapping[str, float], step: float) -> str:
 
 def _has_mostly_tables(facts: JobFacts) -> bool:
     """Return whether most parameters are tables of embeddings, whose gradients may be sparse."""
-    is_alone = facts.world_size == 1 and not (facts.model and facts.model.parallel)
+    is_alone = facts.world_size == 1 and not facts.model.parallel
     return is_alone and _tables_share(facts) >= _MOSTLY_TABLES
 
 
 def _tables_share(facts: JobFacts) -> float:
-    model = facts.model or ModelFacts()
+    model = facts.model
     return (model.dense_embeddings or 0) / max(model.trainable or 0, 1)
 
 
@@ -387,7 +386,7 @@ def _optimizer(facts: JobFacts) -> str:
 
 
 def _on_device(facts: JobFacts) -> list[str]:
-    model = facts.model or ModelFacts()
+    model = facts.model
     batch = facts.loader.batch_size if facts.loader else None
     larger = "larger batches" + (f" (batch_size is {batch})" if batch else "")
     if _waits_for_launches(facts):
@@ -429,7 +428,7 @@ def _power_limits(facts: JobFacts) -> list[int]:
 
 
 def _on_cpu(facts: JobFacts) -> list[str]:
-    model, cores, threads = facts.model or ModelFacts(), facts.cores_per_rank, facts.threads
+    model, cores, threads = facts.model, facts.cores_per_rank, facts.threads
     found = []
     if threads and cores and threads < cores and not facts.oversubscribed:
         found.append(

@@ -545,7 +545,7 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
             line = workers_line(facts.worker_lines, ranks, others)
 
     waits = line is not None and facts.waits_in(late.part, line)
-    is_stage = facts.batches is not None and facts.batches.has_own_stages(ranks, others)
+    is_stage = facts.batches.has_own_stages(ranks, others)
     if late.part in COMPUTE and is_stage and not waits:
         more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
         return Finding.of(

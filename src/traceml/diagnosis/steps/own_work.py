@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import RankGroup
-from traceml.diagnosis.facts.trainings.group_use import GroupUse
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.step_split import PHASES, Floats
 
@@ -192,8 +191,7 @@ def median_over_ranks(values: Floats) -> Floats:
 
 def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
     """Return whether the ranks wait for each other."""
-    use = facts.batches.group if facts.batches is not None else GroupUse()
-    if not use.is_grouped(max(facts.world_size, len(window.ranks))):
+    if not facts.batches.group.is_grouped(max(facts.world_size, len(window.ranks))):
         return False
 
     # Ranks that reported no group are in one if they did what only a group does.
@@ -221,7 +219,7 @@ def _sync_intervals(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
     in every n-th step only, as in local SGD.
     """
     meets = (window.times["comm"] > 0).all(axis=0)
-    if facts.batches is None or facts.batches.group.is_parallel or not meets.any():
+    if facts.batches.group.is_parallel or not meets.any():
         return np.arange(len(window))
 
     return np.flatnonzero(window.begins | np.roll(meets, 1))
