@@ -60,27 +60,21 @@ def _finding(found: DetectedHang, diverged: DivergedRanks | None, facts: JobFact
 
 
 def _evidence(found: DetectedHang, shown: RankSnapshot | None) -> dict[str, Any]:
-    data, operation, failed = found.blame.data, found.blame.operation, failed_thread(found)
-    handling = handling_rank(found)
-    evidence = known_facts(
+    data, operation = found.blame.data, found.blame.operation
+    handling, (_, failed) = handling_rank(found), failed_thread(found) or (0, None)
+    return known_facts(
         cause=str(found.blame.cause),
         quiet_s=round(found.quiet_s, 1),
         busy=found.is_busy or None,
         waiting=sorted(set(found.blame.waits) - set(found.blame.ranks)) or None,
+        **({} if data is None else data.evidence),
+        operation=(operation_text(operation) or None) if operation is not None else None,
+        sizes=(list(operation.sizes) or None) if operation is not None else None,
+        failed_thread=failed.name if failed is not None else None,
+        thread_exception=failed.exception if failed is not None else None,
+        handled_exception=handling.handled if handling is not None else None,
+        **({} if shown is None else _of_snapshot(shown)),
     )
-    if data is not None:
-        evidence |= data.evidence
-
-    if operation is not None:
-        evidence |= known_facts(operation=operation_text(operation) or None, sizes=list(operation.sizes) or None)
-
-    if failed is not None:
-        evidence |= known_facts(failed_thread=failed[1].name, thread_exception=failed[1].exception)
-
-    if handling is not None:
-        evidence |= {"handled_exception": handling.handled}
-
-    return evidence if shown is None else evidence | _of_snapshot(shown)
 
 
 def _of_snapshot(shown: RankSnapshot) -> dict[str, Any]:
