@@ -82,7 +82,6 @@ class JobFactsBuilder:
         self.turnover, self.health = TurnoverHistory(), GpuHealthHistory()
         self.topology = Topology(hosts=self.hosts)
         self.stops: dict[int, list[Stop]] = {}
-        """Times in which a rank did not run."""
         self.joined: dict[int, list[int]] = {}
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
@@ -92,7 +91,6 @@ class JobFactsBuilder:
         self.competing_processes = CompetingProcessHistory()
         """Other processes on the host of rank 0, seen while a rank waited for a core."""
         self.samples = MachineSamples()
-        """Use of cores, memory and devices."""
         self._models = TrainedModels()
         self.loaders: dict[int, Sequence[LoaderFacts]] = {}
         self._loaders: list[LoaderFacts] = []
@@ -153,9 +151,6 @@ class JobFactsBuilder:
         if isinstance(row.get("step"), int):
             self.joined.setdefault(rank, []).append(row["step"])
 
-    def _take_loaded(self, rank: int, _row: Mapping[str, Any]) -> None:
-        self._read_first.add(rank)
-
     def _take_profiler(self, _rank: int, row: Mapping[str, Any]) -> None:
         self._facts["profiles"] = bool(row.get("on")) and self._facts.get("profiles", True)
 
@@ -170,9 +165,6 @@ class JobFactsBuilder:
     def _take_saves(self, rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("folder"), str):
             self.save_folders[rank] = row["folder"]
-
-    def _take_growth(self, rank: int, row: Mapping[str, Any]) -> None:
-        self.growing[rank] = growing_of(row)
 
     def _take_process(self, rank: int, row: Mapping[str, Any]) -> None:
         self._take_setup(rank, row)
@@ -217,14 +209,14 @@ class JobFactsBuilder:
         InfoKind.TRAINING_LOADER: _take_training_loader,
         InfoKind.EXIT: _take_exit,
         InfoKind.RESUMED: lambda self, rank, row: self.numbers.take(rank, row),
-        InfoKind.LOADED: _take_loaded,
+        InfoKind.LOADED: lambda self, rank, _: self._read_first.add(rank),
         InfoKind.STOPPED: _take_stopped,
         InfoKind.JOINED: _take_joined,
         InfoKind.WORKER_LOST: _take_lost_worker,
         InfoKind.SAVES: _take_saves,
         InfoKind.SEGMENTS: lambda self, rank, row: self.turnover.add(rank, row),
         InfoKind.GPU_HEALTH: lambda self, rank, row: self.health.add(rank, row),
-        InfoKind.GROWTH: _take_growth,
+        InfoKind.GROWTH: lambda self, rank, row: self.growing.update({rank: growing_of(row)}),
         InfoKind.BATCH: _take_batch,
         InfoKind.INPUT: _take_input,
         InfoKind.REDUCTIONS: lambda self, _, row: self.batches.reduction_facts(row),
