@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -90,36 +91,23 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def select(self, columns: slice | NDArray[np.bool_]) -> AlignedSteps:
         """Return the same ranks with some of the steps."""
-        return replace(
-            self,
-            steps=self.steps[columns],
-            times={name: values[:, columns] for name, values in self.times.items()},
-            total=self.total[:, columns],
-            backward_own=self.backward_own[:, columns],
-            user={name: values[:, columns] for name, values in self.user.items()},
-            elements=self.elements[:, columns] if len(self.elements) else self.elements,
-            samples=self.samples[:, columns] if len(self.samples) else self.samples,
-            excess_of_represented=self.excess_of_represented[:, columns]
-            if len(self.excess_of_represented)
-            else self.excess_of_represented,
-        )
+        return self._cut(lambda values: values[:, columns], steps=self.steps[columns])
 
     def of_ranks(self, rows: NDArray[np.bool_]) -> AlignedSteps:
         """Return the same steps of some of the ranks."""
-
-        def some(values: Floats) -> Floats:
-            return values[rows] if len(values) else values
-
         ranks = self.ranks[rows]
+        represents = {rank: self.represents[rank] for rank in ranks.tolist() if rank in self.represents}
+        return self._cut(lambda values: values[rows], ranks=ranks, represents=represents)
+
+    def _cut(self, cut: Callable[[Floats], Floats], **changed: Any) -> AlignedSteps:
+        """Return the part of the times that `cut` takes; sizes and excess may be unknown."""
+        optional = {name: getattr(self, name) for name in ("elements", "samples", "excess_of_represented")}
         return replace(
             self,
-            ranks=ranks,
-            times={name: values[rows] for name, values in self.times.items()},
-            total=self.total[rows],
-            backward_own=self.backward_own[rows],
-            user={name: values[rows] for name, values in self.user.items()},
-            elements=some(self.elements),
-            samples=some(self.samples),
-            represents={rank: self.represents[rank] for rank in ranks.tolist() if rank in self.represents},
-            excess_of_represented=some(self.excess_of_represented),
+            times={name: cut(values) for name, values in self.times.items()},
+            total=cut(self.total),
+            backward_own=cut(self.backward_own),
+            user={name: cut(values) for name, values in self.user.items()},
+            **{name: cut(values) for name, values in optional.items() if len(values)},
+            **changed,
         )
