@@ -50,7 +50,7 @@ NAMED_SHARE = 0.5
 
 _CHILD_ANSWER = "/multiprocessing/connection.py:"
 _ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
-_CLEARS = re.compile(r"\bzero_grad$")
+_CLEARS = re.compile(r"\bzero_grad$", re.MULTILINE)
 _LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+_loss|kl_div)$")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
@@ -117,9 +117,8 @@ def _share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLin
 
 def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
-    seen = of_part(lines, part)
-    total = sum(each.samples for each in seen)
-    return samples_in(seen, _ENVIRONMENTS) / total if total >= MIN_SAMPLES else None
+    found = _sampled_share(lines, part, lambda each: _ENVIRONMENTS.search(each.library or ""))
+    return found.share if found.samples >= MIN_SAMPLES else None
 
 
 def busy_share(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCHED_NS) -> float | None:
@@ -139,11 +138,7 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
 
     Freeing large gradients takes time, and is not the work of the user's loop.
     """
-    return _share(lines, "other", _clears, _MIN_CLEARING)
-
-
-def _clears(line: SampledLine) -> bool:
-    return any(_CLEARS.search(name) for name in (line.function, line.library) if name)
+    return _share(lines, "other", lambda each: _CLEARS.search(f"{each.function}\n{each.library}"), _MIN_CLEARING)
 
 
 def loss_share(lines: Sequence[SampledLine]) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from traceml.database.info_kinds import InfoKind
 from traceml.formatting import count_text
@@ -53,14 +54,7 @@ class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
 
     def evidence(self) -> dict[str, Any]:
         """Return the group as a finding has it."""
-        return {
-            "words": self.words,
-            "level": self.level,
-            "name": self.name,
-            "size": self.size,
-            "slow": self.slow,
-            "also": list(self.also),
-        }
+        return {"words": self.words, **asdict(self)}
 
 
 class Topology(msgspec.Struct, kw_only=True):
