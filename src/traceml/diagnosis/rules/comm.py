@@ -73,7 +73,9 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, evidence)]
 
-    if explicit > cost / 2 and (without_steps := _without_steps(facts)):
+    # Ranks may train no steps, as one that only plays, evaluates or serves.
+    without_steps = [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
+    if explicit > cost / 2 and without_steps:
         how = "for messages of other ranks" if facts.batches.messages else "in collectives"
         return [_waiting_for_others(without_steps, how, cost, step, evidence)]
 
@@ -126,11 +128,6 @@ def _finding(
         cost_share=share,
         speedup_if_fixed=gain,
     )
-
-
-def _without_steps(facts: JobFacts) -> list[int]:
-    """Return the ranks of the job that train no steps, as one that only plays, evaluates or serves."""
-    return [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
 
 
 def _waiting_for_others(ranks: Sequence[int], how: str, cost: float, step: float, evidence: dict[str, Any]) -> Finding:

@@ -36,6 +36,8 @@ _TAKEN_AHEAD = (
 )
 _MUCH_MORE = 1.25
 """Further advice has to gain this factor more."""
+_RECEIVES = ("_MultiProcessing", "_BaseDataLoader", "Connection", "rebuild_")
+"""Names of library functions that take batches from the workers, and do not order samples, begin so."""
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
 
@@ -228,7 +230,9 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         else f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
     ahead = ", and iterate over the loader in the training loop, not before it" if pipeline.is_taken_ahead else ""
-    setting = f"{loader.option('num_workers')}={workers}{_kept(facts)}{ahead}"
+    keeping = keeping_workers(facts)
+    kept = "" if keeping is None else f" and {keeping.setting}"
+    setting = f"{loader.option('num_workers')}={workers}{kept}{ahead}"
     text = f"{before}: set {setting}; {gain_text(gain, 'about' if pipeline.takes_cpu else 'at most')}{cores}."
     if loader.is_undivided and pipeline.workers <= 1:  # several have it divided for them, or read a random stream
         text += (
@@ -335,11 +339,6 @@ def _on(pipeline: Pipeline, facts: JobFacts) -> str:
     return f" on {pipeline.cores} core{'s' if pipeline.cores > 1 else ''}{own}"
 
 
-def _kept(facts: JobFacts) -> str:
-    keeping = keeping_workers(facts)
-    return "" if keeping is None else f" and {keeping.setting}"
-
-
 def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
     """Return the name of the data set's class; that of a plain container says nothing."""
     if loader.dataset and loader.dataset not in _CONTAINERS:
@@ -384,10 +383,5 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None
 
 def _computes_beside_workers(facts: JobFacts, line: BlamedLine) -> bool:
     """Return whether the training process computes while it waits for data, and not in taking it from the workers."""
-    computes = fetch_cpu(facts)
-    return computes is not None and computes >= COMPUTES and not _receives(main_library(facts.lines, _PART, line))
-
-
-def _receives(called: str | None) -> bool:
-    """Whether a library function takes batches from the workers, and does not order samples."""
-    return called is not None and called.startswith(("_MultiProcessing", "_BaseDataLoader", "Connection", "rebuild_"))
+    computes, called = fetch_cpu(facts), main_library(facts.lines, _PART, line) or ""
+    return computes is not None and computes >= COMPUTES and not called.startswith(_RECEIVES)

@@ -193,6 +193,9 @@ def _compute_bound(
 ) -> Finding:
     heaviest = max((part for part in COMPUTE if part in shares), key=lambda part: shares[part])
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
+    busy = f"The device computes only {percent_text(facts.use.utilization or 0.0)} of the time"
+    launches = f"{busy} and waits for the host to launch its work: "
+    launching = launches if "device_busy_share" in evidence else ""
     heavy = _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, shares, device=work.device)
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
@@ -209,8 +212,7 @@ def _compute_bound(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
         summary=(
-            f"{_launching_text(facts) if 'device_busy_share' in evidence else ''}"
-            f"{percent_text(compute)} of each {ns_text(step)} step is computation, "
+            f"{launching}{percent_text(compute)} of each {ns_text(step)} step is computation, "
             f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0), beside)}"
@@ -409,22 +411,12 @@ def _on_device(facts: JobFacts) -> list[str]:
 
 def _waits_for_launches(facts: JobFacts) -> bool:
     """Whether the device is idle for much of the time, as the host cannot launch its work faster."""
-    busy, limits = facts.use.utilization, _power_limits(facts)
+    busy = facts.use.utilization
+    limits = [each.power_limit_w for each in facts.health.devices.values() if each.power_limit_w > 0]
     if busy is None or not limits:
         return False
 
     return busy < BUSY_SHARE and (facts.use.power_w or 0.0) < BUSY_POWER * min(limits)
-
-
-def _launching_text(facts: JobFacts) -> str:
-    return (
-        f"The device computes only {percent_text(facts.use.utilization or 0.0)} of the time and waits for the host to "
-        "launch its work: "
-    )
-
-
-def _power_limits(facts: JobFacts) -> list[int]:
-    return [each.power_limit_w for each in facts.health.devices.values() if each.power_limit_w > 0]
 
 
 def _on_cpu(facts: JobFacts) -> list[str]:
