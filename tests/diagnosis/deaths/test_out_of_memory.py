@@ -97,6 +97,15 @@ def test_the_list_that_grew_until_the_end_is_named(end: dict[str, object], line:
     assert finding.evidence["function"] == function
 
 
+def test_the_text_of_an_older_torch_has_a_size() -> None:
+    """A script may raise or quote one, whose capacity is written another way: that of the sample counts."""
+    text = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 10.76 GiB total capacity)"
+
+    finding = lost(state="failed", exception=text, device=True)
+
+    assert (finding.evidence["requested_bytes"], finding.evidence["limit_bytes"]) == (20 << 20, 80 * GIB)
+
+
 @pytest.mark.parametrize(("asked", "is_too_large"), [("16.4 TiB", True), ("2.00 GiB", False)])
 def test_an_allocation_larger_than_the_host_blames_no_growth(asked: str, is_too_large: bool) -> None:
     """It fails on an empty host, too."""

@@ -19,19 +19,14 @@ __all__ = ["MemoryEnd", "memory_end", "memory_end_of_worker"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"(?P<size>\d+(?:\.\d*)?) ?(?P<unit>[KMGT]?)i?(?:B|b|bytes)\b"
 # What allocators say: torch's of the CPU, of devices (CUDA, HIP, XPU), NumPy's.
-_REQUESTED = tuple(
-    re.compile(rf"{words} {_SIZE}", re.IGNORECASE)
-    for words in ("you tried to allocate", "tried to allocate", "unable to allocate", "unable to mmap")
-)
+_REQUESTED = re.compile(rf"(?:tried|unable) to (?:allocate|mmap) {_SIZE}", re.IGNORECASE)
 _OF_DEVICE = re.compile(r"\b(cuda|hip|xpu|mps)\b[^.\n]*out of memory|OutOfMemoryError", re.IGNORECASE)
 _OF_HOST = re.compile(
     r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^(?:\S*\.)?_?(?:Array)?MemoryError\b|"
     r"Cannot allocate memory|std::bad_alloc",
     re.MULTILINE,
 )
-_CAPACITY = re.compile(
-    rf"total capacity of {_SIZE}|{_SIZE.replace('size', 'size2').replace('unit', 'unit2')} total capacity"
-)
+_CAPACITY = re.compile(rf"total capacity of {_SIZE}")
 _IN_USE = re.compile(rf"this process has {_SIZE} memory in use")
 _MIN_GROWN = 16 << 20
 
@@ -131,7 +126,7 @@ def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
     return MemoryEnd(
         cause="killed" if ended.oom else "host_allocation",
         certain=ended.oom != "host",
-        requested_bytes=_requested(text),
+        requested_bytes=_size(_REQUESTED, text),
         **({} if last is None else asdict(last)),
         limit_bytes=limit,
         limit_of=limit_of,
@@ -155,12 +150,10 @@ def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
 def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
     own = (each for each in facts.memory.devices() if each.rank == ended.rank)
     device = max(own, key=lambda each: each.allocated_bytes, default=None)
-    capacity, in_use = _CAPACITY.search(text), _IN_USE.search(text)
-    total = _bytes(capacity["size"], capacity["unit"]) if capacity else None
-    used = _bytes(in_use["size"], in_use["unit"]) if in_use else None
+    total, used = _size(_CAPACITY, text), _size(_IN_USE, text)
     return MemoryEnd(
         cause="device_allocation",
-        requested_bytes=_requested(text),
+        requested_bytes=_size(_REQUESTED, text),
         used_bytes=used or (device.allocated_bytes if device else None),  # the sample may be of what it began with
         peak_bytes=device.peak_bytes if device else None,
         limit_bytes=total or (device.total_bytes if device else None),
@@ -168,13 +161,6 @@ def _on_device(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
     )
 
 
-def _requested(text: str) -> int | None:
-    for pattern in _REQUESTED:
-        if found := pattern.search(text):
-            return _bytes(found["size"], found["unit"])
-
-    return None
-
-
-def _bytes(size: str, unit: str) -> int:
-    return int(float(size) * _UNITS[unit.upper()])
+def _size(pattern: re.Pattern[str], text: str) -> int | None:
+    found = pattern.search(text)
+    return int(float(found["size"]) * _UNITS[found["unit"].upper()]) if found else None
