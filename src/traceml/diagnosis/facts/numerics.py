@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -73,12 +71,9 @@ class LossHistory:
     @property
     def ended_spans(self) -> list[LossSpan]:
         """Longest spans of the rank that has most steps in them, in order."""
-        each = max((known.spans for known in self._ranks.values()), key=_steps_of, default=[])
-        return sorted(each, key=lambda span: span.first)
-
-
-def _steps_of(spans: Sequence[LossSpan]) -> int:
-    return sum(span.until - span.first for span in spans)
+        by_rank = (known.spans for known in self._ranks.values())
+        most = max(by_rank, key=lambda spans: sum(span.until - span.first for span in spans), default=[])
+        return sorted(most, key=lambda span: span.first)
 
 
 _MAX_KEPT = 65_536
