@@ -9,21 +9,25 @@ thread does. There threads of torch may be waited for, too, where it has several
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, threads_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import busy_share
-from traceml.diagnosis.findings import Finding, known_facts
+from traceml.diagnosis.findings import Explanation, Finding, known_facts
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
-from traceml.formatting import cores_text, gain_text, ns_text, percent_text
+from traceml.formatting import cores_text, gain_text, ns_text, percent_text, ranks_text
 
-__all__ = ["interpreter_lock"]
+__all__ = ["background_threads", "interpreter_lock"]
 
 MIN_CORES = 0.25
 """Other threads that use fewer cores while they are busy are no cause."""
+SIDE_RATIO = 3.0
+"""Nor are those of late ranks that use less than this multiple of what the other ranks' do."""
 EXPLAINED = 0.5
 """The other threads computed for at least this share of the time in which the training waited."""
 MAX_BUSY = 0.9
@@ -85,7 +89,7 @@ def _computes(facts: JobFacts) -> bool:
 
 def _summary(facts: JobFacts, cores: float, line: BlamedLine | None, cost: float, step_ns: float) -> str:
     whose = "of each rank" if facts.world_size > 1 else "of the script"
-    where = "" if line is None else f", {line.share_text} of it in {line.place}"
+    where = line.of_it if line else ""
     return (
         f"Other threads {whose} use {cores_text(cores)}{where}. While one of them runs Python code, the training waits "
         f"for the interpreter's lock (GIL): at least {ns_text(cost)} of each {ns_text(step_ns)} step "
@@ -93,9 +97,30 @@ def _summary(facts: JobFacts, cores: float, line: BlamedLine | None, cost: float
     )
 
 
-def _advice(line: BlamedLine | None) -> str:
+def _advice(line: BlamedLine | None, on_ranks: str = "") -> str:
     what = "what the other threads do (`py-spy dump` shows it)" if line is None else line.place
     return (
-        f"Move {what} into another process (multiprocessing, or a DataLoader's workers if it makes batches), or run "
-        "it less often: a thread of Python code takes the interpreter from the training."
+        f"Move {what} into another process{on_ranks} (multiprocessing, or a DataLoader's workers if it makes batches), "
+        "or run it less often: a thread of Python code takes the interpreter from the training."
     )
+
+
+def background_threads(facts: JobFacts, ranks: Sequence[int]) -> Explanation | None:
+    """Explain late ranks by the cores that their other threads use; None if they use few, or the others' as many.
+
+    Such a rank is slower in everything that runs Python, though it neither computes more nor waits for a core.
+    """
+    used = facts.samples.background_cores()
+    mine = [used[rank] for rank in ranks if rank in used]
+    others = [cores for rank, cores in used.items() if rank not in ranks]
+    if len(mine) < len(ranks) or not others or min(mine) < max(MIN_CORES, SIDE_RATIO * max(others)):
+        return None
+
+    line = threads_line([each for each in facts.thread_lines if each.rank in ranks])
+    whose, each = ranks_text(ranks), " each" if len(ranks) > 1 else ""
+    use, usual = cores_text(float(np.mean(mine))), cores_text(float(np.median(others)))
+    text = (
+        f" Other threads of {whose} used {use}{each}{line.of_it if line else ''} (those of the others {usual}): while "
+        "one runs Python code, the training waits for the GIL."
+    )
+    return Explanation(text, _advice(line, f" on {whose}"))

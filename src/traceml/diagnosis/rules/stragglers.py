@@ -20,7 +20,7 @@ from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share, wo
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.background_threads import background_threads
+from traceml.diagnosis.rules.interpreter_lock import background_threads
 from traceml.diagnosis.rules.straggler_words import (
     fewer_workers,
     late_evidence,
@@ -565,7 +565,7 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
 
     beside = background_threads(facts, ranks) if late.everywhere else None
     if beside is not None:
-        without_core, action = False, beside.advice
+        without_core, action = False, beside.action
 
     why = beside.text if beside is not None else ""
     fewer = fewer_workers(facts, ranks, others) if late.part == "input_wait" else None
