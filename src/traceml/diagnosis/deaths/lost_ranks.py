@@ -45,7 +45,8 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     lost = lost_steps(first, facts.exits)
     memory = memory_end(first, facts) if worker is None else memory_end_of_worker(worker, first.rank, facts)
     grown = _grown_container(first, memory, facts)
-    summary = _summary(causes, memory, followed, worker, lost)
+    because = f"; {ranks_text(followed)} ended because of that" if followed else ""
+    summary = f"{_summary(causes, memory, worker)}{lost_steps_text(lost)}{because}."
     return [
         Finding.of(
             Kind.RANK_LOST,
@@ -129,26 +130,13 @@ def _in_common(causes: Sequence[RankExit]) -> RankExit:
     return first if is_same else replace(first, open_phase=None)
 
 
-def _summary(
-    causes: Sequence[RankExit],
-    memory: MemoryEnd | None,
-    followed: Sequence[int],
-    worker: LostWorker | None,
-    lost: int | None,
-) -> str:
+def _summary(causes: Sequence[RankExit], memory: MemoryEnd | None, worker: LostWorker | None) -> str:
     first = causes[0]
     subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
     how = f"ended because {death_words(worker)}" if worker else end_text(first, memory, many=len(causes) > 1)
     seen = seen_text(first) if worker is None and len(causes) == 1 else ""
-    text = f"{subject} {how}{step_text(_in_common(causes))}{seen}"
-    if memory is not None and len(causes) == 1:
-        text += memory.words()
-
-    text += lost_steps_text(lost)
-    if followed:
-        text += f"; {ranks_text(followed)} ended because of that"
-
-    return text + "."
+    used = memory.words() if memory is not None and len(causes) == 1 else ""
+    return f"{subject} {how}{step_text(_in_common(causes))}{seen}{used}"
 
 
 def _evidence(
