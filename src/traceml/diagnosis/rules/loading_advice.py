@@ -17,7 +17,7 @@ from traceml.diagnosis.facts.sampled_shares import (
 )
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
-from traceml.diagnosis.steps.loading import Pipeline, RareWaits, fetch_cpu, share_at_work
+from traceml.diagnosis.steps.loading import TAKE_NS, Pipeline, RareWaits, fetch_cpu, share_at_work
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = ["LoadingAdvice", "for_input", "for_iterator", "of_new_iterators", "of_sampler", "with_waited_loader"]
@@ -58,7 +58,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if loader.num_workers is None:
         return _prefetch(pipeline)
 
-    if pipeline.worker_cores and pipeline.gain_on_all_cores() >= WORTHWHILE:
+    if pipeline.worker_cores and pipeline.gain_if(worker_cores=None) >= WORTHWHILE:
         return _all_cores(pipeline, pipeline.worker_cores)
 
     cores = _on(pipeline, facts)
@@ -195,7 +195,7 @@ def _prefetch(pipeline: Pipeline) -> LoadingAdvice:
 
 
 def _all_cores(pipeline: Pipeline, allowed: int) -> LoadingAdvice:
-    gain = pipeline.gain_on_all_cores()
+    gain = pipeline.gain_if(worker_cores=None)
     return LoadingAdvice(
         f"The {plural(pipeline.workers, 'worker')} may use only {cores_text(allowed)} of {pipeline.cores}: the "
         "training process was bound to it when it started them (taskset, OMP_PROC_BIND, KMP_AFFINITY). Call "
@@ -246,7 +246,7 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
 
 def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
     """Return further advice where epochs are so short that workers are not ahead; else nothing."""
-    longer = 0.0 if pipeline.epoch_steps is None else pipeline.gain_in_longer_epochs(workers)
+    longer = 0.0 if pipeline.epoch_steps is None else pipeline.gain_if(workers, epoch_steps=None)
     if pipeline.is_taken_ahead or longer < _MUCH_MORE * gain:
         return ""
 
@@ -257,7 +257,7 @@ def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
 
 
 def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
-    gain, first = pipeline.gain_with_usual_first(), ns_text(pipeline.first_ns + pipeline.fetch_ns)
+    gain, first = pipeline.gain_if(first_ns=0.0), ns_text(pipeline.first_ns + pipeline.fetch_ns)
     return LoadingAdvice(
         f"Most of the waiting is for the first batch of an epoch, {first}, and workers begin it no sooner. Make "
         f"what {_data(loader)} or its sampler does first cheaper (filling a "
@@ -272,7 +272,7 @@ def _fewer_handovers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, c
     waits = f"{who} up: training waits to receive {their} batches, tensor by tensor"
     if gain < WORTHWHILE:
         how = "Put a batch into fewer tensors (collate_fn), if it has several, or use larger batches"
-        most = pipeline.gain_without_handover()
+        most = pipeline.gain_if(take_ns=TAKE_NS)
         if most < WORTHWHILE and share_at_work(facts) is None:  # how much the workers do is not known
             many = pipeline.workers > (pipeline.cores or pipeline.workers)
             crowd = f"{plural(pipeline.workers, 'worker')} for {plural(pipeline.cores or 1, 'core')}"

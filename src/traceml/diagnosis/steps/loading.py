@@ -16,6 +16,7 @@ from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
+    "TAKE_NS",
     "Pipeline",
     "RareWaits",
     "fetch_cpu",
@@ -139,25 +140,13 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
         cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share, first_ns=self.first_ns * fetch_share)
         return self._gain_to(cheaper.step_ns(self.workers if workers is None else workers))
 
-    def gain_with_usual_first(self) -> float:
-        """Return old / new step time if the first batch of an epoch took as long as the others."""
-        return self._gain_to(replace(self, first_ns=0.0).step_ns(self.workers))
-
-    def gain_in_longer_epochs(self, workers: int) -> float:
-        """Return old / new step time with this many workers if they went on from epoch to epoch."""
-        return self._gain_to(replace(self, epoch_steps=None).step_ns(workers))
-
-    def gain_on_all_cores(self) -> float:
-        """Return old / new step time if the workers could use all cores of the rank."""
-        return self._gain_to(replace(self, worker_cores=None).step_ns(self.workers))
+    def gain_if(self, workers: int | None = None, **changed: float | None) -> float:
+        """Return old / new step time if some of the fields were others, with this many workers or those of now."""
+        return self._gain_to(replace(self, **changed).step_ns(self.workers if workers is None else workers))
 
     def _gain_to(self, step_ns: float) -> float:
         most = 1.0 + self.wait_ns / (self.rest_ns + self.lost_ns)
         return min((self.step_ns(self.workers) + self.lost_ns) / (step_ns + self.lost_ns), most)
-
-    def gain_without_handover(self) -> float:
-        """Return old / new step time if receiving a batch took no longer than usual."""
-        return self._gain_to(self.ready_to_hand_over.step_ns(self.workers))
 
     @property
     def ready_to_hand_over(self) -> Pipeline:
