@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -227,9 +227,8 @@ def _numbers(path: Path, table: Any, name: str) -> NDArray[Any]:
     import pyarrow.types as types
 
     column = table[name]
-    if not (types.is_integer(column.type) or types.is_floating(column.type)):
-        _refuse(path, table, name, 0, f"a number, not {column.type}")
-
+    is_number = types.is_integer(column.type) or types.is_floating(column.type)
+    _refuse_first(path, table, name, np.array([not is_number]), f"a number, not {column.type}")
     return np.asarray(column.to_numpy())
 
 
@@ -255,12 +254,9 @@ def _kinds(path: Path, table: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def _refuse_first(path: Path, table: Any, name: str, is_wrong: NDArray[np.bool_], expected: str) -> None:
+    """Refuse a column with a value that is wrong, by its first one."""
     if is_wrong.any():
-        _refuse(path, table, name, int(np.argmax(is_wrong)), expected)
-
-
-def _refuse(path: Path, table: Any, name: str, row: int, expected: str) -> NoReturn:
-    value = table[name][row].as_py()
-    raise UsageError(
-        f"{path}: {name} of row {row} is {'missing' if value is None else repr(value)}, expected {expected}"
-    )
+        row = int(np.argmax(is_wrong))
+        value = table[name][row].as_py()
+        found = "missing" if value is None else repr(value)
+        raise UsageError(f"{path}: {name} of row {row} is {found}, expected {expected}")
