@@ -128,7 +128,7 @@ class KeptSteps:
                 continue
 
             of_name = rows[rows["name_id"] == name_id]
-            steps, values = self._user_ring(name)
+            steps, values = self._user[name] = self._user.get(name) or self._ring(numbers=np.int32)
             at = self._cells(rank_index, of_name["step"])
             steps[at] = of_name["step"]
             values[at] = of_name["ns"]
@@ -139,11 +139,7 @@ class KeptSteps:
             return
 
         self._grow(int(rank_indices.max()) + 1)
-        if self._device is None:
-            cells = self._capacity * self.slots
-            self._device = np.full(cells, -1, np.int64), np.zeros((cells, len(_DEVICE_VALUES)), np.float32)
-
-        steps, values = self._device
+        steps, values = self._device = self._device or self._ring(len(_DEVICE_VALUES))
         at = self._cells(rank_indices, rows["step"])
         steps[at] = rows["step"]
         for column, name in enumerate(_DEVICE_VALUES):
@@ -152,11 +148,7 @@ class KeptSteps:
     def scatter_evaluation(self, rank_index: int, rows: Rows) -> None:
         """Take rows of `schema.EVALS` of one rank, in order; several may be before one step."""
         self._grow(rank_index + 1)
-        if self._evaluation is None:
-            cells = self._capacity * self.slots
-            self._evaluation = np.full(cells, -1, np.int64), np.zeros(cells, np.float32)
-
-        steps, values = self._evaluation
+        steps, values = self._evaluation = self._evaluation or self._ring()
         at = self._cells(rank_index, rows["step"])
         values[at[steps[at] != rows["step"]]] = 0
         steps[at] = rows["step"]
@@ -317,12 +309,10 @@ class KeptSteps:
         stored, values = self._user[name]
         return np.where(stored[at] == steps, values[at], np.float32(0))
 
-    def _user_ring(self, name: str) -> tuple[NDArray[np.int32], Floats]:
-        if name not in self._user:
-            cells = self._capacity * self.slots
-            self._user[name] = np.full(cells, -1, np.int32), np.zeros(cells, np.float32)
-
-        return self._user[name]
+    def _ring(self, *shape: int, numbers: type[np.signedinteger[Any]] = np.int64) -> tuple[NDArray[Any], Floats]:
+        """Return room for the numbers of all kept steps, and for their values of this shape."""
+        cells = self._capacity * self.slots
+        return np.full(cells, -1, numbers), np.zeros((cells, *shape), np.float32)
 
     def _grow(self, ranks: int) -> None:
         if ranks <= self._capacity:
