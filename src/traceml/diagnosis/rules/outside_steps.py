@@ -417,10 +417,7 @@ def _largest(time: RunTime, lines: Sequence[SampledLine]) -> str:
         (part for part in time.seconds if part not in ("steps", "checkpoint", "between_epochs")),
         key=lambda part: -time.seconds[part],
     )
+    after = outside_line(lines, LINE_AFTER_STEPS)
+    where = {"idle": f" ({after.share_text} of it in {after.place})"} if after else {}
     shown = [part for part in others[:2] if time.share(part) >= 0.05]
-    return ", ".join(f"{part_words(part)} {percent_text(time.share(part))}{_where(part, lines)}" for part in shown)
-
-
-def _where(part: str, lines: Sequence[SampledLine]) -> str:
-    line = outside_line(lines, LINE_AFTER_STEPS) if part == "idle" else None
-    return f" ({line.share_text} of it in {line.place})" if line else ""
+    return ", ".join(f"{part_words(part)} {percent_text(time.share(part))}{where.get(part, '')}" for part in shown)
