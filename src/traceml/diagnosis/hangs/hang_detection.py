@@ -47,7 +47,7 @@ class DetectedHang(msgspec.Struct, frozen=True):
     quiet_s: float  # seconds since any rank made progress
     is_busy: bool  # whether a rank computes: it is slow, or in an endless loop
     ended: Mapping[int, RankExit]  # how ranks have ended that the others wait for
-    is_over: bool
+    is_over: bool = False
     timed_out: tuple[int, ...] = ()  # ranks whose wait the time limit of a collective has ended
 
 
@@ -74,7 +74,7 @@ def _now(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedH
     if snapshots is None:
         return None
 
-    found = _judged(snapshots, ended, facts, progress, is_over=False)
+    found = _judged(snapshots, ended, facts, progress)
     return found if found is not None and found.quiet_s >= _limit_s(found, progress, step_p99_s) else None
 
 
@@ -96,12 +96,7 @@ def _snapshots(ranks: Sequence[RankProgress], alive_s: float) -> dict[int, RankS
 
 
 def _judged(
-    snapshots: Mapping[int, RankSnapshot],
-    ended: Mapping[int, RankExit],
-    facts: JobFacts,
-    progress: JobProgress,
-    *,
-    is_over: bool,
+    snapshots: Mapping[int, RankSnapshot], ended: Mapping[int, RankExit], facts: JobFacts, progress: JobProgress
 ) -> DetectedHang | None:
     snapshots = _with_blocking_ranks(snapshots, facts.hosts)
     is_alone = facts.world_size == 1
@@ -114,7 +109,7 @@ def _judged(
         is_busy(snapshot, is_alone=is_alone) or (progress.ranks[rank].is_unsteady and rank not in blamed.waits)
         for rank, snapshot in snapshots.items()
     )
-    return DetectedHang(snapshots, blamed, quiet_s, busy, ended, is_over)
+    return DetectedHang(snapshots, blamed, quiet_s, busy, ended)
 
 
 def _with_blocking_ranks(snapshots: Mapping[int, RankSnapshot], hosts: Mapping[int, str]) -> dict[int, RankSnapshot]:
@@ -170,12 +165,12 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if not all(snapshot.in_step for snapshot in by_rows):
         return None  # an evaluation, as far as the rows tell
 
-    found = _judged(snapshots, finished, facts, progress, is_over=True)
+    found = _judged(snapshots, finished, facts, progress)
     if found is None:
         return None
 
     timed_out = tuple(sorted(rank for rank, ended in exits.items() if ended.reached_time_limit))
-    found = msgspec.structs.replace(found, timed_out=timed_out)
+    found = msgspec.structs.replace(found, timed_out=timed_out, is_over=True)
     started = any(each.step >= 0 for each in ranks)
     usual_s = (
         max(ENDED_S, _ENDED_STEP_FACTOR * step_p99_s, _ENDED_GAP_FACTOR * progress.longest_gap_s)
