@@ -7,7 +7,7 @@ they have ended. From rank to rank this leads to one that waits for nobody, or i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -41,7 +41,12 @@ class HangCause(StrEnum):
 
 
 _NEVER_CAME = (HangCause.NEVER_CAME, HangCause.ALONE)
-_DIFFERENT = (HangCause.MISMATCH, HangCause.SIZES, HangCause.ROOTS)
+_DIFFERENT: Mapping[HangCause, Callable[[GroupSnapshot], object]] = {
+    HangCause.MISMATCH: lambda wait: wait.operation,
+    HangCause.SIZES: lambda wait: wait.sizes if wait.operation in _SAME_SIZES else ("any",),
+    HangCause.ROOTS: lambda wait: () if wait.peer is None else (wait.peer,),
+}
+"""What must be the same on all ranks in one collective; empty where it is not known."""
 _APART = (*_DIFFERENT, HangCause.CYCLE)
 
 
@@ -220,7 +225,7 @@ def _different(last: Mapping[int, GroupSnapshot], waits: Mapping[int, GroupSnaps
             met[wait.name, wait.number].append(rank)
 
     for ranks in met.values():
-        for cause, key in zip(_DIFFERENT, (_operation, _sizes, _root), strict=True):
+        for cause, key in _DIFFERENT.items():
             groups = defaultdict(list)
             for rank in ranks:
                 groups[key(waits[rank])].append(rank)
@@ -251,20 +256,6 @@ def _between_calls(waits: Mapping[int, GroupSnapshot], world_size: int) -> Blame
         return None
 
     return Blame(HangCause.MISMATCH, _minority([transfers, sorted(meeting)]), waits, moved[0], tuple(waits))
-
-
-def _operation(wait: GroupSnapshot) -> object:
-    return wait.operation
-
-
-def _sizes(wait: GroupSnapshot) -> object:
-    """Return the sizes of an operation that must be the same on all ranks."""
-    return wait.sizes if wait.operation in _SAME_SIZES else ("any",)
-
-
-def _root(wait: GroupSnapshot) -> object:
-    """Return the root of an operation; empty if unknown."""
-    return () if wait.peer is None else (wait.peer,)
 
 
 def _minority(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
