@@ -87,14 +87,16 @@ MANY_ROWS = 64
 
 _BATCHES = 8
 _MIN_MEASURED = 20
+_Rows = NDArray[np.intp]
+"""Indices of ranks in the window."""
 
 
 class _Others(msgspec.Struct, frozen=True, dict=True):
     """The ranks that are not late, by whose work late ones are judged, each of thousands."""
 
     work: OwnWork
-    rows: NDArray[np.intp]
-    late: NDArray[np.intp]  # the ranks that are judged, of which some may turn out not to be late
+    rows: _Rows
+    late: _Rows  # the ranks that are judged, of which some may turn out not to be late
 
     @cached_property
     def all_ranks(self) -> list[int]:
@@ -194,7 +196,7 @@ def _late_steadily(work: OwnWork, facts: JobFacts, steady: SteadyExcess) -> Late
     return _late(work, facts, row, others, steady.part, everywhere=False)
 
 
-def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def divide_ranks(means: Floats) -> tuple[_Rows, _Rows]:
     """Divide the ranks by mean own work: (those with a third of the largest excess or more, the others)."""
     base, late = float(means.min()), np.zeros(len(means), bool)
     for _ in range(3):
@@ -204,9 +206,7 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.flatnonzero(late), np.flatnonzero(~late)
 
 
-def _without_near(
-    work: OwnWork, ranks: NDArray[np.intp], late: NDArray[np.intp], usual: NDArray[np.intp]
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _without_near(work: OwnWork, ranks: _Rows, late: _Rows, usual: _Rows) -> tuple[_Rows, _Rows]:
     """Return the late ranks and the others; ranks that only noise has put among the late ones count as others."""
     means = work.own[ranks].mean(axis=1)
     excess = means - float(np.median(means[usual]))
@@ -217,7 +217,7 @@ def _without_near(
     return ranks[late], ranks[usual]
 
 
-def _late_groups(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[LateRanks]:
+def _late_groups(work: OwnWork, facts: JobFacts, rows: _Rows, others: _Rows) -> list[LateRanks]:
     usual = _Others(work, others, rows)
     excess = (work.own[rows] - usual.own).mean(axis=1)
     spread = float((work.own[others].mean(axis=1) - usual.own.mean()).max())
@@ -242,11 +242,7 @@ def _late_groups(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], others:
 
 
 def _one_group(
-    work: OwnWork,
-    facts: JobFacts,
-    rows: NDArray[np.intp],
-    usual: _Others,
-    causes: Mapping[tuple[str, bool], Sequence[int]],
+    work: OwnWork, facts: JobFacts, rows: _Rows, usual: _Others, causes: Mapping[tuple[str, bool], Sequence[int]]
 ) -> LateRanks | None:
     """Return the late ranks as one group if they are a host, a switch or a part of the mesh, and have one cause.
 
@@ -267,7 +263,7 @@ def _one_group(
     return None
 
 
-def _cause(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> tuple[str, bool] | None:
+def _cause(work: OwnWork, facts: JobFacts, rows: _Rows, usual: _Others) -> tuple[str, bool] | None:
     """Return (the part to blame, whether the ranks are slower in everything); None if their excess may be chance."""
     over = work.own[rows].mean(axis=0) - usual.own
     excess = float(over.mean())
@@ -284,9 +280,7 @@ def _cause(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Other
     return None if part is None or (everywhere and not _persists(over, work)) else (part, everywhere)
 
 
-def _blamed_part(
-    work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Others, excess: float
-) -> tuple[str | None, bool]:
+def _blamed_part(work: OwnWork, facts: JobFacts, rows: _Rows, usual: _Others, excess: float) -> tuple[str | None, bool]:
     """Return (the part to blame or None, whether the ranks are slower in everything)."""
     by_part = _excess_by_part(work, rows, usual)
     positive = sum(value for value in by_part.values() if value > 0)
@@ -309,13 +303,13 @@ def _blamed_part(
     return part, everywhere
 
 
-def _saves_alone(rows: NDArray[np.intp], usual: _Others, part: str, share: float) -> bool:
+def _saves_alone(rows: _Rows, usual: _Others, part: str, share: float) -> bool:
     """Return whether ranks save, where others do not, for most of their excess: that is no slow host."""
     others_ns, mine_ns = float(usual.parts[part].mean()), float(usual.work.parts[part][rows].mean())
     return part == "checkpoint" and share >= SAVING_SHARE and others_ns < NO_SAVING_RATIO * mine_ns
 
 
-def _waits_for_side_threads(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+def _waits_for_side_threads(work: OwnWork, facts: JobFacts, rows: _Rows) -> bool:
     """Return whether other threads of the ranks explain that they are slower in everything, beside a lack of cores.
 
     Torch's own threads compute for the main one: where there are several, they say nothing.
@@ -323,38 +317,31 @@ def _waits_for_side_threads(work: OwnWork, facts: JobFacts, rows: NDArray[np.int
     return facts.threads == 1 and background_threads(facts, work.ranks_of(rows)) is not None
 
 
-def _excess_by_part(work: OwnWork, rows: NDArray[np.intp], usual: _Others) -> dict[str, float]:
+def _excess_by_part(work: OwnWork, rows: _Rows, usual: _Others) -> dict[str, float]:
     return {part: float((values[rows] - usual.parts[part]).mean()) for part, values in work.parts.items()}
 
 
-def _runs_own_line(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], usual: _Others) -> bool:
+def _runs_own_line(work: OwnWork, facts: JobFacts, rows: _Rows, usual: _Others) -> bool:
     """Return whether a line of the slow part that only these ranks run explains a reportable excess by itself."""
     by_part = _excess_by_part(work, rows, usual)
     part = max(by_part, key=lambda name: by_part[name])
     return _own_line_ns(work, facts, rows, usual.all_ranks, part, by_part[part]) >= EXCESS_SHARE * work.step_ns
 
 
-def _own_line_ns(
-    work: OwnWork,
-    facts: JobFacts,
-    rows: NDArray[np.intp],
-    others: list[int],
-    part: str,
-    excess_ns: float,
-) -> float:
+def _own_line_ns(work: OwnWork, facts: JobFacts, rows: _Rows, others: list[int], part: str, excess_ns: float) -> float:
     """Return the time per step of late ranks in a line that the others do not run; 0 below a third of the excess."""
     share = own_line_share(facts.lines, part, work.ranks_of(rows), others)
     return share * work.step_ns if share * work.step_ns >= OWN_LINE_SHARE * excess_ns else 0.0
 
 
-def _due_to_code_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], part: str, excess_ns: float) -> float:
+def _due_to_code_ns(work: OwnWork, facts: JobFacts, rows: _Rows, part: str, excess_ns: float) -> float:
     """Return the time per step by which ranks are late for what they run, not for lack of cores; 0 if unsure."""
     others = np.delete(np.arange(len(work.ranks)), rows)
     own_ns = _own_line_ns(work, facts, rows, work.ranks_of(others), part, excess_ns)
     return own_ns or _more_work_ns(work, facts, rows, excess_ns)
 
 
-def _more_work_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp], excess_ns: float) -> float:
+def _more_work_ns(work: OwnWork, facts: JobFacts, rows: _Rows, excess_ns: float) -> float:
     """Return the part of an excess that CPU time explains; 0 if it is small, or other ranks compute as long.
 
     A rank that has more to compute also waits longer for a core, in proportion.
@@ -375,7 +362,7 @@ def _has_far_more_work(facts: JobFacts, ranks: Sequence[int]) -> bool:
     return run is not None and run[0] >= FAR_MORE_WORK * run[1]
 
 
-def _may_be_without_core(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> bool:
+def _may_be_without_core(work: OwnWork, facts: JobFacts, rows: _Rows) -> bool:
     """Return whether the ranks have too few cores, or these ranks wait for one more than the others.
 
     Also where that was counted for so short a time that a program may have come and gone.
@@ -385,7 +372,7 @@ def _may_be_without_core(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp])
     return facts.oversubscribed or facts.without_core.issuperset(ranks) or min(counted, default=inf) < MIN_COUNTED_S
 
 
-def _is_slower_overall(work: OwnWork, rows: NDArray[np.intp], usual: _Others, part: str) -> bool:
+def _is_slower_overall(work: OwnWork, rows: _Rows, usual: _Others, part: str) -> bool:
     """Return whether another computing part is slower by a similar factor: then the ranks are, not that part."""
     if part not in COMPUTE:
         return False
@@ -400,7 +387,7 @@ def _is_slower_overall(work: OwnWork, rows: NDArray[np.intp], usual: _Others, pa
     )
 
 
-def _without_core_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> float:
+def _without_core_ns(work: OwnWork, facts: JobFacts, rows: _Rows) -> float:
     """Return the time per step that the ranks waited for a core beyond the others; 0 if unknown.
 
     On a busy host who has more to compute waits longer for a core: that much is due to the work. What the others wait
@@ -418,7 +405,7 @@ def _without_core_ns(work: OwnWork, facts: JobFacts, rows: NDArray[np.intp]) -> 
     return max(min(mine_ns, float(own[rows].mean())) - more_work * others_ns, 0.0)
 
 
-def _is_significant(work: OwnWork, rows: NDArray[np.intp], usual: _Others) -> bool:
+def _is_significant(work: OwnWork, rows: _Rows, usual: _Others) -> bool:
     """Return whether the excess is not chance: it is steady, or nearly all long steps are of these ranks."""
     excess = {part: values[rows].mean(axis=0) - usual.parts[part] for part, values in work.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
@@ -461,14 +448,7 @@ def _persists(excess: Floats, work: OwnWork) -> bool:
     return all(float(half.mean()) >= EVERYWHERE_SHARE * float(step.mean()) for half, step in halves)
 
 
-def _late(
-    work: OwnWork,
-    facts: JobFacts,
-    rows: NDArray[np.intp],
-    others: NDArray[np.intp],
-    part: str,
-    everywhere: bool,
-) -> LateRanks:
+def _late(work: OwnWork, facts: JobFacts, rows: _Rows, others: _Rows, part: str, everywhere: bool) -> LateRanks:
     by_part = {
         name: float((values[rows].mean(axis=0) - mean_of_others(values[others])).mean())
         for name, values in work.parts.items()
