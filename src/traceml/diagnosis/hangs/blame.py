@@ -20,6 +20,9 @@ from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
 __all__ = ["RENDEZVOUS", "Blame", "HangCause", "blame"]
 
 RENDEZVOUS = "init_process_group"
+_Snapshots = Mapping[int, RankSnapshot]
+_Waits = Mapping[int, GroupSnapshot]
+"""Rank -> the operation that it waits in."""
 _SAME_SIZES = ("all_reduce", "broadcast", "reduce", "allreduce")
 
 
@@ -55,7 +58,7 @@ class Blame(msgspec.Struct, frozen=True):
 
     cause: HangCause
     ranks: tuple[int, ...]  # the ranks to name; empty for all
-    waits: Mapping[int, GroupSnapshot]  # the operation that each waiting rank is in
+    waits: _Waits  # the operation that each waiting rank is in
     operation: GroupSnapshot | None = None  # the collective that the named ranks did not come to, or are in
     apart: tuple[int, ...] = ()  # ranks that have met in different operations, with different sizes or roots
     # how many batches the ranks have had, where the data of some ended before that of the others
@@ -74,7 +77,7 @@ class Blame(msgspec.Struct, frozen=True):
         return is_met or self.cause in (*_DIFFERENT, HangCause.ENDED)
 
 
-def blame(snapshots: Mapping[int, RankSnapshot], ended: Mapping[int, RankExit], world_size: int) -> Blame:
+def blame(snapshots: _Snapshots, ended: Mapping[int, RankExit], world_size: int) -> Blame:
     """Return which ranks block the job.
 
     Args:
@@ -105,7 +108,7 @@ def _of_data(met: Blame, data: UnevenData) -> Blame:
     return Blame(HangCause.DATA_ENDED, named, met.waits, operation, data=data, has_ended=has_ended)
 
 
-def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int], world_size: int) -> Blame:
+def _by_collectives(snapshots: _Snapshots, ended: Collection[int], world_size: int) -> Blame:
     """Return which ranks block the job, by the collectives that they are in."""
     found = {rank: collective_wait(snapshot) for rank, snapshot in snapshots.items()} if world_size > 1 else {}
     waits = {rank: wait for rank, wait in found.items() if wait is not None}
@@ -131,7 +134,7 @@ def _by_collectives(snapshots: Mapping[int, RankSnapshot], ended: Collection[int
     return _together(waits, snapshots)
 
 
-def _together(waits: Mapping[int, GroupSnapshot], snapshots: Mapping[int, RankSnapshot]) -> Blame:
+def _together(waits: _Waits, snapshots: _Snapshots) -> Blame:
     """Return the blame of ranks of which none waits for a certain other one."""
     others = tuple(sorted(snapshots.keys() - waits.keys()))
     known = {(wait.name, wait.number, wait.operation) for wait in waits.values()}
@@ -143,12 +146,7 @@ def _together(waits: Mapping[int, GroupSnapshot], snapshots: Mapping[int, RankSn
 
 
 def _targets(
-    rank: int,
-    wait: GroupSnapshot,
-    snapshots: Mapping[int, RankSnapshot],
-    ended: Collection[int],
-    world_size: int,
-    waits: Mapping[int, GroupSnapshot],
+    rank: int, wait: GroupSnapshot, snapshots: _Snapshots, ended: Collection[int], world_size: int, waits: _Waits
 ) -> set[int]:
     if wait.is_p2p and wait.peer is not None:
         return {wait.peer}
@@ -196,10 +194,7 @@ def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
 
 
 def _of_roots(
-    roots: Collection[int],
-    targets: Mapping[int, Collection[int]],
-    waits: Mapping[int, GroupSnapshot],
-    ended: Collection[int],
+    roots: Collection[int], targets: Mapping[int, Collection[int]], waits: _Waits, ended: Collection[int]
 ) -> Blame:
     gone = tuple(sorted(rank for rank in roots if rank in ended))
     named = gone or tuple(sorted(roots))
@@ -212,7 +207,7 @@ def _of_roots(
     return Blame(HangCause.ALONE if is_alone else HangCause.NEVER_CAME, named, waits, operation)
 
 
-def _different(last: Mapping[int, GroupSnapshot], waits: Mapping[int, GroupSnapshot]) -> Blame | None:
+def _different(last: _Waits, waits: _Waits) -> Blame | None:
     """Return the blame where ranks are in one collective by its number, but in different operations.
 
     Args:
@@ -236,7 +231,7 @@ def _different(last: Mapping[int, GroupSnapshot], waits: Mapping[int, GroupSnaps
     return None
 
 
-def _between_calls(waits: Mapping[int, GroupSnapshot], world_size: int) -> Blame | None:
+def _between_calls(waits: _Waits, world_size: int) -> Blame | None:
     """Return the blame where all ranks wait, some in one collective and the others in transfers with unknown peers.
 
     Neither can end: the collective lacks the ranks of the transfers, and these lack a peer that is in the collective.
