@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.traces.writer.encoding import lines
-from traceml.traces.writer.sinks import Sink, open_sink
+from traceml.traces.writer.sinks import LineSink, open_sink
 
 __all__ = ["BlockWriter", "TraceWriterStatistics"]
 
@@ -52,7 +52,7 @@ class BlockWriter:
     def __init__(self, path: Path, on_fork: Callable[[], None]) -> None:
         self.path = path
         self._on_fork = on_fork
-        self._sink: Sink | None = open_sink(path)
+        self._sink: LineSink | None = open_sink(path)
         self._closed = False
         self._begin()
         _all.add(self)

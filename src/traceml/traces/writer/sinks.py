@@ -13,78 +13,56 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from traceml.errors import UsageError
 
-__all__ = ["SUFFIXES", "Sink", "expand_path", "open_sink"]
+__all__ = ["SUFFIXES", "expand_path", "open_sink"]
 
 _GZIP = 31  # zlib's wbits for a gzip member
 _CLOSED = b"\n]\n"
 
 
-class Sink(Protocol):
-    """A file of events."""
+class LineSink:
+    """A file of events, open for appending: a JSON object per line, plain."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write(self, lines: bytes) -> int:
         """Append a block, a JSON object per line; return its size in the file."""
+        data = self._packed(lines)
+        with self._locked() as size:
+            return self._put(data, size)
 
     def close(self) -> None:
         """Finish the file."""
-
-
-class _SharedFile:
-    """A file that is open for appending."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    @contextmanager
-    def locked(self) -> Iterator[int]:
-        """Lock the file against other processes; yields its size, to which it is truncated if the block fails."""
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
-        try:
-            size = os.fstat(self.fd).st_size
-            try:
-                yield size
-            except OSError:
-                os.ftruncate(self.fd, size)
-                raise
-        finally:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
-
-    def put(self, data: bytes, at: int) -> int:
-        """Write all data at a position; return its size."""
-        rest = memoryview(data)
-        while rest:
-            written = os.pwrite(self.fd, rest, at)
-            rest, at = rest[written:], at + written
-
-        return len(data)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.fd)
-
-
-class LineSink:
-    """A JSON object per line, plain."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = _SharedFile(path)
-
-    def write(self, lines: bytes) -> int:
-        """Append a block."""
-        data = self._packed(lines)
-        with self._file.locked() as size:
-            return self._file.put(data, size)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        os.close(self._fd)
 
     def _packed(self, lines: bytes) -> bytes:
         return lines
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """Lock the file against other processes; yields its size, to which it is truncated if the block fails."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            size = os.fstat(self._fd).st_size
+            try:
+                yield size
+            except OSError:
+                os.ftruncate(self._fd, size)
+                raise
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _put(self, data: bytes, at: int) -> int:
+        """Write all data at a position; return its size."""
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._fd, rest, at)
+            rest, at = rest[written:], at + written
+
+        return len(data)
 
 
 class GzipLineSink(LineSink):
@@ -98,64 +76,53 @@ class GzipLineSink(LineSink):
         return self._compress(lines)
 
 
-class ArraySink:
+class ArraySink(LineSink):
     """A JSON array, closed after each block: any JSON parser can read it at any time."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _SharedFile(path)
-        with self._file.locked() as size:
+        super().__init__(path)
+        with self._locked() as size:
             if size == 0:
-                self._file.put(b"[" + _CLOSED, 0)
+                self._put(b"[" + _CLOSED, 0)
 
     def write(self, lines: bytes) -> int:
         """Append a block."""
-        with self._file.locked() as size:
-            end = os.pread(self._file.fd, 4, max(size - 4, 0))
+        with self._locked() as size:
+            end = os.pread(self._fd, 4, max(size - 4, 0))
             is_closed = end.endswith(_CLOSED)
             opening = b"\n" if end == b"[" + _CLOSED else b",\n"
             at = size - len(_CLOSED) if is_closed else size
             try:
-                return self._file.put(opening + _elements(lines) + _CLOSED, at)
+                return self._put(opening + _elements(lines) + _CLOSED, at)
             except OSError:
                 # Restore the closing bracket: truncation to the old size would keep the bytes written over it.
-                os.ftruncate(self._file.fd, at)
-                os.pwrite(self._file.fd, _CLOSED, at)
+                os.ftruncate(self._fd, at)
+                os.pwrite(self._fd, _CLOSED, at)
                 raise
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
-
-class GzipArraySink:
+class GzipArraySink(GzipLineSink):
     """A JSON array whose blocks are gzip members; closed at the end by the process that began it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = _SharedFile(path)
-        self._compress = compressor()
-        self._pid = os.getpid()
+        super().__init__(path)
         self._opening = b"[\n"
 
     def write(self, lines: bytes) -> int:
         """Append a block."""
-        data = self._compress(self._opening + _elements(lines))
-        with self._file.locked() as size:
-            written = self._file.put(data, size)
-
+        written = super().write(self._opening + _elements(lines))
         self._opening = b",\n"
         return written
 
     def close(self) -> None:
         """Write the closing bracket."""
-        ending = b"[\n]\n" if self._opening == b"[\n" else _CLOSED
         try:
-            with self._file.locked() as size:
-                self._file.put(self._compress(ending), size)
+            super().write(b"[\n]\n" if self._opening == b"[\n" else _CLOSED)
         finally:
-            self._file.close()
+            super().close()
 
 
-SUFFIXES: dict[str, Callable[[Path], Sink]] = {
+SUFFIXES: dict[str, type[LineSink]] = {
     ".pfw": LineSink,
     ".pfw.gz": GzipLineSink,
     ".json": ArraySink,
@@ -164,7 +131,7 @@ SUFFIXES: dict[str, Callable[[Path], Sink]] = {
 """Sink by suffix."""
 
 
-def open_sink(path: Path) -> Sink:
+def open_sink(path: Path) -> LineSink:
     """Open a file for appending events; its suffix selects the format.
 
     Raises:
