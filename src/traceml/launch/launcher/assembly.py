@@ -7,7 +7,7 @@ import functools
 import os
 import site
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from traceml.launch.launcher.hosts.hosts import HostSpec, resolve_hosts
 from traceml.launch.launcher.job.job import LaunchJob
 from traceml.launch.launcher.job.job_host import JobHost
 from traceml.launch.launcher.job.job_spec import JobSpec
-from traceml.launch.launcher.launch_options import LaunchOptions, LaunchResult, matching
+from traceml.launch.launcher.launch_options import FunctionCall, LaunchOptions, LaunchResult, matching
 from traceml.launch.launcher.logs.debug_log import debug_log
 from traceml.launch.launcher.logs.log_handlers import new_log_folder
 from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
@@ -32,26 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["run_function", "run_script", "users_path"]
 
 
-def run_function(
-    options: LaunchOptions,
-    func: Callable[..., Any],
-    func_args: Sequence[Any],
-    func_kwargs: Mapping[str, Any],
-    log_handlers: Any,
-) -> LaunchResult[Any]:
+def run_function(options: LaunchOptions, call: FunctionCall) -> LaunchResult[Any]:
     """Run a function on every worker; see `traceml.launch`."""
     _refuse_in_spawned()
     _pickle_main_by_value()
-    log_handlers = check_handlers(log_handlers)
+    log_handlers = check_handlers(call.log_handlers)
     specs = _host_specs(options)
-    call = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
+    dumped = payload.dump_call(call.func, call.args, call.kwargs)  # before any agent is started
     if not options.trace or not settings.load().enabled:
-        return _run(options, specs, log_handlers, call=call)
+        return _run(options, specs, log_handlers, call=dumped)
 
     from traceml.launch.launcher.job.tracing import Tracing
 
-    tracing = Tracing(getattr(func, "__name__", "launch").strip("<>"), program="traceml.launch")
-    return _run(options, specs, log_handlers, call=call, tracing=tracing)
+    tracing = Tracing(getattr(call.func, "__name__", "launch").strip("<>"), program="traceml.launch")
+    return _run(options, specs, log_handlers, call=dumped, tracing=tracing)
 
 
 def run_script(options: LaunchOptions, script: Mapping[str, Any], *, tracing: Tracing | None = None) -> None:

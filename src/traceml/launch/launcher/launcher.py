@@ -48,8 +48,7 @@ class Launcher(LaunchOptions):
         from traceml.launch.launcher.assembly import run_function
 
         self.check()
-        call = read_call(func, args, kwargs)
-        return run_function(self, call.func, call.args, call.kwargs, call.log_handlers)
+        return run_function(self, read_call(func, args, kwargs))
 
     def submit(
         self,

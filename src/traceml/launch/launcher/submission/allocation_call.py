@@ -76,8 +76,7 @@ class AllocationCall:
         from traceml.launch.launcher.assembly import run_function, run_script
 
         if self.call is not None:
-            call = self.call
-            return run_function(self.options, call.func, call.args, call.kwargs, call.log_handlers)
+            return run_function(self.options, self.call)
 
         assert self.script is not None
         run_script(self.options, self.script, tracing=self._make_tracing())
