@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import pickle
 import re
 
 from traceml import errors
@@ -37,3 +38,35 @@ def test_the_tree_is_the_classes() -> None:
 def test_every_error_is_offered() -> None:
     """`__all__` lists the classes of the tree."""
     assert set(errors.__all__) == documented().keys()
+
+
+def test_errors_travel_between_processes() -> None:
+    """An unpickled error has the text, the arguments, the attributes and the notes of the pickled one."""
+    many = [
+        errors.SettingsError("mode", "is 3", source="argument", allowed="1, 2"),
+        errors.AggregatorUnavailableError("node1", 29765, 2.5, "refused", refused=True),
+        errors.AggregatorRefusedError("node1", 29765, "another token"),
+        errors.StoreVersionError("run.db", 9, 8),
+        errors.TableNotFoundError("no table 'x'"),
+        errors.FileMissingError("there is no file x"),
+        errors.WorkerFailedError("node1", 3, 1, exit_code=2, log_tail=["last words"]),
+        errors.AgentFailedError("node1", "ssh ended", advice="Try it.", words=["denied"]),
+        errors.LaunchTimeoutError(3.0, "starting", ["node1"]),
+        errors.RemoteTracebackError("Traceback"),
+        errors.BackendBusyError("429", retry_after_s=3.0),
+    ]
+    for error in many:
+        error.add_note("a note")
+        copy = pickle.loads(pickle.dumps(error))
+
+        assert (type(copy), str(copy), copy.args, vars(copy)) == (type(error), str(error), error.args, vars(error))
+
+
+def test_a_group_of_failed_tasks_travels_between_processes() -> None:
+    """So does the group, with its errors."""
+    group = pickle.loads(pickle.dumps(errors.TasksFailedError("2 failed", [ValueError("a"), OSError(2, "b")])))
+
+    assert (str(group), [repr(each) for each in group.exceptions]) == (
+        "2 failed",
+        ["ValueError('a')", "FileNotFoundError(2, 'b')"],
+    )

@@ -44,7 +44,7 @@ TraceMLError
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from traceml.process_ends import exit_text
 
@@ -103,6 +103,15 @@ class TraceMLError(Exception):
         ...     print(type(error).__name__)
         RunNotFoundError
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args), vars(self)  # the default calls the class, which takes other arguments
+
+
+def _rebuilt(kind: type[TraceMLError], args: tuple[Any, ...]) -> TraceMLError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
 
 
 class SettingsError(TraceMLError, ValueError):
@@ -268,10 +277,6 @@ class WorkerFailedError(TraceMLError, RuntimeError):
         self.exit_code, self.signal, self.oom, self.how = exit_code, signal, oom, how
         self.log_tail = list(log_tail)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        known = {name: getattr(self, name) for name in ("exit_code", "signal", "log_tail", "oom", "how")}
-        return _rebuild, (type(self), (self.host, self.rank, self.local_rank), known)
-
 
 class AgentFailedError(TraceMLError, RuntimeError):
     """A host of a launch cannot be used, or was lost during the launch.
@@ -294,9 +299,6 @@ class AgentFailedError(TraceMLError, RuntimeError):
         super().__init__(text)
         self.host, self.reason, self.advice, self.words = host, reason, advice, list(words)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (self.host, self.reason), {"advice": self.advice, "words": self.words})
-
 
 class LaunchTimeoutError(TraceMLError, TimeoutError):
     """A launch did not get all its workers started within its time.
@@ -310,9 +312,6 @@ class LaunchTimeoutError(TraceMLError, TimeoutError):
         missing = "; ".join(absent)
         super().__init__(f"{doing} took longer than the timeout of {timeout_s:g} s. Still waiting for: {missing}")
         self.timeout_s, self.doing, self.absent = timeout_s, doing, list(absent)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (self.timeout_s, self.doing, self.absent), {})
 
 
 class PayloadError(TraceMLError, TypeError):
@@ -336,19 +335,11 @@ class RemoteTracebackError(TraceMLError):
         super().__init__("\n" + text.strip("\n"))
         self.text = text
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.text,)
-
 
 def _indented(lines: Sequence[str]) -> list[str]:
     from traceml.formatting import printable  # here, as `import traceml` needs no regular expressions
 
     return [f"  {printable(line)}" for line in lines]
-
-
-def _rebuild(kind: type[Any], args: tuple[Any, ...], known: dict[str, Any]) -> Any:
-    """Rebuild an unpickled error: one of a launch inside a launch's worker."""
-    return kind(*args, **known)
 
 
 class PluginError(TraceMLError, LookupError, ValueError):
@@ -412,6 +403,10 @@ class TasksFailedError(TaskError, ExceptionGroup[Exception]):
         ...         print(error.exceptions)
         (ValueError("invalid literal for int() with base 10: 'x'"),)
     """
+
+    def __new__(cls, message: str, excs: Sequence[Exception]) -> Self:
+        """Make a group; without this, what unpickles one would find the method of RuntimeError."""
+        return ExceptionGroup.__new__(cls, message, excs)
 
     def derive(self, excs: Sequence[Exception]) -> TasksFailedError:  # type: ignore[override]
         """Return a subgroup, for `except*` and `split`."""
