@@ -65,12 +65,14 @@ class DeliveryProcess:
         self.run_dir = run_dir
         self.backend = backend
         self._options = forced if forced is not None else options
-        self._once = once
-        self._forced = forced
-        self._settings = settings
-        self._nice = nice
-        self._installed_only = installed_only
-        self._profile = profile
+        command = helper_program("traceml.track.delivery", str(run_dir), backend)
+        command += ["--parent", str(os.getpid()), "--nice", str(nice)]
+        command += ["--once"] if once else []
+        command += ["--installed-only"] if installed_only else []
+        command += ["--profile"] if profile else []
+        command += ["--options", json.dumps(forced)] if forced is not None else []
+        command += ["--settings", json.dumps(settings)] if settings is not None else []
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._due_s = self._started_s = 0.0
@@ -153,13 +155,6 @@ class DeliveryProcess:
             self._process = None
 
     def _start(self) -> None:
-        command = helper_program("traceml.track.delivery", str(self.run_dir), self.backend)
-        command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
-        command += ["--once"] if self._once else []
-        command += ["--installed-only"] if self._installed_only else []
-        command += ["--profile"] if self._profile else []
-        command += ["--options", json.dumps(self._forced)] if self._forced is not None else []
-        command += ["--settings", json.dumps(self._settings)] if self._settings is not None else []
         self._started_s = time.monotonic()
         try:
             environ = environment_for(self.backend, self._options) | {"OMP_NUM_THREADS": "1"}
@@ -167,7 +162,7 @@ class DeliveryProcess:
             folder.mkdir(exist_ok=True)
             with _log_file(folder / f"{TrackerState.path_in(self.run_dir, self.backend).name[:-11]}.log") as log:
                 self._process = subprocess.Popen(
-                    command,
+                    self._command,
                     env=environ,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
