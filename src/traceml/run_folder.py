@@ -88,7 +88,6 @@ def unwritable_text(folder: Path, what: str, error: OSError) -> str:
     """Return why a folder cannot be made or written: the system's "File exists" names no file.
 
     Args:
-        folder: the folder.
         what: what it is, in words.
         error: the error of an attempt.
     """

@@ -38,9 +38,6 @@ class GuardedDescriptor:
 
     Its number may be that of a file of the script then, which is neither written to nor closed.
 
-    Args:
-        number: the descriptor.
-
     Attributes:
         file: device and inode of its file.
     """

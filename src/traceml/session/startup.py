@@ -100,7 +100,6 @@ def start(config: Config, *, wait: bool = True, defer_connect: bool = False) -> 
     """Start a recorder with loaded settings, and tracking with it; see `init`.
 
     Args:
-        config: the settings.
         wait: connect now; else the recorder's thread connects when it can.
         defer_connect: connect only when this process trains or logs.
     """

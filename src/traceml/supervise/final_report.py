@@ -115,11 +115,7 @@ def _reason(run_dir: Path, error: Exception) -> str:
 
 
 class _Lossy:
-    """A text stream that drops what cannot be written, as to a closed terminal or a full disk: the job's status counts.
-
-    Args:
-        file: the stream.
-    """
+    """A text stream that drops what cannot be written, as to a closed terminal: the job's status counts."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file

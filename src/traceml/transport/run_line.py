@@ -15,7 +15,6 @@ def print_start(run_dir: Path, *, live: bool = True) -> None:
     """Print the line of a traced job on standard error; standard output belongs to the script.
 
     Args:
-        run_dir: the run's folder.
         live: whether to say how to watch the run; not where its page was just named.
     """
     print_notice(run_line("tracing", run_dir, live=live))
@@ -26,8 +25,6 @@ def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
 
     Args:
         does: `tracing` or `recording`.
-        run_dir: the run's folder.
-        live: whether to say how to watch the run.
     """
     page = auth.find_page(str(run_dir.parent)) if live else None
     view = f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"

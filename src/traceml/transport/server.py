@@ -47,7 +47,6 @@ class RefusedError(Exception):
     """Raised by a handler to refuse a peer; the text reaches the peer and the log.
 
     Args:
-        why: the reason.
         retry: whether the reason is temporary, so that the peer may try again.
     """
 
@@ -282,7 +281,6 @@ class Server:
     """Server that makes a `Peer` of each connection.
 
     Args:
-        handler: processes the messages.
         token: the secret that peers prove to know.
         tls: encrypt connections, with this certificate.
     """

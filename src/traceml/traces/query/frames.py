@@ -24,7 +24,6 @@ def decoded(batch: EventBatch, fields: Sequence[str], context: FieldContext, mas
     """Return the events of a batch as columns of values, None if an event has none.
 
     Args:
-        batch: the events.
         fields: fields to return besides `ts_ns` and `dur_ns`.
         context: meaning of the numbers.
         mask: rows to return; None for all.

@@ -47,7 +47,6 @@ class Traces:
     """Events of traces, optionally filtered.
 
     Args:
-        files: the files.
         where: conditions, all of which must hold.
     """
 
@@ -122,12 +121,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class GroupedTraces:
-    """Spans by labels.
-
-    Args:
-        traces: the traces.
-        by: the fields.
-    """
+    """Spans by labels."""
 
     traces: Traces
     by: tuple[str, ...]

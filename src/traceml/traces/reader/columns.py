@@ -141,7 +141,6 @@ class TraceFileFacts:
     """Facts about a file; complete after the iteration over its batches.
 
     Args:
-        path: the file.
         bytes: its size on disk.
         events: number of events, metadata excluded.
         raw_bytes: its size as text.

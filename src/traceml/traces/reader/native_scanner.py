@@ -43,8 +43,6 @@ def new_scanner(keys: tuple[str, ...], strings: StringTable, metadata: Collectio
     """Return the fastest available scanner, for use by one thread at a time.
 
     Args:
-        keys: the requested keys of `args`.
-        strings: numbers of names.
         metadata: names of the metadata events to return; None for all. Others are not even parsed.
     """
     loaded = library() if _are_comparable(keys) else None

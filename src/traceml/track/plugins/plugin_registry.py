@@ -132,7 +132,6 @@ def check_name(kind: PluginType, name: str, *, source: str = "") -> None:
     """Check that a plugin of this name exists, without importing it.
 
     Args:
-        kind: kind of plugin.
         name: a name, or `package:Class`.
         source: where a tracker's name was set, for the text of a warning.
 
@@ -162,7 +161,6 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     """Return a new plugin by name or import path, not yet initialized.
 
     Args:
-        kind: kind of plugin.
         name: a name, or `package:Class`.
         known: names registered in another process, as `registered` returned them there.
 

@@ -153,7 +153,6 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
     that no tracker has.
 
     Args:
-        backends: their names.
         options: their options by name; also of trackers that are not used here.
         source: where the names were set, for the text about a wrong one that is passed over.
 
@@ -177,8 +176,6 @@ def check_backend(backend: str, given: Mapping[str, Any], *, source: str = "") -
     """Check the name and the options of one tracker; return the metadata of a built-in one.
 
     Args:
-        backend: its name.
-        given: its options.
         source: where the name was set, for the text about a wrong one that is passed over.
 
     Raises:

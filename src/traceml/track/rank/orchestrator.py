@@ -99,7 +99,6 @@ class Orchestrator:
         """Append facts that a collector read.
 
         Args:
-            name: the collector.
             facts: what it read, already masked.
         """
         self._log_for_run(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
