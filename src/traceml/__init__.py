@@ -82,18 +82,9 @@ if TYPE_CHECKING:
     from traceml.track.rank.start_logging import start_logging, stop_logging
     from traceml.version import __version__ as __version__
 
-# Public names by module, imported on first use: `import traceml` costs a training script nothing.
+# Public names by module, except errors, imported on first use: `import traceml` costs a training script nothing.
 _NAMES = {
     "traceml.display.notebook": "Run load_run",
-    "traceml.errors": (
-        "AgentFailedError AggregatorRefusedError AggregatorUnavailableError ArgumentTypeError BackendBusyError "
-        "BackendError BackendRefusedError BackendUnauthorizedError FileForbiddenError FileMissingError "
-        "FileUnreadableError LaunchTimeoutError NotCallableError PayloadError "
-        "PluginError ProtocolError ResultNotFoundError RunNotFoundError RuntimeClosedError SettingsError "
-        "SlurmError StoreError TableNotFoundError TaskCancelledError TaskDeadlockError TaskError TaskForkedError "
-        "TaskTimeoutError TasksFailedError TraceEmptyError TraceMLError TraceNotFoundError UsageError WaitTimeoutError "
-        "WorkerFailedError"
-    ),
     "traceml.launch.launcher.launch_options": "DEFAULT_ENV_VARS LaunchResult",
     "traceml.launch.launcher.launcher": "Launcher launch",
     "traceml.launch.launcher.logs.log_handlers": "add_filter_to_handler file_handler stream_handler",
@@ -121,7 +112,6 @@ _NAMES = {
     ),
     "traceml.track.rank.start_logging": "start_logging stop_logging",
 }
-_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = ("dask", "integrations")  # whose names users write in full, as traceml.dask.TraceMLDaskWorkerPlugin
 
 __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
@@ -212,6 +202,9 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "trace_data",
     "trace_step",
 ]
+
+_HOMES = {name: "traceml.errors" for name in __all__ if name.endswith("Error")}
+_HOMES |= {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 # A thread may be the first to use a name, while another one forks: then the gate must be there already.
