@@ -13,7 +13,6 @@ __all__ = ["TESTED_VERSIONS", "DuplicateShifter", "MetricRow", "RepeatedPaths", 
 TESTED_VERSIONS = frozenset({"3.17"})
 # Rows of the last millisecond, and newest paths, that are kept over a restart to tell duplicates again.
 _REMEMBERED = 256
-_COLUMNS = frozenset({"run_uuid", "key", "value", "timestamp", "step", "is_nan"})
 
 
 class MetricRow(NamedTuple):
@@ -121,7 +120,7 @@ def is_insertable(store: Any) -> bool:
 
     from mlflow.store.tracking.dbmodels.models import SqlMetric
 
-    return frozenset(SqlMetric.__table__.columns.keys()) == _COLUMNS
+    return frozenset(SqlMetric.__table__.columns.keys()) == frozenset(_StoredMetric._fields)
 
 
 def insert(store: Any, run_id: str, rows: Sequence[MetricRow]) -> None:

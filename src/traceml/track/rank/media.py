@@ -69,7 +69,7 @@ def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int =
     )
 
 
-def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins: int = 64, t_ns: int = 0) -> None:
+def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins: int) -> None:
     """Log the distribution of values; they are counted now."""
     if _recorder(logger) is None:
         return
@@ -78,7 +78,7 @@ def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins:
     counts, edges, not_finite = histogram_of(values, bins)
     facts = {"not_finite": not_finite} if not_finite else {}
     step = logger.next_step(name, step)
-    logger.row("histogram", step=step, t_ns=t_ns, name=name, counts=counts, edges=edges, **facts)
+    logger.row("histogram", step=step, name=name, counts=counts, edges=edges, **facts)
 
 
 def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = None) -> None:
