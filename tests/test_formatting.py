@@ -212,6 +212,7 @@ def test_the_middle_of_a_path_is_left_out(place, room, shown):
 def test_a_function_inside_another_is_named_with_it():
     """Python's `<locals>` says nothing to a reader."""
     assert line_text("/x/train.py", 9, "main.<locals>.delay") == "train.py:9 main.delay"
+    assert line_text("/x/train.py", 9, "main", [7, 12]) == "train.py:9 main (lines 7-12)"
     assert line_text("/x/train.py", 9, "<module>") == "train.py:9"
 
 

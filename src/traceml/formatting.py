@@ -396,10 +396,12 @@ def phases_text(phases: Sequence[str], line: str | None) -> str:
     return f"{', '.join(before)} and {last}" if before else last
 
 
-def line_text(file: str, line: int, function: str) -> str:
-    """Return a line of code in words: `train.py:23 update_metric`."""
+def line_text(file: str, line: int, function: str, lines: Sequence[int] | None = None) -> str:
+    """Return a line of code in words: `train.py:23 update_metric`, or `train.py:23 main (lines 20-24)`."""
     name = file.rpartition("/")[2]
-    return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function.replace('.<locals>', '')}"
+    within = f" (lines {lines[0]}-{lines[1]})" if lines else ""
+    where = "" if function == "<module>" else f" {function.replace('.<locals>', '')}"
+    return f"{name}:{line}{where}{within}"
 
 
 def place_words(file: str | None, line: int | None, function: str | None) -> str:

@@ -184,7 +184,7 @@ def hang(finding: FindingFacts) -> str:
     cause, waiting = str(evidence.get("cause", "")), evidence.get("waiting")
     ranks = capitalized(ranks_text(finding.ranks))
     file = evidence.get("file")
-    at = f", in {line_text(file, evidence['line'], evidence['function'])}" if file else ""
+    at = f", in {_place(evidence)}" if file else ""
     if not file and finding.phase:
         at = f", {evidence['state']}" if evidence.get("state") else f", in {phase_words(finding.phase)}"
 
@@ -211,7 +211,7 @@ def user_code(finding: FindingFacts) -> str:
     evidence = finding.evidence
     share, where = finding.cost_share, phase_words(finding.phase or "other")
     line_share = evidence.get("line_share")
-    line = line_text(evidence["file"], evidence["line"], evidence["function"]) if "function" in evidence else None
+    line = _place(evidence) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
         where = phases_text(evidence.get("phases", [finding.phase or "other"]), line)
         mostly = "mostly " if line and line_share is not None and line_share < _MOSTLY * share else ""
@@ -293,7 +293,7 @@ def _of_pauses(evidence: Mapping[str, Any]) -> str:
 
 def _of_own_code(evidence: Mapping[str, Any]) -> str:
     """Return `74 % of step time is spent in train.py:19 log_gradient`."""
-    line = line_text(evidence["file"], evidence["line"], evidence["function"])
+    line = _place(evidence)
     share = evidence.get("line_share")  # None if few samples saw it
     return _spent_in(percent_text(share) if share else "Much", line)
 
@@ -443,12 +443,16 @@ def after_steps(finding: FindingFacts) -> str:
     return f"{_run_share(finding)} is after the last step{_mostly_at(finding)}"
 
 
+def _place(evidence: Mapping[str, Any]) -> str:
+    return line_text(evidence["file"], evidence["line"], evidence["function"], evidence.get("lines"))
+
+
 def _mostly_at(finding: FindingFacts) -> str:
     evidence = finding.evidence
     if "function" not in evidence:
         return ""
 
-    return f", mostly at {line_text(evidence['file'], evidence['line'], evidence['function'])}"
+    return f", mostly at {_place(evidence)}"
 
 
 def _run_share(finding: FindingFacts) -> str:
@@ -486,7 +490,7 @@ def insufficient_data(finding: FindingFacts) -> str:
     if "function" not in evidence:
         return "Not enough data for a verdict"
 
-    place = line_text(evidence["file"], evidence["line"], evidence["function"])
+    place = _place(evidence)
     return f"No training step was seen; most of the work is in {place}"
 
 

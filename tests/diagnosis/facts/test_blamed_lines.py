@@ -455,3 +455,32 @@ def test_what_other_threads_do_is_named_where_the_training_waits_for_them(called
         is_named
     )
     assert ("find out for what" in finding.next) is not is_named
+
+
+@pytest.mark.parametrize(
+    ("shares", "within"),
+    [
+        ({20: 90, 60: 10}, ""),
+        ({20: 60, 21: 25, 60: 15}, " (lines 20-21)"),
+        ({14: 25, 20: 60, 60: 15}, " (lines 14-20)"),
+        ({14: 20, 20: 30, 21: 25, 22: 25}, " (lines 20-22)"),
+        ({3: 30, 20: 40, 60: 30}, " (lines 3-60)"),
+    ],
+)
+def test_a_line_of_the_training_loop_is_told_with_those_around_it(shares: dict[int, int], within: str) -> None:
+    """All code of a script may be in one function: its main line does not have all that the function takes."""
+    loop = [line("other", "main", samples, number=number) for number, samples in shares.items()]
+    finding = found(Kind.RESIDUAL_HEAVY, *loop, line("backward", "main", 60, number=18), line("forward", "f", 70))
+
+    assert finding.headline.endswith(f"% of step time is spent in train.py:20 main{within}")
+    assert f"all of it in train.py:20 main{within};" in finding.summary
+    assert finding.evidence.get("lines") == ([int(n) for n in within[8:-1].split("-")] if within else None)
+
+
+def test_lines_of_a_function_of_one_part_belong_together() -> None:
+    """It is named, with the line that it is in most."""
+    lines = [line("other", "update", samples, number=number) for number, samples in ((20, 60), (21, 40))]
+    finding = found(Kind.RESIDUAL_HEAVY, *lines, line("backward", "main", 60, number=18), line("forward", "f", 70))
+
+    assert "all of it in train.py:20 update;" in finding.summary
+    assert "lines" not in finding.evidence

@@ -7,6 +7,7 @@ phase does not have more samples than its share: that would mean that code elsew
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -68,6 +69,9 @@ HIDDEN_RATIO = 0.8
 OWN_LINE_RATIO = 12
 """A line is of some ranks alone if they are seen in it this many times as often as the others, with one more sample."""
 
+MAIN_LINE_SHARE = 0.8
+"""In a training loop a line with less of a part is told with the lines around it."""
+
 _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
@@ -102,11 +106,12 @@ class BlamedLine(msgspec.Struct, frozen=True):
     samples: int
     is_least: bool = False  # whether it may have clearly more, as a part of the phase was hidden from samples
     of_workers: bool = False  # whether it is of the time in which loader workers make batches, and not of a phase
+    lines: tuple[int, int] | None = None  # first and last line that have most of it; None: the main line, or a function
 
     @property
     def place(self) -> str:
-        """The line in words: `train.py:23 update_metric`."""
-        return line_text(self.file, self.line, self.function)
+        """The line in words: `train.py:23 update_metric`; of a training loop also where in it: `(lines 20-24)`."""
+        return line_text(self.file, self.line, self.function, self.lines)
 
     @property
     def share_text(self) -> str:
@@ -133,7 +138,8 @@ class BlamedLine(msgspec.Struct, frozen=True):
     def evidence(self, phase_share: float) -> dict[str, Any]:
         """Return the line as a finding's evidence; with few samples there is no `line_share`."""
         share = {} if self.is_rough else {"line_share": self.share * phase_share}
-        return {"file": self.file, "line": self.line, "function": self.function, **share}
+        lines = {"lines": list(self.lines)} if self.lines else {}
+        return {"file": self.file, "line": self.line, "function": self.function, **lines, **share}
 
 
 def blamed_line(
@@ -189,8 +195,8 @@ def changed_line(
 
     own, common = _by_line(lines, code, place), _by_line(usual, code, place)
     line = max(own, key=lambda number: own[number] - common[number] * scale)
-    share = min(functions[place] / whole, 1.0)
-    return BlamedLine(place[0], line, place[1], share, total, total < HIDDEN_RATIO * whole)
+    share, within = min(functions[place] / whole, 1.0), _within_loop(lines, place, own, line)
+    return BlamedLine(place[0], line, place[1], share, total, total < HIDDEN_RATIO * whole, lines=within)
 
 
 def own_line_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int], others: Collection[int]) -> float:
@@ -234,7 +240,8 @@ def leading_lines(lines: Sequence[SampledLine], part: str, phase_share: float) -
 
 def _blamed(lines: Sequence[SampledLine], part: str, place: _Place, share: float, total: int) -> BlamedLine:
     own = _by_line(lines, part, place)
-    return BlamedLine(place[0], max(own, key=lambda number: own[number]), place[1], share, total)
+    line = max(own, key=lambda number: own[number])
+    return BlamedLine(place[0], line, place[1], share, total, lines=_within_loop(lines, place, own, line))
 
 
 def main_line_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
@@ -405,6 +412,32 @@ def _by_line(lines: Iterable[SampledLine], part: str, place: _Place) -> Counter[
             counts[each.line] += each.samples
 
     return counts
+
+
+def _within_loop(lines: Iterable[SampledLine], place: _Place, own: Counter[int], line: int) -> tuple[int, int] | None:
+    """Return the shortest range of lines around the main one with most of a function's samples in a part of the step.
+
+    None where the main line has them, or the function is of that part alone: what it does belongs together, while a
+    training loop has code of all parts.
+
+    Args:
+        own: samples of the part by line of the function.
+        line: the main line.
+    """
+    least = MAIN_LINE_SHARE * own.total()
+    parts = {each.part for each in lines if each.part not in OUTSIDE_STEPS and _place_of(each) == place}
+    if own[line] >= least or len(parts) < 2:
+        return None
+
+    found: list[tuple[int, int]] = []
+    seen = sorted(own)
+    for at, first in enumerate(seen):
+        sums = itertools.accumulate(own[each] for each in seen[at:])
+        last = next((last for last, inside in zip(seen[at:], sums, strict=True) if last >= line and inside >= least), 0)
+        if first <= line <= last:
+            found.append((first, last))
+
+    return min(found, key=lambda each: each[1] - each[0])
 
 
 def _by_function(lines: Iterable[SampledLine], part: str) -> tuple[Counter[_Place], int, int]:
