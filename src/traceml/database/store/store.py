@@ -61,6 +61,7 @@ class StoreWriter:
         self._dirty_streams: set[int] = set()
         self._meta: dict[str, bytes] = {}
         self._events: list[tuple[int, str, bytes]] = []
+        self._touched: set[_Key] = set()
         self._is_large = False  # for good: rows are never stored in another order than that of their numbers
         try:
             self._database = open_for_writing(self.path)
@@ -118,38 +119,45 @@ class StoreWriter:
         first_step: int = _NO_STEP,
         last_step: int = _NO_STEP,
         packed: tuple[int, bytes] | None = None,
-    ) -> None:
-        """Buffer a frame for the next commit.
+    ) -> int:
+        """Buffer a frame for the next commit; return the number of new rows.
 
-        Rows missing before `seq` count as lost, because rows never arrive out of order.
+        Repeated rows are dropped. Rows missing before `seq` count as lost, because rows never arrive out of order.
 
         Args:
-            seq: number of the first row, `next_seq` or more.
+            seq: number of the first row.
             first_step: training step of the first row; -1 for rows without steps.
             packed: codec and bytes that `codec.encode` has given for these rows: they are not compressed again.
 
         Raises:
-            ValueError: the stream or table is unknown, rows came before, or the size does not match their number.
+            ValueError: the stream or table is unknown, or the size does not match the number of rows.
         """
         _validate(table, n, data)
         if stream not in self._streams:
             raise ValueError(f"no stream {stream} in {self.path}")
 
         key = (stream, table)
-        if seq < self._next.get(key, 0):
-            raise ValueError(f"row {seq} of {table} of stream {stream} came before")
+        expected = self._next.get(key, 0)
+        if seq < expected:
+            known = min(n, expected - seq)
+            if known == n:
+                return 0
+
+            data, seq, n, packed = _without_head(table, bytes(data), known), expected, n - known, None
+            first_step = _first_step(table, data)
+
         self._next[key] = seq + n
         if self._is_large and table in THINNED:
+            self._touched.add(key)
             self._unframed.add(IncomingRows(stream, table, seq, n, bytes(data), first_step, last_step))
-            return
+            return n
 
         buffer = self._buffers.get(key)
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
-            if buffer is not None:
-                self._encode(key, buffer)
+            buffer = self._begin(key, seq)
 
-            buffer = self._buffers[key] = FrameBuffer(seq)
         buffer.add(n, bytes(data), first_step, last_step, packed)
+        return n
 
     def hold(self) -> None:
         """From now on let steps and samples wait for others of their frame, as in a large job; see `unframed_rows`."""
@@ -167,7 +175,7 @@ class StoreWriter:
         """Record an event with the current time; the next commit writes it."""
         self._events.append((time.time_ns(), kind, _packed(data)))
 
-    def commit(self, now_s: float | None = None, *, frames_of_all: bool = False) -> None:
+    def commit(self, now_s: float | None = None, *, frames_of_all: bool = False) -> dict[tuple[int, str], int]:
         """Write all buffered rows in one transaction.
 
         In a large job, readers see steps and samples some seconds later; see `unframed_rows`.
@@ -175,14 +183,16 @@ class StoreWriter:
         Args:
             frames_of_all: let readers see all rows.
 
+        Returns:
+            What to acknowledge: the number of the next expected row, per (stream, table) that got rows.
+
         Raises:
             StoreError: nothing was written, usually because the disk is full; all rows stay for the next call.
         """
         now_s = time.monotonic() if now_s is None else now_s
-        for key, buffer in self._buffers.items():
-            self._encode(key, buffer)
+        for key in list(self._buffers):
+            self._finish(key)
 
-        self._buffers.clear()
         for key, rows in self._unframed.drain(now_s, everything=frames_of_all):
             self._encode(key, rows)
 
@@ -190,7 +200,7 @@ class StoreWriter:
         names = self._table_ids[NAMES.name]
         self._encoded.sort(key=lambda frame: frame[1] != names)
         if not (self._encoded or self._dirty_streams or self._meta or self._events or self._unframed.has_work):
-            return
+            return {}
 
         with translate_errors(self.path, "write"):
             frames = self._write()
@@ -199,10 +209,12 @@ class StoreWriter:
         for frame, stream, number, _, n, _, _, _, data in frames:
             self._maintenance.record(stream, self._table_names[number], frame, n, len(data), now_s)
 
-        for waiting in (self._encoded, self._dirty_streams, self._meta, self._events):
+        done = {key: self._next[key] for key in self._touched}
+        for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
             waiting.clear()
 
         self._is_large |= self._maintenance.compaction.is_large
+        return done
 
     def maintain(
         self, budget_s: float, cursors: Sequence[int] = (), limit_bytes: int | None = None, now_s: float | None = None
@@ -239,6 +251,17 @@ class StoreWriter:
         finally:
             self._database.close()
             self._unlock()
+
+    def _begin(self, key: _Key, seq: int) -> FrameBuffer:
+        if key in self._buffers:
+            self._finish(key)
+
+        self._buffers[key] = FrameBuffer(seq)
+        return self._buffers[key]
+
+    def _finish(self, key: _Key) -> None:
+        self._encode(key, self._buffers.pop(key))
+        self._touched.add(key)
 
     def _encode(self, key: _Key, rows: FrameBuffer) -> None:
         stream, table = key
@@ -387,3 +410,22 @@ def _validate(table: str, n: int, data: bytes | memoryview) -> None:
 
     if n < 1 or (isinstance(schema, Table) and len(data) != n * schema.row_bytes):
         raise ValueError(f"{table}: {len(data)} bytes are not {n} rows")
+
+
+def _first_step(table: str, data: bytes) -> int:
+    schema = TABLES[table]
+    at = schema.index.get("step") if isinstance(schema, Table) else None
+    return _NO_STEP if at is None else int.from_bytes(data[8 * at : 8 * at + 8], "little", signed=True)
+
+
+def _without_head(table: str, data: bytes, rows: int) -> bytes:
+    schema = TABLES[table]
+    if isinstance(schema, Table):
+        return data[rows * schema.row_bytes :]
+
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(data)
+    for _ in range(rows):
+        unpacker.skip()
+
+    return data[unpacker.tell() :]
