@@ -247,7 +247,7 @@ def _timing_without_pauses(
     if len(others) < MIN_STEPS:
         return found
 
-    found = _timing(others, own_work_of(others, facts), facts, history)
+    found = _timing(others, own_work_of(others, facts), facts, others if history is window else history)
     text, action, evidence = pauses.explanation
     text += f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
     found = [replace(each, evidence={**each.evidence, **evidence}) for each in found]
