@@ -20,8 +20,6 @@ FINE = Finding(kind=Kind.HEALTHY, severity=Severity.INFO, summary="Fine.", next=
 class Rank:
     """A connected rank that keeps what it is told."""
 
-    is_diagnosed, is_helper = True, False
-
     def __init__(self, rank: int) -> None:
         self.rank, self.peer = rank, self
         self.told: list[dict[str, Any]] = []
@@ -34,7 +32,7 @@ class Rank:
 def notices_of(
     *ranks: Rank, silent: Rank | None = None, now_s: Callable[[], float] = time.monotonic
 ) -> tuple[JobNotices, Any]:
-    run: Any = SimpleNamespace(path=Path("/runs/a"), attempt=0, connected=ranks)
+    run: Any = SimpleNamespace(path=Path("/runs/a"), attempt=0, connected_ranks=ranks)
     watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent)
     return JobNotices(run, watch, now_s), run
 
@@ -55,7 +53,7 @@ def test_a_rank_that_cannot_print_is_not_asked() -> None:
     silent, other = Rank(0), Rank(1)
     notices, run = notices_of(silent, silent=silent)
     notices.check([HANG])
-    run.connected = (silent, other)
+    run.connected_ranks = (silent, other)
     notices.check([HANG])
 
     assert (len(silent.told), len(other.told)) == (0, 1)

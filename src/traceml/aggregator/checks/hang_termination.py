@@ -80,8 +80,7 @@ class HungJobs:
     @staticmethod
     async def _snapshot_silent(run: ActiveRun) -> None:
         """Take a last snapshot of ranks that cannot answer: the one before may be some seconds old."""
-        ranks = [stream for stream in run.connected if stream.is_diagnosed and not stream.is_helper]
-        await snapshots_from_outside(run, ranks, is_last=True)
+        await snapshots_from_outside(run, run.connected_ranks, is_last=True)
 
     def forget(self, run: ActiveRun) -> None:
         """Forget a run that is over."""

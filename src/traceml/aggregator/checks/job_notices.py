@@ -57,6 +57,5 @@ class JobNotices:
         return peer is not None
 
     def _peer(self) -> StreamPeer | None:
-        able = [each for each in self._run.connected if each.is_diagnosed and not each.is_helper]
-        able = [each for each in able if not self._silent.is_silent(each)]
+        able = [each for each in self._run.connected_ranks if not self._silent.is_silent(each)]
         return min(able, key=lambda each: each.rank).peer if able else None

@@ -132,8 +132,7 @@ class SilentRanks:
         return any(process.stream is stream for process in self._silences)
 
     def _connected(self) -> list[RankProcess]:
-        ranks = [stream for stream in self._run.connected if stream.is_diagnosed and not stream.is_helper]
-        return [process for process in map(RankProcess.of, ranks) if process is not None]
+        return [process for process in map(RankProcess.of, self._run.connected_ranks) if process is not None]
 
     def _leave(self, process: RankProcess) -> None:
         """Forget a process that has gone; one that was absent may have connected, so its silence is over."""

@@ -110,6 +110,11 @@ class RunStreams:
         return [stream for stream in self.streams if stream.connected]
 
     @property
+    def connected_ranks(self) -> list[RankStream]:
+        """Those of them that are diagnosed ranks, each its rank's newest incarnation."""
+        return [stream for stream in self.connected if stream.is_diagnosed and not stream.is_helper]
+
+    @property
     def is_connected(self) -> bool:
         """Whether any rank is connected now."""
         return any(stream.connected for stream in self.streams)
