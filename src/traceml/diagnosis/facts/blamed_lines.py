@@ -425,8 +425,10 @@ def _within_loop(lines: Iterable[SampledLine], place: _Place, own: Counter[int],
         line: the main line.
     """
     least = MAIN_LINE_SHARE * own.total()
-    parts = {each.part for each in lines if each.part not in OUTSIDE_STEPS and _place_of(each) == place}
-    if own[line] >= least or len(parts) < 2:
+    if own[line] >= least:
+        return None
+
+    if len({each.part for each in lines if each.part not in OUTSIDE_STEPS and _place_of(each) == place}) < 2:
         return None
 
     found: list[tuple[int, int]] = []

@@ -13,8 +13,9 @@ from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import LINE_SHARE, LONG_NS, excess_over_usual
+from traceml.diagnosis.rules.jitter import LONG_NS, excess_over_usual
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.long_steps import LINE_SHARE
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats

@@ -13,13 +13,13 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
-from traceml.diagnosis.steps.long_steps import RARE
+from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, median_over_ranks
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["LINE_SHARE", "excess_over_usual", "jitter", "late_in_turns", "significant_excess", "usual"]
+__all__ = ["excess_over_usual", "jitter", "late_in_turns", "significant_excess", "usual"]
 
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
@@ -47,8 +47,6 @@ DESCRIBED_SHARE = 0.8
 """If some long steps have this share of what all of them cost, the sentence describes these alone."""
 LIGHT_SHARE = 0.1
 """Steps with less than this share of the excess of those that have half of it are noise between these."""
-LINE_SHARE = 0.6
-"""The phase's line is named if the long steps have this share of the phase."""
 CAUSE_SHARE = 0.5
 """What a rank does in a step explains that the next one is long, if it takes this share of what that takes more."""
 ONE_RANK_SHARE = 0.9

@@ -13,10 +13,10 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
-from traceml.diagnosis.rules.jitter import LINE_SHARE, excess_over_usual, significant_excess, usual
+from traceml.diagnosis.rules.jitter import excess_over_usual, significant_excess, usual
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.diagnosis.steps.long_steps import RARE
+from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork
 from traceml.diagnosis.steps.speedup import replayed, saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats

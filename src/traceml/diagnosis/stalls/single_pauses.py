@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Explanation
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.long_steps import LINE_SHARE
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import count_text, ns_text, phase_words
@@ -26,7 +27,6 @@ MOST_PAUSES = 2
 """So many are no rare long steps yet."""
 PART_SHARE = 0.7
 """If no line is known, the part of the step is named if it took at least this share of it."""
-_LINE_SHARE = 0.6  # the line of a part is named if the pauses have this share of what its samples are about
 
 
 class SinglePauses(NamedTuple):
@@ -102,7 +102,7 @@ def _line(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp]) -> Bl
         return None
 
     row = int(values[:, at].sum(axis=1).argmax())
-    if values[row, at].sum() < _LINE_SHARE * values[row].sum():
+    if values[row, at].sum() < LINE_SHARE * values[row].sum():
         return None
 
     share = float(values[row].sum()) / max(float(work.step.sum()), 1.0)

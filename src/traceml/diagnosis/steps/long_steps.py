@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
-__all__ = ["RARE", "count_long_steps", "long_steps_blame"]
+__all__ = ["LINE_SHARE", "RARE", "count_long_steps", "long_steps_blame"]
 
 RARE = 0.25
 """If more steps than this share are long, that is a property of the run."""
+LINE_SHARE = 0.6
+"""The phase's line is named if the long steps have this share of the phase."""
 MAX_P_VALUE = 0.001
 """The probability that the long steps hit that rank by chance must be below this."""
 LONG_STEP_SHARE = 0.25
