@@ -91,7 +91,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     def headline(self) -> str:
         """The finding in one sentence without a period."""
         text = self.kind.headline(self)
-        is_beside = "pause_share" in self.evidence and self.severity is not Severity.INFO
+        is_beside = "pause_share" in self.evidence and self.kind not in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
         return f"{text}, not counting {headlines.pauses_text(self.evidence)}" if is_beside else text
 
     def rounded(self) -> Finding:

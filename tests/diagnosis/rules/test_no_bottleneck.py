@@ -16,7 +16,8 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.no_bottleneck import for_compute
 from traceml.diagnosis.ruleset import diagnose
 
@@ -621,6 +622,17 @@ def test_what_the_other_steps_wait_for_is_found_beside_a_pause(part: str, ranks:
         r"One step took 3\d\.\d s, 1,3\d\d times the mean of the others.*\. It is not counted here\.", found.summary
     )
     assert found.next.endswith("shows the lines in which the training was seen.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [(Kind.INPUT_BOUND, True), (Kind.HEALTHY, False), (Kind.COMPUTE_BOUND, False)]
+)
+def test_a_remark_that_leaves_a_pause_out_says_so(kind: Kind, says: bool) -> None:
+    """Beside waiting for cores a finding may be a remark; verdicts without a bottleneck are about all steps."""
+    evidence = {"pauses": 1, "pause_ms": 16_000.0, "pause_share": 0.7, "share_by_phase": {}}
+    found = Finding.of(kind, summary="", next="", evidence=evidence, severity=Severity.INFO, cost_share=0.3)
+
+    assert found.headline.endswith(", not counting one step of 16.0 s") is says
 
 
 def test_more_long_steps_are_no_pauses() -> None:
