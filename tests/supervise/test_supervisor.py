@@ -8,9 +8,11 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.eventually import eventually
@@ -148,13 +150,15 @@ def test_a_signal_that_the_command_ignores_ends_nothing(tmp_path: Path) -> None:
     assert report_of(run_dir)["verdict"]["kind"] == "INSUFFICIENT_DATA"
 
 
-def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Path) -> None:
-    """It says no bye; its launcher knows that its exit code was 0, and tells it while the job runs."""
+@pytest.mark.parametrize("busy_s", [0.0, 4.0])
+def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Path, busy_s: float) -> None:
+    """It says no bye; its launcher knows that its exit code was 0, and tells it until the aggregator has time."""
     (tmp_path / "train.py").write_text(
         "import os, time, traceml\n"
         "traceml.init()\n"
         "with traceml.trace_step():\n"
-        "    time.sleep(0.1)\n"
+        "    while not os.path.exists('connected'):\n"
+        "        time.sleep(0.05)\n"
         "os.environ['RANK'] == '0' and os._exit(0)\n"
         "while not os.path.exists('over'):\n"
         "    time.sleep(0.05)\n"
@@ -168,7 +172,15 @@ def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Pa
 
     with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
         try:
-            eventually(lambda: store.exists() and states().get(0) == "finished", "rank 0 to be known as finished")
+            eventually(lambda: store.exists() and states() == {0: "running", 1: "running"}, "both ranks")
+            (aggregator,) = (each for each in psutil.Process(job.pid).children() if "serve" in each.cmdline())
+            if busy_s:
+                aggregator.suspend()
+
+            (tmp_path / "connected").touch()
+            time.sleep(busy_s)
+            aggregator.resume()
+            eventually(lambda: states()[0] == "finished", "rank 0 to be known as finished")
             assert states()[1] == "running"
             (tmp_path / "over").touch()
             assert job.wait(240) == 0

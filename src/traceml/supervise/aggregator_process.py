@@ -196,16 +196,20 @@ class AggregatorProcess(RestartingProcess):
         """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
         self._ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
-    def tell_ends(self, exits: Iterable[ExitReport]) -> None:
-        """Tell it of ranks that have ended while the job runs; `finish` tells it again."""
-        self._ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
+    def tell_ends(self, exits: Iterable[ExitReport]) -> bool:
+        """Tell it of ranks that have ended while the job runs; return whether it knows now. `finish` tells it again."""
+        return self._ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
 
-    def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> None:
+    def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> bool:
+        """Send a command; return whether it was answered in time."""
         end_s = time.monotonic() + limit_s
         with contextlib.suppress(TraceMLError, OSError):
             connection = self._connect(limit_s, tries=1)
             with contextlib.closing(connection):
                 connection.request(name, args, timeout_s=end_s - time.monotonic())
+                return True
+
+        return False
 
     def finish(self, exits: Sequence[ExitReport], status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
         """Report the end of the processes and of the run; return whether it is complete on disk.
