@@ -38,7 +38,7 @@ def new_step_times(work: OwnWork, changed: Mapping[str, Floats]) -> Floats:
         return np.asarray(np.maximum(work.step - (work.own - own).mean(axis=0), 0))
 
     step, longest = work.by_sync_interval(work.step), work.longest_intervals(own)
-    left = step - (work.longest_intervals(work.own) - longest)
+    left = step - (work.longest_as_is - longest)
     least, begins = np.minimum(step, longest), work.begins[work.sync_intervals]
     times = _shared_out(np.maximum(left, least), np.maximum(least - left, 0), least, begins)
     lengths = np.diff(work.sync_intervals, append=len(work.step))
