@@ -115,6 +115,18 @@ def test_when_all_have_ended_the_common_steps_count():
     assert kept.aligned().steps[-1] == 57
 
 
+@pytest.mark.parametrize(("steps", "ranks", "last"), [(20, [0], 99), (30, [0, 1], 29)])
+def test_when_all_have_ended_one_that_ended_long_before_is_left_out(steps, ranks, last):
+    """Else a rank without data, or one that left by os._exit, would hide what the others' steps cost."""
+    kept = KeptSteps(256)
+    for rank, count in enumerate((100, steps)):
+        put(kept, rank, some_rows(0, count))
+        kept.end(rank)
+
+    assert kept.aligned().ranks.tolist() == ranks
+    assert kept.aligned().steps[-1] == last
+
+
 def test_a_rank_left_far_behind_is_named_and_not_waited_for():
     """A silent rank does not stop the diagnosis of the others."""
     kept = KeptSteps(128)

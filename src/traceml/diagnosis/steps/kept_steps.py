@@ -170,8 +170,8 @@ class KeptSteps:
         """Return the newest steps that all live ranks have.
 
         Ranks that ended before others went on, or that are behind by more than half the ring, are left out. When all
-        ranks have ended, the steps they had in common are returned. Steps in which a rank was profiled are left out:
-        they take longer, and the other ranks wait.
+        ranks have ended, the steps in common are returned, without ranks that made less than a quarter of the steps of
+        another. Steps in which a rank was profiled are left out: they take longer, and the other ranks wait.
 
         Args:
             last: maximum number of steps (less for thousands of ranks); by default those of the last ten seconds, but
@@ -242,17 +242,17 @@ class KeptSteps:
         if self.representatives:  # the steps of ranks whose rows are not sent end anywhere
             seen[self.representatives.unsent[self.representatives.unsent < len(seen)]] = False
 
-        live = seen & ~self._ended
+        live, reach = seen & ~self._ended, self._reach // 2
         if live.any():
             # One that ends a moment before the others is compared until these have newer steps.
             live |= seen & (self.latest >= self.latest[live].max())
         else:
-            live = seen
+            live, reach = seen, min(reach, int(0.75 * self.latest.max(initial=0)))
 
         if not live.any():
             return np.empty(0, np.int64), ()
 
-        near = live & (self.latest > self.latest[live].max() - max(self._reach // 2, 1))
+        near = live & (self.latest > self.latest[live].max() - max(reach, 1))
         if self.representatives and not np.isin(np.flatnonzero(near), self.representatives.silent).all():
             near[np.isin(np.arange(len(near)), self.representatives.silent)] = False
 
