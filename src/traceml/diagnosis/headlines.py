@@ -25,6 +25,7 @@ from traceml.process_ends import exit_text, signal_name
 
 __all__ = [
     "FindingFacts",
+    "communication",
     "compute",
     "core_wait",
     "device_fault",
@@ -457,6 +458,15 @@ def _mostly_at(finding: FindingFacts) -> str:
 
 def _run_share(finding: FindingFacts) -> str:
     return f"{percent_text(finding.cost_share)} of the run's time" if finding.cost_share else "Part of the run's time"
+
+
+def communication(finding: FindingFacts) -> str:
+    """Return `Communication between ranks slows training down: 34 % of step time`, or that some ranks are not seen."""
+    waiting = "Communication between ranks slows training down"
+    if "unseen_ranks" in finding.evidence:
+        waiting = "The ranks that are seen wait for others"
+
+    return f"{waiting}: {_of_step_time(finding)}"
 
 
 def throttled(finding: FindingFacts) -> str:

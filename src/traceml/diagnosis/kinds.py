@@ -67,7 +67,7 @@ class Kind(StrEnum):
     COMPUTE_BOUND = "COMPUTE_BOUND", KindRule(headlines.compute, Severity.INFO)
     INPUT_BOUND = "INPUT_BOUND", KindRule(headlines.input_wait)
     H2D_BOUND = "H2D_BOUND", KindRule("Copies to the device slow training down: {share}")
-    COMM_BOUND = "COMM_BOUND", KindRule("Communication between ranks slows training down: {share}")
+    COMM_BOUND = "COMM_BOUND", KindRule(headlines.communication)
     RESIDUAL_HEAVY = "RESIDUAL_HEAVY", KindRule(headlines.user_code)
     INPUT_STRAGGLER = "INPUT_STRAGGLER", _SLOW
     COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER", _SLOW

@@ -203,6 +203,32 @@ def test_a_rank_without_steps_may_be_what_the_others_wait_for(messages: bool, ho
     assert finding.speedup_if_fixed == 1.0
 
 
+@pytest.mark.parametrize(
+    ("world_size", "unseen", "text"), [(3, [2], "rank 2"), (8, [*range(2, 8)], "one of ranks 2-7")]
+)
+def test_a_rank_that_is_not_in_the_run_may_be_late(world_size: int, unseen: list[int], text: str) -> None:
+    """Each node's `traceml run --nnodes` has a run of its own: no rank of it is late, and yet it waits for one."""
+    window = window_of(Job(comm=20.0, steps=100))
+    builder = JobFactsBuilder(world_size)
+    for rank in range(2):
+        builder.host(rank, "node1")
+
+    known = replace(builder.build(), backend="nccl", latest=(99, 99))
+    finding = next(each for each in diagnose(window, known) if each.kind is Kind.COMM_BOUND)
+
+    assert finding.headline.startswith("The ranks that are seen wait for others: ")
+    assert (
+        f" for others: for communication, or because {text} is late, of which nothing is known here." in finding.summary
+    )
+    assert "no rank is late" not in finding.summary
+    assert finding.next.startswith("Trace all ranks in one run")
+    assert finding.evidence["unseen_ranks"] == unseen
+    assert finding.speedup_if_fixed == 1.0
+
+    both = replace(known, world_size=2)
+    assert "no rank is late" in next(each for each in diagnose(window, both) if each.kind is Kind.COMM_BOUND).summary
+
+
 def test_ranks_that_meet_every_eighth_step_wait_there_for_a_late_one() -> None:
     """Local SGD: what rank 1 is late in eight steps is waited for in one of them, and the network is not slow."""
     window = window_of(Job(ranks=2, steps=200, comm=0.1, meets_every=8), adds("other", 20.0, (1,)))

@@ -185,6 +185,12 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return f" of {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""
 
     @cached_property
+    def unseen_ranks(self) -> list[int]:
+        """Ranks of the job of which the run has nothing, as of those of another node with a run of its own."""
+        with_steps = {rank for rank, step in enumerate(self.latest) if step >= 0}
+        return sorted(set(range(self.world_size)) - with_steps - self.hosts.keys()) if self.hosts else []
+
+    @cached_property
     def wait_share(self) -> float:
         """Share of ready time in which main threads waited for a core: the median over ranks, 0 if unknown."""
         return float(np.median(list(self.wait_of_ready_time.values()))) if self.wait_of_ready_time else 0.0

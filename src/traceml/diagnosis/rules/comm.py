@@ -73,6 +73,9 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, evidence)]
 
+    if unseen := facts.unseen_ranks:
+        return [_waiting_for_unseen(unseen, cost, step, evidence)]
+
     # Ranks may train no steps, as one that only plays, evaluates or serves.
     without_steps = [rank for rank, step in enumerate(facts.latest[: facts.world_size]) if step < 0]
     if explicit > cost / 2 and without_steps:
@@ -128,6 +131,20 @@ def _finding(
         cost_share=share,
         speedup_if_fixed=gain,
     )
+
+
+def _waiting_for_unseen(ranks: Sequence[int], cost: float, step: float, evidence: dict[str, Any]) -> Finding:
+    """Return the finding on waiting where not all ranks are in the run: one of the others may be late."""
+    who = f"{'one of ' if len(ranks) > 1 else ''}{ranks_text(ranks)}"
+    summary = (
+        f"{_cost_text('The ranks that are seen wait', cost, step)} for others: for communication, or because {who} is "
+        "late, of which nothing is known here."
+    )
+    action = (
+        "Trace all ranks in one run, which names a late one. Those of several nodes are one by `traceml launch`, or by "
+        "`traceml serve --host 0.0.0.0` on one of them, and TRACEML=1, TRACEML_HOST and TRACEML_TOKEN on all."
+    )
+    return _finding(cost, step, summary, action, {**evidence, "unseen_ranks": list(ranks[:_MAX_LISTED])})
 
 
 def _waiting_for_others(ranks: Sequence[int], how: str, cost: float, step: float, evidence: dict[str, Any]) -> Finding:
