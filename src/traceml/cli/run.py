@@ -110,6 +110,12 @@ def main(argv: list[str]) -> int:
             TRACEML_PROFILE_ON_FINDING=str(settings.PROFILE_AFTER_S) if options.profile_on_finding else None,
         ),
     )
+    if _has_other_nodes(options) and not config.quiet:
+        print_notice(
+            "traceml: this run has the ranks of this node only; `traceml launch`, or `TRACEML=1 torchrun` on each node "
+            "with TRACEML_HOST and TRACEML_TOKEN of one `traceml serve --host 0.0.0.0`, makes one run of all nodes"
+        )
+
     with _metrics(job, options.prometheus, config.token) as keep_metrics:
         return run_job(job, live=options.live, report=options.report, quiet=config.quiet, on_tick=keep_metrics)
 
@@ -223,6 +229,11 @@ def make_parser() -> argparse.ArgumentParser:
 def _uses_torchrun(options: argparse.Namespace) -> bool:
     """Return whether one of torchrun's options was given: a script then expects torchrun's variables, also alone."""
     return options.nproc_per_node is not None or bool(_torchrun_arguments(options))
+
+
+def _has_other_nodes(options: argparse.Namespace) -> bool:
+    """Return whether torchrun may start ranks on other nodes, too: each node's command has a run of its own."""
+    return options.nnodes is not None and int(options.nnodes.rpartition(":")[2]) > 1
 
 
 def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
