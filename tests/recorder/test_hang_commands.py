@@ -42,12 +42,14 @@ def test_the_process_ends_with_its_workers_and_programs():
 
 def test_a_hang_is_told_on_standard_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Also what a terminal would take for its own commands, as it comes over a wire."""
+    printed: list[str] = []
     for facts in ({"kind": "HANG", "headline": "Rank 1 blocks the others, in a.py:3\x1b[2J"}, {}):
-        assert print_stuck({**facts, "run_dir": str(tmp_path / "a run")}) == {}
+        assert print_stuck({**facts, "run_dir": str(tmp_path / "a run")}, lambda: printed.append("")) == {}
         for thread in threading.enumerate():
             if thread.name == "traceml-notice":
                 thread.join()
 
+    assert len(printed) == 2
     first, second = capsys.readouterr().err.splitlines()
     command = f"`traceml report '{tmp_path}/a run'`"
     assert first.startswith("traceml: HANG: Rank 1 blocks the others, in a.py:3")

@@ -47,11 +47,12 @@ def _terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def print_stuck(args: Mapping[str, Any]) -> dict[str, Any]:
+def print_stuck(args: Mapping[str, Any], on_printed: Callable[[], object]) -> dict[str, Any]:
     """Print that the job is stuck, or goes on; in a thread of its own, as nobody may read the pipe of standard error.
 
     Args:
         args: `kind` and `headline` of the verdict, absent if the job goes on; `run_dir`.
+        on_printed: called in that thread, as this line is no output of the script.
     """
     command = report_command(short_path(Path(str(args.get("run_dir")))))
     line = (
@@ -59,5 +60,10 @@ def print_stuck(args: Mapping[str, Any]) -> dict[str, Any]:
         if "headline" in args
         else f"traceml: the job goes on; `{command}` says what it waited for"
     )
-    Thread(target=print_notice, args=(printable(line),), name="traceml-notice", daemon=True).start()
+
+    def show() -> None:
+        print_notice(printable(line))
+        on_printed()
+
+    Thread(target=show, name="traceml-notice", daemon=True).start()
     return {}

@@ -165,6 +165,10 @@ class RankTracing:
         """Answer the aggregator's command `snapshot`."""
         return self._progress_watch.snapshot_now(is_last=args.get("last") is True).to_row()
 
+    def leave_out_output(self) -> None:
+        """Take what was written up to now for no work of the script."""
+        self._progress_watch.leave_out_output()
+
     def hook_ns(self) -> int:
         """Return what the hooks cost per step, in nanoseconds."""
         return self.instrumentation.hook_ns_per_step() if self.instrumentation is not None else 0

@@ -91,7 +91,7 @@ class Recording:
                 "statistics": lambda _args: asdict(statistics()),
                 "profile": self.tracing.profiles.answer,
                 "abort": lambda _args: abort_process(self.thread.call_later),
-                "notice": lambda args: {} if config.quiet else print_stuck(args),
+                "notice": lambda args: {} if config.quiet else print_stuck(args, self.tracing.leave_out_output),
             },
             files=self.files,
             on_welcome=self._welcomed,

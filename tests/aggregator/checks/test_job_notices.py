@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from traceml.aggregator.checks.job_notices import JobNotices
+from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 
@@ -32,7 +34,10 @@ class Rank:
 def notices_of(
     *ranks: Rank, silent: Rank | None = None, now_s: Callable[[], float] = time.monotonic
 ) -> tuple[JobNotices, Any]:
-    run: Any = SimpleNamespace(path=Path("/runs/a"), attempt=0, connected_ranks=ranks)
+    builder = JobFactsBuilder(len(ranks))
+    run: Any = SimpleNamespace(
+        path=Path("/runs/a"), attempt=0, connected_ranks=ranks, live=SimpleNamespace(facts_builder=builder)
+    )
     watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent)
     return JobNotices(run, watch, now_s), run
 
@@ -57,6 +62,18 @@ def test_a_rank_that_cannot_print_is_not_asked() -> None:
     notices.check([HANG])
 
     assert (len(silent.told), len(other.told)) == (0, 1)
+
+
+def test_a_job_without_progress_does_not_go_on() -> None:
+    """Also if the verdict is another one, as of a rank that computes again for a moment."""
+    rank = Rank(0)
+    notices, run = notices_of(rank)
+    notices.check([HANG])
+    progress = run.live.facts_builder.progress
+    for ended in (False, True):
+        progress.take_snapshot(RankSnapshot(at_ns=1, rank=0, quiet_s=70.0, ended=ended))
+        notices.check([FINE])
+        assert ([*map(len, rank.told)] == [3, 1]) == ended
 
 
 def test_each_attempt_that_hangs_is_told() -> None:

@@ -186,6 +186,39 @@ def test_values_that_another_thread_logs_are_no_progress(run_script: Run, servin
     }
 
 
+def test_the_notice_of_a_hang_is_no_output_of_the_script(run_script: Run) -> None:
+    """The rank prints it itself; taken for work of the script, it made the hang one that computes, and none."""
+    code = """
+        import sys, time, traceml
+
+        class Tee:
+            text = ""
+
+            def write(self, text):
+                self.text += text
+                return sys.__stderr__.write(text)
+
+            def flush(self):
+                sys.__stderr__.flush()
+
+        has_output, make = [], ProgressWatch._make
+
+        def note_made(watch, **options):
+            snapshot = make(watch, **options)
+            if "traceml: HANG" in sys.stderr.text:
+                has_output.append(snapshot.has_output)
+            return snapshot
+
+        ProgressWatch._make, sys.stderr = note_made, Tee()
+        traceml.init()
+        while len(has_output) < 3: time.sleep(0.1)
+        print(has_output[1:])  # the first may come between the line and the note that it was one of ours
+        """
+    done = run_script(_noting(code), **_QUICK, TRACEML_QUIET="0")
+
+    assert done.stdout == "[False, False]\n", done.stderr
+
+
 def test_an_interrupted_hang_has_not_ended(run_script: Run, serving: Serving) -> None:
     """That the process ends is no progress: the report has to know that it was stuck."""
     code = """

@@ -36,6 +36,9 @@ class JobNotices:
         """Take the findings of the last diagnosis, the verdict first."""
         verdict = findings[0] if findings and findings[0].kind in _AFTER_S else None
         if verdict is None:
+            if self._printed_of is not None and self._run.live.facts_builder.progress.has_snapshots:
+                return  # it makes no progress, though the verdict is another one
+
             goes_on, self._printed_of, self._since_s = self._printed_of == self._run.attempt, None, None
             if goes_on:
                 self._send({})

@@ -93,6 +93,10 @@ class ProgressWatch:
 
         return snapshot
 
+    def leave_out_output(self) -> None:
+        """Take what threads other than the training's have written up to now for no work: it was a notice of ours."""
+        self._progress.output.forget()
+
     @property
     def _first_s(self) -> float:
         if self._slots[Slot.EXIT_START]:  # an exit takes a while on a busy host, and replaces what was seen before it
