@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -295,6 +297,18 @@ def test_folders_that_the_file_names_are_not_touched(tmp_path: Path) -> None:
     assert (precious / "thesis").read_text() == "text"
     assert (tmp_path / "precious.logged.journal").exists()
     assert not flight.path.exists()
+
+
+def test_a_file_that_cannot_be_removed_stays(tiny_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    """The aggregator that has stored its rows goes on: it did not, and tried again four times a second."""
+    written, disk = left_behind(tmp_path / "flights").path, tiny_disk(64 << 20)
+    assert written is not None
+    path = shutil.copytree(written.parent, disk / "flights") / written.name
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    read_flight(path, tmp_path).unlink()
+
+    assert path.exists()
 
 
 @pytest.mark.needs("root")

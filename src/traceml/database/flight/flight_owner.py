@@ -174,7 +174,7 @@ def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
         return False
 
     snapshot.unlink()
-    return True
+    return not path.exists()
 
 
 def _unlink_if_old(path: Path, age_s: float, grace_s: float) -> bool:

@@ -278,7 +278,9 @@ class FlightSnapshot:
         """Remove the file, its journals and its spool, as all rows are stored."""
         claims = [stem.with_name(f"{stem.name}{FLIGHT_SUFFIX}") for stem in self._stems]
         for path in (*self.journals.values(), *claims, self.path):
-            path.unlink(missing_ok=True)
+            # It is not there, or in a folder that became read-only: stored rows are not stored again.
+            with contextlib.suppress(OSError):
+                path.unlink()
 
         for folder in self._spools:
             shutil.rmtree(folder, ignore_errors=True)
