@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from threading import get_native_id
 
@@ -60,6 +62,16 @@ def test_files_and_folders_of_another_user_are_refused(tmp_path: Path) -> None:
         open_trusted(tmp_path / "file")
     with pytest.raises(PermissionError, match="uid 12345"):
         make_trusted_folder(tmp_path / "folder")
+
+
+def test_a_folder_on_a_read_only_filesystem_is_refused(tiny_disk: Callable[[int], Path]) -> None:
+    """It is there, and nothing can be written into it: the next place is used."""
+    disk = tiny_disk(1 << 16)
+    make_trusted_folder(disk / "own")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    with pytest.raises(PermissionError, match="it cannot be written"):
+        make_trusted_folder(disk / "own")
 
 
 def test_folders_that_others_may_use_are_refused(tmp_path: Path) -> None:

@@ -167,9 +167,15 @@ def create_trusted(path: Path) -> int:
 
 
 def make_trusted_folder(folder: Path, *, private: bool = False) -> None:
-    """Create a folder if it is missing, and check it as `check_trusted_folder` does."""
+    """Create a folder if it is missing, and check it as `check_trusted_folder` does.
+
+    Raises:
+        OSError: it cannot be created or written into, as on a read-only filesystem, or is not this user's alone.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_trusted_folder(folder, private=private)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "it cannot be written", str(folder))
 
 
 def check_trusted_folder(folder: Path, *, private: bool = False) -> None:

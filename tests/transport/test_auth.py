@@ -107,6 +107,15 @@ def test_a_place_that_another_user_has_taken_is_replaced_by_the_next(tmp_path, m
     ]
 
 
+def test_without_a_temporary_folder_memory_is_used(monkeypatch):
+    """A container with a read-only root has only /dev/shm, which no other host has: before the home folder."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    uid = os.getuid()
+    places = [str(folder) for folder in auth._candidates()]
+
+    assert places[-3:-1] == [f"/tmp/traceml-{uid}", f"/dev/shm/traceml-{uid}"]
+
+
 def test_the_last_place_is_in_the_home_folder_of_this_host(tmp_path, monkeypatch):
     """Names under /tmp can be taken by anyone; a home may be shared by hosts, so each has a folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -196,8 +196,9 @@ def _candidates() -> list[Path]:
     uid = os.getuid()
     parents = (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{uid}")
     folders = [Path(parent, "traceml") for parent in parents if parent and _is_own(Path(parent))]
-    # The name under /tmp is predictable, so owner and mode are checked before anything there is used.
-    folders.append(Path(f"/tmp/traceml-{uid}"))  # noqa: S108
+    # These names are predictable, so owner and mode are checked before anything there is used. A container with a
+    # read-only root has a /dev/shm that can be written, but often no /tmp and no home.
+    folders += [Path(f"/tmp/traceml-{uid}"), Path(f"/dev/shm/traceml-{uid}")]  # noqa: S108
     cache = cache_home()
     if cache.is_absolute():
         folders.append(cache / "traceml" / os.uname().nodename)  # several hosts may share a home
