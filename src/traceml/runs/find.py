@@ -192,7 +192,8 @@ def _owner(path: Path) -> str:
 
 def _latest(runs_dir: Path) -> Path:
     latest = runs_dir / "latest"
-    if _is_run(latest):
+    # In a folder of several users the link that another one has made cannot be replaced, and stays behind.
+    if _is_run(latest) and latest.lstat().st_uid == os.geteuid():
         return latest.resolve()
 
     if runs := list_runs(runs_dir):
