@@ -228,8 +228,8 @@ class Config:
     local_only: bool = _set(False, "Deliver only to trackers on this machine.")
     keep_runs: int | None = _set(
         None,
-        "Number of runs to keep: when a run has ended and is delivered, older delivered runs without a tag are "
-        "removed. Without it all runs stay.",
+        "Number of runs to keep: when a run has ended and is delivered, older delivered runs of the same user "
+        "without a tag are removed. Without it all runs stay.",
         low=1,
     )
     retention: float | Literal["off"] = _set(

@@ -215,6 +215,25 @@ def test_pruning_keeps_the_newest_and_the_running(runs):
     assert not (runs / "latest").is_symlink()
 
 
+@pytest.mark.needs("root")
+def test_pruning_leaves_runs_of_other_users(runs):
+    """They share the folder, and may remove what is in it: one's number of runs to keep is not another's."""
+    os.chown(runs / "20260100-000000-train-0000", 12345, -1)
+
+    assert prune(runs, keep=0) != []
+
+    assert sorted(info.id[-4:] for info in list_runs(runs)) == ["0000", "0001"]
+
+
+@pytest.mark.needs("root")
+def test_a_link_of_another_user_is_not_the_latest(runs):
+    """Only its owner can replace it in a folder like /tmp: for others it points at an old run."""
+    (runs / "latest").symlink_to("20260100-000000-train-0000")
+    os.chown(runs / "latest", 12345, -1, follow_symlinks=False)
+
+    assert find_run(None, runs).name.endswith("0002")
+
+
 def test_a_run_is_removed_while_a_page_reads_it(runs, monkeypatch):
     """SQLite makes files beside a store that is opened, here just before the empty folder would be removed."""
     run = list_runs(runs)[0].path

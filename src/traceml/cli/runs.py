@@ -53,7 +53,7 @@ class RunsOptions(RunsDirOptions):
     archived: bool = False
     """List archived runs too."""
     prune: bool = False
-    """Remove all but the newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
+    """Remove all but your newest runs, except running and tagged ones: --keep N, or the setting keep_runs."""
     keep: Annotated[int | None, NumberRange(minimum=0), Metavar("N")] = None
     """With --prune: the number of runs to keep."""
     json: bool = False

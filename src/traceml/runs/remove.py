@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +18,12 @@ __all__ = ["is_delivered", "prune", "refuse_running", "remove_ended", "remove_ru
 
 
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
-    """Remove all but the newest `keep` runs; return what was removed.
+    """Remove all but the newest `keep` runs of this user; return what was removed.
 
     Runs that are running, that people gave a tag, such as baseline, or whose trackers are still missing data, are kept.
     """
-    old = list_runs(runs_dir)[max(keep, 0) :]
+    own = [info for info in list_runs(runs_dir) if info.path.stat().st_uid == os.geteuid()]
+    old = own[max(keep, 0) :]
     removed = [
         info
         for info in old
