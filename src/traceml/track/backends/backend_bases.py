@@ -73,7 +73,7 @@ def cut_back(path: Path, size: int) -> None:
     Raises:
         BackendError: the file is shorter, so confirmed data is missing.
     """
-    found = path.stat().st_size if path.exists() else 0
+    found = _size_of(path)
     if found < size:
         gone = "" if path.exists() else "is gone: it "
         raise BackendError(f"{path} {gone}has {found} bytes, fewer than the {size} that were delivered")
@@ -82,8 +82,16 @@ def cut_back(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 class FileBackend(BatchBackend):
-    """Base of the backends that append to one local file. Exact: `resume` cuts off what comes after the mark."""
+    """Base of the backends that append to one local file. Exact: `resume` cuts off what comes after the mark.
+
+    Args:
+        keep: continue the file of an earlier run.
+    """
 
     def __init__(self, folder: Path, path: Path, *, keep: bool = False) -> None:
         self._root, self._path, self._keep = folder, path, keep
@@ -100,8 +108,15 @@ class FileBackend(BatchBackend):
         return True
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Cut off what comes after the mark."""
-        self._path, self._keep = self._place_of(Path(mark["path"])), True
+        """Cut off what comes after the mark; request the run from its first row if somebody removed what it had.
+
+        A file with rows of an earlier run cannot be written again.
+        """
+        path = self._place_of(Path(mark["path"]))
+        if _size_of(path) < mark["offset"] and not self._keep:
+            return False
+
+        self._path, self._keep = path, True
         cut_back(self._path, mark["offset"])
         return True
 
