@@ -149,6 +149,22 @@ def test_a_report_without_a_store_is_shown(run_dir, follow):
     assert "ranks" in state.charts.of("dark")
 
 
+def test_a_report_beside_a_damaged_store_is_shown(run_dir, follow):
+    """`traceml report` shows it, too: the verdict of a run is worth more than its file's fault."""
+    save_report(run_dir, build_report(run_dir))
+    whole = (run_dir / STORE_NAME).read_bytes()
+    (run_dir / STORE_NAME).write_bytes(whole[:5000])
+
+    source = follow(run_dir)
+    state = source.read()
+    assert source.read() is None
+    assert state.problem.startswith("cannot read the run's store")
+    assert state.problem.endswith("; this page shows its report.")
+    assert state.view.steps.count == 60
+    (run_dir / STORE_NAME).write_bytes(whole)
+    assert source.read().problem == ""
+
+
 def test_logs_are_shown_from_their_end(run_dir, follow):
     """The last whole lines of long files are shown; invalid bytes are replaced."""
     logs = run_dir / "logs" / "host"

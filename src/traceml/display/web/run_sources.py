@@ -87,7 +87,7 @@ class RunSource:
             self._state = self._read_state()
         except (StoreError, OSError) as error:
             self.close()
-            self._state = self._with(problem=str(error))
+            self._state = self._with_problem(str(error))
 
         published, self._published = self._published, True
         return None if published and self._state is before else self._state
@@ -133,16 +133,28 @@ class RunSource:
         if self._inode >= 0:
             return self._with(problem="The store of this run was removed while it was shown.")
 
+        return self._reported("The store of this run is gone") or self._with(exists=True, problem="")
+
+    def _with_problem(self, problem: str) -> RunState:
+        """Return the state of a run whose store cannot be read: what is shown stays, else its report is shown."""
+        if self._state.problem.startswith(problem.rstrip(".")):
+            return self._state
+
+        shown = self._reported(problem.rstrip(".")) if self._state.view is None else None
+        return shown or self._with(problem=problem)
+
+    def _reported(self, problem: str) -> RunState | None:
+        """Return the state by the run's report alone; None if it has none that can be read."""
         try:
             report = read_report(self._path / REPORT_NAME)
         except (OSError, StoreError):  # not written yet, or damaged
-            return self._with(exists=True, problem="")
+            return None
 
         view = run_view(report)
         if view == self._state.view:
             return self._state
 
-        problem = "The store of this run is gone; this page shows its report."
+        problem = f"{problem}; this page shows its report."
         charts, labels = self._charts(view, None), read_labels(self._path)
         about = about_report(report)
         return self._with(exists=True, problem=problem, view=view, charts=charts, labels=labels, about=about)
