@@ -28,6 +28,7 @@ from traceml.database.store import store_file
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import list_runs
+from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run import load_run
 from traceml.track.plugins.plugin_signature import sign
 from traceml.track.tracker_state import TrackerState, states_of
@@ -129,7 +130,20 @@ def test_a_damaged_run_is_left_out_aloud(runs_dir, capsys):
 
     out, err = capsys.readouterr()
     assert out == "Nothing to deliver\n"
-    assert "1 run that cannot be read left out: `traceml report b` says why" in err
+    assert "1 run that cannot be read left out: b: cannot read the run's store" in err
+    assert "file is not a database" in err
+
+
+def test_a_run_of_which_only_the_report_was_kept_is_left_out(runs_dir, capsys):
+    """It has nothing to deliver: each `traceml sync` said that its store is missing."""
+    run = LoggedRun(runs_dir / "a")
+    run.end()
+    save_report(run.path, build_report(run.path))
+    (run.path / STORE_NAME).unlink()
+
+    assert cli.main(["sync"]) == 0
+
+    assert capsys.readouterr() == ("Nothing to deliver\n", "")
 
 
 def test_json_tells_what_became_of_each(runs_dir, capsys):

@@ -20,7 +20,7 @@ from traceml.errors import UsageError
 from traceml.formatting import bytes_text, cut_text, plural, printable
 from traceml.renderers.run_cells import TEXT_FIELDS, run_cell
 from traceml.renderers.text.viewport import plain_console
-from traceml.runs.find import RunInfo, describe_run, find_run, list_runs
+from traceml.runs.find import RunInfo, describe_run, find_run, list_runs, why_unreadable
 from traceml.runs.remove import is_delivered, prune, refuse_running, remove_ended
 from traceml.runs.run_labels import RunLabels, add_tags, change_labels, remove_tags
 from traceml.runs.run_query import FIELDS, RunFields, select_runs, sort_runs
@@ -159,13 +159,13 @@ def _print_unreadable(infos: Sequence[RunInfo]) -> None:
     advice = {
         "newer": "a newer traceml has written it: update this one to read it",
         "older": "only an older traceml reads its format",
-        "damaged": "`traceml report RUN` says why it cannot be read",
     }
-    for state, text in advice.items():
-        ids = [printable(info.id) for info in infos if info.state == state]
-        if ids:
-            more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
-            print(f"{state}: {ids[0]}{more}: {text}", file=sys.stderr)
+    for state in UNREADABLE_STATES:
+        found = [info for info in infos if info.state == state]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            text = advice.get(state) or printable(why_unreadable(found[0].path))
+            print(f"{state}: {printable(found[0].id)}{more}: {text}", file=sys.stderr)
 
 
 def _print_list(runs: Sequence[RunFields], columns: list[str], *, may_cut: bool) -> None:

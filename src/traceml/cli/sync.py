@@ -28,8 +28,8 @@ from traceml.errors import PluginError, RunNotFoundError, TraceMLError, UsageErr
 from traceml.formatting import plural, printable
 from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.words import tracker_text
-from traceml.run_folder import STORE_NAME, report_command
-from traceml.runs.find import find_run, list_runs
+from traceml.run_folder import STORE_NAME
+from traceml.runs.find import find_run, list_runs, why_unreadable
 from traceml.runs.report.report_types import TrackerSection
 from traceml.runs.run_state import UNREADABLE_STATES, is_watched
 from traceml.settings import Config
@@ -153,15 +153,17 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
             continue
 
         if info.state in UNREADABLE_STATES:
-            unreadable.append(info.id)
+            unreadable.append(info)
+        elif not (info.path / STORE_NAME).exists():  # only the report was kept
+            continue
         elif info.path.stat().st_uid == os.geteuid():
             yield info.path.resolve()
         else:
             foreign.append(info.id)
 
     if unreadable:
-        count = plural(len(unreadable), "run")
-        _warn(f"{count} that cannot be read left out: `{report_command(unreadable[-1])}` says why")
+        count, last = plural(len(unreadable), "run"), unreadable[-1]
+        _warn(f"{count} that cannot be read left out: {last.id}: {why_unreadable(last.path)}")
 
     if foreign:
         _warn(

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,12 +20,16 @@ from traceml.runs.report.report_types import RunOrigin, StepsSection, rate_of, r
 from traceml.runs.run_labels import read_labels
 from traceml.runs.run_state import state_of
 
+if TYPE_CHECKING:
+    from traceml.database.store.reader import RunEvent
+
 __all__ = [
     "RunInfo",
     "describe_run",
     "find_run",
     "list_runs",
     "run_folders",
+    "why_unreadable",
 ]
 
 _SHOWN = 5
@@ -183,6 +187,16 @@ def describe_run(path: Path) -> RunInfo:
     )
 
 
+def why_unreadable(path: Path) -> str:
+    """Return why the store of a run that lists call `damaged`, `newer` or `older` cannot be read."""
+    try:
+        _read_store(path, with_verdict=True)
+    except StoreError as error:
+        return str(error)
+
+    return "it can be read now"
+
+
 def _owner(path: Path) -> str:
     try:
         return path.owner()
@@ -241,12 +255,8 @@ def _stored(path: Path, *, with_verdict: bool) -> _StoredFacts:
     if not (path / STORE_NAME).exists():
         return _reported(path)
 
-    from traceml.database.store.reader import StoreReader  # imports numpy, which a run by its id does not need
-
     try:
-        with StoreReader(path / STORE_NAME) as reader:
-            meta = reader.meta()
-            event = reader.last_event("verdict") if with_verdict else None
+        meta, event = _read_store(path, with_verdict=with_verdict)
     except StoreVersionError as error:
         return replace(_reported(path), unreadable="newer" if error.is_newer else "older")
     except StoreError:
@@ -274,6 +284,13 @@ def _has_valid_types(run: Any) -> bool:
     times = (run.get("started"), run.get("ended"))
     is_timed = all(time is None or type(time) in (int, float) for time in times)
     return is_timed and type(run.get("world_size", 1)) is int
+
+
+def _read_store(path: Path, *, with_verdict: bool) -> tuple[dict[str, Any], RunEvent | None]:
+    from traceml.database.store.reader import StoreReader  # imports numpy, which a run by its id does not need
+
+    with StoreReader(path / STORE_NAME) as reader:
+        return reader.meta(), reader.last_event("verdict") if with_verdict else None
 
 
 def _reported(path: Path) -> _StoredFacts:
