@@ -108,7 +108,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     if contention := [_with_other_advice(each, facts) for each in cpu_contention(facts)]:
         return _with_contention(contention, main, timing, remarks, judged, facts)
 
-    nothing = [] if main else [unknown_backward(judged, work) or nothing_found(work, facts)]
+    nothing = [] if main else [unknown_backward(judged, work) or nothing_found(judged, work, facts)]
     nothing = _of_slowest_ranks(nothing, judged, faster)
     return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
 
@@ -239,7 +239,7 @@ def _timing_without_pauses(
     window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None
 ) -> list[Finding]:
     """Find what steps cost; single pauses that nothing explains are left out of it, and told beside it."""
-    found, pauses = _timing(window, work, facts, history), single_pauses(work, facts)
+    found, pauses = _timing(window, work, facts, history), single_pauses(window, work, facts)
     if pauses is None or any(each.kind in _OF_LONG_STEPS for each in found):
         return found
 

@@ -145,3 +145,34 @@ def test_long_steps_beside_them_are_still_jitter():
     }
 
     assert Kind.JITTER in kinds
+
+
+@pytest.mark.parametrize(
+    ("detail", "reason", "advice"),
+    [
+        (Compiled.AGAIN, f" ({SIZE})", "Compile for any size"),
+        (Compiled.FIRST, "", "Each version is compiled once"),
+    ],
+)
+def test_a_long_step_that_compiled_says_so(detail: Compiled, reason: str, advice: str) -> None:
+    """The last batch of the first epoch is smaller: once is no finding, but it explains the step."""
+    verdict = found(compilations(detail, ms=2900), long_forwards(1, ms=2920))[0]
+
+    assert verdict.kind is Kind.COMPUTE_BOUND
+    assert f"the others: there torch.compile compiled train.py:24 forward, for 2.9 s{reason}." in verdict.summary
+    assert verdict.next.startswith(advice)
+    assert "longer run has a smaller share" in verdict.next
+    assert "Find out what that step did" not in verdict.next
+    assert verdict.evidence["compile_s"] == pytest.approx(2.9)
+
+
+@pytest.mark.parametrize(("ms", "step"), [(900, 15), (2900, 60)])
+def test_a_long_step_that_did_something_else_is_not_of_compiling(ms: float, step: int) -> None:
+    """Compiling took less than half of it, or was in another step."""
+    pauses = compilations(Compiled.AGAIN, ms=ms)
+    pauses._rows[0]["step"] = step
+    verdict = found(pauses, long_forwards(1, ms=2920))[0]
+
+    assert "One step took 2.9" in verdict.summary
+    assert "torch.compile compiled" not in verdict.summary
+    assert "Find out what that step did" in verdict.next

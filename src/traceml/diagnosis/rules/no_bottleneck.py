@@ -25,6 +25,7 @@ from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.comm import min_wait_ns
 from traceml.diagnosis.rules.outside_steps import uncovered_time_text
 from traceml.diagnosis.stalls.single_pauses import single_pauses, usual_steps
+from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.formatting import duration_text, gain_text, largest_text, ns_text, percent_text, phase_words
 
@@ -66,21 +67,21 @@ BUSY_POWER = 0.6
 """Unless it draws this share of its power limit: idle it draws a fifth."""
 
 
-def nothing_found(work: OwnWork, facts: JobFacts) -> Finding:
+def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
     step, shares = _step_shares(work, usual_steps(work))
+    pause = _pause(window, work, facts)
     evidence = _evidence(work, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     launches = work.device and _waits_for_launches(facts)
     if compute >= (LAUNCHING_SHARE if launches else COMPUTE_SHARE) and work.backward_known:
         evidence |= {"device_busy_share": facts.use.utilization} if launches else {}
-        return _compute_bound(work, facts, step, shares, evidence)
+        return _compute_bound(work, facts, step, shares, evidence, pause)
 
     short = _too_short(work, facts, step, shares)
     if short is not None:
         evidence["too_short"] = True
 
-    pause = _pause(work, facts)
     evidence |= pause.evidence
     heavy = None if short else _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, shares, device=work.device)
@@ -169,8 +170,8 @@ def _evidence_of_code(
     return line.evidence(_sampled(shares)[part]) | ({} if own is None else {"own_code": True})
 
 
-def _pause(work: OwnWork, facts: JobFacts) -> Explanation:
-    pauses = single_pauses(work, facts)
+def _pause(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Explanation:
+    pauses = single_pauses(window, work, facts)
     return Explanation() if pauses is None else pauses.explanation
 
 
@@ -189,7 +190,12 @@ def _evidence(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, flo
 
 
 def _compute_bound(
-    work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float], evidence: dict[str, object]
+    work: OwnWork,
+    facts: JobFacts,
+    step: float,
+    shares: dict[str, float],
+    evidence: dict[str, object],
+    pause: Explanation,
 ) -> Finding:
     heaviest = max((part for part in COMPUTE if part in shares), key=lambda part: shares[part])
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
@@ -201,7 +207,6 @@ def _compute_bound(
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
-    pause = _pause(work, facts)
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
     if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
         watches = (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import Compiled, Pause
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
-from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, least_cost_ns
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork
@@ -19,7 +19,7 @@ from traceml.diagnosis.steps.speedup import saved_ns, speedup_of_share
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import duration_text, gain_text, parsed_place, percent_text, place_words, plural
 
-__all__ = ["recompiles"]
+__all__ = ["compiled_in", "recompiles"]
 
 MIN_NUMBER = 3
 """A function is compiled twice in healthy runs: for the last batch, which is smaller, and without gradients."""
@@ -123,10 +123,36 @@ def _without(work: OwnWork, ns: Floats) -> dict[str, Floats]:
     return without
 
 
+def compiled_in(steps: NDArray[np.int64], total_ns: float, work: OwnWork, facts: JobFacts) -> Explanation | None:
+    """Explain long steps by what torch.compile compiled in them; None if that took less than half of their time."""
+    by_rank = {rank: _rows_in(steps, facts.pauses.rows(rank, Pause.COMPILATION)) for rank in work.ranks.tolist()}
+    rank = max(by_rank, key=lambda one: int(by_rank[one]["ns"].sum()))
+    rows = by_rank[rank]
+    seconds = float(rows["ns"].sum()) / 1e9
+    if not len(rows) or seconds * 1e9 < _MOSTLY * total_ns:
+        return None
+
+    place = parsed_place(facts.pauses.most_frequent(rank, rows, "line_id") or None)
+    guard = facts.pauses.most_frequent(rank, rows, "text_id")
+    why = f" ({guard})" if guard else ""
+    where = f": there torch.compile compiled {_place_of(place) or 'the model'}, for {duration_text(seconds)}{why}"
+    once = "Each version is compiled once, so a longer run has a smaller share of it."
+    action = f"{_advice(guard)}. {once}" if guard else once
+    return Explanation(where, action, {"compile_s": seconds})
+
+
+def _rows_in(steps: NDArray[np.int64], rows: Rows) -> Rows:
+    return rows[np.isin(rows["step"], steps)]
+
+
+def _place_of(place: tuple[str | None, int | None, str | None]) -> str:
+    return "" if _OWN in (place[0] or "") else place_words(*place)
+
+
 def _finding(work: OwnWork, seen: _Recompiled, share: float) -> Finding:
     file, line, function = seen.place
     gain = speedup_of_share(share)
-    place = "" if _OWN in (file or "") else place_words(*seen.place)
+    place = _place_of(seen.place)
     more = f" and {plural(seen.functions - 1, 'other function')}" if seen.functions > 1 else ""
     why = f"; the last reason: {seen.guard}" if seen.guard else ""
     took = f", in {duration_text(seen.seconds)} ({percent_text(share)} of the time)" if share >= _REPORTED_SHARE else ""
@@ -136,7 +162,7 @@ def _finding(work: OwnWork, seen: _Recompiled, share: float) -> Finding:
             f"torch.compile recompiled {place or 'the model'}{more} {plural(seen.number, 'time')}{took}"
             f"{why}.{_GIVEN_UP if seen.limit else ''}"
         ),
-        next=_advice(seen) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
+        next=_advice(seen.guard) + (f": {gain_text(gain)}." if gain >= _REPORTED_GAIN else "."),
         evidence={
             "recompiles": seen.number,
             "compile_s": seen.seconds,
@@ -150,15 +176,15 @@ def _finding(work: OwnWork, seen: _Recompiled, share: float) -> Finding:
     )
 
 
-def _advice(seen: _Recompiled) -> str:
-    if shape := _SHAPE.search(seen.guard):
+def _advice(guard: str) -> str:
+    if shape := _SHAPE.search(guard):
         dimension = next(filter(None, shape.groups()), "dim")
         return (
             "Compile for any size (torch.compile(model, dynamic=True), or torch._dynamo.mark_dynamic(x, "
             f"{dimension}) for one dimension), or pad batches to a few sizes"
         )
 
-    if _GRADIENTS in seen.guard:
+    if _GRADIENTS in guard:
         return "Compile one model for training and another for evaluation, or evaluate with model._orig_mod"
 
     return (

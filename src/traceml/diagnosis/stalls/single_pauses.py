@@ -11,6 +11,7 @@ from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Explanation
+from traceml.diagnosis.stalls.recompiles import compiled_in
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.long_steps import LINE_SHARE
 from traceml.diagnosis.steps.own_work import OwnWork
@@ -42,7 +43,7 @@ class SinglePauses(NamedTuple):
         return window.select(kept)
 
 
-def single_pauses(work: OwnWork, facts: JobFacts) -> SinglePauses | None:
+def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> SinglePauses | None:
     """Return one or two long pauses of a run; None if they are too short to matter, or more."""
     step = max(float(work.step[usual_steps(work)].mean()), 1.0)
     # Of a group, the others wait in this step or in the next one: the mean over ranks has a part of it.
@@ -58,23 +59,29 @@ def single_pauses(work: OwnWork, facts: JobFacts) -> SinglePauses | None:
     if not 0 < len(at) <= (1 if work.grouped else MOST_PAUSES) or share < PAUSE_SHARE:
         return None
 
+    mean = total / len(at)
+    factor = count_text(round(mean / step))
+    steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
+    where, action, more = compiled_in(window.steps[at], total, work, facts) or _place(work, facts, at, they)
+    text = f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{where}."
+    evidence = {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(share, 1.0), **more}
+    return SinglePauses(at, Explanation(text, action, evidence))
+
+
+def _place(work: OwnWork, facts: JobFacts, at: NDArray[np.intp], they: str) -> Explanation:
+    """Return where the steps took most of their time, if that is known, and the advice to look there."""
+    total = float(np.maximum(work.step, work.longest(work.own))[at].sum())
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
     line = _line(work, facts, part, at)
     in_part = float(work.parts[part][:, at].max(axis=0).sum()) if part in work.parts else 0.0
     is_known = part != "other" and in_part >= PART_SHARE * total
     where = line.place if line else phase_words(part) if is_known else ""
-    mostly = f", mostly in {where}" if where else ""
-    mean = total / len(at)
-    factor = count_text(round(mean / step))
-    steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
     action = (
         f"Find out what {line.place} did in {they}, and whether it needs to."
         if line
         else f"Find out what {they} did: `traceml report --lines` shows the lines in which the training was seen."
     )
-    text = f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{mostly}."
-    evidence = {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(share, 1.0)}
-    return SinglePauses(at, Explanation(text, action, evidence))
+    return Explanation(f", mostly in {where}" if where else "", action)
 
 
 def usual_steps(work: OwnWork) -> NDArray[np.intp]:
