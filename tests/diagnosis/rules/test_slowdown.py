@@ -842,3 +842,19 @@ def test_a_run_that_ends_in_a_series_of_long_steps_did_not_become_slower(last_ms
 
     assert Kind.JITTER in kinds
     assert (Kind.SLOWDOWN in kinds) is told
+
+
+@pytest.mark.parametrize(("ms", "is_slower"), [(75.0, False), (300.0, True)])
+def test_waits_that_fall_on_other_steps_make_no_step_slower(ms: float, is_slower: bool) -> None:
+    """Four workers that were ready together become ready one after the other: the mean step takes as long."""
+
+    def in_turns(own, _) -> None:
+        own["input_wait"][:] = 0.5
+        own["input_wait"][:, :300:4] += 300.0
+        own["input_wait"][:, 300:] += ms
+
+    job = Job(ranks=1, steps=400, grouped=False, own={"input_wait": 0.5, "forward": 2.0, "backward": 2.0, "other": 0.3})
+    said = diagnose(window_of(job, in_turns), JobFacts(loader=LoaderFacts(num_workers=4)))
+
+    assert any(each.kind is Kind.SLOWDOWN for each in said) is is_slower
+    assert any(each.kind is Kind.INPUT_BOUND for each in said) or is_slower

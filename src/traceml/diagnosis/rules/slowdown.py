@@ -43,6 +43,8 @@ FAR_SLOWER = 4.0
 """Phases that become slower by this factor more than the rest, which is as long, do so on any host."""
 HAS_CORE_WAIT = 0.05
 """A rank has its core if it waits for one for less of the time."""
+OF_MEAN = 0.5
+"""Steps became slower only if the mean step is longer by this share of what the usual one is, by medians of bins."""
 SOME_RANKS_SHARE = 1 / 3
 """Ranks are blamed if the others' work grows by less than this share of theirs."""
 SAME_CHANGE = 0.1
@@ -108,7 +110,7 @@ def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...
         late: groups of ranks that are known to be late.
     """
     change = _change(bins, facts)
-    if change is None or not _is_clear(bins, change, facts, late):
+    if change is None or not _is_clear(bins, change, facts, late) or not _is_of_mean(bins, change):
         return []
 
     mean, lost = _mean_and_lost(bins, change)
@@ -149,6 +151,22 @@ def _is_clear(bins: StepHistory, change: LevelChange, facts: JobFacts, late: Col
     is_known = bool(parts) and (_COMM not in parts or change.factor >= NOT_OF_CORES)
     is_sure = is_known and (_has_cores(bins, change, parts, facts) or _are_far_slower(bins, change, parts))
     return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= (MIN_COMPUTE_NS if is_sure else MIN_ALIKE_NS)
+
+
+def _is_of_mean(bins: StepHistory, change: LevelChange) -> bool:
+    """Return whether the mean step became longer, too, by much of what the usual one did.
+
+    Steps that wait for several workers at once may come to wait for one each, which takes no longer.
+    """
+    if not len(bins.single_steps):
+        return True
+
+    until = np.concatenate([[0.0], bins.single_ns.cumsum()])
+    starts = np.searchsorted(bins.single_steps, bins.first_step)
+    means = (until[starts + bins.steps] - until[starts]) / bins.steps
+    usual, slow = _usual_and_slow(bins, change)
+    by_mean, by_median = (float(np.median(each[slow]) - np.median(each[usual])) for each in (means, bins.step_ns))
+    return by_mean >= OF_MEAN * by_median
 
 
 def _has_cores(bins: StepHistory, change: LevelChange, parts: Sequence[str], facts: JobFacts) -> bool:
