@@ -56,6 +56,19 @@ def test_waiting_for_a_thread_that_runs_python_code_is_reported():
     assert (first.evidence["line"], first.evidence["function"]) == (9, "monitor")
 
 
+@pytest.mark.parametrize(
+    ("ran", "cores", "told"),
+    [(0.1, 0.9, "with one, steps are at most 1.11x faster."), (0.1, 1.1, "one alone gains nothing."), (0.5, 0.4, None)],
+)
+def test_one_process_gains_no_more_than_what_the_threads_compute(ran: float, cores: float, told: str | None) -> None:
+    """A thread that fills a queue: each step needs a batch, so steps take as long as one process takes for it."""
+    first, *_ = found(samples(ran=ran), monitor(cores))
+
+    assert first.kind is Kind.GIL_CONTENTION
+    assert ("where steps need it, as batches, divide it among several processes" in first.next) is (told is not None)
+    assert first.next.endswith(told or "takes the interpreter from the training.")
+
+
 def test_the_thread_is_not_named_without_samples():
     """What it does is for other tools."""
     first, *_ = found(samples(ran=0.1), monitor(0.95, count=3))

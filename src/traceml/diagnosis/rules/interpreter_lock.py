@@ -33,6 +33,7 @@ EXPLAINED = 0.5
 MAX_BUSY = 0.9
 """A training thread that computes for more of its phases waits for nothing: the main thread is another one."""
 _MIN_READY = 0.05
+_WORTHWHILE = 1.05
 
 
 def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -58,7 +59,7 @@ def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Fin
             Kind.GIL_CONTENTION,
             summary=_summary(facts, cores, line, cost, step_ns)
             + f"; without that steps would be {gain_text(gain, 'at least')}.",
-            next=_advice(line),
+            next=_advice(line) + _if_steps_need_it(cores * step_ns, cost, step_ns),
             evidence=known_facts(
                 step_ms=step_ns / 1e6,
                 waiting_ms=cost / 1e6,
@@ -102,6 +103,23 @@ def _advice(line: BlamedLine | None, on_ranks: str = "") -> str:
     return (
         f"Move {what} into another process{on_ranks} (multiprocessing, or a DataLoader's workers if it makes batches), "
         "or run it less often: a thread of Python code takes the interpreter from the training."
+    )
+
+
+def _if_steps_need_it(computed_ns: float, cost: float, step_ns: float) -> str:
+    """Return further advice where one process that does what the threads do would be slower than the steps.
+
+    Args:
+        computed_ns: for how long the threads compute during a step.
+    """
+    if computed_ns <= step_ns - cost:
+        return ""
+
+    gain = step_ns / computed_ns
+    with_one = f"with one, steps are {gain_text(gain, 'at most')}" if gain >= _WORTHWHILE else "one alone gains nothing"
+    return (
+        f" It computes for {ns_text(computed_ns)} of each step: where steps need it, as batches, divide it among several "
+        f"processes; {with_one}."
     )
 
 
