@@ -118,8 +118,8 @@ def _if_steps_need_it(computed_ns: float, cost: float, step_ns: float) -> str:
     gain = step_ns / computed_ns
     with_one = f"with one, steps are {gain_text(gain, 'at most')}" if gain >= _WORTHWHILE else "one alone gains nothing"
     return (
-        f" It computes for {ns_text(computed_ns)} of each step: where steps need it, as batches, divide it among several "
-        f"processes; {with_one}."
+        f" It computes for {ns_text(computed_ns)} of each step: where steps need it, as batches, divide it among "
+        f"several processes; {with_one}."
     )
 
 

@@ -207,6 +207,9 @@ def _compute_bound(
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
+    if heaviest == "optimizer" and own is None and (update := _line_of_script(facts, heaviest, shares[heaviest])):
+        line = update.evidence(shares[heaviest])
+
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
     if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
         watches = (
@@ -221,7 +224,8 @@ def _compute_bound(
             f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0), beside)}"
-            f"{_code_in_backward(facts, _sampled(shares)['backward'])}."
+            f"{_code_in(facts, 'backward', _sampled(shares)['backward'])}"
+            f"{_code_in(facts, 'optimizer', shares.get('optimizer', 0.0))}."
             f"{pause.text}{uncovered_time_text(facts)}"
         ),
         next=" ".join(filter(None, (pause.action, faster))),
@@ -253,25 +257,24 @@ def _heaviest_code(facts: JobFacts, forward_share: float, beside: tuple[str, Bla
     return f"; {line.share_text} of forward is in {line.place}" + (f", which calls {called}" if called else "") + also
 
 
-def _code_in_backward(facts: JobFacts, backward_share: float) -> str:
-    """Return the script's own code that most of backward is in, as a hook or a Function: the end of a sentence."""
-    line = own_line(facts.lines, "backward", backward_share)
-    if line is None or _calls_torch(facts, "backward", line):
-        return ""
+def _code_in(facts: JobFacts, part: str, share: float) -> str:
+    """Return the script's own code that most of a part is in, as a hook or an optimizer: the end of a sentence."""
+    line = _line_of_script(facts, part, share)
+    return f"; {line.share_text} of {phase_words(part)} is in {line.place}" if line else ""
 
-    return f"; {line.share_text} of backward is in {line.place}"
+
+def _line_of_script(facts: JobFacts, part: str, share: float) -> BlamedLine | None:
+    """Return the line that most of a part is in, where that is code of the script and no call of torch."""
+    line = own_line(facts.lines, part, share)
+    return None if line is None or _calls_torch(facts, part, line) else line
 
 
 def _heavy_code(facts: JobFacts, shares: dict[str, float], step: float) -> tuple[str, BlamedLine] | None:
     """Return (phase, line) of the script's own code in forward or backward that takes much of the step."""
     least = least_cost_ns(step, HEAVY_CODE_SHARE) / step
     sampled = _sampled(shares)
-    lines = {part: own_line(facts.lines, part, share) for part, share in sampled.items()}
-    found = [
-        (part, line)
-        for part, line in lines.items()
-        if line is not None and not _calls_torch(facts, part, line) and line.share * sampled[part] >= least
-    ]
+    lines = {part: _line_of_script(facts, part, share) for part, share in sampled.items()}
+    found = [(part, line) for part, line in lines.items() if line is not None and line.share * sampled[part] >= least]
     return max(found, key=lambda each: each[1].share * sampled[each[0]], default=None)
 
 
@@ -318,6 +321,10 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
 
     if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
+
+    takes_most = max(shares, key=lambda part: shares[part], default="") == "optimizer"
+    if takes_most and facts.fused is False and not _has_mostly_tables(facts):
+        return "Nothing needs fixing; the next gain is the optimizer's fused form (fused=True), as it takes the most."
 
     return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."
 
