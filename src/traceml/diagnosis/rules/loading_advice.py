@@ -173,11 +173,18 @@ def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits, lin
 
     what = f"what {line.place} does for the samples" if line is not None and line.of_workers else "the samples"
     look = f"Look at {what} of the steps that wait: larger files, or a slow disk or network at times."
-    passing = f" {_PASSING}" if (loader.num_workers or 0) > 1 else ""
+    passing = f" {_PASSING}" if (loader.num_workers or 0) > 1 and pauses.short_epoch is None else ""
     if pauses.prefetch_factor is None:
         return LoadingAdvice(f"{look} No usual prefetch_factor covers a wait as long as these.{passing}")
 
     ahead = f"{loader.option('prefetch_factor')}={pauses.prefetch_factor}"
+    if pauses.short_epoch is not None:
+        return LoadingAdvice(
+            f"{look} Workers begin an epoch only when the training does, and one of {count_text(pauses.short_epoch)} "
+            "batches is too short for them to be ahead of such a wait: in longer ones (the data set several times, or "
+            f"a sampler that goes on) {ahead} would cover it."
+        )
+
     return LoadingAdvice(
         f"{look} With {ahead} the workers would be far enough ahead for such a wait, if they are fast enough "
         f"otherwise.{passing}"

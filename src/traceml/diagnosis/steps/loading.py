@@ -375,6 +375,8 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
     are_whole_epochs: bool  # whether each of them is for all batches of an epoch
     gain_with_overlap: float  # old / new step time if the workers made the same batches during the other steps
     prefetch_factor: int | None  # batches per worker that cover such a wait; None if they would fill the memory
+    # batches of an epoch, if such a wait is as long as half of it takes to train: nobody is ahead of that
+    short_epoch: int | None = None
 
     @property
     def are_for_samples(self) -> bool:
@@ -389,11 +391,13 @@ class RareWaits(msgspec.Struct, frozen=True, kw_only=True):
         rest_ns = max(step_ns - wait_ns, 1.0)
         long_ns = float(waits[waits > _LONG_WAIT * wait_ns].mean())
         factor = PREFETCH + int(np.ceil(long_ns / (rest_ns * max(facts.loader_workers, 1))))
+        epoch_steps = _epoch_steps(facts) or np.inf
         return cls(
-            first_share=_first_wait_ns(facts) / (_epoch_steps(facts) or np.inf) / max(wait_ns, 1.0),
+            first_share=_first_wait_ns(facts) / epoch_steps / max(wait_ns, 1.0),
             are_whole_epochs=is_taken_ahead(work, facts),
             gain_with_overlap=step_ns / max(rest_ns, wait_ns, _cores_ns(work, facts, rest_ns, wait_ns)),
             prefetch_factor=factor if factor <= MAX_PREFETCH else None,
+            short_epoch=round(epoch_steps) if 2 * long_ns >= epoch_steps * rest_ns else None,
         )
 
 
