@@ -115,7 +115,7 @@ def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread(library):
     assert "in a thread while the model computes" in read.next
     assert "train.py:7 main" in finding.summary
     assert "without any of it steps would be" not in finding.summary  # it gains no more than half the time does
-    assert "Half the time for a batch makes the run 1.77x faster" in finding.next
+    assert "Half the time for a batch makes the run at most 1.77x faster" in finding.next
     assert "num_workers=1; at most 1.7" in read.next
     assert finding.speedup_if_fixed == pytest.approx(1.77, abs=0.01)
 

@@ -79,16 +79,25 @@ def test_no_advice_gains_more_than_no_waiting_at_all():
     assert 1.0 < replace(found, wait_ns=np.inf).gain_with(0.9) == found.gain_with(0.9)
 
 
-@pytest.mark.parametrize("line", [None, BlamedLine("/me/data.py", 7, "Digits.__getitem__", 0.8, 90)])
-def test_samples_in_memory_that_code_makes_are_made_for_a_batch_at_once(line):
+@pytest.mark.parametrize(
+    ("line", "library", "named"),
+    [
+        (None, None, False),
+        (BlamedLine("/me/data.py", 7, "Digits.__getitem__", 0.8, 90), None, True),
+        (BlamedLine("/me/data.py", 7, "Digits.__getitem__", 0.8, 90), "/torch/nn/functional.py:4 interpolate", True),
+        (BlamedLine("/me/train.py", 30, "main", 0.9, 90), "/torch/utils/data/dataset.py:206 __getitem__", False),
+    ],
+)
+def test_samples_in_memory_that_code_makes_are_made_for_a_batch_at_once(line, library, named):
     """A tensor of them can be indexed; code that makes each of them has to be written for several."""
     in_memory = LoaderFacts(dataset="Digits", num_workers=0, batch_size=256, in_memory=True)
+    seen = () if line is None else (SampledLine(0, "input_wait", line.file, line.line, line.function, library, 90),)
 
-    advised = for_input(JobFacts(loader=in_memory), pipeline(8, 12), line)
+    advised = for_input(JobFacts(loader=in_memory, lines=seen), pipeline(8, 12), line)
 
     assert "take whole batches by indexing its tensors (data[indices])" in advised.text
-    assert ("data.py:7 Digits.__getitem__ for all samples of a batch at once; at most" in advised.text) is bool(line)
-    assert ("single samples; about" in advised.text) is (line is None)
+    assert ("data.py:7 Digits.__getitem__ for all samples of a batch at once; at most" in advised.text) is named
+    assert ("single samples; about" in advised.text) is not named
 
 
 def test_the_length_of_epochs_is_known_by_their_starts():
@@ -207,8 +216,7 @@ def test_a_single_core_gains_nothing_by_workers():
         (
             replace(SINGLE, short_epoch=40),
             LoaderFacts(num_workers=2),
-            "one of 40 batches is too short for them to be ahead of such a wait: in longer ones (the data set several "
-            "times, or a sampler that goes on) prefetch_factor=12",
+            "one of 40 batches is too short for them to be ahead of such a wait: in longer ones",
             "in_order",
         ),
         (SINGLE, LoaderFacts(num_workers=2, made=3), "samples of the steps that wait", "Make the DataLoader once"),

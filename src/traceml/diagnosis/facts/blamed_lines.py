@@ -51,6 +51,7 @@ __all__ = [
     "of_longest_startup",
     "outside_line",
     "own_line_share",
+    "reads_loader",
     "runs_backward",
     "sends_objects",
     "threads_line",
@@ -76,6 +77,7 @@ _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
 _ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
+_LOADER = re.compile(r"(^|/)torch/utils/data/")
 _PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _PICKLES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$")
@@ -268,6 +270,11 @@ def sends_objects(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> 
 def awaits_program(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user mostly waits for a program that it has started."""
     return _library_share(lines, part, line, _PROGRAMS) >= NAMED_SHARE
+
+
+def reads_loader(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user only reads a loader, whose code in torch makes the batches."""
+    return _library_share(lines, part, line, _LOADER) >= NAMED_SHARE
 
 
 def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from traceml.diagnosis.advice import in_threads
-from traceml.diagnosis.facts.blamed_lines import WAITS_FOR_OTHERS, BlamedLine, main_library
+from traceml.diagnosis.facts.blamed_lines import WAITS_FOR_OTHERS, BlamedLine, main_library, reads_loader
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
@@ -70,7 +70,8 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _cheaper_first(loader, pipeline)
 
     if in_memory:
-        return _whole_batches(loader, pipeline, line)
+        is_own = line is not None and not reads_loader(facts.lines, _PART, line)
+        return _whole_batches(loader, pipeline, line if is_own else None)
 
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
 
@@ -84,7 +85,7 @@ def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | 
         return LoadingAdvice(
             f"The threads or processes that make the batches do not keep up: make batches cheaper{seen}, or let more "
             "processes make them (a DataLoader with num_workers). Half the time for a batch makes the run "
-            f"{gain_text(gain)}.",
+            f"{gain_text(gain, 'at most')}.",
             gain,
         )
 
