@@ -189,6 +189,21 @@ def test_a_single_core_gains_nothing_by_workers():
         (pipeline(298, 95), FOLDER, "num_workers=2", "wait"),
         (pipeline(298, 95), FOLDER, "made once and cached, at most 4.1x", "more workers than cores"),
         (pipeline(64, 8, cpu=0.1), FOLDER, "A fetch waits for 90 % of its time", "cached"),
+        (pipeline(64, 8, cpu=0.1), FOLDER, "more workers than cores; they", "__getitems__"),
+        (pipeline(64, 8, cpu=0.1), replace(FOLDER, length=640), "or threads in __getitems__ that", "cached"),
+        (
+            pipeline(640, 5, cpu=0.02, workers=16),
+            replace(FOLDER, length=640, num_workers=16),
+            "or have more fetches at once (threads in __getitems__ that fetch the samples of a batch at once, or 32 w",
+            "will not help",
+        ),
+        (
+            pipeline(640, 5, cpu=0.02, workers=16),
+            replace(FOLDER, is_undivided=True, num_workers=16),
+            "or have more fetches at once (32 workers: at most 2.0x faster)",
+            "__getitems__",
+        ),
+        (pipeline(640, 5, workers=16), replace(FOLDER, num_workers=16), "more workers will not help", "at once"),
         (pipeline(20, 10, cores=1), FOLDER, "cheaper", "num_workers="),
         (pipeline(40, 5, cpu=0.1, cores=None, workers=16), FOLDER, "local disk", "decode"),
         (

@@ -249,7 +249,7 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         )
 
     text += _in_longer_epochs(pipeline, workers, gain)
-    return LoadingAdvice(text + (_cached(pipeline, gain) or _waits(pipeline, workers)), gain, workers)
+    return LoadingAdvice(text + (_cached(pipeline, gain) or _waits(loader, pipeline, workers)), gain, workers)
 
 
 def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
@@ -311,12 +311,31 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine |
     # Workers of short epochs are gone before they were watched for long enough.
     unless = "" if pipeline.is_cpu_known else ", unless making a sample waits (for a disk, a network)"
     crowd = f"; more workers will not help{cores}{unless}" if pipeline.workers or pipeline.cores else ""
+    crowd = _at_once(loader, pipeline) or crowd
     longer = _in_longer_epochs(pipeline, pipeline.workers, gain) if pipeline.workers else ""
     return LoadingAdvice(
         f"Make {what} cheaper ({how}){crowd}. Half its time makes the run {gain_text(gain)}, a "
         f"cache {gain_text(cached, 'at most')}.{longer}",
         gain,
     )
+
+
+def _at_once(loader: LoaderFacts, pipeline: Pipeline) -> str:
+    """Return further advice where more workers than are advised would help, as they only wait; else nothing."""
+    more = 2 * pipeline.workers
+    gain = pipeline.gain(more)
+    if pipeline.takes_cpu or gain < WORTHWHILE:
+        return ""
+
+    threads = _threads(loader)
+    fewer = f"{threads}, or " if threads else ""
+    return f", or have more fetches at once ({fewer}{count_text(more)} workers: {gain_text(gain, 'at most')})"
+
+
+def _threads(loader: LoaderFacts) -> str:
+    """Return how a worker fetches the samples of a batch at once; nothing for a data set that is iterated over."""
+    is_by_index = loader.length is not None and not loader.is_undivided and (loader.batch_size or 1) > 1
+    return "threads in __getitems__ that fetch the samples of a batch at once" if is_by_index else ""
 
 
 def _cached(pipeline: Pipeline, gain: float) -> str:
@@ -327,14 +346,15 @@ def _cached(pipeline: Pipeline, gain: float) -> str:
     return f" With samples that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
 
 
-def _waits(pipeline: Pipeline, workers: int) -> str:
+def _waits(loader: LoaderFacts, pipeline: Pipeline, workers: int) -> str:
     if pipeline.takes_cpu or pipeline.cores is None or workers <= pipeline.cores:
         return ""
 
-    waits = percent_text(1 - pipeline.fetch_cpu)
+    waits, threads = percent_text(1 - pipeline.fetch_cpu), _threads(loader)
+    instead = f", or {threads}" if threads else ""
     return (
-        f" A fetch waits for {waits} of its time, so there may be more workers than cores; they gain nothing if they "
-        "wait for each other (a lock, a server's limit)."
+        f" A fetch waits for {waits} of its time, so there may be more workers than cores{instead}; they gain nothing "
+        "if they wait for each other (a lock, a server's limit)."
     )
 
 
