@@ -433,6 +433,22 @@ def test_a_line_of_the_loop_itself_may_compute_the_loss(function, is_of_loop):
 
 
 @pytest.mark.parametrize(
+    ("library", "ran", "waits"),
+    [
+        ("/lib/threading.py:295 Condition.wait", 0.1, True),
+        ("/lib/threading.py:295 Condition.wait", 0.95, False),
+        ("/lib/json/encoder.py:200 JSONEncoder.encode", 0.1, False),
+        (None, 0.1, False),
+    ],
+)
+def test_a_wait_that_is_too_short_to_be_watched_is_known_by_its_function(library, ran, waits) -> None:
+    """The result of a future after some milliseconds, in a thread that hardly runs."""
+    seen = [SampledLine(0, "other", "/x/train.py", 13, "main", library, 83), line("forward", "forward", 17)]
+
+    assert is_waiting(seen, "other", BlamedLine("/x/train.py", 13, "main", 0.83, 83), asleep=1.0 - ran) is waits
+
+
+@pytest.mark.parametrize(
     ("called", "threads", "is_named"),
     [
         ("/lib/threading.py:295 Condition.wait", ("decode",), True),

@@ -227,6 +227,17 @@ def test_what_waits_there_is_to_begin_sooner():
     assert "make it cheaper" not in found.next
 
 
+@pytest.mark.parametrize(("library", "grows"), [("/lib/threading.py:295 Condition.wait", True), (None, False)])
+def test_what_is_waited_for_may_be_more_after_more_steps(library: str | None, grows: bool) -> None:
+    """A queue of uploads that every 25th step joins: half as often it has twice as much in it."""
+    waits = SampledLine(0, "other", "/home/me/train.py", 9, "main", library, 80, 4_000_000_000, 0)
+    rest = SampledLine(0, "forward", "/home/me/train.py", 40, "main", None, 120)
+    found = findings(ALONE, adds("other", 200, every=25), lines=(waits, rest))[0]
+
+    assert ("If half as often is enough, and there is no more to wait for then, run it" in found.next) is grows
+    assert ("If half as often is enough, run it every 50th step" in found.next) is not grows
+
+
 def trains_more(every: int, ms: float) -> list:
     """Return the faults of a second optimizer, which steps in every n-th step."""
     return [adds("forward", ms, every=every), adds("backward", 2 * ms, every=every), adds("optimizer", ms, every=every)]

@@ -317,7 +317,7 @@ def is_waiting(
     # or is seen in a function that does nothing else.
     only_waits = main_library(lines, part, line) in WAITS_FOR_OTHERS
     least = _WAITS * (1.0 - wait_share) if only_waits or wait_share < _CONTENDED else _HARDLY_RUNS
-    return busy is not None and busy < least
+    return only_waits if busy is None else busy < least  # waits of some milliseconds are sampled, but not watched
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import Phase
 from traceml.diagnosis.advice import for_rollouts, waiting_text
-from traceml.diagnosis.facts.blamed_lines import BlamedLine
+from traceml.diagnosis.facts.blamed_lines import WAITS_FOR_OTHERS, BlamedLine, main_library
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
@@ -295,10 +295,13 @@ def _advice(facts: JobFacts, period: _Period, line: BlamedLine | None, half: flo
         return for_rollouts(period.part, line, facts) + seldom
 
     if line is not None and facts.waits_in(period.part, line):
+        # A queue that is emptied half as often has twice as much in it.
+        is_for_others = main_library(facts.lines, period.part, line) in WAITS_FOR_OTHERS
+        alike = ", and there is no more to wait for then" if is_for_others else ""
         return (
             f"{waiting_text(line)} Do it in the background, in a thread or another process, and begin what a step "
-            f"needs ahead of that step. If half as often is enough, run it every {ordinal_text(2 * period.every)} "
-            f"step: {gain_text(half)}."
+            f"needs ahead of that step. If half as often is enough{alike}, run it every "
+            f"{ordinal_text(2 * period.every)} step: {gain_text(half)}."
         )
 
     what, see = "what else these steps do", " `traceml report --lines` shows the lines."
