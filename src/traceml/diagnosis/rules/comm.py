@@ -65,10 +65,12 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
 
     step = float(np.median(work.step))
     cost = min_wait_ns(work) - _for_cores_ns(work, facts, step)
-    if _is_little(cost, step, DEVICE_FLOOR_NS if work.device else FLOOR_NS):
+    explicit = float(np.median(window.times["comm"].min(axis=0)))
+    share = float(window.times["comm"].mean() / max(window.total.mean(), 1.0))
+    line = _calling_line(share, facts) if explicit > cost / 2 else None
+    if _is_little(cost, step, FLOOR_NS if line is None and not work.device else DEVICE_FLOOR_NS):
         return []
 
-    explicit = float(np.median(window.times["comm"].min(axis=0)))
     evidence = _evidence(work, facts, cost, step, explicit)
     if explicit <= cost / 2 and (needless := _needless(facts)) is not None:
         return [_too_many_reductions(needless, cost, step, evidence)]
@@ -85,8 +87,6 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if explicit > cost / 2 and facts.batches.messages:
         return [_waiting_for_messages(cost, step, evidence)]
 
-    share = float(window.times["comm"].mean() / window.total.mean())
-    line = _calling_line(share, facts) if explicit > cost / 2 else None
     evidence |= line.evidence(share) if line else {}
     where = "in collectives" if explicit > cost / 2 else "while backward waits for gradients"
     where += line.of_it if line else ""
