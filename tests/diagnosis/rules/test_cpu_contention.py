@@ -30,13 +30,15 @@ def rows_of(table: Table, seconds: int, **columns: object) -> np.ndarray:
     return rows
 
 
-def samples(*, busy: float, waited: float = 0.0, seconds: int = 20, of_host: slice = slice(None)) -> MachineSamples:
+def samples(
+    *, busy: float, waited: float = 0.0, seconds: int = 20, of_host: slice = slice(None), cpu_pct: float = 100.0
+) -> MachineSamples:
     """Return samples of a rank on two cores, with ten steps per second, and some of its host."""
     at = np.arange(seconds)
     made = MachineSamples(machine_cores={0: 2})
     times = {"step": at * 10, "cpu_ns": at * busy * 1e9, "main_run_ns": at * busy * 1e9}
     made.add(PROCESS.name, 0, rows_of(PROCESS, seconds, **times, main_wait_ns=at * waited * 1e9))
-    made.add(HOST.name, 0, rows_of(HOST, seconds, cores=2, cpu_pct=100.0)[of_host])
+    made.add(HOST.name, 0, rows_of(HOST, seconds, cores=2, cpu_pct=cpu_pct)[of_host])
     return made
 
 
@@ -70,6 +72,17 @@ def test_ranks_that_are_bound_to_too_few_cores_are_told(bound: dict[int, list[in
     assert ("may run on" in found.summary) is (told is not None)
     assert told is None or told in found.summary
     assert found.next.startswith("Bind each rank to cores of its own" if told else "End or move the other programs")
+
+
+@pytest.mark.parametrize(
+    ("busy", "cpu_pct", "says"),
+    [(1.9, 100.0, "The run itself needs more cores than there are: try "), (1.2, 70.0, "Not all cores are used, but ")],
+)
+def test_more_cores_are_missing_only_where_all_are_used(busy: float, cpu_pct: float, says: str) -> None:
+    """Ranks that meet in each collective need their cores at the same moments, and leave them free in between."""
+    (found,) = cpu_contention(oversubscribed(samples(busy=busy, cpu_pct=cpu_pct), started_processes={}))
+
+    assert found.next.startswith(says)
 
 
 def test_other_programs_are_reported():

@@ -42,6 +42,9 @@ _OF_SCRIPT = (
 _OF_EITHER = (
     "Look at what uses the cores (`top` names it): end or move other programs, start fewer processes in the script"
 )
+_TOO_FEW = "The run itself needs more cores than there are"
+_ALL_USED = 0.9
+"""Of the cores of a host, if this share of them is used."""
 _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
@@ -222,4 +225,14 @@ def _advice(facts: JobFacts, throttled: float | None, bound: _Bound | None) -> s
     if facts.others_cores is None or (facts.loader_workers and facts.workers_busy is None and _others_text(facts)):
         return f"If other programs use the cores (`top` names them), end or move them; otherwise try {tries}."
 
-    return f"The run itself needs more cores than there are: try {tries}."
+    too_few = "Not all cores are used, but some are needed at the same moments" if _has_free(facts) else _TOO_FEW
+    return f"{too_few}: try {tries}."
+
+
+def _has_free(facts: JobFacts) -> bool:
+    """Return whether the cores of a host are not all used: processes need them at the same moments."""
+    if facts.use.busy_cores is None or facts.others_cores is None or not facts.cores:
+        return False
+
+    ranks = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
+    return ranks * facts.use.busy_cores + facts.others_cores < _ALL_USED * max(facts.cores.values())
