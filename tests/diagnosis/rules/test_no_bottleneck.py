@@ -341,6 +341,28 @@ def test_a_hook_with_a_small_part_of_forward_is_named(samples, named, other_ms, 
     assert "watch" not in found.next
 
 
+QUANTILE = "/site-packages/numpy/lib/_function_base_impl.py:4714 _quantile"
+
+
+@pytest.mark.parametrize(
+    ("library", "named"), [(QUANTILE, True), ("/site-packages/timm/layers/mlp.py:9 Mlp.forward", False)]
+)
+@pytest.mark.parametrize("samples", [25, 48])
+def test_a_hook_that_calls_numpy_is_code_of_the_script(library: str, named: bool, samples: int) -> None:
+    """Statistics of activations, which take as long as the model or less; another library may be the model."""
+    own = {"input_wait": 0.3, "forward": 8.0, "backward": 8.0, "optimizer": 1.0, "other": 0.3}
+    lines = [
+        SampledLine(0, "forward", "/me/train.py", 14, "main", LINEAR, 50),
+        SampledLine(0, "forward", "/me/train.py", 6, "watch", library, samples),
+        SampledLine(0, "backward", "/me/train.py", 22, "main", ENGINE, 50 + samples),
+    ]
+
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(lines=lines))[0]
+
+    assert found.kind is Kind.COMPUTE_BOUND
+    assert ("in train.py:6 watch" in found.summary) is named
+
+
 def test_own_code_of_less_than_a_millisecond_is_not_to_be_made_cheaper() -> None:
     """In phases that short the samples do not tell waiting from computing, as in a LightningModule that logs."""
     times = {"watched_ns": 25_000_000, "cpu_ns": 100_000}

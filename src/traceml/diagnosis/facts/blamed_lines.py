@@ -41,6 +41,7 @@ __all__ = [
     "awaits_program",
     "blamed_line",
     "calls_collectives",
+    "calls_model",
     "changed_line",
     "is_of_ranks_alone",
     "is_waiting",
@@ -77,6 +78,7 @@ _USER = Phase.USER.label
 _MODULE = "<module>"
 _TORCH = re.compile(r"(^|/)torch/(?!_tensor_str\.py|_tensor\.py:\d+ Tensor\.__(format|repr)__)")  # these make texts
 _ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py:")
+_NO_MODELS = re.compile(r"(^|/)(numpy|scipy|pandas|PIL|cv2|matplotlib)/")
 _LOADER = re.compile(r"(^|/)torch/utils/data/")
 _PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
@@ -270,6 +272,12 @@ def sends_objects(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> 
 def awaits_program(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
     """Return whether a function of the user mostly waits for a program that it has started."""
     return _library_share(lines, part, line, _PROGRAMS) >= NAMED_SHARE
+
+
+def calls_model(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user mostly calls a library that may run the model, as torch or a trainer."""
+    is_known = main_library(lines, part, line) is not None
+    return is_known and _library_share(lines, part, line, _NO_MODELS) < NAMED_SHARE
 
 
 def reads_loader(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:

@@ -13,6 +13,7 @@ from traceml.diagnosis.advice import WAITED_FOR, left_on
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
+    calls_model,
     leading_lines,
     main_library,
     main_line_share,
@@ -238,7 +239,7 @@ def _beside_the_model(facts: JobFacts, shares: dict[str, float], step: float) ->
     """Return (forward, line) of code in it, as a hook, that takes less of it than the line that calls the model."""
     share = shares.get("forward", 0.0)
     two = leading_lines(facts.lines, "forward", share)
-    own = [line for line in two if main_library(facts.lines, "forward", line) is None]
+    own = [line for line in two if not calls_model(facts.lines, "forward", line)]
     is_beside = len(own) == 1 and own[0] is not two[0] and own[0].share * share >= least_cost_ns(step) / step
     return ("forward", own[0]) if is_beside else None
 
@@ -247,7 +248,7 @@ def _heaviest_code(facts: JobFacts, forward_share: float, beside: tuple[str, Bla
     """Return the code that takes most of forward, as the end of a sentence; backward follows the same modules."""
     line = blamed_line(facts.lines, "forward", forward_share)
     if line is None:
-        return ""
+        return f"; {beside[1].share_text} of forward is in {beside[1].place}" if beside else ""
 
     called = main_library(facts.lines, "forward", line)
     if calls_trainer(facts.lines, line):
@@ -280,7 +281,7 @@ def _heavy_code(facts: JobFacts, shares: dict[str, float], step: float) -> tuple
 
 def _calls_torch(facts: JobFacts, part: str, line: BlamedLine) -> bool:
     """Return whether a line calls the model, or backward(), in which checkpointed modules of torch may run again."""
-    return main_library(facts.lines, part, line) is not None or runs_backward(facts.lines, part, line)
+    return calls_model(facts.lines, part, line) or runs_backward(facts.lines, part, line)
 
 
 def _sampled(shares: dict[str, float]) -> dict[str, float]:
@@ -303,8 +304,8 @@ def _too_short(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, fl
         "of it reaches the millisecond from which costs are judged."
     )
     return summary, (
-        f"Use larger batches{now}: the {ns_text(loop * step)} that Python and the loader take for each step are then "
-        "spread over more samples."
+        f"Use larger batches{now}: of the {ns_text(loop * step)} that Python and the loader take for each step, what "
+        "does not grow with the batch is then spread over more samples."
     )
 
 
