@@ -405,7 +405,7 @@ _HANGS = (
 )
 
 
-def _wait(how: str, *, function: str | None = None, ranks: int = 1, cause: str = "stands") -> Case:
+def _wait(how: str, *, function: str | None = None, ranks: int = 1, cause: str = "stuck") -> Case:
     many = f" x{ranks}" if ranks > 1 else ""
     return _case(f"hang, {how.replace('_', ' ')}{many}", f"waits {how}", "HANG", ranks=ranks, blamed=(0,),
                  cause="never_came" if ranks > 1 else cause, function=function or how, hang_timeout_s=10.0,
@@ -422,7 +422,7 @@ _WAITS = (
     *(_wait(how) for how in ("two_locks", "no_producer", "locked_database", "unread_child", "silent_server",
                              "full_backlog", "unjoined_queue", "pause_in_c", "thread_result", "spin")),
     *(_wait(how) for how in ("hold_interpreter", "fill_stderr", "item_locked")),
-    _case("hang, stop itself", "waits stop_itself", "HANG", blamed=(0,), cause="stands", hang_timeout_s=10.0,
+    _case("hang, stop itself", "waits stop_itself", "HANG", blamed=(0,), cause="stuck", hang_timeout_s=10.0,
           fails=True),
     *(_wait(how, ranks=2) for how in ("locked_file", "silent_peer", "long_child", "poll_file", "backtrack")),
     _wait("beside_signs_of_life", ranks=2),
