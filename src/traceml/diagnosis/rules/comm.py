@@ -26,7 +26,7 @@ SHARE = 0.30
 FLOOR_NS = 3e6
 """Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
 DEVICE_FLOOR_NS = 1e6
-"""The same for device times, which include no scheduling."""
+"""The same for device times, which include no scheduling, and for collectives that a line of the script calls."""
 MIN_REDUCTIONS = 1.5
 """With more reductions than this per step, the gradients of an accumulated step are averaged needlessly often."""
 _MAX_LISTED = 64
@@ -65,10 +65,13 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
 
     step = float(np.median(work.step))
     cost = min_wait_ns(work) - _for_cores_ns(work, facts, step)
+    if _is_little(cost, step, DEVICE_FLOOR_NS):
+        return []
+
     explicit = float(np.median(window.times["comm"].min(axis=0)))
     share = float(window.times["comm"].mean() / max(window.total.mean(), 1.0))
     line = _calling_line(share, facts) if explicit > cost / 2 else None
-    if _is_little(cost, step, FLOOR_NS if line is None and not work.device else DEVICE_FLOOR_NS):
+    if cost < FLOOR_NS and line is None and not work.device:
         return []
 
     evidence = _evidence(work, facts, cost, step, explicit)

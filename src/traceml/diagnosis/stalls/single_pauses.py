@@ -62,15 +62,14 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
     mean = total / len(at)
     factor = count_text(round(mean / step))
     steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
-    where, action, more = compiled_in(window.steps[at], total, work, facts) or _place(work, facts, at, they)
+    where, action, more = compiled_in(window.steps[at], total, work, facts) or _place(work, facts, at, total, they)
     text = f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{where}."
     evidence = {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(share, 1.0), **more}
     return SinglePauses(at, Explanation(text, action, evidence))
 
 
-def _place(work: OwnWork, facts: JobFacts, at: NDArray[np.intp], they: str) -> Explanation:
+def _place(work: OwnWork, facts: JobFacts, at: NDArray[np.intp], total: float, they: str) -> Explanation:
     """Return where the steps took most of their time, if that is known, and the advice to look there."""
-    total = float(np.maximum(work.step, work.longest(work.own))[at].sum())
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
     line = _line(work, facts, part, at)
     in_part = float(work.parts[part][:, at].max(axis=0).sum()) if part in work.parts else 0.0
