@@ -285,14 +285,18 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self.samples.use()
 
     @property
+    def ranks_beside_first(self) -> int:
+        """Number of ranks on the host of rank 0, that one included; 1 if no hosts are known."""
+        return max(sum(host == self.hosts.get(0) for host in self.hosts.values()), 1)
+
+    @property
     def others_cores(self) -> float | None:
         """Cores that programs other than the ranks used on the host of rank 0; None if unknown."""
         use = self.use
         if use.host_cores is None or use.busy_cores is None:
             return None
 
-        here = sum(host == self.hosts.get(0) for host in self.hosts.values())
-        return max(use.host_cores - max(here, 1) * use.busy_cores, 0.0)
+        return max(use.host_cores - self.ranks_beside_first * use.busy_cores, 0.0)
 
     @property
     def cores_per_rank(self) -> int | None:

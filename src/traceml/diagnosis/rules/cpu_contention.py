@@ -234,5 +234,5 @@ def _has_free(facts: JobFacts) -> bool:
     if facts.use.busy_cores is None or facts.others_cores is None or not facts.cores:
         return False
 
-    ranks = max(sum(host == facts.hosts.get(0) for host in facts.hosts.values()), 1)
-    return ranks * facts.use.busy_cores + facts.others_cores < _ALL_USED * max(facts.cores.values())
+    used = facts.ranks_beside_first * facts.use.busy_cores + facts.others_cores
+    return used < _ALL_USED * max(facts.cores.values())

@@ -18,6 +18,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import busy_share
 from traceml.diagnosis.findings import Explanation, Finding, known_facts
 from traceml.diagnosis.kinds import Kind, least_cost_ns
+from traceml.diagnosis.rules.loading_advice import WORTHWHILE
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import cores_text, gain_text, ns_text, percent_text, ranks_text
@@ -33,7 +34,6 @@ EXPLAINED = 0.5
 MAX_BUSY = 0.9
 """A training thread that computes for more of its phases waits for nothing: the main thread is another one."""
 _MIN_READY = 0.05
-_WORTHWHILE = 1.05
 
 
 def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -116,7 +116,7 @@ def _if_steps_need_it(computed_ns: float, cost: float, step_ns: float) -> str:
         return ""
 
     gain = step_ns / computed_ns
-    with_one = f"with one, steps are {gain_text(gain, 'at most')}" if gain >= _WORTHWHILE else "one alone gains nothing"
+    with_one = f"with one, steps are {gain_text(gain, 'at most')}" if gain >= WORTHWHILE else "one alone gains nothing"
     return (
         f" It computes for {ns_text(computed_ns)} of each step: where steps need it, as batches, divide it among "
         f"several processes; {with_one}."

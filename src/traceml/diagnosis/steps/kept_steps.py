@@ -43,6 +43,8 @@ _MIN_STEPS = 20
 _NEWEST_NS = 10e9
 _LEAST_NEWEST, _MOST_NEWEST, _FEWEST_NEWEST, _NEWEST_CELLS = 200, 1024, 32, 65_536
 _BLOCK_CELLS = 4096
+_MOST_BEHIND = 0.75
+"""Of ranks that have ended, one that is behind another by more than this share of its steps is not compared."""
 MAX_USER_PHASES = 32
 """Names of user phases beyond these count as `other`."""
 
@@ -247,7 +249,7 @@ class KeptSteps:
             # One that ends a moment before the others is compared until these have newer steps.
             live |= seen & (self.latest >= self.latest[live].max())
         else:
-            live, reach = seen, min(reach, int(0.75 * self.latest.max(initial=0)))
+            live, reach = seen, min(reach, int(_MOST_BEHIND * self.latest.max(initial=0)))
 
         if not live.any():
             return np.empty(0, np.int64), ()

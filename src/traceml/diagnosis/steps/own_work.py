@@ -102,7 +102,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def longest_as_is(self) -> Floats:
-        """The own work of the rank that takes longest, by sync interval."""
+        """The same as `longest_intervals` of the work as it is, which each estimate of a gain starts from."""
         return self.longest_intervals(self.own)
 
     def longest_intervals(self, own: Floats) -> Floats:
