@@ -19,6 +19,7 @@ from tests.generated.targets import DAMAGE, JSON_VALUES, PACKABLE, Damage, Targe
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.streams.stream import Incarnation, RankStream
+from traceml.database.flight.flight_archive import unpack_flight
 from traceml.database.schema import TABLES, Table
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
@@ -31,7 +32,6 @@ from traceml.launch.shared.channel_frames import (
     frame_head,
     map_of,
 )
-from traceml.launch.shared.flight_archive import unpack_flight
 from traceml.launch.shared.log_records import RecordDecoder, RecordHandler
 from traceml.run_folder import STORE_NAME
 from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, decode_log, encode, rows_frame

@@ -16,10 +16,10 @@ import pytest
 
 from tests.eventually import eventually
 from tests.launch.driver import Driver, alive
+from traceml.database.flight.flight_archive import unpack_flight
 from traceml.database.flight.postmortem import read_flight
 from traceml.database.schema import STEPS
 from traceml.launch.launcher.hosts import bootstrap
-from traceml.launch.shared.flight_archive import unpack_flight
 from traceml.launch.shared.launch_messages import CollectStacks, Message, Release, StreamOpened
 from traceml.launch.shared.package_import import PACKAGE, import_code
 

@@ -58,7 +58,7 @@ class ExternalSnapshots:
     """Snapshots of one rank of this host, taken from another process."""
 
     def __init__(self, rank: int, pid: int, flight: Path) -> None:
-        self._rank, self._pid, self._flight = rank, pid, flight
+        self.rank, self._pid, self._flight = rank, pid, flight
         self._frames: tuple[FrameSnapshot, ...] = ()
         self._holders: tuple[ThreadSnapshot, ...] = ()
         self._is_waiting_for_gil = False
@@ -103,7 +103,7 @@ class ExternalSnapshots:
         cpu_share, io_bytes_per_s = self._rates.read()
         snapshot = RankSnapshot(
             at_ns=monotonic_ns(),
-            rank=self._rank,
+            rank=self.rank,
             pid=self._pid,
             quiet_s=silent_s(slots),
             step=slots.step,
@@ -145,7 +145,7 @@ class ExternalSnapshots:
             return None
 
         return RankSnapshot(
-            at_ns=monotonic_ns(), rank=self._rank, quiet_s=round(quiet_s, 3), step=slots.step, in_step=slots.in_step,
+            at_ns=monotonic_ns(), rank=self.rank, quiet_s=round(quiet_s, 3), step=slots.step, in_step=slots.in_step,
             phase=slots.phase, answered="kernel", ended=True,
         )  # fmt: skip
 

@@ -46,7 +46,7 @@ from traceml.launch.shared.process_cleanup import MARK, ProcessTermination, find
 from traceml.process_ends import CRASHES
 
 if TYPE_CHECKING:
-    from traceml.launch.agent.silent_workers import SilentWorkers
+    from traceml.database.snapshots.silent_workers import SilentWorkers
 
 __all__ = ["WORKER_MESSAGES", "WorkerGroup"]
 
@@ -333,7 +333,7 @@ class WorkerGroup:
             self._stack_requests = None
 
         if self._silent is not None and not self._stopping:  # a worker that is being ended does other things
-            self._silent.check((each.rank, each.pid) for each in self._ranks.values() if each.running and each.pid)
+            self._silent.check(each.pid for each in self._ranks.values() if each.running and each.pid)
 
         self._finish()
         busy = (
@@ -401,9 +401,9 @@ class WorkerGroup:
 
     def _silent_workers(self, run: TracedRun) -> SilentWorkers:
         # brings the stored tables, half of the agent's imports: of use only where the agent looks for flight files
-        from traceml.launch.agent.silent_workers import SilentWorkers
+        from traceml.database.snapshots.silent_workers import SilentWorkers
 
-        return SilentWorkers(run, self._send_snapshot)
+        return SilentWorkers(run["run_id"], run["runs_dir"], self._send_snapshot)
 
     def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
         self._channel.send(Snapshot(job=self.job, rank=rank, pid=pid, snapshot=snapshot))
@@ -432,7 +432,7 @@ class WorkerGroup:
         if self._traced is None or each.pid is None:
             return
 
-        from traceml.launch.shared.flight_archive import pack_flight
+        from traceml.database.flight.flight_archive import pack_flight
 
         data = pack_flight(each.pid, self._traced["run_id"], runs_dir=self._traced["runs_dir"])
         if data is None:

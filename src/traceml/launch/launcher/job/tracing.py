@@ -21,11 +21,11 @@ from typing import Any, Self
 from msgspec.structs import replace
 
 from traceml import settings
+from traceml.database.flight.flight_archive import unpack_flight
 from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.launch.shared.channel import Channel
-from traceml.launch.shared.flight_archive import unpack_flight
 from traceml.launch.shared.launch_messages import Exited, Snapshot, StreamOpened, TracedRun, Tunnel, TunnelReady
 from traceml.launch.shared.tunnel import TunnelConnector
 from traceml.run_folder import COPIES_FOLDER, STORE_NAME

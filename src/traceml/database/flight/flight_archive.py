@@ -1,12 +1,14 @@
-"""Archives of dead workers' flight files, sent from the agent's host to the run's folder.
+"""Archives of dead workers' flight files, sent from their host to the run's folder.
 
 An archive also holds the worker's journals (rows beyond its memory) and its spool (files that were not uploaded yet).
 
-Process: the agent packs, the launcher unpacks.
+Process: the agent of a launch, or `traceml run` on a node whose run is on another one, packs; the launcher or the
+aggregator unpacks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import logging
@@ -18,7 +20,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from traceml.database.flight.flight_folders import (
     FLIGHT_SUFFIX,
@@ -32,26 +34,44 @@ from traceml.database.flight.journal import journal_path
 from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, read_flight
 from traceml.errors import StoreError
 
-__all__ = ["find_live_flight", "pack_flight", "unpack_flight"]
+__all__ = ["ARCHIVE_LIMIT_BYTES", "FlightArchive", "find_live_flight", "pack_flight", "packed_flight", "unpack_flight"]
 
 # Rings are mostly zeros and compress in a few hundredths of a second.
 _LEVEL = 1
-# The archive is held in memory at both ends. Larger files stay on their host.
-_LIMIT_BYTES = 512 << 20
+ARCHIVE_LIMIT_BYTES = 512 << 20
+"""Size of an archive, which is held in memory at both ends. Larger files stay on their host."""
 _FLIGHT = "flight"
 _NAME = re.compile(r"flight|journal/[a-z_]{1,40}|files/\.?[A-Za-z0-9][A-Za-z0-9.]{0,100}")
 
 _log = logging.getLogger("traceml")
 
 
+class FlightArchive(NamedTuple):
+    """Archive of a dead worker's files, which are in it, and what faulthandler wrote when it crashed."""
+
+    data: bytes
+    files: list[Path]
+    crash_text: str
+
+
 def pack_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes | None:
-    """Return a dead worker's files as an archive, and remove them; None if there are none.
+    """Return a dead worker's files as an archive, and remove them; see `packed_flight`."""
+    with packed_flight(pid, run_id, runs_dir=runs_dir) as archive:
+        return archive.data if archive is not None else None
+
+
+@contextlib.contextmanager
+def packed_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> Iterator[FlightArchive | None]:
+    """Make an archive of a dead worker's files, None if there are none; at the end of the context, remove the files.
+
+    They stay where the body raises an error: the archive has not arrived.
 
     Args:
         pid: its process id, in its own namespace.
         run_id: the run, as process ids are reused.
         runs_dir: folder for the files of ranks that have no folder in memory.
     """
+    image = archive = None
     place = Path(runs_dir) if runs_dir else None
     for path in _flights_of(pid, place):
         if is_alive(path):
@@ -62,11 +82,14 @@ def pack_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes 
             if not _is_of(image.identity, run_id):
                 continue
 
-            return _packed(image)
+            archive = _packed(image)
+            break
         except (StoreError, OSError) as error:
             _log.warning("the last rows of process %d cannot be read: %s", pid, error)
 
-    return None
+    yield archive
+    if image is not None and archive is not None:
+        _remove(image, archive.files)
 
 
 def find_live_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> Path | None:
@@ -116,25 +139,27 @@ def _is_of(facts: Mapping[str, Any], run_id: str) -> bool:
     return (facts.get("job"), facts.get("host")) == (run_id, socket.gethostname())
 
 
-def _packed(image: FlightSnapshot) -> bytes:
-    """Return the archive of a flight file and its other files, and remove them."""
+def _packed(image: FlightSnapshot) -> FlightArchive:
+    """Return the archive of a flight file and its other files."""
     buffer, taken = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL) as archive:
         for name, path in _members(image):
-            if buffer.tell() + path.stat().st_size > _LIMIT_BYTES:
+            if buffer.tell() + path.stat().st_size > ARCHIVE_LIMIT_BYTES:
                 _log.warning("%s stays on this host: the files of its rank are too large to send", path)
                 continue
 
             archive.add(path, name, recursive=False)
             taken.append(path)
 
-    for path in taken:
+    return FlightArchive(buffer.getvalue(), taken, image.crash_text)
+
+
+def _remove(image: FlightSnapshot, packed: list[Path]) -> None:
+    for path in packed:
         path.unlink(missing_ok=True)
 
-    if set(image.spooled_files) <= set(taken):
+    if set(image.spooled_files) <= set(packed):
         image.unlink()
-
-    return buffer.getvalue()
 
 
 def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.track.conftest import Script, finish, script  # noqa: F401 - a fixture
+from traceml.database.flight.flight_archive import pack_flight, unpack_flight
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER
 from traceml.database.flight.postmortem import read_flight
-from traceml.launch.shared.flight_archive import pack_flight, unpack_flight
 
 LOGGING = """
     import os, pathlib, time, traceml

@@ -1,4 +1,7 @@
-"""Snapshots of traced workers of this host whose recorder does not run; an aggregator sees its own host only."""
+"""Snapshots of traced workers of this host whose recorder does not run; an aggregator sees its own host only.
+
+Process: the agent of a launch, and `traceml run` on a node whose run is on another one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from traceml.database.flight.flight_archive import find_live_flight
+from traceml.database.flight.postmortem import flight_identity
 from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
-from traceml.launch.shared.flight_archive import find_live_flight
-from traceml.launch.shared.launch_messages import TracedRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,32 +25,34 @@ class SilentWorkers:
     """The silent workers of one job.
 
     Args:
-        run: the run that the job is traced as.
+        run_id: the run that the job is traced as.
+        runs_dir: folder for the files of ranks that have no folder in memory.
+        send: takes rank, process id, and snapshot in the form of its row.
     """
 
-    def __init__(self, run: TracedRun, send: Callable[[int, int, dict[str, Any]], object]) -> None:
-        self._run, self._send = run, send
+    def __init__(self, run_id: str, runs_dir: str, send: Callable[[int, int, dict[str, Any]], object]) -> None:
+        self._run_id, self._runs_dir, self._send = run_id, runs_dir, send
         self._snapshots: dict[int, ExternalSnapshots] = {}
         self._silent_s: dict[int, float] = {}
         self._checked_s = 0.0
 
-    def check(self, workers: Iterable[tuple[int, int]]) -> None:
+    def check(self, pids: Iterable[int]) -> None:
         """Take snapshots of silent workers, once a second; the stack of one takes 0.2 s, once while nothing changes.
 
         Args:
-            workers: rank and process of those that run.
+            pids: processes that run. One without a flight file of the job is left alone.
         """
         now_s = time.monotonic()
         if now_s - self._checked_s < _EVERY_S:
             return
 
         self._checked_s = now_s
-        for rank, pid in workers:
-            snapshots = self._snapshots_of(rank, pid)
+        for pid in pids:
+            snapshots = self._snapshots_of(pid)
             if snapshots is not None:
-                self._check(snapshots, rank, pid)
+                self._check(snapshots, pid)
 
-    def _check(self, snapshots: ExternalSnapshots, rank: int, pid: int) -> None:
+    def _check(self, snapshots: ExternalSnapshots, pid: int) -> None:
         slots = snapshots.slots()
         if slots is None or slots.is_ending:
             return
@@ -57,20 +62,20 @@ class SilentWorkers:
             self._silent_s[pid] = quiet_s
             snapshot = snapshots.make()
             if snapshot is not None and snapshots.is_news(snapshot):
-                self._send(rank, pid, snapshot.to_row())
+                self._send(snapshots.rank, pid, snapshot.to_row())
         elif pid in self._silent_s:
             snapshot = snapshots.end(self._silent_s.pop(pid))
             del self._snapshots[pid]
             if snapshot is not None:
-                self._send(rank, pid, snapshot.to_row())
+                self._send(snapshots.rank, pid, snapshot.to_row())
 
-    def _snapshots_of(self, rank: int, pid: int) -> ExternalSnapshots | None:
+    def _snapshots_of(self, pid: int) -> ExternalSnapshots | None:
         """Return the snapshots of a worker; None before it has a flight file."""
         if pid not in self._snapshots:
-            path = find_live_flight(pid, self._run["run_id"], runs_dir=self._run["runs_dir"])
+            path = find_live_flight(pid, self._run_id, runs_dir=self._runs_dir)
             if path is None:
                 return None
 
-            self._snapshots[pid] = ExternalSnapshots(rank, pid, path)
+            self._snapshots[pid] = ExternalSnapshots(flight_identity(path).get("rank", 0), pid, path)
 
         return self._snapshots[pid]
