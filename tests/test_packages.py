@@ -50,7 +50,7 @@ NARROW = {
     "traces": set(),
     "whatif": set(),
     "integrations": {"session", "runs", "track", "recorder"},
-    "supervise": {"display", "renderers", "transport"},
+    "supervise": {"display", "renderers", "transport", "database"},
     "session": {"display", "runs", "track", "recorder", "transport"},
     "track": {"diagnosis", "recorder", "instrument", "transport", "database"},
     "aggregator": {"diagnosis", "track", "transport", "database"},

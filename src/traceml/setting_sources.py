@@ -32,7 +32,8 @@ _log = logging.getLogger("traceml")
 
 # Variables that our own processes set for each other; any other with TRACEML_ is a setting, or in USER_ENV.
 INTERNAL_ENV: dict[str, str] = {
-    "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, overrides host and port",
+    "TRACEML_ADDRESS": "host:port of the aggregator, after tls:// if it encrypts; set by `traceml run` and `launch`, "
+    "overrides host and port",
     "TRACEML_FAILURES_FD": "descriptor on which our torchrun, or the script itself, tells `traceml run` of failures",
     "TRACEML_JOB_WARNING_S": "seconds between Slurm's warning and the end of a submitted job",
     "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
@@ -40,6 +41,8 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
     "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
     "TRACEML_ANNOUNCED": "run whose folder and verdict a parent process prints",
+    "TRACEML_NODE_RUN": "`token` or `given`: has our torchrun agree with other nodes on one run, and show them the "
+    "token, or rely on one that all were given",
     "TRACEML_PARENT": "run of the parent process, for the processes that it starts",
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
@@ -157,7 +160,7 @@ class SettingSources:
         if not address:
             return {}
 
-        host, _, port = address.rpartition(":")
+        host, _, port = address.removeprefix("tls://").rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS):
             raise SettingsError(
                 "TRACEML_ADDRESS", f"{address!r} is not an address", source="TRACEML_ADDRESS", allowed="host:port"
@@ -168,7 +171,7 @@ class SettingSources:
             if value := environ.get(self._declared[name].env):
                 chosen[name] = value
 
-        return chosen | {"tls": False}
+        return chosen | {"tls": address.startswith("tls://")}
 
     def project_file(self, folder: Path | None) -> Iterator[SettingEntry]:
         """Yield from the first `traceml.toml`, or `pyproject.toml` with a `[tool.traceml]`, found upwards."""

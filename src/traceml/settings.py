@@ -113,8 +113,8 @@ class Config:
     tls: bool = _set(
         False,
         "Encrypt connections: set it for the aggregator, and for ranks that are given its address. The proofs of the "
-        "token include the aggregator's certificate. Connections of `traceml run` and `launch` stay on one host or go "
-        "through ssh.",
+        "token include the aggregator's certificate. Connections of `traceml launch`, and of `run` on one node, "
+        "stay on one host or go through ssh.",
     )
     local: bool = _set(
         False, "Start an aggregator for this job on this host when none answers; on a free port if `port` is in use."

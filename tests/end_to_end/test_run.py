@@ -117,17 +117,14 @@ def test_several_ranks_are_one_run(traceml: Traceml, ranks: int) -> None:
     assert_nothing_is_left(ended)
 
 
-@pytest.mark.parametrize(("nodes", "is_told"), [("1:2", True), ("1", False)])
-def test_a_node_of_several_is_told_whose_ranks_its_run_has(
-    traceml: Traceml, tmp_path: Path, nodes: str, is_told: bool
-) -> None:
-    """Each node's command has a run of its own, and how one run of all is made stands before it."""
-    (tmp_path / "train.py").touch()
+def test_a_job_whose_other_nodes_do_not_come_is_one_run(traceml: Traceml) -> None:
+    """Its aggregator starts when the nodes have met."""
     alone = ("--standalone", "--rdzv-conf", "last_call_timeout=1")
-    ended = traceml("run", *alone, "--nnodes", nodes, tmp_path / "train.py")
+    ended = traceml("run", *alone, "--nnodes", "1:2", TINY, "--steps", "20")
 
     assert ended.status == 0, ended.stderr
-    assert ended.stderr.startswith("traceml: this run has the ranks of this node only; `traceml launch`, ") == is_told
+    assert ended.stderr.startswith("traceml: tracing this run; results in ")
+    assert [rank["steps"] for rank in ended.report["ranks"]] == [20]
 
 
 def test_one_rank_has_the_variables_of_torchrun(traceml: Traceml) -> None:

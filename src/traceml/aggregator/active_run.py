@@ -202,9 +202,14 @@ class ActiveRun(RunStreams):
             self.live.note_ending(found)
             self._ended_by = {"ended_by": ended_by}
 
+    @property
+    def has_ending(self) -> bool:
+        """Whether it is known which signal ended the job."""
+        return bool(self._ended_by)
+
     def note_lost_launcher(self, pid: int) -> None:
         """Note, once, that the launcher was killed: it has reported no end."""
-        if not self._ended_by:
+        if not self.has_ending:
             self.note_ending({"launcher_pid": pid, "time": time.time()})
             self._touched_s = time.monotonic()
 

@@ -14,12 +14,14 @@ import msgspec
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
+from traceml.aggregator.joined_nodes import JoinedNodes
 from traceml.aggregator.registry import Registry
 from traceml.aggregator.silent_ranks.silent_ranks import store_snapshot
 from traceml.aggregator.silent_ranks.stacks_reply import snapshots_from_outside, stacks_reply
 from traceml.aggregator.streams.stream import RankStream
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.fail_open import fail_open
+from traceml.ids import safe_run_id
 from traceml.track.tracker_state import TrackerState
 from traceml.transport.exit_report import ExitReport
 from traceml.transport.server import Peer
@@ -80,10 +82,14 @@ class Commands:
         self._aggregator = aggregator
         self._numbers = itertools.count(1)
         self._queries: dict[int, _RankQuery] = {}
+        self._nodes = JoinedNodes()
         self._own: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
             "exits": self._exits,
             "finish": self._finish,
+            "join": self._join,
+            "leave": self._leave,
+            "archive": self._archive,
             "deliveries": self._deliveries,
             "trackers": self._trackers,
             "stacks": self._stacks,
@@ -142,6 +148,7 @@ class Commands:
 
             await asyncio.sleep(_DRAIN_POLL_S)
 
+        await self._nodes.left(run.id)
         run.note_ending(args.get("ended_by"))
         run.end_remaining(status)
         for _ in range(_END_TRIES):
@@ -153,6 +160,29 @@ class Commands:
             raise CommandError(f"the last rows of run {run.id} cannot be stored; see the aggregator's log")
 
         return {"state": run.state, "run_dir": str(run.path)}
+
+    async def _join(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        """Take the ranks of another node into the run, which may not have begun."""
+        run_id = self._run_id_of(peer)
+        self._nodes.join(run_id, args)
+        return {"run_dir": str(self._aggregator.registry.runs_dir / run_id)}
+
+    async def _leave(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        self._nodes.leave(self._run_id_of(peer), args)
+        run = self._aggregator.registry.find(self._run_id_of(peer))
+        if run is not None and not run.ended and not run.has_ending:
+            run.note_ending(args.get("ended_by"))
+
+        return {}
+
+    async def _archive(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        run_dir = self._aggregator.registry.runs_dir / self._run_id_of(peer)
+        try:
+            path = await self._nodes.take_archive(run_dir, args)
+        except (OSError, ValueError) as error:
+            raise CommandError(str(error)) from error
+
+        return {} if path is None else {"path": str(path)}
 
     async def _deliveries(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """Report whether rows of an ended run are still being delivered to trackers."""
@@ -252,6 +282,17 @@ class Commands:
             del self._queries[number]
 
         return query
+
+    def _run_id_of(self, peer: Peer) -> str:
+        """Return the run of a command, also if it has not begun.
+
+        Raises:
+            CommandError: it names none.
+        """
+        try:
+            return safe_run_id(peer.hello.run if peer.hello is not None else "")
+        except ValueError as error:
+            raise CommandError(str(error)) from error
 
     def _run_of(self, peer: Peer) -> ActiveRun:
         wanted = peer.hello.run if peer.hello is not None else ""

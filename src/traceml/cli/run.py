@@ -33,6 +33,7 @@ from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from traceml.supervise.joined_run import JoinedRun
     from traceml.supervise.listen_address import ListenAddress
 
 __all__ = ["main", "make_parser", "run_job"]
@@ -109,13 +110,10 @@ def main(argv: list[str]) -> int:
             TRACEML_ON_HANG="abort" if options.kill_after_report else None,
             TRACEML_PROFILE_ON_FINDING=str(settings.PROFILE_AFTER_S) if options.profile_on_finding else None,
         ),
+        has_other_nodes=_has_other_nodes(options),
+        token=config.token,
+        tls=config.tls,
     )
-    if _has_other_nodes(options) and not config.quiet:
-        print_notice(
-            "traceml: this run has the ranks of this node only; `traceml launch`, or `TRACEML=1 torchrun` on each node "
-            "with TRACEML_HOST and TRACEML_TOKEN of one `traceml serve --host 0.0.0.0`, makes one run of all nodes"
-        )
-
     with _metrics(job, options.prometheus, config.token) as keep_metrics:
         return run_job(job, live=options.live, report=options.report, quiet=config.quiet, on_tick=keep_metrics)
 
@@ -146,19 +144,21 @@ def run_job(
             job,
             make_screen=make_screen,
             on_start=None if quiet else lambda: _print_start(job.run_dir, live=live != "web"),
+            on_joined=None if quiet else _print_joined,
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
             on_completing=load_card,
         ) as supervisor:
             outcome = supervisor.run()
-            print_final_report(
-                job.run_dir,
-                finished=outcome.finished,
-                program="traceml run",
-                report=report,
-                quiet=quiet,
-                file=sys.stderr,
-            )
+            if not outcome.joined:
+                print_final_report(
+                    job.run_dir,
+                    finished=outcome.finished,
+                    program="traceml run",
+                    report=report,
+                    quiet=quiet,
+                    file=sys.stderr,
+                )
 
     return outcome.status
 
@@ -167,6 +167,18 @@ def _print_start(run_dir: Path, *, live: bool) -> None:
     from traceml.transport.run_line import print_start  # the script waits for no import of ours
 
     print_start(run_dir, live=live)
+
+
+def _print_joined(run: JoinedRun) -> None:
+    """Print where the ranks of this node are stored."""
+    from traceml.formatting import printable
+
+    print_notice(
+        printable(
+            f"traceml: the ranks of this node are part of the run of {run.node}, which is stored, shown and reported "
+            f"there: {run.run_dir}"
+        )
+    )
 
 
 def _metrics(
@@ -232,7 +244,7 @@ def _uses_torchrun(options: argparse.Namespace) -> bool:
 
 
 def _has_other_nodes(options: argparse.Namespace) -> bool:
-    """Return whether torchrun may start ranks on other nodes, too: each node's command has a run of its own."""
+    """Return whether torchrun may start ranks on other nodes, too."""
     return options.nnodes is not None and int(options.nnodes.rpartition(":")[2]) > 1
 
 

@@ -28,6 +28,7 @@ from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.helper_programs import helper_program
+from traceml.loopback import is_loopback
 from traceml.run_folder import RELAY_NAME
 from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.otlp_process import otlp_beside
@@ -88,8 +89,8 @@ def main(argv: list[str]) -> int:
             retention_gb=None if config.retention == "off" else config.retention,
             alerts=FindingAlerts([target_of(each) for each in config.on_finding], config.on_finding_after),
             profiles=FindingProfiles(config.profile_on_finding),
-            # The ranks of a launched run are on this host, or come through ssh.
-            tls=make_identity() if config.tls and options.run_id is None else None,
+            # On loopback, the ranks of a launched run are on this host, or come through ssh.
+            tls=make_identity() if config.tls and (options.run_id is None or not is_loopback(host)) else None,
         )
         with (
             contextlib.closing(reports),

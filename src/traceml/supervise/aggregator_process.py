@@ -24,6 +24,7 @@ from traceml.helper_programs import helper_program
 from traceml.ids import new_run_id, safe_run_id
 from traceml.process_ends import exit_text
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, aggregator_words, unwritable_text
+from traceml.supervise.aggregator_client import AggregatorClient
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.folder_aggregator import create_runs_dir
@@ -52,6 +53,9 @@ class AggregatorProcess(RestartingProcess):
         on_completing: called before the aggregator is asked to complete the run, which takes it a moment.
         on_delivery: called once if the end has to wait for trackers that still receive logged values.
         settings: variables of its environment, in addition to ours.
+        token: by default that of the environment, or a new one.
+        is_shared: whether ranks of other nodes may connect; else it listens on this host only.
+        tls: whether it encrypts connections; only if it is shared.
     """
 
     def __init__(
@@ -62,11 +66,16 @@ class AggregatorProcess(RestartingProcess):
         on_completing: Callable[[], object] = lambda: None,
         on_delivery: Callable[[], object] | None = None,
         settings: Mapping[str, str] | None = None,
+        token: str | None = None,
+        is_shared: bool = False,
+        tls: bool = False,
     ) -> None:
         super().__init__()
         self.run_id = run_id
         self.runs_dir = runs_dir
-        self.token = os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()  # `secrets` takes 5 ms to import
+        # `secrets` takes 5 ms to import
+        self.token = token or os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()
+        self._is_shared, self._tls = is_shared, tls and is_shared
         self._listener: socket.socket | None = None
         self._left: tuple[int, int] | None = None
         self._stopping = self._has_told = False
@@ -105,7 +114,7 @@ class AggregatorProcess(RestartingProcess):
             address: host:port at which the rank reaches it; by default this host's loopback.
         """
         return {
-            "TRACEML_ADDRESS": address or f"127.0.0.1:{self.port}",
+            "TRACEML_ADDRESS": address or f"{'tls://' if self._tls else ''}127.0.0.1:{self.port}",
             "TRACEML_TOKEN": self.token,
             "TRACEML_RUN_ID": self.run_id,
             "TRACEML_RUNS_DIR": str(self.runs_dir),
@@ -190,26 +199,15 @@ class AggregatorProcess(RestartingProcess):
 
         The ranks have described themselves since their last progress; these snapshots show them at the end.
         """
-        self._ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
+        self._client.ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
 
     def send_snapshot(self, snapshot: dict[str, Any]) -> None:
         """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
-        self._ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
+        self._client.ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
     def tell_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Tell it of ranks that have ended while the job runs; return whether it knows now. `finish` tells it again."""
-        return self._ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
-
-    def _ask(self, name: str, args: dict[str, Any], limit_s: float) -> bool:
-        """Send a command; return whether it was answered in time."""
-        end_s = time.monotonic() + limit_s
-        with contextlib.suppress(TraceMLError, OSError):
-            connection = self._connect(limit_s, tries=1)
-            with contextlib.closing(connection):
-                connection.request(name, args, timeout_s=end_s - time.monotonic())
-                return True
-
-        return False
+        return self._client.ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
 
     def finish(self, exits: Sequence[ExitReport], status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
         """Report the end of the processes and of the run; return whether it is complete on disk.
@@ -249,7 +247,7 @@ class AggregatorProcess(RestartingProcess):
 
     def _listen(self) -> socket.socket:
         if self._listener is None:
-            self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+            self._listener = _shared_listener() if self._is_shared else _listener("127.0.0.1")
 
         return self._listener
 
@@ -261,12 +259,12 @@ class AggregatorProcess(RestartingProcess):
         from traceml.inspection import kernel_state  # noqa: F401
         from traceml.transport import client  # noqa: F401
 
-    def _connect(self, timeout_s: float, **options: Any) -> Connection:
-        from traceml.transport.client import connect
-        from traceml.transport.hello import Hello
+    @property
+    def _client(self) -> AggregatorClient:
+        return AggregatorClient("127.0.0.1", self.port, self.token, self.run_id, self._tls)
 
-        hello = Hello(role="client", run=self.run_id)
-        return connect("127.0.0.1", self.port, hello, self.token, timeout_s=timeout_s, **options)
+    def _connect(self, timeout_s: float) -> Connection:
+        return self._client.connect(timeout_s)
 
     def _connect_at_end(self) -> Connection:
         """Connect; try again while the aggregator computes, as one that starts on a busy host does.
@@ -334,6 +332,18 @@ class AggregatorProcess(RestartingProcess):
                 self._stopping = True
 
         return True
+
+
+def _listener(host: str, **options: Any) -> socket.socket:
+    return socket.create_server((host, 0), backlog=4096, **options)
+
+
+def _shared_listener() -> socket.socket:
+    """Listen on all interfaces, as torch's store does: which one leads to another node is not known before."""
+    with contextlib.suppress(OSError, ValueError):  # no IPv6
+        return _listener("::", family=socket.AF_INET6, dualstack_ipv6=True)
+
+    return _listener("0.0.0.0")  # noqa: S104 - see above
 
 
 def _is_interrupted() -> bool:

@@ -1,8 +1,9 @@
 """torchrun, with failures reported as they happen.
 
 `python -m traceml.supervise.elastic [torchrun options] SCRIPT …` does what `torchrun` does. It also writes one JSON
-line per failed process, an `ExitReport`, to the descriptor in TRACEML_FAILURES_FD, in every attempt. It exits with the
-status of the rank that failed first: its exit code, or 128 + n for signal n. torchrun itself always exits with 1.
+line per failed process, an `ExitReport`, to the descriptor in TRACEML_FAILURES_FD, in every attempt, and one after each
+rendezvous of several nodes (`node_run`). It exits with the status of the rank that failed first: its exit code, or
+128 + n for signal n. torchrun itself always exits with 1.
 
 Process: torchrun.
 """
@@ -35,8 +36,12 @@ def main(argv: Sequence[str]) -> int:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import determine_local_world_size, parse_args, run
 
-    report = _reporter(os.environ.pop("TRACEML_FAILURES_FD", None))
+    fd_text = os.environ.pop("TRACEML_FAILURES_FD", None)
+    report = _reporter(fd_text)
     reported, agents = _watch_agent(report)
+    if (mode := os.environ.pop("TRACEML_NODE_RUN", None)) is not None and fd_text is not None:
+        _agree_on_run(int(fd_text), shows_token=mode == "token")
+
     options = parse_args(list(argv))
     try:
         determine_local_world_size(options.nproc_per_node)
@@ -138,6 +143,39 @@ def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
 
     api.LocalElasticAgent._monitor_workers = monitor
     return reported, agents
+
+
+def _agree_on_run(fd: int, *, shows_token: bool) -> None:
+    """Make torchrun's agent agree with those of the other nodes on one run, before it starts the workers.
+
+    The methods are private to torch: where one is missing, each node has a run of its own.
+    """
+    import msgspec
+    from torch.distributed.launcher import api
+
+    from traceml.supervise.node_run import NodeRun, NodeRunReport
+    from traceml.transport.exit_report import write_line
+
+    def tell(report: NodeRunReport) -> None:
+        write_line(fd, {"node_run": msgspec.to_builtins(report)})
+
+    agent = getattr(api, "LocalElasticAgent", None)
+    rendezvous, assign = getattr(agent, "_rendezvous", None), getattr(agent, "_assign_worker_ranks", None)
+    if agent is None or rendezvous is None or assign is None:
+        tell(NodeRunReport())
+        return
+
+    run = NodeRun(os.environ, tell, shows_token=shows_token)
+
+    def rendezvous_and_agree(self: Any, group: Any) -> None:
+        rendezvous(self, group)
+        run.agree(group.store, group.group_rank, group.group_world_size, group.master_addr)
+
+    def claim_and_assign(self: Any, store: Any, *args: Any) -> Any:
+        run.claim(store)
+        return assign(self, store, *args)
+
+    agent._rendezvous, agent._assign_worker_ranks = rendezvous_and_agree, claim_and_assign
 
 
 def _running_at_close(context: Any) -> set[int]:

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 from traceml.process_ends import BY_OTHERS, has_terminal, not_ignored, shell_status
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
-from traceml.supervise.output import OutputCopy, UnreadOutput
+from traceml.supervise.output import OutputCopy, PassThroughScreen, UnreadOutput
 from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
 
 if TYPE_CHECKING:
+    from traceml.supervise.joined_run import JoinedRun
+    from traceml.supervise.node_run import NodeRunReport
     from traceml.transport.exit_report import ExitReport
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
@@ -46,6 +48,9 @@ class LocalJob(NamedTuple):
     run_id: str
     runs_dir: Path
     environ: Mapping[str, str] = MappingProxyType({})  # variables for the job, added to this process's own
+    has_other_nodes: bool = False  # whether torchrun may start ranks on other nodes, too
+    token: str | None = None  # secret that all nodes were given, if any
+    tls: bool = False  # whether the ranks of other nodes encrypt what they send
 
     @property
     def run_dir(self) -> Path:
@@ -54,10 +59,11 @@ class LocalJob(NamedTuple):
 
 
 class JobOutcome(NamedTuple):
-    """The end of a job: `status` as in a shell, and whether the run is complete on disk."""
+    """The end of a job."""
 
-    status: int
-    finished: bool
+    status: int  # as in a shell
+    finished: bool  # whether the run is complete on disk
+    joined: bool = False  # whether it was the run of another node, and is there
 
 
 class Screen(Protocol):
@@ -82,6 +88,7 @@ class Supervisor:
         *,
         make_screen: Callable[[], Screen] | None = None,
         on_start: Callable[[], object] | None = None,
+        on_joined: Callable[[JoinedRun], object] | None = None,
         on_delivery: Callable[[], object] | None = None,
         on_tick: Callable[[], object] | None = None,
         on_completing: Callable[[], object] = lambda: None,
@@ -92,6 +99,8 @@ class Supervisor:
             make_screen: makes the live view once the job is started; the job's output goes through it, with a copy in
                 the run's folder. None: the job writes directly to our terminal or pipe.
             on_start: called once when the aggregator runs and the job is started, whose interpreter loads meanwhile.
+                With other nodes, when they have met and the run is this node's.
+            on_joined: called when this node's ranks belong to the run of another one.
             on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
             on_completing: called when the ranks have said bye, and again when their processes have ended, before the
@@ -102,11 +111,22 @@ class Supervisor:
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
         self._aggregator = AggregatorProcess(
-            job.run_id, job.runs_dir, on_completing=on_completing, on_delivery=on_delivery, settings=job.environ
+            job.run_id,
+            job.runs_dir,
+            on_completing=on_completing,
+            on_delivery=on_delivery,
+            settings=job.environ,
+            token=job.token,
+            is_shared=job.has_other_nodes,
+            tls=job.tls,
         )
-        self._on_start, self._on_tick, self._on_completing = on_start, on_tick, on_completing
+        self._joined: JoinedRun | None = None
+        self._has_begun = False
+        self._on_start, self._on_joined = on_start, on_joined
+        self._on_tick, self._on_completing = on_tick, on_completing
         self._failures: list[ExitReport] = []
-        self._reported_exits, self._all_reported_s = 0, 0.0  # clean exits that the aggregator knows; when it knew all
+        self._reported_exits, self._all_reported_s = 0, 0.0  # exits that the aggregator knows; when it knew all
+        self._next_report_s = 0.0
         self._signals: set[int] = set()
         self._not_ignored = not_ignored(FORWARDED_SIGNALS)
         self._had_terminal = has_terminal()
@@ -133,10 +153,12 @@ class Supervisor:
     def run(self) -> JobOutcome:
         """Run the job; return when all its processes have ended and the run is stored."""
         self._selector.register(self._aggregator.watch_ranks(), selectors.EVENT_READ, "left")
-        self._aggregator.start()
+        if not self._job.has_other_nodes:
+            self._aggregator.start()
+
         process = self._run_job()
         finished = self._finish(process)
-        return JobOutcome(shell_status(process.wait()), finished)
+        return JobOutcome(shell_status(process.wait()), finished, joined=self._joined is not None)
 
     # the job
 
@@ -144,12 +166,11 @@ class Supervisor:
         terminal = _output_pipe() if self._make_screen is not None else None
         process = self._process = self._start_job(terminal)
         try:
-            if self._on_start is not None:
-                self._on_start()
+            if not self._job.has_other_nodes:
+                self._begin()
+            elif self._make_screen is not None:
+                self._screen = PassThroughScreen()
 
-            if self._make_screen is not None:
-                self._screen = self._make_screen()
-                self._copy = OutputCopy(self._job.run_dir / OUTPUT_LOG)
             self._watch_job(process, terminal)
         finally:
             if process.poll() is None:  # after an error of ours: the job does not outlive its supervisor
@@ -167,11 +188,45 @@ class Supervisor:
 
         return process
 
+    def _begin(self) -> None:
+        """Show the run, whose aggregator has been started."""
+        self._has_begun = True
+        if self._on_start is not None:
+            self._on_start()
+
+        if self._make_screen is not None:
+            self._screen = self._make_screen()
+            self._copy = OutputCopy(self._job.run_dir / OUTPUT_LOG)
+
+    def _take_node_run(self, report: NodeRunReport) -> None:
+        """Report to the run that this node's ranks belong to from now on."""
+        if report.location is not None:
+            from traceml.supervise.joined_run import JoinedRun
+
+            if self._joined is None or self._joined.run_id != report.location.run_id:
+                self._joined = JoinedRun(report, self._job.runs_dir)
+                if self._on_joined is not None:
+                    self._on_joined(self._joined)
+
+            return
+
+        if self._joined is not None:  # its aggregator is gone, and knew what there was to know
+            self._joined = None
+            self._failures.clear()
+            self._reported_exits = 0
+
+        if not self._has_begun:
+            self._aggregator.start()
+            self._begin()
+
     def _start_job(self, terminal: ScriptPipe | None) -> subprocess.Popen[bytes]:
         failures_in, failures_out = os.pipe()
         os.set_blocking(failures_in, False)
         environ = {**os.environ, **self._job.environ, **self._aggregator.environ()}
         environ["TRACEML_FAILURES_FD"] = str(failures_out)
+        if self._job.has_other_nodes:
+            environ["TRACEML_NODE_RUN"] = "token" if self._job.token is None else "given"
+
         try:
             process = spawn(
                 self._job.command,
@@ -213,7 +268,7 @@ class Supervisor:
                     self._aggregator.prepare_requests()
                     self._on_completing()
 
-                self._report_clean_exits()
+                self._report_exits(process)
                 self._pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if time.monotonic() > requests_from_s:
@@ -242,7 +297,7 @@ class Supervisor:
         """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
         while (info := signal.sigtimedwait(self._not_ignored, 0)) is not None:
             if info.si_signo in _ENDING and not self._signals & _ENDING:
-                self._aggregator.take_last_snapshots()
+                (self._joined or self._aggregator).take_last_snapshots()
 
             self._signals.add(info.si_signo)
             self._note_sender(info)
@@ -305,13 +360,42 @@ class Supervisor:
 
             import json
 
-            from traceml.transport.exit_report import ExitReport
+            for line in lines.splitlines():
+                self._take_message(json.loads(line))
 
-            read = [ExitReport.from_message(json.loads(line)) for line in lines.splitlines()]
-            self._failures += [each for each in read if each is not None]
+    def _take_message(self, message: dict[str, Any]) -> None:
+        from traceml.transport.exit_report import ExitReport
+
+        if "node_run" in message:
+            from msgspec import convert
+
+            from traceml.supervise.node_run import NodeRunReport
+
+            self._take_node_run(convert(message["node_run"], NodeRunReport))
+        elif (report := ExitReport.from_message(message)) is not None:
+            self._failures.append(report)
+
+    def _report_exits(self, process: subprocess.Popen[bytes]) -> None:
+        """Report ranks that have ended while others run.
+
+        This node's own aggregator sees the ends of processes itself; but after os._exit(0) a rank looks lost. That of
+        another node sees none.
+        """
+        if self._joined is None:
+            self._report_clean_exits()
+            return
+
+        from traceml.inspection.kernel_state import children_of
+
+        self._joined.check_workers(children_of(process.pid))
+        new = self._failures[self._reported_exits :]
+        if new and time.monotonic() >= self._next_report_s:
+            if self._joined.tell_ends(self._as_stopped(new)):
+                self._reported_exits = len(self._failures)
+            else:
+                self._next_report_s = time.monotonic() + _CLEAN_EXIT_S
 
     def _report_clean_exits(self) -> None:
-        """Report ranks that have exited with status 0 while others run: after os._exit(0) a rank looks lost."""
         clean = [each for each in self._failures if each.exitcode == 0]
         if len(clean) == self._reported_exits:
             self._all_reported_s = time.monotonic()
@@ -325,24 +409,30 @@ class Supervisor:
 
     def _finish(self, process: subprocess.Popen[bytes]) -> bool:
         """Report the end of the processes to the aggregator; return whether the run is complete on disk."""
-        from msgspec.structs import replace
-
         from traceml.transport.exit_report import ExitReport
 
         failures = self._failures
         if not self._job.uses_torchrun:
             failures = [*failures, ExitReport(rank=0, pid=process.pid, exitcode=process.returncode)]
 
-        # Who signals the command ends the job as a whole: no rank is the cause.
-        ends = {-number for number in self._signals} | {128 + number for number in self._signals}
-        failures = [replace(each, stopped=True) if each.exitcode in ends else each for each in failures]
         if self._ended_by is not None:
             from traceml.supervise.slurm_jobs import scheduler_facts
 
             self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
             self._ended_by |= scheduler_facts(os.environ)
 
-        return self._aggregator.finish(failures, shell_status(process.wait()), self._ended_by)
+        if self._joined is not None:
+            self._joined.finish(self._as_stopped(failures[self._reported_exits :]), self._ended_by)
+            return True
+
+        return self._aggregator.finish(self._as_stopped(failures), shell_status(process.wait()), self._ended_by)
+
+    def _as_stopped(self, exits: Sequence[ExitReport]) -> list[ExitReport]:
+        """Return exits, those by a signal to this command marked: who signals it ends the job as a whole."""
+        from msgspec.structs import replace
+
+        ends = {-number for number in self._signals} | {128 + number for number in self._signals}
+        return [replace(each, stopped=True) if each.exitcode in ends else each for each in exits]
 
 
 def _is_for_job_too(info: signal.struct_siginfo) -> bool:

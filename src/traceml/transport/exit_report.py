@@ -12,7 +12,7 @@ import msgspec
 
 from traceml.inspection.control_groups import OomPlace
 
-__all__ = ["ExitReport", "write_report"]
+__all__ = ["ExitReport", "write_line", "write_report"]
 
 _log = logging.getLogger("traceml")
 
@@ -49,6 +49,11 @@ class ExitReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def write_report(fd: int, report: ExitReport) -> None:
-    """Write a report as a line of JSON to the descriptor that `traceml run` reads."""
+    """Write a report to the descriptor that `traceml run` reads."""
+    write_line(fd, report.to_message())
+
+
+def write_line(fd: int, message: dict[str, Any]) -> None:
+    """Write a message as a line of JSON to that descriptor."""
     with contextlib.suppress(BrokenPipeError):  # it was killed: nobody reads it
-        os.write(fd, json.dumps(report.to_message()).encode() + b"\n")
+        os.write(fd, json.dumps(message).encode() + b"\n")

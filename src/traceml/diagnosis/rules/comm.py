@@ -144,8 +144,9 @@ def _waiting_for_unseen(ranks: Sequence[int], cost: float, step: float, evidence
         "late, of which nothing is known here."
     )
     action = (
-        "Trace all ranks in one run, which names a late one. Those of several nodes are one by `traceml launch`, or by "
-        "`traceml serve --host 0.0.0.0` on one of them, and TRACEML=1, TRACEML_HOST and TRACEML_TOKEN on all."
+        "Trace all ranks in one run, which names a late one. Those of several nodes are one by `traceml launch`, by "
+        "`traceml run --nnodes` on each, or by `traceml serve --host 0.0.0.0` on one of them, and TRACEML=1, "
+        "TRACEML_HOST and TRACEML_TOKEN on all."
     )
     return _finding(cost, step, summary, action, {**evidence, "unseen_ranks": list(ranks[:_MAX_LISTED])})
 

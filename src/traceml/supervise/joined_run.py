@@ -1,0 +1,113 @@
+"""The part that this node has in a run of another one: reports of its ranks to the aggregator there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from traceml.errors import TraceMLError
+from traceml.supervise.aggregator_client import AggregatorClient
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from traceml.supervise.node_run import NodeRunReport
+    from traceml.transport.client import Connection
+    from traceml.transport.exit_report import ExitReport
+
+__all__ = ["JoinedRun"]
+
+_CONNECT_S, _ANSWER_S, _SNAPSHOT_S, _LAST_SNAPSHOT_S = 2.0, 10.0, 1.0, 0.2
+_PART_BYTES = 4 << 20
+
+_log = logging.getLogger("traceml")
+
+
+class JoinedRun:
+    """A run of another node that this node's ranks belong to.
+
+    Args:
+        report: of the rendezvous.
+        runs_dir: folder for the files of this node's ranks that have no folder in memory.
+    """
+
+    def __init__(self, report: NodeRunReport, runs_dir: Path) -> None:
+        from traceml.database.snapshots.silent_workers import SilentWorkers
+        from traceml.inspection.control_groups import OomWatch
+
+        assert report.location is not None
+        location = report.location
+        self.node, self.run_id, self.run_dir = location.node, location.run_id, report.run_dir
+        self._client = AggregatorClient(report.host, location.port, report.token, location.run_id, location.tls)
+        self._runs_dir = str(runs_dir)
+        self._host = socket.gethostname()
+        self._silent = SilentWorkers(self.run_id, self._runs_dir, self._send_snapshot)
+        self._oom_watch = OomWatch()
+
+    def __repr__(self) -> str:
+        return f"<run {self.run_id} of node {self.node}>"
+
+    def check_workers(self, pids: Iterable[int]) -> None:
+        """Report what silent ranks of this node do; call it often.
+
+        Args:
+            pids: of the processes that may be ranks.
+        """
+        self._silent.check(pids)
+
+    def take_last_snapshots(self) -> None:
+        """Have the aggregator take snapshots of ranks without progress, before a signal ends them."""
+        self._client.ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
+
+    def tell_ends(self, exits: Iterable[ExitReport]) -> bool:
+        """Report ends of ranks, with the files that they left; return whether the aggregator knows now."""
+        try:
+            with contextlib.closing(self._client.connect(_CONNECT_S)) as connection:
+                for ended in exits:
+                    self._tell_end(connection, ended)
+        except (TraceMLError, OSError) as error:
+            _log.debug("the end of a rank is not reported to %s: %s", self.node, error)
+            return False
+
+        return True
+
+    def finish(self, exits: Sequence[ExitReport], ended_by: Mapping[str, Any] | None) -> None:
+        """Report the ends that are not known there yet, and that no more follow.
+
+        Args:
+            ended_by: the signal that asked for the end, in the form of the command `finish`.
+        """
+        self.tell_ends(exits)
+        self._client.ask("leave", {"host": self._host, "pid": os.getpid(), "ended_by": ended_by}, _ANSWER_S)
+
+    def _tell_end(self, connection: Connection, ended: ExitReport) -> None:
+        from msgspec.structs import replace
+
+        from traceml.database.flight.flight_archive import packed_flight
+
+        oom = self._oom_watch.killed() if ended.exitcode == -signal.SIGKILL and not ended.stopped else None
+        ended = replace(ended, host=self._host, oom=oom)
+        with packed_flight(ended.pid or 0, self.run_id, runs_dir=self._runs_dir) as archive:
+            if archive is not None:
+                path = self._send_archive(connection, f"{self._host}-{ended.rank}-{ended.pid}", archive.data)
+                ended = replace(ended, flight=path, crash=archive.crash_text or None)
+
+            connection.request("exits", {"exits": [ended.to_message()]}, timeout_s=_ANSWER_S)
+
+    def _send_archive(self, connection: Connection, name: str, data: bytes) -> str:
+        """Send an archive in parts; return the path of the copy of the flight file."""
+        reply: dict[str, Any] = {}
+        for at in range(0, len(data), _PART_BYTES):
+            part = {"name": name, "data": data[at : at + _PART_BYTES], "last": at + _PART_BYTES >= len(data)}
+            reply = connection.request("archive", part, timeout_s=_ANSWER_S)
+
+        return str(reply["path"])
+
+    def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
+        about = {"host": self._host, "rank": rank, "pid": pid, "snapshot": snapshot}
+        self._client.ask("snapshot_from_outside", about, _SNAPSHOT_S)
