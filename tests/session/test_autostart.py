@@ -118,6 +118,21 @@ def test_a_script_is_traced(python: Python, tmp_path: Path) -> None:
     assert steps(tmp_path) == [(0, 30)]
 
 
+@pytest.mark.parametrize(
+    ("local_rank", "on_host", "is_named"), [("0", "1", True), ("1", "2", False), ("0", "2", False)]
+)
+def test_another_host_names_the_run_of_its_ranks(python: Python, local_rank: str, on_host: str, is_named: bool) -> None:
+    """It has an aggregator, and with that a run, of its own; the ranks beside rank 0 are in that one's."""
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": on_host}
+    ended = python(SCRIPT, **ranks, MASTER_ADDR="10.0.0.1", MASTER_PORT="1")
+
+    assert ended.returncode == 0, ended.stderr
+    line = "traceml: tracing the ranks of this host in this run; results in traceml_runs/"
+    assert ended.stderr.startswith(line) == is_named
+    assert ("traceml: tracing" in ended.stderr) == is_named
+    assert not CARD.search(ended.stderr)
+
+
 def test_each_run_of_a_process_has_its_card(python: Python, tmp_path: Path) -> None:
     """At the end, in their order: the script's own output stays together."""
     fold = f"traceml.init(local=True, run_name=name)\n{LOOP}\ntrain()\ntraceml.shutdown()\nprint(name)"

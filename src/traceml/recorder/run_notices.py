@@ -41,11 +41,18 @@ _here: set[Path] = set()  # folders of runs that are on this host
 def announce(recorder: Recorder, run_dir: Path) -> None:
     """Print where the run is stored, and register its verdict for the end of this process.
 
-    Only the first process of rank 0 does, and not where a launcher does.
+    Only the first process of rank 0 does, and not where a launcher does. The first rank of another host prints where it
+    is stored by an aggregator of its host: that run lacks the other ranks, and a verdict would be of these only.
     """
     with fail_open(_log, "session", "the run's folder cannot be announced", once=True):
         config, is_first = recorder.config, os.environ.get(_ANNOUNCED) != str(run_dir)
-        if config.quiet or config.supervised or recorder.is_child or recorder.rank_identity.rank or not is_first:
+        if config.quiet or config.supervised or recorder.is_child or not is_first:
+            return
+
+        if recorder.rank_identity.rank:
+            if _is_first_of_host() and not config.address_given:
+                print_notice(run_line("tracing the ranks of this host in", run_dir))
+
             return
 
         os.environ[_ANNOUNCED] = str(run_dir)  # for children that join this run
@@ -58,6 +65,12 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
         if _is_same(run_dir.parent, config.runs_dir):  # else a warning has named the folder
             does = "tracing" if recorder.will_trace else "recording"
             print_notice(run_line(does, run_dir))
+
+
+def _is_first_of_host() -> bool:
+    """Whether this process is the first rank of one of several hosts, by the variables of its launcher."""
+    local_rank, on_host, world = map(os.environ.get, ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    return local_rank == "0" and on_host is not None and on_host != world
 
 
 def dismiss(run_dir: Path) -> None:

@@ -24,7 +24,7 @@ def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
     """Return the line.
 
     Args:
-        does: `tracing` or `recording`.
+        does: `tracing`, `recording`, or what of the run.
     """
     page = auth.find_page(str(run_dir.parent)) if live else None
     view = f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"
