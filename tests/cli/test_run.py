@@ -63,3 +63,30 @@ def test_the_page_without_its_libraries_is_one_line(
     assert status == 3
     assert "pip install 'traceml-torch[web]'" in shown
     assert "started" not in shown
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "srun has started 4 tasks"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started 2 tasks"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, None),  # the first one has said it
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_TASK_PID": "7", "SLURM_NTASKS": "4"}, None),  # a batch script
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),  # it may be a program that a rank starts
+    ],
+)
+def test_each_task_of_a_launcher_makes_a_run_of_its_own(
+    variables: dict[str, str], told: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of all tasks are one run where the script is started without the command."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    run._warn_of_other_tasks()
+
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"traceml: {told}") if told else printed == ""

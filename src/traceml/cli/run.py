@@ -24,6 +24,7 @@ from traceml.cli.options.shared_options import (
 from traceml.errors import TraceMLError, UsageError
 from traceml.fail_open import print_notice
 from traceml.helper_programs import helper_program
+from traceml.ids import detect_rank
 from traceml.installation import install_command
 from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.final_report import load_card, print_final_report
@@ -78,6 +79,7 @@ _NUMBERS: dict[str, Callable[[str], object]] = {
     "--master-port": PORT,
     "--shutdown-timeout": NumberRange(minimum=0),
 }
+_TASK_LAUNCHERS = {"slurm": "srun", "openmpi": "mpirun"}  # by the source of a rank
 _DEVICES = ("cpu", "gpu", "auto", "xpu", "hpu", "npu", "mlu", "musa")  # whose number torchrun finds, also of extensions
 _SHORT = {"--redirects": "-r", "--tee": "-t"}
 
@@ -114,6 +116,9 @@ def main(argv: list[str]) -> int:
         token=config.token,
         tls=config.tls,
     )
+    if not (config.quiet or config.supervised or job.uses_torchrun):
+        _warn_of_other_tasks()
+
     with _metrics(job, options.prometheus, config.token) as keep_metrics:
         return run_job(job, live=options.live, report=options.report, quiet=config.quiet, on_tick=keep_metrics)
 
@@ -246,6 +251,17 @@ def _uses_torchrun(options: argparse.Namespace) -> bool:
 def _has_other_nodes(options: argparse.Namespace) -> bool:
     """Return whether torchrun may start ranks on other nodes, too."""
     return options.nnodes is not None and int(options.nnodes.rpartition(":")[2]) > 1
+
+
+def _warn_of_other_tasks() -> None:
+    """Print, in the first task of srun or mpirun, that each task's command makes a run of its own rank."""
+    own = detect_rank()
+    if own.source in _TASK_LAUNCHERS and own.world_size > 1 and own.rank == 0:
+        launcher = _TASK_LAUNCHERS[own.source]
+        print_notice(
+            f"traceml: {launcher} has started {own.world_size} tasks of `traceml run`, and each makes a run of its own "
+            f"rank; `TRACEML=1 {launcher} ... python SCRIPT` makes one run of the tasks of a host"
+        )
 
 
 def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
