@@ -124,7 +124,7 @@ def test_runs_are_labeled_and_deleted(visit: Visits, runs_dir: Path) -> None:
     page.get_by_role("button", name="Add tag", exact=True).click()
     expect(page.locator(".editbar [role=status]")).to_contain_text("not a tag: 'a,'")
     page.locator('input[data-run="20250101-000000-kept-0002"]').check()
-    expect(page.locator(".editbar b")).to_have_text("2 runs picked")
+    expect(page.locator(".editbar b")).to_have_text("2 runs selected")
     page.get_by_role("button", name="Archive", exact=True).click()
     expect(row).to_have_count(0)
     expect(page.locator("#found")).to_contain_text("2 archived not listed")

@@ -28,7 +28,7 @@ class EditBar:
         self._picked: Sequence[RunInfo] = ()
         self._text = ""
         self._asked = 0
-        with Container("div", "card editbar", role="region", aria_label="picked runs") as self._bar:
+        with Container("div", "card editbar", role="region", aria_label="selected runs") as self._bar:
             self._count = TextNode("b")
             self._compare = self._button("Compare", self._open_comparison, "tool main", id="compare")
             attributes = {"placeholder": "Tag, name or note", "aria_label": "tag, name or note", "maxlength": 2000}
@@ -50,7 +50,7 @@ class EditBar:
         """Show the bar for the runs that are picked, oldest first."""
         self._picked = picked
         set_visible(self._bar, bool(picked))
-        self._count.set_text(f"{plural(len(picked), 'run')} picked")
+        self._count.set_text(f"{plural(len(picked), 'run')} selected")
         self._compare.props["disabled"] = not 2 <= len(picked) <= len(LETTERS)
         set_visible(self._rename, len(picked) == 1)
 

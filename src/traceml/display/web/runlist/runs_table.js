@@ -6,7 +6,7 @@ export default {
   template: `
     <div class="scroll"><table>
       <thead><tr>
-        <th scope="col" class="pickcell"><span class="visually-hidden">pick</span></th>
+        <th scope="col" class="pickcell"><span class="visually-hidden">select</span></th>
         <th v-for="col in columns" :key="col.name" scope="col" :class="col.look" :aria-sort="col.order || 'none'">
           <button type="button" class="sort" @click="$emit('sort', col.name)">{{ col.label }}<span
             aria-hidden="true">{{ col.order === 'ascending' ? ' \u2191' : col.order ? ' \u2193' : '' }}</span></button>
@@ -19,7 +19,7 @@ export default {
           </tr>
           <tr :class="{ picked: row.picked }">
             <td class="pickcell"><input type="checkbox" :data-run="row.id" :checked="row.picked"
-              :aria-label="'pick ' + row.name" @change="$emit('pick', [row.id, $event.target.checked])"></td>
+              :aria-label="'select ' + row.name" @change="$emit('pick', [row.id, $event.target.checked])"></td>
             <td v-for="col in columns" :key="col.name" :class="col.look">
               <template v-if="col.name === 'name'">
                 <a class="name" :href="row.href">{{ row.name }}</a>

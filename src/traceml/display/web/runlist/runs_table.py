@@ -44,8 +44,8 @@ class RunsTable(ui.element, component="runs_table.js"):  # type: ignore[misc, ca
         """Return what the template of `runs_table.js` builds."""
         columns, rows = self.props["columns"], self.props["rows"]
         return (
-            '<div class="scroll"><table><thead><tr><th scope="col" class="pickcell"><span class="visually-hidden">pick'
-            f"</span></th>{''.join(map(_html_heading, columns))}</tr></thead>"
+            '<div class="scroll"><table><thead><tr><th scope="col" class="pickcell"><span class="visually-hidden">'
+            f"select</span></th>{''.join(map(_html_heading, columns))}</tr></thead>"
             f"<tbody>{''.join(_html_row(row, columns) for row in rows)}</tbody></table></div>"
         )
 
@@ -54,7 +54,8 @@ def _html_row(row: dict[str, Any], columns: list[dict[str, Any]]) -> str:
     heading = row["heading"]
     group = f'<tr class="groupline"><th colspan="{len(columns) + 1}" scope="colgroup">{escape(heading)}</th></tr>'
     look = ' class="picked"' if row["picked"] else ""
-    pick = f'<input type="checkbox" inert{" checked" if row["picked"] else ""} aria-label="pick {escape(row["name"])}">'
+    name = escape(row["name"])
+    pick = f'<input type="checkbox" inert{" checked" if row["picked"] else ""} aria-label="select {name}">'
     cells = "".join(f'<td class="{col["look"]}">{_html_cell(row, col["name"])}</td>' for col in columns)
     return f'{group if heading else ""}<tr{look}><td class="pickcell">{pick}</td>{cells}</tr>'
 
