@@ -232,7 +232,7 @@ def test_environments_in_other_processes_are_not_advised_to_be_there(every, on_c
         each for each in diagnose(window, JobFacts(lines=(step, rest), collects=True)) if each.phase == "other"
     )
 
-    assert found.next.startswith("ppo.py:21 VecEnv.step waits there for answers of other processes") is waits
+    assert found.next.startswith("ppo.py:21 VecEnv.step waits there for answers from other processes") is waits
     assert ("AsyncVectorEnv" in found.next) is not waits
 
 

@@ -171,9 +171,9 @@ def _for_answers(part: str, line: BlamedLine | None, facts: JobFacts) -> str | N
         return None
 
     return (
-        f"{line.place} waits there for answers of other processes: make what these do cheaper, or divide it among more "
-        "of them where cores are free; or ask them ahead of the step that needs the answers, so that they work while "
-        "the model trains."
+        f"{line.place} waits there for answers from other processes: make their work cheaper, divide it among more "
+        f"processes where cores are free, or send the requests ahead of the step that needs the answers, so that "
+        f"these processes work while the model trains."
     )
 
 
@@ -214,7 +214,7 @@ def for_residual(
     if called == EVENT_LOOP:
         return (
             "Look at what the training awaits (a queue of batches that another task fills, a reply): let several "
-            "tasks, threads or processes make it, ahead of the step that needs it."
+            "tasks, threads or processes produce it ahead of the step that needs it."
         )
 
     if (collecting := _for_collecting(part, line, facts)) is not None:
@@ -290,7 +290,7 @@ _READS = "Each value that is read from the device (.item(), .cpu()) waits for it
 def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> str:
     if trainer is not None:
         return (
-            f"The training loop is inside {trainer.place}: look at what it was asked to do beside the model (loss "
+            f"The training loop is inside {trainer.place}: look at what it does besides the model (loss "
             "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
         )
 
@@ -319,8 +319,8 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
     played = environment_share(facts.lines, part)
     if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
         return (
-            f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often for larger "
-            "tensors, as with several environments that are stepped at once (gymnasium's SyncVectorEnv), or use "
+            f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often, on larger "
+            f"tensors (for example by stepping several environments at once: gymnasium's SyncVectorEnv), or use "
             "torch.compile. `traceml report --lines` shows all lines."
         )
 
@@ -328,7 +328,8 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
         return (
             f"Make {line.place} cheaper. If it steps environments, step several at once in processes of their own "
             "(gymnasium's AsyncVectorEnv), or while the model trains; if it makes batches of what was collected, keep "
-            "that in preallocated tensors, of which one index takes a batch. `traceml report --lines` shows all lines."
+            "that in preallocated tensors, from which one indexing operation takes a batch. `traceml report --lines` "
+            "shows all lines."
         )
 
     return for_rollouts(part, line, facts) if played is None or played >= MIN_PLAYED else None
@@ -473,7 +474,8 @@ def for_more_work(ranks: tuple[int, ...]) -> str:
     has, its, it = ("has", "its", "it") if len(ranks) == 1 else ("have", "their", "them")
     return (
         f"{capitalized(ranks_text(ranks))} {has} more to compute: compare the sizes of {its} batches with the others', "
-        f"and what these send to {it}, such as the tokens of an expert (all_to_all). Let all ranks have as much."
+        f"and what the others send to {it}, such as the tokens of an expert (all_to_all). Give all ranks the same "
+        f"amount."
     )
 
 
@@ -481,7 +483,8 @@ def for_long_stage(ranks: tuple[int, ...]) -> str:
     """Return advice on ranks that are the longest stages of a pipeline."""
     return (
         f"Divide the model more evenly: move layers from {ranks_text(ranks)} to the other ranks. Split the batch into "
-        "more micro-batches, too: with one, each stage waits while another one computes, however long they are."
+        "more micro-batches, too: with a single one, each stage waits while another computes, however the model is "
+        "divided."
     )
 
 

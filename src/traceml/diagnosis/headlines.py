@@ -235,7 +235,7 @@ def _spent_in(share: str, where: str) -> str:
 
 
 def healthy(finding: FindingFacts) -> str:
-    """Return `No bottleneck found`, `Steps are fine; they are 45 % of the run's time`, or another remark.
+    """Return `No bottleneck found`, `Steps are fine; they take 45 % of the run's time`, or another remark.
 
     If code of the script could be made cheaper, that is its line.
     """
@@ -250,7 +250,7 @@ def healthy(finding: FindingFacts) -> str:
 
     share = finding.evidence.get("steps_share")
     return (
-        "No bottleneck found" if share is None else f"Steps are fine; they are {percent_text(share)} of the run's time"
+        "No bottleneck found" if share is None else f"Steps are fine; they take {percent_text(share)} of the run's time"
     )
 
 
@@ -268,7 +268,7 @@ def compute(finding: FindingFacts) -> str:
     evidence, share = finding.evidence, finding.evidence.get("steps_share")
     busy = evidence.get("device_busy_share")
     if busy is not None:
-        of_run = "" if share is None else f"; steps are {percent_text(share)} of the run's time"
+        of_run = "" if share is None else f"; steps take {percent_text(share)} of the run's time"
         return f"Launching work limits the steps: the device computes {percent_text(busy)} of the time{of_run}"
 
     heaviest = evidence.get("share_by_phase", {}).get(finding.phase)
@@ -276,7 +276,7 @@ def compute(finding: FindingFacts) -> str:
     if share is None:
         return f"The model's own compute limits this run, {part}"
 
-    return f"Compute limits the steps, {part}; they are {percent_text(share)} of the run's time"
+    return f"Compute limits the steps, {part}; they take {percent_text(share)} of the run's time"
 
 
 def pauses_text(evidence: Mapping[str, Any]) -> str:
@@ -464,7 +464,7 @@ def communication(finding: FindingFacts) -> str:
     """Return `Communication between ranks slows training down: 34 % of step time`, or that some ranks are not seen."""
     waiting = "Communication between ranks slows training down"
     if "unseen_ranks" in finding.evidence:
-        waiting = "The ranks that are seen wait for others"
+        waiting = "The ranks of this run wait for others"
 
     return f"{waiting}: {_of_step_time(finding)}"
 

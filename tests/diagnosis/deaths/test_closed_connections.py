@@ -64,7 +64,7 @@ def test_the_line_that_ended_the_script_is_told() -> None:
 
     assert finding.summary.startswith("Rank 1's script ended at train.py:10 check after 41 steps while rank 0 still")
     assert finding.evidence["line"] == 10
-    assert "why rank 1 comes to train.py:10 check" in finding.next
+    assert "why rank 1 reaches train.py:10 check" in finding.next
 
 
 def test_a_process_that_left_by_os_exit_is_no_script_that_ended() -> None:

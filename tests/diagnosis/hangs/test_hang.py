@@ -997,7 +997,7 @@ def test_a_rank_that_uses_a_device_may_wait_for_it():
     finding = found(snapshot(0, line(6, "log"), process_state="R", quiet_s=310.0, uses_device=True), ranks=1)
 
     assert summary(finding) == "Rank 0 has been in train.py:6 log, computing, or waiting for the device for 5:10."
-    assert "what an earlier line has launched does not end" in finding.next
+    assert "it waits for what an earlier line has launched" in finding.next
 
 
 def test_the_exception_that_a_rank_handles_is_told():
@@ -1009,12 +1009,12 @@ def test_the_exception_that_a_rank_handles_is_told():
     assert summary(finding).endswith(
         "for 75 s: different code paths. Rank 1 is handling ValueError: bad row, raised at train.py:17 check."
     )
-    assert finding.next.startswith("Look at that exception first: rank 1 left the others by it.")
+    assert finding.next.startswith("Look at that exception first: it took rank 1 away from the others.")
     assert finding.evidence["handled_exception"] == handling["handled"]
 
     waits = found(in_backward(0), replace(STUCK, **handling))
     assert summary(waits).endswith(" Rank 1 is handling ValueError: bad row, raised at train.py:17 check.")
-    assert waits.next.startswith("Find out what holds rank 1 there, while the others went on")
+    assert waits.next.startswith("Find out what keeps rank 1 there while the others continued")
 
 
 def test_an_exception_of_a_rank_that_waits_is_no_cause():

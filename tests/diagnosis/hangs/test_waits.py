@@ -40,7 +40,7 @@ def stuck(*frames: FrameSnapshot, **seen: Any) -> Finding:
         (
             LOCK | {"blocker": ProcessSnapshot(pid=70, is_self=True, name="python train.py")},
             "waiting for a file lock (/tmp/lock, held by this process itself) for 75 s.",
-            "Open the file once",
+            "Open the file only once",
         ),
         (LOCK, "waiting for a file lock (/tmp/lock) for 75 s.", "stale lock file"),
         ({**SLEEPS, "waits_on": "lock /a.lock"}, "waiting for a file lock (/a.lock) for 75 s.", "stale lock file"),

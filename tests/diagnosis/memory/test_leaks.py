@@ -353,7 +353,7 @@ def test_a_list_that_is_too_small_to_explain_the_growth_is_not_blamed(facts):
     (finding,) = leaks(**leaking(), growing=growing_list(**facts))
 
     assert "losses (" not in finding.summary
-    assert "No container that the script's variables refer to was seen to grow by as much." in finding.summary
+    assert "No container that the script's variables refer to was seen to grow that much." in finding.summary
     assert "native code" in finding.next
     assert "gc.disable" in finding.next
     assert "container" not in finding.evidence

@@ -45,8 +45,8 @@ def test_set_up_between_trainings_is_no_work_of_every_nth_step(at, later):
     assert (finding.kind, finding.phase, finding.evidence["trainings"]) == (Kind.RESIDUAL_HEAVY, "other", 5)
     assert finding.evidence["set_up_ms"] == pytest.approx(1200, rel=0.02)
     assert finding.headline.startswith("Set-up between 5 trainings, in search.py:7 load_data")
-    assert "1.20 s pass before each next one, in search.py:7 load_data" in finding.summary
-    assert finding.next.startswith("If it gives the same for all trainings, run search.py:7 load_data once")
+    assert "1.20 s pass before each of the next ones, in search.py:7 load_data" in finding.summary
+    assert finding.next.startswith("If its result is the same for all trainings, run search.py:7 load_data once")
     assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.cost_share))
     assert "Every" not in finding.summary + finding.next
 
@@ -72,7 +72,7 @@ def test_set_up_that_follows_an_evaluation_is_named(evaluation_s: float, library
 
     is_named = evaluation_s < 4 and library is None
     assert finding.evidence["trainings"] == 5
-    assert ("pass before each next one, in search.py:7 load_data" in finding.summary) is is_named
+    assert ("pass before each of the next ones, in search.py:7 load_data" in finding.summary) is is_named
 
 
 def test_set_up_once_gives_the_promised_gain():

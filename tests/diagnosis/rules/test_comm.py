@@ -231,10 +231,8 @@ def test_a_rank_that_is_not_in_the_run_may_be_late(world_size: int, unseen: list
     known = replace(builder.build(), backend="nccl", latest=(99, 99))
     finding = next(each for each in diagnose(window, known) if each.kind is Kind.COMM_BOUND)
 
-    assert finding.headline.startswith("The ranks that are seen wait for others: ")
-    assert (
-        f" for others: for communication, or because {text} is late, of which nothing is known here." in finding.summary
-    )
+    assert finding.headline.startswith("The ranks of this run wait for others: ")
+    assert f" for others: for communication, or because {text} is late, which this run cannot show." in finding.summary
     assert "no rank is late" not in finding.summary
     assert finding.next.startswith("Trace all ranks in one run")
     assert finding.evidence["unseen_ranks"] == unseen

@@ -71,5 +71,5 @@ def test_processes_that_are_waited_for_are_named(library: str | None, told: bool
 
     finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
     assert finding.next.startswith("train.py:19 Vec.step waits there")
-    assert ("for answers of other processes: make what these do cheaper" in finding.next) == told
+    assert ("for answers from other processes: make their work cheaper" in finding.next) == told
     assert ("find out for what" in finding.next) != told

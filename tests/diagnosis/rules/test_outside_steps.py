@@ -45,7 +45,7 @@ def test_a_verdict_on_steps_says_what_it_covers():
     found = findings(100.0, startup=10.0, steps=45.0, evaluation=20.0, idle=25.0)[0]
 
     assert found.kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
-    assert "they are 45 % of the run's time" in found.headline
+    assert "they take 45 % of the run's time" in found.headline
     assert "The rest of the run's 1:40: after the last step 25 %, evaluation 20 %." in found.summary
 
 
@@ -439,7 +439,7 @@ def test_what_follows_an_evaluation_is_told_apart_by_its_line(library: str):
     is_model = "/torch/" in library
 
     assert found.headline == "60 % of the run's time is evaluation, mostly at train.py:15 finish_epoch"
-    assert ("with what follows until the training goes on" in found.summary) is not is_model
+    assert ("with what follows until the training continues" in found.summary) is not is_model
     assert ("larger ones, without gradients (torch.no_grad())" in found.next) is is_model
     assert found.next.startswith(
         "Evaluate half" if is_model else "Make train.py:15 finish_epoch cheaper, or run it half"
@@ -626,7 +626,7 @@ def test_what_one_rank_does_after_the_evaluation_is_no_evaluation() -> None:
     found = diagnose(window_of(Job(ranks=2)), JobFacts(time=time, world_size=2, lines=lines))[0]
 
     assert found.summary == (
-        "40 % of the run's 1:40 is evaluation on rank 0, with what follows until the training goes on, for which the "
+        "40 % of the run's 1:40 is evaluation on rank 0, with what follows until the training continues, for which the "
         "others wait: 8 times 5.0 s, mostly at train.py:48 draw."
     )
     assert found.next.startswith("Share train.py:48 draw evenly among all ranks: that saves 20 % of the run.")

@@ -384,7 +384,7 @@ def test_a_long_stage_of_a_pipeline_gains_nothing_by_another_host(
     finding = next(each for each in diagnose(window, builder.build()) if each.kind is Kind.COMPUTE_STRAGGLER)
 
     assert finding.ranks == (1,)
-    assert ("its part of the model is another one" in finding.summary) is is_stage
+    assert ("its part of the model is a different one" in finding.summary) is is_stage
     assert finding.next.startswith("Divide the model more evenly: move layers from rank 1") is is_stage
     assert (finding.speedup_if_fixed == 1.0) is is_stage
     if is_stage:  # by all parts of the step, though one is named

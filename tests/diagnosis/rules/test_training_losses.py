@@ -107,7 +107,7 @@ def test_a_fold_that_was_lost_among_good_ones_is_reported():
 
     assert (finding.severity, finding.is_urgent) == (Severity.WARNING, False)
     assert finding.headline == "Losses were not finite in 22 % of the steps, first in step 110: nan"
-    assert "it was not finite any more until the next training began at step 200: 90 of 400 steps" in finding.summary
+    assert "it was no longer finite until the next training began at step 200: 90 of 400 steps" in finding.summary
     assert (finding.evidence["until_step"], finding.evidence["trainings"]) == (200, 1)
 
 
@@ -121,7 +121,7 @@ def test_trials_that_were_lost_are_counted():
 
     assert finding.evidence["trainings"] == 3
     assert finding.evidence["wasted_steps"] == 300
-    assert "; so it was in 2 more trainings: 300 of 700 steps (43 %)" in finding.summary
+    assert "; the same happened in 2 more trainings: 300 of 700 steps (43 %)" in finding.summary
 
 
 @pytest.mark.parametrize(

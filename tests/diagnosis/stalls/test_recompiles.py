@@ -161,7 +161,7 @@ def test_a_long_step_that_compiled_says_so(detail: Compiled, reason: str, advice
     assert verdict.kind is Kind.COMPUTE_BOUND
     assert f"the others: there torch.compile compiled train.py:24 forward, for 2.9 s{reason}." in verdict.summary
     assert verdict.next.startswith(advice)
-    assert "longer run has a smaller share" in verdict.next
+    assert "in a longer run its share is smaller" in verdict.next
     assert "Find out what that step did" not in verdict.next
     assert verdict.evidence["compile_s"] == pytest.approx(2.9)
 

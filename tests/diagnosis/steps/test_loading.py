@@ -59,8 +59,8 @@ def test_workers_are_not_ahead_in_short_epochs(batches, is_told):
 
     advised = for_input(JobFacts(loader=FOLDER), short)
 
-    assert ("and it has 3 batches: in longer ones (" in advised.text) is is_told
-    assert ("in longer ones" in advised.text) is is_told
+    assert ("and it has 3 batches: in longer epochs (" in advised.text) is is_told
+    assert ("in longer epochs" in advised.text) is is_told
 
 
 def test_no_advice_gains_more_than_no_waiting_at_all():
@@ -188,7 +188,7 @@ def test_a_single_core_gains_nothing_by_workers():
     [
         (pipeline(298, 95), FOLDER, "num_workers=2", "wait"),
         (pipeline(298, 95), FOLDER, "made once and cached, at most 4.1x", "more workers than cores"),
-        (pipeline(64, 8, cpu=0.1), FOLDER, "A fetch waits for 90 % of its time", "cached"),
+        (pipeline(64, 8, cpu=0.1), FOLDER, "A fetch spends 90 % of its time waiting", "cached"),
         (pipeline(64, 8, cpu=0.1), FOLDER, "more workers than cores; they", "__getitems__"),
         (pipeline(64, 8, cpu=0.1), replace(FOLDER, length=640), "or threads in __getitems__ that", "cached"),
         (
@@ -231,7 +231,7 @@ def test_a_single_core_gains_nothing_by_workers():
         (
             replace(SINGLE, short_epoch=40),
             LoaderFacts(num_workers=2),
-            "one of 40 batches is too short for them to be ahead of such a wait: in longer ones",
+            "an epoch of 40 batches is too short for them to get ahead of such a wait: in longer epochs",
             "in_order",
         ),
         (SINGLE, LoaderFacts(num_workers=2, made=3), "samples of the steps that wait", "Make the DataLoader once"),
@@ -590,7 +590,7 @@ def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     ("watched_s", "ready", "says"),
     [
         (2, 0.95, "; about 1.84x faster on 2 cores. With samples that are the same in each epoch"),
-        (2, 0.2, "num_workers=6 and persistent_workers=True; at most 5.9x faster on 2 cores. A fetch waits for 80 %"),
+        (2, 0.2, "num_workers=6 and persistent_workers=True; at most 5.9x faster on 2 cores. A fetch spends 80 %"),
         (0, 0.0, "; about 1.76x faster on 2 cores. With samples that are the same in each epoch, made once and "),
     ],
 )
@@ -727,7 +727,7 @@ def test_waiting_of_workers_for_a_core_is_no_waiting_for_files():
 
     assert found is not None
     assert found.takes_cpu
-    assert "A fetch waits" not in for_input(facts, found).text
+    assert "A fetch spends" not in for_input(facts, found).text
 
 
 def test_waits_at_the_starts_of_epochs_are_pauses():

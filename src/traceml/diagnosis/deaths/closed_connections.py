@@ -115,7 +115,7 @@ def _advice(gone: Sequence[RankExit], failed: RankExit, diverged: DivergedRanks 
     has_data = all(each.data is not None and each.data.batches >= 0 and not each.data.is_over for each in gone)
     end = STOP_TOGETHER if has_data else EVEN_OR_TOGETHER
     if first.place:
-        return f"Look at why rank {first.rank} comes to {first.place}, which ends it alone. {end}"
+        return f"Find out why rank {first.rank} reaches {first.place}, which ends it before the others. {end}"
 
     return end if failed.in_step and diverged is None else SAME_COLLECTIVES
 

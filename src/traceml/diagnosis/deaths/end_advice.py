@@ -62,7 +62,7 @@ def _for_cpu_time(ended: RankExit, facts: JobFacts) -> str:
     allowed = "" if limit_s is None else f"{count_text(limit_s)} s of "
     return (
         f"The process had used the {allowed}CPU time that its shell or host allows (ulimit -t): raise the limit, run "
-        "the training as a job of the scheduler instead of on a login host, or save checkpoints to go on from."
+        "the training as a job of the scheduler instead of on a login host, or save checkpoints to resume from."
     )
 
 
@@ -147,7 +147,7 @@ def _for_taken_port(ended: RankExit, _: JobFacts) -> str:
     found = _PORT.search(ended.exception or "")
     has = f"Port {found[1]} is taken" if found else "The port is taken"
     return (
-        f"{has}: by an earlier job that still runs, another job on this host, or the launcher's own store "
+        f"{has}: by an earlier job that is still running, another job on this host, or the launcher's own store "
         "(`ss -ltnp` names the process). End that, or take another port: MASTER_PORT, or --standalone of torchrun, "
         "which takes a free one."
     )

@@ -31,8 +31,9 @@ def hang_advice(found: DetectedHang) -> str:
     handling = handling_rank(found)
     if handling is not None and handling.rank in found.blame.waits:
         return (
-            f"Look at that exception first: rank {handling.rank} left the others by it. What handles one (except, "
-            "finally, the end of a `with` block) must not wait for other ranks, which have none."
+            f"Look at that exception first: it took rank {handling.rank} away from the others. Code that handles an "
+            f"exception (except, finally, the end of a `with` block) must not wait for other ranks, which have none "
+            f"to handle."
         )
 
     if cause is HangCause.CYCLE and any(wait.is_p2p for wait in found.blame.waits.values()):
@@ -65,7 +66,7 @@ def _check_process(found: DetectedHang) -> str:
 
     others = found.blame.waits and found.blame.ranks
     why = (
-        f"Find out what holds {ranks_text(found.blame.ranks)} there, while the others went on"
+        f"Find out what keeps {ranks_text(found.blame.ranks)} there while the others continued"
         if others
         else "Find out what is waited for there, and why it never arrives"
     )
@@ -89,7 +90,9 @@ _OF_ABSENT = (
 _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: SAME_COLLECTIVES,
     HangCause.SIZES: "Give the tensors of that collective the same size on every rank.",
-    HangCause.ROOTS: "Pass the same rank as src or dst of that collective on every rank: it is no rank of one's own.",
+    HangCause.ROOTS: (
+        "Pass the same src or dst to that collective on every rank: it names one rank, not the caller's own."
+    ),
     HangCause.CYCLE: "Let all ranks of these groups call these collectives in the same order.",
     HangCause.ENDED: EVEN_OR_TOGETHER,
     HangCause.DATA_ENDED: EVEN_BATCHES,
@@ -100,7 +103,7 @@ _ADVICE: Mapping[HangCause, str] = {
     ),
     HangCause.RENDEZVOUS: (
         "Compare MASTER_ADDR, MASTER_PORT and the world size of all ranks: the address must be one at which the others "
-        "reach rank 0, and as many ranks as the world size must come. Then look at firewalls between the hosts."
+        "reach rank 0, and as many ranks as the world size says must join. Then look at firewalls between the hosts."
     ),
     HangCause.UNANSWERED: "Look at the processes of the ranks that did not answer, and at their hosts.",
 }
@@ -123,8 +126,8 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
 
     if doing(snapshot).startswith(COMPUTING):
         on_device = (
-            " Where it reads a result from the device (.item(), .cpu()), what an earlier line has launched does not "
-            "end: a kernel, or a collective that another rank has not joined."
+            " If it reads a result from the device (.item(), .cpu()), it waits for what an earlier line has launched: "
+            "a kernel that does not end, or a collective that another rank has not joined."
         )
         return (
             "Look at what that line computes, and with which data: a loop may never end there, or take very long."
@@ -143,7 +146,8 @@ def _for_thread(snapshot: RankSnapshot) -> str:
     place = line_text(thread.line.file, thread.line.line, thread.line.function)
     return (
         f"Find out what thread {thread.name!r} waits for at {place}: it may hold the lock, or be the one to fill "
-        "or empty the queue. A lock must not be kept over a wait; acquire(timeout=60) turns such a wait into an error."
+        "or empty the queue. A lock must not be held during a wait; acquire(timeout=60) turns such a wait into an "
+        "error."
     )
 
 
@@ -175,7 +179,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
     if "writing to" in what:
         return (
-            "Find out which process is to read that pipe, and what it waits for: a child stops reading when nobody "
+            "Find out which process should read that pipe, and what it waits for: a child stops reading when nobody "
             "reads its own output. communicate() writes and reads at the same time."
         )
 
@@ -186,7 +190,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return "Look at the disk, or the server, of that file system: dmesg, mount."
 
     if "file lock" in what and blocker is not None and blocker.is_self:
-        return "Open the file once: another open file of the same process waits for its lock, too."
+        return "Open the file only once: a process that opens it twice waits for its own lock."
 
     if "file lock" in what and blocker is not None and blocker.rank is not None:
         return f"Let {ranks_text((blocker.rank,))} release the lock before it waits for other ranks."
@@ -199,13 +203,15 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
     if blocker is not None and blocker.end and not blocker.pid:
         return (
-            "The result of a process that dies never comes: look in the output and in `dmesg` for what ended it, often "
-            "a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then, a Pool waits."
+            "The result of a process that died never arrives: look in the output and in `dmesg` for what ended it, "
+            "often "
+            "a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then; a Pool waits "
+            "forever."
         )
 
     if blocker is not None and blocker.end:
         return (
-            f"Find out by its output why process {blocker.pid} has ended. With a timeout, queue.get(timeout=60), the "
+            f"Find out from its output why process {blocker.pid} has ended. With a timeout, queue.get(timeout=60), the "
             "script can look at the exitcode of its processes from time to time."
         )
 

@@ -43,7 +43,7 @@ def _finding(ranks: tuple[int, ...], rank: int, turnover: SegmentTurnover, facts
             f"to the driver and {requests} as many again: {cause}."
         ),
         next=(
-            "Do not empty the cache in the loop: torch uses freed memory again by itself, and each call waits for the "
+            "Do not empty the cache in the loop: torch reuses freed memory automatically, and each call waits for the "
             "device. Against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
         ),
         evidence={

@@ -54,7 +54,7 @@ _ADVICE = {
 }
 
 
-_UNSEEN = " No container that the script's variables refer to was seen to grow by as much."
+_UNSEEN = " No container that the script's variables refer to was seen to grow that much."
 _NATIVE = (
     " If nothing is kept there, native code does it (an extension, a decoder, a library called by ctypes), or objects "
     "refer to each other while the garbage collector is off (gc.disable, gc.freeze)."

@@ -88,12 +88,12 @@ def _finding(work: OwnWork, facts: JobFacts, found: _SetUp, step_ns: float) -> F
         Kind.RESIDUAL_HEAVY,
         phase=_PART,
         summary=(
-            f"{trainings} trainings follow each other, and {each} pass before each next one, in "
+            f"{trainings} trainings follow each other, and {each} pass before each of the next ones, in "
             f"{line.place if line else phase_words(_PART)}: {percent_text(share)} of step time."
         ),
         next=(
-            f"If it gives the same for all trainings, run {what} once, before the first one, or keep its result: "
-            f"{gain_text(gain, 'at most')}. Steps themselves take no longer for it.{see}"
+            f"If its result is the same for all trainings, run {what} once, before the first one, or keep its result: "
+            f"{gain_text(gain, 'at most')}. The steps themselves do not take longer because of it.{see}"
         ),
         evidence={
             "trainings": trainings,

@@ -140,12 +140,12 @@ def _waiting_for_unseen(ranks: Sequence[int], cost: float, step: float, evidence
     """Return the finding on waiting where not all ranks are in the run: one of the others may be late."""
     who = f"{'one of ' if len(ranks) > 1 else ''}{ranks_text(ranks)}"
     summary = (
-        f"{_cost_text('The ranks that are seen wait', cost, step)} for others: for communication, or because {who} is "
-        "late, of which nothing is known here."
+        f"{_cost_text('The ranks of this run wait', cost, step)} for others: for communication, or because {who} is "
+        "late, which this run cannot show."
     )
     action = (
-        "Trace all ranks in one run, which names a late one. Those of several nodes are one by `traceml launch`, by "
-        "`traceml run --nnodes` on each, or by `traceml serve --host 0.0.0.0` on one of them, and TRACEML=1, "
+        "Trace all ranks in one run: it names a late one. To get one run from several nodes, use `traceml launch`, or "
+        "`traceml run --nnodes` on each, or start `traceml serve --host 0.0.0.0` on one of them and set TRACEML=1, "
         "TRACEML_HOST and TRACEML_TOKEN on all."
     )
     return _finding(cost, step, summary, action, {**evidence, "unseen_ranks": list(ranks[:_MAX_LISTED])})

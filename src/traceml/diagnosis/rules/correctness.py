@@ -99,7 +99,7 @@ def trainings_not_finite(facts: JobFacts) -> list[Finding]:
 
     first, end, word = lost[0]
     until = f"the next training began at step {count_text(end)}"
-    more = "" if len(lost) == 1 else f"; so it was in {plural(len(lost) - 1, 'more training')}"
+    more = "" if len(lost) == 1 else f"; the same happened in {plural(len(lost) - 1, 'more training')}"
     return [
         Finding.of(
             Kind.NUMERIC,
@@ -107,7 +107,7 @@ def trainings_not_finite(facts: JobFacts) -> list[Finding]:
             phase="backward",
             summary=(
                 f"The run trains several models one after the other. One had a loss of {word} in step "
-                f"{count_text(first)}, and it was not finite any more until {until}{more}: {count_text(wasted)} of "
+                f"{count_text(first)}, and it was no longer finite until {until}{more}: {count_text(wasted)} of "
                 f"{count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
             ),
             next=(
@@ -171,9 +171,9 @@ def same_order(facts: JobFacts) -> list[Finding]:
             severity=Severity.INFO,
             summary=(
                 "The DistributedSampler of the training's loader draws the same order in each epoch, as its "
-                "set_epoch() is not called: each rank has the same samples in the same batches again."
+                "set_epoch() is not called: each rank has the same samples in the same batches in every epoch."
             ),
-            next="Call loader.sampler.set_epoch(epoch) at the begin of each epoch, before the loop over its batches.",
+            next="Call loader.sampler.set_epoch(epoch) at the start of each epoch, before the loop over its batches.",
             evidence={"same_order": True},
         )
     ]

@@ -156,7 +156,7 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 
-_PASSING = "With in_order=False (torch 2.6) other batches pass a late one: they come in another order then."
+_PASSING = "With in_order=False (torch 2.6) other batches overtake a late one, which changes their order."
 
 
 def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits, line: BlamedLine | None) -> LoadingAdvice:
@@ -181,9 +181,9 @@ def _against_pauses(facts: JobFacts, loader: LoaderFacts, pauses: RareWaits, lin
     ahead = f"{loader.option('prefetch_factor')}={pauses.prefetch_factor}"
     if pauses.short_epoch is not None:
         return LoadingAdvice(
-            f"{look} Workers begin an epoch only when the training does, and one of {count_text(pauses.short_epoch)} "
-            "batches is too short for them to be ahead of such a wait: in longer ones (the data set several times, or "
-            f"a sampler that goes on) {ahead} would cover it."
+            f"{look} Workers begin an epoch only when the training does, and an epoch of "
+            f"{count_text(pauses.short_epoch)} batches is too short for them to get ahead of such a wait: in longer "
+            f"epochs (the data set several times, or a sampler that continues) {ahead} would cover it."
         )
 
     return LoadingAdvice(
@@ -260,14 +260,14 @@ def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
 
     return (
         f" Workers begin an epoch only when the training does, and it has {round(pipeline.epoch_steps or 1)} batches: "
-        f"in longer ones (the data set several times, or a sampler that goes on) {gain_text(longer, 'at most')}."
+        f"in longer epochs (the data set several times, or a sampler that continues) {gain_text(longer, 'at most')}."
     )
 
 
 def _cheaper_first(loader: LoaderFacts, pipeline: Pipeline) -> LoadingAdvice:
     gain, first = pipeline.gain_if(first_ns=0.0), ns_text(pipeline.first_ns + pipeline.fetch_ns)
     return LoadingAdvice(
-        f"Most of the waiting is for the first batch of an epoch, {first}, and workers begin it no sooner. Make "
+        f"Most of the waiting is for the first batch of an epoch, {first}, and workers would not begin it sooner. Make "
         f"what {_data(loader)} or its sampler does first cheaper (filling a "
         f"shuffle buffer, listing or opening files), or keep it from epoch to epoch; {gain_text(gain, 'at most')}.",
         gain,
@@ -353,7 +353,8 @@ def _waits(loader: LoaderFacts, pipeline: Pipeline, workers: int) -> str:
     waits, threads = percent_text(1 - pipeline.fetch_cpu), _threads(loader)
     instead = f", or {threads}" if threads else ""
     return (
-        f" A fetch waits for {waits} of its time, so there may be more workers than cores{instead}; they gain nothing "
+        f" A fetch spends {waits} of its time waiting, so there may be more workers than cores{instead}; they gain "
+        f"nothing "
         "if they wait for each other (a lock, a server's limit)."
     )
 

@@ -48,7 +48,7 @@ _ADVICE = {
     Resource.CPU_QUOTA: QUOTA_ADVICE,
     Resource.CPU_TIME: (
         "Raise the limit, run the training as a job of the scheduler instead of on a login host, or save checkpoints "
-        "to go on from: the kernel ends the process at the limit."
+        "to resume from: the kernel ends the process at the limit."
     ),
 }
 

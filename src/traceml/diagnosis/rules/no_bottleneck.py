@@ -301,11 +301,11 @@ def _too_short(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, fl
     others = {part: share for part, share in shares.items() if part not in COMPUTE}
     summary = (
         f"{percent_text(loop)} of each {ns_text(step)} step is the loop's own overhead ({_largest(others)}); no part "
-        "of it reaches the millisecond from which costs are judged."
+        f"of it reaches 1 ms, the smallest cost that is judged."
     )
     return summary, (
-        f"Use larger batches{now}: of the {ns_text(loop * step)} that Python and the loader take for each step, what "
-        "does not grow with the batch is then spread over more samples."
+        f"Use larger batches{now}: then the part of the {ns_text(loop * step)} that does not grow with the batch is "
+        f"spread over more samples."
     )
 
 
@@ -353,7 +353,8 @@ def _untrained(shares: Mapping[str, float], step: float) -> str:
 
     return (
         f" Backward takes only {ns_text(backward * step)}: where forward is not trained (a frozen part, a teacher, "
-        "sampling), keep its outputs for inputs that come again, or call it for more inputs at once, without gradients "
+        "sampling), cache its outputs for inputs that are repeated, or call it with more inputs at once, without "
+        "gradients "
         "(torch.no_grad())."
     )
 

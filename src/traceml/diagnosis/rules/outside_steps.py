@@ -226,32 +226,35 @@ def _for_cores(left_s: float, ranks: int) -> str:
 
 
 _FOR_COMPILING = (
-    "A longer run has a smaller share of it. Keep compiled code from run to run (TORCHINDUCTOR_CACHE_DIR on a disk "
+    "In a longer run its share is smaller. Keep compiled code from run to run (TORCHINDUCTOR_CACHE_DIR on a disk "
     "that stays: the default is in /tmp), or compile one repeated block of the model instead of all of it."
 )
 _FOR_SET_UP = (
-    "A longer run has a smaller share of it. Look for what is done once, at the first call (modules that are imported, "
+    "In a longer run its share is smaller. Look for what is done once, at the first call (modules that are imported, "
     "kernels and caches that are built): `traceml report --lines` shows the lines."
 )
 _FOR_FIRST_DATA = (
-    "A longer run has a smaller share of it. A loader makes each batch that a script only skips: to resume, skip them "
+    "In a longer run its share is smaller. A loader makes each batch that a script only skips: to resume, skip them "
     "in the sampler (torchdata's StatefulDataLoader, Accelerate's skip_first_batches). Otherwise look at what the data "
     "set and its workers do before the first batch: cache it; workers that are spawned import all modules again."
 )
 _FOR_CHILDREN = (
-    "A longer run has a smaller share of it. See what they do before they answer. Processes that are spawned, or come "
+    "In a longer run its share is smaller. See what these processes do before they answer. Processes that are "
+    "spawned, or come "
     "from a fork server, import all modules again on the same cores: start fewer of them, or import less in them."
 )
 _FOR_RANKS = (
-    "It waits there for the other ranks to join the process group: look at what these do before (imports, data that "
-    "one rank prepares for all), and start all ranks at the same time. A longer run has a smaller share of it."
+    "It waits there for the other ranks to join the process group: look at what they do before that (imports, data "
+    "that "
+    "one rank prepares for all), and start all ranks at the same time. In a longer run its share is smaller."
 )
 _FOR_UNSEEN_STEPS = (
     "If the script trains by these calls (zeroth-order or evolution strategies), mark its steps with "
     "traceml.trace_step()."
 )
 _FOR_IMPORTS = (
-    "A longer run has a smaller share of it. Import what only some runs need where it is used (python -X importtime "
+    "In a longer run its share is smaller. Move imports that only some runs need to where they are used (python -X "
+    "importtime "
     "shows what takes long), and keep the Python environment on a local disk."
 )
 
@@ -259,13 +262,11 @@ _FOR_IMPORTS = (
 def _for_startup(line: BlamedLine | None) -> str:
     if line is None:
         return (
-            "A longer run has a smaller share of it. Cache what is computed at each start (tokenized data, indexes, "
-            "compiled code), and import what only some runs need where it is used."
+            "In a longer run its share is smaller. Cache what is computed at each start (tokenized data, indexes, "
+            "compiled code), and move imports that only some runs need to where they are used."
         )
 
-    return (
-        f"Look at {line.place}: cache its result, or do it in the background; a longer run has a smaller share of it."
-    )
+    return f"Look at {line.place}: cache its result, or do it in the background; in a longer run its share is smaller."
 
 
 def _evaluation(
@@ -280,7 +281,7 @@ def _evaluation(
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
     who = f" on {ranks_text(alone)}" if alone else ""
-    who += ", with what follows until the training goes on" if other_code and time.in_steps > 0 else ""
+    who += ", with what follows until the training continues" if other_code and time.in_steps > 0 else ""
     wait = "for which the others wait"
     if others >= _REPORTED_SHORT:
         wait = f"{factor_text(1 / others)} as long as on the others, which wait"

@@ -165,14 +165,14 @@ def _of_first_batches(
         Kind.INPUT_BOUND,
         phase=_PART,
         summary=(
-            f"{data} begins anew in each epoch: its first batch is waited for {ns_text(each_ns)} longer than the "
-            f"others, {plural(count, 'time')}, {percent_text(share)} of step time; without that steps would be "
+            f"{data} starts over in each epoch: the wait for its first batch is {ns_text(each_ns)} longer than for "
+            f"the others, {plural(count, 'time')}, {percent_text(share)} of step time; without that steps would be "
             f"{gain_text(gain)}."
         ),
         next=(
             f"Look at what {data} does before its first batch (filling a shuffle buffer, listing or opening files), "
             f"and at worker_init_fn: make it cheaper, or keep it from epoch to epoch; {gain_text(gain, 'at most')}. "
-            "With persistent workers worker_init_fn runs once, but the data set begins anew all the same."
+            "With persistent workers worker_init_fn runs once, but the data set still starts over."
         ),
         evidence={
             "epochs": count,

@@ -606,8 +606,9 @@ def _for_shape(shape: str, part: str | None, where: _Where, facts: JobFacts) -> 
     if part == "input_wait" and shape == "first":
         what = "the data set" if where.line is None else where.line.place
         return (
-            f"If {what} fills a cache then, or the files are in memory afterwards, a longer run has a smaller share of "
-            "it, and loader workers (num_workers) would fetch samples while the model computes. Otherwise look at what "
+            f"If {what} fills a cache then, or the files are in memory afterwards, its share is smaller in a longer "
+            f"run, and loader workers (num_workers) would fetch samples while the model computes. Otherwise look at "
+            f"what "
             "it does only then."
         )
 

@@ -124,8 +124,8 @@ def stage_summary(work: OwnWork, late: LateRanks, more_ns: float) -> str:
     slow, their = ("slow", "their") if len(ranks) > 1 else ("slows", "its")
     share = min(more_ns / work.step_ns, 1.0)
     return (
-        f"{_subject(late, ranks)} {slow} the others down: {their} part of the model is another one, and takes "
-        f"{ns_text(more_ns)} more own work per step than the others' (most of it in {phase_words(late.part)}), for "
+        f"{_subject(late, ranks)} {slow} the others down: {their} part of the model is a different one, and takes "
+        f"{ns_text(more_ns)} more own work per step than theirs (most of it in {phase_words(late.part)}), for "
         f"which they wait {percent_text(share)} of step time."
     )
 

@@ -136,7 +136,7 @@ def compiled_in(steps: NDArray[np.int64], total_ns: float, work: OwnWork, facts:
     guard = facts.pauses.most_frequent(rank, rows, "text_id")
     why = f" ({guard})" if guard else ""
     where = f": there torch.compile compiled {_place_of(place) or 'the model'}, for {duration_text(seconds)}{why}"
-    once = "Each version is compiled once, so a longer run has a smaller share of it."
+    once = "Each version is compiled once, so in a longer run its share is smaller."
     action = f"{_advice(guard)}. {once}" if guard else once
     return Explanation(where, action, {"compile_s": seconds})
 
