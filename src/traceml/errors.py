@@ -152,7 +152,7 @@ class AggregatorUnavailableError(TraceMLError, ConnectionError):
     def _refusal_text(self) -> str:
         reason = self.reason.rstrip(".")
         return (
-            f"the traceml aggregator at {self.host}:{self.port} cannot take this process in: {reason}. "
+            f"the traceml aggregator at {self.host}:{self.port} cannot accept this process: {reason}. "
             "To train without tracing, set TRACEML_ENABLED=0."
         )
 

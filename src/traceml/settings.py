@@ -140,7 +140,7 @@ class Config:
     )
     run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
     run_name: str | None = _set(None, "Name of the run; by default the name of the script.")
-    project: str = _set(DEFAULT_PROJECT, "Project of the run at trackers.")
+    project: str = _set(DEFAULT_PROJECT, "Project of the run in trackers.")
     backend: tuple[str, ...] = _set((), "Trackers to deliver to: built-in names or `package:Class`.")
     backend_options: dict[str, dict[str, Any]] = _set(
         {}, "Options per tracker; in a file, one table `backends.<name>` per tracker."
@@ -168,8 +168,8 @@ class Config:
     hang_timeout: float = _set(
         60.0,
         "Seconds without any progress (step, batch, forward, collective, output, another line) after which the job "
-        "hangs. A rank that computes gets five times as long, or twice if others wait for it, and none less than such "
-        "pauses took before.",
+        "hangs. A rank that computes gets five times as long, or twice if others wait for it; no rank gets less than "
+        "such pauses have taken before.",
         above=0,
     )
     on_hang: Literal["report", "abort"] = _set(
@@ -186,8 +186,8 @@ class Config:
     on_finding_after: float = _set(30.0, "Seconds that a finding must persist before `on_finding` is notified.", low=0)
     profile_on_finding: float = _set(
         0.0,
-        "Seconds that the verdict has to be computation before the aggregator profiles the job by itself, once per "
-        "run; 0: never. The longest operators are then evidence of the finding.",
+        "Seconds that the verdict has to be computation before the aggregator profiles the job automatically, once "
+        "per run; 0: never. The longest operators are then evidence of the finding.",
         low=0,
     )
     metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)

@@ -146,7 +146,7 @@ def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
     aggregator = serving(folder=disk / "runs")
     ballast = fill(disk)
     for _ in range(3):
-        with pytest.raises(AggregatorUnavailableError, match=r"cannot take this process in: .* full\. Free some space"):
+        with pytest.raises(AggregatorUnavailableError, match=r"cannot accept this process: .* full\. Free some space"):
             _dial(aggregator)
 
     assert len(aggregator.run_dirs) == 1

@@ -166,7 +166,7 @@ def test_a_run_that_goes_on_is_left_to_its_aggregator(runs_dir, capsys):
     logged(runs_dir, "a", "jsonl", **me)
 
     assert cli.main(["sync", "a"]) == 3
-    assert "still runs: its aggregator delivers" in capsys.readouterr().err
+    assert "is still running: its aggregator delivers" in capsys.readouterr().err
 
 
 def test_wait_delivers_a_run_when_it_is_over(runs_dir):

@@ -70,6 +70,6 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     session = TrainingSession({"local": False, "port": 1, "connect_timeout": 0.1})
     assert session.begin() is not None
     session.end()
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
     with pytest.raises(SettingsError, match="prot"):
         TrainingSession({"prot": 1})

@@ -54,5 +54,5 @@ def test_a_hang_is_told_on_standard_error(capsys: pytest.CaptureFixture[str], tm
     command = f"`traceml report '{tmp_path}/a run'`"
     assert first.startswith("traceml: HANG: Rank 1 blocks the others, in a.py:3")
     assert first.endswith(f"; {command} says why and what to do")
-    assert second == f"traceml: the job goes on; {command} says what it waited for"
+    assert second == f"traceml: the job continues; {command} says what it waited for"
     assert "\x1b" not in first

@@ -207,7 +207,7 @@ def test_an_aggregator_that_cannot_store_is_explained_after_the_usual_time(
             pass
 
     monkeypatch.setattr(local_aggregator, "_START_S", math.inf)
-    with pytest.raises(AggregatorUnavailableError, match=r"cannot take this process in: .*disk is full"):
+    with pytest.raises(AggregatorUnavailableError, match=r"cannot accept this process: .*disk is full"):
         traceml.init(local=True, port=free_port(), runs_dir=disk / "runs", connect_timeout=0.2)
 
 

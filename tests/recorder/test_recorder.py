@@ -224,7 +224,7 @@ def test_a_wrong_token_is_refused(serving: Serving, caplog: pytest.LogCaptureFix
         recorder = traceml.init(port=serving.port, token="wrong", on_missing="warn")
     assert recorder.enabled
     assert not recorder.statistics().connected
-    assert "in a file of settings. Training goes on" in caplog.text
+    assert "in a file of settings. Training continues" in caplog.text
 
 
 def test_no_row_is_lost_or_doubled_when_the_aggregator_dies(serving: Serving) -> None:

@@ -98,7 +98,7 @@ def test_what_the_aggregator_has_read_is_told(tmp_path):
         ([SourceReading(1, {}, "elsewhere")], None, "git environment system", "rank 0 is on another host than the agg"),
         ([SourceReading(1, {}, "a new one")], None, "git environment system", ""),
         ([SourceReading(1, {"environment": {"python": "3"}, "system": {"cores": 8}})], None, "git",
-         "git gave no answer: it is not installed"),
+         "git did not answer: it is not installed"),
     ],
 )  # fmt: skip
 def test_why_something_was_not_read(tmp_path, readings, ended, unread, why):

@@ -202,7 +202,7 @@ class Commands:
 
         path = self._aggregator.profiles.profile_later(run, float(after_s))
         if path is None:
-            raise CommandError(f"run {run.id} has been profiled by itself already: that is done once per run")
+            raise CommandError(f"run {run.id} has already been profiled automatically: that is done once per run")
 
         return {"path": str(path)}
 

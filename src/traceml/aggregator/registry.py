@@ -202,8 +202,9 @@ class Registry:
         run = self.begin(part_id, f"{key}#{part_id}", named=named, is_new=False)
         self._by_key[key] = run
         _log.warning(
-            "run %s is stored by the aggregator of another host (%s): the ranks of this host are run %s. They are one "
-            "run with `traceml launch`, or where TRACEML_HOST names a host with `traceml serve --host 0.0.0.0`",
+            "run %s is stored by the aggregator of another host (%s): the ranks of this host are a run of their own, "
+            "%s. To get one run, use `traceml launch`, or set TRACEML_HOST to a host with `traceml serve --host "
+            "0.0.0.0`",
             run_id,
             ", ".join(hosts),
             part_id,

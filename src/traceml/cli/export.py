@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     """Export a run."""
     options = parse(ExportOptions, argv, prog="traceml export")
     if options.output == "-":
-        raise UsageError("-o -: an export is a file or a folder, not standard output; name it, as run.pfw.gz")
+        raise UsageError("-o -: an export is a file or a folder, not standard output; name it, for example run.pfw.gz")
 
     export_format = _format(options)
     config = options.config
@@ -94,7 +94,7 @@ def _format(options: ExportOptions) -> str:
     if export_format is None:
         formats = " or ".join(FORMATS)
         what = f"no format has the extension of {options.output}" if options.output else "no format given"
-        raise UsageError(f"{what}: use --format {formats}, or an output with an extension, as run.pfw.gz")
+        raise UsageError(f"{what}: use --format {formats}, or an output with an extension, for example run.pfw.gz")
 
     return export_format
 

@@ -68,7 +68,7 @@ class ProfileOptions(RunsDirOptions):
     cpu: bool = False
     """Write the lines that were sampled so far as a flame graph; needs no running job."""
     on_finding: bool = False
-    """Let the aggregator profile by itself, once, when computation has been the verdict for a minute."""
+    """Let the aggregator profile automatically, once, when computation has been the verdict for a minute."""
     output: Annotated[str | None, Metavar("FILE", "-o")] = None
     """FILE.json or FILE.json.gz; with --cpu FILE.html (a page) or FILE.json (for speedscope.app)."""
     json: bool = False
@@ -122,7 +122,7 @@ def _operators(options: ProfileOptions, config: Config) -> int:
 def _on_finding(options: ProfileOptions, config: Config) -> int:
     """Let the aggregator of a running job profile it when its verdict is computation."""
     if options != ProfileOptions(options.run, on_finding=True, json=options.json, runs_dir=options.runs_dir):
-        raise UsageError("--on-finding chooses ranks, steps and file by itself")
+        raise UsageError("--on-finding chooses ranks, steps and file automatically")
 
     run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
     with closing(aggregator_of(run_dir, config, "profile")) as connection:

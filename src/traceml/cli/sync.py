@@ -177,7 +177,8 @@ def _warn_of_silent(runs_dir: Path) -> None:
     hosts = {str(snapshot.identity.get("host") or "an unknown host") for snapshot in silent_elsewhere(runs_dir)}
     if hosts:
         _warn(
-            f"ranks on {', '.join(sorted(hosts))} left rows in {runs_dir}. They may still run: this host cannot know. "
+            f"ranks on {', '.join(sorted(hosts))} left rows in {runs_dir}. They may still be running: this host "
+            f"cannot tell. "
             "Once their jobs have ended for a minute, `traceml sync --ended` stores the rows"
         )
 
@@ -215,13 +216,15 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
             break
         if not wait:
             raise TraceMLError(
-                f"run {run_dir.name} still runs: its aggregator delivers what it logs (--wait waits for its end)"
+                f"run {run_dir.name} is still running: its aggregator delivers what it logs (--wait waits for its end)"
             )
 
         time.sleep(_POLL_S)
 
     if not finish_run(run_dir):
-        raise TraceMLError(f"run {run_dir.name} has no aggregator anymore, but its ranks still run: end them first")
+        raise TraceMLError(
+            f"run {run_dir.name} no longer has an aggregator, but its ranks are still running: end them first"
+        )
 
     _report_stored(run_dir)
 

@@ -304,7 +304,7 @@ def _warn_of_other_thread(clock: StepClock) -> None:
     clock.warned_of_thread = True
     _log.warning(
         "an optimizer steps in the thread %s while the training in the thread %s is traced: only the steps of the "
-        "latter are counted. Train one after the other, or in processes of their own, to trace both.",
+        "latter are counted. Train them one after the other, or in separate processes, to trace both.",
         own,
         traced,
     )

@@ -58,7 +58,7 @@ def print_stuck(args: Mapping[str, Any], on_printed: Callable[[], object]) -> di
     line = (
         f"traceml: {args.get('kind')}: {args['headline']}; `{command}` says why and what to do"
         if "headline" in args
-        else f"traceml: the job goes on; `{command}` says what it waited for"
+        else f"traceml: the job continues; `{command}` says what it waited for"
     )
 
     def show() -> None:

@@ -115,7 +115,7 @@ class Recording:
             if self._config.on_missing == "raise":
                 raise
 
-            _log.warning("%s. Training goes on; the connection is retried in the background.", str(error).rstrip("."))
+            _log.warning("%s. Training continues; the connection is retried in the background.", str(error).rstrip("."))
             self.sender.warned_missing()
             return
 

@@ -134,7 +134,7 @@ def _show_ended(run_dir: Path, recorder: Recorder) -> None:
 
     if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
         command = report_command(short_path(run_dir))
-        _print(f"traceml: rank {own.rank} failed; `{command}` says why when the job has ended")
+        _print(f"traceml: rank {own.rank} failed; `{command}` says why once the job has ended")
     else:
         show_verdict(run_dir)
 

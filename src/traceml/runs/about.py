@@ -26,7 +26,7 @@ _UNREAD = {
     "late": "reading took too long",
     "failed": "they could not be read; the aggregator's log says why",
 }
-_NO_GIT = "git gave no answer: it is not installed, took too long, or the repository belongs to another user"
+_NO_GIT = "git did not answer: it is not installed, took too long, or the repository belongs to another user"
 
 
 @dataclass(frozen=True, slots=True)

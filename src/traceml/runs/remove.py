@@ -43,7 +43,7 @@ def refuse_running(infos: Sequence[RunInfo]) -> None:
     """
     for info in infos:
         if info.state == RunStatus.RUNNING:
-            raise TraceMLError(f"run {info.id} still runs: end its job before removing it. Nothing was removed")
+            raise TraceMLError(f"run {info.id} is still running: end its job before removing it. Nothing was removed")
 
 
 def remove_ended(infos: Sequence[RunInfo]) -> None:

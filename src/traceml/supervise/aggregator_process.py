@@ -149,8 +149,8 @@ class AggregatorProcess(RestartingProcess):
             self._has_told = True
             why = aggregator_words(self.run_dir).rstrip(".") or exit_text(status)
             print_notice(
-                f"the aggregator has ended ({printable(why)}). The training goes on; it is started again and again, "
-                "and until it runs nothing is stored."
+                f"the aggregator has ended ({printable(why)}). The training continues. The aggregator is being "
+                f"restarted; until it runs, nothing is stored."
             )
 
         super().start()

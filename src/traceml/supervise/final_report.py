@@ -29,7 +29,7 @@ _ASKING_S = 0.002  # the request goes out first
 _log = logging.getLogger("traceml")
 _UNFINISHED = """\
 {program}: this run is not stored completely; {log} may give the reason{words}
-What of the rest could be kept stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir \
+What could be saved of the rest stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir \
 {runs}` stores it.
 """
 

@@ -349,7 +349,7 @@ def test_an_aggregator_that_cannot_store_is_not_lost(
     assert wire.closed is None
     assert [record.getMessage() for record in caplog.records] == [
         (
-            "the aggregator cannot store rows now (the disk is full); training goes on, and the last 4,096 steps and "
+            "the aggregator cannot store rows now (the disk is full); training continues, and the last 4,096 steps and "
             "all logged values are kept until it can"
         )
     ]
@@ -368,8 +368,8 @@ def test_a_temporary_refusal_is_no_lost_aggregator(flight: FlightFile, caplog: p
 
     assert [record.getMessage() for record in caplog.records] == [
         (
-            "the aggregator cannot store rows now (a file cannot be written: No space left on device); training goes "
-            "on, the last 4,096 steps and all logged values are kept, and the connection is retried"
+            "the aggregator cannot store rows now (a file cannot be written: No space left on device); training "
+            "continues, the last 4,096 steps and all logged values are kept, and the connection is retried"
         )
     ]
     assert wire.closed

@@ -87,7 +87,7 @@ def test_everything_stands_on_the_page(tmp_path):
 
     assert "COMPUTE_STRAGGLER" in page.text
     assert "Rank 1 is slow in forward" in page.text
-    for title in ("Charts", "Phases", "Ranks", "Environment and how to run it again", "Slow ranks"):
+    for title in ("Charts", "Phases", "Ranks", "Environment, and how to repeat the run", "Slow ranks"):
         assert title in page.texts
     assert "train.py --lr 1" in page.text
     assert page.tags.count("svg") >= 4

@@ -290,17 +290,17 @@ def test_rows_on_their_way_need_no_command():
     waits = tracker("mlflow", "starting", delivered=0, pending=15)
     down = tracker("wandb", "open", pending=3, error="ConnectionError: refused")
 
-    assert "delivery goes on; if it is cut off, traceml sync delivers the rest" in text_of(tracked(waits))
+    assert "delivery continues; if it is cut off, traceml sync delivers the rest" in text_of(tracked(waits))
     assert "traceml sync delivers the pending rows" in text_of(tracked(waits, down))
-    assert "goes on" not in text_of(tracked(waits, down))
-    assert "goes on" not in text_of(tracked(tracker("mlflow", "stopped", pending=15)))
+    assert "delivery continues" not in text_of(tracked(waits, down))
+    assert "delivery continues" not in text_of(tracked(tracker("mlflow", "stopped", pending=15)))
 
 
 def test_what_a_broken_tracker_lacks_is_not_promised():
     """`traceml sync` fails as the delivery did until the cause is mended, as of a misspelt name."""
     shown = text_of(tracked(tracker("mlfow", "broken", delivered=0, pending=3, error="there is no tracker 'mlfow'")))
 
-    assert "traceml sync delivers the pending rows once that is mended; with" in shown
+    assert "traceml sync delivers the pending rows once that is fixed; with" in shown
     assert "--backend NAME, to another tracker" in shown
 
 

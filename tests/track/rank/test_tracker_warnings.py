@@ -34,7 +34,7 @@ def test_each_tracker_that_fails_is_reported_once(tmp_path: Path, caplog: pytest
     assert "is tried again" in mlflow
     assert "no such library" in wandb
     assert "is tried again" not in wandb
-    assert "once that is mended, `traceml sync` delivers them" in wandb
+    assert "once that is fixed, `traceml sync` delivers them" in wandb
 
 
 def test_the_end_of_a_script_tells(script: Script) -> None:

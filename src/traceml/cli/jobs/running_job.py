@@ -68,7 +68,7 @@ def _runs_of(host: str, port: int) -> Path:
     served = auth.discover(port)
     if served is None or not served.runs_dir:
         raise RunNotFoundError(
-            f"you have no aggregator at {host}:{port} on this host. On another host, run this command there"
+            f"you have no aggregator at {host}:{port} on this host. If it is on another host, run this command there"
         )
 
     return Path(served.runs_dir)

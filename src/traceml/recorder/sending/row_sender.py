@@ -38,7 +38,7 @@ _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait 
 _LONGEST_SAMPLE_NS = 60 * 10**9
 # No live verdict waits for these, so in a large job they are sent less often, as the welcome asks.
 _SAMPLED = frozenset(table.name for table in (*SAMPLED_TABLES, LINES))
-_NOT_STORED = "the aggregator cannot store rows now (%s); training goes on"
+_NOT_STORED = "the aggregator cannot store rows now (%s); training continues"
 _MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
 Command = Callable[[Mapping[str, Any]], Any]
@@ -388,7 +388,7 @@ class RowSender:
         else:
             self._warn_once(
                 "lost",
-                f"lost the aggregator (%s); training goes on, {self._kept}, and the connection is retried",
+                f"lost the aggregator (%s); training continues, {self._kept}, and the connection is retried",
                 error,
             )
 

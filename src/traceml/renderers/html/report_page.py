@@ -53,7 +53,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         *_section("Lines of code", line_list(view)),
         *_section("Stacks of failed ranks", stacks(view)),
         *_section("Memory, trackers, tracing", memory_facts(view, series)),
-        *_section("Environment and how to run it again", run_facts(view, about)),
+        *_section("Environment, and how to repeat the run", run_facts(view, about)),
     ]
     version = escaped(report.traceml_version)
     return (

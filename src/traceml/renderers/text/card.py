@@ -351,10 +351,10 @@ def _delivery_lines(trackers: Sequence[TrackerSection], width: int) -> Iterator[
     lacking = [tracker for tracker in trackers if tracker.pending]
     if not all(tracker.goes_on for tracker in lacking):
         broken = any(tracker.is_broken for tracker in lacking)
-        when = " once that is mended; with --backend NAME, to another tracker" if broken else ""
+        when = " once that is fixed; with --backend NAME, to another tracker" if broken else ""
         yield from _labeled("", f"traceml sync delivers the pending rows{when}", width, style="bold")
     elif lacking:
-        yield from _labeled("", "delivery goes on; if it is cut off, traceml sync delivers the rest", width)
+        yield from _labeled("", "delivery continues; if it is cut off, traceml sync delivers the rest", width)
 
 
 def _memory_text(view: RunView) -> str:

@@ -144,7 +144,7 @@ class _ConditionParser:
         number = None if quoted else _number(text)
         if field in MEASURES and (number is None or symbol == "~"):
             self._at = at
-            raise self._misread(f"{field} is compared with a number of microseconds, as 100 or 2.5ms")
+            raise self._misread(f"{field} is compared with a number of microseconds, such as 100 or 2.5ms")
 
         return Condition(field, _SPELLINGS.get(symbol, symbol), text, number)
 

@@ -300,7 +300,7 @@ class TrackerSession:
         continued = self._id_at_tracker(str(wanted)) if wanted else None
         if wanted and continued is None:
             _log.warning(
-                "resume=%r: %s has no run of that id in %s, so another one begins. Give the id of a run or of an "
+                "resume=%r: %s has no run with that id in %s, so a new one begins. Give the id of a run or of an "
                 "experiment that was delivered to it", wanted, self.backend, self._run_dir.parent,
             )  # fmt: skip
 

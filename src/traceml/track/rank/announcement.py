@@ -106,7 +106,7 @@ class ChosenTrackers:
             _warned.add("backend")
             _log.warning(
                 'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND; '
-                "backend=[] is none.", self.where,
+                "backend=[] means no tracker.", self.where,
             )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class TrackerWarnings:
             self._warned.add(state.backend)
             error = state.error if len(state.error) <= _TEXT_CHARS else f"{state.error[:_TEXT_CHARS]}..."
             is_broken = state.phase is DeliveryPhase.BROKEN
-            next_try = "once that is mended, " if is_broken else "it is tried again, and "
+            next_try = "once that is fixed, " if is_broken else "it is tried again, and "
             _log.warning(
                 "%s%s does not accept what is logged (%s). The rows are kept in %s: %s`traceml sync` delivers them.",
                 state.backend, f" at {state.target}" if state.target else "", error, run_dir, next_try,

@@ -224,7 +224,7 @@ def test_something_that_accepts_and_says_nothing_is_reported(hosts: Hosts) -> No
         mute.kill()
         mute.communicate()
 
-    assert told["node2:2323"][1].startswith("something listens there and says nothing")
+    assert told["node2:2323"][1].startswith("something listens there but sends nothing")
 
 
 def test_an_agent_that_was_stopped_is_reported() -> None:

@@ -74,7 +74,7 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
     ),
     (
         r"timed out during banner exchange",
-        "something listens there and says nothing: its sshd hangs, or another program has the port",
+        "something listens there but sends nothing: its sshd hangs, or another program has the port",
         "`{verbose}` shows the last step; check the load of the host and the log of its sshd.",
     ),
     (
