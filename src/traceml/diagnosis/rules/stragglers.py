@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import blamed_line, own_line_share, workers_line
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, own_line_share, workers_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -508,69 +508,96 @@ def _read_for_others(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
 
 
 def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
+    ranks, line = tuple(work.ranks_of(late.rows)), _line(work, facts, late)
+    is_stage = late.part in COMPUTE and facts.batches.has_own_stages(ranks, work.ranks_of(late.others))
+    if is_stage and (line is None or not facts.waits_in(late.part, line)):
+        return _stage_finding(work, facts, late, line)
+
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(work, {part: with_typical_work(work.parts[part], late.rows, late.others) for part in blamed})
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / work.step_ns, 1.0)
-    ranks = tuple(work.ranks_of(late.rows))
     gain = speedup(work.step_ns, saved)
-    kind = straggler_kind(late.part)
-    mine = float(work.parts[late.part][late.rows].mean()) / work.step_ns
-    others = work.ranks_of(late.others)
-    line = None
-    if not late.everywhere:
-        waiting = _waiting_share(work, late) if late.part == "backward" else 0.0
-        line = blamed_line(facts.lines, late.part, mine, ranks, others, waiting)
-        if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
-            line = workers_line(facts.worker_lines, ranks, others)
+    why, action = _reason(work, facts, late, line)
+    return Finding.of(
+        straggler_kind(late.part),
+        ranks=ranks,
+        phase=late.part,
+        summary=late_summary(work, late, share, gain, line, facts.loader_workers) + why,
+        next=action,
+        evidence=_evidence(work, facts, late, line),
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
 
-    waits = line is not None and facts.waits_in(late.part, line)
-    is_stage = facts.batches.has_own_stages(ranks, others)
-    if late.part in COMPUTE and is_stage and not waits:
-        more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
-        return Finding.of(
-            kind,
-            ranks=ranks,
-            phase=late.part,
-            summary=stage_summary(work, late, more_ns),
-            next=advice.for_long_stage(ranks),
-            evidence=late_evidence(work, facts, late, ranks) | (line.evidence(mine) if line else {}),
-            cost_share=min(more_ns / work.step_ns, 1.0),
-        )
 
-    without_core = late.part != "input_wait" and _is_without_core(work, facts, late)
+def _stage_finding(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> Finding:
+    """Return the finding about ranks that are the longest stages of a pipeline."""
+    ranks = tuple(work.ranks_of(late.rows))
+    more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
+    return Finding.of(
+        straggler_kind(late.part),
+        ranks=ranks,
+        phase=late.part,
+        summary=stage_summary(work, late, more_ns),
+        next=advice.for_long_stage(ranks),
+        evidence=_evidence(work, facts, late, line),
+        cost_share=min(more_ns / work.step_ns, 1.0),
+    )
+
+
+def _share_of_part(work: OwnWork, late: LateRanks) -> float:
+    """Return the share of the step that late ranks spend in the slow part."""
+    return float(work.parts[late.part][late.rows].mean()) / work.step_ns
+
+
+def _line(work: OwnWork, facts: JobFacts, late: LateRanks) -> BlamedLine | None:
+    """Return the line in which the ranks are late; None if they are slower in every part, or it is not known."""
+    if late.everywhere:
+        return None
+
+    ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
+    if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
+        return workers_line(facts.worker_lines, ranks, others)
+
+    waiting = _waiting_share(work, late) if late.part == "backward" else 0.0
+    return blamed_line(facts.lines, late.part, _share_of_part(work, late), ranks, others, waiting)
+
+
+def _evidence(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> dict[str, object]:
+    of_line = line.evidence(_share_of_part(work, late)) if line else {}
+    return late_evidence(work, facts, late, tuple(work.ranks_of(late.rows))) | of_line
+
+
+def _reason(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> tuple[str, str]:
+    """Return the sentence about why the ranks are late, empty if nothing more is known, and the advice."""
+    ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
+    is_loading, why = late.part == "input_wait", ""
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
-    if late.group is not None and line is None and late.part != "input_wait":
+    if late.group is not None and line is None and not is_loading:
         action = advice.for_slow_group(late.group)
 
     beside = background_threads(facts, ranks) if late.everywhere else None
     if beside is not None:
-        without_core, action = False, beside.action
+        why, action = beside.text, beside.action
 
-    why = beside.text if beside is not None else ""
-    fewer = fewer_workers(facts, ranks, others) if late.part == "input_wait" else None
-    if fewer is not None:
+    if is_loading and (fewer := fewer_workers(facts, ranks, others)) is not None:
         why, usual = fewer
         action = advice.for_fewer_workers(ranks, usual)
 
-    if late.part == "input_wait" and _read_for_others(work, facts, late):
+    if is_loading and _read_for_others(work, facts, late):
         action = advice.for_reading_ranks(ranks, facts)
 
-    if without_core:
-        why = waited_for_core(facts, ranks, others)
-    elif not why and facts.oversubscribed and _more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
+    if beside is None and not is_loading and _is_without_core(work, facts, late):
+        is_due_to_code = _due_to_code_ns(work, facts, late.rows, late.part, late.excess_ns)
+        return (
+            waited_for_core(facts, ranks, others),
+            action if is_due_to_code else advice.for_rank_without_core(ranks, facts),
+        )
+
+    if not why and facts.oversubscribed and _more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
         why = more_cpu_time(facts, ranks)
         if late.everywhere and _has_far_more_work(facts, ranks):
             action = advice.for_more_work(ranks)
 
-    only_without_core = without_core and not _due_to_code_ns(work, facts, late.rows, late.part, late.excess_ns)
-    return Finding.of(
-        kind,
-        ranks=ranks,
-        phase=late.part,
-        summary=late_summary(work, late, share, gain, line, facts.loader_workers) + why,
-        next=advice.for_rank_without_core(ranks, facts) if only_without_core else action,
-        evidence=late_evidence(work, facts, late, ranks) | (line.evidence(mine) if line else {}),
-        cost_share=share,
-        speedup_if_fixed=gain,
-    )
+    return why, action
