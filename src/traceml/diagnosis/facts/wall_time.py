@@ -89,12 +89,7 @@ def wall_time(
     if is_running:
         ended_s = _end_so_far(processes, ended_s)
 
-    parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes or [[]]]
-    if known.stops and ranks:
-        parts = [
-            without_stops(part, known.stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)
-        ]
-
+    parts = _parts_by_rank(ranks, processes, known.stops, (started_s, ended_s), attempt)
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
     of_others = [seconds for rank, seconds in evaluation.items() if evaluators and rank not in evaluators]
@@ -108,8 +103,7 @@ def wall_time(
     compiled_s = min(_mean([known.compile_s.get(of_rank[0].rank, 0.0) for of_rank in ranks]), spent_s["steps"])
     set_up_s = _mean([of_rank[-1].set_up_ns / _S for of_rank in processes])
     more_s = max(compiled_s - set_up_s, 0.0)  # a long run does not show its first steps alone
-    spent_s["steps"] -= more_s
-    spent_s["restart" if attempt else "startup"] += more_s
+    spent_s = _with_compiling(spent_s, more_s, is_restarted=attempt > 0)
     evaluations, short_s = max((_evaluations(each.evals) for each in sums.values()), default=(0, 0.0))
     time = RunTime.of(max(ended_s - started_s, 0.0), spent_s, evaluations)
     early_s = min(_mean([*known.early_compile_s.values()]), time.seconds["startup"])
@@ -125,6 +119,28 @@ def wall_time(
         short_evaluations_s=short_s,
         evaluates_before=any(_evaluates_before(each) for each in sums.values()),
     )
+
+
+def _parts_by_rank(
+    ranks: Sequence[Sequence[StreamRecord]],
+    processes: Sequence[Sequence[ProcessSums]],
+    stops: Mapping[int, Sequence[Stop]],
+    bounds_s: tuple[float, float],
+    attempt: int,
+) -> list[dict[str, float]]:
+    """Return the seconds of each rank by part, without those in which it was stopped; one entry where no rank is."""
+    began_ns, ended_ns = (int(at_s * _S) for at_s in bounds_s)
+    parts = [wall_parts(of_rank, began_ns, ended_ns, attempt) for of_rank in processes or [[]]]
+    if not stops or not ranks:
+        return parts
+
+    return [without_stops(part, stops.get(each[0].rank, ())) for part, each in zip(parts, ranks, strict=True)]
+
+
+def _with_compiling(spent_s: Mapping[str, float], more_s: float, *, is_restarted: bool) -> dict[str, float]:
+    """Return the seconds by part, with those of compiling in the first steps as start-up or restart, not as steps."""
+    begin = "restart" if is_restarted else "startup"
+    return {**spent_s, "steps": spent_s["steps"] - more_s, begin: spent_s[begin] + more_s}
 
 
 def _end_so_far(processes: Iterable[Iterable[ProcessSums]], now_s: float) -> float:
@@ -162,12 +178,15 @@ def _sent_partly(records: Iterable[StreamRecord], sums: Mapping[int, StepSums]) 
 
 
 def _useful_time(
-    ranks: Sequence[Sequence[StreamRecord]], sums: Mapping[int, StepSums], goes_on: Mapping[int, int], set_up_s: float
+    ranks: Sequence[Sequence[StreamRecord]],
+    sums: Mapping[int, StepSums],
+    saved_steps: Mapping[int, int],
+    set_up_s: float,
 ) -> UsefulTime:
     """Return the mean over ranks of their useful time; set-up in the first steps does not count."""
     by_rank = [
         [
-            (bins := sums[each.id].steps.bins, resumes_at(each, goes_on), _failed_ns(each, bins))
+            (bins := sums[each.id].steps.bins, resumes_at(each, saved_steps), _failed_ns(each, bins))
             for each in streams
             if each.id in sums
         ]
