@@ -37,6 +37,7 @@ __all__ = [
     "flush_denormals",
     "for_comm",
     "for_copies",
+    "for_debugging",
     "for_fewer_workers",
     "for_jitter",
     "for_long_stage",
@@ -49,7 +50,6 @@ __all__ = [
     "for_slow_group",
     "for_straggler",
     "in_threads",
-    "left_on",
     "longer_limit",
     "waiting_text",
 ]
@@ -106,7 +106,7 @@ _ELSEWHERE = {
 """What may leave a training loop, by whether it has a DataLoader."""
 
 
-def left_on(facts: JobFacts) -> str:
+def for_debugging(facts: JobFacts) -> str:
     """Return advice on what is for the search of errors, and makes all steps slower; else empty."""
     return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
 

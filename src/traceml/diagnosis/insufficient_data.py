@@ -45,7 +45,7 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
     if is_untraced := facts.only_logs and not began:
         why = "the script only logs, its steps are not traced"
 
-    advice = _for_more(facts, began=began) if ended else _to_come(seen, facts, began=began)
+    advice = _for_ended(facts, began=began) if ended else _for_running(seen, facts, began=began)
     so_far = shares_text(own_work_of(window, facts), facts) if seen >= _SHOWN_STEPS else ""
     line = line_beside_imports(facts.lines, OUTSIDE_STEPS[0]) if ended and not (began or is_untraced) else None
     if line is not None:
@@ -72,7 +72,7 @@ def too_few_steps(window: AlignedSteps, facts: JobFacts) -> Finding:
     )
 
 
-def _to_come(seen: int, facts: JobFacts, *, began: bool) -> str:
+def _for_running(seen: int, facts: JobFacts, *, began: bool) -> str:
     """Return what a running job is doing until there are enough steps."""
     if began:
         return f"Wait for more steps: {seen} of {MIN_STEPS} so far, after the first ones."
@@ -89,7 +89,7 @@ def _most_of_start_up(facts: JobFacts) -> str:
     return " ".join([*imports, *([] if line is None else [f"in {line.place}"])])
 
 
-def _for_more(facts: JobFacts, *, began: bool) -> str:
+def _for_ended(facts: JobFacts, *, began: bool) -> str:
     if facts.state == RunStatus.LOST:
         return "The aggregator ended before the run. `traceml sync` stores steps that its ranks left, if there are any."
 

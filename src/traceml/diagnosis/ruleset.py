@@ -8,7 +8,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import left_on
+from traceml.diagnosis.advice import for_debugging
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
 from traceml.diagnosis.devices.device_contention import device_contention, without_changes_by_others
@@ -115,7 +115,7 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
 
 def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:
     """Return a finding about the time of steps with advice on what makes each of them slower, beside its cause."""
-    return replace(finding, next=" ".join(filter(None, (finding.next, left_on(facts)))))
+    return replace(finding, next=" ".join(filter(None, (finding.next, for_debugging(facts)))))
 
 
 def _judged(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
@@ -407,8 +407,8 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
         if columns.sum() >= MIN_STEPS:
             found += slowdown(_history_of(window, columns, facts), facts, late)
 
-    goes_on = [each for each in of_run if any(is_continued(one, each) for one in found)]
-    return goes_on or sorted(found, key=lambda each: each.cost_share)[-1:]
+    continued = [each for each in of_run if any(is_continued(one, each) for one in found)]
+    return continued or sorted(found, key=lambda each: each.cost_share)[-1:]
 
 
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:

@@ -66,7 +66,7 @@ class LoaderToken:
                 clock.fail(error)
 
         self.is_left = False
-        self._count_anew()
+        self._count_next_iterator()
         with suppress(TypeError):  # its class allows no weak references: it counts as alive
             self._iterator = weakref.ref(iterator, leave)
             self.read(clock, True)
@@ -97,7 +97,7 @@ class LoaderToken:
         """Return the batches of the newest iterator, by torch's own count; None if it is gone."""
         return getattr(self._iterator() if self._iterator is not None else None, "_num_yielded", None)
 
-    def _count_anew(self) -> None:
+    def _count_next_iterator(self) -> None:
         """Add the batches of an iterator that was read to its end; those of others are not known."""
         if self._iterator is not None:
             self._before = self._before + self._last if self._before is not None and self._last >= 0 else None

@@ -205,7 +205,7 @@ class AggregatorProcess(RestartingProcess):
         """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
         self._client.ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
-    def tell_ends(self, exits: Iterable[ExitReport]) -> bool:
+    def report_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Tell it of ranks that have ended while the job runs; return whether it knows now. `finish` tells it again."""
         return self._client.ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
 

@@ -400,7 +400,7 @@ class Supervisor:
         if len(clean) == self._reported_exits:
             self._all_reported_s = time.monotonic()
         elif time.monotonic() - self._all_reported_s >= _CLEAN_EXIT_S:
-            if self._aggregator.tell_ends(clean):
+            if self._aggregator.report_ends(clean):
                 self._reported_exits = len(clean)
             else:  # it is busy: ask again later, as each try keeps the job's output waiting
                 self._all_reported_s = time.monotonic()

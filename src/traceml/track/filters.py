@@ -51,7 +51,7 @@ def check_delivery_options(options: Mapping[str, Any]) -> None:
     for key in ("fallback", "api_key_file"):
         value = options.get(key, "")
         if not isinstance(value, str):
-            raise _bad(key, value, "the name of a tracker" if key == "fallback" else "the path of a file")
+            raise _invalid(key, value, "the name of a tracker" if key == "fallback" else "the path of a file")
 
 
 def variables_of(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def timeout_of(options: Mapping[str, Any], default_s: float) -> float:
     """
     value = options.get("timeout_s", default_s)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _bad("timeout_s", value, "a positive number of seconds")
+        raise _invalid("timeout_s", value, "a positive number of seconds")
 
     return float(value)
 
@@ -207,7 +207,7 @@ def _matches(pattern: str, name: str) -> bool:
     return _expression(pattern).match(name) is not None
 
 
-def _bad(key: str, value: Any, allowed: str) -> PluginError:
+def _invalid(key: str, value: Any, allowed: str) -> PluginError:
     return PluginError(f"option {key!r} of a backend is {value!r:.100}; allowed: {allowed}")
 
 
@@ -216,7 +216,7 @@ def _patterns(options: Mapping[str, Any], key: str, example: str = "train/*") ->
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise _bad(key, value, f'a list of patterns, such as ["{example}"]')
+        raise _invalid(key, value, f'a list of patterns, such as ["{example}"]')
 
     return tuple(value)
 
@@ -225,12 +225,12 @@ def _routes(value: Any) -> Iterator[tuple[tuple[str, ...], frozenset[int]]]:
     allowed = 'names and ranks, such as {names = ["val/*"], ranks = [0]}, or a list of these'
     for route in value if isinstance(value, list | tuple) else [value] if value is not None else []:
         if not isinstance(route, Mapping) or not set(route) <= {"names", "ranks"}:
-            raise _bad("routes", value, allowed)
+            raise _invalid("routes", value, allowed)
 
         ranks = route.get("ranks", ())
         ranks = [ranks] if isinstance(ranks, int) else ranks
         if not isinstance(ranks, list | tuple) or not all(type(rank) is int for rank in ranks):
-            raise _bad("routes", value, allowed)
+            raise _invalid("routes", value, allowed)
 
         yield _patterns(route, "names"), frozenset(ranks)
 
@@ -242,7 +242,7 @@ def _sample(value: Any) -> int:
     if isinstance(value, float) and 0 < value <= 1:
         return round(1 / value)
 
-    raise _bad("sample", value, "a period in steps (10), or a share of the steps (0.1)")
+    raise _invalid("sample", value, "a period in steps (10), or a share of the steps (0.1)")
 
 
 def _aggregation(value: Any) -> Aggregation | None:
@@ -254,6 +254,6 @@ def _aggregation(value: Any) -> Aggregation | None:
         if type(every) is int and every >= 1 and by in _AGGREGATES:
             return Aggregation(every, by)
 
-    raise _bad(
+    raise _invalid(
         "aggregate", value, f'steps and aggregate, such as {{every = 100, by = "mean"}}; by: {", ".join(_AGGREGATES)}'
     )

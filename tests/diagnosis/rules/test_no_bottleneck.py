@@ -590,12 +590,13 @@ def test_no_gain_of_a_line_is_promised_for_the_advice_on_a_pause(other_ms: float
 
 
 @pytest.mark.parametrize(
-    ("left_on", "advice"), [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)]
+    ("for_debugging", "advice"),
+    [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)],
 )
-def test_what_searches_for_errors_is_turned_off_first(left_on, advice):
+def test_what_searches_for_errors_is_turned_off_first(for_debugging, advice):
     """It makes each step slower, and is left on by mistake."""
-    by_compute = diagnose(window_of(ALONE), JobFacts(**left_on))[0]
-    by_health = diagnose(window_of(HALF_BUSY), JobFacts(**left_on))[0]
+    by_compute = diagnose(window_of(ALONE), JobFacts(**for_debugging))[0]
+    by_health = diagnose(window_of(HALF_BUSY), JobFacts(**for_debugging))[0]
 
     assert (by_compute.kind, by_health.kind) == (Kind.COMPUTE_BOUND, Kind.HEALTHY)
     assert by_compute.next == by_health.next == advice
@@ -603,13 +604,14 @@ def test_what_searches_for_errors_is_turned_off_first(left_on, advice):
 
 
 @pytest.mark.parametrize(
-    ("left_on", "advice"), [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)]
+    ("for_debugging", "advice"),
+    [({"detects_anomalies": True}, WITHOUT_ANOMALIES), ({"profiles": True}, WITHOUT_PROFILER)],
 )
-def test_what_searches_for_errors_is_told_beside_another_cause(left_on, advice):
+def test_what_searches_for_errors_is_told_beside_another_cause(for_debugging, advice):
     """The steps save often, or have too few cores."""
     saves = [adds("checkpoint", 200.0, every=10)]
     for faults, known in ((saves, {}), ([], {"wait_of_ready_time": {0: 0.5}})):
-        told, untold = (diagnose(window_of(ALONE, *faults), JobFacts(**known, **on))[0] for on in (left_on, {}))
+        told, untold = (diagnose(window_of(ALONE, *faults), JobFacts(**known, **on))[0] for on in (for_debugging, {}))
 
         assert told.kind is untold.kind is (Kind.CHECKPOINT_STALLS if faults else Kind.CPU_CONTENTION)
         assert told.next == f"{untold.next} {advice}"

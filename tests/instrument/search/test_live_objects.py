@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from traceml.instrument.native.extension import extension
-from traceml.instrument.search.alive_objects import find_alive, of_types
+from traceml.instrument.search.live_objects import find_live, of_types
 
 
 class Proxy:
@@ -24,7 +24,7 @@ def test_modules_optimizers_and_generators_are_found_by_their_type() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     optimizer, generator = torch.optim.SGD(model.parameters()), (each for each in [model])
     proxy = Proxy()
-    alive = find_alive()
+    alive = find_live()
 
     assert {id(model), id(model[0])} <= set(map(id, alive.modules))
     assert id(optimizer) in set(map(id, alive.optimizers))
@@ -36,7 +36,7 @@ def test_nothing_is_kept_alive_by_a_search() -> None:
     """A list of all objects that holds itself would keep them until the next collection."""
     model = torch.nn.Linear(2, 2)
     ref = weakref.ref(model)
-    find_alive()
+    find_live()
     del model
     assert ref() is None
 

@@ -158,7 +158,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     if not snapshots or len(snapshots) < len(ranks):
         return None
 
-    if facts.world_size == 1 and any(_went_on(each, exits.get(rank)) for rank, each in snapshots.items()):
+    if facts.world_size == 1 and any(_has_continued(each, exits.get(rank)) for rank, each in snapshots.items()):
         return None
 
     by_rows = [snapshot for snapshot in snapshots.values() if snapshot.answered == "rows"]
@@ -190,7 +190,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
     return found if found.quiet_s >= (by_rows_s if by_rows else min(usual_s, live_s)) else None
 
 
-def _went_on(snapshot: RankSnapshot, ended: RankExit | None) -> bool:
+def _has_continued(snapshot: RankSnapshot, ended: RankExit | None) -> bool:
     """Return whether an exception shows that a process without others went on after the last look: another line."""
     line = user_line(snapshot)
     if ended is None or line is None or not ended.exception or ended.interrupted:

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.diagnosis.advice import WAITED_FOR, left_on
+from traceml.diagnosis.advice import WAITED_FOR, for_debugging
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
     blamed_line,
@@ -212,7 +212,7 @@ def _compute_bound(
         line = update.evidence(shares[heaviest])
 
     faster = own.advice if own else for_compute(heaviest, facts, device=work.device) + _untrained(shares, step)
-    if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not left_on(facts):
+    if heavy and own is None and heavy[0] == heaviest == "forward" and not work.device and not for_debugging(facts):
         watches = (
             "" if heavy[1].function.endswith(".forward") else "; if it only watches (a hook), run it every n-th step"
         )
@@ -317,7 +317,7 @@ def _largest(shares: dict[str, float]) -> str:
 
 
 def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
-    if on := left_on(facts):
+    if on := for_debugging(facts):
         return on
 
     if shares.get(_WAITING, 0.0) >= 0.2:
@@ -332,7 +332,7 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
 
 def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     """Return the advice."""
-    if on := left_on(facts):
+    if on := for_debugging(facts):
         return on
 
     if phase == "optimizer":

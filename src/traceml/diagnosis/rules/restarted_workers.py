@@ -90,10 +90,10 @@ def workers_restarted(
     drawn_ns = ordering_share(facts.lines) * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
     restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0) * (1 - _own_samplers_share(facts))
     least_ns = max(_LONG_BEGIN_NS, _LONG_BEGIN * float(start_ns.mean()))
-    begins_anew = _begins_anew(facts) and float(rest_ns.mean()) - drawn_ns >= least_ns
+    starts_over = _starts_over(facts) and float(rest_ns.mean()) - drawn_ns >= least_ns
     kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
-    if not begins_anew and _is_forked(facts):
+    if not starts_over and _is_forked(facts):
         copied_ns = _copied_ns(work, columns)
         restart_ns = restart_ns + sum(float(each.mean()) for each in copied_ns.values())
         for part, excess in copied_ns.items():
@@ -104,7 +104,7 @@ def workers_restarted(
     if saved < least_cost_ns(step_ns):
         return [], {}
 
-    if begins_anew:
+    if starts_over:
         return [_of_first_batches(work, restart_ns, saved, step_ns, facts)], kept
 
     return [_finding(work, restart_ns, saved, step_ns, facts, keeping)], kept
@@ -120,7 +120,7 @@ def _is_forked(facts: JobFacts) -> bool:
     return (facts.loader or LoaderFacts()).start_method in (None, _FORK)
 
 
-def _begins_anew(facts: JobFacts) -> bool:
+def _starts_over(facts: JobFacts) -> bool:
     """Return whether the data set is iterable, and its workers are forked, which takes no time after that."""
     return facts.loader is not None and facts.loader.length is None and _is_forked(facts)
 

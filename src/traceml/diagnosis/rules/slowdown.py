@@ -73,7 +73,7 @@ _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 _PASSES, _CORES_SHARE = {"forward", "backward"}, 0.5
 
 
-class _Where(NamedTuple):
+class _SlowParts(NamedTuple):
     """Part of the step that became slower."""
 
     parts: tuple[str, ...] = ()  # phases that are blamed, the one that may be the cause first; empty if none is
@@ -199,7 +199,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     is_loss_of_cores = _is_loss_of_cores(change, beside)
     share = lost / mean * bins.of_run
     # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
-    where = _Where(is_loss_of_cores=True) if is_loss_of_cores else _place(bins, change, facts, ranks)
+    where = _SlowParts(is_loss_of_cores=True) if is_loss_of_cores else _place(bins, change, facts, ranks)
     part = where.parts[0] if where.parts else None
     if ranks:
         bins, change = _of_ranks(bins, change, ranks, part)
@@ -230,7 +230,7 @@ def _finding(bins: StepHistory, change: LevelChange, lost: float, mean: float, f
     )
 
 
-def _may_be_work(change: LevelChange, where: _Where) -> bool:
+def _may_be_work(change: LevelChange, where: _SlowParts) -> bool:
     """Return whether steps may have more work from one to the next, as longer episodes of a policy that learns.
 
     What a script keeps makes one pass longer, or code outside the model.
@@ -238,16 +238,16 @@ def _may_be_work(change: LevelChange, where: _Where) -> bool:
     return change.shape == "growth" and _PASSES.issubset(where.parts)
 
 
-def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> _Where:
+def _place(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[int, ...]) -> _SlowParts:
     parts = _parts(bins, change, facts)
     if not parts:
-        return _Where(mostly=_together(*_levels_of(bins, change)))
+        return _SlowParts(mostly=_together(*_levels_of(bins, change)))
 
     line, phase_share = (None, 0.0) if parts[0] == _COMM else _line(bins, change, facts, parts[0], ranks)
     if parts[0] == _OTHER and line is None and _may_be_cores(change, facts):
-        return _Where(is_loss_of_cores=True)
+        return _SlowParts(is_loss_of_cores=True)
 
-    return _Where(parts, line=line, phase_share=phase_share)
+    return _SlowParts(parts, line=line, phase_share=phase_share)
 
 
 def _steps_evidence(bins: StepHistory, change: LevelChange) -> dict[str, Any]:
@@ -580,7 +580,7 @@ def _for_growing_messages(facts: JobFacts) -> str:
     )
 
 
-def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: JobFacts) -> str:
+def _advice(change: LevelChange, where: _SlowParts, ranks: tuple[int, ...], facts: JobFacts) -> str:
     part = where.parts[0] if len(where.parts) == 1 else None
     known = _for_shape(change.shape, part, where, facts)
     if known is not None:
@@ -595,7 +595,7 @@ def _advice(change: LevelChange, where: _Where, ranks: tuple[int, ...], facts: J
     return _for_part(part, where, f" of {ranks_text(ranks)}" if ranks else "", meanwhile)
 
 
-def _for_shape(shape: str, part: str | None, where: _Where, facts: JobFacts) -> str | None:
+def _for_shape(shape: str, part: str | None, where: _SlowParts, facts: JobFacts) -> str | None:
     """Return the advice on what makes a part slower in this way; None if nothing is known of it."""
     denormals = flush_denormals(facts)
     if part == "optimizer" and shape in ("growth", "stays") and denormals:
@@ -637,7 +637,7 @@ def _for_shape(shape: str, part: str | None, where: _Where, facts: JobFacts) -> 
     return _for_growing_messages(facts) if _COMM in where.parts else None
 
 
-def _for_part(part: str | None, where: _Where, of_ranks: str, meanwhile: str) -> str:
+def _for_part(part: str | None, where: _SlowParts, of_ranks: str, meanwhile: str) -> str:
     """Return the advice where no line is known.
 
     Args:

@@ -100,7 +100,7 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
         part = phase if phase in work.parts else "other"
         if part in work.parts:
             left = without.get(part, work.parts[part])
-            without[part] = np.maximum(left - _felt(left, ns, device=work.device), 0)
+            without[part] = np.maximum(left - _lost_time(left, ns, device=work.device), 0)
 
     totals = sum(taken.values(), np.zeros_like(work.own)).sum(axis=1)
     has = totals >= 0.5 * totals.max()
@@ -132,7 +132,7 @@ def _allocating_line(work: OwnWork, without_called: OwnWork, cost: _Collections,
     return line if line.share >= 1 - taken[part] / part_ns / 2 else None
 
 
-def _felt(values: Floats, ns: Floats, *, device: bool) -> Floats:
+def _lost_time(values: Floats, ns: Floats, *, device: bool) -> Floats:
     """Return the time that a part loses by pauses; on a device only its excess over steps without a pause."""
     if not device:
         return np.minimum(ns, values)

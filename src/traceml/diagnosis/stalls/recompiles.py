@@ -63,7 +63,7 @@ def recompiles(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[li
 
 def _window_share(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> float:
     """Return the share of step time; 0 if it is too small to report."""
-    taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION, _are_anew)
+    taken = facts.pauses.per_step(work.ranks, window.steps, Pause.COMPILATION, _are_recompilations)
     if not taken:
         return 0.0
 
@@ -75,7 +75,7 @@ def _run_share(seen: _Recompiled, wall_s: float) -> float:
     return min(seen.seconds / wall_s, _MAX_SHARE) if wall_s > 0 else 0.0
 
 
-def _are_anew(rows: Rows) -> NDArray[np.bool_]:
+def _are_recompilations(rows: Rows) -> NDArray[np.bool_]:
     return np.asarray(rows["detail"] != Compiled.FIRST)
 
 
@@ -105,7 +105,7 @@ def _often(rows: Rows) -> Rows:
     functions, counts = np.unique(again, return_counts=True)
     limited = rows[rows["detail"] == Compiled.LIMIT]["line_id"]
     often = np.isin(rows["line_id"], np.concatenate([functions[counts >= MIN_NUMBER], limited]))
-    return rows[often & _are_anew(rows)]
+    return rows[often & _are_recompilations(rows)]
 
 
 def _without(work: OwnWork, ns: Floats) -> dict[str, Floats]:

@@ -17,7 +17,7 @@ from traceml.instrument.search.iterators import BatchSource, batch_source_of
 from traceml.instrument.values.step_pace import StepPace
 
 if TYPE_CHECKING:
-    from traceml.instrument.search.alive_objects import AliveObjects
+    from traceml.instrument.search.live_objects import LiveObjects
     from traceml.instrument.torch_hooks import TorchHooks
 
 __all__ = ["RareEvents"]
@@ -51,9 +51,9 @@ class RareEvents:
 
     def first_backward(self) -> bool:
         """Search for models and optimizers, all of which exist at the first backward pass."""
-        from traceml.instrument.search.alive_objects import find_alive
+        from traceml.instrument.search.live_objects import find_live
 
-        alive = functools.cache(find_alive)
+        alive = functools.cache(find_live)
         if self.torch_hooks is not None:
             self.torch_hooks.look_for_device()
             self.guard(_find_models, self.torch_hooks, alive)
@@ -65,7 +65,7 @@ class RareEvents:
         self.guard(self.facts.debugging)
         return self.torch_hooks is None or self.clock.optimizers_alive > 0
 
-    def _look_for_iterators(self, alive: Callable[[], AliveObjects]) -> None:
+    def _look_for_iterators(self, alive: Callable[[], LiveObjects]) -> None:
         self.batch_source = batch_source_of(alive().generators)
 
     def new_optimizer(self, optimizer: Any) -> None:
@@ -134,7 +134,7 @@ class RareEvents:
             self.guard(self.facts.reductions)
 
 
-def _find_models(hooks: TorchHooks, alive: Callable[[], AliveObjects]) -> None:
+def _find_models(hooks: TorchHooks, alive: Callable[[], LiveObjects]) -> None:
     known = hooks.discovery.models
     hooks.discovery.search_all(alive, trains=True)
     if not hooks.batches.has_trained and 0 < known == hooks.discovery.models:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from traceml.inspection.thread_frames import stack_frames
-from traceml.instrument.search.alive_objects import of_types
+from traceml.instrument.search.live_objects import of_types
 
 __all__ = ["find_custom_optimizers"]
 

@@ -26,7 +26,7 @@ from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.optimizer import is_wrapper
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import NOT_READY
-from traceml.instrument.search.alive_objects import AliveObjects, find_alive
+from traceml.instrument.search.live_objects import LiveObjects, find_live
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["ModuleDiscovery"]
@@ -88,7 +88,7 @@ class ModuleDiscovery:
 
         patches.wrap(torch.nn.Module, "__setstate__", __setstate__)
 
-    def search_all(self, find: Callable[[], AliveObjects] = find_alive, *, trains: bool = False) -> int:
+    def search_all(self, find: Callable[[], LiveObjects] = find_live, *, trains: bool = False) -> int:
         """Time all root modules that are alive; return the number of their optimizers.
 
         Args:

@@ -13,10 +13,10 @@ import torch
 
 from traceml.instrument.native.extension import extension
 
-__all__ = ["AliveObjects", "find_alive", "of_types"]
+__all__ = ["LiveObjects", "find_live", "of_types"]
 
 
-class AliveObjects(NamedTuple):
+class LiveObjects(NamedTuple):
     """The objects that the searches of a moment look for."""
 
     modules: Sequence[Any]  # torch's, also those inside others
@@ -24,7 +24,7 @@ class AliveObjects(NamedTuple):
     generators: Sequence[GeneratorType[Any, Any, Any]]  # suspended or running
 
 
-def find_alive() -> AliveObjects:
+def find_live() -> LiveObjects:
     """Return the modules, optimizers and generators that are alive.
 
     With torch imported the collector knows some 300,000 objects. Listing them and reading their types takes nearly all
@@ -32,7 +32,7 @@ def find_alive() -> AliveObjects:
     """
     classes = [_subclasses(cls) for cls in (torch.nn.Module, torch.optim.Optimizer, GeneratorType)]
     found = of_types(gc.get_objects(), set().union(*classes))
-    return AliveObjects(*([each for each in found if type(each) in types] for types in classes))
+    return LiveObjects(*([each for each in found if type(each) in types] for types in classes))
 
 
 def of_types(objects: list[Any], types: AbstractSet[type[Any]]) -> list[Any]:

@@ -355,7 +355,7 @@ def _parts(item: Any) -> Collection[Any]:
         return item
 
     if isinstance(item, FunctionType):
-        return [*_taken_along(item), *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+        return [*_captured_values(item), *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
 
     if isinstance(item, partial):
         return [item.func, *item.args, *item.keywords.values()]
@@ -364,7 +364,7 @@ def _parts(item: Any) -> Collection[Any]:
     return attribute_values(item) if has_fields and _is_entered(item) else ()
 
 
-def _taken_along(function: FunctionType) -> list[Any]:
+def _captured_values(function: FunctionType) -> list[Any]:
     """Return the variables of other functions that a function uses."""
     contents = []
     for cell in function.__closure__ or ():

@@ -94,10 +94,10 @@ def _draw(figure: Figure, groups: Sequence[Mapping[str, Any]], result: Mapping[s
 
     axes.bar_label(bars, [f" {percent_text(group['sum_us'] / whole_us)}" for group in groups], fontsize=8)
     axes.set_yticks(at, [_label(group, result["by"]) for group in groups], fontsize=8)
-    _dress(axes, f"Time by {_title(result)}")
+    _label_axes(axes, f"Time by {_title(result)}")
 
 
-def _dress(axes: Axes, title: str) -> None:
+def _label_axes(axes: Axes, title: str) -> None:
     axes.invert_yaxis()  # the largest on top
     axes.set_xlabel("milliseconds, sum of spans")
     axes.set_title(title, loc="left", fontsize=11)

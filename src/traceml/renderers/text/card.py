@@ -349,7 +349,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
 def _delivery_lines(trackers: Sequence[TrackerSection], width: int) -> Iterator[Text]:
     """Yield what happens to the rows that trackers lack."""
     lacking = [tracker for tracker in trackers if tracker.pending]
-    if not all(tracker.goes_on for tracker in lacking):
+    if not all(tracker.is_delivering for tracker in lacking):
         broken = any(tracker.is_broken for tracker in lacking)
         when = " once that is fixed; with --backend NAME, to another tracker" if broken else ""
         yield from _labeled("", f"traceml sync delivers the pending rows{when}", width, style="bold")

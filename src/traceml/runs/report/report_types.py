@@ -330,7 +330,7 @@ class TrackerSection(msgspec.Struct, kw_only=True):
     reasons: dict[str, int] = {}
 
     @property
-    def goes_on(self) -> bool:
+    def is_delivering(self) -> bool:
         """Whether a process is delivering, or soon will, and the tracker takes what it is sent."""
         return self.state in ("starting", "delivering")
 

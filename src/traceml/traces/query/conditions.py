@@ -237,9 +237,9 @@ class _ConditionParser:
         return UsageError(f"where: {expected} at character {at + 1}: {text[:at]} -> HERE -> {text[at:]}".rstrip())
 
 
-def _sequence(parse: Callable[[], Parsed], goes_on: Callable[[], bool]) -> tuple[Parsed, ...]:
+def _sequence(parse: Callable[[], Parsed], continues: Callable[[], bool]) -> tuple[Parsed, ...]:
     found = [parse()]
-    while goes_on():
+    while continues():
         found.append(parse())
 
     return tuple(found)

@@ -179,7 +179,7 @@ def script(hosts: Hosts) -> Iterator[Script]:
     eventually(lambda: not any(hosts[name].processes() for name in hosts.names), "agents to end with the launcher")
 
 
-def left_on(hosts: Hosts, name: str) -> list[str]:
+def for_debugging(hosts: Hosts, name: str) -> list[str]:
     """Return what is left on a host beside an idle agent, its reaper and its zygote."""
     commands = map(command_of, hosts[name].processes())
     found = [" ".join(command[:3]) for command in commands if command]
@@ -197,7 +197,7 @@ def runs(process: psutil.Process) -> bool:
 
 def assert_clean(hosts: Hosts) -> None:
     """When a launch has returned or raised, all processes have ended already."""
-    assert {name: left_on(hosts, name) for name in hosts.names} == {name: [] for name in hosts.names}
+    assert {name: for_debugging(hosts, name) for name in hosts.names} == {name: [] for name in hosts.names}
 
 
 def test_an_exception_on_one_host_ends_all(hosts: Hosts, script: Script) -> None:
@@ -242,7 +242,7 @@ def test_an_agent_that_is_killed_takes_its_workers_along(hosts: Hosts, script: S
     assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
     assert "The connection worked to the end: the agent was killed" in told["text"]
     eventually(lambda: hosts["node2"].processes() == [], "node2 to be clean: nobody is there to wait for it")
-    assert left_on(hosts, "node1") == []
+    assert for_debugging(hosts, "node1") == []
     assert script.launch("fine")["results"] == {"node1": [0, 1], "node2": [2, 3]}
 
 
@@ -252,7 +252,7 @@ def test_a_host_is_clean_without_all_that_guard_it(hosts: Hosts, script: Script,
     told = script.launch("all_signaled", *map(int, numbers))
 
     assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
-    assert left_on(hosts, "node1") == []
+    assert for_debugging(hosts, "node1") == []
     assert not any(map(runs, hosts["node2"].processes()))
 
 
@@ -284,7 +284,7 @@ def test_a_host_that_is_cut_off_is_named_in_time(hosts: Hosts, script: Script, t
         # TCP would retry for a quarter of an hour; its own limit of silence is what the launcher has waited for.
         assert re.search(r"Nothing was received from it for \d+ s", told["text"])
         assert "the host or the network is down" in told["text"]
-        assert left_on(hosts, "node1") == []
+        assert for_debugging(hosts, "node1") == []
         eventually(lambda: hosts["node2"].processes() == [], "the agent to notice that nobody talks to it")
 
 

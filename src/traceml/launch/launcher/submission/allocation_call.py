@@ -61,10 +61,10 @@ class AllocationCall:
             with ended_by(signal.SIGTERM, signal.SIGHUP):
                 outcome = AllocationOutcome(result=self._run())
         except EndedBySignal as error:
-            self._go_on_later()
+            self._requeue()
             outcome = AllocationOutcome(error=SlurmError(f"the job was ended by {signal.Signals(error.number).name}"))
         except Exception as error:  # noqa: BLE001 - whatever a worker raised is the outcome
-            self._go_on_later()
+            self._requeue()
             outcome = AllocationOutcome(error=_portable(error))
             if is_cancelled(os.environ):  # which ends the workers, too, and maybe first
                 outcome = AllocationOutcome(error=SlurmError("the job was cancelled"))
@@ -90,7 +90,7 @@ class AllocationCall:
 
         return Tracing(**self.tracing)
 
-    def _go_on_later(self) -> None:
+    def _requeue(self) -> None:
         """Queue the job again if Slurm has ended it, and has not done so itself.
 
         Raises:
