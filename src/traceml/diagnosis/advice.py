@@ -1,4 +1,8 @@
-"""Advice: one sentence about what to do next, specific to the facts."""
+"""Advice: what to do next, specific to the facts.
+
+Here are the longer texts of `rules/`, and those that several rules share. Short ones are in the module of their rule;
+advice on loading, ends and hangs has modules of its own.
+"""
 
 from __future__ import annotations
 

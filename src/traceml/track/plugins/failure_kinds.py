@@ -2,6 +2,8 @@
 
 The kind of a failure follows from its type where a backend raises ours, else from what SDKs and HTTP libraries put on
 their exceptions.
+
+Process: delivery.
 """
 
 from __future__ import annotations
