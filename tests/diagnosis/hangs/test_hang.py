@@ -1014,7 +1014,7 @@ def test_the_exception_that_a_rank_handles_is_told():
 
     waits = found(in_backward(0), replace(STUCK, **handling))
     assert summary(waits).endswith(" Rank 1 is handling ValueError: bad row, raised at train.py:17 check.")
-    assert waits.next.startswith("Find out what keeps rank 1 there while the others continued")
+    assert waits.next.startswith("Find out what keeps rank 1 there while the others have moved on")
 
 
 def test_an_exception_of_a_rank_that_waits_is_no_cause():

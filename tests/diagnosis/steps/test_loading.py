@@ -762,7 +762,7 @@ def test_a_crowded_host_promises_no_more_than_its_own_cores_give():
     assert found is not None
     assert found.rest_cores == pytest.approx(1.0, abs=0.1)
     assert found.gain(8) == pytest.approx(2.0, abs=0.1)
-    assert "x faster on 2 cores of its own" in for_input(facts, found).text
+    assert "x faster if the run has 2 cores to itself" in for_input(facts, found).text
 
 
 def test_the_training_uses_no_more_cores_than_torch_has_threads():

@@ -66,7 +66,7 @@ def _check_process(found: DetectedHang) -> str:
 
     others = found.blame.waits and found.blame.ranks
     why = (
-        f"Find out what keeps {ranks_text(found.blame.ranks)} there while the others continued"
+        f"Find out what keeps {ranks_text(found.blame.ranks)} there while the others have moved on"
         if others
         else "Find out what is waited for there, and why it never arrives"
     )

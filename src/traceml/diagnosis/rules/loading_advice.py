@@ -310,7 +310,8 @@ def _cheaper_samples(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine |
     what = what if of_workers is None else of_workers.place
     # Workers of short epochs are gone before they were watched for long enough.
     unless = "" if pipeline.is_cpu_known else ", unless making a sample waits (for a disk, a network)"
-    crowd = f"; more workers will not help{cores}{unless}" if pipeline.workers or pipeline.cores else ""
+    even = ", even" if cores.startswith(" if ") else ""
+    crowd = f"; more workers will not help{even}{cores}{unless}" if pipeline.workers or pipeline.cores else ""
     crowd = _at_once(loader, pipeline) or crowd
     longer = _in_longer_epochs(pipeline, pipeline.workers, gain) if pipeline.workers else ""
     return LoadingAdvice(
@@ -364,8 +365,8 @@ def _on(pipeline: Pipeline, facts: JobFacts) -> str:
     if pipeline.cores is None:
         return ""
 
-    own = " of its own" if facts.oversubscribed else ""
-    return f" on {pipeline.cores} core{'s' if pipeline.cores > 1 else ''}{own}"
+    cores = f"{pipeline.cores} core{'s' if pipeline.cores > 1 else ''}"
+    return f" if the run has {cores} to itself" if facts.oversubscribed else f" on {cores}"
 
 
 def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
