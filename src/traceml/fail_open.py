@@ -1,4 +1,4 @@
-"""Guard for work that must never fail the training: log the error, count it, and go on."""
+"""Guard for work that must never fail the training: log the error, count it, and continue."""
 
 from __future__ import annotations
 

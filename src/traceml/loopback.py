@@ -1,4 +1,4 @@
-"""Addresses that surely are this machine's: loopback; names are not resolved."""
+"""Addresses that are certainly this machine's: loopback; names are not resolved."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _ANSWER_S = 15.0
 class StacksOptions(RunsDirOptions):
     """Show what each rank of a running job is doing: Python stack, step, phase, loader workers.
 
-    Ranks with equal stacks are shown together. The job goes on undisturbed.
+    Ranks with equal stacks are shown together. The job is not disturbed.
     """
 
     run: Annotated[str | None, Positional("[RUN|ADDRESS]")] = None

@@ -111,7 +111,9 @@ _ELSEWHERE = {
 
 
 def for_debugging(facts: JobFacts) -> str:
-    """Return advice on what is for the search of errors, and makes all steps slower; else empty."""
+    """Return advice on what helps to find errors and makes all steps slower (anomaly detection, a profiler); else "
+    "empty.
+    """
     return WITHOUT_ANOMALIES if facts.detects_anomalies else WITHOUT_PROFILER if facts.profiles else ""
 
 

@@ -21,7 +21,7 @@ def script_age_ms() -> int:
         0 in a notebook, an interactive session, a worker of a pool or of another program, and after a first run: when
         the work on the run began is not known there.
     """
-    # In a pid namespace without a /proc of its own, the own number is there that of another process.
+    # In a pid namespace without a /proc of its own, this process's number is there that of another process.
     ticks = process_start_ticks("self")
     if ticks is None or _pid_of_ended == os.getpid() or not _runs_script():
         return 0

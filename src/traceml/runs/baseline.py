@@ -1,4 +1,4 @@
-"""Search of the run that others are compared with: by id, tag or name, or the last healthy one of a project."""
+"""Search for the run that others are compared with: by id, tag or name, or the last healthy one of a project."""
 
 from __future__ import annotations
 

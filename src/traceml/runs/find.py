@@ -1,4 +1,4 @@
-"""Search of runs: by id or path, or all in a folder."""
+"""Search for runs: by id or path, or all in a folder."""
 
 from __future__ import annotations
 

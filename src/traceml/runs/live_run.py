@@ -1,4 +1,4 @@
-"""Running run, followed through its store, for the screens; cheap to update."""
+"""A run in progress, followed through its store, for the screens; cheap to update."""
 
 from __future__ import annotations
 

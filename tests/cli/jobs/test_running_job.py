@@ -1,4 +1,4 @@
-"""Search of a running job."""
+"""Search for a running job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles that an aggregator takes by itself: of a run whose verdict is computation, once."""
+"""Automatic profiles: an aggregator takes one of a run whose verdict is computation, once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notices in the output of a job that hangs, or waits for a lost rank: its log may be all that anybody looks at."""
+"""Notices in the output of a job that hangs, or waits for a lost rank: its log may be all that its user sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wall time of a running run by part, divided again now and then."""
+"""Wall time of a run in progress by part, computed again from time to time."""
 
 from __future__ import annotations
 

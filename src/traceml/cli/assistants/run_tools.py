@@ -1,4 +1,4 @@
-"""Questions about runs that an assistant can ask: each returns a bounded document, or raises what to do."""
+"""Questions about runs that an assistant can ask: each returns a bounded document, or an error that says what to do."""
 
 from __future__ import annotations
 

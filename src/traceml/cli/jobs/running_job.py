@@ -1,4 +1,4 @@
-"""Search of a running job on this host."""
+"""Search for a running job on this host."""
 
 from __future__ import annotations
 

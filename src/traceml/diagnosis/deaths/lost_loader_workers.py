@@ -53,7 +53,7 @@ def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]
             Kind.WORKER_LOST,
             ranks=tuple(sorted({rank for rank, _ in lost})),
             phase="input_wait",
-            summary=f"{died}. The script went on; batches of that iterator may be missing.",
+            summary=f"{died}. The script continued; batches of that iterator may be missing.",
             next=for_worker(first),
             evidence=worker_evidence(first) | {"lost": len(lost)},
         )

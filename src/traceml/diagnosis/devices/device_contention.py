@@ -37,8 +37,8 @@ def device_contention(facts: JobFacts) -> list[Finding]:
         Finding.of(
             Kind.DEVICE_CONTENTION,
             summary=(
-                f"Kernels of other programs ran on {where} for {percent_text(worst.others)} of the time in which steps "
-                f"went on. It computed for {percent_text(worst.utilization)} of that time, and does one program's work "
+                f"Kernels of other programs ran on {where} for {percent_text(worst.others)} of the time spent in "
+                f"steps. It computed for {percent_text(worst.utilization)} of that time, and does one program's work "
                 "at a time."
             ),
             next=(

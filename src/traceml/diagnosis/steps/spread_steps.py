@@ -1,4 +1,4 @@
-"""Blocks of steps that stay spread over a run while it goes on."""
+"""Blocks of steps that stay spread over a run while it is in progress."""
 
 from __future__ import annotations
 

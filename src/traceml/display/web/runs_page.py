@@ -1,4 +1,4 @@
-"""The list of runs: conditions, columns, order, groups and pages, and changes of the runs that are picked."""
+"""The list of runs: conditions, columns, order, groups and pages, and changes of the runs that are selected."""
 
 from __future__ import annotations
 

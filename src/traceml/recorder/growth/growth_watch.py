@@ -1,4 +1,4 @@
-"""Watch over the rank's memory: when it grows for long, the containers of the script are read twice.
+"""Watch over the rank's memory: when it grows for a long time, the containers of the script are read twice.
 
 Memory may grow by a megabyte in a second or in a minute, in each step or in each epoch. So the readings of memory get
 rarer until they cover growth that counts, and the second reading of the containers waits until memory has grown again.

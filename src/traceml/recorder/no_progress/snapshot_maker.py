@@ -1,4 +1,4 @@
-"""A snapshot of the own process: stacks, phase, process groups, loader workers, and what the kernel says."""
+"""A snapshot of this process: stacks, phase, process groups, loader workers, and what the kernel says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restarts of a job: the ranks that ended each earlier attempt, and when steps went on."""
+"""Restarts of a job: the ranks that ended each earlier attempt, and when steps continued."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A delivery imports the plugins of a run from the folders in its announcement. In a run from elsewhere they may be
 anybody's, so the announcement bears an HMAC of them with a key that is in a file of this user. A copy of an own run
-proves no more than the own run did: the same names, in the same folders of this machine.
+proves no more than the user's own run did: the same names, in the same folders of this machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Changes of the runs that are picked in the list: tag, note, rename, archive, delete, compare."""
+"""Changes of the runs that are selected in the list: tag, note, rename, archive, delete, compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LISTED = 12
 
 
 class EditBar:
-    """Buttons for the runs that are picked, hidden while there are none."""
+    """Buttons for the runs that are selected, hidden while there are none."""
 
     def __init__(self, client: Client, on_change: Callable[[], None]) -> None:
         self._client, self._on_change = client, on_change
@@ -47,7 +47,7 @@ class EditBar:
         set_visible(self._bar, False)
 
     def show(self, picked: Sequence[RunInfo]) -> None:
-        """Show the bar for the runs that are picked, oldest first."""
+        """Show the bar for the runs that are selected, oldest first."""
         self._picked = picked
         set_visible(self._bar, bool(picked))
         self._count.set_text(f"{plural(len(picked), 'run')} selected")
@@ -83,7 +83,7 @@ class EditBar:
         labels.name = self._text.strip()
 
     def _label(self, change: Callable[[RunLabels], None]) -> None:
-        """Change the labels of the picked runs; the first problem is shown, and the others are changed."""
+        """Change the labels of the selected runs; the first problem is shown, and the others are changed."""
         problems = []
         for info in self._picked:
             try:

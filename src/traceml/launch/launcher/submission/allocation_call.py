@@ -1,4 +1,4 @@
-"""The call that a submitted job executes: the launch, and the request to go on later when Slurm ends the job.
+"""The call that a submitted job executes: the launch, and the request to queue it again when Slurm ends the job.
 
 Process: the submitter makes it, the job's first process runs it.
 """
