@@ -141,7 +141,7 @@ def test_backend_tables(tmp_path: Path) -> None:
         *(
             (
                 {"run_id": text},
-                "cannot be the name of a run's folder (from argument). Allowed: a text with a letter a-z",
+                "cannot be the name of a run's folder (from argument). Allowed: a string with a letter a-z",
             )
             for text in ("..", "日本", "latest")
         ),

@@ -169,7 +169,9 @@ def path_text(value: Any, what: str) -> str:
     try:
         return os.fsdecode(value)
     except TypeError:
-        raise ArgumentTypeError(f"{what} is a text or a path, not {type(value).__name__} {value!r:.100}") from None
+        raise ArgumentTypeError(
+            f"{what} must be a string or a path, not {type(value).__name__} {value!r:.100}"
+        ) from None
 
 
 def seconds_to_wait(timeout: Any) -> float | None:
@@ -192,4 +194,4 @@ def seconds_to_wait(timeout: Any) -> float | None:
 
     error = ArgumentTypeError if seconds is None else UsageError
     kind = type(timeout).__name__
-    raise error(f"a timeout is a number of seconds, or None for no limit, not {kind} {timeout!r:.100}")
+    raise error(f"a timeout must be a number of seconds, or None for no limit, not {kind} {timeout!r:.100}")

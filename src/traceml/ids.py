@@ -25,7 +25,7 @@ __all__ = [
 
 DEFAULT_PROJECT = "default"
 """Project of runs for which nobody names one."""
-RUN_ID_ALLOWED = "a text with a letter a-z, a digit or one of _=+@ in it, other than 'latest'"
+RUN_ID_ALLOWED = "a string with a letter a-z, a digit or one of _=+@ in it, other than 'latest'"
 """What `safe_run_id` makes a folder's name of, in words."""
 
 

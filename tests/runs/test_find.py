@@ -254,5 +254,5 @@ def test_a_run_is_removed_while_a_page_reads_it(runs, monkeypatch):
 @pytest.mark.parametrize("given", [5, 1.5, ["a"]])
 def test_what_is_no_path_is_an_error_of_the_package(given):
     for call in (traceml.load_run, traceml.runs, traceml.sync):
-        with pytest.raises(ArgumentTypeError, match="is a text or a path, not"):
+        with pytest.raises(ArgumentTypeError, match="must be a string or a path, not"):
             call(given)

@@ -21,7 +21,7 @@ def test_a_timeout_that_is_no_number_is_an_error_of_the_package(rt: Runtime, tim
     """A text gave the TypeError of a comparison, and the largest integers an OverflowError."""
     handle = rt.submit(threading.Event().wait, 0.2)
     for call in (handle.get, handle.wait, rt.wait_all, flush, sync):
-        with pytest.raises(ArgumentTypeError, match="a timeout is a number of seconds, or None for no limit, not"):
+        with pytest.raises(ArgumentTypeError, match="a timeout must be a number of seconds, or None for no limit, not"):
             call(timeout=timeout)
 
     with pytest.raises(UsageError, match="it must be a positive number of seconds"):

@@ -385,7 +385,7 @@ def test_a_sweeps_parameters(tmp_path: Path) -> None:
         ({"settings": 5}, "(settings=...) takes a dict of names and values, not int 5"),
         ({"options": 5}, "(options=...) takes a dict of names and values, not int 5"),
         ({"options": {"jsonl": 5}}, "(options={'jsonl': ...}) takes a dict of names and values, not int 5"),
-        ({"tags": 5}, "tags are a dict of names and values, or a list of names, not int 5"),
+        ({"tags": 5}, "tags must be a dict of names and values, or a list of names, not int 5"),
     ],
     ids=str,
 )
@@ -422,11 +422,11 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
         """)
     )
 
-    assert "ArgumentTypeError a step is a whole number, not str 'one'" in out
-    assert "ArgumentTypeError a step is a whole number, not 1.5" in out
+    assert "ArgumentTypeError a step must be a whole number, not str 'one'" in out
+    assert "ArgumentTypeError a step must be a whole number, not 1.5" in out
     assert "UsageError a step must fit into 64 bits" in out
     for call in ("log_metric", "log_text", "log_histogram"):
-        assert f"{call} the name of a logged value is a text, not int 5" in out
+        assert f"{call} the name of a logged value must be a string, not int 5" in out
     assert "log_params takes a dict of names and values, not int 5" in out
     assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
     assert "log_metrics takes a dict of names and values, not NoneType None\n" in out

@@ -137,7 +137,7 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
     assert "is not a regular file" in device
     assert "the path is empty" in empty
     assert null.endswith("embedded null byte ['OSError']")
-    assert number == "the file or folder of log_artifact() is a text or a path, not int 5 ['TypeError']"
+    assert number == "the file or folder of log_artifact() must be a string or a path, not int 5 ['TypeError']"
     assert image == f"log_image('drawing', 'nowhere.png'): {seen_from}"
     assert err.count("is not logged") == 3
     stored = ended_run(tmp_path / "traceml_runs")
@@ -146,7 +146,7 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
     assert refused == {
         "big": "it has 2000 bytes, above max_artifact_bytes=1000",
         "noise": "it has more than 300 bytes (max_image_bytes)",
-        "shape": "an image has 2 or 3 dimensions, not the shape (2, 2, 2, 2)",
+        "shape": "an image must have 2 or 3 dimensions, not the shape (2, 2, 2, 2)",
     }
 
 
@@ -281,7 +281,7 @@ def test_figures_and_files_are_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image", [3, object(), {"a": 1}])
 def test_what_is_no_image_is_reported(image: object) -> None:
     """With what would be one."""
-    with pytest.raises(ArgumentTypeError, match="an image is an array, a tensor"):
+    with pytest.raises(ArgumentTypeError, match="an image must be an array, a tensor"):
         image_of(image, 100)
 
 
@@ -329,5 +329,5 @@ def test_a_histogram_of_no_numbers_is_refused(values: object, has_numpy: bool, m
     if not has_numpy:
         monkeypatch.delitem(sys.modules, "numpy")
 
-    with pytest.raises(ArgumentTypeError, match=f"a histogram is of numbers, not {type(values).__name__}"):
+    with pytest.raises(ArgumentTypeError, match=f"a histogram must be made of numbers, not {type(values).__name__}"):
         histogram_of(values, 4)

@@ -321,7 +321,9 @@ def _tags_of(tags: Any) -> dict[str, str]:
         return {str(name): str(value) for name, value in tags.items()}
     if not isinstance(tags, Iterable):
         kind = type(tags).__name__
-        raise ArgumentTypeError(f"tags are a dict of names and values, or a list of names, not {kind} {tags!r:.100}")
+        raise ArgumentTypeError(
+            f"tags must be a dict of names and values, or a list of names, not {kind} {tags!r:.100}"
+        )
 
     return dict.fromkeys(map(str, [tags] if isinstance(tags, str) else tags), "")
 
@@ -347,7 +349,7 @@ def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
     names = tuple(given) if isinstance(given, Iterable) else None
     if names is None or not all(isinstance(name, str) for name in names):
         raise ArgumentTypeError(
-            f"backend is a tracker's name or a list of names, not {type(backend).__name__} {backend!r:.100}. "
+            f"backend must be a tracker's name or a list of names, not {type(backend).__name__} {backend!r:.100}. "
             "Register a plugin by traceml.register, and give its name, or give 'package:Class'."
         )
 
@@ -362,6 +364,6 @@ def _id_to_resume(wanted: Any) -> str | None:
     """
     if wanted and not isinstance(wanted, str):
         kind = type(wanted).__name__
-        raise ArgumentTypeError(f"resume is the id of a run or of an experiment, not {kind} {wanted!r:.100}")
+        raise ArgumentTypeError(f"resume must be the id of a run or of an experiment, not {kind} {wanted!r:.100}")
 
     return wanted or None

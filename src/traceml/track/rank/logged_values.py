@@ -92,7 +92,7 @@ def checked_name(name: Any) -> str:
         ArgumentTypeError: it is not a text.
     """
     if not isinstance(name, str):
-        raise ArgumentTypeError(f"the name of a logged value is a text, not {type(name).__name__} {name!r:.100}")
+        raise ArgumentTypeError(f"the name of a logged value must be a string, not {type(name).__name__} {name!r:.100}")
 
     return str(name)
 
@@ -111,10 +111,10 @@ def step_of(step: Any) -> int:
             as_float = float(step)
             number = int(as_float)
         except (TypeError, ValueError, OverflowError):
-            raise ArgumentTypeError(f"a step is a whole number, not {type(step).__name__} {step!r:.100}") from None
+            raise ArgumentTypeError(f"a step must be a whole number, not {type(step).__name__} {step!r:.100}") from None
 
         if number != as_float:
-            raise ArgumentTypeError(f"a step is a whole number, not {step!r:.100}") from None
+            raise ArgumentTypeError(f"a step must be a whole number, not {step!r:.100}") from None
 
     if not -_INT64 <= number < _INT64:
         raise UsageError(f"a step must fit into 64 bits, not {number:.3e}")

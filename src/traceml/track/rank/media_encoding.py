@@ -51,7 +51,7 @@ def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
         return lambda: _encode_array(array, limit_bytes), ".png"
 
     kind = type(image).__name__
-    raise ArgumentTypeError(f"an image is an array, a tensor, a PIL image, a figure, or a file; not {kind}")
+    raise ArgumentTypeError(f"an image must be an array, a tensor, a PIL image, a figure, or a file; not {kind}")
 
 
 def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
@@ -78,7 +78,7 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
         UsageError: `bins` is no whole number from 1.
     """
     if not isinstance(bins, SupportsIndex) or operator.index(bins) < 1:
-        raise UsageError(f"a histogram has at least one interval, not {bins!r:.100}")
+        raise UsageError(f"a histogram must have at least one interval, not {bins!r:.100}")
 
     if hasattr(values, "detach"):
         torch = sys.modules["torch"]
@@ -98,7 +98,9 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     try:
         return _counted(values, bins)
     except (TypeError, ValueError):
-        raise ArgumentTypeError(f"a histogram is of numbers, not {type(values).__name__} {values!r:.100}") from None
+        raise ArgumentTypeError(
+            f"a histogram must be made of numbers, not {type(values).__name__} {values!r:.100}"
+        ) from None
 
 
 def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
@@ -157,13 +159,13 @@ def _encode_array(array: Any, limit_bytes: int, *, channels_first: bool = False)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:
-        raise RefusedFileError(f"an image has 2 or 3 dimensions, not the shape {tuple(array.shape)}")
+        raise RefusedFileError(f"an image must have 2 or 3 dimensions, not the shape {tuple(array.shape)}")
 
     if array.shape[0] in _COLOR_TYPES and (channels_first or array.shape[2] not in _COLOR_TYPES):
         array = array.transpose(1, 2, 0)
     if array.shape[2] not in _COLOR_TYPES or not array.size:
         raise RefusedFileError(
-            f"an image has 1 to 4 channels, first or last; this one has the shape {tuple(array.shape)}"
+            f"an image must have 1 to 4 channels, first or last; this one has the shape {tuple(array.shape)}"
         )
     if array.size > _RAW_FACTOR * limit_bytes:
         raise RefusedFileError(f"it has {array.size} values, far above max_image_bytes={limit_bytes}")
