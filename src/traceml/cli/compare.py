@@ -32,7 +32,7 @@ EXIT_UNDECIDED = 3
 class CompareOptions(RunsDirOptions):
     """Report what got slower from run A to run B, by how much, and whether the change is significant.
 
-    Of more runs, each is compared with the first, or with --baseline.
+    With more than two runs, each is compared with the first, or with --baseline.
 
     The test takes the autocorrelation of step times into account: see docs/report.md.
     """

@@ -37,7 +37,7 @@ class DoctorOptions:
     json: bool = False
     """Print the results as JSON and nothing else."""
     settings: bool = False
-    """Print the settings alone, with their values and sources."""
+    """Print only the settings, with their values and sources."""
     backends: bool = False
     """Also check the trackers: versions, credentials (never their values), reachability."""
     hostnames: Annotated[tuple[str, ...], Metavar("HOST")] = ()

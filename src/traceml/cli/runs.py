@@ -42,11 +42,12 @@ class RunsOptions(RunsDirOptions):
 
     where: Annotated[str | None, Metavar("CONDITIONS")] = None
     """Only runs that meet all of these: 'lr<0.1 tag:baseline state=finished'. Names are columns, parameters or metrics.
-    Operators: = != < <= > >= ~ (contains). A word alone is searched in id, project, state, verdict, tags; ! negates."""
+    Operators: = != < <= > >= ~ (contains). A single word is looked for in id, project, state, verdict and tags; !
+    negates."""
     sort: Annotated[str | None, Metavar("FIELD")] = None
     """Sort by this column, parameter or metric, the smallest first (default: the newest first)."""
     reverse: bool = False
-    """Sort the other way round."""
+    """Sort in reverse order."""
     columns: Annotated[str | None, Metavar("FIELD,...")] = None
     """Columns to show: id, name, project, user, state, verdict, severity, ranks, samples/s, step_ms, steps, took, size,
     started, tags, note, archived, git.commit, git.branch, git.dirty, and any parameter or metric (its last value)."""
@@ -246,7 +247,7 @@ class NoteOptions(_LabelOptions):
     run: Annotated[str, Positional("RUN")]
     """Folder or id of the run."""
     text: Annotated[str | None, Positional("[TEXT]")] = None
-    """The note; an empty one removes it; without it, that of the run is printed."""
+    """The note; an empty one removes the present note; without TEXT, the present note is printed."""
 
 
 @dataclass(frozen=True)

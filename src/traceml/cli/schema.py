@@ -26,7 +26,7 @@ class SchemaOptions:
     output: Annotated[str | None, Metavar("DIR", "-o")] = None
     """Write all of them to this folder instead."""
     json: bool = False
-    """Print the list of documents as JSON and nothing else; a schema always is JSON."""
+    """Print the list of documents as JSON and nothing else; a schema is always JSON."""
 
 
 def main(argv: list[str]) -> int:

@@ -50,7 +50,7 @@ Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TO
 --upstream sends merged rows to the center, the aggregator of all hosts, with its TRACEML_TOKEN.
 --web prints the address of a page with all runs, running and ended.
 --prometheus 0.0.0.0:29767 lets other hosts read the metrics, with a bearer token.
-Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.
+Scripts with another runs folder need TRACEML_PORT: then their runs are stored here.
 Reports are written to the runs folder when runs end; `traceml report` prints them."""
 
 _log = logging.getLogger("traceml")

@@ -67,7 +67,7 @@ class SearchedRun(Protocol):
 
     @property
     def texts(self) -> Sequence[str]:
-        """The texts in which a word alone is searched."""
+        """The texts in which a single word is looked for."""
 
     def unknown_name(self, name: str) -> str:
         """Return the text of an error for a name that no run has, with the names that there are."""

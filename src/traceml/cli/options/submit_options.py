@@ -29,7 +29,7 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--partition", metavar="NAME", help="partition (default: the cluster's)")
     slurm.add_argument("--gpus-per-node", type=NumberRange(minimum=1), metavar="N", help="GPUs of each node")
     slurm.add_argument("--cpus-per-node", type=NumberRange(minimum=1), metavar="N", help="CPU cores of each node")
-    slurm.add_argument("--mem", metavar="SIZE", help="memory of each node: 64G")
+    slurm.add_argument("--mem", metavar="SIZE", help="memory of each node, such as 64G")
     slurm.add_argument("--account", metavar="NAME", help="account to charge")
     slurm.add_argument("--qos", metavar="NAME", help="quality of service")
     slurm.add_argument(

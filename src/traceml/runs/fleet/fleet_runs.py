@@ -80,7 +80,7 @@ class FleetRun:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The texts in which a word alone is searched."""
+        """The texts in which a single word is looked for."""
         return self.run, self.name, self.project, self.state, self.verdict, self.script, self.model or ""
 
     def unknown_name(self, name: str) -> str:
