@@ -64,12 +64,12 @@ class JoinedRun:
         """Have the aggregator take snapshots of ranks without progress, before a signal ends them."""
         self._client.ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
 
-    def tell_ends(self, exits: Iterable[ExitReport]) -> bool:
+    def report_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Report ends of ranks, with the files that they left; return whether the aggregator knows now."""
         try:
             with contextlib.closing(self._client.connect(_CONNECT_S)) as connection:
                 for ended in exits:
-                    self._tell_end(connection, ended)
+                    self._report_end(connection, ended)
         except (TraceMLError, OSError) as error:
             _log.debug("the end of a rank is not reported to %s: %s", self.node, error)
             return False
@@ -82,10 +82,10 @@ class JoinedRun:
         Args:
             ended_by: the signal that asked for the end, in the form of the command `finish`.
         """
-        self.tell_ends(exits)
+        self.report_ends(exits)
         self._client.ask("leave", {"host": self._host, "pid": os.getpid(), "ended_by": ended_by}, _ANSWER_S)
 
-    def _tell_end(self, connection: Connection, ended: ExitReport) -> None:
+    def _report_end(self, connection: Connection, ended: ExitReport) -> None:
         from msgspec.structs import replace
 
         from traceml.database.flight.flight_archive import packed_flight

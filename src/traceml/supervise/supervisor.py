@@ -390,7 +390,7 @@ class Supervisor:
         self._joined.check_workers(children_of(process.pid))
         new = self._failures[self._reported_exits :]
         if new and time.monotonic() >= self._next_report_s:
-            if self._joined.tell_ends(self._as_stopped(new)):
+            if self._joined.report_ends(self._as_stopped(new)):
                 self._reported_exits = len(self._failures)
             else:
                 self._next_report_s = time.monotonic() + _CLEAN_EXIT_S
