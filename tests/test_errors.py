@@ -6,8 +6,10 @@ import builtins
 import pickle
 import re
 
+import pytest
+
 from traceml import errors
-from traceml.errors import TraceMLError
+from traceml.errors import AggregatorUnavailableError, TraceMLError
 
 _LINE = re.compile(r"^(?P<bars>[│ ]*)[├└]── (?P<name>\w+) +(?:\((?P<bases>[\w, ]+)\))?")
 
@@ -70,3 +72,11 @@ def test_a_group_of_failed_tasks_travels_between_processes() -> None:
         "2 failed",
         ["ValueError('a')", "FileNotFoundError(2, 'b')"],
     )
+
+
+@pytest.mark.parametrize(("host", "is_told"), [("127.0.0.1", False), ("localhost", False), ("10.0.0.1", True)])
+def test_a_slow_network_may_have_more_time(host: str, is_told: bool) -> None:
+    """Losing packets, it takes longer than the few seconds that `init` waits; on this host time is not the remedy."""
+    text = str(AggregatorUnavailableError(host, 29765, 5.0, "timed out"))
+
+    assert ("TRACEML_CONNECT_TIMEOUT" in text) is is_told

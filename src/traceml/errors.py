@@ -46,6 +46,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self
 
+from traceml.loopback import is_loopback
 from traceml.process_ends import exit_text
 
 __all__ = [
@@ -158,9 +159,10 @@ class AggregatorUnavailableError(TraceMLError, ConnectionError):
 
     def _silence_text(self) -> str:
         own = "" if self.is_local else "let this job start its own with traceml.init(local=True), "
+        slow = "" if is_loopback(self.host) else "give a slow network more time with TRACEML_CONNECT_TIMEOUT, "
         return (
             f"no traceml aggregator answered at {self.host}:{self.port} within {self.waited_s:.1f} s "
-            f"(last try: {self.reason}). Start one with `traceml serve`, {own}or turn tracing off with "
+            f"(last try: {self.reason}). Start one with `traceml serve`, {own}{slow}or turn tracing off with "
             "TRACEML_ENABLED=0."
         )
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 import msgspec
 from msgspec.structs import replace
 
-from traceml.errors import AggregatorRefusedError, TraceMLError
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, TraceMLError
 from traceml.fail_open import fail_open, print_notice
 from traceml.formatting import printable
 
@@ -157,10 +157,12 @@ class NodeRun:
                 connection = client.connect(_CONNECT_S)
                 with contextlib.closing(connection):
                     reply = connection.request("join", member, timeout_s=_ANSWER_S)
+            except AggregatorRefusedError as error:
+                reasons.append(f"{host}:{location.port}: {error.why}")
+                break
             except (TraceMLError, OSError) as error:
-                reasons.append(str(error))
-                if isinstance(error, AggregatorRefusedError):
-                    break
+                why = error.reason if isinstance(error, AggregatorUnavailableError) else error
+                reasons.append(f"{host}:{location.port}: {why}")
             else:
                 run_dir = str(reply.get("run_dir", ""))
                 return NodeRunReport(location=location, host=host, token=token, run_dir=run_dir)
