@@ -330,6 +330,28 @@ def test_a_list_of_graphs_is_reported_with_its_line():
     assert (finding.evidence["file"], finding.evidence["line"]) == ("/home/me/train.py", 41)
 
 
+def test_all_containers_that_explain_the_growth_are_named():
+    """Whoever mends only the first one still has a leak."""
+    outputs = LIST | {"path": "outputs", "line": 42}
+    table = LIST | TABLE | {"path": "rows", "kind": "list", "line": 43, "is_copied": False}
+    (finding,) = leaks(**leaking(), growing={0: growing_of({"grown": [LIST, outputs, table]})})
+
+    assert "The list outputs (added to in train.py:42 main) gained 1 element per step, too." in finding.summary
+    assert "The list rows (added to in train.py:43 main) gained 1 element per step, too." in finding.summary
+    assert finding.next.startswith("Add loss.item() or loss.detach() to losses and outputs: ")
+    assert "Clear rows now and then" in finding.next
+    assert finding.evidence["other_containers"] == ["outputs", "rows"]
+
+
+def test_a_container_that_is_little_of_the_growth_is_not_named_beside_another():
+    """A list of numbers grows in each step, too."""
+    numbers = LIST | {"path": "history", "holds_graph": False, "item_bytes": 28}
+    (finding,) = leaks(**leaking(), growing={0: growing_of({"grown": [LIST, numbers]})})
+
+    assert "history" not in finding.summary + finding.next
+    assert "other_containers" not in finding.evidence
+
+
 @pytest.mark.parametrize(("per_step", "told"), [(0.95, "1 element"), (0.8, "0.8 elements"), (2.04, "2 elements")])
 def test_an_element_more_or_less_is_no_other_rate(per_step, told):
     """Of 20 steps, at the begin and the end of which the list was read."""

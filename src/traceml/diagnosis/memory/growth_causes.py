@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -28,21 +28,22 @@ _COUNTED = 100  # from this many elements per step on, their number is shown as 
 
 
 class GrowthCause(NamedTuple):
-    """A container that explains a growth of memory."""
+    """Containers that explain a growth of memory."""
 
     text: str
     action: str
     evidence: Mapping[str, Any]
-    is_cache: bool  # whether a data set holds it, so that it may stop growing
-    left_steps: float  # steps until it is full, if it has a bound and is most of the growth; else infinite
+    is_cache: bool  # whether a data set holds them, so that they may stop growing
+    left_steps: float  # steps until the first is full, if it has a bound and is most of the growth; else infinite
 
 
 def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCause | None:
-    """Return the container that explains the growth of a rank's memory; None if none does."""
-    found = _explaining(facts, rank, growth)
-    if found is None:
+    """Return the containers that explain the growth of a rank's memory; None if none does."""
+    explaining = _explaining(facts, rank, growth)
+    if not explaining:
         return None
 
+    found, *others = explaining
     evidence = known_facts(
         container=found.path,
         container_type=found.kind,
@@ -52,26 +53,27 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
         file=found.file,
         function=found.function,
         line=found.line,
+        other_containers=[each.path for each in others] or None,
     )
     is_most = found.per_step * found.item_bytes >= _MOST * growth.bytes_per_step
     return GrowthCause(
-        _text(found),
-        _action(found),
+        _text(found) + "".join(map(_too, others)),
+        _actions(explaining),
         evidence,
-        is_cache=found.of_dataset and not found.holds_graph,
+        is_cache=all(each.of_dataset and not each.holds_graph for each in explaining),
         left_steps=found.left_steps(max(facts.latest, default=-1)) if is_most else math.inf,
     )
 
 
 def is_kept_in_copies(facts: JobFacts, rank: int, growth: GrowthEstimate) -> bool:
     """Return whether a container explains growth in which copies come and go: each longer one takes its place."""
-    found = _explaining(facts, rank, growth)
-    return found is not None and found.is_copied and found.is_never_cleared(max(facts.latest, default=-1))
+    latest = max(facts.latest, default=-1)
+    return any(each.is_copied and each.is_never_cleared(latest) for each in _explaining(facts, rank, growth)[:1])
 
 
-def _explaining(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowingObjects | None:
+def _explaining(facts: JobFacts, rank: int, growth: GrowthEstimate) -> list[GrowingObjects]:
     known = facts.growing.get(rank, ())
-    return next((each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)), None)
+    return [each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)]
 
 
 def _where(found: GrowingObjects) -> str:
@@ -88,15 +90,25 @@ def _text(found: GrowingObjects) -> str:
             f"operations deep{_counted_at(found)}, which grows with each step."
         )
 
-    own = found.kind in _OF_LIBRARIES
-    kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
-    kind = _TEXTS.get(kind, kind)
     at_most = f" of at most {count_text(found.max_size)}" if found.max_size else ""
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
+    had = "there were" if found.kind in _OF_LIBRARIES else "it had"
     return (
-        f" Meanwhile the {kind} {found.path}{_where(found)} gained {_rate(found)}{holds}; "
-        f"{'there were' if own else 'it had'} {count_text(found.count)}{at_most}{_counted_at(found)}."
+        f" Meanwhile the {_named(found)} gained {_rate(found)}{holds}; "
+        f"{had} {count_text(found.count)}{at_most}{_counted_at(found)}."
     )
+
+
+def _too(found: GrowingObjects) -> str:
+    """Return the sentence about a container beside the first one."""
+    return _text(found) if found.kind == "graph" else f" The {_named(found)} gained {_rate(found)}, too."
+
+
+def _named(found: GrowingObjects) -> str:
+    """Return a container with its type and line: `list losses (added to in train.py:41 main)`."""
+    own = found.kind in _OF_LIBRARIES
+    kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
+    return f"{_TEXTS.get(kind, kind)} {found.path}{_where(found)}"
 
 
 def _counted_at(found: GrowingObjects) -> str:
@@ -116,12 +128,19 @@ def _rate(found: GrowingObjects) -> str:
     return f"{rate} {_UNITS.get(found.kind, 'element')}{'' if rate == '1' else 's'} per step"
 
 
+def _actions(explaining: Sequence[GrowingObjects]) -> str:
+    """Return what to do about all of them, those that hold graphs together."""
+    keeping = [each for each in explaining if each.holds_graph and each.kind != "graph"]
+    paths = " and ".join(each.path for each in keeping)
+    first = (
+        [f"Add loss.item() or loss.detach() to {paths}: the tensor itself holds all of its graph."] if keeping else []
+    )
+    return " ".join(first + [_action(each) for each in explaining if each not in keeping])
+
+
 def _action(found: GrowingObjects) -> str:
     if found.kind == "graph":
         return f"Add loss.item() or loss.detach() to {found.path}: a sum of losses holds the graphs of all steps."
-
-    if found.holds_graph:
-        return f"Add loss.item() or loss.detach() to {found.path}: the tensor itself holds all of its graph."
 
     if found.kind in _OF_LIBRARIES:
         return _OF_LIBRARIES[found.kind].format(path=found.path)
