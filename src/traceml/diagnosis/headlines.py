@@ -374,7 +374,10 @@ def pressure(finding: FindingFacts) -> str:
 
 
 def duplicates(finding: FindingFacts) -> str:
-    """Return `Ranks 0-3 train on identical batches`, or that each epoch has the same ones."""
+    """Return `Ranks 0-3 train on identical batches`, or that each worker, or each epoch, has the same ones."""
+    if workers := finding.evidence.get("workers"):
+        return f"Each of the {workers} loader workers reads the same data"
+
     if finding.evidence.get("same_order"):
         return "Each epoch has the same order: set_epoch is not called"
 

@@ -29,6 +29,7 @@ from traceml.diagnosis.rules.correctness import (
     duplicate_data,
     loss_not_finite,
     never_synchronized,
+    repeated_by_workers,
     same_order,
     steps_skipped,
     trainings_not_finite,
@@ -232,7 +233,7 @@ def _of_seen_ranks(found: list[Finding], window: AlignedSteps, facts: JobFacts) 
 
 def _training(facts: JobFacts) -> list[Finding]:
     lost = loss_not_finite(facts) or trainings_not_finite(facts)
-    return [*lost, *duplicate_data(facts), *never_synchronized(facts)]
+    return [*lost, *duplicate_data(facts), *repeated_by_workers(facts), *never_synchronized(facts)]
 
 
 def _timing_without_pauses(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from traceml.database.schema import FINGERPRINTS, STEPS, pack_bits
+from traceml.database.schema import EPOCHS, FINGERPRINTS, STEPS, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Severity
-from traceml.diagnosis.rules.correctness import duplicate_data, never_synchronized, same_order
+from traceml.diagnosis.rules.correctness import (
+    duplicate_data,
+    never_synchronized,
+    repeated_by_workers,
+    same_order,
+)
 
 STEPS_SEEN = [0, 1, 2, 50, 51, 52]
 
@@ -78,6 +84,48 @@ def test_ranks_of_a_tensor_parallel_group_share_batches():
         duplicate_data(JobFacts(batches=history([1, 2, 3], [1, 2, 3], model={"parallel": "dtensor"}), world_size=2))
         == []
     )
+
+
+def read_by_workers(*batches: int, workers: int = 2, begins: tuple[int, ...] = (0, 50)) -> JobFacts:
+    """Return what is known of a training with these first batches of two epochs."""
+    epochs = np.zeros(len(begins), EPOCHS.dtype)
+    epochs["step"] = begins
+    loader = LoaderFacts(dataset="Lines", num_workers=workers)
+    return JobFacts(batches=history(list(batches)), epochs=epochs, loader=loader)
+
+
+@pytest.mark.parametrize(
+    ("batches", "workers", "share", "compared"),
+    [
+        ((5, 5, 6, 7, 7, 8), 2, 0.5, "(compared in 2 epochs)"),
+        ((5, 5, 5, 7, 7, 7), 4, 0.75, "(those of 3 workers, compared in 2 epochs)"),
+    ],
+)
+def test_workers_that_each_read_all_data_are_told(batches, workers, share, compared):
+    """An iterable data set that does not ask which worker runs it: each epoch begins with one batch of each."""
+    (finding,) = repeated_by_workers(read_by_workers(*batches, workers=workers))
+
+    assert finding.headline == f"Each of the {workers} loader workers reads the same data"
+    assert compared in finding.summary
+    assert "get_worker_info()" in finding.next
+    assert finding.cost_share == share
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        read_by_workers(5, 6, 7, 8, 9, 10),
+        read_by_workers(5, 5, 6, 7, 8, 9),  # equal in one of two epochs
+        read_by_workers(5, 5, 6, 7, 7, 8, workers=3),
+        read_by_workers(5, 5, 6, 7, 7, 8, workers=1),
+        read_by_workers(5, 5, 5, 5, 5, 5),  # one batch forever: a benchmark
+        read_by_workers(5, 5, 6, 7, 7, 8, begins=(40,)),  # the first batches are not known
+        read_by_workers(5, 5, 6, 7, 7, 8, begins=()),
+    ],
+)
+def test_workers_with_data_of_their_own_are_no_finding(facts):
+    """Batches that differ, or of which too little is known."""
+    assert repeated_by_workers(facts) == []
 
 
 def group_of_two(*, comm_ns: int = 0, sequence: int = 0, parallel: str | None = None, size: int = 2) -> BatchHistory:

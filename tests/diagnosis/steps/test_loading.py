@@ -9,10 +9,11 @@ from msgspec.structs import replace
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
 from tests.diagnosis.facts.watched_workers import watched
 from tests.diagnosis.rules.test_cpu_contention import samples
-from traceml.database.schema import EPOCHS, LINE_PHASES, LINE_WORKERS
+from traceml.database.schema import EPOCHS, FINGERPRINTS, LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.loading_advice import WORTHWHILE, for_input
 from traceml.diagnosis.ruleset import diagnose
@@ -159,6 +160,16 @@ def test_a_stream_has_to_be_divided_among_workers(workers, undivided, told):
 
     assert "num_workers=" in text
     assert ("get_worker_info" in text) == told
+
+
+def test_several_workers_that_read_the_same_are_told_to_divide_it():
+    """More of them would read it more often, and not sooner."""
+    fingerprints, epochs, batches = np.zeros(3, FINGERPRINTS.dtype), np.zeros(1, EPOCHS.dtype), BatchHistory()
+    fingerprints["step"], fingerprints["fingerprint"] = range(3), (5, 5, 6)
+    batches.add(0, fingerprints)
+    facts = JobFacts(loader=replace(FOLDER, num_workers=2), batches=batches, epochs=epochs)
+
+    assert "get_worker_info" in for_input(facts, pipeline(298, 30, cores=8, workers=2)).text
 
 
 def test_workers_that_wait_may_exceed_the_cores():

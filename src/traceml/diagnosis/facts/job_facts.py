@@ -180,6 +180,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Number of workers of the training's loader; 0 without any."""
         return (self.loader.num_workers if self.loader else None) or 0
 
+    @cached_property
+    def epochs_of_repeats(self) -> int:
+        """Number of epochs in which all workers of the training's loader made the same first batch; 0 if not in all."""
+        return self.batches.repeated_by_workers(self.epochs["step"].tolist(), self.loader_workers)
+
     def of_host(self, rank: int) -> str:
         """Return ` of node1` for a rank's host; empty if there is one host, or that of the rank is not known."""
         return f" of {self.hosts[rank]}" if len(set(self.hosts.values())) > 1 and rank in self.hosts else ""

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from traceml.database.schema import MAX_LOGGED_NUMBERS
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 
-__all__ = ["BatchHistory"]
+__all__ = ["COMPARED_WORKERS", "BatchHistory"]
 
 MIN_BATCHES = 3
 """Ranks have the same batches if they had in at least this many steps, and in all of which both are known."""
+COMPARED_WORKERS = 3
+"""Loader workers whose first batches of an epoch are compared: as many have a fingerprint."""
 MAX_LOGGED_SHARE = 0.01
 """Tensors of at most `MAX_LOGGED_NUMBERS` elements, and of this share of a model's parameters, are no gradients."""
 _KEPT = 64
@@ -147,6 +149,22 @@ class BatchHistory:
                 found += self._equal(known)
 
         return found
+
+    def repeated_by_workers(self, begins: Sequence[int], workers: int) -> int:
+        """Return in how many epochs all loader workers of the lowest rank made the same first batch; 0 if not in all.
+
+        The first batches of an epoch come from one worker each.
+
+        Args:
+            begins: first step of each epoch.
+            workers: of the training's loader.
+        """
+        batches = self._ranks[min(self._ranks)].batches if self._ranks and workers > 1 else {}
+        heads = [[batches.get(begin + at) for at in range(min(workers, COMPARED_WORKERS))] for begin in begins]
+        known = [head for head in heads if None not in head]
+        repeats = all(len(set(head)) == 1 for head in known)
+        # The same batch in each step is that of a benchmark.
+        return len(known) if repeats and len(set(batches.values())) > 1 else 0
 
     def distinct_ranks(self, ranks: Sequence[int]) -> tuple[int, ...]:
         """Return the ranks whose data count: of ranks with equal batches the lowest; empty if unknown.

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.numerics import LossHistory
+from traceml.diagnosis.facts.shared_batches import COMPARED_WORKERS
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.formatting import capitalized, count_text, percent_text, plural, ranks_text
@@ -16,6 +17,7 @@ __all__ = [
     "duplicate_data",
     "loss_not_finite",
     "never_synchronized",
+    "repeated_by_workers",
     "same_order",
     "steps_skipped",
     "trainings_not_finite",
@@ -155,6 +157,32 @@ def duplicate_data(facts: JobFacts) -> list[Finding]:
             ),
             evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
             cost_share=share,
+        )
+    ]
+
+
+def repeated_by_workers(facts: JobFacts) -> list[Finding]:
+    """Return the finding about loader workers that each read the whole data set."""
+    workers, epochs = facts.loader_workers, facts.epochs_of_repeats
+    if not epochs:
+        return []
+
+    data = "the data set" if facts.loader is None or facts.loader.dataset is None else facts.loader.dataset
+    compared = f"those of {COMPARED_WORKERS} workers, " if workers > COMPARED_WORKERS else ""
+    return [
+        Finding.of(
+            Kind.DUPLICATE_DATA,
+            summary=(
+                f"Each of the {workers} loader workers reads the same data: their first batches were identical "
+                f"({compared}compared in {plural(epochs, 'epoch')}), so each sample is trained on {workers} times in "
+                "an epoch."
+            ),
+            next=(
+                f"Divide {data} among the workers: in its __iter__, torch.utils.data.get_worker_info() has the id of "
+                "the worker and num_workers. If it draws random numbers, seed them by get_worker_info().seed."
+            ),
+            evidence={"workers": workers, "compared_epochs": epochs},
+            cost_share=1 - 1 / workers,
         )
     ]
 

@@ -242,7 +242,8 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
     kept = "" if keeping is None else f" and {keeping.setting}"
     setting = f"{loader.option('num_workers')}={workers}{kept}{ahead}"
     text = f"{before}: set {setting}; {gain_text(gain, 'about' if pipeline.takes_cpu else 'at most')}{cores}."
-    if loader.is_undivided and pipeline.workers <= 1:  # several have it divided for them, or read a random stream
+    # Several may have it divided for them, or read a random stream.
+    if facts.epochs_of_repeats or (loader.is_undivided and pipeline.workers <= 1):
         text += (
             " It is an iterable data set: divide it among the workers (torch.utils.data.get_worker_info), or each of "
             "them reads all of it."
