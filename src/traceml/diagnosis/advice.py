@@ -6,6 +6,7 @@ advice on loading, ends and hangs has modules of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from traceml.diagnosis.facts.blamed_lines import (
@@ -46,6 +47,7 @@ __all__ = [
     "for_jitter",
     "for_long_stage",
     "for_more_work",
+    "for_own_code",
     "for_rank_without_core",
     "for_reading_ranks",
     "for_residual",
@@ -428,8 +430,7 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     """Return advice on ranks that slow the others down in a part of their step; None: in all of it."""
     names, is_one = ranks_text(ranks), len(ranks) == 1
     do, their, on_those = ("does", "its", "on that rank") if is_one else ("do", "their", "on those ranks")
-    hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
-    at = f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
+    at = _at(ranks, facts)
     if part is None:
         return (
             f"Look at the host of {names}{at}: clocks, cores shared with other processes, thread settings; and whether "
@@ -455,10 +456,7 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     if line is not None:
         spend = "spends" if is_one else "spend"
         if part in UNNAMED_CODE and is_of_ranks_alone(facts.lines, part, line, ranks):
-            return (
-                f"Only {names}{at} {spend} time in {line.place}: do it less often, or in a thread or another process, "
-                "or share it among all ranks."
-            )
+            return for_own_code(ranks, facts, (line,))
 
         why = f": {reasons}" if part in COMPUTE else ""
         return f"Find out why {names}{at} {spend} more time in {line.place} than the other ranks{why}."
@@ -473,6 +471,21 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
         )
 
     return f"Look at what {names}{at} {do} in {their} {part} phase that the others do not."
+
+
+def for_own_code(ranks: tuple[int, ...], facts: JobFacts, lines: Sequence[BlamedLine]) -> str:
+    """Return advice on lines that only late ranks run."""
+    spend, places = "spends" if len(ranks) == 1 else "spend", " and ".join(each.place for each in lines)
+    return (
+        f"Only {ranks_text(ranks)}{_at(ranks, facts)} {spend} time in {places}: do it less often, or in a thread or "
+        "another process, or share it among all ranks."
+    )
+
+
+def _at(ranks: tuple[int, ...], facts: JobFacts) -> str:
+    """Return the host of late ranks, ` (node3)`; empty where they are on several, or the job is on one."""
+    hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
+    return f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
 
 
 def for_more_work(ranks: tuple[int, ...]) -> str:

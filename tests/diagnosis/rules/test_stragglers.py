@@ -18,6 +18,7 @@ from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.stragglers import find_late
 from traceml.diagnosis.ruleset import diagnose
@@ -120,6 +121,51 @@ def test_a_line_of_one_rank_alone_is_no_lack_of_cores(line: int, kinds: list[str
     if line == 9:
         assert (found[0].ranks, found[0].phase) == ((1,), "forward")
         assert found[0].cost_share == pytest.approx(3.0 / found[0].evidence["step_ms"], rel=0.1)
+
+
+def _late_in(samples: dict[str, int], of_others: str = "main") -> Finding:
+    """Return the finding about rank 1, which spends half of its steps in some functions, one of which others run."""
+    lines = [
+        SampledLine(1, "backward", "/x/train.py", 1, "main", None, 100 - sum(samples.values())),
+        *(SampledLine(1, "other", "/x/train.py", 9, name, None, count) for name, count in samples.items()),
+        SampledLine(0, "other", "/x/train.py", 9, of_others, None, 10),
+        SampledLine(0, "backward", "/x/train.py", 1, "main", None, 90),
+    ]
+    facts = JobFacts(world_size=2, lines=lines)
+    return next(
+        each for each in diagnose(window_of(Job(), adds("other", 14, (1,))), facts) if each.kind is Kind.STRAGGLER
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [(26, 23), (35, 14)])
+def test_two_lines_of_a_late_rank_are_named_together(first: int, second: int) -> None:
+    """Without one of them the rank is still late; the gain is that without both."""
+    found = _late_in({"augment": first, "tokenize": second})
+
+    assert f"{2 * first + 1} % of it in train.py:9 augment and " in found.summary
+    assert re.search(r"and \d\d % in train.py:9 tokenize; that costs", found.summary)
+    assert found.next.startswith("Only rank 1 spends time in train.py:9 augment and train.py:9 tokenize: do it less")
+    assert found.speedup_if_fixed == pytest.approx(1.9, abs=0.1)
+    assert "and without it steps would be" in found.summary
+
+
+def test_a_line_that_is_a_part_of_the_lateness_gains_its_part() -> None:
+    """The rest is in many places, none of which is named."""
+    found = _late_in({"augment": 35, "a": 5, "b": 5, "c": 4})
+
+    assert "augment; that costs" in found.summary
+    assert "and without that line steps would be" in found.summary
+    assert found.speedup_if_fixed == pytest.approx(1.5, abs=0.1)
+
+
+@pytest.mark.parametrize("samples", [{"augment": 48, "log": 1}, {"main": 36, "log": 13}])
+def test_a_line_that_has_nearly_all_or_that_others_run_is_told_as_before(samples: dict[str, int]) -> None:
+    """The gain is that of a rank that is not late."""
+    found = _late_in(samples)
+
+    assert "and without it steps would be" in found.summary
+    assert "log" not in found.next
+    assert found.speedup_if_fixed == pytest.approx(1.9, abs=0.1)
 
 
 @pytest.mark.parametrize(("line", "kinds"), [(9, ["INPUT_STRAGGLER", "CPU_CONTENTION"]), (7, ["CPU_CONTENTION"])])

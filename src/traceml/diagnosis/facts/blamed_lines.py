@@ -47,6 +47,7 @@ __all__ = [
     "is_waiting",
     "leading_lines",
     "line_beside_imports",
+    "lines_of_ranks_alone",
     "main_library",
     "main_line_share",
     "of_longest_startup",
@@ -83,6 +84,7 @@ _LOADER = re.compile(r"(^|/)torch/utils/data/")
 _PROGRAMS = re.compile(r"(^|/)subprocess\.py:")
 _COLLECTIVES = re.compile(r"(^|/)torch/distributed/(distributed_c10d|rendezvous)\.py:")
 _PICKLES = re.compile(r"(^|/)torch/distributed/distributed_c10d\.py:\d+ (_object_to_tensor|_tensor_to_object)$")
+_SECOND_SHARE = 0.1  # of a phase, for the second of two functions
 _SEEN_SHARE = 0.05  # less may be another call in a function of that name
 _WAITS = 0.5  # code that is on a core for less of its time
 _AS_LONG = 0.8  # ranks with this share of the longest start-up begin at about the same time
@@ -133,6 +135,11 @@ class BlamedLine(msgspec.Struct, frozen=True):
     def of_it(self) -> str:
         """The line as the end of a clause about the phase: `, 94 % of it in train.py:23 update_metric`."""
         return f", {self.share_text} of it in {self.place}"
+
+    @property
+    def also(self) -> str:
+        """The end of that clause for a second line: ` and 22 % in train.py:31 log`."""
+        return f" and {self.share_text} in {self.place}"
 
     def of_batches(self, workers: int, whose: str = "the") -> str:
         """Return a clause on loader workers: `; of the time in which the workers make batches, 94 % is in …`."""
@@ -222,6 +229,18 @@ def is_of_ranks_alone(lines: Sequence[SampledLine], part: str, line: BlamedLine,
     mine, usual = (sum(each.samples for each in _seen_in(some, part, line)) for some in (lines, others))
     scale = in_steps / max(in_steps_of_others, 1)
     return in_steps_of_others >= MIN_SAMPLES and _is_alone(mine - usual, usual, scale)
+
+
+def lines_of_ranks_alone(
+    lines: Sequence[SampledLine], part: str, phase_share: float, ranks: Collection[int]
+) -> tuple[BlamedLine, ...]:
+    """Return the two functions that most of a phase of some ranks is spent in together, if no other rank runs them.
+
+    Empty if the samples show no two that count.
+    """
+    two = leading_lines(tuple(_seen_on(lines, ranks)), part, phase_share)
+    is_known = all(each.share >= _SECOND_SHARE and is_of_ranks_alone(lines, part, each, ranks) for each in two)
+    return two if is_known else ()
 
 
 def _is_alone(mine: int, of_others: int, scale: float) -> bool:

@@ -89,9 +89,23 @@ def more_cpu_time(facts: JobFacts, ranks: Sequence[int]) -> str:
 
 
 def late_summary(
-    work: OwnWork, late: LateRanks, share: float, gain: float, line: BlamedLine | None, workers: int
+    work: OwnWork,
+    late: LateRanks,
+    share: float,
+    gain: float,
+    lines: Sequence[BlamedLine],
+    workers: int,
+    gain_of_lines: float | None = None,
 ) -> str:
-    """Return the sentence about late ranks."""
+    """Return the sentence about late ranks.
+
+    Args:
+        share: share of the step that they cost.
+        gain: factor by which steps would be faster if these ranks were not late.
+        lines: of their code, or of their loader workers.
+        workers: of their loader.
+        gain_of_lines: the same without these lines alone, where that is less.
+    """
     ranks = work.ranks_of(late.rows)
     subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = work.parts[late.part]
@@ -105,12 +119,16 @@ def late_summary(
     # Steps gain less than the late ranks lose where the next slowest work takes part of it.
     pace = ", not more, as other differences between ranks remain" if share > 1 - 1 / gain + _UNEVEN else ""
     gained = f", and without it steps would be {gain_text(gain)}{pace}"
+    if gain_of_lines is not None:
+        these = "that line" if len(lines) == 1 else "these lines"
+        gained = f", and without {these} steps would be {gain_text(gain_of_lines)}"
+
     if 1 - 1 / gain < _HIDDEN * share:
         gained = ", saved only once other differences between ranks are removed, too"
 
     whose = "their" if len(ranks) > 1 else "its"
-    where = line.of_it if line is not None and not line.of_workers else ""
-    batches = line.of_batches(workers, whose) if line is not None and line.of_workers else ""
+    where = "".join(each.of_it if each is lines[0] else each.also for each in lines if not each.of_workers)
+    batches = "".join(each.of_batches(workers, whose) for each in lines if each.of_workers)
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that costs {percent_text(share)} of step "

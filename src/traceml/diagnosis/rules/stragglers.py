@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, own_line_share, workers_line
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    blamed_line,
+    is_of_ranks_alone,
+    lines_of_ranks_alone,
+    own_line_share,
+    workers_line,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -32,7 +39,7 @@ from traceml.diagnosis.rules.straggler_words import (
     waited_for_core,
 )
 from traceml.diagnosis.steps.long_steps import RARE, count_long_steps, long_steps_blame
-from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE, LateRanks, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
 from traceml.diagnosis.steps.step_split import Floats
@@ -80,6 +87,8 @@ FAR_MORE_WORK = 2.0
 MORE_WORK_SHARE = 0.5
 """That explains the lateness if it is this share of the excess."""
 
+MAIN_SHARE = 0.9
+"""A line with less of the excess of late ranks is told with a second one, and promises no more than its own gain."""
 MIN_COUNTED_S = 3.0
 """With waits for a core that were counted for less time, it is not known whether ranks have their cores."""
 MANY_ROWS = 64
@@ -507,6 +516,29 @@ def _read_for_others(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
     return readers == set(work.ranks_of(late.rows)) and not waits[late.others].any()
 
 
+def _own_code(
+    work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None
+) -> tuple[Sequence[BlamedLine], float]:
+    """Return the lines that late ranks are in, and which part of their excess these are: all of it where unknown.
+
+    The main line, or two that only these ranks run, if one has little more than half.
+    """
+    ranks, own_ns = work.ranks_of(late.rows), _share_of_part(work, late) * work.step_ns
+    found: tuple[BlamedLine, ...] = (line,) if line is not None else ()
+    if late.everywhere or late.part not in UNNAMED_CODE:
+        return found, 1.0
+
+    if line is None or line.share < MAIN_SHARE:
+        found = lines_of_ranks_alone(facts.lines, late.part, own_ns / work.step_ns, ranks) or found
+
+    is_known = all(
+        not each.is_rough and not each.is_least and is_of_ranks_alone(facts.lines, late.part, each, ranks)
+        for each in found
+    )
+    explained = sum(each.share for each in found) * own_ns / late.excess_ns
+    return found, explained if found and is_known and explained < MAIN_SHARE else 1.0
+
+
 def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     ranks, line = tuple(work.ranks_of(late.rows)), _line(work, facts, late)
     is_stage = late.part in COMPUTE and facts.batches.has_own_stages(ranks, work.ranks_of(late.others))
@@ -518,16 +550,18 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / work.step_ns, 1.0)
     gain = speedup(work.step_ns, saved)
-    why, action = _reason(work, facts, late, line)
+    lines, part_of_excess = _own_code(work, facts, late, line)
+    of_lines = speedup(work.step_ns, saved * part_of_excess) if part_of_excess < 1.0 else None
+    why, action = _reason(work, facts, late, line, lines)
     return Finding.of(
         straggler_kind(late.part),
         ranks=ranks,
         phase=late.part,
-        summary=late_summary(work, late, share, gain, line, facts.loader_workers) + why,
+        summary=late_summary(work, late, share, gain, lines, facts.loader_workers, of_lines) + why,
         next=action,
-        evidence=_evidence(work, facts, late, line),
+        evidence=_evidence(work, facts, late, lines[0] if lines else None),
         cost_share=share,
-        speedup_if_fixed=gain,
+        speedup_if_fixed=of_lines or gain,
     )
 
 
@@ -569,11 +603,21 @@ def _evidence(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine 
     return late_evidence(work, facts, late, tuple(work.ranks_of(late.rows))) | of_line
 
 
-def _reason(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> tuple[str, str]:
-    """Return the sentence about why the ranks are late, empty if nothing more is known, and the advice."""
+def _reason(
+    work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None, lines: Sequence[BlamedLine]
+) -> tuple[str, str]:
+    """Return the sentence about why the ranks are late, empty if nothing more is known, and the advice.
+
+    Args:
+        line: the line in which they are late.
+        lines: that line, or two that have most of their time together.
+    """
     ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
     is_loading, why = late.part == "input_wait", ""
     action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
+    if len(lines) > 1:
+        action = advice.for_own_code(ranks, facts, lines)
+
     if late.group is not None and line is None and not is_loading:
         action = advice.for_slow_group(late.group)
 
