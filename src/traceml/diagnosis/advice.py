@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from traceml.database.schema import LINE_PHASES, LINE_THREADS
 from traceml.diagnosis.facts.blamed_lines import (
     AWAITS_ANSWERS,
     WAITS_FOR_OTHERS,
     BlamedLine,
+    is_of_loop,
     is_of_ranks_alone,
     main_library,
     sends_objects,
@@ -20,7 +22,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     torch_share,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, environment_share
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
@@ -161,6 +163,12 @@ def in_threads(facts: JobFacts) -> str:
     return "" if line is None else f"other threads of the process are mostly in {line.place}"
 
 
+def _computing_threads(facts: JobFacts) -> str:
+    """Return `in_threads` of threads that compute; empty where they mostly wait, as those of a progress bar."""
+    busy = busy_share(facts.thread_lines, LINE_PHASES[LINE_THREADS])
+    return in_threads(facts) if busy is not None and busy >= _COMPUTES else ""
+
+
 def for_rollouts(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
     """Return advice on time in which the model collects what it trains on."""
     if answers := _for_answers(part, line, facts):  # the environments are in processes of their own already
@@ -266,6 +274,12 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
                 "DataLoader with num_workers) do not wait for each other's Python code, as threads do."
             )
 
+        if called is None and (threads := _computing_threads(facts)):  # it polls, as by time.sleep until one has come
+            return (
+                f"{waiting_text(line)} Meanwhile {threads}: if it waits for them, make that cheaper, or let processes "
+                "do it (a DataLoader with num_workers)."
+            )
+
         return (
             f"{waiting_text(line)} If it is for batches, make them faster, or in more processes (a DataLoader with "
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
@@ -278,10 +292,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
             "measures or logs, run it every n-th step. `traceml report --lines` shows the other lines."
         )
 
-    is_of_loop = any(
-        each.part == "backward" and (each.file, each.function) == (line.file, line.function) for each in facts.lines
-    )
-    unless = ", unless it computes the loss or updates weights," if is_of_loop else ""
+    unless = ", unless it computes the loss or updates weights," if is_of_loop(facts.lines, line) else ""
     calls_torch, is_on_cuda = torch_share(facts.lines, part, line) >= NAMED_SHARE, "cuda" in (facts.model.device or "")
     loss = ": fewer calls of torch's functions, on larger tensors, or torch.compile" if calls_torch else ""
     return (
@@ -292,6 +303,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
 
 
 _LOSS = "loss"
+_COMPUTES = 0.25  # of the time in which a thread is watched
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, is_waiting, outside_line
@@ -471,6 +472,20 @@ def test_what_other_threads_do_is_named_where_the_training_waits_for_them(called
         is_named
     )
     assert ("find out for what" in finding.next) is not is_named
+
+
+@pytest.mark.parametrize(("cpu", "told"), [(0.7, True), (0.01, False)])
+def test_threads_that_compute_are_named_where_the_training_polls(cpu: float, told: bool) -> None:
+    """`while not batches: time.sleep(0.001)`, until a thread has made one. One of a progress bar sleeps, too."""
+    second = 1_000_000_000
+    polls = SampledLine(0, "other", "/x/train.py", 13, "take", None, 43, watched_ns=second, cpu_ns=0)
+    threads = [structs.replace(line("threads", "decode", 40), watched_ns=second, cpu_ns=int(cpu * second))]
+
+    finding = found(Kind.RESIDUAL_HEAVY, polls, line("forward", "forward", 57), thread_lines=threads)
+
+    assert "find out for what" in finding.next
+    assert ("Meanwhile other threads of the process are mostly in train.py:7 decode" in finding.next) is told
+    assert ("in a thread." in finding.next) is not told
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ DRAWS = "/lib/torch/utils/data/sampler.py:163 RandomSampler.__iter__"
 WAITS = "/lib/torch/utils/data/dataloader.py:1252 _MultiProcessingDataLoaderIter._try_get_data"
 
 
+IN_LOOP = SampledLine(0, "backward", "/me/train.py", 11, "main", None, 9)
+
+
 def seen(function: str, library: str | None, *, busy: float = 1.0) -> tuple[SampledLine, ...]:
     """Return samples of the waiting for data, in which the training thread is on a core for a share of the time."""
     watched = 200_000_000
@@ -82,6 +85,16 @@ def test_a_sampler_that_computes_has_a_line_and_no_advice_on_workers() -> None:
     assert "workers_advised" not in finding.evidence
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"), [((*seen("main", DRAWS), IN_LOOP), True), ((*seen("main", None), IN_LOOP), False)]
+)
+def test_a_sampler_of_torch_is_known_by_its_function(lines: tuple[SampledLine, ...], told: bool) -> None:
+    """The line is that of the loop, or of the call of a trainer, whose other code may compute, too."""
+    finding = found(lines, epochs(every=110), workers=1)
+
+    assert finding.next.startswith("The sampler runs in the training process") is told
+
+
 def test_a_sampler_without_workers_is_known_by_its_class() -> None:
     """Workers would not draw its indices either."""
     finding = found(seen("Weighted.draw", None), epochs(every=110))
@@ -97,6 +110,7 @@ def test_a_sampler_without_workers_is_known_by_its_class() -> None:
         (seen("main", WAITS, busy=0.02), 1),  # the loop's own line, which waits
         (seen("main", WAITS), 1),  # batches are taken from the workers
         (seen("main", None, busy=0.02), 1),
+        ((*seen("main", "/lib/accelerate/data_loader.py:560 send_to_device"), IN_LOOP), 1),  # what a trainer adds
     ],
 )
 def test_waiting_for_workers_blames_no_sampler(lines: tuple[SampledLine, ...], workers: int) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "calls_collectives",
     "calls_model",
     "changed_line",
+    "is_of_loop",
     "is_of_ranks_alone",
     "is_waiting",
     "leading_lines",
@@ -312,6 +313,11 @@ def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> 
 def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:
     seen = _seen_in(lines, part, line)
     return samples_in(seen, libraries) / max(sum(each.samples for each in seen), 1)
+
+
+def is_of_loop(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
+    """Return whether backward runs in a function of the user too, as in a training loop or the call of a trainer."""
+    return any(each.part == "backward" and (each.file, each.function) == (line.file, line.function) for each in lines)
 
 
 def main_library(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> str | None:

@@ -7,7 +7,13 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from traceml.diagnosis.advice import in_threads
-from traceml.diagnosis.facts.blamed_lines import WAITS_FOR_OTHERS, BlamedLine, main_library, reads_loader
+from traceml.diagnosis.facts.blamed_lines import (
+    WAITS_FOR_OTHERS,
+    BlamedLine,
+    is_of_loop,
+    main_library,
+    reads_loader,
+)
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
@@ -401,7 +407,7 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None
         return None
 
     is_its_code = line.function.startswith(tuple(f"{name}." for name in loader.samplers))
-    # Beside workers the training process has no other code of the data set.
+    # Beside workers the training process has no other code of the data set; what surrounds the loader may have its own.
     if not is_its_code and not (loader.num_workers and _computes_beside_workers(facts, line)):
         return None
 
@@ -415,4 +421,7 @@ def of_sampler(facts: JobFacts, line: BlamedLine | None) -> LoadingAdvice | None
 def _computes_beside_workers(facts: JobFacts, line: BlamedLine) -> bool:
     """Return whether the training process computes while it waits for data, and not in taking it from the workers."""
     computes, called = fetch_cpu(facts), main_library(facts.lines, _PART, line) or ""
-    return computes is not None and computes >= COMPUTES and not called.startswith(_RECEIVES)
+    if computes is None or computes < COMPUTES or called.startswith(_RECEIVES):
+        return False
+
+    return ordering_share(facts.lines) >= NAMED_SHARE or not is_of_loop(facts.lines, line)
