@@ -105,6 +105,21 @@ def test_the_gain_is_that_of_the_advice():
     assert verdict.speedup_if_fixed == pytest.approx(44.1 / left_ms, rel=0.05)
 
 
+@pytest.mark.parametrize(("longest_ms", "told"), [(390, True), (1600, False)])
+def test_collections_of_one_step_are_no_habit(longest_ms: float, told: bool) -> None:
+    """A step that imports modules collects for longer than all others together."""
+    rows = collections(100, every=30)
+    rows["ns"][3] = longest_ms * MS
+    long = np.zeros(220)
+    long[rows["step"]] = rows["ns"] / MS
+
+    def fault(own: dict[str, np.ndarray], _random: object) -> None:
+        own["other"][0] += long
+
+    kinds = [each.kind for each in found(ALONE, fault, pauses=history(r0=rows))]
+    assert (Kind.GC_PAUSES in kinds) is told
+
+
 def test_collections_of_the_interpreter_are_told_apart():
     """They are advised against by freezing what exists, not by taking a call out."""
     pauses = history(r0=collections(400, every=20, phase=int(Phase.FORWARD)))

@@ -35,6 +35,8 @@ LEFT_SHARE = 0.01
 """Collections as seldom as advised take this share of the step at most."""
 MIN_NUMBER = 3
 """Fewer collections in a window are chance, not a habit of the run."""
+MOST_IN_STEP = 0.5
+"""If one step has more of their time than this, they are a pause of that step."""
 _ROUND = (1, 2, 5, 10)
 _MIN_EVERY = 10
 _MAX_EVERY = 1000
@@ -51,6 +53,7 @@ class _Collections(msgspec.Struct, frozen=True):
     ranks: tuple[int, ...]  # ranks that have them; empty for all
     rows: Rows
     saved_ns: float  # time by which the mean step would be shorter
+    most_in_step: float  # largest share of the time of all in one step
     place: tuple[str | None, int | None, str | None]  # the line that called for most of them
     library: str  # the line of a library that did, `FILE:LINE FUNCTION`; empty if the user's code did
 
@@ -68,8 +71,9 @@ class _Collections(msgspec.Struct, frozen=True):
         return int(self.rows["count"].sum())
 
     def is_significant(self, work: OwnWork) -> bool:
-        """Return whether there are several, and they cost enough."""
-        return self.number >= MIN_NUMBER and self.saved_ns >= least_cost_ns(work.step_ns)
+        """Return whether there are several that cost enough, and not mostly those of one step, as one of imports."""
+        is_habit = self.number >= MIN_NUMBER and self.most_in_step <= MOST_IN_STEP
+        return is_habit and self.saved_ns >= least_cost_ns(work.step_ns)
 
 
 def gc_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
@@ -102,7 +106,8 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
             left = without.get(part, work.parts[part])
             without[part] = np.maximum(left - _lost_time(left, ns, device=work.device), 0)
 
-    totals = sum(taken.values(), np.zeros_like(work.own)).sum(axis=1)
+    by_step = sum(taken.values(), np.zeros_like(work.own))
+    totals = by_step.sum(axis=1)
     has = totals >= 0.5 * totals.max()
     ranks = work.named(has)
     by_rank = _rows_in(window, facts, work, called=called)
@@ -111,7 +116,8 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     single = by_rank[lead][by_rank[lead]["count"] == 1]  # ids of places are those of their rank
     place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
     library = facts.pauses.most_frequent(lead, single, "text_id")
-    return _Collections(called, without, ranks, rows, saved_ns(work, without), place, library)
+    most = float(by_step[int(totals.argmax())].max() / max(float(totals.max()), 1.0))
+    return _Collections(called, without, ranks, rows, saved_ns(work, without), most, place, library)
 
 
 def _allocating_line(work: OwnWork, without_called: OwnWork, cost: _Collections, facts: JobFacts) -> BlamedLine | None:
