@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.database.schema import GPU, PROCESS
+from traceml.database.schema import GPU, IMPORTING, PROCESS
 from traceml.diagnosis.advice import WITHOUT_ANOMALIES, WITHOUT_PROFILER
 from traceml.diagnosis.facts.device_events import GpuHealthHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -510,6 +510,20 @@ def test_the_line_of_that_step_is_named(pause_ms, named):
 
     assert "One step took" in found.summary
     assert ("times the mean of the others, mostly in train.py:9 Net.forward." in found.summary) == named
+
+
+@pytest.mark.parametrize(("samples", "named"), [(300, True), (30, False)])
+def test_imports_of_that_step_are_named(samples, named):
+    """A function that is called in the 60th step only imports what it needs; imports count for no other line."""
+    job = Job(ranks=1, grouped=False, own={"forward": 8.0, "backward": 8.0, "other": 1.0})
+    seen = (
+        SampledLine(0, "other", "/x/train.py", 9, "metrics", f"{IMPORTING}1207 _handle_fromlist", samples),
+        SampledLine(0, "backward", "/x/train.py", 12, "main", None, 60),
+    )
+    (found, *_) = diagnose(window_of(job, adds("other", 20_000.0, every=job.steps)), JobFacts(lines=seen))
+
+    assert ("times the mean of the others, mostly in imports of train.py:9 metrics." in found.summary) is named
+    assert found.next.startswith("Import these modules at the start of the script") is named
 
 
 def test_the_line_of_that_step_is_to_be_looked_at():

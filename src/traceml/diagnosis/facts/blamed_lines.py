@@ -43,6 +43,7 @@ __all__ = [
     "calls_collectives",
     "calls_model",
     "changed_line",
+    "importing_line",
     "is_of_loop",
     "is_of_ranks_alone",
     "is_waiting",
@@ -362,6 +363,22 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
 
     line = _by_line(lines, part, place).most_common(1)[0][0]
     return BlamedLine(place[0], line, place[1], samples / total, total)
+
+
+def importing_line(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> BlamedLine | None:
+    """Return the function in which modules were imported inside steps most often; None if the samples show none.
+
+    Its share is that of all samples in steps.
+    """
+    seen = [each for each in _seen_on(lines, ranks) if each.part not in OUTSIDE_STEPS]
+    imports: Counter[tuple[str, int, str]] = Counter()
+    for each in seen:
+        if each.part == part and is_import(each) and each.file and each.line and each.function:
+            imports[each.file, each.line, each.function] += each.samples
+
+    ((file, line, function), samples), *_ = imports.most_common(1) or [(("", 0, ""), 0)]
+    total = sum(each.samples for each in seen)
+    return BlamedLine(file, line, function, samples / total, samples) if samples >= MIN_SAMPLES else None
 
 
 def of_longest_startup(lines: Sequence[SampledLine]) -> tuple[SampledLine, ...]:

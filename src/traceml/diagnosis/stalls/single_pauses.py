@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts.blamed_lines import BlamedLine
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Explanation
 from traceml.diagnosis.stalls.recompiles import compiled_in
@@ -72,6 +73,12 @@ def _place(work: OwnWork, facts: JobFacts, at: NDArray[np.intp], total: float, t
     """Return where the steps took most of their time, if that is known, and the advice to look there."""
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
     line = _line(work, facts, part, at)
+    if line is None and (imported := _importing_line(work, facts, part, at, total)):
+        return Explanation(
+            f", mostly in imports of {imported.place}",
+            "Import these modules at the start of the script: that takes as long, but no step waits for it.",
+        )
+
     in_part = float(work.parts[part][:, at].max(axis=0).sum()) if part in work.parts else 0.0
     is_known = part != "other" and in_part >= PART_SHARE * total
     where = line.place if line else phase_words(part) if is_known else ""
@@ -99,6 +106,14 @@ def _with_next(columns: NDArray[np.intp], work: OwnWork) -> NDArray[np.intp]:
 
     after = columns[columns < len(work.step) - 1] + 1
     return np.union1d(columns, after[~work.begins[after]])
+
+
+def _importing_line(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp], total: float) -> BlamedLine | None:
+    """Return the line in which modules were imported, where that took half of these steps; samples show no step."""
+    values = work.parts.get(part)
+    row = 0 if values is None else int(values[:, at].sum(axis=1).argmax())
+    line = importing_line(facts.lines, part, (int(work.ranks[row]),))
+    return line if line is not None and line.share * float(work.step.sum()) >= NAMED_SHARE * total else None
 
 
 def _line(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
