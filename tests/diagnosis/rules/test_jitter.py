@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, at_once, takes_turns, window_of
+from traceml.database.schema import IMPORTING
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -39,6 +40,20 @@ def test_the_line_of_rare_long_steps_is_named():
     assert "train.py:70 rebuild" in found.next
     assert (found.evidence["file"], found.evidence["line"], found.evidence["function"]) == (FILE, 70, "rebuild")
     assert 0.2 < found.evidence["line_share"] < 0.4
+
+
+@pytest.mark.parametrize(("samples", "named"), [(60, True), (15, False)])
+def test_imports_in_long_steps_are_named(samples: int, named: bool) -> None:
+    """They take as long at the start of the script, so no gain is promised."""
+    lines = (
+        SampledLine(0, "other", FILE, 70, "metrics", f"{IMPORTING}:1207 _handle_fromlist", samples),
+        SampledLine(0, "forward", FILE, 90, "main", None, 140),
+    )
+    found = jitter(ALONE, at_once("other", 200, 0.03), lines=lines)
+
+    assert ("mostly in imports of train.py:70 metrics: " in found.summary) is named
+    assert found.next.startswith("Import these modules at the start") is named
+    assert (found.speedup_if_fixed == 1.0) is named
 
 
 def test_long_steps_are_no_steady_cost():

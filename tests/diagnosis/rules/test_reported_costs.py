@@ -67,6 +67,36 @@ def test_a_loss_is_not_counted(name: str, is_loss: bool) -> None:
     assert (", not counting the loss)" in finding.summary) is is_loss
 
 
+@pytest.mark.parametrize(("elsewhere", "share"), [("log", 97), ("train", 75)])
+def test_the_line_has_its_share_of_what_counts(elsewhere: str, share: int) -> None:
+    """The loss is no part of the cost, wherever it is called: the shares of headline, sentence and gain agree."""
+    lines = [
+        SampledLine(0, "other", "a.py", 3, "log", None, 60),
+        SampledLine(0, "other", "a.py", 9, "train", None, 20 if elsewhere == "train" else 0),
+        SampledLine(0, "forward", "a.py", 2, "train", None, 130),
+        SampledLine(0, "other", "a.py", 4, elsewhere, "/lib/torch/nn/functional.py:3472 cross_entropy", 20),
+    ]
+    finding, _ = found(Kind.RESIDUAL_HEAVY, adds("other", 20.0), facts=JobFacts(lines=lines))
+
+    assert f"{share} % of it in a.py:3 log" in finding.summary
+    assert finding.evidence["line_share"] == pytest.approx(finding.cost_share * share / 100, rel=0.02)
+    assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.evidence["line_share"]), rel=0.02)
+
+
+def test_a_line_that_is_mostly_the_loss_is_not_named() -> None:
+    """Half of the rest is elsewhere."""
+    lines = [
+        SampledLine(0, "forward", "a.py", 2, "main", None, 130),
+        SampledLine(0, "other", "a.py", 3, "log", None, 42),
+        SampledLine(0, "other", "a.py", 4, "train", "/lib/torch/nn/functional.py:3472 cross_entropy", 20),
+        SampledLine(0, "other", "a.py", 5, "train", None, 38),
+    ]
+    finding, _ = found(Kind.RESIDUAL_HEAVY, adds("other", 20.0), facts=JobFacts(lines=lines))
+
+    assert ", most of it in" not in finding.summary
+    assert "of it in a.py:5 train" not in finding.summary
+
+
 def test_a_loss_that_takes_longer_than_the_model_counts() -> None:
     """It is called more than once, as for each sample: less than forward takes is not counted."""
     lines = [SampledLine(0, "other", "a.py", 4, "train", "/lib/torch/nn/functional.py:3472 cross_entropy", 100)]

@@ -26,6 +26,7 @@ from traceml.diagnosis.facts.sampled_shares import (
     busy_share,
     is_import,
     is_passing,
+    is_uncounted,
     least_share,
     of_part,
     receives,
@@ -60,6 +61,7 @@ __all__ = [
     "sends_objects",
     "threads_line",
     "torch_share",
+    "uncounted_share",
     "workers_line",
 ]
 
@@ -314,6 +316,12 @@ def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> 
 def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:
     seen = _seen_in(lines, part, line)
     return samples_in(seen, libraries) / max(sum(each.samples for each in seen), 1)
+
+
+def uncounted_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
+    """Return the share of clearing gradients and of torch's losses in the samples of a function of the user."""
+    seen = _seen_in(lines, part, line)
+    return sum(each.samples for each in seen if is_uncounted(each)) / max(sum(each.samples for each in seen), 1)
 
 
 def is_of_loop(lines: Sequence[SampledLine], line: BlamedLine) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "import_share",
     "is_import",
     "is_passing",
+    "is_uncounted",
     "iterator_share",
     "least_share",
     "loss_share",
@@ -138,7 +139,7 @@ def clearing_share(lines: Sequence[SampledLine]) -> float:
 
     Freeing large gradients takes time, and is not the work of the user's loop.
     """
-    return _share(lines, "other", lambda each: _CLEARS.search(f"{each.function}\n{each.library}"), _MIN_CLEARING)
+    return _share(lines, "other", _clears, _MIN_CLEARING)
 
 
 def loss_share(lines: Sequence[SampledLine]) -> float:
@@ -146,7 +147,20 @@ def loss_share(lines: Sequence[SampledLine]) -> float:
 
     They are computation as the forward is, of which they are a part where the loss is a module.
     """
-    return _share(lines, "other", lambda each: _LOSSES.search(each.library or ""), _MIN_CLEARING)
+    return _share(lines, "other", _is_loss, _MIN_CLEARING)
+
+
+def is_uncounted(line: SampledLine) -> bool:
+    """Return whether it is of `clearing_share` or `loss_share`."""
+    return _clears(line) or _is_loss(line)
+
+
+def _clears(line: SampledLine) -> bool:
+    return _CLEARS.search(f"{line.function}\n{line.library}") is not None
+
+
+def _is_loss(line: SampledLine) -> bool:
+    return _LOSSES.search(line.library or "") is not None
 
 
 def place_share(lines: Sequence[SampledLine], part: str, places: Collection[tuple[str, str]]) -> float | None:

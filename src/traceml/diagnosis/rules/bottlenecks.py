@@ -16,6 +16,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     blamed_line,
     leading_lines,
     main_library,
+    uncounted_share,
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -97,6 +98,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
     excluded: tuple[str, ...] = ()  # what of the part does not count, in words
     with_rare: OwnWork | None = None  # the same with the long steps that another finding has, which samples are of, too
     hidden_ns: float = 0.0  # the mean of the part that another finding has, as of collections; samples are of it, too
+    uncounted: float = 0.0  # share of the part that is torch's and does not count; samples of lines are of it, too
 
     def exceeds(self, share: float = WARNING_SHARE) -> bool:
         """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
@@ -176,7 +178,17 @@ class _PhaseCost(msgspec.Struct, frozen=True):
     def sampled_line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, also if it only calls a trainer."""
         sampled_share = self._phase_share + self.hidden_ns / self.step_ns
-        return self._without_hidden(blamed_line(facts.lines, self.part, sampled_share, self.ranks))
+        line = blamed_line(facts.lines, self.part, sampled_share, self.ranks)
+        return self._without_hidden(self._counted(line, facts))
+
+    def _counted(self, line: BlamedLine | None, facts: JobFacts) -> BlamedLine | None:
+        """Return a line with its share of what counts; None if that is not most of it."""
+        if line is None or not self.uncounted:
+            return line
+
+        inside = min(line.share * uncounted_share(facts.lines, self.part, line), self.uncounted)
+        share = min((line.share - inside) / (1 - self.uncounted), 1.0)
+        return replace(line, share=share) if share >= NAMED_SHARE else None
 
     def _without_hidden(self, line: BlamedLine | None) -> BlamedLine | None:
         """Return a line with its share if all that is hidden was in it; None if that is not most of the part."""
@@ -196,7 +208,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def line_evidence(self, line: BlamedLine | None) -> dict[str, object]:
         """Return the evidence about that line."""
-        return line.evidence(self._phase_share) if line else {}
+        return line.evidence(self._phase_share * (1 - self.uncounted)) if line else {}
 
     def finding(
         self, kind: Kind, summary: str, action: str, evidence: Mapping[str, object], gain: float | None = None
@@ -416,14 +428,15 @@ def _is_longer(whole: OwnWork, work: OwnWork, part: str) -> bool:
 def _without_torch(cost: _PhaseCost, work: OwnWork, facts: JobFacts) -> _PhaseCost:
     """Return the cost of `other` without clearing gradients, and without computation that no hook sees."""
     forward = _unseen_share(work, "forward")
-    known = {
+    of_torch = {
         "clearing gradients": clearing_share(facts.lines),
         "the loss": 0.0 if forward else _loss_share(work, facts),
-        "the forward": forward,
-        _UPDATE: _unseen_share(work, "optimizer"),
     }
+    known = {**of_torch, "the forward": forward, _UPDATE: _unseen_share(work, "optimizer")}
     excluded = {name: share for name, share in known.items() if share >= MIN_EXCLUDED}
-    return cost.scaled(max(1 - sum(excluded.values()), 0.0), *excluded)
+    uncounted = sum(excluded.get(name, 0.0) for name in of_torch)
+    cost = cost.scaled(max(1 - sum(excluded.values()), 0.0), *excluded)
+    return replace(cost, uncounted=uncounted if uncounted < 1 else 0.0)
 
 
 def _loss_share(work: OwnWork, facts: JobFacts) -> float:

@@ -13,6 +13,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
+from traceml.diagnosis.stalls.single_pauses import imports_in
 from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, median_over_ranks
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
@@ -192,16 +193,21 @@ def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, ste
     line, phase_share = _line(work, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
     rank = _rank_of_line(work, facts, events, phase, line) if rank is None else rank
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
+    action = advice.for_jitter(phase, rank, line)
+    without = f"; without {them} steps would be {gain_text(gain)}"
+    if line is None and phase and (imports := imports_in(work, facts, phase, events.columns, cost * len(work.step))):
+        where, action, _ = imports
+        without, gain = "", 1.0  # they take as long elsewhere
+
     rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding.of(
         Kind.JITTER,
         ranks=() if rank is None else (rank,),
         phase=phase,
         summary=(
-            f"{how_long} instead of {ns_text(usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; "
-            f"without {them} steps would be {gain_text(gain)}."
+            f"{how_long} instead of {ns_text(usual_ns)}{rank_text}{where}: {percent_text(share)} of step time{without}."
         ),
-        next=advice.for_jitter(phase, rank, line),
+        next=action,
         evidence={
             "long_steps": len(long),
             "steps": len(work.step),

@@ -19,7 +19,7 @@ from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import count_text, ns_text, phase_words
 
-__all__ = ["SinglePauses", "single_pauses", "usual_steps"]
+__all__ = ["SinglePauses", "imports_in", "single_pauses", "usual_steps"]
 
 PAUSE_NS, PAUSE_SHARE = 5e8, 0.25
 """One or two steps are reported from this time each on, if they are this share of all steps."""
@@ -73,11 +73,8 @@ def _place(work: OwnWork, facts: JobFacts, at: NDArray[np.intp], total: float, t
     """Return where the steps took most of their time, if that is known, and the advice to look there."""
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
     line = _line(work, facts, part, at)
-    if line is None and (imported := _importing_line(work, facts, part, at, total)):
-        return Explanation(
-            f", mostly in imports of {imported.place}",
-            "Import these modules at the start of the script: that takes as long, but no step waits for it.",
-        )
+    if line is None and (imports := imports_in(work, facts, part, at, total)):
+        return imports
 
     in_part = float(work.parts[part][:, at].max(axis=0).sum()) if part in work.parts else 0.0
     is_known = part != "other" and in_part >= PART_SHARE * total
@@ -108,12 +105,22 @@ def _with_next(columns: NDArray[np.intp], work: OwnWork) -> NDArray[np.intp]:
     return np.union1d(columns, after[~work.begins[after]])
 
 
-def _importing_line(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp], total: float) -> BlamedLine | None:
-    """Return the line in which modules were imported, where that took half of these steps; samples show no step."""
+def imports_in(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp], total: float) -> Explanation | None:
+    """Return the line in which modules were imported, where that took half of some steps; samples show no step.
+
+    Args:
+        part: the part of the steps that is long.
+        at: their columns.
+        total: their time.
+    """
     values = work.parts.get(part)
     row = 0 if values is None else int(values[:, at].sum(axis=1).argmax())
     line = importing_line(facts.lines, part, (int(work.ranks[row]),))
-    return line if line is not None and line.share * float(work.step.sum()) >= NAMED_SHARE * total else None
+    if line is None or line.share * float(work.step.sum()) < NAMED_SHARE * total:
+        return None
+
+    action = "Import these modules at the start of the script: that takes as long, but no step waits for it."
+    return Explanation(f", mostly in imports of {line.place}", action)
 
 
 def _line(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
