@@ -181,6 +181,26 @@ def test_short_collectives_are_reported_where_the_script_calls_them(called: str 
     assert any(each.kind is Kind.COMM_BOUND for each in said) is found
 
 
+@pytest.mark.parametrize(("of_others", "in_collectives"), [(1.0, True), (0.2, False)])
+def test_waiting_of_the_other_ranks_in_a_collective_is_for_it(of_others: float, in_collectives: bool) -> None:
+    """Who broadcasts goes on at once, and waits in backward for those that still unpickle."""
+    window = window_of(Job(ranks=3, comm=20.0, steps=100))
+    window.times["comm"][1:] += of_others * window.wait[1:]
+    lines = (
+        SampledLine(
+            1, "comm", "/me/train.py", 13, "share", "/lib/torch/distributed/distributed_c10d.py:9 broadcast", 60
+        ),
+        SampledLine(1, "backward", "/me/train.py", 30, "train", None, 40),
+    )
+
+    finding = next(
+        each for each in diagnose(window, JobFacts(world_size=3, lines=lines)) if each.kind is Kind.COMM_BOUND
+    )
+
+    assert ("in collectives, " in finding.summary) is in_collectives
+    assert ("while backward waits for gradients" in finding.summary) is not in_collectives
+
+
 @pytest.mark.parametrize(("library", "is_told"), [("3424 _tensor_to_object", True), ("4191 all_gather", False)])
 def test_objects_that_are_pickled_are_told(library: str, is_told: bool) -> None:
     """all_gather_object cannot begin earlier; a collective of tensors can."""

@@ -120,6 +120,17 @@ def test_collections_of_one_step_are_no_habit(longest_ms: float, told: bool) -> 
     assert (Kind.GC_PAUSES in kinds) is told
 
 
+@pytest.mark.parametrize(("ms", "told"), [(15, True), (1, False)])
+def test_collections_in_a_collective_are_waited_for(ms: float, told: bool) -> None:
+    """Unpickling what `broadcast_object_list` has received makes objects: it is no part of a rank's own work."""
+    job = Job(ranks=2, comm=20.0)
+    findings = found(job, pauses=history(r1=collections(ms, phase=int(Phase.COMM))))
+    told_of = [each for each in findings if each.kind is Kind.GC_PAUSES]
+
+    assert [each.ranks for each in told_of] == [(1,)] * told
+    assert all(each.cost_share == pytest.approx(ms / 34, rel=0.05) for each in told_of)
+
+
 def test_collections_of_the_interpreter_are_told_apart():
     """They are advised against by freezing what exists, not by taking a call out."""
     pauses = history(r0=collections(400, every=20, phase=int(Phase.FORWARD)))

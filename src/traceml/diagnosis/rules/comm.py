@@ -68,7 +68,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
     if _is_little(cost, step, DEVICE_FLOOR_NS):
         return []
 
-    explicit = float(np.median(window.times["comm"].min(axis=0)))
+    explicit = float(np.median(window.times["comm"].mean(axis=0)))
     share = float(window.times["comm"].mean() / max(window.total.mean(), 1.0))
     line = _calling_line(share, facts) if explicit > cost / 2 else None
     if cost < FLOOR_NS and line is None and not work.device:

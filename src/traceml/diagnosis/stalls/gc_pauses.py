@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from traceml.database.schema import Pause
+from traceml.database.schema import Pause, Phase
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
@@ -37,6 +37,7 @@ MIN_NUMBER = 3
 """Fewer collections in a window are chance, not a habit of the run."""
 MOST_IN_STEP = 0.5
 """If one step has more of their time than this, they are a pause of that step."""
+_COLLECTIVE = Phase.COMM.label
 _ROUND = (1, 2, 5, 10)
 _MIN_EVERY = 10
 _MAX_EVERY = 1000
@@ -53,6 +54,7 @@ class _Collections(msgspec.Struct, frozen=True):
     ranks: tuple[int, ...]  # ranks that have them; empty for all
     rows: Rows
     saved_ns: float  # time by which the mean step would be shorter
+    collective_ns: float  # the part of it in collectives
     most_in_step: float  # largest share of the time of all in one step
     place: tuple[str | None, int | None, str | None]  # the line that called for most of them
     library: str  # the line of a library that did, `FILE:LINE FUNCTION`; empty if the user's code did
@@ -100,8 +102,10 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
 
     without: dict[str, Floats] = {}
     for phase, ns in taken.items():
-        # A user's phase has a name of its own, and a collective is in no part.
-        part = phase if phase in work.parts else "other"
+        if phase == _COLLECTIVE and phase not in work.parts:
+            continue
+
+        part = phase if phase in work.parts else "other"  # a user's phase has a name of its own
         if part in work.parts:
             left = without.get(part, work.parts[part])
             without[part] = np.maximum(left - _lost_time(left, ns, device=work.device), 0)
@@ -117,7 +121,15 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
     library = facts.pauses.most_frequent(lead, single, "text_id")
     most = float(by_step[int(totals.argmax())].max() / max(float(totals.max()), 1.0))
-    return _Collections(called, without, ranks, rows, saved_ns(work, without), most, place, library)
+    collective_ns = 0.0 if _COLLECTIVE in work.parts else _in_collectives_ns(work, taken)
+    saved = saved_ns(work, without) + collective_ns
+    return _Collections(called, without, ranks, rows, saved, collective_ns, most, place, library)
+
+
+def _in_collectives_ns(work: OwnWork, taken: dict[str, Floats]) -> float:
+    """Return the mean time of a step in collections within collectives, as where objects are unpickled: all wait."""
+    ns = taken.get(_COLLECTIVE)
+    return 0.0 if ns is None else float(np.minimum(ns.max(axis=0), work.step).mean())
 
 
 def _allocating_line(work: OwnWork, without_called: OwnWork, cost: _Collections, facts: JobFacts) -> BlamedLine | None:
@@ -129,10 +141,13 @@ def _allocating_line(work: OwnWork, without_called: OwnWork, cost: _Collections,
         without_called: the work without the collections that the script calls for, which samples are of, too.
     """
     taken = {part: float((without_called.parts[part] - left).mean()) for part, left in cost.without.items()}
-    part = max(taken, key=lambda name: taken[name])
+    part = max(taken, key=lambda name: taken[name], default=None)
+    if part is None:
+        return None
+
     part_ns = float(work.parts[part].mean())
     line = own_line(facts.lines, part, part_ns / work.step_ns, cost.ranks)
-    if line is None or taken[part] < _MOST * sum(taken.values()):
+    if line is None or taken[part] < _MOST * (sum(taken.values()) + cost.collective_ns):
         return None
 
     return line if line.share >= 1 - taken[part] / part_ns / 2 else None
