@@ -70,7 +70,6 @@ _OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
 _MOST_GOES_ON = 0.5
-_SAME_LENGTH = 0.2
 _MAX_LISTED = 64
 
 
@@ -355,11 +354,7 @@ def _with_slowdown(
     if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
         slower = _slower(window, work, facts, ())
 
-    slower = [
-        each
-        for each in slower
-        if not any(_is_used_up(each, one, window, facts) or _is_last_series(each, one) for one in found)
-    ]
+    slower = [each for each in slower if not any(_is_used_up(each, one, window, facts) for one in found)]
     explained = [each for each in found if any(_explains(one, each, window, work) for one in slower)]
     return [*slower, *(each for each in found if each not in explained)]
 
@@ -447,13 +442,6 @@ def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps, facts: 
     since, last = slower.evidence.get("since_step", 0), int(window.steps[-1])
     early = 2 * (since - facts.first_step) <= last - facts.first_step
     return is_queue and stays and early
-
-
-def _is_last_series(slower: Finding, long: Finding) -> bool:
-    """Return whether steps became slower only because the run ends in a series of long steps, as there were before."""
-    mean_ms, slow_ms = long.evidence.get("mean_long_ms", 0.0), slower.evidence["after_ms"]
-    alike = long.phase == slower.phase and abs(slow_ms - mean_ms) < _SAME_LENGTH * mean_ms
-    return alike and slower.cost_share <= _MOST_GOES_ON * long.cost_share
 
 
 def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:

@@ -827,6 +827,18 @@ def test_code_that_grows_is_told_although_it_waits_for_cores_more_often(now_ms: 
     assert "Meanwhile the training waited for a CPU core" in finding.summary
 
 
+@pytest.mark.parametrize(("epochs", "told"), [((0, 1, 2, 3), False), ((3,), True), ((0, 3), False), ((2,), True)])
+def test_what_comes_in_each_epoch_is_no_change(epochs: tuple[int, ...], told: bool) -> None:
+    """A shuffle buffer is full after the first 48 of 200 batches: then the rest of an epoch takes no time."""
+    step_ns = np.full(BINS, 2.0 * MS)
+    for epoch in epochs:
+        step_ns[epoch * BINS // 4 + 1 : epoch * BINS // 4 + 5] = 25.0 * MS
+
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), step_ns, {"input_wait": step_ns})
+
+    assert bool(slowdown(run, JobFacts())) is told
+
+
 @pytest.mark.parametrize(("last_ms", "told"), [(150.0, False), (80.0, True)])
 def test_a_run_that_ends_in_a_series_of_long_steps_did_not_become_slower(last_ms: float, told: bool) -> None:
     """There were such series before: the steps that are long at times are told. Those of another length are others."""

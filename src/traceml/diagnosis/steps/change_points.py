@@ -32,6 +32,9 @@ _POWERS = (1.0, 1.5, 2.0, 3.0)  # of growth from the first step on, which may sp
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
 
+_SAME_LEVEL = 0.3  # of a jump: bins that differ from its slow part by less are as slow
+
+
 class LevelChange(msgspec.Struct, frozen=True):
     """A slow part of the run, and what steps take in it and outside.
 
@@ -164,12 +167,21 @@ def _jump(values: Floats) -> LevelChange | None:
     if slow < usual and (first == 0 or last == count):  # the rest is the slow part
         first, last, slow, usual = (last, count, usual, slow) if first == 0 else (0, first, usual, slow)
 
+    inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
+    if _alike(outside, usual, slow) >= _alike(inside, usual, slow):  # it comes and goes, as at the begin of each epoch
+        return None
+
     residuals = np.concatenate([inside - np.median(inside), outside - np.median(outside)])
     spread = max(_spread(residuals), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
     if slow - usual < MIN_Z_SCORE * spread * np.sqrt(1 / len(inside) + 1 / len(outside)):
         return None
 
     return LevelChange("stays" if last == count else "first" if first == 0 else "recovers", first, last, usual, slow)
+
+
+def _alike(values: Floats, usual: float, slow: float) -> int:
+    """Return how many bins are about as slow as the slow part."""
+    return int((np.abs(values - slow) < _SAME_LEVEL * (slow - usual)).sum())
 
 
 def _best(values: Floats, parts: Sequence[tuple[int, int]]) -> tuple[float, tuple[int, int]]:
