@@ -83,6 +83,21 @@ def test_the_line_has_its_share_of_what_counts(elsewhere: str, share: int) -> No
     assert finding.speedup_if_fixed == pytest.approx(1 / (1 - finding.evidence["line_share"]), rel=0.02)
 
 
+def test_the_line_has_its_share_of_what_a_step_loses() -> None:
+    """Ranks that wait for a lock, one after the other, spend less in it on average than the last one does."""
+    uneven = Job(ranks=2, steps=220, own={**OWN, "other": 12.0}, sigma=0.5)
+    lines = [
+        SampledLine(rank, part, "a.py", 3, name, None, count)
+        for rank in range(2)
+        for part, name, count in (("other", "read", 50), ("backward", "train", 100))
+    ]
+    said = diagnose(window_of(uneven), JobFacts(world_size=2, lines=lines))
+    finding = next(each for each in said if each.kind is Kind.RESIDUAL_HEAVY)
+
+    assert finding.cost_share > 1.02 * finding.evidence["phase_ms"] / finding.evidence["step_ms"]
+    assert finding.evidence["line_share"] == pytest.approx(finding.cost_share, rel=0.02)
+
+
 def test_a_line_that_is_mostly_the_loss_is_not_named() -> None:
     """Half of the rest is elsewhere."""
     lines = [

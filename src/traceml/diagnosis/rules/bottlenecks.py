@@ -208,7 +208,7 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def line_evidence(self, line: BlamedLine | None) -> dict[str, object]:
         """Return the evidence about that line."""
-        return line.evidence(self._phase_share * (1 - self.uncounted)) if line else {}
+        return line.evidence(self.saved_ns / self.step_ns) if line else {}
 
     def finding(
         self, kind: Kind, summary: str, action: str, evidence: Mapping[str, object], gain: float | None = None
