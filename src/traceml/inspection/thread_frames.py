@@ -147,10 +147,11 @@ def awaiting_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool
         frame: the innermost one of the thread.
         is_user: recognizes the user's code.
     """
-    for each in takewhile(lambda each: not is_user(each), stack_frames(frame)):
-        name = _RUNNERS.get(each.f_code.co_name) if is_event_loop(each.f_code.co_filename) else None
-        if name is not None:
-            return list(_frames(each.f_locals.get(name)))[::-1]
+    with _pause:
+        for each in takewhile(lambda each: not is_user(each), stack_frames(frame)):
+            name = _RUNNERS.get(each.f_code.co_name) if is_event_loop(each.f_code.co_filename) else None
+            if name is not None:
+                return list(_frames(each.f_locals.get(name)))[::-1]
 
     return []
 

@@ -172,6 +172,15 @@ def test_several_workers_that_read_the_same_are_told_to_divide_it():
     assert "get_worker_info" in for_input(facts, pipeline(298, 30, cores=8, workers=2)).text
 
 
+@pytest.mark.parametrize(("method", "told"), [("__getitem__", True), ("__getitems__", False)])
+def test_threads_are_not_advised_to_a_data_set_that_has_them(method: str, told: bool) -> None:
+    """It fetches the samples of a batch at once already."""
+    line = BlamedLine("/x/data.py", 9, f"Folder.{method}", 0.99, 60)
+    facts = JobFacts(loader=replace(FOLDER, length=640))
+
+    assert ("threads in __getitems__" in for_input(facts, pipeline(64, 8, cpu=0.1), line).text) is told
+
+
 def test_workers_that_wait_may_exceed_the_cores():
     """A fetch that sleeps needs no core."""
     slow = pipeline(64, 8, cpu=0.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import importlib
 import json
 import os
+import selectors
 import sys
 import threading
 import time
@@ -281,6 +283,38 @@ def test_library_frames_are_skipped_and_reported(flight: FlightFile) -> None:
     of_line = [row for row in rows if row[1] == f"{__file__}:{line} dumps"]
     assert sum(row[3] for row in of_line) >= SAMPLES // 2
     assert any("json/encoder.py" in row[2] for row in of_line)
+
+
+async def requests() -> None:
+    await asyncio.sleep(0.01)
+
+
+async def trains() -> None:
+    await requests()
+
+
+def test_a_coroutine_that_is_awaited_has_its_line(flight: FlightFile) -> None:
+    """Only the event loop is on the stack then; the line of `asyncio.run()` is that of all that is awaited."""
+    with Training(lambda: asyncio.run(trains())) as training:
+        rows = sampled(flight, training)
+
+    line = requests.__code__.co_firstlineno + 1
+    of_line = [row for row in rows if row[1] == f"{__file__}:{line} requests"]
+    assert sum(row[3] for row in of_line) >= SAMPLES // 2
+    assert any(row[2].endswith(" EpollSelector.select") for row in of_line)
+
+
+def waits_for_a_pipe() -> None:
+    with selectors.DefaultSelector() as selector:
+        selector.select(0.01)
+
+
+def test_a_selector_without_an_event_loop_has_its_own_line(flight: FlightFile) -> None:
+    """As in `subprocess.run()`, or in the script's own code."""
+    with Training(waits_for_a_pipe) as training:
+        rows = sampled(flight, training)
+
+    assert sum(row[3] for row in rows if row[1].endswith(" waits_for_a_pipe")) >= SAMPLES // 2
 
 
 def test_a_generator_that_yields_meanwhile_has_its_caller(

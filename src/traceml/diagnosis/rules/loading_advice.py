@@ -44,6 +44,7 @@ _MUCH_MORE = 1.25
 """Further advice has to gain this factor more."""
 _RECEIVES = ("_MultiProcessing", "_BaseDataLoader", "Connection", "rebuild_")
 """Names of library functions that take batches from the workers, and do not order samples, begin so."""
+_OF_BATCH = ".__getitems__"  # method of a data set that fetches the samples of a batch at once
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
 
@@ -78,6 +79,9 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if in_memory:
         is_own = line is not None and not reads_loader(facts.lines, _PART, line)
         return _whole_batches(loader, pipeline, line if is_own else None)
+
+    if line is not None and line.function.endswith(_OF_BATCH):
+        loader = replace(loader, takes_batches=True)
 
     return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
 
@@ -343,6 +347,7 @@ def _at_once(loader: LoaderFacts, pipeline: Pipeline) -> str:
 def _threads(loader: LoaderFacts) -> str:
     """Return how a worker fetches the samples of a batch at once; nothing for a data set that is iterated over."""
     is_by_index = loader.length is not None and not loader.is_undivided and (loader.batch_size or 1) > 1
+    is_by_index = is_by_index and not loader.takes_batches
     return "threads in __getitems__ that fetch the samples of a batch at once" if is_by_index else ""
 
 

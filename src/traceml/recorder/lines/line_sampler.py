@@ -43,7 +43,7 @@ from traceml.inspection.switch_interval import (
 )
 from traceml.inspection.thread_frames import thread_number, thread_stack
 from traceml.inspection.user_files import display_path, is_instrumentation
-from traceml.recorder.lines.sampled_place import SampledPlace, function_name, sampled_place
+from traceml.recorder.lines.sampled_place import SampledPlace, awaited_place, function_name, sampled_place
 from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class LineSampler:
         return self._place(stack, phase)
 
     def _place(self, stack: Sequence[FrameType], phase: int) -> _Key:
-        return phase, sampled_place(stack, self._user)
+        return phase, awaited_place(stack, self._user) or sampled_place(stack, self._user)
 
     def _opened(self) -> tuple[int, int]:
         return open_phase(self._slots, self._steps.appended > 0)

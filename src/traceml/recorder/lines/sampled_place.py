@@ -7,14 +7,15 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 from traceml.database.schema import IMPORTING
-from traceml.inspection.thread_frames import running_line
+from traceml.inspection.thread_frames import awaiting_frames, running_line
 from traceml.inspection.user_files import display_path, is_package_file
 from traceml.recorder.user_code import UserCode
 
-__all__ = ["SampledPlace", "function_name", "line_name", "sampled_place"]
+__all__ = ["SampledPlace", "awaited_place", "function_name", "line_name", "sampled_place"]
 
 _EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
 _IMPORT_SYSTEM = "<frozen importlib"
+_SELECTORS = "/selectors.py"  # of the standard library, in which an event loop waits
 
 
 class SampledPlace(NamedTuple):
@@ -52,6 +53,18 @@ def sampled_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace:
             library = library or (None if _is_hidden(code) else code)
 
     return SampledPlace(None, 0, importing or library)
+
+
+def awaited_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace | None:
+    """Return where the coroutine is suspended that an event loop runs, with the loop's function; None if none is.
+
+    While no task can run, the call of the loop is the innermost line of the user's code on the stack.
+    """
+    if not stack or not stack[0].f_code.co_filename.endswith(_SELECTORS):
+        return None
+
+    found = sampled_place(awaiting_frames(stack[0], user.contains), user)
+    return None if found.code is None else found._replace(library=stack[0].f_code)
 
 
 def line_name(code: CodeType, line: int) -> str:

@@ -34,6 +34,7 @@ class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
     # epoch; None for a script's own
     trainer: str | None = None
     is_undivided: bool = False  # whether its data set is iterable, and its code does not ask which worker runs it
+    takes_batches: bool = False  # whether its data set was seen to fetch the samples of a batch at once
 
     @property
     def signature(self) -> tuple[str | None, int | None, int | None]:
