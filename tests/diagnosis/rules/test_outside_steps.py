@@ -10,6 +10,7 @@ from msgspec import structs
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.database.schema import IMPORTING
+from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -71,6 +72,19 @@ def test_code_after_the_last_step_is_named(wall_s, steps, after, is_told):
         assert "40 s of the run's 1:40 (40 %) passed after the last step, all of it in train.py:7" in found[0].summary
         assert found[0].next.startswith("Look at train.py:7 evaluate: make it cheaper")
         assert found[0].speedup_if_fixed == pytest.approx(1 / 0.6)
+
+
+@pytest.mark.parametrize(
+    ("state", "open_step", "told"), [("failed", 100, False), ("failed", 99, True), ("finished", 100, True)]
+)
+def test_the_step_in_which_a_run_ends_is_no_code_after_it(state: str, open_step: int, told: bool) -> None:
+    """It waited for ranks whose data had ended until the time limit of a collective, after its last whole step."""
+    time = RunTime.of(100.0, {"startup": 30.0, "steps": 20.0, "idle": 50.0})
+    lines = (line_of("after", "main", 97), line_of("other", "main", 40))
+    end = RankExit(rank=0, state="failed", exception="RuntimeError: Timed out", last_step=99, open_step=open_step)
+    facts = JobFacts(time=time, lines=lines, state=state, exits=(end,))
+
+    assert any(each.kind is Kind.AFTER_STEPS for each in diagnose(window_of(ALONE), facts)) is told
 
 
 def test_code_after_the_last_step_comes_before_causes_in_fewer_steps():

@@ -86,7 +86,9 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
             _play(time, line) if facts.plays and not alone else _evaluation(time, evaluation_s, line, alone, facts)
         )
 
-    after = outside_line(lines, LINE_AFTER_STEPS)  # None while the run goes on
+    # A step in which the run ended or hung is no code after the steps.
+    is_open = facts.state != RunStatus.FINISHED and any(each.in_step for each in facts.exits)
+    after = None if is_open else outside_line(lines, LINE_AFTER_STEPS)  # None while the run goes on
     after_s, is_most = time.seconds.get("idle", 0.0), time.share("idle") >= max(HEAVY_SHARE, time.in_steps)
     if after is not None and time.in_steps > 0 and after_s >= AFTER_STEPS_S and is_most:
         found.append(_after_steps(time, after_s, after))
