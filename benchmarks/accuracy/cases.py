@@ -298,7 +298,7 @@ _STUDIES = (
 _MIXTURES = (
     _mixture("loader_per_epoch", "INPUT_BOUND", phase="input_wait", steps=160, never=frozenset({"JITTER"})),
     _mixture("adam_and_lbfgs", steps=220, never=_LOUD),
-    _mixture("awaits_batches", "RESIDUAL_HEAVY", phase="other", function="awaits_batches", steps=150),
+    _mixture("awaits_batches", "RESIDUAL_HEAVY", phase="other", function="awaits_batches.<locals>.both", steps=150),
     _mixture("pseudo_labels", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=240, never=frozenset({"JITTER", "SLOWDOWN"})),
     _mixture("pseudo_labels_wait", "INPUT_BOUND", phase="input_wait", steps=160),
     # Updating the averages is a seventh of its step, outside the known phases.

@@ -197,7 +197,8 @@ def _line_differences(case: Case, evidence: dict[str, Any]) -> Iterator[str]:
 
 def _lines_of(path: Path, function: str) -> set[int]:
     """Return the lines of all functions of a name: two models have a `forward` each."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
     named = [node for node in nodes if node.name == function]
     return {line for node in named for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
 

@@ -138,7 +138,9 @@ _MAX_TASKS = 20
 _FRAMES, _AWAITED = ("cr_frame", "gi_frame"), ("cr_await", "gi_yieldfrom")
 
 
-def awaiting_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> list[FrameType]:
+def awaiting_frames(
+    frame: FrameType | None, is_user: Callable[[FrameType], bool], *, of_any: bool = True
+) -> list[FrameType]:
     """Return the frames in which the program of a waiting event loop stands, the innermost first.
 
     Empty where the thread runs the user's code, or no event loop.
@@ -146,12 +148,13 @@ def awaiting_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool
     Args:
         frame: the innermost one of the thread.
         is_user: recognizes the user's code.
+        of_any: whether the first of several tasks is followed that are awaited together; else none of them is.
     """
     with _pause:
         for each in takewhile(lambda each: not is_user(each), stack_frames(frame)):
             name = _RUNNERS.get(each.f_code.co_name) if is_event_loop(each.f_code.co_filename) else None
             if name is not None:
-                return list(_frames(each.f_locals.get(name)))[::-1]
+                return list(_frames(each.f_locals.get(name), of_any))[::-1]
 
     return []
 
@@ -161,7 +164,7 @@ def is_event_loop(file: str) -> bool:
     return file.endswith(_FILES)
 
 
-def _frames(task: Any) -> Iterator[FrameType]:
+def _frames(task: Any, of_any: bool) -> Iterator[FrameType]:
     """Yield the frames of a task, the outermost first, then those of the task that it waits for."""
     for _ in range(_MAX_TASKS):
         last, awaited = None, task.get_coro() if hasattr(task, "get_coro") else None
@@ -169,7 +172,8 @@ def _frames(task: Any) -> Iterator[FrameType]:
             yield frame
             last, awaited = frame, _any_of(awaited, _AWAITED)
 
-        task = next((each for each in _awaited_tasks(task, last) if not each.done()), None)
+        waiting = [each for each in _awaited_tasks(task, last) if not each.done()]
+        task = waiting[0] if waiting and (of_any or len(waiting) == 1) else None
 
 
 def _awaited_tasks(task: Any, frame: FrameType | None) -> Iterable[Any]:

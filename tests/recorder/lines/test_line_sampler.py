@@ -293,13 +293,23 @@ async def trains() -> None:
     await requests()
 
 
-def test_a_coroutine_that_is_awaited_has_its_line(flight: FlightFile) -> None:
-    """Only the event loop is on the stack then; the line of `asyncio.run()` is that of all that is awaited."""
-    with Training(lambda: asyncio.run(trains())) as training:
+async def trains_beside_another() -> None:
+    await asyncio.gather(requests(), requests())
+
+
+@pytest.mark.parametrize(
+    ("training_of", "suspended"), [(trains, requests), (trains_beside_another, trains_beside_another)]
+)
+def test_a_coroutine_that_is_awaited_has_its_line(flight: FlightFile, training_of: Any, suspended: Any) -> None:
+    """Only the event loop is on the stack then; the line of `asyncio.run()` is that of all that is awaited.
+
+    Which of several tasks the training needs is not known.
+    """
+    with Training(lambda: asyncio.run(training_of())) as training:
         rows = sampled(flight, training)
 
-    line = requests.__code__.co_firstlineno + 1
-    of_line = [row for row in rows if row[1] == f"{__file__}:{line} requests"]
+    line = suspended.__code__.co_firstlineno + 1
+    of_line = [row for row in rows if row[1] == f"{__file__}:{line} {suspended.__name__}"]
     assert sum(row[3] for row in of_line) >= SAMPLES // 2
     assert any(row[2].endswith(" EpollSelector.select") for row in of_line)
 

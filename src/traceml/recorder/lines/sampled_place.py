@@ -58,12 +58,13 @@ def sampled_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace:
 def awaited_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace | None:
     """Return where the coroutine is suspended that an event loop runs, with the loop's function; None if none is.
 
-    While no task can run, the call of the loop is the innermost line of the user's code on the stack.
+    While no task can run, the call of the loop is the innermost line of the user's code on the stack. Of several tasks
+    that are awaited together, any may be the one that the training needs.
     """
     if not stack or not stack[0].f_code.co_filename.endswith(_SELECTORS):
         return None
 
-    found = sampled_place(awaiting_frames(stack[0], user.contains), user)
+    found = sampled_place(awaiting_frames(stack[0], user.contains, of_any=False), user)
     return None if found.code is None else found._replace(library=stack[0].f_code)
 
 
