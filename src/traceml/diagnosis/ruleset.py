@@ -247,6 +247,7 @@ def _timing_without_pauses(
     if len(others) < MIN_STEPS:
         return found
 
+    facts = pauses.left_out_of_lines(facts)
     found = _timing(others, own_work_of(others, facts), facts, others if history is window else history)
     text, action, evidence = pauses.explanation
     text += f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
@@ -302,7 +303,7 @@ def _costs(
     found += input_bound(remaining, facts, step_ns, _excluded_waits(restarted), restarts_ns)
     found += transfers(remaining, facts, step_ns)
     # What rare long steps do is no steady cost of code outside the phases.
-    long, without_rare_ones = ([], {}) if alternating else jitter(remaining, facts, step_ns)
+    long, without_rare_ones = ([], {}) if alternating else jitter(window.steps, remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
     hidden_ns = {
         part: float((values - work.parts[part]).mean())

@@ -150,11 +150,21 @@ def test_lines_of_some_steps_are_told_from_those_of_the_others(last):
     for seconds, step, line in ((5, 60, 1), (10, 110, 1), (15, 160, 2), (20, last, 2), (60, last, 3)):
         counts.add(0, rows(seconds, step, (LINE_OTHER, line)))
 
-    slow, usual = counts.divided([199], [20 * S], 105, 1 << 62)
+    slow, usual = counts.divided([199], [20 * S], range(105, 1 << 62))
 
     assert [(each.line, each.samples) for each in slow] == [(2, 20)]
     assert [(each.line, each.samples) for each in usual] == [(1, 20)]
-    assert counts.divided([], [], 105, 200) == ((), ())
+    assert counts.divided([], [], range(105, 200)) == ((), ())
+
+
+def test_lines_apart_from_a_step_are_of_times_in_which_it_was_not_open():
+    """Not those of the second in which it began, nor of that in which it ended."""
+    counts = LineCounts(NAMES)
+    for seconds, step, line in ((5, 60, 1), (10, 110, 2), (15, 110, 2), (20, 160, 3), (25, 210, 1)):
+        counts.add(0, rows(seconds, step, (LINE_OTHER, line)))
+
+    assert [(each.line, each.samples) for each in counts.apart_from([210], [30 * S], {110})] == [(1, 20)]
+    assert counts.apart_from([], [], {110}) == ()
 
 
 def test_many_intervals_are_joined():
@@ -163,7 +173,7 @@ def test_many_intervals_are_joined():
     for step in range(1, 2001):
         counts.add(0, rows(5 * step, step, (LINE_OTHER, 1 + step // 1001)))
 
-    slow, usual = counts.divided([2000], [10_000 * S], 1000, 1 << 62)
+    slow, usual = counts.divided([2000], [10_000 * S], range(1000, 1 << 62))
 
     assert sum(each.samples for each in (*slow, *usual)) == pytest.approx(20_000, abs=10)
     assert sum(each.samples for each in slow if each.line == 2) == pytest.approx(10_000, rel=0.05)

@@ -8,7 +8,9 @@ from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import MS, Job, adds, at_once, takes_turns, window_of
 from traceml.database.schema import IMPORTING
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.findings import Finding
@@ -54,6 +56,18 @@ def test_imports_in_long_steps_are_named(samples: int, named: bool) -> None:
     assert ("mostly in imports of train.py:70 metrics: " in found.summary) is named
     assert found.next.startswith("Import these modules at the start") is named
     assert (found.speedup_if_fixed == 1.0) is named
+
+
+@pytest.mark.parametrize(("step", "is_known"), [(200, True), (120, False)])
+def test_a_long_step_in_which_its_rank_was_stuck_has_its_line(step: int, is_known: bool) -> None:
+    """Samples show code that gives up the GIL, and nothing else."""
+    frame = FrameSnapshot(file=FILE, line=8, function="main", is_user=True)
+    stuck = RankSnapshot(at_ns=1, rank=0, quiet_s=15.0, step=step, in_step=True, phase="other", frames=(frame,))
+    faults = (adds("other", 100, every=150), adds("other", 30_000, every=ALONE.steps))
+    facts = JobFacts(lines=sampled(ALONE), progress=JobProgress(longest_pauses={0: stuck}))
+    found = next(each for each in diagnose(window_of(ALONE, *faults), facts) if each.kind is Kind.JITTER)
+
+    assert ("mostly in train.py:8 main" in found.summary) is is_known
 
 
 def test_long_steps_are_no_steady_cost():

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.database.schema import GPU, IMPORTING, PROCESS
+from traceml.database.schema import GPU, IMPORTING, LINE_OTHER, LINES, PROCESS, Phase
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
 from traceml.diagnosis.advice import WITHOUT_ANOMALIES, WITHOUT_PROFILER
 from traceml.diagnosis.facts.device_events import GpuHealthHistory
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
-from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.progress.rank_progress import JobProgress
+from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
@@ -533,6 +536,55 @@ def test_the_line_of_that_step_is_to_be_looked_at():
     (found, *_) = diagnose(window_of(job, adds("other", 60_000.0, every=job.steps)), JobFacts(lines=seen))
 
     assert found.next.startswith("Find out what train.py:9 save did in that step")
+
+
+PAUSED = Job(ranks=1, grouped=False, steps=400, own={"forward": 6.0, "backward": 9.0, "optimizer": 3.0, "other": 12.0})
+
+
+def sampled_by_second(in_pause: int | None) -> JobFacts:
+    """Return the samples of twelve seconds before the pause, in line 4, and of its twenty seconds.
+
+    Args:
+        in_pause: the line that is seen in it; None if it hides from samples.
+    """
+    counts = LineCounts({0: {line: f"/x/train.py:{line} main" for line in (4, 5, 6)}})
+    for second in range(1, 33):
+        line = 4 if second <= 12 else in_pause
+        rows = np.zeros(3, LINES.dtype)
+        rows["t_ns"], rows["step"], rows["samples"] = second * 1_000_000_000, min(17 * second, 200), [4, 3, 3]
+        rows["phase"], rows["line_id"] = [LINE_OTHER, Phase.FORWARD, Phase.BACKWARD], [line or 0, 6, 6]
+        if line is not None:
+            counts.add(0, rows[: 3 if second <= 12 else 1])
+
+    latest, ends = [399], [60 * 1_000_000_000]
+    return JobFacts(
+        lines=counts.lines(ends),
+        divided_lines=partial(counts.divided, latest, ends),
+        lines_apart=partial(counts.apart_from, latest, ends),
+        wait_of_ready_time={0: 0.0},
+    )
+
+
+def test_the_lines_of_the_other_steps_are_without_those_of_the_pause():
+    """Line 5 has most samples of the run, and only the pause."""
+    facts = sampled_by_second(in_pause=5)
+    (found, *_) = diagnose(window_of(PAUSED, adds("other", 20_000.0, every=PAUSED.steps)), facts)
+
+    assert found.kind is Kind.RESIDUAL_HEAVY
+    assert found.evidence["line"] == 4
+    assert "mostly in train.py:5 main. It is not counted here." in found.summary
+
+
+@pytest.mark.parametrize(("step", "is_known"), [(200, True), (120, False)])
+def test_a_pause_that_hides_from_samples_has_the_line_of_its_snapshot(step, is_known):
+    """C code held the GIL in it: the samples are of other steps, and so is the line that has most of them."""
+    frame = FrameSnapshot(file="/x/train.py", line=8, function="main", is_user=True)
+    stuck = RankSnapshot(at_ns=1, rank=0, quiet_s=15.0, step=step, in_step=True, phase="other", frames=(frame,))
+    facts = replace(sampled_by_second(in_pause=None), progress=JobProgress(longest_pauses={0: stuck}))
+    (found, *_) = diagnose(window_of(PAUSED, adds("other", 20_000.0, every=PAUSED.steps)), facts)
+
+    assert ("mostly in train.py:8 main." in found.summary) is is_known
+    assert "mostly in train.py:4" not in found.summary
 
 
 def test_the_part_of_a_long_step_is_named():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 
 import numpy as np
@@ -761,7 +761,7 @@ LATER = np.where(AT >= 45, 25.0, 0.0)
 """From step 720 on 27 of 45 ms are in `other`, before that 2 of 20 ms."""
 
 
-def divided_lines(step: int, check: int) -> Callable[[int, int], DividedLines]:
+def divided_lines(step: int, check: int) -> Callable[[Container[int]], DividedLines]:
     """Return the samples of 960 steps: one in ten in `step` at first, and of the slow steps in two lines of `other`."""
     counts = LineCounts({0: {1: "/x/train.py:25 step", 2: "/x/train.py:22 check", 3: "/x/train.py:5 forward"}})
     for second in range(1, 65):

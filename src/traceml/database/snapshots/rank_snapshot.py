@@ -32,6 +32,7 @@ __all__ = [
     "RankSnapshot",
     "ThreadSnapshot",
     "WorkerSnapshot",
+    "user_line",
 ]
 
 SNAPSHOT = InfoKind.SNAPSHOT.value
@@ -310,6 +311,12 @@ class RankSnapshot(_Record):
     def to_info(self) -> dict[str, Any]:
         """Return the row of the log `info`."""
         return {"kind": InfoKind.SNAPSHOT, "t_ns": self.at_ns, **self.to_row()}
+
+
+def user_line(snapshot: RankSnapshot | WorkerSnapshot) -> FrameSnapshot | None:
+    """Return the innermost line of the user's code."""
+    known = snapshot.user_line if isinstance(snapshot, RankSnapshot) else None
+    return known or next((frame for frame in snapshot.frames if frame.is_user), None)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from functools import cached_property, partial
 
 import msgspec
@@ -24,7 +24,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import DividedLines, LineCounts, SampledLine
+from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, DividedLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
@@ -140,12 +140,20 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     # Lines in which threads were seen
     lines: Sequence[SampledLine] = ()  # lines in which the training threads were seen
-    # (first step, first one after them) -> the same in some steps, and in the others, by interval of the run
-    divided_lines: Callable[[int, int], DividedLines] = partial(LineCounts({}).divided, (), ())
+    # the same in some steps, and in the others, by interval of the run
+    divided_lines: Callable[[Container[int]], DividedLines] = partial(LineCounts({}).divided, (), ())
+    # the same, of times in which none of some steps was open
+    lines_apart: Callable[[Collection[int]], tuple[SampledLine, ...]] = partial(LineCounts({}).apart_from, (), ())
     # lines in which the busiest other Python threads were seen, with the CPU time of all of them
     thread_lines: Sequence[SampledLine] = ()
     # loader -> lines in which its workers were seen while they made batches, and how often they were idle in between
     lines_of_workers: Mapping[int, Sequence[SampledLine]] = {}
+
+    def lines_without(self, steps: Collection[int]) -> Sequence[SampledLine]:
+        """Return the lines, those in phases only of times in which none of some steps was open, where that is known."""
+        divided = {each.rank for some in self.divided_lines(steps) for each in some}
+        kept = [each for each in self.lines if each.part in OUTSIDE_STEPS or each.rank not in divided]
+        return (*self.lines_apart(steps), *kept)
 
     def loader_of(self, rank: int, number: int) -> LoaderFacts | None:
         """Return a loader of a rank by its number; None if unknown."""

@@ -363,6 +363,7 @@ class JobFactsBuilder:
             thread_lines=self.lines.of_other_threads(),
             lines_of_workers=self.lines.of_workers(),
             divided_lines=partial(self.lines.divided, latest, ends_ns),
+            lines_apart=partial(self.lines.apart_from, latest, ends_ns),
             skipped=self.skipped,
             losses=self.losses,
             batches=self.batches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, overload
 
@@ -93,21 +93,37 @@ class LineCounts:
         """Take the end of an evaluation of a rank, before which nothing is after its training."""
         self._evaluated_ns[rank] = end_ns
 
-    def divided(self, latest: Sequence[int], ends_ns: Sequence[int], first: int, end: int) -> DividedLines:
+    def divided(self, latest: Sequence[int], ends_ns: Sequence[int], steps: Container[int]) -> DividedLines:
         """Return the lines in the phases of some steps, and in those of the others; of the first ranks that had any.
 
         Args:
             latest: last step of each rank.
             ends_ns: time at which it ended.
-            first, end: the first step, and the first one after them.
+            steps: those steps.
         """
         divided = {
-            rank: counts.intervals.divided(first, end, latest[rank], ends_ns[rank])
+            rank: counts.intervals.divided(steps, latest[rank], ends_ns[rank])
             for rank, counts in self._ranks.items()
             if counts.intervals is not None and rank < min(len(latest), len(ends_ns))
         }
         inside, outside = ({rank: _by_time(parts[at]) for rank, parts in divided.items() if parts[at]} for at in (0, 1))
         return self._lines_of(inside), self._lines_of(outside)
+
+    def apart_from(
+        self, latest: Sequence[int], ends_ns: Sequence[int], steps: Collection[int]
+    ) -> tuple[SampledLine, ...]:
+        """Return the lines in the phases of steps, by intervals of the run in which none of some steps was open.
+
+        Args:
+            latest, ends_ns: as of `divided`.
+            steps: those steps, which are few.
+        """
+        apart = {
+            rank: counts.intervals.apart_from(steps, latest[rank], ends_ns[rank])
+            for rank, counts in self._ranks.items()
+            if counts.intervals is not None and rank < min(len(latest), len(ends_ns))
+        }
+        return self._lines_of({rank: _by_time(parts) for rank, parts in apart.items() if parts})
 
     def of_other_threads(self) -> tuple[SampledLine, ...]:
         """Return the lines that other Python threads were seen in, the most frequent of each rank first."""
@@ -259,17 +275,29 @@ class _RankIntervals:
             self._intervals[at : at + 2] = [pairs[at][0].joined(pairs[at][1])]
 
     def divided(
-        self, first: int, end: int, last: int, end_ns: int
+        self, steps: Container[int], last: int, end_ns: int
     ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
         """Return the counts of intervals that are mostly in some steps, and of the others up to the last step."""
         inside: list[NDArray[np.int64]] = []
         outside: list[NDArray[np.int64]] = []
-        for interval in self._intervals:
-            middle = (interval.first + (last if interval.last < 0 else interval.last)) / 2
-            if interval.middle_ns <= end_ns:
-                (inside if first <= middle < end else outside).append(interval.counts)
+        for first, until, counts in self._until(last, end_ns):
+            (inside if (first + until) // 2 in steps else outside).append(counts)
 
         return inside, outside
+
+    def apart_from(self, steps: Collection[int], last: int, end_ns: int) -> list[NDArray[np.int64]]:
+        """Return the counts of intervals in which none of some steps was open, up to the last step."""
+        return [
+            counts
+            for first, until, counts in self._until(last, end_ns)
+            if not any(first <= step <= until for step in steps)
+        ]
+
+    def _until(self, last: int, end_ns: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """Yield first step, last step, and counts of the intervals up to the last step."""
+        for interval in self._intervals:
+            if interval.middle_ns <= end_ns:
+                yield interval.first, last if interval.last < 0 else interval.last, interval.counts
 
 
 class LazyLines(Sequence[SampledLine]):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.database.snapshots.rank_snapshot import RankSnapshot, user_line
 from traceml.diagnosis.advice import STORE_OF_ITS_OWN
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks
@@ -15,7 +15,7 @@ from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
 from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank, hang_summary, operation_text
-from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, gil_holder, user_line
+from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, gil_holder
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import msgspec
 
-from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, ProcessSnapshot, RankSnapshot, user_line
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
-from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, transfers, user_line
+from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, transfers
 
 __all__ = ["DetectedHang", "detect_hang"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot
+from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot, ThreadSnapshot, user_line
 from traceml.diagnosis.facts.progress.uneven_data import UnevenData
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
@@ -15,7 +15,6 @@ from traceml.diagnosis.hangs.rank_state import (
     awaited_thread,
     blocked_worker,
     doing,
-    user_line,
 )
 from traceml.formatting import (
     capitalized,

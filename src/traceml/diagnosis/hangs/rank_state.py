@@ -31,7 +31,6 @@ __all__ = [
     "is_expected_wait",
     "is_in_join",
     "transfers",
-    "user_line",
 ]
 
 BUSY_CORES = 0.2
@@ -93,12 +92,6 @@ _CONNECTIONS: dict[str, str] = {
     AwaitedKind.CONNECTING: "connecting to {}",
 }
 _DISK = ("request_wait_answer", "fuse_", "io_schedule", "folio_wait", "wait_on_page", "rpc_", "nfs", "blk_", "jbd2")
-
-
-def user_line(snapshot: RankSnapshot | WorkerSnapshot) -> FrameSnapshot | None:
-    """Return the innermost line of the user's code."""
-    known = snapshot.user_line if isinstance(snapshot, RankSnapshot) else None
-    return known or next((frame for frame in snapshot.frames if frame.is_user), None)
 
 
 def awaited_thread(snapshot: RankSnapshot | WorkerSnapshot) -> ThreadSnapshot | None:

@@ -13,7 +13,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
-from traceml.diagnosis.stalls.single_pauses import imports_in
+from traceml.diagnosis.stalls.single_pauses import imports_in, line_of_stuck_rank
 from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, median_over_ranks
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
@@ -79,10 +79,16 @@ class _LongSteps(msgspec.Struct, frozen=True):
     are_waits: NDArray[np.bool_]
 
 
-def jitter(work: OwnWork, facts: JobFacts, step_ns: float) -> tuple[list[Finding], dict[str, Floats]]:
-    """Find rare long steps that cost much together and that no part explains; also return their part without them."""
+def jitter(
+    steps: NDArray[np.int64], work: OwnWork, facts: JobFacts, step_ns: float
+) -> tuple[list[Finding], dict[str, Floats]]:
+    """Find rare long steps that cost much together and that no part explains; also return their part without them.
+
+    Args:
+        steps: numbers of the steps of the window.
+    """
     events = _unexplained(work)
-    found = _rare_long_steps(work, facts, events, step_ns)
+    found = _rare_long_steps(steps, work, facts, events, step_ns)
     if found is None:
         return [], {}
 
@@ -95,7 +101,9 @@ def jitter(work: OwnWork, facts: JobFacts, step_ns: float) -> tuple[list[Finding
     return [found], {part: values}
 
 
-def _rare_long_steps(work: OwnWork, facts: JobFacts, events: _LongSteps, step_ns: float) -> Finding | None:
+def _rare_long_steps(
+    steps: NDArray[np.int64], work: OwnWork, facts: JobFacts, events: _LongSteps, step_ns: float
+) -> Finding | None:
     if not MIN_EVENTS <= len(events.columns) <= RARE * len(work.step):
         return None
 
@@ -106,7 +114,7 @@ def _rare_long_steps(work: OwnWork, facts: JobFacts, events: _LongSteps, step_ns
     if facts.oversubscribed and not _exceeds_cpu_contention(work, events):
         return None
 
-    found = _jitter(work, facts, events, cost, step_ns)
+    found = _jitter(steps, work, facts, events, cost, step_ns)
     if "line" not in found.evidence and facts.is_core_wait(cost / step_ns):
         return None
 
@@ -178,7 +186,9 @@ def _with_causes(work: OwnWork, columns: NDArray[np.intp], usual_ns: float) -> N
     return np.union1d(columns, before[own >= CAUSE_SHARE * (work.step[before + 1] - usual_ns)])
 
 
-def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float) -> Finding:
+def _jitter(
+    steps: NDArray[np.int64], work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float
+) -> Finding:
     sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
     if work.grouped:  # what no rank's own work explains is waiting
         sums["comm"] = max(cost * len(work.step) - sum(sums.values()), 0.0)
@@ -191,6 +201,7 @@ def _jitter(work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, ste
     long = _described_steps(_with_waits(events, long, usual_ns), usual_ns)
     how_long, them = _how_long(long, len(work.step))
     line, phase_share = _line(work, facts, events, phase, rank, step_ns) if phase in events.excess else (None, 0.0)
+    line = _line_of_pause(steps, work, facts, events, phase) or line
     rank = _rank_of_line(work, facts, events, phase, line) if rank is None else rank
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     action = advice.for_jitter(phase, rank, line)
@@ -258,6 +269,21 @@ def _line(
     share = float(values.mean()) / step_ns
     held = float(events.excess[phase][ranks].sum()) >= LINE_SHARE * float(values.sum())
     return (own_line(facts.lines, phase, share, () if rank is None else (rank,)) if held else None), share
+
+
+def _line_of_pause(
+    steps: NDArray[np.int64], work: OwnWork, facts: JobFacts, events: _LongSteps, phase: str | None
+) -> BlamedLine | None:
+    """Return the line of a long step that is nearly all of what they cost, if its rank was seen without progress in it.
+
+    Code that holds the GIL hides from samples.
+    """
+    excess = events.excess.get(phase or "")
+    if excess is None or excess.max() < LINE_SHARE * excess.sum():
+        return None
+
+    row, at = np.unravel_index(int(excess.argmax()), excess.shape)
+    return line_of_stuck_rank(facts, int(work.ranks[row]), steps[events.columns[at : at + 1]])
 
 
 def excess_over_usual(values: Floats, columns: NDArray[np.intp]) -> Floats:

@@ -71,7 +71,9 @@ BUSY_POWER = 0.6
 def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
     step, shares = _step_shares(work, usual_steps(work))
-    pause = _pause(window, work, facts)
+    pauses = single_pauses(window, work, facts)
+    pause = Explanation() if pauses is None else pauses.explanation
+    facts = facts if pauses is None else pauses.left_out_of_lines(facts)
     evidence = _evidence(work, facts, step, shares)
     compute = sum(shares.get(part, 0.0) for part in COMPUTE)
     launches = work.device and _waits_for_launches(facts)
@@ -169,11 +171,6 @@ def _evidence_of_code(
 
     part, line = heavy
     return line.evidence(_sampled(shares)[part]) | ({} if own is None else {"own_code": True})
-
-
-def _pause(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Explanation:
-    pauses = single_pauses(window, work, facts)
-    return Explanation() if pauses is None else pauses.explanation
 
 
 def _evidence(work: OwnWork, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:

@@ -285,7 +285,7 @@ def _line(
     usual, slow = _usual_and_slow(bins, change)
     starts = [*bins.first_step.tolist(), bins.end]
     at = np.flatnonzero(slow)
-    seen, before = facts.divided_lines(starts[at[0]], starts[at[-1] + 1])
+    seen, before = facts.divided_lines(range(starts[at[0]], starts[at[-1] + 1]))
     if not seen or not before:
         share = _share(bins, part, np.ones(len(slow), bool))
         return own_line(facts.lines, part, share, ranks), share

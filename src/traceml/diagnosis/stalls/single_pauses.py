@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.database.snapshots.rank_snapshot import user_line
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE
@@ -19,7 +21,7 @@ from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import count_text, ns_text, phase_words
 
-__all__ = ["SinglePauses", "imports_in", "single_pauses", "usual_steps"]
+__all__ = ["SinglePauses", "imports_in", "line_of_stuck_rank", "single_pauses", "usual_steps"]
 
 PAUSE_NS, PAUSE_SHARE = 5e8, 0.25
 """One or two steps are reported from this time each on, if they are this share of all steps."""
@@ -29,12 +31,16 @@ MOST_PAUSES = 2
 """So many are no rare long steps yet."""
 PART_SHARE = 0.7
 """If no line is known, the part of the step is named if it took at least this share of it."""
+_DIVIDED_NS = 3e9  # samples are counted by the second
+_SAMPLES_PER_S = 1.0  # there are 3 to 10 of code that does not hide from them
 
 
 class SinglePauses(NamedTuple):
     """The steps with a pause, and the sentence about them."""
 
     columns: NDArray[np.intp]
+    steps: NDArray[np.int64]  # their numbers
+    mean_ns: float
     explanation: Explanation
 
     def left_out_of(self, window: AlignedSteps, work: OwnWork) -> AlignedSteps:
@@ -42,6 +48,11 @@ class SinglePauses(NamedTuple):
         kept = np.ones(len(window), bool)
         kept[_with_next(self.columns, work)] = False
         return window.select(kept)
+
+    def left_out_of_lines(self, facts: JobFacts) -> JobFacts:
+        """Return the facts with the lines of the other steps, where the samples of these are told from them."""
+        is_told = self.mean_ns >= _DIVIDED_NS
+        return replace(facts, lines=facts.lines_without(set(self.steps.tolist()))) if is_told else facts
 
 
 def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> SinglePauses | None:
@@ -63,16 +74,20 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
     mean = total / len(at)
     factor = count_text(round(mean / step))
     steps, they, each = ("One step", "that step", "") if len(at) == 1 else ("Two steps", "these steps", " each")
-    where, action, more = compiled_in(window.steps[at], total, work, facts) or _place(work, facts, at, total, they)
+    where, action, more = compiled_in(window.steps[at], total, work, facts) or _place(
+        work, facts, window.steps[at], at, total, they
+    )
     text = f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{where}."
     evidence = {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(share, 1.0), **more}
-    return SinglePauses(at, Explanation(text, action, evidence))
+    return SinglePauses(at, window.steps[at], mean, Explanation(text, action, evidence))
 
 
-def _place(work: OwnWork, facts: JobFacts, at: NDArray[np.intp], total: float, they: str) -> Explanation:
+def _place(
+    work: OwnWork, facts: JobFacts, steps: NDArray[np.int64], at: NDArray[np.intp], total: float, they: str
+) -> Explanation:
     """Return where the steps took most of their time, if that is known, and the advice to look there."""
     part = max(work.parts, key=lambda name: float(work.parts[name][:, at].max(axis=0).sum()), default="other")
-    line = _line(work, facts, part, at)
+    line = _line(work, facts, part, steps, at)
     if line is None and (imports := imports_in(work, facts, part, at, total)):
         return imports
 
@@ -123,15 +138,41 @@ def imports_in(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp], 
     return Explanation(f", mostly in imports of {line.place}", action)
 
 
-def _line(work: OwnWork, facts: JobFacts, part: str, at: NDArray[np.intp]) -> BlamedLine | None:
-    """Return the line of one part of some steps, where these have most of what its samples are about."""
+def _line(
+    work: OwnWork, facts: JobFacts, part: str, steps: NDArray[np.int64], at: NDArray[np.intp]
+) -> BlamedLine | None:
+    """Return the line of one part of some steps.
+
+    Of long ones the samples in them tell, or a snapshot of the rank: code that holds the GIL hides from samples. Of
+    others the samples of the part in the whole run, where these steps have most of it.
+
+    Args:
+        steps: numbers of the steps.
+        at: their columns.
+    """
     values: Floats | None = work.parts.get(part)
     if values is None:
         return None
 
     row = int(values[:, at].sum(axis=1).argmax())
-    if values[row, at].sum() < LINE_SHARE * values[row].sum():
+    rank, total_ns = int(work.ranks[row]), float(values[row, at].sum())
+    if total_ns < LINE_SHARE * values[row].sum():
         return None
 
-    share = float(values[row].sum()) / max(float(work.step.sum()), 1.0)
-    return own_line(facts.lines, part, share, (int(work.ranks[row]),))
+    inside, others = ([each for each in some if each.rank == rank] for some in facts.divided_lines(set(steps.tolist())))
+    if total_ns < _DIVIDED_NS or not (inside or others):
+        share = float(values[row].sum()) / max(float(work.step.sum()), 1.0)
+        return own_line(facts.lines, part, share, (rank,))
+
+    if sum(each.samples for each in inside) < _SAMPLES_PER_S * total_ns / 1e9:
+        return line_of_stuck_rank(facts, rank, steps)
+
+    return own_line(inside, part, total_ns / max(float(work.step[at].sum()), 1.0), (rank,))
+
+
+def line_of_stuck_rank(facts: JobFacts, rank: int, steps: NDArray[np.int64]) -> BlamedLine | None:
+    """Return the line of a rank's longest pause, as its snapshot shows it, if that was in one of some steps."""
+    known = facts.progress.longest_pauses if facts.progress is not None else {}
+    snapshot = known.get(rank)
+    line = user_line(snapshot) if snapshot is not None and snapshot.step in steps else None
+    return BlamedLine(line.file, line.line, line.function, 1.0, 1) if line is not None else None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
-from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot
+from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot, user_line
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
 from traceml.formatting import parsed_place
@@ -60,6 +60,8 @@ class JobProgress(msgspec.Struct, frozen=True):
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0  # longest time from the end of a step to the end of the next
     was_aborted: bool = False  # whether the job was found to hang, and ended for that
+    # rank -> its snapshot in the longest pause in a step, which may have ended with progress
+    longest_pauses: Mapping[int, RankSnapshot] = {}
     # ranks that have called more collectives than others, and since when; None if all agree
     diverged: DivergedRanks | None = None
 
@@ -75,6 +77,7 @@ class _Signs(msgspec.Struct):
     open_step: int = -1
     line: tuple[int, int, int] = (0, 0, -1)  # timestamp, phase, id of the line
     snapshot: RankSnapshot | None = None
+    longest: RankSnapshot | None = None  # newest one of the longest pause in a step
     own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that goes on
     over_ns: int | None = None  # end of the pause that the snapshot is about
     changes: int = 0  # of the process's state from snapshot to snapshot, in the same pause
@@ -200,6 +203,10 @@ class ProgressHistory:
         """Add a snapshot. One older than the newest only counts as a pause: readers get events after rows."""
         signs = self._signs[snapshot.rank]
         signs.saw(snapshot.at_ns)
+        is_longer = signs.longest is None or snapshot.quiet_s > signs.longest.quiet_s
+        if snapshot.in_step and not snapshot.ended and is_longer and user_line(snapshot) is not None:
+            signs.longest = snapshot
+
         if snapshot.at_ns < signs.newest_ns:
             self._count_pause(snapshot, 0.0)
         elif not snapshot.ended:
@@ -269,7 +276,8 @@ class ProgressHistory:
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
         quiet, diverged = (self._quiet[0], self._quiet[1]), self._step_sequences.diverged
-        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _S, self.was_aborted, diverged)
+        longest = {rank: signs.longest for rank, signs in self._signs.items() if signs.longest is not None}
+        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _S, self.was_aborted, longest, diverged)
 
     def _of_rank(
         self, rank: int, now_ns: int, names: Mapping[int, str], opened: tuple[int, float] | None, *, is_gone: bool
