@@ -86,7 +86,10 @@ class InfoKind(StrEnum):
         ("model:text parameters:int trainable:int dense_embeddings:int device:text dtype:text torch_threads:int "
          "bound_cores:list compiled parallel:text gradient_size:int gradient_ranks:list step"),
     )  # fmt: skip
-    OPTIMIZER = "optimizer", "an optimizer has stepped", "optimizer:text groups tensors:int lr fused foreach step"
+    OPTIMIZER = (
+        "optimizer", "an optimizer has stepped",
+        "optimizer:text groups tensors:int lr fused foreach history_bytes:int step",
+    )  # fmt: skip
     TRAINING_BEGINS = "training_begins", "an optimizer of other parameters begins to step", "step"
     COMPILATION = "compilation", "time that torch.compile took in the whole run", "seconds graphs"
     ANOMALY_DETECTION = "anomaly_detection", "autograd's detection of anomalies is on, or off again", "on"

@@ -11,6 +11,7 @@ from tests.diagnosis.memory.memories import GB, MB, device, growing, growing_wor
 from traceml.database.schema import EPOCHS, Resource
 from traceml.diagnosis.facts.growing_objects import growing_of
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory, MemoryKind
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
@@ -418,6 +419,21 @@ def test_a_container_with_a_bound_that_is_little_of_the_growth_hides_no_leak():
     (finding,) = leaks(**leaking(), growing=growing_list(**{**REPLAY, "item_bytes": 1 * MB}, max_size=5000))
 
     assert finding.kind == "MEMORY_LEAK"
+
+
+@pytest.mark.parametrize(("history_gb", "is_told"), [(6, False), (1, True), (None, True)])
+def test_an_optimizer_that_fills_its_history_is_no_leak(history_gb, is_told):
+    """L-BFGS after Adam: its first 100 updates, of 1.5 MB each, were told to fill the host in 8 minutes."""
+    builder = JobFactsBuilder(1)
+    builder.info(0, {"kind": "optimizer", "history_bytes": history_gb and history_gb * GB})
+    builder.info(0, {"kind": "optimizer", "history_bytes": None})
+
+    assert bool(leaks(**leaking(), history_bytes=builder.build().history_bytes)) is is_told
+
+
+def test_a_list_that_grows_beside_the_history_of_an_optimizer_is_a_leak():
+    """What the script keeps does not end with the history."""
+    assert leaks(**leaking(), history_bytes=6 * GB, growing=growing_list())
 
 
 @pytest.mark.parametrize(("kind", "bounded"), [("list", "deque with maxlen"), ("dict", "lru_cache with maxsize")])

@@ -42,6 +42,20 @@ def test_whether_an_optimizer_is_fused(make, options, fused):
     assert optimizer_facts(make(torch.nn.Linear(2, 2).parameters(), **options))["fused"] is fused
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "history_bytes"),
+    [
+        (torch.optim.LBFGS, {"history_size": 7}, 7 * 2 * 6 * 4),
+        (torch.optim.LBFGS, {}, 100 * 2 * 6 * 4),
+        (torch.optim.Adam, {}, None),
+        (OwnOptimizer, {}, None),
+    ],
+)
+def test_the_history_of_an_optimizer_has_a_size(make, options, history_bytes):
+    """L-BFGS keeps two tensors like all parameters together for each past update."""
+    assert optimizer_facts(make(torch.nn.Linear(2, 2).parameters(), **options))["history_bytes"] == history_bytes
+
+
 class ByLength(SequentialSampler):
     """A sampler of the script."""
 

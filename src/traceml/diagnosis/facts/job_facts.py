@@ -82,6 +82,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # first steps of optimizers of other parameters, but at the run's start: folds, trials
     trainings_begin: tuple[int, ...] = ()
     fused: bool | None = None  # whether the optimizer is a fused one; None if no fused form of it is known
+    history_bytes: int = 0  # that an optimizer keeps of past steps at most, as L-BFGS does; 0 without such a history
     # (file, function) of code that reads gradients in trainings without an optimizer
     own_updates: frozenset[tuple[str, str]] = frozenset()
     compile_s: float | None = None  # seconds that torch.compile took; None if unknown, as before the end

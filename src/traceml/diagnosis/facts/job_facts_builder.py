@@ -195,6 +195,12 @@ class JobFactsBuilder:
         place = str(row.get("file")), str(row.get("function"))
         self._facts["own_updates"] = self._facts.get("own_updates", frozenset()) | {place}
 
+    def _take_optimizer(self, rank: int, row: Mapping[str, Any]) -> None:
+        if isinstance(row.get("history_bytes"), int):
+            self._facts["history_bytes"] = max(self._facts.get("history_bytes", 0), row["history_bytes"])
+
+        self._take_setup(rank, row)
+
     def _take_setup(self, rank: int, row: Mapping[str, Any]) -> None:
         self._facts |= {field: row[key] for key, field in _KEPT.items() if row.get(key) is not None}
         if isinstance(row.get("machine_cores"), int):
@@ -232,7 +238,7 @@ class JobFactsBuilder:
         InfoKind.PLAIN_EVALUATION: lambda self, *_: self._facts.update(plain_evaluation=True),
         InfoKind.PROCESS: _take_process,
         InfoKind.TRACING: lambda self, *_: self._facts.update(only_logs=False),
-        InfoKind.OPTIMIZER: _take_setup,
+        InfoKind.OPTIMIZER: _take_optimizer,
         InfoKind.MODEL: _take_model,
         InfoKind.GROUP: _take_group,
     }

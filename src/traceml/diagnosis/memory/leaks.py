@@ -115,6 +115,9 @@ def _finding(
     if cause and cause.left_steps < (room.left_steps if room else math.inf):
         return None  # a container with a bound is full before memory is
 
+    if cause is None and _is_history(facts, kind, growth):
+        return None
+
     follows = growth.now_bytes <= of_batches**2 * (growth.now_bytes - growth.grown_bytes)
     if follows and cause is None and copied is None:
         return None
@@ -143,6 +146,11 @@ def _finding(
             **({"left_s": room.left_s, "left_steps": room.left_steps, "limit_bytes": room.total_bytes} if room else {}),
         },
     )
+
+
+def _is_history(facts: JobFacts, kind: MemoryKind, growth: GrowthEstimate) -> bool:
+    """Return whether the history of an optimizer may be all of a growth: it stops when that is full."""
+    return kind in (MemoryKind.RESIDENT, MemoryKind.DEVICE) and growth.grown_bytes <= facts.history_bytes
 
 
 def _advice(kind: MemoryKind, facts: JobFacts, *, is_unseen: bool) -> str:

@@ -293,7 +293,18 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
         "lr": first.get("lr") if isinstance(first.get("lr"), float) else None,
         "fused": bool(first["fused"]) if "fused" in first else None,  # None: it has no fused form
         "foreach": first.get("foreach"),
+        "history_bytes": _history_bytes(groups) or None,
     }
+
+
+def _history_bytes(groups: list[dict[str, Any]]) -> int:
+    """Return the most bytes that an optimizer keeps of past steps: L-BFGS two tensors for each of `history_size`."""
+    return sum(
+        2 * group["history_size"] * parameter.numel() * parameter.element_size()
+        for group in groups
+        if isinstance(group.get("history_size"), int)
+        for parameter in group["params"]
+    )
 
 
 def first_parameter(optimizer: Any) -> Any:
