@@ -211,7 +211,7 @@ def two_optimizers_one_model() -> None:
         second.step()
 
 
-def refine(model: nn.Module, batches: Iterable[torch.Tensor], optimizer: torch.optim.LBFGS | None = None) -> None:
+def refine(model: nn.Module, batches: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Train with L-BFGS, one step a batch; with an optimizer that is made here if none is given."""
     optimizer = optimizer or torch.optim.LBFGS(model.parameters(), max_iter=2)
     for x in batches:
@@ -552,6 +552,29 @@ def test_a_loop_has_the_steps_it_says(traced: Traced, loop: Callable[[], None], 
     assert all(row["backward_ns"] > 0 for row in rows)
     assert all(row["optimizer_ns"] > 0 or row["flags"] & StepFlag.INFERRED for row in rows)
     assert all(row["forward_ns"] > 0 for row in rows[1:])  # a model may only be found by its first backward pass
+
+
+@pytest.mark.parametrize("flagged", [0, 5])
+def test_steps_whose_closure_is_called_several_times_are_told(traced: Traced, flagged: int) -> None:
+    """L-BFGS evaluates the model for each of its iterations; Adam before it has no closure."""
+    model, x = net(), torch.randn(2, WIDTH)
+    first = torch.optim.Adam(model.parameters())
+    second = torch.optim.LBFGS(model.parameters(), max_iter=2, tolerance_grad=0, tolerance_change=0)
+    for _ in range(15):
+        train(model, first, x)
+
+    refine(model, [x] * flagged, second)
+
+    flags = [bool(row["flags"] & StepFlag.CLOSURES) for row in traced.finish()]
+    assert flags == [False] * 15 + [True] * flagged
+
+
+def test_one_call_of_a_closure_is_a_usual_step(traced: Traced) -> None:
+    """SGD calls it once."""
+    model = net()
+    refine(model, [torch.randn(2, WIDTH)] * 10, sgd(model))
+
+    assert not any(row["flags"] & StepFlag.CLOSURES for row in traced.finish())
 
 
 def test_batches_that_are_gathered_first(traced: Traced) -> None:

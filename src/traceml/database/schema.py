@@ -204,6 +204,7 @@ class StepFlag(IntFlag):
     CALLBACK = 32  # backward_own_ns was measured on this step
     EPOCH = 64  # it waited for the first batch of a new iterator; a row of epochs follows
     PROFILED = 128  # torch.profiler was started, ran or was stopped in it
+    CLOSURES = 256  # its optimizer called its closure several times
 
 
 class StepBits(NamedTuple):

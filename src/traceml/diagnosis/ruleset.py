@@ -56,6 +56,7 @@ from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.single_pauses import single_pauses
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
+from traceml.diagnosis.steps.closure_calls import without_more_passes
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork, own_work_of
 from traceml.diagnosis.steps.paces import by_pace
 from traceml.diagnosis.steps.several_trainings import as_one_training, trainings_of
@@ -374,7 +375,8 @@ def _is_by_chance(finding: Finding) -> bool:
 
 
 def _without_explained(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> tuple[OwnWork, list[Finding]]:
-    """Return own work without what is explained (by batch sizes, collections, compiling), and the findings."""
+    """Return own work without what is explained (closures, batch sizes, collections, compiling), and the findings."""
+    work = replayed(work, without_more_passes(window, work))
     explained, even = data_imbalance(window, work)
     work = replayed(work, even)
     for rule in (gc_pauses, recompiles):

@@ -42,7 +42,7 @@ _log = logging.getLogger("traceml")
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
 _CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
 _INPUT_WAIT, _BACKWARD, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.OPTIMIZER)
-_SKIPPED = int(StepFlag.SKIPPED)
+_SKIPPED, _CLOSURES = int(StepFlag.SKIPPED), int(StepFlag.CLOSURES)
 
 
 def is_wrapper(cls: type[Any]) -> bool:
@@ -204,6 +204,10 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
         failed = False
         return result
     finally:
+        if clock.closure_calls > 1:
+            clock.flags |= _CLOSURES
+            clock.needs_slow_commit = True
+
         _end(clock, optimizer, began, failed=failed)
         if callable(closure):
             clock.last_optimizer = 0  # the next step takes this path, too
@@ -218,6 +222,7 @@ def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Calla
 
     def call(*args: Any, **kwargs: Any) -> Any:
         interrupted = clock.interrupt(_OPTIMIZER, began)
+        clock.closure_calls += 1
         batches, *data = clock.batches, clock.backwards, clock.samples, clock.elements
         try:
             return closure(*args, **kwargs)

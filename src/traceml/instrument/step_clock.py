@@ -97,6 +97,7 @@ class StepClock(DividedStep):
         self.fuses = False  # optimizers step inside backward
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
+        self.closure_calls = 0  # calls of its closure
         self.unmatched_batches: list[EndedParts] = []  # ends of batches before any optimizer step
         self.last_optimizer = self.failure = self.failed_in = 0
         self.usual_trigger = self.usual_loader = NOT_READY
@@ -300,7 +301,7 @@ class StepClock(DividedStep):
         elif self.step_call:
             self.repeat_step_call(ident, t)
 
-        self.inner_steps = 0
+        self.inner_steps = self.closure_calls = 0
         self.depth = 1
         self.current = _OPTIMIZER
         self.open_slots[_OPTIMIZER] = t

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, rows_of, window_of
-from traceml.database.schema import DEVICE_STEPS, EVALS, STEPS, USER_PHASES, pack_bits
+from traceml.database.schema import DEVICE_STEPS, EVALS, STEPS, USER_PHASES, StepFlag, pack_bits
 from traceml.diagnosis.steps.kept_steps import KeptSteps, slots_for
 
 
@@ -32,6 +32,21 @@ def test_ranks_align_on_the_steps_that_all_have():
 
     assert aligned.ranks.tolist() == [0, 1]
     assert aligned.steps.tolist() == list(range(40, 70))
+
+
+def test_steps_with_closures_are_known_by_rank():
+    """A slot that a later step takes has no flag of the step before."""
+    kept = KeptSteps(32)
+    rows = some_rows(0, 60)
+    rows["bits"][[10, 50]] = pack_bits(1, int(StepFlag.CLOSURES), 9)
+    put(kept, 0, rows)
+    put(kept, 1, some_rows(0, 60))
+
+    aligned = kept.aligned(last=30)
+
+    assert aligned.steps[aligned.closures[0]].tolist() == [50]
+    assert not aligned.closures[1].any()
+    assert aligned.select(aligned.steps > 50).closures.shape == (2, 9)
 
 
 def test_the_first_steps_are_left_out():

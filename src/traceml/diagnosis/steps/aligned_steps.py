@@ -38,6 +38,8 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     elements: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
     # number of samples in them, 0 if unknown
     samples: Floats = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    # whether its optimizer called its closure several times, rank x step; empty if none did
+    closures: NDArray[np.bool_] = msgspec.field(default_factory=lambda: np.empty((0, 0), bool))
     # rank -> the ranks of its host that it represents, itself among them, where hosts are merged
     represents: Mapping[int, tuple[int, ...]] = {}
     # by rank and step, own work of the longest of those beyond that of the rank itself; empty without any
@@ -100,8 +102,8 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self._cut(lambda values: values[rows], ranks=ranks, represents=represents)
 
     def _cut(self, cut: Callable[[Floats], Floats], **changed: Any) -> AlignedSteps:
-        """Return the part of the times that `cut` takes; sizes and excess may be unknown."""
-        optional = {name: getattr(self, name) for name in ("elements", "samples", "excess_of_represented")}
+        """Return the part of the times that `cut` takes; sizes, closures and excess may be unknown."""
+        optional = {name: getattr(self, name) for name in ("elements", "samples", "closures", "excess_of_represented")}
         return replace(
             self,
             times={name: cut(values) for name, values in self.times.items()},

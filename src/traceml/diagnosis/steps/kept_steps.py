@@ -33,7 +33,7 @@ Rows = NDArray[np.void]
 # The durations of a step row and the size of its batch are neighbors: one slice of the row matrix holds them all.
 _DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["samples"] + 1)
 _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
-_BITS, _PROFILED = STEPS.index["bits"], int(StepFlag.PROFILED)
+_BITS, _PROFILED, _CLOSURES = STEPS.index["bits"], int(StepFlag.PROFILED), int(StepFlag.CLOSURES)
 _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own", "total")
 
 MAX_CELLS = 640_000
@@ -62,7 +62,7 @@ class KeptSteps:
     """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
 
     The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
-    Durations are kept as float32 (a step of ten seconds to the microsecond), 56 bytes per rank and step.
+    Durations are kept as float32 (a step of ten seconds to the microsecond), 57 bytes per rank and step.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
@@ -88,6 +88,7 @@ class KeptSteps:
         self._device: tuple[Ints, Floats] | None = None
         self._evaluation: tuple[Ints, Floats] | None = None
         self._profiled: set[int] = set()
+        self._closures = np.empty(0, bool)
         self._grow(ranks)
 
     def reached(self, missing: Collection[int] = ()) -> Ints:
@@ -114,7 +115,9 @@ class KeptSteps:
         at = self._cells(rank_indices, steps)
         self._step[at] = steps
         self._values[at] = matrix[:, _DURATIONS]
-        self._profiled.update(steps[unpack_bits(matrix[:, _BITS]).flags & _PROFILED > 0].tolist())
+        flags = unpack_bits(matrix[:, _BITS]).flags
+        self._closures[at] = flags & _CLOSURES > 0
+        self._profiled.update(steps[flags & _PROFILED > 0].tolist())
         # Of a repeated index the last value stays, which is the rank's newest row.
         self.latest[rank_indices] = steps
         self.end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
@@ -262,6 +265,7 @@ class KeptSteps:
 
     def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> AlignedSteps:
         at = self._cells(ranks[:, None], steps)
+        closures = self._closures[at]
         values = _by_column(self._values.take(at.ravel(), axis=0)).reshape(len(_POSITION), *at.shape)
         total, own = values[_POSITION["total_ns"]], values[_POSITION["backward_own_ns"]]
         own[own < 0] = np.nan
@@ -290,6 +294,7 @@ class KeptSteps:
             device=device,
             elements=values[_POSITION["elements"]],
             samples=values[_POSITION["samples"]],
+            closures=closures if closures.any() else np.empty((0, 0), bool),
         )
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
@@ -329,6 +334,7 @@ class KeptSteps:
         self.end_ns = _longer(self.end_ns, self._capacity)
         self._step = _longer(self._step, cells, fill=-1)
         self._values = _longer(self._values, cells)
+        self._closures = _longer(self._closures, cells)
         self._user = {name: _longer_pair(pair, cells) for name, pair in self._user.items()}
         self._device = _longer_pair(self._device, cells) if self._device else None
         self._evaluation = _longer_pair(self._evaluation, cells) if self._evaluation else None

@@ -99,6 +99,7 @@ _FLAG_WORDS = {
     StepFlag.CALLBACK: "backward_own_ns was measured",
     StepFlag.EPOCH: "it waited for the first batch of an iterator",
     StepFlag.PROFILED: "torch.profiler ran, or was started or stopped",
+    StepFlag.CLOSURES: "the optimizer called its closure several times",
 }
 
 
