@@ -266,9 +266,30 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED
 
-    def is_core_wait(self, share: float) -> bool:
-        """Return whether ranks lacked cores, and waited for one that share of the time: it may be the whole cause."""
-        return self.oversubscribed and bool(self.wait_of_wall_time) and share <= self.waited_share
+    @cached_property
+    def communication_waits(self) -> dict[int, float]:
+        """Share of wall time that threads which communicate wait for a core, by rank; empty if unknown.
+
+        All threads but the main one run for so long, and wait in the same proportion as that does. Torch's own compute
+        for the main one, and those of the script do anything: where there are such, nothing is known.
+        """
+        if not self.oversubscribed or self.threads != 1 or self.thread_lines:
+            return {}
+
+        shares = (
+            (rank, cores, self.wait_of_ready_time.get(rank)) for rank, cores in self.samples.background_cores().items()
+        )
+        return {rank: cores * share / (1.0 - share) for rank, cores, share in shares if share is not None and share < 1}
+
+    def is_core_wait(self, share: float, *, in_communication: bool = False) -> bool:
+        """Return whether ranks lacked cores, and waited for one that share of the time: it may be the whole cause.
+
+        Args:
+            in_communication: whether waits of threads that communicate are part of that time, too.
+        """
+        waits = list(self.communication_waits.values()) if in_communication else []
+        waited = self.waited_share + (float(np.median(waits)) if waits else 0.0)
+        return self.oversubscribed and bool(self.wait_of_wall_time) and share <= waited
 
     @cached_property
     def worker_use(self) -> WorkerUse | None:

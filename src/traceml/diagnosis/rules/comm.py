@@ -17,7 +17,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
-from traceml.formatting import capitalized, gain_text, ns_text, percent_text, ranks_text
+from traceml.formatting import capitalized, cores_text, gain_text, ns_text, percent_text, ranks_text
 
 __all__ = ["comm_bound", "min_wait_ns"]
 
@@ -42,7 +42,8 @@ def _for_cores_ns(work: OwnWork, facts: JobFacts, step: float) -> float:
     """Return the time of a step in which the rank that waits most for a core does while others may wait for it.
 
     What it waits for a core while it computes is in its own work. The main thread that computes on the CPU either runs
-    or waits for a core, so the time beyond that which it ran is such waiting.
+    or waits for a core, so the time beyond that which it ran is such waiting. While it sleeps in a collective, the
+    threads that communicate wait.
     """
     known = facts.wait_of_wall_time
     if not known or work.device:
@@ -52,7 +53,9 @@ def _for_cores_ns(work: OwnWork, facts: JobFacts, step: float) -> float:
     computing = sum(parts, np.zeros(len(work.ranks))) / work.step_ns
     shares = dict(zip(work.ranks.tolist(), computing.tolist(), strict=True))
     left = (
-        waited - min(max(shares.get(rank, 0.0) - facts.core_runs.get(rank, inf), 0.0), waited)
+        facts.communication_waits.get(rank, 0.0)
+        + waited
+        - min(max(shares.get(rank, 0.0) - facts.core_runs.get(rank, inf), 0.0), waited)
         for rank, waited in known.items()
     )
     return float(step * max(left))
@@ -99,7 +102,20 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
         f"{gain_text(gain)}."
     )
     action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward", line)
+    if shared := _shared_cores(work, facts):
+        summary += f" {shared}, which the threads that communicate need, too."
+        action += " Or start fewer ranks on a host: with a core each they communicate faster."
+
     return [_finding(cost, step, summary, action, evidence, gain)]
+
+
+def _shared_cores(work: OwnWork, facts: JobFacts) -> str | None:
+    """Return `4 ranks share 2 cores`, if they wait for these; what they send waits in turns then, too."""
+    if work.device or not facts.oversubscribed:
+        return None
+
+    ranks, cores = facts.ranks_beside_first, facts.cores.get(facts.hosts.get(0, ""), 0)
+    return f"{ranks} ranks share {cores_text(cores)}" if 0 < cores < ranks else None
 
 
 def _calling_line(share: float, facts: JobFacts) -> BlamedLine | None:

@@ -115,7 +115,7 @@ def _rare_long_steps(
         return None
 
     found = _jitter(steps, work, facts, events, cost, step_ns)
-    if "line" not in found.evidence and facts.is_core_wait(cost / step_ns):
+    if "line" not in found.evidence and facts.is_core_wait(cost / step_ns, in_communication=found.phase == "comm"):
         return None
 
     if found.phase is None and _in_a_row(events.columns[~events.are_waits]):
