@@ -40,6 +40,25 @@ def test_a_short_training_falls_back_to_the_whole_run():
     assert waits.of_wall_time() == {}
 
 
+def test_a_second_of_training_is_not_mixed_with_the_imports_before():
+    """A rank that had its core ran and waited for 193 ms in it, and for 11 s before: rank 1 "used 45x its CPU time"."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 0, -1), (10_857, 2566, 8604, -1)))
+    waits.add(0, rows((11_486, 2700, 8810, 42), (11_984, 2816, 8819, 120), (12_480, 2881, 8822, 156)))
+    waits.add(0, rows((12_527, 2897, 8822, -1)))
+
+    assert waits.of_ready_time() == {0: pytest.approx(12 / 193)}
+    assert waits.of_wall_time() == {0: pytest.approx(12 / 994)}
+
+
+def test_a_main_thread_that_sleeps_while_it_trains_is_not_judged_by_its_imports():
+    """As where a device computes: it ran for 20 ms."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 0, -1), (9000, 3000, 5000, 0), (9500, 3010, 5000, 9), (10_000, 3020, 5000, 18)))
+
+    assert waits.of_ready_time() == {}
+
+
 def test_the_open_step_is_that_of_the_newest_readings():
     """Between steps, as after the last one, none is open."""
     waits = CoreWaits()

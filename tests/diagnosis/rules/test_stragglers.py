@@ -318,6 +318,25 @@ def test_a_rank_that_also_lacks_a_core_is_slow_by_its_code(run: float, line: int
     assert "is not the cause" not in found.next
 
 
+@pytest.mark.parametrize(("runs_ms", "waits_ms", "is_late"), [(180, 474, False), (600, 50, True)])
+def test_a_rank_that_lacks_a_core_in_a_second_of_training_is_not_slow(
+    runs_ms: int, waits_ms: int, is_late: bool
+) -> None:
+    """Rank 0 had its core in training, and neither had one in the imports before; rank 1 "used 45x its CPU time"."""
+    builder = JobFactsBuilder(2)
+    for rank, (ran, waited) in enumerate([(181, 12), (runs_ms, waits_ms)]):
+        rows = np.zeros(4, PROCESS.dtype)
+        rows["t_ns"], rows["step"] = np.array([0, 10_000, 11_000, 11_100]) * 10**6, (-1, 0, 150, -1)
+        rows["main_run_ns"] = np.array([0, 2500, 2500 + ran, 2500 + ran]) * 10**6
+        rows["main_wait_ns"] = np.array([0, 8500, 8500 + waited, 8500 + waited]) * 10**6
+        builder.process_rows(rank, rows)
+
+    job = Job(ranks=2, steps=160, own={"forward": 0.4, "backward": 0.6, "optimizer": 0.3, "other": 0.2}, comm=2.0)
+    found = diagnose(window_of(job, adds("backward", 3.0, (1,))), builder.build())
+
+    assert any(each.kind is Kind.COMPUTE_STRAGGLER for each in found) is is_late
+
+
 def test_ranks_with_one_fault_do_not_hide_each_other_s_line() -> None:
     """Two of four ranks, on two cores: the line is of both, and of none that is not late."""
     lines = [_sampled(rank, part, 7, 40) for rank in range(4) for part in ("forward", "other")]

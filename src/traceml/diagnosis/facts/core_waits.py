@@ -34,6 +34,8 @@ COMPETING_PROCESSES = "competing_processes"
 
 MIN_OBSERVED_NS = 2e8
 """With less time than this, nothing is known."""
+MIN_READY_NS = 5e7
+"""Of a main thread that ran and waited for less than this in training, the share in which it waited is not known."""
 WITHOUT_CORE_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
@@ -82,13 +84,17 @@ class _MainThread(msgspec.Struct):
         return _sum(self.training, *(self.of_open if len(self.of_open) == 1 else ()))
 
     @property
-    def run_and_wait(self) -> tuple[int, int]:
-        """Run and waited in training; where that was too short, in the whole run."""
-        _, run, wait = self.trained
-        if run + wait >= MIN_OBSERVED_NS:
-            return run, wait
+    def wait_of_ready_time(self) -> float | None:
+        """Share of the time in which it could have run that it waited; None if unknown.
 
-        return self.last[1] - self.first[1], self.last[2] - self.first[2]
+        It is that of training; where that was too short, of the whole run, most of which may be imports.
+        """
+        wall, run, wait = self.trained
+        least = MIN_READY_NS
+        if wall < MIN_OBSERVED_NS:
+            run, wait, least = self.last[1] - self.first[1], self.last[2] - self.first[2], MIN_OBSERVED_NS
+
+        return wait / (run + wait) if run + wait >= least else None
 
 
 class CoreWaits:
@@ -116,12 +122,11 @@ class CoreWaits:
     def of_ready_time(self) -> dict[int, float]:
         """Return the share of the time in which a main thread could have run that it waited for a core.
 
-        It is that of training; where that was too short, of the whole run. Of a rank without steps, as a parameter
-        server, nothing is known once others train.
+        Of a rank without steps, as a parameter server, nothing is known once others train.
         """
         begun = {rank: each for rank, each in self._ranks.items() if each.has_begun}
-        observed = {rank: each.run_and_wait for rank, each in (begun or self._ranks).items()}
-        return {rank: wait / (run + wait) for rank, (run, wait) in observed.items() if run + wait >= MIN_OBSERVED_NS}
+        shares = {rank: each.wait_of_ready_time for rank, each in (begun or self._ranks).items()}
+        return {rank: share for rank, share in shares.items() if share is not None}
 
     def observed_s(self) -> dict[int, float]:
         """Return the seconds of training between the readings of each rank."""
