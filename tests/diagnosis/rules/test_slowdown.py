@@ -795,6 +795,25 @@ def test_no_line_is_blamed_for_slow_steps_if_they_hardly_run_it():
     assert (finding.phase, finding.evidence.get("line")) == ("other", None)
 
 
+@pytest.mark.parametrize(
+    ("replay", "others", "is_named"), [(7, (), True), (4, (), False), (7, ("step",), False), (0, ("step",) * 7, False)]
+)
+def test_few_samples_of_the_slow_steps_show_no_other_line(replay: int, others: tuple[str, ...], is_named: bool) -> None:
+    """Beside other programs a run of 6 s had 120 samples in the line, 7 of them in its last steps."""
+
+    def lines(counts: dict[str, int], forward: int) -> tuple[SampledLine, ...]:
+        own = (SampledLine(0, "other", "/x/train.py", 61, name, None, count) for name, count in counts.items() if count)
+        return (*own, SampledLine(0, "forward", "/x/train.py", 5, "forward", None, forward))
+
+    before = lines({"replay": 110, "step": 2}, 20)
+    seen = lines({"replay": replay, "step": len(others)}, 3)
+
+    finding = slowdown(history(AT * 4.0), JobFacts(divided_lines=lambda first, end: (seen, before)))[0]
+
+    assert (finding.phase, finding.evidence["shape"]) == ("other", "growth")
+    assert finding.evidence.get("function") == ("replay" if is_named else None)
+
+
 @pytest.mark.parametrize(("growth_ms", "is_host"), [(4.0, False), (0.25, True)])
 def test_advice_is_on_the_host_only_where_its_cores_explain_the_growth(growth_ms: float, is_host: bool) -> None:
     """The mean of a growing list takes 12 times as long. Waits for a core have grown by a quarter of the time, too."""

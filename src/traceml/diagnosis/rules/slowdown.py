@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from traceml.diagnosis.advice import WAITED_FOR, flush_denormals
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, calls_collectives, changed_line, outside_line
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.sampled_shares import MIN_SAMPLES, of_part
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
@@ -41,6 +43,8 @@ NOT_OF_CORES = 2.5
 """By this factor steps do not become slower because a core does: another thread on it, or its clock."""
 FAR_SLOWER = 4.0
 """Phases that become slower by this factor more than the rest, which is as long, do so on any host."""
+FEWEST_SAMPLES = 5
+"""Fewer samples of the slow steps do not show that they run no other line than the steps before."""
 HAS_CORE_WAIT = 0.05
 """A rank has its core if it waits for one for less of the time."""
 OF_MEAN = 0.5
@@ -296,7 +300,27 @@ def _line(
     share = _share(bins, part, slow)
     pace = float(np.median(bins.step_ns[usual]) / max(np.median(bins.step_ns[slow]), 1.0))
     line = changed_line(seen, part, share, before, pace)
+    if line is None:
+        line = _line_of_few(seen, before, part, _share(bins, part, np.ones(len(slow), bool)))
+
     return None if line is None or calls_trainer(seen, line) else line, share
+
+
+def _line_of_few(
+    seen: Sequence[SampledLine], before: Sequence[SampledLine], part: str, share: float
+) -> BlamedLine | None:
+    """Return the line that has most of a phase in all steps, where slow ones have few samples, none of another.
+
+    Beside other programs the sampler runs seldom, and its intervals may have nearly all samples of a short run before
+    its last steps.
+    """
+    of_slow = of_part(seen, part)
+    if not FEWEST_SAMPLES <= sum(each.samples for each in of_slow) < MIN_SAMPLES:
+        return None
+
+    line = own_line([*seen, *before], part, share)
+    place = (line.file, line.function) if line else None
+    return line if all((each.file, each.function) == place for each in of_slow) else None
 
 
 def _share(bins: StepHistory, part: str, at: NDArray[np.bool_]) -> float:
