@@ -808,7 +808,7 @@ def test_few_samples_of_the_slow_steps_show_no_other_line(replay: int, others: t
     before = lines({"replay": 110, "step": 2}, 20)
     seen = lines({"replay": replay, "step": len(others)}, 3)
 
-    finding = slowdown(history(AT * 4.0), JobFacts(divided_lines=lambda first, end: (seen, before)))[0]
+    finding = slowdown(history(AT * 4.0), JobFacts(divided_lines=lambda _steps: (seen, before)))[0]
 
     assert (finding.phase, finding.evidence["shape"]) == ("other", "growth")
     assert finding.evidence.get("function") == ("replay" if is_named else None)
