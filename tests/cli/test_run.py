@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,3 +91,13 @@ def test_each_task_of_a_launcher_makes_a_run_of_its_own(
 
     printed = capsys.readouterr().err
     assert printed.startswith(f"traceml: {told}") if told else printed == ""
+
+
+@pytest.mark.parametrize("report", [None, Path("copy.html")])
+def test_a_node_that_has_joined_a_run_says_where_it_is(report: Path | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no run of its own, and no copy of the report."""
+    run._print_joined(SimpleNamespace(node="node1", run_dir="/runs/r-1"), report)  # type: ignore[arg-type]
+
+    printed = capsys.readouterr().err
+    assert printed.startswith("traceml: the ranks of this node are part of the run of node1, ")
+    assert printed.endswith("there: /runs/r-1; copy.html is not written here\n" if report else "there: /runs/r-1\n")

@@ -149,7 +149,7 @@ def run_job(
             job,
             make_screen=make_screen,
             on_start=None if quiet else lambda: _print_start(job.run_dir, live=live != "web"),
-            on_joined=None if quiet else _print_joined,
+            on_joined=None if quiet else lambda run: _print_joined(run, report),
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
             on_completing=load_card,
@@ -174,14 +174,15 @@ def _print_start(run_dir: Path, *, live: bool) -> None:
     print_start(run_dir, live=live)
 
 
-def _print_joined(run: JoinedRun) -> None:
-    """Print where the ranks of this node are stored."""
+def _print_joined(run: JoinedRun, report: Path | None) -> None:
+    """Print where the ranks of this node are stored, and that a wanted copy of the report is not written."""
     from traceml.formatting import printable
 
+    here = f"; {report} is not written here" if report is not None else ""
     print_notice(
         printable(
             f"traceml: the ranks of this node are part of the run of {run.node}, which is stored, shown and reported "
-            f"there: {run.run_dir}"
+            f"there: {run.run_dir}{here}"
         )
     )
 

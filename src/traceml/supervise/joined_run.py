@@ -41,7 +41,7 @@ class JoinedRun:
         from traceml.inspection.control_groups import OomWatch
 
         assert report.location is not None
-        location = report.location
+        self.location = location = report.location
         self.node, self.run_id, self.run_dir = location.node, location.run_id, report.run_dir
         self._client = AggregatorClient(report.host, location.port, report.token, location.run_id, location.tls)
         self._runs_dir = str(runs_dir)

@@ -203,7 +203,7 @@ class Supervisor:
         if report.location is not None:
             from traceml.supervise.joined_run import JoinedRun
 
-            if self._joined is None or self._joined.run_id != report.location.run_id:
+            if self._joined is None or self._joined.location != report.location:
                 self._joined = JoinedRun(report, self._job.runs_dir)
                 if self._on_joined is not None:
                     self._on_joined(self._joined)
