@@ -14,8 +14,8 @@ from traceml.run_folder import STORE_NAME
 __all__ = ["FinishedFlights", "finish_flights", "finish_run"]
 
 
-def finish_run(run_dir: Path) -> bool:
-    """Finish a run without an aggregator; return whether it is over now.
+def finish_run(run_dir: Path) -> bool | None:
+    """Finish a run without an aggregator; return whether it is over now, None if another process has finished it.
 
     A run with a live rank is left alone: the rank may find another aggregator.
 
@@ -26,7 +26,7 @@ def finish_run(run_dir: Path) -> bool:
         facts = reader.meta().get("run", {})
 
     if facts.get("ended") is not None:
-        return True
+        return None
 
     run = ActiveRun(run_dir, str(facts.get("job", run_dir.name)), named=bool(facts.get("named")))
     return _finish(run, Registry(run_dir.parent))

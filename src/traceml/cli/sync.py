@@ -177,9 +177,8 @@ def _warn_of_silent(runs_dir: Path) -> None:
     hosts = {str(snapshot.identity.get("host") or "an unknown host") for snapshot in silent_elsewhere(runs_dir)}
     if hosts:
         _warn(
-            f"ranks on {', '.join(sorted(hosts))} left rows in {runs_dir}. They may still be running: this host "
-            f"cannot tell. "
-            "Once their jobs have ended for a minute, `traceml sync --ended` stores the rows"
+            f"ranks on {', '.join(sorted(hosts))} left rows in {runs_dir}. They may still be running: this host cannot "
+            "tell. Once their jobs have ended for a minute, `traceml sync --ended` stores the rows"
         )
 
 
@@ -221,12 +220,14 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
 
         time.sleep(_POLL_S)
 
-    if not finish_run(run_dir):
+    is_over = finish_run(run_dir)
+    if is_over is False:
         raise TraceMLError(
             f"run {run_dir.name} no longer has an aggregator, but its ranks are still running: end them first"
         )
 
-    _report_stored(run_dir)
+    if is_over:
+        _report_stored(run_dir)
 
 
 def _report_stored(run_dir: Path) -> None:

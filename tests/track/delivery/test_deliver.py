@@ -284,7 +284,7 @@ def test_a_tracker_without_the_run_to_resume_begins_another(run: LoggedRun) -> N
 
     assert done.returncode == 0
     assert values(lines_of(run.path), "loss") == [(0, 0.5), (1, 0.4)]
-    assert "resume='nope': jsonl has no run of that id" in done.stderr
+    assert "resume='nope': jsonl has no run with that id" in done.stderr
 
 
 def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) -> None:
