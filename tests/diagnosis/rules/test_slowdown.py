@@ -163,6 +163,14 @@ def test_growth_that_speeds_up_is_told_from_its_first_step_and_within_what_was_m
     assert finding.evidence["after_ms"] == pytest.approx(100, rel=0.1)
 
 
+@pytest.mark.parametrize(("slow_share", "is_told"), [(0.8, True), (0.93, False)])
+def test_steps_that_are_faster_at_the_very_end_were_not_slow_at_first(slow_share: float, is_told: bool) -> None:
+    """Another program on the host has ended, for example."""
+    changes = found(np.where(len(AT) * slow_share > AT, 20.0, 0.0))
+
+    assert [each.evidence["shape"] for each in changes] == ["first"] * is_told
+
+
 @pytest.mark.parametrize("noise", [0.01, 0.05])
 @pytest.mark.parametrize("first", [12, 25, 45])
 def test_growth_that_begins_later_is_told_from_there(first: int, noise: float) -> None:

@@ -27,7 +27,7 @@ MIN_TAU = 0.7
 MIN_RISE = 0.5
 """Steps that rise by this share of a jump after it grow, and did not jump."""
 _MIN_SEGMENT = 3
-_MIN_LEVEL = 0.15  # growth that begins later than the run does so after this share of it
+_MIN_LEVEL = 0.15  # of a run: growth that begins later has this before it, and slow first steps have it after them
 _POWERS = (1.0, 1.5, 2.0, 3.0)  # of growth from the first step on, which may speed up
 _SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
 
@@ -166,6 +166,9 @@ def _jump(values: Floats) -> LevelChange | None:
     slow, usual = float(np.median(inside)), float(np.median(outside))
     if slow < usual and (first == 0 or last == count):  # the rest is the slow part
         first, last, slow, usual = (last, count, usual, slow) if first == 0 else (0, first, usual, slow)
+
+    if first == 0 and count - last < max(_MIN_SEGMENT, _MIN_LEVEL * count):
+        return None  # a run that is faster at its very end was not slow at first
 
     inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
     if _alike(outside, usual, slow) >= _alike(inside, usual, slow):  # it comes and goes, as at the begin of each epoch
