@@ -269,7 +269,8 @@ _TUTORIALS = (
     _tutorial("adversarial", steps=200),
     _tutorial("functional", steps=200),
     _tutorial("meta_learning", *QUIET, "RESIDUAL_HEAVY", steps=60),  # the inner updates
-    _tutorial("diffusion", *QUIET, "RESIDUAL_HEAVY", steps=200, never=frozenset({"JITTER"})),
+    # Sampling is evaluation, and takes about a quarter of the time after the start-up.
+    _tutorial("diffusion", *QUIET, "RESIDUAL_HEAVY", "EVAL_HEAVY", steps=200, never=frozenset({"JITTER"})),
     _tutorial("sharpness", steps=200),
     _tutorial("full_graph", *QUIET, "EVAL_HEAVY", steps=150, never=_LOUD),
 )
