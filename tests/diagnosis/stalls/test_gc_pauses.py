@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
-from traceml.database.schema import LINE_OTHER, PAUSES, Pause, Phase
+from traceml.database.schema import IMPORTING, LINE_OTHER, PAUSES, Pause, Phase
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.sampled_lines import SampledLine
@@ -36,8 +36,8 @@ def history(**of_rank) -> PauseHistory:
     return pauses
 
 
-def found(job: Job, *faults, pauses: PauseHistory) -> list[Finding]:
-    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, pauses=pauses))
+def found(job: Job, *faults, pauses: PauseHistory, lines: tuple[SampledLine, ...] = ()) -> list[Finding]:
+    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, pauses=pauses, lines=lines))
 
 
 def test_a_call_in_each_step_is_reported_with_its_line():
@@ -105,9 +105,9 @@ def test_the_gain_is_that_of_the_advice():
     assert verdict.speedup_if_fixed == pytest.approx(44.1 / left_ms, rel=0.05)
 
 
-@pytest.mark.parametrize(("longest_ms", "told"), [(390, True), (1600, False)])
-def test_collections_of_one_step_are_no_habit(longest_ms: float, told: bool) -> None:
-    """A step that imports modules collects for longer than all others together."""
+@pytest.mark.parametrize(("longest_ms", "imports", "told"), [(390, 300, True), (1600, 300, False), (1600, 0, True)])
+def test_collections_of_a_step_that_imports_are_no_habit(longest_ms: float, imports: int, told: bool) -> None:
+    """It collects for longer than all others together; so does the one full collection of a heap that grows."""
     rows = collections(100, every=30)
     rows["ns"][3] = longest_ms * MS
     long = np.zeros(220)
@@ -116,7 +116,9 @@ def test_collections_of_one_step_are_no_habit(longest_ms: float, told: bool) -> 
     def fault(own: dict[str, np.ndarray], _random: object) -> None:
         own["other"][0] += long
 
-    kinds = [each.kind for each in found(ALONE, fault, pauses=history(r0=rows))]
+    line = SampledLine(0, "other", "/x/train.py", 9, "metrics", f"{IMPORTING}1207 _handle_fromlist", imports)
+    lines = (line,) if imports else ()
+    kinds = [each.kind for each in found(ALONE, fault, pauses=history(r0=rows), lines=lines)]
     assert (Kind.GC_PAUSES in kinds) is told
 
 

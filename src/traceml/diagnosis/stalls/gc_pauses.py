@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from traceml.database.schema import Pause, Phase
-from traceml.diagnosis.facts.blamed_lines import BlamedLine
+from traceml.diagnosis.facts.blamed_lines import BlamedLine, importing_line
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.pauses import Rows
 from traceml.diagnosis.facts.trainings.trainer_calls import own_line
@@ -36,7 +36,7 @@ LEFT_SHARE = 0.01
 MIN_NUMBER = 3
 """Fewer collections in a window are chance, not a habit of the run."""
 MOST_IN_STEP = 0.5
-"""If one step has more of their time than this, they are a pause of that step."""
+"""If one step has more of their time than this, and modules are imported in steps, they are part of that pause."""
 _COLLECTIVE = Phase.COMM.label
 _ROUND = (1, 2, 5, 10)
 _MIN_EVERY = 10
@@ -55,7 +55,7 @@ class _Collections(msgspec.Struct, frozen=True):
     rows: Rows
     saved_ns: float  # time by which the mean step would be shorter
     collective_ns: float  # the part of it in collectives
-    most_in_step: float  # largest share of the time of all in one step
+    of_imports: bool  # whether most of their time is in one step, as modules are imported there
     place: tuple[str | None, int | None, str | None]  # the line that called for most of them
     library: str  # the line of a library that did, `FILE:LINE FUNCTION`; empty if the user's code did
 
@@ -73,8 +73,8 @@ class _Collections(msgspec.Struct, frozen=True):
         return int(self.rows["count"].sum())
 
     def is_significant(self, work: OwnWork) -> bool:
-        """Return whether there are several that cost enough, and not mostly those of one step, as one of imports."""
-        is_habit = self.number >= MIN_NUMBER and self.most_in_step <= MOST_IN_STEP
+        """Return whether there are several that cost enough, and not mostly those of a step that imports modules."""
+        is_habit = self.number >= MIN_NUMBER and not self.of_imports
         return is_habit and self.saved_ns >= least_cost_ns(work.step_ns)
 
 
@@ -121,9 +121,10 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
     library = facts.pauses.most_frequent(lead, single, "text_id")
     most = float(by_step[int(totals.argmax())].max() / max(float(totals.max()), 1.0))
+    of_imports = most > MOST_IN_STEP and any(importing_line(facts.lines, part, ranks) for part in work.parts)
     collective_ns = 0.0 if _COLLECTIVE in work.parts else _in_collectives_ns(work, taken)
     saved = saved_ns(work, without) + collective_ns
-    return _Collections(called, without, ranks, rows, saved, collective_ns, most, place, library)
+    return _Collections(called, without, ranks, rows, saved, collective_ns, of_imports, place, library)
 
 
 def _in_collectives_ns(work: OwnWork, taken: dict[str, Floats]) -> float:
