@@ -20,6 +20,7 @@ from traceml.trusted_files import read_regular
 __all__ = [
     "ENV_PREFIX",
     "INTERNAL_ENV",
+    "TLS_PREFIX",
     "USER_ENV",
     "Declaration",
     "SettingEntry",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 ENV_PREFIX = "TRACEML_"
+TLS_PREFIX = "tls://"
+"""Begin of TRACEML_ADDRESS where the aggregator encrypts connections."""
 _log = logging.getLogger("traceml")
 
 # Variables that our own processes set for each other; any other with TRACEML_ is a setting, or in USER_ENV.
@@ -160,7 +163,7 @@ class SettingSources:
         if not address:
             return {}
 
-        host, _, port = address.removeprefix("tls://").rpartition(":")
+        host, _, port = address.removeprefix(TLS_PREFIX).rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS):
             raise SettingsError(
                 "TRACEML_ADDRESS", f"{address!r} is not an address", source="TRACEML_ADDRESS", allowed="host:port"
@@ -171,7 +174,7 @@ class SettingSources:
             if value := environ.get(self._declared[name].env):
                 chosen[name] = value
 
-        return chosen | {"tls": address.startswith("tls://")}
+        return chosen | {"tls": address.startswith(TLS_PREFIX)}
 
     def project_file(self, folder: Path | None) -> Iterator[SettingEntry]:
         """Yield from the first `traceml.toml`, or `pyproject.toml` with a `[tool.traceml]`, found upwards."""

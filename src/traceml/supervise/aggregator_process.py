@@ -24,6 +24,7 @@ from traceml.helper_programs import helper_program
 from traceml.ids import new_run_id, safe_run_id
 from traceml.process_ends import exit_text
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, aggregator_words, unwritable_text
+from traceml.setting_sources import TLS_PREFIX
 from traceml.supervise.aggregator_client import AggregatorClient
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
@@ -114,7 +115,7 @@ class AggregatorProcess(RestartingProcess):
             address: host:port at which the rank reaches it; by default this host's loopback.
         """
         return {
-            "TRACEML_ADDRESS": address or f"{'tls://' if self._tls else ''}127.0.0.1:{self.port}",
+            "TRACEML_ADDRESS": address or f"{TLS_PREFIX if self._tls else ''}127.0.0.1:{self.port}",
             "TRACEML_TOKEN": self.token,
             "TRACEML_RUN_ID": self.run_id,
             "TRACEML_RUNS_DIR": str(self.runs_dir),

@@ -23,13 +23,13 @@ from msgspec.structs import replace
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, TraceMLError
 from traceml.fail_open import fail_open, print_notice
 from traceml.formatting import printable
+from traceml.setting_sources import TLS_PREFIX
 
 __all__ = ["NodeRun", "NodeRunReport", "RunLocation"]
 
 _CHOSEN, _BEGUN = "traceml/run", "traceml/begun"
 _CHOICE = timedelta(seconds=10)  # the first node makes it at once; one that is not traced never does
 _CONNECT_S, _ANSWER_S = 5.0, 10.0  # an aggregator that starts on a busy host takes seconds
-_TLS = "tls://"
 
 _log = logging.getLogger("traceml")
 
@@ -51,7 +51,7 @@ class RunLocation(msgspec.Struct, frozen=True, kw_only=True):
             run_id=environ["TRACEML_RUN_ID"],
             node=socket.gethostname(),
             port=int(environ["TRACEML_ADDRESS"].rpartition(":")[2]),
-            tls=environ["TRACEML_ADDRESS"].startswith(_TLS),
+            tls=environ["TRACEML_ADDRESS"].startswith(TLS_PREFIX),
             token=environ["TRACEML_TOKEN"] if shows_token else None,
         )
 
@@ -184,7 +184,7 @@ def _variables(joined: NodeRunReport) -> dict[str, str]:
     assert joined.location is not None
     host = f"[{joined.host}]" if ":" in joined.host else joined.host
     return {
-        "TRACEML_ADDRESS": f"{_TLS if joined.location.tls else ''}{host}:{joined.location.port}",
+        "TRACEML_ADDRESS": f"{TLS_PREFIX if joined.location.tls else ''}{host}:{joined.location.port}",
         "TRACEML_TOKEN": joined.token,
         "TRACEML_RUN_ID": joined.location.run_id,
     }
