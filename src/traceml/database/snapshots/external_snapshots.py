@@ -44,7 +44,10 @@ __all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
 FIRST_SILENT_S = 3.0
 """Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_last"}
-_BUSY_CORES, _STAMP_S = 0.2, 10.0
+_BUSY_CORES = 0.2
+# A snapshot that is like the one before is stored again after a quarter of the silence, and every 10 s: where nothing
+# else comes from the host of the rank, readers know of no more silence than the newest one tells.
+_STAMP_S, _STAMP_SHARE = 10.0, 0.25
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 
 _SLOTS = struct.Struct(f"@{OPEN_SLOTS}q")
@@ -66,7 +69,7 @@ class ExternalSnapshots:
         self._asked: tuple[str, int] | None = None
         self._rates = UsageRates(pid)
         self._stored: dict[str, object] = {}
-        self._stored_s = 0.0
+        self._stored_ns = 0
 
     def slots(self) -> LiveSlots | None:
         """Return what the rank had open when its recorder woke last; None without a readable file."""
@@ -123,14 +126,14 @@ class ExternalSnapshots:
         return snapshot.with_process(seen, info, [frame for frame in frames if frame.is_user])
 
     def is_news(self, snapshot: RankSnapshot) -> bool:
-        """Return whether a snapshot is to be stored: it differs from the last one stored, or that is 10 s ago."""
+        """Return whether a snapshot is to be stored: it differs from the last one stored, or that is long ago."""
         state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
         state["busy"] = (snapshot.cpu_share or 0) >= _BUSY_CORES
-        now_s = time.monotonic()
-        if state == self._stored and now_s - self._stored_s < _STAMP_S:
+        age_s = (snapshot.at_ns - self._stored_ns) / 1e9
+        if state == self._stored and age_s < min(_STAMP_S, _STAMP_SHARE * snapshot.quiet_s):
             return False
 
-        self._stored, self._stored_s = state, now_s
+        self._stored, self._stored_ns = state, snapshot.at_ns
         return True
 
     @property
