@@ -49,7 +49,7 @@ class SteadyClock(NamedTuple):
 
     mono_ns: int  # both clocks at the start
     epoch_ns: int
-    boot: str  # the boot of the machine, in which alone the monotonic clock goes on
+    boot: str  # the machine's boot; another one starts its monotonic clock anew
 
     @classmethod
     def start(cls) -> Self:

@@ -52,7 +52,7 @@ def thread_stack(ident: int, most: int = _MAX_DEPTH) -> list[FrameType]:
     """Return a thread's frames at one moment, the innermost first.
 
     Whoever walks `f_back` once the thread has gone on finds no caller of a generator that has yielded meanwhile. The
-    thread may go on during this walk too, which is then done again.
+    thread may continue during this walk too, which is then done again.
     """
     with _pause:
         for _ in range(_WALKS):

@@ -102,7 +102,7 @@ class PostImportHook:
 
 
 class _BegunSpec(ModuleSpec):
-    """The spec of a module whose import goes on: as before once it has ended."""
+    """The spec of a module that is being imported: as before once that has ended."""
 
     @property
     def _initializing(self) -> bool:

@@ -100,7 +100,7 @@ class ProfileWindow:
 
         try:
             return self._next_state()
-        except Exception as error:  # noqa: BLE001 - whatever torch raises, the training goes on
+        except Exception as error:  # noqa: BLE001 - whatever torch raises, the training continues
             _log.debug("the profiler failed", exc_info=error)
             self._end(f"torch.profiler failed: {type(error).__name__}: {error}")
             return _PROFILED
@@ -162,7 +162,7 @@ class ProfileWindow:
         try:
             if self._profiler is not None and self.state is ProfileState.OPEN:
                 self._stop()
-        except Exception as error:  # noqa: BLE001 - whatever torch raises, the training goes on
+        except Exception as error:  # noqa: BLE001 - whatever torch raises, the training continues
             why = why or f"torch.profiler failed: {type(error).__name__}: {error}"
         finally:
             self._patches.restore()

@@ -111,7 +111,7 @@ class StepClock(DividedStep):
     def is_evaluating(self) -> bool:
         """Whether an evaluation runs, as far as is known: a batch of it has ended, or it needs no batch.
 
-        It goes on until the model is trained again.
+        It continues until the model is trained again.
         """
         return bool(self.evaluation.start or (self.evaluating and (self._is_idle() or self._is_evaluation())))
 

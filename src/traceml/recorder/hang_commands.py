@@ -48,10 +48,10 @@ def _terminate() -> None:
 
 
 def print_stuck(args: Mapping[str, Any], on_printed: Callable[[], object]) -> dict[str, Any]:
-    """Print that the job is stuck, or goes on; in a thread of its own, as nobody may read the pipe of standard error.
+    """Print that the job is stuck, or continues; in a thread of its own, as nobody may read the pipe of standard error.
 
     Args:
-        args: `kind` and `headline` of the verdict, absent if the job goes on; `run_dir`.
+        args: `kind` and `headline` of the verdict, absent if the job continues; `run_dir`.
         on_printed: called in that thread, as this line is no output of the script.
     """
     command = report_command(short_path(Path(str(args.get("run_dir")))))

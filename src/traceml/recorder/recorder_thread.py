@@ -151,7 +151,7 @@ class RecorderThread:
 
         Args:
             timeout_s: time for all of it; an aggregator that starts meanwhile has more.
-            keep_trying: whether to go on for that long when no aggregator answers.
+            keep_trying: whether to continue for that long when no aggregator answers.
         """
         self._grace_s, self._keep_trying = timeout_s, keep_trying
         self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, keep_trying=self._keep_trying)

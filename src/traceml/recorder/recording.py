@@ -278,7 +278,7 @@ class Recording:
         The rows stay in the flight file. Before the first step it has only prepared the training.
 
         Args:
-            failed: whether it did not become one, and this program goes on.
+            failed: whether it did not become one, and this program continues.
         """
         slots = self.flight.open_slots
         if failed:
@@ -391,7 +391,7 @@ class Recording:
             return
 
         if self.flight.ring("steps").acked or self.sender.steps_sent:
-            # Steps under the old rank are stored already: the rows go on there, with a note of the new one.
+            # Steps under the old rank are stored already: the rows continue there, with a note of the new one.
             self.note(InfoKind.IDENTITY, rank=new.rank, world_size=new.world_size, job=now.job)
             return
 

@@ -153,7 +153,7 @@ class SamplerScheduler:
                 self.append(entry.sampler.table.name, row)
 
             entry.samples += 1
-        except Exception as error:  # noqa: BLE001 - fail open: the other samplers go on
+        except Exception as error:  # noqa: BLE001 - fail open: the other samplers continue
             self._failed(entry, error)
 
         cost = time.thread_time_ns() - started

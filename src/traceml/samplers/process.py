@@ -78,7 +78,7 @@ class ProcessSampler(Sampler):
             self._sched.close()
 
     def _read_thread(self) -> None:
-        """Read how long the thread that trains has run and waited; where that has changed, both go on from there."""
+        """Read how long the thread that trains has run and waited; where that has changed, both continue from there."""
         thread = self._training_thread()
         with suppress(OSError):  # the thread has ended
             if thread != self._thread and (number := thread_number(thread or 0)):

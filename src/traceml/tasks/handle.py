@@ -48,7 +48,7 @@ class TaskHandle(TaskRecord, Generic[T]):
         Inside a task, a queued task of the same Runtime runs on this thread if no other is free for it.
 
         Args:
-            timeout: seconds to wait; the task goes on after them.
+            timeout: seconds to wait; the task itself continues after them.
 
         Raises:
             ArgumentTypeError: `timeout` is no number.

@@ -62,7 +62,7 @@ def wait_for(task: TaskRecord, timeout: float | None) -> None:
     if timeout is None and _runs_in_place(task, thread) and task.claim():
         _run_in_place(task, thread)
 
-    if task.state not in FINAL:  # also where it has returned a coroutine, which goes on elsewhere
+    if task.state not in FINAL:  # also where it has returned a coroutine, which continues elsewhere
         _block(task, me, timeout)
 
 
@@ -240,7 +240,7 @@ def forget_waits() -> None:
 
 
 async def await_for(task: TaskRecord) -> None:
-    """Wait for a task on any event loop, which goes on meanwhile."""
+    """Wait for a task on any event loop, which continues meanwhile."""
     me, loop = current_task(), asyncio.get_running_loop()
     _refuse_cycle(me, task, "awaits")
     ended = asyncio.Event()
@@ -266,7 +266,7 @@ def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
     Raises:
         ArgumentTypeError: `timeout` is no number.
         WaitTimeoutError: `timeout` seconds have passed.
-        TaskDeadlockError: this is the engine's event loop, on which its coroutines could not go on.
+        TaskDeadlockError: this is the engine's event loop, on which its coroutines could not continue.
     """
     if engine.loop.is_here():
         raise TaskDeadlockError("wait_all() would block the event loop; await the handles, or asyncio.gather(*handles)")

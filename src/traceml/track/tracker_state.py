@@ -110,7 +110,7 @@ SuspectState = TypedDict(
 
 
 class ResumeState(TypedDict, total=False):
-    """State that a delivery carries from batch to batch, so that it can go on after a death.
+    """State that a delivery carries from batch to batch, so that it can continue after a death.
 
     Maps by experiment have the experiment's key.
     """

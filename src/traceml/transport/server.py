@@ -1,6 +1,6 @@
 """Server side of connections: framing, handshake and refusals on asyncio; a handler processes the messages.
 
-A faulty peer affects only itself: its connection is refused with a reason and closed, and the others go on.
+A faulty peer affects only itself: its connection is refused with a reason and closed, and the others continue.
 """
 
 from __future__ import annotations

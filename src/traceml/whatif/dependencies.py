@@ -174,7 +174,7 @@ def _carried(
 
 
 def _has_peer(step: _Step, computation: int, kind: str) -> bool:
-    """Return whether another stage has the other end of a computation's transfer: the pipeline goes on there."""
+    """Return whether another stage has the other end of a computation's transfer: the pipeline continues there."""
     return 0 <= step.operations[computation].global_chunk + _PEERS[kind][1] < step.chunks * len(step.stages)
 
 

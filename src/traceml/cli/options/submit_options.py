@@ -92,7 +92,7 @@ def await_job(job: SubmittedJob[Any]) -> None:
 
     Raises:
         Exception: what the launch raised there.
-        KeyboardInterrupt: the user waits no longer; its note says that the job goes on.
+        KeyboardInterrupt: the user waits no longer; its note says that the job continues.
     """
     try:
         job.result()

@@ -184,7 +184,7 @@ class ExternalSnapshots:
             self._holders = tuple(_callers(text)[:MAX_THREADS]) if self._is_waiting_for_gil else ()
 
     def _moment(self, state: str) -> tuple[str, int] | None:
-        """Return what changes when the main thread goes on; None while it is stopped, as it cannot answer."""
+        """Return what changes when the main thread continues; None while it is stopped, as it cannot answer."""
         if state == "R" or (self._is_waiting_for_gil and state == "S"):
             return "R", int(time.monotonic() / _AGAIN_S)
 

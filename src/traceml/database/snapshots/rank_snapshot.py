@@ -284,7 +284,7 @@ class RankSnapshot(_Record):
 
     @property
     def is_polling(self) -> bool:
-        """Whether the training thread only wakes now and then, to look whether it can go on.
+        """Whether the training thread only wakes now and then, to look whether it can continue.
 
         On a busy host it then waits for a core for most of the time, so that it seems to be ready to run.
         """

@@ -46,7 +46,7 @@ _RowChoice = Callable[[NDArray[np.uint8]], NDArray[np.bool_]]
 class _Following(msgspec.Struct):
     """One pass over frames: the cursor after it, and per (table, stream) the number of the next row.
 
-    While it goes on, the writer may merge frames that were read with ones that were not.
+    While it continues, the writer may merge frames that were read with ones that were not.
     """
 
     cursor: int

@@ -1,6 +1,6 @@
 """Marks of checkpoints: how many updates the last saved one holds, and which one a restarted training reads.
 
-A script counts its steps from 0 when it is restarted. What it reads shows where it goes on: a file of the folder to
+A script counts its steps from 0 when it is restarted. What it reads shows where it continues: a file of the folder to
 which an earlier attempt has saved.
 """
 

@@ -3,7 +3,7 @@
 It computes nothing, has one thread and uses no GPU, so that forked workers can do all of that. If it or the agent dies,
 the other one ends the processes of the job. `ps` shows it, and the workers, as `traceml-workers`.
 
-Process: zygote, until it forks; each child goes on in `worker_main`.
+Process: zygote, until it forks; each child continues in `worker_main`.
 """
 
 from __future__ import annotations

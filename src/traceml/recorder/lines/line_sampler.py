@@ -179,7 +179,7 @@ class LineSampler:
         before = self._reading()
         wait(max(0.0, MIN_SLEEP_S + (MAX_SLEEP_S - MIN_SLEEP_S) * random_share() - late_s))
         stack = thread_stack(self._thread(), _MAX_DEPTH)
-        after = self._reading()  # at once: the training thread goes on after 50 us
+        after = self._reading()  # at once: the training thread continues after 50 us
         counts = self._count(stack, after.opened[0], after.t_ns)
         if counts is not None and before.opened == after.opened:
             counts[1] += after.t_ns - before.t_ns

@@ -110,7 +110,7 @@ class ProgressCounters:
         """Whether the training thread is further on in the user's code than ever since the last progress."""
         is_new = False
         for frame in stack_frames(thread_frame(self._thread()), _MAX_DEPTH):
-            # A module is counted as its import goes on.
+            # A module counts while it is being imported.
             if frame.f_code.co_name == "<module>" or self._user.contains(frame):
                 is_new |= self._is_further(frame.f_code, running_line(frame))
 

@@ -205,7 +205,7 @@ class BatchSender:
             self._verdicts.send_live(main, event)
 
     def _stream_of(self, frame: Frame) -> StreamRecord:
-        is_first = frame.table == STEPS.name and frame.seq == 0  # by then it is known what the rank goes on from
+        is_first = frame.table == STEPS.name and frame.seq == 0  # by then it is known what the rank continues from
         return self._records.stream(frame.stream, fresh=is_first)
 
     # --- everything else ---------------------------------------------------------------------------------------------

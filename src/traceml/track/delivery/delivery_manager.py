@@ -123,7 +123,7 @@ class DeliveryManager:
     def poll(self, run_dir: Path, *, ended: bool) -> None:
         """Supervise the deliveries of a run; call it often, also after its end, until it is delivered.
 
-        An error is logged, and the deliveries of other runs go on: what a run announces came over a connection.
+        An error is logged, and the deliveries of other runs continue: what a run announces came over a connection.
         """
         if run_dir not in self._runs:
             self._runs[run_dir] = RunDeliveries(run_dir, self._start)

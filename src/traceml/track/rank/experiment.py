@@ -168,7 +168,7 @@ class Experiment:
             state: `finished`, `stopped` or `failed`.
 
         Raises:
-            UsageError: another state; it goes on.
+            UsageError: another state; the experiment continues.
         """
         if not self._is_active:
             return
