@@ -34,6 +34,9 @@ from traceml.instrument.values.rollouts import RolloutSearch
 
 __all__ = ["BatchReader"]
 
+# Versions of torch that have both warn of the second one.
+_is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
+
 _PREFERRED = "input_ids"
 _DEPTH = 3  # of nested containers: more is not a batch
 _WIDTH = 16  # entries of a container in which a tensor is looked for
@@ -193,7 +196,7 @@ def _is_recorded() -> bool:
     What is asked of a tensor becomes part of the graph there, and a size that is read becomes a constant, so that
     torch.export refuses a model whose batch is of any size.
     """
-    return bool(torch.jit.is_tracing() or is_compiling() or _symbolic_trace._is_fx_tracing_flag)
+    return bool(torch.jit.is_tracing() or is_compiling() or _is_fx_tracing())
 
 
 def fingerprint_of(tensor: Any, others: Iterable[Any] = ()) -> int:
