@@ -14,7 +14,8 @@ from collections.abc import Callable
 from multiprocessing.pool import Pool
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import filelock
 import pytest
@@ -180,6 +181,14 @@ def in_filelock(path: Path, until: threading.Event) -> None:
         lock.acquire(cancel_check=until.is_set)
 
 
+def in_filelock_4(path: Path, until: threading.Event) -> None:
+    """It polls in a file of another name."""
+    lock, names = SimpleNamespace(lock_file=str(path)), dict[str, Any]()
+    code = "def _poll_until_acquired(self, until):\n    until.wait()"
+    exec(compile(code, "/lib/filelock/_core/_acquire.py", "exec"), names)
+    names["_poll_until_acquired"](lock, until)
+
+
 def in_torch(path: Path, until: threading.Event) -> None:
     from torch.utils.file_baton import FileBaton
 
@@ -187,7 +196,7 @@ def in_torch(path: Path, until: threading.Event) -> None:
     assert until.is_set()
 
 
-@pytest.mark.parametrize(("wait", "is_held"), [(in_filelock, True), (in_torch, False)])
+@pytest.mark.parametrize(("wait", "is_held"), [(in_filelock, True), (in_filelock_4, True), (in_torch, False)])
 def test_the_file_is_found_by_the_library_that_polls_it(
     tmp_path: Path, wait: Callable[[Path, threading.Event], None], is_held: bool
 ) -> None:

@@ -26,7 +26,7 @@ __all__ = ["awaited_child", "awaited_lock", "dead_sender", "library_frames", "op
 _SUBPROCESS = "/subprocess.py"
 _WAITS = ("wait", "communicate", "_wait", "_communicate")
 # Files of torch.utils.cpp_extension and of filelock, which poll a file, and the attribute that has its path.
-_LOCKS = {"/torch/utils/file_baton.py": "lock_file_path", "/filelock/_api.py": "lock_file"}
+_LOCKS = {"/torch/utils/file_baton.py": "lock_file_path", "/filelock/": "lock_file"}
 _MULTIPROCESSING, _POOL, _TORCH = "/multiprocessing/", "/multiprocessing/pool.py", "/torch/"
 _DEPTH = 50  # torch.utils.cpp_extension is itself 20 calls deep
 _FILE = "/torch/distributed/distributed_c10d.py"
@@ -93,10 +93,10 @@ def _has_replaced_worker(pool: Any) -> bool:
 def awaited_lock(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> str:
     """Return the path of the lock file; empty if the user's code waits for none."""
     for each in library_frames(frame, is_user):
-        name = next((name for file, name in _LOCKS.items() if each.f_code.co_filename.endswith(file)), None)
-        if name is not None:
-            path = getattr(each.f_locals.get("self"), name, "")
-            return path if isinstance(path, str) else ""
+        name = next((name for file, name in _LOCKS.items() if file in each.f_code.co_filename), None)
+        path = getattr(each.f_locals.get("self"), name, "") if name is not None else ""
+        if path and isinstance(path, str):
+            return path
 
     return ""
 
