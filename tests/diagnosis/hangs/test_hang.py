@@ -848,6 +848,15 @@ def test_the_headline_tells_the_state_where_no_line_is_known():
     assert "it has been stopped by a signal for 75 s; rank 0" in summary(finding)
 
 
+@pytest.mark.parametrize("held", [{"process_state": "T"}, {"process_state": "S", "wchan": "do_freezer_trap"}])
+def test_a_rank_that_is_stopped_in_a_collective_blocks_the_others(held: dict[str, str]):
+    """It has come to it, but cannot answer."""
+    finding = found(in_backward(0), in_backward(1, answered="kernel", groups=(), **{"wchan": "", **held}))
+
+    assert finding.ranks == (1,)
+    assert finding.headline.startswith("Rank 1 blocks the others")
+
+
 def test_the_line_that_was_sampled_last_is_told_of_a_stopped_rank():
     """A reader knows its text, by the names that the rank has sent."""
     rows = [in_backward(0), snapshot(1, answered="kernel", process_state="T", line_id=3)]

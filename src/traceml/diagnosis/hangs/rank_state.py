@@ -165,8 +165,12 @@ def collective_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
     """Return the collective that a rank waits in; None if it does something else.
 
     An operation in flight proves nothing, as it may be waited for later: the stack, the open phase or the kernel's
-    state must show the wait. Where the operation is not known, the group has no members and no number.
+    state must show the wait. Where the operation is not known, the group has no members and no number. A process that
+    is stopped or frozen waits in none: the others wait for it, whichever it is in.
     """
+    if snapshot.process_state == "T" or _is_frozen(snapshot.process_state, snapshot.wchan):
+        return None
+
     flying = [group for group in snapshot.groups if group.in_flight]
     called = _distributed_call(snapshot.frames)
     if called in _POINT_TO_POINT or (called and _is_transfer(snapshot.frames, has_flying=bool(flying))):
