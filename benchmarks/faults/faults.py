@@ -38,7 +38,8 @@ _TELLS_LOSS = re.compile(r"^ (Sent .*(wait|pending|error)|Tracing (?!.*none lost
 # Lines of ours outside the card: logged without a name, so recognized by their words. Not tracebacks, nor torchrun's.
 _OURS = re.compile(r"traceml|aggregator|tracker|flight file|rows|are kept|not stored")
 _OTHERS = re.compile(
-    r'^\s*(\[rank\d+\]:|File "|at |traceml: the page is at|raise |[WEI]\d{4} |traceml\.session\.entry FAILED)'
+    r'^\s*(\[rank\d+\]:|File "|at |traceml: the page is at|traceml: tracing this run|raise |[WEI]\d{4} |'
+    r"\S*/session/entry\.py FAILED)"
 )
 
 
