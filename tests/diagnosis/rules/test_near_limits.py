@@ -30,7 +30,7 @@ def found(resource: Resource, used: list[int], limit: int, *, seconds: float = 1
 
 def test_a_leak_of_open_files_is_reported_with_the_time_left():
     """One more descriptor in each step: 20 steps are left."""
-    (finding,) = found(Resource.OPEN_FILES, list(range(206, 237, 5)), 256, seconds=5.0, steps=5, rank=3)
+    (finding,) = found(Resource.OPEN_FILES, list(range(196, 237, 5)), 256, seconds=5.0, steps=5, rank=3)
 
     assert finding.ranks == (3,)
     assert finding.severity == "critical"
@@ -107,3 +107,12 @@ def test_memory_that_the_start_takes_is_not_growing():
 
     assert found(Resource.MEMORY, used, 2 << 30, steps=1) == []
     assert found(Resource.MEMORY, used[:8], 2 << 30, steps=10) != []
+
+
+@pytest.mark.parametrize("resource", [Resource.OPEN_FILES, Resource.PROCESSES])
+def test_what_the_start_opens_is_not_growing(resource: Resource):
+    """Libraries open files, and start threads, up to the first steps; `ulimit -n` is 64."""
+    used = [12, 13, 15, 16, 17, 18, 19, 20, 20, 20, 20, 20, 20, 20]
+
+    assert found(resource, used, 64, steps=2) == []
+    assert found(resource, used[:8], 64, steps=10) != []

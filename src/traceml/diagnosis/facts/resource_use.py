@@ -23,7 +23,8 @@ _KNOWN = frozenset(int(each) for each in Resource)
 _MIN_ROWS = 6
 _KEPT_ROWS = 60
 _MIN_PERIODS = 50
-_WARM_UP = 10  # steps: until then models are loaded, and optimizers make their state
+_WARM_UP = 10  # steps: until then libraries open files, models are loaded, and optimizers make their state
+_OF_WARM_UP = (Resource.OPEN_FILES, Resource.PROCESSES, Resource.MEMORY)
 
 
 class ResourceUse(msgspec.Struct, frozen=True):
@@ -78,7 +79,7 @@ class UseHistory:
 
 def _use(rank: int, resource: Resource, rows: NDArray[np.void]) -> ResourceUse:
     used, limit = int(rows["used"][-1]), int(rows["limit"][-1])
-    training = rows[rows["step"] >= _WARM_UP] if resource is Resource.MEMORY else rows
+    training = rows[rows["step"] >= _WARM_UP] if resource in _OF_WARM_UP else rows
     left = _left(training) if resource is not Resource.CPU_QUOTA else None
     return ResourceUse(rank, resource, used, limit, *(left or (None, None)))
 
