@@ -93,11 +93,21 @@ def test_each_task_of_a_launcher_makes_a_run_of_its_own(
     assert printed.startswith(f"traceml: {told}") if told else printed == ""
 
 
-@pytest.mark.parametrize("report", [None, Path("copy.html")])
-def test_a_node_that_has_joined_a_run_says_where_it_is(report: Path | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """There is no run of its own, and no copy of the report."""
-    run._print_joined(SimpleNamespace(node="node1", run_dir="/runs/r-1"), report)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("live", "report", "missing"),
+    [
+        ("auto", None, ""),
+        ("web", None, "; no page is opened here"),
+        ("terminal", Path("copy.html"), "; the live view is not shown here; copy.html is not written here"),
+    ],
+)
+def test_a_node_that_has_joined_a_run_says_where_it_is(
+    live: str, report: Path | None, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no run of its own, no view of it, and no copy of the report."""
+    run._print_joined(SimpleNamespace(node="node1", run_dir="/runs/r-1"), live, report)  # type: ignore[arg-type]
 
-    printed = capsys.readouterr().err
-    assert printed.startswith("traceml: the ranks of this node are part of the run of node1, ")
-    assert printed.endswith("there: /runs/r-1; copy.html is not written here\n" if report else "there: /runs/r-1\n")
+    assert capsys.readouterr().err == (
+        "traceml: the ranks of this node are part of the run of node1, which is stored, shown and reported there: "
+        f"/runs/r-1; live: `traceml top` on node1, `traceml stacks` also here{missing}\n"
+    )

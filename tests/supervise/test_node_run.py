@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
+from tests.eventually import eventually
 from tests.launch.conftest import hosts  # noqa: F401 - a fixture
 from tests.launch.hosts import Host, Hosts
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
@@ -171,6 +172,8 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for step in range(60):
     if rank == 1:
         time.sleep(0.02)
+    while rank == 1 and step == 40 and "asked" in sys.argv and not os.path.exists(sys.argv[2]):
+        time.sleep(0.01)
     model(torch.randn(4, 8)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -183,7 +186,14 @@ dist.destroy_process_group()
 
 
 @contextmanager
-def started(hosts: Hosts, folder: Path, words: Sequence[str], *, way: str) -> Iterator[list[subprocess.Popen[str]]]:  # noqa: F811
+def started(
+    hosts: Hosts,  # noqa: F811
+    folder: Path,
+    words: Sequence[str],
+    *,
+    way: str,
+    options: Sequence[str] = (),
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Start the script on node1 and node2 by `traceml run`, one rank on each."""
     script, first = folder / "train.py", hosts.all[1]
     script.write_text(TRAIN)
@@ -194,7 +204,18 @@ def started(hosts: Hosts, folder: Path, words: Sequence[str], *, way: str) -> It
             if way == "static"
             else ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first.address}:29556", "--rdzv-id", folder.name)
         )
-        command = [sys.executable, "-m", "traceml", "run", "--runs-dir", folder / host.name, "--nnodes", "2", *meeting]
+        command = [
+            sys.executable,
+            "-m",
+            "traceml",
+            "run",
+            "--runs-dir",
+            folder / host.name,
+            *options,
+            "--nnodes",
+            "2",
+            *meeting,
+        ]
         return host.start(*command, script, *words, env={"OMP_NUM_THREADS": "1", "TRACEML_HANG_TIMEOUT": "6"})
 
     commands = [start(number, host) for number, host in enumerate(hosts.all[1:3])]
@@ -249,4 +270,29 @@ def test_a_rank_that_is_stuck_in_c_on_the_other_node_is_named(hosts: Hosts, tmp_
     statuses, outputs, _ = run_of(hosts, tmp_path, "stuck")
 
     assert statuses == [0, 0], outputs
-    assert "traceml: HANG: Rank 1 blocks the others, in train.py:17" in outputs[0]
+    assert "traceml: HANG: Rank 1 blocks the others, in train.py:19" in outputs[0]
+
+
+@pytest.mark.process
+def test_commands_on_the_other_node_show_or_name_the_run(hosts: Hosts, tmp_path: Path) -> None:  # noqa: F811
+    """Stacks come from the first node; its store is there, so other commands and the page are."""
+    asked, node2 = tmp_path / "asked", hosts.all[2]
+    traceml = (sys.executable, "-m", "traceml")
+    with started(hosts, tmp_path, ("asked", str(asked)), way="static", options=("--live", "web")) as commands:
+        stacks = eventually(lambda: _stacks_of_both(node2.run(*traceml, "stacks", "--json", check=False)), "stacks")
+        top = node2.run(*traceml, "top", "--json", check=False)
+        asked.touch()
+        outputs = [each.communicate(timeout=200)[1] for each in commands]
+
+    (run_dir,) = tmp_path.glob("node1/*-train-*")
+    assert stacks["run"] == run_dir.name
+    assert f"part of run {run_dir.name} of node1: run this command there, for {run_dir}" in top.stderr
+    assert f"the page is at http://127.0.0.1:29766/run/{run_dir.name}" in outputs[0]
+    assert "the page is at" not in outputs[1]
+    assert f"{run_dir}; live: `traceml top` on node1, `traceml stacks` also here; no page is opened here" in outputs[1]
+
+
+def _stacks_of_both(answer: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
+    """Return the answer of `traceml stacks --json` once it has both ranks."""
+    document = json.loads(answer.stdout) if answer.returncode == 0 else {"ranks": []}
+    return document if len(document["ranks"]) == 2 else None

@@ -53,6 +53,21 @@ def test_publish_discover_withdraw(folder):
     assert auth.discover(4711) is None
 
 
+def test_a_joined_run_is_found_until_its_command_ends(folder):
+    """Its file is this user's only; an aggregator of this host is not among the joined runs, nor the reverse."""
+    auth.publish("127.0.0.1", 4711, "other")
+    path = auth.publish_joined("10.0.0.1", 4711, "secret", run_dir=Path("/runs/run-1"), node="node1", tls=True)
+
+    (joined,) = auth.joined_runs()
+
+    assert (joined.host, joined.port, joined.token, joined.tls) == ("10.0.0.1", 4711, "secret", True)
+    assert (joined.node, joined.runs_dir, joined.run_id) == ("node1", "/runs", "run-1")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(json.dumps({**json.loads(path.read_text()), "start_ticks": 1}))
+    assert auth.joined_runs() == []
+    assert auth.published_by(os.getpid()).token == "other"
+
+
 def test_entry_of_a_dead_aggregator_is_told_apart(folder):
     """A pid that is used again does not make a dead aggregator alive."""
     path = auth.publish("127.0.0.1", 4711, "secret")

@@ -14,7 +14,7 @@ from traceml.cli.options.runs_dir_options import RunsDirOptions
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.states import RunStatus
 from traceml.diagnosis.kinds import Kind
-from traceml.errors import StoreError, TraceMLError, UsageError
+from traceml.errors import RunNotFoundError, StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.profile_tables import print_lines
 from traceml.renderers.text.report_markdown import report_markdown
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if options.format and (options.json or not options.lines):
         raise UsageError("--format needs --lines, alone: `traceml report --lines --format speedscope > lines.json`")
 
-    run_dir = find_run(options.run, options.config.runs_dir)
+    run_dir = _find_run(options)
     report = current_report(run_dir)
     is_written = report.run.state != RunStatus.RUNNING and options.html is None and (run_dir / REPORT_NAME).exists()
     if is_written and (problem := store_problem(run_dir)):
@@ -87,6 +87,15 @@ def main(argv: list[str]) -> int:
         print_report(report, run_dir, console=plain_console())
 
     return _gate(report, unwanted)
+
+
+def _find_run(options: ReportOptions) -> Path:
+    try:
+        return find_run(options.run, options.config.runs_dir)
+    except RunNotFoundError as error:
+        from traceml.cli.jobs.running_job import name_joined_run  # loads the rules, too
+
+        raise name_joined_run(error, options.run) from error
 
 
 def _write_page(run_dir: Path, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,14 +142,27 @@ def run_job(
     Returns:
         The job's exit status.
     """
-    with _page(job, live) as keep_page:
-        make_screen = _screen_maker(job, live)
-        kept = [keep for keep in (keep_page, on_tick) if keep is not None]
+    make_screen = _screen_maker(job, live)
+    kept = [on_tick] if on_tick is not None else []
+    if live == "web":
+        from traceml.supervise.page_process import check_page_installed
+
+        check_page_installed()
+
+    with ExitStack() as pages:
+
+        def begin() -> None:
+            if live == "web":  # not before: the run may be the one of another node
+                kept.append(_open_page(pages, job))
+
+            if not quiet:
+                _print_start(job.run_dir, live=live != "web")
+
         with Supervisor(
             job,
             make_screen=make_screen,
-            on_start=None if quiet else lambda: _print_start(job.run_dir, live=live != "web"),
-            on_joined=None if quiet else lambda run: _print_joined(run, report),
+            on_start=begin,
+            on_joined=None if quiet else lambda run: _print_joined(run, live, report),
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
             on_completing=load_card,
@@ -168,23 +181,31 @@ def run_job(
     return outcome.status
 
 
+def _open_page(pages: ExitStack, job: LocalJob) -> Callable[[], None]:
+    from traceml.supervise.page_process import page_beside
+
+    return pages.enter_context(page_beside(job.run_dir))
+
+
 def _print_start(run_dir: Path, *, live: bool) -> None:
     from traceml.transport.run_line import print_start  # the script waits for no import of ours
 
     print_start(run_dir, live=live)
 
 
-def _print_joined(run: JoinedRun, report: Path | None) -> None:
-    """Print where the ranks of this node are stored, and that a wanted copy of the report is not written."""
+def _print_joined(run: JoinedRun, live: str, report: Path | None) -> None:
+    """Print where the ranks of this node are stored and shown, and which wanted views and files are only there."""
     from traceml.formatting import printable
 
-    here = f"; {report} is not written here" if report is not None else ""
-    print_notice(
-        printable(
-            f"traceml: the ranks of this node are part of the run of {run.node}, which is stored, shown and reported "
-            f"there: {run.run_dir}{here}"
-        )
+    wanted = {"terminal": "the live view is not shown here", "web": "no page is opened here"}
+    missing = [wanted[live]] if live in wanted else []
+    missing += [f"{report} is not written here"] if report is not None else []
+    where = (
+        f"the ranks of this node are part of the run of {run.node}, which is stored, shown and reported there: "
+        f"{run.run_dir}"
     )
+    view = f"live: `traceml top` on {run.node}, `traceml stacks` also here"
+    print_notice(printable("traceml: " + "; ".join([where, view, *missing])))
 
 
 def _metrics(
@@ -196,15 +217,6 @@ def _metrics(
     from traceml.supervise.metrics_process import metrics_beside
 
     return metrics_beside(job.runs_dir, address, token, print_notice)
-
-
-def _page(job: LocalJob, live: str) -> AbstractContextManager[Callable[[], None] | None]:
-    if live != "web":
-        return nullcontext()
-
-    from traceml.supervise.page_process import page_beside
-
-    return page_beside(job.run_dir)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     """Ask the ranks of a job for their stacks, and print them."""
     options = parse(StacksOptions, argv, prog="traceml stacks")
     config = options.config
-    run_dir = running_job(options.run, config, only_there=options.runs_dir is not None)
+    run_dir = running_job(options.run, config, only_there=options.runs_dir is not None, of_other_nodes=True)
     ranks, missing = ask_ranks(run_dir, config)
     if options.json:
         print(json.dumps(msgspec.to_builtins(stacks_document(run_dir, ranks, missing))))

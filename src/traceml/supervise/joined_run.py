@@ -8,14 +8,14 @@ import os
 import signal
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError
 from traceml.supervise.aggregator_client import AggregatorClient
+from traceml.transport import auth
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from traceml.supervise.node_run import NodeRunReport
     from traceml.transport.client import Connection
     from traceml.transport.exit_report import ExitReport
@@ -48,6 +48,7 @@ class JoinedRun:
         self._host = socket.gethostname()
         self._silent = SilentWorkers(self.run_id, self._runs_dir, self._send_snapshot)
         self._oom_watch = OomWatch()
+        self._published = self._publish()
 
     def __repr__(self) -> str:
         return f"<run {self.run_id} of node {self.node}>"
@@ -84,6 +85,23 @@ class JoinedRun:
         """
         self.report_ends(exits)
         self._client.ask("leave", {"host": self._host, "pid": os.getpid(), "ended_by": ended_by}, _ANSWER_S)
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Let commands of this host no longer find the run."""
+        if self._published is not None:
+            self._published.unlink(missing_ok=True)
+
+    def _publish(self) -> Path | None:
+        """Let commands of this host, `traceml stacks` for example, find the run."""
+        at = self._client
+        try:
+            return auth.publish_joined(
+                at.host, at.port, at.token, run_dir=Path(self.run_dir), node=self.node, tls=at.tls
+            )
+        except OSError as error:
+            _log.warning("commands on this host do not find the run of %s: %s", self.node, error)
+            return None
 
     def _report_end(self, connection: Connection, ended: ExitReport) -> None:
         from msgspec.structs import replace

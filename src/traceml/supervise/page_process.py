@@ -29,7 +29,7 @@ from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingServer
 from traceml.transport import auth
 
-__all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "page_address", "page_beside"]
+__all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "check_page_installed", "page_address", "page_beside"]
 
 DEFAULT_PORT = 29766
 # Below the training, but not at 19: where the training uses every core, a click would then take seconds.
@@ -53,7 +53,7 @@ class PageProcess(RestartingServer):
     kind = auth.PAGE
 
     def __init__(self, runs_dir: Path, port: int = DEFAULT_PORT, *, any_port: bool = False, nice: int = _NICE) -> None:
-        _check_installed()
+        check_page_installed()
         super().__init__(runs_dir, _listen(port, any_port=any_port))
         self._nice = nice
         self.token = self.kept_token()
@@ -144,7 +144,12 @@ def page_address(port: int, token: str, run_id: str | None = None) -> str:
     return f"http://127.0.0.1:{port}/{path}?token={token}"
 
 
-def _check_installed() -> None:
+def check_page_installed() -> None:
+    """Check that the page can be started.
+
+    Raises:
+        TraceMLError: its libraries are not installed.
+    """
     if find_spec("nicegui") is None:
         raise TraceMLError(f"the web page needs NiceGUI, which is not installed: {install_command('web')}")
 

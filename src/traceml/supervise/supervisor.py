@@ -204,6 +204,9 @@ class Supervisor:
             from traceml.supervise.joined_run import JoinedRun
 
             if self._joined is None or self._joined.location != report.location:
+                if self._joined is not None:
+                    self._joined.withdraw()
+
                 self._joined = JoinedRun(report, self._job.runs_dir)
                 if self._on_joined is not None:
                     self._on_joined(self._joined)
@@ -211,6 +214,7 @@ class Supervisor:
             return
 
         if self._joined is not None:  # its aggregator is gone, and knew what there was to know
+            self._joined.withdraw()
             self._joined = None
             self._failures.clear()
             self._reported_exits = 0

@@ -19,8 +19,9 @@ from traceml.clock import boot_id, process_start_ticks
 from traceml.trusted_files import cache_home, check_trusted_folder, make_trusted_folder, open_trusted, replace_file
 
 __all__ = [
-    "AGGREGATOR", "CLIENT_NONCE_TAG", "METRICS", "PAGE", "PublishedServer", "client_nonce", "discover", "mac",
-    "new_token", "publish", "published_by", "read_token", "runtime_folder", "same_mac", "server_nonce", "withdraw",
+    "AGGREGATOR", "CLIENT_NONCE_TAG", "JOINED", "METRICS", "PAGE", "PublishedServer", "client_nonce", "discover",
+    "joined_runs", "mac", "new_token", "publish", "publish_joined", "published_by", "read_token", "runtime_folder",
+    "same_mac", "server_nonce", "withdraw",
 ]  # fmt: skip
 
 # A client never answers a challenge that begins like its own nonces: else a false aggregator could forward the nonce of
@@ -29,6 +30,7 @@ CLIENT_NONCE_TAG = b"traceml-client-1"
 
 # Servers with a token of their own: for ranks, for browsers, and for Prometheus.
 AGGREGATOR, PAGE, METRICS = "aggregator", "page", "metrics"
+JOINED = "joined"  # the aggregator of another node, to which ranks of this host belong
 
 # The file of a killed aggregator stays this long: an aggregator restarted on its port gets the same token.
 _KEPT_S = 24 * 3600.0
@@ -83,6 +85,9 @@ class PublishedServer(NamedTuple):
     start_ticks: int  # that process's start time, because pids are reused
     boot: str
     runs_dir: str
+    run_id: str = ""  # of JOINED: the run, the name of its node, and whether its aggregator encrypts connections
+    node: str = ""
+    tls: bool = False
 
     @property
     def alive(self) -> bool:
@@ -117,10 +122,19 @@ def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str =
     """Write the 0600 file by which this user's ranks and commands find the aggregator of this process, or its page."""
     pid = os.getpid()
     entry = PublishedServer(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
-    path = runtime_folder() / _name(port, kind)
-    replace_file(path, json.dumps(entry._asdict()).encode(), mode=0o600)
-    _sweep(path.parent)
-    return path
+    return _write(entry, _name(port, kind))
+
+
+def publish_joined(host: str, port: int, token: str, *, run_dir: Path, node: str, tls: bool) -> Path:
+    """Write the 0600 file by which this user's commands find the run of another node that our ranks belong to.
+
+    Args:
+        run_dir: folder of the run, on that node.
+    """
+    pid = os.getpid()
+    started, runs_dir = process_start_ticks(pid) or 0, str(run_dir.parent)
+    entry = PublishedServer(host, port, token, pid, started, boot_id(), runs_dir, run_dir.name, node, tls)
+    return _write(entry, _name(pid, JOINED))  # several commands may have joined runs of one address
 
 
 def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -> PublishedServer | None:
@@ -148,6 +162,11 @@ def published_by(pid: int) -> PublishedServer | None:
     return next((entry for entry in _alive(AGGREGATOR) if entry.pid == pid), None)
 
 
+def joined_runs() -> list[PublishedServer]:
+    """Return the runs of other nodes that ranks of this user on this host belong to, the newest first."""
+    return sorted(_alive(JOINED), key=lambda entry: entry.start_ticks, reverse=True)
+
+
 def read_token(path: Path) -> str | None:
     """Return the token in a file that `publish` has written; None without one."""
     entry = _read(path)
@@ -172,9 +191,16 @@ def _alive(kind: str) -> Iterator[PublishedServer]:
                 yield entry
 
 
+def _write(entry: PublishedServer, name: str) -> Path:
+    path = runtime_folder() / name
+    replace_file(path, json.dumps(entry._asdict()).encode(), mode=0o600)
+    _sweep(path.parent)
+    return path
+
+
 def _sweep(folder: Path) -> None:
     """Remove old files of killed aggregators, whose ranks have given up by now."""
-    for path in (path for kind in (AGGREGATOR, PAGE, METRICS) for path in folder.glob(f"*{kind}-*.json*")):
+    for path in (path for kind in (AGGREGATOR, PAGE, METRICS, JOINED) for path in folder.glob(f"*{kind}-*.json*")):
         with contextlib.suppress(OSError):  # another process removes it, or it is not our file
             if time.time() - path.stat().st_mtime < _KEPT_S:
                 continue
@@ -184,8 +210,8 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _name(port: int, kind: str) -> str:
-    return f"{kind}-{port}.json"
+def _name(number: int, kind: str) -> str:
+    return f"{kind}-{number}.json"
 
 
 def _candidates() -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.test_top import running_run
 from tests.runs.fabricated_store import run_facts
+from traceml import cli
 from traceml.cli.jobs import running_job as module
 from traceml.cli.jobs.running_job import aggregator_of, running_job
 from traceml.database.store.store import StoreWriter
@@ -80,3 +81,49 @@ def test_a_run_that_has_just_begun_is_waited_for(
             aggregator_of(tmp_path, load(runs_dir=tmp_path), "stacks")
 
         late.join()
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> auth.PublishedServer:
+    """A run of another node that ranks of this host belong to."""
+    run = auth.PublishedServer("10.0.0.1", 1, "t", 1, 1, "boot", "/runs", "20250102-030405-train-abcd", "node1")
+    monkeypatch.setattr(auth, "joined_runs", lambda: [run])
+    monkeypatch.setattr(auth, "discover", lambda _port: None)
+    return run
+
+
+@pytest.mark.parametrize("target", [None, "abcd", "20250102-030405-train-abcd", "/runs/20250102-030405-train-abcd"])
+def test_a_run_of_another_node_is_named_with_its_place(
+    joined: auth.PublishedServer, target: str | None, tmp_path: Path
+) -> None:
+    """Its store is there; only its stacks can be asked for from here."""
+    config = load(runs_dir=tmp_path)
+    with pytest.raises(RunNotFoundError) as error:
+        running_job(target, config, only_there=True)
+
+    assert "the ranks of this host are part of run 20250102-030405-train-abcd of node1" in str(error.value)
+    assert "/runs/20250102-030405-train-abcd" in str(error.value)
+    assert running_job(target, config, of_other_nodes=True) == Path(joined.runs_dir, joined.run_id)
+
+
+@pytest.mark.usefixtures("joined")
+def test_another_run_than_the_joined_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    """The message is that of a host without other nodes."""
+    with pytest.raises(RunNotFoundError, match="no run 'ffff'"):
+        running_job("ffff", load(runs_dir=tmp_path), of_other_nodes=True)
+
+
+def test_a_job_of_this_host_is_preferred(joined: auth.PublishedServer, tmp_path: Path) -> None:
+    """It is in the folder that the settings name."""
+    run = running_run(tmp_path / "20250102-030405-mine-1234")
+
+    assert running_job(None, load(runs_dir=tmp_path), of_other_nodes=True) == Path(run)
+    assert joined.run_id not in str(run)
+
+
+def test_a_report_names_the_node_of_the_run(
+    joined: auth.PublishedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder is there."""
+    assert cli.main(["report", "--runs-dir", str(tmp_path)]) == cli.EXIT_ERROR
+    assert f"part of run {joined.run_id} of node1" in capsys.readouterr().err

@@ -19,23 +19,58 @@ from traceml.transport.client import Connection, connect
 from traceml.transport.folder_aggregator import address_of, reachable
 from traceml.transport.hello import Hello
 
-__all__ = ["aggregator_of", "running_job"]
+__all__ = ["aggregator_of", "joined_run", "name_joined_run", "running_job"]
 
 _CONNECT_S = 5.0
 _POLL_S = 0.1
 
 
-def running_job(target: str | None, config: Config, *, only_there: bool = False) -> Path:
+def running_job(target: str | None, config: Config, *, only_there: bool = False, of_other_nodes: bool = False) -> Path:
     """Return the folder of the chosen job.
 
     Args:
         target: a run's folder, id or name, or host:port of an aggregator on this host; None: the newest running job of
             the runs folder, else of the folder that an aggregator on the usual port serves.
         only_there: whether the user named the runs folder: a job of another one is not meant then.
+        of_other_nodes: whether to return also the run of another node that ranks of this host belong to, whose folder
+            is on that node.
 
     Raises:
         TraceMLError: it is not running, or no job is.
     """
+    try:
+        return _job_here(target, config, only_there=only_there)
+    except RunNotFoundError as error:
+        if of_other_nodes and (joined := joined_run(target)) is not None:
+            return Path(joined.runs_dir, joined.run_id)
+
+        raise name_joined_run(error, target) from error
+
+
+def joined_run(target: str | None) -> auth.PublishedServer | None:
+    """Return the run of another node that ranks of this host belong to; None without one.
+
+    Args:
+        target: its folder or id, or the beginning or end of the id; None: the newest.
+    """
+    name = Path(target or "").name
+    meant = (each for each in auth.joined_runs() if each.run_id.startswith(name) or each.run_id.endswith(name))
+    return next(meant, None)
+
+
+def name_joined_run(error: RunNotFoundError, target: str | None) -> RunNotFoundError:
+    """Return an error that says on which node the run of this host's ranks is; without one `error` itself."""
+    joined = joined_run(target)
+    if joined is None:
+        return error
+
+    return RunNotFoundError(
+        f"the ranks of this host are part of run {joined.run_id} of {joined.node}: run this command there, for "
+        f"{Path(joined.runs_dir, joined.run_id)}"
+    )
+
+
+def _job_here(target: str | None, config: Config, *, only_there: bool) -> Path:
     if target is None:
         return _newest([config.runs_dir.absolute()] if only_there else _places(config))
 
@@ -117,6 +152,11 @@ def aggregator_of(run_dir: Path, config: Config, command: str) -> Connection:
     Raises:
         TraceMLError: it runs on another host, or no longer, or does not answer.
     """
+    joined = joined_run(run_dir.name)
+    if joined is not None and joined.run_id == run_dir.name:
+        hello = Hello(role="client", run=joined.run_id)
+        return connect(joined.host, joined.port, hello, joined.token, timeout_s=_CONNECT_S, tls=joined.tls)
+
     facts = _aggregator_facts(run_dir)
     host, pid = str(facts.get("host", "")), facts.get("pid")
     if host != socket.gethostname():
