@@ -101,7 +101,8 @@ class Config:
     host: str = _set(
         "127.0.0.1",
         "The aggregator's address. With `host` or `port` set, the run is stored by that aggregator, wherever its runs "
-        "are; otherwise by the one that serves `runs_dir`, which publishes its address in a file there.",
+        "are; otherwise by the one that serves `runs_dir`, which publishes its address in a file there. `traceml run` "
+        "and `launch` do not use it: they start an aggregator.",
     )
     port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 means any free one.", low=0, high=65535)
     token: str | None = _set(

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from traceml import cli
+from traceml import cli, settings
 from traceml.cli import run
+from traceml.cli.notices import print_unused_address
 from traceml.supervise import page_process
 
 
@@ -111,3 +112,26 @@ def test_a_node_that_has_joined_a_run_says_where_it_is(
         "traceml: the ranks of this node are part of the run of node1, which is stored, shown and reported there: "
         f"/runs/r-1; live: `traceml top` on node1, `traceml stacks` also here{missing}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"TRACEML_HOST": "10.0.0.5"}, "host=10.0.0.5 (TRACEML_HOST)"),
+        ({"TRACEML_HOST": "h", "TRACEML_PORT": "300"}, "host=h (TRACEML_HOST) and port=300 (TRACEML_PORT)"),
+        ({"TRACEML_ADDRESS": "127.0.0.1:300"}, ""),
+        ({"TRACEML_HOST": "10.0.0.5", "TRACEML_QUIET": "1"}, ""),
+        ({}, ""),
+    ],
+)
+def test_an_address_that_is_not_used_is_named(
+    variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`traceml run` has an aggregator of its own; an address of another command of ours is no setting."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    print_unused_address(settings.load(), "traceml run")
+
+    begin = f"traceml: not used: {told}. `traceml run` stores the run itself"
+    assert capsys.readouterr().err.startswith(begin) if told else not capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
+from traceml.cli.notices import print_unused_address
 from traceml.cli.options.number_range import NumberRange
 from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import (
@@ -57,6 +58,9 @@ def main(argv: list[str]) -> int:
     config = settings.load(**named)
     if options.live == "terminal" and not sys.stdout.isatty():
         raise UsageError("--live terminal needs a terminal; standard output is not one")
+
+    if config.enabled:
+        print_unused_address(config, "traceml launch")
 
     name = config.run_name or default_name(target, is_module=options.module)
     script = {"module" if options.module else "path": target, "argv": arguments}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml import settings
+from traceml.cli.notices import print_unused_address
 from traceml.cli.options.number_range import PORT, NumberRange, node_count
 from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import (
@@ -116,6 +117,7 @@ def main(argv: list[str]) -> int:
         token=config.token,
         tls=config.tls,
     )
+    print_unused_address(config, "traceml run")
     if not (config.quiet or config.supervised or job.uses_torchrun):
         _warn_of_other_tasks()
 
