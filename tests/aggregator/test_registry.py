@@ -290,6 +290,31 @@ def test_steps_of_a_rank_without_launcher_and_aggregator_are_left(registry, memo
     assert registry.recover_flights() == []
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_run_of_another_folder_is_continued_in_its_copy_only(registry, memory, tmp_path, is_copied):
+    """Its first rows are in that folder: a run of the last ones alone would be told as one that lost the others."""
+    elsewhere = tmp_path / "unwritable" / "a-run"
+    elsewhere.mkdir(parents=True)
+    facts = {"job": "job", "run_dir": str(elsewhere), "run_id": "a-run"}
+    flight = FlightFile.create(memory, facts)
+    flight.log("logged").append({"kind": "text"})
+    flight.close(unlink=False)
+    if is_copied:
+        (registry.runs_dir / "a-run").mkdir()
+
+    assert [run.id for run in registry.recover_flights(left_in=elsewhere.parent)] == ["a-run"] * is_copied
+    copy_first = {flight.path: f"its run is {elsewhere}: copy that into {registry.runs_dir} first"}
+    assert registry.not_recovered == ({} if is_copied else copy_first)
+
+
+def test_steps_that_another_folder_never_stored_become_a_run(registry, memory, tmp_path):
+    """Without this folder's name they are left alone."""
+    FlightFile.create(memory, {"job": "job", "runs_dir": str(tmp_path / "unwritable")}).close(unlink=False)
+
+    assert registry.recover_flights() == []
+    assert len(registry.recover_flights(left_in=tmp_path / "unwritable")) == 1
+
+
 def test_an_unfinished_run_ended_with_its_last_rank(registry):
     """Its store may have been written since, by whoever merged it."""
     run, stream = join(registry, hello(0, 1))

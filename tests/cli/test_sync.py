@@ -275,6 +275,26 @@ def test_rows_of_a_run_that_cannot_be_opened_are_not_nothing(
     assert flight.exists()
 
 
+def test_another_folder_takes_what_an_unwritable_one_cannot(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out is in the message; the rows are in memory no longer."""
+    flight, ddl = left_on_another_host(runs_dir, "a", 90.0), store_file._DDL
+    monkeypatch.setattr(store_file, "_DDL", "CREATE TABLE full (")
+    assert cli.main(["sync", "--ended"]) == 3
+    command = f"traceml sync --from-dir {runs_dir} --runs-dir OTHER"
+    assert f"another folder can take them: `{command}`" in capsys.readouterr().err
+    monkeypatch.setattr(store_file, "_DDL", ddl)
+
+    assert cli.main(["sync", "--ended", *command.replace("OTHER", str(tmp_path / "other")).split()[2:]]) == 0
+
+    (info,) = list_runs(tmp_path / "other")
+    assert len(load_run(info.path).steps()) == 1
+    assert list_runs(runs_dir) == []
+    assert not flight.exists()
+    assert "another folder" not in capsys.readouterr().err
+
+
 def plugin_that_leaves_a_mark(folder: Path) -> str:
     """Write a module with a backend that leaves the file `imported` beside it; return its import path."""
     folder.mkdir()

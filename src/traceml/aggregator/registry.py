@@ -245,22 +245,24 @@ class Registry:
             except RefusedError as error:  # another aggregator has it open, or the folder is damaged
                 _log.log(_level_of(error), "run %s is not resumed: %s", left["run"], error)
 
-    def recover_flights(self, silence_s: float | None = None) -> list[ActiveRun]:
+    def recover_flights(self, silence_s: float | None = None, *, left_in: Path | None = None) -> list[ActiveRun]:
         """Store what dead ranks left that had no aggregator: logged rows, and the steps of runs without a store.
 
         Args:
             silence_s: all jobs have ended, so ranks on other hosts that were silent for so long are dead, and their
                 steps are stored too.
+            left_in: the runs folder of these ranks, where it is another one, which cannot be written. A run that is
+                there is continued if it was copied here.
 
         Returns:
             the runs that got rows; they are open.
         """
         adopted: dict[ActiveRun, None] = {}
-        if not self._dead_flights_here(silence_s):
+        if not self._dead_flights(silence_s, left_in):
             return []
 
         with self._recovery_lock():
-            for flight in self._dead_flights_here(silence_s):
+            for flight in self._dead_flights(silence_s, left_in):
                 run = self._run_of(flight)
                 if run is not None and flight.path not in run.recovered:
                     run.recover_flight(flight)
@@ -268,13 +270,21 @@ class Registry:
 
         return list(adopted)
 
-    def _dead_flights_here(self, silence_s: float | None) -> list[DeadFlight]:
+    def _dead_flights(self, silence_s: float | None, left_in: Path | None) -> list[DeadFlight]:
         """Return the flight files to recover of dead ranks whose run is, or would have been, in this folder."""
+        folder = self.runs_dir if left_in is None else left_in.absolute()
         return [
             flight
-            for flight in dead_flights(None, self.runs_dir, silence_s=SILENCE_S if silence_s is None else silence_s)
-            if flight.image.holds_user_rows or silence_s is not None or self._has_no_store(flight)
+            for flight in dead_flights(None, folder, silence_s=SILENCE_S if silence_s is None else silence_s)
+            if flight.image.holds_user_rows
+            or silence_s is not None
+            or self._has_no_store(flight)
+            or (left_in is not None and self._is_whole(flight))
         ]
+
+    def _is_whole(self, flight: DeadFlight) -> bool:
+        """Whether the earlier rows of a rank, if there are any, are in this folder."""
+        return flight.run_dir is None or (self.runs_dir / flight.run_dir.name).exists()
 
     def _has_no_store(self, flight: DeadFlight) -> bool:
         """Whether a launcher made the folder of the rank's run, where no store could be created: on a full disk."""
@@ -324,7 +334,10 @@ class Registry:
     def _run_id_of(self, flight: DeadFlight) -> str | None:
         left = _read_marker(_marker(self.runs_dir, flight.job))
         if flight.run_dir is not None:
-            return flight.run_dir.name if flight.run_dir.exists() else None  # the run was removed
+            if not self._is_whole(flight) and flight.run_dir.exists():
+                self.not_recovered[flight.path] = f"its run is {flight.run_dir}: copy that into {self.runs_dir} first"
+
+            return flight.run_dir.name if self._is_whole(flight) else None  # or the run was removed
         if left is not None and left["job"] == flight.job:
             return left["run"]
         if not flight.path.exists():  # another process has just stored it

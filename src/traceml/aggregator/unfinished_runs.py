@@ -39,10 +39,10 @@ class FinishedFlights(NamedTuple):
     failures: dict[Path, str]
 
 
-def finish_flights(runs_dir: Path, silence_s: float | None = None) -> FinishedFlights:
-    """Store the logged rows that dead ranks left in a folder."""
+def finish_flights(runs_dir: Path, silence_s: float | None = None, *, left_in: Path | None = None) -> FinishedFlights:
+    """Store in a folder the rows that dead ranks of it, or of another one (`left_in`), left."""
     registry = Registry(runs_dir)
-    runs = [run.path for run in registry.recover_flights(silence_s) if _finish(run, registry)]
+    runs = [run.path for run in registry.recover_flights(silence_s, left_in=left_in) if _finish(run, registry)]
     return FinishedFlights(runs, registry.not_recovered)
 
 

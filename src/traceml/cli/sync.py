@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,8 @@ class SyncOptions(RunsDirOptions):
     """Wait for runs that are still running, instead of leaving them to their aggregator."""
     ended: bool = False
     """Treat all jobs of the folder as ended: also store what ranks on other hosts left in it."""
+    from_dir: Annotated[str | None, Metavar("DIR")] = None
+    """Store here what ranks of this other folder of runs left in memory, where that folder cannot be written."""
 
 
 def main(argv: list[str]) -> int:
@@ -118,17 +121,22 @@ def main(argv: list[str]) -> int:
 
 def _store_left(options: SyncOptions, config: Config) -> bool:
     """Store what dead ranks left in memory; return whether nothing of it had to stay there."""
-    if options.runs and not options.ended:
+    if options.runs and not options.ended and options.from_dir is None:
         return True
 
-    found = finish_flights(config.runs_dir, _SILENT_S if options.ended else None)
+    left_in = None if options.from_dir is None else Path(options.from_dir)
+    found = finish_flights(config.runs_dir, _SILENT_S if options.ended else None, left_in=left_in)
     for run_dir in found.runs:
         _report_stored(run_dir)
 
     for path, why in found.failures.items():
         _warn(f"the rows in {path} are not stored, and stay there: {why}")
 
-    _warn_of_silent(config.runs_dir)
+    if found.failures and left_in is None:
+        folder = shlex.quote(str(config.runs_dir.absolute()))
+        _warn(f"another folder can take them: `traceml sync --from-dir {folder} --runs-dir OTHER`")
+
+    _warn_of_silent(left_in or config.runs_dir)
     return not found.failures
 
 
