@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from traceml.formatting import (
+    ESCAPED,
     bytes_text,
     capitalized,
     cores_text,
@@ -31,9 +34,11 @@ from traceml.formatting import (
     printable,
     ranks_text,
     rate_text,
+    shell_joined,
     short_label,
     value_text,
 )
+from traceml.run_folder import report_command
 
 
 @pytest.mark.parametrize(
@@ -176,13 +181,25 @@ def test_phases():
         ("loss/train é 漢字 👩‍💻", "loss/train é 漢字 👩‍💻"),
         ("\x1b[2J\x9b31m\x00\x7f", r"\x1b[2J\x9b31m\x00\x7f"),
         ("\u202egnp.exe\u2066\u200b\u2028\ufeff", r"\u202egnp.exe\u2066\u200b\u2028\ufeff"),
-        ("\udce9\U000e0041", r"\udce9\U000e0041"),
+        ("\udce9\U000e0041", r"\xe9\U000e0041"),
         ("a\tb\nc\r\n", r"a    b\nc\r\n"),
     ],
 )
 def test_printable(text, shown):
     """Nothing that a terminal obeys or that reorders text stays; scripts, accents and emoji do."""
     assert printable(text) == shown
+
+
+def test_bytes_of_names_that_are_not_utf8_are_shown() -> None:
+    """Also in a command, which bash understands, and where text is encoded."""
+    name = os.fsdecode(b"tr\xff it's.py")
+
+    assert printable(name) == r"tr\xff it's.py"
+    assert name.encode(errors=ESCAPED) == rb"tr\xff it's.py"
+    assert "\ud800".encode(errors=ESCAPED) == rb"\ud800"
+    command = shell_joined(["printf", "%s", name, "plain it's"])
+    assert command == r"""printf %s $'tr\xff it\'s.py' 'plain it'"'"'s'"""
+    assert report_command(name) == r"traceml report $'tr\xff it\'s.py'"
 
 
 def test_printable_keeps_lines_where_they_are_meant():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "ESCAPED",
     "bytes_text",
     "capitalized",
     "code_parts",
@@ -14,6 +16,7 @@ __all__ = [
     "cut_text",
     "duration_text",
     "error_text",
+    "escaped_bytes",
     "exception_line",
     "factor_text",
     "gain_text",
@@ -42,6 +45,8 @@ __all__ = [
     "ranks_text",
     "rate_text",
     "sample_text",
+    "shell_joined",
+    "shell_quoted",
     "short_label",
     "summed_text",
     "value_text",
@@ -60,6 +65,10 @@ _UNPRINTABLE = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _UNPRINTABLE_BUT_NEWLINE = re.compile(_UNPRINTABLE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
+
+ESCAPED = "traceml.escaped"
+"""Name of the handler of errors that shows what cannot be encoded as `printable` does."""
+_BYTES = range(0xDC80, 0xDD00)
 
 _PARTS = {
     "startup": "start-up",
@@ -329,7 +338,36 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def _escape(found: re.Match[str]) -> str:
+    character = ord(found.group())
+    if character in _BYTES:  # of a name that is not UTF-8, as `os.fsdecode` returns it
+        return f"\\x{character - _BYTES.start + 0x80:02x}"
+
     return found.group().encode("unicode_escape").decode()
+
+
+def escaped_bytes(error: UnicodeError) -> tuple[str, int]:
+    """Return the escapes of what cannot be encoded, and where the encoder continues."""
+    assert isinstance(error, UnicodeEncodeError)
+    return _UNPRINTABLE.sub(_escape, error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(ESCAPED, escaped_bytes)
+
+
+def shell_quoted(text: str) -> str:
+    """Return a text as a word of bash and zsh; bytes that are not UTF-8 are escaped, so that it can be printed."""
+    import shlex  # a rank rarely needs it
+
+    if not any(ord(character) in _BYTES for character in text):
+        return shlex.quote(text)
+
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{_UNPRINTABLE.sub(_escape, escaped)}'"
+
+
+def shell_joined(words: Iterable[str]) -> str:
+    """Return the words of a command as one line."""
+    return " ".join(map(shell_quoted, words))
 
 
 def capitalized(text: str) -> str:

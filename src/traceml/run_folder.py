@@ -79,9 +79,9 @@ def moved_text(run_dir: Path) -> str:
 
 def report_command(run: Path | str) -> str:
     """Return the command that shows a run's report, for a message from which it is copied: a path may have spaces."""
-    import shlex  # a rank rarely says it
+    from traceml.formatting import shell_quoted  # a rank rarely says it
 
-    return f"traceml report {shlex.quote(str(run))}"
+    return f"traceml report {shell_quoted(str(run))}"
 
 
 def unwritable_text(folder: Path, what: str, error: OSError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import merge_wal
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import PluginError, RunNotFoundError, TraceMLError, UsageError
-from traceml.formatting import plural, printable
+from traceml.formatting import plural, printable, shell_quoted
 from traceml.renderers.text.viewport import plain_console
 from traceml.renderers.words import tracker_text
 from traceml.run_folder import STORE_NAME
@@ -133,7 +132,7 @@ def _store_left(options: SyncOptions, config: Config) -> bool:
         _warn(f"the rows in {path} are not stored, and stay there: {why}")
 
     if found.failures and left_in is None:
-        folder = shlex.quote(str(config.runs_dir.absolute()))
+        folder = shell_quoted(str(config.runs_dir.absolute()))
         _warn(f"another folder can take them: `traceml sync --from-dir {folder} --runs-dir OTHER`")
 
     _warn_of_silent(left_in or config.runs_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.fail_open import fail_open
+from traceml.formatting import ESCAPED
 from traceml.renderers.html.report_page import report_page
 from traceml.run_folder import PAGE_NAME, STORE_NAME
 from traceml.runs.about import about_run
@@ -73,7 +74,7 @@ def write_page(run_dir: Path, path: Path) -> None:
     """
     path, page = Path(path), page_text(run_dir)
     if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-        path.write_text(page, encoding="utf-8", errors="replace")
+        path.write_text(page, encoding="utf-8", errors=ESCAPED)
         return
 
     write_atomic(path.resolve(), page)  # a link stays a link

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from traceml.clock import process_start_ticks
+from traceml.formatting import shell_joined
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
 from traceml.inspection.kernel_state import process_info
 from traceml.inspection.program_names import python_module
@@ -233,7 +233,7 @@ def _command() -> str:
     """Return the command line of the job with its secrets masked."""
     given = os.environ.get("TRACEML_COMMAND")
     masker = secrets_only()
-    return masker.mask_text(given) if given else shlex.join(masker.mask_value("command", _program_words()))
+    return masker.mask_text(given) if given else shell_joined(masker.mask_value("command", _program_words()))
 
 
 def _program_words() -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, count_text, printable
+from traceml.formatting import bytes_text, count_text, printable, shell_joined
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
@@ -23,7 +22,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
     git, process = about.git, about.process
     argv = process.get("argv")
     rows = [
-        ("command", _runnable(shlex.join(map(str, argv)) if argv else view.run.command_line)),
+        ("command", _runnable(shell_joined(map(str, argv)) if argv else view.run.command_line)),
         ("folder", process.get("folder")),
         ("git commit", _commit(git)),
         ("git branch", git.get("branch")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import threading
 import time
 from contextlib import suppress
@@ -68,9 +67,9 @@ def print_final_report(
         _print_report(run_dir, program, report, target, finished=finished, quiet=quiet)
 
     if not finished and run_dir.is_dir():
-        from traceml.formatting import printable
+        from traceml.formatting import printable, shell_quoted
 
-        runs = shlex.quote(str(run_dir.parent))
+        runs = shell_quoted(str(run_dir.parent))
         last = printable(aggregator_words(run_dir))
         words = f"; its last line is\n  {last}" if last else "."
         target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, words=words, runs=runs))
@@ -110,7 +109,9 @@ def _reason(run_dir: Path, error: Exception) -> str:
     if isinstance(error, TraceMLError) or not isinstance(error, OSError):
         return str(error)
 
-    unwritable, sync = unwritable_text(run_dir, "its folder", error), f"traceml sync {shlex.quote(str(run_dir))}"
+    from traceml.formatting import shell_quoted
+
+    unwritable, sync = unwritable_text(run_dir, "its folder", error), f"traceml sync {shell_quoted(str(run_dir))}"
     return f"{unwritable}. `{report_command(run_dir)}` shows it; then `{sync}` delivers to trackers what they lack."
 
 

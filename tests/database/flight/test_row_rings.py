@@ -11,7 +11,7 @@ import msgpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceml.database.flight.row_rings import ByteLog, Ring
+from traceml.database.flight.row_rings import ByteLog, Ring, pack_map
 from traceml.database.schema import INFO, USER_PHASES
 
 
@@ -186,7 +186,7 @@ def test_log_takes_what_msgpack_cannot_pack() -> None:
 
     unpacker = msgpack.Unpacker()
     unpacker.feed(log.read(0, 3))
-    assert [row["value"] for row in unpacker] == ["(1+2j)", str(1 << 80), "file?"]
+    assert [row["value"] for row in unpacker] == ["(1+2j)", str(1 << 80), r"file\x80"]
 
 
 def test_log_takes_appends_of_many_threads() -> None:
@@ -246,3 +246,8 @@ def test_released_rows_are_still_there() -> None:
     assert ring.read_from(0, 4096) == before
     fill(ring, 1)
     assert numbers(ring.read_from(ring.appended - 2).data) == [4195, 4196]
+
+
+def test_a_name_that_is_not_utf8_is_stored_with_its_bytes_escaped():
+    """The file of a line, for example: a question mark would make two files one."""
+    assert msgpack.unpackb(pack_map({"file": "/d\udcff/a.py"})) == {"file": r"/d\xff/a.py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -51,6 +52,12 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
 
     spaced = folder.rename(tmp_path / "my runs")
     assert printed(spaced / "report.json")[-1] == f" Command traceml report '{spaced}'"
+
+    binary = spaced.rename(tmp_path / os.fsdecode(b"r\xffns"))
+    assert printed(binary / "report.json")[-2:] == [
+        rf" Report  {tmp_path}/r\xffns/report.json",
+        rf" Command traceml report $'{tmp_path}/r\xffns'",
+    ]
 
 
 def test_a_missing_rank_is_reported():

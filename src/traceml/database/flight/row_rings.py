@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from traceml.database.schema import Log, Table
+from traceml.formatting import ESCAPED
 
 __all__ = ["BASE", "COUNTERS_PER_TABLE", "ByteLog", "Ring", "RowSlice", "map_ends", "pack_map", "stop_within"]
 
@@ -292,9 +293,9 @@ def pack_map(fields: dict[str, Any]) -> bytes:
     """Pack a map with any values: telemetry must not raise because of a user's value."""
     try:
         # File names and arguments may hold surrogates, which are not valid text.
-        packed: bytes = msgpack.packb(fields, default=repr, unicode_errors="replace")
+        packed: bytes = msgpack.packb(fields, default=repr, unicode_errors=ESCAPED)
     except (OverflowError, TypeError, ValueError):  # an integer of more than 64 bits, or nested too deep
-        packed = msgpack.packb({str(key): repr(value) for key, value in fields.items()}, unicode_errors="replace")
+        packed = msgpack.packb({str(key): repr(value) for key, value in fields.items()}, unicode_errors=ESCAPED)
 
     return packed
 

@@ -25,6 +25,7 @@ from traceml.formatting import (
     phase_label,
     place_text,
     plural,
+    printable,
     rate_text,
     short_label,
 )
@@ -195,7 +196,7 @@ def _labeled(label: str, text: str, width: int, *, style: str = "") -> Iterator[
 def _copied(label: str, text: str) -> Iterator[Text]:
     """Yield a line to be copied from the screen: never wrapped, never cut."""
     if text:
-        yield Text(" ", no_wrap=True).append(label.ljust(_LABEL), style="dim").append(text, style="cyan")
+        yield Text(" ", no_wrap=True).append(label.ljust(_LABEL), style="dim").append(printable(text), style="cyan")
 
 
 def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:

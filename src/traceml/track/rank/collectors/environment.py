@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from traceml.formatting import shell_joined
 from traceml.privacy import Masker
 from traceml.setting_sources import ENV_PREFIX, INTERNAL_ENV, USER_ENV
 from traceml.settings import declarations
@@ -57,7 +57,7 @@ class EnvironmentCollector(CollectorInterface):
             "executable": config.get("executable") or sys.executable,
             "traceml": __version__,
             "folder": config.get("folder") or "",
-            "command": shlex.join(argv),
+            "command": shell_joined(argv),
             "variables": {name: environ[name] for name in sorted(environ) if _is_relevant(name)},
             "packages": "\n".join(sorted(_packages(path), key=str.lower)),
         }
