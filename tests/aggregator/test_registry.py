@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from traceml.aggregator.unfinished_runs import finish_run
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS
+from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
@@ -288,6 +290,19 @@ def test_steps_of_a_rank_without_launcher_and_aggregator_are_left(registry, memo
     FlightFile.create(memory, {"job": "job", "runs_dir": str(registry.runs_dir)}).close(unlink=False)
 
     assert registry.recover_flights() == []
+
+
+def test_a_file_that_may_not_grow_is_no_end_of_the_aggregator(registry, monkeypatch):
+    """Like a full disk: it answers its ranks with the reason, and they try again."""
+
+    def build(_path):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(store_file, "_build", build)
+    with pytest.raises(RefusedError, match="disk I/O error") as refused:
+        registry.begin("a-run", "job", named=True)
+
+    assert refused.value.retry
 
 
 @pytest.mark.parametrize("is_copied", [False, True])

@@ -397,7 +397,7 @@ def _key(hello: Hello) -> str:
 def _is_temporary(error: StoreError) -> bool:
     cause = error.__cause__
     full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    return full or "full" in str(cause)
+    return full or any(words in str(cause) for words in ("full", "disk I/O"))
 
 
 def _level_of(error: RefusedError) -> int:
