@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RECEIVE_BYTES",
+    "SILENT",
     "ClientHandshake",
     "TemporaryRefusalError",
     "addresses_of",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 RECEIVE_BYTES = 65536
+SILENT = "a program listens there, but sent no"
+"""Begin of the reason where a connection was taken and nothing came."""
 
 _refusals: deque[tuple[str, int, str]] = deque(maxlen=20)
 
@@ -97,14 +100,14 @@ class ClientHandshake:
         while not self.early:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError(f"a program listens there, but sent no {kind}{self._tls_hint(kind)}")
+                raise TimeoutError(f"{SILENT} {kind}{self._tls_hint(kind)}")
 
             self._sock.settimeout(left_s)
             try:
                 with fork_gate.opened():
                     data = self._sock.recv(RECEIVE_BYTES)
             except TimeoutError:
-                raise TimeoutError(f"a program listens there, but sent no {kind}{self._tls_hint(kind)}") from None
+                raise TimeoutError(f"{SILENT} {kind}{self._tls_hint(kind)}") from None
 
             if not data:
                 raise ConnectionResetError(f"it closed the connection before its {kind}{self._tls_hint(kind)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.recorder.sending.dialing import stored_elsewhere
-from traceml.run_folder import STORE_NAME
+from traceml.recorder.sending.dialing import dial, stored_elsewhere
+from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME
 from traceml.settings import load
 from traceml.transport.client import Connection
 from traceml.transport.folder_aggregator import address_of
@@ -297,3 +298,21 @@ def test_where_a_run_is_stored(tmp_path: Path) -> None:
     assert stored_elsewhere(config, {"run_dir": "/far/run"}) == "/far/run, on the host of that aggregator"
     supervised = load({"TRACEML_ADDRESS": "127.0.0.1:1"}, tmp_path, runs_dir=runs_dir)
     assert stored_elsewhere(supervised, {"run_dir": "/far/run"}) == ""
+
+
+@pytest.mark.parametrize("log", ["", "traceml serve: cannot create the run's store: disk I/O error.\n"])
+def test_a_launcher_without_its_aggregator_is_no_unknown_program(
+    log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket takes the connection; the log of the aggregator that has ended may have the cause."""
+    path = tmp_path / "run-1" / AGGREGATOR_LOG
+    path.parent.mkdir(parents=True)
+    path.write_text(log)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("TRACEML_ADDRESS", f"127.0.0.1:{listener.getsockname()[1]}")
+        config = load(runs_dir=tmp_path, run_id="run-1", token="secret")
+        with pytest.raises(AggregatorUnavailableError) as error:
+            dial(config, Hello(role="client", run="run-1"), timeout_s=0.1, tries=1)
+
+    cause = f"; {path} ends in: {log.strip()}" if log else ""
+    assert error.value.reason == f"the aggregator of this run does not answer{cause}"

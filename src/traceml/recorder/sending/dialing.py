@@ -9,8 +9,10 @@ from typing import Any
 
 from traceml.clock import boot_id
 from traceml.errors import AggregatorUnavailableError
+from traceml.run_folder import AGGREGATOR_LOG, aggregator_words
 from traceml.settings import Config
 from traceml.transport.client import Connection, connect
+from traceml.transport.client_handshake import SILENT
 from traceml.transport.folder_aggregator import AggregatorAddress, address_of, folder_id
 from traceml.transport.hello import Hello
 
@@ -41,6 +43,9 @@ def dial(
 
         return connect_or_start(config, hello, is_ending)
 
+    if config.supervised:
+        return _dial_launched(config, hello, timeout_s, tries)
+
     if config.address_given:
         return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls)
 
@@ -66,6 +71,21 @@ def stored_elsewhere(config: Config, welcome: Mapping[str, Any]) -> str:
 
     host = "" if folder_id(run_dir)[:1] == [boot_id()] else ", on the host of that aggregator"
     return f"{run_dir}{host}"
+
+
+def _dial_launched(config: Config, hello: Hello, timeout_s: float, tries: int | None) -> Connection:
+    """Connect to the aggregator of a launcher, whose socket takes connections also while no aggregator runs."""
+    try:
+        return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls)
+    except AggregatorUnavailableError as error:
+        if not error.reason.startswith(SILENT):
+            raise
+
+        run_dir = config.runs_dir / (config.run_id or "")
+        words = aggregator_words(run_dir)
+        log = f"; {run_dir / AGGREGATOR_LOG} ends in: {words}" if words else ""
+        why = f"the aggregator of this run does not answer{log}"
+        raise AggregatorUnavailableError(error.host, error.port, error.waited_s, why) from error
 
 
 def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | None) -> Connection:
