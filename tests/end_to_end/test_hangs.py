@@ -68,6 +68,33 @@ def test_a_rank_that_sleeps_is_named_with_its_line(traceml: Traceml) -> None:
     assert (after["ranks"], after["evidence"]["line"]) == ([1], line_of("STUCK")), after
 
 
+MUTE = """
+import ctypes, time, torch
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(60):
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    time.sleep(0.01)
+    if step == 40:
+        ctypes.PyDLL(None).pause()  # with the GIL
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_job_whose_ranks_cannot_print_is_reported_by_the_command(traceml: Traceml) -> None:
+    """C code has the interpreter's lock in the only process: no thread of it runs."""
+    (traceml.folder / "mute.py").write_text(MUTE)
+    running = traceml.start("run", "mute.py", TRACEML_HANG_TIMEOUT="5", OMP_NUM_THREADS="1")
+    assert running.process.stderr is not None
+    told = next(line for line in running.process.stderr if "traceml: HANG" in line)
+    running.process.kill()
+    running.end()
+
+    assert "traceml: HANG: Rank 0 makes no progress, in mute.py:11; `traceml report " in told
+
+
 SEEN = re.compile(
     rf"Rank 0 is in barrier #(\d+) \(hanging\.py:{line_of('SKIPPED')} train\), rank 1 is in all_reduce #(\d+) in "
     rf"backward \(hanging\.py:{line_of('BACKWARD')} train\)"

@@ -63,6 +63,7 @@ class Aggregator:
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
         launcher_pid: that launcher; by default the parent, unless it is gone when this process asks for it.
         on_left: called when all ranks of a run have said bye; their processes take a moment to end.
+        on_mute: called when a job is stuck and none of its ranks can print that, with the facts of `stuck_line`.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_delivered: likewise when its logged rows are delivered, or are left for `traceml sync`.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
@@ -83,6 +84,7 @@ class Aggregator:
         exit_when_idle: bool = False,
         on_rank: Callable[[], object] | None = None,
         on_left: Callable[[], object] | None = None,
+        on_mute: Callable[[dict[str, Any]], object] | None = None,
         on_run_finished: Callable[[Path], object] | None = None,
         on_run_delivered: Callable[[Path], object] | None = None,
         retention_gb: float | None = None,
@@ -108,7 +110,7 @@ class Aggregator:
         self._finishing: set[Path] = set()
         self._parent = os.getppid() if launcher_pid is None else launcher_pid
         self.profiles = profiles if profiles is not None else FindingProfiles(0.0)
-        self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, self.profiles)
+        self._checks = RunChecks(self._start, on_run_finished, delivery_nice, alerts, self.profiles, on_mute)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_s = math.inf

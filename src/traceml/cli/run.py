@@ -168,6 +168,7 @@ def run_job(
             on_delivery=_print_delivery,
             on_tick=lambda: [keep() for keep in kept],
             on_completing=load_card,
+            quiet=quiet,
         ) as supervisor:
             outcome = supervisor.run()
             if not outcome.joined:

@@ -6,15 +6,17 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> int:
             exit_when_idle=options.exit_when_idle,
             on_rank=reports.prepare if options.exit_when_idle else None,
             on_left=partial(_tell, options.left_fd) if options.left_fd is not None else None,
+            on_mute=partial(_tell, options.left_fd) if options.left_fd is not None else None,
             on_run_finished=lambda run_dir: _log.info("report: %s", reports.write(run_dir)),
             on_run_delivered=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
@@ -219,10 +222,14 @@ def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregato
         print(f"traceml aggregator at {host}:{port}, runs go to {aggregator.registry.runs_dir}", flush=True)
 
 
-def _tell(descriptor: int) -> None:
-    """Write a byte for the launcher, which may have died, or may not read."""
+def _tell(descriptor: int, stuck: Mapping[str, Any] | None = None) -> None:
+    """Write a line for the launcher, which may have died, or may not read.
+
+    Args:
+        stuck: facts of `stuck_line`; None: all ranks have said bye.
+    """
     with contextlib.suppress(OSError):
-        os.write(descriptor, b"\n")
+        os.write(descriptor, (json.dumps(stuck) if stuck is not None else "").encode() + b"\n")
 
 
 def _clean_up(reports: ReportProcess, run_dir: Path, *, keep: int | None) -> None:

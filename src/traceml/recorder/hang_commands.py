@@ -7,15 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from traceml.fail_open import print_notice
-from traceml.formatting import printable
 from traceml.inspection.kernel_state import end_started_processes
-from traceml.run_folder import report_command
-from traceml.transport.run_line import short_path
+from traceml.transport.run_line import stuck_line
 
 __all__ = ["abort_process", "print_stuck"]
 
@@ -51,18 +48,13 @@ def print_stuck(args: Mapping[str, Any], on_printed: Callable[[], object]) -> di
     """Print that the job is stuck, or continues; in a thread of its own, as nobody may read the pipe of standard error.
 
     Args:
-        args: `kind` and `headline` of the verdict, absent if the job continues; `run_dir`.
+        args: see `stuck_line`.
         on_printed: called in that thread, as this line is no output of the script.
     """
-    command = report_command(short_path(Path(str(args.get("run_dir")))))
-    line = (
-        f"traceml: {args.get('kind')}: {args['headline']}; `{command}` says why and what to do"
-        if "headline" in args
-        else f"traceml: the job continues; `{command}` says what it waited for"
-    )
+    line = stuck_line(args)
 
     def show() -> None:
-        print_notice(printable(line))
+        print_notice(line)
         on_printed()
 
     Thread(target=show, name="traceml-notice", daemon=True).start()

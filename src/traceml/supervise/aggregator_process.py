@@ -98,15 +98,28 @@ class AggregatorProcess(RestartingProcess):
         return self.runs_dir / self.run_id
 
     def watch_ranks(self) -> int:
-        """Return a descriptor that can be read when all ranks have said bye; `close` closes it.
+        """Return a descriptor that can be read when there is a message of `rank_messages`; `close` closes it.
 
-        Call it before the start. The processes of the ranks take a moment to end then.
+        Call it before the start.
         """
         if self._left is None:
             self._left = os.pipe()
             os.set_blocking(self._left[1], False)
 
         return self._left[0]
+
+    def rank_messages(self) -> list[dict[str, Any]]:
+        """Return what is new about the ranks, when the descriptor can be read.
+
+        One without facts says that all have said bye: their processes take a moment to end. Others are those of
+        `stuck_line`, as no rank can print that the job is stuck.
+        """
+        if self._left is None:
+            return []
+
+        import json
+
+        return [json.loads(line or b"{}") for line in os.read(self._left[0], 65536).splitlines()]
 
     def environ(self, address: str | None = None) -> dict[str, str]:
         """Return the variables by which a rank finds the aggregator and its run.

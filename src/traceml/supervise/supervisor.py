@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
+from traceml.fail_open import print_notice
 from traceml.process_ends import BY_OTHERS, has_terminal, not_ignored, shell_status
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
@@ -92,6 +94,7 @@ class Supervisor:
         on_delivery: Callable[[], object] | None = None,
         on_tick: Callable[[], object] | None = None,
         on_completing: Callable[[], object] = lambda: None,
+        quiet: bool = False,
     ) -> None:
         """Prepare a job.
 
@@ -105,8 +108,9 @@ class Supervisor:
             on_tick: called a few times a second while the job runs.
             on_completing: called when the ranks have said bye, and again when their processes have ended, before the
                 run is completed.
+            quiet: do not print that the job is stuck.
         """
-        self._job = job
+        self._job, self._quiet = job, quiet
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
@@ -131,7 +135,7 @@ class Supervisor:
         self._not_ignored = not_ignored(FORWARDED_SIGNALS)
         self._had_terminal = has_terminal()
         self._ended_by: dict[str, Any] | None = None
-        self._reader_left = False
+        self._reader_left = self._have_left = False
         self._selector = selectors.DefaultSelector()
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = UnreadOutput((_STDOUT, _STDERR), self._is_ending, self._keep_output)
@@ -152,7 +156,7 @@ class Supervisor:
 
     def run(self) -> JobOutcome:
         """Run the job; return when all its processes have ended and the run is stored."""
-        self._selector.register(self._aggregator.watch_ranks(), selectors.EVENT_READ, "left")
+        self._selector.register(self._aggregator.watch_ranks(), selectors.EVENT_READ, "ranks")
         if not self._job.has_other_nodes:
             self._aggregator.start()
 
@@ -267,10 +271,8 @@ class Supervisor:
                 if "failures" in ready:
                     self._read_failures(ready["failures"].fd)
 
-                if "left" in ready:
-                    self._selector.unregister(ready["left"].fd)
-                    self._aggregator.prepare_requests()
-                    self._on_completing()
+                if "ranks" in ready:
+                    self._take_rank_messages()
 
                 self._report_exits(process)
                 self._pass_signals(process)
@@ -296,6 +298,28 @@ class Supervisor:
         for key in list(self._selector.get_map().values()):
             if key.data == "failures":
                 self._read_failures(key.fd)
+
+    def _take_rank_messages(self) -> None:
+        for facts in self._aggregator.rank_messages():
+            if facts:
+                self._print_stuck(facts)
+            elif not self._have_left:
+                self._have_left = True
+                self._aggregator.prepare_requests()
+                self._on_completing()
+
+    def _print_stuck(self, facts: dict[str, Any]) -> None:
+        """Print that the job is stuck, as no rank can: C code has the interpreter's lock in each."""
+        if self._quiet:
+            return
+
+        from traceml.transport.run_line import stuck_line
+
+        line = stuck_line(facts)
+        if self._screen is not None and sys.stdout.isatty() and sys.stderr.isatty():
+            self._screen.write(f"{line}\r\n".encode())
+        else:  # in a thread of its own: nobody may read the pipe
+            Thread(target=print_notice, args=(line,), name="traceml-notice", daemon=True).start()
 
     def _pass_signals(self, process: subprocess.Popen[bytes]) -> None:
         """Forward signals that were sent to this process only; the job receives those of the terminal itself."""

@@ -1,14 +1,17 @@
-"""The line that says where a run is stored, printed when it starts."""
+"""Lines about a run in the output of its job: where it is stored, and that it is stuck."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from traceml.fail_open import print_notice
 from traceml.formatting import printable
+from traceml.run_folder import report_command
 from traceml.transport import auth
 
-__all__ = ["print_start", "run_line", "short_path"]
+__all__ = ["print_start", "run_line", "short_path", "stuck_line"]
 
 
 def print_start(run_dir: Path, *, live: bool = True) -> None:
@@ -30,6 +33,19 @@ def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
     view = f"http://127.0.0.1:{page.port}/run/{run_dir.name}" if page is not None else "`traceml top`"
     watch = f"; live: {view}" if live else ""
     return printable(f"traceml: {does} this run; results in {short_path(run_dir)}{watch}")
+
+
+def stuck_line(facts: Mapping[str, Any]) -> str:
+    """Return the line of a job that is stuck, or goes on.
+
+    Args:
+        facts: `kind` and `headline` of the verdict, absent if the job goes on; `run_dir`.
+    """
+    command = report_command(short_path(Path(str(facts.get("run_dir")))))
+    if "headline" not in facts:
+        return printable(f"traceml: the job continues; `{command}` says what it waited for")
+
+    return printable(f"traceml: {facts.get('kind')}: {facts['headline']}; `{command}` says why and what to do")
 
 
 def short_path(run_dir: Path) -> str:

@@ -32,14 +32,17 @@ class Rank:
 
 
 def notices_of(
-    *ranks: Rank, silent: Rank | None = None, now_s: Callable[[], float] = time.monotonic
+    *ranks: Rank,
+    silent: Rank | None = None,
+    now_s: Callable[[], float] = time.monotonic,
+    on_mute: Callable[[dict[str, Any]], object] | None = None,
 ) -> tuple[JobNotices, Any]:
     builder = JobFactsBuilder(len(ranks))
     run: Any = SimpleNamespace(
         path=Path("/runs/a"), attempt=0, connected_ranks=ranks, live=SimpleNamespace(facts_builder=builder)
     )
     watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent)
-    return JobNotices(run, watch, now_s), run
+    return JobNotices(run, watch, now_s, on_mute), run
 
 
 def test_one_rank_tells_it_once_and_that_it_is_over() -> None:
@@ -62,6 +65,22 @@ def test_a_rank_that_cannot_print_is_not_asked() -> None:
     notices.check([HANG])
 
     assert (len(silent.told), len(other.told)) == (0, 1)
+
+
+def test_the_launcher_prints_where_no_rank_can() -> None:
+    """Once, too; a job without connected ranks is over, and a rank that can print again says that it goes on."""
+    rank, told = Rank(0), list[dict[str, Any]]()
+    notices, run = notices_of(rank, silent=rank, on_mute=told.append)
+    run.connected_ranks = ()
+    notices.check([HANG])
+    assert told == []
+
+    run.connected_ranks = (rank,)
+    for _ in range(2):
+        notices.check([HANG])
+
+    assert told == [{"kind": "HANG", "headline": HANG.headline, "run_dir": "/runs/a"}]
+    assert rank.told == []
 
 
 def test_a_job_without_progress_does_not_go_on() -> None:

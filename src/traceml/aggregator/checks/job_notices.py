@@ -25,10 +25,17 @@ class JobNotices:
 
     Args:
         silent: the ranks of the run whose recorder does not run: they could not print it.
+        on_mute: takes the facts of the line if no rank of a connected job can print it; absent without a launcher.
     """
 
-    def __init__(self, run: ActiveRun, silent: SilentRanks, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._silent, self._now_s = run, silent, now_s
+    def __init__(
+        self,
+        run: ActiveRun,
+        silent: SilentRanks,
+        now_s: Callable[[], float] = time.monotonic,
+        on_mute: Callable[[dict[str, Any]], object] | None = None,
+    ) -> None:
+        self._run, self._silent, self._now_s, self._on_mute = run, silent, now_s, on_mute
         self._since_s: float | None = None
         self._printed_of: int | None = None  # the attempt that was reported last, while it is stuck
 
@@ -51,13 +58,16 @@ class JobNotices:
             self._printed_of = self._run.attempt
 
     def _send(self, facts: dict[str, Any]) -> bool:
-        """Send it to the first rank that can print; return whether there is one."""
-        peer = self._peer()
+        """Send it to the first rank that can print, else to the launcher; return whether there is one."""
+        peer, args = self._peer(), {**facts, "run_dir": str(self._run.path)}
         if peer is not None:
-            args = {**facts, "run_dir": str(self._run.path)}
             peer.send({"t": "command", "id": 0, "name": "notice", "args": args})
+            return True
+        if self._on_mute is None or not self._run.connected_ranks:  # of a job that has ended, its end says more
+            return False
 
-        return peer is not None
+        self._on_mute(args)
+        return True
 
     def _peer(self) -> StreamPeer | None:
         able = [each for each in self._run.connected_ranks if not self._silent.is_silent(each)]

@@ -34,10 +34,15 @@ def checking(run: ActiveRun) -> fail_open:
 class _OpenRun:
     """Readings of an open run beside its rows, and its verdict."""
 
-    def __init__(self, run: ActiveRun, start: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    def __init__(
+        self,
+        run: ActiveRun,
+        start: Callable[[Coroutine[Any, Any, None]], None],
+        on_mute: Callable[[dict[str, Any]], object] | None,
+    ) -> None:
         self.silent, self.competing = SilentRanks(run, start), CompetingProcesses(run, start)
         self.times, self.verdict = RunTimes(run, start), LiveVerdict(run.live)
-        self.notices = JobNotices(run, self.silent)
+        self.notices = JobNotices(run, self.silent, on_mute=on_mute)
 
 
 class RunChecks:
@@ -50,8 +55,9 @@ class RunChecks:
         nice: int,
         alerts: FindingAlerts | None,
         profiles: FindingProfiles,
+        on_mute: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
-        self._start = start
+        self._start, self._on_mute = start, on_mute
         self.alerts = alerts if alerts is not None else FindingAlerts((), 0.0)
         self._profiles = profiles
         self.sources = SourceReadings(nice)
@@ -64,7 +70,7 @@ class RunChecks:
         for stream in run.connected:
             stream.follow_groups()
 
-        opened = self._open[run] = self._open.get(run) or _OpenRun(run, self._start)
+        opened = self._open[run] = self._open.get(run) or _OpenRun(run, self._start, self._on_mute)
         for readings in (opened.silent, opened.competing, opened.times):
             readings.check()
 
