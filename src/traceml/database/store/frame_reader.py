@@ -163,8 +163,24 @@ class FrameReader:
         frames = self._new_frames((*tables, None), known, after_id)
         return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
 
-    def salvaged_ids(self, after_id: int = 0) -> dict[str, list[int]]:
-        """Return the ids of the frames after a cursor by table, where a damaged page ends every other way to read.
+    def salvaged_frames(self, tables: Iterable[str], after_id: int) -> Iterator[Frame]:
+        """Yield the readable frames after a cursor, where a damaged page ends every other way to read.
+
+        The others are left out without a word.
+
+        Args:
+            tables: the wanted ones; their frames come in this order.
+        """
+        columns = FRAME_COLUMNS.replace("coalesce(thinned, 0)", "0")  # they may be damaged, too
+        found = self._salvaged_ids(after_id)
+        for table in tables:
+            for number in found.get(table, ()):
+                with suppress(StoreError, ValueError):
+                    for row in self._fetch(f"SELECT {columns} FROM frames WHERE id = ?", number):  # noqa: S608 - no values
+                        yield self._decoded(table, row)
+
+    def _salvaged_ids(self, after_id: int) -> dict[str, list[int]]:
+        """Return the ids of the frames after a cursor by table.
 
         Asks for one after the other, which takes seconds, until too many in a row are missing.
         """
@@ -177,14 +193,6 @@ class FrameReader:
                     end = number + _TRIED_IDS
 
         return found
-
-    def salvaged_frames(self, table: str, numbers: Sequence[int]) -> Iterator[Frame]:
-        """Yield those of a table's frames that can be read; the others are left out without a word."""
-        columns = FRAME_COLUMNS.replace("coalesce(thinned, 0)", "0")  # they may be damaged, too
-        for number in numbers:
-            with suppress(StoreError, ValueError):
-                for row in self._fetch(f"SELECT {columns} FROM frames WHERE id = ?", number):  # noqa: S608 - no values
-                    yield self._decoded(table, row)
 
     def step_frames(
         self, table: str, steps: Sequence[tuple[int, int]], streams: Collection[int] | None = None

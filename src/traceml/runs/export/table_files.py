@@ -118,10 +118,8 @@ class _TablesExport:
 
     def _salvage(self) -> None:
         """Write the rows that a damaged page keeps `_rows` from."""
-        found = self._reader.salvaged_ids(self._after)
-        for table in filter(found.__contains__, _STORED):  # names come first
-            for frame in self._reader.salvaged_frames(table, found[table]):
-                self._take(frame)
+        for frame in self._reader.salvaged_frames(_STORED, self._after):  # names come first
+            self._take(frame)
 
     def _take(self, frame: Frame) -> None:
         stream = self._streams.get(frame.stream)

@@ -6,6 +6,7 @@ Bounds of steps and all durations are exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ __all__ = ["EventMarks", "TimelineExporter", "origin_of"]
 
 _NOT_SHOWN = (TELEMETRY, LIMITS, LOADER_WORKERS, LINES, LOSSES, FINGERPRINTS, PAUSES)
 _TABLES = (*(table.name for table in PACKED if table not in _NOT_SHOWN), *(log.name for log in LOGS))
+_NAMES_FIRST = NAMES.name.__ne__
 _TEXT = 500  # characters of a text that go into the trace
 
 
@@ -88,6 +90,8 @@ class TimelineExporter:
                     self._take(frame)
         except StoreError as error:
             self.damage.append(str(error))
+            for frame in self._reader.salvaged_frames(sorted(_TABLES, key=_NAMES_FIRST), after):
+                self._take(frame)
 
         self._steps.write()
         self._metrics.write()
@@ -151,11 +155,12 @@ class TimelineExporter:
 def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
     """Return the start of the store's first second, in epoch nanoseconds."""
     first: list[int] = []
-    for frame in reader.frames_of((STEP_ROWS.name, "process", "host"), limit=64):
-        rows = np.frombuffer(frame.data, reader.dtype(frame.table))
-        is_step = frame.table == STEP_ROWS.name
-        stamp = int(rows["t_end_ns"][0] - rows["total_ns"][0]) if is_step else int(rows["t_ns"][0])
-        first.append(clocks.from_monotonic(frame.stream, stamp))
+    with suppress(StoreError):  # the run's start is enough
+        for frame in reader.frames_of((STEP_ROWS.name, "process", "host"), limit=64):
+            rows = np.frombuffer(frame.data, reader.dtype(frame.table))
+            is_step = frame.table == STEP_ROWS.name
+            stamp = int(rows["t_end_ns"][0] - rows["total_ns"][0]) if is_step else int(rows["t_ns"][0])
+            first.append(clocks.from_monotonic(frame.stream, stamp))
 
     started = reader.meta().get("run", {}).get("started")
     if started is not None:
