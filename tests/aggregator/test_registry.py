@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.unfinished_runs import finish_run
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import boot_id, monotonic_ns, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS
 from traceml.database.store import store_file
@@ -270,6 +271,25 @@ def test_an_unfinished_run_takes_no_rows_of_a_run_elsewhere(registry, tmp_path, 
 
     with StoreReader(run.path / STORE_NAME) as reader:
         assert len(list(reader.streams())) == 1
+
+
+@pytest.mark.parametrize(("parent_trains", "is_rank"), [(True, False), (False, True)])
+def test_a_child_that_trained_for_itself_is_not_its_parent(registry, memory, parent_trains, is_rank):
+    """A worker of a process pool, killed before it connected: rank 0 has not died. Another parent only starts ranks."""
+    facts = {"job": "job", "recorder": "child", "spawned_by": "r", "world_size": 1, "pid": 9}
+    flight = FlightFile.create(memory, facts)
+    flight.ring("steps").append(0, monotonic_ns(), 5_000_000, *[0] * (len(STEPS.names) - 3))
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 1))
+    if parent_trains:
+        run.ingest.take(stream, "steps", 0, 1, bytes(STEPS.row_bytes))
+
+    (dead,) = dead_flights("job", registry.runs_dir)
+    run.recover_flight(dead)
+
+    (child,) = (each for each in run.streams if each is not stream)
+    assert child.next["steps"] == 1
+    assert child.is_helper is not is_rank
 
 
 @pytest.mark.parametrize(("left", "is_stored"), [("folder", True), ("store", False), ("nothing", False)])

@@ -91,7 +91,7 @@ class ActiveRun(RunStreams):
                 flight.incarnation,
                 flight.local_rank,
                 str(flight.path),
-                is_helper=flight.is_helper or self._has_started_rank(flight, attempt),
+                is_helper=flight.is_helper or self._is_no_rank(flight, attempt),
             )
             self.store.update_stream(stream.id, clock=list(flight.image.clock))
             for report in [report for report in self._unmatched_exits if report.pid == flight.incarnation.pid]:
@@ -326,9 +326,17 @@ class ActiveRun(RunStreams):
             except StoreError as error:
                 _log.error("run %s: %s", self.id, error)
 
-    def _has_started_rank(self, flight: DeadFlight, attempt: int) -> bool:
-        """Whether a process that never connected has only started the process that is its rank now: it has no steps."""
-        return self._table.of_rank(attempt, flight.rank) is not None and not appended_rows(flight.image).get("steps")
+    def _is_no_rank(self, flight: DeadFlight, attempt: int) -> bool:
+        """Whether another process is the rank of one that never connected.
+
+        It has only started that one, and has no steps; or it is its child, as in a process pool, and trained alone.
+        """
+        current = self._table.of_rank(attempt, flight.rank)
+        if current is None:
+            return False
+
+        trained_alone = flight.is_spawned and flight.world_size == 1 and bool(current.next.get("steps"))
+        return trained_alone or not appended_rows(flight.image).get("steps")
 
     def _finalize_dead(self, stream: RankStream, image: FlightSnapshot | None = None) -> None:
         """Recover the rows of a dead rank and set its final state."""

@@ -45,6 +45,8 @@ class DeadFlight:
         self.local_rank = int(facts.get("local_rank", 0))
         self.attempt = int(facts.get("attempt", 0))
         self.is_helper = bool(facts.get("parent"))
+        self.is_spawned = bool(facts.get("spawned_by"))
+        """Whether its process is a child of one that recorded, too."""
         self.name = str(facts.get("name") or "run")
         self.project = str(facts.get("project") or DEFAULT_PROJECT)
         self.run_id = _usable(str(facts.get("run_id") or ""))

@@ -107,6 +107,7 @@ class Identity(NamedTuple):
             "host": socket.gethostname(),
             "recorder": self.recorder,
             "parent": self.parent,
+            "spawned_by": self.spawned_by,
             "script_ms": 0 if self.parent else script_age_ms(),
             "hang_timeout_s": config.hang_timeout,
             "on_hang": config.on_hang,
