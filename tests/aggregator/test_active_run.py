@@ -275,6 +275,19 @@ def test_the_middle_of_a_loop_is_known_when_the_flight_file_is_gone(registry, tm
     assert stream.state is StreamState.LOST
 
 
+def test_a_dead_rank_ended_by_the_clock_of_the_run(registry, tmp_path):  # noqa: F811
+    """Else the first of several that died is the one whose host has the clock that is most behind."""
+    flight = FlightFile.create(tmp_path, {})
+    path = flight.path
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 2, pid=2**22 + 1, flight=str(path)))
+    stream.clock_shift_ns = 1_800_000_000_000
+    run.disconnected(stream)
+    run.check_absent()
+
+    assert stream.exit["at_s"] == pytest.approx(time.time() + 1800, abs=300)
+
+
 @pytest.mark.parametrize("ending", ["nothing", "the interpreter", "shutdown"])
 def test_only_a_process_whose_recorder_saw_no_end_skipped_its_exit(registry, tmp_path, ending):  # noqa: F811
     """Neither one that the interpreter ended, nor one that had ended its tracing before."""

@@ -11,7 +11,7 @@ from tests.ports import free_port
 from tests.transport.conftest import TOKEN, Serving
 from traceml.clock import monotonic_ns
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, TraceMLError
-from traceml.transport import auth
+from traceml.transport import auth, client
 from traceml.transport.client import Connection, connect
 from traceml.transport.framing import Decoder, encode
 from traceml.transport.hello import Hello
@@ -110,6 +110,21 @@ def test_clock_offset_is_within_half_a_round_trip(serving):
     assert before_ns - now_ns - error_ns <= measured.offset_ns <= after_ns - now_ns + error_ns
     sent = eventually(lambda: [message for message in serving.handler.messages if message["t"] == "clock"])
     assert sent[0]["rtt_ns"] == measured.rtt_ns
+    assert abs(measured.shift_ns) <= error_ns
+    connection.close()
+
+
+def test_a_client_measures_the_difference_of_two_clocks(serving, monkeypatch):
+    """Its own clock is half an hour behind; it sends nothing, as it has no rows."""
+    connection, offset_ns = serving.connect(), 1_800_000_000_000
+    monkeypatch.setattr(client, "clock_pair", lambda: (monotonic_ns(), time.time_ns() - offset_ns))
+
+    measured = connection.measure_clock(is_sent=False)
+
+    assert measured is not None
+    assert abs(measured.shift_ns - offset_ns) < 60_000_000_000
+    assert connection.request("any", timeout_s=60) is not None
+    assert [message["t"] for message in serving.handler.messages] == ["command"]
     connection.close()
 
 

@@ -484,7 +484,13 @@ class Aggregator:
         if not isinstance(offset, int) or not isinstance(rtt, int):
             raise ProtocolError("a clock message carries offset_ns and rtt_ns")
 
-        run.store.update_stream(stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt)
+        pair = message.get("pair")
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, int) for each in pair):
+            stream.clock_shift_ns = offset + pair[0] - pair[1]
+
+        run.store.update_stream(
+            stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt, clock_shift_ns=stream.clock_shift_ns
+        )
 
 
 def _call(listener: Callable[[Path], object], path: Path) -> None:

@@ -170,7 +170,11 @@ def recover(
             _log.warning("%s, logged by %r, cannot be moved into the run's folder: %s", path, stream, error)
 
     missing += _recover_file_rows(stream, ingest, image)
-    stream.exit = {**_open_at_death(image, stream.names), **crash_facts(image.crash_text), **stream.exit}
+    at_death = _open_at_death(image, stream.names)
+    if "at_s" in at_death:
+        at_death["at_s"] += stream.clock_shift_ns / 1e9
+
+    stream.exit = {**at_death, **crash_facts(image.crash_text), **stream.exit}
     if missing:
         _log.info("recovered %d rows of %r from %s", missing, stream, image.path)
 

@@ -229,7 +229,7 @@ class Recording:
         if (data := self.tracing.data()) is not None:
             facts |= {"batches": data.batches, "epoch": data.epoch, "data_ended": data.is_over}
 
-        facts["at_s"] = time.time()
+        facts["at_s"] = time.time() + (self.sender.clock.shift_ns / 1e9 if self.sender.clock else 0.0)
         self.note(InfoKind.EXIT, urgent=True, **{**reported, **facts})
         if status:
             slots[Slot.STATE] = FlightState.FAILED

@@ -67,10 +67,14 @@ class JoinedRun:
 
     def report_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Report ends of ranks, with the files that they left; return whether the aggregator knows now."""
+        from msgspec.structs import replace
+
         try:
             with contextlib.closing(self._client.connect(_CONNECT_S)) as connection:
+                shift_s = _clock_shift_s(connection)
                 for ended in exits:
-                    self._report_end(connection, ended)
+                    seen_s = None if ended.time is None else ended.time + shift_s
+                    self._report_end(connection, replace(ended, time=seen_s))
         except (TraceMLError, OSError) as error:
             _log.debug("the end of a rank is not reported to %s: %s", self.node, error)
             return False
@@ -84,7 +88,16 @@ class JoinedRun:
             ended_by: the signal that asked for the end, in the form of the command `finish`.
         """
         self.report_ends(exits)
-        self._client.ask("leave", {"host": self._host, "pid": os.getpid(), "ended_by": ended_by}, _ANSWER_S)
+        with (
+            contextlib.suppress(TraceMLError, OSError),  # it is gone, and waits for nobody
+            contextlib.closing(self._client.connect(_ANSWER_S, tries=1)) as connection,
+        ):
+            if ended_by is not None:
+                ended_by = {**ended_by, "time": ended_by["time"] + _clock_shift_s(connection)}
+
+            left = {"host": self._host, "pid": os.getpid(), "ended_by": ended_by}
+            connection.request("leave", left, timeout_s=_ANSWER_S)
+
         self.withdraw()
 
     def withdraw(self) -> None:
@@ -129,3 +142,9 @@ class JoinedRun:
     def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
         about = {"host": self._host, "rank": rank, "pid": pid, "snapshot": snapshot}
         self._client.ask("snapshot_from_outside", about, _SNAPSHOT_S)
+
+
+def _clock_shift_s(connection: Connection) -> float:
+    """Return the aggregator's wall clock minus that of this node: they may differ by more than a job takes."""
+    measured = connection.measure_clock(is_sent=False)
+    return 0.0 if measured is None else measured.shift_ns / 1e9

@@ -47,6 +47,7 @@ class ClockOffset(NamedTuple):
 
     offset_ns: int  # aggregator's epoch_ns minus this process's monotonic_ns at the same moment
     rtt_ns: int  # duration of that exchange; the offset is wrong by half of it at most
+    shift_ns: int = 0  # aggregator's wall clock minus that of this host
 
 
 def connect(
@@ -252,8 +253,12 @@ class Connection:
 
         raise TimeoutError(f"the aggregator did not answer {name!r} within {duration_text(timeout_s)}")
 
-    def measure_clock(self, *, timeout_s: float = 0.5) -> ClockOffset | None:
-        """Read the aggregator's clock a few times, and send it the fastest result; None without any answer."""
+    def measure_clock(self, *, timeout_s: float = 0.5, is_sent: bool = True) -> ClockOffset | None:
+        """Read the aggregator's clock a few times, and send it the fastest result; None without any answer.
+
+        Args:
+            is_sent: whether to send it; for clients, which have no rows with stamps, it must not be.
+        """
         best: ClockOffset | None = None
         deadline = time.monotonic() + timeout_s
         kept: list[dict[str, Any]] = []
@@ -269,11 +274,14 @@ class Connection:
                 best = ClockOffset(answer - sent_ns - rtt_ns // 2, rtt_ns)
 
         self._inbox[:0] = kept
-        if best is not None:
-            mono_ns, epoch_ns = clock_pair()
+        if best is None:
+            return None
+
+        mono_ns, epoch_ns = clock_pair()
+        if is_sent:
             self.send({"t": "clock", "offset_ns": best.offset_ns, "rtt_ns": best.rtt_ns, "pair": [mono_ns, epoch_ns]})
 
-        return best
+        return best._replace(shift_ns=best.offset_ns + mono_ns - epoch_ns)
 
     def close(self, reason: str | None = None) -> None:
         """Close; with a `reason`, send `bye{reason}` first, which makes the aggregator commit at once."""

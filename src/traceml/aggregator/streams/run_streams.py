@@ -349,6 +349,7 @@ def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[RankSt
         stream = RankStream(record.id, identity.rank, identity.attempt, incarnation, flight=facts.get("flight", ""))
         stream.is_helper = bool(facts.get("helps"))
         stream.is_relayed = bool(facts.get("relayed"))
+        stream.clock_shift_ns = int(facts.get("clock_shift_ns", 0))
         stream.resumes_at = int(facts.get("resumes_at", 0))
         stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)

@@ -119,6 +119,8 @@ class RankStream:
     """Whether the aggregator of its host sends its rows."""
     is_diagnosed: bool = True
     """Whether its rows are diagnosed live: only those of the rank's newest incarnation are."""
+    clock_shift_ns: int = 0
+    """The aggregator's wall clock minus that of the rank's host."""
     resumes_at: int = 0
     """Steps in the checkpoint with which it began, if it counts its own from 0."""
     flight_state: FlightState | None = None
