@@ -18,6 +18,7 @@ import msgpack
 import pytest
 
 from tests.database.store.store_writers import STREAMS, frame, row
+from traceml.database.store import store_file
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreBusyError, StoreError
@@ -362,3 +363,35 @@ def test_a_limit_of_the_size_of_files_is_named(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", code, str(tmp_path / "store.db")], capture_output=True, text=True, check=False)
 
     assert "Files may have 1 KiB here (ulimit -f): raise the limit" in done.stderr
+
+
+def test_a_filesystem_that_maps_no_files_gets_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite could not map the index of its write-ahead log, and says `disk I/O error` at each access."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(store_file.mmap, "mmap", refuse)
+    with StoreWriter(tmp_path / "store.db") as writer:
+        writer.put_meta("run", {"id": "a"})
+        writer.commit()
+
+    assert "is on a filesystem that maps no files" in caplog.text
+    assert not list(tmp_path.glob("store.db-wal"))
+    with StoreReader(tmp_path / "store.db") as reader:
+        assert reader.meta()["run"] == {"id": "a"}
+
+
+def test_a_filesystem_that_locks_no_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite says that the new file is locked, of which no other program knows."""
+
+    def build(_path: Path) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(store_file, "_build", build)
+    with pytest.raises(StoreError, match="cannot lock files: choose a runs_dir on another one") as error:
+        StoreWriter(tmp_path / "store.db")
+
+    assert "Another program" not in str(error.value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import mmap
 import os
 import resource
 import sqlite3
@@ -71,7 +73,7 @@ def translate_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:  # the driver cannot decode damaged text
-        raise StoreError(f"cannot {doing} the run's store {path}: {error}. {_advice(path, error)}") from error
+        raise StoreError(f"cannot {doing} the run's store {path}: {error}. {_advice(path, error, doing)}") from error
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -127,23 +129,44 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
 
 
 def _choose_journal(database: sqlite3.Connection, path: Path) -> None:
-    """Use a write-ahead log, except on a network filesystem, where readers on other hosts would read damaged pages."""
+    """Use a write-ahead log, except on a network filesystem, where readers on other hosts would read damaged pages.
+
+    Its index is a file that all processes map: some filesystems cannot.
+    """
     network = network_filesystem(path)
-    if network is None:
+    if network is None and _can_map(path.with_name(f"{path.name}.new-{os.getpid()}")):
         database.execute("PRAGMA journal_mode=WAL")
         return
 
     _log.warning(
-        "%s is on a network filesystem (%s): its store is written without a write-ahead log, which takes longer. "
+        "%s is on a %s: its store is written without a write-ahead log, which takes longer. "
         "A runs_dir on a local disk avoids that",
         path.parent,
-        network,
+        "filesystem that maps no files" if network is None else f"network filesystem ({network})",
     )
     try:
         database.execute("PRAGMA journal_mode=PERSIST")
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):  # its log is in use: it stays until the next start
             raise
+
+
+def _can_map(probe: Path) -> bool:
+    """Whether processes can share memory by a file in this folder.
+
+    Args:
+        probe: a file to create for that, and remove.
+    """
+    try:
+        with probe.open("w+b") as file:
+            file.truncate(1)
+            mmap.mmap(file.fileno(), 1).close()
+    except OSError as error:
+        return error.errno != errno.ENODEV  # others, as of a full disk, are the store's, too
+    finally:
+        probe.unlink(missing_ok=True)
+
+    return True
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
@@ -267,7 +290,7 @@ def _size_limit_bytes() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
-def _advice(path: Path, error: Exception) -> str:
+def _advice(path: Path, error: Exception, doing: str) -> str:
     text = str(error)
     if "disk I/O" in text and (limit := _size_limit_bytes()) is not None:
         return f"Files may have {bytes_text(limit)} here (ulimit -f): raise the limit; unwritten rows are kept."
@@ -277,6 +300,9 @@ def _advice(path: Path, error: Exception) -> str:
 
     if any(word in text for word in ("malformed", "not a database", "decode")):
         return "The file is damaged: move it away, or put a copy of it in its place."
+
+    if "locked" in text and doing == "create":  # nobody else knows the file
+        return f"The filesystem of {path.parent} cannot lock files: choose a runs_dir on another one."
 
     if "locked" in text:
         return "Another program has it locked: stop it, or wait."
