@@ -114,6 +114,24 @@ def test_a_callable_without_a_name_can_be_traced() -> None:
     assert traceml.trace(Doubling())(2) == 4
 
 
+def test_static_and_class_methods_are_traced_in_either_order() -> None:
+    """They are called as without the decorator, from the class and from an instance."""
+
+    class Model:
+        @traceml.trace
+        @staticmethod
+        def half(value: int) -> int:
+            return value // 2
+
+        @traceml.trace("building")
+        @classmethod
+        def name(cls) -> str:
+            return cls.__name__
+
+    assert Model.half(4) == Model().half(4) == 2
+    assert Model.name() == Model().name() == "Model"
+
+
 @pytest.mark.parametrize("decorate", [traceml.trace, traceml.trace("named"), traceml.trace(None)])
 def test_only_what_can_be_called_is_traced(decorate: Callable[[Any], Any]) -> None:
     with pytest.raises(traceml.ArgumentTypeError, match=r"trace\(5\): give a function or the name of a phase"):

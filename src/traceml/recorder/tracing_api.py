@@ -129,6 +129,9 @@ def trace(function: Any = None, /) -> Any:
 
 
 def _traced(function: Any, name: str | None) -> Any:
+    if isinstance(function, staticmethod | classmethod):  # the decorators stand in the other order
+        return type(function)(_traced(function.__func__, name))
+
     if not callable(function):
         raise ArgumentTypeError(f"trace({function!r:.100}): give a function or the name of a phase")
 
