@@ -27,7 +27,8 @@ def runs(tmp_path_factory):
         run = store_run(folder / f"run-{name}", Job(steps=40), facts=facts)
         if lr is not None:
             report = build_report(run)
-            report.setup.params, report.metrics = {"lr": lr, "opt": "Adam W"}, {"loss": MetricSection(last=10 * lr)}
+            report.setup.params = {"lr": lr, "opt": "Adam W", "size_bytes": 5}
+            report.metrics = {"loss": MetricSection(last=10 * lr)}
             save_report(run, report)
 
     write_labels(folder / "run-b", RunLabels(tags=["baseline", "night"], note="slow disk"))
@@ -84,6 +85,13 @@ def test_conditions_that_cannot_be_understood(runs, conditions, what):
 def test_a_name_that_earlier_terms_left_out_is_known(runs):
     """The first term leaves only a run without `lr`: the second is still a condition."""
     assert select_runs(runs, "name=c lr<1") == []
+
+
+def test_names_in_json_are_fields_unless_logged(runs):
+    """A script's own `size_bytes` is what it logged."""
+    assert [run.value("world_size") for run in runs] == [run.value("ranks") for run in runs] == [2, 2, 2]
+    assert select_runs(runs, "duration_s>=0") == runs
+    assert [run.value("size_bytes") for run in runs] == [runs[0].value("size"), 5, 5]
 
 
 def test_order(runs):

@@ -49,6 +49,9 @@ FIELDS: dict[str, Callable[[RunInfo], Any]] = {
 Trainings often log parameters called `commit` and `branch`, so ours have a prefix.
 """
 
+_NAMES_IN_JSON = {"world_size": "ranks", "samples_per_second": "samples/s", "duration_s": "took", "size_bytes": "size"}
+"""Names of fields in `traceml runs --json`; a parameter of such a name, as `world_size` often is one, comes first."""
+
 _TERM = re.compile(r"^([^<>=!~]*?)(<=|>=|!=|==|<|>|=|~)(.*)$", re.DOTALL)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -135,11 +138,15 @@ class RunFields:
         if name in logged.setup.params:
             return logged.setup.params[name]
 
-        return logged.metrics[name].last if name in logged.metrics else None
+        if name in logged.metrics:
+            return logged.metrics[name].last
+
+        return FIELDS[_NAMES_IN_JSON[name]](self.info) if name in _NAMES_IN_JSON else None
 
     def has(self, name: str) -> bool:
         """Return whether the run has a field, parameter or metric of this name."""
-        return name in FIELDS or name in self._read().setup.params or name in self._read().metrics
+        known = name in FIELDS or name in _NAMES_IN_JSON
+        return known or name in self._read().setup.params or name in self._read().metrics
 
     def logged_names(self) -> list[str]:
         """Return the names of the parameters and metrics of the run."""
