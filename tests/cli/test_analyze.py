@@ -98,6 +98,19 @@ def test_top_conditions_and_sections(capsys, trace):
     assert len(json.loads(output(capsys, trace, "--by", "tid", "--top", 2, "--json"))["groups"]) == 2
 
 
+def test_conditions_and_groups_of_several_options_are_joined(capsys, trace):
+    """A condition with OR keeps its extent."""
+
+    def groups(*words):
+        return json.loads(output(capsys, trace, "--json", *words))["groups"]
+
+    several = groups("--by", "cat", "--by", "tid", "--where", "dur>3", "--where", "cat=POSIX")
+
+    assert several == groups("--by", "cat,tid", "--where", "dur>3,cat=POSIX")
+    assert several != groups("--by", "cat,tid")
+    assert groups("--where", "dur>0 OR cat=POSIX", "--where", "cat=nobody") == []
+
+
 def test_nothing_passes(capsys, trace):
     """A condition that nothing meets is an answer, not an error."""
     assert "No span passes the conditions" in output(capsys, trace, "--by", "name", "--where", "name=nobody")

@@ -102,6 +102,11 @@ def test_fail_on_is_a_gate(slow, capsys, kinds, status):
     assert ("COMPUTE_STRAGGLER" in shown.err) == (status == 1)
 
 
+def test_kinds_of_several_fail_on_options_count_together(slow):
+    """A later option does not turn the gate of an earlier one off."""
+    assert cli.main(["report", "abcd", "--fail-on", "COMPUTE_STRAGGLER", "--fail-on", "RANK_LOST"]) == 1
+
+
 @pytest.mark.parametrize("words", [["--fail-on"], ["--fail-on", ""], ["--fail-on="]])
 def test_a_gate_without_a_kind_is_refused(slow, capsys, words):
     """A job whose list of kinds is empty by mistake would always pass."""

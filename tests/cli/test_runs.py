@@ -135,6 +135,13 @@ def test_conditions_columns_and_order(three, capsys):
     assert "meets the conditions, of 3 runs with the archived ones" in capsys.readouterr().out
 
 
+def test_conditions_of_several_options_are_joined(three, capsys):
+    assert cli.main(["runs", "--where", "id=run-1", "--where", "state=finished", "--json"]) == 0
+    assert [told["id"] for told in json.loads(capsys.readouterr().out)] == ["run-1"]
+    assert cli.main(["runs", "--where", "id=run-1", "--where", "state=hung", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
 @pytest.mark.parametrize(("columns", "last"), [(36, "verdict"), (46, "ranks"), (56, "samples/s"), (200, "size")])
 def test_a_narrow_terminal_shows_the_first_columns(three, capsys, monkeypatch, columns, last):
     """Lines are not broken; a list in a pipe, or of columns that were asked for, is whole."""

@@ -35,9 +35,9 @@ class AnalyzeOptions:
 
     paths: Annotated[tuple[str, ...], Positional("PATH ...")] = ()
     """Files, folders of them, or patterns."""
-    by: Annotated[str | None, Metavar("FIELD,...")] = None
+    by: Annotated[tuple[str, ...], Metavar("FIELD,...", one_each=True)] = ()
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
-    where: Annotated[str, Metavar("CONDITIONS")] = ""
+    where: Annotated[tuple[str, ...], Metavar("CONDITIONS", one_each=True)] = ()
     """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern) and
     IN (a, b); AND, OR, NOT and parentheses join them. Units are optional (2.5ms, 4KiB); without one, ts and dur are in
     microseconds."""
@@ -110,13 +110,13 @@ def _plot(result: dict[str, Any], path: Path, top: int) -> None:
 
 
 def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str, Any]:
-    report = options.by is None or options.overlap or options.timeline
+    report = not options.by or options.overlap or options.timeline
     with one_blas_thread(), importing(), spinner("Reading") as show:
         try:
             return summarize(
                 options.paths,
-                by="name" if options.by is None else options.by,
-                where=options.where,
+                by=",".join(options.by or ["name"]),
+                where=_all_of(options.where),
                 measures=measures,
                 report=report,
                 dask=options.dask,
@@ -125,6 +125,11 @@ def _summary(options: AnalyzeOptions, measures: tuple[Measure, ...]) -> dict[str
             )
         except TraceNotFoundError as error:
             raise _with_hint(error, options.paths) from error
+
+
+def _all_of(conditions: tuple[str, ...]) -> str:
+    """Return the conditions of several --where as one."""
+    return conditions[0] if len(conditions) == 1 else ",".join(f"({each})" for each in conditions)
 
 
 def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFoundError:
@@ -144,7 +149,7 @@ def _show(result: dict[str, Any], options: AnalyzeOptions, measures: tuple[Measu
     from traceml.renderers.text.viewport import Viewport, plain_console
 
     chosen = {"groups": True, "aggregated": True, "overlap": options.overlap, "timeline": options.timeline}
-    sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
+    sections = SECTIONS if not options.by else [name for name, wanted in chosen.items() if wanted]
     console = plain_console()
     columns = [(measure.name, measure.column) for measure in measures]
     viewport, top = Viewport.of(console), options.top or _TOP

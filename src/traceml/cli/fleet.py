@@ -29,7 +29,7 @@ class FleetOptions(RunsDirOptions):
     """The run: its id or name, or the last four characters of its id (default: the newest run)."""
     update: bool = False
     """First add the ended runs that the dataset does not have yet."""
-    where: Annotated[str | None, Metavar("CONDITIONS")] = None
+    where: Annotated[tuple[str, ...], Metavar("CONDITIONS", one_each=True)] = ()
     """Only runs that meet all of these: 'project=vision hosts~gpu-04 !state=failed'. Names: id, name, project, month,
     script, model, ranks, hosts, batch_size, steps, step_ms, state, verdict, and other facts of the dataset."""
     json: bool = False
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         document = fleet_document(
             dataset,
             options.run,
-            options.where,
+            " ".join(options.where),
             options.dask,
             lambda done, files: show(f"Reading: {done:,} of {files:,} files"),
         )

@@ -40,7 +40,7 @@ class RunsOptions(RunsDirOptions):
     Runs are removed and labeled by `traceml runs rm|tag|note|rename|archive RUN`.
     """
 
-    where: Annotated[str | None, Metavar("CONDITIONS")] = None
+    where: Annotated[tuple[str, ...], Metavar("CONDITIONS", one_each=True)] = ()
     """Only runs that meet all of these: 'lr<0.1 tag:baseline state=finished'. Names are columns, parameters or metrics.
     Operators: = != < <= > >= ~ (contains). A single word is looked for in id, project, state, verdict and tags; !
     negates."""
@@ -113,7 +113,7 @@ def _chosen(runs: list[RunFields], options: RunsOptions) -> list[RunFields]:
             )
 
     chosen = runs if options.archived else [run for run in runs if not run.info.archived]
-    chosen = select_runs(chosen, options.where) if options.where else chosen
+    chosen = select_runs(chosen, " ".join(options.where)) if options.where else chosen
     if options.sort:
         return sort_runs(chosen, options.sort, reverse=options.reverse)
 

@@ -31,6 +31,8 @@ class Options:
     """On which hosts."""
     output: Annotated[str, Metavar("FILE", "-o")] = ""
     """Into 100 % of a file."""
+    where: Annotated[tuple[str, ...], Metavar("CONDITION", one_each=True)] = ()
+    """Under which conditions."""
 
 
 def test_words_become_options():
@@ -38,6 +40,17 @@ def test_words_become_options():
     words = ["--count=3", "--json", "-o", "x=y", "--hosts", "a", "b"]
 
     assert parse(Options, words, prog="traceml thing") == Options(count=3, json=True, output="x=y", hosts=("a", "b"))
+
+
+def test_values_of_a_repeated_option_are_added():
+    """None of them is forgotten, and a condition does not take the words after it."""
+    words = ["--hosts", "a", "b", "--where", "x y", "--hosts", "c", "--where=z"]
+
+    options = parse(Options, words, prog="traceml thing")
+
+    assert options == Options(hosts=("a", "b", "c"), where=("x y", "z"))
+    with pytest.raises(UsageError, match="unrecognized arguments: y"):
+        parse(Options, ["--where", "x", "y"], prog="traceml thing")
 
 
 def test_help_without_the_source_lists_the_options(capsys):

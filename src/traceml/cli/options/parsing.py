@@ -36,10 +36,12 @@ class Metavar(NamedTuple):
 
     Args:
         short: a second name of the option, such as `-o`.
+        one_each: of an option with several values: each follows an option's name of its own, as it may contain spaces.
     """
 
     text: str
     short: str = ""
+    one_each: bool = False
 
 
 class Positional(Metavar):
@@ -159,8 +161,8 @@ def _argument(name: str, hint: Any, text: str | None) -> tuple[list[str], dict[s
     more["type"] = next((each for each in notes if isinstance(each, NumberRange)), Path if kind is Path else None)
     if isinstance(note, Positional):
         return [name], {**more, "nargs": "*" if kind == tuple[str, ...] else "?"}
-    if kind == tuple[str, ...]:
-        more["nargs"] = "+"
+    if kind == tuple[str, ...]:  # the values of an option that is given twice are added
+        more |= {"action": "append"} if note and note.one_each else {"action": "extend", "nargs": "+"}
 
     return [*([note.short] if note and note.short else []), option], more
 
