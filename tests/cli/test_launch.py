@@ -23,13 +23,14 @@ from traceml.cli.launch import _joined, main
         ("--workers-per-host auto --hostnames slurm train", "--workers-per-host=auto --hostnames=slurm train"),
         ("--workers-per-host 2 train", "--workers-per-host=2 train"),
         ("--hostnames a b -m train --hostnames c", "--hostnames=a,b -m train --hostnames c"),
-        ("--timeout 3 --hostnames a --report r train", "--timeout 3 --hostnames=a --report r train"),
+        ("--timeout 3 --hostnames a --report r train", "--hostnames=a --timeout 3 --report r train"),
+        ("--hostnames a --timeout 3 --hostnames b --hostnames=c,d t.py", "--hostnames=a,b,c,d --timeout 3 t.py"),
         ("train.py --hostnames a b", "train.py --hostnames a b"),
     ],
 )
 def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
     """Values of a list may stand apart; the script and its own options are left alone."""
-    assert list(_joined(words.split())) == understood.split()
+    assert _joined(words.split()) == understood.split()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ _LISTS = ("--hostnames", "--workers-per-host", "--default-env-vars", "--extra-en
 
 def main(argv: list[str]) -> int:
     """Run a script on hosts; return its exit status."""
-    options = make_parser().parse_args(list(_joined(argv)))
+    options = make_parser().parse_args(_joined(argv))
     target, *arguments = script_words(options, example="traceml launch --hostnames node1 node2 train.py")
     check_submit_options(options)
     check_report(options.report)
@@ -157,32 +157,34 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _joined(argv: Sequence[str]) -> Iterator[str]:
+def _joined(argv: Sequence[str]) -> list[str]:
     """Join the values of each list option by commas, so that the script is not taken for a value.
 
-    The values end at the next option or at a file name; those of `--workers-per-host` at the first other word.
+    An option that is given again adds to its values. They end at the next option or at a file name; those of
+    `--workers-per-host` at the first other word.
     """
-    words = list(argv)
+    words, lists, others = list(argv), dict[str, list[str]](), list[str]()
     takes_value = {name for action in make_parser()._actions if action.nargs is None for name in action.option_strings}
     while words and words[0].startswith("-") and words[0] != "--":
-        option = words.pop(0)
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
         if option not in _LISTS:
-            yield option
-            if option in takes_value and words:
-                yield words.pop(0)
+            others.append(word)
+            if word in takes_value and words:
+                others.append(words.pop(0))
 
             continue
 
-        values: list[str] = []
-        while words and not _ends_list(option, words[0], values):
+        values = [value] if value else []
+        while words and not equals and not _ends_list(option, words[0], values):
             values.append(words.pop(0))
 
         if not values:
             raise UsageError(f"{option} needs a value")
 
-        yield f"{option}={','.join(values)}"
+        lists[option] = [*lists.get(option, []), *values]
 
-    yield from words
+    return [*(f"{option}={','.join(values)}" for option, values in lists.items()), *others, *words]
 
 
 def _ends_list(option: str, word: str, values: Sequence[str]) -> bool:
