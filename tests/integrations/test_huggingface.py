@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
 from tests.integrations.conftest import Job
@@ -78,3 +80,12 @@ def test_ranks_of_torchrun(job: Job) -> None:
         steps = run.steps()
         assert Counter(steps["rank"].tolist()) == {0: 22, 1: 22}
         assert (steps["backward_own_ns"] > 0).any()
+
+
+def test_without_transformers_the_error_says_what_to_install() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import traceml.integrations.huggingface"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "ImportError: traceml.integrations.huggingface needs transformers, which cannot be imported" in done.stderr
+    assert "pip install 'traceml-torch[huggingface]'" in done.stderr

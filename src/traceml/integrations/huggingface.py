@@ -9,11 +9,18 @@ import functools
 import weakref
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
-from transformers.integrations import integration_utils
-
+from traceml.installation import install_command
 from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.tracing_api import set_step
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.integrations import integration_utils
+except ImportError as error:
+    raise ImportError(
+        f"traceml.integrations.huggingface needs transformers, which cannot be imported ({error}): "
+        + install_command("huggingface")
+    ) from error
 
 __all__ = ["TraceMLCallback", "TraceMLTrainer"]
 
