@@ -153,6 +153,8 @@ class TrackerState:
     batch_rows: int = 0  # most rows in the next batch, from the duration of the last ones; 0 before the first
     # Whether the fallback has everything, while the failing tracker does not know the end of the run.
     fallback_done: bool = False
+    # Whether the backend has failed since the fallback last delivered: the fallback is next, also after `retry_at`.
+    fallback_due: bool = False
     retries: int = 0  # failures in a row
     retry_at: float = 0.0  # epoch seconds of the next try
     latency_ms: float | None = None  # duration of a batch, smoothed

@@ -491,6 +491,21 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
     assert sorted(by_fallback + by_first) == [(i, float(i)) for i in range(12)]
 
 
+def test_a_fallback_takes_the_rows_although_the_wait_is_over_when_its_process_starts(run: LoggedRun) -> None:
+    """With a short `max_backoff` only the failing backend had a turn, again and again."""
+    folder = faulty(run, fallback="jsonl", max_backoff=0.01)
+    run.metrics({"a": [float(i) for i in range(10)]})
+    run.end()
+    (folder / "behavior").write_text('{"metrics": "down"}')
+
+    while state_of(run.path, FAULTY).phase is not DeliveryPhase.OPEN:
+        assert deliver(run.path, FAULTY).returncode == EXIT_AGAIN
+
+    assert deliver(run.path, FAULTY).returncode == EXIT_AGAIN
+    assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(10)]
+    assert state_of(run.path, FAULTY).fallback_done
+
+
 @pytest.mark.parametrize("is_fallback", [False, True])
 def test_a_key_file_is_read_from_where_the_script_was_started_also_the_fallbacks(
     run: LoggedRun, tmp_path: Path, is_fallback: bool

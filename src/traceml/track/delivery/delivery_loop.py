@@ -104,6 +104,7 @@ class DeliveryLoop:
         self._masker = Masker(self._config.mask)
         self._masked_before = self._state.masked
         self._watchdog = CallWatchdog(self._hangs)
+        self._uses_fallback = False
 
     def stop(self, *_: object) -> None:
         """End after the current batch, and at the latest after 10 s."""
@@ -173,7 +174,7 @@ class DeliveryLoop:
         uses_fallback = (
             bool(fallback)
             and state.phase in {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
-            and time.time() < state.retry_at
+            and (state.fallback_due or time.time() < state.retry_at)
         )
         timeout_s = timeout_of(self._options, _TIMEOUT_S)
         self._uses_fallback = uses_fallback
@@ -208,8 +209,10 @@ class DeliveryLoop:
                 return self._finish()
             if is_empty and self._stop.is_set:
                 return self._stopped()
-            if self._uses_fallback and time.time() >= self._state.retry_at:
-                return EXIT_AGAIN  # to probe the backend that failed
+            # A process may start after `retry_at`: it delivers a batch before the failed backend is probed.
+            may_probe = time.time() >= self._state.retry_at and (is_empty or not self._state.fallback_due)
+            if self._uses_fallback and may_probe:
+                return self._fallback_rests()
             if is_empty:
                 self._record_idle()
                 if self._sender.has_pending_closes:
@@ -296,7 +299,7 @@ class DeliveryLoop:
             state.batch_rows = min(rows * 2, _BATCH_ROWS)
 
         if self._uses_fallback:
-            state.fallback += batch.rows
+            state.fallback, state.fallback_due = state.fallback + batch.rows, False
         else:
             succeeded(state)
 
@@ -325,6 +328,12 @@ class DeliveryLoop:
         self._state.phase = DeliveryPhase.DONE
         self._save()
         return EXIT_DONE
+
+    def _fallback_rests(self) -> int:
+        """End this process, for the next one to probe the backend that failed."""
+        self._state.fallback_due = False
+        self._save()
+        return EXIT_AGAIN
 
     def _stopped(self) -> int:
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
@@ -377,6 +386,7 @@ class DeliveryLoop:
 
     def _record_failure(self, failure: TrackerFailure) -> float:
         wait_s = self._policy.record_failure(self._state, failure)
+        self._state.fallback_due = not self._uses_fallback
         self._save()
         return wait_s
 
