@@ -26,6 +26,7 @@ __all__ = [
     "opened_trusted",
     "read_regular",
     "replace_file",
+    "replace_link",
 ]
 
 _OTHERS_WRITE = 0o022
@@ -123,6 +124,22 @@ def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
         with open(os.open(draft, flags, mode), "wb") as file:
             file.write(data)
 
+        draft.replace(path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def replace_link(path: Path, target: str) -> None:
+    """Make a symbolic link, in place of the one that is there, so that readers see one of the two.
+
+    Raises:
+        OSError: it cannot be made; the old one stays.
+    """
+    draft = path.with_name(f".{path.name}-{os.getpid()}-{get_native_id()}")
+    try:
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(target)
         draft.replace(path)
     finally:
         with suppress(OSError):

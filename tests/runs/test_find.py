@@ -212,7 +212,17 @@ def test_pruning_keeps_the_newest_and_the_running(runs):
 
     assert [info.id[-4:] for info in removed] == ["0000"]
     assert sorted(info.id[-4:] for info in list_runs(runs)) == ["0001", "0002"]
-    assert not (runs / "latest").is_symlink()
+    assert (runs / "latest").readlink().name == "20260102-000000-train-0002"
+
+
+def test_the_latest_points_at_the_newest_run_that_is_left(runs):
+    """Without one there is no link; one that points elsewhere stays."""
+    (runs / "latest").symlink_to("20260102-000000-train-0002")
+
+    for removed, left in (("0000", "0002"), ("0002", "0001"), ("0001", None)):
+        remove_run(next(runs.glob(f"*-train-{removed}")))
+        assert (runs / "latest").is_symlink() == (left is not None)
+        assert left is None or (runs / "latest").readlink().name.endswith(left)
 
 
 @pytest.mark.needs("root")

@@ -24,7 +24,7 @@ from traceml.run_folder import OPEN_FOLDER, STORE_NAME, unwritable_text
 from traceml.transport.folder_aggregator import create_runs_dir, serving_hosts
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError
-from traceml.trusted_files import replace_file
+from traceml.trusted_files import replace_file, replace_link
 
 __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 
@@ -378,16 +378,11 @@ class Registry:
 
     def _point_latest_at(self, run: ActiveRun) -> None:
         latest = self.runs_dir / "latest"
-        draft = self.runs_dir / f".latest-{os.getpid()}"
         try:
-            draft.unlink(missing_ok=True)
-            draft.symlink_to(run.id)
-            draft.replace(latest)
+            replace_link(latest, run.id)
         except OSError as error:
             why = "it is a folder of its own" if latest.is_dir() and not latest.is_symlink() else error
             _log.warning("%s does not point at run %s: %s", latest, run.id, why)
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
 
 
 def _key(hello: Hello) -> str:

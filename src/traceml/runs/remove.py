@@ -13,6 +13,7 @@ from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, list_runs
 from traceml.runs.run_labels import read_labels
 from traceml.track.tracker_state import DeliveryPhase, states_of
+from traceml.trusted_files import replace_link
 
 __all__ = ["is_delivered", "prune", "refuse_running", "remove_ended", "remove_run"]
 
@@ -76,7 +77,7 @@ def is_delivered(run_dir: Path) -> bool:
 
 
 def remove_run(path: Path) -> None:
-    """Remove the folder of a run, and the link `latest` next to it if it pointed there.
+    """Remove the folder of a run; the link `latest` next to it points at the newest one that is left, if there is one.
 
     It gets another name first: a page or an aggregator that opens the store meanwhile would make files in the folder.
     """
@@ -84,5 +85,10 @@ def remove_run(path: Path) -> None:
         path.rename(Path(place, path.name))
 
     latest = path.parent / "latest"
-    if latest.is_symlink() and not latest.exists():
+    if not latest.is_symlink() or latest.exists():
+        return
+
+    if left := list_runs(path.parent):
+        replace_link(latest, left[0].id)
+    else:
         latest.unlink()
