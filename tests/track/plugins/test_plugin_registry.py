@@ -148,6 +148,28 @@ def test_what_cannot_be_loaded_is_said(name: str, words: str) -> None:
         load(PluginType.BACKEND, name)
 
 
+class Plain(CollectorPlugin):
+    """Declares its metadata in a method of instances, as any other method."""
+
+    def get_metadata(self) -> PluginMetadata:  # type: ignore[override]
+        return PluginMetadata(name="plain", version="1.0")
+
+    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
+        raise NotImplementedError
+
+
+def test_an_instance_and_a_method_for_the_metadata_are_accepted() -> None:
+    plugin = Plain()
+
+    assert traceml.register(plugin) is plugin
+    assert isinstance(load(PluginType.COLLECTOR, "plain"), Plain)
+    assert Plain.get_metadata().name == plugin.get_metadata().name == "plain"  # type: ignore[call-arg]
+
+    plugin.path = "here"  # type: ignore[attr-defined]
+    with pytest.raises(PluginError, match=r"attributes of its own \(path\).*: register the class Plain"):
+        traceml.register(plugin)
+
+
 def test_registering_nonsense_is_refused() -> None:
     """No plugin, a taken name, and a class that no other process can import."""
 
@@ -158,7 +180,7 @@ def test_registering_nonsense_is_refused() -> None:
         metadata = JsonlBackend.metadata
 
     with pytest.raises(PluginError, match="is not a plugin"):
-        traceml.register(Bare)  # type: ignore[type-var]
+        traceml.register(Bare)
     with pytest.raises(PluginError, match="defined in a function"):
         traceml.register(Local)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from traceml.track.plugins.interfaces import (
@@ -27,6 +28,12 @@ class PluginInterface(ABC):
         ...         return traceml.PluginMetadata(name="named", version="1.0")
         >>> Named().initialize({})
     """
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        declared = vars(cls).get("get_metadata")
+        if isinstance(declared, FunctionType):  # written as a method; it is asked before there is an instance
+            cls.get_metadata = classmethod(declared)  # type: ignore[method-assign, assignment]
 
     @classmethod
     @abstractmethod

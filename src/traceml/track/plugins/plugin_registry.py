@@ -68,7 +68,7 @@ _registered: dict[PluginType, dict[str, str]] = {kind: {} for kind in PluginType
 # Classes by path as they were registered, so that a class of the script is found in the process that defined it.
 _classes: dict[str, type] = {}
 
-_Plugin = TypeVar("_Plugin", bound=type)
+_Plugin = TypeVar("_Plugin")
 
 
 def register(plugin: _Plugin) -> _Plugin:
@@ -85,14 +85,34 @@ def register(plugin: _Plugin) -> _Plugin:
         [{'power/limit_watts': 300}]
 
     Args:
-        plugin: a plugin, or a backend, framework or collector that declares `metadata`.
+        plugin: a plugin, or a backend, framework or collector that declares `metadata`; or an instance of such a class,
+            without attributes of its own, as one is made anew where it is used.
 
     Returns:
-        the class, unchanged.
+        the class or instance, unchanged.
 
     Raises:
         PluginError: the class is not a plugin, its name is taken, or no other process could import it.
     """
+    _register(plugin if isinstance(plugin, type) else _class_of(plugin))
+    return plugin
+
+
+def _class_of(instance: Any) -> Any:
+    """Return the class of an instance of a plugin that holds nothing; other objects are returned as they are."""
+    if _kind_of(type(instance)) is None:
+        return instance
+
+    if own := getattr(instance, "__dict__", None):
+        raise PluginError(
+            f"{instance!r:.100} has attributes of its own ({', '.join(own)}), and a plugin is made anew where it is "
+            f"used: register the class {type(instance).__name__}, whose initialize() gets the configuration"
+        )
+
+    return type(instance)
+
+
+def _register(plugin: Any) -> None:
     kind = _kind_of(plugin)
     if kind is None:
         raise PluginError(
@@ -115,7 +135,6 @@ def register(plugin: _Plugin) -> _Plugin:
 
     _registered[kind][name] = path
     _classes[path] = plugin
-    return plugin
 
 
 def registered(kind: PluginType) -> dict[str, str]:
