@@ -432,6 +432,20 @@ def test_a_killed_command_leaves_no_process(traceml: Traceml, ranks: int) -> Non
     assert "BrokenPipeError" not in ended.stderr
 
 
+def test_a_killed_torchrun_is_the_cause_of_the_end(traceml: Traceml) -> None:
+    """Its ranks end with it, without a word."""
+    running = traceml.start(
+        "run", "--nproc-per-node", "2", TINY, "--steps", "3000", "--pause", "0.02", "--marker", "marker"
+    )
+    running.wait_for_ranks(2)
+    torchrun = psutil.Process(running.pid_of(0)).ppid()
+
+    os.kill(torchrun, signal.SIGKILL)
+
+    evidence = running.end().report["verdict"]["evidence"]
+    assert (evidence["cause"], evidence["launcher_pid"]) == ("ended_from_outside", torchrun)
+
+
 def test_a_rank_killed_from_outside_loses_no_row(traceml: Traceml) -> None:
     """What the rank had appended before SIGKILL is in the store, with the step that was open."""
     running = traceml.start("run", TINY, "--steps", "3000", "--pause", "0.005", "--marker", "marker")

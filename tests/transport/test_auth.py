@@ -159,6 +159,18 @@ def test_links_and_damaged_files_are_not_followed(folder, tmp_path, caplog):
     assert caplog.text.count("ignoring") == 2
 
 
+def test_a_file_of_a_newer_version_is_read(folder, caplog):
+    """It may have more fields; two versions on one host find each other's aggregators."""
+    path = auth.publish("127.0.0.1", 4711, "secret")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "more": 1}))
+
+    found = auth.discover(4711)
+
+    assert found is not None
+    assert found.token == "secret"
+    assert not caplog.records
+
+
 def test_publish_does_not_write_through_a_link(folder, tmp_path):
     """A link planted under the draft's name is not written through."""
     auth.runtime_folder()

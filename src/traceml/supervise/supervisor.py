@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from traceml.fail_open import print_notice
-from traceml.process_ends import BY_OTHERS, has_terminal, not_ignored, shell_status
+from traceml.process_ends import BY_OTHERS, CRASHES, has_terminal, not_ignored, shell_status
 from traceml.run_folder import OUTPUT_LOG, UNREAD_LOG
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.output import OutputCopy, PassThroughScreen, UnreadOutput
@@ -39,6 +39,7 @@ _LOADING_S = 1.0  # in which the script and the aggregator load most of their mo
 _CLEAN_EXIT_S = 1.0  # if other ranks still run this long after a clean exit, the job is not ending
 _STDOUT, _STDERR = 1, 2
 _ENDING = {signal.SIGINT, signal.SIGTERM}
+_DEATHS = {signal.SIGKILL, signal.SIGBUS, *CRASHES}  # of torchrun: its ranks end with it
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
@@ -448,6 +449,8 @@ class Supervisor:
 
             self._ended_by["waited_s"] = round(time.time() - self._ended_by["time"], 3)
             self._ended_by |= scheduler_facts(os.environ)
+        elif self._job.uses_torchrun and -process.returncode in _DEATHS:
+            self._ended_by = {"launcher_pid": process.pid, "time": time.time()}
 
         if self._joined is not None:
             self._joined.finish(self._as_stopped(failures[self._reported_exits :]), self._ended_by)

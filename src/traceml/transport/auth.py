@@ -250,10 +250,12 @@ def _read(path: Path) -> PublishedServer | None:
 
     try:
         with open(open_trusted(path)) as file:
-            return PublishedServer(**json.load(file))
+            facts = json.load(file)
+            # Another version of traceml may have written more.
+            return PublishedServer(**{name: facts[name] for name in facts.keys() & set(PublishedServer._fields)})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         _log.warning("ignoring %s: %s", path, error)
         return None
 
