@@ -326,6 +326,16 @@ _INSTALLED = (
     _installed("hf_language_model", "transformers", *QUIET, "EVAL_HEAVY", "CHECKPOINT_STALLS", steps=160),
     _installed("lightning_gan", "pytorch_lightning", *QUIET, "RESIDUAL_HEAVY", steps=200),
     _installed("accelerate_accumulates", "accelerate", steps=100),
+    # The tokenizer's threads compute while the training thread waits for them.
+    _installed(
+        "tokenizer",
+        "tokenizers",
+        "INPUT_BOUND",
+        phase="input_wait",
+        function="collate",
+        steps=100,
+        unsaid=("of its time waiting",),
+    ),
     _installed("web_dataset", "webdataset", *QUIET, "INPUT_BOUND", steps=200),
 )
 

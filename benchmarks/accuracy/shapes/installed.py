@@ -164,6 +164,30 @@ def accelerate_accumulates():
                 accelerator.gather_for_metrics((model(x).argmax(-1), y))
 
 
+def tokenizer(words=1500):
+    """Tokenizes each batch in `collate_fn`, by a tokenizer that has threads of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    letters = torch.randint(97, 113, (4000, 8)).tolist()
+    vocabulary = ["".join(map(chr, each)) for each in letters]
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.train_from_iterator(vocabulary, trainers.BpeTrainer(vocab_size=1000, show_progress=False))
+    tokens.enable_truncation(64)
+    texts = [" ".join(vocabulary[(i * 7 + k * 13) % 4000] for k in range(words)) for i in range(1600)]
+
+    def collate(rows):
+        found = tokens.encode_batch([texts[row] for row in rows])
+        return torch.tensor([each.ids for each in found]), torch.tensor(rows) % 10
+
+    model = nn.Sequential(nn.EmbeddingBag(1000, 256), net(256, 512))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for x, y in DataLoader(range(1600), 16, shuffle=True, collate_fn=collate):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
 def web_dataset():
     """WebDataset: shards of samples in tar files, by its own loader."""
     import io

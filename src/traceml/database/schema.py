@@ -541,8 +541,8 @@ LINES = Table(
         ),
         _q(
             "cpu_ns",
-            "CPU time of the training thread, or of all other Python threads, in that time; of a worker also its wait "
-            "for a core",
+            "CPU time of the training thread (while it makes a batch, also of threads that are not Python's), or of "
+            "all other Python threads, in that time; of a worker also its wait for a core",
         ),
     ),
     capacity=1024,

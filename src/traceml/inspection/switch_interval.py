@@ -14,8 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from traceml.inspection.kernel_state import thread_cpu_ns
-from traceml.inspection.thread_frames import number_of
+from traceml.inspection.process_times import python_threads_ns
 
 __all__ = [
     "LONGEST_S",
@@ -121,10 +120,8 @@ class OtherThreads:
 
     def _used(self, training: int) -> dict[int, int]:
         """Return the CPU time of each thread but the training's and the caller's."""
-        threads = {each.ident or 0: number_of(each) for each in threading.enumerate()}
         apart = (training, threading.get_ident())
-        used = {ident: thread_cpu_ns(native) for ident, native in threads.items() if ident not in apart}
-        return {ident: used_ns for ident, used_ns in used.items() if used_ns is not None}
+        return {ident: used_ns for ident, used_ns in python_threads_ns().items() if ident not in apart}
 
 
 switch_interval = SwitchInterval()

@@ -492,6 +492,20 @@ def test_workers_do_not_make_up_for_a_rare_long_batch(workers):
     assert found.gain(workers) == pytest.approx((fetch_ms + rest_ms) / played_ms, rel=0.1)
 
 
+@pytest.mark.parametrize("wait_share", [0.0, 0.4])
+def test_a_fetch_that_uses_all_cores_gains_nothing_by_workers(wait_share):
+    """Threads of a library, as of a tokenizer, compute for the training thread, which waits for them."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=190_000_000)]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 300)), JobFacts())
+    facts = JobFacts(loader=FOLDER, lines=lines, wait_of_ready_time={0: wait_share}, hosts={0: "h"}, cores={"h": 2})
+    found = pipeline_of(work, facts, 300 * MS)
+
+    assert found is not None
+    assert found.fetch_cpu == pytest.approx(1.9)
+    assert found.gain(found.best_workers()) < 1.1
+    assert found.best_workers() <= 2
+
+
 def test_waiting_for_a_core_is_work():
     """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import collections
+import hashlib
 import importlib
+import itertools
 import json
 import os
 import selectors
@@ -709,6 +712,57 @@ def test_cpu_time_tells_computing_from_waiting(
 
     assert rows()["watched_ns"].sum() > 10 * 2_000_000
     assert rows()["cpu_ns"].sum() <= used_ns
+
+
+class Pooled(torch.utils.data.Dataset[int]):
+    """Samples that threads of a library make, for which the training thread waits."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.2)
+        return index
+
+
+@pytest.fixture
+def library_thread() -> Iterator[None]:
+    """A thread that computes, and that Python's `threading` does not know."""
+    ends, ended = threading.Event(), threading.Lock()
+
+    def compute() -> None:
+        with ended:
+            begun.set()
+            while not ends.is_set():
+                hashlib.sha256(bytes(1 << 20)).digest()  # without the lock
+
+    begun = threading.Event()
+    _thread.start_new_thread(compute, ())
+    begun.wait()
+    yield
+    ends.set()
+    ended.acquire()
+
+
+@pytest.mark.usefixtures("library_thread")
+@pytest.mark.parametrize("makes_batches", [True, False])
+def test_threads_of_a_library_compute_for_the_batch_that_waits_for_them(
+    flight: FlightFile, *, makes_batches: bool
+) -> None:
+    """Tokenizers, Arrow and decoders have pools of their own; beside other waits they work for somebody else."""
+    flight.open_slots[Slot.STEP_START], flight.open_slots[Phase.INPUT_WAIT] = 1, 2
+    batches = itertools.cycle(torch.utils.data.DataLoader(Pooled()))
+
+    def exceeds_the_thread() -> bool:
+        sampled(flight, training, 10)
+        counted = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)["cpu_ns"].sum()
+        return bool(counted > time.clock_gettime_ns(time.pthread_getcpuclockid(training.ident())))
+
+    with Training((lambda: next(batches)) if makes_batches else (lambda: time.sleep(0.2))) as training:
+        if makes_batches:
+            eventually(exceeds_the_thread)
+        else:
+            assert not exceeds_the_thread()
 
 
 def test_a_phase_that_ends_meanwhile_is_not_watched(flight: FlightFile) -> None:

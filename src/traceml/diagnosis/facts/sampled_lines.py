@@ -45,7 +45,7 @@ class SampledLine(msgspec.Struct, frozen=True):
         file, line, function: the innermost code of the user; None if only libraries ran.
         library: innermost library function that it had called, `FILE:LINE FUNCTION`.
         watched_ns: time before the samples in which the phase was watched without a break.
-        cpu_ns: CPU time of the training thread in it.
+        cpu_ns: CPU time of the training thread in it; while it makes a batch, also of threads that are not Python's.
     """
 
     rank: int

@@ -38,6 +38,7 @@ __all__ = [
     "place_share",
     "receives",
     "samples_in",
+    "used_cores",
     "worker_wait_share",
     "workers_at_work",
 ]
@@ -129,9 +130,15 @@ def busy_share(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCH
         part: a phase of the training thread, or that of the workers, whose waiting for a core counts, too.
         least_ns: a part that was watched for less tells nothing about its CPU time.
     """
+    used = used_cores(lines, part, least_ns)
+    return None if used is None else min(used, 1.0)
+
+
+def used_cores(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCHED_NS) -> float | None:
+    """Return how many cores a part used in the mean, as `busy_share`; more than one with threads of a library."""
     seen = of_part(lines, part)
     watched = sum(each.watched_ns for each in seen)
-    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= least_ns else None
+    return sum(each.cpu_ns for each in seen) / watched if watched >= least_ns else None
 
 
 def clearing_share(lines: Sequence[SampledLine]) -> float:

@@ -162,7 +162,7 @@ def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -
         waited: share of its ready time in which the training process waited for a core: a fetch would be as much
             shorter on a core of its own.
     """
-    per_sample_ns = pipeline.fetch_ns * (1 - pipeline.fetch_cpu * waited) / (loader.batch_size or 1)
+    per_sample_ns = pipeline.fetch_ns * (1 - min(pipeline.fetch_cpu, 1.0) * waited) / (loader.batch_size or 1)
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 

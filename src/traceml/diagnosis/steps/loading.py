@@ -10,7 +10,13 @@ from msgspec.structs import replace
 
 from traceml.database.schema import LINE_PHASES, LINE_WORKERS
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, handover_share, workers_at_work
+from traceml.diagnosis.facts.sampled_shares import (
+    NAMED_SHARE,
+    busy_share,
+    handover_share,
+    used_cores,
+    workers_at_work,
+)
 from traceml.diagnosis.facts.worker_history import WorkerUse
 from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
@@ -64,7 +70,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
     """A training step, and the making of its batch in this process or in workers."""
 
     fetch_ns: float  # wall time that one process takes for the data of a step
-    fetch_cpu: float  # share of it on a CPU core, 0..1; 1 where that is not known
+    fetch_cpu: float  # cores that it uses: less than 1 where it waits, also; 1 where that is not known
     is_cpu_known: bool = True  # whether it is
     rest_ns: float  # wall time of the step without waiting for data
     wait_ns: float = np.inf  # how long the step waits for data now: no advice gains more than all of it
@@ -122,7 +128,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
 
     def best_workers(self) -> int:
         """Return the smallest number of workers that gives nearly the shortest step, of those that find a core."""
-        most = self.cores / self.fetch_cpu if self.cores and self.fetch_cpu else COUNTS[-1]
+        most = self.cores / min(self.fetch_cpu, 1.0) if self.cores and self.fetch_cpu else COUNTS[-1]
         times = {count: self.step_ns(count) for count in COUNTS if count <= max(most, 1)}
         return min(count for count, time in times.items() if ENOUGH * time <= min(times.values()))
 
@@ -431,9 +437,12 @@ def _unbound(use: WorkerUse, facts: JobFacts) -> float:
 
 
 def fetch_cpu(facts: JobFacts) -> float | None:
-    """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so."""
-    busy = busy_share(facts.lines, "input_wait")
-    return None if busy is None else min(busy / max(1.0 - facts.wait_share, _MIN_READY), 1.0)
+    """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so.
+
+    It is more than 1 where threads of a library compute on several cores.
+    """
+    used = used_cores(facts.lines, "input_wait")
+    return None if used is None else max(used, min(used / max(1.0 - facts.wait_share, _MIN_READY), 1.0))
 
 
 def _rest_cores(work: OwnWork, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:

@@ -16,8 +16,9 @@ and waits for a core, that is a hundred times or more for a sample, and took up 
 becomes longer, and samples come less often, while they cost more than `MAX_COST`.
 
 Where one phase was open during the whole second sleep, the training thread's CPU time in it is counted too. It shows
-whether the phase computes or waits. After the first samples every other one comes without the second sleep, if the
-interval was short during the first one.
+whether the phase computes or waits. While the thread makes a batch, so is that of threads that are not Python's: a
+library's pool (tokenizers, Arrow, a video decoder) computes for the thread that waits for it. After the first samples
+every other one comes without the second sleep, if the interval was short during the first one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
 from traceml.inspection.kernel_state import thread_cpu_ns
+from traceml.inspection.process_times import ProcessTimes
 from traceml.inspection.switch_interval import (
     LONGEST_S,
     MAX_SLEEP_S,
@@ -43,7 +45,13 @@ from traceml.inspection.switch_interval import (
 )
 from traceml.inspection.thread_frames import thread_number, thread_stack
 from traceml.inspection.user_files import display_path, is_instrumentation
-from traceml.recorder.lines.sampled_place import SampledPlace, awaited_place, function_name, sampled_place
+from traceml.recorder.lines.sampled_place import (
+    SampledPlace,
+    awaited_place,
+    function_name,
+    makes_batch,
+    sampled_place,
+)
 from traceml.recorder.user_code import UserCode
 
 if TYPE_CHECKING:
@@ -74,6 +82,7 @@ class _ThreadReading(NamedTuple):
     t_ns: int
     cpu_ns: int
     opened: tuple[int, int]
+    process: ProcessTimes | None  # while it waits for data
 
 
 _Key = tuple[int, SampledPlace]
@@ -184,6 +193,8 @@ class LineSampler:
         if counts is not None and before.opened == after.opened:
             counts[1] += after.t_ns - before.t_ns
             counts[2] += after.cpu_ns - before.cpu_ns
+            if before.process is not None and after.process is not None and makes_batch(stack):
+                counts[2] += after.process.of_libraries_since(before.process)
 
     def _take_now(self) -> None:
         stack = thread_stack(self._thread(), _MAX_DEPTH)
@@ -290,7 +301,9 @@ class LineSampler:
 
     def _reading(self) -> _ThreadReading:
         """Return the time, the training thread's CPU time, and the open phase with the time at which it was opened."""
-        return _ThreadReading(monotonic_ns(), self._cpu_ns(), self._opened())
+        opened = self._opened()
+        process = ProcessTimes.read() if opened[0] == _INPUT_WAIT else None
+        return _ThreadReading(monotonic_ns(), self._cpu_ns(), opened, process)
 
     def _cpu_ns(self) -> int:
         ident = self._thread()

@@ -11,10 +11,11 @@ from traceml.inspection.thread_frames import awaiting_frames, running_line
 from traceml.inspection.user_files import display_path, is_package_file
 from traceml.recorder.user_code import UserCode
 
-__all__ = ["SampledPlace", "awaited_place", "function_name", "line_name", "sampled_place"]
+__all__ = ["SampledPlace", "awaited_place", "function_name", "line_name", "makes_batch", "sampled_place"]
 
 _EXPRESSIONS = frozenset(f"<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp", "lambda"))
 _IMPORT_SYSTEM = "<frozen importlib"
+_FETCHER = "/torch/utils/data/_utils/fetch.py"
 _SELECTORS = "/selectors.py"  # of the standard library, in which an event loop waits
 
 
@@ -53,6 +54,11 @@ def sampled_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace:
             library = library or (None if _is_hidden(code) else code)
 
     return SampledPlace(None, 0, importing or library)
+
+
+def makes_batch(stack: Sequence[FrameType]) -> bool:
+    """Return whether torch's fetcher makes a batch, in a loader worker or in the training process itself."""
+    return any(each.f_code.co_filename.endswith(_FETCHER) for each in stack)
 
 
 def awaited_place(stack: Sequence[FrameType], user: UserCode) -> SampledPlace | None:

@@ -36,7 +36,7 @@ from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns
 from traceml.inspection.switch_interval import LONGEST_S, MAX_SLEEP_S, MIN_SLEEP_S, random_share, switch_interval
 from traceml.inspection.thread_frames import thread_stack
-from traceml.recorder.lines.sampled_place import SampledPlace, sampled_place
+from traceml.recorder.lines.sampled_place import SampledPlace, makes_batch, sampled_place
 from traceml.recorder.user_code import UserCode
 from traceml.trusted_files import GuardedDescriptor
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerLines", "WorkerSampling"]
 
-_FETCHER = "/torch/utils/data/_utils/fetch.py"
 _DENSE, _DENSER = 20, 4  # so many first samples come this many times as often: a worker may live for an epoch only
 _MOST_IDLE = 20  # samples without a batch in a row that count: others are between two epochs
 _FLUSH_S = 0.25
@@ -169,8 +168,7 @@ def _sent(pipe: GuardedDescriptor, counts: Mapping[SampledPlace, _Sums]) -> bool
 def _worker_place(watched: int, user: UserCode) -> SampledPlace:
     """Return the place of a thread that makes a batch; `_IDLE` if it waits for an order, or hands a batch over."""
     stack = thread_stack(watched, _MAX_DEPTH)  # dropped at once: frames keep the batch alive
-    makes_batch = any(each.f_code.co_filename.endswith(_FETCHER) for each in stack)
-    return sampled_place(stack, user) if makes_batch else _IDLE
+    return sampled_place(stack, user) if makes_batch(stack) else _IDLE
 
 
 def _messages(counts: Mapping[SampledPlace, _Sums]) -> Iterator[bytes]:
