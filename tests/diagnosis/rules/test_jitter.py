@@ -161,6 +161,24 @@ def test_rare_waits_for_data_of_some_ranks_are_long_steps(ranks, waits, told):
         assert "the first batch of an epoch" in rare[0].next
 
 
+@pytest.mark.parametrize(("part", "told"), [("other", True), ("forward", False)])
+def test_long_code_is_seen_in_steps_of_any_length(part, told):
+    """Beside other programs steps take 2 ms or 200 ms by chance, and code outside the phases next to nothing."""
+    busy = Job(ranks=1, steps=400, grouped=False, own={"forward": 20.0, "backward": 20.0, "other": 0.3}, sigma=1.4)
+    window = window_of(busy, at_once(part, 900, 0.04))
+    found = diagnose(window, JobFacts(world_size=1, lines=sampled(busy)))
+    long = next((each for each in found if each.kind is Kind.JITTER), None)
+
+    assert (long is not None and "rebuild" in long.summary) is told
+
+
+def test_steps_of_any_length_are_no_long_code():
+    """Neither are those whose code outside the phases takes a part of what they take more."""
+    busy = Job(ranks=1, steps=400, grouped=False, own={"forward": 20.0, "backward": 20.0, "other": 5.0}, sigma=1.4)
+
+    assert Kind.JITTER not in {each.kind for each in diagnose(window_of(busy), JobFacts(lines=sampled(busy)))}
+
+
 @pytest.mark.parametrize("part", ["other", "optimizer", "forward"])
 def test_long_steps_of_one_rank_are_reported_once(part):
     """Before or after the point at which the ranks meet: the others wait in the same step or in the next one."""

@@ -15,7 +15,7 @@ from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.stragglers import straggler_kind
 from traceml.diagnosis.stalls.single_pauses import imports_in, line_of_stuck_rank
 from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
-from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork, median_over_ranks
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, UNNAMED_CODE, OwnWork, median_over_ranks
 from traceml.diagnosis.steps.speedup import saved_ns, speedup
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
@@ -52,6 +52,8 @@ CAUSE_SHARE = 0.5
 """What a rank does in a step explains that the next one is long, if it takes this share of what that takes more."""
 ONE_RANK_SHARE = 0.9
 """Long steps are of one rank if it has this share of them."""
+CODE_SHARE = 0.8
+"""A step is also long by its code outside the phases, if that is unusually long and has this share of the excess."""
 _ONE_RANK_EVENTS = 6
 _PER_EVALUATION = 2  # long steps around one evaluation of some ranks, for which the others wait
 _MAX_CELLS = 100_000
@@ -145,7 +147,7 @@ def _exceeds_cpu_contention(work: OwnWork, events: _LongSteps) -> bool:
 def _unexplained(work: OwnWork) -> _LongSteps:
     usual_ns, limit = usual(work.step)
     least = DEVICE_LONG_NS if work.device else LONG_NS
-    long = work.step > max(limit, usual_ns + least)
+    long = (work.step > max(limit, usual_ns + least)) | _long_by_code(work, usual_ns, least)
     # In the window's last step scripts save and end.
     long[-1] = False
     columns = np.flatnonzero(long)
@@ -163,6 +165,21 @@ def _unexplained(work: OwnWork) -> _LongSteps:
     waits[1:] &= own[1:] < LIGHT_SHARE * own[:-1]
     kept = np.where(waits, np.roll(kept, 1), kept)  # what explains the one step explains the waiting in the next
     return _LongSteps(columns[kept], {part: each[:, kept] for part, each in excess.items()}, usual_ns, waits[kept])
+
+
+def _long_by_code(work: OwnWork, usual_ns: float, least_ns: float) -> NDArray[np.bool_]:
+    """Return which steps of a rank alone are long by code outside the phases, however much the others of them vary.
+
+    On a host with other programs computation takes several times as long at times; that a line waits is still seen.
+    """
+    found = np.zeros(len(work.step), bool)
+    for part in set() if work.grouped else {*UNNAMED_CODE} & work.parts.keys():
+        values = work.parts[part][0]
+        middle_ns, limit_ns = usual(values)
+        has_most = values - middle_ns >= CODE_SHARE * (work.step - usual_ns)
+        found |= (values > max(limit_ns, middle_ns + least_ns)) & has_most
+
+    return found & (work.step > max(2 * usual_ns, usual_ns + least_ns))
 
 
 def _is_open(work: OwnWork, part: str, excess: Floats) -> NDArray[np.bool_]:
