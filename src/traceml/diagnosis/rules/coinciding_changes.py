@@ -10,7 +10,9 @@ from traceml.formatting import bytes_text, cores_text, factor_text, percent_text
 __all__ = ["SideChange", "changes", "larger_batches"]
 
 WAITED = 0.10
-"""A share of time without a core that is higher by this much is a change."""
+"""A share of time without a core that is higher by this much is a change,"""
+LOST_TIME = 0.20
+"""or where this share of the time with a core is lost: from waiting 73 % to 80 % of it, steps take 1.35 times as long."""
 OTHERS_CORES = 0.5
 """Other programs that use more by this many cores are a change."""
 CLOCK_FACTOR = 0.9
@@ -68,7 +70,11 @@ def larger_batches(before: float, then: float, *, explains_all: bool = False) ->
 
 
 def _cores(before: MachineUse, then: MachineUse, use_of: str) -> SideChange | None:
-    if before.waited is None or then.waited is None or then.waited - before.waited < WAITED:
+    if before.waited is None or then.waited is None:
+        return None
+
+    more = then.waited - before.waited
+    if more < WAITED and more < LOST_TIME * (1.0 - before.waited):
         return None
 
     text = f"{use_of} waited for a CPU core for {percent_text(then.waited)} of the time"
