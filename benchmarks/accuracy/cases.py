@@ -280,6 +280,13 @@ _PAPERS = (
     _paper("soft_actor_critic", *QUIET, "RESIDUAL_HEAVY", steps=600, never=frozenset({"JITTER"})),
     # The crops take a seventh of a step, and what the loop does itself another one.
     _paper("momentum_contrast", *QUIET, "INPUT_BOUND", steps=75, never=frozenset({"JITTER"})),
+    _paper(
+        "memory_bank",
+        *("SLOWDOWN", "RESIDUAL_HEAVY", "CPU_CONTENTION"),
+        steps=300,
+        never=frozenset({"JITTER"}),
+        unsaid=("take it out of",),
+    ),
     _paper("two_tower", steps=200, never=_LOUD),
     _paper("detection", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=180, never=frozenset({"JITTER", "RESIDUAL_HEAVY"})),
     _paper("growing_batches", *QUIET, "INPUT_BOUND", steps=400, never=frozenset({"RESIDUAL_HEAVY"})),

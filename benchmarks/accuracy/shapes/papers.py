@@ -151,6 +151,26 @@ def momentum_contrast(workers=0):
         at = (at + len(k)) % 1024
 
 
+def memory_bank(steps=300):
+    """Compares each batch with all earlier ones: the loss, and its backward, take longer and longer."""
+    model, bank = net(64, 512, 128), torch.empty(0, 128)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(steps):
+        x = torch.randn(64, 64)
+        query, key = model(x), F.normalize(x @ torch.randn(64, 128), dim=1)
+        loss = compare(query, key, bank)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bank = torch.cat([bank, key])
+
+
+def compare(query, key, bank):
+    query = F.normalize(query, dim=1)
+    scores = torch.cat([(query * key).sum(1, keepdim=True), query @ bank.T], dim=1)
+    return F.cross_entropy(scores / 0.1, torch.zeros(len(query), dtype=torch.long))
+
+
 def two_tower():
     """CLIP: texts and pictures, each with its encoder, and all pairs of a batch as the loss."""
     text, picture, scale = nn.EmbeddingBag(8000, 64), net(64, 512, 64), nn.Parameter(torch.tensor(2.6))

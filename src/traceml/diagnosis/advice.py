@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     AWAITS_ANSWERS,
     WAITS_FOR_OTHERS,
     BlamedLine,
+    computes_loss,
     is_of_loop,
     is_of_ranks_alone,
     main_library,
@@ -285,7 +286,8 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
             "num_workers); otherwise begin it ahead of the step that needs it, in a thread."
         )
 
-    if makes_graph or _LOSS in line.function.lower():  # a loss cannot leave the loop
+    is_loss = _LOSS in line.function.lower() or computes_loss(facts.lines, part, line)
+    if makes_graph or is_loss:  # a loss cannot leave the loop
         return (
             f"Make {line.place} cheaper. If it computes the loss, use fewer operations, on whole tensors in place of "
             "loops, or torch.compile: backward follows these operations, and gets cheaper with them. If it only "

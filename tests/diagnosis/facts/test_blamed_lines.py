@@ -155,6 +155,24 @@ def test_a_loss_is_not_told_to_leave_the_training_loop(function, is_loss):
     assert ("backward follows these operations" in finding.next) is is_loss
 
 
+@pytest.mark.parametrize(
+    ("samples", "others", "may_be_loss"),
+    [
+        (9, (), True),
+        (1, (), False),
+        (9, ("backward",), False),  # the training loop, whose other lines compute no loss
+    ],
+)
+def test_a_function_that_calls_a_loss_is_not_told_to_leave_the_training_loop(samples, others, may_be_loss):
+    """A contrastive one compares with a memory bank before it does."""
+    parts = [line(part, "nce", 57) for part in others]
+    loss = SampledLine(0, "other", "/home/me/train.py", 9, "nce", "/torch/nn/functional.py:3472 cross_entropy", samples)
+    finding = found(Kind.RESIDUAL_HEAVY, line("other", "nce", 43), loss, line("forward", "forward", 57), *parts)
+
+    assert finding.next.startswith("Make train.py:7 nce cheaper. If it computes the loss, use fewer") is may_be_loss
+    assert ("out of the training loop" in finding.next) is not may_be_loss
+
+
 @pytest.mark.parametrize(("backward_ms", "may_be_loss"), [(9.0, True), (4.0, False)])
 def test_code_that_backward_follows_may_be_the_loss(backward_ms: float, may_be_loss: bool) -> None:
     """A soft alignment of sequences loops over operations of torch; no gradient flows through a metric."""

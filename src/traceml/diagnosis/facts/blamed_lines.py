@@ -25,6 +25,7 @@ from traceml.diagnosis.facts.sampled_shares import (
     SampledShare,
     busy_share,
     is_import,
+    is_loss,
     is_passing,
     is_uncounted,
     least_share,
@@ -44,6 +45,7 @@ __all__ = [
     "calls_collectives",
     "calls_model",
     "changed_line",
+    "computes_loss",
     "importing_line",
     "is_of_loop",
     "is_of_ranks_alone",
@@ -322,6 +324,13 @@ def uncounted_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -
     """Return the share of clearing gradients and of torch's losses in the samples of a function of the user."""
     seen = _seen_in(lines, part, line)
     return sum(each.samples for each in seen if is_uncounted(each)) / max(sum(each.samples for each in seen), 1)
+
+
+def computes_loss(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:
+    """Return whether a function of the user, apart from the training loop, calls torch's functions for a loss."""
+    seen = _seen_in(lines, part, line)
+    losses = sum(each.samples for each in seen if is_loss(each))
+    return not is_of_loop(lines, line) and losses >= _SEEN_SHARE * max(sum(each.samples for each in seen), 1)
 
 
 def is_of_loop(lines: Sequence[SampledLine], line: BlamedLine) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "handover_share",
     "import_share",
     "is_import",
+    "is_loss",
     "is_passing",
     "is_uncounted",
     "iterator_share",
@@ -154,19 +155,20 @@ def loss_share(lines: Sequence[SampledLine]) -> float:
 
     They are computation as the forward is, of which they are a part where the loss is a module.
     """
-    return _share(lines, "other", _is_loss, _MIN_CLEARING)
+    return _share(lines, "other", is_loss, _MIN_CLEARING)
 
 
 def is_uncounted(line: SampledLine) -> bool:
     """Return whether it is of `clearing_share` or `loss_share`."""
-    return _clears(line) or _is_loss(line)
+    return _clears(line) or is_loss(line)
 
 
 def _clears(line: SampledLine) -> bool:
     return _CLEARS.search(f"{line.function}\n{line.library}") is not None
 
 
-def _is_loss(line: SampledLine) -> bool:
+def is_loss(line: SampledLine) -> bool:
+    """Return whether it is in one of torch's functions for a loss."""
     return _LOSSES.search(line.library or "") is not None
 
 

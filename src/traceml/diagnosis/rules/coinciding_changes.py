@@ -12,7 +12,7 @@ __all__ = ["SideChange", "changes", "larger_batches"]
 WAITED = 0.10
 """A share of time without a core that is higher by this much is a change,"""
 LOST_TIME = 0.20
-"""or where this share of the time with a core is lost: from waiting 73 % to 80 % of it, steps take 1.35 times as long."""
+"""or where this share of the time with a core is lost: from waiting 73 % to 80 %, steps take 1.35 times as long."""
 OTHERS_CORES = 0.5
 """Other programs that use more by this many cores are a change."""
 CLOCK_FACTOR = 0.9
