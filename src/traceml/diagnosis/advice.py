@@ -468,7 +468,14 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
 
     reasons = f"code that runs {on_those} only, longer or larger batches, a slower device"
     if line is not None:
-        spend = "spends" if is_one else "spend"
+        spend, wait = ("spends", "waits") if is_one else ("spend", "wait")
+        if part in UNNAMED_CODE and main_library(facts.lines, part, line) in WAITS_FOR_OTHERS:
+            it = "it" if is_one else "they"
+            return (
+                f"{capitalized(names)}{at} {wait} in {line.place} for another thread or process: make what {it} {wait} "
+                "for, as the batches of a queue, as fast as on the other ranks."
+            )
+
         if part in UNNAMED_CODE and is_of_ranks_alone(facts.lines, part, line, ranks):
             return for_own_code(ranks, facts, (line,))
 

@@ -271,6 +271,23 @@ def test_a_rank_with_fewer_loader_workers_is_told_to_have_as_many(workers: tuple
         assert found.next == f"Give rank 1 as many loader workers as the others have: num_workers={workers[0]}."
 
 
+@pytest.mark.parametrize(
+    ("library", "waits"),
+    [("threading.py:295 Condition.wait", True), ("connection.py:374 Connection._recv", True), (None, False)],
+)
+def test_a_rank_that_waits_for_a_thread_is_not_told_to_do_it_in_a_thread(library: str | None, *, waits: bool) -> None:
+    """Its thread fills a queue more slowly than those of the other ranks."""
+    lines = [
+        SampledLine(1, "other", "/x/train.py", 9, "next_batch", library, 50),
+        *(SampledLine(rank, "backward", "/x/train.py", 1, "main", None, 50) for rank in (0, 1)),
+    ]
+    window = window_of(Job(), adds("other", 14, (1,)))
+    found = next(each for each in diagnose(window, JobFacts(lines=lines)) if each.kind is Kind.STRAGGLER)
+
+    assert found.next.startswith("Rank 1 waits in train.py:9 next_batch for another thread or process: make") is waits
+    assert ("do it less often, or in a thread" in found.next) is not waits
+
+
 @pytest.mark.parametrize(("readers", "alone"), [((1,), True), ((0, 1), False), ((0,), False)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_rank_that_reads_for_all_is_not_compared_with_the_others(
