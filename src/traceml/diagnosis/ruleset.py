@@ -39,7 +39,7 @@ from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_si
 from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
-from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer
+from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer, with_own_code
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
@@ -106,7 +106,8 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
     timing = _of_slowest_ranks(timing, judged, faster)
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
-    if contention := [_with_other_advice(each, facts) for each in cpu_contention(facts)]:
+    contention = [each if main else with_own_code(each, work, facts) for each in cpu_contention(facts)]
+    if contention := [_with_other_advice(each, facts) for each in contention]:
         return _with_contention(contention, main, timing, remarks, judged, facts)
 
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(judged, work, facts)]

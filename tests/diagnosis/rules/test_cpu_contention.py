@@ -12,6 +12,7 @@ from traceml.database.schema import GPU, HOST, PROCESS, Resource, Table
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.cpu_contention import cpu_contention
@@ -273,6 +274,21 @@ def test_it_is_the_verdict_of_a_starved_run_and_a_remark_beside_a_cause():
     found = diagnose(window_of(ALONE, adds("input_wait", 20)), facts)
     assert [each.kind for each in found] == [Kind.INPUT_BOUND, Kind.CPU_CONTENTION]
     assert found[1].severity is Severity.INFO
+
+
+@pytest.mark.parametrize(("hook_samples", "input_ms", "told"), [(90, 0, True), (10, 0, False), (90, 20, False)])
+def test_code_of_the_script_in_backward_is_told_beside_the_missing_cores(hook_samples, input_ms, told):
+    """A communication hook that compresses is most of each step, with or without other programs; not beside a cause."""
+    lines = [
+        SampledLine(0, "backward", "/x/train.py", 9, "compress", None, hook_samples),
+        SampledLine(0, "backward", "/x/train.py", 30, "main", "torch/autograd/graph.py:966 _run", 100 - hook_samples),
+        SampledLine(0, "forward", "/x/train.py", 29, "main", None, 50),
+    ]
+    facts = replace(oversubscribed(samples(busy=0.5)), lines=lines)
+    found = diagnose(window_of(ALONE, adds("backward", 30), adds("input_wait", input_ms)), facts)
+    contention = next(each for each in found if each.kind is Kind.CPU_CONTENTION)
+
+    assert ("is spent in train.py:9 compress, which backward calls" in contention.next) is told
 
 
 def test_a_late_rank_without_a_core_is_not_told_to_look_at_its_code():

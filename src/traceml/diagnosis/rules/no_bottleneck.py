@@ -36,6 +36,7 @@ __all__ = [
     "nothing_found",
     "shares_text",
     "with_optimizer",
+    "with_own_code",
 ]
 
 COMPUTE_SHARE = 0.90
@@ -131,8 +132,11 @@ class _OwnCode(NamedTuple):
 
     @property
     def advice(self) -> str:
-        without = f"; without it steps would be {gain_text(self.gain)}" if self.gain > 1.0 else ""
-        return f"Make {self.line.place} cheaper, {self.what}{without}. {_FOR_OWN_CODE}"
+        return f"Make {self.line.place} cheaper, {self.what}{self.without}. {_FOR_OWN_CODE}"
+
+    @property
+    def without(self) -> str:
+        return f"; without it steps would be {gain_text(self.gain)}" if self.gain > 1.0 else ""
 
 
 _FOR_OWN_CODE = "If it loops in Python, use operations on whole tensors; if it only watches, run it every n-th step."
@@ -379,6 +383,20 @@ def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
 
     taken = f"{ns_text(share * step)} of each {ns_text(step)} step ({percent_text(share)})"
     return replace(finding, next=f"{finding.next} The optimizer takes {taken}: use its fused form (fused=True).")
+
+
+def with_own_code(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
+    """Return the finding about too few cores with the script's own code that takes much of the step beside that."""
+    step, shares = _step_shares(work, np.arange(len(work.step)))
+    heavy = _heavy_code(facts, shares, step)
+    own = _own_code(facts, heavy, shares, device=work.device)
+    if heavy is None or own is None:
+        return finding
+
+    part, line = heavy
+    taken = percent_text(line.share * _sampled(shares)[part])
+    also = f"Beside that, {taken} of step time is spent in {line.place}, {own.what}{own.without}. {_FOR_OWN_CODE}"
+    return replace(finding, next=f"{finding.next} {also}")
 
 
 def _optimizer(facts: JobFacts) -> str:
