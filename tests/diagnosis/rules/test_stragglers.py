@@ -271,6 +271,20 @@ def test_a_rank_with_fewer_loader_workers_is_told_to_have_as_many(workers: tuple
         assert found.next == f"Give rank 1 as many loader workers as the others have: num_workers={workers[0]}."
 
 
+@pytest.mark.parametrize(("at_work", "bounded"), [(90, True), (10, False)])
+def test_a_rank_with_faster_data_is_as_fast_as_the_workers_of_the_others(at_work: int, *, bounded: bool) -> None:
+    """Four workers that make batches for half of the time make twice as many at most, however soon they are asked."""
+    idle = SampledLine(0, "workers", None, None, None, None, 200 - at_work)
+    lines = [SampledLine(0, "workers", "/x/train.py", 9, "read", None, at_work), idle]
+    loader = LoaderFacts(number=0, num_workers=4)
+    facts = JobFacts(loader=loader, loaders={0: (loader,), 1: (loader,)}, lines_of_workers={0: lines})
+    found = diagnose(window_of(Job(), adds("input_wait", 60, (1,))), facts)[0]
+
+    assert (found.kind, found.ranks) == (Kind.INPUT_STRAGGLER, (1,))
+    assert (found.speedup_if_fixed == pytest.approx(200 / at_work)) is bounded
+    assert ("not more, as the others' workers make no more" in found.summary) is bounded
+
+
 @pytest.mark.parametrize(
     ("library", "waits"),
     [("threading.py:295 Condition.wait", True), ("connection.py:374 Connection._recv", True), (None, False)],

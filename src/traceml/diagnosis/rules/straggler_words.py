@@ -96,6 +96,8 @@ def late_summary(
     lines: Sequence[BlamedLine],
     workers: int,
     gain_of_lines: float | None = None,
+    *,
+    is_bounded_by_workers: bool = False,
 ) -> str:
     """Return the sentence about late ranks.
 
@@ -105,6 +107,7 @@ def late_summary(
         lines: of their code, or of their loader workers.
         workers: of their loader.
         gain_of_lines: the same without these lines alone, where that is less.
+        is_bounded_by_workers: whether the loader workers of the others allow no more.
     """
     ranks = work.ranks_of(late.rows)
     subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
@@ -117,7 +120,8 @@ def late_summary(
         )
 
     # Steps gain less than the late ranks lose where the next slowest work takes part of it.
-    pace = ", not more, as other differences between ranks remain" if share > 1 - 1 / gain + _UNEVEN else ""
+    remains = "the others' workers make no more" if is_bounded_by_workers else "other differences between ranks remain"
+    pace = f", not more, as {remains}" if share > 1 - 1 / gain + _UNEVEN else ""
     gained = f", and without it steps would be {gain_text(gain)}{pace}"
     if gain_of_lines is not None:
         these = "that line" if len(lines) == 1 else "these lines"

@@ -25,6 +25,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import workers_at_work
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.interpreter_lock import background_threads
@@ -549,6 +550,8 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     saved = saved_ns(work, {part: with_typical_work(work.parts[part], late.rows, late.others) for part in blamed})
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / work.step_ns, 1.0)
+    most = work.step_ns - _workers_of_others_ns(work, facts, late)
+    is_bounded, saved = most < saved, min(saved, most)
     gain = speedup(work.step_ns, saved)
     lines, part_of_excess = _own_code(work, facts, late, line)
     of_lines = speedup(work.step_ns, saved * part_of_excess) if part_of_excess < 1.0 else None
@@ -557,12 +560,25 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
         straggler_kind(late.part),
         ranks=ranks,
         phase=late.part,
-        summary=late_summary(work, late, share, gain, lines, facts.loader_workers, of_lines) + why,
+        summary=late_summary(
+            work, late, share, gain, lines, facts.loader_workers, of_lines, is_bounded_by_workers=is_bounded
+        )
+        + why,
         next=action,
         evidence=_evidence(work, facts, late, lines[0] if lines else None),
         cost_share=share,
         speedup_if_fixed=of_lines or gain,
     )
+
+
+def _workers_of_others_ns(work: OwnWork, facts: JobFacts, late: LateRanks) -> float:
+    """Return how long a step takes at least without late data, as the loader workers of the others are no faster.
+
+    Each makes batches for a share of the time, and would for all of it; 0 where they have no workers, or few samples.
+    """
+    others = set(work.ranks_of(late.others))
+    at_work = workers_at_work([each for each in facts.worker_lines if each.rank in others])
+    return at_work.share * work.step_ns if late.part == "input_wait" and not at_work.is_rough else 0.0
 
 
 def _stage_finding(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> Finding:
