@@ -106,13 +106,21 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
     timing = _of_slowest_ranks(timing, judged, faster)
     main, remarks = [*main, *_of_seen_ranks(timing, judged, facts)], [*remarks, *of_timing]
-    contention = [each if main else with_own_code(each, work, facts) for each in cpu_contention(facts)]
-    if contention := [_with_other_advice(each, facts) for each in contention]:
-        return _with_contention(contention, main, timing, remarks, judged, facts)
-
     nothing = [] if main else [unknown_backward(judged, work) or nothing_found(judged, work, facts)]
-    nothing = _of_slowest_ranks(nothing, judged, faster)
-    return [*in_order(main, in_steps), *_of_seen_ranks(nothing, judged, facts), *remarks]
+    nothing = _of_seen_ranks(_of_slowest_ranks(nothing, judged, faster), judged, facts)
+    if contention := cpu_contention(facts):
+        code = [each for each in nothing if _is_code_that_costs_more(each, contention[0])]
+        contention = [each if main or code else with_own_code(each, work, facts) for each in contention]
+        contention = [_with_other_advice(each, facts) for each in contention]
+        return [*code, *_with_contention(contention, main, timing, remarks, judged, facts)]
+
+    return [*in_order(main, in_steps), *nothing, *remarks]
+
+
+def _is_code_that_costs_more(nothing: Finding, contention: Finding) -> bool:
+    """Return whether the script's own code in forward or backward costs more than waiting for cores."""
+    is_code = nothing.kind is Kind.COMPUTE_BOUND and "own_code" in nothing.evidence  # a waiting host is not healthy
+    return is_code and nothing.evidence.get("line_share", 0.0) > contention.cost_share
 
 
 def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:

@@ -284,11 +284,26 @@ def test_code_of_the_script_in_backward_is_told_beside_the_missing_cores(hook_sa
         SampledLine(0, "backward", "/x/train.py", 30, "main", "torch/autograd/graph.py:966 _run", 100 - hook_samples),
         SampledLine(0, "forward", "/x/train.py", 29, "main", None, 50),
     ]
-    facts = replace(oversubscribed(samples(busy=0.5)), lines=lines)
+    facts = replace(oversubscribed(samples(busy=0.5), 0.8), lines=lines)
     found = diagnose(window_of(ALONE, adds("backward", 30), adds("input_wait", input_ms)), facts)
     contention = next(each for each in found if each.kind is Kind.CPU_CONTENTION)
 
     assert ("is spent in train.py:9 compress, which backward calls" in contention.next) is told
+
+
+@pytest.mark.parametrize(("waited", "first"), [(0.3, Kind.COMPUTE_BOUND), (0.8, Kind.CPU_CONTENTION)])
+def test_code_that_costs_more_than_the_missing_cores_comes_first(waited: float, first: Kind) -> None:
+    """A hook of a gradient waits for a server for 70 % of each step."""
+    lines = [
+        SampledLine(0, "backward", "/x/train.py", 9, "send", None, 90),
+        SampledLine(0, "backward", "/x/train.py", 30, "main", "torch/autograd/graph.py:966 _run", 10),
+        SampledLine(0, "forward", "/x/train.py", 29, "main", None, 30),
+    ]
+    facts = replace(oversubscribed(samples(busy=0.5), waited), lines=lines)
+    found = diagnose(window_of(ALONE, adds("backward", 30)), facts)
+
+    assert found[0].kind is first
+    assert ("Beside that" in found[0].next) is (first is Kind.CPU_CONTENTION)
 
 
 def test_a_late_rank_without_a_core_is_not_told_to_look_at_its_code():

@@ -128,6 +128,7 @@ class _OwnCode(NamedTuple):
 
     line: BlamedLine
     what: str  # what it is
+    waits: bool
     gain: float  # old / new step time without it; 1 where that is not known
 
     @property
@@ -163,7 +164,7 @@ def _own_code(
     what = f"which waits inside {part} ({WAITED_FOR})" if waits else called
     # What else the function does in forward may be the model's operations.
     share = line.share * (main_line_share(facts.lines, part, line) if waits else 1.0)
-    return _OwnCode(line, what, 1.0 if line.is_rough else 1 / max(1.0 - share * _sampled(shares)[part], 0.01))
+    return _OwnCode(line, what, waits, 1.0 if line.is_rough else 1 / max(1.0 - share * _sampled(shares)[part], 0.01))
 
 
 def _evidence_of_code(
@@ -206,6 +207,7 @@ def _compute_bound(
     launching = launches if "device_busy_share" in evidence else ""
     heavy = _heavy_code(facts, shares, step)
     own = _own_code(facts, heavy, shares, device=work.device)
+    what = "forward, backward and optimizer" if own is not None and own.waits else "computation"
     is_named = own is not None or (heavy is not None and heavy[0] == heaviest)
     beside = _beside_the_model(facts, shares, step)
     line = _evidence_of_code(heavy if is_named else beside, own, shares)
@@ -222,7 +224,7 @@ def _compute_bound(
         Kind.COMPUTE_BOUND,
         phase=heaviest,
         summary=(
-            f"{launching}{percent_text(compute)} of each {ns_text(step)} step is computation, "
+            f"{launching}{percent_text(compute)} of each {ns_text(step)} step is {what}, "
             f"{largest_text(shares[heaviest], compute)} {phase_words(heaviest)} "
             f"({ns_text(shares[heaviest] * step)}, {percent_text(shares[heaviest])})"
             f"{_heaviest_code(facts, shares.get('forward', 0.0), beside)}"
