@@ -370,6 +370,16 @@ def test_a_sum_of_losses_is_reported_as_a_graph():
     assert "line" not in finding.evidence
 
 
+def test_a_hidden_state_is_told_to_be_detached():
+    """That of an RNN, which a script passes on with its graph, is no sum of losses."""
+    (finding,) = leaks(**leaking(), growing=growing_list(path="model.hidden", kind="graph", line=None))
+
+    assert "If model.hidden sums losses, add loss.item()" in finding.next
+    assert "If it is a state that goes from step to step, as of an RNN, detach it there (model.hidden.detach())." in (
+        finding.next
+    )
+
+
 @pytest.mark.parametrize("facts", [{"holds_graph": False}, {"holds_graph": False, "per_step": 0.0}])
 def test_a_list_that_is_too_small_to_explain_the_growth_is_not_blamed(facts):
     """A number of 28 bytes per step is not 4 MB per step."""

@@ -140,7 +140,10 @@ def _actions(explaining: Sequence[GrowingObjects]) -> str:
 
 def _action(found: GrowingObjects) -> str:
     if found.kind == "graph":
-        return f"Add loss.item() or loss.detach() to {found.path}: a sum of losses holds the graphs of all steps."
+        return (
+            f"If {found.path} sums losses, add loss.item() or loss.detach(): a sum holds the graphs of all steps. "
+            f"If it is a state that goes from step to step, as of an RNN, detach it there ({found.path}.detach())."
+        )
 
     if found.kind in _OF_LIBRARIES:
         return _OF_LIBRARIES[found.kind].format(path=found.path)
