@@ -239,6 +239,7 @@ _HABITS = (
     _habit("mixup_in_collate", "INPUT_BOUND", phase="input_wait", function="blend", steps=200),
     _habit("prefetch_thread", "INPUT_BOUND", phase="input_wait", function="prefetch_thread", steps=150),
     _habit("prefetch_thread_that_keeps_up", steps=150),
+    _habit("two_loaders", "INPUT_BOUND", phase="input_wait", function="Recordings.download", steps=200),
     _habit("http_stream", "INPUT_BOUND", phase="input_wait", function="Served.download", steps=120),
     _habit("prints_each_step", steps=200),
     _habit("progress_bar", steps=400),

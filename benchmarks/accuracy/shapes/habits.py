@@ -151,6 +151,28 @@ class Served(IterableDataset):
             return torch.load(io.BytesIO(answer.read()))
 
 
+class Recordings(Rows):
+    """Comes from a server, sample by sample."""
+
+    def __getitem__(self, index):
+        return self.download(index)
+
+    def download(self, index):
+        time.sleep(0.005)
+        return torch.full((64,), index / 1e6)
+
+
+def two_loaders(steps=200):
+    """A step takes a batch of texts and one of recordings, each made by a worker of its own."""
+    model = net(128, 1024)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    texts, recordings = (DataLoader(data, 8, num_workers=1) for data in (Rows(), Recordings()))
+    for _, (x, y), sound in zip(range(steps), texts, recordings, strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.cat([x, sound], dim=1)), y).backward()
+        optimizer.step()
+
+
 def http_stream():
     """A server that takes 30 ms for each shard of one batch."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

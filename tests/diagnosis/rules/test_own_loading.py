@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.diagnosis.facts.watched_workers import watched
 from traceml.database.schema import EPOCHS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
@@ -148,6 +149,33 @@ def test_the_loader_that_is_waited_for_is_told(evaluation: float) -> None:
     assert "num_workers=0" not in finding.next
     assert "Labeled is read by the training process" not in finding.next
     assert finding.evidence["num_workers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "others", "dataset"),
+    [
+        (0.05, 0, 60, "Audio"),
+        (0.9, 0, 60, "Text"),  # the workers of the first one do not keep up either
+        (0.05, 0, 5, "Text"),  # those of an evaluation, which are seen for a part of the waiting only
+        (0.05, 200, 60, "Text"),
+    ],
+)
+def test_the_loader_whose_workers_do_not_keep_up_is_told(busy: float, own: int, others: int, dataset: str) -> None:
+    """A step takes a batch of each of two loaders with workers, and waits for the slow one."""
+    loaders = [LoaderFacts(dataset=name, num_workers=1, number=at) for at, name in enumerate(("Text", "Audio"))]
+    seen_in = {0: own, 1: others}
+    work = {at: (SampledLine(0, "workers", "/me/a.py", 9, "load", None, count),) for at, count in seen_in.items()}
+    facts = JobFacts(
+        loader=loaders[0],
+        loaders={0: loaders},
+        lines=seen("main", RECEIVES, busy=0.1),
+        lines_of_workers={at: lines for at, lines in work.items() if lines[0].samples},
+        workers=watched(1, busy=busy),
+    )
+    finding = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)[0]
+
+    assert (finding.kind, finding.evidence["dataset"]) == (Kind.INPUT_BOUND, dataset)
+    assert ("1 worker of Audio does not keep up" in finding.next) is (dataset == "Audio")
 
 
 def test_a_loader_that_a_data_set_reads_is_told() -> None:

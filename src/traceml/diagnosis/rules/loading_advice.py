@@ -19,11 +19,13 @@ from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
     dataset_share,
     ordering_share,
+    receives,
     worker_wait_share,
+    workers_at_work,
 )
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
-from traceml.diagnosis.steps.loading import TAKE_NS, Pipeline, RareWaits, fetch_cpu, share_at_work
+from traceml.diagnosis.steps.loading import IDLE_SHARE, TAKE_NS, Pipeline, RareWaits, fetch_cpu, share_at_work
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
 __all__ = ["LoadingAdvice", "for_input", "for_iterator", "of_new_iterators", "of_sampler", "with_waited_loader"]
@@ -32,6 +34,8 @@ CHEAP_SAMPLE_NS = 50e3
 """A sample that is fetched in less time was in memory: workers would only add copies."""
 WORTHWHILE = 1.05
 """Advice with a smaller gain is not given."""
+AWAITED_SHARE = 1 / 3
+"""Another loader is waited for if its workers make batches in this many samples of those in which training waits."""
 COMPUTES = 0.5
 """A training process that waits for its workers computes for a smaller share of the time."""
 _PART = "input_wait"
@@ -120,15 +124,20 @@ def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     """Return the facts with the loader that the training waits for, if it reads several.
 
-    By default that is the first loader of a step. If this one has no workers, but samples show that the training waits
-    for workers, or in the data set of another loader, it is that other loader. One that is first read before it comes
-    last: an evaluation before the training has a loader, but so has a data set that reads one, as TorchIO's queue.
+    By default that is the first loader of a step. If its workers keep up, while those of another one make batches in a
+    third of the time that the training waits, it is the other one. If it has no workers, but samples show that the
+    training waits for workers, or in the data set of another loader, it is that other loader. One that is first read
+    before it comes last: an evaluation before the training has a loader, but so has a data set that reads one, as
+    TorchIO's queue.
 
     Args:
         waits: share of the steps in which the ranks wait for data.
     """
-    if facts.loader is None or facts.loader.num_workers:
+    if facts.loader is None:
         return facts
+
+    if facts.loader.num_workers:
+        return replace(facts, loader=_with_busier_workers(facts) or facts.loader)
 
     number = facts.loader.number or 0
     others = [loader for loaders in facts.loaders.values() for loader in loaders if loader.number != number]
@@ -136,6 +145,18 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     evaluated = _evaluation_share(facts, waits)
     waited = (each for each in others if _share_of(each, facts) - evaluated >= NAMED_SHARE * (1 - evaluated))
     return replace(facts, loader=next(waited, facts.loader))
+
+
+def _with_busier_workers(facts: JobFacts) -> LoaderFacts | None:
+    """Return another loader, whose workers make batches most of the time while those of the training's are idle."""
+    at_work = share_at_work(facts)
+    if facts.other_loader is None or at_work is None or at_work >= IDLE_SHARE:
+        return None
+
+    loader, lines = facts.other_loader
+    made = sum(each.samples for each in lines if not each.is_idle) / (loader.num_workers or 1)
+    waits = sum(each.samples for each in facts.lines if receives(each))  # the first samples are denser than those
+    return loader if workers_at_work(lines).is_most and made >= AWAITED_SHARE * waits else None
 
 
 def _share_of(loader: LoaderFacts, facts: JobFacts) -> float:
@@ -242,8 +263,8 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         return None
 
     before = (
-        f"{pipeline.workers} worker{'s' if pipeline.workers > 1 else ''} do{'' if pipeline.workers > 1 else 'es'} not "
-        "keep up"
+        f"{pipeline.workers} worker{'s' if pipeline.workers > 1 else ''}{_of_several(loader, facts)} "
+        f"do{'' if pipeline.workers > 1 else 'es'} not keep up"
         if pipeline.workers
         else f"{_data(loader, begins=True)} is read by the training process itself ({loader.option('num_workers')}=0)"
     )
@@ -387,6 +408,12 @@ def _data(loader: LoaderFacts, *, begins: bool = False) -> str:
         return loader.dataset
 
     return "The dataset" if begins else "the dataset"
+
+
+def _of_several(loader: LoaderFacts, facts: JobFacts) -> str:
+    """Return whose the workers are, ` of Photos`, where the script reads other data, too."""
+    datasets = {each.dataset for loaders in facts.loaders.values() for each in loaders}
+    return f" of {_data(loader)}" if len(datasets) > 1 else ""
 
 
 def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> LoadingAdvice | None:

@@ -22,6 +22,7 @@ from traceml.diagnosis.steps.own_work import OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 
 __all__ = [
+    "IDLE_SHARE",
     "TAKE_NS",
     "Pipeline",
     "RareWaits",
@@ -63,7 +64,8 @@ _ASKS = 2.5  # steps of an epoch that ask for batches, where it takes all at onc
 _HELD_SHARE = 0.8
 _MIN_READY = 0.05
 _ALL_THE_TIME = 0.9
-_IDLE_SHARE = 0.3  # workers that make batches for less of the time keep up
+IDLE_SHARE = 0.3
+"""Workers that make batches for less of the time keep up."""
 
 
 class Pipeline(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,7 +258,7 @@ def share_at_work(facts: JobFacts) -> float | None:
 def _are_idle(facts: JobFacts) -> bool:
     """Return whether workers were seen to make no batches for most of the time: each batch is ready in time."""
     at_work = share_at_work(facts)
-    return not workers_at_work(facts.worker_lines).is_rough and at_work is not None and at_work < _IDLE_SHARE
+    return not workers_at_work(facts.worker_lines).is_rough and at_work is not None and at_work < IDLE_SHARE
 
 
 def _make_all_the_time(facts: JobFacts) -> bool:
