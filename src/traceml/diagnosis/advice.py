@@ -357,8 +357,16 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
     return for_rollouts(part, line, facts) if played is None or played >= MIN_PLAYED else None
 
 
-def for_saving(half: float, *, asynchronous: bool) -> str:
-    """Return advice on saving checkpoints; `half` is the gain of saving half as often."""
+def for_saving(half: float, line: BlamedLine | None = None, *, asynchronous: bool) -> str:
+    """Return advice on saving checkpoints.
+
+    Args:
+        half: the gain of saving half as often.
+        line: code of the script that most of saving is in, other than the call that saves.
+    """
+    if line is not None:
+        return f"Make {line.place} cheaper, or save half as often: {gain_text(half)}."
+
     if asynchronous:
         return (
             f"Save half as often: {gain_text(half)}. async_save copies all tensors before it returns: save only what a "

@@ -56,6 +56,19 @@ def test_what_is_not_known_is_left_out():
     assert not {"size_bytes", "bytes_per_s", "file"} & set(finding.evidence)
 
 
+@pytest.mark.parametrize(("function", "is_inside"), [("Net.on_save_checkpoint", True), ("train", False)])
+def test_code_of_the_script_inside_a_save_is_named(function: str, *, is_inside: bool) -> None:
+    """A hook that a trainer calls takes the time, and not the disk."""
+    rows = (("checkpoint", function, 90), ("forward", "main", 210))
+    lines = tuple(SampledLine(0, part, "/x/train.py", 40, name, None, count) for part, name, count in rows)
+    facts = JobFacts(pauses=saves(), lines=lines)
+    finding = diagnose(window_of(ALONE, adds("checkpoint", 100, every=20)), facts)[0]
+
+    assert ("in train.py:93 train, all of it in train.py:40 Net.on_save_checkpoint;" in finding.summary) is is_inside
+    assert finding.next.startswith("Make train.py:40 Net.on_save_checkpoint cheaper, or save half as") is is_inside
+    assert ("800 MiB/s" in finding.summary) is not is_inside
+
+
 def test_the_gain_is_that_of_saving_half_as_often():
     """Half of the time is left."""
     finding = found(saves())

@@ -516,12 +516,14 @@ def checkpoints(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]
     known, half = facts.pauses.saves(work.ranks), speedup(step_ns, cost.saved_ns / 2)
     where = f" on {ranks_text(ranks)}" if ranks else ""
     where += "" if turns_ns is None else ", one rank after the other"
+    line = _within_save(cost.line(facts), known)
     summary = (
         f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save{where}"
-        f", for {ns_text(each_ns)} each{_of_save(known)}{_at_end(values)}; without it steps would be {cost.faster}."
+        f", for {ns_text(each_ns)} each{_of_save(known, line)}{_at_end(values)}; without it steps would be "
+        f"{cost.faster}."
     )
     evidence = {"saves": count, "save_ms": each_ns / 1e6, **(known.evidence() if known is not None else {})}
-    todo = advice.for_saving(half, asynchronous=known is not None and known.asynchronous is True)
+    todo = advice.for_saving(half, line, asynchronous=known is not None and known.asynchronous is True)
     todo += "" if turns_ns is None else " Or save on all ranks at the same time: now each one waits for the others."
     return [cost.finding(Kind.CHECKPOINT_STALLS, summary, todo, evidence, half)]
 
@@ -556,13 +558,30 @@ def _ranks_with(work: OwnWork, values: Floats) -> tuple[int, ...]:
     return () if len(rows) == len(sums) else tuple(work.ranks_of(rows))
 
 
-def _of_save(known: Saves | None) -> str:
-    """Return where and how fast checkpoints are written: `, in train.py:93 train (76 MiB, 184 MiB/s)`."""
+def _within_save(line: BlamedLine | None, known: Saves | None) -> BlamedLine | None:
+    """Return the line that most of saving is in, where that is not the one that calls it, as in a trainer's hook."""
+    if line is None or known is None:
+        return line
+
+    called = (known.file, known.function) == (line.file, line.function)
+    return None if called else line
+
+
+def _of_save(known: Saves | None, line: BlamedLine | None) -> str:
+    """Return where and how fast checkpoints are written: `, in train.py:93 train (76 MiB, 184 MiB/s)`.
+
+    Args:
+        line: code of the script in which most of saving is: then files are written faster than that.
+    """
+    inside = "" if line is None else line.of_it
     if known is None:
-        return ""
+        return inside
 
     place = place_words(known.file, known.line, known.function)
     where = f", in {place}" if place else ""
+    if line is not None:
+        return where + inside
+
     if known.size_bytes is None or known.bytes_per_s is None:
         return where
 
