@@ -803,6 +803,19 @@ def test_no_line_is_blamed_for_slow_steps_if_they_hardly_run_it():
     assert (finding.phase, finding.evidence.get("line")) == ("other", None)
 
 
+@pytest.mark.parametrize(("ms", "share", "is_named"), [(250.0, 78, True), (25.0, 31, False)])
+def test_samples_of_a_phase_that_only_slow_steps_have_are_theirs(ms: float, share: int, *, is_named: bool) -> None:
+    """Samples are sent every 5 s: in a short run most of them may come with those of other steps."""
+    forward = SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 100 - share)
+    lines = (SampledLine(0, "other", "/x/train.py", 61, "replay", None, share), forward)
+    facts = JobFacts(lines=lines, divided_lines=lambda _steps: ([replace(forward, samples=2)], lines))
+
+    finding = slowdown(history(np.where(AT >= 45, ms, 0.0)), facts)[0]
+
+    assert finding.phase == "other"
+    assert ("replay" in finding.summary) is is_named
+
+
 @pytest.mark.parametrize(
     ("replay", "others", "is_named"), [(7, (), True), (4, (), False), (7, ("step",), False), (0, ("step",) * 7, False)]
 )

@@ -73,6 +73,8 @@ _COMM = "comm"
 _OTHER = "other"
 _FOLLOWING = ("backward", "optimizer", _COMM)  # longer for what the phases before them do: a larger graph, more to send
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
+NEARLY_ALL = 0.9
+"""If slow steps have this share of a phase, so they have of its samples."""
 _OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
 _PASSES, _CORES_SHARE = {"forward", "backward"}, 0.5
 
@@ -300,8 +302,11 @@ def _line(
     share = _share(bins, part, slow)
     pace = float(np.median(bins.step_ns[usual]) / max(np.median(bins.step_ns[slow]), 1.0))
     line = changed_line(seen, part, share, before, pace)
-    if line is None:
-        line = _line_of_few(seen, before, part, _share(bins, part, np.ones(len(slow), bool)))
+    of_run = _share(bins, part, np.ones(len(slow), bool))
+    if line is None and _part_ns(bins, part, slow) >= NEARLY_ALL * _part_ns(bins, part, slow | True):
+        line = own_line([*seen, *before], part, of_run)  # whenever the samples were taken, they are of slow steps
+
+    line = line or _line_of_few(seen, before, part, of_run)
 
     return None if line is None or calls_trainer(seen, line) else line, share
 
@@ -323,9 +328,12 @@ def _line_of_few(
     return line if all((each.file, each.function) == place for each in of_slow) else None
 
 
+def _part_ns(bins: StepHistory, part: str, at: NDArray[np.bool_]) -> float:
+    return float((bins.parts_ns[part] * bins.steps)[at].sum())
+
+
 def _share(bins: StepHistory, part: str, at: NDArray[np.bool_]) -> float:
-    part_ns, step_ns = (float((values * bins.steps)[at].sum()) for values in (bins.parts_ns[part], bins.step_ns))
-    return part_ns / max(step_ns, 1.0)
+    return _part_ns(bins, part, at) / max(float((bins.step_ns * bins.steps)[at].sum()), 1.0)
 
 
 def _batches(bins: StepHistory, change: LevelChange) -> list[SideChange]:
