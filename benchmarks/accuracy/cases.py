@@ -288,6 +288,7 @@ _PAPERS = (
         never=frozenset({"JITTER"}),
         unsaid=("take it out of",),
     ),
+    _paper("sparse_table", steps=400, never=_LOUD, unsaid=("fused=True",)),
     _paper("two_tower", steps=200, never=_LOUD),
     _paper("detection", *QUIET, "EVAL_HEAVY", "INPUT_BOUND", steps=180, never=frozenset({"JITTER", "RESIDUAL_HEAVY"})),
     _paper("growing_batches", *QUIET, "INPUT_BOUND", steps=400, never=frozenset({"RESIDUAL_HEAVY"})),

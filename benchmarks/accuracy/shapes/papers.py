@@ -171,6 +171,21 @@ def compare(query, key, bank):
     return F.cross_entropy(scores / 0.1, torch.zeros(len(query), dtype=torch.long))
 
 
+def sparse_table(steps=400):
+    """A sparse optimizer updates the rows of a large table, and Adam the layers above it."""
+    table = nn.EmbeddingBag(200_000, 32, sparse=True, mode="sum")
+    model = net(64, 256, 1)
+    sparse, dense = torch.optim.SparseAdam(table.parameters()), torch.optim.Adam(model.parameters())
+    for _ in range(steps):
+        users, items = torch.randint(0, 200_000, (2, 256, 20))
+        loss = model(torch.cat([table(users), table(items)], dim=1)).pow(2).mean()
+        sparse.zero_grad()
+        dense.zero_grad()
+        loss.backward()
+        sparse.step()
+        dense.step()
+
+
 def two_tower():
     """CLIP: texts and pictures, each with its encoder, and all pairs of a batch as the loss."""
     text, picture, scale = nn.EmbeddingBag(8000, 64), net(64, 512, 64), nn.Parameter(torch.tensor(2.6))

@@ -452,6 +452,21 @@ def test_a_loop_in_forward_is_told_before_threads_that_would_not_help(library, a
     assert ("loops in Python" in found.next) is is_told
 
 
+@pytest.mark.parametrize(
+    ("library", "may_be_fused"),
+    [("torch/optim/_functional.py:24 sparse_adam", False), ("torch/optim/adam.py:347 _single_tensor_adam", True)],
+)
+def test_no_fused_form_is_advised_where_another_optimizer_takes_the_time(library: str, may_be_fused: bool) -> None:
+    """Of a sparse one for a table and Adam for the rest, only Adam may be fused."""
+    lines = [
+        SampledLine(0, "optimizer", "/x/train.py", 9, "main", library, 40),
+        SampledLine(0, "optimizer", "/x/train.py", 9, "main", "torch/optim/adamw.py:1 adamw", 3),
+    ]
+    facts = JobFacts(fused=False, lines=lines)
+
+    assert ("fused=True" in for_compute("optimizer", facts, device=False)) is may_be_fused
+
+
 @pytest.mark.parametrize(("function", "may_watch"), [("histogram", True), ("Block.forward", False)])
 def test_a_hook_of_forward_may_run_less_often(function: str, may_watch: bool) -> None:
     """Its operations may be on whole tensors already; those of a module's forward are the model's."""

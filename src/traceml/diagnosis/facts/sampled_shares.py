@@ -25,6 +25,7 @@ __all__ = [
     "clearing_share",
     "dataset_share",
     "environment_share",
+    "fusable_share",
     "handover_share",
     "import_share",
     "is_import",
@@ -55,6 +56,8 @@ _CHILD_ANSWER = "/multiprocessing/connection.py:"
 _ENVIRONMENTS = re.compile(r"/(gymnasium|gym|pettingzoo|dm_control|ale_py|mujoco|vec_env|envs?)/")
 _CLEARS = re.compile(r"\bzero_grad$", re.MULTILINE)
 _LOSSES = re.compile(r"(^|/)torch/nn/functional\.py:\d+ (\w*cross_entropy\w*|\w+_loss|kl_div)$")
+_OPTIMIZERS = re.compile(r"(^|/)torch/optim/")
+_FUSABLE = re.compile(r"(^|/)torch/optim/(adam|adamw|sgd|adagrad|optimizer)\.py:")
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
@@ -122,6 +125,13 @@ def environment_share(lines: Sequence[SampledLine], part: str) -> float | None:
     """Return the share of a part's samples in libraries of simulated environments; None if there are few samples."""
     found = _sampled_share(lines, part, lambda each: _ENVIRONMENTS.search(each.library or ""))
     return found.share if found.samples >= MIN_SAMPLES else None
+
+
+def fusable_share(lines: Sequence[SampledLine]) -> float | None:
+    """Return the share of torch's optimizers that have a fused form, by samples; None if there are few samples."""
+    seen = [each for each in of_part(lines, "optimizer") if _OPTIMIZERS.search(each.library or "")]
+    total = sum(each.samples for each in seen)
+    return samples_in(seen, _FUSABLE) / total if total >= MIN_SAMPLES else None
 
 
 def busy_share(lines: Sequence[SampledLine], part: str, least_ns: float = _WATCHED_NS) -> float | None:

@@ -20,6 +20,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     runs_backward,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, fusable_share
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Explanation, Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
@@ -327,7 +328,7 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
 
     takes_most = max(shares, key=lambda part: shares[part], default="") == "optimizer"
-    if takes_most and facts.fused is False and not _has_mostly_tables(facts):
+    if takes_most and _is_fused(facts) is False and not _has_mostly_tables(facts):
         return "Nothing needs fixing; the next gain is the optimizer's fused form (fused=True), as it takes the most."
 
     return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."
@@ -362,6 +363,12 @@ def _untrained(shares: Mapping[str, float], step: float) -> str:
     )
 
 
+def _is_fused(facts: JobFacts) -> bool | None:
+    """Return whether the optimizer is fused; None if it has no fused form, as the one of several that takes most."""
+    share = fusable_share(facts.lines)
+    return facts.fused if share is None or share >= NAMED_SHARE else None
+
+
 def _has_mostly_tables(facts: JobFacts) -> bool:
     """Return whether most parameters are tables of embeddings, whose gradients may be sparse."""
     is_alone = facts.world_size == 1 and not facts.model.parallel
@@ -375,7 +382,7 @@ def _tables_share(facts: JobFacts) -> float:
 
 def with_optimizer(finding: Finding, work: OwnWork, facts: JobFacts) -> Finding:
     """Return a finding with the advice on an optimizer that is not fused, if that takes more of the step."""
-    if facts.fused is not False or finding.phase == "optimizer" or _has_mostly_tables(facts):
+    if _is_fused(facts) is not False or finding.phase == "optimizer" or _has_mostly_tables(facts):
         return finding
 
     step, shares = _step_shares(work, np.arange(len(work.step)))
@@ -409,10 +416,11 @@ def _optimizer(facts: JobFacts) -> str:
             "torch.optim.SparseAdam for them, a step updates only the rows of its batch."
         )
 
-    if facts.fused:
+    is_fused = _is_fused(facts)
+    if is_fused:
         return "The optimizer takes the most, and is fused already: step less often, on larger batches."
 
-    if facts.fused is None:
+    if is_fused is None:
         return "The optimizer takes the most: step less often, on larger batches, or use one that computes less."
 
     return "The optimizer takes the most: use its fused form (fused=True), or step less often on larger batches."
