@@ -127,7 +127,7 @@ class Registry:
 
         taken = other is not None and (bool(hello.run_id) or not other.ended)
         run_id = self._new_id(hello) if taken or not hello.run_id else safe_run_id(hello.run_id)
-        # While the run of that key goes on, this one is found by its recorder alone.
+        # While the run of that key continues, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         self._expect(_key(hello), run_id)
         run = self._begin_or_part(run_id, key, named=bool(hello.run_id) and not taken)

@@ -129,7 +129,7 @@ def lost_ranks(finding: FindingFacts) -> str:
 
 
 def _when_ended(evidence: Mapping[str, Any]) -> str:
-    """Return ` at step 37`, ` after step 37` where it had ended, ` at step 37 of this run` where a script went on."""
+    """Return ` at step 37`, ` after step 37` where it had ended, ` at step 37 of this run` where a script continued."""
     last = evidence.get("last_step")
     step = evidence.get("step", last)
     if step is None:

@@ -76,7 +76,7 @@ class RowIntake:
         self._replace(KeptSteps(slots, ranks))
 
     def keep_history(self, ranks: int) -> None:
-        """Keep steps that are spread over a run that goes on, from now on, unless it has too many ranks."""
+        """Keep steps that are spread over a run that is not over, from now on, unless it has too many ranks."""
         self.history = SpreadSteps.of_run(ranks)
         if self.history is not None:
             self.history.numbers = self.facts_builder.numbers

@@ -79,7 +79,7 @@ def diagnose(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None
 
     Args:
         window: aligned steps: live the newest, at the end of a run all of them, or of a long run some.
-        history: of a run that goes on, steps that are spread over it, or the window: whether they are slower now.
+        history: of a run that is not over, steps that are spread over it, or the window: whether they are slower now.
     """
     return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts, history)]
 
@@ -459,7 +459,7 @@ def _is_used_up(slower: Finding, waiting: Finding, window: AlignedSteps, facts: 
 def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
     """Return whether slow steps that have ended have most of the waiting for data.
 
-    It goes on if it has a similar share of the later steps: all of the step took longer then, as on a busy host.
+    It continues if it has a similar share of the later steps: all of the step took longer then, as on a busy host.
     """
     later = window.steps >= slower.evidence.get("until_step", np.inf)
     waits = work.parts["input_wait"].mean(axis=0)

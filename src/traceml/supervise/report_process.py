@@ -52,7 +52,7 @@ class ReportProcess:
             OSError: the system is out of processes or memory.
         """
         self._prepared = subprocess.Popen(
-            [sys.executable],  # never executed: the fork goes on as the other process
+            [sys.executable],  # never executed: the fork continues as the other process
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # as for `_start`
@@ -126,7 +126,7 @@ def _become_report_process(nice: int) -> Callable[[], None]:
 
             with open(0, closefd=False) as requests, open(1, "w", closefd=False) as answers:
                 work(nice, requests, answers)
-        except BaseException:  # noqa: BLE001 - an exception must not go on in the parent's code
+        except BaseException:  # noqa: BLE001 - an exception must not continue in the parent's code
             _log.exception("a report could not be made")
             os._exit(1)
 

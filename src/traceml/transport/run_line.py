@@ -36,10 +36,10 @@ def run_line(does: str, run_dir: Path, *, live: bool = True) -> str:
 
 
 def stuck_line(facts: Mapping[str, Any]) -> str:
-    """Return the line of a job that is stuck, or goes on.
+    """Return the line of a job that is stuck, or continues.
 
     Args:
-        facts: `kind` and `headline` of the verdict, absent if the job goes on; `run_dir`.
+        facts: `kind` and `headline` of the verdict, absent if the job continues; `run_dir`.
     """
     command = report_command(short_path(Path(str(facts.get("run_dir")))))
     if "headline" not in facts:

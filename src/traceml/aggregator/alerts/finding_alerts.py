@@ -39,7 +39,7 @@ class _RunAlerts(msgspec.Struct):
 
 
 class FindingAlerts:
-    """Sends alerts of findings; on the event loop of the aggregator, which goes on meanwhile.
+    """Sends alerts of findings; on the event loop of the aggregator, which continues meanwhile.
 
     Args:
         targets: receivers; without one nothing is done.

@@ -21,7 +21,7 @@ _AFTER_S = {Kind.HANG: 0.0, Kind.RANK_LOST: 40.0}
 
 
 class JobNotices:
-    """Asks a rank of a run to print that the job is stuck, once for each attempt, and when it goes on.
+    """Asks a rank of a run to print that the job is stuck, once for each attempt, and when it continues.
 
     Args:
         silent: the ranks of the run whose recorder does not run: they could not print it.

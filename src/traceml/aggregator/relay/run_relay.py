@@ -1,7 +1,7 @@
 """Relay of one run to another aggregator: a reader of its store, in the aggregator of a host.
 
 The store is the only buffer: rows that could not be sent are read from it again. Each message has a number, and the
-center confirms the last one whose rows it has stored. A new connection goes on behind that message; rows that the
+center confirms the last one whose rows it has stored. A new connection continues behind that message; rows that the
 center has nevertheless are not sent or not stored again, as the rows of each rank are numbered.
 """
 
@@ -171,7 +171,7 @@ class RunRelay:
     # --- ranks -------------------------------------------------------------------------------------------------------
 
     def _new(self, records: Iterable[StreamRecord]) -> list[StreamRecord]:
-        """Return the ranks of the newest attempt that the center does not know, or that go on after their end."""
+        """Return the ranks of the newest attempt that the center does not know, or that continue after their end."""
         ranks = [each for each in records if each.is_rank and not each.facts.get("relayed")]
         attempt = max((record.attempt for record in ranks), default=-1)
         newest = {record.rank: record for record in ranks if record.attempt == attempt}

@@ -202,7 +202,7 @@ class RunStreams:
         self.store.update_stream(stream.id, helps=True)
 
     def _note_loaded(self, stream: RankStream, row: dict[str, Any]) -> None:
-        """Store where a restarted rank goes on, if what it has read is a checkpoint of an earlier attempt."""
+        """Store where a restarted rank continues, if what it has read is a checkpoint of an earlier attempt."""
         at = resumed_at(stream, row["place"], self.streams) if isinstance(row.get("place"), int) else 0
         if at > stream.resumes_at:
             stream.resumes_at = at

@@ -117,7 +117,7 @@ def end_summary(ended: RankExit) -> str | None:
 def step_text(ended: RankExit) -> str:
     """Return when a rank ended: `, in step 42, in forward`, or `, in evaluation, after step 41`.
 
-    A script that goes on from a checkpoint may count on where that one ended: `, in step 42 of this run`.
+    A script that continues from a checkpoint may count on where that one ended: `, in step 42 of this run`.
     """
     if ended.untraced:
         return ""

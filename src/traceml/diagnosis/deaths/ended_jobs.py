@@ -38,7 +38,7 @@ _LONG_S, _LONG_STEPS = 60.0, 5.0  # of an open step: seconds, and steps of the m
 _CLOCKS_S = 0.5  # clocks of hosts differ a little
 # A scheduler signals all processes of a job, the launcher not always first; a rank's last beat is a second older.
 _SAME_SIGNAL_S = 5.0
-_LATE_S = 600.0  # a script that goes on for longer, and then ends well, has ignored the signal
+_LATE_S = 600.0  # a script that continues for longer, and then ends well, has ignored the signal
 _SENDERS = (
     (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
     (("timeout",), "The command `timeout` ended it: give it more time"),

@@ -32,7 +32,7 @@ _NO_SOCKET = "FileNotFoundError: [Errno 2] No such file or directory"  # the mes
 
 
 def worker_lost(facts: JobFacts, explained: Iterable[int] = ()) -> list[Finding]:
-    """Return the finding about workers that died while their rank went on: the first of them.
+    """Return the finding about workers that died while their rank continued: the first of them.
 
     Args:
         explained: ranks whose end is a finding already.

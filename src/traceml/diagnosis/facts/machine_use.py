@@ -62,7 +62,7 @@ class LoweredClock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharedDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """Use of a device while steps went on."""
+    """Use of a device while steps continued."""
 
     index: int  # NVML's number of the device
     others: float  # share of the time in which kernels of other programs ran
@@ -198,7 +198,7 @@ class MachineSamples(msgspec.Struct):
                     yield rank, rows
 
     def _while_training(self, rank: int, rows: NDArray[np.void]) -> NDArray[np.void]:
-        """Return the samples of devices before which steps went on at half of their usual pace at least.
+        """Return the samples of devices before which steps continued at half of their usual pace at least.
 
         The others are of evaluation, of saving, or of what else the script does between steps.
         """

@@ -191,7 +191,7 @@ def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> De
 
 
 def _has_continued(snapshot: RankSnapshot, ended: RankExit | None) -> bool:
-    """Return whether an exception shows that a process without others went on after the last look: another line."""
+    """Return whether an exception shows that a process without others continued after the last look: another line."""
     line = user_line(snapshot)
     if ended is None or line is None or not ended.exception or ended.interrupted:
         return False

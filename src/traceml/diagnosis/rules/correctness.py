@@ -235,7 +235,7 @@ def never_synchronized(facts: JobFacts) -> list[Finding]:
 
 
 LASTING_SHARE = 0.25
-"""Share of the last quarter of the steps that is skipped, so that it goes on. A scaler skips a few steps at first."""
+"""Share of the last quarter of the steps that is skipped, so that it is not over. A scaler skips a few steps at first."""
 MIN_SKIPPED = 5
 """Fewer skipped steps than this are not a finding."""
 _DENSE_SHARE = 0.8
@@ -243,7 +243,7 @@ _READ_EVERY = 64  # losses of fast steps are read in every 16th or 64th
 
 
 def steps_skipped(facts: JobFacts) -> list[Finding]:
-    """Return the finding about updates that are skipped, and go on being skipped; of losses, if they are the cause."""
+    """Return the finding about updates that are skipped up to now; of losses, if they are the cause."""
     skipped = facts.skipped
     if len(skipped.steps) < MIN_SKIPPED:
         return []

@@ -70,7 +70,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     has_begun, is_running = time.share("steps", "evaluation") > 0, facts.state == RunStatus.RUNNING
     if (has_begun or facts.state != RunStatus.FINISHED) and startup_s >= max(STARTUP_S, HEAVY_SHARE * time.wall_s):
         startup = _startup(time, startup_s, facts)
-        # While the training goes on, its share becomes less.
+        # While the training continues, its share becomes less.
         found.append(replace(startup, severity=Severity.INFO) if is_running and has_begun else startup)
 
     alone = time.evaluators if time.evaluators and is_grouped(window, facts) else ()
@@ -78,7 +78,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     # With ranks that evaluate alone, it is waiting in the steps of the others; a start-up is long in short runs only.
     is_longest = evaluation_s > time.in_steps * time.wall_s > 0
     least = WARNING_SHARE if alone or is_longest else HEAVY_SHARE
-    is_typical = not is_running or time.evaluations > 1  # else the training that it belongs to goes on, or follows
+    is_typical = not is_running or time.evaluations > 1  # else the training that it belongs to continues, or follows
     if is_typical and evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
         line = None if line is None or calls_trainer(lines, line) else line
@@ -88,7 +88,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     # A step in which the run ended or hung is no code after the steps.
     is_open = facts.state != RunStatus.FINISHED and any(each.in_step for each in facts.exits)
-    after = None if is_open else outside_line(lines, LINE_AFTER_STEPS)  # None while the run goes on
+    after = None if is_open else outside_line(lines, LINE_AFTER_STEPS)  # None while it runs
     after_s, is_most = time.seconds.get("idle", 0.0), time.share("idle") >= max(HEAVY_SHARE, time.in_steps)
     if after is not None and time.in_steps > 0 and after_s >= AFTER_STEPS_S and is_most:
         found.append(_after_steps(time, after_s, after))

@@ -24,10 +24,10 @@ _MIN_OF_STEP = 0.5  # a step with a stop lasts longer than this share of it
 
 
 def stopped_ranks(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
-    """Return the finding about ranks that were stopped and went on.
+    """Return the finding about ranks that were stopped and continued.
 
     Args:
-        window: the steps; while the run goes on, only stops in these count.
+        window: the steps; while the run continues, only stops in these count.
     """
     stops = _recent(window, facts.stops) if facts.time is None else facts.stops
     seconds = {rank: sum(stop.seconds for stop in of_rank) for rank, of_rank in stops.items() if of_rank}

@@ -174,7 +174,7 @@ class KeptSteps:
     def aligned(self, last: int | None = None, skip_first: int = SET_UP_STEPS) -> AlignedSteps:
         """Return the newest steps that all live ranks have.
 
-        Ranks that ended before others went on, or that are behind by more than half the ring, are left out. When all
+        Ranks that ended before others continued, or that are behind by more than half the ring, are left out. When all
         ranks have ended, the steps in common are returned, without ranks that made less than a quarter of the steps of
         another. Steps in which a rank was profiled are left out: they take longer, and the other ranks wait.
 
@@ -213,7 +213,7 @@ class KeptSteps:
         return steps[~np.isin(steps, list(self._profiled))] if self._profiled else steps
 
     def _newest(self, ranks: Ints, newest: int) -> int:
-        """Return the number of steps up to the newest that show what goes on now."""
+        """Return the number of steps up to the newest that show what happens now."""
         cells = _NEWEST_CELLS // len(ranks)
         least = max(_FEWEST_NEWEST, min(_LEAST_NEWEST, cells))
         steps = self._steps_until(newest, least)

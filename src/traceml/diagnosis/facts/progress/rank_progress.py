@@ -78,7 +78,7 @@ class _Signs(msgspec.Struct):
     line: tuple[int, int, int] = (0, 0, -1)  # timestamp, phase, id of the line
     snapshot: RankSnapshot | None = None
     longest: RankSnapshot | None = None  # newest one of the longest pause in a step
-    own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that goes on
+    own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that is not over
     over_ns: int | None = None  # end of the pause that the snapshot is about
     changes: int = 0  # of the process's state from snapshot to snapshot, in the same pause
     # last step of a rank whose launched function or script is over, and whether it was a script
