@@ -235,7 +235,7 @@ def never_synchronized(facts: JobFacts) -> list[Finding]:
 
 
 LASTING_SHARE = 0.25
-"""Share of the last quarter of the steps that is skipped, so that it is not over. A scaler skips a few steps at first."""
+"""Share of the last quarter of the steps that is skipped, if skipping is not over. A scaler skips a few at first."""
 MIN_SKIPPED = 5
 """Fewer skipped steps than this are not a finding."""
 _DENSE_SHARE = 0.8
