@@ -112,8 +112,12 @@ def test_a_held_ctrl_c_can_be_forgotten() -> None:
 
 
 LAUNCHER = """
-import os, signal, sys
+import os, select, signal, sys
 from traceml.process_ends import EndedBySignal, ended_by
+
+def wait():  # a signal just before a read would be handled after it
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        pass
 
 if "nohup" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -121,11 +125,11 @@ try:
     with ended_by(signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         try:
             print("ready", flush=True)
-            sys.stdin.read()
+            wait()
         finally:
             if "hangs" in sys.argv:
                 print("ending", flush=True)
-                sys.stdin.read()
+                wait()
 except EndedBySignal as error:
     sys.exit(f"{signal.Signals(error.number).name}, {error.from_terminal}")
 sys.exit("not ended")
