@@ -26,7 +26,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, environment_share
 from traceml.diagnosis.facts.topology import RankGroup
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
-from traceml.formatting import capitalized, gain_text, percent_text, ranks_text
+from traceml.formatting import bytes_text, capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
     "EVENT_LOOP",
@@ -380,8 +380,17 @@ def for_saving(half: float, line: BlamedLine | None = None, *, asynchronous: boo
     )
 
 
-def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -> str:
-    """Return advice against waiting for the network."""
+_GRADIENT_BYTES = 4
+_SLOW_NETWORK_BYTES_PER_S = 125e6  # 1 Gbit/s
+_OF_LATENCY = 0.1  # what takes less of the time to be sent there is not what takes the time
+
+
+def for_comm(facts: JobFacts, grad_phase: str, cost_ns: float, line: BlamedLine | None = None) -> str:
+    """Return advice against waiting for the network.
+
+    Args:
+        cost_ns: time of a step that it costs.
+    """
     sharding = facts.batches.sharding
     if sharding is not None:
         keep = "reshard_after_forward=False" if sharding == "fsdp2" else "ShardingStrategy.SHARD_GRAD_OP"
@@ -408,10 +417,12 @@ def for_comm(facts: JobFacts, grad_phase: str, line: BlamedLine | None = None) -
     known = facts.batches.reductions
     accumulates = known is not None and known[0] > known[1] > 0
     more = "more micro-batches per step" if accumulates else "gradient accumulation under model.no_sync()"
-    return (
-        f"Synchronize less per sample: larger batches or {more}, gradients in "
-        f"16 bits (DDP's bf16_compress_hook), or {last}."
-    )
+    less = f"Synchronize less per sample: larger batches or {more}"
+    size = _GRADIENT_BYTES * (facts.model.trainable or 0)
+    if 0 < size / _SLOW_NETWORK_BYTES_PER_S < _OF_LATENCY * cost_ns / 1e9:
+        return f"{less}. Smaller gradients would gain little: these are {bytes_text(size)}, so the time is the latency."
+
+    return f"{less}, gradients in 16 bits (DDP's bf16_compress_hook), or {last}."
 
 
 def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = None) -> str:

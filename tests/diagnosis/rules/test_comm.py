@@ -12,6 +12,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.trainings.models_and_loaders import ModelFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
@@ -356,6 +357,18 @@ def test_long_waits_for_threads_that_lack_cores_are_no_jitter(used: float, is_to
         times[:, window.steps % 40 == 20] += 120e6
 
     assert any(each.kind is Kind.JITTER for each in diagnose(window, known)) is is_told
+
+
+@pytest.mark.parametrize(("parameters", "is_latency"), [(4_000, True), (4_000_000, False), (None, False)])
+def test_smaller_gradients_are_no_advice_where_the_latency_takes_the_time(
+    parameters: int | None, is_latency: bool
+) -> None:
+    """16 KB take 20 ms on a network with a long way; 16 MB would take 128 ms at 1 Gbit/s."""
+    advised = found(JobFacts(world_size=2, model=ModelFacts(trainable=parameters))).next
+
+    assert ("Smaller gradients would gain little: these are 16 KiB" in advised) is is_latency
+    assert ("16 bits" in advised) is not is_latency
+    assert advised.startswith("Synchronize less per sample: larger batches or gradient accumulation")
 
 
 @pytest.mark.parametrize(("cores", "of_ready_time", "is_told"), [(2, 0.37, True), (4, 0.37, False), (2, 0.1, False)])

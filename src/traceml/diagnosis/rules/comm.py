@@ -101,7 +101,7 @@ def comm_bound(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Fin
         f"{_cost_text('Communication takes', cost, step)}, {where}, and no rank is late; without it steps would be "
         f"{gain_text(gain)}."
     )
-    action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward", line)
+    action = advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward", cost, line)
     if shared := _shared_cores(work, facts):
         summary += f" {shared}, which the threads that communicate need, too."
         action += " Or start fewer ranks on a host: with a core each they communicate faster."
