@@ -83,13 +83,14 @@ for step in range(60):
 
 
 @pytest.mark.timeout(300)
-def test_a_job_whose_ranks_cannot_print_is_reported_by_the_command(traceml: Traceml) -> None:
+@pytest.mark.parametrize("command", [("run",), ("launch", "--hostnames", "localhost", "--workers-per-host", "1")])
+def test_a_job_whose_ranks_cannot_print_is_reported_by_the_command(traceml: Traceml, command: tuple[str, ...]) -> None:
     """C code has the interpreter's lock in the only process: no thread of it runs."""
     (traceml.folder / "mute.py").write_text(MUTE)
-    running = traceml.start("run", "mute.py", TRACEML_HANG_TIMEOUT="5", OMP_NUM_THREADS="1")
+    running = traceml.start(*command, "mute.py", TRACEML_HANG_TIMEOUT="5", OMP_NUM_THREADS="1")
     assert running.process.stderr is not None
     told = next(line for line in running.process.stderr if "traceml: HANG" in line)
-    running.process.kill()
+    os.killpg(running.process.pid, signal.SIGKILL)  # the rank has no other way to end
     running.end()
 
     assert "traceml: HANG: Rank 0 makes no progress, in mute.py:11; `traceml report " in told

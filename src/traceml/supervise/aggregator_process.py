@@ -104,12 +104,13 @@ class AggregatorProcess(RestartingProcess):
         """
         if self._left is None:
             self._left = os.pipe()
-            os.set_blocking(self._left[1], False)
+            for descriptor in self._left:
+                os.set_blocking(descriptor, False)
 
         return self._left[0]
 
     def rank_messages(self) -> list[dict[str, Any]]:
-        """Return what is new about the ranks, when the descriptor can be read.
+        """Return what is new about the ranks, if anything.
 
         One without facts says that all have said bye: their processes take a moment to end. Others are those of
         `stuck_line`, as no rank can print that the job is stuck.
@@ -119,7 +120,12 @@ class AggregatorProcess(RestartingProcess):
 
         import json
 
-        return [json.loads(line or b"{}") for line in os.read(self._left[0], 65536).splitlines()]
+        try:
+            data = os.read(self._left[0], 65536)
+        except BlockingIOError:
+            return []
+
+        return [json.loads(line or b"{}") for line in data.splitlines()]
 
     def environ(self, address: str | None = None) -> dict[str, str]:
         """Return the variables by which a rank finds the aggregator and its run.

@@ -35,7 +35,7 @@ from traceml.supervise.launch_screen import MakeScreen, Output, terminal_screen
 from traceml.supervise.slurm_jobs import scheduler_facts
 from traceml.supervise.supervisor import Screen
 from traceml.transport.exit_report import ExitReport
-from traceml.transport.run_line import print_start
+from traceml.transport.run_line import print_start, stuck_line
 
 __all__ = ["Tracing"]
 
@@ -167,11 +167,15 @@ class Tracing:
         return self._begun and self._abort_watch is not None and self._abort_watch.is_overdue()
 
     def tick(self) -> None:
-        """Restart the aggregator if it died, and draw."""
+        """Restart the aggregator if it died, print what no rank can, and draw."""
         if not self._begun:
             return
 
         self._aggregator.restart_if_dead()
+        for facts in filter(None, self._aggregator.rank_messages()):
+            if not self._quiet:
+                self.errors.write(f"{stuck_line(facts)}\n")
+
         if self._screen is not None:
             self._show_output()
             self._screen.tick()
@@ -333,6 +337,7 @@ class Tracing:
 
     def _begin(self) -> None:
         if not self._begun:
+            self._aggregator.watch_ranks()
             self._aggregator.start()
             self._begun = True
             if not self._quiet:
