@@ -69,6 +69,12 @@ def functions_of(flight: FlightFile) -> Counter[str]:
     return counts
 
 
+def end(iterator: Any) -> None:
+    """End the workers: in the middle of an epoch they may abort, as their queue's thread is in torch's C++ code."""
+    with suppress(RuntimeError):
+        iterator._shutdown_workers()
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("loader_type", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -82,10 +88,11 @@ def test_the_work_of_workers_has_its_line(flight: FlightFile, method: str, loade
         def seen() -> bool:
             next(iterator)
             lines(False)
-            return functions_of(flight)["decode"] >= 20
+            return functions_of(flight)["decode"] >= 60  # the first, dense ones may be of imports by the first batch
 
         eventually(seen, "samples of the workers", timeout_s=60)
         lines(True)
+        end(iterator)
     finally:
         hooks.uninstall()
 
@@ -117,6 +124,7 @@ def test_computing_is_told_from_waiting(flight: FlightFile, data: Photos, *, com
 
         eventually(lambda: watched_ns() > 5e8, "half a second of making batches", timeout_s=60)
         lines(True)
+        end(iterator)
     finally:
         hooks.uninstall()
 
@@ -156,6 +164,7 @@ def test_a_worker_that_waits_between_batches_is_idle(flight: FlightFile, monkeyp
             return idle() > before + 5
 
         eventually(took, "idle samples", timeout_s=60)
+        end(iterator)
     finally:
         hooks.uninstall()
         lines.close()
