@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
             launcher_pid=options.launcher_pid,
             exit_when_idle=options.exit_when_idle,
             on_rank=reports.prepare if options.exit_when_idle else None,
-            on_left=partial(_tell, options.left_fd) if options.left_fd is not None else None,
-            on_mute=partial(_tell, options.left_fd) if options.left_fd is not None else None,
+            on_left=partial(_tell, options.ranks_fd) if options.ranks_fd is not None else None,
+            on_mute=partial(_tell, options.ranks_fd) if options.ranks_fd is not None else None,
             on_run_finished=lambda run_dir: _log.info("report: %s", reports.write(run_dir)),
             on_run_delivered=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
-    for number in ("--fd", "--folder-fd", "--ready-fd", "--left-fd", "--launcher-pid"):
+    for number in ("--fd", "--folder-fd", "--ready-fd", "--ranks-fd", "--launcher-pid"):
         parser.add_argument(number, type=NumberRange(minimum=0), help=argparse.SUPPRESS)
 
     parser.add_argument("--run-id", help=argparse.SUPPRESS)

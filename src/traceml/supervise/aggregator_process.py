@@ -78,7 +78,7 @@ class AggregatorProcess(RestartingProcess):
         self.token = token or os.environ.get("TRACEML_TOKEN") or os.urandom(16).hex()
         self._is_shared, self._tls = is_shared, tls and is_shared
         self._listener: socket.socket | None = None
-        self._left: tuple[int, int] | None = None
+        self._rank_pipe: tuple[int, int] | None = None
         self._stopping = self._has_told = False
         self._on_completing, self._on_delivery = on_completing, on_delivery
         self._settings = dict(settings or {})
@@ -102,12 +102,12 @@ class AggregatorProcess(RestartingProcess):
 
         Call it before the start.
         """
-        if self._left is None:
-            self._left = os.pipe()
-            for descriptor in self._left:
+        if self._rank_pipe is None:
+            self._rank_pipe = os.pipe()
+            for descriptor in self._rank_pipe:
                 os.set_blocking(descriptor, False)
 
-        return self._left[0]
+        return self._rank_pipe[0]
 
     def rank_messages(self) -> list[dict[str, Any]]:
         """Return what is new about the ranks, if anything.
@@ -115,13 +115,13 @@ class AggregatorProcess(RestartingProcess):
         One without facts says that all have said bye: their processes take a moment to end. Others are those of
         `stuck_line`, as no rank can print that the job is stuck.
         """
-        if self._left is None:
+        if self._rank_pipe is None:
             return []
 
         import json
 
         try:
-            data = os.read(self._left[0], 65536)
+            data = os.read(self._rank_pipe[0], 65536)
         except BlockingIOError:
             return []
 
@@ -193,9 +193,9 @@ class AggregatorProcess(RestartingProcess):
         command = helper_program("traceml", "serve", "--fd", str(fd), "--run-id", self.run_id)
         command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle", "--launcher-pid", str(os.getpid())]
         passed = [fd]
-        if self._left is not None:
-            command += ["--left-fd", str(self._left[1])]
-            passed.append(self._left[1])
+        if self._rank_pipe is not None:
+            command += ["--ranks-fd", str(self._rank_pipe[1])]
+            passed.append(self._rank_pipe[1])
 
         with log:
             return spawn(
@@ -261,7 +261,7 @@ class AggregatorProcess(RestartingProcess):
             self.process.terminate()
 
         self.wait_or_kill(_STOP_TIMEOUT_S)
-        descriptors, self._left = self._left or (), None
+        descriptors, self._rank_pipe = self._rank_pipe or (), None
         for each in descriptors:
             os.close(each)
 
