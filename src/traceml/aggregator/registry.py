@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 from traceml import ids
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
+from traceml.aggregator.recovery_lock import RecoveryLock
 from traceml.aggregator.streams.stream import Incarnation, RankStream
 from traceml.database.flight.flight_owner import SILENCE_S
 from traceml.errors import StoreBusyError, StoreError
@@ -258,10 +257,10 @@ class Registry:
             the runs that got rows; they are open.
         """
         adopted: dict[ActiveRun, None] = {}
-        if not self._dead_flights(silence_s, left_in):
+        if not self.has_dead_flights(silence_s, left_in=left_in):
             return []
 
-        with self._recovery_lock():
+        with RecoveryLock.ADOPT.held(self.runs_dir):
             for flight in self._dead_flights(silence_s, left_in):
                 run = self._run_of(flight)
                 if run is not None and flight.path not in run.recovered:
@@ -269,6 +268,10 @@ class Registry:
                     adopted[run] = None
 
         return list(adopted)
+
+    def has_dead_flights(self, silence_s: float | None = None, *, left_in: Path | None = None) -> bool:
+        """Return whether `recover_flights` finds something to store."""
+        return bool(self._dead_flights(silence_s, left_in))
 
     def _dead_flights(self, silence_s: float | None, left_in: Path | None) -> list[DeadFlight]:
         """Return the flight files to recover of dead ranks whose run is, or would have been, in this folder."""
@@ -293,24 +296,6 @@ class Registry:
 
         folder = self.runs_dir / flight.run_id
         return folder.is_dir() and not (folder / STORE_NAME).exists()
-
-    @contextlib.contextmanager
-    def _recovery_lock(self) -> Iterator[None]:
-        """Lock recovery in this folder: two processes would each make a run of the same rows."""
-        try:
-            folder = self.runs_dir / OPEN_FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / "adopting.lock").open("ab")
-        except OSError as error:  # a full disk, for example: the flight files stay for later
-            _log.debug("no lock in %s: %s", self.runs_dir, error)
-            yield
-            return
-
-        with file:
-            with contextlib.suppress(OSError):  # a network file system that cannot lock
-                fcntl.flock(file, fcntl.LOCK_EX)
-
-            yield
 
     def _run_of(self, flight: DeadFlight) -> ActiveRun | None:
         """Open and return the run of a dead rank; None when another process has it open, or it was removed."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from traceml.aggregator.recovery_lock import RecoveryLock
 from traceml.aggregator.unfinished_runs import finish_flights, finish_run
 from traceml.cli.options.parsing import Metavar, Positional, parse
 from traceml.cli.options.runs_dir_options import RunsDirOptions
@@ -212,29 +213,38 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
 
 def _finish(run_dir: Path, *, wait: bool) -> None:
     """Check that a run is over, or wait for that, and add the rows that its dead ranks left."""
-    while True:
-        with StoreReader(run_dir / STORE_NAME) as reader:
-            meta = reader.meta()
+    while not _is_ended(run_dir):
+        with RecoveryLock.FINISH.held(run_dir.parent):
+            if _is_ended(run_dir):
+                return
+            if not is_watched(_meta(run_dir).get("aggregator", {})):
+                is_over = finish_run(run_dir)
+                break
 
-        if meta.get("run", {}).get("ended") is not None:
-            return
-        if not is_watched(meta.get("aggregator", {})):
-            break
         if not wait:
             raise TraceMLError(
                 f"run {run_dir.name} is still running: its aggregator delivers what it logs (--wait waits for its end)"
             )
 
         time.sleep(_POLL_S)
+    else:
+        return
 
-    is_over = finish_run(run_dir)
-    if is_over is False:
+    if not is_over:
         raise TraceMLError(
             f"run {run_dir.name} no longer has an aggregator, but its ranks are still running: end them first"
         )
 
-    if is_over:
-        _report_stored(run_dir)
+    _report_stored(run_dir)
+
+
+def _is_ended(run_dir: Path) -> bool:
+    return _meta(run_dir).get("run", {}).get("ended") is not None
+
+
+def _meta(run_dir: Path) -> dict[str, Any]:
+    with StoreReader(run_dir / STORE_NAME) as reader:
+        return reader.meta()
 
 
 def _report_stored(run_dir: Path) -> None:
