@@ -8,11 +8,14 @@ import sys
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.eventually import eventually
+from traceml.inspection import busy_processes
 from traceml.inspection.busy_processes import SHORT_LIVED, BusyProcesses, CoreUse
+from traceml.inspection.kernel_state import ProcessInfo
 
 pytestmark = pytest.mark.process
 _NAME = f"busy-{os.getpid()}"  # no other test's
@@ -148,3 +151,30 @@ def test_processes_of_other_users_have_no_name(taker: int) -> None:
 
     eventually(lambda: used(read).others.get(""), "some CPU time")
     assert _NAME not in used(read).others
+
+
+def _reading(*processes: ProcessInfo) -> dict[int, ProcessInfo]:
+    return {each.pid: each for each in processes}
+
+
+@pytest.mark.parametrize("state", ["S", "Z"])
+def test_an_orphan_is_not_taken_for_work_of_who_collects_it(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """Its parent has ended: `init` gets the hours of CPU time that it had used before, all at once."""
+    init, shell = ProcessInfo(1, 0, "S", cpu_s=5.0), ProcessInfo(20, 1, "S")
+    orphan = ProcessInfo(30, 20, "R", cpu_s=7200.0)
+    readings = [
+        _reading(init, shell, orphan),
+        _reading(init._replace(cpu_s=5.5, collected_s=7200.25), shell._replace(state=state)),
+    ]
+    monkeypatch.setattr(busy_processes, "_processes", lambda: readings.pop(0))
+    monkeypatch.setattr(busy_processes, "program_name", lambda pid: f"program {pid}")
+    times = iter([100.0, 101.0])
+    monkeypatch.setattr(busy_processes, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    processes = BusyProcesses(Path("/proc/1").stat().st_uid)
+
+    assert processes.read([]) is None
+    found = processes.read([])
+
+    # Without knowing that the shell has ended, what `init` has used is not known.
+    assert found is not None
+    assert found.others == ({"program 1": 0.75} if state == "Z" else {})

@@ -20,6 +20,9 @@ SHORT_LIVED = "short-lived programs"
 """Name of what a rank has started and what has ended before it was seen."""
 
 
+_ENDED = frozenset("ZX")  # states of processes that have ended
+
+
 class CoreUse(NamedTuple):
     """Cores that processes have used, by name, the most first; those of other users have no name."""
 
@@ -56,7 +59,11 @@ class BusyProcesses:
 
         ranks = {*ranks, *self._siblings(ranks, known)}
         used = {True: Counter[str](), False: Counter[str]()}
+        most_s = passed_s * (os.cpu_count() or 1)
         for pid, used_s in _used_s(before, known, ranks).items():
+            if used_s > most_s:  # it has collected an orphan, whose CPU time of hours is not of this time
+                continue
+
             above = _above(pid, {*ranks, *apart}, known)
             if above is None or above not in apart:
                 name = SHORT_LIVED if pid in ranks else self._name(pid)
@@ -92,8 +99,9 @@ def _used_s(
     Of a rank only the latter: it is the training.
     """
     counted_s = Counter[int]()  # what descendants that have ended had used before
+    living = {pid for pid, info in known.items() if info.state not in _ENDED}  # only these collect anything
     for pid in before.keys() - known.keys():
-        counted_s[_above(pid, known, before)] += before[pid].cpu_s + before[pid].collected_s  # type: ignore
+        counted_s[_above(pid, living, before)] += before[pid].cpu_s + before[pid].collected_s  # type: ignore
 
     found = {}
     for pid, info in known.items():
