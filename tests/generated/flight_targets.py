@@ -41,7 +41,7 @@ def _flight() -> bytes:
     with TemporaryDirectory() as folder:
         flight = FlightFile.create(Path(folder, "f"), identity, capacities=capacities)
         for number in range(6):
-            flight.ring("evals").append(number, 1, 2, 3)
+            flight.ring("evals").append(number, 1, 2, 3, 0, 0)
             flight.log("names").append({"id": number, "name": f"phase {number}"})
             flight.log("info").append({"number": number})
 

@@ -32,7 +32,7 @@ _RUN = {"id": "20260101-000000-a-abcd", "name": "a", "started": 1.7e9, "ended": 
 
 
 def _rows(first: int) -> bytes:
-    return b"".join(EVALS.struct.pack(number, 1, 2, 3) for number in range(first, first + 4))
+    return b"".join(EVALS.struct.pack(number, 1, 2, 3, 0, 0) for number in range(first, first + 4))
 
 
 @cache

@@ -42,7 +42,7 @@ __all__ = ["TARGETS"]
 
 _MESSAGES = [
     {"t": "ping", "ns": 1},
-    {"t": "rows", "table": "evals", "seq": 0, "n": 1, "data": bytes(32)},
+    {"t": "rows", "table": "evals", "seq": 0, "n": 1, "data": bytes(48)},
     {"t": "command", "id": 3, "name": "stop", "args": {"a": [1, 2, {"b": None}]}},
     {"t": "bye", "text": "ü" * 50},
 ]
@@ -52,7 +52,7 @@ _ROWS = [{"id": 1, "name": "a"}, {"id": 2, "name": "b" * 40}, {"id": 3, "value":
 @cache
 def _stream() -> tuple[bytes, list[int]]:
     """Return a stream of messages, and where each ends."""
-    frames = [encode(_MESSAGES[0]), rows_frame("evals", 0, 1, bytes(32)), *map(encode, _MESSAGES[2:])]
+    frames = [encode(_MESSAGES[0]), rows_frame("evals", 0, 1, bytes(48)), *map(encode, _MESSAGES[2:])]
     ends = [sum(map(len, frames[: number + 1])) for number in range(len(frames))]
     return b"".join(frames), ends
 

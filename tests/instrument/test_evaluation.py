@@ -161,6 +161,41 @@ def test_an_evaluation_is_before_the_step_that_follows_it(traced: Traced, anew: 
     assert [row["step"] for row in traced.table("evals")] == [5, 10, 15, 20]
 
 
+class _SlowRows(torch.utils.data.Dataset[torch.Tensor]):
+    """Each row takes a while to read, on purpose."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        time.sleep(0.004)
+        return X[0]
+
+
+def test_an_evaluation_knows_what_its_data_and_its_calls_take(traced: Traced) -> None:
+    """The waits of its batches are in it, and none of those of the training; a loop without a loader waits for none."""
+    model = net()
+    optimizer, loader, slow = sgd(model), data(5), DataLoader(_SlowRows(), batch_size=2)
+    for number in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        with torch.no_grad():
+            for x in slow if number else [X] * 4:
+                model(x)
+
+        model.train()
+
+    without, with_loader = (traced.finish(), traced.table("evals"))[1]
+    assert (without["input_wait_ns"], with_loader["batches"]) == (0, 2)
+    assert with_loader["input_wait_ns"] >= 4 * 4_000_000
+    assert all(
+        row["forward_ns"] > 0 and row["input_wait_ns"] + row["forward_ns"] <= row["ns"]
+        for row in (without, with_loader)
+    )
+
+
 @pytest.mark.parametrize("with_loader", [True, False])
 def test_set_up_of_the_next_fold_is_no_evaluation(traced: Traced, with_loader: bool) -> None:
     """It comes after the last call, and another model is made and trained then, which is in training mode."""

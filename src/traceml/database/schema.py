@@ -321,6 +321,8 @@ EVALS = Table(
         _q("t_end_ns", "monotonic timestamp at its end"),
         _q("ns", "wall time of evaluation batches, outside every step"),
         _q("batches", "evaluation batches"),
+        _q("input_wait_ns", "waiting for their data"),
+        _q("forward_ns", "calls of the model"),
     ),
     capacity=4096,
 )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAINTENANCE_MASK", "DividedStep", "StepListener"]
 
-_CHECKPOINT, _FORWARD = int(Phase.CHECKPOINT), int(Phase.FORWARD)
+_CHECKPOINT, _FORWARD, _INPUT_WAIT = int(Phase.CHECKPOINT), int(Phase.FORWARD), int(Phase.INPUT_WAIT)
 # Plain ints: arithmetic on enum members costs a microsecond.
 _DEVICE, _EPOCH = int(StepFlag.DEVICE), int(StepFlag.EPOCH)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
@@ -141,7 +141,7 @@ class DividedStep(PhaseTimer):
         self.joined = 0  # row of the last step in which another optimizer stepped, too
         self.first_part: _FirstPart | None = None  # of a step that another optimizer has joined
         self.ended = EndedParts([])  # before the last cut
-        self.eval_ns = self.eval_batches = self.eval_end = 0
+        self.eval_ns = self.eval_batches = self.eval_end = self.eval_input_ns = self.eval_forward_ns = 0
         self.longest_rest_ns = 0  # from the last batch of an evaluation to its end
         self.is_plain_evaluation = False  # models were evaluated without gradients, be it averaged weights
         self.prepares = False  # another model is to be trained since the last evaluation call, as in the next fold
@@ -238,8 +238,9 @@ class DividedStep(PhaseTimer):
         return total
 
     def _flush_evals(self) -> None:
-        self.step_rows.append_evaluation(self.step, self.eval_end, self.eval_ns, self.eval_batches)
-        self.eval_ns = self.eval_batches = 0
+        parts = self.eval_input_ns, self.eval_forward_ns
+        self.step_rows.append_evaluation(self.step, self.eval_end, self.eval_ns, self.eval_batches, *parts)
+        self.eval_ns = self.eval_batches = self.eval_input_ns = self.eval_forward_ns = 0
 
     def call_at_boundary(self, function: Callable[[], int] | None) -> None:
         """Call a function at the end of each step, on the training thread, or no longer call any.
@@ -447,6 +448,7 @@ class DividedStep(PhaseTimer):
         self.prepares = False
         ended, saving = self.ended, self._saving_ns()
         kept = (ended.times or self.zeros).copy()
+        self.add_evaluated(time_since(self.times, kept))
         kept[_CHECKPOINT] += saving
         ended.total_ns += saving
         self.times = kept
@@ -473,6 +475,11 @@ class DividedStep(PhaseTimer):
         self._clear_part()
         if self.device is not None:
             self.device.discard()
+
+    def add_evaluated(self, times: list[int]) -> None:
+        """Add what belongs to an evaluation, by bucket."""
+        self.eval_input_ns += times[_INPUT_WAIT]
+        self.eval_forward_ns += times[_FORWARD]
 
     def usual_rest_end(self, t: int) -> int:
         """Return when the work after the batches of an evaluation ended: as late as in those before.

@@ -15,6 +15,7 @@ from typing import Any
 
 from traceml.database.schema import Phase
 from traceml.instrument.divided_step import DividedStep
+from traceml.instrument.open_step.ended_parts import time_since
 from traceml.instrument.phase_timer import CHECK_FORWARD, ON_FORWARD
 
 __all__ = ["EvaluationPeriod"]
@@ -127,6 +128,7 @@ class EvaluationPeriod:
         clock.prepares = False
         clock.account_user_phases(t)
         kept = self._times.copy()
+        clock.add_evaluated(time_since(clock.times, kept))
         saving = clock.times[_CHECKPOINT] - kept[_CHECKPOINT]
         kept[_CHECKPOINT] += saving
         clock.times = kept

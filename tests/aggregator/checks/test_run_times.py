@@ -28,7 +28,7 @@ def send_training(rank: Connection, evaluations_s: list[float]) -> None:
         rows["total_ns"], rows["forward_ns"], rows["backward_ns"] = STEP_NS, STEP_NS // 3, STEP_NS // 2
         step, at = step + 100, at + 10 * S + int(seconds * S)
         steps.append(rows)
-        evals += [(step, at, int(seconds * S), 8)] if seconds else []
+        evals += [(step, at, int(seconds * S), 8, 0, 0)] if seconds else []
 
     all_steps, all_evals = np.concatenate(steps), np.array(evals, EVALS.dtype)
     for rows in (all_steps, all_evals):

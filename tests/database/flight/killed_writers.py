@@ -75,7 +75,7 @@ def orphan(folder: Path) -> None:
     writer = os.fork()
     if writer == 0:
         flight = FlightFile.create(folder, {"rank": 0})
-        flight.ring("evals").append(1, 2, 3, 4)
+        flight.ring("evals").append(1, 2, 3, 4, 0, 0)
         worker = os.fork()
         if worker == 0:
             sys.stdin.read()
@@ -94,7 +94,7 @@ def orphan(folder: Path) -> None:
 def hold(folder: Path) -> None:
     """Write a flight file, print its path, and keep it until our stdin closes."""
     flight = FlightFile.create(folder, {"rank": 1})
-    flight.ring("evals").append(1, 2, 3, 4)
+    flight.ring("evals").append(1, 2, 3, 4, 0, 0)
     child = os.fork()
     if child == 0:  # a worker that ends as workers do, all its descriptors closed, must not end the lock
         flight.close(unlink=True)

@@ -137,7 +137,7 @@ def test_falls_back_to_memory_when_no_folder_will_do(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.WARNING, "traceml"):
         flight = FlightFile.create(blocked, {}, runs_dir=blocked)
 
-    flight.ring("evals").append(1, 2, 3, 4)
+    flight.ring("evals").append(1, 2, 3, 4, 0, 0)
     assert flight.path is None
     assert flight.ring("evals").appended == 1
     assert "plain memory" in caplog.text
@@ -239,12 +239,12 @@ def test_stays_for_its_reader_when_closed_without_unlink(tmp_path: Path) -> None
     """A file given up with rows unsent is no longer alive and can be read; a late append harms nobody."""
     flight = FlightFile.create(tmp_path, {})
     assert flight.path is not None
-    flight.ring("evals").append(1, 2, 3, 4)
+    flight.ring("evals").append(1, 2, 3, 4, 0, 0)
     flight.open_slots[Slot.STATE] = FlightState.FINISHED
 
     flight.close(unlink=False)
     flight.close(unlink=False)
-    flight.ring("evals").append(5, 6, 7, 8)
+    flight.ring("evals").append(5, 6, 7, 8, 0, 0)
 
     assert not is_alive(flight.path)
     image = read_flight(flight.path)

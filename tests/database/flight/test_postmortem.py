@@ -85,7 +85,7 @@ def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path
     os.kill(pids["worker"], 0)  # lives
     (path,) = find_flights(tmp_path, pid=pids["writer"])
     assert not is_alive(path)
-    assert read_flight(path).rows("evals") == (0, struct.pack("@4q", 1, 2, 3, 4))
+    assert read_flight(path).rows("evals") == (0, struct.pack("@6q", 1, 2, 3, 4, 0, 0))
 
 
 def test_live_file_is_refused(program: Start, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
     flight = FlightFile.create(tmp_path, {}, capacities={"evals": 8})
     assert flight.path is not None
     for number in range(20):
-        flight.ring("evals").append(number, 0, 0, 0)
+        flight.ring("evals").append(number, 0, 0, 0, 0, 0)
     flight.ring("evals").acked = 15
     for number in range(3):
         flight.log("names").append({"id": number, "name": "n"})
@@ -213,7 +213,7 @@ def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
     image = read_flight(flight.path)
 
     assert image.counters("evals").acked == 15
-    assert [row[0] for row in struct.iter_unpack("@4q", image.read_from("evals", 15).data)] == [15, 16, 17, 18, 19]
+    assert [row[0] for row in struct.iter_unpack("@6q", image.read_from("evals", 15).data)] == [15, 16, 17, 18, 19]
     assert image.read_from("evals", 3)[:2] == (13, 7)
     assert image.read_from("evals", 20) == (20, 0, b"")
     assert image.read_from("names", 2)[:2] == (2, 1)
@@ -351,7 +351,7 @@ def test_maps_before_a_damaged_one_are_read(tmp_path: Path, caplog: pytest.LogCa
     assert flight.path is not None
     for number in range(3):
         flight.log("names").append({"id": number, "name": f"name {number}"})
-        flight.ring("evals").append(number, 0, 0, 0)
+        flight.ring("evals").append(number, 0, 0, 0, 0, 0)
     flight.close(unlink=False)
     at = flight.path.read_bytes().index(b"name 1")
     rewrite(flight.path, at - 8, b"\xc1" * 8)
@@ -372,7 +372,7 @@ def test_impossible_counters_cost_their_table_alone(
     """More rows sent, stored or removed than appended: nobody can say which rows are in memory."""
     flight = FlightFile.create(tmp_path, {"rank": 1})
     assert flight.path is not None
-    for ring, columns in ((flight.ring("evals"), 4), (flight.ring("epochs"), 6)):
+    for ring, columns in ((flight.ring("evals"), 6), (flight.ring("epochs"), 6)):
         for _ in range(3):
             ring.append(*[0] * columns)
         ring.sent = ring.acked = 3

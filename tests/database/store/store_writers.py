@@ -28,9 +28,9 @@ def identity(rank: int) -> StreamIdentity:
     return StreamIdentity(rank, 0, "here", 100 + rank, 5)
 
 
-def row(rank: int, seq: int) -> tuple[int, int, int, int]:
+def row(rank: int, seq: int) -> tuple[int, ...]:
     """Return the row that a rank has at a number."""
-    return seq, seq * 3, rank, seq * 7
+    return seq, seq * 3, rank, seq * 7, 0, 0
 
 
 def frame(rank: int, seq: int, n: int) -> bytes:

@@ -107,7 +107,7 @@ def test_rows_are_an_array_with_the_stream_in_front(tmp_path: Path) -> None:
 
     rows = reader.rows("evals")
 
-    assert rows.dtype.names == ("stream", "step", "t_end_ns", "ns", "batches")
+    assert rows.dtype.names == ("stream", "step", "t_end_ns", "ns", "batches", "input_wait_ns", "forward_ns")
     assert len(rows) == 80
     second = rows[rows["stream"] == 2]
     assert second["step"].tolist() == list(range(40))
@@ -263,13 +263,13 @@ def test_value_of_gigabytes_is_damage(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_store_of_other_columns_is_not_continued_but_read(tmp_path: Path) -> None:
     """Rows are read by the columns they were written with; new ones of other columns do not go beside them."""
     path = make_store(tmp_path / "store.db")
-    layout = [["was", "q"], ["then", "q"], ["there", "q"], ["so", "d"]]
+    layout = [["was", "q"], ["then", "q"], ["there", "q"], ["so", "d"], ["and", "q"], ["on", "q"]]
     rewrite(path, "UPDATE tables SET layout = ? WHERE name = 'evals'", msgpack.packb(layout))
 
     with pytest.raises(StoreError, match="other columns than this version of traceml writes"):
         StoreWriter(path)
     with StoreReader(path) as reader:
-        assert reader.rows("evals").dtype.names == ("stream", "was", "then", "there", "so")
+        assert reader.rows("evals").dtype.names == ("stream", "was", "then", "there", "so", "and", "on")
 
 
 def test_rows_of_other_columns_have_those_of_this_version(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_damaged_frame_is_reported(tmp_path: Path) -> None:
     with StoreReader(path) as reader:
         with pytest.raises(StoreError, match="frame 1 of evals"):
             reader.rows("evals")
-        with pytest.raises(StoreError, match="frame 2 of evals has 320 bytes for 11 rows"):
+        with pytest.raises(StoreError, match="frame 2 of evals has 480 bytes for 11 rows"):
             list(reader.frames("evals", after_id=1))
 
 

@@ -184,7 +184,7 @@ def test_next_seq_counts_what_waits_and_a_reader_does_not_see_it(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("table", "n", "size", "words"),
-    [("nonsense", 1, 32, "no table 'nonsense'"), ("evals", 2, 32, "32 bytes are not 2 rows"), ("info", 0, 0, "0 rows")],
+    [("nonsense", 1, 48, "no table 'nonsense'"), ("evals", 2, 48, "48 bytes are not 2 rows"), ("info", 0, 0, "0 rows")],
 )
 def test_frames_that_make_no_sense_are_refused(tmp_path: Path, table: str, n: int, size: int, words: str) -> None:
     """The writer stores no frame that a reader could not take apart."""
@@ -193,7 +193,7 @@ def test_frames_that_make_no_sense_are_refused(tmp_path: Path, table: str, n: in
         with pytest.raises(ValueError, match=words):
             writer.append(stream, table, 0, n, bytes(size))
         with pytest.raises(ValueError, match="no stream 9"):
-            writer.append(9, "evals", 0, 1, bytes(32))
+            writer.append(9, "evals", 0, 1, bytes(48))
 
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from traceml.database.schema import EPOCHS, EVALS, STEPS
 from traceml.database.snapshots.rank_snapshot import SNAPSHOT, FrameSnapshot, RankSnapshot
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
+from traceml.diagnosis.facts.run_time import EvaluationParts
 from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.diagnosis.facts.wall_time import WallTimeFacts, wall_time
 from traceml.run_folder import STORE_NAME
@@ -294,6 +295,22 @@ def test_evaluation_before_steps_each_time(tmp_path: Path, steps: list[int], bef
         time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0, WallTimeFacts())
 
     assert time.evaluates_before is before
+
+
+@pytest.mark.parametrize(("waited", "known"), [(0.5, (0.5, 0.25, 0.25 * S, 8.0)), (-1e-9, (0.0, 0.25, 0.25 * S, 8.0))])
+def test_what_evaluations_spend_their_time_on(tmp_path: Path, waited: float, known: tuple[float, ...]) -> None:
+    """Means over all of them; a store of an earlier version has -1, which is nothing known."""
+    folder = store(tmp_path / "run", evaluators=())
+    rows = np.zeros(2, EVALS.dtype)
+    rows["step"], rows["batches"], rows["ns"], rows["forward_ns"] = [20, 40], 8, 2 * S, S // 2
+    rows["input_wait_ns"], rows["t_end_ns"] = int(waited * 2 * S), 105 * S + np.cumsum(rows["ns"])
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.append(1, "evals", 0, len(rows), rows.tobytes(), 0, 60)
+
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0, WallTimeFacts())
+
+    assert time.evaluation_parts == EvaluationParts(*known)
 
 
 @pytest.mark.parametrize(("attempts", "wall_s"), [(1, 15), (2, 35)])

@@ -12,7 +12,7 @@ from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.database.schema import IMPORTING
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.run_time import EvaluationParts, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Kind
@@ -522,6 +522,66 @@ def test_workers_of_an_evaluation_are_to_be_kept(persistent: bool) -> None:
     assert (
         "keep them from one evaluation to the next (persistent_workers=True), make val" in found.next
     ) is not persistent
+
+
+EVALUATED = "Val is read there by the process itself (num_workers=0): set num_workers=2"
+
+
+@pytest.mark.parametrize(
+    ("waits", "loader", "trains", "advice"),
+    [
+        (
+            0.9,
+            {},
+            True,
+            f"{EVALUATED} and persistent_workers=True for its DataLoader; that saves at most 29 % of the run",
+        ),
+        (0.9, {}, False, f"{EVALUATED} for its DataLoader; that saves at most 29 % of the run on 2 cores. Or make"),
+        (0.9, {"num_workers": 2}, True, "Make train.py:7 decode cheaper, or run it half as often"),
+        (0.9, {"in_memory": True, "batch_size": 10_000}, True, "Val is in memory: take whole batches by indexing its"),
+        (0.3, {}, True, "Make train.py:7 decode cheaper, or run it half as often"),
+    ],
+)
+def test_an_evaluation_that_reads_its_data_itself_is_told_to_use_workers(waits, loader, trains, advice):
+    """Also where a function that the data set calls has the time, whose caller the samples do not show."""
+    parts = EvaluationParts(input_share=waits, forward_share=0.05, batch_ns=1e8, batches=50.0)
+    seconds = {"steps": 38.0 * trains, "evaluation": 60.0, "startup": 40.0 - 38.0 * trains}
+    time = structs.replace(RunTime.of(100.0, seconds, 12 if trains else 1), evaluation_parts=parts)
+    val = LoaderFacts(**{"dataset": "Val", "num_workers": 0, "number": 1, **loader})
+    train = LoaderFacts(dataset="Train", num_workers=0, number=0)
+    facts = JobFacts(
+        time=time,
+        lines=(line_of("outside", "decode", 80),),
+        loader=train if trains else val,
+        loaders={0: [train, val] if trains else [val]},
+        hosts={0: "here"},
+        cores={"here": 2},
+        state="finished",
+    )
+
+    found = next(
+        each for each in diagnose(window_of(ALONE) if trains else NO_STEPS, facts) if each.kind is Kind.EVAL_HEAVY
+    )
+
+    assert found.next.startswith(advice)
+    assert ("90 % of it waiting for data" in found.summary) is (waits == 0.9)
+    assert ("with what follows" in found.summary) is (waits != 0.9)
+    assert found.evidence.get("workers_advised") == (2 if "num_workers=2" in advice else None)
+    assert "trains by these calls" not in found.next
+
+
+def test_workers_of_an_evaluation_save_what_is_promised():
+    """On two cores that compute, all of it takes half as long, but for the first batch of each evaluation."""
+    parts = EvaluationParts(input_share=0.9, forward_share=0.1, batch_ns=1e8, batches=50.0)
+    time = structs.replace(RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12), evaluation_parts=parts)
+    val = LoaderFacts(dataset="Val", num_workers=0, number=1)
+    facts = JobFacts(time=time, loader=LoaderFacts(num_workers=2, number=0), hosts={0: "here"}, cores={"here": 2})
+    facts = structs.replace(facts, loaders={0: [facts.loader, val]}, state="finished")
+
+    found = diagnose(window_of(ALONE), facts)[0]
+
+    followed_s = 40.0 + 60.0 * (0.5 + 0.5 / 50)
+    assert found.speedup_if_fixed == pytest.approx(100.0 / followed_s, rel=0.02)
 
 
 @pytest.mark.parametrize(

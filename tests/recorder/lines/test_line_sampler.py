@@ -257,6 +257,8 @@ def test_evaluation_is_in_no_step(flight: FlightFile, phase: Phase, counts_as: i
         sampler.flush()
 
     assert {row[0] for row in rows_of(flight)} == {LINE_OUTSIDE, counts_as}
+    watched = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)["watched_ns"]
+    assert (watched > 0).all()  # whether it computes is known in an evaluation, too
 
 
 @pytest.mark.parametrize(("phase", "rows"), [(None, 0), (Phase.BACKWARD, 1)])

@@ -184,6 +184,17 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             loaders.values(), key=lambda one: sum(each.samples for each in one[1] if not each.is_idle), default=None
         )
 
+    @cached_property
+    def other_loaders(self) -> list[LoaderFacts]:
+        """All loaders but the training's and those like it, as those of evaluations; alike ones count as one."""
+        others = {
+            loader.signature: loader
+            for rank, loaders in self.loaders.items()
+            for loader in loaders
+            if not self._is_like_trained(rank, loader.number or 0)
+        }
+        return list(others.values())
+
     @property
     def loader_workers(self) -> int:
         """Number of workers of the training's loader; 0 without any."""

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEAVY_SHARE", "PARTS", "SET_UP_STEPS", "RunTime", "UsefulTime", "useful_time"]
+__all__ = ["HEAVY_SHARE", "PARTS", "SET_UP_STEPS", "EvaluationParts", "RunTime", "UsefulTime", "useful_time"]
 
 PARTS = (
     "startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "stopped", "restart", "unexplained",
@@ -59,6 +59,15 @@ class UsefulTime(msgspec.Struct, frozen=True):
         )
 
 
+class EvaluationParts(msgspec.Struct, frozen=True):
+    """Parts of the time of evaluations, over all ranks."""
+
+    input_share: float = 0.0  # waiting for data, 0..1
+    forward_share: float = 0.0  # calls of the model
+    batch_ns: float = 0.0  # time of a batch, the mean
+    batches: float = 0.0  # of one evaluation, the mean
+
+
 class RunTime(msgspec.Struct, frozen=True):
     """Wall time of a run."""
 
@@ -76,6 +85,7 @@ class RunTime(msgspec.Struct, frozen=True):
     others_evaluate_s: float = 0.0  # those of the other ranks, less than half as long
     short_evaluations_s: float = 0.0  # seconds of those short ones
     evaluates_before: bool = False  # whether each of them comes before training steps, the first before all
+    evaluation_parts: EvaluationParts = EvaluationParts()
 
     @property
     def goodput(self) -> float:

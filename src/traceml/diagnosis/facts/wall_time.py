@@ -14,7 +14,7 @@ from traceml.database.store.reader import StreamRecord
 from traceml.database.store.run_clocks import RunClocks
 from traceml.database.store.summaries import StepSums, TableSums
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
-from traceml.diagnosis.facts.run_time import RunTime, UsefulTime, useful_time
+from traceml.diagnosis.facts.run_time import EvaluationParts, RunTime, UsefulTime, useful_time
 from traceml.diagnosis.facts.wall_parts import ProcessSums, Stop, wall_parts, without_stops
 
 __all__ = ["WallTimeFacts", "checkpoints", "resumes_at", "wall_time"]
@@ -117,6 +117,7 @@ def wall_time(
         evaluators_s=min(evaluators_s, time.wall_s),
         others_evaluate_s=_mean(of_others),
         short_evaluations_s=short_s,
+        evaluation_parts=_evaluation_parts([each.evals.bins for each in sums.values()]),
         evaluates_before=any(_evaluates_before(each) for each in sums.values()),
     )
 
@@ -262,6 +263,23 @@ def _evaluations(evals: TableSums) -> tuple[int, float]:
         return int(rows.sum()), 0.0
 
     return int(rows[~short].sum()), float(ns[short].sum()) / _S
+
+
+def _evaluation_parts(evals: Sequence[NDArray[np.void]]) -> EvaluationParts:
+    """Return what evaluations spend their time on; nothing for a store of an earlier version, which has no such sums.
+
+    Args:
+        evals: their sums in bins, of each process.
+    """
+    known = [bins for bins in evals if len(bins) and "input_wait_ns" in (bins.dtype.names or ())]
+    rows, whole_ns, batches, input_ns, forward_ns = (
+        sum(max(float(bins[name].sum()), 0.0) for bins in known)
+        for name in ("rows", "ns", "batches", "input_wait_ns", "forward_ns")
+    )
+    if not (whole_ns and batches):
+        return EvaluationParts()
+
+    return EvaluationParts(input_ns / whole_ns, forward_ns / whole_ns, whole_ns / batches, batches / rows)
 
 
 def _evaluates_before(sums: StepSums) -> bool:

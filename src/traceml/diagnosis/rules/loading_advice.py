@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES
 from traceml.diagnosis.advice import in_threads
 from traceml.diagnosis.facts.blamed_lines import (
     WAITS_FOR_OTHERS,
@@ -15,6 +16,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     reads_loader,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
     dataset_share,
@@ -26,9 +28,18 @@ from traceml.diagnosis.facts.sampled_shares import (
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.rules.restarted_workers import begins_each_step, keeping_workers
 from traceml.diagnosis.steps.loading import IDLE_SHARE, TAKE_NS, Pipeline, RareWaits, fetch_cpu, share_at_work
+from traceml.diagnosis.steps.speedup import speedup_of_share
 from traceml.formatting import cores_text, count_text, gain_text, ns_text, percent_text, plural
 
-__all__ = ["LoadingAdvice", "for_input", "for_iterator", "of_new_iterators", "of_sampler", "with_waited_loader"]
+__all__ = [
+    "LoadingAdvice",
+    "for_evaluation",
+    "for_input",
+    "for_iterator",
+    "of_new_iterators",
+    "of_sampler",
+    "with_waited_loader",
+]
 
 CHEAP_SAMPLE_NS = 50e3
 """A sample that is fetched in less time was in memory: workers would only add copies."""
@@ -48,6 +59,7 @@ _MUCH_MORE = 1.25
 """Further advice has to gain this factor more."""
 _RECEIVES = ("_MultiProcessing", "_BaseDataLoader", "Connection", "rebuild_")
 """Names of library functions that take batches from the workers, and do not order samples, begin so."""
+_BY_INDEX = "indexing its tensors (data[indices]) instead of collating single samples"
 _OF_BATCH = ".__getitems__"  # method of a data set that fetches the samples of a batch at once
 _WHOLE_BATCH = 0.1  # a batch that is taken by one index costs this share of single samples
 
@@ -119,6 +131,64 @@ def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | 
         "computes.",
         gain,
     )
+
+
+def for_evaluation(facts: JobFacts, time: RunTime, share: float, line: BlamedLine | None) -> LoadingAdvice | None:
+    """Return advice on an evaluation that mostly waits for data that its process makes itself; None for others.
+
+    Its gain is old / new time of the run.
+
+    Args:
+        share: share of the run's time in evaluation.
+        line: its function, if known.
+    """
+    loader, parts = _evaluated(facts), time.evaluation_parts
+    if parts.input_share < NAMED_SHARE or loader is None or loader.num_workers != 0:
+        return None
+
+    part, wait_ns = LINE_PHASES[LINE_OUTSIDE], parts.input_share * parts.batch_ns
+    of_line = [each for each in facts.lines if line and (each.file, each.function) == (line.file, line.function)]
+    computes, cores = fetch_cpu(facts, of_line, part), facts.cores_per_rank
+    made = Pipeline(
+        fetch_ns=wait_ns,
+        fetch_cpu=1.0 if computes is None else computes,
+        rest_ns=max(parts.batch_ns - wait_ns, 1.0),
+        rest_cores=float(min(facts.threads or 1, cores or 1)),
+        wait_ns=wait_ns,
+        cores=cores,
+        epoch_steps=max(parts.batches, 1.0),
+    )
+    if is_in_memory(loader, made, facts.wait_share):
+        saved = share * (1 - 1 / made.gain_with(_WHOLE_BATCH))
+        text = f"{_data(loader, begins=True)} is in memory: take whole batches by {_BY_INDEX}"
+        return LoadingAdvice(f"{text}; {_saves(saved)}.", speedup_of_share(saved))
+
+    workers = made.best_workers()
+    if made.gain(workers) < WORTHWHILE:
+        return None
+
+    saved = share * (1 - 1 / made.gain(workers))
+    kept = f" and {loader.option('persistent_workers')}=True" if time.evaluations > 1 else ""
+    return LoadingAdvice(
+        f"{_data(loader, begins=True)} is read there by the process itself ({loader.option('num_workers')}=0): set "
+        f"{loader.option('num_workers')}={workers}{kept} for its DataLoader; {_saves(saved)}{_on(made, facts)}.",
+        speedup_of_share(saved),
+        workers,
+    )
+
+
+def _saves(share: float) -> str:
+    return f"that saves at most {percent_text(share)} of the run"
+
+
+def _evaluated(facts: JobFacts) -> LoaderFacts | None:
+    """Return the loader of evaluations; None if there is none, or it may be one of several with other workers."""
+    others = facts.other_loaders or ([facts.loader] if facts.loader else [])
+    if len({each.num_workers for each in others}) != 1:
+        return None
+
+    is_one = len(others) == 1
+    return others[0] if is_one else LoaderFacts(num_workers=others[0].num_workers, trainer=others[0].trainer)
 
 
 def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
@@ -246,7 +316,7 @@ def _all_cores(pipeline: Pipeline, allowed: int) -> LoadingAdvice:
 def _whole_batches(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | None) -> LoadingAdvice:
     gain = pipeline.gain_with(_WHOLE_BATCH, workers=0)
     instead = "use no workers, which add copies, and " if loader.num_workers else ""
-    by_index = "take whole batches by indexing its tensors (data[indices]) instead of collating single samples"
+    by_index = f"take whole batches by {_BY_INDEX}"
     own = "" if line is None else f", {line.place} for all samples of a batch at once"
     return LoadingAdvice(
         f"{_data(loader, begins=True)} is in memory: {instead}{by_index}{own}; "

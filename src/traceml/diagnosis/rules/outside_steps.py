@@ -18,7 +18,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
+from traceml.diagnosis.facts.run_time import HEAVY_SHARE, EvaluationParts, RunTime
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
@@ -31,6 +31,7 @@ from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
+from traceml.diagnosis.rules.loading_advice import for_evaluation
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import is_grouped
 from traceml.diagnosis.steps.speedup import speedup_of_share
@@ -282,14 +283,18 @@ def _evaluation(
     elsewhere = f"with larger ones{gradients}, or in another process."
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
+    limits = _limit_words(time.evaluation_parts)
     who = f" on {ranks_text(alone)}" if alone else ""
-    who += ", with what follows until the training continues" if other_code and time.in_steps > 0 else ""
+    who += ", with what follows until the training continues" if other_code and time.in_steps > 0 and not limits else ""
     wait = "for which the others wait"
     if others >= _REPORTED_SHORT:
         wait = f"{factor_text(1 / others)} as long as on the others, which wait"
 
     who += f", {wait}" if alone else ""
-    if time.in_steps == 0:
+    loading = None if alone else for_evaluation(facts, time, share, line)
+    if loading is not None:
+        advice = loading.text + _or_else(other_code, rarer=time.in_steps > 0 and times > 1)
+    elif time.in_steps == 0:
         saved, advice = 0.0, f"{_for_inference(other_code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
     elif alone and other_code:
         advice = f"Share {other_code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
@@ -315,8 +320,27 @@ def _evaluation(
                 "make it cheaper instead."
             )
 
-    finding = _evaluation_finding(time, seconds, line, f"{_applied_words(time)}{who}", advice)
-    return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
+    finding = _evaluation_finding(time, seconds, line, f"{_applied_words(time)}{who}", advice, limits)
+    if loading is None:
+        return replace(finding, ranks=alone, speedup_if_fixed=speedup_of_share(saved))
+
+    workers = {"workers_advised": loading.workers} if loading.workers else {}
+    return replace(finding, speedup_if_fixed=loading.gain or 1.0, evidence={**finding.evidence, **workers})
+
+
+def _limit_words(parts: EvaluationParts) -> str:
+    """Return what most of an evaluation is; empty if it is neither waiting for data nor calls of the model."""
+    if parts.input_share >= NAMED_SHARE:
+        return f", {percent_text(parts.input_share)} of it waiting for data"
+
+    return f", {percent_text(parts.forward_share)} of it calls of the model" * (parts.forward_share >= NAMED_SHARE)
+
+
+def _or_else(line: BlamedLine | None, *, rarer: bool) -> str:
+    """Return what else an evaluation that reads its data by itself could do; `rarer`: whether it could be rarer."""
+    others = [f"make {line.place} cheaper"] if line else []
+    others += ["evaluate less often"] if rarer else []
+    return f" Or {', or '.join(others)}." if others else ""
 
 
 def _applied_words(time: RunTime) -> str:
@@ -380,8 +404,10 @@ def _play(time: RunTime, line: BlamedLine | None) -> Finding:
     return replace(finding, evidence={**finding.evidence, "samples_per_call": 1})
 
 
-def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, what: str, advice: str) -> Finding:
-    share, times = seconds / time.wall_s, max(time.evaluations, 1)
+def _evaluation_finding(
+    time: RunTime, seconds: float, line: BlamedLine | None, what: str, advice: str, limits: str = ""
+) -> Finding:
+    share, times, parts = seconds / time.wall_s, max(time.evaluations, 1), time.evaluation_parts
     short_s = min(time.short_evaluations_s, seconds)
     often = "once" if times == 1 else f"{count_text(times)} times"
     others = ", besides shorter ones" if short_s >= _REPORTED_SHORT * seconds else ""
@@ -389,7 +415,7 @@ def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, 
         Kind.EVAL_HEAVY,
         summary=(
             f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {often} "
-            f"{duration_text((seconds - short_s) / times)}{others}"
+            f"{duration_text((seconds - short_s) / times)}{others}{limits}"
             + (f", mostly at {line.place}" if line else "")
             + "."
         ),
@@ -400,6 +426,7 @@ def _evaluation_finding(time: RunTime, seconds: float, line: BlamedLine | None, 
             "wall_s": time.wall_s,
             "share": share,
             **({} if time.in_steps > 0 else {"steps": 0}),
+            **({"input_share": parts.input_share, "forward_share": parts.forward_share} if parts.batches else {}),
             **({} if line is None else line.evidence(share)),
         },
         cost_share=share,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_PHASES, LINE_WORKERS
+from traceml.database.schema import LINE_PHASES, LINE_WORKERS, Phase
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
     busy_share,
@@ -438,12 +440,18 @@ def _unbound(use: WorkerUse, facts: JobFacts) -> float:
     return (1.0 - use.waited) / max(1.0 - min(facts.wait_share, use.waited), _MIN_READY)
 
 
-def fetch_cpu(facts: JobFacts) -> float | None:
+def fetch_cpu(
+    facts: JobFacts, lines: Sequence[SampledLine] | None = None, part: str = Phase.INPUT_WAIT.label
+) -> float | None:
     """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so.
 
     It is more than 1 where threads of a library compute on several cores.
+
+    Args:
+        lines: samples of the fetch, by default those of the training.
+        part: their part.
     """
-    used = used_cores(facts.lines, "input_wait")
+    used = used_cores(facts.lines if lines is None else lines, part)
     return None if used is None else max(used, min(used / max(1.0 - facts.wait_share, _MIN_READY), 1.0))
 
 

@@ -29,7 +29,9 @@ class StepRows:
         self.ring = flight.ring("steps")
         self._users = users
         self._append_step = self.ring.appender(*_COLUMNS)
-        self.append_evaluation = flight.ring("evals").appender("step", "t_end_ns", "ns", "batches")
+        self.append_evaluation = flight.ring("evals").appender(
+            "step", "t_end_ns", "ns", "batches", "input_wait_ns", "forward_ns"
+        )
         self._append_epoch = flight.ring("epochs").appender("step", "t_end_ns", "ns", "create_ns", "drain_ns", "first")
         self._append_fingerprint = flight.ring("fingerprints").appender("step", "fingerprint")
         self._append_user = flight.ring("user_phases").appender("step", "name_id", "ns", "count")

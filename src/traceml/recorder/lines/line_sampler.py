@@ -289,7 +289,7 @@ class LineSampler:
         counts[0] += 1
         self.samples += 1
         self._startup += key[0] == LINE_STARTUP
-        return counts if key[0] == phase else None
+        return counts if key[0] in (phase, LINE_OUTSIDE) else None
 
     def _counts_of(self, key: _Key) -> list[int] | None:
         """Return the counts of a line in the open step; None if there are too many lines."""
