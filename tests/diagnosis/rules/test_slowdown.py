@@ -10,12 +10,14 @@ import pytest
 from msgspec.structs import replace
 
 from tests.diagnosis.fabricated import Job, window_of
+from tests.diagnosis.facts.watched_workers import worker_rows
 from traceml.database.schema import HOST, LINE_OTHER, LINES, PROCESS, Phase, Resource
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.machine_use import MachineSamples
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.sampled_lines import DividedLines, LineCounts, SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
+from traceml.diagnosis.facts.worker_history import WorkerHistory
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
@@ -910,3 +912,28 @@ def test_waits_that_fall_on_other_steps_make_no_step_slower(ms: float, is_slower
 
     assert any(each.kind is Kind.SLOWDOWN for each in said) is is_slower
     assert any(each.kind is Kind.INPUT_BOUND for each in said) or is_slower
+
+
+@pytest.mark.parametrize(
+    ("waited", "workers", "is_host"),
+    [(0.7, 2, True), (0.05, 2, False), (0.7, 0, False)],
+    ids=["starved", "not", "none"],
+)
+def test_workers_without_a_core_are_told_and_not_their_data(waited: float, workers: int, is_host: bool) -> None:
+    """Another program has their cores for a while, and the training its own: samples are no larger then."""
+    rows = worker_rows(2)
+    slow = (np.arange(len(rows)) >= 20) & (np.arange(len(rows)) < 40)
+    rows["step"], rows["wait_ns"] = AT * WIDTH + 1, np.cumsum(np.where(slow, waited, 0.04)) * 2e9
+    history = WorkerHistory()
+    history.add(0, rows)
+    parts = {"forward": np.full(BINS, 2.0) * MS, "input_wait": np.where(slow, 4.0, 0.1) * MS}
+    run = StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+    (finding,) = slowdown(run, JobFacts(loader=LoaderFacts(num_workers=workers), workers=history))
+
+    assert finding.phase == (None if is_host else "input_wait")
+    assert finding.next.startswith("End or move what else runs on the host then") is is_host
+    assert (
+        "the loader workers waited for a CPU core for 70 % of the time (otherwise 4 %)" in finding.summary
+    ) is is_host
+    assert ("workers_wait_share" in finding.evidence.get("changed", {})) is is_host

@@ -308,6 +308,10 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         is_known = self.loader is not None and self.loader.number is not None
         return self.workers.use(self._is_like_trained if is_known else None)
 
+    def workers_waited(self, first: int, last: int) -> float | None:
+        """Return the share of the time from one step to another that its workers waited for a core; None if unknown."""
+        return self.workers.waited(first, last, self._is_like_trained) if self.loader_workers else None
+
     def _is_like_trained(self, rank: int, number: int) -> bool:
         """Return whether a rank's loader is the training's, or like it: a script may make one for each epoch."""
         found = self.loader_of(rank, number)

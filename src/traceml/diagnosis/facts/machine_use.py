@@ -13,7 +13,7 @@ from traceml.database.row_arrays import join_rows
 from traceml.database.schema import GPU, HOST, PROCESS, Table
 from traceml.diagnosis.facts.core_waits import share_of_wall_time
 
-__all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse", "SharedDevice"]
+__all__ = ["POWER_LIMIT", "SET_LIMIT", "LoweredClock", "MachineSamples", "MachineUse", "SharedDevice", "ThinnedRows"]
 
 MAX_RANKS = 8
 """Ranks whose samples are kept: they stand for the others, and a live verdict has thousands."""
@@ -92,12 +92,12 @@ class MachineSamples(msgspec.Struct):
     """Samples of processes, hosts and devices, by rank, thinned evenly over the run."""
 
     machine_cores: dict[int, int] = {}  # cores of the machine that each rank is on
-    _kept: dict[tuple[str, int], _Thinned] = {}
+    _kept: dict[tuple[str, int], ThinnedRows] = {}
 
     def add(self, table: str, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank, in order."""
         if rank < MAX_RANKS and len(rows):
-            self._kept.setdefault((table, rank), _Thinned()).add(rows)
+            self._kept.setdefault((table, rank), ThinnedRows()).add(rows)
 
     def use(self, first: int = 1, last: int = _ALL, ranks: Collection[int] = ()) -> MachineUse:
         """Return the use in steps `first` to `last`, without the last, of some ranks or of all."""
@@ -234,7 +234,7 @@ class MachineSamples(msgspec.Struct):
         }
 
 
-class _Thinned:
+class ThinnedRows:
     """Rows of which every n-th is kept, so that they stay few and evenly spread."""
 
     def __init__(self) -> None:
@@ -242,6 +242,7 @@ class _Thinned:
         self._every, self._seen = 1, 0
 
     def add(self, rows: NDArray[np.void]) -> None:
+        """Take rows, in order."""
         first = -self._seen % self._every
         self._seen += len(rows)
         if len(rows) > first:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
+from traceml.diagnosis.facts.machine_use import ThinnedRows
 
 __all__ = ["WorkerHistory", "WorkerUse"]
 
@@ -37,6 +38,7 @@ class _Watched(msgspec.Struct):
     """Sums over one loader of a rank."""
 
     last: NDArray[np.void]
+    kept: ThinnedRows = msgspec.field(default_factory=ThinnedRows)  # some of the rows, over the run
     memory: NDArray[np.void] | None = None  # first and newest rows with private memory of the same processes
     worker_ns: float = 0.0
     cpu_ns: float = 0.0
@@ -81,6 +83,7 @@ class WorkerHistory(msgspec.Struct):
         watched.cpu_ns += float((after["cpu_ns"] - before["cpu_ns"])[same].sum())
         watched.wait_ns += float((after["wait_ns"] - before["wait_ns"])[same].sum())
         watched.last = joined[-1:].copy()
+        watched.kept.add(rows)
         measured = rows[rows["private_bytes"] >= 0]
         if watched.memory is not None:
             measured = np.concatenate([watched.memory, measured])
@@ -103,6 +106,28 @@ class WorkerHistory(msgspec.Struct):
 
         found = [use for parts in watched.values() if (use := _summed(parts).use()) is not None]
         return max(found, key=lambda use: use.busy + use.waited, default=None)
+
+    def waited(self, first: int, last: int, counts: Callable[[int, int], bool]) -> float | None:
+        """Return the share of the time in some steps that workers waited for a core; None if hardly watched then.
+
+        Args:
+            first, last: the first of the steps, and the one after them.
+            counts: as of `use`.
+        """
+        waited_ns = worker_ns = least_ns = 0.0
+        for (rank, loader), each in self._watched.items():
+            if not counts(rank, loader):
+                continue
+
+            rows = each.kept.rows
+            rows = rows[(rows["step"] >= max(first, 1)) & (rows["step"] < last)]
+            before, after = rows[:-1], rows[1:]
+            same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0)
+            waited_ns += float((after["wait_ns"] - before["wait_ns"])[same].sum())
+            worker_ns += float(((after["t_ns"] - before["t_ns"]) * after["workers"])[same].sum())
+            least_ns = max(least_ns, MIN_NS * float(each.last["workers"][0]))
+
+        return min(waited_ns / worker_ns, 1.0) if worker_ns >= least_ns > 0 else None
 
     def workers(self, rank: int, loader: int) -> int:
         """Return the number of workers of a loader in the newest row; 0 without one."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from traceml.diagnosis.facts.machine_use import MachineUse
 from traceml.formatting import bytes_text, cores_text, factor_text, percent_text
 
-__all__ = ["SideChange", "changes", "larger_batches"]
+__all__ = ["CORE_WAITS", "SideChange", "changes", "core_wait", "larger_batches"]
 
 WAITED = 0.10
 """A share of time without a core that is higher by this much is a change,"""
@@ -23,6 +23,10 @@ DISK_BYTES, DISK_FACTOR = 5e6, 3.0
 """More bytes per second from disks by this factor, and at least this many, are a change."""
 MAJOR_FAULTS = 20.0
 """So many pages per second that are read back from a disk are a change."""
+
+
+CORE_WAITS = ("cpu_wait_share", "workers_wait_share")
+"""Names of the shares of time that the training, or its loader workers, waited for a core."""
 
 
 class SideChange(NamedTuple):
@@ -52,7 +56,8 @@ def changes(
     before: MachineUse, then: MachineUse, *, memory_of: str = "host", use_of: str = "the training"
 ) -> list[SideChange]:
     """Return what else changed with the steps, the likeliest cause first."""
-    found = (_cores(before, then, use_of), _others(before, then), _clock(before, then), _swap(before, then))
+    waited = core_wait("cpu_wait_share", use_of, before.waited, then.waited)
+    found = (waited, _others(before, then), _clock(before, then), _swap(before, then))
     return [each for each in (*found, _disk(before, then), _memory(before, then, memory_of)) if each is not None]
 
 
@@ -69,18 +74,22 @@ def larger_batches(before: float, then: float, *, explains_all: bool = False) ->
     return SideChange("batch_elements", text, before, then, advice, is_work=explains_all)
 
 
-def _cores(before: MachineUse, then: MachineUse, use_of: str) -> SideChange | None:
-    if before.waited is None or then.waited is None:
+def core_wait(name: str, who: str, before: float | None, then: float | None) -> SideChange | None:
+    """Return that some waited longer for a core, given the shares of their time; None if not, or if unknown.
+
+    Args:
+        name: one of `CORE_WAITS`.
+        who: in words.
+    """
+    if before is None or then is None:
         return None
 
-    more = then.waited - before.waited
-    if more < WAITED and more < LOST_TIME * (1.0 - before.waited):
+    more = then - before
+    if more < WAITED and more < LOST_TIME * (1.0 - before):
         return None
 
-    text = f"{use_of} waited for a CPU core for {percent_text(then.waited)} of the time"
-    return SideChange(
-        "cpu_wait_share", f"{text} (otherwise {percent_text(before.waited)})", before.waited, then.waited, _CORES, True
-    )
+    text = f"{who} waited for a CPU core for {percent_text(then)} of the time (otherwise {percent_text(before)})"
+    return SideChange(name, text, before, then, _CORES, True)
 
 
 def _others(before: MachineUse, then: MachineUse) -> SideChange | None:

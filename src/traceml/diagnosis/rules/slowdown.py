@@ -20,7 +20,7 @@ from traceml.diagnosis.facts.sampled_shares import MIN_SAMPLES, of_part
 from traceml.diagnosis.facts.trainings.trainer_calls import calls_trainer, own_line
 from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
-from traceml.diagnosis.rules.coinciding_changes import SideChange, changes, larger_batches
+from traceml.diagnosis.rules.coinciding_changes import CORE_WAITS, SideChange, changes, core_wait, larger_batches
 from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, growth, level_change
 from traceml.diagnosis.steps.own_work import COMPUTE
 from traceml.diagnosis.steps.speedup import speedup_of_share
@@ -75,7 +75,7 @@ _FOLLOWING = ("backward", "optimizer", _COMM)  # longer for what the phases befo
 _STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
 NEARLY_ALL = 0.9
 """If slow steps have this share of a phase, so they have of its samples."""
-_OF_CORES = {"cpu_wait_share", "others_cores", "memory_share"}
+_OF_CORES = {*CORE_WAITS, "others_cores", "memory_share"}
 _PASSES, _CORES_SHARE = {"forward", "backward"}, 0.5
 
 
@@ -362,12 +362,17 @@ def _use(bins: StepHistory, change: LevelChange, facts: JobFacts, ranks: tuple[i
         usual = (bins.start, starts[change.first]) if change.first else (starts[change.last], bins.end)
         slow = _steps_of(bins, change)
 
-    return changes(
+    # Workers that have no core make batches late, while the training has its own.
+    is_of_data = _part(bins, change, facts) == "input_wait"
+    waits = (facts.workers_waited(*steps) if is_of_data else None for steps in (usual, slow))
+    of_workers = core_wait("workers_wait_share", "the loader workers", *waits)
+    found = changes(
         facts.samples.use(*usual, ranks=ranks),
         facts.samples.use(*slow, ranks=ranks),
         memory_of="container" if is_limited else "host",
         use_of=ranks_text(ranks) if ranks else "the training",
     )
+    return found if of_workers is None else [of_workers, *found]
 
 
 def _steps_of(bins: StepHistory, change: LevelChange) -> tuple[int, int]:
@@ -381,9 +386,9 @@ def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool
     A list that grows takes a core more often, too: what uses more of them waits more for them.
     """
     # What a step would be shorter by if its thread had its core as often as in the others.
-    waits = ((each.before, each.then) for each in beside if each.name == "cpu_wait_share")
-    waited = next((1 - (1 - then) / max(1 - before, 0.01) for before, then in waits), 0.0)
-    taken = any(each.takes_cores and each.name != "cpu_wait_share" for each in beside)
+    waits = [(each.before, each.then) for each in beside if each.name in CORE_WAITS]
+    waited = max((1 - (1 - then) / max(1 - before, 0.01) for before, then in waits), default=0.0)
+    taken = any(each.takes_cores and each.name not in CORE_WAITS for each in beside)
     is_cause = waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
     return is_cause and change.factor * (1 - waited) < STILL_SLOWER
 
