@@ -13,7 +13,9 @@ import pytest
 from torch._utils import ExceptionWrapper
 
 from tests.aggregator.conftest import Serving
+from tests.eventually import eventually
 from tests.recorder.conftest import Run, exit_rows, stored_steps
+from traceml.database.store.reader import StreamRecord
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.recorder.exits import ExitWatch, address_limit_bytes, cause_of, describe, status_of
 
@@ -440,3 +442,33 @@ def test_the_limit_of_the_address_space_is_that_of_this_process(limit):
         assert address_limit_bytes() == (None if limit == resource.RLIM_INFINITY else limit)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def streams(serving: Serving) -> list[StreamRecord]:
+    with serving.store() as store:
+        return list(store.streams())
+
+
+@pytest.mark.parametrize(
+    ("leaves", "known"),
+    [
+        ("leave(7)", {"code": 7, "function": "leave"}),
+        ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    leave(7)", {"code": 7, "exception": "ZeroDivisionError"}),
+        ("os._exit(0)", None),
+        ("if os.fork():\n    os.wait()\nelse:\n    leave(7)", {"code": 0}),
+    ],
+    ids=["with a status", "for an exception", "well", "in a child"],
+)
+def test_the_place_of_an_end_at_once_is_known(
+    serving: Serving, run_script: Run, leaves: str, known: dict[str, Any] | None
+) -> None:
+    """No exit handlers run after `os._exit`: what is known of it is in the flight file before."""
+    done = run_script(f"import os\n{START}def leave(status):\n    os._exit(status)\n{leaves}\n")
+
+    assert done.returncode == (known["code"] if known else 0)
+    eventually(
+        lambda: exit_rows(serving) if known else [each.state for each in streams(serving)] not in ([], ["running"])
+    )
+    rows = exit_rows(serving)
+    assert [{name: row.get(name) for name in known or {}} for row in rows] == ([known] if known else [])
+    assert all(row.get("open_phase") != "exit" for row in rows)

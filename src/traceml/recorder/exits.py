@@ -6,7 +6,7 @@ the interpreter reads its attribute `code` after the last Python frame of the ma
 of that attribute notices this read, also after `raise SystemExit(3)`. Python 3.11 has no traceback of it any more by
 then, so `sys.exit` and `exit` note the place.
 
-By `os.execv` and its relatives a process becomes another program, without an end of the interpreter: these are wrapped.
+By `os.execv` and its relatives a process becomes another program, and by `os._exit` it ends at once: these are wrapped.
 
 An interrupt while the interpreter ends, as it waits for a thread, passes `sys.unraisablehook`: the status stays.
 """
@@ -79,15 +79,16 @@ class ExitWatch:
     Args:
         report: called with the exception (None for a normal end) and the exit status, while the process still runs.
         on_exec: called before the process becomes another program, and again (`failed`) if it does not.
+        on_leave: called as `report` before the process ends at once by `os._exit`, with another status than 0.
 
     Attributes:
         interrupted: whether an uncaught KeyboardInterrupt ends the program.
     """
 
-    def __init__(self, report: Report, on_exec: OnExec = _ignore_exec) -> None:
+    def __init__(self, report: Report, on_exec: OnExec = _ignore_exec, on_leave: Report | None = None) -> None:
         self.interrupted = False
-        self._report, self._on_exec = report, on_exec
-        self._exec: dict[str, tuple[Any, Any]] = {}
+        self._report, self._on_exec, self._on_leave = report, on_exec, on_leave or _ignore
+        self._of_os: dict[str, tuple[Any, Any]] = {}  # functions of `os` by name: the previous one, and ours
         self._previous_hook: Any = None
         self._previous_unraisable: Any = None
         self._previous_exit: Any = None
@@ -96,7 +97,7 @@ class ExitWatch:
         self._code = _ExitCode(self._exited)
 
     def install(self) -> None:
-        """Wrap both hooks, `sys.exit`, the built-in functions `exit` and `quit`, and `SystemExit.code`."""
+        """Wrap both hooks, `sys.exit`, the built-in `exit` and `quit`, `SystemExit.code`, and functions of `os`."""
         self._previous_hook, self._previous_exit = sys.excepthook, sys.exit
         self._previous_unraisable = sys.unraisablehook
         sys.excepthook, sys.exit, sys.unraisablehook = self._hook, self._exit, self._unraisable
@@ -105,10 +106,10 @@ class ExitWatch:
             self._quit = _Quitter.__call__ = self._watched_quit(previous)
 
         self._code.install()
-        for name in _EXEC:
-            previous = getattr(os, name)
-            self._exec[name] = previous, self._watched_exec(previous)
-            setattr(os, name, self._exec[name][1])
+        self._of_os = {name: (previous := getattr(os, name), self._watched_exec(previous)) for name in _EXEC}
+        self._of_os["_exit"] = os._exit, self._watched_leave(os._exit)
+        for name, (_, watched) in self._of_os.items():
+            setattr(os, name, watched)
 
     def uninstall(self) -> None:
         """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
@@ -121,12 +122,12 @@ class ExitWatch:
         if _Quitter is not None and _Quitter.__call__ is self._quit:
             _Quitter.__call__ = self._previous_quit
 
-        for name, (previous, watched) in self._exec.items():
+        for name, (previous, watched) in self._of_os.items():
             if getattr(os, name) is watched:
                 setattr(os, name, previous)
 
         self._code.uninstall()
-        self._report, self._on_exec = _ignore, _ignore_exec
+        self._report, self._on_exec, self._on_leave = _ignore, _ignore_exec, _ignore
 
     def last_error(self) -> BaseException | None:
         """Return the exception that ended the main program, if a hook that replaced ours has printed it."""
@@ -164,6 +165,20 @@ class ExitWatch:
                 raise
 
         return __call__
+
+    def _watched_leave(self, original: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
+        @wraps(original)
+        def leave(status: int) -> NoReturn:
+            with suppress(Exception):
+                if status:
+                    leaving = SystemExit(status)
+                    leaving.__context__ = sys.exc_info()[1]
+                    setattr(leaving, _PLACE, _place_of(sys._getframe(1)))
+                    self._on_leave(leaving, status_of(leaving))
+
+            original(status)
+
+        return leave
 
     def _watched_exec(self, original: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
         @wraps(original)

@@ -236,6 +236,11 @@ class Recording:
 
         self.thread.wake()
 
+    def note_leave(self, error: BaseException | None, status: int) -> None:
+        """Record that the process ends at once by `os._exit`, in what it does: no exit handlers follow."""
+        self.note_exit(error, status)
+        self.flight.open_slots[Slot.EXIT_START] = 0
+
     def note_idle(self, *, idle: bool) -> None:
         """Record that this process waits for another task, or has one: one that waits may be ended by a signal."""
         if not self.exit_noted:
