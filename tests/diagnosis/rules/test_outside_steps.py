@@ -540,6 +540,12 @@ EVALUATED = "Val is read there by the process itself (num_workers=0): set num_wo
         (0.9, {"num_workers": 2}, True, "Make train.py:7 decode cheaper, or run it half as often"),
         (0.9, {"in_memory": True, "batch_size": 10_000}, True, "Val is in memory: take whole batches by indexing its"),
         (0.3, {}, True, "Make train.py:7 decode cheaper, or run it half as often"),
+        (
+            0.9,
+            {"library": "/lib/threading.py:327 Condition.wait"},
+            True,
+            "Make train.py:7 decode cheaper, or run it half",
+        ),
     ],
 )
 def test_an_evaluation_that_reads_its_data_itself_is_told_to_use_workers(waits, loader, trains, advice):
@@ -547,11 +553,13 @@ def test_an_evaluation_that_reads_its_data_itself_is_told_to_use_workers(waits, 
     parts = EvaluationParts(input_share=waits, forward_share=0.05, batch_ns=1e8, batches=50.0)
     seconds = {"steps": 38.0 * trains, "evaluation": 60.0, "startup": 40.0 - 38.0 * trains}
     time = structs.replace(RunTime.of(100.0, seconds, 12 if trains else 1), evaluation_parts=parts)
+    library = loader.get("library")
+    loader = {name: value for name, value in loader.items() if name != "library"}
     val = LoaderFacts(**{"dataset": "Val", "num_workers": 0, "number": 1, **loader})
     train = LoaderFacts(dataset="Train", num_workers=0, number=0)
     facts = JobFacts(
         time=time,
-        lines=(line_of("outside", "decode", 80),),
+        lines=(structs.replace(line_of("outside", "decode", 80), library=library),),
         loader=train if trains else val,
         loaders={0: [train, val] if trains else [val]},
         hosts={0: "here"},

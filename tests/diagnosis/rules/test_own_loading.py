@@ -76,6 +76,24 @@ def test_other_waits_are_told_to_use_workers(lines: tuple[SampledLine, ...], row
     assert "Keep one iterator" not in found(lines, rows).next
 
 
+@pytest.mark.parametrize(
+    ("library", "is_pool"),
+    [
+        ("/lib/threading.py:327 Condition.wait", True),
+        ("/lib/PIL/Image.py:3245 open", False),
+        (None, False),
+    ],
+)
+def test_a_batch_that_a_pool_makes_is_not_moved_to_workers(library: str | None, is_pool: bool) -> None:
+    """A forked worker has the pool without the threads that serve it, and would wait for ever."""
+    finding = found(seen("collate", library), epochs(every=110))
+
+    assert finding.next.startswith("train.py:9 collate waits for other threads or processes") is is_pool
+    assert ("cannot use a pool of the training process" in finding.next) is is_pool
+    assert ("workers_advised" in finding.evidence) is not is_pool
+    assert finding.speedup_if_fixed == pytest.approx(44 / (14 + 15) if is_pool else 3.1, rel=0.1)
+
+
 def test_a_sampler_that_computes_has_a_line_and_no_advice_on_workers() -> None:
     """It runs in the training process, whatever the number of workers."""
     finding = found(seen("Balanced.draw", None), epochs(every=110), workers=1)

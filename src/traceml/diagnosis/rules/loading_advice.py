@@ -92,6 +92,9 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if pipeline.first_wait_ns > NAMED_SHARE * (pipeline.fetch_ns + pipeline.first_wait_ns):
         return _cheaper_first(loader, pipeline)
 
+    if not pipeline.workers and line is not None and _awaits_others(facts, _PART, line):
+        return _for_pool(pipeline, line)
+
     if in_memory:
         is_own = line is not None and not reads_loader(facts.lines, _PART, line)
         return _whole_batches(loader, pipeline, line if is_own else None)
@@ -143,10 +146,13 @@ def for_evaluation(facts: JobFacts, time: RunTime, share: float, line: BlamedLin
         line: its function, if known.
     """
     loader, parts = _evaluated(facts), time.evaluation_parts
+    part, wait_ns = LINE_PHASES[LINE_OUTSIDE], parts.input_share * parts.batch_ns
     if parts.input_share < NAMED_SHARE or loader is None or loader.num_workers != 0:
         return None
 
-    part, wait_ns = LINE_PHASES[LINE_OUTSIDE], parts.input_share * parts.batch_ns
+    if line is not None and _awaits_others(facts, part, line):
+        return None
+
     of_line = [each for each in facts.lines if line and (each.file, each.function) == (line.file, line.function)]
     computes, cores = fetch_cpu(facts, of_line, part), facts.cores_per_rank
     made = Pipeline(
@@ -174,6 +180,26 @@ def for_evaluation(facts: JobFacts, time: RunTime, share: float, line: BlamedLin
         f"{loader.option('num_workers')}={workers}{kept} for its DataLoader; {_saves(saved)}{_on(made, facts)}.",
         speedup_of_share(saved),
         workers,
+    )
+
+
+def _awaits_others(facts: JobFacts, part: str, line: BlamedLine) -> bool:
+    """Return whether a function mostly waits for threads or processes of the script, as those of a pool."""
+    return main_library(facts.lines, part, line) in WAITS_FOR_OTHERS
+
+
+def _for_pool(pipeline: Pipeline, line: BlamedLine) -> LoadingAdvice:
+    """Return advice where the training process makes a batch by other threads or processes.
+
+    Workers would inherit a pool whose threads are in the training process alone, and wait for it for ever.
+    """
+    gain = pipeline.gain_with(0.5)
+    return LoadingAdvice(
+        f"{line.place} waits for other threads or processes, as those of a pool: let more of them do it, or give them "
+        f"the next batch while the model computes. Half the time for a batch makes the run {gain_text(gain, 'at most')}"
+        ". Loader workers (num_workers) cannot use a pool of the training process, and would wait for it for ever: "
+        "with them, do the work without it.",
+        gain,
     )
 
 
