@@ -85,7 +85,7 @@ def test_other_waits_are_told_to_use_workers(lines: tuple[SampledLine, ...], row
     ],
 )
 def test_a_batch_that_a_pool_makes_is_not_moved_to_workers(library: str | None, is_pool: bool) -> None:
-    """A forked worker has the pool without the threads that serve it, and would wait for ever."""
+    """A forked worker has the pool without the threads that serve it, and would hang."""
     finding = found(seen("collate", library), epochs(every=110))
 
     assert finding.next.startswith("train.py:9 collate waits for other threads or processes") is is_pool

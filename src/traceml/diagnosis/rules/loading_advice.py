@@ -191,14 +191,14 @@ def _awaits_others(facts: JobFacts, part: str, line: BlamedLine) -> bool:
 def _for_pool(pipeline: Pipeline, line: BlamedLine) -> LoadingAdvice:
     """Return advice where the training process makes a batch by other threads or processes.
 
-    Workers would inherit a pool whose threads are in the training process alone, and wait for it for ever.
+    Workers would inherit a pool whose threads are in the training process alone, and never get an answer from it.
     """
     gain = pipeline.gain_with(0.5)
     return LoadingAdvice(
         f"{line.place} waits for other threads or processes, as those of a pool: let more of them do it, or give them "
         f"the next batch while the model computes. Half the time for a batch makes the run {gain_text(gain, 'at most')}"
-        ". Loader workers (num_workers) cannot use a pool of the training process, and would wait for it for ever: "
-        "with them, do the work without it.",
+        ". Loader workers (num_workers) cannot use a pool of the training process, and would hang: with them, do the "
+        "work without it.",
         gain,
     )
 
