@@ -183,7 +183,7 @@ _DEATHS = (
     _death("raise", function="fail"),
     _death("worker", function="decode"),
     _death("exit"),
-    _death("os_exit"),
+    _death("os_exit", function="stop"),
     _case("death, terminated x2", "deaths terminated", "RANK_LOST", ranks=2, cause="ended_from_outside", fails=True),
 )
 
