@@ -17,6 +17,7 @@ from traceml.trusted_files import (
     is_file_inside,
     make_trusted_folder,
     open_trusted,
+    opened_trusted,
     read_regular,
     replace_file,
 )
@@ -175,3 +176,22 @@ def test_a_number_that_is_another_file_now_is_left_alone(tmp_path: Path) -> None
     os.close(theirs)
     if theirs != own.number:
         os.close(own.number)
+
+
+def test_a_number_that_is_another_file_after_the_block_is_left_alone(tmp_path: Path) -> None:
+    """The script has closed all descriptors meanwhile, in its own thread."""
+    for name in ("ours", "theirs"):
+        (tmp_path / name).touch()
+
+    with opened_trusted(tmp_path / "ours") as number:
+        theirs = os.open(tmp_path / "theirs", os.O_RDONLY)
+        os.dup2(theirs, number)
+        os.close(theirs)
+
+    assert os.fstat(number).st_ino == (tmp_path / "theirs").stat().st_ino
+    os.close(number)
+    with opened_trusted(tmp_path / "ours") as number:
+        pass
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)

@@ -156,12 +156,12 @@ def is_file_inside(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def opened_trusted(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open a file as `open_trusted` does, for a `with` block."""
-    descriptor = open_trusted(path, flags)
+    """Open a file as `open_trusted` does, for a `with` block, within which the script may close the descriptor."""
+    own = GuardedDescriptor(open_trusted(path, flags))
     try:
-        yield descriptor
+        yield own.number
     finally:
-        os.close(descriptor)
+        own.close()
 
 
 def create_trusted(path: Path) -> int:
