@@ -397,14 +397,16 @@ def test_a_handler_that_evaluates_text_keeps_the_status(serving: Serving, run_sc
 AT_END = """
 import atexit, os, signal, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-begun = threading.Event()
+begun, ends, sent = threading.Event(), threading.Event(), threading.Event()
+threading._register_atexit(ends.set)  # called last, before threads are waited for, and what `atexit` has is called
 def wait():
     begun.set()
-    time.sleep(3)
+    sent.wait()
 def interrupt():
     begun.wait()
-    time.sleep(1)
+    ends.wait()
     os.kill(os.getpid(), signal.SIGINT)
+    sent.set()
 threading.Thread(target=interrupt, daemon=True).start()
 """
 
