@@ -35,7 +35,7 @@ class Writer:
     def write(self, size: int) -> None:
         self._size = size
         self._told.set()
-        assert self._done.wait(30)
+        assert self._done.wait(240)
         self._done.clear()
 
     def end(self) -> None:
@@ -130,8 +130,8 @@ def flight(tmp_path: Path) -> Iterator[FlightFile]:
 @pytest.fixture
 def asked() -> Iterator[distributed.TCPStore]:
     """Return a store of this process that a client asks all the time."""
-    store = distributed.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=10))
-    client = distributed.TCPStore("127.0.0.1", store.port, None, is_master=False, timeout=timedelta(seconds=10))
+    store = distributed.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=240))
+    client = distributed.TCPStore("127.0.0.1", store.port, None, is_master=False, timeout=timedelta(seconds=240))
     client.set("key", "value")
     is_over = threading.Event()
 

@@ -240,7 +240,7 @@ def test_encrypted_jobs_find_an_encrypting_aggregator(tmp_path: Path, script: Ca
         for job in (script(tmp_path / "served"), script(tmp_path / "alone", tls=True, local=True)):
             host, port = job.where["address"].split(":")
             with pytest.raises(AggregatorUnavailableError, match="TRACEML_TLS"):
-                Connection.connect(host, int(port), Hello(), TOKEN, timeout_s=0.5)
+                Connection.connect(host, int(port), Hello(), TOKEN, timeout_s=60)
 
             assert job.end() == ""
             assert report_of(job.run_dir)["steps"]["count"] == 20
