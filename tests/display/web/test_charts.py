@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.display.web.conftest import LiveJob
-from tests.display.web.test_pages import FAST, MANY, OPTION, SLOW, Visits, is_drawn, option
+from tests.display.web.test_pages import FAST, MANY, OPTION, SLOW, Visits, is_built, is_drawn, option
 from traceml.display.web.chart_panel import metric_group
 
 LOSS = "train/loss"
@@ -54,6 +54,7 @@ def test_metrics_are_shown_as_one_chooses(visit: Visits) -> None:
     """Smoothed, on the axis of time, logarithmic; grouped by prefix and found by name; the choice is kept."""
     page = visit().open(f"/run/{SLOW}#metrics")
     is_drawn(page, LOSS)
+    is_built(page)  # then the settings that are kept are shown
     plain = series(page, LOSS)
     page.locator("[data-setting=axis]").select_option("seconds")
     page.locator("[data-setting=log]").check()
