@@ -95,8 +95,9 @@ class Job:
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 120) -> Any:
         def alive_or() -> Any:
+            has_ended = self.process.poll() is not None  # before: its last act may make it true
             value = condition()
-            assert value or self.process.poll() is None, self.process.communicate()
+            assert value or not has_ended, self.process.communicate()
             return value
 
         return eventually(alive_or, timeout_s=timeout_s)

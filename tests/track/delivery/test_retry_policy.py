@@ -67,13 +67,14 @@ def test_the_cause_counts_where_a_library_wraps_it() -> None:
 
 def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after_s("3.5") == 3.5
-    assert 50 < (retry_after_s(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0) <= 61
+    assert 500 < (retry_after_s(email.utils.formatdate(time.time() + 600, usegmt=True)) or 0) <= 601
     assert retry_after_s("soon") is None
 
 
 def wait_after(policy: RetryPolicy, state: TrackerState, failure: TrackerFailure) -> float:
+    before = time.time()
     waits = policy.record_failure(state, failure)
-    assert state.retry_at == pytest.approx(time.time() + waits, abs=5)
+    assert before + waits <= state.retry_at <= time.time() + waits
     return waits
 
 
