@@ -155,6 +155,7 @@ def test_leaving_an_await_leaves_the_task(single: Runtime) -> None:
     """A cancelled awaiter does not cancel its task, and a closed loop does not disturb it."""
     release = threading.Event()
     handle = single.submit(release.wait)
+    eventually(lambda: handle.state == "running")
 
     async def main() -> None:
         with pytest.raises(TimeoutError):
