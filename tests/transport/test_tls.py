@@ -37,7 +37,7 @@ def encrypted(identity: ServerIdentity, monkeypatch: pytest.MonkeyPatch) -> Iter
     running.close()
 
 
-def dial(port: int, *, tls: bool = True, token: str = TOKEN, timeout_s: float = 10) -> Connection:
+def dial(port: int, *, tls: bool = True, token: str = TOKEN, timeout_s: float = 60) -> Connection:
     hello = Hello(role="rank", run="job", world_size=64)
     return Connection.connect("127.0.0.1", port, hello, token, timeout_s=timeout_s, tls=tls)
 
