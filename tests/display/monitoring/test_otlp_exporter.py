@@ -179,6 +179,8 @@ def test_a_collector_that_is_down_gets_the_spans_later(tmp_path, caplog):
             clock.now_s += 1000
             sender.poll(15.0)
 
+        patient = exporter(tmp_path, f"http://127.0.0.1:{port}", clock)
+        sender._metrics, sender._spans = patient._metrics, patient._spans
         with collecting(port) as collector:
             clock.now_s += 1000
             sender.poll(15.0)
