@@ -62,13 +62,13 @@ def test_a_long_step_like_those_before_is_whole(traced: Traced) -> None:
     assert all(row["other_ns"] >= 100_000_000 for row in rows)
 
 
-@pytest.mark.parametrize(("usual_s", "waits_s", "is_cut"), [(0.02, 0.5, True), (0.1, 0.01, False)])
+@pytest.mark.parametrize(("usual_s", "waits_s", "is_cut"), [(0.02, 0.5, True), (0.4, 0.04, False)])
 def test_a_barrier_after_the_loop_is_no_part_of_it(
     traced: Traced, usual_s: float, waits_s: float, is_cut: bool
 ) -> None:
     """Rank 0 evaluates, say, and the others wait in a barrier: in no step did they wait as long.
 
-    A tenth of a second and a bit is not far longer than a tenth, also where a busy machine adds a pause.
+    Some tenths of a second and a bit are not far longer than those, also where a busy machine adds a pause.
     """
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -76,7 +76,8 @@ def test_a_barrier_after_the_loop_is_no_part_of_it(
         step(model, optimizer, torch.ones(2, 4))
         wait(traced, usual_s)
 
-    wait(traced, waits_s)
+    usual_ns = max(row["comm_ns"] for row in traced.steps())  # on a busy machine
+    wait(traced, max(waits_s, 10e-9 * usual_ns) if is_cut else waits_s)
     rows = traced.finish()
 
     longest_ns = max(row["comm_ns"] for row in rows[:-1])
