@@ -94,7 +94,7 @@ def delivered(folder: Path) -> bool:
 def run(folder: Path, *words: str, **values: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the poisoned folder to its end."""
     variables = environ(folder.parent, **({"TRACEML_QUIET": "0", "TRACEML_DELIVERY_NICE": "0"} | values))
-    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
 def command(name: str = "traceml") -> str:
@@ -242,8 +242,8 @@ def work():
 
 kept = Kept()
 atexit.register(print, "handler")
-threading.Thread(target=work).start()
 print("unflushed", end=" ")
+threading.Thread(target=work).start()
 exit_process(7)
 """
 
@@ -284,6 +284,6 @@ def test_a_process_that_does_not_end_in_time_is_killed(asked):
         if asked:
             sleeper.terminate()
 
-        end_process(sleeper, 30.0 if asked else 0.01)
+        end_process(sleeper, 240.0 if asked else 0.01)
 
     assert sleeper.returncode == (-signal.SIGTERM if asked else -signal.SIGKILL)

@@ -71,7 +71,7 @@ def test_a_shell_has_a_status_of_its_own_for_signals(exitcode: int, status: int)
 @pytest.mark.process
 def test_a_handler_interrupts_the_wait_at_any_place() -> None:
     """With `threading.Event` it waits for a lock of the code that it has interrupted."""
-    done = subprocess.run([sys.executable, "-c", ROUNDS], timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", ROUNDS], timeout=280, check=False)
 
     assert done.returncode == 0
 

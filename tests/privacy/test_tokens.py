@@ -70,7 +70,7 @@ def test_tokens_are_nowhere(tmp_path: Path) -> None:
     own = {"XDG_RUNTIME_DIR": str(runtime), "TRACEML_TOKEN": given, "FOUND": str(found), "TRACEML_DEBUG": "1"}
     done = forked.run(
         [sys.executable, "-m", "traceml", "run", *options, str(script)],
-        forks=True, env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=150,
+        forks=True, env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
     assert "the end" in done.stderr, done.stderr
