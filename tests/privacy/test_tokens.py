@@ -30,18 +30,24 @@ SCRIPT = """
 
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    lines = ""
+    folder = Path(os.environ["XDG_RUNTIME_DIR"], "traceml")
+    lines, step, until = "", 0, time.monotonic() + 120
+
+    def are_served():
+        kinds = {path.name.partition("-")[0] for path in folder.glob("*.json")}
+        return kinds >= {"aggregator", "metrics", "page"} and "traceml.display.web" in lines
+
     with traceml.Experiment("tokens", backend="jsonl") as experiment:
-        for step in range(60):
+        while step < 60 or not are_served() and time.monotonic() < until:
             loss = model(torch.randn(2, 4)).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             experiment.log_metric("loss", loss.item(), step)
             lines += look("cmdline")
+            step += 1
             time.sleep(0.02)
 
-    folder = Path(os.environ["XDG_RUNTIME_DIR"], "traceml")
     tokens = {path.name: json.loads(path.read_text())["token"] for path in folder.glob("*.json")}
     Path(os.environ["FOUND"]).write_text(json.dumps({"tokens": tokens, "lines": lines}))
     raise RuntimeError("the end")

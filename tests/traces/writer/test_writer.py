@@ -105,12 +105,16 @@ def test_calls_of_a_coroutine_function_overlap(tmp_path):
     with traces.Writer(path) as trace:
 
         @trace.trace(cat="net")
-        async def fetch(number):
-            await asyncio.sleep(0.01 * number)
+        async def fetch(number, before, after):
+            await before.wait()
+            await asyncio.sleep(0.01)
+            after.set()
             return number
 
         async def both():
-            return await asyncio.gather(fetch(2), fetch(1))
+            begun, first, second = asyncio.Event(), asyncio.Event(), asyncio.Event()
+            begun.set()
+            return await asyncio.gather(fetch(2, first, second), fetch(1, begun, first))
 
         assert asyncio.run(both()) == [2, 1]
 
