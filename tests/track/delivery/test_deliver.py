@@ -120,9 +120,9 @@ def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: Log
     """SIGKILL at random moments: nothing is missing and nothing is there twice."""
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.experiment(["jsonl"], id="x")
-    run.metrics({"a": [float(i) for i in range(60_000)]})
     chance = random.Random(5)
-    for _ in range(5):
+    for first in range(0, 100_000, 20_000):  # the one before may have left nothing
+        run.metrics({"a": [float(i) for i in range(first, first + 20_000)]}, first_step=first)
         process = delivering(str(run.path), "jsonl", stderr=subprocess.DEVNULL)
         try:
             # From the moment it delivers; earlier kills find nothing to break. It does not end before the run does.
@@ -135,7 +135,24 @@ def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: Log
 
     run.end()
     assert deliver(run.path, "jsonl").returncode == 0
-    assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(60_000)]
+    assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(100_000)]
+
+
+def test_a_killed_process_that_left_nothing_has_a_successor(run: LoggedRun) -> None:
+    """The state had the number of the dead one until the next value came: the report said that it was stopped."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], id="x")
+    run.metrics({"a": [1.0]})
+    for _ in range(2):
+        process = delivering(str(run.path), "jsonl")
+        try:
+            eventually(lambda: state_of(run.path).pid == process.pid and state_of(run.path).delivered == 1)  # noqa: B023
+            assert not state_of(run.path).was_cut_off
+        finally:
+            process.kill()
+            process.wait()
+
+        assert state_of(run.path).was_cut_off
 
 
 def test_a_batch_that_a_kill_cut_off_counts_once(run: LoggedRun) -> None:

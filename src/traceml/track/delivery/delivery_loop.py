@@ -87,7 +87,7 @@ class DeliveryLoop:
         self._state = TrackerState.load(run_dir, backend)
         self._state.pid = os.getpid()
         self._refusals = RefusalSearch(self._state)
-        self._has_warned_unsaved = False
+        self._has_warned_unsaved = self._is_saved = False
         self._before: dict[str, Any] = {}  # of the state, while a try changes it
         self._unannounced: dict[int, float] = {}  # number of an experiment -> deadline for its announcement
         self._reader = StoreReader(run_dir / STORE_NAME)
@@ -433,9 +433,12 @@ class DeliveryLoop:
         return not is_expected or has_report(self._run_dir, asked_s)
 
     def _record_idle(self) -> None:
-        """Report success when there was nothing to do since the start."""
-        if self._state.phase not in {DeliveryPhase.DELIVERING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}:
+        """Report success, and that this process goes on, when there was nothing to do since the start."""
+        is_new = self._state.phase not in {DeliveryPhase.DELIVERING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
+        if is_new:
             succeeded(self._state)
+
+        if is_new or not self._is_saved:  # by the number of a killed process, the tracker would seem stopped
             self._save()
 
     def _save(self) -> None:
@@ -443,7 +446,7 @@ class DeliveryLoop:
         self._state.masked = self._masked_before + self._masker.counts.total()
         try:
             replace(self._state, **self._before).save(self._run_dir)
-            self._has_warned_unsaved = False
+            self._has_warned_unsaved, self._is_saved = False, True
         except OSError as error:
             if not self._has_warned_unsaved:
                 _log.error("the state of %s cannot be saved: %s", self._state.backend, error)
