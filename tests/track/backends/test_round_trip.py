@@ -65,7 +65,7 @@ def _deliver_until(run: LoggedRun, backend: str, rows: int, ending: signal.Signa
         return process.poll() is not None or state_of(run.path, backend).passed >= rows
 
     try:
-        eventually(delivered, timeout_s=100)
+        eventually(delivered, timeout_s=240)
     finally:
         process.send_signal(ending)
         process.communicate()

@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _ask(server: str, name: str, **arguments: Any) -> Any:
-    answer = httpx.post(f"{server.partition('?')[0]}/api/{name}", json={"args": [], "kwargs": arguments})
+    answer = httpx.post(f"{server.partition('?')[0]}/api/{name}", json={"args": [], "kwargs": arguments}, timeout=240)
     assert answer.status_code == 200, answer.text
     return answer.json()["data"]
 
@@ -100,7 +100,9 @@ def test_a_server_holds_each_row_once(server: str, make: Maker, tmp_path: Path) 
     config = _ask(server, "get_run_summary", project="tests", run_id="exp-1")["config"]
     assert (config["lr"], config["model"]) == (0.1, {"depth": 2})
     folder = _ask(server, "get_settings")["media_dir"]
-    shown = httpx.get(f"{server.partition('?')[0]}/file", params={"path": f"{folder}/{image['file_path']}"})
+    shown = httpx.get(
+        f"{server.partition('?')[0]}/file", params={"path": f"{folder}/{image['file_path']}"}, timeout=240
+    )
     assert shown.content == (tmp_path / "cat.png").read_bytes()
 
 
