@@ -107,7 +107,7 @@ def alone() -> dict[str, Any]:
     del one, failing, plain
     gc.collect()
     said["train is put back"] = wrapped and not hasattr(Trainer.train, "_traceml_original")
-    trainer(rows=320, wait_s=0.002, save_strategy="no", report_to="traceml", run_name="by-name").train()
+    trainer(rows=320, wait_s=0.006, save_strategy="no", report_to="traceml", run_name="by-name").train()
     return said
 
 

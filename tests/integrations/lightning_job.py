@@ -181,7 +181,7 @@ def names() -> dict[str, Any]:
 def waiting() -> dict[str, Any]:
     """A training that waits for its data; and whose the callback is, before and after the other package is imported."""
     alone = TraceMLCallback()
-    fit(Module(), traced=True, rows=320, wait_s=0.002)
+    fit(Module(), traced=True, rows=320, wait_s=0.006)
     return {"bases": [base.__module__.split(".")[0] for base in type(alone).__bases__]} | names()
 
 
