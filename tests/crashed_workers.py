@@ -18,7 +18,7 @@ from xdist.workermanage import WorkerController
 from traceml.process_ends import end_of_status
 
 _STACKS = pytest.StashKey[TextIO]()
-_END_S = 10.0  # its pipe is closed just before its end
+_END_S = 60.0  # its pipe is closed just before its end
 
 
 @pytest.hookimpl(trylast=True)  # after pytest's own, which writes to standard error

@@ -39,7 +39,7 @@ print("encodings.idna" in sys.modules)
 
 def port_is_free(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
     except ConnectionRefusedError:
         return True
 

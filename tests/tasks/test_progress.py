@@ -241,7 +241,7 @@ def test_the_view_counts_and_names_what_runs(rt: Runtime) -> None:
     rt.submit(len, 1)
     rt.submit(crunch)
     eventually(lambda: (found := rt.get_progress())["running"] == 1 and found["tasks"][-1]["progress_pct"] == 40)
-    eventually(lambda: rt.get_progress()["failed"] == 1)
+    eventually(lambda: (found := rt.get_progress())["failed"] == found["completed"] == 1)
     text = _text(rt.get_progress())
     release.set()
 

@@ -155,11 +155,16 @@ def test_short_blocks_are_seen_by_costly_samples(flight: FlightFile, monkeypatch
         holds_for_300_us()
         torch.rand(1, 28, 28)
 
-    with Training(fetches) as training:
+    seen = [0]
+
+    def are_seen() -> bool:
         rows = sampled(flight, training, 200)
+        seen.append(sum(samples for _, line, _, samples in rows if "holds_for_300_us" in line))
+        return seen[-1] - seen[-2] >= 20
 
     # 85 % of them; a fifth on a host with four programs for each core, and 4 % if the lock is never asked for
-    assert sum(samples for _, line, _, samples in rows if "holds_for_300_us" in line) >= 20
+    with Training(fetches) as training:
+        assert any(are_seen() for _ in range(5)), seen
 
 
 def waited_for_a_core_s() -> float:

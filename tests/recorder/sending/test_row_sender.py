@@ -434,7 +434,7 @@ def test_finish_sends_everything_and_says_bye(flight: FlightFile) -> None:
     settle(sender)
     add_steps(flight, 3)
 
-    stored = sender.finish("finished", timeout_s=5, keep_trying=False)
+    stored = sender.finish("finished", timeout_s=60, keep_trying=False)
 
     assert stored
     assert wire.rows_of("steps") == [(0, 3)]
@@ -450,7 +450,7 @@ def test_finish_tries_a_broken_connection_again(flight: FlightFile) -> None:
     add_steps(flight, 3)
     first.broken = True
 
-    assert sender.finish("finished", timeout_s=5, keep_trying=True)
+    assert sender.finish("finished", timeout_s=60, keep_trying=True)
     assert second.rows_of("steps") == [(0, 3)]
 
 
@@ -459,7 +459,7 @@ def test_finish_without_an_aggregator_is_one_try(flight: FlightFile) -> None:
     sender = make(flight, AggregatorUnavailableError("h", 1, 0.1, "refused"))
     add_steps(flight, 3)
 
-    assert not sender.finish("finished", timeout_s=5, keep_trying=False)
+    assert not sender.finish("finished", timeout_s=60, keep_trying=False)
 
 
 def test_pauses_shorten_as_the_ring_fills(flight: FlightFile) -> None:

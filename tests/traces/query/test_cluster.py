@@ -190,7 +190,7 @@ def test_cluster_of_programs(traces, tmp_path):
     """A scheduler and workers started from the command line give the same JSON."""
     command = [sys.executable, "-m", "traceml", "analyze", str(traces), "--by", "name,pid", "--json", "--no-cache"]
     with dask_programs(tmp_path, workers=2) as address:
-        wait = f"from distributed import Client; Client({address!r}).wait_for_workers(2, 30)"
+        wait = f"from distributed import Client; Client({address!r}).wait_for_workers(2, 240)"
         subprocess.run([sys.executable, "-c", wait], check=True)
         remote = subprocess.run([*command, "--dask", address], capture_output=True, text=True, check=True).stdout
 
