@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.conftest import Visit
 from tests.display.web.runs import add_metrics
+from tests.display.web.test_pages import is_built
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts
 from tests.runs.report.test_line_shares import line, report_with
 from traceml.database.schema import LINES
@@ -139,6 +140,7 @@ def test_every_text_of_a_run_is_text_on_its_page(visit: Visits, markup: Path) ->
     """Those of the script, its environment, its code, its logs, its exceptions, its trackers, and those of people."""
     for name in (RUN, OTHER):
         page = visit().open(f"/run/{name}")
+        is_built(page)
         page.wait_for_selector("#overview dd")
         expect(page.locator("#metrics h3", has_text="metric<img")).to_be_attached()
         for summary in page.locator("#overview summary, #logs summary").all():

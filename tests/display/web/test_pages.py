@@ -89,6 +89,7 @@ def test_the_list_is_searched_as_one_types(visit: Visits) -> None:
     expect(page).to_have_url(re.compile("ranks%3C10"))
     page.reload()
     expect(page.locator("a.name:visible")).to_have_count(1)
+    is_built(page)
     page.locator("#search").fill("lr<1")
     expect(page.locator(".id", has_text=SLOW)).to_be_visible()
     expect(page.locator("a.name:visible")).to_have_count(1)
@@ -274,6 +275,7 @@ def test_the_page_holds_what_was_logged(visit: Visits) -> None:
     for said in ("lr", "optimizer.name", "goal=speed", "c0ffee", "with uncommitted changes", "numpy 2.3.1"):
         expect(overview).to_contain_text(said)
 
+    is_built(page)
     overview.locator("summary", has_text="Uncommitted changes").click()
     expect(overview.locator("pre", has_text="-old")).to_contain_text("+<img src=x")
     page.get_by_label("search parameters").fill("adam")
@@ -327,6 +329,7 @@ def test_files_of_a_run_are_downloaded_and_nothing_else_is(visit: Visits) -> Non
 def test_logs_are_searched(visit: Visits) -> None:
     """By words and by level, beyond the lines that are shown at first."""
     page = visit().open(f"/run/{SLOW}")
+    is_built(page)
     page.locator("#log-level").select_option("error")
     expect(page.locator("#logs pre:visible")).to_contain_text("ValueError: <img src=x")
     expect(page.locator("#logs pre:visible")).not_to_contain_text("is fine")
@@ -349,6 +352,7 @@ def test_a_run_with_something_wrong_says_what(visit: Visits, name: str, said: st
     """The page shows the problem and what can be read; other runs are not affected."""
     page = visit().open(f"/run/20260101-000000-{name}")
 
+    is_built(page)
     expect(page.locator(".banner, .page").filter(has_text=said).first).to_be_visible()
     expect(page.locator(".tabs a:visible")).to_have_count(0 if page.locator(".empty-state:visible").count() else 11)
 
