@@ -17,7 +17,7 @@ _log = logging.getLogger("traceml")
 
 
 class RecoveryLock(StrEnum):
-    """What is done by one process at a time; who finishes runs also adopts rows, never the other way round."""
+    """Work that one process at a time does; who finishes runs also adopts rows, never the other way round."""
 
     ADOPT = "adopting.lock"
     """Open the runs of dead ranks: two processes would each make a run of the same rows."""
