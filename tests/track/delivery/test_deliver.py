@@ -461,9 +461,8 @@ def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> Non
 
 
 def test_a_call_that_does_not_return_ends_the_process_and_nothing_is_lost(run: LoggedRun) -> None:
-    folder = faulty(
-        run, timeout_s=10
-    )  # the other calls of both deliveries must return within it, on a busy machine too
+    # The other calls of both deliveries must return within it, on a busy machine too.
+    folder = faulty(run, timeout_s=10)
     run.metrics({"a": [1.0, 2.0]})
     run.end()
     (folder / "behavior").write_text('{"metrics": "hang"}')

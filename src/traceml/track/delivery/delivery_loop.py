@@ -433,7 +433,7 @@ class DeliveryLoop:
         return not is_expected or has_report(self._run_dir, asked_s)
 
     def _record_idle(self) -> None:
-        """Report success, and that this process goes on, when there was nothing to do since the start."""
+        """Report success, and that this process continues, when there was nothing to do since the start."""
         is_new = self._state.phase not in {DeliveryPhase.DELIVERING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
         if is_new:
             succeeded(self._state)
