@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 # Files start in the order of tests/conftest.py. Workers wait for processes half of the time.
 SHARE  := --dist loadgroup --no-loadscope-reorder
-JOBS   ?= $(shell expr $$(nproc) + 4)
+JOBS   ?= $(shell expr $$(nproc) + 2)
 
 .PHONY: demo check test frameworks lint types style unit system docs bench accuracy faults soak fuzz audit release compatibility clean
 
