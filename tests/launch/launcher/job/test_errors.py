@@ -128,6 +128,7 @@ def test_start_up_has_a_limit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that is not ready in time is named, with its state and what to try: at the limit, and once before."""
+    launched(jobs.nothing)  # the agent runs now
     monkeypatch.setattr(job, "_SLOW_S", 0.25)
     endless = tmp_path / "env.sh"
     endless.write_text("sleep 86200\n")
