@@ -46,8 +46,20 @@ def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
     assert worker.returncode == -signal.SIGKILL
 
 
-# torchrun looks at it for the first time after 0.1 s
-WAITS = "import time; time.sleep(2); print('ready', flush=True); time.sleep(600)"
+# torchrun looks at it ten times a second, and sleeps in between: it is ready when torchrun has looked.
+WAITS = """
+import os, re, time
+
+def sleeps():
+    with open(f"/proc/{os.getppid()}/status") as status:
+        return int(re.search(r"^voluntary_ctxt_switches:\\s+(\\d+)", status.read(), re.MULTILINE)[1])
+
+before = sleeps()
+while sleeps() < before + 20:
+    time.sleep(0.05)
+print("ready", flush=True)
+time.sleep(600)
+"""
 
 
 def start_torchrun(script: Path, ranks: int, failures_fd: int, stdin: int | None = None) -> subprocess.Popen[str]:
@@ -78,11 +90,25 @@ def test_ranks_that_torchrun_ends_on_a_signal_are_stopped(tmp_path: Path) -> Non
     assert (end["exitcode"], end.get("stopped")) == (-signal.SIGTERM, True)
 
 
+# Rank 1 fails when torchrun has seen, and collected, the end of rank 0.
+LEAVES_FIRST = """
+import os, pathlib, time
+mark = pathlib.Path(__file__).with_name("pid")
+if os.environ["RANK"] == "0":
+    mark.with_suffix(".new").write_text(str(os.getpid()))
+    mark.with_suffix(".new").rename(mark)
+    os._exit(0)
+while not mark.exists() or os.path.exists(f"/proc/{mark.read_text()}"):
+    time.sleep(0.01)
+os._exit(3)
+"""
+
+
 @pytest.mark.process
 def test_the_end_of_a_rank_that_torchrun_thinks_well_of_is_reported(tmp_path: Path) -> None:
     """Its exit code 0 tells that no signal has ended it, where another rank fails because it is gone."""
     script = tmp_path / "leaves.py"
-    script.write_text("import os, time; rank = int(os.environ['RANK']); time.sleep(1 + rank); os._exit(3 * rank)")
+    script.write_text(LEAVES_FIRST)
     ours, theirs = os.pipe()
     with start_torchrun(script, 2, theirs) as torchrun:
         os.close(theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -180,7 +181,7 @@ for step in range(60):
     if rank == 1 and step == 40 and "killed" in sys.argv:
         os.kill(os.getpid(), 9)
     if rank == 1 and step == 40 and "stuck" in sys.argv:
-        ctypes.PyDLL(None).sleep(15)  # with the GIL
+        ctypes.PyDLL(None).open(sys.argv[2].encode(), os.O_RDONLY)  # with the GIL, until somebody writes
 dist.destroy_process_group()
 """
 
@@ -267,10 +268,16 @@ def test_a_rank_that_is_killed_on_the_other_node_loses_nothing(hosts: Hosts, tmp
 @pytest.mark.process
 def test_a_rank_that_is_stuck_in_c_on_the_other_node_is_named(hosts: Hosts, tmp_path: Path) -> None:  # noqa: F811
     """Its recorder cannot answer: the node's `traceml run` takes its stack from outside."""
-    statuses, outputs, _ = run_of(hosts, tmp_path, "stuck")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with started(hosts, tmp_path, ("stuck", str(pipe)), way="static") as commands:
+        assert commands[0].stderr is not None
+        told = next(line for line in commands[0].stderr if "traceml: HANG" in line)
+        pipe.write_text("go on")
+        outputs = [each.communicate(timeout=200)[1] for each in commands]
 
-    assert statuses == [0, 0], outputs
-    assert "traceml: HANG: Rank 1 blocks the others, in train.py:19" in outputs[0]
+    assert [each.returncode for each in commands] == [0, 0], outputs
+    assert "traceml: HANG: Rank 1 blocks the others, in train.py:19" in told
 
 
 @pytest.mark.process
