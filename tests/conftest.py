@@ -58,7 +58,7 @@ _PROCESS_PATHS = (
     "track/rank/test_collectors.py",
     "track/test_everywhere.py",
 )
-_ALONE_PATHS = ("end_to_end/test_competing_processes.py", "end_to_end/test_verdicts.py")
+_ALONE_PATHS = ("end_to_end/test_advice.py", "end_to_end/test_competing_processes.py", "end_to_end/test_verdicts.py")
 # By the value of `-m`, which the Makefile gives.
 _LEFT_OUT = {"not process and not long": _PROCESS_PATHS, "not alone and not frameworks": _ALONE_PATHS}
 _PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}

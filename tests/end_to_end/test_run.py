@@ -20,6 +20,7 @@ from tests.processes import command_of
 from traceml.database.source_reading import SOURCE
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
+from traceml.runs.run import load_run
 
 
 def assert_nothing_is_left(ended: Ended) -> None:
@@ -374,16 +375,20 @@ def _aggregators_of(running: Running) -> list[psutil.Process]:
 
 def test_the_aggregator_dies_and_nothing_is_lost(traceml: Traceml) -> None:
     """A new aggregator takes over the port; every step of both lives is stored once."""
-    running = traceml.start("run", TINY, "--steps", "300", "--pause", "0.01", "--marker", "marker")
+    done = traceml.folder / "done"
+    running = traceml.start("run", TINY, "--steps", "100000", "--pause", "0.01", "--marker", "marker", "--until", done)
     running.pid_of(0)
-    [aggregator] = running.wait_for(lambda: _aggregators_of(running), "the aggregator")
-    aggregator.kill()
+    [first] = running.wait_for(lambda: _aggregators_of(running), "the aggregator")
+    first.kill()
+    running.wait_for(lambda: [each for each in _aggregators_of(running) if each != first], "another aggregator")
+    done.touch()
 
     ended = running.end()
 
     assert ended.status == 0, ended.stderr
     appended, stored, lost = store_counts(ended.report)
-    assert ended.report["steps"]["count"] == 300
+    steps = load_run(ended.run_dir).steps()["step"].tolist()
+    assert steps == [*range(ended.report["steps"]["count"])]
     assert (lost, appended) == (0, stored)
 
 
@@ -509,17 +514,18 @@ def test_of_spawned_ranks_the_one_that_was_killed_first_is_named(traceml: Tracem
 
 
 POOL = """
-import multiprocessing, multiprocessing.pool, sys, time
+import multiprocessing, multiprocessing.pool, os, sys, time
 import torch
 from torch.utils.data import DataLoader
 
-def train(steps):
+def train(steps, begun="first"):
     torch.set_num_threads(1)
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for x in DataLoader(torch.ones(4 * steps, 8), batch_size=4):
         model(x).sum().backward()
         optimizer.step()
+        open(begun, "w").close()
         time.sleep(0.005)
 
 if __name__ == "__main__":
@@ -530,7 +536,9 @@ if __name__ == "__main__":
     tasks.put((0, 0, train, (100,), {}))
     results.get()
     if sys.argv[2] == "in a task":
-        tasks.put((0, 0, train, (10000,), {}))
+        tasks.put((0, 0, train, (100_000, "second"), {}))
+        while not os.path.exists("second"):
+            time.sleep(0.01)
     time.sleep(1)
     worker.terminate()
     worker.join()
@@ -590,8 +598,9 @@ def test_a_process_that_leaves_in_the_middle_has_not_finished(traceml: Traceml, 
 
 GIVES_UP = """
 import datetime, os, time, torch
-torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=6))
+torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
+impatient = torch.distributed.new_group(timeout=datetime.timedelta(seconds=6))
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(40):
@@ -600,7 +609,7 @@ for _ in range(40):
 if rank:
     time.sleep(12)
 try:
-    torch.distributed.barrier()
+    torch.distributed.barrier(impatient)
 except RuntimeError:
     pass
 os._exit(0)

@@ -59,7 +59,7 @@ def test_top_beside_a_running_job(tmp_path, tmux, traceml):
 
     When the job ends, the screen is left and its card stands in the terminal.
     """
-    words = ["run", "--nproc-per-node", "2", "--live", "none", TINY, "--steps", "5000", "--pause", "0.01"]
+    words = ["run", "--nproc-per-node", "2", "--live", "none", TINY, "--steps", "50000", "--pause", "0.01"]
     job = traceml.start(*words, "--marker", "marker")
     job.pid_of(1)
     tmux.type(f"NO_COLOR=1 {shlex.quote(sys.executable)} -m traceml top", "Enter")

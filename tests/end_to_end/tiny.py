@@ -32,8 +32,8 @@ def main() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     if world_size > 1:
-        # a rendezvous that fails should fail soon
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
+        # a rendezvous that fails should fail soon, but a busy machine may start a rank late
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
         model = nn.parallel.DistributedDataParallel(model)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
