@@ -123,6 +123,7 @@ def test_a_process_whose_threads_run_in_turns_is_not_asked() -> None:
 def test_a_thread_that_had_no_core_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy host it wakes a few times only; it gets the signal once it has woken often enough within one probe."""
     monkeypatch.setattr(stack_signal, "_PROBES_S", 3600.0)
+    monkeypatch.setattr(stack_signal, "_FIRST_S", 240.0)
     with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(600)")) as told:
         file = find_stack_file(told.pid)
         assert file is not None
@@ -162,8 +163,9 @@ def test_a_process_without_a_handler_is_spared() -> None:
             process.kill()
 
 
-def test_two_askers_do_not_mix_their_answers() -> None:
+def test_two_askers_do_not_mix_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one is refused while the first one reads."""
+    monkeypatch.setattr(stack_signal, "_FIRST_S", 240.0)
     with standing(_HOLDS_GIL.format(call="ctypes.PyDLL(None).sleep(600)")) as told:
         files = [find_stack_file(told.pid), find_stack_file(told.pid)]
         assert files[0] is not None
