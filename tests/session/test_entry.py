@@ -263,7 +263,8 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
         "        pass\n"
         "try:\n"
         "    print('ready', flush=True)\n"
-        "    time.sleep(600)\n"
+        "    while True:  # a signal just before a long sleep would be handled after it\n"
+        "        time.sleep(0.05)\n"
         "finally:\n"
         "    print('cleaned up', flush=True)\n"
     )
