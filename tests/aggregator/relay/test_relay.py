@@ -65,7 +65,7 @@ class Tree:
     def finish(self) -> None:
         """End all ranks."""
         for link in self.links.values():
-            assert link.finish("finished", timeout_s=20)
+            assert link.finish("finished", timeout_s=60)
 
     def finish_run(self) -> dict[int, list[int]]:
         """End all ranks after their last step, and wait until the center knows; return the steps that it has."""
@@ -217,7 +217,7 @@ def test_samples_that_wait_in_a_large_job_are_sent_at_its_end(serving, tmp_path)
         send_steps(rank, SLOW[0], 40 * number, 40)
         eventually(lambda last=40 * (number + 1): stored_of(center, STEPS.name) == last)
 
-    assert rank.finish("finished", timeout_s=20)
+    assert rank.finish("finished", timeout_s=60)
 
     eventually(lambda: stored_of(center, PROCESS.name) == 3)
 
@@ -355,7 +355,7 @@ def damage(folder: Path, frames: int) -> None:
 @pytest.fixture
 def dial(serving, tmp_path):
     center = serving(folder=tmp_path / "center")
-    return center, lambda hello: connect("127.0.0.1", center.port, hello, TOKEN, timeout_s=20)
+    return center, lambda hello: connect("127.0.0.1", center.port, hello, TOKEN, timeout_s=60)
 
 
 @pytest.mark.process
@@ -461,7 +461,7 @@ def test_a_host_with_a_wrong_token_goes_on(serving, tmp_path, monkeypatch):
     rank = host.rank(0, 1, run="tree")
     send_steps(rank, SLOW[0], 0, 40)
 
-    assert rank.finish("finished", timeout_s=20)
+    assert rank.finish("finished", timeout_s=60)
 
     eventually(lambda: "cannot be sent" in host.log.read_text())
     eventually(lambda: host.state() == "finished")

@@ -28,7 +28,7 @@ CHOICE = HostChoice(host="h", typical=0, ordinary=(0, 1), sent=(0,))
 
 
 def relay_to(center: Serving, recorder: str = "folder") -> Connection:
-    return connect("127.0.0.1", center.port, Hello(role="relay", run="job", recorder=recorder), TOKEN, timeout_s=20)
+    return connect("127.0.0.1", center.port, Hello(role="relay", run="job", recorder=recorder), TOKEN, timeout_s=60)
 
 
 def hello_of(rank: int, world_size: int = 2, **facts: Any) -> dict[str, Any]:
