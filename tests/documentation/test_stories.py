@@ -54,12 +54,15 @@ def test_the_quick_start_finds_the_bottleneck(follow, tmp_path):
 
     before, _, after, compared = follow("docs/quickstart.md", *lines)
 
-    assert "train.py:12 Photos.__getitem__" in before
+    place = "train.py:12 Photos.__getitem__"
+    assert place in before or "CPU_CONTENTION" in before  # the verdict where other programs take the cores
     assert "num_workers" in (tmp_path / "train.py").read_text()
     assert "─ traceml ─" in after
     assert "-before-" in compared
     found = _run("traceml report $(ls traceml_runs | grep before) --json", tmp_path)
-    assert "INPUT_BOUND" in {finding["kind"] for finding in json.loads(found)["findings"]}
+    assert [place in each["summary"] for each in json.loads(found)["findings"] if each["kind"] == "INPUT_BOUND"] == [
+        True
+    ]
 
 
 def test_values_arrive_in_mlflow(follow, tmp_path):
