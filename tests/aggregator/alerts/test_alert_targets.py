@@ -48,10 +48,24 @@ def test_a_command_that_fails_is_reported_with_its_words() -> None:
 @pytest.mark.process
 def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
     """Also what it has left in the background."""
-    with pytest.raises(TraceMLError, match=r"did not end within 3 s, and was killed"):
-        _send(CommandAlert(f"sleep 600 & echo $! > {tmp_path}/pid; sleep 600", limit_s=3.0))
+    path, late_s = tmp_path / "pid", 0.0
 
-    pid = int((tmp_path / "pid").read_text())
+    async def send_until_late() -> None:
+        """Send, and let the time pass once the command has started its child."""
+        nonlocal late_s
+        loop = asyncio.get_running_loop()
+        now_s = loop.time
+        loop.time = lambda: now_s() + late_s  # type: ignore[method-assign]
+        target = CommandAlert(f"sleep 600 & echo $! > {path}.new; mv {path}.new {path}; sleep 600", limit_s=3600.0)
+        sending = asyncio.create_task(target.send(DOCUMENT))
+        await asyncio.to_thread(eventually, path.exists, "the child")
+        late_s = 3600.0
+        await sending
+
+    with pytest.raises(TraceMLError, match=r"did not end within 3600 s, and was killed"):
+        asyncio.run(send_until_late())
+
+    pid = int(path.read_text())
 
     eventually(lambda: _state_of(pid) in ("", "Z"), "the end of the child")
 
