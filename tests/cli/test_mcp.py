@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tests.eventually import eventually
 from tests.forked import client as forked
 from traceml import cli
 from traceml.cli.assistants.json_documents import document_schema
@@ -96,10 +97,12 @@ def test_why_a_training_is_slow(folder: Path) -> None:
     )
 
     assert len(runs.structured_content["runs"]) == 1
-    verdict = findings.structured_content["findings"][0]
-    assert verdict["kind"] == "INPUT_BOUND"
-    assert verdict["cost_share"] > 0.5
-    assert json.loads(findings.content[0].text)["findings"][0]["next"] == verdict["next"]
+    found = findings.structured_content["findings"]
+    (finding,) = [each for each in found if each["kind"] == "INPUT_BOUND"]  # the first, where the cores are free
+    assert finding["cost_share"] > 0.5
+    assert [each["next"] for each in json.loads(findings.content[0].text)["findings"]] == [
+        each["next"] for each in found
+    ]
     assert "data" in explained.structured_content["raised"]
     assert lines.structured_content["phases"][0]["phase"] == "input_wait"
 
@@ -145,7 +148,12 @@ def test_the_stacks_of_a_running_job(tmp_path: Path) -> None:
     with forked.Popen(words, forks=True, cwd=tmp_path, env=environ(), **pipes) as job:
         assert job.stdout is not None
         assert "trained" in job.stdout.readline()
-        (stacks,) = asked(tmp_path, ("stacks", {}))
+
+        def told() -> Any:
+            (stacks,) = asked(tmp_path, ("stacks", {}))
+            return stacks if not stacks.is_error and stacks.structured_content["ranks"] else None
+
+        stacks = eventually(told, "the rank to be connected")
         job.communicate("\n", timeout=240)
 
     assert job.returncode == 0

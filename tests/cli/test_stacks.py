@@ -101,6 +101,7 @@ def test_a_stopped_rank_is_shown(script: Any) -> None:  # noqa: F811
         time.sleep(600)
         """
     )
+    eventually(lambda: [run["connected"] for run in rank.serving.ask("status")["runs"]] == [1], "the rank to connect")
     rank.process.send_signal(signal.SIGSTOP)
 
     assert "stopped by a signal" in _stacks(rank.serving.folder).stdout

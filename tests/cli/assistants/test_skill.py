@@ -8,8 +8,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.cli.test_mcp import TRAIN, WAIT, environ
+from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.ports import free_port
 
@@ -61,6 +63,9 @@ def _with_a_job(folder: Path, command: str) -> None:
     ):
         assert job.stdout is not None
         assert "trained" in job.stdout.readline(), (folder / "errors.txt").read_text()
+        asks = [sys.executable, "-m", "traceml", "stacks"]
+        options: dict[str, Any] = {"cwd": folder, "env": environ(), "capture_output": True}
+        eventually(lambda: not forked.run(asks, forks=True, **options).returncode, "the rank to be connected")
         _check(folder, command)
         job.communicate("\n", timeout=240)
 
