@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
 
@@ -89,7 +90,9 @@ def runs(tmp_path: Path) -> list[Path]:
 def report(tmp_path: Path) -> dict[str, Any]:
     """The report of the only run."""
     [run_dir] = runs(tmp_path)
-    read: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
+    path = run_dir / "report.json"  # its aggregator may need longer than the script waits for it
+    eventually(path.exists, "the report")
+    read: dict[str, Any] = json.loads(path.read_text())
     return read
 
 

@@ -175,7 +175,7 @@ def test_the_script_is_traced(serving: Serving, run_script: Run) -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    assert stored_steps(serving) == list(range(20))
+    eventually(lambda: stored_steps(serving) == list(range(20)))
 
 
 def test_its_exception_is_recorded_with_its_phase(serving: Serving, run_script: Run) -> None:
@@ -194,7 +194,7 @@ def test_its_exception_is_recorded_with_its_phase(serving: Serving, run_script: 
         entry=True,
     )
 
-    (row,) = exit_rows(serving)
+    (row,) = eventually(lambda: exit_rows(serving))
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr
     assert "traceml/recorder" not in done.stderr
@@ -227,7 +227,7 @@ def test_an_exception_of_a_save_is_recorded_with_its_phase(
         entry=True,
     )
 
-    (row,) = exit_rows(serving)
+    (row,) = eventually(lambda: exit_rows(serving))
     assert (row["code"], row["line"], row.get("open_phase")) == (1, 9, phase)
 
 
@@ -287,4 +287,4 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
     assert err.endswith("KeyboardInterrupt\n")
     assert (tmp_path / "log").read_text() == "unflushed"
     eventually(lambda: stored_steps(serving) == [0, 1, 2])
-    assert exit_rows(serving)[0]["exception"] == "KeyboardInterrupt"
+    assert eventually(lambda: exit_rows(serving))[0]["exception"] == "KeyboardInterrupt"
