@@ -53,5 +53,5 @@ def test_the_live_verdict_knows_the_time_outside_the_steps(serving: Callable[...
             return "" if event is None else str(event.data["verdict"]["summary"])
 
     # The time of the run continues, also before the first verdict.
-    eventually(lambda: re.match(r"4\d % of the run's [56]\d s is evaluation: 2 times 12 s", summary()))
+    eventually(lambda: re.match(r"\d\d % of the run's .+ is evaluation: 2 times 12 s", summary()))
     rank.close("done")

@@ -182,7 +182,8 @@ def hold():
     ctypes.PyDLL(None).sleep(600)
 
 hold()
-signal.pause()
+while True:
+    signal.pause()
 """
 
 
@@ -223,9 +224,12 @@ def test_a_rank_that_connects_late_was_only_slow(tmp_path: Path, serving: Callab
     rank = Script(serves, tmp_path, _never_connected(RANK="1", WORLD_SIZE="2"))
     try:
         eventually(lambda: any(each.frames for each in rank.snapshots()), "a snapshot of rank 1")
-        rank.process.send_signal(signal.SIGUSR1)
-        over = eventually(lambda: next((each for each in rank.snapshots() if each.ended), None), "its silence to end")
 
+        def ended() -> RankSnapshot | None:
+            rank.process.send_signal(signal.SIGUSR1)  # again, as another thread than the one in C may get it
+            return next((each for each in rank.snapshots() if each.ended), None)
+
+        over = eventually(ended, "its silence to end")
         assert over.rank == 1
         eventually(lambda: serves.ask("status")["runs"][0]["connected"] == 2, "rank 1 to connect")
         assert len(serves.run_dirs) == 1
@@ -259,7 +263,7 @@ def test_a_silent_rank_has_a_snapshot_from_before_its_job_is_ended(script: Calla
     rank.process.send_signal(signal.SIGUSR1)
     last = eventually(lambda: next((snapshot for snapshot in rank.snapshots() if snapshot.is_last), None))
 
-    assert last.answered == "signal"
+    assert last.answered in ("signal", "kernel")  # without a core its thread does not show that it waits for the GIL
     assert last.quiet_s >= 5
     assert rank.process.wait(240) != 0
 
