@@ -9,11 +9,13 @@ import threading
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.eventually import eventually
 from tests.ports import free_port
+from traceml.aggregator.alerts import alert_targets
 from traceml.aggregator.alerts.alert_targets import CommandAlert, WebhookAlert, target_of
 from traceml.errors import TraceMLError
 
@@ -46,22 +48,23 @@ def test_a_command_that_fails_is_reported_with_its_words() -> None:
 
 
 @pytest.mark.process
-def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
+def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what it has left in the background."""
-    path, late_s = tmp_path / "pid", 0.0
+    path, limits = tmp_path / "pid", list[asyncio.Timeout]()
+
+    def timeout(limit_s: float) -> asyncio.Timeout:
+        limits.append(asyncio.timeout(limit_s))
+        return limits[-1]
 
     async def send_until_late() -> None:
-        """Send, and let the time pass once the command has started its child."""
-        nonlocal late_s
-        loop = asyncio.get_running_loop()
-        now_s = loop.time
-        loop.time = lambda: now_s() + late_s  # type: ignore[method-assign]
+        """Send, and let the time be over once the command has started its child."""
         target = CommandAlert(f"sleep 600 & echo $! > {path}.new; mv {path}.new {path}; sleep 600", limit_s=3600.0)
         sending = asyncio.create_task(target.send(DOCUMENT))
-        await asyncio.to_thread(eventually, path.exists, "the child")
-        late_s = 3600.0
+        await asyncio.to_thread(eventually, lambda: limits and path.exists(), "the child")
+        limits[0].reschedule(0.0)
         await sending
 
+    monkeypatch.setattr(alert_targets, "asyncio", SimpleNamespace(**{**vars(asyncio), "timeout": timeout}))
     with pytest.raises(TraceMLError, match=r"did not end within 3600 s, and was killed"):
         asyncio.run(send_until_late())
 
