@@ -484,3 +484,20 @@ def test_a_run_began_with_the_script_of_its_first_rank(registry):  # noqa: F811
 
     join(registry, hello(1, script_ms=3_600_000))
     assert run._facts.values["started"] == pytest.approx(before - 60, abs=5)
+
+
+def test_a_checkpoint_counts_that_was_saved_by_a_rank_whose_end_is_seen_late(registry, tmp_path):  # noqa: F811
+    """A busy aggregator may learn of an attempt's end, and of what it saved, when the next one has read it."""
+    flight = FlightFile.create(tmp_path, {})
+    flight.open_slots[Slot.SAVED], flight.open_slots[Slot.SAVED_IN] = 20, 5
+    path = flight.path
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
+    run.disconnected(stream)
+    _, next_one = join(registry, hello(0, 1, pid=2**22 + 2, recorder="s", attempt=1))
+    run.ingest.take(next_one, "info", 0, 1, msgpack.packb({"kind": "loaded", "t_ns": 1, "place": 5}))
+    assert next_one.resumes_at == 0
+
+    run.check_absent()
+
+    assert next_one.resumes_at == 20

@@ -203,7 +203,12 @@ class RunStreams:
 
     def _note_loaded(self, stream: RankStream, row: dict[str, Any]) -> None:
         """Store where a restarted rank continues, if what it has read is a checkpoint of an earlier attempt."""
-        at = resumed_at(stream, row["place"], self.streams) if isinstance(row.get("place"), int) else 0
+        if isinstance(row.get("place"), int):
+            stream.loaded.add(row["place"])
+            self._note_resumed(stream)
+
+    def _note_resumed(self, stream: RankStream) -> None:
+        at = max((resumed_at(stream, place, self.streams) for place in stream.loaded), default=0)
         if at > stream.resumes_at:
             stream.resumes_at = at
             self.store.update_stream(stream.id, resumes_at=at)
@@ -294,6 +299,10 @@ class RunStreams:
                                   "exit": stream.exit})  # fmt: skip
         if stream.is_diagnosed:
             self.live.end(stream)
+        if stream.attempt < self.attempt and "saved_in" in stream.exit:  # its checkpoint may have been read since
+            for later in sorted(self.streams, key=lambda each: each.attempt):
+                if later.attempt > stream.attempt:
+                    self._note_resumed(later)
 
     def _reopen(self) -> None:
         """Open the store of a run that was over, because a rank has reconnected."""

@@ -123,6 +123,8 @@ class RankStream:
     """The aggregator's wall clock minus that of the rank's host."""
     resumes_at: int = 0
     """Steps in the checkpoint with which it began, if it counts its own from 0."""
+    loaded: set[int] = field(default_factory=set)
+    """Places of the checkpoints that it has read."""
     flight_state: FlightState | None = None
     """What its flight file said when it was dead; the file is removed with its last rows."""
     was_in_loop: bool = False
