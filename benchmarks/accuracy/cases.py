@@ -362,7 +362,8 @@ _FRAMEWORKS = (
 
 _ENGINES = (
     _case("references of torchvision", "engines references", steps=360),
-    _case("prefetcher and scaler of timm", "engines prefetcher", steps=200),
+    # Averaging the weights and mixing the samples are a tenth of a step.
+    _case("prefetcher and scaler of timm", "engines prefetcher", *QUIET, "RESIDUAL_HEAVY", steps=200),
     # The loader makes one graph of 32 in the training process, which is a seventh of a step.
     _case("graphs", "engines graphs", *QUIET, "INPUT_BOUND", steps=200),
     _case("graphs, plotted in each step", "engines graphs_plotted", "RESIDUAL_HEAVY", phase="other",

@@ -55,6 +55,21 @@ def test_clearing_gradients_is_not_counted():
     assert ", not counting clearing gradients)" in finding.summary
 
 
+@pytest.mark.parametrize("function", ["train", "<module>"])
+def test_the_line_is_of_what_counts(function: str) -> None:
+    """The line of `zero_grad` was named, which does not count; in a module's own code none was."""
+    lines = [
+        SampledLine(0, "other", "a.py", 3, function, "/lib/torch/optim/swa_utils.py:30 update_parameters", 35),
+        SampledLine(0, "other", "a.py", 4, function, "/lib/torch/optim/optimizer.py:9 Optimizer.zero_grad", 45),
+        SampledLine(0, "other", "a.py", 9, function, None, 20),
+        SampledLine(0, "backward", "a.py", 2, function, None, 80),
+    ]
+    finding, _ = found(Kind.RESIDUAL_HEAVY, adds("other", 20.0), facts=JobFacts(lines=tuple(lines)))
+
+    assert ", not counting clearing gradients)" in finding.summary
+    assert (finding.evidence["line"], finding.evidence["function"]) == (3, function)
+
+
 @pytest.mark.parametrize(("name", "is_loss"), [("cross_entropy", True), ("mse_loss", True), ("interpolate", False)])
 def test_a_loss_is_not_counted(name: str, is_loss: bool) -> None:
     """It is computation of the model, as where it is a module; without it there is no training."""

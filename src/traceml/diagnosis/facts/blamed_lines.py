@@ -27,7 +27,6 @@ from traceml.diagnosis.facts.sampled_shares import (
     is_import,
     is_loss,
     is_passing,
-    is_uncounted,
     least_share,
     of_part,
     receives,
@@ -63,7 +62,6 @@ __all__ = [
     "sends_objects",
     "threads_line",
     "torch_share",
-    "uncounted_share",
     "workers_line",
 ]
 
@@ -318,12 +316,6 @@ def runs_backward(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> 
 def _library_share(lines: Sequence[SampledLine], part: str, line: BlamedLine, libraries: re.Pattern[str]) -> float:
     seen = _seen_in(lines, part, line)
     return samples_in(seen, libraries) / max(sum(each.samples for each in seen), 1)
-
-
-def uncounted_share(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> float:
-    """Return the share of clearing gradients and of torch's losses in the samples of a function of the user."""
-    seen = _seen_in(lines, part, line)
-    return sum(each.samples for each in seen if is_uncounted(each)) / max(sum(each.samples for each in seen), 1)
 
 
 def computes_loss(lines: Sequence[SampledLine], part: str, line: BlamedLine) -> bool:

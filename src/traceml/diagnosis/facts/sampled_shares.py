@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from math import sqrt
 
 import msgspec
+from msgspec.structs import replace
 
 from traceml.database.schema import IMPORTING, LINE_PHASES, LINE_WORKERS, Phase
 from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
@@ -23,6 +24,7 @@ __all__ = [
     "busy_share",
     "child_wait_share",
     "clearing_share",
+    "counted_lines",
     "dataset_share",
     "environment_share",
     "fusable_share",
@@ -31,7 +33,6 @@ __all__ = [
     "is_import",
     "is_loss",
     "is_passing",
-    "is_uncounted",
     "iterator_share",
     "least_share",
     "loss_share",
@@ -168,9 +169,16 @@ def loss_share(lines: Sequence[SampledLine]) -> float:
     return _share(lines, "other", is_loss, _MIN_CLEARING)
 
 
-def is_uncounted(line: SampledLine) -> bool:
-    """Return whether it is of `clearing_share` or `loss_share`."""
-    return _clears(line) or is_loss(line)
+def counted_lines(lines: Sequence[SampledLine]) -> tuple[SampledLine, ...]:
+    """Return samples with those of `clearing_share` and `loss_share` in the phases they belong to, not in `other`."""
+    return tuple(_counted(each) if each.part == "other" else each for each in lines)
+
+
+def _counted(line: SampledLine) -> SampledLine:
+    if _clears(line):
+        return replace(line, part=Phase.OPTIMIZER.label)
+
+    return replace(line, part=Phase.FORWARD.label) if is_loss(line) else line
 
 
 def _clears(line: SampledLine) -> bool:

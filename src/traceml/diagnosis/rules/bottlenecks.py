@@ -16,7 +16,6 @@ from traceml.diagnosis.facts.blamed_lines import (
     blamed_line,
     leading_lines,
     main_library,
-    uncounted_share,
     workers_line,
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -26,6 +25,7 @@ from traceml.diagnosis.facts.sampled_shares import (
     MIN_SHARE_SAMPLES,
     NAMED_SHARE,
     clearing_share,
+    counted_lines,
     iterator_share,
     loss_share,
     place_share,
@@ -173,22 +173,16 @@ class _PhaseCost(msgspec.Struct, frozen=True):
 
     def leading_lines(self, facts: JobFacts) -> tuple[BlamedLine, ...]:
         """Return the two lines that most of it is spent in together, where the samples show them."""
-        return leading_lines(facts.lines, self.part, self._share_in(self.with_rare or self.work))
+        share = self._share_in(self.with_rare or self.work) * (1 - self.uncounted)
+        return leading_lines(self._counted(facts), self.part, share)
 
     def sampled_line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line that most of it is spent in, also if it only calls a trainer."""
-        sampled_share = self._phase_share + self.hidden_ns / self.step_ns
-        line = blamed_line(facts.lines, self.part, sampled_share, self.ranks)
-        return self._without_hidden(self._counted(line, facts))
+        sampled_share = self._phase_share * (1 - self.uncounted) + self.hidden_ns / self.step_ns
+        return self._without_hidden(blamed_line(self._counted(facts), self.part, sampled_share, self.ranks))
 
-    def _counted(self, line: BlamedLine | None, facts: JobFacts) -> BlamedLine | None:
-        """Return a line with its share of what counts; None if that is not most of it."""
-        if line is None or not self.uncounted:
-            return line
-
-        inside = min(line.share * uncounted_share(facts.lines, self.part, line), self.uncounted)
-        share = min((line.share - inside) / (1 - self.uncounted), 1.0)
-        return replace(line, share=share) if share >= NAMED_SHARE else None
+    def _counted(self, facts: JobFacts) -> Sequence[SampledLine]:
+        return counted_lines(facts.lines) if self.uncounted else facts.lines
 
     def _without_hidden(self, line: BlamedLine | None) -> BlamedLine | None:
         """Return a line with its share if all that is hidden was in it; None if that is not most of the part."""
