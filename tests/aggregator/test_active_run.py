@@ -501,3 +501,23 @@ def test_a_checkpoint_counts_that_was_saved_by_a_rank_whose_end_is_seen_late(reg
     run.check_absent()
 
     assert next_one.resumes_at == 20
+
+
+def test_a_rank_that_tells_something_after_its_exit_has_hung_all_the_same(registry):  # noqa: F811
+    """What it wrote on its way out was progress live, and none for the report: `stopped`, with the verdict HANG."""
+    run, stream = join(registry, hello(0, 1))
+    quiet = {"kind": "snapshot", "quiet_s": 99.0, "step": 7, "in_step": True, "answered": "recorder"}
+    rows = [
+        {"kind": "process", "t_ns": 5},
+        {**quiet, "t_ns": 10, "at_ns": 10},
+        {"kind": "exit", "t_ns": 20, "code": 130, "exception": "KeyboardInterrupt"},
+        {"kind": "limits", "t_ns": 30},
+    ]
+    for number, row in enumerate(rows):
+        run.ingest.take(stream, "info", number, 1, msgpack.packb(row))
+
+    leave(run, stream, "failed")
+    run.live.scatter()
+    _, facts = run.live.intake.snapshot(64)
+
+    assert facts.progress.ranks[0].snapshot.answered == "recorder"

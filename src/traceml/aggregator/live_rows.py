@@ -158,6 +158,8 @@ class LiveRows:
             # launcher has reported is that of the process, which may have ended otherwise than its script.
             known = ("kind", "t_ns", "code") if stream.reported_dead else ("kind", "t_ns")
             stream.exit.update({key: value for key, value in row.items() if key not in known})
+            if stream.is_diagnosed:
+                self.facts_builder.progress.info(stream.rank, row)  # what follows is no progress
         elif row.get("kind") == InfoKind.LOADED:
             self.on_loaded(stream, row)
         elif stream.is_diagnosed:
