@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -63,6 +64,23 @@ def _summed(parts: Sequence[_Watched]) -> _Watched:
     )
 
 
+class _Passed(NamedTuple):
+    """Time of all workers together, and their CPU time and waits for a core in it."""
+
+    worker_ns: float
+    cpu_ns: float
+    wait_ns: float
+
+
+def _passed(rows: NDArray[np.void]) -> _Passed:
+    """Return what passed from row to row of the same workers, after the first step."""
+    before, after = rows[:-1], rows[1:]
+    same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0) & (before["step"] > 0)
+    worker_ns = (after["t_ns"] - before["t_ns"]) * after["workers"]
+    counted = worker_ns, after["cpu_ns"] - before["cpu_ns"], after["wait_ns"] - before["wait_ns"]
+    return _Passed(*(float(each[same].sum()) for each in counted))
+
+
 class WorkerHistory(msgspec.Struct):
     """Rows of `schema.LOADER_WORKERS`, summed by rank and loader; in the first step workers start."""
 
@@ -77,11 +95,10 @@ class WorkerHistory(msgspec.Struct):
         known = self._watched.get((rank, loader))
         joined = rows if known is None else join_rows([known.last, rows])
         watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
-        before, after = joined[:-1], joined[1:]
-        same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0) & (before["step"] > 0)
-        watched.worker_ns += float(((after["t_ns"] - before["t_ns"]) * after["workers"])[same].sum())
-        watched.cpu_ns += float((after["cpu_ns"] - before["cpu_ns"])[same].sum())
-        watched.wait_ns += float((after["wait_ns"] - before["wait_ns"])[same].sum())
+        passed = _passed(joined)
+        watched.worker_ns += passed.worker_ns
+        watched.cpu_ns += passed.cpu_ns
+        watched.wait_ns += passed.wait_ns
         watched.last = joined[-1:].copy()
         watched.kept.add(rows)
         measured = rows[rows["private_bytes"] >= 0]
@@ -120,11 +137,9 @@ class WorkerHistory(msgspec.Struct):
                 continue
 
             rows = each.kept.rows
-            rows = rows[(rows["step"] >= max(first, 1)) & (rows["step"] < last)]
-            before, after = rows[:-1], rows[1:]
-            same = np.all([before[name] == after[name] for name in _ONE_GENERATION], axis=0)
-            waited_ns += float((after["wait_ns"] - before["wait_ns"])[same].sum())
-            worker_ns += float(((after["t_ns"] - before["t_ns"]) * after["workers"])[same].sum())
+            passed = _passed(rows[(rows["step"] >= first) & (rows["step"] < last)])
+            waited_ns += passed.wait_ns
+            worker_ns += passed.worker_ns
             least_ns = max(least_ns, MIN_NS * float(each.last["workers"][0]))
 
         return min(waited_ns / worker_ns, 1.0) if worker_ns >= least_ns > 0 else None
