@@ -213,22 +213,24 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
 
 def _finish(run_dir: Path, *, wait: bool) -> None:
     """Check that a run is over, or wait for that, and add the rows that its dead ranks left."""
-    while not _is_ended(run_dir):
-        with RecoveryLock.FINISH.held(run_dir.parent):
-            if _is_ended(run_dir):
-                return
-            if not is_watched(_meta(run_dir).get("aggregator", {})):
-                is_over = finish_run(run_dir)
-                break
-
+    while not _is_ended(run_dir) and not _finish_unwatched(run_dir):
         if not wait:
             raise TraceMLError(
                 f"run {run_dir.name} is still running: its aggregator delivers what it logs (--wait waits for its end)"
             )
 
         time.sleep(_POLL_S)
-    else:
-        return
+
+
+def _finish_unwatched(run_dir: Path) -> bool:
+    """Finish a run that has no aggregator; return whether it is over now."""
+    with RecoveryLock.FINISH.held(run_dir.parent):
+        if _is_ended(run_dir):
+            return True
+        if is_watched(_meta(run_dir).get("aggregator", {})):
+            return False
+
+        is_over = finish_run(run_dir)
 
     if not is_over:
         raise TraceMLError(
@@ -236,6 +238,7 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
         )
 
     _report_stored(run_dir)
+    return True
 
 
 def _is_ended(run_dir: Path) -> bool:
