@@ -87,8 +87,9 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
-def nothing_left(hosts: Hosts) -> bool:
-    return not any(hosts[name].processes() for name in hosts.names)
+def wait_until_clean(hosts: Hosts) -> None:
+    """Wait until nothing runs on a host: an agent that starts while its launcher gives up is not waited for."""
+    eventually(lambda: not any(hosts[name].processes() for name in hosts.names), "the hosts to be clean")
 
 
 def test_a_script_is_traced_on_all_hosts(hosts: Hosts, folder: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_script_is_traced_on_all_hosts(hosts: Hosts, folder: Path) -> None:
     assert report["verdict"]["summary"].split()[0] in done.stderr
     (log,) = folder.glob("traceml_logs/*/alias2*0*.log")
     assert "rank 1 of 2" in log.read_text()
-    assert nothing_left(hosts)
+    wait_until_clean(hosts)
 
 
 def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Hosts, folder: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Ho
     assert list((folder / "traceml_runs" / "latest").glob("flights/*")) == []
     left = hosts["node2"].run("find", "/dev/shm", "-name", "*.flight").stdout
     assert left == ""
-    assert nothing_left(hosts)
+    wait_until_clean(hosts)
 
 
 def test_a_crash_is_reported_with_the_line_of_the_script(hosts: Hosts, folder: Path) -> None:
@@ -190,7 +191,7 @@ def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> Non
     assert [rank["steps"] > at for rank in report["ranks"]] == [True, True]
     assert report["verdict"]["kind"] != "RANK_LOST"  # it was stopped by hand
     assert out.startswith("rank 0 of 2")
-    assert nothing_left(hosts)
+    wait_until_clean(hosts)
 
 
 def test_a_traced_function_keeps_its_exception(hosts: Hosts, folder: Path) -> None:
@@ -217,7 +218,7 @@ except KeyError as error:
     verdict = report_of(folder)["verdict"]
     assert (verdict["kind"], verdict["ranks"]) == ("RANK_LOST", [1])
     assert verdict["evidence"]["file"].endswith("script.py")
-    eventually(lambda: nothing_left(hosts), "idle agents to end with the launcher")
+    wait_until_clean(hosts)
 
 
 def test_a_launch_that_reaches_no_host_leaves_no_run(hosts: Hosts, folder: Path) -> None:
@@ -228,7 +229,7 @@ def test_a_launch_that_reaches_no_host_leaves_no_run(hosts: Hosts, folder: Path)
     assert done.returncode == 3
     assert done.stderr.startswith("traceml launch: host refused: the connection was refused")
     assert [each.name for each in (folder / "traceml_runs").iterdir()] == [".gitignore"]
-    assert nothing_left(hosts)
+    wait_until_clean(hosts)
 
 
 def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> None:
@@ -239,7 +240,7 @@ def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> No
     assert done.stdout == "rank 0 of 2 __main__ ['plain', '30']\n"
     report = report_of(folder)
     assert [(rank["host"], rank["steps"]) for rank in report["ranks"]] == [("node1", 30), ("node2", 30)]
-    eventually(lambda: nothing_left(slurm.hosts), "the steps to end")
+    wait_until_clean(slurm.hosts)
 
 
 @pytest.mark.timeout(200)
@@ -288,4 +289,4 @@ def test_a_lone_rank_that_cannot_end_itself_is_ended_by_the_launcher(hosts: Host
     assert "rank 0 (local rank 0 on alias2) has not ended: the job hangs, and on_hang is abort" in ended.stderr
     assert (report["run"]["state"], report["verdict"]["kind"], report["verdict"]["ranks"]) == ("hung", "HANG", [0])
     assert "that holds the GIL" in report["verdict"]["summary"]
-    assert nothing_left(hosts)
+    wait_until_clean(hosts)
