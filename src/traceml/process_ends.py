@@ -54,7 +54,7 @@ class EndedBySignal(KeyboardInterrupt):
 
 
 def not_ignored(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
-    """Return those of the signals that this process was not started to ignore, as SIGHUP is under `nohup`."""
+    """Return the signals that this process does not ignore since its start, as it does SIGHUP under `nohup`."""
     return {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
 
 

@@ -1,4 +1,4 @@
-"""Guard for rare actions of the instrumentation: an error in one is logged and counted, and costs only its result."""
+"""Guard for rare actions of the instrumentation: an error is logged and counted, and costs the result only."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Start an aggregator for this job on this host, by the first local rank.
 
-A lock lets only one process start it: that of the runs folder, or where an address was given, binding its port. That
-process passes the listening socket to the aggregator, so the other ranks can connect at once, and their handshake waits
-until the aggregator is up.
+Only one process may start it: the one that gets the lock of the runs folder, or, if an address is given, the one that
+binds its port. That process passes the listening socket to the aggregator, so the other ranks can connect at once, and
+their handshake waits until the aggregator is up.
 """
 
 from __future__ import annotations

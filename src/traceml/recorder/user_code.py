@@ -49,7 +49,7 @@ def user_line(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> 
 
 
 def _is_script(frame: FrameType) -> bool:
-    """Return whether a frame is of the script; the program that runs it was `__main__`, too, as that of a launch is."""
+    """Return whether a frame is of the script, and not of our program that runs it, which was `__main__` before."""
     values, main = frame.f_globals, sys.modules.get("__main__")
     is_main = main is not None and values is vars(main) and values.get("__spec__") is None
     return is_main and not is_starter(frame.f_code.co_filename)

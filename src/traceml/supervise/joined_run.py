@@ -1,4 +1,4 @@
-"""The part that this node has in a run of another one: reports of its ranks to the aggregator there."""
+"""Client of a run whose aggregator is on another node: reports how the ranks of this node ended."""
 
 from __future__ import annotations
 

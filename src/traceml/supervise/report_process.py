@@ -1,4 +1,4 @@
-"""Handle of the processes that write the reports of ended runs.
+"""Handle of the processes that write the reports of ended runs; a forked one continues here.
 
 Process: aggregator, started by `traceml serve`.
 """

@@ -1,4 +1,4 @@
-"""Readings in a thread whose cost sets their pace."""
+"""Background readings, at a rate that keeps their share of a core constant."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Readings of code, environment and machine of runs whose rank 0 leaves that to its aggregator.
+"""Readings of code, environment and machine for runs without trackers, whose rank 0 starts no collectors.
 
-One process of low priority reads once for each start of a job, during the training, when the run has come to an
-age at which its cost is small. It is killed when the run ends, or when it takes too long.
+One process of low priority reads them once for each start of a job, when the run is ten seconds old: its cost is then
+a small part of the run. It is killed when the run ends, or when it takes too long.
 """
 
 from __future__ import annotations

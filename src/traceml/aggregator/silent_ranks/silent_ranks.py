@@ -135,7 +135,7 @@ class SilentRanks:
         return [process for process in map(RankProcess.of, self._run.connected_ranks) if process is not None]
 
     def _leave(self, process: RankProcess) -> None:
-        """Forget a process that has gone; one that was absent may have connected, so its silence is over."""
+        """Forget a process that has ended. If an absent one has connected meanwhile, its silence is over instead."""
         streams = [stream for stream in self._run.connected if stream.incarnation.pid == process.pid]
         if process.stream is None and any(stream.rank == process.rank for stream in streams):
             self._wake(process)

@@ -1,4 +1,4 @@
-"""Rows of a large job between their commit and their frames.
+"""Buffer in the store for rows of a large job, which are committed before they become frames.
 
 Ten thousand ranks that send a row a second would fill the store with frames of one row, and merging them later writes
 most pages of the store again. So the rows of such a job are committed as they come, those of all ranks in one record,

@@ -1,4 +1,4 @@
-"""Containers of the script that explain a growth of memory, in words."""
+"""Text that names the containers of the script that explain a growth of memory."""
 
 from __future__ import annotations
 

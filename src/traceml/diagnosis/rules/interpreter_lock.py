@@ -107,7 +107,7 @@ def _advice(line: BlamedLine | None, on_ranks: str = "") -> str:
 
 
 def _if_steps_need_it(computed_ns: float, cost: float, step_ns: float) -> str:
-    """Return further advice where one process that does what the threads do would be slower than the steps.
+    """Return further advice if one process, doing the work of the threads, could not keep up with the steps.
 
     Args:
         computed_ns: for how long the threads compute during a step.

@@ -1,4 +1,4 @@
-"""Kept steps: rows as they arrive, for thousands of ranks at a time, of which the aligned ones are taken.
+"""Buffer of step rows of thousands of ranks, as they arrive; it returns the steps that all ranks have.
 
 Of a long run they are a sample: blocks of consecutive steps, spread over the run, the same on all ranks.
 """

@@ -1,4 +1,4 @@
-"""Steps of several trainings in one run, as a sweep and layers that are unfrozen make them: apart, or as if of one.
+"""Steps of several trainings in one run (a sweep, layers that are unfrozen later): split, or scaled to one.
 
 Computation and waiting for other ranks depend on the model, so rules that look for irregular steps would report the
 change of model. Both are scaled here to one usual value for all trainings; their sum stays the same. A change over time

@@ -1,4 +1,4 @@
-"""Functions between a caller and a function of torch that warnings do not count as callers.
+"""Wrappers of torch functions that `warnings` and `logging` skip when they look for the caller.
 
 `warnings.warn(..., stacklevel=2)` names the line of the caller, which would be one of ours. Python does not count
 frames whose file name contains both `importlib` and `_bootstrap` (also in `logging`), as the path of this folder does.

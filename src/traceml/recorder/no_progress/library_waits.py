@@ -1,4 +1,4 @@
-"""Waits of a thread in a library, by its frames: for a child process, dead or alive, a lock file, or a rank.
+"""Classification of blocking library calls by a thread's frames: waits for a child process, a lock file, or a rank.
 
 Of ranks these are the facts that the flight recorder of torch does not have: the peer of gloo's sends and receives, and
 the roots of collectives.

@@ -1,7 +1,7 @@
 """Bytes that the threads of this process write: output, a checkpoint.
 
 What the training thread writes is progress. Another thread may write a checkpoint for it, in the background. Or it may
-only write signs of life or what the host does, which continues while the training hangs.
+only write heartbeats or the state of the host, which continues while the training hangs.
 """
 
 from __future__ import annotations

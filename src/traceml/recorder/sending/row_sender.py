@@ -152,7 +152,7 @@ class RowSender:
 
     @property
     def _kept(self) -> str:
-        """Rows that are kept without an aggregator, in words; a child that only logs has hardly a ring."""
+        """Text for warnings: rows that are kept without an aggregator. A child that only logs keeps almost no steps."""
         steps = f"the last {self._steps.capacity:,} steps and " if self._steps.capacity >= _FRAME_ROWS else ""
         return f"{steps}all logged values are kept"
 

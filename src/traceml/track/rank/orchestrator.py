@@ -1,4 +1,4 @@
-"""Front of tracking in the rank: a routed metric becomes a row; delivery runs in other processes."""
+"""Facade of tracking in the rank: appends a logged value as a row; other processes deliver it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places that trackers' own variables name, as options of a run, so that every delivery uses them."""
+"""Destinations set by trackers' own environment variables, as options of a run, so that every delivery uses them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def place_options(backend: str, options: Mapping[str, Any], environ: Mapping[str
 
 
 def moved_options(backend: str, announced: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the options of a run for another place; None if its own names the same, or none is named."""
+    """Return the options of a run changed to the destination that this process names; None if nothing changes."""
     from traceml.track.plugins.plugin_registry import backend_metadata
 
     metadata = backend_metadata(backend)
