@@ -90,18 +90,18 @@ def is_newest_part(window: AlignedSteps, facts: JobFacts) -> bool:
 
 
 def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:
-    main, remarks = _apart(_beside_timing(window, facts))
+    main, remarks = _split_remarks(_non_timing(window, facts))
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
-    judged = _judged(window, facts)
+    judged = _usual_steps(window, facts)
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
 
     judged, faster = by_pace(judged, facts)
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
-    past = judged if history is window else None if history is None else _judged(history, facts)
+    past = judged if history is window else None if history is None else _usual_steps(history, facts)
     found = without_changes_by_others(_timing_without_pauses(judged, work, facts, past), shared)
-    timing, of_timing = _apart(_with_lock(found, work, facts))
+    timing, of_timing = _split_remarks(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
     timing = _of_slowest_ranks(timing, judged, faster)
@@ -128,7 +128,7 @@ def _with_other_advice(finding: Finding, facts: JobFacts) -> Finding:
     return replace(finding, next=" ".join(filter(None, (finding.next, for_debugging(facts)))))
 
 
-def _judged(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
+def _usual_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
     """Return the steps that show how long a step takes as a rule; all of them if there are too few to judge."""
     return window if len(window) < MIN_STEPS else _without_joined_steps(without_stopped_steps(window, facts), facts)
 
@@ -143,7 +143,7 @@ def _without_joined_steps(window: AlignedSteps, facts: JobFacts) -> AlignedSteps
     return window if kept.all() else window.select(kept)
 
 
-def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     """Return what is found without comparing the times of steps: ends and errors first."""
     ended = hang(window, facts) or rank_lost(facts)
     explained = [rank for finding in ended if "worker_pid" in finding.evidence for rank in finding.ranks]
@@ -167,7 +167,7 @@ def _beside_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
     return found
 
 
-def _apart(found: list[Finding]) -> tuple[list[Finding], list[Finding]]:
+def _split_remarks(found: list[Finding]) -> tuple[list[Finding], list[Finding]]:
     """Return the findings that may be the verdict, and the remarks."""
     main = [each for each in found if each.severity is not Severity.INFO]
     return main, [each for each in found if each.severity is Severity.INFO]
