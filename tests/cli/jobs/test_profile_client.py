@@ -41,3 +41,13 @@ def test_a_window_of_another_client_is_left_open(ranks: tuple[int, ...] | None, 
         assert client.profile(request) == []
 
     assert [each for each in job.asked if each[0] == "close"] == closed
+
+
+def test_ranks_that_begin_together_are_asked_at_once() -> None:
+    """Asked one after the other, the last of eight would hear of the first step when it had passed."""
+    job = _Ranks()
+    client = ProfileClient(job, {})  # type: ignore[arg-type]
+
+    client.profile(ProfileRequest(ranks=(0, 1), steps=5, limit_s=1.0, limit_bytes=1000))
+
+    assert [ranks for do, ranks in job.asked if do == "open"] == [[0, 1]]

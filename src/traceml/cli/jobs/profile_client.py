@@ -128,17 +128,22 @@ class ProfileClient:
         asked = [each for each in self.windows.values() if not each.is_over]
         lead = {each.rank: _lead(each) for each in asked}
         last = max((each.step + lead[each.rank] for each in asked), default=0)
+        together: dict[int, list[int]] = {}  # ranks by first step: one question for all, as each may take half a second
         for each in asked:
             first = last if last - each.step <= 2 * lead[each.rank] else each.step + lead[each.rank]
+            together.setdefault(first, []).append(each.rank)
+
+        for first, ranks in together.items():
             args = {
                 "do": "open", "first": first, "steps": request.steps, "limit_s": request.limit_s,
                 "limit_bytes": request.limit_bytes, "stacks": request.stacks,
             }  # fmt: skip
-            self._opened.append(each.rank)
-            for answer in self._ask(args, [each.rank])[0]:
+            self._opened += ranks
+            for answer in self._ask(args, ranks)[0]:
                 if "error" in answer:  # it may have a window of another client, which stays open
-                    self._opened.remove(each.rank)
-                    each.fail(ProfileState.FAILED, str(answer["error"]).removeprefix("TraceMLError: "))
+                    self._opened.remove(answer["rank"])
+                    why = str(answer["error"]).removeprefix("TraceMLError: ")
+                    self.windows[answer["rank"]].fail(ProfileState.FAILED, why)
 
     def _await(self, request: ProfileRequest) -> None:
         deadline_s = time.monotonic() + request.limit_s + _SAVING_S
