@@ -204,9 +204,8 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
     if blocker is not None and blocker.end and not blocker.pid:
         return (
             "The result of a process that died never arrives: look in the output and in `dmesg` for what ended it, "
-            "often "
-            "a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then; a Pool waits "
-            "forever."
+            "often a lack of memory. concurrent.futures.ProcessPoolExecutor raises BrokenProcessPool then; a Pool "
+            "waits forever."
         )
 
     if blocker is not None and blocker.end:
