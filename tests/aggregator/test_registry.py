@@ -450,6 +450,33 @@ def test_ranks_that_a_process_spawns_take_its_place(registry):
     assert (second.attempt, run.world_size) == (0, 2)
 
 
+def test_a_process_that_has_spawned_ranks_may_come_after_them(registry):
+    """As where the aggregator starts late: it is no rank either, and its run began with its script."""
+    run, first = join(registry, hello(0, 2, run_id="named", recorder="a", pid=2, spawned_by="parent"))
+    _, second = join(registry, hello(1, 2, run_id="named", recorder="b", pid=3, spawned_by="parent"))
+    same, parent = join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1, script_ms=60_000))
+
+    assert run is same
+    assert [stream.is_helper for stream in (parent, first, second)] == [True, False, False]
+    assert (parent.attempt, run.attempt, run.world_size) == (0, 0, 2)
+    assert run.started_s <= run.now_s - 60
+    leave(run, first)
+    leave(run, second)
+    assert not run.is_over(has_launcher=False)
+    leave(run, parent)
+    assert run.end()
+    assert run.state == "finished"
+
+
+def test_a_process_that_has_spawned_one_training_is_a_run_of_its_own(registry):
+    """A child that trains for itself came before it: it may train, too."""
+    run, _ = join(registry, hello(0, 1, run_id="named", recorder="a", pid=2, spawned_by="parent"))
+    other, parent = join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1))
+
+    assert other is not run
+    assert not parent.is_helper
+
+
 @pytest.mark.parametrize(("flight", "steps", "attempt"), [("a", 0, 0), ("a", 10, 1), ("b", 0, 1)])
 def test_a_rank_that_joins_a_process_group_is_no_restart(registry, flight, steps, attempt):
     """The same recording without steps, now one of two ranks, is of the same attempt; a later one trains again."""

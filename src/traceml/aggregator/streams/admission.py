@@ -34,7 +34,7 @@ class Admission:
     def attempt_for(self, hello: Hello) -> int | None:
         """Return the attempt that a new rank belongs to, None when it is of another job."""
         attempt = self._facts.attempt_of(hello.attempt)
-        if hello.parent:
+        if hello.parent or self.has_started_ranks(hello):
             return attempt
 
         self._leave_to_children(hello, attempt)
@@ -51,6 +51,10 @@ class Admission:
             return attempt  # the same recording, which has joined a process group: that is not a restart
 
         return self._facts.attempt + 1 if self._named else None
+
+    def has_started_ranks(self, hello: Hello) -> bool:
+        """Whether a process has started ranks that came before it, as the aggregator was late: it is no rank itself."""
+        return hello.world_size == 1 and hello.recorder in self._table.starters
 
     def starts_next_run(self, hello: Hello) -> bool:
         """Whether a rank that has ended here trains again in the same process: that is the job's next run."""

@@ -14,11 +14,13 @@ class StreamTable:
     Attributes:
         all: in the order in which they came.
         disconnected: those without a connection that have not ended, as keys.
+        starters: recorders of the processes that have started ranks of a group.
     """
 
     def __init__(self) -> None:
         self.all: list[RankStream] = []
         self.disconnected: dict[RankStream, None] = {}
+        self.starters: set[str] = set()
         self._current: dict[tuple[int, int], RankStream] = {}
         self._by_incarnation: dict[tuple[Incarnation, int], RankStream] = {}
         self._by_recorder: dict[str, list[RankStream]] = {}
