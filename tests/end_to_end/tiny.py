@@ -24,6 +24,7 @@ def main() -> nn.Module:
     parser.add_argument("--end", choices=("raise", "kill", "term", "exit", "_exit", "interrupt"), default="raise")
     parser.add_argument("--first-attempt-only", action="store_true")
     parser.add_argument("--marker", type=Path, help="file that gets this rank's pid once it trains")
+    parser.add_argument("--apart", action="store_true", help="without a process group")
     parser.add_argument("--until", type=Path, help="file that ends the training early once it exists")
     options = parser.parse_args()
 
@@ -31,7 +32,7 @@ def main() -> nn.Module:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    if world_size > 1:
+    if world_size > 1 and not options.apart:
         # a rendezvous that fails should fail soon, but a busy machine may start a rank late
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
         model = nn.parallel.DistributedDataParallel(model)
@@ -57,7 +58,7 @@ def main() -> nn.Module:
             break
 
     print(f"rank {rank} loss {loss.item():.17g}", flush=True)
-    if world_size > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
     return model
