@@ -21,7 +21,7 @@ from traceml.runs.report.report import build_report, save_report
 
 
 def exporter(folder: Any, url: str, clock: Clock | None = None, owner: int | None = None, **more: Any) -> OtlpExporter:
-    """Return an exporter of this process's runs."""
+    """Return an exporter of this process's runs, those that end from 5 s before this call on."""
     config = OtlpConfig(runs_dir=folder, owner=owner or os.getpid(), endpoint=url, **{"timeout_s": 120.0, **more})
     return OtlpExporter(config, clock=clock or Clock())
 
@@ -123,8 +123,9 @@ def test_an_ended_run_is_a_trace_with_its_findings(tmp_path):
 def test_blocks_cover_the_steps_and_have_the_times_of_their_rows(tmp_path):
     """Blocks follow each other without a gap, and their phases are those of the charts."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
+        sender = exporter(tmp_path, collector.url)
         end(tmp_path / "r1", writer)
-        exporter(tmp_path, collector.url).poll(15.0, last=True)
+        sender.poll(15.0, last=True)
 
     blocks = [span for span in collector.spans() if span.name.startswith("step")]
     facts = sorted((attributes(block) for block in blocks), key=lambda each: each["traceml.step.first"])
@@ -139,8 +140,9 @@ def test_blocks_cover_the_steps_and_have_the_times_of_their_rows(tmp_path):
 def test_a_failed_run_is_an_error(tmp_path):
     """Its root span has the status of an error, which tracing systems show in red."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
+        sender = exporter(tmp_path, collector.url)
         end(tmp_path / "r1", writer, state="failed")
-        exporter(tmp_path, collector.url).poll(15.0, last=True)
+        sender.poll(15.0, last=True)
 
     root = next(span for span in collector.spans() if span.name.startswith("run"))
     assert (root.status.code, root.status.message) == (2, "the run is failed")
@@ -149,9 +151,10 @@ def test_a_failed_run_is_an_error(tmp_path):
 def test_the_same_run_has_the_same_ids(tmp_path):
     """An exporter that was restarted and sends a run again makes no second trace."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
+        senders = [exporter(tmp_path, collector.url) for _ in range(2)]
         end(tmp_path / "r1", writer)
-        for _ in range(2):
-            exporter(tmp_path, collector.url).poll(15.0, last=True)
+        for sender in senders:
+            sender.poll(15.0, last=True)
 
     ids = [span.span_id for span in collector.spans()]
     assert ids[: len(ids) // 2] == ids[len(ids) // 2 :]
@@ -196,8 +199,9 @@ def test_a_collector_that_is_down_gets_the_spans_later(tmp_path, caplog):
 def test_texts_of_findings_are_masked(tmp_path):
     """The setting `mask` counts for what leaves the machine here too."""
     with collecting() as collector, running_run(tmp_path / "r1") as writer:
+        sender = exporter(tmp_path, collector.url, mask=("re:Rank",))
         report = end(tmp_path / "r1", writer)
-        exporter(tmp_path, collector.url, mask=("re:Rank",)).poll(15.0, last=True)
+        sender.poll(15.0, last=True)
 
     root = next(span for span in collector.spans() if span.name.startswith("run"))
     assert "Rank" in report.verdict.summary

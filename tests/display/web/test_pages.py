@@ -441,9 +441,9 @@ def test_a_run_that_falls_silent_says_so(visit: Visits, live_job: LiveJob) -> No
         live_job.train(1)
         page.wait_for_timeout(200)
         if page.locator(".banner").is_hidden():
-            break
+            return
 
-    expect(page.locator(".banner")).to_be_hidden(timeout=1)
+    pytest.fail("the banner has stayed")
 
 
 def test_two_browsers_see_the_same(visit: Visits, live_job: LiveJob) -> None:

@@ -38,7 +38,7 @@ class Counting:
 
 async def until(what: Callable[[], object]) -> None:
     """Wait until it is true."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not what():  # noqa: ASYNC110 - what is waited for happens in other threads
             await asyncio.sleep(0.005)
 
