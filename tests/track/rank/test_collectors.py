@@ -379,7 +379,7 @@ def test_plugins_release_what_they_took(tmp_path: Path, monkeypatch: pytest.Monk
     """`cleanup` is called at the end, also of a collector with an interval."""
     monkeypatch.chdir(tmp_path)
     rows: list[dict[str, Any]] = []
-    child = CollectorProcess(["my_collectors:Holding"], {}, (), rows.append)
+    child = CollectorProcess(["my_collectors:Holding"], {}, (), rows.append, cleanup_s=60)
     eventually(lambda: rows)
     child.stop(timeout_s=0)
 

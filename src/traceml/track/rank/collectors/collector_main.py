@@ -32,7 +32,6 @@ __all__ = ["main"]
 
 MAX_ROW_BYTES = 1 << 20
 _FIRST_READING_S = 2.0
-_CLEANUP_S = 0.5  # the parent kills this process a second after it has closed the pipe
 
 
 def main() -> None:
@@ -109,7 +108,7 @@ class _CollectorThreads:
     def stop(self) -> None:
         """End the readings; wait a moment until the plugins have released what they took."""
         self._stopped.set()
-        ends_s = time.monotonic() + _CLEANUP_S
+        ends_s = time.monotonic() + self._request["cleanup_s"]  # the parent kills this process soon after
         for thread in self._threads:
             thread.join(max(0.0, ends_s - time.monotonic()))
 

@@ -27,6 +27,7 @@ from traceml.inspection.user_files import working_folder
 __all__ = ["CollectorProcess"]
 
 _log = logging.getLogger("traceml")
+_CLEANUP_S, _END_S = 0.5, 0.5
 # The environment is unchanged, because a collector reads it.
 _BOOT = "import sys; sys.path[:0] = sys.argv[1:]; from traceml.track.rank.collectors.collector_main import main; main()"
 
@@ -39,6 +40,7 @@ class CollectorProcess:
         known: names given to `register` -> import path.
         on_row: called with each row, on the reading thread.
         debug: show what the collectors print.
+        cleanup_s: longest time for collectors with an interval to release what they took, at the end.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class CollectorProcess:
         on_row: Callable[[dict[str, Any]], None],
         *,
         debug: bool = False,
+        cleanup_s: float = _CLEANUP_S,
     ) -> None:
         self._on_row = on_row
+        self._cleanup_s = cleanup_s
         self._pid = os.getpid()
         self._first_readings = threading.Event()
         argv, folder = list(sys.argv), working_folder()
@@ -60,6 +64,7 @@ class CollectorProcess:
             "collectors": list(collectors),
             "known": dict(known),
             "mask": list(mask),
+            "cleanup_s": cleanup_s,
             "path": path,
             "config": facts | {"path": path, "mask": list(mask)},
         }
@@ -93,7 +98,7 @@ class CollectorProcess:
         except OSError:
             pass  # it has ended
 
-        end_process(self._process, 1.0)
+        end_process(self._process, self._cleanup_s + _END_S)
         self._thread.join(1.0)
         if not self._thread.is_alive() and self._process.stdout is not None:
             self._process.stdout.close()
