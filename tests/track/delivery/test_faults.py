@@ -186,8 +186,9 @@ def test_a_job_whose_every_process_is_killed_is_delivered_by_sync(tmp_path: Path
     job = Job(tmp_path, {"jsonl": {}}, command=(), TRACEML_PORT=str(free_port()), TRACEML_LOCAL="1")
     try:
         job.wait_for(lambda: job.run_dir.name != "latest" and job.state("jsonl").delivered > 0)
+        _signal(tmp_path, "traceml serve", signal.SIGSTOP)  # it would store what the dead rank has left
         for words in ("script.py", "traceml serve", "traceml.track.delivery"):
-            _kill(tmp_path, words)
+            _signal(tmp_path, words, signal.SIGKILL)
     finally:
         job.close()
 
@@ -279,10 +280,10 @@ def _pids_in(folder: Path) -> list[int]:
     return found
 
 
-def _kill(folder: Path, words: str) -> None:
+def _signal(folder: Path, words: str, number: signal.Signals) -> None:
     for pid in _pids_in(folder):
         try:
             if words in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
         except (ProcessLookupError, FileNotFoundError):
             continue

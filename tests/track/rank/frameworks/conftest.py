@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
+from tests.eventually import eventually
 from tests.forked import client as forked
 from tests.recorder.conftest import environ
 from traceml.database.store.reader import StoreReader
@@ -44,6 +45,11 @@ class Captured:
     def values(self, kind: int | None = None) -> list[tuple[str, int | None, Any]]:
         """Name, step and value of what was logged by somebody."""
         return [(row.name, row.step, row.value) for row in self.metrics if kind is None or row.kind == kind]
+
+    def has_ended(self) -> bool:
+        """Whether its run is over: an aggregator that was slow stores what the script has left in memory before."""
+        with StoreReader(self.run_dir / STORE_NAME) as reader:
+            return reader.meta()["run"]["ended"] is not None
 
     def read(self) -> None:
         with StoreReader(self.run_dir / STORE_NAME) as reader:
@@ -84,6 +90,7 @@ def captured(aggregator: Serving, tmp_path: Path, request: pytest.FixtureRequest
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]
         result = Captured(json.loads(lines[-1]) if lines else None, tmp_path, aggregator.folder / job)
+        eventually(result.has_ended, "the end of the run")
         result.read()
         return result
 
