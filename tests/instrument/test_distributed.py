@@ -116,8 +116,8 @@ def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) 
 @pytest.mark.process
 def test_waiting_for_the_buffers_of_another_rank_is_no_forward(found: dict[str, list[dict[str, Any]]]) -> None:
     """DDP broadcasts those of BatchNorm at the start of forward: rank 0 is late for it."""
-    rows = found["ddp_buffers"][1]["rows"][4:]
-    waiting, forward = (sum(row[name] for row in rows) / len(rows) / 1e6 for name in ("comm_ns", "forward_ns"))
+    rows = found["ddp_buffers"][1]["rows"][4:]  # a rank that has to wait for a core once is late in one step
+    waiting, forward = (statistics.median(row[name] for row in rows) / 1e6 for name in ("comm_ns", "forward_ns"))
     assert waiting > 3
     assert forward < waiting / 2
 
