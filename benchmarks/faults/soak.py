@@ -116,11 +116,10 @@ class Soak:
         """Disturb the next run, and return what came of it."""
         disturbance = threading.Thread(target=self._disturb, args=(kills,))
         disturbance.start()
-        assert self.rank.stdin is not None
-        self.rank.stdin.write("go\n")
-        self.rank.stdin.flush()
-        counts = json.loads(_line_of(self.rank.stdout))
+        self._tell("go")
         disturbance.join()
+        self._tell("end")  # not before: nobody would write the report of an aggregator that is killed after the end
+        counts = json.loads(_line_of(self.rank.stdout))
         run_dir = Path(counts.pop("run_dir"))
         server = self.serving.process.pid
         eventually(lambda: _has_report(run_dir, server), f"the report of {run_dir}", timeout_s=100)
@@ -134,6 +133,12 @@ class Soak:
         self.rank.kill()
         self.rank.communicate()
         self.serving.close()
+
+    def _tell(self, word: str) -> None:
+        """Give a line to the rank."""
+        assert self.rank.stdin is not None
+        self.rank.stdin.write(f"{word}\n")
+        self.rank.stdin.flush()
 
     def _disturb(self, kills: bool) -> None:
         time.sleep(self.run_s / 4)

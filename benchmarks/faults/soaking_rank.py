@@ -1,6 +1,6 @@
 """Train at full speed in runs that come and go, all in one process, and print a line of counts after each run.
 
-`python soaking_rank.py SECONDS_PER_RUN`: each line of standard input starts a run.
+`python soaking_rank.py SECONDS_PER_RUN`: one line of standard input starts a run, and the next one lets it end.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def one_run(number: int, seconds: float) -> dict[str, Any]:
     """Trace a training from `init` to `shutdown`; return its counts."""
     recorder = traceml.init(run_id=f"soak-{number}", run_name=f"soak-{number}", quiet=True)
     steps, logged = train(seconds)
+    sys.stdin.readline()
     run_dir = recorder.run_dir
     recorder.wait_until_stored(60)  # longer than `shutdown` waits, which leaves the rest to a later aggregator
     traceml.shutdown()
