@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import pytest
 
 from tests.display.monitoring.collector import collecting
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.recorder.conftest import environ
 from tests.source_tree import SOURCE, nodes_of, source_files
 from traceml.helper_programs import end_process, helper_program, importing
@@ -127,9 +127,7 @@ def _neighbors(node: Any) -> list[tuple[ast.Constant, ast.Constant]]:
 @pytest.mark.process
 def test_a_traced_script(poisoned):
     """Aggregator, metrics, OTLP, delivery, collectors, report and torchrun; the script is in another folder."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-
+    port = str(free_port())
     served = ("--live", "none", "--runs-dir", "runs", "--prometheus", port, "--nproc-per-node", "2")
     with collecting() as collector:
         done = run(
