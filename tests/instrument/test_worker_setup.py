@@ -39,7 +39,6 @@ def touch(worker: int) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_the_line_of_a_worker_that_inherits_nothing(
     traced: Traced, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from traceml.track.plugins.metric import Metric
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(240),
 ]
 
 _SERVER = """

@@ -120,7 +120,7 @@ def test_a_busy_a_locked_and_a_hanging_server_each_get_their_own_treatment(
     key_file.write_text("first")
     proxy.key = "first"
     try:
-        job = start({"mlflow": {"tracking_uri": proxy.url, "timeout_s": 2, "api_key_file": str(key_file)}})
+        job = start({"mlflow": {"tracking_uri": proxy.url, "timeout_s": 10, "api_key_file": str(key_file)}})
         job.wait_for(lambda: job.state("mlflow").delivered > 0)
 
         proxy.behavior = "busy"
