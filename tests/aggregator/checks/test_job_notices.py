@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from traceml.aggregator.checks.job_notices import JobNotices
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
@@ -36,12 +38,13 @@ def notices_of(
     silent: Rank | None = None,
     now_s: Callable[[], float] = time.monotonic,
     on_mute: Callable[[dict[str, Any]], object] | None = None,
+    has_absent: bool = False,
 ) -> tuple[JobNotices, Any]:
     builder = JobFactsBuilder(len(ranks))
     run: Any = SimpleNamespace(
         path=Path("/runs/a"), attempt=0, connected_ranks=ranks, live=SimpleNamespace(facts_builder=builder)
     )
-    watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent)
+    watch: Any = SimpleNamespace(is_silent=lambda stream: stream is silent, has_absent=has_absent)
     return JobNotices(run, watch, now_s, on_mute), run
 
 
@@ -81,6 +84,17 @@ def test_the_launcher_prints_where_no_rank_can() -> None:
 
     assert told == [{"kind": "HANG", "headline": HANG.headline, "run_dir": "/runs/a"}]
     assert rank.told == []
+
+
+@pytest.mark.parametrize("has_absent", [True, False])
+def test_the_launcher_prints_for_a_rank_that_never_connected(has_absent: bool) -> None:
+    """C code took the interpreter's lock before; without such a process the job is over."""
+    told = list[dict[str, Any]]()
+    notices, _ = notices_of(on_mute=told.append, has_absent=has_absent)
+    for _ in range(2):
+        notices.check([HANG])
+
+    assert len(told) == has_absent
 
 
 def test_a_job_without_progress_does_not_go_on() -> None:

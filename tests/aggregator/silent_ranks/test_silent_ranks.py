@@ -17,7 +17,7 @@ from tests.aggregator.conftest import TOKEN, Serving
 from tests.aggregator.test_registry import hello, registry  # noqa: F401
 from tests.eventually import eventually
 from traceml.aggregator.registry import Registry
-from traceml.aggregator.silent_ranks.silent_ranks import UnconnectedRanks
+from traceml.aggregator.silent_ranks.silent_ranks import SilentRanks, UnconnectedRanks
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import default_folder, find_flights
@@ -437,3 +437,21 @@ def test_a_rank_that_lost_its_aggregator_is_absent(registry: Registry, flight: F
     flight.update_identity(run_dir=str(run.path))
 
     assert [process.rank for process in UnconnectedRanks(run).find()] == [1]
+
+
+def test_whether_a_silent_process_has_never_connected_is_known(
+    registry: Registry,  # noqa: F811
+    flight: FlightFile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until it is of another run, or has gone."""
+    monkeypatch.setattr("traceml.aggregator.silent_ranks.silent_ranks.silent_s", lambda _: 60.0)
+    run, _ = registry.assign(hello(0, 2))
+    silent = SilentRanks(run, lambda snapshot: snapshot.close())
+    seen = [silent.has_absent]
+    silent.check()
+    seen.append(silent.has_absent)
+    flight.update_identity(run_dir="/others/20260101-a")
+    silent.check()
+
+    assert [*seen, silent.has_absent] == [False, True, False]

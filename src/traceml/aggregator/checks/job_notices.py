@@ -25,7 +25,7 @@ class JobNotices:
 
     Args:
         silent: the ranks of the run whose recorder does not run: they could not print it.
-        on_mute: takes the facts of the line if no rank of a connected job can print it; absent without a launcher.
+        on_mute: takes the facts of the line if no rank of a job that runs can print it; absent without a launcher.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class JobNotices:
         if peer is not None:
             peer.send({"t": "command", "id": 0, "name": "notice", "args": args})
             return True
-        if self._on_mute is None or not self._run.connected_ranks:  # of a job that has ended, its end says more
+
+        # C code may have taken the interpreter's lock before a rank has connected. Of an ended job, its end says more.
+        is_running = self._run.connected_ranks or self._silent.has_absent
+        if self._on_mute is None or not is_running:
             return False
 
         self._on_mute(args)

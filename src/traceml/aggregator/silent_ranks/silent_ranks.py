@@ -131,6 +131,11 @@ class SilentRanks:
         """Return whether a connected rank was silent at the last check."""
         return any(process.stream is stream for process in self._silences)
 
+    @property
+    def has_absent(self) -> bool:
+        """Whether a process was silent at the last check that has never connected."""
+        return any(process.stream is None for process in self._silences)
+
     def _connected(self) -> list[RankProcess]:
         return [process for process in map(RankProcess.of, self._run.connected_ranks) if process is not None]
 
