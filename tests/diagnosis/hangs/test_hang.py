@@ -992,6 +992,17 @@ def test_the_signal_that_ends_a_rank_is_no_work_of_it():
     assert "stopped by a signal" in summary(found(writes, stopped, exits=exits, ranks=1, state="stopped"))
 
 
+def test_the_last_look_at_a_rank_that_lacks_a_core_is_no_progress():
+    """On a busy host it does not answer at once, and another process sees how long its recorder has not run."""
+    before = replace(STUCK, at_ns=NOW_NS - 13 * S, quiet_s=62.0)
+    last = replace(STUCK, frames=(), answered="kernel", process_state="R", quiet_s=0.4, is_last=True)
+    exits = [RankExit(rank=rank, state="killed", signal=2) for rank in (0, 1)]
+
+    assert "stuck, sleeping for 75 s" in summary(found(in_backward(0), before, last, exits=exits, state="stopped"))
+    answered = replace(before, at_ns=NOW_NS, quiet_s=0.4, is_last=True)
+    assert found(in_backward(0), before, answered, exits=exits, state="stopped") is None
+
+
 def test_a_rank_that_computes_waits_for_nothing():
     """An endless loop, five times as long as another rank may stand still."""
     finding = found(snapshot(0, line(6, "spin"), process_state="R", quiet_s=310.0), ranks=1)

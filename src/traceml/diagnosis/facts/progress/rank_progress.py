@@ -213,11 +213,11 @@ class ProgressHistory:
             before = signs.current
             if snapshot.is_last and before is not None and _tells_no_more(snapshot, before):
                 # The signal that ends a rank has woken it: what it did until then is how it hung.
-                snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=snapshot.quiet_s, is_last=True)
+                quiet_s = snapshot.quiet_s if snapshot.answered == _ITSELF else _continued_s(before, snapshot)
+                snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=quiet_s, is_last=True)
 
             if before is not None and _lacks_a_core(snapshot, before):
-                passed_s = (snapshot.at_ns - before.at_ns) / _S
-                snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=before.quiet_s + passed_s)
+                snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=_continued_s(before, snapshot))
 
             signs.changes = 0 if before is None else signs.changes + (_state(before) != _state(snapshot))
             signs.snapshot, signs.over_ns = snapshot, None
@@ -371,6 +371,11 @@ def _lacks_a_core(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
     sleeps_on = before.answered == _ITSELF and _place(snapshot) == _place(before)
     is_known = before.is_polling or sleeps_on
     return is_known and snapshot.answered == "kernel" and snapshot.process_state in _ALIVE
+
+
+def _continued_s(before: RankSnapshot, snapshot: RankSnapshot) -> float:
+    """Return the seconds without progress at a snapshot from outside, which tells how long the recorder was silent."""
+    return max(snapshot.quiet_s, before.quiet_s + (snapshot.at_ns - before.at_ns) / _S)
 
 
 def _place(snapshot: RankSnapshot) -> tuple[int, bool, str, str]:
