@@ -243,9 +243,23 @@ def test_a_row_of_other_types_is_refused(tmp_path: Path, collect: object) -> Non
         _found(tmp_path, {"kind": "process", "collect": collect})
 
 
-def _environ_of(pid: int) -> Any:
+def _line(names: list[str], pid: int) -> bytes:
     row = {"kind": "process", "collect": {**ASKED, "path": []}}
-    return json.loads(msgspec.convert(row, SourceRequest).line(["environment"], pid))["config"]["environ"]
+    return msgspec.convert(row, SourceRequest).line(names, pid)
+
+
+def _environ_of(pid: int) -> Any:
+    return json.loads(_line(["environment"], pid))["config"]["environ"]
+
+
+def test_the_collectors_process_ends_with_its_standard_input() -> None:
+    """The request has all that the process reads of it, also at its end."""
+    code = "from traceml.track.rank.collectors.collector_main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=_line(["system"], os.getpid()), capture_output=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_variables_are_those_of_the_started_program() -> None:

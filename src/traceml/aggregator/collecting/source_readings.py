@@ -78,7 +78,9 @@ class SourceRequest(msgspec.Struct, kw_only=True):
             "mask": self.collect.mask, "environ": _environ(pid), "git_timeout_s": _GIT_TIMEOUT_S,
         }  # fmt: skip
         # No path and no name of the rank's: the process imports nothing from where another process says.
-        request = {"collectors": names, "known": {}, "mask": self.collect.mask, "path": [], "config": config}
+        request = {
+            "collectors": names, "known": {}, "mask": self.collect.mask, "cleanup_s": 0.0, "path": [], "config": config,
+        }  # fmt: skip
         return json.dumps(request).encode() + b"\n"
 
 
