@@ -7,7 +7,29 @@ from typing import Any
 
 import pytest
 
-from traceml.clock import SteadyClock, boot_id, monotonic_ns
+from traceml import clock as clock_module
+from traceml.clock import SteadyClock, boot_id, clock_pair, monotonic_ns
+
+
+@pytest.mark.parametrize("is_always_busy", [False, True])
+def test_a_thread_that_loses_its_core_between_two_clocks_reads_again(
+    monkeypatch: pytest.MonkeyPatch, is_always_busy: bool
+) -> None:
+    """Else all dates of a rank, and its clock against those of other hosts, are seconds off; the best pair counts."""
+    now_ns, pauses_s = [0], [3, 2, *[2 if is_always_busy else 0] * 100]
+
+    def monotonic() -> int:
+        return now_ns[0]
+
+    def wall() -> int:
+        now_ns[0] += pauses_s.pop(0) * 10**9
+        return 10**18 + now_ns[0]
+
+    monkeypatch.setattr(clock_module, "monotonic_ns", monotonic)
+    monkeypatch.setattr(time, "time_ns", wall)
+    mono_ns, epoch_ns = clock_pair()
+
+    assert (epoch_ns - 10**18) - mono_ns == (10**9 if is_always_busy else 0)
 
 
 def test_a_steady_clock_goes_on_when_the_wall_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,22 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 monotonic_ns = time.perf_counter_ns
 
 
+# Two readings of the clocks take less, unless the thread loses its core between them.
+_TOGETHER_NS, _MOST_READINGS = 20_000, 20
+
+
 def clock_pair() -> tuple[int, int]:
-    """Return (monotonic_ns, epoch_ns), read together."""
-    return monotonic_ns(), time.time_ns()
+    """Return (monotonic_ns, epoch_ns), read together: a thread that loses its core in between reads again."""
+    best_ns, pair = 1 << 62, (0, 0)
+    for _ in range(_MOST_READINGS):
+        before_ns, epoch_ns, after_ns = monotonic_ns(), time.time_ns(), monotonic_ns()
+        if after_ns - before_ns < best_ns:
+            best_ns, pair = after_ns - before_ns, ((before_ns + after_ns) // 2, epoch_ns)
+
+        if best_ns < _TOGETHER_NS:
+            break
+
+    return pair
 
 
 @cache
