@@ -117,8 +117,6 @@ class SignaledStacks:
         """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
         self.was_sent = False
         """Whether the signal was sent."""
-        self.may_run_python = False
-        """Whether its threads may run Python code in turns: it was not safe to ask, and the silent one may answer."""
         self._pid, self._file, self._silent_thread, self._target = pid, file, silent_thread, target
         self._wakes = self._wakes_of() if silent_thread is not None else 0
         self._ran_ns = self._run_times() if silent_thread is not None else {}
@@ -175,8 +173,7 @@ class SignaledStacks:
         if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _MIN_WAKES:
             return None
 
-        self.may_run_python = self._run_in_turns()
-        if self.may_run_python:
+        if self._run_in_turns():  # of Python code: it is not safe to ask, and the silent one may answer
             return None
 
         return self._pid if main.state == "R" else self._silent_thread

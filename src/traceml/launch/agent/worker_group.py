@@ -303,7 +303,7 @@ class WorkerGroup:
         self.tick()
 
     def request_stacks(self) -> None:
-        """Collect the stacks of all workers; send them within a second (busy ones: 4), once for repeated requests."""
+        """Collect the stacks of all workers; send them, at the latest after 4 s, once for repeated requests."""
         if self._stack_requests is not None:
             return
 

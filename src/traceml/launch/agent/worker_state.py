@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from traceml.inspection.kernel_state import wait_state
+from traceml.inspection.kernel_state import process_info, wait_state
 from traceml.inspection.stack_signal import SignaledStacks, create_stack_file
 from traceml.inspection.stack_text import main_first
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
@@ -18,8 +18,9 @@ from traceml.launch.shared.launch_messages import Message, StacksRequest, StackT
 __all__ = ["STACK_MESSAGES", "StackReader", "WorkerState"]
 
 # A worker that has a core answers within the interpreter's switch interval, 5 ms, unless the GIL is held in C. On a
-# busy host one whose threads run Python code may take its time.
-_SILENT_S, _GIVE_UP_S, _BUSY_GIVE_UP_S = 1.0, 1.3, 4.0
+# busy host it may get none for seconds; one that is stopped is not waited for.
+_SILENT_S, _STOPPED_GIVE_UP_S, _GIVE_UP_S = 1.0, 1.3, 4.0
+_NOT_AWAITED = "TtZX"
 STACK_MESSAGES: Sequence[type[Message]] = (StackThread, ThreadStacks)
 _STATES = {
     "R": "running",
@@ -42,7 +43,7 @@ class StackReader:
         self._waiting = self._closed = False
         self._text = ""
         self._pid = 0
-        self._requested_s, self._give_up_s = 0.0, _GIVE_UP_S
+        self._requested_s = 0.0
         self._signaled: SignaledStacks | None = None
 
     @property
@@ -58,7 +59,7 @@ class StackReader:
         """Request a worker's stacks."""
         self._receive()
         self._pid, self._text, self._signaled = pid, "", None
-        self._requested_s, self._give_up_s = time.monotonic(), _GIVE_UP_S
+        self._requested_s = time.monotonic()
         if not self._waiting:  # else the answer to an earlier request is still to come
             try:
                 self._socket.send(StacksRequest())
@@ -78,10 +79,16 @@ class StackReader:
 
         if self._signaled is not None and self._signaled.step():
             self._text = main_first(self._signaled.text)
-            self._give_up_s = _BUSY_GIVE_UP_S if self._signaled.may_run_python else _GIVE_UP_S
             self._signaled = None
 
-        return bool(self._text) or (self._signaled is None and silent_s > self._give_up_s)
+        return bool(self._text) or (self._signaled is None and self._is_given_up(silent_s))
+
+    def _is_given_up(self, silent_s: float) -> bool:
+        if silent_s <= _STOPPED_GIVE_UP_S:
+            return False
+
+        info = process_info(self._pid)
+        return silent_s > _GIVE_UP_S or info is None or info.state in _NOT_AWAITED
 
     def answer(self, pid: int | None) -> WorkerStack:
         """Return the stacks and the kernel's state."""
