@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.ports import free_port
 from traceml.errors import TraceMLError
 from traceml.supervise import page_process
 from traceml.supervise.page_process import PageProcess, page_beside
@@ -36,7 +37,7 @@ def status_of(keeper, path="/", **headers):
 
 def test_a_page_is_served_replaced_when_killed_and_gone_at_the_end(tmp_path):
     """The socket stays, so who asks while there is no server waits for the next one; the token stays with the port."""
-    with PageProcess(tmp_path / "runs", 0, nice=0) as keeper:
+    with PageProcess(tmp_path / "runs", free_port(), nice=0) as keeper:  # taken again below
         port, token, first = keeper.port, keeper.token, keeper.pid
         assert status_of(keeper) == 401
         assert keeper.address("a b") == f"http://127.0.0.1:{port}/run/a%20b?token={token}"

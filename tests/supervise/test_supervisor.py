@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import pytest
 
 from tests.eventually import eventually
 from tests.forked import client as forked
+from tests.processes import command_of
+from tests.recorder.conftest import ENTRY
 from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader
+from traceml.supervise import aggregator_process
 from traceml.supervise.supervisor import JobOutcome, LocalJob, Supervisor
 
 # What the scripts below begin with: they do to the aggregator what an accident would.
@@ -105,6 +109,7 @@ def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_pat
     outcome, _ = supervise(
         tmp_path,
         f"wait_for({runs + '/a-run/store.db'!r}); victim = aggregator(); victim.suspend()\n"
+        "while victim.status() != psutil.STATUS_STOPPED: time.sleep(0.02)\n"  # it may be making a file
         f"shutil.rmtree({runs!r}); open({runs!r}, 'w').close()\n"
         "victim.kill(); victim.wait(240); time.sleep(0.3); sys.exit(4)",
     )
@@ -112,23 +117,41 @@ def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_pat
     assert outcome == JobOutcome(status=4, finished=False)
 
 
-def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(tmp_path: Path) -> None:
+# An aggregator that waits longer than the fifth of a second in which a rank answers that has a core.
+PATIENT = """
+import sys
+from traceml.aggregator import commands
+from traceml.cli import main
+commands._LAST_SNAPSHOT_S = 60.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The report has to know how the ranks stood when they were ended; the job gets the signal all the same."""
-    (tmp_path / "train.py").write_text("import time\ntime.sleep(600)\n")
-    store = tmp_path / "runs" / "latest" / "store.db"
-    command = [sys.executable, "-m", "traceml", "run", "--runs-dir", "runs", "train.py"]
+    script, store = tmp_path / "train.py", tmp_path / "runs" / "a-run" / "store.db"
+    script.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(aggregator_process, "_LAST_SNAPSHOT_S", 60.0)
+    monkeypatch.setattr(
+        aggregator_process, "helper_program", lambda _, *words: [sys.executable, "-P", "-c", PATIENT, *words]
+    )
 
     def snapshots() -> list[RankSnapshot]:
         with StoreReader(store) as reader:
             return [RankSnapshot.from_row(row) for _, row in reader.log_rows("info") if row["kind"] == SNAPSHOT]
 
-    with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
-        try:
-            eventually(lambda: store.exists() and snapshots(), "the first snapshot, after 5 s")
-            job.send_signal(signal.SIGTERM)
-            assert job.wait(240) == 128 + signal.SIGTERM
-        finally:
-            job.kill()
+    def end(supervising: int) -> None:
+        eventually(lambda: store.exists() and snapshots(), "the first snapshot, after 5 s")
+        signal.pthread_kill(supervising, signal.SIGTERM)
+
+    job = LocalJob([sys.executable, ENTRY, str(script)], False, run_id="a-run", runs_dir=tmp_path / "runs")
+    with Supervisor(job) as supervisor:
+        ending = threading.Thread(target=end, args=(threading.get_ident(),))
+        ending.start()
+        assert supervisor.run() == JobOutcome(status=128 + signal.SIGTERM, finished=True)
+        ending.join()
 
     last = snapshots()[-1]
     assert (last.is_last, last.ended, last.answered) == (True, False, "recorder")
@@ -173,7 +196,7 @@ def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Pa
     with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
         try:
             eventually(lambda: store.exists() and states() == {0: "running", 1: "running"}, "both ranks")
-            (aggregator,) = (each for each in psutil.Process(job.pid).children() if "serve" in each.cmdline())
+            (aggregator,) = (each for each in psutil.Process(job.pid).children() if "serve" in command_of(each))
             if busy_s:
                 aggregator.suspend()
 
