@@ -35,7 +35,8 @@ def test_steps_whose_aggregator_never_came_back_are_reported_and_stored_later(
     """One line says how many, where, until when and what to do; the report counts them; `traceml sync` stores them."""
     recorder = traceml.init(port=serving.port, token=TOKEN, runs_dir=serving.folder, flush_interval=0.05)
     do_steps(30)
-    eventually(lambda: stored_steps(serving) == list(range(30)))
+    assert recorder.wait_until_stored(120)  # and known here: the aggregator tells it after the commit
+    assert stored_steps(serving) == list(range(30))
     lose_aggregator(serving)
     eventually(lambda: not recorder.statistics().connected)
     do_steps(70)

