@@ -135,11 +135,16 @@ def _overlap_us(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float(end - max(one["ts"], other["ts"]))
 
 
-def _profiled_steps(job: _RunningJob) -> list[int]:
-    """Return the steps of rank 0 that were profiled."""
+def _profiled_steps(job: _RunningJob) -> tuple[list[int], int]:
+    """Return the steps of rank 0 that were profiled, and its last one."""
     rows = job.steps(0)
     steps: list[int] = rows["step"][unpack_bits(rows["bits"]).flags & StepFlag.PROFILED > 0].tolist()
-    return steps
+    return steps, int(rows["step"].max())
+
+
+def _was_profiled(job: _RunningJob) -> bool:
+    steps, last = _profiled_steps(job)
+    return bool(steps) and steps[-1] < last
 
 
 @pytest.mark.process
@@ -149,10 +154,7 @@ def test_ranks_of_a_running_job_are_profiled(start: Callable[..., _RunningJob]) 
     told = job.profile("--steps", "4", "--json", "-o", "out.json.gz")
     assert told.returncode == 0, told.stderr
     result = json.loads(told.stdout)
-    eventually(
-        lambda: (steps := _profiled_steps(job)) and steps[-1] < job.steps(0)["step"].max(),
-        "a step that is not profiled any more",
-    )
+    eventually(lambda: _was_profiled(job), "a step that is not profiled any more")
     job.finish()
 
     jsonschema.validate(result, document_schema("profile"))
@@ -183,10 +185,10 @@ def test_ranks_of_a_running_job_are_profiled(start: Callable[..., _RunningJob]) 
     operators = {each["name"]: each for each in result["operators"]}
     assert operators["aten::addmm"]["calls_per_step"] == 1
     assert operators["aten::addmm"]["self_cpu_ms"] > 0
-    flagged = _profiled_steps(job)
+    flagged, last = _profiled_steps(job)
     assert flagged[:6] == list(range(first - 1, first + 5))  # more until the trace is written
     assert flagged == list(range(first - 1, flagged[-1] + 1))
-    assert flagged[-1] < job.steps(0)["step"].max()
+    assert flagged[-1] < last
 
 
 @pytest.mark.process

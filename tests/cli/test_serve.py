@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import client as forked
+from tests.ports import free_port
 from traceml.cli import main
 from traceml.transport import auth
 from traceml.transport.client import connect
@@ -68,7 +69,7 @@ def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
 @pytest.mark.process
 def test_token_outlives_a_crash(serve):
     """An aggregator on the port of a crashed one keeps its token, so that its ranks reconnect."""
-    first = serve("--port", "0")
+    first = serve("--port", str(free_port()))  # nobody else takes it before the second one does
     port = port_of(first)
     entry = auth.discover(port)
     assert entry is not None
