@@ -179,9 +179,10 @@ def test_rank_that_got_the_jobs_signal_before_its_launcher_has_not_failed(regist
     """A scheduler signals all processes of a job at once."""
     run, stream = join(registry, hello(0, 1))
     run.disconnected(stream)
-    stream.exit["at_s"] = time.time() - 1.2
+    now_s = time.time()
+    stream.exit["at_s"] = now_s - 1.2
     run.take_exit(ExitReport(rank=0, pid=stream.incarnation.pid, exitcode=-15))
-    run.note_ending({"signal": 15, "time": time.time()})
+    run.note_ending({"signal": 15, "time": now_s})
 
     assert run.end(143)
     assert run.state == "stopped"
@@ -480,10 +481,11 @@ def test_a_run_began_with_the_script_of_its_first_rank(registry):  # noqa: F811
     """By that script's age; a rank that comes later changes nothing."""
     before = time.time()
     run, _ = join(registry, hello(0, script_ms=60_000))
-    assert run._facts.values["started"] == pytest.approx(before - 60, abs=5)
+    started = run._facts.values["started"]
+    assert before <= started + 60 <= time.time()
 
     join(registry, hello(1, script_ms=3_600_000))
-    assert run._facts.values["started"] == pytest.approx(before - 60, abs=5)
+    assert run._facts.values["started"] == started
 
 
 def test_a_checkpoint_counts_that_was_saved_by_a_rank_whose_end_is_seen_late(registry, tmp_path):  # noqa: F811

@@ -79,13 +79,15 @@ def test_a_finding_that_stands_is_reported_while_the_job_runs(tmp_path: Path) ->
     (run_dir,) = [each for each in (tmp_path / "runs").glob("2*") if each.is_dir()]
     assert alert["run"]["id"] == run_dir.name
     with StoreReader(run_dir / STORE_NAME) as reader:
-        events = [each.data for each in reader.events(kind="alert") if each.data["kind"] == "INPUT_BOUND"]
+        told = [each.data for each in reader.events(kind="alert")]
 
+    events = [each for each in told if each["kind"] == "INPUT_BOUND"]
     assert sorted((each["target"], bool(each["error"])) for each in events) == [
         ("command cat", False), ("command exit", True)
     ]  # fmt: skip
     report = json.loads((run_dir / "report.json").read_text())
-    assert report["telemetry"]["failures"] == {"aggregator": 1}
+    # On a busy machine another finding may stand as long.
+    assert report["telemetry"]["failures"] == {"aggregator": sum(bool(each["error"]) for each in told)}
 
 
 def test_a_lost_rank_is_reported_at_the_end(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import flight_identity
 from traceml.database.snapshots.external_snapshots import ExternalSnapshots
 from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.inspection.kernel_state import process_info
 from traceml.runs.run import Run
@@ -195,9 +196,13 @@ def test_a_rank_that_never_connected_hangs_with_its_line(tmp_path: Path, serving
     """Nobody but its flight file tells that it belongs to the job: live, in the report, and to `traceml stacks`."""
     rank = Script(serving("--run-id", JOB), tmp_path, _never_connected())
     try:
-        verdict = eventually(
-            lambda: next((each for each in loaded(rank).findings if each.kind is Kind.HANG), None), "the verdict"
-        )
+
+        def hang() -> Finding | None:
+            """The verdict. On a busy machine the first snapshots may have no stack."""
+            found = (each for each in loaded(rank).findings if each.kind is Kind.HANG)
+            return next((each for each in found if "in C code" in each.summary), None)
+
+        verdict = eventually(hang, "the verdict")
         assert verdict.ranks == (0,)
         assert "in start-up, in C code called at script.py:20 hold that holds the GIL" in verdict.summary
 
@@ -289,15 +294,20 @@ def test_a_stopped_rank_is_reported_and_when_it_goes_on(script: Callable[[str], 
     lines = eventually(sampled, "a sample of its line")
     rank.process.send_signal(signal.SIGSTOP)
 
-    snapshot = eventually(lambda: next(iter(rank.snapshots()), None))
-    assert (snapshot.answered, snapshot.process_state, snapshot.frames) == ("kernel", "T", ())
+    # An earlier one may be of a rank that had no core for seconds.
+    snapshot = eventually(lambda: next((each for each in rank.snapshots() if each.process_state == "T"), None))
+    assert (snapshot.answered, snapshot.frames) == ("kernel", ())
     assert snapshot.line_id in lines
     assert not snapshot.is_suspended
 
     rank.process.send_signal(signal.SIGCONT)
-    over = eventually(lambda: next((snapshot for snapshot in rank.snapshots() if snapshot.ended), None))
+    over = eventually(lambda: next((each for each in rank.snapshots() if _ends(each, snapshot)), None))
     assert over.quiet_s >= 3
     assert rank.process.poll() is None
+
+
+def _ends(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
+    return snapshot.ended and snapshot.at_ns > before.at_ns
 
 
 def test_a_dead_rank_has_no_snapshot(script: Callable[[str], Script]) -> None:
@@ -376,7 +386,8 @@ def test_a_rank_that_answers_has_no_snapshot(script: Callable[[str], Script]) ->
             return any(row["kind"] == SNAPSHOT for _, row in store.log_rows("info"))
 
     eventually(told_itself)
-    assert rank.snapshots() == []
+    # One that had no core for seconds has not answered in time, and still got no signal.
+    assert [each.answered for each in rank.snapshots() if each.answered != "kernel"] == []
 
 
 def test_a_rank_before_a_full_pipe_tells_what_it_waits_on(script: Callable[..., Script]) -> None:
