@@ -108,7 +108,7 @@ def test_a_forked_child_has_fresh_pools() -> None:
         release = threading.Event()
         running, queued = rt.submit(release.wait), [rt.submit(release.wait) for _ in range(5)]
         rt.submit(double, 1).get()
-        rt.submit(len, "a", io=True, timeout=5).get()
+        rt.submit(len, "a", io=True, timeout=60).get()
         child = os.fork()
         if child == 0:
             for handle in (running, *queued):
@@ -121,7 +121,7 @@ def test_a_forked_child_has_fresh_pools() -> None:
             assert rt.get_progress()["total"] == 0
             assert [rt.submit(len, "ab").get(timeout=60) for _ in range(10)] == [2] * 10
             assert rt.submit(double, 4).get(timeout=60) == 8
-            assert rt.submit(len, "abc", timeout=5, io=True).get() == 3
+            assert rt.submit(len, "abc", timeout=60, io=True).get() == 3
             rt.wait_all(timeout=60)
             rt.shutdown()
             os._exit(0)

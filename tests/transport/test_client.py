@@ -138,7 +138,7 @@ def test_finish_waits_for_the_other_side(serving, monkeypatch):
 def test_sending_never_blocks_and_nothing_is_lost(serving):
     """Bytes that the socket does not take wait in `unsent_bytes` and are sent later, in order."""
     connection = serving.connect()
-    serving.server.peers.copy().pop().pause(True)
+    serving._loop.call_soon_threadsafe(serving.server.peers.copy().pop().pause, True)
     data = bytes(104 * 2048)
     count = 0
     while not connection.unsent_bytes:
