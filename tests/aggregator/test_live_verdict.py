@@ -156,6 +156,25 @@ def test_verdict_is_reported_when_it_changes(live):
     assert verdicts.count == 3
 
 
+def test_the_newest_verdict_is_stored_though_no_row_follows(live, clock):
+    """One like it had been stored a moment before; its ranks may wait for ever in their next step."""
+    verdicts, store = LiveVerdict(live), EventLog()
+    for start in (0, 50):
+        for rank in range(2):
+            take_steps(live, stream_of(rank), start, 50)
+
+        live.scatter()
+        verdicts.update(store)
+
+    assert [data["step"] for _, data in store.events] == [49]
+    for _ in range(8):
+        clock.now_s += 1
+        verdicts.update(store)
+
+    assert [data["step"] for _, data in store.events] == [49, 99]
+    assert verdicts.count == 2
+
+
 def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
     """An error in the rules is logged, and not tried again at once."""
     monkeypatch.setattr("traceml.aggregator.live_verdict.diagnose", lambda *_: 1 / 0)

@@ -19,7 +19,7 @@ from traceml.fail_open import fail_open
 
 __all__ = ["LiveVerdict"]
 
-# An unchanged verdict is stored again after this time, as its numbers change.
+# A verdict of the same kind, ranks and phase is stored again after this time, as its numbers change.
 _REPEAT_S = 5.0
 # At most this share of a core is spent on diagnosis: the more it computes, the less often it runs.
 _SHARE = 0.25
@@ -38,6 +38,7 @@ class LiveVerdict:
         self._live = live
         self._last: tuple[Any, ...] = ()
         self._stored_s = self._due_s = 0.0
+        self._newest: dict[str, Any] | None = None  # event of a verdict that is not stored yet
         self.count = 0
         """Number of diagnoses."""
         self.findings: list[Finding] = []
@@ -56,6 +57,7 @@ class LiveVerdict:
         now_s, began_s = time.monotonic(), time.thread_time()
         may_differ = self._live.fresh or self._live.facts_builder.progress.has_snapshots  # of a rank without progress
         if not may_differ or now_s < self._due_s:
+            self._store_newest(store, now_s)  # the rows may have ended with it
             return
 
         self._live.fresh = False
@@ -77,10 +79,18 @@ class LiveVerdict:
 
         verdict = findings[0]
         self.findings = findings
+        self._newest = _event(findings, window)
         signature = (verdict.kind, verdict.ranks, verdict.phase)
-        if signature != self._last or now_s - self._stored_s >= _REPEAT_S:
-            self._last, self._stored_s = signature, now_s
-            store.event("verdict", _event(findings, window))
+        if signature != self._last:
+            self._last, self._stored_s = signature, now_s - _REPEAT_S
+
+        self._store_newest(store, now_s)
+
+    def _store_newest(self, store: StoreWriter, now_s: float) -> None:
+        """Store the newest verdict, unless one like it was stored a moment ago: then a later call does."""
+        if self._newest is not None and now_s - self._stored_s >= _REPEAT_S:
+            event, self._newest, self._stored_s = self._newest, None, now_s
+            store.event("verdict", event)
 
     def _history(self, window: AlignedSteps, facts: JobFacts) -> AlignedSteps:
         """Return steps that are spread over the run if they show more than the window; else the window."""
