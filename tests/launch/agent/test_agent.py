@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -84,6 +85,16 @@ def _kin(driver: Driver) -> list[int]:
         return [int(word) for line in text.splitlines() for word in line.split()[1:]] if text.count("\n") == 3 else []
 
     return driver.until(told)  # type: ignore[no-any-return]
+
+
+def _descriptors(driver: Driver) -> dict[str, str]:
+    """Return what the agent has open, by number."""
+    found = {}
+    for fd in Path(f"/proc/{driver.wait('hello')['pid']}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found[fd.name] = str(fd.readlink())
+
+    return found
 
 
 def _zygote(driver: Driver) -> int:
@@ -360,6 +371,7 @@ def test_the_end_of_one_worker_leaves_the_others_alone(driver: Driver) -> None:
 
     driver.prepare()
     driver.start(work, workers=3)
+    driver.wait("exited", rank=1)  # it may have got a core only after the others have returned
     driver.wait("done", 2)
     driver.release()
 
@@ -499,13 +511,16 @@ def test_a_worker_whose_threads_run_python_survives_any_number_of_requests(drive
             return depth and 1 + descend(depth - 1)
 
         def spin() -> None:
+            inside.wait()
             while not over.is_set():
                 descend(20)
 
+        inside = threading.Barrier(4)  # a thread that has been started need not have called its function
         threads = [threading.Thread(target=spin) for _ in range(3)]
         for thread in threads:
             thread.start()
 
+        inside.wait()
         print("ready", flush=True)
         while not enough.exists():
             time.sleep(0.001)
@@ -632,14 +647,14 @@ def test_large_values_travel_both_ways(driver: Driver) -> None:
     found = driver.run(lambda value: value[::-1], data)
 
     assert found[0] == data[::-1]
-    assert len([fd for fd in Path(f"/proc/{driver.process.pid}/fd").iterdir() if "memfd" in str(fd.readlink())]) == 0
+    assert [name for name in _descriptors(driver).values() if "memfd" in name] == []
 
 
 def test_an_agent_leaks_nothing(driver: Driver) -> None:
     """After many jobs it holds as many descriptors as after the first."""
 
     def held() -> int:
-        return len(list(Path(f"/proc/{driver.process.pid}/fd").iterdir()))
+        return len(_descriptors(driver))
 
     driver.prepare()
     driver.run(os.getpid, workers=2)

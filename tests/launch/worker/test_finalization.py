@@ -89,6 +89,7 @@ def test_a_script_loses_no_bytes(driver: Driver, tmp_path: Path, last: str, stat
         driver.release()
 
     assert driver.wait("exited")["code"] == status
+    driver.wait("idle")  # output may come after the message
     assert driver.text(0) == "finalized with globals\n"
     assert (tmp_path / "plain.csv").read_text() == "a,b\n"
     assert (tmp_path / "helper.log").read_text() == "helper"
@@ -146,4 +147,5 @@ def test_a_failed_script_that_never_ends_is_ended(driver: Driver, tmp_path: Path
     driver.start(None, script={"path": str(script), "argv": []}, timeout_s=4)  # by then it waits, also on a busy host
 
     assert driver.wait("exited")["code"] == 1
+    driver.wait("idle")  # output may come after the message
     assert "Timeout (0:00:04)!" in driver.text(0, "err")

@@ -25,6 +25,9 @@ from traceml.launch.shared.launch_messages import AgentHello, Message
 _LAUNCH = """
     import json, sys, traceml
     from tests.launch import jobs
+    from traceml.launch.launcher.job import job
+
+    job._HOST_ERROR_GRACE_S = 60  # one of several bad hosts may take long on a busy machine
     found = {}
     for name, options in json.loads(sys.argv[2]).items():
         options = {"hostnames": [name], "workers_per_host": 1, "keep_agents": False, **options}
@@ -100,9 +103,10 @@ def test_each_kind_of_bad_host_is_reported_as_such(hosts: Hosts, bare_python: Pa
     assert "did not start" in reasons["node2"]
     assert "exit code 9" in reasons["node2"]
     assert "Segfault in the sky" in told["node2"][2]
-    # several bad hosts are told together
-    assert told["alias2"][0] in {"refused", "unknown"}
-    assert len(told["alias2"][3]) >= 1
+    # several bad hosts are told together, in the order in which they answer
+    together = "\n".join([told["alias2"][2], *told["alias2"][3]])
+    assert "host refused: the connection was refused" in together
+    assert "host unknown: its name is unknown" in together
     for host in hosts.all:
         eventually(lambda host=host: not host.processes(), f"{host.name} to be as before")
 

@@ -115,7 +115,7 @@ def test_who_misses_a_collective_is_named() -> None:
     """The timeout of a collective names the rank that did not come, with the line at which it is."""
     launched(jobs.nothing)  # torch is imported now
     with pytest.raises(RuntimeError, match=r"[Tt]imed out|timeout") as caught:
-        launched(jobs.miss_the_barrier, timeout=12)  # the time for start-up too, on a busy machine
+        launched(jobs.miss_the_barrier, timeout=25)  # the time for start-up too, on a busy machine
 
     notes = "\n".join(caught.value.__notes__)
     assert "Rank 0 was waiting in a collective" in notes
@@ -129,6 +129,7 @@ def test_start_up_has_a_limit(
 ) -> None:
     """A host that is not ready in time is named, with its state and what to try: at the limit, and once before."""
     launched(jobs.nothing)  # the agent runs now
+    caplog.clear()  # of its start, which may have taken long
     monkeypatch.setattr(job, "_SLOW_S", 0.25)
     endless = tmp_path / "env.sh"
     endless.write_text("sleep 86200\n")

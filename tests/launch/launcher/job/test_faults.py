@@ -24,6 +24,9 @@ from tests.processes import command_of
 SCRIPT = """
 import json, os, signal, subprocess, sys, time
 import traceml
+from traceml.launch.launcher.job import job
+
+job._CLEANUP_S = 60  # a busy host may need longer than a user waits
 
 def spawn():
     subprocess.run(["sh", "-c", "setsid sleep 86411 >/dev/null 2>&1 &"])

@@ -152,33 +152,47 @@ def test_the_status_is_that_of_the_rank_that_failed(hosts: Hosts, folder: Path) 
     assert (verdict["kind"], verdict["ranks"], verdict["evidence"]["code"]) == ("RANK_LOST", [1], 5)
 
 
-def _holds_interrupts(process: psutil.Process) -> bool:
-    """Whether a launcher blocks SIGINT."""
-    if "train.py" not in command_of(process):
-        return False
+# `traceml launch` whose end, in which it holds interrupts, begins when the test has sent the second one.
+INTERRUPTED = """
+import contextlib, sys, time
+from pathlib import Path
+from traceml.cli import main
+from traceml.launch.launcher.job import job
 
-    blocked = Path(f"/proc/{process.pid}/status").read_text().partition("SigBlk:")[2].split()[0]
-    return bool(int(blocked, 16) & 1 << signal.SIGINT - 1)
+@contextlib.contextmanager
+def held(begin=job.interrupts_held):
+    with begin():
+        Path("held").touch()
+        while not Path("again").exists():
+            time.sleep(0.01)
+
+        yield
+
+job.interrupts_held = held
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> None:
     """Its successor takes over, and ranks find it by the same way through the channel; then Ctrl-C ends everything."""
-    process = hosts.launcher.start(*command(hosts, "train.py", "slow", "100000"), cwd=folder)
+    python, _, _, *words = command(hosts, "train.py", "slow", "100000")
+    process = hosts.launcher.start(python, "-c", INTERRUPTED, *words, cwd=folder)
 
-    def aggregator() -> list[psutil.Process]:
-        return [each for each in hosts.launcher.processes() if "serve" in command_of(each)]
+    def aggregator() -> psutil.Process | None:
+        found = (each for each in hosts.launcher.processes() if "serve" in command_of(each))
+        return next(found, None)  # what it starts has the same words for a moment
 
     def step() -> int:
         return min((int((folder / f"at-{rank}").read_text() or 0) for rank in (0, 1)), default=0)
 
     eventually(lambda: (folder / "at-0").exists() and (folder / "at-1").exists() and step() > 20, "some steps")
-    (first,) = aggregator()
-    first.kill()
+    eventually(aggregator).kill()
     at = step()
     eventually(lambda: step() > at + 20 and aggregator(), "more steps, and another aggregator")
     os.killpg(process.pid, signal.SIGINT)
-    eventually(lambda: any(map(_holds_interrupts, hosts.launcher.processes())), "the end of the job has begun")
+    eventually((folder / "held").exists, "the end of the job has begun")
     os.killpg(process.pid, signal.SIGINT)  # a second one does not cut it short
+    (folder / "again").touch()
     out, err = process.communicate(timeout=240)
 
     assert process.returncode == 130, err
