@@ -163,6 +163,7 @@ def test_the_page_is_served_beside_the_aggregator(serve):
 
     assert "?token=" in address
     assert [status("/"), status(f"/{path}")] == [401, 303]
+    assert port_of(process)  # before it serves, a signal ends it without its own end
     process.send_signal(signal.SIGTERM)
     process.wait(240)
     with pytest.raises(ConnectionRefusedError):
@@ -192,6 +193,7 @@ def test_metrics_are_served_beside_the_aggregator(serve):
 
     status, text = ask()
     assert (status, "traceml_runs_hidden 0.0" in text) == (200, True)
+    assert port_of(process)  # before it serves, a signal ends it without its own end
     process.send_signal(signal.SIGTERM)
     process.wait(240)
     with pytest.raises(ConnectionRefusedError):
