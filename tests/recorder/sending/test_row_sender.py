@@ -133,6 +133,27 @@ def test_frames_wait_for_64_rows_or_the_interval(flight: FlightFile) -> None:
     assert wire.rows_of("steps") == [(0, 64), (64, 1)]
 
 
+def test_a_clock_that_could_not_be_read_is_asked_for_soon(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The aggregator may have no core for half a second; once it has answered, a minute passes. At any time of day."""
+    now_ns = 0
+    monkeypatch.setattr(module, "monotonic_ns", lambda: now_ns)
+    wire, asked, answers = Wire(), list[int](), [None, None, ClockOffset(5, 1), ClockOffset(6, 1)]
+
+    def measure() -> ClockOffset | None:
+        asked.append(now_ns // 10**9)
+        return answers.pop(0)
+
+    wire.measure_clock = measure  # type: ignore[method-assign]
+    sender = make(flight, wire)
+    for _ in range(80):
+        wire.inbox.append({"t": "pong"})
+        sender.pump()
+        now_ns += 10**9
+
+    assert asked == [0, 5, 10, 70]
+    assert sender.clock == ClockOffset(6, 1)
+
+
 def test_the_first_rows_go_at_once(flight: FlightFile) -> None:
     """Somebody waits for a sign of life: in the first seconds no row waits."""
     wire = Wire()

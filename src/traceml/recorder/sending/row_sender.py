@@ -32,6 +32,7 @@ _DIAL_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _REFUSED_PAUSE_S = 60.0
 _CLOCK_INTERVAL_NS = 60 * 10**9
+_CLOCK_AGAIN_NS = 5 * 10**9  # the aggregator had no core to answer: a short run would have no measurement
 # A peer that is gone without a word keeps the connection open for hours: a relay, a cut network, a frozen host.
 _SILENCE_NS, _LONGEST_SILENCE_NS = 30 * 10**9, 480 * 10**9
 _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait for the first output
@@ -78,7 +79,7 @@ class RowSender:
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
         self._samples_flushed_ns = 0
-        self._clock_ns = 0
+        self._clock_due_ns = 0
         self._next_try_ns = 0
         self._pause_s = _FIRST_PAUSE_S
         self._acked: dict[str, int] = {}
@@ -167,7 +168,7 @@ class RowSender:
         self.connections += 1
         self.trouble = ""
         self._pause_s = _FIRST_PAUSE_S
-        self._flushed_ns = self._clock_ns = 0
+        self._flushed_ns = self._clock_due_ns = 0
         self._heard_ns = monotonic_ns()
         for cursor in self._cursors:
             cursor.resume(connection.acked.get(cursor.table.name, 0))
@@ -247,9 +248,10 @@ class RowSender:
         self._take_answers(0.0)
         now = monotonic_ns()
         self._check_silence(now)
-        if now - self._clock_ns > _CLOCK_INTERVAL_NS:
-            self._clock_ns = now
-            self.clock = connection.measure_clock() or self.clock
+        if now >= self._clock_due_ns:
+            measured = connection.measure_clock()
+            self._clock_due_ns = now + (_CLOCK_AGAIN_NS if measured is None else _CLOCK_INTERVAL_NS)
+            self.clock = measured or self.clock
 
         if connection.unsent_bytes:
             return  # the aggregator is behind: rows wait in the ring, not in a second buffer
