@@ -99,9 +99,9 @@ class OtherThreads:
         self._checked_ns = 0
         self._busiest: BusyThreads | None = None
 
-    def are_busy(self, training: int) -> bool:
-        """Return whether they computed for a fiftieth of a time of at least 250 ms before this call."""
-        self.check(training)
+    @property
+    def are_busy(self) -> bool:
+        """Whether they computed for a fiftieth of a time of at least 250 ms before the last look at them."""
         return self._busiest is not None
 
     def check(self, training: int) -> BusyThreads | None:

@@ -504,7 +504,7 @@ def test_every_other_late_sample_is_without_the_second_sleep(
 ) -> None:
     """It has a line, and no CPU time. The first ones have both, at the pace at which there are few."""
     monkeypatch.setattr("traceml.recorder.lines.line_sampler.PACES", paces)
-    monkeypatch.setattr(OtherThreads, "are_busy", lambda *_: False)  # threads that other tests have left may be
+    monkeypatch.setattr(OtherThreads, "are_busy", False)  # threads that other tests have left may be
     sleeps, slept = [], []
 
     def sleep(seconds: float) -> None:
@@ -623,7 +623,7 @@ def test_threads_that_compute_are_seen_in_training(flight: FlightFile, began: in
         sampler = LineSampler(flight, training.ident)
         for _ in range(20_000):  # the threads may wait for a core of a busy host
             sampler.sample(time.sleep)
-            if sampler._others.are_busy(training.ident()):
+            if sampler._others.are_busy:
                 break
 
         sampler.flush()

@@ -165,7 +165,7 @@ class LineSampler:
             raise
 
         self._watch_others()
-        if self._others.are_busy(self._thread()):
+        if self._others.are_busy:
             switch_interval.restore()
 
         if not is_brief:  # else the cost of a sleep is not in it
