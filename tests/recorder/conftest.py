@@ -16,8 +16,11 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from tests.database.info_rows import undeclared
+from tests.eventually import eventually
 from tests.forked import client as forked
+from traceml.database.store.reader import StoreReader
 from traceml.recorder.lifecycle import shutdown
+from traceml.run_folder import STORE_NAME
 
 ENTRY = str(Path(traceml.__file__).parent / "session" / "entry.py")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -58,7 +61,7 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
             "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
         }  # fmt: skip
         start = partial(forked.run, forks=True) if "torch" in code else subprocess.run
-        return start(
+        done = start(
             [sys.executable, *by, str(script), *arguments],
             env=environ(tmp_path, **(aggregator | values)),
             cwd=tmp_path,
@@ -67,8 +70,20 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
             timeout=240,
             check=False,
         )
+        # It waits some seconds for its last rows to be stored, and a busy aggregator may need longer.
+        eventually(lambda: serving.process.poll() is not None or _know_ends(serving), "the end of its ranks")
+        return done
 
     return run
+
+
+def _know_ends(serving: Serving) -> bool:
+    for path in (run_dir / STORE_NAME for run_dir in serving.run_dirs):
+        with StoreReader(path) as store:
+            if any(stream.state == "running" for stream in store.streams()):
+                return False
+
+    return True
 
 
 def exit_rows(serving: Serving) -> list[dict[str, Any]]:

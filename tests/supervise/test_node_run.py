@@ -176,10 +176,10 @@ for step in range(60):
     while rank == 1 and step == 40 and "asked" in sys.argv and not os.path.exists(sys.argv[2]):
         time.sleep(0.01)
     model(torch.randn(4, 8)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
     if rank == 1 and step == 40 and "killed" in sys.argv:
         os.kill(os.getpid(), 9)
+    optimizer.step()
+    optimizer.zero_grad()
     if rank == 1 and step == 40 and "stuck" in sys.argv:
         ctypes.PyDLL(None).open(sys.argv[2].encode(), os.O_RDONLY)  # with the GIL, until somebody writes
 dist.destroy_process_group()
