@@ -60,6 +60,9 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
         aggregator = {
             "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
         }  # fmt: skip
+        if serving.process.poll() is None:  # a busy one may take longer than a user waits
+            aggregator["TRACEML_CONNECT_TIMEOUT"] = "120"
+
         start = partial(forked.run, forks=True) if "torch" in code else subprocess.run
         done = start(
             [sys.executable, *by, str(script), *arguments],
