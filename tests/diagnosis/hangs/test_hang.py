@@ -622,6 +622,8 @@ def test_what_a_rank_does_after_it_was_asked_to_end_is_no_progress():
     assert "Rank 1 never reached" in summary(found(in_backward(0), last, prints, exits=exits, state="stopped"))
     goes_on = replace(last, is_last=False)
     assert found(in_backward(0), goes_on, prints, exits=exits, state="stopped") is None
+    dies = replace(prints, at_ns=NOW_NS - 5 * S)  # on a busy machine
+    assert found(in_backward(0), goes_on, dies, exits=exits, state="stopped") is not None
 
 
 @pytest.mark.parametrize("is_exiting", [True, False])

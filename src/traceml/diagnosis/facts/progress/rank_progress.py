@@ -24,8 +24,9 @@ DEFAULT_TIMEOUT_S = 60.0
 """`hang_timeout` of a job whose ranks did not tell theirs."""
 
 _S = 1e9
-# An exception that ends a rank moves its stack first: what it did until then is how it hung.
-_DYING_S = 3.0
+# An exception that ends a rank moves its stack first: what it did until then is how it hung. The end of a process takes
+# seconds where exit handlers wait for devices, or where it lacks a core.
+_DYING_S = 10.0
 _CYCLE_S = 1.5  # the next cycle of the recorder takes a snapshot that is due
 _SENDING_S = 5.0  # a recorder whose last row is older may not have run
 _FIRST_RANKS = 16
