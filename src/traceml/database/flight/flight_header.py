@@ -12,7 +12,6 @@ import fcntl
 import mmap
 import os
 import struct
-import time
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.clock import monotonic_ns
+from traceml.clock import clock_pair
 from traceml.database.flight.row_rings import pack_map
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, OPEN_SLOTS, Phase, Slot
 from traceml.trusted_files import GuardedDescriptor, create_trusted
@@ -131,8 +130,9 @@ class FlightHeader:
             raise ValueError(f"the layout of the tables takes {len(packed)} bytes, {_LAYOUT_BYTES} are reserved")
 
         self._memory[LAYOUT_AT : LAYOUT_AT + len(packed)] = packed
-        stamps = monotonic_ns(), time.time_ns()
-        PROLOGUE.pack_into(self._memory, 0, bytes(8), VERSION, len(self._memory), *stamps, 0, 0, 0, len(packed), 0)
+        PROLOGUE.pack_into(
+            self._memory, 0, bytes(8), VERSION, len(self._memory), *clock_pair(), 0, 0, 0, len(packed), 0
+        )
         self.update_identity(**identity)
         self._memory[: len(MAGIC)] = MAGIC  # last: a file without it is incomplete
 
