@@ -68,7 +68,7 @@ class RunFacts:
     def name_after(self, hello: Hello) -> None:
         """Take name, project, command and start from the first rank; a launcher's run began before it."""
         self.values |= {"name": hello.name or self.values["id"], "project": hello.project, "command": hello.command}
-        self.begin_at(self.now_s() - hello.script_ms / 1000)
+        self.begin_with(hello)
 
     def add_rank(self, hello: Hello) -> None:
         """Take a rank's host and the restarts that are left."""
@@ -78,6 +78,10 @@ class RunFacts:
             self.values["hosts"] = [*hosts[:at], hello.host, *hosts[at:]]
 
         self.values["restarts_left"] = hello.restarts_left
+
+    def begin_with(self, hello: Hello) -> None:
+        """Set the start to that of a process's script, if it is earlier."""
+        self.begin_at(self.now_s() - hello.script_ms / 1000)
 
     def begin_at(self, epoch_s: float) -> None:
         """Set the start to a moment that was found out later, if it is earlier."""

@@ -34,7 +34,7 @@ class Admission:
     def attempt_for(self, hello: Hello) -> int | None:
         """Return the attempt that a new rank belongs to, None when it is of another job."""
         attempt = self._facts.attempt_of(hello.attempt)
-        if hello.parent or self.has_started_ranks(hello):
+        if self.is_helper(hello):
             return attempt
 
         self._leave_to_children(hello, attempt)
@@ -51,6 +51,10 @@ class Admission:
             return attempt  # the same recording, which has joined a process group: that is not a restart
 
         return self._facts.attempt + 1 if self._named else None
+
+    def is_helper(self, hello: Hello) -> bool:
+        """Whether a process is no rank: a forked child that only logs, or the parent of ranks."""
+        return bool(hello.parent) or self.has_started_ranks(hello)
 
     def has_started_ranks(self, hello: Hello) -> bool:
         """Whether a process has started ranks that came before it, as the aggregator was late: it is no rank itself."""

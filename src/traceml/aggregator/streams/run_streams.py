@@ -162,12 +162,11 @@ class RunStreams:
         if hello.spawned_by and hello.world_size > 1:
             self._table.starters.add(hello.spawned_by)
 
-        has_started_ranks = self.admission.has_started_ranks(hello)
-        if has_started_ranks:
-            self._facts.begin_at(self._facts.now_s() - hello.script_ms / 1000)
+        if self.admission.has_started_ranks(hello):
+            self._facts.begin_with(hello)
             self._facts.write(self.store)
 
-        if hello.parent or has_started_ranks:
+        if self.admission.is_helper(hello):
             stream = self._add_stream(
                 attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight, is_helper=True
             )
