@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 __all__ = [
     "DEAD_STATES",
+    "HALTED_STATES",
     "AwaitedKind",
     "ProcessInfo",
     "Rate",
@@ -64,7 +65,8 @@ _READS = {"x86_64": 0, "aarch64": 63}
 _CONNECTING = "02"  # state of a connection in /proc/net/tcp
 DEAD_STATES = ("Z", "X")
 """States of a process that has ended, as the kernel names them."""
-_STOPPED = (*DEAD_STATES, "T", "t")
+HALTED_STATES = (*DEAD_STATES, "T", "t")
+"""And of one that is stopped: neither runs until somebody lets it."""
 _STOP_S, _STOP_POLL_S = 0.2, 0.001
 _MAX_CHILDREN = 512
 _CONDITION_BYTES = 32  # two threads that wait for one condition may do so at two words of it
@@ -295,7 +297,7 @@ def _await_stopped(pids: Sequence[int]) -> None:
     until = time.monotonic() + _STOP_S
     while time.monotonic() < until:
         infos = [process_info(pid) for pid in pids]
-        if all(info is None or info.state in _STOPPED for info in infos):
+        if all(info is None or info.state in HALTED_STATES for info in infos):
             break
 
         time.sleep(_STOP_POLL_S)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from traceml.fail_open import fail_open
-from traceml.inspection.kernel_state import process_info, read_status, thread_cpu_ns, threads_of
+from traceml.inspection.kernel_state import HALTED_STATES, process_info, read_status, thread_cpu_ns, threads_of
 
 __all__ = [
     "STACK_SIGNAL",
@@ -92,7 +92,7 @@ def signal_target(pid: int, *, even_if_disturbed: bool = False) -> int | None:
         even_if_disturbed: whether a wait of its main thread in C, such as `sleep` or `poll`, may end early.
     """
     threads = threads_of(pid)
-    if not threads or sum(each.state == "R" for each in threads) > 1 or threads[0].state in "TtZX":
+    if not threads or sum(each.state == "R" for each in threads) > 1 or threads[0].state in HALTED_STATES:
         return None
 
     if threads[0].state == "R":
@@ -170,7 +170,7 @@ class SignaledStacks:
         A stopped process would handle the signal later, when it runs again.
         """
         main = process_info(self._pid)
-        if main is None or main.state in "TtZX" or self._wakes_of() - self._wakes < _MIN_WAKES:
+        if main is None or main.state in HALTED_STATES or self._wakes_of() - self._wakes < _MIN_WAKES:
             return None
 
         if self._run_in_turns():  # of Python code: it is not safe to ask, and the silent one may answer

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from traceml.inspection.kernel_state import process_info, wait_state
+from traceml.inspection.kernel_state import HALTED_STATES, process_info, wait_state
 from traceml.inspection.stack_signal import SignaledStacks, create_stack_file
 from traceml.inspection.stack_text import main_first
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
@@ -20,7 +20,6 @@ __all__ = ["STACK_MESSAGES", "StackReader", "WorkerState"]
 # A worker that has a core answers within the interpreter's switch interval, 5 ms, unless the GIL is held in C. On a
 # busy host it may get none for seconds; one that is stopped is not waited for.
 _SILENT_S, _STOPPED_GIVE_UP_S, _GIVE_UP_S = 1.0, 1.3, 4.0
-_NOT_AWAITED = "TtZX"
 STACK_MESSAGES: Sequence[type[Message]] = (StackThread, ThreadStacks)
 _STATES = {
     "R": "running",
@@ -88,7 +87,7 @@ class StackReader:
             return False
 
         info = process_info(self._pid)
-        return silent_s > _GIVE_UP_S or info is None or info.state in _NOT_AWAITED
+        return silent_s > _GIVE_UP_S or info is None or info.state in HALTED_STATES
 
     def answer(self, pid: int | None) -> WorkerStack:
         """Return the stacks and the kernel's state."""
