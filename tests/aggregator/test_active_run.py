@@ -9,6 +9,7 @@ import msgpack
 import pytest
 
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
+from tests.fake_time import FakeTime
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams.stream import StreamState
 from traceml.database.flight.flight import FlightFile
@@ -23,16 +24,7 @@ from traceml.transport.exit_report import ExitReport
 def clock(monkeypatch):
     """A monotonic clock that the test moves."""
 
-    class Clock:
-        now_s = 1000.0
-
-        def monotonic(self):
-            return self.now_s
-
-        def time(self):
-            return 1e9 + self.now_s
-
-    moved = Clock()
+    moved = FakeTime()
     monkeypatch.setattr(run_module, "time", moved)
     monkeypatch.setattr("traceml.aggregator.streams.run_streams.time", moved)
     monkeypatch.setattr("traceml.aggregator.streams.stream.time", moved)

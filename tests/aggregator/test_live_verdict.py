@@ -7,6 +7,7 @@ import pytest
 from tests.aggregator.conftest import step_rows
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.diagnosis.hangs.standing import NOW_NS, group, in_backward, line, snapshot
+from tests.fake_time import FakeTime
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.live_verdict import LiveVerdict
 from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
@@ -113,22 +114,9 @@ def test_end_of_a_rank_is_a_fact(live):
     assert (ended.rank, ended.state, ended.signal, ended.open_phase, ended.open_step) == (1, "killed", 9, "backward", 7)
 
 
-class Clock:
-    """Stands in for `time`: no diagnosis takes time, on a busy machine either."""
-
-    def __init__(self) -> None:
-        self.now_s = self.cpu_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def thread_time(self) -> float:
-        return self.cpu_s
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    made = Clock()
+def clock(monkeypatch) -> FakeTime:
+    made = FakeTime()
     monkeypatch.setattr("traceml.aggregator.live_verdict.time", made)
     return made
 

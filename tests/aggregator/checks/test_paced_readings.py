@@ -9,29 +9,20 @@ from typing import Any
 
 import pytest
 
+from tests.fake_time import FakeTime
 from traceml.aggregator.checks import paced_readings
 from traceml.aggregator.checks.paced_readings import PacedReadings
 
 
-class Clock:
-    """Stands in for `time.monotonic` and `time.thread_time`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = self.cpu_s = 0.0
-        monkeypatch.setattr(paced_readings, "time", self)
-
-    def monotonic(self) -> float:
-        """Return the time."""
-        return self.now_s
-
-    def thread_time(self) -> float:
-        """Return the CPU time."""
-        return self.cpu_s
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    made = FakeTime()
+    monkeypatch.setattr(paced_readings, "time", made)
+    return made
 
 
-def test_a_costly_reading_is_followed_by_a_longer_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_costly_reading_is_followed_by_a_longer_pause(clock: FakeTime) -> None:
     """A reading that takes 1 s of CPU time is repeated 200 s later, a cheap one after the least pause."""
-    clock = Clock(monkeypatch)
     begun: list[Coroutine[Any, Any, None]] = []
     paced, threads, costs_s = PacedReadings(begun.append, "it failed"), list[int](), [0.001, 1.0]
 
@@ -54,11 +45,8 @@ def test_a_costly_reading_is_followed_by_a_longer_pause(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("fails", ["read", "take"])
-def test_a_reading_that_fails_is_tried_again(
-    fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_reading_that_fails_is_tried_again(fails: str, clock: FakeTime, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged, and the next one is a minute later."""
-    clock = Clock(monkeypatch)
     begun: list[Coroutine[Any, Any, None]] = []
     paced = PacedReadings(begun.append, f"the {fails} failed")
 
@@ -69,7 +57,7 @@ def test_a_reading_that_fails_is_tried_again(
     asyncio.run(begun.pop())
 
     assert f"the {fails} failed" in caplog.text
-    clock.now_s = 59
+    clock.now_s += 59
     assert not paced.is_due
-    clock.now_s = 60
+    clock.now_s += 1
     assert paced.is_due

@@ -10,25 +10,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.fake_time import FakeTime
 from traceml.launch.agent import worker_state
 from traceml.launch.agent.worker_state import StackReader
 from traceml.launch.shared.fd_socket import FdSocket
 from traceml.launch.shared.launch_messages import StacksRequest, StackThread, ThreadStacks
 
 
-class Clock:
-    """Stands in for `time`."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    made = FakeTime()
     monkeypatch.setattr(worker_state, "time", made)
     return made
 
@@ -62,7 +53,7 @@ def _stopped() -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("thread_is_known", [True, False])
 def test_a_worker_that_got_no_core_for_seconds_is_awaited(
-    clock: Clock, reader: StackReader, worker: FdSocket, thread_is_known: bool
+    clock: FakeTime, reader: StackReader, worker: FdSocket, thread_is_known: bool
 ) -> None:
     """On a busy host, where the report of a hang has to know where each rank was."""
     if thread_is_known:
@@ -83,7 +74,7 @@ def test_a_worker_that_got_no_core_for_seconds_is_awaited(
 
 @pytest.mark.parametrize(("start", "longest_s"), [(_stopped, 2.0), (_sleeping, 4.5)])
 def test_a_worker_that_does_not_answer_is_given_up(
-    clock: Clock, reader: StackReader, start: Callable[[], subprocess.Popen[bytes]], longest_s: float
+    clock: FakeTime, reader: StackReader, start: Callable[[], subprocess.Popen[bytes]], longest_s: float
 ) -> None:
     """One that is stopped earlier: it cannot answer."""
     with start() as process:
