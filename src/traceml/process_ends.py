@@ -54,7 +54,7 @@ class EndedBySignal(KeyboardInterrupt):
 
 
 def not_ignored(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
-    """Return the signals that this process does not ignore since its start, as it does SIGHUP under `nohup`."""
+    """Return the signals that this process does not ignore; under `nohup` it ignores SIGHUP from its start."""
     return {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
 
 

@@ -1,4 +1,4 @@
-"""Background readings, at a rate that keeps their share of a core constant."""
+"""Background readings, at a rate that bounds their share of a core."""
 
 from __future__ import annotations
 
