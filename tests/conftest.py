@@ -244,7 +244,7 @@ def _seed() -> None:
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].default_generator.manual_seed(0)  # `torch.manual_seed` formats a stack for devices: 0.4 ms
 
 
 @pytest.hookimpl(trylast=True)
