@@ -17,7 +17,7 @@ import pytest
 from tests.end_to_end.conftest import TINY, Ended, Running, Traceml
 from tests.forked import client as forked
 from tests.processes import command_of
-from traceml.database.source_reading import SOURCE
+from traceml.database.source_record import SOURCE
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.runs.run import load_run

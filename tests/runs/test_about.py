@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, run_facts
-from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.database.source_record import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME

@@ -28,7 +28,7 @@ from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import PluginError, RunNotFoundError, TraceMLError, UsageError
 from traceml.formatting import plural, printable, shell_quoted
 from traceml.renderers.text.viewport import plain_console
-from traceml.renderers.words import tracker_text
+from traceml.renderers.wording import tracker_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run, list_runs, why_unreadable
 from traceml.runs.report.report_types import TrackerSection

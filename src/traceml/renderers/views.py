@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from traceml.database.states import RunStatus
-from traceml.diagnosis.deaths.end_words import end_summary
+from traceml.diagnosis.deaths.end_wording import end_summary
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
@@ -24,7 +24,7 @@ from traceml.formatting import (
     summed_text,
 )
 from traceml.renderers.printable import printable_copy
-from traceml.renderers.words import goodput_text, restarts_text
+from traceml.renderers.wording import goodput_text, restarts_text
 from traceml.runs.report.report_types import (
     PhaseSection,
     Report,

@@ -8,7 +8,7 @@ from typing import Any
 
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
-from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.database.source_record import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.privacy.masker import Masker
 

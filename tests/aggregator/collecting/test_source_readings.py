@@ -20,7 +20,7 @@ from tests.eventually import eventually
 from tests.runs.fabricated_store import add_info, add_rank, run_facts
 from traceml.aggregator.collecting.source_readings import SourceRequest, find_request
 from traceml.clock import process_start_ticks
-from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.database.source_record import SOURCE, SourceReading
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import About, about_run

@@ -22,7 +22,7 @@ from tests.runs.fabricated_store import (
     store_run,
 )
 from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS
-from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.database.source_record import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.errors import StoreError

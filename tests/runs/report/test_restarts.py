@@ -12,7 +12,7 @@ from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
 from traceml.database.store.store import StoreWriter
-from traceml.renderers.words import restarts_text
+from traceml.renderers.wording import restarts_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import RestartSection

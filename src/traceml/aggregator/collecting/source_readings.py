@@ -22,7 +22,7 @@ import msgspec
 from traceml.aggregator.child_programs import kill_group
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
-from traceml.database.source_reading import SOURCE, SourceReading
+from traceml.database.source_record import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError
 from traceml.fail_open import fail_open

@@ -12,7 +12,7 @@ from traceml.cli.checks.local_checks import Check
 from traceml.database.store.reader import StoreReader
 from traceml.errors import PluginError, RunNotFoundError, StoreError
 from traceml.formatting import ms_text
-from traceml.renderers.words import tracker_text
+from traceml.renderers.wording import tracker_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import find_run
 from traceml.runs.report.trackers import trackers

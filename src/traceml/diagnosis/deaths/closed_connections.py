@@ -11,7 +11,7 @@ from traceml.diagnosis.advice import (
     SAME_COLLECTIVES,
     STOP_TOGETHER,
 )
-from traceml.diagnosis.deaths.end_words import step_text
+from traceml.diagnosis.deaths.end_wording import step_text
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks

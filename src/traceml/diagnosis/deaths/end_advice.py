@@ -16,7 +16,7 @@ from traceml.diagnosis.advice import (
     longer_limit,
 )
 from traceml.diagnosis.deaths.closed_connections import failed_because_of_peer
-from traceml.diagnosis.deaths.end_words import exit_words, signal_of_code, was_cut_off, whereabouts
+from traceml.diagnosis.deaths.end_wording import exit_words, signal_of_code, was_cut_off, whereabouts
 from traceml.diagnosis.deaths.lost_loader_workers import BUS_ERROR, KILL, for_mapped_file, for_shared_memory
 from traceml.diagnosis.deaths.out_of_memory import MemoryEnd
 from traceml.diagnosis.facts.ends.rank_exit import RankExit

@@ -14,7 +14,7 @@ from traceml.diagnosis.findings import Finding, known_facts
 from traceml.diagnosis.hangs.blame import HangCause
 from traceml.diagnosis.hangs.hang_advice import hang_advice
 from traceml.diagnosis.hangs.hang_detection import DetectedHang, detect_hang
-from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank, hang_summary, operation_text
+from traceml.diagnosis.hangs.hang_wording import failed_thread, handling_rank, hang_summary, operation_text
 from traceml.diagnosis.hangs.rank_state import awaited_thread, blocked_worker, doing, gil_holder
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps

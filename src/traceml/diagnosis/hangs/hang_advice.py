@@ -8,7 +8,7 @@ from traceml.database.snapshots.rank_snapshot import RankSnapshot, WorkerSnapsho
 from traceml.diagnosis.advice import EVEN_BATCHES, EVEN_OR_TOGETHER, SAME_COLLECTIVES, WITHOUT_ANSWERS, longer_limit
 from traceml.diagnosis.hangs.blame import RENDEZVOUS, HangCause
 from traceml.diagnosis.hangs.hang_detection import DetectedHang
-from traceml.diagnosis.hangs.hang_words import failed_thread, handling_rank
+from traceml.diagnosis.hangs.hang_wording import failed_thread, handling_rank
 from traceml.diagnosis.hangs.rank_state import (
     COMPUTING,
     WAITS_FOR_THREAD,

@@ -29,7 +29,7 @@ from traceml.diagnosis.facts.sampled_shares import workers_at_work
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.interpreter_lock import background_threads
-from traceml.diagnosis.rules.straggler_words import (
+from traceml.diagnosis.rules.straggler_wording import (
     fewer_workers,
     late_evidence,
     late_summary,

@@ -12,9 +12,9 @@ from traceml.formatting import (
     phase_label,
     plural,
 )
-from traceml.renderers.run_about import nothing_logged
+from traceml.renderers.about_text import nothing_logged
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import NO_LINES, phase_heading, shown_calls, shown_lines
+from traceml.renderers.wording import NO_LINES, phase_heading, shown_calls, shown_lines
 from traceml.runs.about import About
 from traceml.runs.report.line_shares import PhaseLines, all_lines
 

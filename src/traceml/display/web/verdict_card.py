@@ -8,7 +8,7 @@ from traceml.display.web.elements import Container, FactList, Prose, TextNode, s
 from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView, verdict_look
-from traceml.renderers.words import cost_text
+from traceml.renderers.wording import cost_text
 
 __all__ = ["FindingsPanel", "VerdictCard"]
 

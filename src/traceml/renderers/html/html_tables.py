@@ -14,11 +14,11 @@ from traceml.formatting import (
     phase_label,
     plural,
 )
+from traceml.renderers.about_text import about_facts, map_text
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
-from traceml.renderers.run_about import about_facts, map_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import phase_heading, shown_calls, shown_lines, tracker_text
+from traceml.renderers.wording import phase_heading, shown_calls, shown_lines, tracker_text
 from traceml.runs.about import About
 from traceml.runs.report.line_shares import LineShare, all_lines
 from traceml.runs.rows.series import RunSeries

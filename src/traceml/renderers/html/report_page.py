@@ -27,7 +27,7 @@ from traceml.renderers.content_policy import content_policy
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import line_list, memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view, verdict_look
-from traceml.renderers.words import gain_sentence
+from traceml.renderers.wording import gain_sentence
 from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
 from traceml.runs.rows.series import RunSeries

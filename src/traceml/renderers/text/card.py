@@ -41,7 +41,7 @@ from traceml.renderers.views import (
     visible_parts,
     visible_ranks,
 )
-from traceml.renderers.words import gain_sentence, tracker_text
+from traceml.renderers.wording import gain_sentence, tracker_text
 from traceml.run_folder import PAGE_NAME, REPORT_NAME, report_command
 from traceml.runs.report.report_types import Report, TimePart, TimeSection, TrackerSection, read_report
 

@@ -21,7 +21,7 @@ from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked, s
 from traceml.renderers.text.card import verdict_style, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import tracker_text
+from traceml.renderers.wording import tracker_text
 
 __all__ = [
     "MAX_RANK_ROWS",

@@ -19,7 +19,7 @@ from traceml.formatting import (
     ranks_text,
 )
 from traceml.renderers.views import RunView
-from traceml.renderers.words import NO_LINES, shown_calls, shown_lines
+from traceml.renderers.wording import NO_LINES, shown_calls, shown_lines
 from traceml.runs.export.top_operators import OperatorTable, OperatorTotal
 from traceml.runs.report.line_shares import PhaseLines, lines_by_phase, lines_of_workers
 

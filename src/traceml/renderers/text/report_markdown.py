@@ -16,7 +16,7 @@ from traceml.formatting import (
 )
 from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
 from traceml.renderers.views import RunView, run_view, visible_ranks
-from traceml.renderers.words import gain_sentence, tracker_text
+from traceml.renderers.wording import gain_sentence, tracker_text
 from traceml.runs.report.report_types import Report
 
 __all__ = ["report_markdown"]

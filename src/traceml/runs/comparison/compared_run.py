@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.run_folder import REPORT_NAME, STORE_NAME
+from traceml.runs.report.comparison_facts import job_times
 from traceml.runs.report.report import full_report
 from traceml.runs.report.report_types import Report, read_report
-from traceml.runs.report.setup_facts import job_times
 from traceml.runs.report.store_problem import store_problem
 from traceml.runs.rows.run_summary_reader import read_run_summary
 

@@ -10,7 +10,7 @@ from typing import Any
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.snapshots.rank_snapshot import SNAPSHOT
-from traceml.database.source_reading import SOURCE
+from traceml.database.source_record import SOURCE
 from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.diagnosis.facts.core_waits import COMPETING_PROCESSES
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS

@@ -12,7 +12,7 @@ import msgspec
 from nicegui import Client, background_tasks, run
 
 from traceml.database.store.reader import RunEvent
-from traceml.diagnosis.deaths.end_words import end_summary
+from traceml.diagnosis.deaths.end_wording import end_summary
 from traceml.display.web.elements import EMIT_VALUE, Container, DataTable, TextNode, link, set_visible
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState

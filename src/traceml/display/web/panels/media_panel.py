@@ -9,8 +9,8 @@ from traceml.display.web.elements import ChartCard, Container, TextNode, link, s
 from traceml.display.web.run_files import IMAGE_TYPES, file_path
 from traceml.display.web.run_sources import RunState
 from traceml.formatting import bytes_text, count_text, plural, printable
+from traceml.renderers.about_text import nothing_logged
 from traceml.renderers.charts.run_charts import histogram_chart
-from traceml.renderers.run_about import nothing_logged
 from traceml.runs.rows.logged_media import LoggedItem, MediaGroup
 
 __all__ = ["MediaPanel"]

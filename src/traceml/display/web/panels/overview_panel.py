@@ -19,7 +19,7 @@ from traceml.display.web.elements import (
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
 from traceml.formatting import count_text, plural, printable
-from traceml.renderers.run_about import about_facts, nothing_logged
+from traceml.renderers.about_text import about_facts, nothing_logged
 from traceml.renderers.views import RunView
 from traceml.run_folder import PAGE_NAME, REPORT_NAME
 from traceml.runs.about import About, package_versions

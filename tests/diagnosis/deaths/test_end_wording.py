@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from traceml.diagnosis.deaths.end_words import end_summary
+from traceml.diagnosis.deaths.end_wording import end_summary
 from traceml.runs.report.report_types import RankSection
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.renderers.reports import finding, straggler
-from traceml.renderers.words import cost_text, gain_sentence, restarts_text
+from traceml.renderers.wording import cost_text, gain_sentence, restarts_text
 from traceml.runs.report.report_types import RestartSection
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.renderers.reports import healthy
-from traceml.renderers.run_about import about_facts, nothing_logged
+from traceml.renderers.about_text import about_facts, nothing_logged
 from traceml.renderers.views import run_view
 from traceml.runs.about import About
 from traceml.track.plugins.plugin_metadata import PluginType
