@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, window_of
+from tests.diagnosis.rules.slowdowns.test_slowdown import AT, history
 from tests.diagnosis.rules.test_data_imbalance import steps_of, uneven
-from tests.diagnosis.rules.test_slowdown import AT, history
 from tests.diagnosis.stalls.test_recompiles import compilations, long_forwards
 from traceml.database.schema import Compiled
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.slowdown import slowdown
+from traceml.diagnosis.rules.slowdowns.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 

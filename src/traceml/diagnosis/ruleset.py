@@ -23,7 +23,9 @@ from traceml.diagnosis.memory.leaks import memory_leaks
 from traceml.diagnosis.memory.pressure import memory_imbalance, memory_pressure
 from traceml.diagnosis.resumed_steps import with_global_step_numbers
 from traceml.diagnosis.rules.between_trainings import set_up_between
-from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
+from traceml.diagnosis.rules.bottlenecks.data_bound import input_bound, transfers
+from traceml.diagnosis.rules.bottlenecks.own_code import residual
+from traceml.diagnosis.rules.bottlenecks.saving import checkpoints
 from traceml.diagnosis.rules.comm import comm_bound
 from traceml.diagnosis.rules.correctness import (
     duplicate_data,
@@ -43,14 +45,14 @@ from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer,
 from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periodic_steps import periodic_steps
 from traceml.diagnosis.rules.restarted_workers import workers_restarted
-from traceml.diagnosis.rules.slowdown import (
+from traceml.diagnosis.rules.slowdowns.related_findings import (
     is_continued,
     is_of_the_host,
-    slowdown,
     with_steps_from_history,
     with_steps_from_slowdown,
 )
-from traceml.diagnosis.rules.stragglers import stragglers
+from traceml.diagnosis.rules.slowdowns.slowdown import slowdown
+from traceml.diagnosis.rules.stragglers.stragglers import stragglers
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
 from traceml.diagnosis.stalls.single_pauses import single_pauses

@@ -14,7 +14,7 @@ from traceml.diagnosis.facts.trainings.trainer_calls import own_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.jitter import excess_over_usual, significant_excess, usual
-from traceml.diagnosis.rules.stragglers import straggler_kind
+from traceml.diagnosis.rules.stragglers.stragglers import straggler_kind
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.long_steps import LINE_SHARE, RARE
 from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED, OwnWork

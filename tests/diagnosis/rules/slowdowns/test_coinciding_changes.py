@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from traceml.diagnosis.facts.machine_use import MachineUse
-from traceml.diagnosis.rules.coinciding_changes import changes
+from traceml.diagnosis.rules.slowdowns.coinciding_changes import changes
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import ItemsView, Iterator, ValuesView
 
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.rules.stragglers import find_late
+from traceml.diagnosis.rules.stragglers.late_ranks import find_late
 from traceml.diagnosis.steps.own_work import own_work_of
 
 RANKS = 200

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.rules.stragglers.other_ranks import mean_of_others
 from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import (
@@ -26,7 +27,6 @@ __all__ = [
     "fewer_workers",
     "late_evidence",
     "late_summary",
-    "mean_of_others",
     "more_cpu_time",
     "share_late",
     "stage_summary",
@@ -41,14 +41,6 @@ _SELDOM = 0.25
 """Ranks that are late in a smaller share of the steps are late at times, as by saving in every n-th step."""
 _NEARLY_ALL = 0.8
 _MAX_LISTED = 64  # a switch or a stage has thousands of ranks
-
-
-def mean_of_others(values: Floats) -> Floats:
-    """Return the mean work of the other ranks in each step.
-
-    It is not the median: with skewed noise, the median of several ranks is below the mean of each of them.
-    """
-    return np.asarray(values.mean(axis=0))
 
 
 def waited_for_core(facts: JobFacts, ranks: Sequence[int], others: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.stragglers import find_late
+from traceml.diagnosis.rules.stragglers.late_ranks import find_late
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.own_work import own_work_of
 from traceml.formatting import factor_text

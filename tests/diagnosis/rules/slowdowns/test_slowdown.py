@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.sampled_lines import DividedLines, LineCounts, Samp
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.diagnosis.rules.slowdown import slowdown
+from traceml.diagnosis.rules.slowdowns.slowdown import slowdown
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.steps.own_work import own_work_of
 from traceml.diagnosis.steps.step_history import StepHistory

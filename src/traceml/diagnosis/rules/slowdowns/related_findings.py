@@ -1,0 +1,100 @@
+"""Relations of a finding about slower steps to other findings: late ranks, other trainings, and lost cores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.slowdowns.coinciding_changes import CORE_WAITS
+from traceml.diagnosis.rules.slowdowns.slow_parts import COMM, PASSES
+from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
+from traceml.diagnosis.steps.change_points import level_change
+from traceml.diagnosis.steps.own_work import COMPUTE
+from traceml.diagnosis.steps.step_history import StepHistory
+from traceml.formatting import count_text, ns_text
+
+__all__ = ["is_continued", "is_of_the_host", "with_steps_from_history", "with_steps_from_slowdown"]
+
+SAME_CHANGE = 0.1
+"""Changes whose first steps differ by less than this share of their number are the same."""
+MIN_COST_RATIO = 0.5
+"""Ranks that are late only in the slow part cost about as much as it does; those late before it too, more than that."""
+END_SHARE = 0.1
+"""Ranks that are not late in a smaller rest of the run did not recover: the last steps are unlike the others."""
+CORES_SHARE = 0.5
+"""Waiting for cores costs this share of what the slow steps do if it makes forward and backward slower."""
+_STEPS = ("shape", "since_step", "until_step", "growth_ms_per_step")
+_OF_CORES = {*CORE_WAITS, "others_cores", "memory_share"}
+
+
+def with_steps_from_slowdown(late: Finding, slower: Finding) -> Finding:
+    """Return a finding about late ranks with the steps in which they are; unchanged where others became slower."""
+    if not _is_same_cause(late, slower):
+        return late
+
+    return _timed(late, {name: slower.evidence[name] for name in _STEPS if name in slower.evidence})
+
+
+def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
+    """Return a finding about late ranks with the steps in which they are, by their work alone; others unchanged."""
+    if not (late.kind.rule.is_straggler and late.ranks) or not len(bins.ranks):
+        return late
+
+    alone = bins.of_ranks(late.ranks, late.phase)
+    change = level_change(alone.step_ns)
+    if change is None or (change.shape == "first" and change.last > (1 - END_SHARE) * len(alone.step_ns)):
+        return late
+
+    slow = SlowSteps(alone, change)
+    mean, lost = slow.mean_and_lost_ns()
+    return _timed(late, slow.evidence()) if lost >= MIN_COST_RATIO * late.cost_share * mean else late
+
+
+def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    has, was = ("It has", "It was") if len(late.ranks) == 1 else ("They have", "They were")
+    when = {
+        "stays": f"{has} been slow since step {since}.",
+        "first": f"{was} slow until step {until}.",
+        "recovers": f"{was} slow from step {since} to step {until}.",
+        "growth": f"The difference grows by {ns_text(1e6 * evidence.get('growth_ms_per_step', 0.0))} with each step.",
+    }
+    text = f"{late.summary} {when[evidence['shape']]}"
+    return replace(late, summary=text, evidence={**late.evidence, **evidence})
+
+
+def _is_same_cause(late: Finding, slower: Finding) -> bool:
+    """Return whether steps became slower because of ranks that are late, and were not late before."""
+    same = slower.phase in (None, late.phase)
+    same = same and (slower.evidence["shape"] == "growth" or slower.cost_share >= MIN_COST_RATIO * late.cost_share)
+    return late.kind.rule.is_straggler and bool(slower.ranks) and slower.ranks == late.ranks and same
+
+
+def is_continued(of_training: Finding, of_run: Finding) -> bool:
+    """Return whether the slowdown in one of several trainings is that of the whole run, not caused by another model."""
+    if of_run.phase in (None, COMM, *COMPUTE) or of_run.phase != of_training.phase:
+        return False
+
+    since, same = (each.evidence["since_step"] for each in (of_run, of_training))
+    return of_run.evidence["shape"] == "growth" or bool(abs(since - same) <= SAME_CHANGE * max(since, same))
+
+
+def is_of_the_host(slower: Finding, contention_share: float = 0.0) -> bool:
+    """Return whether nothing but the cores changed when steps became slower, in all phases.
+
+    Some ranks alone became slower because of the cores only if they waited for these. It is also so in forward and
+    backward only, in no line, if waiting for cores costs much of it: torch's threads wait for each other there, so
+    that one core less costs a step several times its length.
+    """
+    changed = slower.evidence.get("changed", ())
+    alike = slower.phase is None or (
+        PASSES.issubset(slower.evidence.get("phases", ()))
+        and "function" not in slower.evidence
+        and contention_share >= CORES_SHARE * slower.cost_share
+    )
+    waited = not slower.ranks or "cpu_wait_share" in changed
+    return slower.kind is Kind.SLOWDOWN and alike and waited and _OF_CORES.issuperset(changed)

@@ -1,0 +1,230 @@
+"""Finding about steps that grow, jump and stay, jump and recover, or are slow at first.
+
+The rule looks at the usual step in equal bins of the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity, least_cost_ns
+from traceml.diagnosis.rules.slowdowns.coinciding_changes import (
+    CORE_WAITS,
+    SideChange,
+    changes,
+    core_wait,
+    larger_batches,
+)
+from traceml.diagnosis.rules.slowdowns.slow_parts import (
+    COMM,
+    NOT_OF_CORES,
+    PASSES,
+    SlowParts,
+    find_parts,
+    have_cores,
+    most_grown,
+    slow_phases,
+)
+from traceml.diagnosis.rules.slowdowns.slow_steps import SlowSteps
+from traceml.diagnosis.rules.slowdowns.slowdown_advice import slowdown_advice
+from traceml.diagnosis.steps.change_points import MIN_FACTOR, LevelChange, growth, level_change
+from traceml.diagnosis.steps.own_work import COMPUTE
+from traceml.diagnosis.steps.speedup import speedup_of_share
+from traceml.diagnosis.steps.step_history import StepHistory
+from traceml.formatting import count_text, factor_text, ns_text, percent_text, ranks_text
+
+__all__ = ["slowdown"]
+
+MIN_FACTOR_ALIKE = 1.25
+"""A slow part is slower by this factor where all phases are: on shared hosts, speed varies."""
+MIN_ALIKE_NS = 10e9
+"""And the slow part lasts so long: programs that come and go take cores for seconds."""
+MIN_COMPUTE_NS = 3e9
+"""A slow part of one computing phase lasts so long where the ranks had their cores, as counted by the kernel."""
+FAR_SLOWER = 4.0
+"""Phases that become slower by this factor more than the rest, which is as long, do so on any host."""
+EXPLAINED_LOSS = 0.5
+"""What explains this share of what the steps lost is a cause of it."""
+STILL_SLOWER = 2.5
+"""Steps that are this many times as long, also if they had not lost cores, have another cause."""
+SAME_PACE = 1.15
+"""Steps that are longer by no more than this factor of the growth of their batches have more work, and no fault."""
+
+
+def slowdown(bins: StepHistory, facts: JobFacts, late: Collection[tuple[int, ...]] = ()) -> list[Finding]:
+    """Return the finding about steps that became slower, or were slow at first.
+
+    Args:
+        late: groups of ranks that are known to be late.
+    """
+    steps = _slow_steps(bins, facts)
+    if steps is None or not _is_clear(steps, facts, late) or not steps.is_of_mean():
+        return []
+
+    mean, lost = steps.mean_and_lost_ns()
+    if lost < least_cost_ns(mean):
+        return []
+
+    return [_finding(steps, lost / mean * bins.of_run, facts)]
+
+
+def _slow_steps(bins: StepHistory, facts: JobFacts) -> SlowSteps | None:
+    """Return how the steps change; as steady growth where that of one phase looks like a jump on a busy host."""
+    change = level_change(bins.step_ns)
+    if change is None:
+        return None
+
+    steps = SlowSteps(bins, change)
+    part = None if change.shape == "growth" else most_grown(steps, facts)
+    if part in (None, *COMPUTE, COMM):
+        return steps
+
+    own = growth(bins.parts_ns[part])
+    if own is None:
+        return steps
+
+    rest_ns = float(np.median(bins.step_ns - bins.parts_ns[part]))
+    return SlowSteps(bins, replace(own, before_ns=rest_ns + own.before_ns, after_ns=rest_ns + own.after_ns))
+
+
+def _is_clear(steps: SlowSteps, facts: JobFacts, late: Collection[tuple[int, ...]]) -> bool:
+    """Return whether the slow part is slow enough; where a busy host makes the same picture, also long enough."""
+    bins, change = steps
+    parts = slow_phases(steps, facts)
+    if (len(parts) == 1 and parts[0] not in (*COMPUTE, COMM)) or steps.ranks() in late:
+        return change.factor >= MIN_FACTOR
+
+    lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
+    is_known = bool(parts) and (COMM not in parts or change.factor >= NOT_OF_CORES)
+    is_sure = is_known and (have_cores(steps, parts, facts) or _are_far_slower(steps, parts))
+    return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= (MIN_COMPUTE_NS if is_sure else MIN_ALIKE_NS)
+
+
+def _are_far_slower(steps: SlowSteps, parts: Sequence[str]) -> bool:
+    """Return whether some phases become slower by far more than the rest, which is as long: it is no lack of cores."""
+    if steps.change.shape != "stays":  # another program that comes and goes may take the core in these phases
+        return False
+
+    usual, slow = steps.levels()
+    rest = [name for name in usual if name not in (*parts, COMM)]
+    own, own_then, others, others_then = (
+        sum(each[name] for name in names) for names in (parts, rest) for each in (usual, slow)
+    )
+    return others >= own > 0 and own_then / own >= FAR_SLOWER * max(others_then / others, 1.0)
+
+
+def _finding(steps: SlowSteps, share: float, facts: JobFacts) -> Finding:
+    ranks = steps.ranks()
+    beside = [*_batches(steps), *_use(steps, facts, ranks)]
+    # Where cores were taken, whatever runs takes longer: no phase or line is the cause.
+    is_of_cores = _is_loss_of_cores(steps.change, beside)
+    where = SlowParts(is_loss_of_cores=True) if is_of_cores else find_parts(steps, facts, ranks)
+    part = where.parts[0] if where.parts else None
+    if ranks:
+        steps = steps.of_ranks(ranks, part)
+
+    change = steps.change
+    is_meant = not ranks and any(each.is_work for each in beside)
+    evidence = {
+        **steps.evidence(),
+        "factor": change.factor,
+        "before_ms": change.before_ns / 1e6,
+        "after_ms": change.after_ns / 1e6,
+        **({"changed": {each.name: [each.before, each.then] for each in beside}} if beside else {}),
+        **where.evidence(),
+    }
+    whose = f", because of {ranks_text(ranks)}" if ranks else ""
+    # A part that grew by more than the loss of cores explains has another cause, be its line known or not.
+    is_other = where.line is not None or (bool(where.parts) and bool(beside) and beside[0].takes_cores)
+    is_beside = bool(beside) and (is_meant or where.is_loss_of_cores or not is_other)
+    return Finding.of(
+        Kind.SLOWDOWN,
+        severity=Severity.INFO if is_meant else None,
+        ranks=ranks,
+        phase=part,
+        summary=_summary(change, evidence, None if is_meant else share, whose + where.text) + _meanwhile(beside),
+        next=beside[0].advice if is_beside else slowdown_advice(change.shape, where, ranks, facts),
+        evidence=evidence,
+        cost_share=share,
+        speedup_if_fixed=1.0 if is_meant or _may_be_work(change, where) else speedup_of_share(share),
+    )
+
+
+def _may_be_work(change: LevelChange, where: SlowParts) -> bool:
+    """Return whether steps may have more work from one to the next, as longer episodes of a policy that learns.
+
+    What a script keeps makes one pass longer, or code outside the model.
+    """
+    return change.shape == "growth" and PASSES.issubset(where.parts)
+
+
+def _batches(steps: SlowSteps) -> list[SideChange]:
+    """Return that batches were larger, where that explains half of what the steps lost, or all of it."""
+    bins, change = steps
+    if not len(bins.elements):
+        return []
+
+    at_both = (steps.usual, steps.slow)
+    usual, slow = (float(np.median(bins.elements[at])) for at in at_both)
+    if usual <= 0 or 1 - usual / slow < EXPLAINED_LOSS * (1 - 1 / change.factor):
+        return []
+
+    usual_ns, slow_ns = (float(np.median(bins.step_ns[at])) for at in at_both)
+    return [larger_batches(usual, slow, explains_all=slow_ns / usual_ns <= SAME_PACE * slow / usual)]
+
+
+def _use(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> list[SideChange]:
+    """Return what else changed on the hosts in the slow steps."""
+    hosts: set[str | None] = set(facts.hosts.values())
+    is_limited = all(map(facts.has_memory_limit, hosts or {None}))
+    usual, slow = steps.compared_steps
+    found = changes(
+        facts.samples.use(*usual, ranks=ranks),
+        facts.samples.use(*slow, ranks=ranks),
+        memory_of="container" if is_limited else "host",
+        use_of=ranks_text(ranks) if ranks else "the training",
+    )
+    # Workers that have no core make batches late, while the training has its own.
+    is_of_data = most_grown(steps, facts) == "input_wait"
+    waits = (facts.workers_waited(*each) if is_of_data else None for each in (usual, slow))
+    of_workers = core_wait("workers_wait_share", "the loader workers", *waits)
+    return found if of_workers is None else [of_workers, *found]
+
+
+def _is_loss_of_cores(change: LevelChange, beside: Sequence[SideChange]) -> bool:
+    """Return whether the loss of cores explains half of what the steps lost, and they would not be far slower without.
+
+    A list that grows takes a core more often, too: what uses more of them waits more for them.
+    """
+    # What a step would be shorter by if its thread had its core as often as in the others.
+    waits = [(each.before, each.then) for each in beside if each.name in CORE_WAITS]
+    waited = max((1 - (1 - then) / max(1 - before, 0.01) for before, then in waits), default=0.0)
+    taken = any(each.takes_cores and each.name not in CORE_WAITS for each in beside)
+    is_cause = waited >= (0.25 if taken else EXPLAINED_LOSS) * (1 - 1 / change.factor)
+    return is_cause and change.factor * (1 - waited) < STILL_SLOWER
+
+
+def _meanwhile(beside: Sequence[SideChange]) -> str:
+    return "".join(f" {'Meanwhile' if not at else 'And'} {each.text}." for at, each in enumerate(beside[:2]))
+
+
+def _summary(change: LevelChange, evidence: Mapping[str, Any], share: float | None, where: str) -> str:
+    usual, slow = ns_text(change.before_ns), ns_text(change.after_ns)
+    cost = "." if share is None else f"; that costs {percent_text(share)} of step time."
+    if change.shape == "growth":
+        per_step = ns_text(1e6 * evidence["growth_ms_per_step"])
+        since = f"Since step {count_text(evidence['since_step'])} steps" if change.first else "Steps"
+        return f"{since} grow by {per_step} each, from {usual} to {slow}{where}{cost}"
+
+    longer = f"a step takes {factor_text(change.factor)} as long ({slow} instead of {usual}){where}{cost}"
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    if change.shape == "stays":
+        return f"Since step {since} {longer}"
+
+    return f"Until step {until} {longer}" if change.shape == "first" else f"From step {since} to step {until} {longer}"

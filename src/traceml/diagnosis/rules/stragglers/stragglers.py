@@ -1,0 +1,234 @@
+"""Findings about stragglers: who is late, where, why, and what a step gains without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.blamed_lines import (
+    BlamedLine,
+    blamed_line,
+    is_of_ranks_alone,
+    lines_of_ranks_alone,
+    workers_line,
+)
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_shares import workers_at_work
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.interpreter_lock import background_threads
+from traceml.diagnosis.rules.stragglers.core_lack import (
+    due_to_code_ns,
+    has_far_more_work,
+    is_without_core,
+    more_work_ns,
+)
+from traceml.diagnosis.rules.stragglers.excess_tests import EVERYWHERE_SHARE
+from traceml.diagnosis.rules.stragglers.late_ranks import find_late, late_in_one_part, without_late
+from traceml.diagnosis.rules.stragglers.other_ranks import mean_of_others
+from traceml.diagnosis.rules.stragglers.straggler_wording import (
+    fewer_workers,
+    late_evidence,
+    late_summary,
+    more_cpu_time,
+    stage_summary,
+    waited_for_core,
+)
+from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE, LateRanks, OwnWork
+from traceml.diagnosis.steps.speedup import saved_ns, speedup, with_typical_work
+from traceml.diagnosis.steps.step_split import Floats
+
+__all__ = ["straggler_kind", "stragglers"]
+
+GAIN_SHARE = 0.05
+"""Without the late ranks a step would be shorter by at least this share, unless they are very late."""
+MAIN_SHARE = 0.9
+"""A line with less of the excess of late ranks is told with a second one, and promises no more than its own gain."""
+
+
+def stragglers(work: OwnWork, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return a finding per group of late ranks, and the parts with their work replaced by that of the others."""
+    if not work.grouped or len(work.ranks) < 2:
+        return [], {}
+
+    late = find_late(work, facts)
+    without_stragglers = without_late(work, late)
+    if late and saved_ns(work, without_stragglers) < GAIN_SHARE * work.step_ns:
+        # Other ranks are late as often; a small difference on average is not a fault.
+        late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * work.step_ns]
+        without_stragglers = without_late(work, late)
+
+    late += late_in_one_part(work, facts, late)
+    return [_finding(work, facts, one) for one in late], without_late(work, late)
+
+
+def straggler_kind(part: str) -> Kind:
+    """Return the kind of finding for ranks that are late in a part of the step."""
+    if part == "input_wait":
+        return Kind.INPUT_STRAGGLER
+
+    if part == "h2d":
+        return Kind.H2D_STRAGGLER
+
+    if part == "checkpoint":
+        return Kind.CHECKPOINT_STALLS
+
+    return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
+
+
+def _waiting_share(work: OwnWork, late: LateRanks) -> float:
+    """Return the share of the step that late ranks wait for others, mostly inside backward."""
+    return max(1.0 - float(work.own[late.rows].mean()) / work.step_ns, 0.0)
+
+
+def _read_for_others(work: OwnWork, facts: JobFacts, late: LateRanks) -> bool:
+    """Return whether late ranks alone have loaders, and the others wait for no data of their own."""
+    readers = {rank for rank, loaders in facts.loaders.items() if loaders}
+    waits = work.parts["input_wait"]
+    return readers == set(work.ranks_of(late.rows)) and not waits[late.others].any()
+
+
+def _own_code(
+    work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None
+) -> tuple[Sequence[BlamedLine], float]:
+    """Return the lines that late ranks are in, and which part of their excess these are: all of it where unknown.
+
+    The main line, or two that only these ranks run, if one has little more than half.
+    """
+    ranks, own_ns = work.ranks_of(late.rows), _share_of_part(work, late) * work.step_ns
+    found: tuple[BlamedLine, ...] = (line,) if line is not None else ()
+    if late.everywhere or late.part not in UNNAMED_CODE:
+        return found, 1.0
+
+    if line is None or line.share < MAIN_SHARE:
+        found = lines_of_ranks_alone(facts.lines, late.part, own_ns / work.step_ns, ranks) or found
+
+    is_known = all(
+        not each.is_rough and not each.is_least and is_of_ranks_alone(facts.lines, late.part, each, ranks)
+        for each in found
+    )
+    explained = sum(each.share for each in found) * own_ns / late.excess_ns
+    return found, explained if found and is_known and explained < MAIN_SHARE else 1.0
+
+
+def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
+    ranks, line = tuple(work.ranks_of(late.rows)), _line(work, facts, late)
+    is_stage = late.part in COMPUTE and facts.batches.has_own_stages(ranks, work.ranks_of(late.others))
+    if is_stage and (line is None or not facts.waits_in(late.part, line)):
+        return _stage_finding(work, facts, late, line)
+
+    blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
+    saved = saved_ns(work, {part: with_typical_work(work.parts[part], late.rows, late.others) for part in blamed})
+    # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
+    share = min(max(late.excess_ns, saved) / work.step_ns, 1.0)
+    most = work.step_ns - _workers_of_others_ns(work, facts, late)
+    is_bounded, saved = most < saved, min(saved, most)
+    gain = speedup(work.step_ns, saved)
+    lines, part_of_excess = _own_code(work, facts, late, line)
+    of_lines = speedup(work.step_ns, saved * part_of_excess) if part_of_excess < 1.0 else None
+    why, action = _reason(work, facts, late, line, lines)
+    return Finding.of(
+        straggler_kind(late.part),
+        ranks=ranks,
+        phase=late.part,
+        summary=late_summary(
+            work, late, share, gain, lines, facts.loader_workers, of_lines, is_bounded_by_workers=is_bounded
+        )
+        + why,
+        next=action,
+        evidence=_evidence(work, facts, late, lines[0] if lines else None),
+        cost_share=share,
+        speedup_if_fixed=of_lines or gain,
+    )
+
+
+def _workers_of_others_ns(work: OwnWork, facts: JobFacts, late: LateRanks) -> float:
+    """Return how long a step takes at least without late data, as the loader workers of the others are no faster.
+
+    Each makes batches for a share of the time, and would for all of it; 0 where they have no workers, or few samples.
+    """
+    others = set(work.ranks_of(late.others))
+    at_work = workers_at_work([each for each in facts.worker_lines if each.rank in others])
+    return at_work.share * work.step_ns if late.part == "input_wait" and not at_work.is_rough else 0.0
+
+
+def _stage_finding(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> Finding:
+    """Return the finding about ranks that are the longest stages of a pipeline."""
+    ranks = tuple(work.ranks_of(late.rows))
+    more_ns = float((work.own[late.rows].mean(axis=0) - mean_of_others(work.own[late.others])).mean())
+    return Finding.of(
+        straggler_kind(late.part),
+        ranks=ranks,
+        phase=late.part,
+        summary=stage_summary(work, late, more_ns),
+        next=advice.for_long_stage(ranks),
+        evidence=_evidence(work, facts, late, line),
+        cost_share=min(more_ns / work.step_ns, 1.0),
+    )
+
+
+def _share_of_part(work: OwnWork, late: LateRanks) -> float:
+    """Return the share of the step that late ranks spend in the slow part."""
+    return float(work.parts[late.part][late.rows].mean()) / work.step_ns
+
+
+def _line(work: OwnWork, facts: JobFacts, late: LateRanks) -> BlamedLine | None:
+    """Return the line in which the ranks are late; None if they are slower in every part, or it is not known."""
+    if late.everywhere:
+        return None
+
+    ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
+    if late.part == "input_wait" and facts.loader_workers:  # the loop's own line is that in which it waits for them
+        return workers_line(facts.worker_lines, ranks, others)
+
+    waiting = _waiting_share(work, late) if late.part == "backward" else 0.0
+    return blamed_line(facts.lines, late.part, _share_of_part(work, late), ranks, others, waiting)
+
+
+def _evidence(work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None) -> dict[str, object]:
+    of_line = line.evidence(_share_of_part(work, late)) if line else {}
+    return late_evidence(work, facts, late, tuple(work.ranks_of(late.rows))) | of_line
+
+
+def _reason(
+    work: OwnWork, facts: JobFacts, late: LateRanks, line: BlamedLine | None, lines: Sequence[BlamedLine]
+) -> tuple[str, str]:
+    """Return the sentence about why the ranks are late, empty if nothing more is known, and the advice.
+
+    Args:
+        line: the line in which they are late.
+        lines: that line, or two that have most of their time together.
+    """
+    ranks, others = tuple(work.ranks_of(late.rows)), work.ranks_of(late.others)
+    is_loading, why = late.part == "input_wait", ""
+    action = advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line)
+    if len(lines) > 1:
+        action = advice.for_own_code(ranks, facts, lines)
+
+    if late.group is not None and line is None and not is_loading:
+        action = advice.for_slow_group(late.group)
+
+    beside = background_threads(facts, ranks) if late.everywhere else None
+    if beside is not None:
+        why, action = beside.text, beside.action
+
+    if is_loading and (fewer := fewer_workers(facts, ranks, others)) is not None:
+        why, usual = fewer
+        action = advice.for_fewer_workers(ranks, usual)
+
+    if is_loading and _read_for_others(work, facts, late):
+        action = advice.for_reading_ranks(ranks, facts)
+
+    if beside is None and not is_loading and is_without_core(work, facts, late):
+        is_due_to_code = due_to_code_ns(work, facts, late.rows, late.part, late.excess_ns)
+        return (
+            waited_for_core(facts, ranks, others),
+            action if is_due_to_code else advice.for_rank_without_core(ranks, facts),
+        )
+
+    if not why and facts.oversubscribed and more_work_ns(work, facts, late.rows, late.excess_ns) > 0:
+        why = more_cpu_time(facts, ranks)
+        if late.everywhere and has_far_more_work(facts, ranks):
+            action = advice.for_more_work(ranks)
+
+    return why, action
