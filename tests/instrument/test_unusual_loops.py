@@ -236,6 +236,24 @@ def test_training_without_an_optimizer(traced: Traced, loop: Callable[[], None],
     assert sum(row["batches"] for row in traced.table("evals")) == evaluations
 
 
+@pytest.mark.parametrize(("evaluates", "unseen"), [(False, 3), (True, 0)])
+def test_new_models_without_an_optimizer(traced: Traced, evaluates: bool, unseen: int) -> None:
+    """Each backward pass is a step, as where an optimizer of another library fits one model after the other.
+
+    The first one of a new model, whose call is not seen, belongs to the step before, unless that ended by evaluation.
+    """
+    for _ in range(4):
+        model = net()
+        for _ in range(B):
+            model(X).square().mean().backward()
+            update(model.parameters())
+
+        if evaluates:
+            evaluate(model, 1)
+
+    assert len(traced.finish()) == 4 * B - unseen
+
+
 def test_gradients_of_inputs_and_inner_loops(traced: Traced) -> None:
     """They are backward time of the step, and no step or micro-batch of their own."""
     model = net()

@@ -42,6 +42,9 @@ class StepListener(Protocol):
     def first_backward(self) -> bool:
         """Handle the start of the first backward pass; return whether a torch optimizer is alive."""
 
+    def find_new_models(self) -> None:
+        """Handle a backward pass where no optimizer has stepped: it may be of a model that was made since the last."""
+
     def new_optimizer(self, optimizer: Any) -> None:
         """Handle the first step of an optimizer."""
 

@@ -450,6 +450,9 @@ class StepClock(DividedStep):
 
     def after_backward(self, t: int) -> None:
         """Handle the end of a backward pass on the slow path: it may be a step by itself."""
+        if not self.optimizers_seen:  # whose constructors would tell
+            self.listener.find_new_models()
+
         if self.fused:
             self.fused = False
             self.step_without_call(t, FUSED)

@@ -116,6 +116,8 @@ class _NullListener:
     def first_backward(self) -> bool:
         return True
 
+    def find_new_models(self) -> None: ...
+
     def new_optimizer(self, optimizer: object) -> None: ...
 
     def is_trained(self, module: object) -> bool:

@@ -68,6 +68,11 @@ class RareEvents:
     def _look_for_iterators(self, alive: Callable[[], LiveObjects]) -> None:
         self.batch_source = batch_source_of(alive().generators)
 
+    def find_new_models(self) -> None:
+        """Time the models made since the last search; next to nothing if there is none."""
+        if self.torch_hooks is not None:
+            self.guard(self.torch_hooks.discovery.search_recent)
+
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""
         if self.batch_source is not None:
