@@ -107,6 +107,20 @@ def after_each_epoch() -> None:
         evaluate(model)
 
 
+def after_each_epoch_in_training_mode() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader = data(5)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        with torch.no_grad():
+            for _ in range(CALLS):
+                model(X)
+                time.sleep(0.001)
+
+
 def on_one_batch() -> None:
     model = net()
     optimizer = sgd(model)
@@ -126,6 +140,7 @@ def on_one_batch() -> None:
         after_a_step_on_a_batch,
         before_a_step_on_a_batch,
         after_each_epoch,
+        after_each_epoch_in_training_mode,
         on_one_batch,
     ],
 )
@@ -558,6 +573,18 @@ def rollout() -> None:
             train(policy, optimizer, X)
 
 
+def critic() -> None:
+    """A GAN whose critic steps several times on each batch, between calls of a generator in training mode."""
+    generator, judge = net(), net()
+    optimizer = sgd(judge)
+    for (x,) in data(20):
+        for _ in range(3):
+            with torch.no_grad():
+                generator(x)
+
+            train(judge, optimizer, x)
+
+
 def tried_before_training() -> None:
     model = net()
     optimizer = sgd(model)
@@ -566,9 +593,9 @@ def tried_before_training() -> None:
         train(model, optimizer, X)
 
 
-@pytest.mark.parametrize("loop", [teacher, rollout, tried_before_training])
+@pytest.mark.parametrize("loop", [teacher, rollout, critic, tried_before_training])
 def test_calls_without_gradients_that_are_no_evaluation(traced: Traced, loop: Callable[[], None]) -> None:
-    """A model that is not trained, one that acts, one that is only tried."""
+    """A model that is not trained, one that acts, one that generates what is trained on, one that is only tried."""
     loop()
 
     assert len(traced.finish()) == 20
@@ -711,6 +738,23 @@ def test_rollouts_of_a_simulator_of_the_script(traced: Traced) -> None:
 
     assert len(traced.finish()) == 32
     assert [row["step"] for row in traced.table("evals") if row["step"]] == [4, 8]  # the first may be a trial
+
+
+def test_rollouts_in_training_mode_after_an_epoch(traced: Traced) -> None:
+    """Each epoch trains on what the policy has seen before it: after three of them it is known."""
+    policy, seen = net(), torch.empty(6, 4)
+    optimizer, loader = sgd(policy), DataLoader(seen, batch_size=3)
+    for _ in range(8):
+        seen.normal_()
+        with torch.no_grad():
+            for observation in seen.split(2):
+                policy(observation)
+
+        for x in loader:
+            train(policy, optimizer, x)
+
+    assert len(traced.finish()) == 16
+    assert max(row["step"] for row in traced.table("evals")) <= 6
 
 
 def test_evaluation_on_training_data_is_no_rollout(traced: Traced) -> None:

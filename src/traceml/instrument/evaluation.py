@@ -1,7 +1,8 @@
 """Evaluation in a loop without a DataLoader: models called in `eval()` without gradients between training calls.
 
-A *period* of evaluation begins at such a call of a model that is trained, and ends at the next `Module.train()`,
-training forward, request to a loader or backward pass. Its time belongs to no step, like that of evaluation batches.
+After an epoch also in training mode. A *period* of evaluation begins at such a call of a model that is trained, and
+ends at the next `Module.train()`, training forward, request to a loader or backward pass. Its time belongs to no step,
+like that of evaluation batches.
 
 A model that only computes targets (a teacher) is not trained, and rollouts of reinforcement learning are part of the
 training: they are not evaluation. Targets are computed before the step on a loader's batch: what is called after it, as
@@ -60,7 +61,7 @@ class EvaluationPeriod:
 
         clock = self._clock
         called = module()
-        if called is None or called.training or clock.explicit:
+        if called is None or clock.explicit or (called.training and not self._is_after_epoch()):
             return False
 
         if not (self._has_no_batch() or clock.listener.is_trained(called)):
@@ -79,6 +80,15 @@ class EvaluationPeriod:
             return clock.first_loader is not None
 
         return clock.batch is None and clock.exhausted_loader is not None
+
+    def _is_after_epoch(self) -> bool:
+        """Whether the loop over a loader has ended: a model may be called in training mode there, to sample from it.
+
+        As by a pipeline of `diffusers`. In the loop, such calls are parts of steps.
+        """
+        clock = self._clock
+        is_between = not clock.step_call and clock.batch is None and clock.exhausted_loader is not None
+        return is_between and not self.is_play
 
     @property
     def collects(self) -> bool:
