@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = [
     "ESCAPED",
@@ -21,6 +23,7 @@ __all__ = [
     "factor_text",
     "gain_text",
     "has_gain",
+    "json_text",
     "largest_text",
     "left_text",
     "library_text",
@@ -117,6 +120,11 @@ def value_text(value: float | str | None) -> str:
         return f"{value:.5g}"
 
     return MISSING if value is None else str(value)
+
+
+def json_text(value: Any) -> str:
+    """Return a text as it is, and any other value as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def name_order(name: str) -> tuple[tuple[int, str], ...]:

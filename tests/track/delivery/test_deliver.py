@@ -348,6 +348,18 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
     assert any(line.get("metric") == "system/cpu_pct" for line in lines)
 
 
+def test_a_row_of_a_later_version_is_not_counted_as_delivered(run: LoggedRun) -> None:
+    run.experiment(["jsonl"], id="x")
+    run.row("hologram", name="net")
+    run.row("text", name="note", text="hello", step=3)
+    run.end()
+
+    assert deliver(run.path, "jsonl").returncode == 0
+    state = state_of(run.path)
+    assert (state.failed, state.delivered) == (1, 1)
+    assert list(state.reasons) == ["rows of kind 'hologram' are unknown to this version of traceml"]
+
+
 @pytest.mark.parametrize("backend", ["jsonl", "tensorboard"])
 def test_an_id_is_no_path(run: LoggedRun, tmp_path: Path, backend: str) -> None:
     """An experiment's id is part of a file's name: whatever it is, the file is in its folder."""

@@ -197,7 +197,7 @@ class AimBackend(BatchBackend):
         self._run = None
 
     def mark(self) -> dict[str, Any]:
-        """Return the run."""
+        """Return what `resume` needs to find the run."""
         return {"hash": self._hash}
 
     def _set_created(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from traceml.database.schema import METRICS, STEPS
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import Frame, StreamRecord
 from traceml.errors import BackendRefusedError
-from traceml.formatting import name_at_rank
+from traceml.formatting import json_text, name_at_rank
 from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
@@ -31,7 +30,7 @@ __all__ = ["BatchSender"]
 _PARAMS_REMEMBERED = 10_000
 _FACT_CHARS = 250
 _LINGER_S = 10.0  # the last experiment stays open for this long
-_BEHIND_S = 600.0  # longest wait for values that were logged before an end
+_LATE_VALUES_S = 600.0  # longest wait for values that were logged before an end
 
 _log = logging.getLogger("traceml")
 
@@ -225,10 +224,13 @@ class BatchSender:
 
         call = self._calls.get(kind)
         if call is None:
-            _log.warning("a row of kind %r is unknown", kind)
+            why = f"rows of kind {kind!r} are unknown to this version of traceml"
+            _log.warning("%s is not sent a row: %s", self._state.backend, why)
+            count_refused(self._state, why)
+            return
 
         try:
-            for size in call(experiment, row, logged.stream.rank) if call is not None else ():
+            for size in call(experiment, row, logged.stream.rank):
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
                 self._audit.record(kind, names, 1, size)
         except Exception as error:
@@ -287,7 +289,7 @@ class BatchSender:
         """Send the facts of a collector, long ones as texts."""
         facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
         passing = self._params_of(experiment, facts, rank, "tags")
-        shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in passing.items()}
+        shown = {key: json_text(value) for key, value in passing.items()}
         short = {key: passing[key] for key, text in shown.items() if len(text) <= _FACT_CHARS and "\n" not in text}
         if short:
             self._session.facts(experiment, short)
@@ -360,7 +362,7 @@ class BatchSender:
                 passed_s = time.time() - noted
                 if self._is_last(key) and (passed_s < _LINGER_S or self._has_run_ended()):
                     continue
-                if passed_s < _BEHIND_S and not self._has_all(key):
+                if passed_s < _LATE_VALUES_S and not self._has_all(key):
                     continue
 
                 self._send_windows(experiment)

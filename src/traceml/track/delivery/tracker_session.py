@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import PluginError
-from traceml.formatting import name_at_rank
+from traceml.formatting import json_text, name_at_rank
 from traceml.ids import DEFAULT_PROJECT
 from traceml.privacy import Masker
 from traceml.track.delivery.call_watchdog import CallWatchdog
@@ -155,7 +155,7 @@ class TrackerSession:
     def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any] | Iterable[str]) -> None:
         """Send tags, masked; a plain list becomes tags without values."""
         pairs = dict(tags) if isinstance(tags, Mapping) else {str(tag): "true" for tag in tags}
-        masked = {key: _text(value) for key, value in self._masker.mask_mapping(pairs).items()}
+        masked = {key: json_text(value) for key, value in self._masker.mask_mapping(pairs).items()}
         self._call(experiment, "set_tags", masked)
 
     def facts(self, experiment: PlannedExperiment, facts: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ class TrackerSession:
 
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int) -> None:
         """Send a text, masked by its content and its name."""
-        self._call(experiment, "log_text", name, _text(self._masker.mask_value(name, text)), step)
+        self._call(experiment, "log_text", name, json_text(self._masker.mask_value(name, text)), step)
 
     def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int) -> None:
         """Send an image."""
@@ -324,7 +324,3 @@ def _mark_of(backend: BackendInterface) -> Any:
 
 def _time_for(path: Path) -> float:
     return path.stat().st_size / _BYTES_PER_S
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

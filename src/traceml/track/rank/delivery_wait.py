@@ -139,7 +139,7 @@ def _is_stored(recorder: Recorder, until_s: float | None) -> bool:
 
         time.sleep(_POLL_S)
 
-    return recorder.files_done(_left_s(until_s)) and recorder.wait_until_stored(_left_s(until_s))
+    return recorder.wait_for_files(_left_s(until_s)) and recorder.wait_until_stored(_left_s(until_s))
 
 
 @contextmanager

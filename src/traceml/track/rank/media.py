@@ -160,7 +160,7 @@ def wait(logger: Logger, timeout_s: float = 60.0) -> None:
     """Wait for the files that are being copied, so that an experiment ends after them; give up without progress."""
     recorder = _recorder(logger)
     if recorder is not None:
-        recorder.files_done(timeout_s)
+        recorder.wait_for_files(timeout_s)
 
 
 def _log_file(logger: Logger, path: Path, name: str) -> None:

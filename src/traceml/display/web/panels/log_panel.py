@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from traceml.diagnosis.deaths.end_wording import end_summary
 from traceml.display.web.elements import EMIT_VALUE, Container, DataTable, TextNode, link, set_visible
 from traceml.display.web.run_files import file_path
 from traceml.display.web.run_sources import RunState
+from traceml.formatting import json_text
 from traceml.runs.log_tails import LEVELS, LogTail, search_logs
 from traceml.runs.report.report_types import RankSection
 
@@ -123,7 +123,7 @@ def _event_cells(event: RunEvent) -> list[str]:
     if event.kind == "rank":
         return [at, "rank", f"rank {event.data.get('rank')}: {_rank_state(event.data)}"]
 
-    return [at, event.kind, ", ".join(f"{name} {_plain(value)}" for name, value in event.data.items() if value)]
+    return [at, event.kind, ", ".join(f"{name} {json_text(value)}" for name, value in event.data.items() if value)]
 
 
 def _rank_state(data: Mapping[str, Any]) -> str:
@@ -133,7 +133,3 @@ def _rank_state(data: Mapping[str, Any]) -> str:
         return str(data.get("state", ""))
 
     return end_summary(rank.ended) or rank.state
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
