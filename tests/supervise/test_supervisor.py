@@ -22,7 +22,7 @@ from tests.processes import command_of
 from tests.recorder.conftest import ENTRY
 from traceml.database.snapshots.rank_snapshot import SNAPSHOT, RankSnapshot
 from traceml.database.store.reader import StoreReader
-from traceml.supervise import aggregator_process
+from traceml.supervise import aggregator_client, aggregator_process
 from traceml.supervise.supervisor import JobOutcome, LocalJob, Supervisor
 
 # What the scripts below begin with: they do to the aggregator what an accident would.
@@ -133,7 +133,7 @@ def test_a_signal_that_ends_a_standing_job_is_preceded_by_a_snapshot(
     """The report has to know how the ranks stood when they were ended; the job gets the signal all the same."""
     script, store = tmp_path / "train.py", tmp_path / "runs" / "a-run" / "store.db"
     script.write_text("import time\ntime.sleep(600)\n")
-    monkeypatch.setattr(aggregator_process, "_LAST_SNAPSHOT_S", 60.0)
+    monkeypatch.setattr(aggregator_client, "_LAST_SNAPSHOTS_S", 60.0)
     monkeypatch.setattr(
         aggregator_process, "helper_program", lambda _, *words: [sys.executable, "-P", "-c", PATIENT, *words]
     )

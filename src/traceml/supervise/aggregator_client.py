@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AggregatorClient"]
 
+_LAST_SNAPSHOTS_S, _SNAPSHOT_S = 0.2, 1.0
+
 
 class AggregatorClient(NamedTuple):
     """Address of an aggregator, and the run of the commands that are sent to it."""
@@ -34,6 +36,17 @@ class AggregatorClient(NamedTuple):
 
         hello = Hello(role="client", run=self.run_id)
         return connect(self.host, self.port, hello, self.token, timeout_s=timeout_s, tries=tries, tls=self.tls)
+
+    def take_last_snapshots(self) -> None:
+        """Have it take snapshots of ranks without progress, before a signal ends them; at most a fifth of a second.
+
+        The ranks have described themselves since their last progress; these snapshots show them at the end.
+        """
+        self.ask("stacks", {"last": True}, _LAST_SNAPSHOTS_S)
+
+    def send_snapshot(self, snapshot: dict[str, Any]) -> None:
+        """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
+        self.ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
     def ask(self, name: str, args: dict[str, Any], limit_s: float) -> bool:
         """Send a command; return whether it was answered in time."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _START_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 60.0, 20.0
-_LAST_SNAPSHOT_S, _SNAPSHOT_S, _ENDS_S = 0.2, 1.0, 1.0
+_ENDS_S = 1.0
 _FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.002, 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
@@ -214,20 +214,9 @@ class AggregatorProcess(RestartingProcess):
 
         create_runs_dir(self.runs_dir)
 
-    def take_last_snapshots(self) -> None:
-        """Have it take snapshots of ranks without progress, before a signal ends them; at most a fifth of a second.
-
-        The ranks have described themselves since their last progress; these snapshots show them at the end.
-        """
-        self._client.ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
-
-    def send_snapshot(self, snapshot: dict[str, Any]) -> None:
-        """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
-        self._client.ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
-
     def report_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Tell it of ranks that have ended while the job runs; return whether it knows now. `finish` tells it again."""
-        return self._client.ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
+        return self.client.ask("exits", {"exits": [each.to_message() for each in exits]}, _ENDS_S)
 
     def finish(self, exits: Sequence[ExitReport], status: int, ended_by: Mapping[str, Any] | None = None) -> bool:
         """Report the end of the processes and of the run; return whether it is complete on disk.
@@ -272,7 +261,7 @@ class AggregatorProcess(RestartingProcess):
         return self._listener
 
     def prepare_requests(self) -> None:
-        """Import what requests need. Call it when the script no longer waits for this; again, it does nothing."""
+        """Import what requests need. Call it when the script no longer waits for this; further calls have no effect."""
         import hashlib  # noqa: F401 - by `transport.auth`, when it proves the token
         import hmac  # noqa: F401 - likewise
 
@@ -280,11 +269,12 @@ class AggregatorProcess(RestartingProcess):
         from traceml.transport import client  # noqa: F401
 
     @property
-    def _client(self) -> AggregatorClient:
+    def client(self) -> AggregatorClient:
+        """The client for commands about this run."""
         return AggregatorClient("127.0.0.1", self.port, self.token, self.run_id, self._tls)
 
     def _connect(self, timeout_s: float) -> Connection:
-        return self._client.connect(timeout_s)
+        return self.client.connect(timeout_s)
 
     def _connect_at_end(self) -> Connection:
         """Connect; try again while the aggregator computes, as one that starts on a busy host does.

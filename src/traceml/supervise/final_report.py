@@ -38,7 +38,7 @@ def load_card() -> None:
 
     Call it when the ranks have said bye, or else just before the aggregator is asked to complete the run. Not earlier:
     the supervisor stays small while the job runs. Not later: each answer of the aggregator would wait for the import
-    to release the lock. Again, it does nothing. Where no thread can be started, the card imports them itself.
+    to release the lock. Calling it again has no effect. Where no thread can be started, the card imports them itself.
     """
     with suppress(RuntimeError):  # `ulimit -u`, or a limit of the control group
         threading.Thread(target=_import_card, name="traceml-card", daemon=True).start()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["JoinedRun"]
 
-_CONNECT_S, _ANSWER_S, _SNAPSHOT_S, _LAST_SNAPSHOT_S = 2.0, 10.0, 1.0, 0.2
+_CONNECT_S, _ANSWER_S = 2.0, 10.0
 _PART_BYTES = 4 << 20
 
 _log = logging.getLogger("traceml")
@@ -43,7 +43,7 @@ class JoinedRun:
         assert report.location is not None
         self.location = location = report.location
         self.node, self.run_id, self.run_dir = location.node, location.run_id, report.run_dir
-        self._client = AggregatorClient(report.host, location.port, report.token, location.run_id, location.tls)
+        self.client = AggregatorClient(report.host, location.port, report.token, location.run_id, location.tls)
         self._runs_dir = str(runs_dir)
         self._host = socket.gethostname()
         self._silent = SilentWorkers(self.run_id, self._runs_dir, self._send_snapshot)
@@ -61,16 +61,12 @@ class JoinedRun:
         """
         self._silent.check(pids)
 
-    def take_last_snapshots(self) -> None:
-        """Have the aggregator take snapshots of ranks without progress, before a signal ends them."""
-        self._client.ask("stacks", {"last": True}, _LAST_SNAPSHOT_S)
-
     def report_ends(self, exits: Iterable[ExitReport]) -> bool:
         """Report ends of ranks, with the files that they left; return whether the aggregator knows now."""
         from msgspec.structs import replace
 
         try:
-            with contextlib.closing(self._client.connect(_CONNECT_S)) as connection:
+            with contextlib.closing(self.client.connect(_CONNECT_S)) as connection:
                 shift_s = _clock_shift_s(connection)
                 for ended in exits:
                     seen_s = None if ended.time is None else ended.time + shift_s
@@ -90,7 +86,7 @@ class JoinedRun:
         self.report_ends(exits)
         with (
             contextlib.suppress(TraceMLError, OSError),  # it is gone, and waits for nobody
-            contextlib.closing(self._client.connect(_ANSWER_S, tries=1)) as connection,
+            contextlib.closing(self.client.connect(_ANSWER_S, tries=1)) as connection,
         ):
             if ended_by is not None:
                 ended_by = {**ended_by, "time": ended_by["time"] + _clock_shift_s(connection)}
@@ -107,7 +103,7 @@ class JoinedRun:
 
     def _publish(self) -> Path | None:
         """Let commands of this host, `traceml stacks` for example, find the run."""
-        at = self._client
+        at = self.client
         try:
             return auth.publish_joined(
                 at.host, at.port, at.token, run_dir=Path(self.run_dir), node=self.node, tls=at.tls
@@ -140,8 +136,7 @@ class JoinedRun:
         return str(reply["path"])
 
     def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
-        about = {"host": self._host, "rank": rank, "pid": pid, "snapshot": snapshot}
-        self._client.ask("snapshot_from_outside", about, _SNAPSHOT_S)
+        self.client.send_snapshot({"host": self._host, "rank": rank, "pid": pid, "snapshot": snapshot})
 
 
 def _clock_shift_s(connection: Connection) -> float:

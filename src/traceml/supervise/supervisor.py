@@ -326,7 +326,7 @@ class Supervisor:
         """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
         while (info := signal.sigtimedwait(self._not_ignored, 0)) is not None:
             if info.si_signo in _ENDING and not self._signals & _ENDING:
-                (self._joined or self._aggregator).take_last_snapshots()
+                (self._joined or self._aggregator).client.take_last_snapshots()
 
             self._signals.add(info.si_signo)
             self._note_sender(info)

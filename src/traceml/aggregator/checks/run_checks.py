@@ -68,7 +68,7 @@ class RunChecks:
         """Check an open run, and return its verdict. Call it once a second."""
         run.commit()  # the verdict is of all that has come
         for stream in run.connected:
-            stream.follow_groups()
+            stream.refresh_cgroup()
 
         opened = self._open[run] = self._open.get(run) or _OpenRun(run, self._start, self._on_mute)
         for readings in (opened.silent, opened.competing, opened.times):

@@ -20,18 +20,18 @@ __all__ = ["RunTimes"]
 _INTERVAL_S = 2.0
 _NEW_SHARE = 0.01
 """Share of the run from one reading to the next: the parts cannot change by more meanwhile."""
-_PAUSE = 500
-"""They take at most a 500th of a core: those of a thousand ranks are made every 15 s."""
+_PAUSE_FACTOR = 500
+"""Pause after a reading, in multiples of what it took: a 500th of a core, for a thousand ranks every 15 s."""
 _MAX_RANKS = 32
 """Ranks whose sums are read: the parts of the wall time are means over ranks, or those of a few that evaluate."""
 
 
 class RunTimes:
-    """Tells the diagnosis of a running run how its wall time divides, from the sums in its store, as a report does."""
+    """Gives the diagnosis of a running run its wall time by part, from the sums in its store, as a report does."""
 
     def __init__(self, run: ActiveRun, start: Callable[[Any], None]) -> None:
         self._run = run
-        self._readings = PacedReadings(start, "the time of a run could not be divided", _PAUSE)
+        self._readings = PacedReadings(start, "the time of a run could not be divided", _PAUSE_FACTOR)
 
     def check(self) -> None:
         """Read again if it is time."""

@@ -140,7 +140,7 @@ class RunRelay:
         return self._link
 
     def _begin_attempt(self, attempt: int, world_size: int = 1) -> None:
-        """Compare the ranks of another attempt, or of the same one over another connection."""
+        """Begin to compare ranks anew: of another attempt, or of the same one over another connection."""
         self._attempt = attempt
         self._merger = HostMerger(self._host_id, world_size, self._sent_rows)
         self._choice: HostChoice | None = None
@@ -151,13 +151,13 @@ class RunRelay:
         run = self._reader.meta().get("run", {})  # before the rows: all of a run that has ended are there
         records = {record.id: record for record in self._reader.streams()}
         new = self._new(records.values())
-        if new and self._streams:  # the center takes a rank that starts again when it knows the end of the one before
+        if new and self._streams:  # the center admits a restarted rank after the end of the one before
             self._send_rest(link, self._reader, records, {record.id for record in new})
 
         is_first = not self._streams
         self._join(link, new, run)
         if is_first and not any(stream.acked for stream in self._streams.values()):
-            self._cursor = 0  # the center is another one, or an attempt new
+            self._cursor = 0  # a different center, or a new attempt
 
         self._is_caught_up = self._send_rest(link, self._reader, records)
         ended = all(stream.is_ended for stream in self._streams.values())

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgpack
-
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive, pid_here
-from traceml.database.schema import TABLES
 from traceml.inspection.control_groups import OomWatch, cgroup_paths
+from traceml.transport.framing import encode_ack
 from traceml.transport.hello import Hello
 
 __all__ = ["Incarnation", "RankStream", "StreamPeer", "StreamState"]
 
 _BOOT = boot_id()
-_U64 = struct.Struct(">Q")
-
-
-def _ack_head(table: str) -> bytes:
-    body = b"\x83\xa1t\xa3ack\xa5table" + bytes(msgpack.packb(table)) + b"\xa3seq\xcf"
-    return struct.pack(">I", len(body) + 8) + body
-
-
-# ack{table, seq} up to the number, the only part that differs: 10,000 ranks are acknowledged ten times a second.
-_ACK_HEADS = {name: _ack_head(name) for name in TABLES}
 
 
 class StreamPeer(Protocol):
@@ -110,7 +97,6 @@ class RankStream:
     names: dict[int, str] = field(default_factory=dict)
     """The rank's names by id, as received so far."""
     peer: StreamPeer | None = None
-    connected: bool = False
     disconnected_s: float = 0.0
     """Time when the connection was lost, monotonic seconds."""
     is_helper: bool = False
@@ -128,15 +114,15 @@ class RankStream:
     flight_state: FlightState | None = None
     """What its flight file said when it was dead; the file is removed with its last rows."""
     was_in_loop: bool = False
-    """Whether its process was cut off in the middle of its loop, by that file."""
+    """Whether its process was cut off in the middle of its loop, according to that file."""
     reported_dead: bool = False
     """Whether a launcher has reported the end of its process."""
     reported_flight: Path | None = None
     """Copy of its flight file from another host, as a launcher reported it."""
     seen_here: bool = field(init=False)
-    """Whether its process is visible on this host by its number. Its boot id is not enough: containers share it."""
+    """Whether its process is visible on this host by its pid. Its boot id is not enough: containers share it."""
     pid_here: int | None = field(init=False)
-    """The number of its process for this one, which differs for a container's; None if it was not seen here alive."""
+    """The pid of its process on this host, which differs for a container's; None if it was not seen here alive."""
     oom_watch: OomWatch | None = field(init=False)
     """Out-of-memory kills in its control group; None if its process is not visible on this host."""
 
@@ -150,6 +136,11 @@ class RankStream:
     def __repr__(self) -> str:
         link = "connected" if self.connected else "away"
         return f"<stream {self.id}: rank {self.rank}, attempt {self.attempt}, {self.state}, {link}>"
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has a connection."""
+        return self.peer is not None
 
     @property
     def ended(self) -> bool:
@@ -173,7 +164,7 @@ class RankStream:
         path = None if self.seen_here else self.flight_path
         return path is not None and path.exists() and not is_alive(path)
 
-    def follow_groups(self) -> None:
+    def refresh_cgroup(self) -> None:
         """Notice that its process has moved to another control group."""
         if self.oom_watch is not None and not self.ended:
             self.oom_watch.follow(cgroup_paths(pid=self.incarnation.pid))
@@ -198,17 +189,17 @@ class RankStream:
             self.peer.context = None
             self.peer.abort()
 
-        self.peer, self.connected = peer, True
+        self.peer = peer
         self.is_relayed = False  # its host says so afterwards
 
     def disconnect(self) -> None:
         """Record that the connection is lost."""
-        self.peer, self.connected = None, False
+        self.peer = None
         self.disconnected_s = time.monotonic()
 
     def acknowledge(self) -> None:
         """Send the rank the numbers up to which its rows are durable."""
         if self.peer is not None and not self.is_relayed:
-            self.peer.write(b"".join([_ACK_HEADS[table] + _U64.pack(seq) for table, seq in self.unacked.items()]))
+            self.peer.write(b"".join([encode_ack(table, seq) for table, seq in self.unacked.items()]))
 
         self.unacked.clear()

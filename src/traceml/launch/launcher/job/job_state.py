@@ -131,6 +131,9 @@ class JobState:
 
     def _on_prepared(self, host: JobHost, message: Prepared) -> None:
         host.prepared = message
+        if message.env_file_log:
+            _log.debug("%s: env_file printed: %s", host.name, message.env_file_log)
+
         if message.error is not None:
             self.host_errors.append(preparation_failed(host, message.error))
 
