@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceml.errors import SettingsError
-from traceml.privacy.name_rules import MASKED, is_reference, looks_random, name_kind
+from traceml.privacy.name_rules import MASKED, is_placeholder, looks_random, name_kind
 from traceml.privacy.patterns import (
     ASSIGNED,
     CARD,
@@ -108,9 +108,9 @@ class Masker:
             value = os.fspath(value)
         if not isinstance(value, str):
             return self._hidden(kind, value) if kind in {"phone", "card"} and type(value) is int else value
-        if kind in {"likely", "weak"} and looks_random(value, kind) and not is_reference(value):
+        if kind in {"likely", "weak"} and looks_random(value, kind) and not is_placeholder(value):
             return self._hidden("secret", value)
-        if kind in KINDS and kind not in self._off and not is_reference(value) and _fits(kind, value):
+        if kind in KINDS and kind not in self._off and not is_placeholder(value) and _fits(kind, value):
             return self._hidden(kind, value)
 
         return self.mask_text(value)
@@ -236,7 +236,7 @@ class Masker:
 
         bare = value.strip("\\\"'")
         quoted = bare != value
-        if is_reference(bare) or (not quoted and (compiled(CODE).match(value) or name_kind(bare) == "strong")):
+        if is_placeholder(bare) or (not quoted and (compiled(CODE).match(value) or name_kind(bare) == "strong")):
             return match[0]
         if kind != "strong" and not looks_random(bare, kind):
             return match[0]
@@ -247,10 +247,10 @@ class Masker:
         return match["head"] + before + self._mask("secret") + after
 
     def _second(self, match: re.Match[str]) -> str:
-        return match[0] if is_reference(match[2]) else match[1] + self._mask("secret")
+        return match[0] if is_placeholder(match[2]) else match[1] + self._mask("secret")
 
     def _url_user(self, match: re.Match[str]) -> str:
-        return match[0] if match[0] == "git" or is_reference(match[0]) else self._mask("secret")
+        return match[0] if match[0] == "git" or is_placeholder(match[0]) else self._mask("secret")
 
     def _email(self, match: re.Match[str]) -> str:
         is_file = match[3].lower() in FILES or match[2][0].isdigit()
@@ -300,7 +300,9 @@ def _argument(value: Any) -> tuple[str, bool, str]:
 
 def _is_worth_masking(value: Any) -> bool:
     """Whether a value under a secret's name can be a secret: a text or an integer."""
-    return type(value) is int or (isinstance(value, str | bytes | os.PathLike) and not is_reference(str(value).strip()))
+    return type(value) is int or (
+        isinstance(value, str | bytes | os.PathLike) and not is_placeholder(str(value).strip())
+    )
 
 
 def _fits(kind: str, value: str) -> bool:

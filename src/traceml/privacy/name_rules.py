@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["MASKED", "is_reference", "is_secret_name", "looks_random", "name_kind", "words_of"]
+__all__ = ["MASKED", "is_placeholder", "is_secret_name", "looks_random", "name_kind", "words_of"]
 
 MASKED: Final = "[masked:"
 
@@ -91,7 +91,7 @@ def is_secret_name(name: str) -> bool:
     return name_kind(name) == "strong"
 
 
-def is_reference(text: str) -> bool:
+def is_placeholder(text: str) -> bool:
     """Whether a text is a placeholder for a secret: `${TOKEN}`, `<token>`, `****`."""
     return text.lower() in _NO_SECRETS or text.startswith((MASKED, "$", "<", "{{", "%(")) or not text.strip("*xX. \t")
 

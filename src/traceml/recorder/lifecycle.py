@@ -168,11 +168,11 @@ def note_exit(error: BaseException | None, status: int) -> None:
             recording.note_exit(error, status)
 
 
-def note_leave(error: BaseException | None, status: int) -> None:
-    """Record that this process ends at once; see `Recording.note_leave`."""
+def note_os_exit(error: BaseException | None, status: int) -> None:
+    """Record that this process ends at once; see `Recording.note_os_exit`."""
     if (recording := _live_recording()) is not None:
         with fail_open(_log, "recorder", "the end of this process could not be recorded"):
-            recording.note_leave(error, status)
+            recording.note_os_exit(error, status)
 
 
 def note_exec(*, failed: bool) -> None:
@@ -235,7 +235,7 @@ def _hook_process(*, watch: bool) -> None:
     if watch:
         from traceml.recorder.exits import ExitWatch
 
-        _watch = ExitWatch(note_exit, note_exec, note_leave)
+        _watch = ExitWatch(note_exit, note_exec, note_os_exit)
         _watch.install()
 
     # A process that multiprocessing has forked ends without atexit, but runs these.

@@ -149,7 +149,7 @@ class Recorder:
     @property
     def is_deferred(self) -> bool:
         """Whether it waits for a training before it connects."""
-        return self._recording is not None and self._recording.is_deferred
+        return self._recording is not None and self._recording.check_deferred()
 
     def release(self) -> None:
         """Connect, as this process trains."""
@@ -233,9 +233,9 @@ class Recorder:
             with fail_open(_log, "recorder", "a step of the shutdown failed"):
                 self._before_stop.pop()()
 
-    def files_done(self, timeout_s: float) -> bool:
+    def wait_for_files(self, timeout_s: float) -> bool:
         """Wait until the files being copied have arrived, while they make progress; return whether they have."""
-        return self._recording is None or self._recording.files_done(timeout_s)
+        return self._recording is None or self._recording.wait_for_files(timeout_s)
 
     def wait_until_stored(self, timeout_s: float) -> bool:
         """Wait until the rows appended before this call are stored; return whether they are."""

@@ -95,7 +95,7 @@ class Recording:
             },
             files=self.files,
             on_welcome=self._welcomed,
-            is_deferred=lambda: self.is_deferred,
+            is_deferred=self.check_deferred,
         )
         self.thread = RecorderThread(
             self.flight, self.sender, self.tracing.scheduler(()), self.tracing.hook_ns, files=self.files
@@ -153,7 +153,7 @@ class Recording:
         self.tracing.profiles.close()
         stop_export()
         has_launcher, local = self._config.supervised, self._config.local
-        keep_trying = not self.is_deferred and (has_launcher or local)
+        keep_trying = not self.check_deferred() and (has_launcher or local)
         stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying)
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
@@ -197,7 +197,7 @@ class Recording:
         self.thread.wake()
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
-        """Record how the process ends; only the first call counts, and an interrupt of an end that went well so far."""
+        """Record how the process ends; only the first call counts, or an interrupt of an end without error."""
         if self.exit_noted and (self.failed or not isinstance(error, KeyboardInterrupt)):
             return
 
@@ -236,7 +236,7 @@ class Recording:
 
         self.thread.wake()
 
-    def note_leave(self, error: BaseException | None, status: int) -> None:
+    def note_os_exit(self, error: BaseException | None, status: int) -> None:
         """Record that the process ends at once by `os._exit`, in what it does: no exit handlers follow."""
         self.note_exit(error, status)
         self.flight.open_slots[Slot.EXIT_START] = 0
@@ -258,9 +258,8 @@ class Recording:
         """Whether no phase that belongs to a step is open: a script also saves after its last one."""
         return reported.get("open_phase") in (None, Phase.CHECKPOINT.label)
 
-    @property
-    def is_deferred(self) -> bool:
-        """Whether no aggregator is asked for, as this process has neither trained nor logged yet."""
+    def check_deferred(self) -> bool:
+        """Return whether no aggregator is asked for, as this process has neither trained nor logged yet."""
         if self._is_deferred and (self.flight.ring("steps").appended or self.flight.holds_user_rows):
             self._is_deferred = False
 
@@ -294,7 +293,7 @@ class Recording:
             self.tracing.close_open_step()
             slots[Slot.STATE] = FlightState.FINISHED
 
-    def files_done(self, timeout_s: float) -> bool:
+    def wait_for_files(self, timeout_s: float) -> bool:
         """Wait until the files being copied have arrived, while they make progress; return whether they have."""
         files = self.files
 

@@ -89,8 +89,7 @@ class SamplerScheduler:
         intervals_s: Mapping[str, float] = MappingProxyType({}),
         on_error: Callable[[str, Exception], None] = lambda _name, _error: None,
     ) -> None:
-        self.samplers, self.append = samplers, append
-        self.on_error = on_error
+        self._append, self._on_error = append, on_error
         self._entries: list[_Entry] = []
         self._started_ns = monotonic_ns()
         for sampler in samplers:
@@ -150,7 +149,7 @@ class SamplerScheduler:
         now = monotonic_ns()
         try:
             for row in entry.sampler.sample(now, step):
-                self.append(entry.sampler.table.name, row)
+                self._append(entry.sampler.table.name, row)
 
             entry.samples += 1
         except Exception as error:  # noqa: BLE001 - fail open: the other samplers continue
@@ -172,4 +171,4 @@ class SamplerScheduler:
             type(error).__name__,
             error,
         )
-        self.on_error(entry.sampler.name, error)
+        self._on_error(entry.sampler.name, error)

@@ -1,4 +1,4 @@
-"""Execution of one task: on a worker, in place of a wait, or on the event loop."""
+"""Execution of one task: on a worker, inline on a thread that waits, or on the event loop."""
 
 from __future__ import annotations
 

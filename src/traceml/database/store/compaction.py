@@ -28,7 +28,7 @@ FANOUT = 60
 FULL_ROWS = 4096
 """Most rows of a merged frame."""
 _MAX_TAILS = 8192
-"""Most (stream, table) whose frames are merged: of more, each transaction would write most pages of the last minute."""
+"""With more (stream, table) pairs nothing is merged: each transaction would rewrite most pages of the last minute."""
 _ROUND_FRAMES = 120_000
 _LEVELS = 4
 _MAX_FRAMES = 256
@@ -38,7 +38,7 @@ _STALE_S, _STALE_OF_MANY_S = 300.0, 900.0
 _Key = tuple[int, str]
 
 
-class _Tail(msgspec.Struct):
+class _PendingFrames(msgspec.Struct):
     """Frames of one (stream, table) that are not large yet: ids by level, in order, and their rows.
 
     The last `unsummed` frames of level 0 are new: not in the sums yet, the first of them since `since_s`.
@@ -65,16 +65,16 @@ class Compaction:
     def __init__(self, editor: FrameEditor, on_resized: Callable[[int, int], None]) -> None:
         self._editor = editor
         self._on_resized = on_resized
-        self._tails: dict[_Key, _Tail] = {}
+        self._tails: dict[_Key, _PendingFrames] = {}
         self._due: deque[tuple[_Key, int]] = deque()
         self._next: dict[tuple[_Key, int], None] = {}
         self._after_commit: list[Callable[[], None]] = []
-        self.is_ripe = False
+        self.has_due_work = False
         """Whether there is enough to do for a round."""
         self._by_age: deque[tuple[float, _Key]] = deque()
         self._damaged: set[_Key] = set()
         self._texts = array("q")
-        self.is_large = False
+        self.is_merging_off = False
         """Whether there are too many processes: frames stay as they are from now on, and are summed alone."""
 
     def record(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
@@ -84,7 +84,7 @@ class Compaction:
             self._texts.append(frame)
 
         key = (stream, table)
-        if table not in (SUMMED if self.is_large else _MERGED) or key in self._damaged:
+        if table not in (SUMMED if self.is_merging_off else _MERGED) or key in self._damaged:
             return
 
         tail = self._tails.get(key) or self._begin(key)
@@ -106,13 +106,13 @@ class Compaction:
         """
         if level == 0 or table not in _MERGED:
             self.record(stream, table, frame, rows, now_s)
-        elif rows < FULL_ROWS // 2 and not self.is_large:
+        elif rows < FULL_ROWS // 2 and not self.is_merging_off:
             key = (stream, table)
             self._append(key, self._tails.get(key) or self._begin(key), level, frame, rows)
 
     def take_thinned(self, stream: int, table: str, frame: int, rows: int) -> None:
         """Take a frame that was thinned, in the order of ids since `forget_thinned`."""
-        if self.is_large:
+        if self.is_merging_off:
             return
 
         key = (stream, table)
@@ -125,14 +125,14 @@ class Compaction:
 
     def begin_round(self, now_s: float) -> bool:
         """Begin a round if there is enough to do; return whether it has begun."""
-        while self._by_age and now_s - self._by_age[0][0] > (_STALE_OF_MANY_S if self.is_large else _STALE_S):
+        while self._by_age and now_s - self._by_age[0][0] > (_STALE_OF_MANY_S if self.is_merging_off else _STALE_S):
             since_s, key = self._by_age.popleft()
             tail = self._tails.get(key)
             if tail is not None and tail.unsummed and tail.since_s == since_s:
                 self._next[key, 0] = None
-                self.is_ripe = True
+                self.has_due_work = True
 
-        if not self.is_ripe:
+        if not self.has_due_work:
             return False
 
         # A thinned frame may be in two levels: of each (stream, table) only one takes part.
@@ -141,7 +141,7 @@ class Compaction:
         for each in self._due:
             del self._next[each]
 
-        self.is_ripe = bool(self._next)
+        self.has_due_work = bool(self._next)
         return True
 
     def next_due(self) -> tuple[_Key, int] | None:
@@ -171,7 +171,7 @@ class Compaction:
             return
 
         ids = tail.ids[level]
-        merging = [number for number in ids[:_MAX_FRAMES] if number <= up_to and not self.is_large]
+        merging = [number for number in ids[:_MAX_FRAMES] if number <= up_to and not self.is_merging_off]
         summing = ids[-tail.unsummed :][:_MAX_FRAMES] if level == 0 and tail.unsummed else array("q")
         try:
             frames = self._editor.load(table, sorted({*merging, *summing}))
@@ -195,7 +195,7 @@ class Compaction:
         def finish() -> None:
             tail.unsummed -= len(summing)
             tail.unsummed_rows = tail.unsummed_rows - new_rows if tail.unsummed else 0
-            if self.is_large:
+            if self.is_merging_off:
                 tail.keep_unsummed()
             else:
                 del ids[: len(merging) - len(rest)]
@@ -215,15 +215,15 @@ class Compaction:
         self._on_resized(merged.size - sum(frame.size for frame in frames), merged.id)
         return merged
 
-    def _begin(self, key: _Key) -> _Tail:
-        if len(self._tails) >= _MAX_TAILS and not self.is_large:
+    def _begin(self, key: _Key) -> _PendingFrames:
+        if len(self._tails) >= _MAX_TAILS and not self.is_merging_off:
             self._stop_merging()
 
-        return self._tails.setdefault(key, _Tail())
+        return self._tails.setdefault(key, _PendingFrames())
 
     def _stop_merging(self) -> None:
         """Keep only the frames that are not in the sums yet."""
-        self.is_large = True
+        self.is_merging_off = True
         for held in (self._due, self._next):
             held.clear()
 
@@ -232,22 +232,22 @@ class Compaction:
             tail.keep_unsummed()
             self._plan(key, tail)
 
-    def _append(self, key: _Key, tail: _Tail, level: int, frame: int, rows: int) -> None:
+    def _append(self, key: _Key, tail: _PendingFrames, level: int, frame: int, rows: int) -> None:
         tail.ids[level].append(frame)
         tail.rows[level] += rows
         if len(tail.ids[level]) >= FANOUT or tail.rows[level] >= FULL_ROWS:
             self._next[key, level] = None
-            self.is_ripe = True
+            self.has_due_work = True
 
-    def _plan(self, key: _Key, tail: _Tail) -> None:
+    def _plan(self, key: _Key, tail: _PendingFrames) -> None:
         """Add new frames to the next round if there are many; a full one begins it, and half-full ones take part."""
         # Of many processes a shorter time is merged at once, as each transaction touches all pages of it.
         many = _ROUND_FRAMES // max(len(self._tails), 1)
-        fanout = FANOUT if self.is_large else min(FANOUT, max(many, FANOUT // 4))
+        fanout = FANOUT if self.is_merging_off else min(FANOUT, max(many, FANOUT // 4))
         is_full = tail.unsummed >= fanout or tail.unsummed_rows >= FULL_ROWS
         if is_full or tail.unsummed >= fanout // 2:
             self._next[key, 0] = None
-            self.is_ripe |= is_full
+            self.has_due_work |= is_full
 
 
 def _runs(frames: Sequence[Frame], cursors: Sequence[int], texts: Sequence[int]) -> list[list[Frame]]:

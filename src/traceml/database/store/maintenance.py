@@ -112,7 +112,7 @@ class Maintenance:
             self._write(now_s)
         elif (due := self.compaction.next_due()) is not None:
             self._compact(*due, now_s, cursors)
-        elif not self._editor.is_empty and (not self.retention.is_thinning or self.compaction.is_ripe):
+        elif not self._editor.is_empty and (not self.retention.is_thinning or self.compaction.has_due_work):
             self._write(now_s)
         elif not self.compaction.begin_round(now_s):
             return self._thin(now_s, cursors, limit_bytes)

@@ -116,11 +116,11 @@ class StoreReader(FrameReader):
         """
         self._update_progress()
         known = {stream: total for stream in streams if (total := self._progress.get((table, stream))) is not None}
-        each = max(most // max(len(known), 1), 1)
+        frames_per_stream = max(most // max(len(known), 1), 1)
         size = max(known, default=0) + 1
         every, last, seen = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64)
         for stream, total in known.items():
-            every[stream], last[stream] = -(-total.frames // each), total.last_id
+            every[stream], last[stream] = -(-total.frames // frames_per_stream), total.last_id
 
         def choose(found: NDArray[np.int64]) -> NDArray[np.bool_]:
             stream = np.where(found[:, 1] < size, found[:, 1], 0)
@@ -157,7 +157,7 @@ class StoreReader(FrameReader):
         return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, names, stream))
 
     def check_frames(self) -> None:
-        """Report damage in the list of frames: what is missing there is missing in what is read, without a word."""
+        """Report damage in the list of frames: rows that are missing there are silently missing in what is read."""
         self._update_progress()
 
     def streams_with(self, table: str) -> set[int]:

@@ -213,7 +213,7 @@ class StoreWriter:
         for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
             waiting.clear()
 
-        self._is_large |= self._maintenance.compaction.is_large
+        self._is_large |= self._maintenance.compaction.is_merging_off
         return done
 
     def maintain(

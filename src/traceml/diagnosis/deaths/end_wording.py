@@ -28,7 +28,7 @@ __all__ = [
 _MAX_SIGNAL = 64
 _MOST_TOLD = 3
 """Ranks whose place in the script is reported."""
-_LEFT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
+_SYSTEM_EXIT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
 _CODES = {
     126: "a shell's code for 'cannot execute'",
     127: "a shell's code for 'command not found'",
@@ -44,7 +44,7 @@ def signal_of_code(code: int | None) -> int | None:
 def exit_words(ended: RankExit) -> str | None:
     """Return the text with which a script ended itself: `sys.exit('no data')`; None if it did not."""
     name, _, text = (ended.exception or "").partition(": ")
-    return text if name == _LEFT else None
+    return text if name == _SYSTEM_EXIT else None
 
 
 def was_cut_off(ended: RankExit) -> bool:

@@ -13,7 +13,7 @@ __all__ = ["GrowingObjects", "growing_of"]
 MIN_SHARE = 0.3
 """A container explains growth if its new elements are at least this share of it."""
 MIN_KEPT = 0.5
-"""A container is never cleared if it has so much of what came to it at its rate."""
+"""A container counts as never cleared if it holds at least this share of the elements that came."""
 
 
 class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +63,7 @@ class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.step + (self.max_size - self.count) / self.per_step - latest, 0.0)
 
     def is_never_cleared(self, latest: int) -> bool:
-        """Return whether it has kept half of what came since step 0, as of the newer half of the steps."""
+        """Return whether it has half of what came since step 0, and was counted in the newer half of the steps."""
         return 0 <= latest <= 2 * self.step and self.count >= MIN_KEPT * self.per_step * self.step > 0
 
     def explains(self, bytes_per_step: float, grown_bytes: int) -> bool:

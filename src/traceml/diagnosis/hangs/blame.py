@@ -116,14 +116,14 @@ def _by_collectives(snapshots: _Snapshots, ended: Collection[int], world_size: i
         return Blame(HangCause.STUCK, tuple(sorted(snapshots)), waits)
 
     targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
-    roots, cycle = _walk(targets)
-    last = waits if not roots else {rank: waits[rank] for rank in roots} if roots <= waits.keys() else {}
+    blockers, cycle = _walk(targets)
+    last = waits if not blockers else {rank: waits[rank] for rank in blockers} if blockers <= waits.keys() else {}
     different = _between_calls(waits, world_size) or _different(last, waits)
     if different is not None:
         return different
 
-    if roots:
-        return _of_roots(roots, targets, waits, ended)
+    if blockers:
+        return _of_blockers(blockers, targets, waits, ended)
 
     if cycle:
         return Blame(HangCause.CYCLE, cycle, waits)
@@ -170,17 +170,17 @@ def _is_behind(snapshot: RankSnapshot, wait: GroupSnapshot, *, is_waiting: bool)
 
 def _walk(targets: Mapping[int, Collection[int]]) -> tuple[set[int], tuple[int, ...]]:
     """Follow who waits for whom; return the ranks at which it ends, and else the ranks of a cycle."""
-    roots: set[int] = set()
+    blockers: set[int] = set()
     for start in targets:
         seen, frontier = {start}, {start}
         while frontier:
             following = {target for rank in frontier for target in targets.get(rank, ())}
-            roots |= {rank for rank in following if not targets.get(rank)}
+            blockers |= {rank for rank in following if not targets.get(rank)}
             frontier = following - seen
             seen |= following
 
     cycle = tuple(sorted(rank for rank in targets if rank in _reached(rank, targets)))
-    return roots, () if roots else cycle
+    return blockers, () if blockers else cycle
 
 
 def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
@@ -193,11 +193,11 @@ def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
     return seen
 
 
-def _of_roots(
-    roots: Collection[int], targets: Mapping[int, Collection[int]], waits: _Waits, ended: Collection[int]
+def _of_blockers(
+    blockers: Collection[int], targets: Mapping[int, Collection[int]], waits: _Waits, ended: Collection[int]
 ) -> Blame:
-    gone = tuple(sorted(rank for rank in roots if rank in ended))
-    named = gone or tuple(sorted(roots))
+    gone = tuple(sorted(rank for rank in blockers if rank in ended))
+    named = gone or tuple(sorted(blockers))
     waiting = [rank for rank in sorted(waits) if set(targets[rank]) & set(named)]
     operation = min((waits[rank] for rank in waiting), key=lambda wait: wait.number, default=None)
     if gone:

@@ -25,26 +25,26 @@ _MIN_COUNTED_S = 1.0
 _MOSTLY = 0.5
 """From this share on, waiting for other programs is a finding of its own, not a remark on another one."""
 _IN_SCRIPT = " (or torch.set_num_threads, where the script calls that)"
-_CERTAIN = 0.1
-"""Other programs use what the run does not if that is this share at least: counts of the host and of processes vary."""
+_MIN_OTHERS_SHARE = 0.1
+"""Other programs use what the run does not if that is at least this share; less is noise of the counts."""
 _NAMED = 3
-_OF_BOUND = (
+_ADVICE_BOUND = (
     "Bind each rank to cores of its own, or none of them: look for os.sched_setaffinity in the script, taskset or "
     "numactl around it, and OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY in the environment, which bind "
     "all processes of a host alike. If the job was given no others, ask for as many cores as ranks."
 )
 _OWN_CORES = ", or give the training cores of its own (a container's CPU limit, taskset, Slurm's --cpus-per-task)"
-_OF_OTHERS = "End or move the other programs on this host (`top` names them)"
-_OF_SCRIPT = (
+_ADVICE_OTHERS = "End or move the other programs on this host (`top` names them)"
+_ADVICE_SCRIPT = (
     "Let the processes that the script starts take fewer cores (fewer processes, fewer threads in each), run them "
     "before the training or on another host"
 )
-_OF_EITHER = (
+_ADVICE_EITHER = (
     "Look at what uses the cores (`top` names it): end or move other programs, start fewer processes in the script"
 )
 _TOO_FEW = "The run itself needs more cores than there are"
 _ALL_USED = 0.9
-"""Of the cores of a host, if this share of them is used."""
+"""All cores of a host are used from this share on."""
 _SOME_SHARE = 0.25
 """Some ranks of a job are named from this share on, where most of the others have their cores."""
 
@@ -60,7 +60,9 @@ def cpu_contention(facts: JobFacts) -> list[Finding]:
     subject = "The ranks" if facts.world_size > 1 else "The training process"
     subject = f"{capitalized(ranks_text(ranks))} of {facts.world_size}" if ranks else subject
     bound = _bound_together(facts)
-    throttled = next((use.share for use in facts.limits if use.resource is Resource.CPU_QUOTA and use.is_near), None)
+    throttled = next(
+        (each.share for each in facts.limits if each.resource is Resource.CPU_QUOTA and each.is_near), None
+    )
     return [
         Finding.of(
             Kind.CPU_CONTENTION,
@@ -134,7 +136,7 @@ def _foreign_cores(facts: JobFacts) -> float:
     """Return the cores that other programs use at least: those that no process of the run can use."""
     others = facts.others_cores or 0.0
     own = _cores_of_workers(facts) if facts.started_processes is None else sum(facts.started_processes.values())
-    return others - own if others - own >= _CERTAIN * others else 0.0
+    return others - own if others - own >= _MIN_OTHERS_SHARE * others else 0.0
 
 
 def _started_cores(facts: JobFacts) -> float:
@@ -206,16 +208,16 @@ def _advice(facts: JobFacts, throttled: float | None, bound: _Bound | None) -> s
         return QUOTA_ADVICE
 
     if bound is not None:
-        return _OF_BOUND
+        return _ADVICE_BOUND
 
     cores = facts.cores_per_rank
     many = bool(facts.threads and cores and facts.threads > cores)
     also = f" Torch has {facts.threads} threads: set OMP_NUM_THREADS={cores}{_IN_SCRIPT}, too." if many else ""
     if _foreign_cores(facts) >= OTHERS_CORES:
-        return f"{_OF_OTHERS if facts.started_processes is not None else _OF_EITHER}{_OWN_CORES}.{also}"
+        return f"{_ADVICE_OTHERS if facts.started_processes is not None else _ADVICE_EITHER}{_OWN_CORES}.{also}"
 
     if _started_cores(facts) >= OTHERS_CORES:
-        return f"{_OF_SCRIPT}{_OWN_CORES}.{also}"
+        return f"{_ADVICE_SCRIPT}{_OWN_CORES}.{also}"
 
     threads = f"OMP_NUM_THREADS={cores}{_IN_SCRIPT}" if cores else "a smaller OMP_NUM_THREADS"
     what = ["fewer ranks per host"] if facts.world_size > 1 else []

@@ -87,7 +87,7 @@ class PipeReader:
         selector.register(self._read_fd, selectors.EVENT_READ, self._read)
 
     def started(self) -> None:
-        """Close the worker's end here, so that the worker's end closes the pipe."""
+        """Close this process's copy of the write end: the pipe closes when the worker exits."""
         os.close(self.write_fd)
 
     def tick(self) -> None:

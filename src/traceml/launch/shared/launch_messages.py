@@ -107,7 +107,7 @@ class StreamOpened(Message, t="stream"):
 
 
 class Prepare(Message, t="prepare"):
-    """Request of a zygote that can make a job's workers, answered by `Prepared`."""
+    """Request for a zygote that can make a job's workers, answered by `Prepared`."""
 
     job: str
     env: dict[str, str]  # variables, over the agent's own
@@ -148,7 +148,7 @@ class TracedRun(TypedDict):
 
 
 class Start(Message, t="start"):
-    """Request of a job's workers on this host. For each: `Started`, `GroupReady`, `Done` or `Raised`, `Exited`."""
+    """Request to start a job's workers here. For each: `Started`, `GroupReady`, `Done` or `Raised`, `Exited`."""
 
     job: str
     payload: int | None = None  # id of the stream with the function and its arguments
@@ -344,7 +344,7 @@ class ZygoteSettings(Message, t="settings"):
 
 
 class Fork(Message, t="fork"):
-    """Request of a worker: to the zygote, with the worker's descriptors; answered by `Forked` or `FailedToFork`."""
+    """Request to the zygote for a worker, with its descriptors; answered by `Forked` or `FailedToFork`."""
 
     rank: int
     env: dict[str, str]  # variables, over the zygote's

@@ -40,7 +40,7 @@ def library_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]
 
 
 def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> int | None:
-    """Return the number of the child process; None if the user's code waits for none."""
+    """Return the pid of the child process that the user's code waits for; None if it waits for none."""
     for each in library_frames(frame, is_user):
         if each.f_code.co_name in _WAITS and each.f_code.co_filename.endswith(_SUBPROCESS):
             child = each.f_locals.get("self")
@@ -53,8 +53,10 @@ def awaited_child(frame: FrameType | None, is_user: Callable[[FrameType], bool])
 def dead_sender(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> tuple[int, str] | None:
     """Return the process that was to answer a wait in `multiprocessing`, for a queue or an event, and has ended.
 
-    It is a child that has failed or, where all have ended, the one of the lowest number. Its process id and how it
-    ended; id 0 for one of a Pool, which has replaced it; None if there is none, or the user's code does not wait there.
+    Returns:
+        The pid of the child that has failed or, where all have ended, of the one with the lowest pid, and how it ended.
+        The pid is 0 for a child of a Pool, which has replaced it. None if there is no such child, or the user's code
+        does not wait there.
     """
     calls = list(library_frames(frame, is_user))
     files = [each.f_code.co_filename for each in calls]

@@ -25,7 +25,7 @@ ALPHA = 0.01
 _TIMES = 4
 _MAX_BLOCKS = 64
 _MIN_BLOCKS = 8
-_FEW, _MOST = 0.05, 0.5
+_LONGEST_SHARE, _MAX_TIME_SHARE = 0.05, 0.5  # longest steps; the time that they may take together
 # With fewer independent steps than this, the autocorrelation cannot be estimated.
 _INDEPENDENT = 16
 _PERMUTATIONS = 1999
@@ -86,8 +86,8 @@ def block_steps(a: Floats, b: Floats) -> int | None:
 
 def _is_of_few(values: Floats) -> bool:
     """Return whether a few long steps have most of the time."""
-    few = np.sort(values)[-max(int(_FEW * len(values)), 1) :]
-    return bool(few.sum() >= _MOST * values.sum())
+    few = np.sort(values)[-max(int(_LONGEST_SHARE * len(values)), 1) :]
+    return bool(few.sum() >= _MAX_TIME_SHARE * values.sum())
 
 
 def difference(a: Floats, b: Floats, statistic: Callable[[Floats], Floats]) -> Difference:
@@ -133,18 +133,15 @@ def _permuted_differences(pool: Floats, first: int) -> Floats:
     a, b = shuffled[:, :first], shuffled[:, first:]
     error = _error(a, b)
     gap = np.abs(_gap(a, b))
-    apart: Floats = np.divide(gap, error, out=np.zeros_like(gap), where=error > 0)
-    return apart
+    return np.asarray(np.divide(gap, error, out=np.zeros_like(gap), where=error > 0))
 
 
 def _gap(a: Floats, b: Floats) -> Floats:
     """Return the difference of the logarithms of two means."""
-    gap: Floats = np.log(b.mean(axis=-1)) - np.log(a.mean(axis=-1))
-    return gap
+    return np.asarray(np.log(b.mean(axis=-1)) - np.log(a.mean(axis=-1)))
 
 
 def _error(a: Floats, b: Floats) -> Floats:
     """Return the standard error of that difference, by the delta method."""
     parts = (each.var(axis=-1, ddof=1) / each.shape[-1] / each.mean(axis=-1) ** 2 for each in (a, b))
-    total: Floats = np.sqrt(sum(parts))
-    return total
+    return np.asarray(np.sqrt(sum(parts)))

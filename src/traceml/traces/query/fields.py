@@ -86,8 +86,7 @@ class _Numbered:
     def label(self, number: int) -> Label:
         return self._strings[number]
 
-    def raw(self, number: int) -> Any:
-        return self._strings[number]
+    raw = label
 
     def number(self, raw: Any) -> int:
         return self._strings.intern(raw)

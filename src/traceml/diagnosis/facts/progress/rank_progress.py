@@ -18,12 +18,10 @@ from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
 from traceml.formatting import parsed_place
 
-__all__ = ["DEFAULT_TIMEOUT_S", "JobProgress", "ProgressHistory", "RankProgress"]
+__all__ = ["JobProgress", "ProgressHistory", "RankProgress"]
 
-DEFAULT_TIMEOUT_S = 60.0
-"""`hang_timeout` of a job whose ranks did not tell theirs."""
-
-_S = 1e9
+_DEFAULT_TIMEOUT_S = 60.0  # `hang_timeout` of a job whose ranks did not report theirs
+_NS_PER_S = 1e9
 # An exception that ends a rank moves its stack first: what it did until then is how it hung. The end of a process takes
 # seconds where exit handlers wait for devices, or where it lacks a core.
 _DYING_S = 10.0
@@ -56,7 +54,7 @@ class JobProgress(msgspec.Struct, frozen=True):
     """Progress of all ranks."""
 
     ranks: Mapping[int, RankProgress] = {}  # by rank, those that have sent anything
-    timeout_s: float = DEFAULT_TIMEOUT_S
+    timeout_s: float = _DEFAULT_TIMEOUT_S
     # longest pause of any rank that ended with progress: before the first step, and after it
     longest_quiet_s: tuple[float, float] = (0.0, 0.0)
     longest_gap_s: float = 0.0  # longest time from the end of a step to the end of the next
@@ -67,11 +65,11 @@ class JobProgress(msgspec.Struct, frozen=True):
     diverged: DivergedRanks | None = None
 
 
-class _Signs(msgspec.Struct):
+class _RankActivity(msgspec.Struct):
     """Rows of the process of a rank beside its steps; times are those of its host's monotonic clock."""
 
     seen_ns: int | None = None  # newest timestamp of any row
-    began_ns: int = 0  # newest timestamp of a row of `info` that shows progress
+    progress_ns: int = 0  # newest timestamp of a row of `info` that shows progress
     ends: bool = False  # whether it has begun to end: what it reports then is about earlier steps, and no progress
     cpu: tuple[int, int, float | None] | None = None  # timestamp, CPU time, cores since the row before
     awake_ns: int | None = None  # since when its recorder has taken samples without a pause
@@ -104,11 +102,11 @@ class ProgressHistory:
     """Collects rows and snapshots as they arrive."""
 
     def __init__(self) -> None:
-        self.timeout_s = DEFAULT_TIMEOUT_S
+        self.timeout_s = _DEFAULT_TIMEOUT_S
         self.aborts = False
         """Whether a job that hangs is to be ended (`on_hang`)."""
         self.was_aborted = False
-        """Whether the job was found to hang, and ended for that (`snapshots.ABORT`)."""
+        """Whether the job was found to hang, and ended for that (`rank_snapshot.ABORT`)."""
         self.has_snapshots = False
         """Whether any rank makes no progress now, by its snapshots."""
         self._steps = np.full(_FIRST_RANKS, -1, np.int64)
@@ -117,7 +115,7 @@ class ProgressHistory:
         self._gap_ns = 0
         self._newest_gaps = np.zeros(_FIRST_RANKS, np.int64)
         self._step_sequences = StepSequences()
-        self._signs: defaultdict[int, _Signs] = defaultdict(_Signs)
+        self._signs: defaultdict[int, _RankActivity] = defaultdict(_RankActivity)
         self._quiet = [0.0, 0.0]
 
     def snapshot_of(self, rank: int) -> RankSnapshot | None:
@@ -158,7 +156,7 @@ class ProgressHistory:
             return
 
         signs, times = self._signs[rank], rows["t_ns"]
-        pauses = np.flatnonzero(np.diff(times, prepend=signs.cpu[0] if signs.cpu else 0) > _SENDING_S * _S)
+        pauses = np.flatnonzero(np.diff(times, prepend=signs.cpu[0] if signs.cpu else 0) > _SENDING_S * _NS_PER_S)
         if len(pauses):
             signs.awake_ns = int(times[pauses[-1]])
 
@@ -195,7 +193,7 @@ class ProgressHistory:
         elif kind == InfoKind.EXIT:
             self._signs[rank].ends = True
         elif isinstance(t_ns, int) and kind not in _NO_PROGRESS and not self._signs[rank].ends:
-            self._signs[rank].began_ns = max(self._signs[rank].began_ns, t_ns)
+            self._signs[rank].progress_ns = max(self._signs[rank].progress_ns, t_ns)
 
         if isinstance(t_ns, int):
             self._signs[rank].saw(t_ns)
@@ -272,13 +270,13 @@ class ProgressHistory:
         for rank, seen_ns in seen.items():
             at_ns = now_ns[hosts.get(rank)]
             if rank in gone:
-                at_ns = max(seen_ns, at_ns - int(_earlier_s(rank, gone, hosts) * _S))
+                at_ns = max(seen_ns, at_ns - int(_earlier_s(rank, gone, hosts) * _NS_PER_S))
 
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
         quiet, diverged = (self._quiet[0], self._quiet[1]), self._step_sequences.diverged
         longest = {rank: signs.longest for rank, signs in self._signs.items() if signs.longest is not None}
-        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _S, self.was_aborted, longest, diverged)
+        return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _NS_PER_S, self.was_aborted, longest, diverged)
 
     def _of_rank(
         self, rank: int, now_ns: int, names: Mapping[int, str], opened: tuple[int, float] | None, *, is_gone: bool
@@ -286,26 +284,26 @@ class ProgressHistory:
         ends = int(self._ends[rank]) if rank < len(self._ends) else 0
         step = int(self._steps[rank]) if rank < len(self._steps) else -1
         signs = self._signs[rank]
-        last_ns = max(ends, signs.began_ns) or now_ns
+        last_ns = max(ends, signs.progress_ns) or now_ns
         open_s = opened[1] if opened is not None else 0.0
         if opened is not None and step >= opened[0]:  # the end of the process has closed that step
-            step, last_ns = opened[0] - 1, now_ns - int(open_s * _S)
+            step, last_ns = opened[0] - 1, now_ns - int(open_s * _NS_PER_S)
 
-        alive_s = (now_ns - (signs.seen_ns or 0)) / _S
+        alive_s = (now_ns - (signs.seen_ns or 0)) / _NS_PER_S
         snapshot, over_ns = signs.snapshot, signs.over_ns
         if snapshot is not None and over_ns is not None:
             # What it did after the job was asked to end, such as to print an error, is part of its end, too.
-            is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _S)
+            is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _NS_PER_S)
             snapshot = snapshot if is_dying else None
 
         if snapshot is not None and last_ns <= snapshot.at_ns:
-            quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _S
+            quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _NS_PER_S
             snapshot = replace(snapshot, quiet_s=quiet_s, seen_line=_frame(names.get(snapshot.line_id)))
         else:
-            quiet_s = max((now_ns - last_ns) / _S, open_s)
+            quiet_s = max((now_ns - last_ns) / _NS_PER_S, open_s)
             if over_ns is not None and alive_s < _SENDING_S:
-                quiet_s = min(quiet_s, self._unseen_s(), (now_ns - over_ns) / _S)
-            elif signs.awake_ns is not None and now_ns - signs.awake_ns > self._unseen_s() * _S:
+                quiet_s = min(quiet_s, self._unseen_s(), (now_ns - over_ns) / _NS_PER_S)
+            elif signs.awake_ns is not None and now_ns - signs.awake_ns > self._unseen_s() * _NS_PER_S:
                 quiet_s = min(quiet_s, self._unseen_s())
 
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
@@ -330,7 +328,7 @@ class ProgressHistory:
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
     ) -> RankSnapshot:
         """Return what the rows show of a rank that has ended, and has no snapshot."""
-        signs, last_ns = self._signs[rank], now_ns - int(quiet_s * _S)
+        signs, last_ns = self._signs[rank], now_ns - int(quiet_s * _NS_PER_S)
         t_ns, phase, line = signs.line
         return RankSnapshot(
             at_ns=now_ns,
@@ -365,9 +363,9 @@ def _tells_no_more(last: RankSnapshot, before: RankSnapshot) -> bool:
 
 
 def _lacks_a_core(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
-    """Whether another process took a snapshot of a rank whose threads waited for a core for a moment.
+    """Whether a snapshot from another process shows a rank that only waited for a core for a moment.
 
-    That rank polls, or sleeps in the same place as in its own snapshot before.
+    So it is if the rank polls, or if it sleeps where its own snapshot before saw it.
     """
     sleeps_on = before.answered == _ITSELF and _place(snapshot) == _place(before)
     is_known = before.is_polling or sleeps_on
@@ -376,7 +374,7 @@ def _lacks_a_core(snapshot: RankSnapshot, before: RankSnapshot) -> bool:
 
 def _continued_s(before: RankSnapshot, snapshot: RankSnapshot) -> float:
     """Return the seconds without progress at a snapshot from outside, which tells how long the recorder was silent."""
-    return max(snapshot.quiet_s, before.quiet_s + (snapshot.at_ns - before.at_ns) / _S)
+    return max(snapshot.quiet_s, before.quiet_s + (snapshot.at_ns - before.at_ns) / _NS_PER_S)
 
 
 def _place(snapshot: RankSnapshot) -> tuple[int, bool, str, str]:
@@ -390,7 +388,7 @@ def _state(snapshot: RankSnapshot) -> tuple[bool, str]:
 
 
 def _earlier_s(rank: int, ended: Mapping[int, float | None], hosts: Mapping[int, str]) -> float:
-    """Return the seconds by which a rank ended before the last one of its host; without end where not known.
+    """Return the seconds by which a rank ended before the last one of its host; infinite if unknown.
 
     A silent rank sends nothing before its end: its last row does not show when that was.
     """

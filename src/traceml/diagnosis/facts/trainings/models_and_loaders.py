@@ -73,7 +73,7 @@ MAX_RANKS = 8
 MIN_TRAINING_STEPS = 5
 """A training is that long: a script that makes a model for each step has one training."""
 MAX_RETURNS = 256
-"""Earlier models that are trained again count this many times: a search trains some hundred."""
+"""At most so many returns to an earlier model are kept: a parameter search trains some hundred models."""
 _DESCRIBED: dict[str, tuple[str, ...]] = {
     InfoKind.MODEL: ("model", "parameters"),
     InfoKind.OPTIMIZER: ("optimizer", "tensors"),

@@ -24,10 +24,10 @@ __all__ = ["residual"]
 UNSURE_SHARE = 0.20
 """Code outside the phases is reported from this share on with too few cores, or too few samples to know where it is."""
 MIN_EXCLUDED = 0.02
-"""What does not count is named from this share of the part on."""
+"""An excluded part is mentioned from this share on."""
 _UPDATE = "the update"
 _LITTLE_UPDATE = 0.1
-"""Functions that read gradients and have less of `other` are not all of an update by hand."""
+"""Below this share of `other`, the functions that read gradients are not the whole update by hand."""
 _MAY_UPDATE = ", which may be the update: no optimizer is called in the steps."
 _LOSS_OF = ("other", "forward")
 _PASSES, _GRAPH_RATIO = ("forward", "backward"), 5.0
@@ -50,8 +50,8 @@ def residual(
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
     update, facts_with_update = _own_update(work, facts)
-    has_update = _is_unseen(work, "optimizer") and update < _LITTLE_UPDATE
-    update, facts = (0.0, facts) if has_update else (update, facts_with_update)
+    may_have_update = _is_unseen(work, "optimizer") and update < _LITTLE_UPDATE
+    update, facts = (0.0, facts) if may_have_update else (update, facts_with_update)
     work, whole = _with_update(work, update), None if whole is None else _with_update(whole, update)
     for part in work.parts:
         if part in known:
@@ -69,7 +69,7 @@ def residual(
         if whole is not None and RARE_STEPS not in cost.excluded and _is_longer(whole, work, part):
             cost = replace(cost, excluded=(RARE_STEPS, *cost.excluded), with_rare=whole)
 
-        found += _residual_finding(cost, facts, has_update=part == "other" and has_update)
+        found += _residual_finding(cost, facts, may_have_update=part == "other" and may_have_update)
 
     return found
 
@@ -89,7 +89,7 @@ def _cost_of_code(work: OwnWork, part: str, facts: JobFacts, step_ns: float, upd
     return cost.reported() if cost.exceeds(UNSURE_SHARE if unsure else WARNING_SHARE) else None
 
 
-def _residual_finding(cost: PhaseCost, facts: JobFacts, *, has_update: bool) -> list[Finding]:
+def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool) -> list[Finding]:
     """Return the finding about a cost and its place; none if it may be a wait for a core, or its place is not known."""
     line, sampled = cost.line(facts), cost.sampled_line(facts)
     library = None if sampled is None else main_library(facts.lines, cost.part, sampled)
@@ -100,7 +100,7 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, has_update: bool) -> 
 
     waits = line is not None and facts.waits_in(cost.part, line)
     has_forward = cost.part == "other" and _is_unseen(cost.work, "forward")
-    is_update = (has_update and not has_forward and library is None) and line is not None and not waits
+    is_update = (may_have_update and not has_forward and library is None) and line is not None and not waits
     cost = _counting_update(cost) if is_update else cost
     where = phase_words(cost.part) + (line.of_it if line else f", most of it in {library}" if library else "")
     if line and library == advice.EVENT_LOOP:

@@ -20,7 +20,7 @@ __all__ = ["COMM", "NOT_OF_CORES", "PASSES", "SlowParts", "find_parts", "have_co
 
 COMM = "comm"
 NOT_OF_CORES = 2.5
-"""By this factor steps do not become slower because a core does: another thread on it, or its clock."""
+"""A slowdown by this factor or more is not explained by a slower core: another thread on it, or a lower clock."""
 SIMILAR_FACTOR = 0.5
 """If the rest of the step is slower by this share of the blamed phase's factor, all phases are."""
 MIN_COMPARED_SHARE = 0.25
@@ -30,9 +30,9 @@ HAS_CORE_WAIT = 0.05
 JOINT_SHARE = 0.9
 """If no phase has most of the difference, the fewest phases that have this share of it together are blamed."""
 MIN_REST_SHARE = 0.02
-"""The rest of the step is this share of it at least: one without time, as without communication, is no faster."""
+"""The rest of the step is compared if it has at least this share of it: a phase that takes no time is no faster."""
 NEARLY_ALL = 0.9
-"""If slow steps have this share of a phase, so they have of its samples."""
+"""If slow steps have this share of a phase's time, they are taken to have all of its samples."""
 FEWEST_SAMPLES = 5
 """Fewer samples of the slow steps do not show that they run no other line than the steps before."""
 PASSES = {"forward", "backward"}
@@ -45,7 +45,7 @@ class SlowParts(NamedTuple):
 
     parts: tuple[str, ...] = ()  # phases that are blamed, the one that may be the cause first; empty if none is
     # phases that have nearly all of it, where fewer cores may be the cause of that; empty if all are alike
-    mostly: tuple[str, ...] = ()
+    leading: tuple[str, ...] = ()
     is_loss_of_cores: bool = False  # whether the loss of cores explains it
     line: BlamedLine | None = None  # of the first phase, by which the slow steps are longer
     phase_share: float = 0.0  # that phase's share of them
@@ -59,8 +59,8 @@ class SlowParts(NamedTuple):
         if self.parts:
             return f", in {phases_text(self.parts, self.line.place if self.line else None)}"
 
-        if self.mostly:
-            return f", most of it in {phases_text(self.mostly, None)}"
+        if self.leading:
+            return f", most of it in {phases_text(self.leading, None)}"
 
         return "" if self.is_loss_of_cores else ", in all phases alike"
 
@@ -74,7 +74,7 @@ def find_parts(steps: SlowSteps, facts: JobFacts, ranks: tuple[int, ...]) -> Slo
     """Return what became slower, by the lines of these ranks, or of all."""
     parts = slow_phases(steps, facts)
     if not parts:
-        return SlowParts(mostly=_together(*steps.levels()))
+        return SlowParts(leading=_together(*steps.levels()))
 
     line, phase_share = (None, 0.0) if parts[0] == COMM else _line(steps, facts, parts[0], ranks)
     if parts[0] == _OTHER and line is None and _may_be_cores(steps, facts):
@@ -204,7 +204,7 @@ def _line(steps: SlowSteps, facts: JobFacts, part: str, ranks: tuple[int, ...]) 
 def _line_of_few(
     seen: Sequence[SampledLine], before: Sequence[SampledLine], part: str, share: float
 ) -> BlamedLine | None:
-    """Return the line that has most of a phase in all steps, where slow ones have few samples, none of another.
+    """Return the line that has most of a phase in all steps, if the few samples of slow steps are all of that line.
 
     Beside other programs the sampler runs seldom, and its intervals may have nearly all samples of a short run before
     its last steps.

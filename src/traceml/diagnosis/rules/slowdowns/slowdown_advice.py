@@ -97,7 +97,7 @@ def _for_part(part: str | None, where: SlowParts, of_ranks: str, meanwhile: str)
         meanwhile: a sentence about reading ahead, or nothing.
     """
     of_host = f"other programs on the host{of_ranks}, clocks lowered by heat or power, and swapping at that time."
-    if not where.parts and not where.mostly:  # also where cores were taken
+    if not where.parts and not where.leading:  # also where cores were taken
         return (
             "All phases are slower, so no single piece of code is the cause. If steps have no more work then "
             f"(longer episodes or sequences), look for {of_host}"
@@ -115,7 +115,7 @@ def _for_part(part: str | None, where: SlowParts, of_ranks: str, meanwhile: str)
             f"holds it.{meanwhile}"
         )
 
-    phases = phases_text(where.parts or where.mostly, None)
+    phases = phases_text(where.parts or where.leading, None)
     what = "batch size, sequence length, recompilation, a growing list"
     if where.parts:
         return f"Look at what changes in {phases}{of_ranks} then: {what}."
