@@ -14,6 +14,8 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_folders import FALLBACK_FOLDER
 from traceml.display import report_files
 from traceml.errors import TraceMLError
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME
@@ -113,6 +115,31 @@ def test_the_last_words_of_the_aggregator_are_shown(run_dir: Path) -> None:
 
     assert "log may give the reason; its last line is\n  traceml serve: the disk is full\n" in told.getvalue()
     assert "earlier" not in told.getvalue()
+
+
+@pytest.mark.parametrize("has_left", [True, False])
+def test_rows_in_memory_are_promised_only_where_there_are_files(run_dir: Path, *, has_left: bool) -> None:
+    """Ranks that said bye, or never connected, have left none."""
+    if has_left:
+        flight = FlightFile.create(run_dir.parent / FALLBACK_FOLDER, {"run_dir": str(run_dir)})
+        flight.close(unlink=False)
+
+    told = io.StringIO()
+    print_final_report(run_dir, finished=False, program="traceml run", file=told)
+
+    assert "this run is not stored completely" in told.getvalue()
+    assert ("What could be saved of the rest" in told.getvalue()) is has_left
+
+
+def test_the_card_begins_on_a_line_of_its_own(run_dir: Path) -> None:
+    """The script may not have ended its last line; a quiet end prints no empty line."""
+    told, quiet = io.StringIO("acc 0.9"), io.StringIO()
+    told.seek(0, io.SEEK_END)
+    print_final_report(run_dir, finished=True, program="traceml run", file=told)
+    print_final_report(run_dir, finished=True, program="traceml run", quiet=True, file=quiet)
+
+    assert told.getvalue().startswith("acc 0.9\n─ traceml ")
+    assert quiet.getvalue() == ""
 
 
 def test_a_folder_that_was_moved_is_reported(run_dir: Path) -> None:

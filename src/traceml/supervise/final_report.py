@@ -28,6 +28,8 @@ _ASKING_S = 0.002  # the request goes out first
 _log = logging.getLogger("traceml")
 _UNFINISHED = """\
 {program}: this run is not stored completely; {log} may give the reason{words}
+"""
+_LEFT_IN_MEMORY = """\
 What could be saved of the rest stays in memory files for an hour, logged values for a week: `traceml serve --runs-dir \
 {runs}` stores it.
 """
@@ -63,16 +65,21 @@ def print_final_report(
         file: target; standard output belongs to the script.
     """
     target = cast("TextIO", _Lossy(file))
+    if not quiet:
+        target.write("\n")  # the script may not have ended its last line, and nobody can be asked
+
     with fail_open(_log, "supervise", "the verdict cannot be shown"):  # for lack of memory, for example
         _print_report(run_dir, program, report, target, finished=finished, quiet=quiet)
 
     if not finished and run_dir.is_dir():
+        from traceml.database.flight.flight_owner import has_left_flights
         from traceml.formatting import printable, shell_quoted
 
-        runs = shell_quoted(str(run_dir.parent))
         last = printable(aggregator_words(run_dir))
         words = f"; its last line is\n  {last}" if last else "."
-        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, words=words, runs=runs))
+        target.write(_UNFINISHED.format(program=program, log=run_dir / AGGREGATOR_LOG, words=words))
+        if has_left_flights(run_dir):
+            target.write(_LEFT_IN_MEMORY.format(runs=shell_quoted(str(run_dir.parent))))
 
 
 def _print_report(

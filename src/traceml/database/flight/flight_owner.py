@@ -12,15 +12,16 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from traceml.clock import boot_time_s, machine_name, process_start_ticks
-from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
+from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, lock_holder, own_mapping
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import STEPS
 from traceml.errors import StoreError
+from traceml.run_folder import COPIES_FOLDER
 from traceml.trusted_files import opened_trusted
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SILENCE_S",
     "USER_ROWS_KEPT_S",
     "find_unclaimed",
+    "has_left_flights",
     "is_alive",
     "pid_here",
     "remove_stale",
@@ -118,17 +120,27 @@ def remove_stale(*folders: Path, runs_dir: Path | None = None, grace_s: float = 
 
 def waiting_steps(run_dir: Path) -> int:
     """Count the steps of a run that its dead ranks left in flight files of this host."""
-    count = 0
-    for path in find_unclaimed((default_folder(), run_dir.parent / FALLBACK_FOLDER)):
+    folders = (default_folder(), run_dir.parent / FALLBACK_FOLDER)
+    return sum(_of_dead(folders, run_dir, lambda snapshot: snapshot.waiting(STEPS.name)))
+
+
+def has_left_flights(run_dir: Path) -> bool:
+    """Whether dead ranks of a run left flight files on this host."""
+    folders = (default_folder(), *disk_folders(run_dir.parent))
+    return bool(find_flights(run_dir / COPIES_FOLDER)) or any(_of_dead(folders, run_dir, lambda _: True))
+
+
+def _of_dead(folders: Iterable[Path], run_dir: Path, read: Callable[[FlightSnapshot], int]) -> Iterator[int]:
+    """Yield a fact of each file that a dead rank of a run has left."""
+    for path in find_unclaimed(folders):
         try:
             with opened_trusted(path) as descriptor:
                 if own_mapping(path) is None and not is_locked(descriptor):
                     snapshot = _header(path, descriptor, run_dir.parent)
-                    count += snapshot.waiting(STEPS.name) if _is_of(snapshot, run_dir) else 0
+                    if _is_of(snapshot, run_dir):
+                        yield read(snapshot)
         except (OSError, StoreError) as error:
-            _log.debug("flight file %s is not counted: %s", path, error)
-
-    return count
+            _log.debug("flight file %s is not read: %s", path, error)
 
 
 def silent_elsewhere(runs_dir: Path) -> list[FlightSnapshot]:
