@@ -96,6 +96,8 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
     target: list[str] = options.script
     if target and target[0] == "--":
         target = target[1:]
+        if target and target[0].startswith("-") and not options.module:  # after "--" it is a file's name
+            target = [f"./{target[0]}", *target[1:]]
 
     if not target or not target[0]:
         raise UsageError(f"no script given. Try: {example}")
