@@ -98,7 +98,8 @@ def test_json_and_nothing_else(compare):
         (["first", "slow", "--json", "--md"], "cannot be combined"),
         (["first", "slow", "--fail-over", "-1"], "of at least 0"),
         (["first", "slow", "--fail-over", "nan"], "of at least 0"),
-        (["first", "first"], "the same run"),
+        (["first", "first"], "a and b are the same run"),
+        (["first", "slow", "first"], "a and c are the same run"),
     ],
 )
 def test_what_makes_no_sense_is_refused(compare, words, what):

@@ -75,7 +75,8 @@ def _chosen(options: CompareOptions) -> list[Path]:
         runs.insert(0, find_baseline(options.baseline, runs, runs_dir))
 
     if runs[0] in runs[1:]:
-        raise UsageError(f"{'the baseline' if options.baseline else 'A'} and B are the same run, {runs[0].name}")
+        baseline, other = "the baseline" if options.baseline else "A", run_letter(runs.index(runs[0], 1))
+        raise UsageError(f"{baseline} and {other} are the same run, {runs[0].name}: name another one to compare with")
 
     return runs
 
