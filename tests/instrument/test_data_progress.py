@@ -109,3 +109,57 @@ def test_an_order_that_was_only_begun_does_not_count(traced: Traced) -> None:
 
     traced.finish()
     assert not [row for row in traced.info if row["kind"] == "same_order"]
+
+
+@pytest.mark.parametrize("sets", [True, False])
+def test_epochs_that_end_by_break_have_an_order_too(traced: Traced, *, sets: bool) -> None:
+    """The same first batches in each epoch are the same order."""
+    model = net()
+    optimizer, rows = sgd(model), data(12).dataset
+    sampler: DistributedSampler[object] = DistributedSampler(rows, num_replicas=2, rank=0)
+    loader = DataLoader(rows, batch_size=2, sampler=sampler)
+    for epoch in range(4):
+        if sets:
+            sampler.set_epoch(epoch)
+
+        for number, (x,) in enumerate(loader, 1):
+            train(model, optimizer, x)
+            if number == 4:
+                break
+
+    traced.finish()
+    assert len([row for row in traced.info if row["kind"] == "same_order"]) == (not sets)
+
+
+def test_batches_that_are_looked_at_during_an_epoch_are_no_epochs(traced: Traced) -> None:
+    """The steps between two looks are of the epoch's own iterator."""
+    model = net()
+    optimizer, rows = sgd(model), data(24).dataset
+    sampler: DistributedSampler[object] = DistributedSampler(rows, num_replicas=2, rank=0)
+    loader = DataLoader(rows, batch_size=2, sampler=sampler)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for number, (x,) in enumerate(loader):
+            train(model, optimizer, x)
+            if number % 3 == 0:
+                next(iter(loader))
+
+    traced.finish()
+    assert not [row for row in traced.info if row["kind"] == "same_order"]
+
+
+@pytest.mark.process
+def test_workers_that_stay_begin_an_order_in_each_epoch_that_ends_by_break(traced: Traced) -> None:
+    """Their iterator is not gone when the loop has left it."""
+    model = net()
+    optimizer, rows = sgd(model), data(12).dataset
+    sampler: DistributedSampler[object] = DistributedSampler(rows, num_replicas=2, rank=0)
+    loader = DataLoader(rows, batch_size=2, sampler=sampler, num_workers=1, persistent_workers=True)
+    for _ in range(4):
+        for number, (x,) in enumerate(loader, 1):
+            train(model, optimizer, x)
+            if number == 4:
+                break
+
+    traced.finish()
+    assert len([row for row in traced.info if row["kind"] == "same_order"]) == 1

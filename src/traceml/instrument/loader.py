@@ -21,6 +21,7 @@ __all__ = ["DataProgress", "LoaderToken", "TracedIterable", "patch_loaders"]
 T = TypeVar("T")
 _TAG = "_traceml_loader"
 _REPEATED = 2
+_LEFT_EPOCH_STEPS = 2  # fewer before a `break` may be a look at a batch
 _INPUT_WAIT, _ITERATING = int(Phase.INPUT_WAIT), int(Slot.ITERATING)
 
 
@@ -46,7 +47,9 @@ class LoaderToken:
     _epoch = 0
     _last = -1  # batches of the newest iterator at its end; -1 before it
     _drawn: Any = None  # epoch by which the sampler has drawn the newest order
-    _same = 0  # iterators before it that were read to their end in that order
+    _same = 0  # epochs before it in that order
+    _drawn_step = 0
+    _overlaps = False  # whether iterators were read side by side: then steps are not known to be of one of them
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
@@ -72,12 +75,22 @@ class LoaderToken:
             self.read(clock, True)
             follow_iterator(iterator, self.number)
 
-    def repeats_order(self, loader: Any) -> bool:
-        """Return whether a new iterator is the third in a row whose sampler draws the same order: no `set_epoch`."""
+    def repeats_order(self, loader: Any, step: int) -> bool:
+        """Return whether a new iterator is the third in a row whose sampler draws the same order: no `set_epoch`.
+
+        Only iterators that were read to their end, or left after some steps, count: others may have looked at a batch.
+        """
         drawn = _sampler_epoch(loader)
-        self._same = self._same + 1 if drawn is not None and drawn == self._drawn and self._last >= 0 else 0
-        self._drawn = drawn
+        is_epoch = self._was_left_after_steps(loader, step) or self._last >= 0
+        self._same = self._same + 1 if drawn is not None and drawn == self._drawn and is_epoch else 0
+        self._drawn, self._drawn_step = drawn, step
         return self._same == _REPEATED
+
+    def _was_left_after_steps(self, loader: Any, step: int) -> bool:
+        open_iterator = self._iterator() if self._iterator is not None else None
+        is_kept = open_iterator is instance_attribute(loader, "_iterator")  # persistent_workers
+        self._overlaps = self._overlaps or not (open_iterator is None or is_kept or self._last >= 0)
+        return not self._overlaps and step - self._drawn_step >= _LEFT_EPOCH_STEPS
 
     def end(self, clock: StepClock) -> None:
         """Record that its iterator has no batch left."""
@@ -212,7 +225,7 @@ def patch_loaders(
 
     patches.replace(iterator_type, _TAG, LoaderToken())
     patches.wrap(iterator_type, "__next__", timed_next)
-    tokens = _LoaderTokens(on_loader, on_same_order)
+    tokens = _LoaderTokens(on_loader, on_same_order, lambda: clock.step)
     patches.wrap(dataloader.DataLoader, "__iter__", _timed_iter(clock, wait, original_iter, tokens, on_iterator))
     for name, follows in (("__init__", False), ("_reset", True)):  # workers are started between the two
         method = _noting(clock, getattr(iterator_type, name), tokens, dataloader.DataLoader, follows=follows)
@@ -337,8 +350,10 @@ def _noting(clock: StepClock, original: Any, tokens: _LoaderTokens, loader_type:
 class _LoaderTokens:
     """One token per loader, for the lifetime of the loader."""
 
-    def __init__(self, on_loader: Callable[[Any, int], None], on_same_order: Callable[[int], None]) -> None:
-        self._on_loader, self._on_same_order = on_loader, on_same_order
+    def __init__(
+        self, on_loader: Callable[[Any, int], None], on_same_order: Callable[[int], None], step: Callable[[], int]
+    ) -> None:
+        self._on_loader, self._on_same_order, self._step = on_loader, on_same_order, step
         self._seen = 0
         self._tokens: weakref.WeakKeyDictionary[Any, LoaderToken] = weakref.WeakKeyDictionary()
 
@@ -354,7 +369,7 @@ class _LoaderTokens:
             self._seen += 1
             self._on_loader(loader, token.number)
 
-        if token.repeats_order(loader):
+        if token.repeats_order(loader, self._step()):
             self._on_same_order(token.number)
 
         return token
