@@ -64,6 +64,21 @@ def test_the_newest_steps_may_still_recover():
     assert loss_not_finite(JobFacts(losses=losses, latest=(22,)))[0].evidence["since_step"] == 20
 
 
+@pytest.mark.parametrize(
+    ("begins", "where", "goes_back"),
+    [((), "since: 200 of", True), ((100,), "since: 200 of", False), ((100, 300), "since, in 2 trainings one", False)],
+)
+def test_a_checkpoint_of_another_training_is_no_way_back(begins, where, goes_back):
+    """The last trials of a search diverge, each at once."""
+    losses = history([2.0] * 20 + [NAN] * 20)
+
+    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(399,), trainings_begin=begins))
+
+    assert where in finding.summary
+    assert ("Go back to a checkpoint" in finding.next) is goes_back
+    assert ("Stop such a training at once" in finding.next) is not goes_back
+
+
 @pytest.mark.parametrize(("ranks", "whose"), [(1, "The run"), (2, "All ranks")])
 def test_no_rank_is_named_where_all_have_it(ranks, whose):
     """The only rank, or all of them in the same step."""

@@ -31,6 +31,11 @@ _TOLD_SHARE = 0.01  # of the steps: those of earlier trainings that are lost
 MIN_STEPS = 50
 """Ranks are said to never exchange gradients after this many steps; while they run, after `MIN_LIVE_STEPS`."""
 MIN_LIVE_STEPS = 500
+_STOP_TRAINING = (
+    "Stop such a training at once (if not math.isfinite(loss.item()): break), and leave it out of the results. A lower "
+    "learning rate or clipped gradients may keep its loss finite; torch.autograd.set_detect_anomaly(True) names the "
+    "operation."
+)
 _EXCHANGE = "{}. If the models are meant to differ, run them as separate jobs."
 
 
@@ -51,6 +56,8 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
     subject = "The run" if world_size == 1 else capitalized(ranks_text(ranks))
     wasted = steps - since
     share = wasted / max(steps, 1)
+    since_then = [begin for begin in facts.trainings_begin if begin > since]
+    where = f", in {len(since_then) + 1} trainings one after the other" if since_then else ""
     return [
         Finding.of(
             Kind.NUMERIC,
@@ -58,12 +65,15 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
             phase="backward",
             summary=(
                 f"{subject} had a loss of {word} in step {count_text(since)}, and it has not "
-                f"been finite since: {count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) trained "
-                "nothing useful."
+                f"been finite since{where}: {count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) "
+                "trained nothing useful."
             ),
             next=(
-                f"Go back to a checkpoint from before step {count_text(since)}. Look at the batch of that step, lower "
-                "the learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) names the operation."
+                _STOP_TRAINING
+                if facts.trainings_begin  # a checkpoint from before may be of another model
+                else f"Go back to a checkpoint from before step {count_text(since)}. Look at the batch of that step, "
+                "lower the learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) names the "
+                "operation."
             ),
             evidence={
                 "since_step": since,
@@ -112,11 +122,7 @@ def trainings_not_finite(facts: JobFacts) -> list[Finding]:
                 f"{count_text(first)}, and it was no longer finite until {until}{more}: {count_text(wasted)} of "
                 f"{count_text(steps)} steps ({percent_text(share)}) trained nothing useful."
             ),
-            next=(
-                "Stop such a training at once (if not math.isfinite(loss.item()): break), and leave it out of the "
-                "results. A lower learning rate or clipped gradients may keep its loss finite; "
-                "torch.autograd.set_detect_anomaly(True) names the operation."
-            ),
+            next=_STOP_TRAINING,
             evidence={
                 "since_step": first,
                 "until_step": end,
