@@ -112,6 +112,20 @@ def test_a_training_thread_that_computes_waits_for_nothing():
     assert Kind.GIL_CONTENTION not in [each.kind for each in found(samples(ran=0.0), monitor(0.9), lines=lines)]
 
 
+@pytest.mark.parametrize(
+    ("library", "waits"), [("/usr/lib/python3.11/threading.py:295 Condition.wait", True), (None, False)]
+)
+def test_threads_that_train_are_awaited_not_their_lock(library: str | None, *, waits: bool) -> None:
+    """Replicas in a pool: the main thread waits for their results in forward and backward."""
+    lines = tuple(
+        SampledLine(0, part, "/me/train.py", 16, "train", library, 50, SECOND, 0) for part in ("forward", "backward")
+    )
+
+    kinds = [each.kind for each in found(samples(ran=0.1), monitor(0.9), lines=lines)]
+
+    assert (Kind.GIL_CONTENTION in kinds) is not waits
+
+
 def test_uneven_steps_are_not_reported_beside_it():
     """Who gets the lock when is chance."""
     faults = (adds("other", 300, chance=0.04),)

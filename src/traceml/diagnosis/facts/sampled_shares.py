@@ -41,6 +41,7 @@ __all__ = [
     "place_share",
     "receives",
     "samples_in",
+    "thread_wait_share",
     "used_cores",
     "worker_wait_share",
     "workers_at_work",
@@ -62,6 +63,7 @@ _FUSABLE = re.compile(r"(^|/)torch/optim/(adam|adamw|sgd|adagrad|optimizer)\.py:
 _ORDERS = re.compile(r"Sampler\.__iter__$")
 _RECEIVES = re.compile(r" (_PollLikeSelector\.select|Connection\._recv(_bytes)?|recvfds)$")
 _HANDS_OVER = re.compile(r" (Connection\._(recv|send)(_bytes)?|SocketClient|socket\.\w+|recvfds|_?rebuild_\w+)$")
+_AWAITS_THREAD = re.compile(r"(^|/)threading\.py:\d+ ")
 _AWAITS = re.compile(r" (_PollLikeSelector\.select|Connection\._poll|wait)$")
 _MIN_CLEARING = 5  # it only lowers a cost
 _Z_SCORE = 1.645  # a share is below its bound in one of twenty cases
@@ -108,6 +110,13 @@ def child_wait_share(lines: Sequence[SampledLine], part: str) -> SampledShare:
     Loader workers do not count: their batches come through a queue.
     """
     return _sampled_share(lines, part, lambda each: _CHILD_ANSWER in (each.library or ""))
+
+
+def thread_wait_share(lines: Sequence[SampledLine], parts: Collection[str]) -> float:
+    """Return the share of some parts' samples that wait for another thread of the script; 0 if unknown."""
+    seen = [each for part in parts for each in of_part(lines, part)]
+    total = sum(each.samples for each in seen)
+    return samples_in(seen, _AWAITS_THREAD) / total if total >= MIN_SAMPLES else 0.0
 
 
 def _sampled_share(lines: Sequence[SampledLine], part: str, chosen: Callable[[SampledLine], object]) -> SampledShare:

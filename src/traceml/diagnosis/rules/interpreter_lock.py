@@ -15,7 +15,7 @@ import numpy as np
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, threads_line
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.sampled_shares import busy_share
+from traceml.diagnosis.facts.sampled_shares import NAMED_SHARE, busy_share, thread_wait_share
 from traceml.diagnosis.findings import Explanation, Finding, known_facts
 from traceml.diagnosis.kinds import Kind, least_cost_ns
 from traceml.diagnosis.rules.loading_advice import WORTHWHILE
@@ -83,7 +83,13 @@ def _cores(facts: JobFacts, ranks: Iterable[int]) -> float:
 
 
 def _computes(facts: JobFacts) -> bool:
-    """Return whether the training thread is on a core in its phases, whatever the main thread does."""
+    """Return whether the training computes in its phases, whatever the main thread does.
+
+    Either its thread is on a core, or the main thread waits there for threads that train, as replicas do.
+    """
+    if thread_wait_share(facts.lines, COMPUTE) >= NAMED_SHARE:
+        return True
+
     shares = [share for part in COMPUTE if (share := busy_share(facts.lines, part)) is not None]
     return min(shares, default=0.0) > MAX_BUSY
 
