@@ -506,6 +506,19 @@ def test_a_fetch_that_uses_all_cores_gains_nothing_by_workers(wait_share):
     assert found.best_workers() <= 2
 
 
+@pytest.mark.parametrize(("ready", "share"), [(0.98, 0.97), (0.4, 0.33)])
+def test_a_fetch_that_is_over_in_milliseconds_waits_for_no_longer_than_its_thread_sleeps(ready, share):
+    """Samples watched the few fetches that lost their core: by the kernel the thread was asleep for 2 % of the time."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=40_000_000, cpu_ns=1_600_000)]
+    lacks = {"wait_of_ready_time": {0: 0.5}, "wait_of_wall_time": {0: ready / 2}}
+    lines = [replace(lines[0], cpu_ns=6_600_000)] if ready < 0.5 else lines
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    found = pipeline_of(work, JobFacts(loader=FOLDER, lines=lines, **lacks), 30 * MS)
+
+    assert found is not None
+    assert found.fetch_cpu == pytest.approx(share, abs=0.01)
+
+
 def test_waiting_for_a_core_is_work():
     """A thread that waited for a core a third of the time would compute more on a core of its own."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]

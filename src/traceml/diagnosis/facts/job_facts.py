@@ -263,9 +263,15 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def waits_in(self, part: str, line: BlamedLine) -> bool:
         """Return whether a function waits in a phase (for a sleep, a disk, a thread), and does not compute."""
-        runs = self.core_runs
-        asleep = max((1.0 - run - self.wait_of_wall_time[rank] for rank, run in runs.items()), default=1.0)
-        return is_waiting(self.lines, part, line, self.wait_share, asleep)
+        return is_waiting(self.lines, part, line, self.wait_share, self.asleep_share)
+
+    @cached_property
+    def asleep_share(self) -> float:
+        """Share of wall time in which a main thread neither ran nor waited for a core, of the rank with the most.
+
+        1 where no rank has waited for a core, or that is not known.
+        """
+        return max((1.0 - run - self.wait_of_wall_time[rank] for rank, run in self.core_runs.items()), default=1.0)
 
     @property
     def waited_share(self) -> float:

@@ -198,7 +198,8 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
     else:
         own = fetch_cpu(facts)
         is_known = own is not None
-        fetch_ns, computes = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0), 1.0 if own is None else own
+        fetch_ns = max(wait_ns - first_ns / (epoch_steps or 1.0), 0.0)
+        computes = 1.0 if own is None else max(own, _least_cpu(work, facts, fetch_ns))
 
     take_ns, share_ns = (_taken_ns(facts, wait_ns), 0.0) if workers else _handover_ns(facts)
     rest_cores = _rest_cores(work, facts, rest_ns, 0.0 if workers else fetch_ns * computes)
@@ -453,6 +454,14 @@ def fetch_cpu(
     """
     used = used_cores(facts.lines if lines is None else lines, part)
     return None if used is None else max(used, min(used / max(1.0 - facts.wait_share, _MIN_READY), 1.0))
+
+
+def _least_cpu(work: OwnWork, facts: JobFacts, fetch_ns: float) -> float:
+    """Return the share of a fetch in which its thread ran or waited for a core at least, by the kernel's counts.
+
+    Of fetches that are over in milliseconds, samples watch only those that lost their core.
+    """
+    return max(1.0 - facts.asleep_share * work.step_ns / max(fetch_ns, 1.0), 0.0)
 
 
 def _rest_cores(work: OwnWork, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
