@@ -49,8 +49,9 @@ def _for_shape(shape: str, part: str | None, where: SlowParts, facts: JobFacts) 
         what = "the data set" if where.line is None else where.line.place
         return (
             f"If {what} fills a cache then, or the files are in memory afterwards, its share is smaller in a longer "
-            "run, and loader workers (num_workers) would fetch samples while the model computes. Otherwise look at "
-            "what it does only then."
+            "run, and loader workers (num_workers) would fetch samples while the model computes. Each of them fills a "
+            "cache of its own, and without persistent_workers=True anew in each epoch. Otherwise look at what it does "
+            "only then."
         )
 
     if shape != "growth":
