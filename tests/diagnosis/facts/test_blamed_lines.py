@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec import structs
@@ -98,6 +99,17 @@ def test_an_iterator_that_is_no_loader_is_waited_for():
     assert [each.kind for each in diagnose(window, JobFacts(world_size=1, lines=lines))] == [Kind.INPUT_BOUND]
 
 
+@pytest.mark.parametrize(("cpu_ms", "unless"), [(10, False), (90, True)])
+def test_a_thread_is_for_batches_that_are_waited_for(cpu_ms: int, *, unless: bool):
+    """Code that makes batches in Python, and that of the model, take turns in one process."""
+    times = {"watched_ns": 100_000_000, "cpu_ns": cpu_ms * 1_000_000}
+    read = msgspec.structs.replace(line("input_wait", "read_shard", 43), **times)
+    finding = found(Kind.INPUT_BOUND, read, line("forward", "forward", 57), job=UNFED)
+
+    assert "fetch the next batch in a thread while the model computes" in finding.next
+    assert ("if making a batch waits" in finding.next) is unless
+
+
 @pytest.mark.parametrize(
     "library",
     [
@@ -113,7 +125,7 @@ def test_a_queue_that_runs_empty_is_not_told_to_use_a_thread(library):
 
     assert finding.next.startswith("The threads or processes that make the batches do not keep up: make batches cheap")
     assert "other threads" not in finding.next
-    assert "in a thread while the model computes" in read.next
+    assert "Or, if making a batch waits (for a disk, a network), fetch the next batch in a thread while" in read.next
     assert "train.py:7 main" in finding.summary
     assert "without any of it steps would be" not in finding.summary  # it gains no more than half the time does
     assert "Half the time for a batch makes the run at most 1.77x faster" in finding.next

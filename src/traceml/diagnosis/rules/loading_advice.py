@@ -128,9 +128,11 @@ def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | 
     )
     workers = made.best_workers()
     gain = made.gain(workers)
+    # Two threads that run Python code take turns: one of them gains nothing where making a batch computes.
+    unless = ", if making a batch waits (for a disk, a network)," if made.takes_cpu else ""
     return LoadingAdvice(
         f"Make batches in other processes: an IterableDataset in a DataLoader with num_workers={workers}; "
-        f"{gain_text(gain, 'at most')}{_on(made, facts)}. Or fetch the next batch in a thread while the model "
+        f"{gain_text(gain, 'at most')}{_on(made, facts)}. Or{unless} fetch the next batch in a thread while the model "
         "computes.",
         gain,
     )
