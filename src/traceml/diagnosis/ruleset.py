@@ -55,7 +55,7 @@ from traceml.diagnosis.rules.slowdowns.slowdown import slowdown
 from traceml.diagnosis.rules.stragglers.stragglers import stragglers
 from traceml.diagnosis.stalls.gc_pauses import gc_pauses
 from traceml.diagnosis.stalls.recompiles import recompiles
-from traceml.diagnosis.stalls.single_pauses import single_pauses
+from traceml.diagnosis.stalls.single_pauses import SinglePauses, single_pauses
 from traceml.diagnosis.stalls.stopped_ranks import stopped_ranks, without_stopped_steps
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.closure_calls import without_more_passes
@@ -252,7 +252,7 @@ def _timing_without_pauses(
 ) -> list[Finding]:
     """Find what steps cost; single pauses that nothing explains are left out of it, and told beside it."""
     found, pauses = _timing(window, work, facts, history), single_pauses(window, work, facts)
-    if pauses is None or any(each.kind in _OF_LONG_STEPS for each in found):
+    if pauses is None or any(_explains_pauses(each, pauses) for each in found):
         return found
 
     others = pauses.left_out_of(window, work)
@@ -267,6 +267,12 @@ def _timing_without_pauses(
     lead = max(found, key=lambda each: each.cost_share, default=None)
     told = lead and replace(lead, summary=lead.summary + text, next=f"{lead.next} {action}")
     return [told if told and each is lead else each for each in found]
+
+
+def _explains_pauses(found: Finding, pauses: SinglePauses) -> bool:
+    """Whether a finding explains the pauses: also the first batches of epochs, which a short run has two of."""
+    is_of_epochs = "epochs" in found.evidence
+    return found.kind in _OF_LONG_STEPS or (is_of_epochs and found.cost_share >= _EXPLAINED_SHARE * pauses.share)
 
 
 def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:

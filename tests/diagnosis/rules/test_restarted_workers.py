@@ -64,6 +64,22 @@ def test_workers_that_start_in_each_epoch_are_reported():
     assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
 
 
+@pytest.mark.parametrize("restarted", [True, False])
+def test_two_first_batches_of_seconds_are_restarts_not_single_pauses(restarted):
+    """A data set that reads all it has at the first access does so in each new worker: of three epochs two are seen."""
+
+    def loads(own, _) -> None:
+        own["input_wait"][:, [80, 160]] += 6000.0
+
+    rows = np.zeros(3, EPOCHS.dtype)
+    rows["step"], rows["ns"], rows["create_ns"] = np.arange(3) * (80 if restarted else 70), 6000 * MS, 100 * MS
+
+    found = diagnose(window_of(ALONE, loads), JobFacts(loader=replace(LOADER, length=1280), epochs=rows))
+
+    assert bool(restarts(found)) is restarted
+    assert any("pauses" in each.evidence for each in found) is not restarted
+
+
 @pytest.mark.parametrize(("ms", "told"), [(200, True), (60, False)])
 def test_short_epochs_may_do_without_workers(ms, told):
     """A batch that takes 0.4 ms to make was waited for 12 ms: the restarts of its workers, by their steps."""

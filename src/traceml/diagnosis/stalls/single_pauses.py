@@ -41,6 +41,7 @@ class SinglePauses(NamedTuple):
     columns: NDArray[np.intp]
     steps: NDArray[np.int64]  # their numbers
     mean_ns: float
+    share: float  # of all step time
     explanation: Explanation
 
     def left_out_of(self, window: AlignedSteps, work: OwnWork) -> AlignedSteps:
@@ -79,7 +80,7 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
     )
     text = f" {steps} took {ns_text(mean)}{each}, {factor} times the mean of the others{where}."
     evidence = {"pauses": len(at), "pause_ms": mean / 1e6, "pause_share": min(share, 1.0), **more}
-    return SinglePauses(at, window.steps[at], mean, Explanation(text, action, evidence))
+    return SinglePauses(at, window.steps[at], mean, min(share, 1.0), Explanation(text, action, evidence))
 
 
 def _place(
