@@ -347,6 +347,18 @@ def test_ranks_that_do_not_find_each_other_are_told_what_they_wait_for():
     assert "MASTER_ADDR" in finding.next
 
 
+@pytest.mark.parametrize("spawned", [True, False])
+def test_ranks_that_a_script_below_torchrun_has_spawned_find_no_store(*, spawned: bool) -> None:
+    """They have torchrun's variables, by which rank 0 makes no store; with other ranks the address may be wrong."""
+    process = FrameSnapshot(file="/usr/lib/python3.11/multiprocessing/process.py", line=108, function="BaseProcess.run")
+    frames = [call("init_process_group"), line(5, "work"), *([process] if spawned else [])]
+    finding = found(*(snapshot(rank, *frames, phase="startup") for rank in range(2)))
+
+    assert finding.evidence["cause"] == "rendezvous"
+    assert ("The script starts these ranks itself" in finding.next) is spawned
+    assert "Compare MASTER_ADDR" in finding.next
+
+
 @pytest.mark.parametrize(("restarts", "words"), [(1, "a store of its own"), (0, "MASTER_ADDR")])
 def test_ranks_that_torchrun_has_restarted_may_have_read_old_addresses(restarts: int, words: str) -> None:
     """Its store serves each attempt; the address of the store itself was right before."""

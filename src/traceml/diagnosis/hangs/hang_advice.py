@@ -17,6 +17,7 @@ from traceml.diagnosis.hangs.rank_state import (
     doing,
     is_blocked_by_full_pipe,
     is_in_join,
+    is_spawned,
 )
 from traceml.formatting import line_text, ranks_text
 
@@ -47,6 +48,9 @@ def hang_advice(found: DetectedHang) -> str:
 
     if cause in _APART and any(map(is_in_join, snapshots.values())):
         return _OF_JOIN
+
+    if cause is HangCause.RENDEZVOUS and any(map(is_spawned, snapshots.values())):
+        return f"{_OF_SPAWNED} {what}"
 
     if what is not None:
         return what
@@ -86,6 +90,10 @@ _OF_CALLS = (
 _OF_ABSENT = (
     "Look at the processes of the ranks that did not answer: whether they run, and what they do before "
     "init_process_group."
+)
+_OF_SPAWNED = (
+    "The script starts these ranks itself: if torchrun (or `traceml run --nproc-per-node`) has started the script, do "
+    "that without it, as ranks below torchrun look for a store of torchrun, and rank 0 makes none."
 )
 _ADVICE: Mapping[HangCause, str] = {
     HangCause.MISMATCH: SAME_COLLECTIVES,

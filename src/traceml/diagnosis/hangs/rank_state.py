@@ -30,6 +30,7 @@ __all__ = [
     "is_busy",
     "is_expected_wait",
     "is_in_join",
+    "is_spawned",
     "transfers",
 ]
 
@@ -149,6 +150,11 @@ def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
 def is_in_join(snapshot: RankSnapshot) -> bool:
     """Whether a rank has left `with Join(...)`, and answers the collectives of the ranks that still have data."""
     return any(frame.function.endswith("__exit__") and frame.file.endswith(_JOIN) for frame in snapshot.frames)
+
+
+def is_spawned(snapshot: RankSnapshot) -> bool:
+    """Whether a rank is a process of `multiprocessing`, which another process of the script has started."""
+    return any(frame.file.endswith("/multiprocessing/process.py") for frame in snapshot.frames)
 
 
 def transfers(snapshot: RankSnapshot) -> bool:
