@@ -261,7 +261,7 @@ def test_ctrl_c_before_the_first_step_is_a_stop(traceml: Traceml, tmp_path: Path
 
     assert ended.status == 130
     line = f"traceml: Stopped before the first step. More: traceml report {ended.run_dir.name}"
-    assert ended.stderr.splitlines()[-2:] == ["KeyboardInterrupt", line]
+    assert ended.stderr.splitlines()[-3:] == ["KeyboardInterrupt", "", line]
     assert ended.report["run"]["state"] == "stopped"
     assert "stopped" in ended.report["verdict"]["summary"]
     shown = traceml("report")
