@@ -93,7 +93,7 @@ for step in range(60):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("command", [("run",), ("launch", "--hostnames", "localhost", "--workers-per-host", "1")])
 def test_a_job_whose_ranks_cannot_print_is_reported_by_the_command(traceml: Traceml, command: tuple[str, ...]) -> None:
-    """C code has the interpreter's lock in the only process: no thread of it runs."""
+    """C code has the GIL in the only process: no thread of it runs."""
     (traceml.folder / "mute.py").write_text(MUTE)
     running = traceml.start(*command, "mute.py", TRACEML_HANG_TIMEOUT="5", OMP_NUM_THREADS="1")
     told = told_line(running, "traceml: HANG: ")

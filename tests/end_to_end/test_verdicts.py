@@ -109,7 +109,7 @@ for _ in range(200):
 
 
 def test_the_line_that_takes_the_time_is_named(traceml: Traceml, tmp_path: Path) -> None:
-    """Python code that holds the interpreter's lock, in one process."""
+    """Python code that holds the GIL, in one process."""
     script = tmp_path / "beside.py"
     script.write_text(BESIDE)
 

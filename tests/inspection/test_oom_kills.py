@@ -1,4 +1,4 @@
-"""Out-of-memory kills are counted in the process's control group, else on its host."""
+"""Out-of-memory kills are counted in the process's cgroup, else on its host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from traceml.inspection.control_groups import ROOT, OomWatch, cgroup_paths, oom_counter
+from traceml.inspection.cgroups import ROOT, OomWatch, cgroup_paths, oom_counter
 
 _LIMIT_BYTES = 96 << 20
 # It moves into the group, waits for a line, and takes more memory than the group may have.
@@ -126,7 +126,7 @@ def small_group() -> Iterator[Path]:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
-        pytest.skip("control groups of version 1 cannot be made here")
+        pytest.skip("cgroups of version 1 cannot be made here")
 
     yield folder
     folder.rmdir()

@@ -23,7 +23,7 @@ import gc, json, os, random, sys, threading, time
 from traceml.inspection.thread_frames import thread_frame
 
 def give_way(when, info):
-    time.sleep(0)  # the interpreter's lock passes to the other thread, as it may at any call
+    time.sleep(0)  # the GIL passes to the other thread, as it may at any call
 
 class Late:
     def __del__(self):

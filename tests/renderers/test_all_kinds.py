@@ -33,8 +33,8 @@ from tests.diagnosis.memory.memories import (
 from tests.diagnosis.memory.test_allocator_churn import emptied
 from tests.diagnosis.rules.test_correctness import group_of_two, history
 from tests.diagnosis.rules.test_data_imbalance import steps_of, uneven
-from tests.diagnosis.rules.test_interpreter_lock import found as locked
-from tests.diagnosis.rules.test_interpreter_lock import monitor, samples
+from tests.diagnosis.rules.test_gil_contention import found as locked
+from tests.diagnosis.rules.test_gil_contention import monitor, samples
 from tests.diagnosis.rules.test_training_losses import NAN
 from tests.diagnosis.rules.test_training_losses import history as losses_of
 from tests.diagnosis.stalls.test_gc_pauses import collections

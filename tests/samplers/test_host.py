@@ -1,4 +1,4 @@
-"""Host samples compared with psutil, and fake control groups."""
+"""Host samples compared with psutil, and fake cgroups."""
 
 from __future__ import annotations
 

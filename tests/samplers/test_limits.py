@@ -1,4 +1,4 @@
-"""Limits of this process, its host, and of fake control groups."""
+"""Limits of this process, its host, and of fake cgroups."""
 
 from __future__ import annotations
 

@@ -254,9 +254,9 @@ class Resource(IntEnum):
     OPEN_FILES = 0  # descriptors of the process, of RLIMIT_NOFILE
     SHARED_MEMORY = 1  # bytes of /dev/shm
     DISK = 2  # bytes of the working directory's file system
-    PROCESSES = 3  # processes and threads of the control group
-    MEMORY = 4  # bytes of the control group's memory, without file cache
-    CPU_QUOTA = 5  # scheduling periods in which the control group was throttled, of all since the start
+    PROCESSES = 3  # processes and threads of the cgroup
+    MEMORY = 4  # bytes of the cgroup's memory, without file cache
+    CPU_QUOTA = 5  # scheduling periods in which the cgroup was throttled, of all since the start
     CHECKPOINT_DISK = 6  # bytes of the checkpoints' file system, where it is not that of the working directory
     CPU_TIME = 7  # seconds of CPU time of the process, of RLIMIT_CPU
 

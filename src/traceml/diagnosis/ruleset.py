@@ -38,7 +38,7 @@ from traceml.diagnosis.rules.correctness import (
 )
 from traceml.diagnosis.rules.cpu_contention import cpu_contention, is_oversubscribed_by_others
 from traceml.diagnosis.rules.data_imbalance import data_imbalance, with_batch_sizes
-from traceml.diagnosis.rules.interpreter_lock import interpreter_lock
+from traceml.diagnosis.rules.gil_contention import gil_contention
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.near_limits import limits_near
 from traceml.diagnosis.rules.no_bottleneck import nothing_found, with_optimizer, with_own_code
@@ -379,9 +379,9 @@ def _with_slowdown(
 
 
 def _with_lock(timing: list[Finding], work: OwnWork, facts: JobFacts) -> list[Finding]:
-    """Return the findings about steps with that about the interpreter's lock, which makes steps uneven, too."""
+    """Return the findings about steps with that about the GIL, which makes steps uneven, too."""
     late = any(each.kind.rule.is_straggler for each in timing)
-    locked = [] if late else interpreter_lock(work, facts, work.step_ns)
+    locked = [] if late else gil_contention(work, facts, work.step_ns)
     return [*locked, *(each for each in timing if not (locked and _is_by_chance(each)))]
 
 

@@ -1,6 +1,6 @@
 """The interpreter's switch interval, shortened while the training thread is sampled.
 
-A thread that waits for the interpreter's lock requests it after this interval, by default 5 ms. Before that it gets the
+A thread that waits for the GIL requests it after this interval, by default 5 ms. Before that it gets the
 lock only if the holder releases it on its own. So without a short interval, samples are taken only at such places.
 """
 

@@ -1,7 +1,7 @@
 """Frames of other threads, read without a crash of the interpreter.
 
 Before Python 3.12 any allocation may start a collection, also the one that makes a frame's object. Where the collector
-then calls Python code (`gc.callbacks`, finalizers), the interpreter's lock passes to the thread whose frame it is; the
+then calls Python code (`gc.callbacks`, finalizers), the GIL passes to the thread whose frame it is; the
 frame ends, and the object refers to freed memory: the process crashes later (python/cpython#106883). So no collection
 begins while frames are read.
 """

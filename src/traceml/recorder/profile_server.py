@@ -44,7 +44,7 @@ _MAX_SAMPLES = 20_000
 class CallSampler:
     """Samples of the line of the user's code that the training thread runs, each with its time.
 
-    Operators release the interpreter's lock, so most samples are taken inside them.
+    Operators release the GIL, so most samples are taken inside them.
     """
 
     def __init__(self, thread: Callable[[], int], contains: Callable[[FrameType], bool]) -> None:
@@ -137,7 +137,7 @@ class _Profile:
                 self.calls.sample()
 
     def _save(self) -> None:
-        """Write the trace and compress it; the interpreter's lock is released for nearly all of it."""
+        """Write the trace and compress it; the GIL is released for nearly all of it."""
         if self.window.why or self._closed.is_set():
             self._fail(self.window.why or "it is not wanted any longer")
             return

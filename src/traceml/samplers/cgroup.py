@@ -1,11 +1,11 @@
-"""Limits of the control group: in a container they apply before those of the machine."""
+"""Limits of the cgroup: in a container they apply before those of the machine."""
 
 from __future__ import annotations
 
 import math
 import os
 
-from traceml.inspection.control_groups import ROOT, cgroup_folders, cgroup_paths, parent_folders
+from traceml.inspection.cgroups import ROOT, cgroup_folders, cgroup_paths, parent_folders
 from traceml.samplers.procfs import ProcFile, read_text
 
 __all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "throttling"]
@@ -14,7 +14,7 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
 
 
 class CgroupMemory:
-    """Memory of a control group that has a limit."""
+    """Memory of a cgroup that has a limit."""
 
     def __init__(self, folder: str, usage: str, inactive: str, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes

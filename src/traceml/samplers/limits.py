@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from traceml.database.schema import LIMITS, Resource, Table
-from traceml.inspection.control_groups import cgroup_paths, count_kills, oom_counter
+from traceml.inspection.cgroups import cgroup_paths, count_kills, oom_counter
 from traceml.samplers import cgroup
 from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import read_text

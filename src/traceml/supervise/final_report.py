@@ -42,7 +42,7 @@ def load_card() -> None:
     the supervisor stays small while the job runs. Not later: each answer of the aggregator would wait for the import
     to release the lock. Calling it again has no effect. Where no thread can be started, the card imports them itself.
     """
-    with suppress(RuntimeError):  # `ulimit -u`, or a limit of the control group
+    with suppress(RuntimeError):  # `ulimit -u`, or a limit of the cgroup
         threading.Thread(target=_import_card, name="traceml-card", daemon=True).start()
 
 

@@ -38,7 +38,7 @@ class JoinedRun:
 
     def __init__(self, report: NodeRunReport, runs_dir: Path) -> None:
         from traceml.database.snapshots.silent_workers import SilentWorkers
-        from traceml.inspection.control_groups import OomWatch
+        from traceml.inspection.cgroups import OomWatch
 
         assert report.location is not None
         self.location = location = report.location

@@ -310,7 +310,7 @@ class Supervisor:
                 self._on_completing()
 
     def _print_stuck(self, facts: dict[str, Any]) -> None:
-        """Print that the job is stuck, as no rank can: C code has the interpreter's lock in each."""
+        """Print that the job is stuck, as no rank can: C code has the GIL in each."""
         if self._quiet:
             return
 

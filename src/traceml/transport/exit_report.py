@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import msgspec
 
-from traceml.inspection.control_groups import OomPlace
+from traceml.inspection.cgroups import OomPlace
 
 __all__ = ["ExitReport", "write_line", "write_report"]
 

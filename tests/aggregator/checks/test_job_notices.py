@@ -60,7 +60,7 @@ def test_one_rank_tells_it_once_and_that_it_is_over() -> None:
 
 
 def test_a_rank_that_cannot_print_is_not_asked() -> None:
-    """C code has the interpreter's lock there; if no other can, a later check asks again."""
+    """C code has the GIL there; if no other can, a later check asks again."""
     silent, other = Rank(0), Rank(1)
     notices, run = notices_of(silent, silent=silent)
     notices.check([HANG])
@@ -88,7 +88,7 @@ def test_the_launcher_prints_where_no_rank_can() -> None:
 
 @pytest.mark.parametrize("has_absent", [True, False])
 def test_the_launcher_prints_for_a_rank_that_never_connected(has_absent: bool) -> None:
-    """C code took the interpreter's lock before; without such a process the job is over."""
+    """C code took the GIL before; without such a process the job is over."""
     told = list[dict[str, Any]]()
     notices, _ = notices_of(on_mute=told.append, has_absent=has_absent)
     for _ in range(2):

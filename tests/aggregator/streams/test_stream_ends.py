@@ -13,7 +13,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.postmortem import FlightSnapshot
 from traceml.database.schema import Phase, Slot
-from traceml.inspection.control_groups import OomPlace
+from traceml.inspection.cgroups import OomPlace
 from traceml.transport.exit_report import ExitReport
 
 

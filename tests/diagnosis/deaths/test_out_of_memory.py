@@ -59,7 +59,7 @@ def test_a_kill_by_the_kernel_is_reported_with_growth_and_limit() -> None:
 
     assert finding.summary == (
         "Rank 1 was killed by the kernel for lack of memory (SIGKILL), in step 42, in forward; it used 2.00 GiB, "
-        "3.75 GiB more each minute, with a limit of 2.00 GiB for its control group."
+        "3.75 GiB more each minute, with a limit of 2.00 GiB for its cgroup."
     )
     assert finding.evidence["cause"] == "out_of_memory"
     assert finding.evidence["bytes_per_minute"] == 60 * (64 << 20)

@@ -44,7 +44,7 @@ def test_the_line_of_other_code_is_named():
 
 @pytest.mark.parametrize(("share", "says"), [(0.5, "98 % of it in"), (0.8, "at least 61 % of it in")])
 def test_the_share_of_a_line_that_samples_miss_is_its_least(share: float, says: str) -> None:
-    """On busy cores code that holds the interpreter's lock is seen less often than it runs."""
+    """On busy cores code that holds the GIL is seen less often than it runs."""
     lines = [line("other", "spin", 98), line("other", "log", 2), line("forward", "forward", 100)]
 
     named = blamed_line(lines, "other", share)

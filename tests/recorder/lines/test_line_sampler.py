@@ -110,7 +110,7 @@ def sampled(flight: FlightFile, training: Training, samples: int = SAMPLES) -> l
 
 
 def test_code_that_holds_the_lock_is_seen(flight: FlightFile) -> None:
-    """Blocks of some milliseconds that hold the interpreter's lock, between sleeps that release it."""
+    """Blocks of some milliseconds that hold the GIL, between sleeps that release it."""
     with Training(alternates) as training:
         rows = sampled(flight, training)
 

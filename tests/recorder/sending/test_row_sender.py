@@ -169,7 +169,7 @@ def test_the_first_rows_go_at_once(flight: FlightFile) -> None:
 
 
 def test_slices_of_2048_rows(flight: FlightFile) -> None:
-    """A backlog goes out in slices that hold the interpreter's lock for microseconds only."""
+    """A backlog goes out in slices that hold the GIL for microseconds only."""
     wire = Wire()
     sender = make(flight, wire)
     add_steps(flight, 4000)

@@ -83,7 +83,7 @@ def test_a_rank_that_could_not_answer_says_why() -> None:
     assert "stopped by a signal\n  no Python stack" in text
     assert "waits for the GIL, which another thread holds in C code\n" in text
     assert "\n  thread: train.py:" in text
-    assert "frozen by its control group (in d_alloc_parallel)\n" in text
+    assert "frozen by its cgroup (in d_alloc_parallel)\n" in text
 
 
 def test_other_threads_and_the_awaited_process_are_shown() -> None:

@@ -64,7 +64,7 @@ class JobNotices:
             peer.send({"t": "command", "id": 0, "name": "notice", "args": args})
             return True
 
-        # C code may have taken the interpreter's lock before a rank has connected. Of an ended job, its end says more.
+        # C code may have taken the GIL before a rank has connected. Of an ended job, its end says more.
         is_running = self._run.connected_ranks or self._silent.has_absent
         if self._on_mute is None or not is_running:
             return False

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import is_alive, pid_here
-from traceml.inspection.control_groups import OomWatch, cgroup_paths
+from traceml.inspection.cgroups import OomWatch, cgroup_paths
 from traceml.transport.framing import encode_ack
 from traceml.transport.hello import Hello
 
@@ -124,7 +124,7 @@ class RankStream:
     pid_here: int | None = field(init=False)
     """The pid of its process on this host, which differs for a container's; None if it was not seen here alive."""
     oom_watch: OomWatch | None = field(init=False)
-    """Out-of-memory kills in its control group; None if its process is not visible on this host."""
+    """Out-of-memory kills in its cgroup; None if its process is not visible on this host."""
 
     def __post_init__(self) -> None:
         pid = self.incarnation.pid
@@ -165,7 +165,7 @@ class RankStream:
         return path is not None and path.exists() and not is_alive(path)
 
     def refresh_cgroup(self) -> None:
-        """Notice that its process has moved to another control group."""
+        """Notice that its process has moved to another cgroup."""
         if self.oom_watch is not None and not self.ended:
             self.oom_watch.follow(cgroup_paths(pid=self.incarnation.pid))
 

@@ -35,14 +35,14 @@ class MemoryEnd(msgspec.Struct, frozen=True):
     """An end for lack of memory, and what is known of the memory then."""
 
     cause: str  # `killed` by the kernel, `host_allocation` or `device_allocation` that failed
-    certain: bool = True  # whether the kernel's counter is that of the rank's own control group; else of the whole host
+    certain: bool = True  # whether the kernel's counter is that of the rank's own cgroup; else of the whole host
     requested_bytes: int | None = None
     # resident memory, or memory allocated on the device, in the last sample; on CUDA what the error itself says
     used_bytes: int | None = None
     peak_bytes: int | None = None
     # growth of resident memory over the last minute; None if it did not grow steadily
     per_minute_bytes: int | None = None
-    # what there was: the control group's limit, the host's memory, the device's, or that of `ulimit -v`
+    # what there was: the cgroup's limit, the host's memory, the device's, or that of `ulimit -v`
     limit_bytes: int | None = None
     limit_of: str = "host"  # `group`, `host`, `device` or `address_space`
     of_workers: bool = False  # whether the memory is that of all workers of the rank's loader: one of them was killed
@@ -74,7 +74,7 @@ class MemoryEnd(msgspec.Struct, frozen=True):
 
         limit = bytes_text(self.limit_bytes)
         if self.limit_of == "group":
-            return f", with a limit of {limit} for its control group"
+            return f", with a limit of {limit} for its cgroup"
         if self.limit_of == "address_space":
             return f", with a limit of {limit} for its address space (ulimit -v)"
 
@@ -134,7 +134,7 @@ def _on_host(ended: RankExit, facts: JobFacts, text: str) -> MemoryEnd:
 
 
 def _host_limit(ended: RankExit, facts: JobFacts) -> tuple[int | None, str]:
-    """Return the memory limit of the rank, and whose it is: its own, its control group's, or the host's."""
+    """Return the memory limit of the rank, and whose it is: its own, its cgroup's, or the host's."""
     if not ended.oom and ended.address_limit_bytes is not None:
         return ended.address_limit_bytes, "address_space"
 

@@ -18,7 +18,7 @@ GROWN_SHARE = 0.05
 SOON_S = 3600.0
 """A growing resource is reported if it ends within this time."""
 THROTTLED_SHARE = 0.25
-"""Share of scheduling periods in which the control group was stopped because its CPU quota was used up."""
+"""Share of scheduling periods in which the cgroup was stopped because its CPU quota was used up."""
 _KNOWN = frozenset(int(each) for each in Resource)
 _MIN_ROWS = 6
 _KEPT_ROWS = 60

@@ -192,7 +192,7 @@ def _for_wait(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         )
 
     if "frozen" in what:
-        return "Thaw the control group (`docker unpause`, `scontrol resume`), and find out who froze it."
+        return "Thaw the cgroup (`docker unpause`, `scontrol resume`), and find out who froze it."
 
     if "waiting for a disk" in what:
         return "Look at the disk, or the server, of that file system: dmesg, mount."

@@ -83,7 +83,7 @@ _SLEEPS = (
     ("__do_sys_pause", "waiting for a signal"),
 )
 _PIPE_WRITES = ("anon_pipe_write", "pipe_write")
-_FROZEN = "frozen by its control group"
+_FROZEN = "frozen by its cgroup"
 _FREEZERS = ("__refrigerator", "do_freezer_trap", "get_signal")
 _VFORKS = ("kernel_clone", "wait_for_vfork_done")
 _POLLED_LOCK = f"{AwaitedKind.LOCK} "
@@ -254,7 +254,7 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
 
 def _is_frozen(state: str, wchan: str) -> bool:
-    """Whether a control group keeps the process from running: a signal could end that sleep, but for its state."""
+    """Whether a cgroup keeps the process from running: a signal could end that sleep, but for its state."""
     return wchan.startswith(_FREEZERS) or (state == "D" and any(wchan.startswith(start) for start, _ in _SLEEPS))
 
 

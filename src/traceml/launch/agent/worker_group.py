@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from traceml.inspection.control_groups import OomWatch
+from traceml.inspection.cgroups import OomWatch
 from traceml.launch.agent.machine import core_slices, interface_towards
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.worker_state import WorkerState

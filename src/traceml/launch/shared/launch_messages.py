@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypedDict, TypeVar, dataclass_transform
 
 from traceml.errors import ProtocolError
-from traceml.inspection.control_groups import OomPlace
+from traceml.inspection.cgroups import OomPlace
 
 __all__ = [
     "FROM_AGENT", "FROM_LAUNCHER", "AgentHello", "Bye", "ChildEnded", "CollectStacks", "Done", "Exited",

@@ -9,7 +9,7 @@ Between two samples of the fetcher it also counts for how long its thread ran or
 for an epoch of a second, in which `samplers.worker_sampler` does not see it twice.
 
 A sample is armed, as those of `line_sampler` are, but only for milliseconds: with a short switch interval the worker's
-other threads, which hand batches over to the rank, would get the interpreter's lock sooner than without tracing.
+other threads, which hand batches over to the rank, would get the GIL sooner than without tracing.
 
 Process: `WorkerSampling` runs in the worker, `WorkerLines` in the rank.
 """

@@ -14,7 +14,7 @@ _STUCK_S = 2.0
 _STATES = {
     "T": "stopped by a signal",
     "t": "stopped by a debugger",
-    "D": "waiting for a disk or a device, or frozen by its control group",
+    "D": "waiting for a disk or a device, or frozen by its cgroup",
     "Z": "dead",
     "X": "gone",
 }

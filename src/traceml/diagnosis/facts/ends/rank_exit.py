@@ -46,7 +46,7 @@ class RankExit(msgspec.Struct, frozen=True, kw_only=True):
         in_loop: whether a loop over a data loader was open, of a process that ended at once.
         returned: whether only the launched function has ended: its process waits for the other ranks.
         batches, epoch, data_ended: how far it had read its data; see `ReadData`.
-        oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's control group, or `host`.
+        oom: where the kernel counted an out-of-memory kill meanwhile: `group`, the rank's cgroup, or `host`.
     """
 
     rank: int

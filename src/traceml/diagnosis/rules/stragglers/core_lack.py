@@ -24,7 +24,7 @@ __all__ = [
 
 OWN_LINE_SHARE = 1 / 3
 """A line that only the late ranks run, and that has this share of their excess, shows that it is not for lack of cores.
-A sampler sees code that holds the interpreter's lock less often than it runs."""
+A sampler sees code that holds the GIL less often than it runs."""
 WAITING_SHARE = 0.5
 """Late ranks lack a core, and are not slow by their code, if waiting for one is this share of their excess."""
 MORE_WORK_RATIO = 1.2

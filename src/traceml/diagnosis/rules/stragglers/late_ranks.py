@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.rules.interpreter_lock import background_threads
+from traceml.diagnosis.rules.gil_contention import background_threads
 from traceml.diagnosis.rules.stragglers.core_lack import (
     due_to_code_ns,
     may_be_without_core,

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_shares import workers_at_work
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.rules.interpreter_lock import background_threads
+from traceml.diagnosis.rules.gil_contention import background_threads
 from traceml.diagnosis.rules.stragglers.core_lack import (
     due_to_code_ns,
     has_far_more_work,

@@ -1,6 +1,6 @@
 """Handle of the collector process in its parent, the rank: start, rows, end.
 
-Collectors run in a process of their own because reading holds the interpreter's lock for long: listing the installed
+Collectors run in a process of their own because reading holds the GIL for long: listing the installed
 packages alone stalls a training for 100 ms. It is a child of the rank, not of the aggregator, because it reads facts
 about the rank's host, and the aggregator may be on another.
 """

@@ -1,4 +1,4 @@
-"""Other Python threads that compute: while one runs Python code, the training waits for the interpreter's lock.
+"""Other Python threads that compute: while one runs Python code, the training waits for the GIL.
 
 The training thread then neither runs nor waits for a core, in phases in which it only computes. The kernel's counters
 show that. The CPU time of the other threads shows that it waits for the lock: one of them runs meanwhile. On a host
@@ -23,7 +23,7 @@ from traceml.diagnosis.steps.own_work import COMPUTE, OwnWork
 from traceml.diagnosis.steps.speedup import speedup
 from traceml.formatting import cores_text, gain_text, ns_text, percent_text, ranks_text
 
-__all__ = ["background_threads", "interpreter_lock"]
+__all__ = ["background_threads", "gil_contention"]
 
 MIN_CORES = 0.25
 """Other threads that use fewer cores while they are busy are no cause."""
@@ -36,8 +36,8 @@ MAX_BUSY = 0.9
 _MIN_READY = 0.05
 
 
-def interpreter_lock(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """Return the finding about waits for the interpreter's lock on all ranks; those of some make these late.
+def gil_contention(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Return the finding about waits for the GIL on all ranks; those of some make these late.
 
     The time of a step outside the computing phases is taken for waiting of another kind, so it is the least.
     """

@@ -1,4 +1,4 @@
-"""Folders of a process's control groups, in both versions, and the out-of-memory kills that they count."""
+"""Folders of a process's cgroups, in both versions, and the out-of-memory kills that they count."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = [
 ]
 
 ROOT = "/sys/fs/cgroup"
-"""Where the control groups are mounted."""
+"""Where the cgroups are mounted."""
 
 OomPlace = Literal["group", "host"]
-"""Where the kernel counted an out-of-memory kill: in the process's control group, or only on its host."""
+"""Where the kernel counted an out-of-memory kill: in the process's cgroup, or only on its host."""
 
 
 def cgroup_paths(text: str | None = None, pid: int | str = "self") -> dict[str, str]:
@@ -65,12 +65,12 @@ _HOST = Path("/proc/vmstat")
 
 
 class OomWatch:
-    """Counts the kernel's out-of-memory kills in a process's control group from now on, also once the process is gone.
+    """Counts the kernel's out-of-memory kills in a process's cgroup from now on, also once the process is gone.
 
     Where the group has no counter, the host's counter is used: its kills may be those of other programs.
 
     Args:
-        groups: its control groups, as `control_groups.cgroup_paths` returns them; None reads them.
+        groups: its cgroups, as `cgroups.cgroup_paths` returns them; None reads them.
     """
 
     __slots__ = ("_before", "_host", "_path", "_root")
@@ -83,10 +83,10 @@ class OomWatch:
         self._before = count_kills(self._path)
 
     def follow(self, groups: dict[str, str]) -> None:
-        """Count in another control group once the process has moved to it, as `systemd-run` or a script itself does.
+        """Count in another cgroup once the process has moved to it, as `systemd-run` or a script itself does.
 
         Args:
-            groups: its control groups now. A process that ends is in the root group for a moment.
+            groups: its cgroups now. A process that ends is in the root group for a moment.
         """
         if groups.get("memory", groups.get("", "/")) == "/":
             return

@@ -1,4 +1,4 @@
-"""Waits for the interpreter's lock, while other threads run Python code."""
+"""Waits for the GIL, while other threads run Python code."""
 
 from __future__ import annotations
 
