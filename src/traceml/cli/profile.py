@@ -180,7 +180,7 @@ def _print(written: ProfileFile, traces: list[ProfiledRank], failed: list[RankWi
         listed = "; ".join(f"rank {each.rank}: {_steps_text(each)}" for each in traces)
         print(f"The ranks disagree on the step: {listed}.")
 
-    if client.left_out > 0:
+    if client.left_out:
         print(f"{plural(client.left_out, 'further rank')} not profiled: choose others with --ranks.")
 
     for each in failed:

@@ -61,13 +61,11 @@ class RunRelay:
         safe: `safe` of an earlier relay of the run.
 
     Attributes:
-        is_done: whether the run is over, and all of it is stored in the center.
         safe: id of a frame up to which the center has all.
     """
 
     def __init__(self, run_dir: Path, host_id: str, dial: Callable[[Hello], Connection], safe: int = 0) -> None:
         self.path = run_dir
-        self.is_done = False
         self._host_id, self._dial = host_id, dial
         self._link: Connection | None = None
         self._reader: StoreReader | None = None
@@ -108,7 +106,10 @@ class RunRelay:
         while not self.is_stored and self._link is not None and (left_s := deadline_s - time.monotonic()) > 0:
             self._take(self._link.receive(left_s))
 
-        self.is_done = self._is_over and self.is_stored
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is over, and all of it is stored in the center."""
+        return self._is_over and self.is_stored
 
     @property
     def is_stored(self) -> bool:
@@ -162,7 +163,6 @@ class RunRelay:
         self._is_caught_up = self._send_rest(link, self._reader, records)
         ended = all(stream.is_ended for stream in self._streams.values())
         self._is_over = self._is_caught_up and ended and run.get("ended") is not None
-        self.is_done = self._is_over and self.is_stored
         if self.is_stored:
             self.safe = self._cursor
 
@@ -208,7 +208,7 @@ class RunRelay:
     def _ends(self, records: Mapping[int, StreamRecord]) -> list[list[Any]]:
         """Return the ranks that have ended since the last call, all of whose rows are sent."""
         ends = []
-        newest = {stream.rank: number for number, stream in self._streams.items() if stream.attempt == self._attempt}
+        newest = self._numbers_by_rank()
         for number, stream in self._streams.items():
             state, known = records[number].state, records[number].facts.get("exit", {})
             if state == "running" or stream.is_ended:
@@ -275,9 +275,13 @@ class RunRelay:
         if frame.end > stream.acked.get(frame.table, 0):
             (whole if frame.table in RELAYED_WHOLE else stream.held.setdefault(frame.table, [])).append(frame)
 
+    def _numbers_by_rank(self) -> dict[int, int]:
+        """Return the number of the stream of each rank of this attempt."""
+        return {stream.rank: number for number, stream in self._streams.items() if stream.attempt == self._attempt}
+
     def _sums(self, reader: StoreReader) -> list[Any]:
         """Return the sums of all steps of the attempt so far."""
-        newest = {stream.rank: number for number, stream in self._streams.items() if stream.attempt == self._attempt}
+        newest = self._numbers_by_rank()
         return HostSums.read(reader, {number: rank for rank, number in newest.items()}).to_row()
 
     def _send(self, link: Connection, whole: list[Frame], ends: list[list[Any]], sums: list[Any] | None = None) -> None:

@@ -111,7 +111,7 @@ class ProfileClient:
                 self._take(window, answer["result"], state=False)
 
         if request.ranks is None:
-            self.left_out = len(self.windows) - _MAX_RANKS
+            self.left_out = max(len(self.windows) - _MAX_RANKS, 0)
             self.windows = {rank: self.windows[rank] for rank in sorted(self.windows)[:_MAX_RANKS]}
             return
 
