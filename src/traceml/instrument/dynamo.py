@@ -34,6 +34,7 @@ _LEAVES = frozenset(
     )
 )
 _LEAF_FUNCTIONS = frozenset({"_guarded"})
+_marked: set[str] = set()  # modules: a mark outlives `uninstall`
 
 
 def skip_own_code() -> None:
@@ -42,7 +43,7 @@ def skip_own_code() -> None:
     if mark is None:
         return
 
-    for name, module in _modules(_PACKAGE):
+    for name, module in _unmarked(_PACKAGE):
         for code in _codes(module):
             mark(code, name in _LEAVES or code.co_name in _LEAF_FUNCTIONS)
 
@@ -53,7 +54,7 @@ def skip_leaf_code(package: str) -> None:
     if mark is None:
         return
 
-    for _, module in _modules(f"{package}."):
+    for _, module in _unmarked(f"{package}."):
         for code in _codes(module):
             mark(code, True)
 
@@ -68,8 +69,10 @@ def uncompiled(function: F) -> F:
     return function
 
 
-def _modules(prefix: str) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in sys.modules.copy().items() if name.startswith(prefix))
+def _unmarked(prefix: str) -> Iterator[tuple[str, Any]]:
+    for name in [name for name in sys.modules.copy() if name.startswith(prefix) and name not in _marked]:
+        yield name, sys.modules[name]
+        _marked.add(name)
 
 
 def _marker() -> Callable[[CodeType, bool], None] | None:
