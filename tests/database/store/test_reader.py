@@ -426,3 +426,24 @@ def test_layouts_are_those_of_the_store(tmp_path):
         assert reader.dtype("names") is None
         with pytest.raises(StoreError, match="no table 'nothing'"):
             reader.dtype("nothing")
+
+
+def test_salvage_asks_for_many_frames_at_once(tmp_path: Path) -> None:
+    """A statement for each number took seconds; only around a damaged page it asks for fewer."""
+    path = make_store(tmp_path / "store.db", frames=300)
+    with StoreReader(path) as reader:
+        statements: list[str] = []
+        reader._database.set_trace_callback(statements.append)
+        assert sum(map(len, reader._salvaged_ids(0).values())) == 600
+        whole = len(statements)
+
+    erase_newest_frames(path)
+    with StoreReader(path) as reader:
+        statements.clear()
+        reader._database.set_trace_callback(statements.append)
+        left = reader._salvaged_ids(0)["evals"]
+
+    assert whole < 10
+    assert left == list(range(1, len(left) + 1))
+    assert 0 < len(left) < 600
+    assert len(statements) < 3 * (600 - len(left)) + 50

@@ -180,19 +180,25 @@ class FrameReader:
                         yield self._decoded(table, row)
 
     def _salvaged_ids(self, after_id: int) -> dict[str, list[int]]:
-        """Return the ids of the frames after a cursor by table.
-
-        Asks for one after the other, which takes seconds, until too many in a row are missing.
-        """
+        """Return the ids of the frames after a cursor by table, up to where too many in a row are missing."""
         found: dict[str, list[int]] = {}
-        number, end = after_id, after_id + _TRIED_IDS
-        while (number := number + 1) <= end:
-            with suppress(StoreError):
-                for (table,) in self._fetch("SELECT tbl FROM frames WHERE id = ?", number):
-                    found.setdefault(self._names.get(table, ""), []).append(number)
-                    end = number + _TRIED_IDS
+        last, end = after_id, after_id + _TRIED_IDS
+        while last < end:
+            first, last = last + 1, last + META_BATCH
+            for number, table in self._readable_ids(first, last):
+                found.setdefault(self._names.get(table, ""), []).append(number)
+                end = number + _TRIED_IDS
 
         return found
+
+    def _readable_ids(self, first: int, last: int) -> list[tuple[Any, ...]]:
+        """Return (id, table) of the frames of a range; where a page of it is damaged, of the halves of the range."""
+        with suppress(StoreError):
+            query = "SELECT id, tbl FROM frames NOT INDEXED WHERE id BETWEEN ? AND ? ORDER BY id"
+            return self._fetch(query, first, last)
+
+        middle = (first + last) // 2
+        return [] if first == last else self._readable_ids(first, middle) + self._readable_ids(middle + 1, last)
 
     def step_frames(
         self, table: str, steps: Sequence[tuple[int, int]], streams: Collection[int] | None = None
