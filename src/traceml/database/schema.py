@@ -85,7 +85,7 @@ class Table:
 
         return np.dtype([(column.name, "<i8" if column.code == "q" else "<f8") for column in self.columns])
 
-    @property
+    @cached_property
     def layout(self) -> list[list[str]]:
         """The layout as sent in the hello: [[name, code], ...]."""
         return [[column.name, column.code] for column in self.columns]
