@@ -99,6 +99,7 @@ _LONG_FIRST = (
 _TOGETHER = ("display/web", "track/backends")
 # Files that share the syntax trees of all sources.
 _READ_SOURCES = (
+    "database/test_info_kinds.py",
     "database/test_row_layout.py",
     "diagnosis/test_kinds.py",
     "test_helper_programs.py",

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def _inline(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_sentences_exist(page):
     """Command and options are known, whatever stands for the values."""
-    known = next(action for action in whole_parser()._actions if action.dest == "command").choices
+    known = _known_commands()
     for words in _inline(page):
         if page.name == "migrating.md" and words[0] in THEIRS:
             continue
@@ -131,6 +132,11 @@ def test_commands_in_sentences_exist(page):
         options = set(known[command]._option_string_actions) | _torchrun(command) | _of_edits(command)
         used = {word for each in words for word in re.findall(r"--[a-z][a-z-]+", each)}
         assert used <= options, f"traceml {' '.join(words)}"
+
+
+@cache
+def _known_commands():
+    return next(action for action in whole_parser()._actions if action.dest == "command").choices
 
 
 def _torchrun(command: str) -> set[str]:

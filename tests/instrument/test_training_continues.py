@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import traceml.instrument
 from tests.instrument.clocks import use_clock
+from tests.instrument.conftest import FEW_ROWS
 from tests.instrument.fake_cuda import FakeCuda, FakeEvent
 from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import failures
@@ -178,7 +179,7 @@ def losses(traced: Instrumentation | None, at_moment: Callable[[int], object] = 
 def installed(folder: Path) -> Iterator[Instrumentation]:
     """Install the hooks, and remove them at the end."""
     gc.collect()  # models and optimizers of the training before are garbage, and found otherwise
-    flight = FlightFile.create(folder, {})
+    flight = FlightFile.create(folder, {}, capacities=FEW_ROWS)
     instrumentation = install(flight, device_types=frozenset({"cuda", "meta"}))
     try:
         yield instrumentation

@@ -18,8 +18,9 @@ from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, evaluate, net, sgd, train
 from traceml.clock import monotonic_ns
 from traceml.database.schema import StepFlag
+from traceml.instrument.values import step_pace
 
-N = 300  # more than any bound of the hooks: searches and paces change after 256
+N = 130  # twice the steps between two looks at the hooks, after which their pace changes (`sparing`)
 X = torch.randn(2, 4)
 
 
@@ -73,6 +74,13 @@ def gan_with_optimizers_for_each_step() -> None:
         of_generator.step()
 
 
+@pytest.fixture
+def sparing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hooks of short steps be looked after less often from the 64th step on, not from the 256th."""
+    monkeypatch.setattr(step_pace, "_FIRST_STEPS", 63)
+
+
+@pytest.mark.usefixtures("sparing")
 @pytest.mark.parametrize(
     "loop",
     [
@@ -531,13 +539,15 @@ def test_steps_in_threads_of_a_pool(traced: Traced, *, with_blocks: bool) -> Non
         with traced.instrumentation.trace_step() if with_blocks else nullcontext():
             train(model, optimizer, X)
 
+    ended = threading.Event()
+
     async def steps() -> None:
-        other = asyncio.get_running_loop().run_in_executor(None, threading.Event().wait, 5)  # keeps one thread busy
+        asyncio.get_running_loop().run_in_executor(None, ended.wait)  # keeps one thread busy
         for number in range(50):
             await asyncio.to_thread(step)
             await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.001) for _ in range(number % 3)))
 
-        other.cancel()
+        ended.set()
 
     asyncio.run(steps())
 

@@ -99,13 +99,19 @@ def test_later_runs_are_no_history(tmp_path):
     assert run_history(runs[10], runs).runs == 10
 
 
+def _medians(values):
+    """Return the median of each row; `np.median` takes twenty times as long for short rows."""
+    count = values.shape[1]
+    return np.sort(values, axis=1)[:, (count - 1) // 2 : count // 2 + 1].mean(axis=1)
+
+
 @pytest.mark.parametrize("count", [8, 12, 20, 50])
 def test_one_healthy_run_in_a_thousand_is_beyond_the_limit(count):
     """Of 200,000 histories with normal noise, by the rule's limit."""
     random = np.random.default_rng(count)
     values = random.normal(size=(200_000, count + 1))
-    usual = np.median(values[:, :-1], axis=1)
-    deviation = 1.4826 * np.median(np.abs(values[:, :-1] - usual[:, None]), axis=1)
+    usual = _medians(values[:, :-1])
+    deviation = 1.4826 * _medians(np.abs(values[:, :-1] - usual[:, None]))
     beyond = np.mean(np.abs(values[:, -1] - usual) > limit_of(count) * deviation)
 
     assert 0.0005 < beyond < 0.0016
