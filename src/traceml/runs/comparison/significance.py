@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -128,12 +129,16 @@ def _blocks(values: Floats, steps: int) -> Floats:
 
 def _permuted_differences(pool: Floats, first: int) -> Floats:
     """Return the absolute studentized difference of many permutations of the pool, the same ones each time."""
-    order = np.random.default_rng(0).random((_PERMUTATIONS, len(pool))).argsort(axis=1)
-    shuffled = pool[order]
+    shuffled = pool[_permutations(len(pool))]
     a, b = shuffled[:, :first], shuffled[:, first:]
     error = _error(a, b)
     gap = np.abs(_gap(a, b))
     return np.asarray(np.divide(gap, error, out=np.zeros_like(gap), where=error > 0))
+
+
+@lru_cache(4)  # of a comparison, the statistics have the same number of blocks
+def _permutations(count: int) -> NDArray[np.intp]:
+    return np.random.default_rng(0).random((_PERMUTATIONS, count)).argsort(axis=1)
 
 
 def _gap(a: Floats, b: Floats) -> Floats:
