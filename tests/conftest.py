@@ -93,6 +93,9 @@ _LONG_FIRST = (
     "supervise",
     "cli",
     "instrument",
+    "traces/reader",
+    "generated",
+    "database/store",
 )
 
 # Folders whose files share what takes long: the page's server and its runs, the imports of trackers' libraries.

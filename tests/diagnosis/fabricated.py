@@ -169,19 +169,21 @@ def _waits(job: Job, own: dict[str, np.ndarray[Any, Any]], random: np.random.Gen
     after = own["optimizer"] + own["other"]
     comm = job.comm * random.lognormal(0, max(job.sigma, 0.1), job.steps)
     leave = random.exponential(max(job.leave_ms, 1e-6), before.shape)
+    first = leave.min(axis=0)
     now = np.zeros(job.ranks)
-    wait = np.zeros_like(before)
-    for step in range(job.steps):
-        arrived = now + before[:, step]
-        if (step + 1) % job.meets_every:
-            now = arrived + after[:, step]
+    wait = np.zeros((job.steps, job.ranks))
+    columns = zip(before.T, after.T, comm, leave.T, first, wait, strict=True)
+    for step, (work, later, exchange, leaves, earliest, waited) in enumerate(columns, 1):
+        arrived = now + work
+        if step % job.meets_every:
+            now = arrived + later
             continue
 
-        left = arrived.max() + comm[step] + leave[:, step] - leave[:, step].min()
-        wait[:, step] = left - arrived
-        now = left + after[:, step]
+        left = np.maximum.reduce(arrived) + exchange + leaves - earliest
+        np.subtract(left, arrived, out=waited)
+        now = left + later
 
-    return wait
+    return wait.T
 
 
 def _rows(

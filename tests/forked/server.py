@@ -204,6 +204,9 @@ def _collect(arguments: list[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pytest.main([*arguments, "--collect-only", "-n0", "-p", "no:cacheprovider"])
 
+    if "torch" in sys.modules:
+        importlib.import_module("torch._dynamo")  # as the first optimizer does, which each worker makes
+
 
 def _load_backends(torch: Any) -> None:
     """Do what torch does at the end of its import."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.instrument.clocks import use_clock
-from tests.instrument.conftest import Traced
+from tests.instrument.conftest import FEW_ROWS, Traced
 from tests.instrument.fake_cuda import FakeCuda, FakeEvent
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
@@ -92,7 +92,7 @@ def traced(request: pytest.FixtureRequest, form: str, cuda: FakeCuda, tmp_path: 
         request.getfixturevalue("monkeypatch").setattr(detailed_steps, "_FIRST", 10**6)
 
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
-    flight = FlightFile.create(tmp_path, {})
+    flight = FlightFile.create(tmp_path, {}, capacities=FEW_ROWS)
     instrumentation = install(flight, device_types=frozenset({"cuda", "meta"}))
     yield Traced(flight, instrumentation)
 

@@ -129,7 +129,7 @@ def test_exact_through_kills_gaps_resends_and_merges(
 def test_small_frames_become_few_large_ones(tmp_path: Path) -> None:
     """One row a second becomes frames of thousands of rows, level by level, at a fraction of the size."""
     path = tmp_path / "store.db"
-    rows = random_rows(PROCESS, 9_000)
+    rows = random_rows(PROCESS, 5_000)
     with StoreWriter(path) as writer:
         stream = writer.stream(identity(0))
         for seq in range(len(rows)):
@@ -142,7 +142,7 @@ def test_small_frames_become_few_large_ones(tmp_path: Path) -> None:
             assert len(sizes) < 100
             assert max(sizes) == FANOUT**2
             assert reader.rows("process")["t_ns"].tolist() == rows["t_ns"].tolist()
-            assert reader.stored("process") == 9_000
+            assert reader.stored("process") == 5_000
 
 
 def test_delivery_reads_each_row_once(tmp_path: Path) -> None:

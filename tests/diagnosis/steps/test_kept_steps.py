@@ -66,7 +66,7 @@ def test_the_first_steps_are_left_out():
 )
 def test_the_newest_steps_are_those_of_ten_seconds(step_ms: int, ranks: int, steps: int) -> None:
     """Within bounds: 200 steps at least and 1,024 at most, and with many ranks fewer, to cost no more."""
-    kept = KeptSteps(2_048, ranks)
+    kept = KeptSteps(slots_for(ranks), ranks)
     rows = some_rows(0, 1_200 if ranks < 1_000 else 100, step_ms * 1_000_000)
     kept.scatter(np.repeat(np.arange(ranks), len(rows)), np.tile(rows, ranks))
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.instrument.clocks import use_clock
-from tests.instrument.conftest import Traced
+from tests.instrument.conftest import FEW_ROWS, Traced
 from traceml.database.flight.flight import FlightFile
 from traceml.instrument import (
     clock_implementations,
@@ -161,7 +161,7 @@ def rows_of(form: str, folder: Path, seed: int) -> dict[str, Any]:
 
         torch.manual_seed(seed)
         gc.collect()
-        flight = FlightFile.create(folder, {})
+        flight = FlightFile.create(folder, {}, capacities=FEW_ROWS)
         instrumentation = install(flight, device_types=frozenset())
         traced = Traced(flight, instrumentation)
         try:
