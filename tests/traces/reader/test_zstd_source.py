@@ -52,7 +52,7 @@ def _starts(data: bytes) -> list[int]:
 @pytest.mark.parametrize("level", [1, 19])
 @pytest.mark.parametrize("content_size", [False, True])
 @pytest.mark.parametrize("checksum", [False, True])
-@pytest.mark.parametrize("text", [b"", b"x", b"a" * 300_000, TEXT], ids=["empty", "byte", "run", "trace"])
+@pytest.mark.parametrize("text", [b"", b"x", b"a" * 300_000, TEXT[:150_000]], ids=["empty", "byte", "run", "trace"])
 def test_the_end_of_a_frame_is_found(
     tmp_path: Path, text: bytes, checksum: bool, content_size: bool, level: int
 ) -> None:
