@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import get_method_name
 
-from traceml.supervise.elastic import first_failure, terminate_remaining_workers
+from tests.forked import client as forked
+from traceml.supervise.elastic import _method_name, first_failure, terminate_remaining_workers
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,34 @@ def test_a_stopped_worker_does_not_outlive_an_interrupted_torchrun() -> None:
     assert worker.returncode == -signal.SIGKILL
 
 
+def test_methods_are_named_as_torchrun_names_them() -> None:
+    """Also where there are fewer frames than asked for."""
+
+    def named(depth: int) -> list[str]:
+        return [name(depth) for name in (_method_name, get_method_name)]
+
+    assert named(1) == ["<listcomp>" if sys.version_info < (3, 12) else "named"] * 2
+    assert named(3)[0] == named(3)[1]
+    assert named(10_000) == ["no_method_name"] * 2
+
+
+@pytest.mark.process
+def test_the_rendezvous_reads_no_sources(tmp_path: Path) -> None:
+    """Its names of methods would cost more than all else that torchrun does."""
+    (tmp_path / "script.py").write_text("print('trained')")
+    code = (
+        "import sys\n"
+        "from torch.distributed.elastic.rendezvous import dynamic_rendezvous\n"
+        "from traceml.supervise.elastic import main\n"
+        "dynamic_rendezvous.inspect = None\n"
+        "sys.exit(main(['--nproc-per-node=1', 'script.py']))\n"
+    )
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = forked.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
+
+
 # torchrun looks at it ten times a second, and sleeps in between: it is ready when torchrun has looked.
 WAITS = """
 import os, re, time
@@ -63,10 +93,10 @@ time.sleep(600)
 
 
 def start_torchrun(script: Path, ranks: int, failures_fd: int, stdin: int | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "traceml.supervise.elastic", "--standalone", "--nproc-per-node", str(ranks), script],
-        env={**os.environ, "TRACEML_FAILURES_FD": str(failures_fd)}, pass_fds=(failures_fd,), stdin=stdin,
-        stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRACEML_FAILURES_FD": str(failures_fd)}, pass_fds=(failures_fd,),
+        stdin=stdin, stdout=subprocess.PIPE, text=True, forks=True,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import determine_local_world_size, parse_args, run
 
+    _name_methods_by_their_frames()
     fd_text = os.environ.pop("TRACEML_FAILURES_FD", None)
     report = _reporter(fd_text)
     reported, agents = _watch_agent(report)
@@ -79,6 +80,25 @@ def first_failure(failures: Iterable[Any]) -> Any:
     known = sorted(failures, key=lambda failure: failure.timestamp)
     together = [each for each in known if each.timestamp - known[0].timestamp <= 1]
     return min(together, key=lambda failure: failure.exitcode in (1, -signal.SIGTERM))
+
+
+def _name_methods_by_their_frames() -> None:
+    """Spare torchrun 0.15 s of processor time: its rendezvous reads the sources of all frames to name a method.
+
+    The function is private to torch: where it is missing, nothing is spared.
+    """
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    if hasattr(dynamic_rendezvous, "get_method_name"):
+        dynamic_rendezvous.get_method_name = _method_name
+
+
+def _method_name(depth: int = 2) -> str:
+    """Return the name of the function so many frames above this one."""
+    try:
+        return sys._getframe(depth).f_code.co_name
+    except ValueError:  # there are fewer
+        return "no_method_name"
 
 
 def _reporter(fd_text: str | None) -> Any:
