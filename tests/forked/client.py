@@ -32,9 +32,9 @@ from tests.forked.fork_request import (
 from tests.forked.server_imports import SHARED
 from tests.forked.sibling import is_possible
 
-__all__ = ["TRACKERS", "ForkServer", "Popen", "run"]
+__all__ = ["TRACKERS", "ForkServer", "Popen", "command_inside", "run"]
 
-_PROGRAM = Path(__file__).with_name("server.py")
+_PROGRAM, _ENTER = (Path(__file__).with_name(name) for name in ("server.py", "enter.py"))
 TRACKERS = frozenset({"aim", "clearml", "mlflow", "trackio", "wandb"})
 
 
@@ -116,6 +116,11 @@ def _server(kind: str) -> ForkServer:
     return ForkServer(kind)
 
 
+def command_inside(process: int, words: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return a command that runs one inside the namespaces of a process; it ends when that ends, and that with it."""
+    return [sys.executable, "-SE", str(_ENTER), str(process), *map(os.fspath, words)]
+
+
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """Python process; forked if that makes no difference to it.
 
@@ -123,13 +128,17 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         forks: if possible, fork what it starts, too: aggregator, torchrun, ranks; it does not import torch itself.
         imports: what it imports: `torch`, `lightning` with it, the name of a tracker, or the `aggregator`'s libraries
             only, since a process with more has more to clear when it ends.
+        inside: process whose namespaces it enters; what is waited for and signaled is its parent, outside.
     """
 
     _status_pipe: int | None = None
 
-    def __init__(self, *values: Any, forks: bool = False, imports: str = "torch", **options: Any) -> None:
+    def __init__(
+        self, *values: Any, forks: bool = False, imports: str = "torch", inside: int = 0, **options: Any
+    ) -> None:
         self._forks = forks and is_possible()
         self._imports = imports
+        self._inside = inside
         super().__init__(*values, **options)
 
     @property
@@ -138,13 +147,17 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         return self._status_pipe is not None
 
     def _execute_child(self, *values: Any) -> None:
-        options = inspect.signature(super()._execute_child).bind(*values).arguments
+        bound = inspect.signature(super()._execute_child).bind(*values)
+        options = bound.arguments
         server = self._server()
         if options["preexec_fn"] is not None or not can_be_forked(options, server.environ_for(options["env"])):
-            super()._execute_child(*values)
+            if self._inside:
+                options["args"] = command_inside(self._inside, options["args"])
+
+            super()._execute_child(*bound.args)
             return
 
-        request = Request.from_options(options, forks=self._forks)
+        request = Request.from_options(options, forks=self._forks, inside=self._inside)
         sys.audit("subprocess.Popen", sys.executable, request.words, options["cwd"], options["env"])
         pid, self._status_pipe = server.start(request, options)
         note_started(self, pid, options)

@@ -56,6 +56,7 @@ class Request:
         fds: the numbers that its file descriptors shall have.
         forks: its own Python processes that import much are forked too.
         death_signal: signal that it gets when its parent ends; 0: none.
+        inside: process whose namespaces it enters; 0: none.
     """
 
     words: list[str]
@@ -65,9 +66,10 @@ class Request:
     fds: list[int] = field(default_factory=list)
     forks: bool = False
     death_signal: int = 0
+    inside: int = 0
 
     @classmethod
-    def from_options(cls, options: Options, *, forks: bool = False, death_signal: int = 0) -> Request:
+    def from_options(cls, options: Options, *, forks: bool = False, death_signal: int = 0, inside: int = 0) -> Request:
         """Read the arguments of `Popen._execute_child`."""
         return cls(
             words=[os.fspath(each) for each in options["args"]][1:],
@@ -77,6 +79,7 @@ class Request:
             fds=[0, 1, 2, *options["pass_fds"]],
             forks=forks,
             death_signal=death_signal,
+            inside=inside,
         )
 
 

@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from enter import enter
 from fork_request import Request, fork_as_siblings
 from preloaded import Preloaded
 from program import Program
@@ -107,6 +108,10 @@ class Server:
                 os.setsid()
 
             _place_fds(fds, request.fds)  # closes the pipe
+            if request.inside:
+                os.chdir(request.folder)  # may be a mount of the machine alone
+                enter(request.inside)
+
             return request
 
         for fd in (theirs, *fds):
@@ -316,7 +321,7 @@ if __name__ == "__main__":
     sys.orig_argv[1:] = request.words
     _set_up_interpreter(program)
     preloaded.leave_out_others()
-    for name in ("preloaded", "program", "server_imports", "fork_request", "sibling"):
+    for name in ("enter", "preloaded", "program", "server_imports", "fork_request", "sibling"):
         del sys.modules[name]
 
     program.run()

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 
 from tests.eventually import eventually
+from tests.forked import client as forked
 
 __all__ = ["Host", "Hosts", "Slurm", "eventually"]
 
-_ENTER = Path(__file__).with_name("enter.py")
 # The first process of a host: prepares it, then reaps what is left to it for ever.
 _FIRST = """
 set -e
@@ -56,14 +56,19 @@ class Host:
 
     def command(self, *words: str | Path) -> list[str]:
         """Return what runs `words` there when run here; it ends when they end, and they end with it."""
-        return [sys.executable, "-SE", str(_ENTER), str(self.pid), *map(str, words)]
+        return forked.command_inside(self.pid, words)
 
-    def start(self, *words: str | Path, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-        """Start a command there, in a session of its own; options are Popen's."""
+    def start(
+        self, *words: str | Path, env: Mapping[str, str] | None = None, forks: bool = False, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start a command there, in a session of its own; options are Popen's. With `forks`, fork it if possible."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("TRACEML_", "SLURM_"))}
         defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        defaults |= {"text": True, "cwd": self.folder, "start_new_session": True}
-        return subprocess.Popen(self.command(*words), env={**kept, **(env or {})}, **{**defaults, **options})
+        defaults |= {"text": True, "cwd": self.folder, "start_new_session": True, "env": {**kept, **(env or {})}}
+        if forks:
+            return forked.Popen([*map(str, words)], forks=True, inside=self.pid, **{**defaults, **options})
+
+        return subprocess.Popen(self.command(*words), **{**defaults, **options})
 
     def run(
         self,

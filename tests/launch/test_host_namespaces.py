@@ -27,13 +27,29 @@ def test_hosts_have_names_and_processes_of_their_own(hosts: Hosts) -> None:
     assert not Path("/dev/shm/x").exists()
 
 
-def test_a_command_dies_with_what_started_it(hosts: Hosts) -> None:
+@pytest.mark.parametrize("forks", [False, True])
+def test_a_command_dies_with_what_started_it(hosts: Hosts, *, forks: bool) -> None:
     """A process is visible on its host while it runs, and gone once a test kills it."""
-    with hosts["node1"].start("sleep", "600") as process:
-        eventually(lambda: [p for p in hosts["node1"].processes() if p.name() == "sleep"], "the command to run")
+    shown = "os.uname().nodename, os.readlink('/proc/self'), os.getpid()"
+    code = f"import os, time; print({shown}, flush=True); time.sleep(600)"
+    with hosts["node1"].start(sys.executable, "-c", code, env={"OMP_NUM_THREADS": "1"}, forks=forks) as process:
+        assert process.stdout is not None
+        name, *ids = process.stdout.readline().split()
+        assert (name, ids[0]) == ("node1", ids[1])
+        assert getattr(process, "forked", False) == forks
+        assert hosts["node1"].processes()
         process.kill()
 
-    eventually(lambda: not [p for p in hosts["node1"].processes() if p.name() == "sleep"], "the command to be gone")
+    eventually(lambda: not hosts["node1"].processes(), "the command to be gone")
+
+
+def test_a_forked_command_ends_as_another_one(hosts: Hosts) -> None:
+    """Its status and its signal are those of the process inside."""
+    environ = {"OMP_NUM_THREADS": "1"}
+    for code, status in (("raise SystemExit(3)", 3), ("import os; os.abort()", -signal.SIGABRT)):
+        for forks in (False, True):
+            done = hosts["node1"].run(sys.executable, "-c", code, env=environ, check=False, forks=forks)
+            assert done.returncode == status
 
 
 def test_a_cut_host_is_not_reached(hosts: Hosts) -> None:

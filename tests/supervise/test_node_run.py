@@ -186,6 +186,9 @@ dist.destroy_process_group()
 """
 
 
+ENVIRON = {"OMP_NUM_THREADS": "1", "TRACEML_HANG_TIMEOUT": "6"}
+
+
 @contextmanager
 def started(
     hosts: Hosts,  # noqa: F811
@@ -217,7 +220,7 @@ def started(
             "2",
             *meeting,
         ]
-        return host.start(*command, script, *words, env={"OMP_NUM_THREADS": "1", "TRACEML_HANG_TIMEOUT": "6"})
+        return host.start(*command, script, *words, env=ENVIRON, forks=True)
 
     commands = [start(number, host) for number, host in enumerate(hosts.all[1:3])]
     try:
@@ -286,8 +289,11 @@ def test_commands_on_the_other_node_show_or_name_the_run(hosts: Hosts, tmp_path:
     asked, node2 = tmp_path / "asked", hosts.all[2]
     traceml = (sys.executable, "-m", "traceml")
     with started(hosts, tmp_path, ("asked", str(asked)), way="static", options=("--live", "web")) as commands:
-        stacks = eventually(lambda: _stacks_of_both(node2.run(*traceml, "stacks", "--json", check=False)), "stacks")
-        top = node2.run(*traceml, "top", "--json", check=False)
+        stacks = eventually(
+            lambda: _stacks_of_both(node2.run(*traceml, "stacks", "--json", check=False, env=ENVIRON, forks=True)),
+            "stacks",
+        )
+        top = node2.run(*traceml, "top", "--json", check=False, env=ENVIRON, forks=True)
         asked.touch()
         outputs = [each.communicate(timeout=200)[1] for each in commands]
 
