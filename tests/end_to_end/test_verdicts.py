@@ -156,11 +156,12 @@ def test_a_thread_that_holds_the_interpreters_lock_is_named(traceml: Traceml, tm
     assert "keep_statistics into another process" in found[0]["next"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_an_example_as_pytorch_writes_them(traceml: Traceml, ranks: int) -> None:
+# At least 32 steps of each rank, half of them in each epoch.
+@pytest.mark.parametrize(("ranks", "images"), [(1, 2048), (2, 2048), (4, 4096)])
+def test_an_example_as_pytorch_writes_them(traceml: Traceml, ranks: int, images: int) -> None:
     """Unmodified, with evaluation between epochs: every training step is counted, nobody is blamed."""
     many = ("--nproc-per-node", str(ranks)) if ranks > 1 else ()
-    ended = traceml("run", *many, MNIST, "--epochs", "2")
+    ended = traceml("run", *many, MNIST, "--epochs", "2", "--train-images", str(images))
 
     assert ended.status == 0, ended.stderr
     report = ended.report
