@@ -20,6 +20,7 @@ from tests.processes import command_of
 from traceml.runs.run import load_run
 
 # DDP and optimizers import torch._dynamo, which takes as long as torch itself: trainings that can do without have none.
+# In "gil", the aggregator has come to know the ranks by then.
 TRAIN = """
 import contextlib, ctypes, os, sys, time
 import torch, traceml
@@ -33,7 +34,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
 model, optimizer = torch.nn.Linear(8, 8), None
-if what in ("train", "gil", "leave"):
+if what in ("train", "gil"):
     model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 data = torch.utils.data.TensorDataset(torch.randn(steps * 4, 8))
