@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import subprocess
+import os
 import sys
 
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from tests.forked import client as forked
 from traceml.instrument.facts.descriptions import held_objects, loader_facts
 from traceml.instrument.workers.loader_workers import follow_iterator, worker_pids
 
@@ -107,7 +108,8 @@ def test_the_start_method_is_reported_without_setting_it() -> None:
         "mp.set_start_method('spawn')\n"
         "print(first, loader_facts(loader)['start_method'])\n"
     )
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=240)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = forked.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
 
     assert printed.stdout.split() == [multiprocessing.get_all_start_methods()[0], "spawn"]
     assert loader_facts(DataLoader(Listing(), num_workers=1, multiprocessing_context="forkserver"))["start_method"] == (

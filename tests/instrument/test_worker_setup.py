@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_the_line_of_a_worker_that_inherits_nothing(
     traced: Traced, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It registers by itself; the user's function for workers runs too, and is the loader's again."""
+    set_forkserver_preload(["torch"])  # for both forms of the clock
     monkeypatch.chdir(tmp_path)
     loader = DataLoader(Waiting(), num_workers=1, multiprocessing_context=method, worker_init_fn=touch)
     iterator = iter(loader)

@@ -193,7 +193,8 @@ def test_a_rank_that_leaves_by_os_exit_while_others_run_is_not_lost(tmp_path: Pa
         with StoreReader(store) as reader:
             return {stream.rank: str(stream.state) for stream in reader.streams()}
 
-    with forked.Popen(command, imports="aggregator", forks=True, cwd=tmp_path, stderr=subprocess.DEVNULL) as job:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # torchrun is forked, too
+    with forked.Popen(command, forks=True, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL) as job:
         try:
             eventually(lambda: store.exists() and states() == {0: "running", 1: "running"}, "both ranks")
             (aggregator,) = (each for each in psutil.Process(job.pid).children() if "serve" in command_of(each))

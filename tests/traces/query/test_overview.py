@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
 
+from tests.forked import client as forked
 from traceml.traces.aggregate.work_kinds import COMM, COMPUTE, COPY, HOST, HOST_COMM, IO, OTHER, classify, io_direction
 from traceml.traces.query.summary import summarize
 
@@ -162,7 +163,8 @@ def test_torch_profiler_itself(tmp_path):
         "prof.export_chrome_trace(sys.argv[1])\n"
     )
     path = tmp_path / "trace.json.gz"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    forked.run([sys.executable, "-c", code, str(path)], env=environ, check=True, capture_output=True)
     import gzip
 
     whole = json.loads(gzip.decompress(path.read_bytes()))
