@@ -44,6 +44,7 @@ class EvaluationPeriod:
         self._calls = self._last_call = 0
         self._longest_rest_ns = 0  # from the last call of a period to its end
         self._is_first = False  # before the first step
+        self._in_training_mode = False
         self._times: list[int] = []  # the buckets at the begin
         self._closing_trigger: Any = None  # the clock's before it
         self._last_step = self._in_a_row = -1
@@ -71,6 +72,7 @@ class EvaluationPeriod:
             return False
 
         self._open(t)
+        self._in_training_mode = called.training
         return True
 
     def _has_no_batch(self) -> bool:
@@ -82,9 +84,9 @@ class EvaluationPeriod:
         return clock.batch is None and clock.exhausted_loader is not None
 
     def _is_after_epoch(self) -> bool:
-        """Whether the loop over a loader has ended: a model may be called in training mode there, to sample from it.
+        """Whether the loop over a loader has ended: calls in training mode may be samples of the model there.
 
-        As by a pipeline of `diffusers`. In the loop, such calls are parts of steps.
+        As those of a pipeline of `diffusers`. In the loop, such calls are parts of steps.
         """
         clock = self._clock
         is_between = not clock.step_call and clock.batch is None and clock.exhausted_loader is not None
@@ -124,9 +126,18 @@ class EvaluationPeriod:
         clock.closing_trigger = CHECK_FORWARD
         clock.needs_slow_backward = True  # a backward pass ends it
 
-    def end(self, t: int) -> None:
-        """End the period; take its time out of the step, except saving."""
+    def end(self, t: int, *, is_between_epochs: bool = False) -> None:
+        """End the period; take its time out of the step, except saving.
+
+        Args:
+            is_between_epochs: whether the loader is read again whose end was before it, or the run ends. Else calls in
+                training mode were no evaluation: what they return may be the data of a new loader.
+        """
         clock = self._clock
+        if self._in_training_mode and not is_between_epochs:
+            self.forget()
+            return
+
         if self._is_first and not self._is_continuous(t):
             self.forget()
             clock.begin_first_step(t)

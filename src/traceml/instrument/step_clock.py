@@ -154,7 +154,7 @@ class StepClock(DividedStep):
         A training loop over one loader does not call this: its steps close by `closing_trigger`.
         """
         if self.evaluation.start:
-            self._end_evaluation(t)
+            self._end_evaluation(t, is_between_epochs=loader is self.training_loader)
 
         if not self.open:
             self._begin(t)
@@ -236,10 +236,10 @@ class StepClock(DividedStep):
             self.cut_on_step = False
             self._close_ended()
 
-    def _end_evaluation(self, t: int) -> None:
+    def _end_evaluation(self, t: int, *, is_between_epochs: bool) -> None:
         """Handle the end of evaluation without a loader by a request to one, or by the end of the run."""
         if self.batch is None or self.backwards:
-            self.evaluation.end(t)
+            self.evaluation.end(t, is_between_epochs=is_between_epochs)
         else:
             self.evaluation.forget()  # it was on the loader's batch
 
@@ -577,7 +577,7 @@ class StepClock(DividedStep):
         t = monotonic_ns()
         self.account_user_phases(t)
         if self.evaluation.start:
-            self._end_evaluation(self.evaluation.last_end(t))
+            self._end_evaluation(self.evaluation.last_end(t), is_between_epochs=True)
 
         if self.open and not self.explicit:
             if self._is_evaluation():

@@ -103,7 +103,7 @@ def test_exact_through_kills_gaps_resends_and_merges(
         if chance.random() < 0.3:
             chance.choice(followers).read(STEPS, chance.choice([1, 7, None]))
 
-    assert writer._maintenance.compaction.is_large == is_large
+    assert writer._maintenance.compaction.is_merging_off == is_large
     writer.commit(frames_of_all=True)
     written = {(rank, "steps"): np.concatenate(parts) for rank, parts in taken.items()}
     with StoreReader(path) as reader:
@@ -302,7 +302,7 @@ def test_old_rows_of_very_many_processes_are_thinned(large_store: StoreWriter) -
                 assert reader.lost("steps") == 0
 
         large_store.commit(2e4, frames_of_all=True)
-        assert large_store._maintenance.compaction.is_large
+        assert large_store._maintenance.compaction.is_merging_off
         assert frame_count(reader, "steps") < 5_000
         assert (reader.stored("steps"), reader.lost("steps")) == (200_000, 0)
         assert reader.thinned("steps") == reader.stored("steps") - len(reader.rows("steps")) > 100_000

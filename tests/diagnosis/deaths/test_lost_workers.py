@@ -72,7 +72,7 @@ def test_a_worker_that_the_kernel_killed_is_told_with_its_memory(kills):
 
     (finding,) = rank_lost(JobFacts(exits=(ended(KILLED),), lost_workers={0: [dead]}, memory=memory))
 
-    words = "; the loader's workers used 1.75 GiB, 15.0 GiB more each minute, with a limit of 2.00 GiB for its control"
+    words = "; the loader's workers used 1.75 GiB, 15.0 GiB more each minute, with a limit of 2.00 GiB for its cgroup"
     assert (words in finding.summary) == bool(kills)
     assert finding.evidence.get("bytes_per_minute") == (15 << 30 if kills else None)
 
