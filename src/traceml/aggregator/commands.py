@@ -246,10 +246,13 @@ class Commands:
         return stacks_reply(asked, query.answers, silent, {rank: here.get(rank) for rank in absent | here.keys()})
 
     async def _snapshot_from_outside(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
-        """Take an agent's snapshot of a rank of its host: `{host, rank, pid, snapshot}`."""
+        """Take an agent's snapshot of a rank of its host: `{host, rank, pid, snapshot, job}`."""
         run, who = self._run_of(peer), (args.get("host"), args.get("rank"), args.get("pid"))
         if not isinstance(args.get("snapshot"), dict):
             return {}
+
+        job = args["job"] if isinstance(args.get("job"), dict) else {}
+        run.expect(job)
 
         snapshot = RankSnapshot.from_row(args["snapshot"])
         for stream in run.connected:
@@ -257,7 +260,8 @@ class Commands:
             if about == who and not stream.is_helper:
                 store_snapshot(run, stream, snapshot)
 
-        if 0 <= snapshot.rank < run.world_size and run.lacks({"rank": snapshot.rank}):
+        if 0 <= snapshot.rank < run.world_size and run.lacks({"rank": snapshot.rank, "attempt": job.get("attempt")}):
+            run.live.absent_elsewhere.add(snapshot.rank)
             store_snapshot(run, None, snapshot)
 
         return {}

@@ -38,6 +38,8 @@ class LiveRows:
         self.fresh = False
         """Whether something arrived since the last diagnosis."""
         self._absent: dict[int, RankSnapshot] = {}  # the newest of each rank that has not connected
+        self.absent_elsewhere: set[int] = set()
+        """Those of other hosts, whose agents have sent it."""
 
     def resize(self, world_size: int) -> None:
         """Drop the kept steps and keep new ones: how many depends on the number of ranks."""
@@ -53,6 +55,7 @@ class LiveRows:
     def begin_attempt(self) -> None:
         """Forget what the previous attempt alone was: representatives, absent ranks, and numbers of steps."""
         self._absent.clear()
+        self.absent_elsewhere.clear()
         self.facts_builder.resumes_at = 0
         self.facts_builder.numbers.clear()
         self.intake.kept.representatives = Representatives()
@@ -70,6 +73,7 @@ class LiveRows:
 
         self.intake.clear(stream.rank)
         self.facts_builder.join(stream.rank)
+        self.absent_elsewhere.discard(stream.rank)
         if (stood := self._absent.pop(stream.rank, None)) is not None:  # it may connect only to end
             self.take_snapshot(stood)
 

@@ -45,7 +45,7 @@ class AggregatorClient(NamedTuple):
         self.ask("stacks", {"last": True}, _LAST_SNAPSHOTS_S)
 
     def send_snapshot(self, snapshot: dict[str, Any]) -> None:
-        """Send a snapshot of another host's rank: `{host, rank, pid, snapshot}`; if it is lost, another one follows."""
+        """Send a snapshot of another host's rank, see `docs/wire.md`; if it is lost, another one follows."""
         self.ask("snapshot_from_outside", snapshot, _SNAPSHOT_S)
 
     def ask(self, name: str, args: dict[str, Any], limit_s: float) -> bool:

@@ -16,6 +16,7 @@ from traceml.supervise.aggregator_client import AggregatorClient
 from traceml.transport import auth
 
 if TYPE_CHECKING:
+    from traceml.database.snapshots.silent_workers import SilentWorker
     from traceml.supervise.node_run import NodeRunReport
     from traceml.transport.client import Connection
     from traceml.transport.exit_report import ExitReport
@@ -135,8 +136,8 @@ class JoinedRun:
 
         return str(reply["path"])
 
-    def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
-        self.client.send_snapshot({"host": self._host, "rank": rank, "pid": pid, "snapshot": snapshot})
+    def _send_snapshot(self, worker: SilentWorker) -> None:
+        self.client.send_snapshot({"host": self._host, **worker._asdict()})
 
 
 def _clock_shift_s(connection: Connection) -> float:

@@ -80,7 +80,7 @@ def test_messages_arrive_in_order_and_whole(pair: Pair) -> None:
     for i in range(100):
         pair.launcher.send(Reserve(job=str(i), address="x" * (i * 5000)))
 
-    about = {"job": "a", "rank": 3, "pid": 7, "snapshot": {"raw": b"\x00\xff", "nothing": None}}
+    about = {"job": "a", "rank": 3, "pid": 7, "snapshot": {"raw": b"\x00\xff", "nothing": None}, "traced": {}}
     pair.agent.send(Snapshot(**about))
     pair.run(lambda: len(pair.heard[pair.agent]) == 100 and len(pair.heard[pair.launcher]) == 1)
 

@@ -133,8 +133,8 @@ class SilentRanks:
 
     @property
     def has_absent(self) -> bool:
-        """Whether a process was silent at the last check that has never connected."""
-        return any(process.stream is None for process in self._silences)
+        """Whether a process that has never connected was silent at the last check, or is on another host."""
+        return bool(self._run.live.absent_elsewhere) or any(process.stream is None for process in self._silences)
 
     def _connected(self) -> list[RankProcess]:
         return [process for process in map(RankProcess.of, self._run.connected_ranks) if process is not None]

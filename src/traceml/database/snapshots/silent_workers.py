@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traceml.database.flight.flight_archive import find_live_flight
 from traceml.database.flight.postmortem import flight_identity
@@ -16,9 +16,24 @@ from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, Extern
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["SilentWorkers"]
+__all__ = ["SilentWorker", "SilentWorkers"]
 
 _EVERY_S = 1.0
+_OF_JOB = ("attempt", "world_size", "hang_timeout_s", "on_hang")
+
+
+class SilentWorker(NamedTuple):
+    """A snapshot of a silent worker.
+
+    Attributes:
+        snapshot: in the form of its row.
+        job: what its flight file says of its job, for an aggregator to which it has not connected.
+    """
+
+    rank: int
+    pid: int
+    snapshot: dict[str, Any]
+    job: dict[str, Any]
 
 
 class SilentWorkers:
@@ -27,12 +42,13 @@ class SilentWorkers:
     Args:
         run_id: the run that the job is traced as.
         runs_dir: folder for the files of ranks that have no folder in memory.
-        send: takes rank, process id, and snapshot in the form of its row.
+        send: takes each snapshot.
     """
 
-    def __init__(self, run_id: str, runs_dir: str, send: Callable[[int, int, dict[str, Any]], object]) -> None:
+    def __init__(self, run_id: str, runs_dir: str, send: Callable[[SilentWorker], object]) -> None:
         self._run_id, self._runs_dir, self._send = run_id, runs_dir, send
         self._snapshots: dict[int, ExternalSnapshots] = {}
+        self._jobs: dict[int, dict[str, Any]] = {}
         self._silent_s: dict[int, float] = {}
         self._checked_s = 0.0
 
@@ -62,12 +78,12 @@ class SilentWorkers:
             self._silent_s[pid] = quiet_s
             snapshot = snapshots.make()
             if snapshot is not None and snapshots.is_news(snapshot):
-                self._send(snapshots.rank, pid, snapshot.to_row())
+                self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), self._jobs[pid]))
         elif pid in self._silent_s:
             snapshot = snapshots.end(self._silent_s.pop(pid))
             del self._snapshots[pid]
             if snapshot is not None:
-                self._send(snapshots.rank, pid, snapshot.to_row())
+                self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), self._jobs[pid]))
 
     def _snapshots_of(self, pid: int) -> ExternalSnapshots | None:
         """Return the snapshots of a worker; None before it has a flight file."""
@@ -76,6 +92,8 @@ class SilentWorkers:
             if path is None:
                 return None
 
-            self._snapshots[pid] = ExternalSnapshots(flight_identity(path).get("rank", 0), pid, path)
+            identity = flight_identity(path)
+            self._snapshots[pid] = ExternalSnapshots(identity.get("rank", 0), pid, path)
+            self._jobs[pid] = {name: identity[name] for name in _OF_JOB if name in identity}
 
         return self._snapshots[pid]

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.inspection.cgroups import OomWatch
 from traceml.launch.agent.machine import core_slices, interface_towards
@@ -46,7 +46,7 @@ from traceml.launch.shared.process_cleanup import MARK, ProcessTermination, find
 from traceml.process_ends import CRASHES
 
 if TYPE_CHECKING:
-    from traceml.database.snapshots.silent_workers import SilentWorkers
+    from traceml.database.snapshots.silent_workers import SilentWorker, SilentWorkers
 
 __all__ = ["WORKER_MESSAGES", "WorkerGroup"]
 
@@ -405,8 +405,10 @@ class WorkerGroup:
 
         return SilentWorkers(run["run_id"], run["runs_dir"], self._send_snapshot)
 
-    def _send_snapshot(self, rank: int, pid: int, snapshot: dict[str, Any]) -> None:
-        self._channel.send(Snapshot(job=self.job, rank=rank, pid=pid, snapshot=snapshot))
+    def _send_snapshot(self, worker: SilentWorker) -> None:
+        self._channel.send(
+            Snapshot(job=self.job, rank=worker.rank, pid=worker.pid, snapshot=worker.snapshot, traced=worker.job)
+        )
 
     def _send_end(self, each: WorkerState) -> None:
         each.end_sent = True

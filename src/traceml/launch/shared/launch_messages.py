@@ -323,6 +323,7 @@ class Snapshot(Message, t="snapshot"):
     rank: int
     pid: int
     snapshot: dict[str, Any]  # see `database.snapshots.rank_snapshot`
+    traced: dict[str, Any]  # what its flight file says of the job: see `database.snapshots.silent_workers`
 
 
 class Idle(Message, t="idle"):

@@ -246,7 +246,7 @@ class Tracing:
     def worker_snapshot(self, host: str, message: Snapshot) -> None:
         """Pass on an agent's snapshot of a worker that is silent."""
         about = {"host": self._hosts[host].name, "rank": message.rank, "pid": message.pid}
-        self._aggregator.client.send_snapshot({**about, "snapshot": message.snapshot})
+        self._aggregator.client.send_snapshot({**about, "snapshot": message.snapshot, "job": message.traced})
 
     def worker_exited(self, host: str, message: Exited, *, stopped: bool) -> None:
         """Record the end of a worker.
