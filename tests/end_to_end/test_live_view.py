@@ -105,8 +105,9 @@ def test_view_is_below_the_output_and_the_card_comes_after(terminal, tmp_path: P
     assert shown.process.returncode == 0
     output = seen[seen.index("rank 0 trains") :]
     assert output[1].startswith("rank 0 loss ")
-    assert output[2].startswith("─ traceml ─ ")
-    assert re.search(r"1 rank, [1-9]\d* steps, finished after", output[2])
+    assert output[2] == ""
+    assert output[3].startswith("─ traceml ─ ")
+    assert re.search(r"1 rank, [1-9]\d* steps, finished after", output[3])
     assert not any(line.startswith(" tracing") for line in seen)
     assert shown.screen.bottom == 24
 
