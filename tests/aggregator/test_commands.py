@@ -45,24 +45,27 @@ def test_an_error_of_ours_is_the_answer_and_is_counted() -> None:
     assert failures()["aggregator"] == before + 1
 
 
-def test_a_rank_of_another_host_hangs_before_any_has_connected(registry: Registry) -> None:  # noqa: F811
-    """C code took the GIL before its recorder came to it: its flight file says how many ranks, and when it hangs."""
+def test_ranks_of_another_host_hang_before_any_has_connected(registry: Registry) -> None:  # noqa: F811
+    """C code took the GIL before their recorders came to it: flight files say how many ranks, and when it hangs."""
     run = registry.begin("a-run", "job", named=True)
     client: Any = Client("job")
     aggregator: Any = SimpleNamespace(registry=registry)
-    snapshot = RankSnapshot(
-        at_ns=100 * 10**9, rank=1, pid=7, quiet_s=9.0, step=-1, in_step=False, phase="startup", answered="kernel",
-        process_state="S",
-    )  # fmt: skip
     job = {"attempt": 0, "world_size": 2, "hang_timeout_s": 8.0, "on_hang": "abort"}
-    args = {"host": "b", "rank": 1, "pid": 7, "snapshot": snapshot.to_row(), "job": job}
-
-    asyncio.run(Commands(aggregator).run(client, {"id": 1, "name": "snapshot_from_outside", "args": args}))
+    for rank in range(2):
+        snapshot = RankSnapshot(
+            at_ns=10**11 + rank, rank=rank, pid=7 + rank, quiet_s=9.0, step=-1, in_step=False, phase="startup",
+            answered="kernel", process_state="S",
+        )  # fmt: skip
+        args = {"host": "b", "rank": rank, "pid": 7 + rank, "snapshot": snapshot.to_row(), "job": job}
+        asyncio.run(Commands(aggregator).run(client, {"id": rank, "name": "snapshot_from_outside", "args": args}))
 
     progress, silent = run.live.facts_builder.progress, SilentRanks(run, lambda _: None)
-    assert client.sent == [{"t": "reply", "id": 1}]
+    found = run.live.final_findings("running")[0]
+    assert client.sent == [{"t": "reply", "id": 0}, {"t": "reply", "id": 1}]
     assert (run.world_size, progress.timeout_s, progress.aborts, silent.has_absent) == (2, 8.0, True, True)
-    assert run.live.final_findings("stopped")[0].kind is Kind.HANG
+    assert (found.kind, found.ranks) == (Kind.HANG, (0, 1))
 
-    join(registry, hello(1, 2))
+    for rank in range(2):
+        join(registry, hello(rank, 2))
+
     assert not silent.has_absent

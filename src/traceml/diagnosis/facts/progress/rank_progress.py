@@ -284,10 +284,12 @@ class ProgressHistory:
         ends = int(self._ends[rank]) if rank < len(self._ends) else 0
         step = int(self._steps[rank]) if rank < len(self._steps) else -1
         signs = self._signs[rank]
-        last_ns = max(ends, signs.progress_ns) or now_ns
+        progress_ns = max(ends, signs.progress_ns)  # 0 without any, as before a rank has connected
+        last_ns = progress_ns or now_ns
         open_s = opened[1] if opened is not None else 0.0
         if opened is not None and step >= opened[0]:  # the end of the process has closed that step
             step, last_ns = opened[0] - 1, now_ns - int(open_s * _NS_PER_S)
+            progress_ns = last_ns
 
         alive_s = (now_ns - (signs.seen_ns or 0)) / _NS_PER_S
         snapshot, over_ns = signs.snapshot, signs.over_ns
@@ -296,7 +298,7 @@ class ProgressHistory:
             is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _NS_PER_S)
             snapshot = snapshot if is_dying else None
 
-        if snapshot is not None and last_ns <= snapshot.at_ns:
+        if snapshot is not None and progress_ns <= snapshot.at_ns:
             quiet_s = snapshot.quiet_s + max((over_ns or now_ns) - snapshot.at_ns, 0) / _NS_PER_S
             snapshot = replace(snapshot, quiet_s=quiet_s, seen_line=_frame(names.get(snapshot.line_id)))
         else:
