@@ -27,13 +27,16 @@ REST_S = 0.1
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module) -> None:
-    """Evaluate as nanoGPT does."""
-    model.eval()
+def call_often(model: nn.Module) -> None:
     for _ in range(CALLS):
         model(X)
         time.sleep(0.001)
 
+
+def evaluate(model: nn.Module) -> None:
+    """Evaluate as nanoGPT does."""
+    model.eval()
+    call_often(model)
     model.train()
 
 
@@ -96,7 +99,7 @@ def before_a_step_on_a_batch() -> None:
         train(model, optimizer, x)
 
 
-def after_each_epoch() -> None:
+def after_each_epoch(evaluation: Callable[[nn.Module], None] = evaluate) -> None:
     model = net()
     optimizer = sgd(model)
     loader = data(5)
@@ -104,21 +107,11 @@ def after_each_epoch() -> None:
         for (x,) in loader:
             train(model, optimizer, x)
 
-        evaluate(model)
+        evaluation(model)
 
 
 def after_each_epoch_in_training_mode() -> None:
-    model = net()
-    optimizer = sgd(model)
-    loader = data(5)
-    for _ in range(4):
-        for (x,) in loader:
-            train(model, optimizer, x)
-
-        with torch.no_grad():
-            for _ in range(CALLS):
-                model(X)
-                time.sleep(0.001)
+    after_each_epoch(call_often)
 
 
 def on_one_batch() -> None:

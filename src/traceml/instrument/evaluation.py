@@ -62,7 +62,7 @@ class EvaluationPeriod:
 
         clock = self._clock
         called = module()
-        if called is None or clock.explicit or (called.training and not self._is_after_epoch()):
+        if called is None or clock.explicit or (called.training and not self._may_sample()):
             return False
 
         if not (self._has_no_batch() or clock.listener.is_trained(called)):
@@ -78,19 +78,19 @@ class EvaluationPeriod:
     def _has_no_batch(self) -> bool:
         """Whether the training's loader has none to train on: the step on its batch is done, or the epoch."""
         clock = self._clock
-        if clock.step_call:
-            return clock.first_loader is not None
+        return clock.first_loader is not None if clock.step_call else self._is_between_epochs()
 
-        return clock.batch is None and clock.exhausted_loader is not None
-
-    def _is_after_epoch(self) -> bool:
-        """Whether the loop over a loader has ended: calls in training mode may be samples of the model there.
-
-        As those of a pipeline of `diffusers`. In the loop, such calls are parts of steps.
-        """
+    def _is_between_epochs(self) -> bool:
+        """Whether the loop over a loader has ended, and nothing was trained since."""
         clock = self._clock
-        is_between = not clock.step_call and clock.batch is None and clock.exhausted_loader is not None
-        return is_between and not self.is_play
+        return not clock.step_call and clock.batch is None and clock.exhausted_loader is not None
+
+    def _may_sample(self) -> bool:
+        """Whether calls in training mode may be samples of the model, as those of a pipeline of `diffusers`.
+
+        In the loop over a loader, such calls are parts of steps.
+        """
+        return self._is_between_epochs() and not self.is_play
 
     @property
     def collects(self) -> bool:
