@@ -260,7 +260,7 @@ class Commands:
             if about == who and not stream.is_helper:
                 store_snapshot(run, stream, snapshot)
 
-        if 0 <= snapshot.rank < run.world_size and run.lacks({"rank": snapshot.rank, "attempt": job.get("attempt")}):
+        if 0 <= snapshot.rank < run.world_size and run.lacks({**job, "rank": snapshot.rank}):
             run.live.absent_elsewhere.add(snapshot.rank)
             store_snapshot(run, None, snapshot)
 

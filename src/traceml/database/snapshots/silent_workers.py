@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["SilentWorker", "SilentWorkers"]
 
 _EVERY_S = 1.0
-_OF_JOB = ("attempt", "world_size", "hang_timeout_s", "on_hang")
+_JOB_FACTS = ("attempt", "world_size", "hang_timeout_s", "on_hang")
 
 
 class SilentWorker(NamedTuple):
@@ -36,6 +36,13 @@ class SilentWorker(NamedTuple):
     job: dict[str, Any]
 
 
+class _WatchedWorker(NamedTuple):
+    """A worker with a flight file."""
+
+    snapshots: ExternalSnapshots
+    job: dict[str, Any]
+
+
 class SilentWorkers:
     """The silent workers of one job.
 
@@ -47,8 +54,7 @@ class SilentWorkers:
 
     def __init__(self, run_id: str, runs_dir: str, send: Callable[[SilentWorker], object]) -> None:
         self._run_id, self._runs_dir, self._send = run_id, runs_dir, send
-        self._snapshots: dict[int, ExternalSnapshots] = {}
-        self._jobs: dict[int, dict[str, Any]] = {}
+        self._watched: dict[int, _WatchedWorker] = {}
         self._silent_s: dict[int, float] = {}
         self._checked_s = 0.0
 
@@ -64,11 +70,12 @@ class SilentWorkers:
 
         self._checked_s = now_s
         for pid in pids:
-            snapshots = self._snapshots_of(pid)
-            if snapshots is not None:
-                self._check(snapshots, pid)
+            watched = self._watch(pid)
+            if watched is not None:
+                self._check(watched, pid)
 
-    def _check(self, snapshots: ExternalSnapshots, pid: int) -> None:
+    def _check(self, watched: _WatchedWorker, pid: int) -> None:
+        snapshots = watched.snapshots
         slots = snapshots.slots()
         if slots is None or slots.is_ending:
             return
@@ -78,22 +85,22 @@ class SilentWorkers:
             self._silent_s[pid] = quiet_s
             snapshot = snapshots.make()
             if snapshot is not None and snapshots.is_news(snapshot):
-                self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), self._jobs[pid]))
+                self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), watched.job))
         elif pid in self._silent_s:
             snapshot = snapshots.end(self._silent_s.pop(pid))
-            del self._snapshots[pid]
+            del self._watched[pid]
             if snapshot is not None:
-                self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), self._jobs[pid]))
+                self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), watched.job))
 
-    def _snapshots_of(self, pid: int) -> ExternalSnapshots | None:
-        """Return the snapshots of a worker; None before it has a flight file."""
-        if pid not in self._snapshots:
+    def _watch(self, pid: int) -> _WatchedWorker | None:
+        """Return what is known of a worker; None before it has a flight file."""
+        if pid not in self._watched:
             path = find_live_flight(pid, self._run_id, runs_dir=self._runs_dir)
             if path is None:
                 return None
 
             identity = flight_identity(path)
-            self._snapshots[pid] = ExternalSnapshots(identity.get("rank", 0), pid, path)
-            self._jobs[pid] = {name: identity[name] for name in _OF_JOB if name in identity}
+            job = {name: identity[name] for name in _JOB_FACTS if name in identity}
+            self._watched[pid] = _WatchedWorker(ExternalSnapshots(identity.get("rank", 0), pid, path), job)
 
-        return self._snapshots[pid]
+        return self._watched[pid]

@@ -115,12 +115,12 @@ class ProgressHistory:
         self._gap_ns = 0
         self._newest_gaps = np.zeros(_FIRST_RANKS, np.int64)
         self._step_sequences = StepSequences()
-        self._signs: defaultdict[int, _RankActivity] = defaultdict(_RankActivity)
+        self._activity: defaultdict[int, _RankActivity] = defaultdict(_RankActivity)
         self._quiet = [0.0, 0.0]
 
     def snapshot_of(self, rank: int) -> RankSnapshot | None:
         """Return the newest snapshot of a rank without progress; None if it makes progress."""
-        return self._signs[rank].current if rank in self._signs else None
+        return self._activity[rank].current if rank in self._activity else None
 
     def steps(self, ranks: NDArray[np.int64], rows: NDArray[np.void]) -> None:
         """Take step rows of any ranks; those of one rank in order."""
@@ -155,18 +155,18 @@ class ProgressHistory:
         if not len(rows):
             return
 
-        signs, times = self._signs[rank], rows["t_ns"]
-        pauses = np.flatnonzero(np.diff(times, prepend=signs.cpu[0] if signs.cpu else 0) > _SENDING_S * _NS_PER_S)
+        activity, times = self._activity[rank], rows["t_ns"]
+        pauses = np.flatnonzero(np.diff(times, prepend=activity.cpu[0] if activity.cpu else 0) > _SENDING_S * _NS_PER_S)
         if len(pauses):
-            signs.awake_ns = int(times[pauses[-1]])
+            activity.awake_ns = int(times[pauses[-1]])
 
         for t_ns, step, cpu_ns in rows[["t_ns", "step", "cpu_ns"]][-2:].tolist():
-            t_before, cpu_before, share = signs.cpu or (t_ns, cpu_ns, None)
+            t_before, cpu_before, share = activity.cpu or (t_ns, cpu_ns, None)
             if t_ns > t_before:
                 share = (cpu_ns - cpu_before) / (t_ns - t_before)
 
-            signs.cpu, signs.open_step = (t_ns, cpu_ns, share), step
-            signs.saw(t_ns)
+            activity.cpu, activity.open_step = (t_ns, cpu_ns, share), step
+            activity.saw(t_ns)
 
     def line_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LINES`; of the newest ones the line that was seen most."""
@@ -174,7 +174,7 @@ class ProgressHistory:
         if len(rows):
             newest = rows[rows["t_ns"] == rows["t_ns"].max()]
             row = newest[newest["samples"].argmax()]
-            self._signs[rank].line = int(row["t_ns"]), int(row["phase"]), int(row["line_id"])
+            self._activity[rank].line = int(row["t_ns"]), int(row["phase"]), int(row["line_id"])
 
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log."""
@@ -186,30 +186,30 @@ class ProgressHistory:
 
         if kind == InfoKind.RETURNED:
             last_step = row.get("last_step")
-            self._signs[rank].returned = last_step if isinstance(last_step, int) else -1, row.get("script") is True
+            self._activity[rank].returned = last_step if isinstance(last_step, int) else -1, row.get("script") is True
 
         if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
         elif kind == InfoKind.EXIT:
-            self._signs[rank].ends = True
-        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS and not self._signs[rank].ends:
-            self._signs[rank].progress_ns = max(self._signs[rank].progress_ns, t_ns)
+            self._activity[rank].ends = True
+        elif isinstance(t_ns, int) and kind not in _NO_PROGRESS and not self._activity[rank].ends:
+            self._activity[rank].progress_ns = max(self._activity[rank].progress_ns, t_ns)
 
         if isinstance(t_ns, int):
-            self._signs[rank].saw(t_ns)
+            self._activity[rank].saw(t_ns)
 
     def take_snapshot(self, snapshot: RankSnapshot) -> None:
         """Add a snapshot. One older than the newest only counts as a pause: readers get events after rows."""
-        signs = self._signs[snapshot.rank]
-        signs.saw(snapshot.at_ns)
-        is_longer = signs.longest is None or snapshot.quiet_s > signs.longest.quiet_s
+        activity = self._activity[snapshot.rank]
+        activity.saw(snapshot.at_ns)
+        is_longer = activity.longest is None or snapshot.quiet_s > activity.longest.quiet_s
         if snapshot.in_step and not snapshot.ended and is_longer and user_line(snapshot) is not None:
-            signs.longest = snapshot
+            activity.longest = snapshot
 
-        if snapshot.at_ns < signs.newest_ns:
+        if snapshot.at_ns < activity.newest_ns:
             self._count_pause(snapshot, 0.0)
         elif not snapshot.ended:
-            before = signs.current
+            before = activity.current
             if snapshot.is_last and before is not None and _tells_no_more(snapshot, before):
                 # The signal that ends a rank has woken it: what it did until then is how it hung.
                 quiet_s = snapshot.quiet_s if snapshot.answered == _ITSELF else _continued_s(before, snapshot)
@@ -218,16 +218,16 @@ class ProgressHistory:
             if before is not None and _lacks_a_core(snapshot, before):
                 snapshot = replace(before, at_ns=snapshot.at_ns, quiet_s=_continued_s(before, snapshot))
 
-            signs.changes = 0 if before is None else signs.changes + (_state(before) != _state(snapshot))
-            signs.snapshot, signs.over_ns = snapshot, None
+            activity.changes = 0 if before is None else activity.changes + (_state(before) != _state(snapshot))
+            activity.snapshot, activity.over_ns = snapshot, None
             if snapshot.answered == _ITSELF:
-                signs.own = snapshot
-        elif snapshot.answered != _ITSELF and signs.own is not None:
-            signs.snapshot = signs.own  # only its recorder was silent: what that saw last still stands
-        elif signs.snapshot is not None:
-            signs.own, signs.over_ns = None, snapshot.at_ns
-            if not signs.snapshot.is_last:
-                self._count_pause(snapshot, signs.snapshot.quiet_s)
+                activity.own = snapshot
+        elif snapshot.answered != _ITSELF and activity.own is not None:
+            activity.snapshot = activity.own  # only its recorder was silent: what that saw last still stands
+        elif activity.snapshot is not None:
+            activity.own, activity.over_ns = None, snapshot.at_ns
+            if not activity.snapshot.is_last:
+                self._count_pause(snapshot, activity.snapshot.quiet_s)
 
         self._check_snapshots()
 
@@ -239,7 +239,7 @@ class ProgressHistory:
     def forget(self, rank: int) -> None:
         """Forget a rank, of which another process has joined."""
         self.was_aborted = False
-        self._signs.pop(rank, None)
+        self._activity.pop(rank, None)
         self._step_sequences.forget()
         if rank < len(self._steps):
             self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
@@ -262,7 +262,9 @@ class ProgressHistory:
         """
         gone, open_steps = ended or {}, opened or {}
         now_ns: dict[str | None, int] = {}
-        seen = {rank: signs.seen_ns for rank, signs in sorted(self._signs.items()) if signs.seen_ns is not None}
+        seen = {
+            rank: activity.seen_ns for rank, activity in sorted(self._activity.items()) if activity.seen_ns is not None
+        }
         for rank, seen_ns in seen.items():
             now_ns[hosts.get(rank)] = max(now_ns.get(hosts.get(rank), 0), seen_ns)
 
@@ -275,7 +277,7 @@ class ProgressHistory:
             ranks[rank] = self._of_rank(rank, at_ns, names.get(rank, {}), open_steps.get(rank), is_gone=rank in gone)
 
         quiet, diverged = (self._quiet[0], self._quiet[1]), self._step_sequences.diverged
-        longest = {rank: signs.longest for rank, signs in self._signs.items() if signs.longest is not None}
+        longest = {rank: activity.longest for rank, activity in self._activity.items() if activity.longest is not None}
         return JobProgress(ranks, self.timeout_s, quiet, self._gap_ns / _NS_PER_S, self.was_aborted, longest, diverged)
 
     def _of_rank(
@@ -283,16 +285,16 @@ class ProgressHistory:
     ) -> RankProgress:
         ends = int(self._ends[rank]) if rank < len(self._ends) else 0
         step = int(self._steps[rank]) if rank < len(self._steps) else -1
-        signs = self._signs[rank]
-        progress_ns = max(ends, signs.progress_ns)  # 0 without any, as before a rank has connected
+        activity = self._activity[rank]
+        progress_ns = max(ends, activity.progress_ns)  # 0 without any, as before a rank has connected
         last_ns = progress_ns or now_ns
         open_s = opened[1] if opened is not None else 0.0
         if opened is not None and step >= opened[0]:  # the end of the process has closed that step
             step, last_ns = opened[0] - 1, now_ns - int(open_s * _NS_PER_S)
             progress_ns = last_ns
 
-        alive_s = (now_ns - (signs.seen_ns or 0)) / _NS_PER_S
-        snapshot, over_ns = signs.snapshot, signs.over_ns
+        alive_s = (now_ns - (activity.seen_ns or 0)) / _NS_PER_S
+        snapshot, over_ns = activity.snapshot, activity.over_ns
         if snapshot is not None and over_ns is not None:
             # What it did after the job was asked to end, such as to print an error, is part of its end, too.
             is_dying = is_gone and (snapshot.is_last or now_ns - over_ns < _DYING_S * _NS_PER_S)
@@ -305,19 +307,19 @@ class ProgressHistory:
             quiet_s = max((now_ns - last_ns) / _NS_PER_S, open_s)
             if over_ns is not None and alive_s < _SENDING_S:
                 quiet_s = min(quiet_s, self._unseen_s(), (now_ns - over_ns) / _NS_PER_S)
-            elif signs.awake_ns is not None and now_ns - signs.awake_ns > self._unseen_s() * _NS_PER_S:
+            elif activity.awake_ns is not None and now_ns - activity.awake_ns > self._unseen_s() * _NS_PER_S:
                 quiet_s = min(quiet_s, self._unseen_s())
 
             snapshot = self._from_rows(rank, now_ns, quiet_s, step, names, is_open=open_s > 0) if is_gone else None
 
-        returned_at, ran_script = signs.returned
+        returned_at, ran_script = activity.returned
         return RankProgress(
             rank=rank,
             snapshot=snapshot,
             quiet_s=quiet_s,
             alive_s=alive_s,
             step=step,
-            is_unsteady=signs.changes >= _CHANGES,
+            is_unsteady=activity.changes >= _CHANGES,
             returned_at=returned_at,
             ran_script=ran_script,
         )
@@ -330,23 +332,23 @@ class ProgressHistory:
         self, rank: int, now_ns: int, quiet_s: float, step: int, names: Mapping[int, str], *, is_open: bool
     ) -> RankSnapshot:
         """Return what the rows show of a rank that has ended, and has no snapshot."""
-        signs, last_ns = self._signs[rank], now_ns - int(quiet_s * _NS_PER_S)
-        t_ns, phase, line = signs.line
+        activity, last_ns = self._activity[rank], now_ns - int(quiet_s * _NS_PER_S)
+        t_ns, phase, line = activity.line
         return RankSnapshot(
             at_ns=now_ns,
             rank=rank,
             quiet_s=quiet_s,
-            step=max(signs.open_step, step),
-            in_step=signs.open_step > step or is_open,
+            step=max(activity.open_step, step),
+            in_step=activity.open_step > step or is_open,
             answered="rows",
             phase=LINE_PHASES.get(phase, "other") if t_ns > last_ns else "",
             user_line=_frame(names.get(line)) if t_ns > last_ns else None,
-            cpu_share=signs.cpu[2] if signs.cpu else None,
+            cpu_share=activity.cpu[2] if activity.cpu else None,
             sequence=int(self._sequences[rank]) if rank < len(self._sequences) else -1,
         )
 
     def _check_snapshots(self) -> None:
-        self.has_snapshots = any(signs.current is not None for signs in self._signs.values())
+        self.has_snapshots = any(activity.current is not None for activity in self._activity.values())
 
     def _grow(self, ranks: int) -> None:
         if ranks <= len(self._steps):
