@@ -32,7 +32,7 @@ from tests.forked.fork_request import (
 from tests.forked.server_imports import SHARED
 from tests.forked.sibling import is_possible
 
-__all__ = ["TRACKERS", "ForkServer", "Popen", "command_inside", "run"]
+__all__ = ["TRACKERS", "ForkServer", "Popen", "command_inside", "run", "run_code"]
 
 _PROGRAM, _ENTER = (Path(__file__).with_name(name) for name in ("server.py", "enter.py"))
 TRACKERS = frozenset({"aim", "clearml", "mlflow", "trackio", "wandb"})
@@ -222,3 +222,9 @@ def run(
         done.check_returncode()
 
     return done
+
+
+def run_code(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python code to its end on one thread, as forked processes have; its output is captured."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return run([sys.executable, "-c", code, *words], env=environ, capture_output=True, **options)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
-import sys
 
 import pytest
 import torch
@@ -108,8 +106,7 @@ def test_the_start_method_is_reported_without_setting_it() -> None:
         "mp.set_start_method('spawn')\n"
         "print(first, loader_facts(loader)['start_method'])\n"
     )
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    printed = forked.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
+    printed = forked.run_code(code, check=True, text=True)
 
     assert printed.stdout.split() == [multiprocessing.get_all_start_methods()[0], "spawn"]
     assert loader_facts(DataLoader(Listing(), num_workers=1, multiprocessing_context="forkserver"))["start_method"] == (

@@ -70,8 +70,7 @@ def test_the_rendezvous_reads_no_sources(tmp_path: Path) -> None:
         "dynamic_rendezvous.inspect = None\n"
         "sys.exit(main(['--nproc-per-node=1', 'script.py']))\n"
     )
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = forked.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run_code(code, cwd=tmp_path, text=True)
 
     assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
 

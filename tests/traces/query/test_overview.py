@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 from collections import Counter
 
 import pytest
@@ -163,8 +161,7 @@ def test_torch_profiler_itself(tmp_path):
         "prof.export_chrome_trace(sys.argv[1])\n"
     )
     path = tmp_path / "trace.json.gz"
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    forked.run([sys.executable, "-c", code, str(path)], env=environ, check=True, capture_output=True)
+    forked.run_code(code, str(path), check=True)
     import gzip
 
     whole = json.loads(gzip.decompress(path.read_bytes()))
