@@ -6,8 +6,10 @@ import gc
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import count
@@ -112,6 +114,7 @@ _READ_SOURCES = (
 
 _LACKING = pytest.StashKey[dict[str, Part]]()
 _STARTED = pytest.StashKey[list[str]]()
+_RUNTIME_FOLDER = pytest.StashKey[str]()
 _STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"}
 _NOT_RUN = "this machine lacks: "
 _NUMBERS = count()
@@ -125,6 +128,9 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy")  # a machine that does much else makes no example slow
     config.stash[_LACKING] = {part.name: part for part in missing()}
+    # Commands find this user's aggregators, pages and joined runs by files in it: not those of another worker's tests.
+    config.stash[_RUNTIME_FOLDER] = folder = tempfile.mkdtemp(prefix="traceml-tests-")
+    os.environ["XDG_RUNTIME_DIR"] = folder
     config.stash[_STARTED] = started = []
     starts = _STARTS  # which outlives this module at the interpreter's end
 
@@ -133,6 +139,11 @@ def pytest_configure(config: pytest.Config) -> None:
             started.append(event)
 
     sys.addaudithook(note)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the folder of this process's tests."""
+    shutil.rmtree(config.stash[_RUNTIME_FOLDER], ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
