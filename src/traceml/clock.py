@@ -31,13 +31,13 @@ monotonic_ns = time.perf_counter_ns
 
 
 # Two readings of the clocks take less, unless the thread loses its core between them.
-_TOGETHER_NS, _MOST_READINGS = 20_000, 20
+_TOGETHER_NS, _MAX_READINGS = 20_000, 20
 
 
 def clock_pair() -> tuple[int, int]:
     """Return (monotonic_ns, epoch_ns), read together: a thread that loses its core in between reads again."""
     best_ns, pair = 1 << 62, (0, 0)
-    for _ in range(_MOST_READINGS):
+    for _ in range(_MAX_READINGS):
         before_ns, epoch_ns, after_ns = monotonic_ns(), time.time_ns(), monotonic_ns()
         if after_ns - before_ns < best_ns:
             best_ns, pair = after_ns - before_ns, ((before_ns + after_ns) // 2, epoch_ns)

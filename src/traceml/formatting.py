@@ -105,7 +105,7 @@ _ELIDED = ".../"  # for folders of a path
 _COLORS = re.compile(r"\x1b\[[\d;]*m")
 _CODE = re.compile("`([^`\n]+)`")
 _NUMBERS = re.compile("([0-9]+)")
-_MOST_MS = 1e9  # of a duration that is written in full
+_MAX_MS = 1e9  # of a duration that is written in full
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
 
@@ -180,7 +180,7 @@ def ms_text(ms: float | None) -> str:
     if ms < 999.5:
         return f"{_three_digits(ms)} ms"
 
-    if ms >= _MOST_MS:
+    if ms >= _MAX_MS:
         return f"{ms / 1e3:.3g} s"
 
     return f"{_three_digits(ms / 1e3)} s"

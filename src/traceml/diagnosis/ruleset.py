@@ -72,7 +72,7 @@ _OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.
 """Kinds that explain single long steps."""
 _FIRST_STEPS = 64
 _EXPLAINED_SHARE = 0.6
-_MOST_GOES_ON = 0.5
+_MAX_LATER_SHARE = 0.5
 _MAX_LISTED = 64
 
 
@@ -475,7 +475,7 @@ def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
         return "until_step" in slower.evidence
 
     usual, mean = (float(waits[columns].sum() / work.step[columns].sum()) for columns in (later, slice(None)))
-    return usual < max(WARNING_SHARE, _MOST_GOES_ON * mean)
+    return usual < max(WARNING_SHARE, _MAX_LATER_SHARE * mean)
 
 
 def _explains(slower: Finding, other: Finding, window: AlignedSteps, work: OwnWork) -> bool:

@@ -32,7 +32,7 @@ ErrorCallback = Callable[[TaskHandle[Any], BaseException], object]
 _new = object.__new__
 _ASYNC = inspect.CO_COROUTINE
 _SYNC_KINDS = frozenset({BuiltinFunctionType, MethodWrapperType})
-_MOST_THREADS = 1 << 22  # Linux numbers no more; a larger pool would only take memory
+_MAX_THREADS = 1 << 22  # Linux numbers no more; a larger pool would only take memory
 _NAMED = 3  # failures in the text of an error; all are in its `exceptions`
 
 
@@ -267,9 +267,9 @@ def _size(name: str, value: int) -> int:
     except TypeError:
         size = -1
 
-    if not 0 <= size <= _MOST_THREADS:
+    if not 0 <= size <= _MAX_THREADS:
         raise UsageError(
-            f"{name}={value!r:.100}: it must be a whole number of threads up to {_MOST_THREADS:,}, "
+            f"{name}={value!r:.100}: it must be a whole number of threads up to {_MAX_THREADS:,}, "
             "or 0 for a number that suits the host"
         )
 

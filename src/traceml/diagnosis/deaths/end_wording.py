@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MAX_SIGNAL = 64
-_MOST_TOLD = 3
+_MAX_REPORTED = 3
 """Ranks whose place in the script is reported."""
 _SYSTEM_EXIT = "SystemExit"  # as the row of an end has it: `SystemExit: TEXT`
 _CODES = {
@@ -144,7 +144,7 @@ def whereabouts(exits: Iterable[RankExit]) -> str:
     known = [
         f"rank {each.rank} was in {phase_words(each.open_phase)}{seen_text(each)}" for each in exits if each.open_phase
     ]
-    return ", ".join(known[:_MOST_TOLD])
+    return ", ".join(known[:_MAX_REPORTED])
 
 
 def place_evidence(ended: RankExit) -> dict[str, object]:

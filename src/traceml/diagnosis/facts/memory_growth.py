@@ -40,7 +40,7 @@ _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
 _LATE = 0.5  # share of the samples, the newest ones, in which a leak is looked for that begins late
 _NEWEST = 3
-_MOST_RISE = 2.5  # of the median rise of a part, of growth that begins late
+_MAX_RISE = 2.5  # of the median rise of a part, of growth that begins late
 _LEVEL_SHARE = 0.1  # of the mean rise of a part: on a stair, some pages come and go
 _UNEVEN_PARTS = 1.5  # stairs begin somewhere in a part, so that the distances between them differ by this many
 _MIN_RISE = 0.25  # of the mean rise of a quarter, for each quarter
@@ -213,7 +213,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
 def _is_even(points: _Points) -> bool:
     """Return whether no part rises much more than others: a few jumps rise all the time, too, in few points."""
     rises = np.diff(_lowest_of_parts(points, min(_PARTS, len(points) // 2))[:, 2])
-    return bool(rises.max() <= _MOST_RISE * np.median(rises))
+    return bool(rises.max() <= _MAX_RISE * np.median(rises))
 
 
 def _least_bytes(used_bytes: float) -> float:

@@ -25,9 +25,9 @@ __all__ = ["set_up_between"]
 
 MIN_BEGINS = 2
 """One training after another is no series: the second may be another phase of it."""
-FEWEST_STEPS = 20
+MIN_TRAINING_STEPS = 20
 """Fewer steps with an optimizer of their own are the inner loop of one training, as in meta-learning."""
-MOST_BEGINS = 0.6
+MIN_SETUP_SHARE = 0.6
 """Trainings with a set-up are at least this share of those that begin."""
 _PART = "other"
 _OUTSIDE = LINE_PHASES[LINE_OUTSIDE]
@@ -53,11 +53,11 @@ def set_up_between(
     if len(begins) < MIN_BEGINS or facts.collects or _PART not in work.parts:
         return [], {}
 
-    if np.median(np.diff(facts.trainings_begin)) < FEWEST_STEPS:
+    if np.median(np.diff(facts.trainings_begin)) < MIN_TRAINING_STEPS:
         return [], {}
 
     found = _set_up(window, work, begins)
-    is_usual = (found.each_ns >= LONG_NS).sum() >= max(MOST_BEGINS * len(begins), MIN_BEGINS)
+    is_usual = (found.each_ns >= LONG_NS).sum() >= max(MIN_SETUP_SHARE * len(begins), MIN_BEGINS)
     if not is_usual or found.saved_ns < least_cost_ns(step_ns):
         return [], {}
 

@@ -35,7 +35,7 @@ LEFT_SHARE = 0.01
 """Collections as seldom as advised take this share of the step at most."""
 MIN_NUMBER = 3
 """Fewer collections in a window are chance, not a habit of the run."""
-MOST_IN_STEP = 0.5
+MAX_IN_STEP = 0.5
 """If one step has more of their time than this, and modules are imported in steps, they are part of that pause."""
 _COLLECTIVE = Phase.COMM.label
 _ROUND = (1, 2, 5, 10)
@@ -121,7 +121,7 @@ def _collections(window: AlignedSteps, work: OwnWork, facts: JobFacts, *, called
     place = parsed_place(facts.pauses.most_frequent(lead, single, "line_id") or None)
     library = facts.pauses.most_frequent(lead, single, "text_id")
     most = float(by_step[int(totals.argmax())].max() / max(float(totals.max()), 1.0))
-    of_imports = most > MOST_IN_STEP and any(importing_line(facts.lines, part, ranks) for part in work.parts)
+    of_imports = most > MAX_IN_STEP and any(importing_line(facts.lines, part, ranks) for part in work.parts)
     collective_ns = 0.0 if _COLLECTIVE in work.parts else _in_collectives_ns(work, taken)
     saved = saved_ns(work, without) + collective_ns
     return _Collections(called, without, ranks, rows, saved, collective_ns, of_imports, place, library)

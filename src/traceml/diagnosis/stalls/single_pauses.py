@@ -27,7 +27,7 @@ PAUSE_NS, PAUSE_SHARE = 5e8, 0.25
 """One or two steps are reported from this time each on, if they are this share of all steps."""
 OVERSUBSCRIBED_PAUSE_NS = 5e9
 """With too few cores from this time on: other programs cause shorter ones."""
-MOST_PAUSES = 2
+MAX_PAUSES = 2
 """So many are no rare long steps yet."""
 PART_SHARE = 0.7
 """If no line is known, the part of the step is named if it took at least this share of it."""
@@ -69,7 +69,7 @@ def single_pauses(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Singl
 
     total = float(times[at].sum())
     share = total / max(float(work.step.sum()), 1.0)
-    if not 0 < len(at) <= (1 if work.grouped else MOST_PAUSES) or share < PAUSE_SHARE:
+    if not 0 < len(at) <= (1 if work.grouped else MAX_PAUSES) or share < PAUSE_SHARE:
         return None
 
     mean = total / len(at)

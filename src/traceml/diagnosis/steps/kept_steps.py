@@ -41,9 +41,9 @@ MAX_CELLS = 640_000
 _MIN_STEPS = 20
 # The newest steps are those of ten seconds, 200 at least and 1,024 at most; with many ranks fewer, to cost no more.
 _NEWEST_NS = 10e9
-_LEAST_NEWEST, _MOST_NEWEST, _FEWEST_NEWEST, _NEWEST_CELLS = 200, 1024, 32, 65_536
+_MIN_NEWEST, _MAX_NEWEST, _MIN_NEWEST_OF_MANY, _NEWEST_CELLS = 200, 1024, 32, 65_536
 _BLOCK_CELLS = 4096
-_MOST_BEHIND = 0.75
+_MAX_BEHIND = 0.75
 """Of ranks that have ended, one that is behind another by more than this share of its steps is not compared."""
 MAX_USER_PHASES = 32
 """Names of user phases beyond these count as `other`."""
@@ -215,12 +215,12 @@ class KeptSteps:
     def _newest(self, ranks: Ints, newest: int) -> int:
         """Return the number of steps up to the newest that show what happens now."""
         cells = _NEWEST_CELLS // len(ranks)
-        least = max(_FEWEST_NEWEST, min(_LEAST_NEWEST, cells))
+        least = max(_MIN_NEWEST_OF_MANY, min(_MIN_NEWEST, cells))
         steps = self._steps_until(newest, least)
         at = self._cells(int(ranks[0]), steps)
         times_ns = self._values[at[self._step[at] == steps], _POSITION["total_ns"]]
         wanted = int(_NEWEST_NS / max(float(times_ns.mean()), 1.0)) if len(times_ns) else least
-        return max(least, min(wanted, _MOST_NEWEST, cells))
+        return max(least, min(wanted, _MAX_NEWEST, cells))
 
     @property
     def _reach(self) -> int:
@@ -252,7 +252,7 @@ class KeptSteps:
             # One that ends a moment before the others is compared until these have newer steps.
             live |= seen & (self.latest >= self.latest[live].max())
         else:
-            live, reach = seen, min(reach, int(_MOST_BEHIND * self.latest.max(initial=0)))
+            live, reach = seen, min(reach, int(_MAX_BEHIND * self.latest.max(initial=0)))
 
         if not live.any():
             return np.empty(0, np.int64), ()

@@ -14,7 +14,7 @@ from traceml.diagnosis.steps.step_split import Floats
 __all__ = ["SpreadSteps"]
 
 _BLOCK = 16
-_MOST_SLOTS, _LEAST_SLOTS, _MOST_CELLS = 1024, 256, 65_536
+_MAX_SLOTS, _MIN_SLOTS, _MAX_CELLS = 1024, 256, 65_536
 _SMALL_CHANGE = 1.1
 """A usual step that varies by less than this factor is as long as ever: a slowdown costs a tenth of the steps' time."""
 
@@ -35,8 +35,8 @@ class SpreadSteps(SampledSteps):
     @classmethod
     def of_run(cls, ranks: int) -> SpreadSteps | None:
         """Return what a run of some ranks keeps; None with too many for a history of each."""
-        slots = min(_MOST_SLOTS, _MOST_CELLS // max(ranks, 1)) // (2 * _BLOCK) * 2 * _BLOCK
-        return cls(slots, ranks) if slots >= _LEAST_SLOTS else None
+        slots = min(_MAX_SLOTS, _MAX_CELLS // max(ranks, 1)) // (2 * _BLOCK) * 2 * _BLOCK
+        return cls(slots, ranks) if slots >= _MIN_SLOTS else None
 
     def changed(self) -> AlignedSteps | None:
         """Return the aligned steps if the usual step of any rank varies among them; else None."""

@@ -44,7 +44,7 @@ PHASES = (*PHASE_LABELS, "other")
 
 AHEAD_SHARE = 0.2
 """If the host's step times differ by this share from those of the device, it runs ahead of it."""
-MOST_AHEAD = 64
+MAX_AHEAD = 64
 """A host runs ahead by so many steps at most: a longer wait is more than for the device."""
 
 DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
@@ -123,7 +123,7 @@ def _paced(times: Floats, usual: Floats, begins: NDArray[np.bool_]) -> Floats:
         before, behind = _behind(block, usual, np.zeros_like(usual))
         waits = (behind == 0) & (block > usual[:, None])
         exceeds = (block - before)[ranks, waits.argmax(axis=1)] - usual
-        at_begin = np.where(waits.any(axis=1), np.clip(exceeds, 0, MOST_AHEAD * usual), 0)
+        at_begin = np.where(waits.any(axis=1), np.clip(exceeds, 0, MAX_AHEAD * usual), 0)
         before, behind = _behind(block, usual, at_begin)
         paced[:, first:end] = block + behind - before
 

@@ -7,7 +7,7 @@ __all__ = ["DetailedSteps"]
 _FIRST = 16
 # A step that is measured in detail takes the host some 0.1 ms longer: for 0.4 % of the time every step is measured from
 # this length on, and one in 2, 4, 8 or 16 of shorter ones.
-_ALL_FROM_NS, _LEAST_MASK = 24_000_000, 15
+_ALL_FROM_NS, _MIN_MASK = 24_000_000, 15
 _STEPS_PER_COST = 100  # or from this many times on what it takes: a step of 65 model calls took 4.4 ms longer
 
 
@@ -30,7 +30,7 @@ class DetailedSteps:
     def __contains__(self, step: int) -> bool:
         mask, mean_ns = 0, self.mean_ns
         all_from_ns = max(_ALL_FROM_NS, self.cost_ns * _STEPS_PER_COST)
-        while mask < _LEAST_MASK and mean_ns <= all_from_ns:
+        while mask < _MIN_MASK and mean_ns <= all_from_ns:
             mask, mean_ns = 2 * mask + 1, 2 * mean_ns
 
         return step <= self.all_to or not step & mask
@@ -45,5 +45,5 @@ class DetailedSteps:
 
     def distance(self, step: int) -> int:
         """Return how many steps after this one the next is that is measured, or at whose end such a step begins."""
-        ahead = range(_LEAST_MASK + 1)
+        ahead = range(_MIN_MASK + 1)
         return next((n for n in ahead if step + n in self or step + n + 1 in self), 0)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["WorkerLines", "WorkerSampling"]
 
 _DENSE, _DENSER = 20, 4  # so many first samples come this many times as often: a worker may live for an epoch only
-_MOST_IDLE = 20  # samples without a batch in a row that count: others are between two epochs
+_MAX_IDLE = 20  # samples without a batch in a row that count: others are between two epochs
 _FLUSH_S = 0.25
 _ROWS_S = 5.0
 _MAX_DEPTH = 200
@@ -100,7 +100,7 @@ class WorkerSampling:
             else:
                 makes_on = started and not idle  # no order was awaited since the sample before
                 _add(counts, place, (1, *(seen.since(before) if makes_on else (0, 0))))
-                _add(counts, _IDLE, (min(idle, _MOST_IDLE) if started else 0, 0, 0))
+                _add(counts, _IDLE, (min(idle, _MAX_IDLE) if started else 0, 0, 0))
                 started, idle = True, 0
 
             if time.monotonic() >= due_s:

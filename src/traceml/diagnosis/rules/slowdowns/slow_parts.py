@@ -33,7 +33,7 @@ MIN_REST_SHARE = 0.02
 """The rest of the step is compared if it has at least this share of it: a phase that takes no time is no faster."""
 NEARLY_ALL = 0.9
 """If slow steps have this share of a phase's time, they are taken to have all of its samples."""
-FEWEST_SAMPLES = 5
+MIN_SLOW_SAMPLES = 5
 """Fewer samples of the slow steps do not show that they run no other line than the steps before."""
 PASSES = {"forward", "backward"}
 _OTHER = "other"
@@ -210,7 +210,7 @@ def _line_of_few(
     its last steps.
     """
     of_slow = of_part(seen, part)
-    if not FEWEST_SAMPLES <= sum(each.samples for each in of_slow) < MIN_SAMPLES:
+    if not MIN_SLOW_SAMPLES <= sum(each.samples for each in of_slow) < MIN_SAMPLES:
         return None
 
     line = own_line([*seen, *before], part, share)
