@@ -57,7 +57,18 @@ SCANNER = Part(
 )
 HOT_PATH = Part(
     Path("src", "traceml", "instrument", "native"),
-    ("module.c", "hot_fields.c", "phases.c", "hooks.c", "forward.c", "metrics.c", "callbacks.c", "alive.c"),
+    (
+        "module.c",
+        "hot_path.c",
+        "hot_fields.c",
+        "phases.c",
+        "hook.c",
+        "hook_type.c",
+        "forward.c",
+        "metrics.c",
+        "callbacks.c",
+        "alive.c",
+    ),
     "_hot_path.abi3.so",
     ("-O2", "-fvisibility=hidden", "-fno-plt", "-DPy_LIMITED_API=0x030b0000", f"-I{sysconfig.get_path('include')}"),
     "each training step costs some microseconds more",

@@ -22,7 +22,7 @@ _TOOLS = re.compile(r"(^|/)(__pycache__|\.venv|\.git|build|dist|traceml_runs)/")
 _IN_SDIST = (
     "pyproject.toml", "hatch_build.py", "Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md",
     "CONTRIBUTING.md", "examples/mnist.py", "tests/conftest.py", "release/build.py", "docs/quickstart.md",
-    "src/traceml/instrument/native/hooks.c", "src/traceml/traces/native/scanner.c",
+    "src/traceml/instrument/native/hook_type.c", "src/traceml/traces/native/scanner.c",
 )  # fmt: skip
 _IN_WHEEL = (
     "traceml/__init__.py",
