@@ -12,6 +12,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 from traceml.runs.about import About, about_run
+from traceml.runs.report.report import build_report
 
 
 def _log(writer, stream, **row):
@@ -41,6 +42,21 @@ def test_rank_0_of_the_last_attempt_tells(tmp_path):
     assert about.model == {"model": "Net"}
     assert about.git == {"commit": "abc", "dirty": True}
     assert about.params == {"lr": 0.1, "depth": 3}
+
+
+def test_the_model_is_one_that_is_trained(tmp_path):
+    """In the run's facts and in the setup that comparisons read: not a library's module with constants."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        add_info(writer, stream, kind="model", model="Loss", parameters=5, trainable=0)
+        add_info(writer, stream, kind="model", model="Net", parameters=900, trainable=900)
+        add_info(writer, stream, kind="model", model="Other", parameters=700, trainable=700)
+
+    with StoreReader(tmp_path / STORE_NAME) as reader:
+        assert about_run(reader).model["model"] == "Net"
+
+    assert build_report(tmp_path).setup.model["model"] == "Net"
 
 
 def test_the_commit_is_that_of_the_start_where_no_collector_ran(tmp_path):

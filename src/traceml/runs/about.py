@@ -10,6 +10,7 @@ from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO, LOGGED
 from traceml.database.source_record import SOURCE, SourceReading
 from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.diagnosis.facts.trainings.models_and_loaders import is_first_trained
 from traceml.privacy.masker import Masker
 
 __all__ = ["About", "about_run", "package_versions"]
@@ -101,8 +102,11 @@ def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dic
     project = ""
     for stream in streams:
         for row in reader.first_maps(INFO.name, stream.id, _FRAMES):
-            if row.get("kind") in _KINDS:
-                found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
+            kind = row.get("kind")
+            if kind in _KINDS and (
+                kind not in found or (kind == InfoKind.MODEL and is_first_trained(found[kind], row))
+            ):
+                found[kind] = {name: row[name] for name in row if name not in ("kind", "t_ns")}
 
         for row in reader.first_maps(LOGGED.name, stream.id, _FRAMES):
             if row.get("kind") == "params":

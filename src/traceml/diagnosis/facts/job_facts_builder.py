@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from numpy.typing import NDArray
 
 from traceml.database.info_kinds import InfoKind
@@ -31,7 +31,12 @@ from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
-from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts, TrainedModels
+from traceml.diagnosis.facts.trainings.models_and_loaders import (
+    LoaderFacts,
+    ModelFacts,
+    TrainedModels,
+    is_first_trained,
+)
 from traceml.diagnosis.facts.trainings.step_numbers import StepNumbers
 from traceml.diagnosis.facts.wall_parts import Stop, stop_of
 from traceml.diagnosis.facts.wall_time import WallTimeFacts
@@ -174,7 +179,8 @@ class JobFactsBuilder:
     def _take_model(self, rank: int, row: Mapping[str, Any]) -> None:
         device = str(row.get("device") or "cpu").partition(":")[0]
         self.accelerator = device if device not in _NO_ACCELERATOR else self.accelerator
-        if self._model is None or row.get("compiled"):
+        known = None if self._model is None else asdict(self._model)
+        if is_first_trained(known, row) or row.get("compiled"):
             self._model = ModelFacts(**{name: row.get(name) for name in ModelFacts.__struct_fields__})
 
         if isinstance(bound := row.get("bound_cores"), list):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import INFO
 from traceml.database.store.reader import StoreReader
+from traceml.diagnosis.facts.trainings.models_and_loaders import is_first_trained
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.runs.about import About
@@ -61,16 +62,16 @@ def step_times_section(window: AlignedSteps) -> StepTimes:
 
 
 def _first_facts(reader: StoreReader) -> tuple[dict[str, Any], int | None]:
-    """Return the first model and the first known batch size of any rank."""
-    model: dict[str, Any] = {}
+    """Return the first trained model and the first known batch size of any rank."""
+    model: Mapping[str, Any] | None = None
     batch_size = None
     for _, row in reader.log_rows(INFO.name):
-        if row.get("kind") == InfoKind.MODEL and not model:
-            model = {name: row.get(name) for name in _MODEL_FACTS}
+        if row.get("kind") == InfoKind.MODEL and is_first_trained(model, row):
+            model = row
         elif row.get("kind") == InfoKind.LOADER and batch_size is None and isinstance(row.get("batch_size"), int):
             batch_size = row["batch_size"]
 
-    return model, batch_size
+    return {} if model is None else {name: model.get(name) for name in _MODEL_FACTS}, batch_size
 
 
 def _plain(params: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:

@@ -10,7 +10,7 @@ import msgspec
 
 from traceml.database.info_kinds import InfoKind
 
-__all__ = ["LoaderFacts", "ModelFacts", "TrainedModels"]
+__all__ = ["LoaderFacts", "ModelFacts", "TrainedModels", "is_first_trained"]
 
 
 class LoaderFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +80,19 @@ _DESCRIBED: dict[str, tuple[str, ...]] = {
 }
 
 
+def is_first_trained(known: Mapping[str, Any] | None, row: Mapping[str, Any]) -> bool:
+    """Return whether a model is to be described in place of a known one, which may be None.
+
+    That is the first one with parameters that are trained: libraries and scripts may have others, such as a loss with
+    constants or a teacher. Without such a model it is the first one.
+    """
+    return not known or (not _is_trained(known) and _is_trained(row))
+
+
+def _is_trained(model: Mapping[str, Any]) -> bool:
+    return model.get("trainable") != 0  # None: unknown
+
+
 class TrainedModels:
     """Notes when models and optimizers of another size are trained; equal ones, as of folds, are the same."""
 
@@ -115,7 +128,7 @@ class TrainedModels:
             self._begins.add(step)
 
         names = _DESCRIBED.get(kind)
-        if names is None or rank >= MAX_RANKS or not isinstance(step, int):
+        if names is None or rank >= MAX_RANKS or not isinstance(step, int) or not _is_trained(row):
             return
 
         now = self._now.setdefault(rank, {})
