@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts, ModelFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
@@ -197,6 +198,26 @@ def test_a_script_that_plays_is_advised_on_its_environment(lines, words):
     assert "AsyncVectorEnv" in playing.next
     assert ("if it makes batches" in playing.next) == bool(lines), "of a line it is not known what it does"
     assert "AsyncVectorEnv" not in supervised.next
+
+
+@pytest.mark.parametrize("lines", [(), GAME])
+@pytest.mark.parametrize("every", [1, 10])
+def test_rollouts_of_a_language_model_step_no_environments(every, lines):
+    """They are texts that it generates, as in RLHF: in each step, or in every n-th one."""
+    batches = BatchHistory()
+    batches.input(0, {"dtype": "torch.int64", "dimensions": 2, "tokens": True})
+    window = window_of(Job(ranks=1, grouped=False), adds("other", 30 * every, every=every))
+    texts, games = (
+        next(each for each in diagnose(window, facts) if each.phase == "other").next
+        for facts in (
+            JobFacts(lines=lines, collects=True, batches=batches),
+            JobFacts(lines=lines, collects=True),
+        )
+    )
+
+    assert "inference engine" in texts
+    assert "AsyncVectorEnv" not in texts
+    assert "inference engine" not in games
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,25 @@ def for_rollouts(part: str, line: BlamedLine | None, facts: JobFacts) -> str:
         return answers
 
     cheaper = "Make rollouts cheaper" if line is None else f"Make {line.place} cheaper"
-    return (
-        f"{cheaper}. Several environments can be stepped at once in processes of their own (gymnasium's "
-        "AsyncVectorEnv), or while the model trains. `traceml report --lines` shows all lines."
+    how = (
+        _OF_TEXTS
+        if _generates_texts(part, facts)
+        else "Several environments can be stepped at once in processes of their own (gymnasium's AsyncVectorEnv), or "
+        "while the model trains."
     )
+    return f"{cheaper}. {how} `traceml report --lines` shows all lines."
+
+
+_OF_TEXTS = (
+    "If the model generates texts there, give it more prompts in one call, let it end them sooner, or use an inference "
+    "engine (vLLM), which can also run while the model trains."
+)
+"""Advice on rollouts of a language model."""
+
+
+def _generates_texts(part: str, facts: JobFacts) -> bool:
+    """Return whether what is collected may be texts, as in RLHF: the model reads texts, and no environment was seen."""
+    return facts.batches.tokens and not environment_share(facts.lines, part)
 
 
 def _for_answers(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
@@ -260,7 +275,7 @@ def for_residual(
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
 
-    return _for_several_lines(trainer, two)
+    return _for_several_lines(trainer, two, _collecting_words(part, facts))
 
 
 def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, *, makes_graph: bool) -> str:
@@ -309,10 +324,18 @@ _COMPUTES = 0.25  # of the time in which a thread is watched
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
 
 
-def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> str:
+def _collecting_words(part: str, facts: JobFacts) -> str:
+    """Return what a training loop does besides to collect what it trains on, for a list; empty if it does not."""
+    if not facts.collects:
+        return ""
+
+    return "generated texts, rewards, " if _generates_texts(part, facts) else "environments, a buffer of their steps, "
+
+
+def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None, collecting: str) -> str:
     if trainer is not None:
         return (
-            f"The training loop is inside {trainer.place}: look at what it does besides the model (loss "
+            f"The training loop is inside {trainer.place}: look at what it does besides the model ({collecting}loss "
             "function, callbacks, metrics, logging). `traceml report --lines` shows the functions that it called."
         )
 
@@ -325,8 +348,8 @@ def _for_several_lines(trainer: BlamedLine | None, two: LeadingLines | None) -> 
         )
 
     return (
-        "Look at what else the training loop does (loss function, metrics, logging, .item()); `traceml report --lines` "
-        "shows the lines in which it was seen."
+        f"Look at what else the training loop does ({collecting}loss function, metrics, logging, .item()); `traceml "
+        "report --lines` shows the lines in which it was seen."
     )
 
 
@@ -338,13 +361,16 @@ def _for_collecting(part: str, line: BlamedLine | None, facts: JobFacts) -> str 
     if answers := _for_answers(part, line, facts):
         return answers
 
-    played = environment_share(facts.lines, part)
+    played, are_texts = environment_share(facts.lines, part), _generates_texts(part, facts)
     if line is not None and torch_share(facts.lines, part, line) >= NAMED_SHARE:
+        how = "" if are_texts else " (for example by stepping several environments at once: gymnasium's SyncVectorEnv)"
         return (
             f"Make {line.place} cheaper; most of its time is in torch's functions: call them less often, on larger "
-            f"tensors (for example by stepping several environments at once: gymnasium's SyncVectorEnv), or use "
-            "torch.compile. `traceml report --lines` shows all lines."
+            f"tensors{how}, or use torch.compile. `traceml report --lines` shows all lines."
         )
+
+    if line is not None and are_texts:
+        return for_rollouts(part, line, facts)
 
     if line is not None and not played:  # the environment may be the script's own
         return (

@@ -46,6 +46,14 @@ def test_a_trainer_whose_optimizer_is_not_known() -> None:
     assert "line" not in finding.evidence
 
 
+def test_a_trainer_whose_optimizer_was_seen_too_seldom() -> None:
+    """Its forward passes stand for it, but not where the optimizer's few samples are in another line."""
+    rest = [seen("other", 12, 40), seen("forward", 12, 15), seen("backward", 12, 15)]
+
+    assert "line" not in residual(*rest, seen("optimizer", 12, 1)).evidence
+    assert residual(*rest, seen("optimizer", 13, 1)).evidence["line"] == 12
+
+
 def test_the_loop_is_said_to_be_inside_the_call_of_a_trainer() -> None:
     """The script's author has no loop to look at."""
     spread = [seen("other", 12, 5, f"/lib/skorch/net.py:{number} f{number}") for number in range(8)]
@@ -53,8 +61,21 @@ def test_the_loop_is_said_to_be_inside_the_call_of_a_trainer() -> None:
     of_loop = residual(*spread, seen("forward", 12, 15), *LOOP)
 
     assert "The training loop is inside train.py:12" in of_trainer.next
+    assert "environments" not in of_trainer.next
     assert "line" not in of_trainer.evidence
     assert "inside" not in of_loop.next
+
+
+def test_a_trainer_of_reinforcement_learning_steps_environments() -> None:
+    """They take little in this one, beside its buffer and its callbacks."""
+    spread = [
+        seen("other", 12, 5, f"/lib/stable_baselines3/common/buffers.py:{number} f{number}") for number in range(8)
+    ]
+    window = window_of(ALONE, adds("other", 10))
+    found = diagnose(window, JobFacts(lines=(*spread, seen("forward", 12, 15), *TRAINER), collects=True))
+    finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+
+    assert "(environments, a buffer of their steps, loss function" in finding.next
 
 
 def test_a_line_of_the_loop_is_blamed() -> None:

@@ -27,19 +27,21 @@ def own_line(
 def calls_trainer(lines: Sequence[SampledLine], line: BlamedLine) -> bool:
     """Return whether backward passes and optimizer run in the very same line, in a library: no loop of the user's.
 
-    The forward passes stand for an optimizer that the hooks do not know.
+    The forward passes stand for an optimizer that the hooks do not know, or that was seen too seldom.
     """
     seen = [each for each in lines if (each.file, each.line) == (line.file, line.line)]
     itself = sum(each.samples for each in seen if each.library is None)
     if itself > _OWN_SHARE * sum(each.samples for each in seen):
         return False
 
-    update = _OPTIMIZER if any(each.part == _OPTIMIZER for each in lines) else _FORWARD
-    return all(_has_most(lines, phase, line) for phase in (_BACKWARD, update))
+    if not _has_most(lines, _BACKWARD, line) or not _has_most(lines, _OPTIMIZER, line, fewest=0):
+        return False
+
+    return _has_most(lines, _OPTIMIZER, line) or _has_most(lines, _FORWARD, line)
 
 
-def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine) -> bool:
+def _has_most(lines: Sequence[SampledLine], phase: str, line: BlamedLine, fewest: int = _MIN_SAMPLES) -> bool:
     seen = [each for each in lines if each.part == phase]
     same = sum(each.samples for each in seen if (each.file, each.line) == (line.file, line.line))
     total = sum(each.samples for each in seen)
-    return total >= _MIN_SAMPLES and same >= NAMED_SHARE * total
+    return total >= fewest and same >= NAMED_SHARE * total
