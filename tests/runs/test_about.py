@@ -59,6 +59,22 @@ def test_the_model_is_one_that_is_trained(tmp_path):
     assert build_report(tmp_path).setup.model["model"] == "Net"
 
 
+def test_the_loader_is_the_one_that_is_trained_on(tmp_path):
+    """In the run's facts and in the setup that comparisons read: not one that was read before it, or has a size."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        add_info(writer, stream, kind="loader", dataset="Validation", batch_size=64, number=0)
+        add_info(writer, stream, kind="loader", dataset="Training", batch_size=None, number=2)
+        add_info(writer, stream, kind="training_loader", number=3)
+        add_info(writer, stream, kind="loader", dataset="Test", batch_size=1, number=4)
+
+    with StoreReader(tmp_path / STORE_NAME) as reader:
+        assert about_run(reader).loader["dataset"] == "Training"
+
+    assert build_report(tmp_path).setup.batch_size is None, "its batches are made by a sampler"
+
+
 def test_the_commit_is_that_of_the_start_where_no_collector_ran(tmp_path):
     """The process has read it; it is no fact of the process then."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:

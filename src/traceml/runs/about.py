@@ -101,7 +101,8 @@ def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dic
     found: dict[str, dict[str, Any]] = {}
     project = ""
     for stream in streams:
-        for row in reader.first_maps(INFO.name, stream.id, _FRAMES):
+        rows = list(reader.first_maps(INFO.name, stream.id, _FRAMES))
+        for row in (*_training_loaders(rows), *rows):
             kind = row.get("kind")
             if kind in _KINDS and (
                 kind not in found or (kind == InfoKind.MODEL and is_first_trained(found[kind], row))
@@ -118,6 +119,19 @@ def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dic
                 found[row["name"]] = dict(row.get("facts") or {})
 
     return found, project
+
+
+def _training_loaders(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the loader whose batches are trained on, if it is known: a script may read that of an evaluation first.
+
+    Loaders with the facts of the one before them have no row.
+    """
+    numbers = [row.get("number") for row in rows if row.get("kind") == InfoKind.TRAINING_LOADER]
+    if not numbers or not isinstance(last := numbers[-1], int):
+        return ()
+
+    loaders = [row for row in rows if row.get("kind") == InfoKind.LOADER and isinstance(row.get("number"), int)]
+    return [row for row in loaders if row["number"] <= last][-1:]
 
 
 def _is_relayed(first: Sequence[StreamRecord]) -> bool:

@@ -34,11 +34,11 @@ def setup_section(summary: RunSummaryReader, reader: StoreReader, about: About) 
     Args:
         about: the run's other facts, which have the parameters.
     """
-    model, batch_size = _first_facts(reader)
     facts = summary.facts_builder.build()
+    batch_size = None if facts.loader is None else facts.loader.batch_size
     return SetupSection(
-        model=model,
-        batch_size=batch_size,
+        model=_model(reader),
+        batch_size=batch_size if isinstance(batch_size, int) else None,  # a library's loader may have other words
         params=_plain(about.params),
         core_wait_share=significant(facts.wait_share) if facts.wait_of_ready_time else None,
     )
@@ -61,17 +61,14 @@ def step_times_section(window: AlignedSteps) -> StepTimes:
     return StepTimes(ms=[float(f"{value:.6g}") for value in chosen.tolist()], of_steps=len(times))
 
 
-def _first_facts(reader: StoreReader) -> tuple[dict[str, Any], int | None]:
-    """Return the first trained model and the first known batch size of any rank."""
+def _model(reader: StoreReader) -> dict[str, Any]:
+    """Return the first trained model of any rank."""
     model: Mapping[str, Any] | None = None
-    batch_size = None
     for _, row in reader.log_rows(INFO.name):
         if row.get("kind") == InfoKind.MODEL and is_first_trained(model, row):
             model = row
-        elif row.get("kind") == InfoKind.LOADER and batch_size is None and isinstance(row.get("batch_size"), int):
-            batch_size = row["batch_size"]
 
-    return {} if model is None else {name: model.get(name) for name in _MODEL_FACTS}, batch_size
+    return {} if model is None else {name: model.get(name) for name in _MODEL_FACTS}
 
 
 def _plain(params: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
