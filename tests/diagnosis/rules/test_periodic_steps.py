@@ -114,6 +114,33 @@ def test_noise_at_the_same_distance_is_none_of_the_long_steps():
     assert found.evidence["mean_long_ms"] == pytest.approx(314, rel=0.05)
 
 
+def rollouts(until: int):
+    """Return a busy host's steps, every tenth of which is long up to one: some longer than all else, some not."""
+
+    def fault(own, random):
+        busy(own, random)
+        longer = np.where(random.random(own["other"].shape[1]) < 0.6, 500.0, 100.0)
+        own["other"][:, 5:until:10] += longer[5:until:10]
+
+    return fault
+
+
+def test_all_steps_at_the_distance_count_on_a_busy_host():
+    """Those that are long, but not unusual there, too: the mean is not that of the longest."""
+    found = findings(ALONE, rollouts(300))[0]
+
+    assert (found.evidence["every_n_steps"], found.evidence["long_steps"]) == (10, 29)
+    assert found.evidence["mean_long_ms"] == pytest.approx(413, rel=0.05)
+
+
+def test_steps_at_the_distance_that_are_as_long_as_others_do_not_count():
+    """After a while nothing more is done in them."""
+    found = findings(ALONE, rollouts(220))[0]
+
+    assert found.evidence["every_n_steps"] == 10
+    assert 21 <= found.evidence["long_steps"] <= 22
+
+
 def test_short_noise_between_long_steps_hides_no_period():
     """Negative samples are drawn before every 64th step; other programs make some steps a little longer."""
     long = np.arange(64, 502, 64)

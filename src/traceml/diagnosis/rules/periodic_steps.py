@@ -40,6 +40,8 @@ SPAN_SHARE = 0.5
 """They are spread over this share of the window: what a loop does in every n-th step it does all the time."""
 MAX_OF_ONE = 0.5
 """A single step with more than this share of the long steps' excess is not one of many."""
+HIDDEN_FACTOR, HIDDEN_QUANTILE = 2.0, 0.95
+"""A step at that distance from them is one of them from so many times the usual on, and above so many other steps."""
 JOINT_SHARE = 0.2
 """A part belongs to the long steps if its usual excess in them is this share of that of the longest part."""
 JOINT_FACTOR, JOINT_STEPS = 5.0, 0.9
@@ -149,7 +151,27 @@ def _at_distance(
         return None
 
     found = regular(window.steps[long], values[long] - usual_ns, window.steps)
-    return None if found is None else (found[0], long[found[1]])
+    if found is None:
+        return None
+
+    every, columns = found[0], long[found[1]]
+    return every, np.union1d(columns, _hidden(window.steps, values, columns, every, usual_ns))
+
+
+def _hidden(
+    steps: NDArray[np.int64], values: Floats, columns: NDArray[np.intp], every: int, usual_ns: float
+) -> NDArray[np.intp]:
+    """Return the columns that continue some at their distance, and are long, but not unusual where all steps vary much.
+
+    Without them every n-th step would seem to take as long as the longest ones on a busy host, and cost less.
+    """
+    is_longer = values >= HIDDEN_FACTOR * usual_ns
+    is_longer[columns], is_longer[-1] = True, False
+    longer = np.flatnonzero(is_longer)
+    longer = longer[np.lexsort((steps[longer], steps[longer] % every))]
+    chain = np.cumsum(np.diff(steps[longer], prepend=steps[longer[0]]) != every)  # each at the distance from the last
+    same = longer[np.isin(chain, chain[np.isin(longer, columns)])]
+    return same[values[same] > np.quantile(np.delete(values, same), HIDDEN_QUANTILE)]
 
 
 def _of_part(work: OwnWork, every: int, columns: NDArray[np.intp]) -> _Period | None:
