@@ -373,3 +373,16 @@ def test_a_line_with_a_part_of_the_long_steps_has_not_all_of_it(line_share, word
     )
 
     assert words in found.headline
+
+
+@pytest.mark.parametrize(("samples", "is_told"), [(70, False), (97, True)])
+def test_an_iterator_is_not_told_of_what_the_long_steps_have(samples, is_told):
+    """One that collects for every tenth step takes all of its time there; one that takes more, also elsewhere."""
+    waits = SampledLine(
+        0, "input_wait", "/me/dqn.py", 18, "<module>", "/lib/torchrl/collectors/_single.py:9 f", samples
+    )
+    other = SampledLine(0, "other", "/me/dqn.py", 22, "<module>", None, 100 - samples)
+    found = findings(ALONE, adds("other", 150, every=10), adds("other", 8), lines=(waits, other))
+
+    assert found[0].evidence["every_n_steps"] == 10
+    assert any(each.kind is Kind.INPUT_BOUND for each in found) is is_told

@@ -92,9 +92,14 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), evidence)]
 
 
-def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding | None:
-    """Find waiting for an iterator that is not a DataLoader, whose time is measured as `other`."""
-    share = iterator_share(facts.lines)
+def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: float = 0.0) -> Finding | None:
+    """Find waiting for an iterator that is not a DataLoader, whose time is measured as `other`.
+
+    Args:
+        long_ns: mean time of `other` in long steps that another finding has. It may all be waiting for the iterator, as
+            for one that collects experience for every n-th step.
+    """
+    share = _remaining(iterator_share(facts.lines), work, long_ns)
     measured = work.parts.get("input_wait")
     if share < ITERATOR_SHARE or (measured is not None and measured.mean() > 0.01 * step_ns):
         return None
@@ -118,6 +123,12 @@ def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float) -> Finding | 
     evidence = line.evidence(phase_share) if line else {}
     found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, evidence, advised.gain)
     return replace(found, phase="input_wait")
+
+
+def _remaining(share: float, work: OwnWork, long_ns: float) -> float:
+    """Return a share of all of `other` as that of what `work` has of it, if the long steps have all that they can."""
+    own_ns = float(work.parts["other"].mean()) if "other" in work.parts else 0.0
+    return max(share * (own_ns + long_ns) - long_ns, 0.0) / own_ns if own_ns else 0.0
 
 
 def _as_code(lines: Sequence[SampledLine]) -> list[SampledLine]:

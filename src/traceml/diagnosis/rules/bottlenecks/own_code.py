@@ -57,7 +57,8 @@ def residual(
         if part in known:
             continue
 
-        if part == "other" and (waiting := iterator_bound(work, facts, step_ns)):
+        long_ns = 0.0 if whole is None else max(float((whole.parts[part] - work.parts[part]).mean()), 0.0)
+        if part == "other" and (waiting := iterator_bound(work, facts, step_ns, long_ns)):
             found.append(waiting)
             continue
 
