@@ -14,6 +14,7 @@ from traceml.diagnosis.facts.blamed_lines import (
     AWAITS_ANSWERS,
     WAITS_FOR_OTHERS,
     BlamedLine,
+    blamed_line,
     computes_loss,
     is_of_loop,
     is_of_ranks_alone,
@@ -198,8 +199,17 @@ def _generates_texts(part: str, facts: JobFacts) -> bool:
 
 
 def _for_answers(part: str, line: BlamedLine | None, facts: JobFacts) -> str | None:
-    """Return advice on a line that waits for what other processes compute; None if it does not."""
-    if line is None or main_library(facts.lines, part, line) not in AWAITS_ANSWERS or not facts.waits_in(part, line):
+    """Return advice on a line that waits for what other processes compute; None if it does not.
+
+    Without a line it is the one that most of the part is in: that of a trainer, which is not blamed.
+    """
+    line = line or blamed_line(facts.lines, part, 1.0)
+    if line is None or main_library(facts.lines, part, line) not in AWAITS_ANSWERS:
+        return None
+
+    # Beside processes that take all cores it waits for these as well, and may not be seen to sleep.
+    busy = busy_share([each for each in facts.lines if (each.file, each.line) == (line.file, line.line)], part)
+    if not facts.waits_in(part, line) and (busy is None or busy >= _COPIES):
         return None
 
     return (
@@ -320,6 +330,7 @@ def _for_line(part: str, line: BlamedLine, facts: JobFacts, called: str | None, 
 
 
 _LOSS = "loss"
+_COPIES = 0.5  # of the time in which a line receives: its messages are large
 _COMPUTES = 0.25  # of the time in which a thread is watched
 _READS = "Each value that is read from the device (.item(), .cpu()) waits for it: read many at once. "
 

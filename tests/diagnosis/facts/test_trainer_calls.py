@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.diagnosis.fabricated import Job, adds, window_of
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import RunTime
@@ -76,6 +78,30 @@ def test_a_trainer_of_reinforcement_learning_steps_environments() -> None:
     finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
 
     assert "(environments, a buffer of their steps, loss function" in finding.next
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(("busy", "starved", "waits"), [(0.1, 0.0, True), (0.4, 0.36, True), (0.9, 0.0, False)])
+def test_a_trainer_whose_environments_are_in_processes_already(
+    every: int, busy: float, starved: float, waits: bool
+) -> None:
+    """They are not advised to be there, in each step or in every n-th one, also where they take all cores."""
+    second = 1_000_000_000
+    answers = SampledLine(
+        0, "other", "/home/me/train.py", 12, "<module>", "/lib/multiprocessing/connection.py:390 Connection._recv", 80,
+        watched_ns=second, cpu_ns=int(busy * second),
+    )  # fmt: skip
+    facts = JobFacts(
+        lines=(answers, seen("forward", 12, 15), *TRAINER),
+        collects=True,
+        wait_of_ready_time={0: starved},
+        wait_of_wall_time={0: starved},
+    )
+    found = diagnose(window_of(ALONE, adds("other", 30 * every, every=every)), facts)
+    finding = next(each for each in found if each.kind is Kind.RESIDUAL_HEAVY)
+
+    assert finding.next.startswith("train.py:12 waits there for answers from other processes") is waits
+    assert not (waits and "AsyncVectorEnv" in finding.next)
 
 
 def test_a_line_of_the_loop_is_blamed() -> None:
