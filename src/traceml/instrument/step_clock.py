@@ -56,7 +56,7 @@ from traceml.instrument.phase_timer import (
     OTHER,
     Began,
 )
-from traceml.instrument.values.last_step import is_overdue, usual_comm, usual_end
+from traceml.instrument.values.last_step import is_overdue, usual_comm, usual_end, usual_saving
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["FUSED", "StepClock"]
 
 _BACKWARD, _OPTIMIZER, _INPUT_WAIT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.INPUT_WAIT)
-_COMM = int(Phase.COMM)
+_COMM, _CHECKPOINT = int(Phase.COMM), int(Phase.CHECKPOINT)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
@@ -602,11 +602,17 @@ class StepClock(DividedStep):
         self.stop()
 
     def _end_of_last(self, t: int) -> int:
-        """Return the end of the last step, whose waiting after the loop is cut off."""
+        """Return the end of the last step, whose waiting and saving after the loop is cut off."""
         times = list(self.times)
-        after = times[_COMM] - usual_comm(self.ring, times[_COMM])
+        usual = {
+            _COMM: usual_comm(self.ring, times[_COMM]),
+            _CHECKPOINT: usual_saving(self.ring, times[_CHECKPOINT]),
+        }
+        after = sum(times[phase] - usual_ns for phase, usual_ns in usual.items())
         if after:
-            times[_COMM] -= after
+            for phase, usual_ns in usual.items():
+                times[phase] = usual_ns
+
             self.times = times
 
         timed = sum(times[:OTHER]) + sum(times[FIRST_USER::2])

@@ -89,12 +89,30 @@ def test_a_barrier_after_the_loop_is_no_part_of_it(
     assert rows[-1]["t_end_ns"] - rows[-1]["total_ns"] >= rows[-2]["t_end_ns"] - 1_000
 
 
-def wait(traced: Traced, seconds: float) -> None:
-    """Wait in a collective."""
-    began = traced.instrumentation.clock.enter(int(Phase.COMM))
+@pytest.mark.parametrize("saves_before", [False, True])
+def test_the_first_save_after_the_loop_is_no_part_of_it(traced: Traced, saves_before: bool) -> None:
+    """A training that saved in its steps may save in the last one, too."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for number in range(5):
+        step(model, optimizer, torch.ones(2, 4))
+        if saves_before and number == 1:
+            wait(traced, 0.02, Phase.CHECKPOINT)
+
+    wait(traced, 0.05, Phase.CHECKPOINT)
+    last = traced.finish()[-1]
+
+    assert last["checkpoint_ns"] >= 50_000_000 if saves_before else last["checkpoint_ns"] == 0
+    assert last["total_ns"] >= last["checkpoint_ns"] + last["other_ns"]
+    assert last["other_ns"] >= 10_000_000
+
+
+def wait(traced: Traced, seconds: float, phase: Phase = Phase.COMM) -> None:
+    """Wait in a collective, or in another phase."""
+    began = traced.instrumentation.clock.enter(int(phase))
     time.sleep(seconds)
     assert began is not None
-    traced.instrumentation.clock.leave(int(Phase.COMM), began)
+    traced.instrumentation.clock.leave(int(phase), began)
 
 
 def test_without_earlier_steps_nothing_is_cut_off(traced: Traced) -> None:
