@@ -158,7 +158,7 @@ def _non_timing(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
         *device_contention(facts),
         *device_faults(facts),
         *_training(facts),
-        *outside_steps(window, facts),
+        *outside_steps(window, facts, hung=any(each.kind is Kind.HANG for each in ended)),
         *stopped_ranks(window, facts),
         *same_order(facts),
     ]

@@ -9,6 +9,8 @@ import pytest
 from msgspec import structs
 
 from tests.diagnosis.fabricated import Job, adds, window_of
+from tests.diagnosis.hangs import standing
+from tests.diagnosis.hangs.standing import line, snapshot
 from traceml.database.schema import IMPORTING
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -85,6 +87,18 @@ def test_the_step_in_which_a_run_ends_is_no_code_after_it(state: str, open_step:
     facts = JobFacts(time=time, lines=lines, state=state, exits=(end,))
 
     assert any(each.kind is Kind.AFTER_STEPS for each in diagnose(window_of(ALONE), facts)) is told
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_hang_between_two_steps_is_no_code_after_the_last_one(hangs: bool) -> None:
+    """The line that makes no progress is the hang's, and the training had not ended."""
+    time = RunTime.of(100.0, {"startup": 30.0, "steps": 20.0, "idle": 50.0})
+    seen = [snapshot(0, line(6, "save"), wchan="futex_do_wait")] if hangs else []
+    lines = (line_of("after", "save", 97), line_of("other", "main", 40))
+    job = structs.replace(standing.facts(seen, ranks=1, state="failed"), time=time, lines=lines)
+    kinds = [each.kind for each in diagnose(window_of(ALONE), job)]
+
+    assert (Kind.HANG in kinds, Kind.AFTER_STEPS in kinds) == (hangs, not hangs)
 
 
 def test_code_after_the_last_step_comes_before_causes_in_fewer_steps():

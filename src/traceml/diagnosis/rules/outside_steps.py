@@ -55,11 +55,12 @@ _REPORTED_SHORT = 0.05
 """Share of the evaluation from which on short ones, next to those that are counted, are mentioned."""
 
 
-def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
+def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) -> list[Finding]:
     """Return the findings about the run's time outside of its steps; none where that is not known.
 
     Args:
         window: aligned steps, which show whether ranks wait for those that evaluate alone.
+        hung: whether the job hung: it may have done so between two steps.
     """
     time, lines = facts.time, facts.lines
     if time is None:
@@ -89,7 +90,7 @@ def outside_steps(window: AlignedSteps, facts: JobFacts) -> list[Finding]:
 
     # A step in which the run ended or hung is no code after the steps.
     is_open = facts.state != RunStatus.FINISHED and any(each.in_step for each in facts.exits)
-    after = None if is_open else outside_line(lines, LINE_AFTER_STEPS)  # None while it runs
+    after = None if is_open or hung else outside_line(lines, LINE_AFTER_STEPS)  # None while it runs
     after_s, is_most = time.seconds.get("idle", 0.0), time.share("idle") >= max(HEAVY_SHARE, time.in_steps)
     if after is not None and time.in_steps > 0 and after_s >= AFTER_STEPS_S and is_most:
         found.append(_after_steps(time, after_s, after))
