@@ -353,6 +353,25 @@ def test_a_container_that_is_little_of_the_growth_is_not_named_beside_another():
     assert "other_containers" not in finding.evidence
 
 
+@pytest.mark.parametrize(("share", "named"), [(0.2, ["b", "c"]), (0.15, [])])
+def test_containers_that_explain_growth_only_together_are_named(share: float, named: list[str]) -> None:
+    """The outputs of each layer are in a list of their own; half of the growth has to be in them."""
+    each_bytes = int(share * leaks(**leaking())[0].evidence["bytes_per_step"])
+    kept = [LIST | {"path": path, "holds_graph": False, "item_bytes": each_bytes} for path in "abc"]
+    (finding,) = leaks(**leaking(), growing={0: growing_of({"grown": kept})})
+
+    assert finding.evidence.get("other_containers", []) == named
+    assert ("No container" in finding.summary) is not bool(named)
+
+
+def test_many_containers_in_one_are_told_as_lists() -> None:
+    """The recorder has joined them."""
+    (finding,) = leaks(**leaking(), growing=growing_list(path="outputs[...]", per_step=24.0))
+
+    assert "the lists outputs[...] (added to in train.py:41 main) gained 24 elements per step" in finding.summary
+    assert "; they had 4,000" in finding.summary
+
+
 @pytest.mark.parametrize(("per_step", "told"), [(0.95, "1 element"), (0.8, "0.8 elements"), (2.04, "2 elements")])
 def test_an_element_more_or_less_is_no_other_rate(per_step, told):
     """Of 20 steps, at the begin and the end of which the list was read."""

@@ -341,6 +341,25 @@ def test_the_list_that_grows_with_memory_is_noted() -> None:
     assert note["cost_ms"] < 1000
 
 
+@pytest.mark.parametrize(("layers", "paths"), [("abcd", {"by_layer[...]"}), ("ab", {"by_layer['a']", "by_layer['b']"})])
+def test_many_lists_in_one_container_are_noted_as_one(layers: str, paths: set[str]) -> None:
+    """Each of them, with the outputs of one layer, is little of what grows."""
+    watched, by_layer = Watched(), {layer: [bytearray(8)] for layer in layers}
+    for _ in range(16):
+        for layer in layers:
+            by_layer[layer].extend(bytearray(1 << 10) for _ in range(10))
+
+        watched.cycle()
+
+    (note,) = watched.notes
+    grown = [each for each in note["grown"] if each["path"].startswith("by_layer")]
+    assert {each["path"] for each in grown} == paths
+    assert sum(each["per_step"] for each in grown) == len(layers)
+    assert grown[0]["count"] > 80 * len(layers) / len(grown)
+    assert grown[0]["item_bytes"] >= 1 << 10
+    assert "by_layer[layer].extend" in Path(__file__).read_text().splitlines()[grown[0]["line"] - 1]
+
+
 @pytest.mark.parametrize("cycles_per_element", [40, 100])
 def test_a_list_that_grows_in_each_epoch_is_noted(cycles_per_element: int) -> None:
     """Memory grows by little in a minute, and not at all in most of it."""
@@ -475,6 +494,8 @@ class Log:
         ("trainer.history", (3, "keep")),
         ("more", None),
         ("metrics['loss']", (9, "main")),
+        ("metrics['val.loss']", (9, "main")),
+        ("metrics[...]", (9, "main")),
         ("total", (10, "main")),
         ("table", (11, "main")),
         ("seen", (13, "main")),

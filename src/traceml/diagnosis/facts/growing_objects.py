@@ -20,7 +20,7 @@ class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
     """A container, or a tensor with its graph; see `recorder.growth.reachable_objects`.
 
     Attributes:
-        path: expression that reaches it.
+        path: expression that reaches it; `outputs[...]` for several in one container.
         file, line, function: the code with the variable; the line that adds to it, where only one does.
         kind: its type; `graph` for a tensor, `lru_cache` for a cached function, `hooks` of a module or parameter,
             `param_groups` of an optimizer, `figures` of pyplot.
@@ -51,9 +51,19 @@ class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
     max_size: int = 0
 
     @property
+    def are_many(self) -> bool:
+        """Whether it is several containers in one, such as a list for each layer: `outputs[...]`."""
+        return self.path.endswith("[...]")
+
+    @property
     def gained(self) -> int:
         """Elements that came while they were counted."""
         return round(self.per_step * self.steps)
+
+    @property
+    def bytes_per_step(self) -> float:
+        """Size of the elements that came in a step."""
+        return self.per_step * self.item_bytes
 
     def left_steps(self, latest: int) -> float:
         """Return the steps after the latest one until it is full; infinite without a bound."""
@@ -75,7 +85,7 @@ class GrowingObjects(msgspec.Struct, frozen=True, kw_only=True):
             return False
 
         counts = self.per_step > 0 or self.kind == "graph"
-        return counts and (self.holds_graph or self.per_step * self.item_bytes >= MIN_SHARE * bytes_per_step)
+        return counts and (self.holds_graph or self.bytes_per_step >= MIN_SHARE * bytes_per_step)
 
 
 def growing_of(row: Mapping[str, Any]) -> tuple[GrowingObjects, ...]:

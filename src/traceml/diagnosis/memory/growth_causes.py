@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def growth_cause(facts: JobFacts, rank: int, growth: GrowthEstimate) -> GrowthCa
         line=found.line,
         other_containers=[each.path for each in others] or None,
     )
-    is_most = found.per_step * found.item_bytes >= _MOST * growth.bytes_per_step
+    is_most = found.bytes_per_step >= _MOST * growth.bytes_per_step
     return GrowthCause(
         _text(found) + "".join(map(_too, others)),
         _actions(explaining),
@@ -71,9 +72,19 @@ def is_kept_in_copies(facts: JobFacts, rank: int, growth: GrowthEstimate) -> boo
     return any(each.is_copied and each.is_never_cleared(latest) for each in _explaining(facts, rank, growth)[:1])
 
 
-def _explaining(facts: JobFacts, rank: int, growth: GrowthEstimate) -> list[GrowingObjects]:
+def _explaining(facts: JobFacts, rank: int, growth: GrowthEstimate) -> Sequence[GrowingObjects]:
     known = facts.growing.get(rank, ())
-    return [each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)]
+    alone = [each for each in known if each.explains(growth.bytes_per_step, growth.grown_bytes)]
+    return alone or _together(known, growth)
+
+
+def _together(known: Sequence[GrowingObjects], growth: GrowthEstimate) -> Sequence[GrowingObjects]:
+    """Return the fewest containers that are most of the growth only together, as a list for each layer's outputs."""
+    growing = [each for each in known if each.per_step > 0 and not each.is_copied and each.kind != "graph"]
+    growing.sort(key=lambda each: -each.bytes_per_step)
+    sums = accumulate(each.bytes_per_step for each in growing)
+    enough = (number for number, sum_of in enumerate(sums, 1) if sum_of >= _MOST * growth.bytes_per_step)
+    return growing[: next(enough, 0)]
 
 
 def _where(found: GrowingObjects) -> str:
@@ -92,7 +103,7 @@ def _text(found: GrowingObjects) -> str:
 
     at_most = f" of at most {count_text(found.max_size)}" if found.max_size else ""
     holds = ", each of which holds the graph of its step" if found.holds_graph else ""
-    had = "there were" if found.kind in _OF_LIBRARIES else "it had"
+    had = "there were" if found.kind in _OF_LIBRARIES else "they had" if found.are_many else "it had"
     return (
         f" Meanwhile the {_named(found)} gained {_rate(found)}{holds}; "
         f"{had} {count_text(found.count)}{at_most}{_counted_at(found)}."
@@ -108,7 +119,8 @@ def _named(found: GrowingObjects) -> str:
     """Return a container with its type and line: `list losses (added to in train.py:41 main)`."""
     own = found.kind in _OF_LIBRARIES
     kind = "cache of" if found.kind == "lru_cache" else f"{found.kind} of" if own else found.kind
-    return f"{_TEXTS.get(kind, kind)} {found.path}{_where(found)}"
+    many = "s" if found.are_many else ""
+    return f"{_TEXTS.get(kind, kind)}{many} {found.path}{_where(found)}"
 
 
 def _counted_at(found: GrowingObjects) -> str:

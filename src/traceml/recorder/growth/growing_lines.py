@@ -41,8 +41,9 @@ def _matching(lines: Sequence[str], adds: re.Pattern[str]) -> list[int]:
 
 def _additions(path: str) -> re.Pattern[str]:
     """Return a pattern of the ways to add to a container that an expression reaches."""
-    name = re.sub(r"\[.*\]$", "", path).rpartition(".")[2]
-    before = r"\." if "." in path else r"(?<![\w.])"
+    holder = re.sub(r"\[.*\]$", "", path)  # a key may have a dot, as the name of a layer
+    name = holder.rpartition(".")[2]
+    before = r"\." if "." in holder else r"(?<![\w.])"
     element = r"\s*(?:\[[^\]]*\]\s*)"
     return re.compile(
         rf"{before}{re.escape(name)}(?:{element}?\.\s*(?:{_METHODS})\s*\(|{element}=(?!=)|{element}?\+=)"

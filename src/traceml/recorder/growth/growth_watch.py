@@ -7,8 +7,9 @@ rarer until they cover growth that counts, and the second reading of the contain
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,8 @@ _READINGS = 12
 _FIRST_PAUSE_NS = 20 * 10**9
 _LONG_CHAIN, _STEADY_SHARE = 30, 0.9
 _REPORTED = 5  # growing containers that are reported
+_MANY = 3  # from here on those in one container are reported together
+_INDICES = re.compile(r"(\[[^\]]*\])+$")
 
 
 class _First(NamedTuple):
@@ -51,6 +54,13 @@ class _First(NamedTuple):
     used_bytes: int
     cost_ns: int
     containers: dict[tuple[str, int], ReachableObjects]
+
+
+class _Change(NamedTuple):
+    """A container that has grown, and the elements that it had before."""
+
+    before: int
+    held: ReachableObjects
 
 
 class GrowthWatch:
@@ -125,11 +135,9 @@ class GrowthWatch:
     def _compare(self, now: int, step: int, first: _First) -> None:
         began = time.thread_time_ns()
         steps = step - first.step
-        grown = [
-            _described(held, before.size, steps)
-            for before, held in _pairs(first.containers, self._read_containers())
-            if _has_grown(before, held, steps)
-        ]
+        pairs = _pairs(first.containers, self._read_containers())
+        changes = [_Change(before.size, held) for before, held in pairs if _has_grown(before, held, steps)]
+        grown = [_described(each.held, each.before, steps) for each in _joined(changes)]
         cost_ns = first.cost_ns + time.thread_time_ns() - began
         grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
         self._note(InfoKind.GROWTH, step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
@@ -189,6 +197,42 @@ def _has_grown(before: ReachableObjects, after: ReachableObjects, steps: int) ->
     # The graph of one step may be longer than that of another; that of all steps gets longer with each.
     is_long = before.size >= max(_LONG_CHAIN, steps)
     return after.size >= MAX_CHAIN or (is_long and after.size - before.size >= _STEADY_SHARE * steps)
+
+
+def _joined(changes: Iterable[_Change]) -> Iterator[_Change]:
+    """Yield what has grown; many containers in one, as a list for the outputs of each layer, as one."""
+    groups: dict[tuple[str, ...], list[_Change]] = {}
+    for each in changes:
+        held = each.held
+        holder = "" if held.is_copied or held.kind == "graph" else _holder(held.path)
+        of_many = (held.file, held.function, held.kind, holder) if holder else (held.file, held.function, held.path)
+        groups.setdefault(of_many, []).append(each)
+
+    for group in groups.values():
+        yield from group if len(group) < _MANY else [_as_one(group)]
+
+
+def _holder(path: str) -> str:
+    """Return the container of a path such as `outputs['layer1']`: `outputs`; of another path nothing."""
+    return _INDICES.sub("", path) if path.endswith("]") else ""
+
+
+def _as_one(group: Sequence[_Change]) -> _Change:
+    """Return containers as one, whose elements have their mean size."""
+    gained = [each.held.size - each.before for each in group]
+    all_bytes = sum(more * each.held.item_bytes for more, each in zip(gained, group, strict=True))
+    largest = max(group, key=lambda each: each.held.item_bytes).held
+    return _Change(
+        sum(each.before for each in group),
+        largest._replace(
+            path=f"{_holder(largest.path)}[...]",
+            size=sum(each.held.size for each in group),
+            item_bytes=all_bytes // sum(gained),
+            holds_graph=any(each.held.holds_graph for each in group),
+            of_dataset=all(each.held.of_dataset for each in group),
+            max_size=sum(each.held.max_size for each in group) if all(each.held.max_size for each in group) else 0,
+        ),
+    )
 
 
 def _described(held: ReachableObjects, before: int, steps: int) -> dict[str, Any]:
