@@ -272,6 +272,24 @@ def test_advice_fits_the_loading(loading, loader, says, never):
 
 
 @pytest.mark.parametrize(
+    ("dataset", "function", "kept"),
+    [
+        ("Folder", "Folder.__getitem__", "samples"),
+        ("Folder", "pad_and_collate", "batches (what collate_fn returns)"),
+        ("TensorDataset", "pad", "batches (what collate_fn returns)"),  # its samples are slices
+    ],
+)
+def test_a_cache_is_told_of_what_takes_the_time(dataset: str, function: str, kept: str) -> None:
+    """A cache of samples would save nothing of what makes batches of them."""
+    loader = LoaderFacts(dataset=dataset, num_workers=0, batch_size=8)
+    line = BlamedLine("/x/data.py", 9, function, 0.99, 60)
+
+    text = for_input(JobFacts(loader=loader), pipeline(298, 95), line).text
+
+    assert f"With {kept} that are the same in each epoch, made once and cached, at most" in text
+
+
+@pytest.mark.parametrize(
     ("in_memory", "says"),
     [
         (True, "Make what is done with the samples of Rows cheaper (transforms, "),

@@ -102,7 +102,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
     if line is not None and line.function.endswith(_OF_BATCH):
         loader = replace(loader, takes_batches=True)
 
-    return _more_workers(facts, loader, pipeline, cores) or _cheaper_samples(loader, pipeline, line, cores)
+    return _more_workers(facts, loader, pipeline, cores, line) or _cheaper_samples(loader, pipeline, line, cores)
 
 
 def for_iterator(facts: JobFacts, wait_ns: float, step_ns: float, called: str | None = None) -> LoadingAdvice:
@@ -354,7 +354,9 @@ def _whole_batches(loader: LoaderFacts, pipeline: Pipeline, line: BlamedLine | N
     )
 
 
-def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str) -> LoadingAdvice | None:
+def _more_workers(
+    facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, cores: str, line: BlamedLine | None
+) -> LoadingAdvice | None:
     workers = pipeline.best_workers()
     gain = pipeline.gain(workers)
     if workers <= pipeline.workers or gain < WORTHWHILE:
@@ -379,7 +381,8 @@ def _more_workers(facts: JobFacts, loader: LoaderFacts, pipeline: Pipeline, core
         )
 
     text += _in_longer_epochs(pipeline, workers, gain)
-    return LoadingAdvice(text + (_cached(pipeline, gain) or _waits(loader, pipeline, workers)), gain, workers)
+    cached = _cached(pipeline, gain, of_batches=_is_of_batches(loader, line))
+    return LoadingAdvice(text + (cached or _waits(loader, pipeline, workers)), gain, workers)
 
 
 def _in_longer_epochs(pipeline: Pipeline, workers: int, gain: float) -> str:
@@ -470,12 +473,21 @@ def _threads(loader: LoaderFacts) -> str:
     return "threads in __getitems__ that fetch the samples of a batch at once" if is_by_index else ""
 
 
-def _cached(pipeline: Pipeline, gain: float) -> str:
+def _is_of_batches(loader: LoaderFacts, line: BlamedLine | None) -> bool:
+    """Return whether the time goes into making batches of samples: a cache of samples would not save it.
+
+    The samples of a TensorDataset are slices.
+    """
+    return loader.dataset == "TensorDataset" or (line is not None and "collate" in line.function.lower())
+
+
+def _cached(pipeline: Pipeline, gain: float, *, of_batches: bool) -> str:
     cached = pipeline.gain_with(0.0, workers=0)
     if not pipeline.takes_cpu or cached < WORTHWHILE * gain:
         return ""
 
-    return f" With samples that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
+    what = "batches (what collate_fn returns)" if of_batches else "samples"
+    return f" With {what} that are the same in each epoch, made once and cached, {gain_text(cached, 'at most')}."
 
 
 def _waits(loader: LoaderFacts, pipeline: Pipeline, workers: int) -> str:

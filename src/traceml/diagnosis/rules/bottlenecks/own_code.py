@@ -111,8 +111,10 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool
     line_share = 1.0 if line is None or line.is_rough else line.share
     gain = 1.0 if is_update else speedup(cost.step_ns, cost.saved_ns * line_share)
     what = "that part" if line_share < 1.0 else "it"
-    # What is waited for, as a batch that a thread makes, may take as long elsewhere.
-    faster = gain_text(gain, "at most") if waits else gain_text(gain)
+    makes_graph = cost.part == "other" and _makes_graph(cost.work)
+    # What is waited for, as a batch that a thread makes, may take as long elsewhere. A loss has its part of backward.
+    bound = "at most" if waits else "at least" if makes_graph else ""
+    faster = gain_text(gain, bound)
     without = _MAY_UPDATE if is_update else f"; without {what} steps would be {faster}."
     summary = f"{cost.of_step} is spent in {where}{without}"
     leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {RARE_STEPS}") if two else None
@@ -123,7 +125,7 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool
         library,
         has_forward=has_forward,
         is_update=is_update,
-        makes_graph=cost.part == "other" and _makes_graph(cost.work),
+        makes_graph=makes_graph,
         trainer=sampled if line is None and library is None else None,
         two=leading,
     )
