@@ -637,6 +637,23 @@ def test_a_worker_that_is_idle_keeps_up(making, busy, keeps_up):
     assert ("do not keep up" in text or "does not keep up" in text) != bool(keeps_up)
 
 
+@pytest.mark.parametrize(("making", "idle", "keeps_up"), [(2, 20, True), (0, 0, False), (4, 18, False), (2, 3, False)])
+def test_few_samples_suffice_of_a_worker_that_is_hardly_ever_at_work(making: int, idle: int, keeps_up: bool) -> None:
+    """It is seen in few batches, and its use is not known, as it was started by a fork server."""
+    part = LINE_PHASES[LINE_WORKERS]
+    lines = [
+        SampledLine(0, part, None, 0, None, None, idle),
+        SampledLine(0, part, None, 0, None, "/a.py:1 get", making),
+    ]
+    work = own_work_of(window_of(ALONE, adds("input_wait", 3)), JobFacts())
+    facts = JobFacts(loader=replace(FOLDER, num_workers=1), lines_of_workers={0: lines}, hosts={0: "h"}, cores={"h": 2})
+
+    found = pipeline_of(work, facts, 3 * MS)
+
+    assert found is not None
+    assert ("The worker keeps up" in for_input(facts, found).text) is keeps_up
+
+
 def test_a_handover_that_costs_less_than_making_the_batch_keeps_the_workers():
     """Each of two workers computes for most of the time: without them the step would be longer."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "train", "/lib/multiprocessing/a.py:1 Connection._recv", 40)]

@@ -14,8 +14,10 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
+    SampledShare,
     busy_share,
     handover_share,
+    least_share,
     used_cores,
     workers_at_work,
 )
@@ -254,14 +256,23 @@ def share_at_work(facts: JobFacts) -> float | None:
     They compute or are runnable, or were seen in a fetch, which may wait for a disk or a server.
     """
     sampled, use = workers_at_work(facts.worker_lines), facts.worker_use
-    shares = [] if sampled.is_rough else [sampled.share]
+    shares = [sampled.share] if _is_known(sampled) else []
     return max(shares if use is None else [*shares, use.ready], default=None)
 
 
 def _are_idle(facts: JobFacts) -> bool:
     """Return whether workers were seen to make no batches for most of the time: each batch is ready in time."""
     at_work = share_at_work(facts)
-    return not workers_at_work(facts.worker_lines).is_rough and at_work is not None and at_work < IDLE_SHARE
+    return _is_known(workers_at_work(facts.worker_lines)) and at_work is not None and at_work < IDLE_SHARE
+
+
+def _is_known(at_work: SampledShare) -> bool:
+    """Return whether the share at work is known; few samples suffice to show that workers are idle."""
+    if not at_work.is_rough:
+        return True
+
+    idle = (1 - at_work.share) * at_work.samples
+    return at_work.samples > 0 and least_share(idle, at_work.samples) >= 1 - IDLE_SHARE
 
 
 def _make_all_the_time(facts: JobFacts) -> bool:
