@@ -228,6 +228,32 @@ def test_a_queue_is_named(call, words):
     assert f"in train.py:6 stuck, {words}, with its thread 'Thread-1' in train.py:40 upload" in finding.summary
 
 
+THREADING, FUTURES = "/usr/lib/python3.11/threading.py", "/usr/lib/python3.11/concurrent/futures/_base.py"
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "words"),
+    [
+        (THREADING, "Event.wait", "waiting for an event to be set"),
+        (THREADING, "Condition.wait_for", "waiting for a condition to be notified"),
+        (THREADING, "Semaphore.acquire", "waiting for a semaphore"),
+        (FUTURES, "Future.result", "waiting for a result of an executor"),
+        ("/usr/lib/python3.10/threading.py", "wait", "waiting for a lock"),  # the class is not known there
+        ("/home/me/threading.py", "Event.wait", "waiting for a lock"),
+    ],
+)
+def test_what_another_thread_has_to_do_is_named(file: str, function: str, words: str) -> None:
+    """An event has no lock that anybody could release."""
+    inner = FrameSnapshot(file=THREADING, line=327, function="Condition.wait")
+    is_user = file.startswith("/home")
+    called = FrameSnapshot(file=file, line=629, function=function, is_user=is_user)
+    frames = (called,) if is_user or function == "wait" else (inner, called)
+
+    finding = stuck(*frames, line(6, "stuck"), wchan="futex_do_wait")
+
+    assert words in finding.summary
+
+
 def test_a_lock_in_a_queue_of_the_user_is_a_lock():
     waits = FrameSnapshot(file="/home/me/queue.py", line=9, function="get", is_user=True)
 

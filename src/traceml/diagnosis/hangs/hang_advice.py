@@ -146,7 +146,7 @@ def _advice_for(snapshot: RankSnapshot, found: DetectedHang) -> str:
 
 
 def _for_thread(snapshot: RankSnapshot) -> str:
-    """Return the advice about a lock or a queue for which the only other thread may be waited; empty for others."""
+    """Return the advice about a lock, a queue or an event that may wait for the only other thread; empty for others."""
     thread = snapshot.threads[0] if len(snapshot.threads) == 1 else None
     if thread is None or thread.line is None or thread.exception or not doing(snapshot).endswith(WAITS_FOR_THREAD):
         return ""
@@ -154,8 +154,8 @@ def _for_thread(snapshot: RankSnapshot) -> str:
     place = line_text(thread.line.file, thread.line.line, thread.line.function)
     return (
         f"Find out what thread {thread.name!r} waits for at {place}: it may hold the lock, or be the one to fill "
-        "or empty the queue. A lock must not be held during a wait; acquire(timeout=60) turns such a wait into an "
-        "error."
+        "or empty the queue, or to set the event. A lock must not be held during a wait; a timeout, as of "
+        "acquire(timeout=60), turns such a wait into an error."
     )
 
 

@@ -51,9 +51,18 @@ _WAITING_PHASES = ("backward", "comm")
 _ENGINE = "_engine_run_backward"
 _INPUT = "waiting for input"
 _LOCK = "waiting for a lock"
-# Functions of queue.Queue: they wait for a lock that another thread releases when it has done its part.
-_QUEUE_CALLS = {"get": "waiting for an item of a queue", "put": "waiting for room in a queue"}
-WAITS_FOR_THREAD = (_LOCK, *_QUEUE_CALLS.values())
+# Functions that wait for a lock which another thread releases when it has done its part, by file.
+_THREAD_CALLS = {
+    "queue.py get": "waiting for an item of a queue",
+    "queue.py put": "waiting for room in a queue",
+    "concurrent/futures/_base.py result": "waiting for a result of an executor",
+    "threading.py Event.wait": "waiting for an event to be set",
+    "threading.py Condition.wait": "waiting for a condition to be notified",
+    "threading.py Barrier.wait": "waiting for other threads at a barrier",
+    "threading.py Semaphore.acquire": "waiting for a semaphore",
+    "threading.py Thread.join": "waiting for a thread to end",
+}
+WAITS_FOR_THREAD = (_LOCK, *_THREAD_CALLS.values())
 """What `doing` returns of a thread that waits for another one."""
 # Kernel functions in which a process sleeps, by the first that begins like it.
 _SLEEPS = (
@@ -297,14 +306,19 @@ def _waiting(snapshot: RankSnapshot | WorkerSnapshot) -> str:
         return "waiting for an event"
 
     child = _for_child(snapshot.blocker) if snapshot.wchan else ""
-    return child or (words == _LOCK and _queue_call(snapshot.frames)) or words
+    return child or (words == _LOCK and _thread_call(snapshot.frames)) or words
 
 
-def _queue_call(frames: Sequence[FrameSnapshot]) -> str:
-    """Return what a thread waits for in a call of `queue.Queue` by the script; empty if it is in none."""
-    called = takewhile(lambda frame: not frame.is_user, frames)
-    calls = (frame.function.rpartition(".")[2] for frame in called if frame.file.endswith("/queue.py"))
-    return next((_QUEUE_CALLS[call] for call in calls if call in _QUEUE_CALLS), "")
+def _thread_call(frames: Sequence[FrameSnapshot]) -> str:
+    """Return what a thread waits for in the outermost call of the script that is known to wait; empty if in none."""
+    called = [*takewhile(lambda frame: not frame.is_user, frames)]
+    waits = (words for frame in reversed(called) for call, words in _THREAD_CALLS.items() if _is_call(frame, call))
+    return next(waits, "")
+
+
+def _is_call(frame: FrameSnapshot, call: str) -> bool:
+    file, function = call.split(" ")
+    return frame.file.endswith(f"/{file}") and f".{frame.function}".endswith(f".{function}")
 
 
 def _held_by(holder: ProcessSnapshot | None) -> list[str]:
