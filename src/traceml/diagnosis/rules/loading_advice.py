@@ -223,8 +223,8 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     """Return the facts with the loader that the training waits for, if it reads several.
 
     By default that is the first loader of a step. If its workers keep up, while those of another one make batches in a
-    third of the time that the training waits, it is the other one. If it has no workers, but samples show that the
-    training waits for workers, or in the data set of another loader, it is that other loader. One that is first read
+    third of the time that the training waits, it is the other one. If samples show that the training waits in the data
+    set of another loader, or for workers, which the first one does not have, it is that other loader. One that is read
     before it comes last: an evaluation before the training has a loader, but so has a data set that reads one, as
     TorchIO's queue.
 
@@ -234,11 +234,13 @@ def with_waited_loader(facts: JobFacts, waits: float) -> JobFacts:
     if facts.loader is None:
         return facts
 
-    if facts.loader.num_workers:
-        return replace(facts, loader=_with_busier_workers(facts) or facts.loader)
+    has_workers = bool(facts.loader.num_workers)
+    if has_workers and (busier := _with_busier_workers(facts)) is not None:
+        return replace(facts, loader=busier)
 
     number = facts.loader.number or 0
     others = [loader for loaders in facts.loaders.values() for loader in loaders if loader.number != number]
+    others = [each for each in others if not (has_workers and each.num_workers)]
     others.sort(key=lambda loader: loader.number is not None and loader.number < number)
     evaluated = _evaluation_share(facts, waits)
     waited = (each for each in others if _share_of(each, facts) - evaluated >= NAMED_SHARE * (1 - evaluated))

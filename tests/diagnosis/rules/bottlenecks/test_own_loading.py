@@ -170,6 +170,31 @@ def test_the_loader_that_is_waited_for_is_told(evaluation: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("function", "evaluation", "dataset"),
+    [
+        ("Labels.__getitem__", 0.0, "Labels"),
+        ("main", 0.0, "Images"),
+        ("Labels.__getitem__", 4.0, "Images"),  # the first batches of evaluations
+    ],
+)
+def test_a_loader_without_workers_beside_one_with_them_is_told(function: str, evaluation: float, dataset: str) -> None:
+    """The training process makes its batches, while the workers of the first loader are ready."""
+    images = LoaderFacts(dataset="Images", num_workers=1, batch_size=8, number=0)
+    labels = LoaderFacts(dataset="Labels", num_workers=0, batch_size=8, number=1)
+    facts = JobFacts(
+        loader=images,
+        loaders={0: (images, labels)},
+        lines=(*seen(function, None, busy=0.1), *(seen("main", RECEIVES) if evaluation else ())),
+        time=RunTime.of(10.0, {"steps": 9.0 - evaluation, "evaluation": evaluation}),
+    )
+    told = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
+    finding = next(each for each in told if each.kind is Kind.INPUT_BOUND)
+
+    assert finding.evidence["dataset"] == dataset
+    assert ("Labels is read by the training process itself" in finding.next) is (dataset == "Labels")
+
+
+@pytest.mark.parametrize(
     ("busy", "own", "others", "dataset"),
     [
         (0.05, 0, 60, "Audio"),
