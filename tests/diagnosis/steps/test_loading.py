@@ -443,6 +443,26 @@ def test_samples_are_in_memory_on_a_crowded_host_too(waited, says):
     assert says in for_input(JobFacts(loader=loader, wait_of_ready_time={0: waited}), pipeline(2.74, 13)).text
 
 
+@pytest.mark.parametrize(("batches", "says"), [(16.0, "data[indices]"), (1.0, "num_workers=")])
+def test_samples_of_accumulated_batches_are_in_memory(batches: float, says: str) -> None:
+    """A fetch of 4 ms is for 16 batches of 32 samples, 8 us each."""
+    loader = LoaderFacts(dataset="Subset", in_memory=True, num_workers=0, batch_size=32)
+
+    assert says in for_input(JobFacts(loader=loader, micro_batches=batches), pipeline(4, 13)).text
+
+
+@pytest.mark.parametrize("batches", [1.0, 4.0])
+def test_each_accumulated_batch_is_handed_over(batches: float) -> None:
+    """Workers share and the training process receives all batches of a step."""
+    work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    found = pipeline_of(work, JobFacts(loader=FOLDER, batch_tensors=9, micro_batches=batches), 30 * MS)
+    one = pipeline_of(work, JobFacts(loader=FOLDER, batch_tensors=9), 30 * MS)
+
+    assert found is not None
+    assert one is not None
+    assert (found.take_ns, found.share_ns) == (batches * one.take_ns, batches * one.share_ns)
+
+
 def test_the_fetch_is_what_the_training_waits_for():
     """Without workers its CPU share is that of the training thread in the wait."""
     lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=20_000_000)]

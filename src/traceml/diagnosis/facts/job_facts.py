@@ -103,6 +103,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     workers: WorkerHistory = msgspec.field(default_factory=WorkerHistory)  # worker processes of loaders over the run
     # rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator
     epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
+    micro_batches: float = 1.0  # batches of a step, as gradients are accumulated
     batch_tensors: int = 0  # tensors of the largest of some batches, as a loader returns it; 0 if unknown
     batch_bytes: int = 0  # its bytes
     # fingerprints of batches, and how ranks exchange gradients

@@ -388,6 +388,7 @@ class JobFactsBuilder:
             health=self.health,
             topology=self.topology,
             epochs=self._epochs,
+            micro_batches=self.progress.micro_batches,
             time=self.time,
             exits=tuple(self._ended(rank, latest) for rank in sorted(self.exits)),
             state=self.state,

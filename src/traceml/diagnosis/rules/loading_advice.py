@@ -85,7 +85,7 @@ def for_input(facts: JobFacts, pipeline: Pipeline | RareWaits, line: BlamedLine 
         return _all_cores(pipeline, pipeline.worker_cores)
 
     cores = _on(pipeline, facts)
-    in_memory = is_in_memory(loader, pipeline, facts.wait_share)
+    in_memory = is_in_memory(loader, pipeline, facts.wait_share, facts.micro_batches)
     if pipeline.is_handover and not in_memory:
         return _fewer_handovers(facts, loader, pipeline, cores)
 
@@ -276,14 +276,16 @@ def _evaluation_share(facts: JobFacts, waits: float) -> float:
     return evaluation / (evaluation + waiting) if evaluation > 0 else 0.0
 
 
-def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0) -> bool:
+def is_in_memory(loader: LoaderFacts, pipeline: Pipeline, waited: float = 0.0, batches: float = 1.0) -> bool:
     """Return whether samples are in memory, and fetching one costs next to nothing.
 
     Args:
         waited: share of its ready time in which the training process waited for a core: a fetch would be as much
             shorter on a core of its own.
+        batches: number of batches that a fetch is for.
     """
-    per_sample_ns = pipeline.fetch_ns * (1 - min(pipeline.fetch_cpu, 1.0) * waited) / (loader.batch_size or 1)
+    samples = batches * (loader.batch_size or 1)
+    per_sample_ns = pipeline.fetch_ns * (1 - min(pipeline.fetch_cpu, 1.0) * waited) / samples
     return bool(loader.in_memory) and per_sample_ns <= CHEAP_SAMPLE_NS
 
 

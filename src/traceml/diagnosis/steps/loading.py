@@ -239,10 +239,11 @@ def pipeline_of(work: OwnWork, facts: JobFacts, wait_ns: float, step_ns: float =
 
 
 def _handover_ns(facts: JobFacts) -> tuple[float, float]:
-    """Return how long the training process would take to receive a batch from a worker, and a worker to share it."""
+    """Return how long the training process would take to receive the data of a step, and workers to share it."""
     tensors, size = facts.batch_tensors, facts.batch_bytes
-    receive_ns = tensors * RECEIVE_TENSOR_NS + size * RECEIVE_BYTE_NS
-    return max(receive_ns, TAKE_NS), tensors * SHARE_TENSOR_NS + size * SHARE_BYTE_NS
+    receive_ns = max(tensors * RECEIVE_TENSOR_NS + size * RECEIVE_BYTE_NS, TAKE_NS)
+    share_ns = tensors * SHARE_TENSOR_NS + size * SHARE_BYTE_NS
+    return facts.micro_batches * receive_ns, facts.micro_batches * share_ns
 
 
 def _taken_ns(facts: JobFacts, wait_ns: float) -> float:

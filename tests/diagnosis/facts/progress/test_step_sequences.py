@@ -42,6 +42,18 @@ def test_a_difference_that_ends_is_none() -> None:
     assert found.diverged is None
 
 
+@pytest.mark.parametrize(("counts", "usual"), [((16, 16, 16, 4), 16.0), ((0, 0), 1.0), ((), 1.0)])
+def test_the_usual_number_of_batches_of_a_step_is_known(counts: tuple[int, ...], usual: float) -> None:
+    """The last step of an epoch may have fewer; a step without backward has none."""
+    found = StepSequences()
+    if counts:
+        rows = np.zeros(len(counts), STEPS.dtype)
+        rows["step"], rows["bits"] = np.arange(len(counts)), [pack_bits(count, 0) for count in counts]
+        found.add(np.zeros(len(counts), np.int64), rows)
+
+    assert found.micro_batches == usual
+
+
 @pytest.mark.parametrize("numbers", [([5, 6], [7, 8]), ([0, 0], [0, 1])])
 def test_ranks_that_never_agreed_are_not_apart(numbers: tuple[list[int], list[int]]) -> None:
     """Stages of a pipeline; and steps without numbers."""

@@ -246,6 +246,11 @@ class ProgressHistory:
 
         self._check_snapshots()
 
+    @property
+    def micro_batches(self) -> float:
+        """Batches of a step, as gradients are accumulated; at least 1."""
+        return self._step_sequences.micro_batches
+
     def build(
         self,
         hosts: Mapping[int, str],

@@ -80,6 +80,13 @@ class StepSequences:
             self._check(np.arange(first, common + 1))
             self._checked = common
 
+    @property
+    def micro_batches(self) -> float:
+        """Batches of a step, in the middle of the newest steps; at least 1."""
+        steps, _, batches = self._cells[:, : self._ranks]
+        known = batches[steps >= 0]
+        return max(float(np.median(known)), 1.0) if len(known) else 1.0
+
     def _check(self, steps: NDArray[np.int64]) -> None:
         """Compare the ranks in steps that all of them have ended; a sample of steps may lack some."""
         slots = steps % self._cells.shape[2]
