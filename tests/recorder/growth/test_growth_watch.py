@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from functools import cache, lru_cache, partial
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,36 @@ def test_a_global_belongs_to_the_module() -> None:
         cached(number)
 
     assert by_path(read_containers(sys._getframe(), is_here))["cached"].function == "<module>"
+
+
+HELPERS = """
+history = list(range(10))
+class Registry:
+    rows = list(range(11))
+def record(row):
+    history.append(row)
+"""
+
+
+@pytest.mark.parametrize(("folder", "paths"), [("lib", {"history", "Registry.rows"}), ("site-packages", set())])
+def test_globals_of_the_user_s_other_modules_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, paths: set[str]
+) -> None:
+    """A function of theirs keeps what it is given, also while none of them runs; libraries are not searched."""
+    file = tmp_path / folder / "kept_helpers.py"
+    file.parent.mkdir()
+    file.write_text(HELPERS)
+    helpers = module_from_spec(spec_from_file_location("kept_helpers", file))
+    helpers.__loader__.exec_module(helpers)
+    monkeypatch.setitem(sys.modules, "kept_helpers", helpers)
+    record = helpers.record
+    del helpers
+
+    found = by_path(read_containers(sys._getframe(), is_here))
+
+    assert {path for path in ("history", "Registry.rows") if path in found} == paths
+    assert all((found[path].file, found[path].function) == (str(file), "<module>") for path in paths)
+    assert record.__module__ == "kept_helpers"
 
 
 class Net(torch.nn.Module):

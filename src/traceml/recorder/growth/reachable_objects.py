@@ -1,7 +1,8 @@
 """Containers that the script's variables reach, with their sizes: read briefly by another thread.
 
-Only variables of the training thread's frames in the user's code, globals of these files, and attributes a few levels
-below are visited, and pyplot's figures, for some milliseconds at most. Nothing is kept but counts.
+Only variables of the training thread's frames in the user's code, globals of these files and of the user's modules that
+they use, and attributes a few levels below are visited, and pyplot's figures, for some milliseconds at most. Nothing is
+kept but counts.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import gc
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from traceml.inspection.user_files import is_user_file
 from traceml.instrument.facts.instance_attributes import attribute_values, named_attributes
 from traceml.privacy import secrets_only
 from traceml.recorder.growth.library_holders import (
@@ -36,6 +38,7 @@ _MAX_VISITED = 4000
 _ALWAYS_VISITED = 256  # variables that are visited also when a collection takes all of the time
 _MAX_DEPTH = 4
 _MAX_FIELDS = 64
+_MAX_OF_MODULES = 256  # variables of modules of which no code runs
 _MAX_FRAMES, _MAX_LIBRARY_FRAMES = 20, 200  # of the user's code, and of others: pyplot saves a figure 30 calls deep
 MAX_CHAIN = 8000
 """Operations of a graph that are followed."""
@@ -87,6 +90,7 @@ class _Place(NamedTuple):
     of_dataset: bool
     kind: str = ""
     function: str = ""  # whose variable it is, if not that of the frame's code
+    file: str = ""  # the same
 
 
 def read_containers(
@@ -120,19 +124,77 @@ def read_containers(
 
 def _roots(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[_Place]:
     files: set[str] = set()
+    names: set[str] = set()
     figures = pyplot_figures()
     for user in _user_frames(frame, is_user):
         if figures is not None and not files:
             yield _Place(figures.value, figures.path, _MAX_DEPTH, user, of_dataset=False, kind=figures.kind)
 
         for name, value in _variables(user).items():
+            names.add(_module_name(value))
             yield _Place(value, name, 0, user, of_dataset=False)
 
         if user.f_code.co_filename not in files:
             files.add(user.f_code.co_filename)
             for name, value in list(user.f_globals.items()):
                 if not name.startswith("__"):
+                    names.add(_module_name(value))
                     yield _Place(value, name, 0, user, of_dataset=False, function="<module>")
+
+            yield from _of_classes(user.f_globals, _Place(None, "", 0, user, of_dataset=False, function="<module>"))
+
+    if frame is not None:
+        yield from islice(_of_modules(names, files, frame), _MAX_OF_MODULES)
+
+
+def _of_modules(names: Collection[str], files: set[str], frame: FrameType) -> Iterator[_Place]:
+    """Yield the globals of the user's modules of which variables come, and of those that these use.
+
+    Args:
+        names: of modules.
+        files: those whose globals are known.
+    """
+    pending, seen = deque(sorted(names)), set(names)
+    while pending:
+        module = sys.modules.get(pending.popleft())
+        file = vars(module).get("__file__") if _is_of(module, ModuleType) else None
+        if not isinstance(file, str) or file in files or not is_user_file(file):
+            continue
+
+        files.add(file)
+        place = _Place(None, "", 0, frame, of_dataset=False, function="<module>", file=file)
+        for name, value in list(vars(module).items()):
+            if (used := _module_name(value)) not in seen:
+                seen.add(used)
+                pending.append(used)
+
+            if not _is_of(value, _NOT_ENTERED) and not name.startswith("__"):
+                yield place._replace(value=value, path=name)
+
+        yield from _of_classes(vars(module), place)
+
+
+def _of_classes(variables: Mapping[str, Any], place: _Place) -> Iterator[_Place]:
+    """Yield the containers that classes of a module hold, for all of their objects."""
+    for name, cls in list(variables.items()):
+        if _is_of(cls, type) and vars(cls).get("__module__") == variables.get("__name__"):
+            for attribute, value in list(vars(cls).items()):
+                if _is_of(value, (dict, set, *_LISTS)) and not attribute.startswith("__"):
+                    yield place._replace(value=value, path=f"{name}.{attribute}")
+
+
+def _module_name(value: Any) -> str:
+    """Return the name of the module that a variable is, or that has its function or class."""
+    if _is_of(value, ModuleType):
+        return str(vars(value).get("__name__"))
+
+    name = getattr(value if _is_of(value, (FunctionType, type)) else type(value), "__module__", None)
+    return name if isinstance(name, str) else ""
+
+
+def _is_of(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Return whether an object is of a type, without code of the object: it may be a proxy of another."""
+    return issubclass(type(value), kinds)
 
 
 def _user_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) -> Iterator[FrameType]:
@@ -229,7 +291,7 @@ def _entry(place: _Place, kind: str, count: int, item: Any) -> ReachableObjects:
     kind = place.kind or kind
     return ReachableObjects(
         path,
-        code.co_filename,
+        place.file or code.co_filename,
         place.function or code.co_name,
         kind,
         count,
