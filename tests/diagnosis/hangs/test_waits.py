@@ -121,6 +121,22 @@ def test_a_wait_for_a_lock_tells_where_the_other_threads_are() -> None:
     assert finding.next.startswith("Find out what thread 'Thread-1' waits for at train.py:40 upload: it may hold the")
 
 
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("Thread.join", "If join() is of thread 'Thread-1', find out what keeps it at train.py:40 upload"),
+        ("Event.wait", "Find out what thread 'Thread-1' waits for at train.py:40 upload"),
+    ],
+)
+def test_a_thread_that_is_joined_is_told_to_end(function: str, says: str) -> None:
+    """It has no lock, and fills no queue."""
+    joins = FrameSnapshot(file="/usr/lib/python3.11/threading.py", line=1119, function=function)
+
+    finding = stuck(joins, line(6, "stuck"), wchan="futex_do_wait", threads=(HELPER,))
+
+    assert finding.next.startswith(says)
+
+
 def test_a_thread_that_had_failed_is_told() -> None:
     """What it was to bring never comes; it holds no lock any more."""
     failed = ThreadSnapshot(

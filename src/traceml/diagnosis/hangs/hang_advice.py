@@ -11,6 +11,7 @@ from traceml.diagnosis.hangs.hang_detection import DetectedHang
 from traceml.diagnosis.hangs.hang_wording import failed_thread, handling_rank
 from traceml.diagnosis.hangs.rank_state import (
     COMPUTING,
+    FOR_JOIN,
     WAITS_FOR_THREAD,
     awaited_thread,
     blocked_worker,
@@ -152,6 +153,12 @@ def _for_thread(snapshot: RankSnapshot) -> str:
         return ""
 
     place = line_text(thread.line.file, thread.line.line, thread.line.function)
+    if doing(snapshot).endswith(FOR_JOIN):
+        return (
+            f"If join() is of thread {thread.name!r}, find out what keeps it at {place}, and tell it to end before. "
+            "join(timeout=60) ends such a wait."
+        )
+
     return (
         f"Find out what thread {thread.name!r} waits for at {place}: it may hold the lock, or be the one to fill "
         "or empty the queue, or to set the event. A lock must not be held during a wait; a timeout, as of "

@@ -19,6 +19,7 @@ from traceml.inspection.thread_frames import is_event_loop
 
 __all__ = [
     "COMPUTING",
+    "FOR_JOIN",
     "REMOTE_CALLS",
     "WAITS_FOR_THREAD",
     "awaited_thread",
@@ -51,6 +52,7 @@ _WAITING_PHASES = ("backward", "comm")
 _ENGINE = "_engine_run_backward"
 _INPUT = "waiting for input"
 _LOCK = "waiting for a lock"
+FOR_JOIN = "waiting for a thread to end"
 # Functions that wait for a lock which another thread releases when it has done its part, by file.
 _THREAD_CALLS = {
     "queue.py get": "waiting for an item of a queue",
@@ -60,7 +62,7 @@ _THREAD_CALLS = {
     "threading.py Condition.wait": "waiting for a condition to be notified",
     "threading.py Barrier.wait": "waiting for other threads at a barrier",
     "threading.py Semaphore.acquire": "waiting for a semaphore",
-    "threading.py Thread.join": "waiting for a thread to end",
+    "threading.py Thread.join": FOR_JOIN,
 }
 WAITS_FOR_THREAD = (_LOCK, *_THREAD_CALLS.values())
 """What `doing` returns of a thread that waits for another one."""
