@@ -223,6 +223,31 @@ def test_the_size_of_a_kept_model_is_that_of_its_tensors() -> None:
     assert (len(models), len(optimizers), len(same)) == (9, 9, 9)
 
 
+def spike(loss: torch.Tensor) -> None:
+    doubled = loss * 2
+    raise ValueError(f"{len(doubled)} losses are too high")
+
+
+def failure(elements: int) -> ValueError:
+    try:
+        spike(torch.zeros(elements))
+    except ValueError as error:
+        return error
+
+    raise AssertionError
+
+
+def test_an_exception_has_the_size_of_the_variables_that_it_keeps() -> None:
+    """Its traceback refers to the frames of the functions that it has ended, until it is dropped."""
+    errors = [failure(1 << 18) for _ in range(9)]
+
+    held = by_path(read_containers(sys._getframe(), is_here))["errors"]
+
+    assert (held.size, held.item) == (9, "ValueError")
+    assert 2 << 20 <= held.item_bytes < 3 << 20  # the losses, and twice that
+    assert len(errors) == 9
+
+
 def test_a_few_large_elements_are_seen() -> None:
     """One is kept in each epoch, of which there are few."""
     states = [{"weight": torch.zeros(1 << 18)} for _ in range(2)]

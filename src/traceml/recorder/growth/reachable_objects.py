@@ -409,7 +409,7 @@ def _size(item: Any, depth: int = 2) -> int:
 
 
 def _parts(item: Any) -> Collection[Any]:
-    """Return what an element consists of: that of a list or dict, what a function has taken along, or the fields."""
+    """Return what an element consists of: that of a list or dict, what a function or error keeps, or the fields."""
     if isinstance(item, dict):
         return item.values()
 
@@ -422,8 +422,22 @@ def _parts(item: Any) -> Collection[Any]:
     if isinstance(item, partial):
         return [item.func, *item.args, *item.keywords.values()]
 
+    if isinstance(item, BaseException):
+        return [*item.args, *_variables_at(item)]
+
     has_fields = type(item).__dictoffset__ != 0  # asking the object itself for its `__dict__` would make one
     return attribute_values(item) if has_fields and _is_entered(item) else ()
+
+
+def _variables_at(error: BaseException) -> list[Any]:
+    """Return the variables of the functions that an exception has ended, which it keeps, without its handler's."""
+    found: list[Any] = []
+    entry = error.__traceback__ and error.__traceback__.tb_next
+    while entry is not None and len(found) < _MAX_FIELDS:
+        found += _variables(entry.tb_frame).values()
+        entry = entry.tb_next
+
+    return found
 
 
 def _captured_values(function: FunctionType) -> list[Any]:
