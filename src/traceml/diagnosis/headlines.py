@@ -301,7 +301,8 @@ def _of_own_code(evidence: Mapping[str, Any]) -> str:
 
 def input_wait(finding: FindingFacts) -> str:
     """Return `Training waits for data: 62 % of step time`, or that for its loader's workers to start."""
-    what = "new loader workers in each epoch" if finding.evidence.get("restart_ms") else "data"
+    when = "for each step" if finding.evidence.get("each_step") else "in each epoch"
+    what = f"new loader workers {when}" if finding.evidence.get("restart_ms") else "data"
     return f"Training waits for {what}: {_of_step_time(finding)}"
 
 

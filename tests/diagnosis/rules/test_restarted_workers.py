@@ -271,6 +271,19 @@ def test_an_iterator_in_each_step_gets_its_own_advice():
 
     assert "for each step" in found.summary
     assert "Keep one iterator" in found.next
+    assert found.headline.startswith("Training waits for new loader workers for each step: ")
+
+
+@pytest.mark.parametrize(("length", "each_step"), [(20_000, True), (64, False), (None, False)])
+def test_an_iterator_that_is_dropped_is_no_epoch_of_one_batch(length: int | None, each_step: bool) -> None:
+    """Its workers end, too. One iterator would save all of the wait, as its workers have batches ahead."""
+    loader = replace(LOADER, length=length, batch_size=64)
+    (found,) = restarts(findings(60, every=1, create_ms=15, drain_ms=15, loader=loader))
+
+    assert ("for each step" in found.summary) is each_step
+    assert ("Keep one iterator" in found.next) is each_step
+    assert ("with one iterator, steps would be at most" in found.summary) is each_step
+    assert (found.speedup_if_fixed > 4) is each_step
 
 
 def test_epochs_of_one_batch_keep_their_workers():

@@ -534,7 +534,7 @@ def of_new_iterators(facts: JobFacts, pipeline: Pipeline | None) -> LoadingAdvic
     """Return advice on an iterator in each step, which orders all samples for one batch; None if it is not that."""
     loader = facts.loader or LoaderFacts()
     share = ordering_share(facts.lines)
-    if loader.num_workers or pipeline is None or share < NAMED_SHARE or not begins_each_step(facts.epochs):
+    if loader.num_workers or pipeline is None or share < NAMED_SHARE or not begins_each_step(facts):
         return None
 
     gain = pipeline.gain_with(1 - share)

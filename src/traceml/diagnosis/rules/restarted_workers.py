@@ -32,13 +32,27 @@ _LONG_BEGIN_NS, _LONG_BEGIN = 3e8, 3.0
 _PART, _FORK = "input_wait", "fork"
 
 
-def begins_each_step(epochs: NDArray[np.void]) -> bool:
-    """Return whether each step makes an iterator for one batch: an epoch of one batch would end its iterator."""
+def begins_each_step(facts: JobFacts) -> bool:
+    """Return whether each step makes an iterator for one batch: an epoch of one batch would end its iterator.
+
+    With workers, one that is dropped ends, too; then the data shows that it has more batches.
+    """
+    epochs = facts.epochs
     if len(epochs) < _MIN_STARTS:
         return False
 
     steps = int(epochs["step"][-1]) - int(epochs["step"][0]) + 1
-    return len(epochs) >= EACH_STEP_SHARE * steps and bool((epochs["drain_ns"] > 0).mean() < EACH_STEP_SHARE)
+    ends = bool((epochs["drain_ns"] > 0).mean() >= EACH_STEP_SHARE)
+    return len(epochs) >= EACH_STEP_SHARE * steps and (not ends or _has_more_batches(facts))
+
+
+def _has_more_batches(facts: JobFacts) -> bool:
+    """Return whether an epoch certainly has more batches than a step takes."""
+    loader = facts.loader or LoaderFacts()
+    if not loader.num_workers or not loader.length or not loader.batch_size:
+        return False
+
+    return loader.length >= 2 * facts.micro_batches * loader.batch_size * facts.world_size
 
 
 class KeptWorkers(NamedTuple):
@@ -80,17 +94,21 @@ def workers_restarted(
     if not workers or keeping is None or _PART not in work.parts:
         return [], {}
 
-    # Where a script takes all batches of an epoch at once, it waits for these, and not for the first one.
-    fetch_ns = np.inf if is_taken_ahead(work, facts) else workers * float(np.median(work.step))
+    # Where a script takes all batches of an epoch at once, it waits for these, and not for the first one. One iterator
+    # for all steps has batches ahead, and draws the order once.
+    each_step = begins_each_step(facts)
+    usual_ns = 0.0 if each_step else workers * float(np.median(work.step))
+    fetch_ns = np.inf if is_taken_ahead(work, facts) else usual_ns
     columns, start_ns, rest_ns = _restarts(window, facts, fetch_ns)
     if len(columns) < 2:
         return [], {}
 
     # Kept workers draw the order of the samples as often, and begin an iterable data set as often.
-    drawn_ns = ordering_share(facts.lines) * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
+    ordered = 0.0 if each_step else ordering_share(facts.lines)
+    drawn_ns = ordered * float(work.parts[_PART].mean(axis=0).sum()) / len(columns)
     restart_ns = np.maximum(start_ns + rest_ns - drawn_ns, 0) * (1 - _own_samplers_share(facts))
     least_ns = max(_LONG_BEGIN_NS, _LONG_BEGIN * float(start_ns.mean()))
-    starts_over = _starts_over(facts) and float(rest_ns.mean()) - drawn_ns >= least_ns
+    starts_over = not each_step and _starts_over(facts) and float(rest_ns.mean()) - drawn_ns >= least_ns
     kept = {_PART: work.parts[_PART].copy()}
     kept[_PART][:, columns] = np.maximum(kept[_PART][:, columns] - restart_ns, 0)
     if not starts_over and _is_forked(facts):
@@ -197,7 +215,8 @@ def _finding(
     count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
     workers, loader = facts.loader_workers, facts.loader or LoaderFacts()
     who = "The worker of the data loader is" if workers == 1 else f"The {workers} workers of the data loader are"
-    each_step = begins_each_step(facts.epochs)
+    each_step = begins_each_step(facts)
+    gain = speedup(step_ns, saved)
     without = (
         f" Without workers ({loader.option('num_workers')}=0) none has to start: that is faster than now, too, if a "
         f"batch takes less than {ns_text(saved)} to make."
@@ -208,8 +227,9 @@ def _finding(
         phase=_PART,
         summary=(
             f"{who} restarted {times}: {ns_text(each_ns)} each, "
-            f"{percent_text(share)} of step time; with persistent workers, steps would be "
-            f"{gain_text(speedup(step_ns, saved))}."
+            f"{percent_text(share)} of step time; with "
+            f"{'one iterator' if each_step else 'persistent workers'}, steps would be "
+            f"{gain_text(gain, 'at most' if each_step else '')}."
         ),
         next=(
             "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
@@ -222,7 +242,8 @@ def _finding(
             "num_workers": workers,
             "step_ms": step_ns / 1e6,
             "steps": work.parts[_PART].shape[1],
+            **({"each_step": True} if each_step else {}),
         },
         cost_share=share,
-        speedup_if_fixed=speedup(step_ns, saved),
+        speedup_if_fixed=gain,
     )
