@@ -18,6 +18,7 @@ from traceml import cli
 from traceml.cli import runs as runs_command
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
+from traceml.formatting import ms_text
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import describe_run
 from traceml.runs.report.report import build_report, save_report
@@ -130,6 +131,9 @@ def test_conditions_columns_and_order(three, capsys):
     assert cli.main(["runs", "--where", "step_ms>0", "--columns", "step_ms", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)
     assert told["values"] == {"step_ms": told["step_ms"]}
+
+    assert cli.main(["runs", "--where", "step_ms>0", "--columns", "step_ms"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ms_text(told["step_ms"]).split()
 
     assert cli.main(["runs", "--where", "state=hung"]) == 0
     assert "meets the conditions, of 3 runs with the archived ones" in capsys.readouterr().out

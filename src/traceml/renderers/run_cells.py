@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from traceml.database.states import RunStatus
-from traceml.formatting import bytes_text, duration_text, printable, rate_text, value_text
+from traceml.formatting import bytes_text, duration_text, ms_text, printable, rate_text, value_text
 from traceml.runs.find import RunInfo
 from traceml.runs.run_query import RunFields
 
@@ -63,6 +63,7 @@ def _started(started_s: Any) -> str:
 
 _SHOWN: dict[str, Callable[[Any], str]] = {
     "samples/s": rate_text,
+    "step_ms": ms_text,
     "took": duration_text,
     "size": bytes_text,
     "started": _started,

@@ -100,7 +100,7 @@ def _column(name: str, query: ListQuery) -> dict[str, Any]:
 
 
 _LABELS = {"name": "Run", "state": "State", "verdict": "Verdict", "ranks": "Ranks", "samples/s": "Samples/s",
-           "step_ms": "Step ms", "started": "Started", "took": "Took", "size": "Size", "project": "Project",
+           "step_ms": "Step", "started": "Started", "took": "Took", "size": "Size", "project": "Project",
            "user": "User", "steps": "Steps", "severity": "Severity", "tags": "Tags", "note": "Note",
            "archived": "Archived", "git.commit": "Git commit", "git.branch": "Git branch",
            "git.dirty": "Uncommitted changes"}  # fmt: skip
