@@ -46,3 +46,29 @@ def test_versions_of_all_trackers_are_listed() -> None:
 
     shown = facts["packages"].split(", ")
     assert sorted(shown) == sorted(["torch 1.2", *(f"{name} 1.2" for name in trackers)])
+
+
+def test_model_loader_and_optimizer_are_told_in_words() -> None:
+    """The rows have facts that only the rules need; what is not known is left out."""
+    model = {"model": "Net", "parameters": 136_714, "trainable": 714, "dense_embeddings": 0, "device": "cuda:0"}
+    loader = {"loader": "DataLoader", "dataset": "Images", "length": 6400, "num_workers": 4, "batch_size": 32}
+    optimizer = {"optimizer": "AdamW", "groups": 2, "tensors": 16, "lr": 0.001, "fused": True, "step": 0}
+    about = About(
+        model={**model, "dtype": "torch.float32", "compiled": True, "parallel": "ddp", "step": 0},
+        loader={**loader, "pin_memory": True, "persistent_workers": True, "start_method": "spawn", "objects": []},
+        optimizer={**optimizer, "foreach": None},
+    )
+    facts = dict(about_facts(run_view(healthy()), about))
+
+    assert facts["model"] == "Net, 136,714 parameters, 714 of them trained, float32 on cuda:0, compiled, ddp"
+    told = "DataLoader of Images, 6,400 samples, batches of 32, 4 workers (spawn, persistent), pinned memory"
+    assert facts["data loader"] == told
+    assert facts["optimizer"] == "AdamW, learning rate 0.001, 16 tensors in 2 groups, fused"
+
+    few = About(
+        model={"model": "Net"}, loader={"loader": "generator", "num_workers": 0}, optimizer={"optimizer": "Own"}
+    )
+    facts = dict(about_facts(run_view(healthy()), few))
+
+    assert (facts["model"], facts["data loader"], facts["optimizer"]) == ("Net", "generator, no workers", "Own")
+    assert "model" not in dict(about_facts(run_view(healthy()), About()))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, count_text, printable, shell_joined
+from traceml.formatting import bytes_text, count_text, plural, printable, shell_joined
 from traceml.renderers.views import RunView
 from traceml.runs.about import About, package_versions
 
-__all__ = ["about_facts", "machine_text", "map_text", "nothing_logged"]
+__all__ = ["about_facts", "machine_text", "nothing_logged"]
 
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
@@ -34,7 +34,9 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("ranks", f"{count_text(view.run.world_size)} on {_hosts(view.run.hosts)}"),
         ("machine", machine_text(about.system)),
         ("not read", _not_read(about)),
-        *((name, map_text(facts)) for name, facts in _training(about)),
+        ("model", _model(about.model)),
+        ("data loader", _loader(about.loader)),
+        ("optimizer", _optimizer(about.optimizer)),
     ]
     return [(name, printable(str(value), lines=True)) for name, value in rows if value]
 
@@ -53,9 +55,13 @@ def nothing_logged(about: About, names: str, otherwise: str) -> str:
 def machine_text(system: Mapping[str, Any]) -> str:
     """Return processor, cores, memory, devices and system of a host."""
     memory = system.get("memory_bytes")
-    parts = [system.get("cpu"), f"{system['cores']} cores" if system.get("cores") else None]
-    parts += [bytes_text(memory) if memory else None, ", ".join(map(str, system.get("gpus") or ())), system.get("os")]
-    return ", ".join(str(part) for part in parts if part)
+    return _joined(
+        system.get("cpu"),
+        f"{system['cores']} cores" if system.get("cores") else None,
+        bytes_text(memory) if memory else None,
+        _joined(*(system.get("gpus") or ())),
+        system.get("os"),
+    )
 
 
 def _runnable(command: str) -> str:
@@ -68,8 +74,58 @@ def _hosts(hosts: Sequence[str]) -> str:
     return ", ".join(hosts[:_HOSTS]) + (f" and {count_text(more)} more" if more > 0 else "")
 
 
-def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    return ("model", about.model), ("data loader", about.loader), ("optimizer", about.optimizer)
+def _model(facts: Mapping[str, Any]) -> str:
+    """Return `Net, 136,714 parameters, float32 on cuda:0, compiled, ddp`."""
+    parameters, trained = facts.get("parameters"), facts.get("trainable")
+    return _joined(
+        facts.get("model"),
+        _count(parameters, "parameter"),
+        f"{count_text(trained)} of them trained" if isinstance(trained, int) and trained != parameters else None,
+        _joined(str(facts.get("dtype") or "").removeprefix("torch."), facts.get("device"), between=" on "),
+        "compiled" if facts.get("compiled") else None,
+        facts.get("parallel"),
+    )
+
+
+def _loader(facts: Mapping[str, Any]) -> str:
+    """Return `DataLoader of Images, 6,400 samples, batches of 32, 4 workers (spawn, persistent), pinned memory`."""
+    batch_size = facts.get("batch_size")
+    return _joined(
+        _joined(facts.get("loader"), facts.get("dataset"), between=" of "),
+        _count(facts.get("length"), "sample"),
+        f"batches of {batch_size}" if batch_size else None,
+        _workers(facts),
+        "pinned memory" if facts.get("pin_memory") else None,
+    )
+
+
+def _workers(facts: Mapping[str, Any]) -> str | None:
+    number = facts.get("num_workers")
+    if not number:
+        return None if number is None else "no workers"
+
+    how = _joined(facts.get("start_method"), "persistent" if facts.get("persistent_workers") else None)
+    return _joined(_count(number, "worker"), how and f"({how})", between=" ")
+
+
+def _optimizer(facts: Mapping[str, Any]) -> str:
+    """Return `AdamW, learning rate 0.001, 16 tensors in 2 groups, fused`."""
+    rate = facts.get("lr")
+    return _joined(
+        facts.get("optimizer"),
+        None if rate is None else f"learning rate {rate}",
+        _joined(_count(facts.get("tensors"), "tensor"), _count(facts.get("groups"), "group"), between=" in "),
+        *(name for name in ("fused", "foreach") if facts.get(name)),
+    )
+
+
+def _count(count: Any, word: str) -> str | None:
+    return plural(count, word) if isinstance(count, int) and count else None
+
+
+def _joined(*parts: Any, between: str = ", ") -> str:
+    """Return the known parts as one text."""
+    return between.join(str(part) for part in parts if part)
 
 
 def _commit(git: Mapping[str, Any]) -> str | None:
@@ -86,8 +142,3 @@ def _packages(about: About) -> str | None:
     """Return the most important versions; the store has all."""
     installed = package_versions(about.environment)
     return ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed) or None
-
-
-def map_text(facts: Mapping[str, Any]) -> str:
-    """Return a map as `name value, name value`, without what is None."""
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)

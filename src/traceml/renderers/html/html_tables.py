@@ -14,7 +14,7 @@ from traceml.formatting import (
     phase_label,
     plural,
 )
-from traceml.renderers.about_text import about_facts, map_text
+from traceml.renderers.about_text import about_facts
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.views import RankRow, RunView, visible_ranks
@@ -119,7 +119,7 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
 def run_facts(view: RunView, about: About) -> Iterator[str]:
     """Yield command, source, versions, machine, model."""
     params = view.report.setup.params or about.params
-    parameters = map_text({name: str(value) for name, value in params.items()})
+    parameters = ", ".join(f"{name} {value}" for name, value in params.items())
     yield from _facts([*about_facts(view, about), ("parameters", parameters)])
 
 
