@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -50,6 +54,61 @@ def test_only_what_is_new_is_read(tmp_path):
     assert live.report().steps.count == 200
     assert not live.ended
     writer.close()
+
+
+class _Clock:
+    """A clock in place of the module `time` that a test sets."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(sys.modules[LiveRun.__module__], "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+
+def _followed_rates(tmp_path, clock, rows, arrivals, seconds):
+    """Return (second, rate) of a run whose rows arrive then: `arrivals` are seconds and rows that are there."""
+    writer = StoreWriter(tmp_path / STORE_NAME)
+    writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
+    stream = add_rank(writer, 0, rows[:1], state="running")
+    writer.commit()
+    live, found, there = LiveRun(tmp_path), [], 1
+    for tick in range(int(seconds / 0.25)):
+        second = tick * 0.25
+        for number in [number for at_s, number in arrivals if number > there and at_s <= second]:
+            writer.append(stream, "steps", there, number - there, rows[there:number].tobytes(), there, number - 1)
+            writer.commit()
+            there = number
+
+        clock.now_s = 1000.0 + second
+        live.refresh()
+        found.append((second, live.report().steps.per_second))
+
+    writer.close()
+    live.close()
+    return found
+
+
+def test_the_speed_is_zero_while_no_steps_come(tmp_path, monkeypatch):
+    """During a long evaluation between fast steps the live speed is 0, and not that of the last steps."""
+    rows = rows_of(Job(ranks=1, steps=600, grouped=False))[0]
+    step_s = float(np.diff(rows["t_end_ns"].astype(np.int64)).mean()) / 1e9
+    per_s = int(1 / step_s)
+    arrivals = [(second, 1 + second * per_s) for second in range(1, 7)]
+
+    rates = _followed_rates(tmp_path, _Clock(monkeypatch), rows, arrivals, 16)
+
+    assert [rate for second, rate in rates if 3 < second < 8] == pytest.approx([per_s] * 19, rel=0.1)
+    assert {rate for second, rate in rates if second > 11} == {0.0}
+
+
+def test_the_speed_of_slow_steps_stays_between_them(tmp_path, monkeypatch):
+    """Where steps, or their frames, come every 10 s, their speed is shown in between, too."""
+    rows = rows_of(Job(ranks=1, steps=6, own={"forward": 10_000.0}, grouped=False))[0]
+    gaps_s = [(after - before) / 1e9 for before, after in pairwise(rows["t_end_ns"].tolist())]
+    arrivals = [(int(sum(gaps_s[:n])), n + 1) for n in range(1, 5)]
+
+    rates = _followed_rates(tmp_path, _Clock(monkeypatch), rows, arrivals, arrivals[-1][0] + 15)
+
+    assert [rate for second, rate in rates if second > arrivals[1][0]] == pytest.approx([1 / gaps_s[0]] * 135, rel=0.2)
 
 
 def test_the_aggregators_verdict_is_shown(tmp_path):

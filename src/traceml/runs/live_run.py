@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
@@ -24,6 +26,8 @@ __all__ = ["LiveRun"]
 _RATES = 120
 # Window of the speed: a shorter one shows the flush of frames, a longer one hides changes.
 _RATE_S = 2.0
+# Steps that come far later than usual have stopped: as for an evaluation, a checkpoint or a hang.
+_ARRIVALS, _LATE_FACTOR = 6, 2.0
 _TELEMETRY_S = 2.0
 _ABOUT_S = 5.0
 _TIME_S = 2.0
@@ -56,6 +60,7 @@ class LiveRun:
         self._logged = LoggedItems()
         self._about: tuple[float, About] | None = None
         self._marks: deque[tuple[float, int, int]] = deque()
+        self._arrivals_s: deque[float] = deque(maxlen=_ARRIVALS)
         self._time_due = 0.0
         self._telemetry: tuple[float, TelemetrySection] | None = None
 
@@ -180,13 +185,16 @@ class LiveRun:
 
     def _take_rate(self) -> None:
         latest, ends = self.summary.kept.latest, self.summary.kept.end_ns
-        if not latest.size or int(latest.max()) < 0:
+        if self.ended or not latest.size or int(latest.max()) < 0:
             return
 
         rank = int(latest.argmax())
         now = time.monotonic(), int(latest[rank]), int(ends[rank])
         if self._marks and now[0] - self._marks[-1][0] < _RATE_S / 8:
             return
+
+        if not self._marks or now[1] != self._marks[-1][1]:
+            self._arrivals_s.append(now[0])
 
         self._marks.append(now)
         while len(self._marks) > 2 and now[0] - self._marks[1][0] >= _RATE_S:
@@ -197,8 +205,13 @@ class LiveRun:
         if steps > 0 and by_rows_s > 0:
             # The rank's timestamps hide bursts of frames; this process's clock counts if they stop.
             self.rates.append(steps / max(by_rows_s, by_clock_s if by_clock_s > 2 * _RATE_S else 0.0))
-        elif by_clock_s > 2 * _RATE_S:
+        elif self._have_stopped(now[0]):
             self.rates.append(0.0)
+
+    def _have_stopped(self, now_s: float) -> bool:
+        """Whether no step has arrived for far longer than is usual, which is long where steps or frames are."""
+        gaps_s = [after - before for before, after in pairwise(self._arrivals_s)]
+        return bool(gaps_s) and now_s - self._arrivals_s[-1] > _LATE_FACTOR * max(_RATE_S, median(gaps_s))
 
     def _take_time(self, reader: StoreReader) -> None:
         """Divide the run's wall time again if that costs little compared with the time since the last call."""
