@@ -94,6 +94,9 @@ class RowSender:
         self.dialed = threading.Event()
         """Set unless it waits for an aggregator to answer, which may start only then."""
         self.dialed.set()
+        self.is_ending = False
+        """Whether the last rows are sent: a connection that breaks is then tried again and no news, and a warning at
+        the end tells what is not stored."""
         self.connections = 0
         """Number of connections so far."""
         self.trouble = ""
@@ -221,6 +224,7 @@ class RowSender:
         Args:
             keep_trying: keep trying for that long when no aggregator answers; else try once.
         """
+        self.is_ending = True
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             self._next_try_ns = 0
@@ -387,6 +391,8 @@ class RowSender:
         refused = isinstance(error, AggregatorRefusedError)
         if isinstance(error, TemporaryRefusalError):
             self._warn_once("stalled", _NOT_STORED + f", {self._kept}, and the connection is retried", error)
+        elif self.is_ending:
+            _log.debug("the connection broke at the end: %s", error)
         else:
             self._warn_once(
                 "lost",
