@@ -338,6 +338,32 @@ def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
     assert time.seconds["idle"] == pytest.approx(idle or 0, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("opened", "is_running", "part"),
+    [
+        ({0: "steps", 1: "steps"}, True, "steps"),
+        ({0: "checkpoint", 1: "checkpoint"}, True, "checkpoint"),
+        ({}, True, "idle"),
+        ({0: "steps", 1: "steps"}, False, "idle"),
+    ],
+)
+def test_a_long_step_of_a_running_run_is_not_after_the_last_one(
+    tmp_path: Path, opened: dict[int, str], is_running: bool, part: str
+) -> None:
+    """Since the last row, 30 s ago, the ranks are in a step or save, where their samples show it."""
+    with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:
+        before, after = (
+            wall_time(
+                reader.streams(), reader.step_sums(), BOOT_S + 100.0, ended_s, WallTimeFacts(open_parts=opened),
+                is_running=is_running,
+            )
+            for ended_s in (BOOT_S + 112.0, BOOT_S + 142.0)
+        )  # fmt: skip
+
+    more = {name: seconds - before.seconds[name] for name, seconds in after.seconds.items()}
+    assert {name: round(seconds, 6) for name, seconds in more.items() if abs(seconds) > 1e-6} == {part: 30.0}
+
+
 def test_compiling_in_the_first_steps_is_start_up(tmp_path: Path) -> None:
     """It is no step, no useful time, and nothing is counted twice."""
     with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:

@@ -151,6 +151,25 @@ def test_a_script_that_ended_well_without_a_step_had_no_long_start_up(state, rep
     assert (Kind.STARTUP in kinds) is reported
 
 
+@pytest.mark.parametrize(
+    ("state", "part", "reported"),
+    [
+        ("running", "startup", True),
+        ("running", "input_wait", True),
+        ("running", "other", False),
+        ("running", "forward", False),
+        ("failed", "other", True),
+    ],
+)
+def test_a_training_in_its_first_step_has_begun(state, part, reported):
+    """Steps of a minute, or a first one that compiles, are no start-up that goes on; waiting for the first batch is."""
+    lines = (line_of("startup", "load", 30), line_of(part, "main", 50))
+    facts = JobFacts(time=RunTime.of(80.0, {"startup": 80.0}), state=state, lines=lines)
+    kinds = [each.kind for each in diagnose(window_of(replace(ALONE, steps=0)), facts)]
+
+    assert (Kind.STARTUP in kinds) is reported
+
+
 def test_a_run_without_steps_names_its_line():
     """A script that only infers, or prepares data, spends its time somewhere, too."""
     lines = (

@@ -332,6 +332,7 @@ class JobFactsBuilder:
             early_compile_s={rank: self.pauses.early_compile_s(rank) for rank in ranks},
             grouped=self.is_grouped,
             untraced=self.only_logs,
+            open_parts={rank: part for rank in ranks if (part := self.progress.open_part(rank)) is not None},
         )
 
     def build(self, latest: Sequence[int] = (), ends_ns: Sequence[int] = ()) -> JobFacts:

@@ -101,13 +101,16 @@ class ProcessSums(msgspec.Struct):
         self.last_ns = max(self.last_ns, end_ns)
 
 
-def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, attempt: int = 0) -> dict[str, float]:
+def wall_parts(
+    processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, attempt: int = 0, open_part: str | None = None
+) -> dict[str, float]:
     """Return the seconds of each part of the time from `begin_ns` to `end_ns`; see `run_time.PARTS`.
 
     Args:
         processes: those of one rank that have steps, an open one at their end, or evaluation.
         begin_ns: start of the run, epoch nanoseconds.
         attempt: the job's last attempt, whose start may be under way.
+        open_part: the part that the rank is in since its last row, if it is known.
     """
     parts = dict.fromkeys(("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "restart"), 0)
     reached_ns, in_attempt = begin_ns, 0
@@ -122,7 +125,7 @@ def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, att
         parts["between_epochs"] += each.later_epochs_ns + gaps_ns
         reached_ns, in_attempt = each.last_ns, each.attempt
 
-    after = "restart" if attempt > in_attempt else "idle" if processes else "startup"
+    after = "restart" if attempt > in_attempt else (open_part or "idle") if processes else "startup"
     parts[after] += end_ns - reached_ns
     return {part: ns / _S for part, ns in parts.items()}
 

@@ -46,6 +46,7 @@ class WallTimeFacts(msgspec.Struct, frozen=True):
         early_compile_s: seconds of compiling of each rank before the first step.
         grouped: whether the ranks wait for each other.
         untraced: whether the script only logs.
+        open_parts: of a running run, the part that each rank is in since its last step, where it is known.
     """
 
     stops: Mapping[int, Sequence[Stop]] = {}
@@ -53,6 +54,7 @@ class WallTimeFacts(msgspec.Struct, frozen=True):
     early_compile_s: Mapping[int, float] = {}
     grouped: bool = False
     untraced: bool = False
+    open_parts: Mapping[int, str] = {}
 
 
 def wall_time(
@@ -89,7 +91,8 @@ def wall_time(
     if is_running:
         ended_s = _end_so_far(processes, ended_s)
 
-    parts = _parts_by_rank(ranks, processes, known.stops, (started_s, ended_s), attempt)
+    opened = [known.open_parts.get(of_rank[-1].rank) if is_running else None for of_rank in ranks]
+    parts = _parts_by_rank(ranks, processes, known.stops, (started_s, ended_s), attempt, opened)
     evaluation = {of_rank[0].rank: each["evaluation"] for of_rank, each in zip(ranks, parts, strict=False)}
     evaluators, evaluators_s = _evaluators(evaluation)
     of_others = [seconds for rank, seconds in evaluation.items() if evaluators and rank not in evaluators]
@@ -128,10 +131,16 @@ def _parts_by_rank(
     stops: Mapping[int, Sequence[Stop]],
     bounds_s: tuple[float, float],
     attempt: int,
+    opened: Sequence[str | None],
 ) -> list[dict[str, float]]:
-    """Return the seconds of each rank by part, without those in which it was stopped; one entry where no rank is."""
+    """Return the seconds of each rank by part, without those in which it was stopped; one entry where no rank is.
+
+    Args:
+        opened: the part that each rank is in since its last row, where it is known.
+    """
     began_ns, ended_ns = (int(at_s * _S) for at_s in bounds_s)
-    parts = [wall_parts(of_rank, began_ns, ended_ns, attempt) for of_rank in processes or [[]]]
+    each_rank = zip(processes, opened, strict=True) if processes else [((), None)]
+    parts = [wall_parts(of_rank, began_ns, ended_ns, attempt, part) for of_rank, part in each_rank]
     if not stops or not ranks:
         return parts
 

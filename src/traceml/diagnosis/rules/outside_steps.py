@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES
+from traceml.database.schema import LINE_AFTER_STEPS, LINE_OUTSIDE, LINE_PHASES, Phase
 from traceml.database.states import RunStatus
 from traceml.diagnosis.facts.blamed_lines import (
     BlamedLine,
@@ -19,7 +19,7 @@ from traceml.diagnosis.facts.blamed_lines import (
 )
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import HEAVY_SHARE, EvaluationParts, RunTime
-from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.sampled_lines import OUTSIDE_STEPS, SampledLine
 from traceml.diagnosis.facts.sampled_shares import (
     NAMED_SHARE,
     SampledShare,
@@ -70,7 +70,8 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
     startup_s = time.seconds.get("startup", 0.0)
     # A script that ended well without a step trains in a way that is not recognized, if at all.
     has_begun, is_running = time.share("steps", "evaluation") > 0, facts.state == RunStatus.RUNNING
-    if (has_begun or facts.state != RunStatus.FINISHED) and startup_s >= max(STARTUP_S, HEAVY_SHARE * time.wall_s):
+    is_known = has_begun or not (facts.state == RunStatus.FINISHED or (is_running and _is_in_first_step(facts)))
+    if is_known and startup_s >= max(STARTUP_S, HEAVY_SHARE * time.wall_s):
         startup = _startup(time, startup_s, facts)
         # While the training continues, its share becomes less.
         found.append(replace(startup, severity=Severity.INFO) if is_running and has_begun else startup)
@@ -96,6 +97,12 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
         found.append(_after_steps(time, after_s, after))
 
     return found
+
+
+def _is_in_first_step(facts: JobFacts) -> bool:
+    """Whether the first step is open, by what was seen after its first batch: its begin is known only with its end."""
+    before = (*OUTSIDE_STEPS, Phase.INPUT_WAIT.label)
+    return any(each.part not in before for each in facts.lines)
 
 
 def _after_steps(time: RunTime, seconds: float, line: BlamedLine) -> Finding:

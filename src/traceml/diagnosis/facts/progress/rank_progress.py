@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.info_kinds import InfoKind
-from traceml.database.schema import LINE_PHASES, LINE_THREADS, unpack_bits
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_PHASES, LINE_THREADS, Phase, unpack_bits
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot, user_line
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
@@ -75,6 +75,7 @@ class _RankActivity(msgspec.Struct):
     awake_ns: int | None = None  # since when its recorder has taken samples without a pause
     open_step: int = -1
     line: tuple[int, int, int] = (0, 0, -1)  # timestamp, phase, id of the line
+    outside_ns: int = 0  # newest timestamp of a line between steps
     snapshot: RankSnapshot | None = None
     longest: RankSnapshot | None = None  # newest one of the longest pause in a step
     own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that is not over
@@ -168,6 +169,28 @@ class ProgressHistory:
             activity.cpu, activity.open_step = (t_ns, cpu_ns, share), step
             activity.saw(t_ns)
 
+    def open_part(self, rank: int) -> str | None:
+        """Return the part of the run's time that a rank is in since its last step: `steps` or `checkpoint`.
+
+        None without progress for `hang_timeout`, where no sample of its line came since then, and where one was
+        between steps: an evaluation has a row only when the training continues.
+        """
+        activity = self._activity.get(rank)
+        if activity is None:
+            return None
+
+        ended_ns = int(self._ends[rank]) if rank < len(self._ends) else 0
+        if activity.current is not None and activity.newest_ns - ended_ns > self.timeout_s * _NS_PER_S:
+            return None
+
+        at_ns, phase, _ = activity.line
+        if at_ns <= ended_ns or activity.outside_ns > ended_ns:
+            return None
+        if phase == Phase.CHECKPOINT:
+            return "checkpoint"
+
+        return "steps" if phase >= LINE_OTHER and activity.open_step >= 0 else None
+
     def line_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LINES`; of the newest ones the line that was seen most."""
         rows = rows[rows["phase"] > LINE_THREADS]
@@ -175,6 +198,10 @@ class ProgressHistory:
             newest = rows[rows["t_ns"] == rows["t_ns"].max()]
             row = newest[newest["samples"].argmax()]
             self._activity[rank].line = int(row["t_ns"]), int(row["phase"]), int(row["line_id"])
+
+        outside = rows[rows["phase"] == LINE_OUTSIDE]
+        if len(outside):
+            self._activity[rank].outside_ns = int(outside["t_ns"].max())
 
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log."""

@@ -1,0 +1,67 @@
+"""What the rows of a rank say about what it does now."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINES, PROCESS, STEPS, Phase
+from traceml.database.snapshots.rank_snapshot import RankSnapshot
+from traceml.diagnosis.facts.progress.rank_progress import ProgressHistory
+
+S = 10**9
+
+
+def history(phase: int, *, line_s: int = 130, open_step: int = 10) -> ProgressHistory:
+    """Return the progress of a rank whose step 9 ended at 120 s."""
+    found = ProgressHistory()
+    steps, process, lines = (np.zeros(1, table.dtype) for table in (STEPS, PROCESS, LINES))
+    steps["step"], steps["t_end_ns"], steps["total_ns"] = 9, 120 * S, S
+    process["t_ns"], process["step"] = 131 * S, open_step
+    lines["t_ns"], lines["phase"], lines["samples"], lines["line_id"] = line_s * S, phase, 10, -1
+    found.steps(np.zeros(1, np.int64), steps)
+    found.process_rows(0, process)
+    found.line_rows(0, lines)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("phase", "part"),
+    [
+        (LINE_OTHER, "steps"),
+        (int(Phase.FORWARD), "steps"),
+        (int(Phase.CHECKPOINT), "checkpoint"),
+        (LINE_OUTSIDE, None),
+        (LINE_THREADS, None),
+    ],
+)
+def test_the_newest_sample_tells_the_open_part(phase, part):
+    """A step, or saving; between steps, as in an evaluation, no part is known."""
+    assert history(phase).open_part(0) == part
+
+
+def test_an_older_sample_tells_nothing():
+    """The sample was taken before the last step ended, no step is open, or nothing is known of the rank."""
+    assert history(LINE_OTHER, line_s=119).open_part(0) is None
+    assert history(LINE_OTHER, open_step=-1).open_part(0) is None
+    assert history(LINE_OTHER).open_part(1) is None
+
+
+def test_saving_behind_an_evaluation_is_not_all_of_the_time():
+    """A sample between the steps came before that of the checkpoint."""
+    lines = np.zeros(2, LINES.dtype)
+    lines["t_ns"], lines["phase"], lines["samples"] = (125 * S, 130 * S), (LINE_OUTSIDE, Phase.CHECKPOINT), 10
+    found = history(LINE_THREADS)
+    found.line_rows(0, lines)
+
+    assert found.open_part(0) is None
+
+
+def test_a_rank_without_progress_is_in_no_part():
+    """A job that hangs in a step spends no time in steps; a snapshot before the timeout is no hang."""
+    found = history(LINE_OTHER)
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=131 * S))
+    assert found.open_part(0) == "steps"
+
+    found.take_snapshot(RankSnapshot(rank=0, at_ns=(121 + int(found.timeout_s)) * S))
+    assert found.open_part(0) is None
