@@ -361,7 +361,12 @@ def _with_slowdown(
         only_now: whether the findings are about the newest steps: slow ones that have ended are none of them.
     """
     late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
-    slower = [each for each in _slower(window, work, facts, late) if not (only_now and "until_step" in each.evidence)]
+    slower = _slower(window, work, facts, late)
+    if only_now:
+        over = [each for each in slower if "until_step" in each.evidence]
+        slower = [each for each in slower if each not in over]
+        found = [each for each in found if not any(_is_over(each, one, window, work) for one in over)]
+
     for each in slower:
         timed = [with_steps_from_slowdown(one, each) for one in found]
         if timed != found:  # those ranks are the cause: one finding
@@ -476,6 +481,12 @@ def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
 
     usual, mean = (float(waits[columns].sum() / work.step[columns].sum()) for columns in (later, slice(None)))
     return usual < max(WARNING_SHARE, _MAX_LATER_SHARE * mean)
+
+
+def _is_over(waiting: Finding, slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
+    """Return whether a run waited for data only in steps that became slower, and are over."""
+    is_of_data = waiting.kind is Kind.INPUT_BOUND and _has_ended(slower, window, work)
+    return is_of_data and _explains(slower, waiting, window, work)
 
 
 def _explains(slower: Finding, other: Finding, window: AlignedSteps, work: OwnWork) -> bool:

@@ -938,3 +938,19 @@ def test_workers_without_a_core_are_told_and_not_their_data(waited: float, worke
         "the loader workers waited for a CPU core for 70 % of the time (otherwise 4 %)" in finding.summary
     ) is is_host
     assert ("workers_wait_share" in finding.evidence.get("changed", {})) is is_host
+
+
+@pytest.mark.parametrize(("first", "last", "told"), [(40, 100, False), (40, 200, True), (0, 200, True)])
+def test_data_that_was_slow_for_a_while_is_no_live_finding(first, last, told):
+    """The newest 200 steps have the slow ones still, on average; that the run waits for data is no longer true."""
+
+    def slow(own, _):
+        own["input_wait"][:, first:last] += 60.0
+
+    job = Job(ranks=1, steps=200, own={"input_wait": 0.3, "forward": 10.0, "backward": 20.0}, comm=0.0, grouped=False)
+    window = window_of(job, slow)
+    live = {each.kind for each in diagnose(window, JobFacts(), window)}
+    ended = {each.kind for each in diagnose(window, JobFacts(state="finished"))}
+
+    assert bool({Kind.INPUT_BOUND, Kind.SLOWDOWN} & live) is told
+    assert {Kind.INPUT_BOUND, Kind.SLOWDOWN} & ended
