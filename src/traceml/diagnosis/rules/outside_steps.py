@@ -182,7 +182,7 @@ def _began_text(time: RunTime, startup_s: float, more: str = "") -> str:
         what = "Training" if time.in_steps > 0 else capitalized(_applied_words(time))
         return f"{what} began {after}: {_part_of_run(time)}"
 
-    return f"Training had not begun {after}"
+    return f"No training step was seen up to {after}"  # it may train in a way that is not recognized
 
 
 def _slow_first_steps(time: RunTime, startup_s: float) -> Finding:
