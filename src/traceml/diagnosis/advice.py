@@ -30,6 +30,7 @@ from traceml.diagnosis.steps.own_work import COMPUTE, UNNAMED_CODE
 from traceml.formatting import bytes_text, capitalized, gain_text, percent_text, ranks_text
 
 __all__ = [
+    "AS_MUCH_IN_EACH_STEP",
     "EVENT_LOOP",
     "EVEN_BATCHES",
     "EVEN_OR_TOGETHER",
@@ -100,6 +101,8 @@ EXPLICIT_EXIT = (
 """For a process that ended with exit code 0 without the interpreter's own end."""
 IN_SAME_STEPS = " Or do it on all ranks in the same steps: now the others wait for each one that does it."
 """Further advice on work that ranks do in turns."""
+AS_MUCH_IN_EACH_STEP = " Or give each rank as much of it in the same step: now the others wait for the longest."
+"""Further advice on work that is uneven from step to step."""
 _EVEN = (
     "give each rank the same number of batches (DistributedSampler, drop_last=True), or train under "
     "torch.distributed.algorithms.join.Join, which lets ranks end early."

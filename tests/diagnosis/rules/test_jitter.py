@@ -263,6 +263,20 @@ def test_code_that_ranks_run_in_turns_is_told_as_such(sigma: float, ranks: int) 
     assert "in turns" not in found.summary
 
 
+@pytest.mark.parametrize(("ms", "is_uneven"), [(40, True), (0, False)])
+def test_code_that_takes_another_rank_longest_in_each_step_is_uneven(ms: int, is_uneven: bool) -> None:
+    """All ranks spend 20 ms in it, and one in turn 40 ms more: steps lose 60 ms, though each has 33 ms on average."""
+    job = Job(ranks=3, own={**Job().own, "other": 20.0})
+
+    said = diagnose(window_of(job, takes_turns("other", ms, (0, 1, 2))), JobFacts(world_size=3))
+    found = next(each for each in said if each.kind == "RESIDUAL_HEAVY")
+
+    assert ("unevenly: a rank spends 3" in found.summary) == is_uneven
+    assert ("the others wait for the longest" in found.summary) == is_uneven
+    assert ("give each rank as much of it in the same step" in found.next) == is_uneven
+    assert "in turns" not in found.summary
+
+
 @pytest.mark.parametrize(("evaluations", "kinds"), [(10, {Kind.EVAL_HEAVY}), (2, {Kind.EVAL_HEAVY, Kind.JITTER})])
 def test_waiting_for_the_evaluation_of_a_rank_is_not_the_network(evaluations: int, kinds: set[Kind]) -> None:
     """Ten steps are long, after ten evaluations on rank 0; two evaluations leave most of them to explain."""

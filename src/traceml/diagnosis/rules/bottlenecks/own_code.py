@@ -129,7 +129,7 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool
         trainer=sampled if line is None and library is None else None,
         two=leading,
     )
-    text += advice.IN_SAME_STEPS if cost.in_turns else ""
+    text += advice.IN_SAME_STEPS if cost.in_turns else advice.AS_MUCH_IN_EACH_STEP if cost.is_uneven else ""
     evidence = cost.line_evidence(line) | known_facts(in_turns=cost.in_turns or None)
     return [cost.finding(Kind.RESIDUAL_HEAVY, summary, text, evidence, gain)]
 

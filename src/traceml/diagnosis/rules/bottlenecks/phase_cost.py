@@ -28,6 +28,8 @@ _TURNS_RATIO = 1.5
 """Ranks have a part in turns if steps lose this many times the mean of the rank with most of it,"""
 _NOT_IN_TURN_SHARE, _TURNS_STEPS = 0.25, 0.7
 """and half of the ranks have less than this share of the longest, in this share of the steps."""
+_UNEVEN_RATIO = 1.25
+"""They have it unevenly if steps lose this many times the mean of the rank with most of it."""
 RARE_STEPS = "rare long steps"
 
 
@@ -86,10 +88,22 @@ class PhaseCost(msgspec.Struct, frozen=True):
         return float((little.mean(axis=0) >= 0.5).mean()) >= _TURNS_STEPS
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether it costs far more than any rank has on average: another one has most of it from step to step."""
+        by_rank = self.removed.mean(axis=1)
+        return not self.ranks and len(by_rank) > 1 and self.saved_ns >= _UNEVEN_RATIO * float(by_rank.max())
+
+    @property
     def turns_words(self) -> str:
         """That in words: `, by the ranks in turns (each spends 20.7 ms per step on average)`; empty if it is not so."""
         mean_ns = float(self.removed.mean())
-        return f", by the ranks in turns (each spends {ns_text(mean_ns)} per step on average)" if self.in_turns else ""
+        if self.in_turns:
+            return f", by the ranks in turns (each spends {ns_text(mean_ns)} per step on average)"
+
+        uneven = (
+            f", unevenly: a rank spends {ns_text(mean_ns)} per step on average, and the others wait for the longest"
+        )
+        return uneven if self.is_uneven else ""
 
     @property
     def faster(self) -> str:
