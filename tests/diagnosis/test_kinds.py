@@ -25,6 +25,30 @@ _SEVERITIES = {f"Severity.{each.name}" for each in Severity}
             finding("STRAGGLER", ranks=[1, 3], phase="augment", cost_share=0.3),
             "Ranks 1, 3 are slow in phase 'augment': the others wait, 30 % of step time",
         ),
+        (
+            finding("COMPUTE_STRAGGLER", phase="forward", cost_share=0.3, evidence={"imbalance_ms": 30.0}),
+            "All ranks take turns being slow in forward: 30 % of step time",
+        ),
+        (
+            finding("INPUT_STRAGGLER", ranks=[1], phase="input_wait", cost_share=0.3, evidence={"is_hidden": True}),
+            "Rank 1 is slow in data loading, hidden by other slow ranks: 30 % of step time",
+        ),
+        (
+            finding("COMM_BOUND", phase="comm", cost_share=0.5),
+            "Communication between ranks slows training down: 50 % of step time",
+        ),
+        (
+            finding("COMM_BOUND", phase="comm", cost_share=0.5, evidence={"waits_for": "messages"}),
+            "The ranks wait for messages of each other: 50 % of step time",
+        ),
+        (
+            finding("COMM_BOUND", phase="comm", cost_share=0.5, evidence={"waits_for": "answers"}),
+            "Training waits for functions in other processes (RPC): 50 % of step time",
+        ),
+        (
+            finding("COMM_BOUND", phase="comm", cost_share=0.9, evidence={"ranks_without_steps": [1]}),
+            "The ranks that train wait for others: 90 % of step time",
+        ),
         (finding("INPUT_BOUND", cost_share=0.4), "Training waits for data: 40 % of step time"),
         (finding("COMPUTE_BOUND", phase="backward"), "The model's own compute limits this run, most of it in backward"),
         (

@@ -44,6 +44,7 @@ __all__ = [
     "pressure",
     "recompiles",
     "skipped",
+    "slow_ranks",
     "slowdown",
     "startup",
     "stopped",
@@ -52,6 +53,11 @@ __all__ = [
     "user_code",
 ]
 
+_WAITS_FOR = {
+    "messages": "The ranks wait for messages of each other",
+    "answers": "Training waits for functions in other processes (RPC)",
+}
+"""What ranks wait for in place of a transfer; the time is that of what others compute."""
 _MEMORIES = {"device": "Device memory", "pinned": "Pinned memory"}
 # A line with this share of a finding's cost stands in its headline.
 _MOST = 0.6
@@ -469,8 +475,32 @@ def communication(finding: FindingFacts) -> str:
     waiting = "Communication between ranks slows training down"
     if "unseen_ranks" in finding.evidence:
         waiting = "The ranks of this run wait for others"
+    elif "ranks_without_steps" in finding.evidence:
+        waiting = "The ranks that train wait for others"
+    else:
+        waiting = _WAITS_FOR.get(str(finding.evidence.get("waits_for")), waiting)
 
     return f"{waiting}: {_of_step_time(finding)}"
+
+
+def slow_ranks(finding: FindingFacts) -> str:
+    """Return `Rank 1 is slow in forward: the others wait, 34 % of step time`, or for whom nobody waits yet."""
+    evidence, many = finding.evidence, len(finding.ranks) != 1
+    group = evidence.get("rank_group") or {}
+    ranks = capitalized(group.get("words") or ranks_text(finding.ranks))
+    phase = phase_words(finding.phase) if finding.phase else "the step"
+    if every := evidence.get("every_n_steps"):
+        phase = f"every {ordinal_text(int(every))} step, in {phase}"
+
+    if "imbalance_ms" in evidence:
+        return f"{ranks} take turns being slow in {phase}: {_of_step_time(finding)}"
+
+    slow = f"{ranks} {'are' if many else 'is'} slow in {phase}"
+    if evidence.get("is_hidden"):
+        return f"{slow}, hidden by other slow ranks: {_of_step_time(finding)}"
+
+    others = "the others of the group" if evidence.get("faster_ranks") else "the others"
+    return f"{slow}: {others} wait, {_of_step_time(finding)}"
 
 
 def throttled(finding: FindingFacts) -> str:

@@ -55,7 +55,7 @@ class KindRule(msgspec.Struct, frozen=True):
         return self.cost_of == _RUN_TIME
 
 
-_SLOW = KindRule("{ranks_are} slow in {phase}: {others} wait, {share}", is_straggler=True)
+_SLOW = KindRule(headlines.slow_ranks, is_straggler=True)
 
 
 class Kind(StrEnum):

@@ -62,6 +62,7 @@ def test_stages_that_wait_for_each_other_are_no_slow_network() -> None:
     finding = next(each for each in diagnose(window, builder.build()) if each.kind is Kind.COMM_BOUND)
 
     assert finding.summary.startswith("Waiting for messages of other ranks takes ")
+    assert finding.headline.startswith("The ranks wait for messages of each other: ")
     assert "more micro-batches" in finding.next
     assert finding.speedup_if_fixed == 1.0
 
@@ -81,6 +82,7 @@ def test_waiting_for_a_parameter_server_is_communication() -> None:
 
     assert (finding.kind, finding.ranks, finding.phase) == (Kind.COMM_BOUND, (), "comm")
     assert finding.summary.startswith("Calls of functions in other processes (RPC) take ")
+    assert finding.headline.startswith("Training waits for functions in other processes (RPC): ")
     assert finding.evidence["function"] == "pull"
     assert finding.speedup_if_fixed == 1.0
 
@@ -236,6 +238,7 @@ def test_a_rank_without_steps_may_be_what_the_others_wait_for(messages: bool, ho
     assert finding.summary.startswith(f"The ranks that train wait {how} for ")
     assert "Rank 0 has no training steps: they may wait for what it does." in finding.summary
     assert finding.next.startswith("Look at what rank 0 does meanwhile")
+    assert finding.headline.startswith("The ranks that train wait for others: ")
     assert finding.evidence["ranks_without_steps"] == [0]
     assert finding.speedup_if_fixed == 1.0
 

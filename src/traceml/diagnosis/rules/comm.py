@@ -192,7 +192,7 @@ def _waiting_for_messages(cost: float, step: float, evidence: dict[str, Any]) ->
         "with M micro-batches each waits for (S - 1) / (S - 1 + M) of a step. Elsewhere, begin to receive earlier "
         "(irecv)."
     )
-    return _finding(cost, step, summary, action, evidence)
+    return _finding(cost, step, summary, action, {**evidence, "waits_for": "messages"})
 
 
 def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
@@ -215,6 +215,7 @@ def _waiting_for_answers(work: OwnWork, facts: JobFacts) -> list[Finding]:
         "early (rpc_async), and wait for their results where these are needed."
     )
     evidence = _evidence(work, facts, cost, step, cost) | (line.evidence(share) if line else {})
+    evidence["waits_for"] = "answers"
     return [_finding(cost, step, summary, action, evidence)]
 
 

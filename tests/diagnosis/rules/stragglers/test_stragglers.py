@@ -80,6 +80,21 @@ def test_ranks_that_are_late_in_different_parts_do_not_hide_each_other(ms: tuple
     assert any("saved only once other differences between ranks are removed, too" in each.summary for each in found)
 
 
+@pytest.mark.parametrize(("others_ms", "is_hidden"), [(8.0, True), (0.0, False)])
+def test_nobody_waits_for_a_rank_that_a_later_one_hides(others_ms: float, is_hidden: bool) -> None:
+    """Without its 4 ms of data loading, steps would take as long: another rank is late by more in its own code."""
+    faults = [adds("input_wait", 4.0, (0,)), adds("other", others_ms, (1,))]
+
+    found = diagnose(window_of(Job(ranks=2, steps=200), *faults), JobFacts(world_size=2))
+    of_data = next(each for each in found if each.kind == "INPUT_STRAGGLER")
+
+    assert ("others wait" in of_data.headline, "slows the others down" in of_data.summary) == (not is_hidden,) * 2
+    assert ("hidden by other slow ranks" in of_data.headline) == is_hidden
+    assert ("hidden by other slow ranks: its data loading takes" in of_data.summary) == is_hidden
+    assert of_data.evidence.get("is_hidden", False) == is_hidden
+    assert all("others wait" in each.headline for each in found if each.kind == "STRAGGLER")
+
+
 @pytest.mark.parametrize(("every", "part", "measured"), [(1, "forward", 1), (5, "forward", 1), (1, "backward", 4)])
 def test_steps_that_are_late_are_counted(every: int, part: str, measured: int) -> None:
     """A few very long steps are no measure for the others, and neither are steps that did not measure backward."""

@@ -25,6 +25,7 @@ from traceml.formatting import (
 
 __all__ = [
     "fewer_workers",
+    "is_hidden",
     "late_evidence",
     "late_summary",
     "more_cpu_time",
@@ -102,7 +103,8 @@ def late_summary(
         is_bounded_by_workers: whether the loader workers of the others allow no more.
     """
     ranks = work.ranks_of(late.rows)
-    subject = f"{_subject(late, ranks)} {'slow' if len(ranks) > 1 else 'slows'} the others down"
+    many, cost = len(ranks) > 1, "costs"
+    subject = f"{_subject(late, ranks)} {'slow' if many else 'slows'} the others down"
     own = work.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
     if late.everywhere:
@@ -119,17 +121,24 @@ def late_summary(
         these = "that line" if len(lines) == 1 else "these lines"
         gained = f", and without {these} steps would be {gain_text(gain_of_lines)}"
 
-    if 1 - 1 / gain < _HIDDEN * share:
+    if is_hidden(late, share, gain):
+        # Nobody waits for these ranks alone.
+        subject, cost = f"{_subject(late, ranks)} {'are' if many else 'is'} slow, hidden by other slow ranks", "is"
         gained = ", saved only once other differences between ranks are removed, too"
 
-    whose = "their" if len(ranks) > 1 else "its"
+    whose = "their" if many else "its"
     where = "".join(each.of_it if each is lines[0] else each.also for each in lines if not each.of_workers)
     batches = "".join(each.of_batches(workers, whose) for each in lines if each.of_workers)
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that costs {percent_text(share)} of step "
-        f"time{gained}{batches}."
+        f"others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that {cost} {percent_text(share)} of "
+        f"step time{gained}{batches}."
     )
+
+
+def is_hidden(late: LateRanks, share: float, gain: float) -> bool:
+    """Return whether other ranks are late by as much or more, so that a remedy alone gains hardly any of the cost."""
+    return not late.everywhere and 1 - 1 / gain < _HIDDEN * share
 
 
 def stage_summary(work: OwnWork, late: LateRanks, more_ns: float) -> str:

@@ -28,6 +28,7 @@ from traceml.diagnosis.rules.stragglers.late_ranks import find_late, late_in_one
 from traceml.diagnosis.rules.stragglers.other_ranks import mean_of_others
 from traceml.diagnosis.rules.stragglers.straggler_wording import (
     fewer_workers,
+    is_hidden,
     late_evidence,
     late_summary,
     more_cpu_time,
@@ -127,6 +128,7 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     lines, part_of_excess = _own_code(work, facts, late, line)
     of_lines = speedup(work.step_ns, saved * part_of_excess) if part_of_excess < 1.0 else None
     why, action = _reason(work, facts, late, line, lines)
+    hidden = {"is_hidden": True} if is_hidden(late, share, gain) else {}
     return Finding.of(
         straggler_kind(late.part),
         ranks=ranks,
@@ -136,7 +138,7 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
         )
         + why,
         next=action,
-        evidence=_evidence(work, facts, late, lines[0] if lines else None),
+        evidence=_evidence(work, facts, late, lines[0] if lines else None) | hidden,
         cost_share=share,
         speedup_if_fixed=of_lines or gain,
     )
