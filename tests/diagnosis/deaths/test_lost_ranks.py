@@ -232,6 +232,20 @@ def test_a_group_of_restarted_ranks_may_have_read_old_addresses(restarts: int, s
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in finding.next) is told
 
 
+@pytest.mark.parametrize(("lost_at", "host", "cause"), [(11.0, "a", 0), (9.5, "a", 1), (11.0, "b", 1), (None, "a", 1)])
+def test_a_rank_that_ran_when_another_failed_is_not_its_cause(lost_at: float | None, host: str, cause: int) -> None:
+    """Rank 0 does not reach an old address after a restart, then torchrun ends rank 1, which cannot report that."""
+    exception = "RuntimeError: Gloo connectFullMesh failed with ... SO_ERROR: Connection refused"
+    failed = RankExit(rank=0, state="failed", code=1, exception=exception, at_s=10.0, host="a")
+    lost = RankExit(rank=1, state="lost", process_gone=True, at_s=lost_at, host=host)
+
+    (finding,) = rank_lost(JobFacts(exits=(failed, lost)))
+
+    assert finding.ranks == (cause,)
+    assert ("without a report" in finding.summary) == (cause == 1)
+    assert finding.summary.endswith(f"rank {1 - cause} ended because of that.")
+
+
 def test_a_script_that_ends_itself_is_told_with_its_text():
     """Its own words, though they look like another rank's end; of an exception that only names it, nothing changes."""
     own = RankExit(rank=0, state="failed", code=1, exception="SystemExit: nccl is missing\nask", file="a.py", line=3)

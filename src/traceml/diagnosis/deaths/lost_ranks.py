@@ -70,6 +70,7 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
 
     A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
     """
+    bad = [ended for ended in bad if not _outlives_a_failure(ended, bad)]
     own = [ended for ended in bad if not _follows(ended)]
     unforced = [ended for ended in bad if not ended.stopped]
     if not own and (not unforced or any(ended.interrupted for ended in bad)):
@@ -80,6 +81,18 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     causes = sorted(causes, key=lambda ended: (ended.state == "lost", ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
+
+
+def _outlives_a_failure(ended: RankExit, bad: Sequence[RankExit]) -> bool:
+    """Whether a rank without a report still ran when another one of its host failed in a collective.
+
+    That failure was not for its end. Most likely the launcher ended it for the other one.
+    """
+    return ended.state == "lost" and any(
+        failed_because_of_peer(other) and other.host == ended.host and (other.at_s or 0.0) < (ended.at_s or 0.0)
+        for other in bad
+        if other.at_s is not None
+    )
 
 
 def was_stopped(exits: Sequence[RankExit]) -> bool:
