@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from traceml.database.schema import Resource
 from traceml.diagnosis.deaths.lost_ranks import rank_lost, root_causes
@@ -244,6 +245,8 @@ def test_a_rank_that_ran_when_another_failed_is_not_its_cause(lost_at: float | N
     assert finding.ranks == (cause,)
     assert ("without a report" in finding.summary) == (cause == 1)
     assert finding.summary.endswith(f"rank {1 - cause} ended because of that.")
+    for unsure in (replace(lost, process_gone=False), replace(lost, reported_s=11.0)):
+        assert rank_lost(JobFacts(exits=(failed, unsure)))[0].ranks == (1,)
 
 
 def test_a_script_that_ends_itself_is_told_with_its_text():

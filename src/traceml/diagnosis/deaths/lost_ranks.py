@@ -86,13 +86,14 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
 def _outlives_a_failure(ended: RankExit, bad: Sequence[RankExit]) -> bool:
     """Whether a rank without a report still ran when another one of its host failed in a collective.
 
-    That failure was not for its end. Most likely the launcher ended it for the other one.
+    That failure was not for its end. Most likely the launcher ended it for the other one. Of a rank whose connection
+    alone was seen to end, or whose launcher reported its end later, it is not known what came first.
     """
-    return ended.state == "lost" and any(
-        failed_because_of_peer(other) and other.host == ended.host and (other.at_s or 0.0) < (ended.at_s or 0.0)
-        for other in bad
-        if other.at_s is not None
-    )
+    if ended.state != "lost" or not ended.process_gone or ended.reported_s is not None:
+        return False
+
+    failed = (other for other in bad if failed_because_of_peer(other) and other.host == ended.host)
+    return any(other.at_s is not None and other.at_s < (ended.at_s or 0.0) for other in failed)
 
 
 def was_stopped(exits: Sequence[RankExit]) -> bool:
