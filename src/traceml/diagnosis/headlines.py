@@ -49,6 +49,7 @@ __all__ = [
     "startup",
     "stopped",
     "throttled",
+    "uneven_memory",
     "unknown",
     "user_code",
 ]
@@ -501,6 +502,12 @@ def slow_ranks(finding: FindingFacts) -> str:
 
     others = "the others of the group" if evidence.get("faster_ranks") else "the others"
     return f"{slow}: {others} wait, {_of_step_time(finding)}"
+
+
+def uneven_memory(finding: FindingFacts) -> str:
+    """Return `Rank 1 uses far more memory than the others`."""
+    use = "uses" if len(finding.ranks) == 1 else "use"
+    return f"{capitalized(ranks_text(finding.ranks))} {use} far more memory than the others"
 
 
 def throttled(finding: FindingFacts) -> str:

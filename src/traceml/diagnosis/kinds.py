@@ -8,7 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from traceml.diagnosis import headlines
-from traceml.formatting import capitalized, ordinal_text, percent_text, phase_words, ranks_text
+from traceml.formatting import percent_text
 
 __all__ = ["CRITICAL_SHARE", "FLOOR_NS", "WARNING_SHARE", "Kind", "KindRule", "Severity", "least_cost_ns"]
 
@@ -39,7 +39,7 @@ _STEP_TIME, _RUN_TIME, _STEPS = "step time", "the run's time", "the steps"
 class KindRule(msgspec.Struct, frozen=True):
     """Rules of a kind."""
 
-    # a template with {share}, {phase}, {ranks_are}, {ranks} and {use}, or a function of the finding
+    # a template with {share}, or a function of the finding
     headline: str | Callable[[headlines.FindingFacts], str]
     # of a finding whose rule does not weigh it by its facts; None if the cost decides
     severity: Severity | None = None
@@ -101,7 +101,7 @@ class Kind(StrEnum):
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(headlines.near_limit)
     MEMORY_LEAK = "MEMORY_LEAK", KindRule(headlines.leak, critical_first=True)
     MEMORY_PRESSURE = "MEMORY_PRESSURE", KindRule(headlines.pressure, Severity.WARNING)
-    MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule("{ranks} {use} far more memory than the others")
+    MEMORY_IMBALANCE = "MEMORY_IMBALANCE", KindRule(headlines.uneven_memory)
     ALLOCATOR_CHURN = (
         "ALLOCATOR_CHURN",
         KindRule("Device memory is given back to the driver in each step", Severity.WARNING, cost_of=""),
@@ -146,13 +146,4 @@ class Kind(StrEnum):
 
         whole = self.rule.cost_of
         share = f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
-        group = finding.evidence.get("rank_group") or {}
-        ranks = capitalized(group.get("words") or ranks_text(finding.ranks))
-        are, use = ("is", "uses") if len(finding.ranks) == 1 else ("are", "use")
-        phase = phase_words(finding.phase) if finding.phase else "the step"
-        if every := finding.evidence.get("every_n_steps"):
-            phase = f"every {ordinal_text(int(every))} step, in {phase}"
-
-        others = "the others of the group" if finding.evidence.get("faster_ranks") else "the others"
-        named = {"ranks": ranks, "ranks_are": f"{ranks} {are}", "others": others}
-        return capitalized(rule.format(share=share, phase=phase, use=use, **named))
+        return rule.format(share=share)

@@ -237,7 +237,6 @@ class RecorderThread:
                 self._released[ring.name] = done
 
     def _last_cycle(self) -> None:
-        self._sender.is_ending = True
         if self._lines is not None:
             self._lines.close()
 

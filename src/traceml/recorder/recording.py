@@ -96,6 +96,7 @@ class Recording:
             files=self.files,
             on_welcome=self._welcomed,
             is_deferred=self.check_deferred,
+            is_ending=lambda: self._ending,
         )
         self.thread = RecorderThread(
             self.flight, self.sender, self.tracing.scheduler(()), self.tracing.hook_ns, files=self.files

@@ -467,7 +467,7 @@ def test_finish_sends_everything_and_says_bye(flight: FlightFile) -> None:
 def test_finish_tries_a_broken_connection_again(flight: FlightFile, caplog: pytest.LogCaptureFixture) -> None:
     """Rows that were on their way when the aggregator died go to the next one."""
     first, second = Wire(), Wire()
-    sender = make(flight, first, second)
+    sender = make(flight, first, second, is_ending=lambda: True)
     settle(sender)
     add_steps(flight, 3)
     first.broken = True

@@ -55,6 +55,8 @@ class RowSender:
         files: uploader of files to the run's folder; their chunks are sent last.
         on_welcome: called with the aggregator's welcome after each connection.
         is_deferred: returns True as long as no aggregator is to be asked for.
+        is_ending: returns True at the end: a connection that breaks then is tried again and no news, and a warning of
+            its own tells what is not stored.
     """
 
     def __init__(
@@ -67,8 +69,9 @@ class RowSender:
         files: FileUploader | None = None,
         on_welcome: Callable[[Mapping[str, Any]], None] = lambda _welcome: None,
         is_deferred: Callable[[], bool] = lambda: False,
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._dial = dial
+        self._dial, self._is_ending = dial, is_ending
         self._commands = commands or {}
         self._flush_ns = self._sample_flush_ns = int(flush_interval_s * 1e9)
         # Names before the rows that use them.
@@ -94,9 +97,6 @@ class RowSender:
         self.dialed = threading.Event()
         """Set unless it waits for an aggregator to answer, which may start only then."""
         self.dialed.set()
-        self.is_ending = False
-        """Whether the last rows are sent: a connection that breaks is then tried again and no news, and a warning at
-        the end tells what is not stored."""
         self.connections = 0
         """Number of connections so far."""
         self.trouble = ""
@@ -224,7 +224,6 @@ class RowSender:
         Args:
             keep_trying: keep trying for that long when no aggregator answers; else try once.
         """
-        self.is_ending = True
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             self._next_try_ns = 0
@@ -391,7 +390,7 @@ class RowSender:
         refused = isinstance(error, AggregatorRefusedError)
         if isinstance(error, TemporaryRefusalError):
             self._warn_once("stalled", _NOT_STORED + f", {self._kept}, and the connection is retried", error)
-        elif self.is_ending:
+        elif self._is_ending():
             _log.debug("the connection broke at the end: %s", error)
         else:
             self._warn_once(
