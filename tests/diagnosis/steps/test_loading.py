@@ -448,14 +448,14 @@ def test_samples_of_accumulated_batches_are_in_memory(batches: float, says: str)
     """A fetch of 4 ms is for 16 batches of 32 samples, 8 us each."""
     loader = LoaderFacts(dataset="Subset", in_memory=True, num_workers=0, batch_size=32)
 
-    assert says in for_input(JobFacts(loader=loader, micro_batches=batches), pipeline(4, 13)).text
+    assert says in for_input(JobFacts(loader=loader, read_micro_batches=lambda: batches), pipeline(4, 13)).text
 
 
 @pytest.mark.parametrize("batches", [1.0, 4.0])
 def test_each_accumulated_batch_is_handed_over(batches: float) -> None:
     """Workers share and the training process receives all batches of a step."""
     work = own_work_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
-    found = pipeline_of(work, JobFacts(loader=FOLDER, batch_tensors=9, micro_batches=batches), 30 * MS)
+    found = pipeline_of(work, JobFacts(loader=FOLDER, batch_tensors=9, read_micro_batches=lambda: batches), 30 * MS)
     one = pipeline_of(work, JobFacts(loader=FOLDER, batch_tensors=9), 30 * MS)
 
     assert found is not None

@@ -103,7 +103,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     workers: WorkerHistory = msgspec.field(default_factory=WorkerHistory)  # worker processes of loaders over the run
     # rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator
     epochs: NDArray[np.void] = msgspec.field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
-    micro_batches: float = 1.0  # batches of a step, as gradients are accumulated
+    read_micro_batches: Callable[[], float] = lambda: 1.0  # reads the kept steps of all ranks: see `micro_batches`
     batch_tensors: int = 0  # tensors of the largest of some batches, as a loader returns it; 0 if unknown
     batch_bytes: int = 0  # its bytes
     # fingerprints of batches, and how ranks exchange gradients
@@ -161,6 +161,11 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Return a loader of a rank by its number; None if unknown."""
         before = [each for each in self.loaders.get(rank, ()) if each.number is not None and each.number <= number]
         return before[-1] if before else None
+
+    @cached_property
+    def micro_batches(self) -> float:
+        """Batches of a step, as gradients are accumulated; at least 1."""
+        return self.read_micro_batches()
 
     @cached_property
     def worker_lines(self) -> Sequence[SampledLine]:

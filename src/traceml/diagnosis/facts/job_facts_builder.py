@@ -389,7 +389,7 @@ class JobFactsBuilder:
             health=self.health,
             topology=self.topology,
             epochs=self._epochs,
-            micro_batches=self.progress.micro_batches,
+            read_micro_batches=lambda: self.progress.micro_batches,
             time=self.time,
             exits=tuple(self._ended(rank, latest) for rank in sorted(self.exits)),
             state=self.state,
