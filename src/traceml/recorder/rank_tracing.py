@@ -17,6 +17,7 @@ from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.recorder.lines.worker_lines import WorkerLines
 from traceml.recorder.no_progress.failed_threads import FailedThreads
+from traceml.recorder.no_progress.long_evaluation import LongEvaluation
 from traceml.recorder.no_progress.watch_assembly import progress_watch, register_stacks
 from traceml.recorder.pauses.pause_recorder import PauseRecorder
 from traceml.recorder.profile_server import ProfileServer
@@ -60,6 +61,7 @@ class RankTracing:
         self.instrumentation: Instrumentation | None = None
         self.is_on = False
         """Whether tracing has begun."""
+        self._long_evaluation = LongEvaluation(note)
         self._pauses: PauseRecorder | None = None
         self._worker_lines: WorkerLines | None = None
         self.profiles = ProfileServer(
@@ -267,6 +269,7 @@ class RankTracing:
     def _check_progress(self, last: bool) -> None:
         slots = self._flight.open_slots
         slots[Slot.EVALUATING], slots[Slot.TRAINING_THREAD] = self._outside_steps(), self._training_thread()
+        self._long_evaluation(is_evaluating=slots[Slot.EVALUATING] == 1)
         self._progress_watch(last)
         self._thread.is_attentive = self._progress_watch.is_quiet or self.profiles.is_used
 

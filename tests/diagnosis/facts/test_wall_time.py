@@ -343,14 +343,15 @@ def test_rows_of_a_running_run_arrive_late(tmp_path, silent_s, idle):
     [
         ({0: "steps", 1: "steps"}, True, "steps"),
         ({0: "checkpoint", 1: "checkpoint"}, True, "checkpoint"),
+        ({0: "evaluation", 1: "evaluation"}, True, "evaluation"),
         ({}, True, "idle"),
         ({0: "steps", 1: "steps"}, False, "idle"),
     ],
 )
-def test_a_long_step_of_a_running_run_is_not_after_the_last_one(
+def test_a_long_part_of_a_running_run_is_not_after_the_last_one(
     tmp_path: Path, opened: dict[int, str], is_running: bool, part: str
 ) -> None:
-    """Since the last row, 30 s ago, the ranks are in a step or save, where their samples show it."""
+    """Since the last row, 30 s ago, the ranks are in a step, save or evaluation, where their rows show it."""
     with closing(StoreReader(store(tmp_path / "run") / STORE_NAME)) as reader:
         before, after = (
             wall_time(
@@ -362,6 +363,7 @@ def test_a_long_step_of_a_running_run_is_not_after_the_last_one(
 
     more = {name: seconds - before.seconds[name] for name, seconds in after.seconds.items()}
     assert {name: round(seconds, 6) for name, seconds in more.items() if abs(seconds) > 1e-6} == {part: 30.0}
+    assert after.evaluating_s == pytest.approx(30.0 if part == "evaluation" else 0.0)
 
 
 def test_compiling_in_the_first_steps_is_start_up(tmp_path: Path) -> None:

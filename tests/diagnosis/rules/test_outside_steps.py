@@ -694,6 +694,15 @@ def test_short_evaluations_are_not_added_to_a_long_one(short_s: float, said: str
     assert found.summary.endswith(said)
 
 
+def test_an_evaluation_that_is_not_over_does_not_count():
+    """It has run for 4 s: its time is in the share, and two others took 28 s each."""
+    time = structs.replace(RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 2), evaluating_s=4.0)
+
+    found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1, state="running"))[0]
+
+    assert found.summary.startswith("60 % of the run's 1:40 is evaluation: 2 times 28 s.")
+
+
 @pytest.mark.parametrize(("grouped", "share"), [(True, 0.4), (False, None)])
 def test_evaluation_on_one_rank_costs_all_their_time(grouped: bool, share: float | None) -> None:
     """Rank 0 of four evaluates for 40 s of 100: the mean is a tenth. Ranks without a group do not wait."""

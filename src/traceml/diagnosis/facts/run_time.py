@@ -75,6 +75,7 @@ class RunTime(msgspec.Struct, frozen=True):
     # by part (`PARTS`), the mean over the ranks that determine it; the parts add up to `wall_s`
     seconds: Mapping[str, float] = {}
     evaluations: int = 0  # times that evaluation interrupted the training, on one rank, without short ones
+    evaluating_s: float = 0.0  # of the evaluation, in one that is not over, which does not count as one
     # steps that count, and those that an attempt repeats
     useful: UsefulTime = msgspec.field(default_factory=UsefulTime)
     compile_s: float = 0.0  # of the start-up (after a restart: of that), compiling functions for the first steps

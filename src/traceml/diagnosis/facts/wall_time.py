@@ -120,9 +120,16 @@ def wall_time(
         evaluators_s=min(evaluators_s, time.wall_s),
         others_evaluate_s=_mean(of_others),
         short_evaluations_s=short_s,
+        evaluating_s=_evaluating_s(processes, opened, ended_s),
         evaluation_parts=_evaluation_parts([each.evals.bins for each in sums.values()]),
         evaluates_before=any(_evaluates_before(each) for each in sums.values()),
     )
+
+
+def _evaluating_s(processes: Sequence[Sequence[ProcessSums]], opened: Sequence[str | None], ended_s: float) -> float:
+    """Return the seconds that an evaluation has run which is not over, on the rank where it began first."""
+    last_ns = [of_rank[-1].last_ns for of_rank, part in zip(processes, opened, strict=True) if part == "evaluation"]
+    return max(ended_s - min(last_ns) / _S, 0.0) if last_ns else 0.0
 
 
 def _parts_by_rank(

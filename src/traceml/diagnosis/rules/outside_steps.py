@@ -416,14 +416,14 @@ def _evaluation_finding(
     time: RunTime, seconds: float, line: BlamedLine | None, what: str, advice: str, limits: str = ""
 ) -> Finding:
     share, times, parts = seconds / time.wall_s, max(time.evaluations, 1), time.evaluation_parts
-    short_s = min(time.short_evaluations_s, seconds)
+    others_s = min(time.short_evaluations_s + time.evaluating_s, seconds)
     often = "once" if times == 1 else f"{count_text(times)} times"
-    others = ", besides shorter ones" if short_s >= _REPORTED_SHORT * seconds else ""
+    others = ", besides shorter ones" if time.short_evaluations_s >= _REPORTED_SHORT * seconds else ""
     return Finding.of(
         Kind.EVAL_HEAVY,
         summary=(
             f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {often} "
-            f"{duration_text((seconds - short_s) / times)}{others}{limits}"
+            f"{duration_text((seconds - others_s) / times)}{others}{limits}"
             + (f", mostly at {line.place}" if line else "")
             + "."
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from traceml.database.info_kinds import InfoKind
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINES, PROCESS, STEPS, Phase
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 from traceml.diagnosis.facts.progress.rank_progress import ProgressHistory
@@ -45,6 +46,14 @@ def test_an_older_sample_tells_nothing():
     assert history(LINE_OTHER, line_s=119).open_part(0) is None
     assert history(LINE_OTHER, open_step=-1).open_part(0) is None
     assert history(LINE_OTHER).open_part(1) is None
+
+
+@pytest.mark.parametrize(("at_s", "part"), [(128, "evaluation"), (119, None)])
+def test_a_long_evaluation_is_known_while_it_runs(at_s, part):
+    """Until its row arrives, with which it is over."""
+    found = history(LINE_OUTSIDE)
+    found.info(0, {"kind": InfoKind.EVALUATING, "t_ns": at_s * S})
+    assert found.open_part(0) == part
 
 
 def test_saving_behind_an_evaluation_is_not_all_of_the_time():

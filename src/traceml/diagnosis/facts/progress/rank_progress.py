@@ -32,7 +32,7 @@ _FOREVER_S = 1e9
 _CHANGES = 2
 _ALIVE = ("R", "S", "D")
 _ITSELF = "recorder"  # a snapshot that the rank took; where it could not, another process did
-_NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER)  # a rank without progress sends these too
+_NO_PROGRESS = (InfoKind.SNAPSHOT, InfoKind.SAMPLER, InfoKind.EVALUATING)  # a rank without progress sends these too
 
 
 class RankProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +76,7 @@ class _RankActivity(msgspec.Struct):
     open_step: int = -1
     line: tuple[int, int, int] = (0, 0, -1)  # timestamp, phase, id of the line
     outside_ns: int = 0  # newest timestamp of a line between steps
+    evaluating_ns: int = 0  # newest timestamp in a long evaluation
     snapshot: RankSnapshot | None = None
     longest: RankSnapshot | None = None  # newest one of the longest pause in a step
     own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that is not over
@@ -170,10 +171,10 @@ class ProgressHistory:
             activity.saw(t_ns)
 
     def open_part(self, rank: int) -> str | None:
-        """Return the part of the run's time that a rank is in since its last step: `steps` or `checkpoint`.
+        """Return the part of the run's time that a rank is in since its last row: `steps`, `checkpoint`, `evaluation`.
 
-        None without progress for `hang_timeout`, where no sample of its line came since then, and where one was
-        between steps: an evaluation has a row only when the training continues.
+        None without progress for `hang_timeout`, and where no sample of its line came since then, or one between steps
+        in a short evaluation or none.
         """
         activity = self._activity.get(rank)
         if activity is None:
@@ -182,6 +183,9 @@ class ProgressHistory:
         ended_ns = int(self._ends[rank]) if rank < len(self._ends) else 0
         if activity.current is not None and activity.newest_ns - ended_ns > self.timeout_s * _NS_PER_S:
             return None
+
+        if activity.evaluating_ns > ended_ns:
+            return "evaluation"
 
         at_ns, phase, _ = activity.line
         if at_ns <= ended_ns or activity.outside_ns > ended_ns:
@@ -214,6 +218,9 @@ class ProgressHistory:
         if kind == InfoKind.RETURNED:
             last_step = row.get("last_step")
             self._activity[rank].returned = last_step if isinstance(last_step, int) else -1, row.get("script") is True
+
+        if kind == InfoKind.EVALUATING and isinstance(t_ns, int):
+            self._activity[rank].evaluating_ns = t_ns
 
         if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
