@@ -140,6 +140,7 @@ class DividedStep(PhaseTimer):
         self.open = False  # the first step has begun
         self.explicit = False  # trace_step() bounds the steps
         self.part_loader: Any = None  # the loader whose request began this part
+        self.training_loader: Any = None  # the loader whose batches are trained on
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.joined = 0  # row of the last step in which another optimizer stepped, too
         self.first_part: _FirstPart | None = None  # of a step that another optimizer has joined
@@ -387,6 +388,32 @@ class DividedStep(PhaseTimer):
         module = trained()
         return module is not None and not module.training
 
+    def _is_evaluation_with_gradients(self) -> bool:
+        """Whether models ran since the last step on another loader's batches, and nothing was trained on them.
+
+        That loader or the training's has ended meanwhile. So it is in a validation without `torch.no_grad()`. What
+        follows may still be a backward pass.
+        """
+        if self.exhausted_loader is None or self.explicit or self.backwards:
+            return False
+
+        if self.ended.may_be_step:
+            loader, before_ns = self.batch, self.ended.times[_FORWARD]
+        elif self.step_call or self.ended.micro_batches:
+            return False
+        else:
+            loader, before_ns = self.first_loader, 0
+
+        return loader is not None and loader is not self.training_loader and self.times[_FORWARD] > before_ns
+
+    def _discard_with_gradients(self, t: int) -> None:
+        """Move what an evaluation with gradients has, and no step before it, from the step to evaluation."""
+        if not self.ended.may_be_step:
+            self.part_start -= self.ended.total_ns
+            self.ended = EndedParts([])
+
+        self._discard(t, batches=self.batches, evaluating=False)
+
     def _cut(self, t: int) -> None:
         """End the part."""
         self._add_part(t)
@@ -461,7 +488,7 @@ class DividedStep(PhaseTimer):
         spent = t - self.part_start - saving
         self.eval_ns += spent
         self.eval_batches += batches
-        if batches and self.trained is None:
+        if self.evaluated and self.trained is None:
             self.is_plain_evaluation = True
 
         if not batches:

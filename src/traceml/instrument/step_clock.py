@@ -87,7 +87,6 @@ class StepClock(DividedStep):
         self.warned_of_thread = False  # that another thread trains, too
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
-        self.training_loader: Any = None  # the loader whose batches are trained on
         self.fetched_ahead = False  # this step's batch came before the end of its loader
         self.inferred = False  # there is no optimizer: batches are the steps
         self.optimizers: dict[int, Any] = {}  # by id, weak references to those that have stepped and are alive
@@ -113,7 +112,10 @@ class StepClock(DividedStep):
 
         It continues until the model is trained again.
         """
-        return bool(self.evaluation.start or (self.evaluating and (self._is_idle() or self._is_evaluation())))
+        if self.evaluation.start or self._is_evaluation_with_gradients():
+            return True
+
+        return self.evaluating and (self._is_idle() or self._is_evaluation())
 
     @property
     def has_stepped(self) -> bool:
@@ -169,6 +171,8 @@ class StepClock(DividedStep):
             self._discard(t, batches=1, evaluating=True)
         elif idle and self.evaluating:
             self._discard(t, batches=0, evaluating=False)  # the time after the last evaluation batch
+        elif loader is self.training_loader and self._is_evaluation_with_gradients():
+            self._discard_with_gradients(t)
         elif self.ended.may_be_step and loader is not self.training_loader:
             return  # still unknown: already the next step, or part of this one
 
@@ -256,7 +260,7 @@ class StepClock(DividedStep):
 
         self.drain_ns += drain_ns
         self.evaluated = False
-        if self.batches and not self.backwards:
+        if self.batches and not (self.backwards or self._is_evaluation_with_gradients()):
             self.batches += 1
 
         if self.evaluating:
@@ -584,6 +588,8 @@ class StepClock(DividedStep):
                 self._discard(self.usual_batch_end(t), batches=1, evaluating=False)
             elif self.evaluating and self._is_idle():
                 self._discard(self.usual_rest_end(t), batches=0, evaluating=False)
+            elif not self.step_call and self._is_evaluation_with_gradients():
+                self._discard_with_gradients(self.ended.end_ns)
 
             if self.ended.may_be_step:
                 self.split_last()

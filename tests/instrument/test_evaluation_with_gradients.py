@@ -1,0 +1,161 @@
+"""Evaluation without `torch.no_grad()` and `eval()`, on the batches of a loader that nothing is trained on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, net, sgd, train
+
+CALL_S = 0.002
+
+
+def validate(model: nn.Module, loader: Any, batches: int = 99) -> None:
+    """Compute a loss as in training, of which no gradients are computed."""
+    for index, (x,) in enumerate(loader):
+        if index == batches:
+            break
+
+        model(x).square().mean().item()
+        time.sleep(CALL_S)
+
+
+def after_each_epoch() -> None:
+    model, loader, other = net(), data(5), data(3)
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        validate(model, other)
+
+
+def left_early() -> None:
+    model, loader, other = net(), data(5), data(9)
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        validate(model, other, batches=2)
+
+
+def within_an_epoch() -> None:
+    model, loader, other = net(), data(20), data(3)
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(loader):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            validate(model, other)
+
+
+def on_two_loaders() -> None:
+    model, loader = net(), data(5)
+    others = data(2), data(2)
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        for other in others:
+            validate(model, other)
+
+
+@pytest.mark.parametrize(
+    ("loop", "batches"),
+    [
+        (after_each_epoch, [3, 3, 3, 3]),
+        (left_early, [3, 3, 3, 3]),  # with the one at which the loop is left
+        (within_an_epoch, [3, 3, 3, 3]),
+        (on_two_loaders, [4, 4, 4, 4]),
+    ],
+)
+def test_it_is_in_no_step(traced: Traced, loop: Callable[[], None], batches: list[int]) -> None:
+    """Its batches are counted, and every step has its own batch only."""
+    loop()
+
+    rows, evals = traced.finish(), traced.table("evals")
+    assert [row["bits"] & 0xFFFF for row in rows] == [1] * 20
+    assert [row["batches"] for row in evals] == batches
+    assert all(row["ns"] >= 2 * CALL_S * 1e9 and row["forward_ns"] > 0 for row in evals)
+    assert not traced.instrumentation.clock.is_plain_evaluation
+
+
+def test_it_is_known_while_it_runs(traced: Traced) -> None:
+    """From its first call after the training loader's end."""
+    seen = []
+    model, loader, other = net(), data(5), data(3)
+    optimizer = sgd(model)
+    for _ in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+            seen.append(traced.instrumentation.clock.is_evaluating)
+
+        for (x,) in other:
+            model(x)
+            seen.append(traced.instrumentation.clock.is_evaluating)
+
+    assert seen[:5] == seen[8:13] == [False] * 5
+    assert seen[6:8] == seen[14:16] == [True] * 2
+
+
+def one_backward_for_all_batches() -> None:
+    model, loader, other = net(), data(5), data(3)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        loss = torch.stack([model(x).square().mean() for (x,) in other]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def loaders_in_turns() -> None:
+    model, loaders = net(), (data(5), data(5))
+    optimizer = sgd(model)
+    for _ in range(3):
+        for loader in loaders:
+            for (x,) in loader:
+                train(model, optimizer, x)
+
+
+def two_loaders_in_each_step() -> None:
+    model, support, loader = net(), data(5), data(5)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (known,), (x,) in zip(support, loader, strict=True):
+            optimizer.zero_grad()
+            (model(known).mean() + model(x).square().mean()).backward()
+            optimizer.step()
+
+
+def a_target_from_another_loader() -> None:
+    """The loss of a batch of each loader, after each was read: the first one has no backward pass of its own."""
+    model, support, loader = net(), data(6), data(5)
+    optimizer = sgd(model)
+    for _ in range(3):
+        known = iter(support)
+        for (x,) in loader:
+            anchor = model(next(known)[0]).mean()
+            optimizer.zero_grad()
+            (anchor + model(x).square().mean()).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "loop", [one_backward_for_all_batches, loaders_in_turns, two_loaders_in_each_step, a_target_from_another_loader]
+)
+def test_batches_that_are_trained_on_are_none(traced: Traced, loop: Callable[[], None]) -> None:
+    """A backward pass uses them, if later."""
+    loop()
+
+    traced.finish()
+    assert not len(traced.table("evals"))
