@@ -67,6 +67,16 @@ def on_two_loaders() -> None:
             validate(model, other)
 
 
+def on_the_training_data() -> None:
+    model, loader = net(), data(5)
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        validate(model, loader)
+
+
 @pytest.mark.parametrize(
     ("loop", "batches"),
     [
@@ -74,6 +84,7 @@ def on_two_loaders() -> None:
         (left_early, [3, 3, 3, 3]),  # with the one at which the loop is left
         (within_an_epoch, [3, 3, 3, 3]),
         (on_two_loaders, [4, 4, 4, 4]),
+        (on_the_training_data, [5, 5, 5, 5]),
     ],
 )
 def test_it_is_in_no_step(traced: Traced, loop: Callable[[], None], batches: list[int]) -> None:
@@ -150,8 +161,40 @@ def a_target_from_another_loader() -> None:
             optimizer.step()
 
 
+def pairs_of_batches() -> None:
+    model, loader = net(), data(6)
+    optimizer = sgd(model)
+    for _ in range(3):
+        batches = iter(loader)
+        for (x,) in batches:
+            known = model(x).mean()
+            optimizer.zero_grad()
+            (known + model(next(batches)[0]).square().mean()).backward()
+            optimizer.step()
+
+
+def batches_left_over() -> None:
+    """The last batches of an epoch are too few for a step."""
+    model, loader = net(), data(7)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for index, (x,) in enumerate(loader):
+            model(x).square().mean().backward()
+            if index % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
 @pytest.mark.parametrize(
-    "loop", [one_backward_for_all_batches, loaders_in_turns, two_loaders_in_each_step, a_target_from_another_loader]
+    "loop",
+    [
+        one_backward_for_all_batches,
+        loaders_in_turns,
+        two_loaders_in_each_step,
+        a_target_from_another_loader,
+        pairs_of_batches,
+        batches_left_over,
+    ],
 )
 def test_batches_that_are_trained_on_are_none(traced: Traced, loop: Callable[[], None]) -> None:
     """A backward pass uses them, if later."""

@@ -389,10 +389,11 @@ class DividedStep(PhaseTimer):
         return module is not None and not module.training
 
     def _is_evaluation_with_gradients(self) -> bool:
-        """Whether models ran since the last step on another loader's batches, and nothing was trained on them.
+        """Whether models ran since the last step on a loader's batches, and nothing was trained on them.
 
-        That loader or the training's has ended meanwhile. So it is in a validation without `torch.no_grad()`. What
-        follows may still be a backward pass.
+        It is another loader than the training's, and one of the two has ended meanwhile; or it is the training's, which
+        was read once more to its end. So it is in a validation without `torch.no_grad()`. What follows may still be a
+        backward pass.
         """
         if self.exhausted_loader is None or self.explicit or self.backwards:
             return False
@@ -404,7 +405,11 @@ class DividedStep(PhaseTimer):
         else:
             loader, before_ns = self.first_loader, 0
 
-        return loader is not None and loader is not self.training_loader and self.times[_FORWARD] > before_ns
+        if loader is None or (loader is self.training_loader and loader.is_read):
+            return False
+
+        ran: bool = self.times[_FORWARD] > before_ns
+        return ran
 
     def _discard_with_gradients(self, t: int) -> None:
         """Move what an evaluation with gradients has, and no step before it, from the step to evaluation."""

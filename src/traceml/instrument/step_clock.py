@@ -164,15 +164,14 @@ class StepClock(DividedStep):
             return
 
         idle = self._is_idle() and (self.ended.may_be_step or not self.step_call)
-        if idle and loader is self.part_loader:
+        if loader is self.training_loader and self._is_evaluation_with_gradients():
+            self._discard_with_gradients(t)
+        elif idle and loader is self.part_loader:
             return  # after the creation of its iterator, or a skipped batch: one single wait
-
-        if self._is_evaluation():
+        elif self._is_evaluation():
             self._discard(t, batches=1, evaluating=True)
         elif idle and self.evaluating:
             self._discard(t, batches=0, evaluating=False)  # the time after the last evaluation batch
-        elif loader is self.training_loader and self._is_evaluation_with_gradients():
-            self._discard_with_gradients(t)
         elif self.ended.may_be_step and loader is not self.training_loader:
             return  # still unknown: already the next step, or part of this one
 
