@@ -81,6 +81,7 @@ class InfoKind(StrEnum):
     )  # fmt: skip
     INPUT = "input", "the input of the model", "dtype dimensions requires_grad tokens batch_first autocast tf32"
     # Model and training.
+    SINGLE_CALLS = "single_calls", "the model is called for each sample of a loader's batch", "calls:int"
     MODEL = (
         "model", "a model was called",
         ("model:text parameters:int trainable:int dense_embeddings:int device:text dtype:text torch_threads:int "

@@ -163,6 +163,20 @@ def test_a_forward_that_is_hardly_trained_is_told(backward_ms: float, is_told: b
     assert ("where forward is not trained (a frozen part, a teacher, sampling)" in found.next) == is_told
 
 
+@pytest.mark.parametrize("kind", [Kind.COMPUTE_BOUND, Kind.HEALTHY])
+@pytest.mark.parametrize(
+    ("calls", "heaviest", "is_told"), [(64, "forward", True), (0, "forward", False), (64, "optimizer", False)]
+)
+def test_calls_with_single_samples_are_told(calls: int, heaviest: str, is_told: bool, kind: Kind) -> None:
+    """Unless the optimizer takes the most: its step is one for all samples."""
+    own = {"forward": 6.0, "backward": 5.0, "optimizer": 1.0, heaviest: 10.0}
+    own |= {"other": 1.8, "input_wait": 1.5} if kind is Kind.HEALTHY else {}
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(single_calls=calls))[0]
+
+    assert found.kind is kind
+    assert found.next.startswith("The model is called with one sample at a time, 64 times for each batch: ") == is_told
+
+
 @pytest.mark.parametrize(("forward_ms", "is_told"), [(16.0, True), (6.0, False)])
 def test_a_forward_that_is_hardly_trained_is_told_beside_other_code(forward_ms: float, is_told: bool) -> None:
     """A bit more than a tenth of the step is no computation: a teacher that takes most of the rest is told, too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, net, sgd
 from traceml.database.info_kinds import InfoKind
 from traceml.instrument.values.inputs import fingerprint_of
 
@@ -702,3 +703,70 @@ def test_vectors_of_numbers_have_no_size(traced: Traced) -> None:
         optimizer.step()
 
     assert sizes(traced) == [(0, 0), (8, 8), (3, 12)]
+
+
+def one_by_one(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield torch.stack([model(x[index : index + 1]).mean() for index in range(len(x))]).sum()
+
+
+def as_vectors(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield torch.stack([model(each).mean() for each in x]).sum()
+
+
+def with_a_backward_pass_each(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (model(x[index : index + 1]).mean() for index in range(len(x)))
+
+
+def at_once(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield model(x).mean()
+
+
+def in_halves(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield sum((model(half).mean() for half in x.chunk(2)), torch.zeros(()))
+
+
+def of_different_sizes(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield torch.stack([model(each.expand(1, index + 1, -1)).mean() for index, each in enumerate(x)]).sum()
+
+
+def step_by_step(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """As a recurrent network reads a sequence of another length than the batch."""
+    state = x[:1]
+    for _ in range(len(x) + 1):
+        state = model(state).expand_as(state)
+
+    yield state.mean()
+
+
+def mapped(model: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield torch.func.vmap(lambda each: model(each).mean())(x).sum()
+
+
+@pytest.mark.parametrize(
+    ("losses", "calls"),
+    [
+        (one_by_one, [4]),
+        (as_vectors, [4]),
+        (with_a_backward_pass_each, [4]),
+        (at_once, []),
+        (in_halves, []),
+        (of_different_sizes, []),
+        (step_by_step, []),
+        (mapped, []),
+    ],
+)
+def test_calls_with_single_samples_are_reported(
+    traced: Traced, losses: Callable[[nn.Module, torch.Tensor], Iterator[torch.Tensor]], calls: list[int]
+) -> None:
+    """As many as the loader's batch has samples, of one size."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(20, 4):
+        optimizer.zero_grad()
+        for loss in losses(model, x):
+            loss.backward()
+
+        optimizer.step()
+
+    traced.finish()
+    assert [row["calls"] for row in traced.info if row["kind"] == "single_calls"] == calls

@@ -331,6 +331,9 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
     if takes_most and _is_fused(facts) is False and not _has_mostly_tables(facts):
         return "Nothing needs fixing; the next gain is the optimizer's fused form (fused=True), as it takes the most."
 
+    if facts.single_calls and not takes_most:
+        return _for_single_calls(facts.single_calls)
+
     return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."
 
 
@@ -342,11 +345,21 @@ def for_compute(phase: str, facts: JobFacts, *, device: bool) -> str:
     if phase == "optimizer":
         return _optimizer(facts)
 
+    if facts.single_calls:
+        return _for_single_calls(facts.single_calls)
+
     steps = _on_device(facts) if device else _on_cpu(facts)
     model = facts.model
     took = f", which took {duration_text(facts.compile_s)}" if facts.compile_s else ""
     done = f" It is compiled already{took}." if model.compiled else ""
     return f"To go faster: {', or '.join(steps)}.{done}"
+
+
+def _for_single_calls(calls: int) -> str:
+    return (
+        f"The model is called with one sample at a time, {calls} times for each batch: call it once with the whole "
+        "batch, unless the samples depend on each other."
+    )
 
 
 def _untrained(shares: Mapping[str, float], step: float) -> str:

@@ -108,6 +108,7 @@ class FactReports:
         """
         is_split = bool(together) and together == self._batch_size
         self._clock.split_size = together if is_split else 0
+        self._single_calls(sizes, together if is_split else len(sizes))
         known = self._reported.get(InfoKind.INPUT)
         if known is None:
             return
@@ -117,6 +118,15 @@ class FactReports:
         whole = is_even and (len(sizes) <= _WHOLE or self._batch_size in samples)
         tokens = known["tokens"] and len(sizes) == 1
         self.report(InfoKind.INPUT, **(known | {"tokens": tokens, "batch_first": known["batch_first"] and whole}))
+
+    def _single_calls(self, sizes: list[tuple[int, int]], calls: int) -> None:
+        """Report that a model is called with one sample at a time, as often as a batch has samples.
+
+        Where samples differ in size, as images do, they may not fit into one tensor.
+        """
+        are_alike = len(set(sizes)) == 1 and sizes[0][0] == 1
+        if are_alike and 1 < calls == self._batch_size:
+            self.report(InfoKind.SINGLE_CALLS, calls=calls)
 
     @property
     def _batch_size(self) -> int | None:
