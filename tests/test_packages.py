@@ -93,7 +93,7 @@ SUBPACKAGES = {
     "database.flight": {"database.schema"},
     "database.store": {"database.schema", "database.row_arrays"},
     "database.snapshots": {"database.schema", "database.info_kinds", "database.flight"},
-    "launch.launcher": {"launch.shared", "supervise", "database"},
+    "launch.launcher": {"launch.shared", "supervise", "recorder", "database"},
     "launch.launcher.submission": {"launch.launcher", "supervise"},
     "launch.launcher.hosts": {"launch.shared"},
     "launch.launcher.logs": {"launch.shared"},

@@ -772,6 +772,15 @@ def test_a_program_that_was_not_traced_is_told(library: str, is_told: bool) -> N
     assert ("trace_step()" in found.next) is not is_told
 
 
+@pytest.mark.parametrize("launches", [True, False])
+def test_a_script_that_launches_functions_is_told_to_trace_these(launches: bool) -> None:
+    """It trains nothing itself: no steps of its own are to be marked."""
+    found = diagnose(KeptSteps(128).aligned(), JobFacts(state="finished", launches=launches))[0]
+
+    assert ("by traceml.launch: with trace=True" in found.next) is launches
+    assert ("trace_step()" in found.next) is not launches
+
+
 def test_a_logging_script_that_calls_init_is_traced():
     """Its recorder only logged at first; a store of an earlier version does not tell."""
     builder = JobFactsBuilder()

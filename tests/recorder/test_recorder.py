@@ -454,3 +454,24 @@ def test_a_script_that_closes_all_descriptors_keeps_those_that_it_opens_then(ser
 
     assert done.returncode == 0, done.stderr
     assert stored_steps(serving) == list(range(320))
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_a_script_that_launches_functions_is_reported(serving: Serving, run_script: Run, launches: bool) -> None:
+    """The workers are not its ranks: it has no steps."""
+    done = run_script(
+        """
+        import sys, time, traceml
+
+        if __name__ == "__main__":
+            traceml.init()
+            if sys.argv[1] == "True":
+                traceml.launch(time.time, hostnames=["localhost"], workers_per_host=1, backend=None)
+            traceml.shutdown()
+        """,
+        str(launches),
+    )
+
+    assert done.returncode == 0, done.stderr
+    with serving.store() as store:
+        assert ("launches" in {row["kind"] for _, row in store.log_rows("info")}) is launches

@@ -56,6 +56,7 @@ class InfoKind(StrEnum):
     SNAPSHOT = "snapshot", "what the rank does that makes no progress: the fields of `RankSnapshot`"
     STOPPED = "stopped", "all threads did not run for a while", "seconds step part from_step began_s"
     GROWTH = "growth", "variables that hold more objects than before", "step steps cost_ms grown:list"
+    LAUNCHES = "launches", "the script runs functions by `traceml.launch` without tracing them"
     RETURNED = "returned", "the launched function or script is over", "last_step script"
     EXIT = (
         "exit", "how the process is about to end",

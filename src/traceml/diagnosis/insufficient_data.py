@@ -26,6 +26,9 @@ _TO_INHERIT = (
     "If that one trains, it was not traced: start it by the same Python, with the script's environment (env=None, or "
     "os.environ with more), or let `traceml run` start it itself."
 )
+_TO_LAUNCH = (
+    "The script runs functions by traceml.launch: with trace=True their run has steps and a verdict of its own."
+)
 _WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 
@@ -99,6 +102,9 @@ def _for_ended(facts: JobFacts, *, began: bool) -> str:
     mostly = _most_of_start_up(facts) if facts.state == RunStatus.STOPPED else ""
     if mostly:
         return f"Let the run come to its training: the start-up was mostly {mostly}."
+
+    if facts.launches:
+        return _TO_LAUNCH
 
     return (
         "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "

@@ -189,6 +189,13 @@ def note_return(*, is_script: bool) -> None:
             recording.note_return(is_script=is_script)
 
 
+def note_launch() -> None:
+    """Record that this process launches functions; see `Recording.note_launch`."""
+    if (recording := _live_recording()) is not None:
+        with fail_open(_log, "recorder", "a launch could not be recorded"):
+            recording.note_launch()
+
+
 def note_idle(*, idle: bool) -> None:
     """Record that this process waits for another task, or has one; see `Recording.note_idle`."""
     if (recording := _live_recording()) is not None:

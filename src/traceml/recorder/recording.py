@@ -197,6 +197,10 @@ class Recording:
         self.note(InfoKind.RETURNED, urgent=True, last_step=last_step, script=is_script)
         self.thread.wake()
 
+    def note_launch(self) -> None:
+        """Record that the process runs functions by `traceml.launch` without tracing them."""
+        self.note(InfoKind.LAUNCHES)
+
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; only the first call counts, or an interrupt of an end without error."""
         if self.exit_noted and (self.failed or not isinstance(error, KeyboardInterrupt)):

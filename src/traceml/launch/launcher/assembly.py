@@ -25,6 +25,7 @@ from traceml.launch.launcher.logs.log_handlers import new_log_folder
 from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
 from traceml.launch.shared import payload
 from traceml.launch.shared.payload import SerializedValue
+from traceml.recorder.current_recorder import is_enabled
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.job.tracing import Tracing
@@ -40,6 +41,11 @@ def run_function(options: LaunchOptions, call: FunctionCall) -> LaunchResult[Any
     specs = _host_specs(options)
     dumped = payload.dump_call(call.func, call.args, call.kwargs)  # before any agent is started
     if not options.trace or not settings.load().enabled:
+        if is_enabled():
+            from traceml.recorder.lifecycle import note_launch
+
+            note_launch()
+
         return _run(options, specs, log_handlers, call=dumped)
 
     from traceml.launch.launcher.job.tracing import Tracing
