@@ -533,12 +533,16 @@ def test_an_evaluation_that_waits_for_its_loader_is_told_so(trains: bool, librar
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_of_an_evaluation_are_to_be_kept(persistent: bool) -> None:
-    """Each validation starts them anew otherwise, which takes longer than its batches do."""
+@pytest.mark.parametrize("evaluated", [5, 9])
+def test_workers_of_an_evaluation_are_to_be_kept(persistent: bool, evaluated: int) -> None:
+    """Each validation starts them anew otherwise, which takes longer than its batches do.
+
+    Its loader may be one like the training's, with as much data.
+    """
     time = RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)
     loaders = [
         LoaderFacts(dataset="Images", length=length, num_workers=2, number=n, persistent_workers=persistent)
-        for n, length in ((0, 9), (1, 5))
+        for n, length in ((0, 9), (1, evaluated))
     ]
     facts = JobFacts(
         time=time,

@@ -299,6 +299,8 @@ def _evaluation(
         wait = f"{factor_text(1 / others)} as long as on the others, which wait"
 
     who += f", {wait}" if alone else ""
+    # One like the training's is none of the others.
+    evaluated = facts.other_loader or (facts.loader, facts.worker_lines)
     loading = None if alone else for_evaluation(facts, time, share, line)
     if loading is not None:
         advice = loading.text + _or_else(other_code, rarer=time.in_steps > 0 and times > 1)
@@ -312,7 +314,7 @@ def _evaluation(
             f"batches, {elsewhere}"
         )
     elif data := _for_awaited_workers(
-        facts.other_loader, facts, "evaluate on fewer batches." if times == 1 else f"evaluate half as often: {saves}"
+        evaluated, facts, "evaluate on fewer batches." if times == 1 else f"evaluate half as often: {saves}"
     ):
         advice = data
     elif other_code:
@@ -357,18 +359,18 @@ def _applied_words(time: RunTime) -> str:
 
 
 def _for_awaited_workers(
-    evaluates: tuple[LoaderFacts | None, Sequence[SampledLine]] | None, facts: JobFacts, rarer: str = ""
+    evaluated: tuple[LoaderFacts | None, Sequence[SampledLine]], facts: JobFacts, rarer: str = ""
 ) -> str:
     """Return the advice where most of an evaluation waits for loader workers; else empty.
 
     Args:
-        evaluates: the loader of the evaluation and the lines of its workers.
+        evaluated: the loader of the evaluation and the lines of its workers.
         rarer: advice to evaluate less; empty if that is the script's work.
     """
-    if evaluates is None or worker_wait_share(facts.lines, LINE_PHASES[LINE_OUTSIDE]) < NAMED_SHARE:
+    if worker_wait_share(facts.lines, LINE_PHASES[LINE_OUTSIDE]) < NAMED_SHARE:
         return ""
 
-    loader, lines = evaluates
+    loader, lines = evaluated
     made = workers_line(lines, waits_are_rare=True)
     if loader is None or not loader.num_workers:
         return ""
