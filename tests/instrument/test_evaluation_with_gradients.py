@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -46,6 +47,18 @@ def left_early() -> None:
         validate(model, other, batches=2)
 
 
+def both_left_early() -> None:
+    model, loader, other = net(), data(9), data(9)
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in islice(loader, 5):
+            train(model, optimizer, x)
+
+        for (x,) in islice(other, 3):
+            model(x).square().mean().item()
+            time.sleep(CALL_S)
+
+
 def within_an_epoch() -> None:
     model, loader, other = net(), data(20), data(3)
     optimizer = sgd(model)
@@ -82,6 +95,7 @@ def on_the_training_data() -> None:
     [
         (after_each_epoch, [3, 3, 3, 3]),
         (left_early, [3, 3, 3, 3]),  # with the one at which the loop is left
+        (both_left_early, [2, 2, 2, 2]),  # the first call ends the step before
         (within_an_epoch, [3, 3, 3, 3]),
         (on_two_loaders, [4, 4, 4, 4]),
         (on_the_training_data, [5, 5, 5, 5]),
@@ -173,6 +187,22 @@ def pairs_of_batches() -> None:
             optimizer.step()
 
 
+def a_batch_of_another_loader_before_each() -> None:
+    """After a training on the second loader alone: its requests have closed the steps since."""
+    model, support, loader = net(), data(6), data(5)
+    optimizer = sgd(model)
+    for (x,) in loader:
+        train(model, optimizer, x)
+
+    for _ in range(3):
+        batches = iter(loader)
+        for _ in range(5):
+            anchor = model(next(iter(support))[0]).mean()
+            optimizer.zero_grad()
+            (anchor + model(next(batches)[0]).square().mean()).backward()
+            optimizer.step()
+
+
 def batches_left_over() -> None:
     """The last batches of an epoch are too few for a step."""
     model, loader = net(), data(7)
@@ -193,6 +223,7 @@ def batches_left_over() -> None:
         two_loaders_in_each_step,
         a_target_from_another_loader,
         pairs_of_batches,
+        a_batch_of_another_loader_before_each,
         batches_left_over,
     ],
 )

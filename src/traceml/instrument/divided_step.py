@@ -389,27 +389,32 @@ class DividedStep(PhaseTimer):
         return module is not None and not module.training
 
     def _is_evaluation_with_gradients(self) -> bool:
-        """Whether models ran since the last step on a loader's batches, and nothing was trained on them.
+        """Whether a validation without `torch.no_grad()` has ended, if no backward pass follows.
 
-        It is another loader than the training's, and one of the two has ended meanwhile; or it is the training's, which
-        was read once more to its end. So it is in a validation without `torch.no_grad()`. What follows may still be a
-        backward pass.
+        It has read the training loader once more to its end; or another loader to its end, or several of its batches.
         """
-        if self.exhausted_loader is None or self.explicit or self.backwards:
+        loader = self._untrained_loader()
+        if loader is None or loader.is_read:
             return False
+
+        if loader is self.training_loader:
+            return self.exhausted_loader is not None
+
+        return self.batches > 1 or loader is self.exhausted_loader
+
+    def _untrained_loader(self) -> Any:
+        """Return the loader on whose batches models ran since the last step, with no backward pass yet; else None."""
+        if self.explicit or self.backwards:
+            return None
 
         if self.ended.may_be_step:
             loader, before_ns = self.batch, self.ended.times[_FORWARD]
         elif self.step_call or self.ended.micro_batches:
-            return False
+            return None
         else:
             loader, before_ns = self.first_loader, 0
 
-        if loader is None or (loader is self.training_loader and loader.is_read):
-            return False
-
-        ran: bool = self.times[_FORWARD] > before_ns
-        return ran
+        return loader if self.times[_FORWARD] > before_ns else None
 
     def _discard_with_gradients(self, t: int) -> None:
         """Move what an evaluation with gradients has, and no step before it, from the step to evaluation."""

@@ -112,10 +112,15 @@ class StepClock(DividedStep):
 
         It continues until the model is trained again.
         """
-        if self.evaluation.start or self._is_evaluation_with_gradients():
+        if self.evaluation.start or self._may_evaluate_with_gradients():
             return True
 
         return self.evaluating and (self._is_idle() or self._is_evaluation())
+
+    def _may_evaluate_with_gradients(self) -> bool:
+        """Whether models run on another loader's batches after the end of the training's, with no backward pass yet."""
+        loader = self._untrained_loader()
+        return loader not in (None, self.training_loader) and self.exhausted_loader is not None
 
     @property
     def has_stepped(self) -> bool:
