@@ -90,6 +90,27 @@ def on_the_training_data() -> None:
         validate(model, loader)
 
 
+def on_all_data_at_once() -> None:
+    model, loader = net(), data(5)
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        model(torch.randn(64, 4)).square().mean().item()
+        time.sleep(2 * CALL_S)
+
+
+def one_backward_after_each_epoch() -> None:
+    model, loader = net(), data(5)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        train(model, optimizer, torch.randn(64, 4))
+
+
 @pytest.mark.parametrize(
     ("loop", "batches"),
     [
@@ -98,6 +119,7 @@ def on_the_training_data() -> None:
         (both_left_early, [2, 2, 2, 2]),  # the first call ends the step before
         (within_an_epoch, [3, 3, 3, 3]),
         (on_two_loaders, [4, 4, 4, 4]),
+        (on_all_data_at_once, [1, 1, 1, 1]),
         (on_the_training_data, [5, 5, 5, 5]),
     ],
 )
@@ -108,7 +130,8 @@ def test_it_is_in_no_step(traced: Traced, loop: Callable[[], None], batches: lis
     rows, evals = traced.finish(), traced.table("evals")
     assert [row["bits"] & 0xFFFF for row in rows] == [1] * 20
     assert [row["batches"] for row in evals] == batches
-    assert all(row["ns"] >= 2 * CALL_S * 1e9 and row["forward_ns"] > 0 for row in evals)
+    assert all(row["ns"] >= row["forward_ns"] > 0 for row in evals)
+    assert all(row["ns"] >= 2 * CALL_S * 1e9 for row in evals[:-1])  # the end of the last one is not known
     assert not traced.instrumentation.clock.is_plain_evaluation
 
 
@@ -222,6 +245,7 @@ def batches_left_over() -> None:
         loaders_in_turns,
         two_loaders_in_each_step,
         a_target_from_another_loader,
+        one_backward_after_each_epoch,
         pairs_of_batches,
         a_batch_of_another_loader_before_each,
         batches_left_over,

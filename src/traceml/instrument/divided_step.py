@@ -391,7 +391,8 @@ class DividedStep(PhaseTimer):
     def _is_evaluation_with_gradients(self) -> bool:
         """Whether a validation without `torch.no_grad()` has ended, if no backward pass follows.
 
-        It has read the training loader once more to its end; or another loader to its end, or several of its batches.
+        It has read another loader to its end, or several of its batches; or, after the training loader's end, that one
+        once more to its end, or none.
         """
         loader = self._untrained_loader()
         if loader is None or loader.is_read:
@@ -403,7 +404,10 @@ class DividedStep(PhaseTimer):
         return self.batches > 1 or loader is self.exhausted_loader
 
     def _untrained_loader(self) -> Any:
-        """Return the loader on whose batches models ran since the last step, with no backward pass yet; else None."""
+        """Return the loader on whose batches models ran since the last step, with no backward pass yet; else None.
+
+        Without a loader since then, it is the one that has ended.
+        """
         if self.explicit or self.backwards:
             return None
 
@@ -412,7 +416,8 @@ class DividedStep(PhaseTimer):
         elif self.step_call or self.ended.micro_batches:
             return None
         else:
-            loader, before_ns = self.first_loader, 0
+            with_gradients = self.trained is not None and not self.evaluated
+            loader, before_ns = self.first_loader or (self.exhausted_loader if with_gradients else None), 0
 
         return loader if self.times[_FORWARD] > before_ns else None
 
@@ -422,7 +427,7 @@ class DividedStep(PhaseTimer):
             self.part_start -= self.ended.total_ns
             self.ended = EndedParts([])
 
-        self._discard(t, batches=self.batches, evaluating=False)
+        self._discard(t, batches=max(self.batches, 1), evaluating=False)
 
     def _cut(self, t: int) -> None:
         """End the part."""
@@ -533,6 +538,14 @@ class DividedStep(PhaseTimer):
         """Return when the last batch of an evaluation that was left early ended: after the usual time of a batch."""
         saving, usual = self._saving_ns(), self.eval_ns // self.eval_batches if self.eval_batches else t
         return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * usual)
+
+    def usual_calls_end(self, t: int) -> int:
+        """Return when calls of the model after the training loader's end were over, and what belongs to them.
+
+        What the script does at its end may take longer than they did.
+        """
+        saving = self._saving_ns()
+        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * self.times[_FORWARD])
 
     def _saving_ns(self) -> int:
         return self.rare_times[_CHECKPOINT] - (self.ended.times or self.zeros)[_CHECKPOINT]

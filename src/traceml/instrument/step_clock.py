@@ -267,8 +267,12 @@ class StepClock(DividedStep):
         if self.batches and not (self.backwards or self._is_evaluation_with_gradients()):
             self.batches += 1
 
-        if self.evaluating:
-            self.closing_trigger = CHECK_FORWARD
+        is_between_epochs = loader is self.training_loader and not (self.step_call or self.backwards)
+        if is_between_epochs:
+            self.trained = None
+
+        if self.evaluating or (is_between_epochs and not self.evaluation.collects):
+            self.closing_trigger = CHECK_FORWARD  # the next call may be one of an evaluation
 
     def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
         """Handle a forward inside another phase, or in a part of unknown kind.
@@ -593,7 +597,7 @@ class StepClock(DividedStep):
             elif self.evaluating and self._is_idle():
                 self._discard(self.usual_rest_end(t), batches=0, evaluating=False)
             elif not self.step_call and self._is_evaluation_with_gradients():
-                self._discard_with_gradients(self.ended.end_ns)
+                self._discard_with_gradients(self.ended.end_ns or self.usual_calls_end(t))
 
             if self.ended.may_be_step:
                 self.split_last()
