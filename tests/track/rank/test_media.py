@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,8 +321,45 @@ def test_histograms_of_nothing_and_of_one_value() -> None:
     assert histogram_of([], 2) == ([0, 0], [0.0, 0.5, 1.0], 0)
     assert histogram_of(torch.tensor([float("nan")]), 2) == ([0, 0], [0.0, 0.5, 1.0], 1)
     assert sum(histogram_of(np.array([3.0, 3.0]), 2)[0]) == 2
-    with pytest.raises(UsageError, match="at least one interval"):
-        histogram_of([1.0], 0)
+
+
+@pytest.mark.parametrize("bins", [0, -1, 65_537, 10**9, 10**30, 1.5, None])
+def test_a_number_of_intervals_that_no_row_can_hold_is_refused(bins: Any) -> None:
+    """A billion intervals would take the memory of the host, and end the training."""
+    with pytest.raises(UsageError, match="a histogram must have 1 to 65,536 intervals"):
+        histogram_of([1.0], bins)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.0, 1.0 + 2**-52],
+        [0.1, 0.1 + 2**-55],
+        [1e20, 1e20],
+        [1e16, 1e16 + 2],
+        [0.0, 5e-324],
+        [-1e308, 1e308],
+        [0.0, 1e308],
+        [sys.float_info.max, sys.float_info.max],
+    ],
+)
+@pytest.mark.parametrize("holder", [list, np.array, torch.DoubleTensor])
+@pytest.mark.parametrize("has_numpy", [True, False])
+def test_histograms_of_nearly_equal_and_of_extreme_values(
+    values: list[float], holder: Any, has_numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number is counted, between finite edges, without a warning."""
+    held = holder(values)
+    if not has_numpy:
+        monkeypatch.delitem(sys.modules, "numpy")
+
+    counts, edges, not_finite = histogram_of(held, 8)
+
+    assert (sum(counts), not_finite) == (2, 0)
+    assert len(edges) == 9
+    assert edges == sorted(edges)
+    assert all(map(math.isfinite, edges))
+    assert edges[0] <= min(values) <= max(values) <= edges[-1]
 
 
 @pytest.mark.parametrize("values", [["a"], [object()], "word"])

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 from traceml.errors import ArgumentTypeError, UsageError
 from traceml.recorder.sending.uploads import RefusedFileError
@@ -19,6 +19,8 @@ from traceml.track.rank.logged_values import copied_to_host
 
 __all__ = ["histogram_of", "image_of", "png"]
 
+_MAX_BINS = 65_536
+"""Intervals of a histogram; its row must fit into a frame."""
 _RAW_FACTOR = 64  # an image of more than this times the limit, uncompressed, is refused without encoding
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # of PNG, by number of channels
 _MAGIC = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"))
@@ -75,22 +77,13 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
 
     Raises:
         ArgumentTypeError: not all values are numbers.
-        UsageError: `bins` is no whole number from 1.
+        UsageError: `bins` is no whole number from 1 to 65,536.
     """
-    if not isinstance(bins, SupportsIndex) or operator.index(bins) < 1:
-        raise UsageError(f"a histogram must have at least one interval, not {bins!r:.100}")
+    if not isinstance(bins, SupportsIndex) or not 1 <= operator.index(bins) <= _MAX_BINS:
+        raise UsageError(f"a histogram must have 1 to {_MAX_BINS:,} intervals, not {bins!r:.100}")
 
     if hasattr(values, "detach"):
-        torch = sys.modules["torch"]
-        flat = values.detach().reshape(-1).double()
-        finite = flat[torch.isfinite(flat)].cpu()
-        total = flat.numel()
-        if not finite.numel():
-            return [0] * bins, _edges(0.0, 1.0, bins), total
-
-        low, high = _span(float(finite.min()), float(finite.max()))
-        counts = torch.histc(finite, bins, low, high).long().tolist()
-        return counts, _edges(low, high, bins), total - finite.numel()
+        return _counted_by_torch(values, bins)
 
     if isinstance(values, Iterable) and not isinstance(values, Sequence) and not hasattr(values, "__array__"):
         values = list(values)
@@ -103,31 +96,70 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
         ) from None
 
 
+def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], int]:
+    torch = sys.modules["torch"]
+    flat = values.detach().reshape(-1).double()
+    finite = flat[torch.isfinite(flat)].cpu()
+    span = _Span.of(float(finite.min()), float(finite.max()), bins) if finite.numel() else _UNIT
+    at = (span.places(finite) * bins).long().clamp_(max=bins - 1)
+    return torch.bincount(at, minlength=bins).tolist(), span.edges(bins), flat.numel() - finite.numel()
+
+
 def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         array = numpy.asarray(values, dtype=float).reshape(-1)
         finite = array[numpy.isfinite(array)]
-        low, high = _span(float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-        counts, edges = numpy.histogram(finite, bins, (low, high))
-        return counts.tolist(), edges.tolist(), len(array) - len(finite)
+        span = _Span.of(float(finite.min()), float(finite.max()), bins) if len(finite) else _UNIT
+        at = numpy.minimum((span.places(finite) * bins).astype(int), bins - 1)
+        return numpy.bincount(at, minlength=bins).tolist(), span.edges(bins), len(array) - len(finite)
 
     numbers = [float(value) for value in values]
     kept = [value for value in numbers if math.isfinite(value)]
-    low, high = _span(min(kept), max(kept)) if kept else (0.0, 1.0)
+    span = _Span.of(min(kept), max(kept), bins) if kept else _UNIT
     counted = [0] * bins
     for value in kept:
-        counted[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+        counted[min(int(span.places(value) * bins), bins - 1)] += 1
 
-    return counted, _edges(low, high, bins), len(numbers) - len(kept)
-
-
-def _span(low: float, high: float) -> tuple[float, float]:
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    return counted, span.edges(bins), len(numbers) - len(kept)
 
 
-def _edges(low: float, high: float, bins: int) -> list[float]:
-    return [low + (high - low) * number / bins for number in range(bins)] + [high]
+class _Span(NamedTuple):
+    """Range of a histogram.
+
+    `numpy.histogram` refuses one whose intervals are narrower than the distance of two numbers, as of weights that
+    are nearly equal, and one that is wider than the largest number.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, low: float, high: float, bins: int) -> _Span:
+        """Return the range of values; of equal ones, a range around them."""
+        if high > low:
+            return cls(low, high)
+
+        reach, largest = max(0.5, bins * math.ulp(low)), sys.float_info.max
+        return cls(max(low - reach, -largest), min(high + reach, largest))
+
+    def places(self, values: Any) -> Any:
+        """Return where values are in it, from 0 to 1."""
+        scale = self._scale
+        return (values * scale - self.low * scale) / (self.high * scale - self.low * scale)
+
+    def edges(self, bins: int) -> list[float]:
+        """Return the bounds of intervals of equal width."""
+        scale = self._scale
+        low, width = self.low * scale, self.high * scale - self.low * scale
+        return [(low + width * (number / bins)) / scale for number in range(bins)] + [self.high]
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if math.isfinite(self.high - self.low) else 0.5
+
+
+_UNIT = _Span(0.0, 1.0)
 
 
 def _suffix_of(data: bytes) -> str:
