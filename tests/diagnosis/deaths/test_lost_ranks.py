@@ -365,6 +365,31 @@ def test_the_same_exception_on_all_ranks_names_all():
     assert [ended.rank for ended in root_causes(exits)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("exception", "line", "alike"),
+    [
+        ("KeyError: 'x'", 3, True),
+        ("KeyError: 'x'", 4, False),
+        ("OSError: 'x'", 3, False),
+        ("RuntimeError: [gloo] Connection closed by peer", 3, False),
+        ("KeyboardInterrupt: ", 3, False),
+        (None, None, False),
+    ],
+)
+def test_a_rank_with_the_same_exception_is_no_follower(exception, line, alike):
+    """The launcher's SIGTERM may come while it ends by its own error; it did not end because of the other rank."""
+    place = {"file": "a.py", "line": line} if line else {}
+    exits = [
+        RankExit(rank=0, state="killed", signal=15, exception=exception, at_s=1.0, stopped=True, **place),
+        RankExit(rank=1, state="failed", code=1, exception="KeyError: 'x'", file="a.py", line=3, at_s=2.0),
+    ]
+
+    finding = rank_lost(JobFacts(exits=tuple(exits)))[0]
+
+    ranks, because = ("Ranks 0, 1", "") if alike else ("Rank 1", "; rank 0 ended because of that")
+    assert finding.summary == f"{ranks} ended with KeyError: 'x' at a.py:3, before the first step{because}."
+
+
 def test_ranks_that_the_launcher_killed_are_no_cause():
     """The signal with which a launcher ends the others is no cause."""
     exits = (

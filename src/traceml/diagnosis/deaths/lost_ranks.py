@@ -80,7 +80,8 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     # A lost rank may be a consequence of the others' end, so known causes come first.
     causes = sorted(causes, key=lambda ended: (ended.state == "lost", ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another cause later is a consequence.
-    return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
+    also = [ended for ended in bad if ended not in causes and _failed_by_itself(ended)]
+    return [ended for ended in [*causes, *also] if _cause(ended) == _cause(causes[0])] if causes else []
 
 
 def _outlives_a_failure(ended: RankExit, bad: Sequence[RankExit]) -> bool:
@@ -107,6 +108,11 @@ def _cause(ended: RankExit) -> tuple[object, ...]:
         return ("exception", ended.exception.partition(":")[0], ended.file, ended.line)
 
     return (ended.state, ended.signal, ended.code)
+
+
+def _failed_by_itself(ended: RankExit) -> bool:
+    """Whether a rank had an exception of its own, also if its launcher's signal ended it before it was out."""
+    return bool(ended.exception and ended.file) and not ended.interrupted and not failed_because_of_peer(ended)
 
 
 def _follows(ended: RankExit) -> bool:
