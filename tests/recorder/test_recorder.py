@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import socket
 import sys
@@ -26,6 +27,7 @@ from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import read_flight
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder import lifecycle, recording
+from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.settings import Config
 from traceml.transport.client import Connection
 
@@ -324,6 +326,30 @@ def test_a_broken_turn_does_not_end_the_thread(serving: Serving, caplog: pytest.
     assert stored_steps(serving) == list(range(10))
     with serving.store() as store:
         assert store.streams()[0].facts["failures"]["recorder"] >= 3  # sent with the bye, shown in the report
+
+
+def test_a_rank_that_has_returned_samples_no_lines(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the other ranks in an open step: its samples there would be of no line of the training."""
+    samplers: list[LineSampler] = []
+    sampled = threading.Event()
+
+    def sample(self: LineSampler, wait: object) -> None:
+        samplers.append(self)
+        self.due_s = time.monotonic() + 0.01
+        sampled.set()
+
+    monkeypatch.setattr(LineSampler, "sample", sample)
+    recorder = traceml.init(port=serving.port, token=TOKEN)
+    do_steps(3)
+    assert sampled.wait(240)
+
+    lifecycle.note_return(is_script=True)
+
+    eventually(lambda: samplers[-1].due_s == math.inf)
+    cycle = threading.Event()
+    recorder.after(0.0, cycle.set)
+    assert cycle.wait(240)
+    assert samplers[-1].due_s == math.inf
 
 
 def test_traced_functions_and_data(serving: Serving) -> None:

@@ -124,6 +124,10 @@ class RecorderThread:
         """Sample the line of the training thread between cycles; before the start, or on the thread."""
         self._lines = lines
 
+    def stop_lines(self) -> None:
+        """Sample no more lines: the training thread runs the user's code no longer."""
+        self.call(lambda: self._lines.stop() if self._lines is not None else None)
+
     def detect_stops(self, note: InfoSender) -> None:
         """Note when the process was stopped; before the start."""
         self._stops = StopDetector(self._slots, note)

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import selectors
 import sys
@@ -536,6 +537,19 @@ def test_samples_come_at_random_times(flight: FlightFile) -> None:
     gaps = np.diff(times)
     assert 50 <= gaps.min() < 55
     assert 145 < gaps.max() <= 150.01
+
+
+def test_samples_that_were_taken_before_a_stop_are_appended(flight: FlightFile) -> None:
+    """None is due any more, and those taken are not lost."""
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        sampler.sample(time.sleep)
+
+        sampler.stop()
+
+    assert sampler.due_s == math.inf
+    sampler.flush()
+    assert sum(row[3] for row in rows_of(flight)) == 1
 
 
 def test_counts_are_appended_once(flight: FlightFile) -> None:

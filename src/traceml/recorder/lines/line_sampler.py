@@ -23,6 +23,7 @@ every other one comes without the second sleep, if the interval was short during
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
@@ -229,6 +230,11 @@ class LineSampler:
         pace = self.pace
         most_s = self._interval_s * _SURE_PACE if pace == 1 else self._interval_s / _SURE_PACE
         return max(self._interval_s / pace * (0.5 + random_share()), min(self._cost_ns / 1e9 / MAX_COST, most_s))
+
+    def stop(self) -> None:
+        """Take no more samples; those taken stay for `flush`."""
+        self.due_s = math.inf
+        self.close()
 
     def close(self) -> None:
         """Restore the switch interval."""
