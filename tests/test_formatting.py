@@ -173,6 +173,9 @@ def test_phases():
         "input", "optim", "host-to-device copying",
     ]  # fmt: skip
     assert [phase_label("augment"), phase_words("augment")] == ["augment", "phase 'augment'"]
+    assert [phase_words(name) for name in ("phase forward", "phase 2", "")] == [
+        "phase 'forward'", "phase 'phase 2'", "phase ''",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

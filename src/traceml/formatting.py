@@ -432,7 +432,11 @@ def exception_line(exception: str) -> str:
 
 def phase_words(phase: str) -> str:
     """Return a phase's name for a sentence; a user's phase in quotes."""
-    return _PHASES[phase][1] if phase in _PHASES else f"phase '{phase}'"
+    if phase in _PHASES:
+        return _PHASES[phase][1]
+
+    own = phase.removeprefix("phase ")  # one that is called like a known phase is kept apart by this prefix
+    return f"phase '{own if own in _PHASES else phase}'"
 
 
 def phases_text(phases: Sequence[str], line: str | None) -> str:

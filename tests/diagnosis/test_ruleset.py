@@ -138,6 +138,20 @@ def test_a_users_phase_on_one_rank_is_named():
     assert "'augment'" in found.summary
 
 
+@pytest.mark.parametrize("name", ["augment", "", "forward"])
+@pytest.mark.parametrize(("late", "ranks"), [((0,), (0,)), ((0, 1), ())])
+def test_headline_and_sentence_name_the_same_phase(name, late, ranks):
+    """Also one without a name, and one that is called like a known phase, which the report keeps apart."""
+    window = window_of(Job(), adds("user", 20, late))
+    named = structs.replace(window, user={name: window.times["user"]})
+
+    found = diagnose(named, JobFacts(world_size=2))[0]
+
+    assert found.ranks == ranks
+    assert f"phase '{name}'" in found.summary
+    assert f"phase '{name}'" in found.headline
+
+
 @pytest.mark.parametrize(
     ("part", "kind"), [("input_wait", Kind.INPUT_BOUND), ("h2d", Kind.H2D_BOUND), ("other", Kind.RESIDUAL_HEAVY)]
 )

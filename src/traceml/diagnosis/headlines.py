@@ -217,11 +217,12 @@ def hang(finding: FindingFacts) -> str:
 def user_code(finding: FindingFacts) -> str:
     """Return `94 % of step time is spent in train.py:23 update_metric`, or `Every 25th step ...`."""
     evidence = finding.evidence
-    share, where = finding.cost_share, phase_words(finding.phase or "other")
+    phase = "other" if finding.phase is None else finding.phase  # a user's phase may have no name: ""
+    share, where = finding.cost_share, phase_words(phase)
     line_share = evidence.get("line_share")
     line = _place(evidence) if "function" in evidence else None
     if every := evidence.get("every_n_steps"):
-        where = phases_text(evidence.get("phases", [finding.phase or "other"]), line)
+        where = phases_text(evidence.get("phases", [phase]), line)
         mostly = "mostly " if line and line_share is not None and line_share < _MOSTLY * share else ""
         return f"Every {ordinal_text(int(every))} step is long, {mostly}in {where}: {_of_step_time(finding)}"
 
@@ -489,7 +490,7 @@ def slow_ranks(finding: FindingFacts) -> str:
     evidence, many = finding.evidence, len(finding.ranks) != 1
     group = evidence.get("rank_group") or {}
     ranks = capitalized(group.get("words") or ranks_text(finding.ranks))
-    phase = phase_words(finding.phase) if finding.phase else "the step"
+    phase = "the step" if finding.phase is None else phase_words(finding.phase)
     if every := evidence.get("every_n_steps"):
         phase = f"every {ordinal_text(int(every))} step, in {phase}"
 
