@@ -25,6 +25,7 @@ TraceMLError
 ├── RemoteTracebackError                           cause of a worker's exception: its remote traceback
 ├── TraceNotFoundError            (LookupError)    no trace file of the given name
 ├── TraceEmptyError               (ValueError)     a trace without a readable event
+├── TraceInvalidError             (ValueError)     a trace, or its description, is not what the simulation needs
 ├── PluginError                   (LookupError, ValueError) a plugin is missing, broken, or configured wrongly
 ├── TaskError                     (RuntimeError)   a task cannot run, or will never have a result
 │   ├── RuntimeClosedError                         its Runtime is shut down
@@ -84,6 +85,7 @@ __all__ = [
     "TaskTimeoutError",
     "TasksFailedError",
     "TraceEmptyError",
+    "TraceInvalidError",
     "TraceMLError",
     "TraceNotFoundError",
     "UsageError",
@@ -238,6 +240,10 @@ class TraceNotFoundError(TraceMLError, LookupError):
 
 class TraceEmptyError(TraceMLError, ValueError):
     """Files were read as traces and contain no event."""
+
+
+class TraceInvalidError(TraceMLError, ValueError):
+    """A trace, or the file that describes it, does not have what the simulation needs."""
 
 
 class WorkerFailedError(TraceMLError, RuntimeError):

@@ -64,6 +64,18 @@ def test_format_that_cannot_be_drawn(capsys, words, tmp_path):
     assert "xyz" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_what_it_must_be_is_no_usage_error(capsys, words, tmp_path):
+    """The command is right and the file is not: status 3, as of `analyze`, and no hint to the options."""
+    wrong = tmp_path / "wrong"
+    wrong.write_text("a: b: c")
+
+    for files in ([words[0], str(wrong), *words[2:]], [*words[:-1], str(wrong)]):
+        assert main(files) == 3
+        told = capsys.readouterr().err
+        assert f"{wrong} is not" in told
+        assert "hint" not in told
+
+
 def test_missing_options(capsys, words):
     assert main(words[:2]) == 2
     assert "--meta" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.whatif.generated_job import GeneratedJob
-from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.errors import TraceEmptyError, TraceInvalidError, TraceNotFoundError
 from traceml.whatif.simulation import Simulator
 from traceml.whatif.straggler_cost import explain_job
 from traceml.whatif.trace_loading import layout_differences, load_job, unknown_kinds
@@ -45,7 +45,7 @@ def test_no_complete_step(job, tmp_path):
 def test_missing_column(job, tmp_path):
     trace, meta = job.write(tmp_path)
     write([{name: value for name, value in row.items() if name != "gmc"} for row in job.rows], trace)
-    with pytest.raises(UsageError, match="has no column gmc"):
+    with pytest.raises(TraceInvalidError, match="has no column gmc"):
         load_job(trace, meta)
 
 
@@ -53,7 +53,7 @@ def test_a_layout_without_a_size_is_named(job, tmp_path):
     """Not taken for 1, and then blamed on the trace."""
     trace, meta = job.write(tmp_path)
     meta.write_text("".join(line for line in meta.read_text().splitlines(keepends=True) if "dp_size" not in line))
-    with pytest.raises(UsageError, match=r"has no dp_size: add the sizes"):
+    with pytest.raises(TraceInvalidError, match=r"has no dp_size: add the sizes"):
         load_job(trace, meta)
 
 
@@ -77,7 +77,7 @@ def test_a_wrong_value_is_refused_with_its_column_and_row(job, tmp_path, column,
     rows = [row | {column: kind(row[column])} for row in job.rows]
     rows[7][column] = value
     write(rows, trace)
-    with pytest.raises(UsageError, match=re.escape(f"{trace}: {message}")):
+    with pytest.raises(TraceInvalidError, match=re.escape(f"{trace}: {message}")):
         load_job(trace, meta)
 
 
@@ -92,7 +92,7 @@ def test_a_wrong_value_is_refused_with_its_column_and_row(job, tmp_path, column,
 def test_a_column_of_another_type_is_refused(job, tmp_path, column, value, message):
     trace, meta = job.write(tmp_path)
     write([row | {column: value} for row in job.rows], trace)
-    with pytest.raises(UsageError, match=re.escape(message)):
+    with pytest.raises(TraceInvalidError, match=re.escape(message)):
         load_job(trace, meta)
 
 
@@ -133,7 +133,7 @@ def test_operations_of_an_unknown_kind_delay_no_others(job, tmp_path):
 def test_two_workers_of_one_place(job, tmp_path):
     trace, meta = job.write(tmp_path)
     write([*job.rows, job.rows[-1]], trace)
-    with pytest.raises(UsageError, match="more than once in a step"):
+    with pytest.raises(TraceInvalidError, match="more than once in a step"):
         load_job(trace, meta)
 
 
@@ -146,7 +146,7 @@ def test_empty_trace(job, tmp_path):
 
 def test_files_that_are_something_else(job, tmp_path):
     trace, meta = job.write(tmp_path)
-    with pytest.raises(UsageError, match="not a Parquet file"):
+    with pytest.raises(TraceInvalidError, match="not a Parquet file"):
         load_job(meta, meta)
 
     with pytest.raises(TraceNotFoundError, match="no file"):
@@ -168,7 +168,7 @@ def test_files_that_are_something_else(job, tmp_path):
 def test_layouts_that_do_not_fit(job, tmp_path, text, message):
     trace, meta = job.write(tmp_path)
     meta.write_text(text)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(TraceInvalidError, match=message):
         load_job(trace, meta)
 
 
@@ -176,7 +176,7 @@ def test_transfers_that_do_not_match(job, tmp_path):
     """A stage in the middle that lacks a receive is refused with the numbers."""
     trace, meta = job.write(tmp_path)
     write([row for row in job.rows if (row["optype"], row["stage"], row["seq_id"]) != ("forward-recv", 1, 7)], trace)
-    with pytest.raises(UsageError, match="stage 1 has 7 forward-recv for 8 forward-compute"):
+    with pytest.raises(TraceInvalidError, match="stage 1 has 7 forward-recv for 8 forward-compute"):
         explain_job(Simulator(load_job(trace, meta)))
 
 
@@ -193,7 +193,7 @@ def test_a_job_without_a_kind_of_operation_is_refused(job, tmp_path, drops, mess
     """Its stages would not wait for each other, and the slowdown would be another one."""
     trace, meta = job.write(tmp_path)
     write([row for row in job.rows if not drops(row)], trace)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(TraceInvalidError, match=message):
         explain_job(Simulator(load_job(trace, meta)))
 
 
@@ -205,7 +205,7 @@ def test_computations_without_a_chunk_are_refused(job, tmp_path, change, message
     """Nothing says then which stage they send to."""
     trace, meta = job.write(tmp_path)
     write([row | (change if row["optype"].endswith("compute") else {}) for row in job.rows], trace)
-    with pytest.raises(UsageError, match=f"-compute 0 of stage 0 has {message}: expected the model chunk"):
+    with pytest.raises(TraceInvalidError, match=f"-compute 0 of stage 0 has {message}: expected the model chunk"):
         explain_job(Simulator(load_job(trace, meta)))
 
 
@@ -220,5 +220,5 @@ def test_a_damaged_file_is_named(job, tmp_path):
     trace, meta = job.write(tmp_path)
     content = trace.read_bytes()
     trace.write_bytes(content[:4] + bytes(500) + content[504:])
-    with pytest.raises(UsageError, match=re.escape(f"{trace} is not a Parquet file")):
+    with pytest.raises(TraceInvalidError, match=re.escape(f"{trace} is not a Parquet file")):
         load_job(trace, meta)

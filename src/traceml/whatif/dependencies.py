@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from traceml.errors import UsageError
+from traceml.errors import TraceInvalidError
 from traceml.whatif.operations import BACKWARD, COLLECTIVES, COMPUTE, FORWARD, TRANSFERS, JobTrace, Operation
 
 __all__ = ["Dependencies", "Unit", "dependencies_of"]
@@ -47,8 +47,8 @@ def dependencies_of(job: JobTrace) -> Dependencies:
     """Return what the operations of a job wait for.
 
     Raises:
-        UsageError: transfers do not match the computations, these have no chunk, or operations wait for each other in a
-            cycle.
+        TraceInvalidError: transfers do not match the computations, these have no chunk, or operations wait for each
+            other in a cycle.
     """
     step = _Step(job)
     _refuse_unknown_chunks(step)
@@ -69,7 +69,7 @@ def _refuse_unknown_chunks(step: _Step) -> None:
     count = step.chunks * len(step.stages)
     for operation in step.operations:
         if operation.kind in COMPUTE and not (operation.chunk >= 0 and 0 <= operation.global_chunk < count):
-            raise UsageError(
+            raise TraceInvalidError(
                 f"{operation} has mc {operation.chunk} and gmc {operation.global_chunk}: expected the model chunk on "
                 f"its worker (0 or more), and that in the pipeline, which has {max(count, len(step.stages))}"
             )
@@ -113,7 +113,7 @@ def _order_worker(step: _Step, stage: int) -> None:
     """Order computations as they ran, transfers of a kind as they ran, and connect the two."""
     computations = step.of(stage, *COMPUTE)
     if missing := [kind for kind in COMPUTE if not step.of(stage, kind)]:
-        raise UsageError(f"stage {stage} has no {' and no '.join(missing)}")
+        raise TraceInvalidError(f"stage {stage} has no {' and no '.join(missing)}")
 
     step.chain(computations)
     for kind in TRANSFERS:
@@ -156,7 +156,7 @@ def _carried(
     direction, end = kind.split("-")
     with_peer = [number for number, each in enumerate(computations) if _has_peer(step, each, kind)]
     if not transfers and with_peer:
-        raise UsageError(f"stage {stage} has no {kind}, but {len(with_peer)} {direction}-compute that need one")
+        raise TraceInvalidError(f"stage {stage} has no {kind}, but {len(with_peer)} {direction}-compute that need one")
 
     if len(transfers) == len(with_peer):  # the profiler recorded only those that have a peer
         return list(zip(transfers, with_peer, strict=True))
@@ -165,7 +165,7 @@ def _carried(
     step.idle += [index for index in transfers if index not in set(used)]
     skipped = len(computations) - len(used)
     if skipped and (skipped != 1 or stage not in (step.stages[0], step.stages[-1])) and used:
-        raise UsageError(
+        raise TraceInvalidError(
             f"stage {stage} has {len(used)} {kind} for {len(computations)} {direction}-compute: transfers are missing"
         )
 
@@ -235,7 +235,7 @@ def _transfer_units(step: _Step) -> Iterable[Unit]:
             peer = step.stages[(place + delta) % count]
             sends, receives = step.paired[kind, stage], step.paired[receiving, peer]
             if len(sends) != len(receives):
-                raise UsageError(
+                raise TraceInvalidError(
                     f"stage {stage} has {len(sends)} {kind}, stage {peer} has {len(receives)} {receiving}: "
                     "the transfers of a step do not match"
                 )
@@ -278,6 +278,8 @@ def _sorted_units(
 
     if len(ready) < len(units):
         stuck = next(number for number, count in enumerate(missing) if count)
-        raise UsageError(f"{operations[units[stuck].members[0]]} waits for itself: the trace's order is inconsistent")
+        raise TraceInvalidError(
+            f"{operations[units[stuck].members[0]]} waits for itself: the trace's order is inconsistent"
+        )
 
     return [units[number] for number in ready]

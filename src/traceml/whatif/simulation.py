@@ -24,7 +24,7 @@ class Simulator:
     """Step times of a job in which chosen operations keep their recorded duration and all others take the ideal one.
 
     Raises:
-        UsageError: the trace's operations do not form a consistent step.
+        TraceInvalidError: the trace's operations do not form a consistent step.
 
     Attributes:
         job: the operations.

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.errors import TraceEmptyError, TraceInvalidError, TraceNotFoundError, UsageError
 from traceml.installation import install_command
 from traceml.whatif.operations import KINDS, JobTrace, Layout, Operation
 
@@ -37,7 +37,7 @@ def load_job(trace: Path, meta: Path) -> JobTrace:
     Raises:
         TraceNotFoundError: a file does not exist.
         TraceEmptyError: the trace has no complete step.
-        UsageError: a file cannot be read, or the two do not fit together.
+        TraceInvalidError: a file cannot be read, or the two do not fit together.
     """
     layout = _layout(meta)
     rows = _trace_columns(trace, _table(trace))
@@ -45,7 +45,7 @@ def load_job(trace: Path, meta: Path) -> JobTrace:
     dp_ranks, dp_of = np.unique(rows["dp_rank"], return_inverse=True)
     operations, operation_of = _operations(rows)
     if len(dp_ranks) != layout.dp_size or len({each.stage for each in operations}) != layout.pp_size:
-        raise UsageError(
+        raise TraceInvalidError(
             f"{trace} has {len(dp_ranks)} data-parallel ranks and {len({each.stage for each in operations})} stages, "
             f"but {meta} says dp_size {layout.dp_size} and pp_size {layout.pp_size}"
         )
@@ -108,18 +108,18 @@ def _layout(path: Path) -> Layout:
     except FileNotFoundError as error:
         raise TraceNotFoundError(f"there is no file {path}: --meta is the YAML file with the job's layout") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise TraceInvalidError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
     if not isinstance(values, Mapping):
-        raise UsageError(f"{path} has no fields: expected dp_size, pp_size, tp_size and world_size")
+        raise TraceInvalidError(f"{path} has no fields: expected dp_size, pp_size, tp_size and world_size")
 
     known = {name: values[name] for name in Layout.__struct_fields__ if name in values}
     for name, value in known.items():
         if name != "trial_name" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UsageError(f"{path}: {name} is {value!r}, expected a positive integer")
+            raise TraceInvalidError(f"{path}: {name} is {value!r}, expected a positive integer")
 
     if missing := [name for name in _NEEDED_LAYOUT if name not in known]:
-        raise UsageError(f"{path} has no {' and no '.join(missing)}: add the sizes of the job's layout")
+        raise TraceInvalidError(f"{path} has no {' and no '.join(missing)}: add the sizes of the job's layout")
 
     layout = Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
     return layout if "world_size" in known else replace(layout, world_size=layout.product)
@@ -136,13 +136,13 @@ def _table(path: Path) -> Any:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if missing := [name for name in _COLUMNS if name not in file.schema_arrow.names]:
-                raise UsageError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
+                raise TraceInvalidError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
 
             table = file.read(columns=list(_COLUMNS))
     except FileNotFoundError as error:
         raise TraceNotFoundError(f"there is no file {path}") from error
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
+        raise TraceInvalidError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
 
     if not table.num_rows:
         raise TraceEmptyError(f"{path} has no operation")
@@ -173,7 +173,7 @@ def _operations(rows: Mapping[str, Any]) -> tuple[list[Operation], Integers]:
 def _refuse_duplicates(path: Path, operations: list[Operation], counts: Integers) -> None:
     if counts.max() > 1:
         operation, dp_rank, _ = np.argwhere(counts > 1)[0].tolist()
-        raise UsageError(
+        raise TraceInvalidError(
             f"{path} has {operations[operation]} more than once in a step of data-parallel rank {dp_rank}: "
             "it must have the operations of one worker for each data-parallel rank and stage"
         )
@@ -208,7 +208,7 @@ def _trace_columns(path: Path, table: Any) -> dict[str, Any]:
     """Return the columns of a table of pyarrow as arrays; `optype` as (labels, codes).
 
     Raises:
-        UsageError: a value is not what its column holds.
+        TraceInvalidError: a value is not what its column holds.
     """
     rows: dict[str, Any] = {name: _integers(path, table, name) for name in (*_NEEDED, *_OPTIONAL)}
     for name in _SECONDS:
@@ -259,4 +259,4 @@ def _refuse_first(path: Path, table: Any, name: str, is_wrong: NDArray[np.bool_]
         row = int(np.argmax(is_wrong))
         value = table[name][row].as_py()
         found = "missing" if value is None else repr(value)
-        raise UsageError(f"{path}: {name} of row {row} is {found}, expected {expected}")
+        raise TraceInvalidError(f"{path}: {name} of row {row} is {found}, expected {expected}")
