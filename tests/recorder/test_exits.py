@@ -446,6 +446,37 @@ def test_the_limit_of_the_address_space_is_that_of_this_process(limit):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+LEAVES_AT_ONCE = """
+import os, sys, threading, torch, traceml
+traceml.init()
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("leaves", "steps"),
+    [
+        ("os._exit(7)", 5),
+        ("model(torch.ones(2, 4))\nos._exit(7)", 5),
+        ("model(torch.ones(2, 4)).sum().backward()\nos._exit(7)", 5),
+        ("thread = threading.Thread(target=os._exit, args=(7,))\nthread.start()\nthread.join()", 4),
+    ],
+    ids=["after a step", "in a forward", "after a backward", "in another thread"],
+)
+def test_a_step_that_is_done_counts_before_an_end_at_once(
+    serving: Serving, run_script: Run, leaves: str, steps: int
+) -> None:
+    """Its end is told as after that step; nothing else would close it. The training thread may be in a hook."""
+    run_script(f"{LEAVES_AT_ONCE}{leaves}\n")
+
+    eventually(lambda: exit_rows(serving))
+    assert stored_steps(serving) == list(range(steps))
+
+
 def streams(serving: Serving) -> list[StreamRecord]:
     with serving.store() as store:
         return list(store.streams())

@@ -115,6 +115,11 @@ class RankTracing:
         if self.instrumentation is not None:
             self.instrumentation.close_open_step()
 
+    def close_done_step(self) -> None:
+        """Append the open step if it is done; only on the thread that trains, as another one may be in a hook."""
+        if self.step_is_done and self._training_thread() == threading.get_ident():
+            self.close_open_step()
+
     def forget(self) -> None:
         """Become a no-op in a forked child."""
         if self.instrumentation is not None:

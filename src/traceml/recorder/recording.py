@@ -244,6 +244,7 @@ class Recording:
     def note_os_exit(self, error: BaseException | None, status: int) -> None:
         """Record that the process ends at once by `os._exit`, in what it does: no exit handlers follow."""
         self.note_exit(error, status)
+        self.tracing.close_done_step()
         self.flight.open_slots[Slot.EXIT_START] = 0
 
     def note_idle(self, *, idle: bool) -> None:
