@@ -297,6 +297,30 @@ def test_explicit_steps_turn_inference_off(traced: Traced) -> None:
     assert all(row["other_ns"] >= 1_000_000 for row in rows[1:])
 
 
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ({"model": 5}, ["trace_step(model=...) takes a torch.nn.Module, not int: it is not timed"]),
+        (
+            {"optimizer": "adam"},
+            ["trace_step(optimizer=...) takes an object with the method step(), not str: it is not timed"],
+        ),
+        ({"model": None, "optimizer": None}, []),
+    ],
+)
+def test_what_is_no_model_and_no_optimizer_is_told_once(
+    traced: Traced, caplog: pytest.LogCaptureFixture, named: dict[str, Any], told: list[str]
+) -> None:
+    """The steps go on without it; a warning with a traceback in each of them would fill the log."""
+    for _ in range(3):
+        with traced.instrumentation.trace_step(**named):
+            burn(1)
+
+    assert len(traced.finish()) == 3
+    assert [record.getMessage() for record in caplog.records] == told
+    assert all(record.exc_info is None for record in caplog.records)
+
+
 def test_a_block_that_raises_is_no_step(traced: Traced) -> None:
     """Its time belongs to the step that comes after."""
     model, optimizer, x = parts()

@@ -58,6 +58,7 @@ class ModuleDiscovery:
         self._descents = 0
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._declared: set[type[Any]] = set()
+        self._refused: set[type[Any]] = set()  # of what was named as a model, and is none
         self._trained: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # answers of `is_trained`
         self._pending: list[weakref.ref[Any]] = []  # modules that are new or have new parts since the last search
 
@@ -142,12 +143,18 @@ class ModuleDiscovery:
 
     def declare(self, module: Any, optimizer: Any) -> None:
         """Time a model and an optimizer that the script names; either may be None."""
-        if module is not None:
+        if isinstance(module, torch.nn.Module):
             self.add(module)
+        elif module is not None and type(module) not in self._refused:
+            self._refused.add(type(module))
+            _warn_of("model", module, "a torch.nn.Module")
 
         if optimizer is not None and type(optimizer) not in self._declared:
             self._declared.add(type(optimizer))
-            self._on_optimizer(optimizer)
+            if callable(getattr(optimizer, "step", None)):
+                self._on_optimizer(optimizer)
+            else:
+                _warn_of("optimizer", optimizer, "an object with the method step()")
 
     def note_optimizer(self, optimizer: Any) -> None:
         """Remember an optimizer, whose models are trained."""
@@ -268,6 +275,10 @@ def _has_methods(cls: type[Any]) -> bool:
         if isinstance(value, FunctionType) and not name.startswith("_")
     }
     return any(not hasattr(torch.nn.Module, name) for name in names - {"forward"})
+
+
+def _warn_of(what: str, value: object, expected: str) -> None:
+    _log.warning("trace_step(%s=...) takes %s, not %s: it is not timed", what, expected, type(value).__name__)
 
 
 def _has_compiled() -> bool:
