@@ -58,6 +58,7 @@ def runs(tmp_path_factory):
         ("base", "b"),
         ("run-", "cba"),
         ("steps>=40, ranks=2, name=a", "a"),
+        ("steps>=40 and ranks=2 AND name=a", "a"),
         ("", "cba"),
     ],
 )
@@ -74,6 +75,8 @@ def test_conditions(runs, conditions, found):
         ("==", "no name before =="),
         ("ranks>x", "compares numbers with 'x'"),
         ("a='b", "No closing quotation"),
+        ("steps>1 OR name=a", "a run must meet all conditions; there is no OR"),
+        ("a or b", "there is no OR"),
     ],
 )
 def test_conditions_that_cannot_be_understood(runs, conditions, what):

@@ -174,9 +174,9 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
     """Return the runs that meet all conditions.
 
     Args:
-        conditions: terms with spaces between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"; a value may be a
-            date), `tag:TAG` or `tags=TAG`, or a word that the id, project, state, verdict or a tag contains; `!` before
-            a term negates it.
+        conditions: terms with spaces, commas or AND between them: `NAME<VALUE` (also <= > >= = != ~ for "contains"; a
+            value may be a date), `tag:TAG` or `tags=TAG`, or a word that the id, project, state, verdict or a tag
+            contains; `!` before a term negates it.
 
     Raises:
         UsageError: a term cannot be understood, or names something that no run has.
@@ -186,7 +186,10 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
     except ValueError as error:
         raise UsageError(f"--where: {error}") from error
 
-    tests = [_test_of(term, runs) for term in terms]
+    if any(term.lower() == "or" for term in terms):
+        raise UsageError("--where: a run must meet all conditions; there is no OR")
+
+    tests = [_test_of(term, runs) for term in terms if term.lower() != "and"]
     return [run for run in runs if all(test(run) for test in tests)]
 
 
