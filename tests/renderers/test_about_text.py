@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.renderers.reports import healthy
 from traceml.renderers.about_text import about_facts, nothing_logged
 from traceml.renderers.views import run_view
@@ -18,6 +20,24 @@ def test_what_was_not_read_is_listed_with_the_reason() -> None:
     assert facts["git commit"] == "abc"
     assert facts["not read"] == "uncommitted changes, packages, variables: the run was shorter than 10 s"
     assert "not read" not in dict(about_facts(run_view(healthy()), About(unread=("git",))))
+
+
+@pytest.mark.parametrize(
+    ("line", "argv", "shown"),
+    [
+        ("-m pkg.train --lr 1", ["/home/me/pkg/train.py", "--lr", "1"], "python -m pkg.train --lr 1"),
+        ("train.py --lr 1", ["train.py", "--lr", "1"], "python train.py --lr 1"),
+        ("train.py", ["/home/me/train.py"], "python /home/me/train.py"),
+        ("ray", [], "ray"),
+        ("-m pkg.train", [], "python -m pkg.train"),
+    ],
+)
+def test_the_command_starts_the_same_program(line: str, argv: list[str], shown: str) -> None:
+    """The file of a module, started alone, finds none of its relative imports."""
+    view = run_view(healthy())
+    view.run.command = line
+
+    assert dict(about_facts(view, About(process={"argv": argv})))["command"] == shown
 
 
 def test_hosts_beyond_the_listed_ones_are_counted() -> None:

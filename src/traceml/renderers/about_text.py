@@ -13,6 +13,8 @@ __all__ = ["about_facts", "machine_text", "nothing_logged"]
 
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard", "trackio")  # fmt: skip
+_MODULE = "-m "
+"""First word of the command line of a module."""
 _HOSTS = 16
 _COLLECTED = {"git": "uncommitted changes", "environment": "packages, variables", "system": "machine"}
 
@@ -20,9 +22,8 @@ _COLLECTED = {"git": "uncommitted changes", "environment": "packages, variables"
 def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
     """Return command, source, versions, machine and model; what is not known is left out."""
     git, process = about.git, about.process
-    argv = process.get("argv")
     rows = [
-        ("command", _runnable(shell_joined(map(str, argv)) if argv else view.run.command_line)),
+        ("command", _command(process.get("argv"), view.run.command_line)),
         ("folder", process.get("folder")),
         ("git commit", _commit(git)),
         ("git branch", git.get("branch")),
@@ -64,9 +65,11 @@ def machine_text(system: Mapping[str, Any]) -> str:
     )
 
 
-def _runnable(command: str) -> str:
-    """Return a command that a shell takes: a script alone is not found by it."""
-    return f"python {command}" if command.partition(" ")[0].endswith(".py") else command
+def _command(argv: Any, line: str) -> str:
+    """Return a command that a shell takes: it does not find a script alone, and a module is not started by its file."""
+    known = line if line.startswith(_MODULE) or not argv else shell_joined(map(str, argv))
+    is_python = known.startswith(_MODULE) or known.partition(" ")[0].endswith(".py")
+    return f"python {known}" if is_python else known
 
 
 def _hosts(hosts: Sequence[str]) -> str:
