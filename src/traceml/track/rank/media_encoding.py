@@ -152,11 +152,12 @@ class _Span(NamedTuple):
         """Return the bounds of intervals of equal width."""
         scale = self._scale
         low, width = self.low * scale, self.high * scale - self.low * scale
-        return [(low + width * (number / bins)) / scale for number in range(bins)] + [self.high]
+        return [(low + width * number / bins) / scale for number in range(bins)] + [self.high]
 
     @property
     def _scale(self) -> float:
-        return 1.0 if math.isfinite(self.high - self.low) else 0.5
+        """Factor with which the width, and that of all intervals together, is no infinite number."""
+        return 1.0 if math.isfinite((self.high - self.low) * _MAX_BINS) else 0.5 / _MAX_BINS
 
 
 _UNIT = _Span(0.0, 1.0)

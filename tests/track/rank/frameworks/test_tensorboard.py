@@ -91,6 +91,25 @@ def test_summary_writer(captured: RunScript, library: str) -> None:
     assert written == [(step, float(np.float32(0.1 * step))) for step in range(50)]
 
 
+def test_histograms_of_nearly_equal_weights(captured: RunScript) -> None:
+    """numpy refuses ranges that are narrower than our intervals; the writer's own call succeeds, and so does ours."""
+    found = captured("""
+        import numpy as np
+        import traceml
+        from torch.utils.tensorboard import SummaryWriter
+
+        traceml.init(backend=["jsonl"])
+        with SummaryWriter("events") as writer:
+            writer.add_histogram("weights", np.array([1.0, 1.0 + 2**-52]), 1)
+            writer.add_histogram("weights", np.arange(4.0), 2, bins=[0.0, 2.0, 4.0])
+        traceml.shutdown()
+    """)
+
+    nearly, given = sorted(found.logged["histogram"], key=lambda row: row["step"])
+    assert (len(nearly["counts"]), sum(nearly["counts"])) == (64, 2)
+    assert (given["counts"], given["edges"]) == ([2, 2], [0.0, 2.0, 4.0])
+
+
 def test_ranks_and_plain_recorder(captured: RunScript) -> None:
     """A rank's values are its own, without an experiment and without trackers they are the run's."""
     script = """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture, is_captured
+from traceml.track.rank.media_encoding import histogram_of
 
 __all__ = ["TensorBoardCapture"]
 
@@ -109,17 +110,20 @@ def _histogram(
     bins: Any = "tensorflow",
     walltime: float | None = None,
     max_bins: int | None = None,
-) -> tuple[str, list[float], list[float], int | None, float]:
+) -> tuple[str, Sequence[float], Sequence[float], int | None, float]:
     """Count now: the values may change after the call. TensorBoard's 1,500 default bins become 64."""
     numpy = sys.modules["numpy"]
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
 
-    array = numpy.asarray(values, dtype=float).reshape(-1)
-    array = array[numpy.isfinite(array)]
-    counts, edges = numpy.histogram(array, bins=_BINS if isinstance(bins, str) and bins == "tensorflow" else bins)
     del max_bins
-    return tag, counts.tolist(), edges.tolist(), _step(global_step), _time(walltime)
+    array = numpy.asarray(values, dtype=float).reshape(-1)
+    if isinstance(bins, str) and bins == "tensorflow":
+        counts, edges, _ = histogram_of(array, _BINS)
+    else:  # the writer has counted them in this way
+        counts, edges = (found.tolist() for found in numpy.histogram(array[numpy.isfinite(array)], bins=bins))
+
+    return tag, counts, edges, _step(global_step), _time(walltime)
 
 
 def _histogram_raw(
