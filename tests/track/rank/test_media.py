@@ -362,6 +362,20 @@ def test_histograms_of_nearly_equal_and_of_extreme_values(
     assert edges[0] <= min(values) <= max(values) <= edges[-1]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (torch.ones(4).to_sparse(), r"a torch.sparse_coo one: to_dense\(\) makes one"),
+        (torch.empty(4, device="meta"), "one without data"),
+    ],
+    ids=["sparse", "meta"],
+)
+def test_a_histogram_of_a_tensor_that_cannot_be_read_is_refused(values: torch.Tensor, kind: str) -> None:
+    """The gradient of an embedding may be sparse; torch's own error says nothing about the call."""
+    with pytest.raises(ArgumentTypeError, match=f"a histogram must be made of a dense tensor, not of {kind}"):
+        histogram_of(values, 4)
+
+
 @pytest.mark.parametrize("values", [["a"], [object()], "word"])
 @pytest.mark.parametrize("has_numpy", [True, False])
 def test_a_histogram_of_no_numbers_is_refused(values: object, has_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:

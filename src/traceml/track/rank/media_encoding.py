@@ -98,6 +98,10 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
 
 def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     torch = sys.modules["torch"]
+    if values.layout is not torch.strided or values.is_meta:
+        kind = "one without data" if values.is_meta else f"a {values.layout} one: to_dense() makes one"
+        raise ArgumentTypeError(f"a histogram must be made of a dense tensor, not of {kind}")
+
     flat = values.detach().reshape(-1).double()
     finite = flat[torch.isfinite(flat)].cpu()
     span = _Span.of(float(finite.min()), float(finite.max()), bins) if finite.numel() else _UNIT
