@@ -166,6 +166,22 @@ def test_the_time_of_a_hang_is_no_time_in_the_step_that_the_end_has_closed():
     )
 
 
+@pytest.mark.parametrize(
+    ("begin_s", "end_s", "steps_s"), [(2, 2, 56), (50, 50, 56), (58, 63, 59), (60, 63, 59)], ids=str
+)
+def test_the_last_sign_of_life_before_the_last_rows_takes_no_time_from_others(begin_s, end_s, steps_s):
+    """A process signs twice a second: in a short run the last one before a kill may be from its start-up."""
+    process = ProcessSums(first_ns=4 * S, last_ns=60 * S, steps=31, total_ns=56 * S)
+    process.end_in_step(begin_s * S, end_s * S, has_row=False)
+
+    parts = wall_parts([process], 0, 65 * S)
+    assert {part: seconds for part, seconds in parts.items() if seconds} == {
+        "startup": 4,
+        "steps": steps_s,
+        "idle": 61 - steps_s,
+    }
+
+
 def test_a_step_that_the_end_has_closed_counts_once(tmp_path):
     """A script without a loader ends in its last step, which has a row."""
     folder = store(tmp_path / "run", evaluators=())

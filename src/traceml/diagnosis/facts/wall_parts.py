@@ -57,6 +57,9 @@ class ProcessSums(msgspec.Struct):
         Args:
             has_row: whether the end of the process has written its row, as that of a step that was trained.
         """
+        if not has_row:  # of a killed process, the end is its last sign of life, which may be before its last rows
+            begin_ns, end_ns = max(begin_ns, self.last_ns), max(end_ns, begin_ns, self.last_ns)
+
         hung_ns = min(hung_ns, end_ns - begin_ns)
         if has_row:
             self.total_ns -= hung_ns
