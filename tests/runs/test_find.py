@@ -116,6 +116,21 @@ def test_what_is_not_there_is_reported_with_what_is(runs, tmp_path):
         find_run(None, tmp_path / "nothing")
 
 
+def test_a_folder_of_runs_in_place_of_a_run_is_told(runs, tmp_path_factory):
+    """`traceml report RUNS_DIR`: the runs of another folder would not be listed."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    newest = runs / "20260102-000000-train-0002"
+
+    for runs_dir in (runs, elsewhere):
+        with pytest.raises(
+            RunNotFoundError, match=f"{runs} is no run but a folder of them: name one, such as {newest}"
+        ):
+            find_run(str(runs), runs_dir)
+
+    with pytest.raises(RunNotFoundError, match="it is not the folder of a run"):
+        find_run(str(elsewhere), runs)
+
+
 def test_a_file_is_no_folder_of_runs(tmp_path):
     """An empty list would say that there are no runs, which is not known."""
     (tmp_path / "file").touch()

@@ -140,6 +140,9 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path, *, by_name: boo
             f"{text!r} matches {len(matching)} runs in {runs_dir}: {_some(matching)}. Give the id, or more of it."
         )
 
+    if text and (runs := _runs_in(Path(text))):
+        raise RunNotFoundError(f"{text} is no run but a folder of them: name one, such as {max(runs)}")
+
     close = get_close_matches(text, named.values(), n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
     what = _what_exists(runs_dir, names)
@@ -242,6 +245,14 @@ def run_folders(runs_dir: Path) -> list[Path]:
         return []
 
     return [path for path in runs_dir.iterdir() if not path.is_symlink() and _is_run(path)]
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """Return the runs in what may be a folder of runs."""
+    try:
+        return run_folders(path) if path.is_dir() else []
+    except OSError:  # a name that is too long, or a folder that may not be read
+        return []
 
 
 def _is_run(path: Path) -> bool:
