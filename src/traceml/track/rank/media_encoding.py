@@ -104,9 +104,9 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
 
     flat = values.detach().reshape(-1).double()
     finite = flat[torch.isfinite(flat)].cpu()
-    span = _Span.of(float(finite.min()), float(finite.max()), bins) if finite.numel() else _UNIT
-    at = (span.places(finite) * bins).long().clamp_(max=bins - 1)
-    return torch.bincount(at, minlength=bins).tolist(), span.edges(bins), flat.numel() - finite.numel()
+    value_range = _HistogramRange.of(float(finite.min()), float(finite.max()), bins) if finite.numel() else _UNIT
+    at = (value_range.places(finite) * bins).long().clamp_(max=bins - 1)
+    return torch.bincount(at, minlength=bins).tolist(), value_range.edges(bins), flat.numel() - finite.numel()
 
 
 def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
@@ -114,21 +114,21 @@ def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     if numpy is not None:
         array = numpy.asarray(values, dtype=float).reshape(-1)
         finite = array[numpy.isfinite(array)]
-        span = _Span.of(float(finite.min()), float(finite.max()), bins) if len(finite) else _UNIT
-        at = numpy.minimum((span.places(finite) * bins).astype(int), bins - 1)
-        return numpy.bincount(at, minlength=bins).tolist(), span.edges(bins), len(array) - len(finite)
+        value_range = _HistogramRange.of(float(finite.min()), float(finite.max()), bins) if len(finite) else _UNIT
+        at = numpy.minimum((value_range.places(finite) * bins).astype(int), bins - 1)
+        return numpy.bincount(at, minlength=bins).tolist(), value_range.edges(bins), len(array) - len(finite)
 
     numbers = [float(value) for value in values]
     kept = [value for value in numbers if math.isfinite(value)]
-    span = _Span.of(min(kept), max(kept), bins) if kept else _UNIT
+    value_range = _HistogramRange.of(min(kept), max(kept), bins) if kept else _UNIT
     counted = [0] * bins
     for value in kept:
-        counted[min(int(span.places(value) * bins), bins - 1)] += 1
+        counted[min(int(value_range.places(value) * bins), bins - 1)] += 1
 
-    return counted, span.edges(bins), len(numbers) - len(kept)
+    return counted, value_range.edges(bins), len(numbers) - len(kept)
 
 
-class _Span(NamedTuple):
+class _HistogramRange(NamedTuple):
     """Range of a histogram.
 
     `numpy.histogram` refuses one whose intervals are narrower than the distance of two numbers, as of weights that
@@ -139,7 +139,7 @@ class _Span(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, low: float, high: float, bins: int) -> _Span:
+    def of(cls, low: float, high: float, bins: int) -> _HistogramRange:
         """Return the range of values; of equal ones, a range around them."""
         if high > low:
             return cls(low, high)
@@ -164,7 +164,7 @@ class _Span(NamedTuple):
         return 1.0 if math.isfinite((self.high - self.low) * _MAX_BINS) else 0.5 / _MAX_BINS
 
 
-_UNIT = _Span(0.0, 1.0)
+_UNIT = _HistogramRange(0.0, 1.0)
 
 
 def _suffix_of(data: bytes) -> str:
