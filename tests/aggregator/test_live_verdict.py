@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import msgpack
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tests.fake_time import FakeTime
 from traceml.aggregator.live_rows import LiveRows
 from traceml.aggregator.live_verdict import LiveVerdict
 from traceml.aggregator.streams.stream import Incarnation, RankStream, StreamState
-from traceml.database.schema import HOST, PROCESS, USER_PHASES
+from traceml.database.schema import HOST, LINES, PROCESS, USER_PHASES
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.ruleset import diagnose
 
@@ -232,6 +234,54 @@ def test_the_next_attempt_numbers_its_own_steps(live: LiveRows) -> None:
             live.take(stream_of(0), "info", msgpack.packb(row))
 
         assert live.facts_builder.numbers.first == resumed_at
+
+
+def test_the_next_attempt_is_judged_by_its_own_rows(live: LiveRows) -> None:
+    """Its processes number their lines anew, and the end of the one before is no verdict on it."""
+    verdicts, store = LiveVerdict(live), EventLog()
+    live.set_hang_rule(7.0, aborts=True)
+    first, rows = stream_of(0), np.zeros(2, LINES.dtype)
+    rows["t_ns"], rows["step"], rows["samples"] = (1, 2), (1, 2), 5
+    live.take(first, "names", msgpack.packb({"id": 0, "name": "/x/train.py:1 load"}))
+    live.take(first, "lines", rows.tobytes())
+    first.state, first.exit = StreamState.FAILED, {"code": 1, "exception": "ValueError: bad batch"}
+    live.end(first)
+    verdicts.update(store)
+
+    live.begin_attempt()
+    again = stream_of(0, attempt=1)
+    live.join(again)
+    live.take(again, "names", msgpack.packb({"id": 0, "name": "/x/train.py:2 augment"}))
+    verdicts.update(store)
+
+    kinds = [data["verdict"]["kind"] for _, data in store.events]
+    assert kinds == [Kind.RANK_LOST, Kind.INSUFFICIENT_DATA]
+    assert live.facts_builder.lines.lines() == ()
+    progress = live.facts_builder.progress
+    assert (progress.timeout_s, progress.aborts, live.facts_builder.world_size) == (7.0, True, 2)
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_a_verdict_waits_for_is_stored_at_once(live: LiveRows) -> None:
+    """The first steps end the sentence that none was seen, though the kind stays."""
+    verdicts, store = LiveVerdict(live), EventLog()
+    live.fresh = True
+    verdicts.update(store)
+    for rank in range(2):
+        take_steps(live, stream_of(rank), 0, 15)
+
+    live.scatter()
+    verdicts.update(store)
+    live.fresh = True
+    verdicts.update(store)
+
+    assert [data["verdict"]["kind"] for _, data in store.events] == [Kind.INSUFFICIENT_DATA] * 2
+    assert [
+        re.search("no step was seen|only [0-9]+ steps", data["verdict"]["summary"])[0] for _, data in store.events
+    ] == [
+        "no step was seen",
+        "only 12 steps",
+    ]
 
 
 def hang(live: LiveRows) -> None:

@@ -29,10 +29,7 @@ class LiveRows:
     """The newest steps of a run's ranks, and the facts that explain them."""
 
     def __init__(self, world_size: int) -> None:
-        self.intake = RowIntake(slots_for(world_size), world_size)
-        self.intake.keep_history(world_size)
-        self.facts_builder = self.intake.facts_builder
-        self.facts_builder.world_size = world_size
+        self._start_over(world_size)
         self.on_loaded: Callable[[RankStream, dict[str, Any]], None] = _ignore
         """Called when a rank has read a file before its first step: its `loaded` row."""
         self.fresh = False
@@ -53,12 +50,17 @@ class LiveRows:
         return self.intake.kept.representatives
 
     def begin_attempt(self) -> None:
-        """Forget what the previous attempt alone was: representatives, absent ranks, and numbers of steps."""
+        """Forget the rows and facts of the previous attempt, as a report does, and judge again.
+
+        They are of other processes: each numbers its texts, such as the lines that it was seen in, anew.
+        """
+        before = self.facts_builder
         self._absent.clear()
         self.absent_elsewhere.clear()
-        self.facts_builder.resumes_at = 0
-        self.facts_builder.numbers.clear()
-        self.intake.kept.representatives = Representatives()
+        self._start_over(before.world_size)
+        self.facts_builder.ended_by = before.ended_by
+        self.set_hang_rule(before.progress.timeout_s, aborts=before.progress.aborts)
+        self.fresh = True
 
     def mark_unreachable(self, host: str) -> None:
         """Record that a host is out of reach: its ranks are not compared."""
@@ -148,6 +150,12 @@ class LiveRows:
     def scatter(self) -> None:
         """Put the rows that arrived since the last tick among the kept ones."""
         self.fresh |= self.intake.flush()
+
+    def _start_over(self, world_size: int) -> None:
+        self.intake = RowIntake(slots_for(world_size), world_size)
+        self.intake.keep_history(world_size)
+        self.facts_builder = self.intake.facts_builder
+        self.facts_builder.world_size = world_size
 
     def _take_log(self, stream: RankStream, table: str, data: bytes) -> None:
         for row in decode_log(data):

@@ -80,7 +80,7 @@ class LiveVerdict:
         verdict = findings[0]
         self.findings = findings
         self._newest = _event(findings, window)
-        signature = (verdict.kind, verdict.ranks, verdict.phase)
+        signature = (verdict.kind, verdict.ranks, verdict.phase, _missing(verdict))
         if signature != self._last:
             self._last, self._stored_s = signature, now_s - _REPEAT_S
 
@@ -110,6 +110,11 @@ class LiveVerdict:
         confirmed = self._requests.is_confirmed(findings, self._live.representatives)
         self._unconfirmed = 0 if confirmed else self._unconfirmed + 1
         return confirmed or self._unconfirmed > _LONGEST_UNCONFIRMED
+
+
+def _missing(verdict: Finding) -> str:
+    """Return what a verdict waits for, which changes with the first steps."""
+    return verdict.summary if verdict.kind is Kind.INSUFFICIENT_DATA else ""
 
 
 def _event(findings: list[Finding], window: AlignedSteps) -> dict[str, Any]:

@@ -23,10 +23,6 @@ class StepNumbers:
             if not known or known[-1][1] != before:  # a script may number each step
                 known.append((step, before))
 
-    def clear(self) -> None:
-        """Forget it: another attempt begins."""
-        self._resumed.clear()
-
     def before(self, rank: int, last_step: int) -> int:
         """Return how many of the numbers up to a rank's last step are of no step of this run."""
         return next((before for step, before in reversed(self._resumed.get(rank, ())) if step <= last_step), 0)
