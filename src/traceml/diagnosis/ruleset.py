@@ -71,6 +71,8 @@ __all__ = ["diagnose", "is_newest_part"]
 _OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.JITTER)
 """Kinds that explain single long steps."""
 _FIRST_STEPS = 64
+_READ_SHARE = 0.8
+"""Share of the time of the window's steps that a wall time must have in steps: else it is older than they are."""
 _EXPLAINED_SHARE = 0.6
 _MAX_LATER_SHARE = 0.5
 _MAX_LISTED = 64
@@ -83,12 +85,25 @@ def diagnose(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None
         window: aligned steps: live the newest, at the end of a run all of them, or of a long run some.
         history: of a run that is not over, steps that are spread over it, or the window: whether they are slower now.
     """
+    facts = _without_old_time(window, facts)
     return [with_global_step_numbers(each, facts.resumes_at) for each in _found(window, facts, history)]
 
 
 def is_newest_part(window: AlignedSteps, facts: JobFacts) -> bool:
     """Return whether a window lacks the beginning of the run, as a live one may."""
     return len(window) > 0 and bool(window.steps[0] - facts.first_step > _FIRST_STEPS)
+
+
+def _without_old_time(window: AlignedSteps, facts: JobFacts) -> JobFacts:
+    """Return the facts of a running run without its wall time, if that was read before many of its steps were made.
+
+    It is read every few seconds: soon after the start-up it would say that steps take hardly any of the run's time.
+    """
+    if facts.time is None or facts.state != "running" or not len(window):
+        return facts
+
+    read_s, judged_s = facts.time.in_steps * facts.time.wall_s, float(window.total.mean(axis=0).sum()) / 1e9
+    return replace(facts, time=None) if read_s < _READ_SHARE * judged_s else facts
 
 
 def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:

@@ -53,6 +53,20 @@ def test_a_verdict_on_steps_says_what_it_covers():
 
 
 @pytest.mark.parametrize(
+    ("share_read", "state", "is_told"), [(0.0, "running", False), (0.9, "running", True), (0.0, "finished", True)]
+)
+def test_a_time_that_was_read_before_the_steps_is_not_told(share_read: float, state: str, is_told: bool) -> None:
+    """It is a few seconds old while a run is in progress, and soon after the start-up had hardly any of the steps."""
+    window = window_of(ALONE)
+    read_s = share_read * float(window.total.sum()) / 1e9
+    time = RunTime.of(read_s + 100.0, {"startup": 100.0, "steps": read_s})
+    found = diagnose(window, JobFacts(time=time, world_size=1, state=state))[0]
+
+    assert ("of the run's time" in found.headline) is is_told
+    assert ("The rest of the run's" in found.summary) is is_told
+
+
+@pytest.mark.parametrize(
     ("wall_s", "steps", "after", "is_told"),
     [
         (100.0, 25.0, "evaluate", True),

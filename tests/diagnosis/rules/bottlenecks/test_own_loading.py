@@ -153,7 +153,7 @@ def two_loaders(*libraries: str, evaluation: float = 0.0, second: LoaderFacts = 
         loader=LABELED,
         loaders={0: (CHECKED_FIRST, LABELED, second)},
         lines=tuple(line for library in libraries for line in seen("main", library, busy=0.1)),
-        time=RunTime.of(10.0, {"steps": 9.0 - evaluation, "evaluation": evaluation}),
+        time=RunTime.of(100.0, {"steps": 90.0 - 10 * evaluation, "evaluation": 10 * evaluation}),
     )
     found = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
     return next(each for each in found if each.kind is Kind.INPUT_BOUND)
@@ -185,7 +185,7 @@ def test_a_loader_without_workers_beside_one_with_them_is_told(function: str, ev
         loader=images,
         loaders={0: (images, labels)},
         lines=(*seen(function, None, busy=0.1), *(seen("main", RECEIVES) if evaluation else ())),
-        time=RunTime.of(10.0, {"steps": 9.0 - evaluation, "evaluation": evaluation}),
+        time=RunTime.of(100.0, {"steps": 90.0 - 10 * evaluation, "evaluation": 10 * evaluation}),
     )
     told = diagnose(window_of(ALONE, adds("input_wait", 30)), facts)
     finding = next(each for each in told if each.kind is Kind.INPUT_BOUND)
