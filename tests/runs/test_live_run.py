@@ -169,6 +169,31 @@ def test_a_restart_starts_the_windows_again(tmp_path):
     writer.close()
 
 
+def test_the_speed_is_zero_until_a_restarted_run_steps(tmp_path, monkeypatch):
+    """The speed of the attempt before is over, also where its last step was a moment ago."""
+    clock, rows = _Clock(monkeypatch), rows_of(Job(ranks=1, steps=150, grouped=False))[0]
+    writer = StoreWriter(tmp_path / STORE_NAME)
+    writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
+    stream = add_rank(writer, 0, rows[:50], attempt=0, state="running")
+    writer.commit()
+    live = LiveRun(tmp_path)
+    live.refresh()
+    writer.append(stream, "steps", 50, 100, rows[50:].tobytes(), 50, 149)
+    writer.commit()
+    clock.now_s += 1
+    live.refresh()
+    before = live.report().steps.per_second
+    add_rank(writer, 0, rows[:0], attempt=1, state="running")
+    writer.commit()
+    clock.now_s += 1
+    live.refresh()
+    writer.close()
+
+    assert before > 0
+    assert live.report().steps.per_second == 0
+    live.close()
+
+
 def test_a_run_that_ended_is_diagnosed_by_its_rows(tmp_path):
     """After the end the findings are those of the stored rows, not of the live verdict."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:

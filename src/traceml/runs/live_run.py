@@ -82,7 +82,11 @@ class LiveRun:
         if reader is None:
             return False
 
+        attempt = self.summary.attempt
         changed = self.summary.update(reader)
+        if self.summary.attempt != attempt:
+            self._forget_arrivals()
+
         if self._series is not None and changed:
             self._series.take(self.summary, reader)
 
@@ -206,6 +210,13 @@ class LiveRun:
             # The rank's timestamps hide bursts of frames; this process's clock counts if they stop.
             self.rates.append(steps / max(by_rows_s, by_clock_s if by_clock_s > 2 * _RATE_S else 0.0))
         elif self._have_stopped(now[0]):
+            self.rates.append(0.0)
+
+    def _forget_arrivals(self) -> None:
+        """Begin with the steps of another attempt; until they come, there are none."""
+        self._marks.clear()
+        self._arrivals_s.clear()
+        if self.rates:
             self.rates.append(0.0)
 
     def _have_stopped(self, now_s: float) -> bool:
