@@ -41,6 +41,18 @@ def test_growth_is_reported_with_its_rate_and_the_time_left():
     assert "256 steps" in finding.summary
 
 
+@pytest.mark.parametrize("is_explained", [True, False])
+def test_growth_in_few_samples_needs_a_container_that_explains_it(is_explained: bool) -> None:
+    """An allocator takes blocks for some seconds after the first steps, and keeps them: in a run, then 474 MiB."""
+    rss = [415, 431, 417, 409, 409, 441, 440, 459, 441, 457, 474, 474, 474, 474]
+    memory = processes(MemoryHistory(), np.array(rss) * MB, steps_each=9, seconds_each=0.5)
+    told = leaks(memory=host(memory, 4 * GB), hosts={0: "h"}, growing=growing_list() if is_explained else {})
+
+    assert bool(told) is is_explained
+    longer = processes(MemoryHistory(), np.linspace(410, 600, 40) * MB, steps_each=9, seconds_each=0.5)
+    assert leaks(memory=host(longer, 4 * GB), hosts={0: "h"})
+
+
 @pytest.mark.parametrize("profiles", [True, False])
 def test_a_profiler_that_is_left_on_keeps_what_it_records(profiles):
     """No variable of the script refers to it."""

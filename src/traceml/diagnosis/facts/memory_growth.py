@@ -68,6 +68,7 @@ class GrowthEstimate(msgspec.Struct, frozen=True, kw_only=True):
         rises: whether each quarter of it is above the one before, by an amount that counts.
         steady: whether it also grew all the time; else it may be noise, or copies that come and go.
         in_stairs: whether it did not rise from each part of the run to the next one.
+        samples: number of samples that it was seen in.
     """
 
     bytes_per_step: float
@@ -78,6 +79,7 @@ class GrowthEstimate(msgspec.Struct, frozen=True, kw_only=True):
     rises: bool
     steady: bool
     in_stairs: bool = False
+    samples: int = 0
 
 
 class MemoryCurve:
@@ -207,6 +209,7 @@ def _estimate(points: _Points) -> GrowthEstimate | None:
         rises=bool(is_grown),
         steady=bool(is_grown and is_even),
         in_stairs=in_stairs,
+        samples=len(points),
     )
 
 

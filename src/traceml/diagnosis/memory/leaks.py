@@ -25,6 +25,8 @@ FAR_S = 30 * 86400.0
 """Beyond this nothing is said about when it is full."""
 MORE_THAN_ONE_PASS = 1.2
 """A data set that was read this many times has filled its caches."""
+_UNEXPLAINED_SAMPLES = 16
+"""Samples in which resident memory must have grown where no container explains it."""
 _LARGER, _LARGER_IN_ALL = 1.02, 1.2
 """Batches grow if each quarter of the steps has so much larger ones than that before, and the last than the first."""
 
@@ -115,7 +117,7 @@ def _finding(
     if cause and cause.left_steps < (room.left_steps if room else math.inf):
         return None  # a container with a bound is full before memory is
 
-    if cause is None and _is_history(facts, kind, growth):
+    if cause is None and (_is_history(facts, kind, growth) or _may_be_warm_up(kind, growth)):
         return None
 
     follows = growth.now_bytes <= of_batches**2 * (growth.now_bytes - growth.grown_bytes)
@@ -151,6 +153,11 @@ def _finding(
 def _is_history(facts: JobFacts, kind: MemoryKind, growth: GrowthEstimate) -> bool:
     """Return whether the history of an optimizer may be all of a growth: it stops when that is full."""
     return kind in (MemoryKind.RESIDENT, MemoryKind.DEVICE) and growth.grown_bytes <= facts.history_bytes
+
+
+def _may_be_warm_up(kind: MemoryKind, growth: GrowthEstimate) -> bool:
+    """Return whether an allocator may just have taken a few blocks more: resident memory seldom falls again."""
+    return kind is MemoryKind.RESIDENT and growth.samples < _UNEXPLAINED_SAMPLES
 
 
 def _advice(kind: MemoryKind, facts: JobFacts, *, is_unseen: bool) -> str:
