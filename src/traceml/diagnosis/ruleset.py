@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -117,7 +118,13 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     work = own_work_of(judged, facts)
     shared = [each for each in main if each.kind is Kind.DEVICE_CONTENTION]
     past = judged if history is window else None if history is None else _usual_steps(history, facts)
-    found = without_changes_by_others(_timing_without_pauses(judged, work, facts, past), shared)
+    found, slow_until = _timing_without_pauses(judged, work, facts, past)
+    later = judged.select(judged.steps >= slow_until)
+    if MIN_STEPS <= len(later) < len(judged):
+        judged, work = later, own_work_of(later, facts)
+        found, _ = _timing_without_pauses(judged, work, facts, past)
+
+    found = without_changes_by_others(found, shared)
     timing, of_timing = _split_remarks(_with_lock(found, work, facts))
     lead = max(timing, key=lambda each: each.cost_share, default=None)
     timing = [_with_other_advice(with_optimizer(each, work, facts), facts) if each is lead else each for each in timing]
@@ -262,26 +269,34 @@ def _training(facts: JobFacts) -> list[Finding]:
     return [*lost, *duplicate_data(facts), *repeated_by_workers(facts), *never_synchronized(facts)]
 
 
+class _Timing(NamedTuple):
+    """Findings about the time of steps."""
+
+    found: list[Finding]
+    slow_until: int = 0
+    """First step after slow ones that are over, where the newest steps are judged: they say nothing of now."""
+
+
 def _timing_without_pauses(
     window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None
-) -> list[Finding]:
+) -> _Timing:
     """Find what steps cost; single pauses that nothing explains are left out of it, and told beside it."""
-    found, pauses = _timing(window, work, facts, history), single_pauses(window, work, facts)
-    if pauses is None or any(_explains_pauses(each, pauses) for each in found):
-        return found
+    timing, pauses = _timing(window, work, facts, history), single_pauses(window, work, facts)
+    if pauses is None or any(_explains_pauses(each, pauses) for each in timing.found):
+        return timing
 
     others = pauses.left_out_of(window, work)
     if len(others) < MIN_STEPS:
-        return found
+        return timing
 
     facts = pauses.left_out_of_lines(facts)
-    found = _timing(others, own_work_of(others, facts), facts, others if history is window else history)
+    found, slow_until = _timing(others, own_work_of(others, facts), facts, others if history is window else history)
     text, action, evidence = pauses.explanation
     text += f" {'It is' if len(pauses.columns) == 1 else 'They are'} not counted here."
     found = [replace(each, evidence={**each.evidence, **evidence}) for each in found]
     lead = max(found, key=lambda each: each.cost_share, default=None)
     told = lead and replace(lead, summary=lead.summary + text, next=f"{lead.next} {action}")
-    return [told if told and each is lead else each for each in found]
+    return _Timing([told if told and each is lead else each for each in found], slow_until)
 
 
 def _explains_pauses(found: Finding, pauses: SinglePauses) -> bool:
@@ -290,7 +305,7 @@ def _explains_pauses(found: Finding, pauses: SinglePauses) -> bool:
     return found.kind in _OF_LONG_STEPS or (is_of_epochs and found.cost_share >= _EXPLAINED_SHARE * pauses.share)
 
 
-def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> list[Finding]:
+def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: AlignedSteps | None) -> _Timing:
     """Find what steps cost, and when they became slower."""
     whole = as_one_training(window, work, facts.other_models)
     without_explained, explained = _without_explained(window, whole, facts)
@@ -299,7 +314,10 @@ def _timing(window: AlignedSteps, work: OwnWork, facts: JobFacts, history: Align
         return _with_slowdown(found, window, without_explained, facts, only_now=history is not None)
 
     past = as_one_training(history, own_work_of(history, facts), facts.other_models)
-    return _with_slowdown(found, history, _without_explained(history, past, facts)[0], facts, only_now=True)
+    timing = _with_slowdown(found, history, _without_explained(history, past, facts)[0], facts, only_now=True)
+    # Slow steps that are over may be too few of a long run, and many of the window.
+    in_window = _slow_until(_slower(window, without_explained, facts, _late_ranks(found)))
+    return timing._replace(slow_until=max(timing.slow_until, in_window))
 
 
 def _costs(
@@ -369,33 +387,42 @@ def _waiting_ns(work: OwnWork) -> float:
 
 def _with_slowdown(
     found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts, *, only_now: bool = False
-) -> list[Finding]:
+) -> _Timing:
     """Return the findings about steps with that about steps that became slower, where it is no part of another.
 
     Args:
         only_now: whether the findings are about the newest steps: slow ones that have ended are none of them.
     """
-    late = [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
-    slower = _slower(window, work, facts, late)
+    late = _late_ranks(found)
+    slower, slow_until = _slower(window, work, facts, late), 0
     if only_now:
-        over = [each for each in slower if "until_step" in each.evidence]
-        slower = [each for each in slower if each not in over]
-        found = [each for each in found if not any(_is_over(each, one, window, work) for one in over)]
+        slow_until = _slow_until(slower)
+        slower = [each for each in slower if "until_step" not in each.evidence]
 
     for each in slower:
         timed = [with_steps_from_slowdown(one, each) for one in found]
         if timed != found:  # those ranks are the cause: one finding
-            return timed
+            return _Timing(timed, slow_until)
 
     if not slower:
         found = _with_own_steps(found, window, work, facts)
+        slow_until = max(slow_until, _slow_until(found) if only_now else 0)
 
     if any(each.ranks in late for each in slower):  # late all along: as clear as any other change
         slower = _slower(window, work, facts, ())
 
     slower = [each for each in slower if not any(_is_used_up(each, one, window, facts) for one in found)]
     explained = [each for each in found if any(_explains(one, each, window, work) for one in slower)]
-    return [*slower, *(each for each in found if each not in explained)]
+    return _Timing([*slower, *(each for each in found if each not in explained)], slow_until)
+
+
+def _late_ranks(found: Iterable[Finding]) -> list[tuple[int, ...]]:
+    return [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
+
+
+def _slow_until(findings: Iterable[Finding]) -> int:
+    """Return the first step after the slow ones of findings; 0 if they last."""
+    return max((int(each.evidence.get("until_step", 0)) for each in findings), default=0)
 
 
 def _with_lock(timing: list[Finding], work: OwnWork, facts: JobFacts) -> list[Finding]:
@@ -496,12 +523,6 @@ def _has_ended(slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
 
     usual, mean = (float(waits[columns].sum() / work.step[columns].sum()) for columns in (later, slice(None)))
     return usual < max(WARNING_SHARE, _MAX_LATER_SHARE * mean)
-
-
-def _is_over(waiting: Finding, slower: Finding, window: AlignedSteps, work: OwnWork) -> bool:
-    """Return whether a run waited for data only in steps that became slower, and are over."""
-    is_of_data = waiting.kind is Kind.INPUT_BOUND and _has_ended(slower, window, work)
-    return is_of_data and _explains(slower, waiting, window, work)
 
 
 def _explains(slower: Finding, other: Finding, window: AlignedSteps, work: OwnWork) -> bool:

@@ -954,3 +954,32 @@ def test_data_that_was_slow_for_a_while_is_no_live_finding(first, last, told):
 
     assert bool({Kind.INPUT_BOUND, Kind.SLOWDOWN} & live) is told
     assert {Kind.INPUT_BOUND, Kind.SLOWDOWN} & ended
+
+
+@pytest.mark.parametrize(("last", "kind"), [(130, Kind.COMPUTE_BOUND), (185, Kind.INPUT_BOUND), (195, Kind.SLOWDOWN)])
+def test_a_live_verdict_is_about_the_steps_after_slow_ones(last: int, kind: Kind) -> None:
+    """It says nothing of those that are over, once there are 20 of the others."""
+
+    def slow(own, _):
+        own["input_wait"][:, 60:last] += 60.0
+
+    job = Job(ranks=1, steps=200, own={"input_wait": 0.3, "forward": 10.0, "backward": 20.0}, comm=0.0, grouped=False)
+    window = window_of(job, slow)
+    found = diagnose(window, JobFacts(), window)[0]
+
+    assert found.kind is kind
+    assert ("of each 30." in found.summary) is (kind is Kind.COMPUTE_BOUND)
+
+
+def test_a_rank_that_was_slow_for_a_while_is_no_live_finding() -> None:
+    """Nor are ranks that wait for it."""
+
+    def slow(own, _):
+        own["other"][1, 60:130] += 30.0
+
+    window = window_of(Job(ranks=2, steps=200), slow)
+    live = diagnose(window, JobFacts(world_size=2), window)
+    ended = diagnose(window, JobFacts(world_size=2, state="finished"))
+
+    assert Kind.STRAGGLER not in {each.kind for each in live}
+    assert ended[0].kind is Kind.STRAGGLER
