@@ -111,6 +111,24 @@ def test_the_speed_of_slow_steps_stays_between_them(tmp_path, monkeypatch):
     assert [rate for second, rate in rates if second > arrivals[1][0]] == pytest.approx([1 / gaps_s[0]] * 135, rel=0.2)
 
 
+@pytest.mark.parametrize(("step_ms", "rate"), [(20.0, 0.0), (10_000.0, 0.1)])
+def test_the_speed_of_a_run_that_stopped_before_it_was_opened_is_zero(tmp_path, monkeypatch, step_ms, rate):
+    """A page that is opened during a hang sees no step come; steps of 10 s may come later."""
+    rows = rows_of(Job(ranks=1, steps=60, own={"forward": step_ms}, comm=0.0, grouped=False))[0]
+    clock = _Clock(monkeypatch)
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
+        add_rank(writer, 0, rows, state="running")
+
+    live = LiveRun(tmp_path)
+    for _ in range(20):
+        live.refresh()
+        clock.now_s += 0.5
+
+    assert live.report().steps.per_second == pytest.approx(rate, rel=0.1)
+    live.close()
+
+
 def test_the_aggregators_verdict_is_shown(tmp_path):
     """The live verdict comes from the store's events, so that all screens agree."""
     kept = KeptSteps(256)

@@ -221,8 +221,19 @@ class LiveRun:
 
     def _have_stopped(self, now_s: float) -> bool:
         """Whether no step has arrived for far longer than is usual, which is long where steps or frames are."""
-        gaps_s = [after - before for before, after in pairwise(self._arrivals_s)]
+        gaps_s = [after - before for before, after in pairwise(self._arrivals_s)] or self._step_s()
         return bool(gaps_s) and now_s - self._arrivals_s[-1] > _LATE_FACTOR * max(_RATE_S, median(gaps_s))
+
+    def _step_s(self) -> list[float]:
+        """Return the mean time of a step so far, of a run that was opened a moment ago; nothing where it is not known.
+
+        It may have stopped before, as one that hangs.
+        """
+        latest, ends = self.summary.kept.latest, self.summary.kept.end_ns
+        rank = int(latest.argmax())
+        step, end_ns = self.summary.first.get(rank, (0, 0))
+        steps = int(latest[rank]) - step
+        return [int(ends[rank] - end_ns) / steps / 1e9] if end_ns and steps > 0 else []
 
     def _take_time(self, reader: StoreReader) -> None:
         """Divide the run's wall time again if that costs little compared with the time since the last call."""
