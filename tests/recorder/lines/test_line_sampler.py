@@ -476,9 +476,23 @@ def test_samples_since_the_end_of_the_last_step_have_a_later_time(flight: Flight
     for row in rows:
         seen[int(row["t_ns"])] += int(row["samples"])
 
-    (before_ns, before), (_, since) = sorted(seen.items())
+    (before_ns, before), (since_ns, since) = sorted(seen.items())
     assert (before, since) == (1, 3)
-    assert before_ns >= ended_ns
+    assert before_ns <= ended_ns < since_ns
+
+
+def test_rows_have_the_time_of_their_samples_and_not_of_a_late_flush(flight: FlightFile) -> None:
+    """An interpreter that waits at its prompt has no stack: what was seen in the last step before is not after it."""
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        sampler.sample(time.sleep)
+        flight.ring("steps").append(*range(len(flight.ring("steps")._table.columns)))
+        ended_ns = monotonic_ns()
+
+    sampler.flush()
+
+    (row,) = np.frombuffer(flight.ring(LINES.name).read_from(0).data, LINES.dtype)
+    assert row["t_ns"] <= ended_ns
 
 
 def test_start_up_and_training_have_first_samples_of_their_own(

@@ -131,7 +131,8 @@ class LineSampler:
         self._native_of = self._native = 0  # training thread, and its id in the system
         self._counts: _Counts = {}
         self._open: _Counts = {}  # since a step has ended: the next one may never do
-        self._ended, self._seen_ns = 0, 0  # steps that have, and when that was seen
+        self._ended, self._seen_ns = 0, 0  # steps that have, and the time of the newest sample before that was seen
+        self._newest_ns = 0  # of all samples
         self._ids: dict[_Key, tuple[int, int]] = {}
 
     @property
@@ -182,6 +183,7 @@ class LineSampler:
 
         key = self._place(thread_stack(busy.busiest, _MAX_DEPTH), LINE_THREADS)
         if (counts := self._counts_of(key)) is not None:
+            self._newest_ns = monotonic_ns()
             for at, one in enumerate((1, busy.passed_ns, busy.cpu_ns)):
                 counts[at] += one
 
@@ -241,10 +243,12 @@ class LineSampler:
         switch_interval.restore()
 
     def flush(self) -> None:
-        """Append the counts since the last call as rows; those since the end of the last step have a later time."""
-        now_ns = monotonic_ns()
-        self._close_ended(now_ns)
-        for counts, at_ns in ((self._counts, self._seen_ns), (self._open, now_ns)):
+        """Append the counts since the last call as rows; those since the end of the last step have a later time.
+
+        It is that of the samples: where none is taken, as at the prompt of an interpreter, this call may come late.
+        """
+        self._close_ended()
+        for counts, at_ns in ((self._counts, self._seen_ns), (self._open, self._newest_ns)):
             self._append(counts, at_ns)
             counts.clear()
 
@@ -254,12 +258,12 @@ class LineSampler:
             if (ids := self._ids_of(key)) is not None:
                 self._lines.append(at_ns, step, key[0], *ids, *sums)
 
-    def _close_ended(self, at_ns: int) -> None:
+    def _close_ended(self) -> None:
         """Add the counts of an open step to the others, if it has ended since."""
         if self._steps.appended == self._ended:
             return
 
-        self._ended, self._seen_ns = self._steps.appended, at_ns
+        self._ended, self._seen_ns = self._steps.appended, self._newest_ns
         for key, sums in self._open.items():
             known = self._counts.get(key)
             self._counts[key] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
@@ -287,7 +291,8 @@ class LineSampler:
 
         key = self._key(stack, phase)
         self._note(key, at_ns)
-        self._close_ended(at_ns)
+        self._close_ended()
+        self._newest_ns = at_ns
         counts = self._counts_of(key)
         if counts is None:
             return None
