@@ -11,6 +11,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
+from traceml.clock import boot_id, monotonic_ns
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
@@ -126,6 +127,22 @@ def test_the_speed_of_a_run_that_stopped_before_it_was_opened_is_zero(tmp_path, 
         clock.now_s += 0.5
 
     assert live.report().steps.per_second == pytest.approx(rate, rel=0.1)
+    live.close()
+
+
+@pytest.mark.parametrize(("age_s", "is_zero"), [(30, True), (1, False)])
+def test_the_first_look_at_a_run_that_stopped_shows_no_speed(tmp_path, age_s, is_zero):
+    """A monitoring system asks now and then."""
+    rows = rows_of(Job(ranks=1, steps=60, grouped=False))[0]
+    rows["t_end_ns"] += monotonic_ns() - age_s * 10**9 - rows["t_end_ns"][-1]
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
+        add_rank(writer, 0, rows, state="running", boot_id=boot_id())
+
+    live = LiveRun(tmp_path)
+    live.refresh()
+
+    assert (live.report().steps.per_second == 0) is is_zero
     live.close()
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from traceml.clock import boot_id, monotonic_ns
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.kept_steps import slots_for
@@ -61,6 +62,7 @@ class LiveRun:
         self._about: tuple[float, About] | None = None
         self._marks: deque[tuple[float, int, int]] = deque()
         self._arrivals_s: deque[float] = deque(maxlen=_ARRIVALS)
+        self._first_age_s = 0.0  # of the newest step, when the first one was seen
         self._time_due = 0.0
         self._telemetry: tuple[float, TelemetrySection] | None = None
 
@@ -197,6 +199,9 @@ class LiveRun:
         if self._marks and now[0] - self._marks[-1][0] < _RATE_S / 8:
             return
 
+        if not self._marks:
+            self._first_age_s = self._age_s(rank, now[2])
+
         if not self._marks or now[1] != self._marks[-1][1]:
             self._arrivals_s.append(now[0])
 
@@ -221,8 +226,16 @@ class LiveRun:
 
     def _have_stopped(self, now_s: float) -> bool:
         """Whether no step has arrived for far longer than is usual, which is long where steps or frames are."""
-        gaps_s = [after - before for before, after in pairwise(self._arrivals_s)] or self._step_s()
-        return bool(gaps_s) and now_s - self._arrivals_s[-1] > _LATE_FACTOR * max(_RATE_S, median(gaps_s))
+        gaps_s = [after - before for before, after in pairwise(self._arrivals_s)]
+        since_s = now_s - self._arrivals_s[-1] + (0.0 if gaps_s else self._first_age_s)
+        usual_s = gaps_s or self._step_s()
+        return bool(usual_s) and since_s > _LATE_FACTOR * max(_RATE_S, median(usual_s))
+
+    def _age_s(self, rank: int, end_ns: int) -> float:
+        """Return the seconds since the end of a rank's step, where its machine is this one; else 0."""
+        stream = self.summary.ranks.get(rank)
+        is_here = stream is not None and stream.facts.get("boot_id") == boot_id()
+        return max(monotonic_ns() - end_ns, 0) / 1e9 if is_here else 0.0
 
     def _step_s(self) -> list[float]:
         """Return the mean time of a step so far, of a run that was opened a moment ago; nothing where it is not known.
