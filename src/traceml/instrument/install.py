@@ -19,6 +19,7 @@ from traceml.instrument.checkpoints.save_log import SaveFolder, SaveLog
 from traceml.instrument.facts.fact_reports import Info
 from traceml.instrument.frameworks.framework_calls import FrameworkCalls
 from traceml.instrument.frameworks.framework_trainers import TRAINERS
+from traceml.instrument.frameworks.notebook_cells import NotebookCells
 from traceml.instrument.groups.default_group import OnGroup
 from traceml.instrument.guard import guarded
 from traceml.instrument.import_hook import PostImportHook, is_imported
@@ -65,6 +66,7 @@ class Instrumentation:
         self.saves = SaveLog()
         self.lost_workers: deque[Info] = deque(maxlen=_MAX_LOST)
         self.frameworks = FrameworkCalls(self.events, self._patches, lambda: self._checkpoints, self.set_step)
+        self._cells = NotebookCells(self.clock, self.guard)
         self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
             {
@@ -136,6 +138,7 @@ class Instrumentation:
         """Restore every replaced attribute."""
         self.clock.stop()
         self._watch.uninstall()
+        self._cells.leave()
         if self.events.torch_hooks is not None:
             self.events.torch_hooks.discovery.restore()
 
@@ -149,6 +152,9 @@ class Instrumentation:
             self._watch.run("torch")
 
         self._watch.install()
+        with fail_open(_log, "instrument", "time between a notebook's cells counts as training"):
+            self._cells.follow()
+
         if self.events.torch_hooks is not None and is_imported("torch"):  # else nobody could make a model yet
             self.guard(self.events.torch_hooks.discovery.search_all)
 

@@ -84,6 +84,7 @@ class StepClock(DividedStep):
         super().__init__(flight, listener, get_ident() if thread is None else thread)
         self.evaluation = EvaluationPeriod(self)
         self.blocks = 0  # nested trace_step() blocks
+        self.is_paused = False  # nothing trains: a notebook's cell has ended, and no other has begun
         self.warned_of_thread = False  # that another thread trains, too
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
@@ -586,7 +587,30 @@ class StepClock(DividedStep):
 
     def finish(self) -> None:
         """End training: the open step becomes a row if an optimizer stepped in it, else it is dropped."""
-        t = monotonic_ns()
+        self._end_last(monotonic_ns())
+        self.stop()
+
+    def pause_training(self) -> None:
+        """End the open step as the last one is ended: until `resume_training` nothing trains, as between cells.
+
+        A step that has begun, and in which no optimizer has stepped, continues in the next cell.
+        """
+        if not self.open or self.blocks or not self.is_training_thread():
+            return
+
+        has_begun = bool(self.forward_ns or self.backwards or self.step_call)
+        if self.explicit or self.is_evaluating or self.step_is_done or not has_begun:
+            self._end_last(monotonic_ns())
+            self.is_paused = True
+
+    def resume_training(self) -> None:
+        """Begin the next step after a pause, whose time is in no step."""
+        if self.is_paused and self.is_training_thread():
+            self.is_paused = False
+            self._begin(monotonic_ns())
+
+    def _end_last(self, t: int) -> None:
+        """Append the row of the open step if an optimizer stepped in it, and that of an evaluation."""
         self.account_user_phases(t)
         if self.evaluation.start:
             self._end_evaluation(self.evaluation.last_end(t), is_between_epochs=True)
@@ -613,7 +637,6 @@ class StepClock(DividedStep):
             self._flush_evals()
 
         self.open_slots[_STEP_START], self.open_slots[_STEP] = 0, -1
-        self.stop()
 
     def _end_of_last(self, t: int) -> int:
         """Return the end of the last step, whose waiting and saving after the loop is cut off."""

@@ -15,6 +15,7 @@ PARTS = {"startup": 5.0, "steps": 20.0, "evaluation": 1.0, "between_epochs": 2.0
         ([Stop(8.0, "steps")], {"steps": 12.0, "stopped": 8.0}),
         ([Stop(2.0, "startup"), Stop(3.0, "steps")], {"startup": 3.0, "steps": 17.0, "stopped": 5.0}),
         ([Stop(3.0, "outside")], {"evaluation": 0.0, "idle": 2.0, "stopped": 3.0}),
+        ([Stop(9.0, "outside")], {"evaluation": 0.0, "idle": 0.0, "between_epochs": 0.0, "stopped": 7.0}),
         ([Stop(30.0, "steps")], {"steps": 0.0, "between_epochs": 0.0, "stopped": 22.0}),
         ([], {"stopped": 0.0}),
     ],

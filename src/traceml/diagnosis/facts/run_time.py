@@ -19,12 +19,11 @@ PARTS = (
 - `steps`: training steps, without saving and without the start of epochs
 - `evaluation`: evaluation batches, with the time until `model.train()` or the next training batch
 - `checkpoint`: saving inside steps
-- `between_epochs`: ending and starting the data loader's iterator and its workers, and time between steps that is no
-  evaluation
+- `between_epochs`: ending and starting the data loader's iterator and its workers
 - `idle`: after the last step or evaluation
 - `stopped`: the process did not run
 - `restart`: from the last step of an attempt to the first batch of the next one
-- `unexplained`: the rest
+- `unexplained`: the rest, such as the time between the cells of a notebook
 """
 
 

@@ -115,7 +115,9 @@ def wall_parts(
         attempt: the job's last attempt, whose start may be under way.
         open_part: the part that the rank is in since its last row, if it is known.
     """
-    parts = dict.fromkeys(("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "restart"), 0)
+    parts = dict.fromkeys(
+        ("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "restart", "unexplained"), 0
+    )
     reached_ns, in_attempt = begin_ns, 0
     for each in sorted(processes, key=lambda process: (process.attempt, process.first_ns)):
         before = "restart" if each.attempt > in_attempt else "startup"
@@ -125,7 +127,8 @@ def wall_parts(
         parts["checkpoint"] += each.saving_ns
         parts["evaluation"] += each.evals_ns
         gaps_ns = each.last_ns - each.first_ns - each.total_ns - each.open_ns - each.evals_ns
-        parts["between_epochs"] += each.later_epochs_ns + gaps_ns
+        parts["between_epochs"] += each.later_epochs_ns + min(gaps_ns, 0)
+        parts["unexplained"] += max(gaps_ns, 0)
         reached_ns, in_attempt = each.last_ns, each.attempt
 
     after = "restart" if attempt > in_attempt else (open_part or "idle") if processes else "startup"
@@ -136,9 +139,9 @@ def wall_parts(
 _PARTS = {
     "steps": ("steps", "between_epochs"),
     "startup": ("startup",),
-    "outside": ("evaluation", "idle", "between_epochs"),
+    "outside": ("evaluation", "idle", "unexplained", "between_epochs"),
     # The clock of the steps does not advance while the machine is suspended.
-    "suspended": ("idle", "between_epochs", "startup"),
+    "suspended": ("idle", "unexplained", "between_epochs", "startup"),
 }
 
 
@@ -180,8 +183,9 @@ def without_stops(parts: Mapping[str, float], stops: Iterable[Stop]) -> dict[str
         left = stop.seconds
         for part in _PARTS[stop.part]:
             moved = min(left, max(found.get(part, 0.0), 0.0))
-            found[part] = found.get(part, 0.0) - moved
-            found["stopped"] += moved
-            left -= moved
+            if moved:
+                found[part] -= moved
+                found["stopped"] += moved
+                left -= moved
 
     return found

@@ -1,0 +1,1 @@
+"""Tests of facts about the script."""
