@@ -166,12 +166,20 @@ def test_the_aggregators_verdict_is_shown(tmp_path):
     assert [event.kind for event in live.events] == ["verdict"]
 
 
-def test_before_the_aggregators_verdict_each_refresh_judges_again(tmp_path):
-    """What is shown while the training starts is what is known now, not what was known at the first look."""
+@pytest.mark.parametrize("is_told", [False, True])
+def test_before_the_aggregators_verdict_each_refresh_judges_again(tmp_path, is_told):
+    """What is shown while the training starts is what is known now, not what was known at the first look.
+
+    The aggregator may have told that no step was seen, too.
+    """
     rows = rows_of(Job(ranks=1, steps=15, grouped=False))[0]
     writer = StoreWriter(tmp_path / STORE_NAME)
     writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
     stream = add_rank(writer, 0, rows[:8], state="running")
+    if is_told:
+        told = [each.to_dict() for each in diagnose(KeptSteps(64).aligned(), JobFacts())]
+        writer.event("verdict", {"verdict": told[0], "findings": told, "step": None})
+
     writer.commit()
     live = LiveRun(tmp_path)
     live.refresh()

@@ -11,6 +11,7 @@ from statistics import median
 from traceml.clock import boot_id, monotonic_ns
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
@@ -52,7 +53,7 @@ class LiveRun:
         self.events = RunEvents()
         self.rates: deque[float] = deque(maxlen=_RATES)
         self.findings: list[Finding] = []
-        self._is_judged = False  # by its aggregator, which has no verdict before the first step
+        self._is_judged = False  # by its aggregator, whose next diagnosis comes after the first steps
         self.summary = RunSummaryReader(slots_for(1))
         self._reader: StoreReader | None = None
         self._last_event = 0
@@ -186,8 +187,8 @@ class LiveRun:
             self._last_event = event.id
             self.events.take(event)
             if event.kind == "verdict":
-                self._is_judged = True
                 self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
+                self._is_judged = bool(self.findings) and self.findings[0].kind is not Kind.INSUFFICIENT_DATA
 
     def _take_rate(self) -> None:
         latest, ends = self.summary.kept.latest, self.summary.kept.end_ns
