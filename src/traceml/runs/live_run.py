@@ -32,7 +32,7 @@ _RATE_S = 2.0
 _ARRIVALS, _LATE_FACTOR = 6, 2.0
 _TELEMETRY_S = 2.0
 _ABOUT_S = 5.0
-_TIME_S = 2.0
+_TIME_S = 0.5
 _TIME_COST = 50  # the run's time is divided for at most 2 % of the time
 
 
