@@ -72,7 +72,7 @@ __all__ = ["diagnose", "is_newest_part"]
 _OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.JITTER)
 """Kinds that explain single long steps."""
 _FIRST_STEPS = 64
-_READ_SHARE = 0.8
+_READ_SHARE = 0.5
 """Share of the time of the window's steps that a wall time must have in steps: else it is older than they are."""
 _EXPLAINED_SHARE = 0.6
 _MAX_LATER_SHARE = 0.5

@@ -61,16 +61,19 @@ def test_the_inner_loops_of_meta_learning_are_no_trainings(every, is_set_up):
     assert (finding.evidence.get("every_n_steps") == every) is not is_set_up
 
 
-@pytest.mark.parametrize(("evaluation_s", "library"), [(2.0, None), (30.0, None), (2.0, "/lib/torch/nn/x.py:1 f")])
-def test_set_up_that_follows_an_evaluation_is_named(evaluation_s: float, library: str | None) -> None:
+@pytest.mark.parametrize(
+    ("evaluation_s", "library"), [(2.0, None), (30.0, None), (None, None), (2.0, "/lib/torch/nn/x.py:1 f")]
+)
+def test_set_up_that_follows_an_evaluation_is_named(evaluation_s: float | None, library: str | None) -> None:
     """Its samples are those of the evaluation, which ends where the next training begins."""
     lines = (SampledLine(0, "outside", "/x/search.py", 7, "load_data", library, 80),)
-    time = RunTime.of(100.0, {"steps": 90.0, "evaluation": evaluation_s}, 5)
+    known_s = {"steps": 90.0, "evaluation": evaluation_s or 0.0}
+    time = None if evaluation_s is None else RunTime.of(100.0, known_s, 5)  # it is not known at first
     begins = tuple(step + 1 for step in REGULAR)
     known = JobFacts(lines=lines, trainings_begin=begins, time=time)
     finding = next(each for each in diagnose(window_of(TRIALS, adds_at(REGULAR)), known) if each.phase == "other")
 
-    is_named = evaluation_s < 4 and library is None
+    is_named = evaluation_s is not None and evaluation_s < 4 and library is None
     assert finding.evidence["trainings"] == 5
     assert ("pass before each of the next ones, in search.py:7 load_data" in finding.summary) is is_named
 

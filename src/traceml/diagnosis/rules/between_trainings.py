@@ -109,9 +109,8 @@ def _finding(work: OwnWork, facts: JobFacts, found: _SetUp, step_ns: float) -> F
 
 def _line_after_evaluation(facts: JobFacts, found: _SetUp) -> BlamedLine | None:
     """Return the line of set-up that follows an evaluation, which ends where the next training begins, for samples."""
-    evaluation_s = 0.0 if facts.time is None else facts.time.seconds.get("evaluation", 0.0)
-    if float(found.each_ns.sum()) / 1e9 < evaluation_s:
-        return None
+    if facts.time is None or float(found.each_ns.sum()) / 1e9 < facts.time.seconds.get("evaluation", 0.0):
+        return None  # the samples may be of evaluations
 
     line = outside_line(facts.lines, _OUTSIDE)
     return None if line is None or torch_share(facts.lines, _OUTSIDE, line) >= NAMED_SHARE else line
