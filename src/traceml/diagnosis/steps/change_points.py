@@ -33,6 +33,7 @@ _SIMPLER = 0.8  # a slow part between two others has to explain the run better t
 
 
 _SAME_LEVEL = 0.3  # of a jump: bins that differ from its slow part by less are as slow
+_MAX_USUAL_SHARE = 0.25  # of the bins of a slow part that are not slow
 
 
 class LevelChange(msgspec.Struct, frozen=True):
@@ -174,6 +175,9 @@ def _jump(values: Floats) -> LevelChange | None:
     if _alike(outside, usual, slow) >= _alike(inside, usual, slow):  # it comes and goes, as at the begin of each epoch
         return None
 
+    if _alike(inside, slow, usual) > _MAX_USUAL_SHARE * len(inside):  # it does so within the part
+        return None
+
     residuals = np.concatenate([inside - np.median(inside), outside - np.median(outside)])
     spread = max(_spread(residuals), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
     if slow - usual < MIN_Z_SCORE * spread * np.sqrt(1 / len(inside) + 1 / len(outside)):
@@ -183,8 +187,8 @@ def _jump(values: Floats) -> LevelChange | None:
 
 
 def _alike(values: Floats, usual: float, slow: float) -> int:
-    """Return how many bins are about as slow as the slow part."""
-    return int((np.abs(values - slow) < _SAME_LEVEL * (slow - usual)).sum())
+    """Return how many bins are about as slow as the slow part; with the levels exchanged, as fast as the others."""
+    return int((np.abs(values - slow) < _SAME_LEVEL * abs(slow - usual)).sum())
 
 
 def _best(values: Floats, parts: Sequence[tuple[int, int]]) -> tuple[float, tuple[int, int]]:

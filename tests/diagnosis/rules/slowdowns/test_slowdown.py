@@ -983,3 +983,17 @@ def test_a_rank_that_was_slow_for_a_while_is_no_live_finding() -> None:
 
     assert Kind.STRAGGLER not in {each.kind for each in live}
     assert ended[0].kind is Kind.STRAGGLER
+
+
+@pytest.mark.parametrize(("length", "told"), [(80, False), (240, True)])
+def test_data_that_is_slow_in_turns_has_no_step_from_which_on_it_is(length: int, told: bool) -> None:
+    """Each second shard is slow: more than half of the steps since the first one are, and the others are not."""
+
+    def slow(own, _):
+        for first in range(length, 480, 2 * length):
+            own["input_wait"][:, first : first + length] += 20.0
+
+    job = Job(ranks=1, steps=480, own={"input_wait": 0.3, "forward": 4.0, "backward": 6.0}, comm=0.0, grouped=False)
+    found = {each.kind for each in diagnose(window_of(job, slow), JobFacts(state="finished"))}
+
+    assert (Kind.SLOWDOWN in found, Kind.INPUT_BOUND in found) == (told, not told)
