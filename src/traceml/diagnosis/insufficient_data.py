@@ -12,12 +12,13 @@ from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.no_bottleneck import shares_text
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
-from traceml.formatting import ns_text, percent_text
+from traceml.formatting import count_text, ns_text, percent_text
 
-__all__ = ["MIN_STEPS", "too_few_steps", "unknown_backward"]
+__all__ = ["MIN_STEPS", "too_few_ranks", "too_few_steps", "unknown_backward"]
 
 MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
+_ALL_RANKS_NS = 1e9  # of step time: rows of all ranks come once a second
 _SHOWN_STEPS = 3  # of so many the summary says what took their time
 _UNKNOWN_SHARE = 0.30
 _NAMED_IMPORTS = 0.1  # of a run without steps, imports are named from this share of its time on
@@ -109,6 +110,32 @@ def _for_ended(facts: JobFacts, *, began: bool) -> str:
     return (
         "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "
         "traceml.trace_step()."
+    )
+
+
+def too_few_ranks(window: AlignedSteps, facts: JobFacts) -> Finding | None:
+    """Return the finding about a running job of which some ranks have sent no step; None after a second of steps.
+
+    Ranks send their rows once a second: at first some are there, whose waiting says nothing without the others.
+    """
+    seen = sum(step >= 0 for step in facts.latest[: facts.world_size])
+    lasted_ns = float(window.total.mean(axis=0).sum())
+    if facts.state != RunStatus.RUNNING or not 0 < seen < facts.world_size or lasted_ns >= _ALL_RANKS_NS:
+        return None
+
+    return Finding.of(
+        Kind.INSUFFICIENT_DATA,
+        summary=(
+            f"Too few ranks for a verdict: steps of {count_text(seen)} of {count_text(facts.world_size)} were seen."
+        ),
+        next="Wait for the first steps of the others.",
+        evidence={
+            "steps": len(window),
+            "needed": MIN_STEPS,
+            "missing": "ranks",
+            "ranks_seen": seen,
+            "world_size": facts.world_size,
+        },
     )
 
 

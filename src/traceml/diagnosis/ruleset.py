@@ -17,7 +17,7 @@ from traceml.diagnosis.devices.device_health import device_faults, throttled
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.hangs.hang import hang
-from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_steps, unknown_backward
+from traceml.diagnosis.insufficient_data import MIN_STEPS, too_few_ranks, too_few_steps, unknown_backward
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind, Severity
 from traceml.diagnosis.memory.allocator_churn import allocator_churn
 from traceml.diagnosis.memory.leaks import memory_leaks
@@ -113,6 +113,10 @@ def _found(window: AlignedSteps, facts: JobFacts, history: AlignedSteps | None) 
     judged = _usual_steps(window, facts)
     if len(judged) < MIN_STEPS:
         return [*(in_order(main, in_steps) or [too_few_steps(judged, facts)]), *remarks]
+
+    awaits_ranks = None if is_newest_part(judged, facts) else too_few_ranks(judged, facts)
+    if awaits_ranks is not None:
+        return [*(in_order(main, in_steps) or [awaits_ranks]), *remarks]
 
     judged, faster = by_pace(judged, facts)
     work = own_work_of(judged, facts)

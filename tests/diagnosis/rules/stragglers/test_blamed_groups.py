@@ -155,3 +155,25 @@ def test_ranks_that_come_and_go_are_no_stragglers(seed):
     facts = JobFacts(world_size=JOB.ranks, topology=CLUSTER, latest=tuple(kept.latest.tolist()))
 
     assert not any(found.kind.rule.is_straggler for found in diagnose(kept.aligned(), facts))
+
+
+@pytest.mark.parametrize(
+    ("steps", "latest", "state", "is_judged"),
+    [
+        (60, (59, -1), "running", False),
+        (60, (59, 40), "running", True),
+        (60, (59, -1), "finished", True),
+        (400, (399, -1), "running", True),
+    ],
+)
+def test_a_live_verdict_waits_a_second_for_the_rows_of_all_ranks(
+    steps: int, latest: tuple[int, int], state: str, is_judged: bool
+) -> None:
+    """By those of one, all waiting would be for the network, and no rank late."""
+    job = Job(ranks=2, steps=steps, own={"forward": 2.0, "backward": 4.0}, comm=4.0)
+    kept = KeptSteps(512, 2)
+    kept.scatter(np.zeros(steps, np.int64), rows_of(job)[0])
+    found = diagnose(kept.aligned(), JobFacts(world_size=2, latest=latest, state=state))[0]
+
+    assert (found.kind is not Kind.INSUFFICIENT_DATA) is is_judged
+    assert (found.summary == "Too few ranks for a verdict: steps of 1 of 2 were seen.") is not is_judged
