@@ -202,6 +202,8 @@ class LiveRun:
 
         if not self._marks:
             self._first_age_s = self._age_s(rank, now[2])
+            if self.rates:  # a restarted run steps again
+                self.rates.extend(1 / step_s for step_s in self._step_s())
 
         if not self._marks or now[1] != self._marks[-1][1]:
             self._arrivals_s.append(now[0])
