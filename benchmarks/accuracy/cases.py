@@ -249,6 +249,8 @@ _HABITS = (
     ),
     _habit("saves_each_10th_step", "CHECKPOINT_STALLS", phase="checkpoint", steps=200, never=_LOUD),
     _habit("evaluates_a_loader_each_50_steps", *QUIET, "EVAL_HEAVY", steps=200, never=_LOUD),
+    _habit("validates_with_gradients", *QUIET, "EVAL_HEAVY", steps=300, never=_LOUD),
+    _habit("calls_for_each_sample", *QUIET, "RESIDUAL_HEAVY", steps=200, unsaid=("torch.compile",)),
     _habit("keeps_the_best"),
     _habit("multi_task", steps=100),
     _habit("sweep", steps=1200, never=_LOUD | {"SLOWDOWN"}),

@@ -292,6 +292,25 @@ def evaluates_a_loader_each_50_steps():
     fit(model, torch.optim.Adam(model.parameters()), DataLoader(rows(), 16), evaluate)
 
 
+def validates_with_gradients():
+    """In training mode and without `torch.no_grad()`, on a loader and on the training data."""
+    model, loader, held_out = net(64, 1024), DataLoader(rows(1600), 16), DataLoader(rows(6400), 32)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(3):
+        fit(model, optimizer, loader)
+        for data in (loader, held_out):
+            sum(F.cross_entropy(model(x), y).item() for x, y in data)
+
+
+def calls_for_each_sample():
+    model = net(64, 512)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for x, y in DataLoader(rows(), 16):
+        optimizer.zero_grad()
+        sum(F.cross_entropy(model(one[None]), label[None]) for one, label in zip(x, y, strict=True)).backward()
+        optimizer.step()
+
+
 def keeps_the_best():
     """Stops early, and copies the best state; the loop is left by `break`."""
     model, best, waits = net(64, 1024), None, 0
