@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from tests.instrument.test_step_clock import data, net, sgd, train
+from traceml.database.schema import Phase
 
 CALL_S = 0.002
 
@@ -136,7 +137,7 @@ def test_it_is_in_no_step(traced: Traced, loop: Callable[[], None], batches: lis
 
 
 def test_it_is_known_while_it_runs(traced: Traced) -> None:
-    """From its first call after the training loader's end."""
+    """From its second batch after the training loader's end: the first may be of the next training."""
     seen = []
     model, loader, other = net(), data(5), data(3)
     optimizer = sgd(model)
@@ -150,7 +151,36 @@ def test_it_is_known_while_it_runs(traced: Traced) -> None:
             seen.append(traced.instrumentation.clock.is_evaluating)
 
     assert seen[:5] == seen[8:13] == [False] * 5
-    assert seen[6:8] == seen[14:16] == [True] * 2
+    assert seen[5:8] == seen[13:16] == [False, True, True]
+
+
+def test_the_first_batch_of_the_next_training_is_no_evaluation(traced: Traced) -> None:
+    """A new loader for each epoch, of which the clock knows nothing before its first backward pass."""
+    seen = []
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (x,) in data(3):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            seen.append(traced.instrumentation.clock.is_evaluating)
+            loss.backward()
+            optimizer.step()
+
+    assert seen == [False] * 9
+
+
+def test_a_save_after_it_takes_nothing_from_it(traced: Traced) -> None:
+    """The last validation is followed by a save, which takes longer than that."""
+    clock = traced.instrumentation.clock
+    after_each_epoch()
+    began = clock.enter(int(Phase.CHECKPOINT))
+    time.sleep(20 * CALL_S)
+    clock.leave(int(Phase.CHECKPOINT), began)
+
+    traced.finish()
+    last = traced.table("evals")[-1]
+    assert last["ns"] >= 2 * CALL_S * 1e9
 
 
 def one_backward_for_all_batches() -> None:

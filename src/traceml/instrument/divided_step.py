@@ -411,15 +411,17 @@ class DividedStep(PhaseTimer):
         if self.explicit or self.backwards:
             return None
 
-        if self.ended.may_be_step:
-            loader, before_ns = self.batch, self.ended.times[_FORWARD]
-        elif self.step_call or self.ended.micro_batches:
+        ended = self.ended  # read once, with its times, as the recorder's thread asks, too
+        times = ended.times
+        if ended.may_be_step:
+            loader, before_ns = self.batch, times[_FORWARD] if times else 0
+        elif self.step_call or ended.micro_batches:
             return None
         else:
             with_gradients = self.trained is not None and not self.evaluated
             loader, before_ns = self.first_loader or (self.exhausted_loader if with_gradients else None), 0
 
-        return loader if self.times[_FORWARD] > before_ns else None
+        return loader if self.forward_ns > before_ns else None
 
     def _discard_with_gradients(self, t: int) -> None:
         """Move what an evaluation with gradients has, and no step before it, from the step to evaluation."""
@@ -540,12 +542,15 @@ class DividedStep(PhaseTimer):
         return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * usual)
 
     def usual_calls_end(self, t: int) -> int:
-        """Return when calls of the model after the training loader's end were over, and what belongs to them.
+        """Return when an evaluation with gradients ended, before the end of the run: at its last request to a loader.
 
-        What the script does at its end may take longer than they did.
+        Without one it is after twice the time of its calls: what the script does at its end may take longer.
         """
         saving = self._saving_ns()
-        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * self.times[_FORWARD])
+        if self.ended.times:
+            return self.ended.end_ns + saving
+
+        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * self.forward_ns)
 
     def _saving_ns(self) -> int:
         return self.rare_times[_CHECKPOINT] - (self.ended.times or self.zeros)[_CHECKPOINT]

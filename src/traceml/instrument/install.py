@@ -138,7 +138,7 @@ class Instrumentation:
         """Restore every replaced attribute."""
         self.clock.stop()
         self._watch.uninstall()
-        self._cells.leave()
+        self.guard(self._cells.leave)
         if self.events.torch_hooks is not None:
             self.events.torch_hooks.discovery.restore()
 

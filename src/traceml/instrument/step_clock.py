@@ -24,6 +24,7 @@ The state is `closing_trigger`: the event that closes the open step, which hooks
       without one, forwards not known to separate steps      CHECK_FORWARD, and the step is cut
       without one, forwards known to separate them           ON_FORWARD
       the loader is at its end (`_await_forward`)            CHECK_FORWARD
+    the training loader is at its end, nothing is trained    CHECK_FORWARD
       ... and another optimizer may follow                   the training loader; NOT_READY without one
     a step with a step call gets another (`repeat_step_call`)  NOT_READY, until that call ends
     workers of a left iterator end (`workers_end`)           a done step closes, if its loader is the trigger
@@ -84,7 +85,8 @@ class StepClock(DividedStep):
         super().__init__(flight, listener, get_ident() if thread is None else thread)
         self.evaluation = EvaluationPeriod(self)
         self.blocks = 0  # nested trace_step() blocks
-        self.is_paused = False  # nothing trains: a notebook's cell has ended, and no other has begun
+        self.paused_ns = 0  # since when nothing trains: a notebook's cell has ended, and no other has begun
+        self.pause_ends_step = False  # whether no step is open in the pause
         self.warned_of_thread = False  # that another thread trains, too
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
@@ -111,7 +113,7 @@ class StepClock(DividedStep):
     def is_evaluating(self) -> bool:
         """Whether an evaluation runs, as far as is known: a batch of it has ended, or it needs no batch.
 
-        It continues until the model is trained again.
+        With gradients, two batches were read. It continues until the model is trained again.
         """
         if self.evaluation.start or self._may_evaluate_with_gradients():
             return True
@@ -121,7 +123,10 @@ class StepClock(DividedStep):
     def _may_evaluate_with_gradients(self) -> bool:
         """Whether models run on another loader's batches after the end of the training's, with no backward pass yet."""
         loader = self._untrained_loader()
-        return loader not in (None, self.training_loader) and self.exhausted_loader is not None
+        if loader is None or loader is self.training_loader:
+            return False
+
+        return self.exhausted_loader is not None and self.batches > 1  # the first may be of the next training
 
     @property
     def has_stepped(self) -> bool:
@@ -220,7 +225,7 @@ class StepClock(DividedStep):
 
         Except in what is known to be on a loader's batch, which may be evaluation as a whole.
         """
-        if self.is_evaluating and (self.batch is None or self.backwards) and self.is_training_thread():
+        if self.is_training_thread() and self.is_evaluating and (self.batch is None or self.backwards):
             self._leave_evaluation(monotonic_ns())
 
     def _leave_evaluation(self, t: int) -> bool:
@@ -268,11 +273,11 @@ class StepClock(DividedStep):
         if self.batches and not (self.backwards or self._is_evaluation_with_gradients()):
             self.batches += 1
 
-        is_between_epochs = loader is self.training_loader and not (self.step_call or self.backwards)
-        if is_between_epochs:
+        is_untrained = loader is self.training_loader and not (self.step_call or self.backwards)
+        if is_untrained:
             self.trained = None
 
-        if self.evaluating or (is_between_epochs and not self.evaluation.collects):
+        if self.evaluating or (is_untrained and not self.evaluation.collects):
             self.closing_trigger = CHECK_FORWARD  # the next call may be one of an evaluation
 
     def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
@@ -587,7 +592,7 @@ class StepClock(DividedStep):
 
     def finish(self) -> None:
         """End training: the open step becomes a row if an optimizer stepped in it, else it is dropped."""
-        self._end_last(monotonic_ns())
+        self._end_last(self.paused_ns or monotonic_ns())
         self.stop()
 
     def pause_training(self) -> None:
@@ -598,16 +603,24 @@ class StepClock(DividedStep):
         if not self.open or self.blocks or not self.is_training_thread():
             return
 
+        self.paused_ns = monotonic_ns()
         has_begun = bool(self.forward_ns or self.backwards or self.step_call)
-        if self.explicit or self.is_evaluating or self.step_is_done or not has_begun:
-            self._end_last(monotonic_ns())
-            self.is_paused = True
+        self.pause_ends_step = self.explicit or self.is_evaluating or self.step_is_done or not has_begun
+        if self.pause_ends_step:
+            self._end_last(self.paused_ns)
 
     def resume_training(self) -> None:
-        """Begin the next step after a pause, whose time is in no step."""
-        if self.is_paused and self.is_training_thread():
-            self.is_paused = False
-            self._begin(monotonic_ns())
+        """Begin the next step after a pause, or continue the open one; the time of the pause is in no step."""
+        if not self.paused_ns or not self.is_training_thread():
+            return
+
+        t = monotonic_ns()
+        if self.pause_ends_step:
+            self._begin(t)
+        else:
+            self.part_start += t - self.paused_ns
+
+        self.paused_ns = 0
 
     def _end_last(self, t: int) -> None:
         """Append the row of the open step if an optimizer stepped in it, and that of an evaluation."""
@@ -621,7 +634,7 @@ class StepClock(DividedStep):
             elif self.evaluating and self._is_idle():
                 self._discard(self.usual_rest_end(t), batches=0, evaluating=False)
             elif not self.step_call and self._is_evaluation_with_gradients():
-                self._discard_with_gradients(self.ended.end_ns or self.usual_calls_end(t))
+                self._discard_with_gradients(self.usual_calls_end(t))
 
             if self.ended.may_be_step:
                 self.split_last()

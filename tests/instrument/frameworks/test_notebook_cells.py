@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from traceml.clock import monotonic_ns
 from traceml.instrument.frameworks.notebook_cells import NotebookCells
 
 Cell = Callable[[], object]
+PAUSE_S = 0.1
 
 
 class Shell:
@@ -146,10 +148,29 @@ def test_a_step_may_be_spread_over_cells(traced: Traced, shell: Shell) -> None:
     training = Training()
     for cell in (training.without_loader, training.forward, training.update):
         shell.run(cell)
+        time.sleep(PAUSE_S)
 
     traced.instrumentation.close_open_step()
 
-    assert [row["forward_ns"] > 0 for row in traced.steps()] == [True] * 11
+    rows = traced.steps()
+    assert [row["forward_ns"] > 0 for row in rows] == [True] * 11
+    assert rows[-1]["total_ns"] <= sum(ended_ns - began_ns for began_ns, ended_ns in shell.cells[1:])
+
+
+@pytest.mark.parametrize("trains", ["on_loader", "without_loader"])
+def test_reading_what_a_model_predicts_is_no_training(traced: Traced, shell: Shell, trains: str) -> None:
+    """A cell that calls the model, with gradients, may be the begin of a step: the pause after it is none."""
+    training = Training()
+    for name in (trains, "forward", trains):
+        shell.run(getattr(training, name))
+        time.sleep(PAUSE_S)
+
+    traced.instrumentation.close_open_step()
+
+    in_cells = sum(ended_ns - began_ns for began_ns, ended_ns in shell.cells)
+    rows, evals = traced.steps(), traced.table("evals")
+    assert len(rows) == 20
+    assert sum(row["total_ns"] for row in rows) + sum(row["ns"] for row in evals) <= in_cells
 
 
 def test_without_a_shell_nothing_is_followed(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:

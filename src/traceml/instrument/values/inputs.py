@@ -138,7 +138,10 @@ class BatchReader:
         self.has_trained, self._calls = True, False
         if tensor is None or not _has_size(tensor):
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
-            if tensor is not None and not tensor.is_nested and tensor.dim() == 1 and not self._batch_calls.is_over:
+            if (
+                not (tensor is None or tensor.is_nested or self._known or self._batch_calls.is_over)
+                and tensor.dim() == 1
+            ):
                 copies = _copies(tensor)
                 self._batch_calls.record((copies, tensor.numel() * copies))  # one sample, if it is none of a batch
 
