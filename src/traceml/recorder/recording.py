@@ -195,7 +195,10 @@ class Recording:
         step = self.flight.open_slots[Slot.STEP]
         last_step = step - 1 + self.tracing.has_stepped if step >= 0 else -1
         self.note(InfoKind.RETURNED, urgent=True, last_step=last_step, script=is_script)
-        self.thread.stop_lines()  # its last step may be open still: waiting for the other ranks is no part of it
+        if self.tracing.trains_in_thread:
+            self.thread.wake()
+        else:
+            self.thread.stop_lines()  # its last step may be open still: waiting for the other ranks is no part of it
 
     def note_launch(self) -> None:
         """Record that the process runs functions by `traceml.launch` without tracing them."""

@@ -23,12 +23,12 @@ S = 10**9
 def test_a_long_evaluation_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, evaluating: list[bool], reported: list[int]
 ) -> None:
-    """Once five seconds have passed in it."""
-    times: list[tuple[InfoKind, int]] = []
+    """Once five seconds have passed in it, with the time of its begin: its row may end before that was noticed."""
+    times: list[tuple[InfoKind, int, int]] = []
     now = 0
-    watch = LongEvaluation(lambda kind, **_: times.append((kind, now)))
+    watch = LongEvaluation(lambda kind, *, t_ns: times.append((kind, now, t_ns // S - 100)))
     for now, is_evaluating in enumerate(evaluating):
         monkeypatch.setattr(long_evaluation, "monotonic_ns", lambda: 100 * S + now * S)  # noqa: B023 - called at once
         watch(is_evaluating=is_evaluating)
 
-    assert times == [(InfoKind.EVALUATING, at) for at in reported]
+    assert times == [(InfoKind.EVALUATING, at, at - 5) for at in reported]
