@@ -10,6 +10,7 @@ from traceml.aggregator.live_rows import LiveRows
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.insufficient_data import awaits_rows
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED
 from traceml.diagnosis.merged_hosts.row_requests import RowRequests
@@ -80,7 +81,8 @@ class LiveVerdict:
         verdict = findings[0]
         self.findings = findings
         self._newest = _event(findings, window)
-        signature = (verdict.kind, verdict.ranks, verdict.phase, _missing(verdict))
+        awaited = verdict.summary if awaits_rows(verdict) else ""
+        signature = (verdict.kind, verdict.ranks, verdict.phase, awaited)
         if signature != self._last:
             self._last, self._stored_s = signature, now_s - _REPEAT_S
 
@@ -110,11 +112,6 @@ class LiveVerdict:
         confirmed = self._requests.is_confirmed(findings, self._live.representatives)
         self._unconfirmed = 0 if confirmed else self._unconfirmed + 1
         return confirmed or self._unconfirmed > _LONGEST_UNCONFIRMED
-
-
-def _missing(verdict: Finding) -> str:
-    """Return what a verdict waits for, which changes with the first steps."""
-    return verdict.summary if verdict.kind is Kind.INSUFFICIENT_DATA else ""
 
 
 def _event(findings: list[Finding], window: AlignedSteps) -> dict[str, Any]:

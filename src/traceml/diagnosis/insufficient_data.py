@@ -14,7 +14,7 @@ from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.own_work import OwnWork, own_work_of
 from traceml.formatting import count_text, ns_text, percent_text
 
-__all__ = ["MIN_STEPS", "too_few_ranks", "too_few_steps", "unknown_backward"]
+__all__ = ["MIN_STEPS", "awaits_rows", "too_few_ranks", "too_few_steps", "unknown_backward"]
 
 MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
@@ -113,6 +113,11 @@ def _for_ended(facts: JobFacts, *, began: bool) -> str:
     )
 
 
+def awaits_rows(finding: Finding) -> bool:
+    """Whether a finding only waits for the first steps: more rows change it."""
+    return finding.kind is Kind.INSUFFICIENT_DATA and finding.evidence.get("missing") in ("steps", "ranks")
+
+
 def too_few_ranks(window: AlignedSteps, facts: JobFacts) -> Finding | None:
     """Return the finding about a running job of which some ranks have sent no step; None after a second of steps.
 
@@ -126,7 +131,8 @@ def too_few_ranks(window: AlignedSteps, facts: JobFacts) -> Finding | None:
     return Finding.of(
         Kind.INSUFFICIENT_DATA,
         summary=(
-            f"Too few ranks for a verdict: steps of {count_text(seen)} of {count_text(facts.world_size)} were seen."
+            f"Too few ranks for a verdict: steps of {count_text(seen)} of {count_text(facts.world_size)} ranks were "
+            "seen."
         ),
         next="Wait for the first steps of the others.",
         evidence={

@@ -9,6 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from traceml.database.states import RunStatus
 from traceml.diagnosis.advice import for_debugging
 from traceml.diagnosis.deaths.lost_loader_workers import worker_lost
 from traceml.diagnosis.deaths.lost_ranks import rank_lost
@@ -100,10 +101,11 @@ def _without_old_time(window: AlignedSteps, facts: JobFacts) -> JobFacts:
 
     It is read every few seconds: soon after the start-up it would say that steps take hardly any of the run's time.
     """
-    if facts.time is None or facts.state != "running" or not len(window):
+    if facts.time is None or facts.state != RunStatus.RUNNING or not len(window):
         return facts
 
-    read_s, judged_s = facts.time.in_steps * facts.time.wall_s, float(window.total.mean(axis=0).sum()) / 1e9
+    # The wall time may be that of ranks that evaluate alone, for which the others wait in their steps.
+    read_s, judged_s = facts.time.in_steps * facts.time.wall_s, float(window.total.sum(axis=1).min()) / 1e9
     return replace(facts, time=None) if read_s < _READ_SHARE * judged_s else facts
 
 

@@ -11,7 +11,7 @@ from statistics import median
 from traceml.clock import boot_id, monotonic_ns
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.insufficient_data import awaits_rows
 from traceml.diagnosis.steps.kept_steps import slots_for
 from traceml.errors import StoreError
 from traceml.run_folder import STORE_NAME
@@ -94,7 +94,7 @@ class LiveRun:
             self._series.take(self.summary, reader)
 
         self._take_events(reader)
-        if not self._is_judged or self.ended:
+        if self.ended or (changed and not self._is_judged):
             self.findings = self.summary.diagnose()
 
         self._take_rate()
@@ -188,7 +188,7 @@ class LiveRun:
             self.events.take(event)
             if event.kind == "verdict":
                 self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
-                self._is_judged = bool(self.findings) and self.findings[0].kind is not Kind.INSUFFICIENT_DATA
+                self._is_judged = bool(self.findings) and not awaits_rows(self.findings[0])
 
     def _take_rate(self) -> None:
         latest, ends = self.summary.kept.latest, self.summary.kept.end_ns

@@ -718,7 +718,9 @@ def test_an_evaluation_that_is_not_over_does_not_count():
 
     found = diagnose(window_of(ALONE), JobFacts(time=time, world_size=1, state="running"))[0]
 
-    assert found.summary.startswith("60 % of the run's 1:40 is evaluation: 2 times 28 s.")
+    assert found.summary.startswith(
+        "60 % of the run's 1:40 is evaluation: 2 times 28 s, and one has run for 4.0 s so far."
+    )
 
 
 @pytest.mark.parametrize(("grouped", "share"), [(True, 0.4), (False, None)])

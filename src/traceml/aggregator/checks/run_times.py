@@ -52,7 +52,7 @@ class RunTimes:
             return
 
         builder = run.live.facts_builder
-        run.live.fresh |= builder.time is None
+        run.live.fresh = True
         builder.time = wall_time(records, sums, run.started_s, run.now_s, builder.for_wall_time(ranks), is_running=True)
 
     def _chosen(self) -> set[int]:

@@ -66,7 +66,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
 
 
 def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
-    """Return the exits that caused the others, the earliest first.
+    """Return the exits that caused the others, the earliest first; those that a signal ended as well come last.
 
     A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
     """

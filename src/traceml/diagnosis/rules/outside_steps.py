@@ -419,6 +419,8 @@ def _evaluation_finding(
 ) -> Finding:
     share, times, parts = seconds / time.wall_s, max(time.evaluations, 1), time.evaluation_parts
     others_s = min(time.short_evaluations_s + time.evaluating_s, seconds)
+    is_running = time.evaluating_s >= _REPORTED_SHORT * seconds
+    running = f", and one has run for {duration_text(time.evaluating_s)} so far" if is_running else ""
     often = "once" if times == 1 else f"{count_text(times)} times"
     others = ", besides shorter ones" if time.short_evaluations_s >= _REPORTED_SHORT * seconds else ""
     return Finding.of(
@@ -427,7 +429,7 @@ def _evaluation_finding(
             f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is {what}: {often} "
             f"{duration_text((seconds - others_s) / times)}{others}{limits}"
             + (f", mostly at {line.place}" if line else "")
-            + "."
+            + f"{running}."
         ),
         next=advice,
         evidence={

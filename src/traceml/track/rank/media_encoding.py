@@ -99,7 +99,8 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
 def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], int]:
     torch = sys.modules["torch"]
     if values.layout is not torch.strided or values.is_meta:
-        kind = "one without data" if values.is_meta else f"a {values.layout} one: to_dense() makes one"
+        dense = ": to_dense() makes one" * str(values.layout).startswith("torch.sparse")
+        kind = "one without data" if values.is_meta else f"a {values.layout} one{dense}"
         raise ArgumentTypeError(f"a histogram must be made of a dense tensor, not of {kind}")
 
     flat = values.detach().reshape(-1).double()

@@ -176,4 +176,4 @@ def test_a_live_verdict_waits_a_second_for_the_rows_of_all_ranks(
     found = diagnose(kept.aligned(), JobFacts(world_size=2, latest=latest, state=state))[0]
 
     assert (found.kind is not Kind.INSUFFICIENT_DATA) is is_judged
-    assert (found.summary == "Too few ranks for a verdict: steps of 1 of 2 were seen.") is not is_judged
+    assert (found.summary == "Too few ranks for a verdict: steps of 1 of 2 ranks were seen.") is not is_judged
