@@ -100,7 +100,9 @@ class InfoKind(StrEnum):
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"
     ROLLOUTS = "rollouts", "models are trained on what they were called with in evaluation"
     PLAIN_EVALUATION = "plain_evaluation", "models were evaluated without gradients"
-    EVALUATING = "evaluating", "an evaluation has run for some seconds: its row of `evals` follows when it is over"
+    EVALUATING = (
+        "evaluating", "an evaluation has run for some seconds: its row of `evals` follows at its end", "since_ns:int",
+    )  # fmt: skip
     # Checkpoints.
     SAVES = "saves", "folder of the checkpoints", "folder"
     LOADED = "loaded", "a checkpoint was read before the first step", "place"

@@ -26,7 +26,7 @@ def test_a_long_evaluation_is_reported_once(
     """Once five seconds have passed in it, with the time of its begin: its row may end before that was noticed."""
     times: list[tuple[InfoKind, int, int]] = []
     now = 0
-    watch = LongEvaluation(lambda kind, *, t_ns: times.append((kind, now, t_ns // S - 100)))
+    watch = LongEvaluation(lambda kind, *, since_ns: times.append((kind, now, since_ns // S - 100)))
     for now, is_evaluating in enumerate(evaluating):
         monkeypatch.setattr(long_evaluation, "monotonic_ns", lambda: 100 * S + now * S)  # noqa: B023 - called at once
         watch(is_evaluating=is_evaluating)

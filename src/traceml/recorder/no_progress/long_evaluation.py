@@ -32,4 +32,4 @@ class LongEvaluation:
         self._since_ns = self._since_ns or now
         if not self._is_reported and now - self._since_ns >= _LONG_NS:
             self._is_reported = True
-            self._note(InfoKind.EVALUATING, t_ns=self._since_ns)  # its row may end before now
+            self._note(InfoKind.EVALUATING, since_ns=self._since_ns)  # its row of `evals` may end before now

@@ -52,7 +52,7 @@ def test_an_older_sample_tells_nothing():
 def test_a_long_evaluation_is_known_while_it_runs(at_s, part):
     """Until its row arrives, with which it is over."""
     found = history(LINE_OUTSIDE)
-    found.info(0, {"kind": InfoKind.EVALUATING, "t_ns": at_s * S})
+    found.info(0, {"kind": InfoKind.EVALUATING, "t_ns": 135 * S, "since_ns": at_s * S})
     assert found.open_part(0) == part
 
 

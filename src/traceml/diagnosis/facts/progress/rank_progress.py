@@ -76,7 +76,7 @@ class _RankActivity(msgspec.Struct):
     open_step: int = -1
     line: tuple[int, int, int] = (0, 0, -1)  # timestamp, phase, id of the line
     outside_ns: int = 0  # newest timestamp of a line between steps
-    evaluating_ns: int = 0  # newest timestamp in a long evaluation
+    evaluating_ns: int = 0  # begin of the newest long evaluation
     snapshot: RankSnapshot | None = None
     longest: RankSnapshot | None = None  # newest one of the longest pause in a step
     own: RankSnapshot | None = None  # newest one that the rank itself took, in a pause that is not over
@@ -219,8 +219,8 @@ class ProgressHistory:
             last_step = row.get("last_step")
             self._activity[rank].returned = last_step if isinstance(last_step, int) else -1, row.get("script") is True
 
-        if kind == InfoKind.EVALUATING and isinstance(t_ns, int):
-            self._activity[rank].evaluating_ns = t_ns
+        if kind == InfoKind.EVALUATING and isinstance(row.get("since_ns"), int):
+            self._activity[rank].evaluating_ns = row["since_ns"]
 
         if kind == InfoKind.SNAPSHOT:
             self.take_snapshot(RankSnapshot.from_row({**row, "rank": rank}))
