@@ -138,13 +138,7 @@ class BatchReader:
         self.has_trained, self._calls = True, False
         if tensor is None or not _has_size(tensor):
             clock.input_shape, clock.input_samples, clock.input_elements = None, 0, 0
-            if (
-                not (tensor is None or tensor.is_nested or self._known or self._batch_calls.is_over)
-                and tensor.dim() == 1
-            ):
-                copies = _copies(tensor)
-                self._batch_calls.record((copies, tensor.numel() * copies))  # one sample, if it is none of a batch
-
+            self._record_vector(tensor)
             return
 
         if self._known and tensor.grad_fn is not None:
@@ -171,6 +165,14 @@ class BatchReader:
 
         if self._rollouts.is_looking or self._plays.is_looking or not self._batch_calls.is_over:
             clock.input_shape = None  # the next call is read too
+
+    def _record_vector(self, tensor: Any) -> None:
+        """Count a call with a vector, of a model that no batch was seen of: it may be one sample of a batch."""
+        if tensor is None or tensor.is_nested or tensor.dim() != 1 or self._known or self._batch_calls.is_over:
+            return
+
+        copies = _copies(tensor)
+        self._batch_calls.record((copies, tensor.numel() * copies))
 
     def _record_call(self, tensor: Any, model: Any) -> None:
         """Note a call without gradients, whose input is not trained on; the first one may be a rollout's."""
