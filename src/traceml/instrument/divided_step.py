@@ -533,24 +533,23 @@ class DividedStep(PhaseTimer):
 
         What the script does at its end, or before the training of another model, would belong to the evaluation.
         """
-        saving = self._saving_ns()
-        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * self.longest_rest_ns)
+        return self._end_within(t, _FACTOR * self.longest_rest_ns)
 
     def usual_batch_end(self, t: int) -> int:
         """Return when the last batch of an evaluation that was left early ended: after the usual time of a batch."""
-        saving, usual = self._saving_ns(), self.eval_ns // self.eval_batches if self.eval_batches else t
-        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * usual)
+        return self._end_within(t, _FACTOR * (self.eval_ns // self.eval_batches if self.eval_batches else t))
 
     def usual_calls_end(self, t: int) -> int:
         """Return when an evaluation with gradients ended, before the end of the run: at its last request to a loader.
 
         Without one it is after twice the time of its calls: what the script does at its end may take longer.
         """
-        saving = self._saving_ns()
-        if self.ended.times:
-            return self.ended.end_ns + saving
+        return self._end_within(t, 0 if self.ended.times else _FACTOR * self.forward_ns)
 
-        return self.part_start + saving + min(t - self.part_start - saving, _FACTOR * self.forward_ns)
+    def _end_within(self, t: int, longest_ns: int) -> int:
+        """Return when the part ended, at `t` at the latest, if it took at most `longest_ns` beside saving."""
+        saving = self._saving_ns()
+        return self.part_start + saving + min(t - self.part_start - saving, longest_ns)
 
     def _saving_ns(self) -> int:
         return self.rare_times[_CHECKPOINT] - (self.ended.times or self.zeros)[_CHECKPOINT]

@@ -24,8 +24,8 @@ The state is `closing_trigger`: the event that closes the open step, which hooks
       without one, forwards not known to separate steps      CHECK_FORWARD, and the step is cut
       without one, forwards known to separate them           ON_FORWARD
       the loader is at its end (`_await_forward`)            CHECK_FORWARD
-    the training loader is at its end, nothing is trained    CHECK_FORWARD
       ... and another optimizer may follow                   the training loader; NOT_READY without one
+    the training loader ends without a step (`exhausted`)    CHECK_FORWARD
     a step with a step call gets another (`repeat_step_call`)  NOT_READY, until that call ends
     workers of a left iterator end (`workers_end`)           a done step closes, if its loader is the trigger
     the loader's last iterator goes (`loader_left`)          CHECK_FORWARD, if it is the trigger
