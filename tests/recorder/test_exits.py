@@ -47,14 +47,16 @@ def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -
     assert serving.run_dirs
 
 
-EVALUATES = """
-import sys, torch, traceml
+TRAINS = """
+import os, sys, threading, torch, traceml
 traceml.init()
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(5):
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
+"""
+EVALUATES = f"""{TRAINS}
 model.eval()
 with torch.no_grad():
     model(torch.ones(2, 4))
@@ -446,17 +448,6 @@ def test_the_limit_of_the_address_space_is_that_of_this_process(limit):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-LEAVES_AT_ONCE = """
-import os, sys, threading, torch, traceml
-traceml.init()
-model = torch.nn.Linear(4, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-for _ in range(5):
-    model(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-"""
-
-
 @pytest.mark.parametrize(
     ("leaves", "steps"),
     [
@@ -471,7 +462,7 @@ def test_a_step_that_is_done_counts_before_an_end_at_once(
     serving: Serving, run_script: Run, leaves: str, steps: int
 ) -> None:
     """Its end is told as after that step; nothing else would close it. The training thread may be in a hook."""
-    run_script(f"{LEAVES_AT_ONCE}{leaves}\n")
+    run_script(f"{TRAINS}{leaves}\n")
 
     eventually(lambda: exit_rows(serving))
     assert stored_steps(serving) == list(range(steps))
