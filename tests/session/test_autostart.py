@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -20,7 +22,6 @@ from tests.recorder.conftest import environ
 
 ROOT = Path(__file__).parents[2]
 LOOP = """
-import glob
 import sys
 import time
 import torch
@@ -41,8 +42,9 @@ def train(context=None):
 
     # A busy machine starts an aggregator in more than the 5 s that the end of so short a training waits for it.
     until = time.monotonic() + 120
-    is_traced = "traceml.recorder.recorder_thread" in sys.modules
-    while is_traced and not glob.glob("traceml_runs/*/store.db") and time.monotonic() < until:
+    current = sys.modules.get("traceml.recorder.current_recorder")
+    recorder = current and current.current_recorder()
+    while recorder and recorder.enabled and recorder.run_dir is None and time.monotonic() < until:
         time.sleep(0.01)
 
 def work(rank, store):
@@ -283,10 +285,41 @@ def test_a_file_of_our_name_does_not_stop_torch(python: Python, tmp_path: Path) 
     assert "pip uninstall traceml traceml-ai" in ended.stderr
 
 
+STOP = """
+import os, signal, subprocess
+from traceml.recorder import run_notices
+words = ["pgrep", "-f", f"serve --fd .*--runs-dir {os.getcwd()}/"]
+aggregator = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+os.kill(aggregator, signal.SIGSTOP)
+"""
+
+
+def test_an_aggregator_that_is_slow_at_the_end(python: Python, tmp_path: Path) -> None:
+    """The process waits for its report a little longer than it tries to send the rest."""
+    ended = python(f"{SCRIPT}{STOP}\nsubprocess.Popen(['sh', '-c', f'sleep 6; kill -CONT {{aggregator}}'])")
+
+    assert (ended.returncode, ended.stdout) == (0, "trained\n"), ended.stderr
+    assert len(CARD.findall(ended.stderr)) == 1, ended.stderr
+    assert steps(tmp_path) == [(0, 30)]
+
+
+def test_an_aggregator_that_is_too_slow_at_the_end(python: Python, tmp_path: Path) -> None:
+    """One line says how the verdict is shown later, in place of one of half a run."""
+    ended = python(f"{SCRIPT}{STOP}\nrun_notices._REPORT_WAIT_S = 0.5\nprint(aggregator)")
+    trained, aggregator = ended.stdout.splitlines()
+    os.kill(int(aggregator), signal.SIGCONT)
+
+    assert (ended.returncode, trained) == (0, "trained"), ended.stderr
+    command = r"`traceml report traceml_runs/\S+`"
+    assert re.search(rf"^traceml: the run is not stored completely yet; {command} shows", ended.stderr, re.MULTILINE)
+    assert not CARD.search(ended.stderr)
+    assert steps(tmp_path) == [(0, 30)]
+
+
 def test_a_script_that_fails(python: Python, tmp_path: Path) -> None:
     """Its traceback, its status and the card."""
     ended = python(f"{LOOP}\ntrain()\nraise ValueError('a bug')")
 
     assert ended.returncode == 1
-    assert ended.stderr.index("ValueError: a bug") < ended.stderr.index("─ traceml ─ RANK_LOST")
+    assert re.search(r"^ValueError: a bug$(.|\n)+^─ traceml ─ RANK_LOST", ended.stderr, re.MULTILINE), ended.stderr
     assert report(tmp_path)["run"]["state"] == "failed"

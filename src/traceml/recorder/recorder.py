@@ -261,6 +261,11 @@ class Recorder:
         return self._recording if self.enabled and self.pid == os.getpid() else None
 
     @property
+    def is_stored_late(self) -> bool:
+        """Whether it has stopped before a slow aggregator had stored everything, which that does by itself."""
+        return self._recording is not None and self._recording.is_stored_late
+
+    @property
     def failed(self) -> bool:
         """Whether an exit with an exception or a status other than 0 was recorded."""
         return self._recording is not None and self._recording.failed

@@ -20,7 +20,7 @@ from traceml.database.schema import Phase, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.gc_pause import gc_pause
 from traceml.inspection.crash_stacks import disable_crash_stacks
-from traceml.recorder.end_warnings import end_warnings
+from traceml.recorder.end_warnings import lost_text, waiting_text
 from traceml.recorder.exits import address_limit_bytes, cause_of, describe
 from traceml.recorder.hang_commands import abort_process, print_stuck
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
@@ -65,6 +65,8 @@ class Recording:
     ) -> None:
         self.identity = identity
         self.exit_noted = False
+        self.is_stored_late = False
+        """Whether it has ended before a slow aggregator had stored everything."""
         self.stream: int | None = None
         """Number of this recorder's rows in the run's store; None before a connection."""
         self.address = ""
@@ -158,8 +160,13 @@ class Recording:
         stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying)
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
-        for warning in end_warnings(self.flight, self.sender, stored=stored, supervised=has_launcher, local=local):
-            _log.warning("%s", warning)
+        if (lost := lost_text(self.flight, self.sender)) is not None:
+            _log.warning("%s", lost)
+        if not stored:
+            waiting = waiting_text(self.flight, self.sender, supervised=has_launcher, local=local)
+            self.is_stored_late = waiting is None
+            if waiting is not None:
+                _log.warning("%s", waiting)
 
         _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)
         self.flight.close(unlink=stored or is_useless)

@@ -78,8 +78,12 @@ def dismiss(run_dir: Path) -> None:
     _due[:] = [each for each in _due if each[0] != run_dir]
 
 
-def show_verdict(run_dir: Path) -> None:
-    """Print the verdict of an ended run; another process creates it, so this one loads nothing."""
+def show_verdict(run_dir: Path, *, stored_late: bool = False) -> None:
+    """Print the verdict of an ended run; another process creates it, so this one loads nothing.
+
+    Args:
+        stored_late: whether a slow aggregator has rows of the run still to store; its report is then the first one.
+    """
     dismiss(run_dir)
     if run_dir in _here and not run_dir.is_dir():
         _print(f"traceml: no report of this run: {moved_text(run_dir)}")
@@ -89,7 +93,11 @@ def show_verdict(run_dir: Path) -> None:
         _log.info("the report will be in %s on the host of the aggregator", run_dir)
         return
 
-    await_report(run_dir)
+    if not await_report(run_dir) and stored_late:
+        command = report_command(short_path(run_dir))
+        _print(f"traceml: the run is not stored completely yet; `{command}` shows the verdict later")
+        return
+
     try:
         done = subprocess.run(
             helper_program("traceml", "report", str(run_dir)),
@@ -104,11 +112,13 @@ def show_verdict(run_dir: Path) -> None:
     print_notice(done.stdout.removesuffix("\n"))
 
 
-def await_report(run_dir: Path) -> None:
-    """Wait until the aggregator has written the report of an ended run, for at most 10 s."""
+def await_report(run_dir: Path) -> bool:
+    """Wait until the aggregator has written the report of an ended run, for at most 10 s; return whether it has."""
     until_s = time.monotonic() + _REPORT_WAIT_S
-    while not (run_dir / REPORT_NAME).exists() and time.monotonic() < until_s:
+    while not (is_written := (run_dir / REPORT_NAME).exists()) and time.monotonic() < until_s:
         time.sleep(0.02)
+
+    return is_written
 
 
 def _show_at_end() -> None:
@@ -129,14 +139,14 @@ def _show_at_end() -> None:
 
 def _show_ended(run_dir: Path, recorder: Recorder) -> None:
     own = recorder.rank_identity
-    if not recorder.all_stored:
+    if not recorder.all_stored and not recorder.is_stored_late:
         return
 
     if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
         command = report_command(short_path(run_dir))
         _print(f"traceml: rank {own.rank} failed; `{command}` says why once the job has ended")
     else:
-        show_verdict(run_dir)
+        show_verdict(run_dir, stored_late=recorder.is_stored_late)
 
 
 def _show_to_user() -> None:
