@@ -11,8 +11,9 @@ import msgpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceml.database.flight.row_rings import ByteLog, Ring, pack_map
+from traceml.database.flight.row_rings import MAX_MAP_BYTES, ByteLog, Ring, pack_map
 from traceml.database.schema import INFO, USER_PHASES
+from traceml.transport.framing import MAX_FRAME_BYTES, rows_frame
 
 
 def make_ring(capacity: int = 8) -> Ring:
@@ -153,6 +154,18 @@ def test_full_log_refuses_and_counts() -> None:
     assert log.append({"kind": "exit", "signal": 9}, urgent=True)
     assert not log.append({"kind": "exit", "text": "x" * 300}, urgent=True)
     assert (log.appended, log.dropped) == (kept + 1, 3)
+
+
+def test_a_map_that_no_frame_can_hold_is_refused() -> None:
+    """It would never be sent, nor what comes after it."""
+    log = make_log(4 * MAX_MAP_BYTES)
+    largest = {"text": "x" * (MAX_MAP_BYTES - len(pack_map({"text": "x" * MAX_MAP_BYTES})) + MAX_MAP_BYTES)}
+    assert len(pack_map(largest)) == MAX_MAP_BYTES
+
+    assert log.append(largest)
+    assert not log.append({"text": largest["text"] + "x"})
+    assert (log.appended, log.dropped) == (1, 1)
+    assert len(rows_frame(INFO.name, 0, 1, log.read(0, 1))) < MAX_FRAME_BYTES
 
 
 def test_full_log_starts_empty_when_all_is_stored() -> None:

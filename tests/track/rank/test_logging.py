@@ -51,6 +51,28 @@ def test_the_end_of_the_script_is_enough(script: Script, tmp_path: Path) -> None
     assert stored.steps("a") == stored.steps("b") == list(range(1000))
 
 
+def test_what_is_too_large_to_send_stops_nothing_else(script: Script, tmp_path: Path) -> None:
+    """It is told in a warning and in the run; the other parameters of the call, and all later values, are stored."""
+    process = script("""
+        import traceml
+        traceml.log_params({"lr": 0.1, "confusion": [[0.5] * 1000 for _ in range(1000)], "batch": 3})
+        traceml.log_metric("embedding", [[0.5] * 1000 for _ in range(1000)])
+        traceml.log_metric("x", 1.0)
+        assert traceml.flush(120)
+        """)
+    _, words = process.communicate(timeout=240)
+
+    assert process.returncode == 0, words
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert [row["params"] for row in stored.of("params")] == [{"lr": 0.1}, {"batch": 3}]
+    assert [(row["what"], row["name"]) for row in stored.of("refused")] == [
+        ("params", "confusion"),
+        ("value", "embedding"),
+    ]
+    assert stored.values("x") == [1.0]
+    assert "params 'confusion' is not logged: it has 9.0 MB, and a row at most 6.3 MB" in words
+
+
 def test_a_killed_script_loses_nothing(script: Script, tmp_path: Path) -> None:
     """SIGKILL while it logs at 1 kHz: every value whose call had returned is stored."""
     process = script("""

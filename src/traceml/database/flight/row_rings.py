@@ -16,7 +16,9 @@ import msgpack
 from traceml.database.schema import Log, Table
 from traceml.formatting import ESCAPED
 
-__all__ = ["BASE", "COUNTERS_PER_TABLE", "ByteLog", "Ring", "RowSlice", "map_ends", "pack_map", "stop_within"]
+__all__ = [
+    "BASE", "COUNTERS_PER_TABLE", "MAX_MAP_BYTES", "ByteLog", "Ring", "RowSlice", "map_ends", "pack_map", "stop_within",
+]  # fmt: skip
 
 # Per table in the header: appended, sent, acked, dropped, and of a log the number of the first map in memory.
 COUNTERS_PER_TABLE = 8
@@ -24,6 +26,8 @@ _SENT, _ACKED, _DROPPED, BASE = 1, 2, 3, 4
 # Another thread that holds the lock may wait for the GIL and for a core, with tens of them on a busy host for seconds.
 _LOCK_TIMEOUT_S = 10.0
 _MAX_TAKE_BYTES = 256 * 1024
+MAX_MAP_BYTES = 6 << 20
+"""Size of a packed map of a log: a frame of the wire has at most 8 MiB."""
 
 
 class RowSlice(NamedTuple):
@@ -208,14 +212,14 @@ class ByteLog(_CountedTable):
             return self._ends[-1] - self._ends[first]
 
     def append(self, row: dict[str, Any], *, urgent: bool = False) -> bool:
-        """Append one map. Returns False, and counts it in `dropped`, when there is no room.
+        """Append one map. Returns False, and counts it in `dropped`, when there is no room, or it is too large to send.
 
         Args:
             row: the map; values that msgpack cannot hold are written as their `repr`.
             urgent: may use the last eighth of the log.
         """
         data = pack_map(row)
-        if not self._acquire():
+        if len(data) > MAX_MAP_BYTES or not self._acquire():
             self.dropped += 1
             return False
 

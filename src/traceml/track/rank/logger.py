@@ -6,6 +6,7 @@ on disk. Nothing here waits for the aggregator or for a tracker.
 
 from __future__ import annotations
 
+import logging
 import struct
 import time
 import weakref
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.schema import METRICS, Slot
+from traceml.database.flight.row_rings import MAX_MAP_BYTES, pack_map
+from traceml.database.schema import LOGGED, METRICS, Slot
 from traceml.instrument.dynamo import skip_leaf_code
 from traceml.instrument.native.extension import extension
 from traceml.privacy import secrets_only
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from traceml.settings import Config
 
 __all__ = ["Logger", "deferred_values", "usual_writer"]
+
+_log = logging.getLogger("traceml")
 
 _time_ns = time.time_ns
 _STEP, _TRAINING_THREAD, _LOGGED = int(Slot.STEP), int(Slot.TRAINING_THREAD), int(Slot.LOGGED)
@@ -159,7 +163,26 @@ class Logger:
         for key in _MASKED & values.keys():
             values[key] = self._masker.mask_value(key, values[key])
 
-        return flight.log("logged").append(fields | values, urgent=True)
+        row = fields | values
+        return flight.log(LOGGED.name).append(row, urgent=True) or self._take_apart(row)
+
+    def _take_apart(self, row: dict[str, Any]) -> bool:
+        """Append what can be sent of a row that is too large for one frame; return whether all of it was taken."""
+        size = len(pack_map(row))
+        if size <= MAX_MAP_BYTES:  # there was no room for it
+            return False
+
+        for key in _MASKED:
+            items = row.get(key, {})
+            if len(items) > 1:
+                parts: list[dict[str, Any]] = [{key: {name: value}} for name, value in items.items()]
+                return all([self.row(key, t_ns=row["t_ns"], **part) for part in parts])  # noqa: C419 - each of them
+
+        what, name = row["kind"], str(row.get("name") or next(iter(row.get(row["kind"], ("",))), ""))
+        why = f"it has {size / 1e6:.1f} MB, and a row at most {MAX_MAP_BYTES / 1e6:.1f} MB. Log a file (log_artifact)"
+        _log.warning("%s %r is not logged: %s", what, name[:200], why)
+        self.row("refused", t_ns=row["t_ns"], name=name, what=what, why=why)
+        return False
 
     @property
     def experiment(self) -> int:
