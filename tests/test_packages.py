@@ -90,7 +90,7 @@ SUBPACKAGES = {
     "diagnosis.merged_hosts": {
         "diagnosis.findings", "diagnosis.intake", "diagnosis.facts", "diagnosis.steps", "database",
     },
-    "database.flight": {"database.schema"},
+    "database.flight": {"database.schema", "database.file_contents"},
     "database.store": {"database.schema", "database.row_arrays"},
     "database.snapshots": {"database.schema", "database.info_kinds", "database.flight"},
     "launch.launcher": {"launch.shared", "supervise", "recorder", "database"},

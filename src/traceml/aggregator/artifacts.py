@@ -10,7 +10,9 @@ from typing import Any
 
 import msgpack
 
+from traceml.database.file_contents import copy_content
 from traceml.database.flight.journal import write_all
+from traceml.database.flight.staged_files import StagedFile
 from traceml.errors import ProtocolError
 from traceml.run_folder import ARTIFACTS
 
@@ -54,6 +56,26 @@ class Artifacts:
         part = self._folder / f".{path.name}.part"
         move(path, part)
         part.replace(self._folder / path.name)
+
+    def finish(self, staged: StagedFile, kind: str) -> dict[str, Any]:
+        """Copy here a file that a dead rank had begun to log; return the facts of its row.
+
+        Raises:
+            RefusedFileError: it is not accepted, as the rank would not have.
+            OSError: it cannot be read or written.
+        """
+        self._folder.mkdir(exist_ok=True)
+        part = self._folder / f".{staged.contents.name}.part"
+        try:
+            how = staged.how
+            limit_bytes, suffix = how["limit_bytes"], how["suffix"]
+            facts = copy_content(staged.read(), part, kind=kind, suffix=suffix, limit_bytes=limit_bytes)
+            part.replace(self._folder / facts["path"].rpartition("/")[2])
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+        return facts
 
     def _put(self, stream: int, row: dict[str, Any]) -> dict[str, Any]:
         name, offset, size, data = (row.get(key) for key in ("id", "offset", "size", "data"))

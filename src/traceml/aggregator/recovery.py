@@ -15,6 +15,7 @@ from traceml.database.flight.flight_folders import default_folder, disk_folders,
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive
 from traceml.database.flight.postmortem import FlightSnapshot, flight_identity, may_be_of, read_flight
+from traceml.database.flight.staged_files import STAGED, StagedFile
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import DEFAULT_PROJECT, safe_run_id
@@ -203,17 +204,35 @@ def _take(stream: RankStream, ingest: Ingest, table: str, image: FlightSnapshot)
 
 
 def _recover_file_rows(stream: RankStream, ingest: Ingest, image: FlightSnapshot) -> int:
-    """Append the rows of files that were copied before their rank was killed."""
+    """Append the rows of files whose rank was killed before it did; files that it had begun to log are copied."""
     said = {(row.get("t_ns"), row.get("name")) for row in image.all_maps(LOGGED.name)}
-    rows = [
-        row
-        for row in image.pending_rows
-        if (row.get("t_ns"), row.get("name")) not in said and ingest.artifacts.holds(str(row.get("path")))
-    ]
-    for row in rows:
-        ingest.take(stream, LOGGED.name, stream.next.get(LOGGED.name, 0), 1, msgpack.packb(row))
+    recovered = 0
+    for pending in sorted(image.pending_rows, key=lambda each: each.staged is not None):  # copied ones are first
+        row, of = pending.row, (pending.row.get("t_ns"), pending.row.get("name"))
+        if of in said:
+            continue
+        if pending.staged is not None:
+            row = _finish(row, pending.staged, ingest)
+        elif not ingest.artifacts.holds(str(row.get("path"))):
+            continue
 
-    return len(rows)
+        said.add(of)
+        ingest.take(stream, LOGGED.name, stream.next.get(LOGGED.name, 0), 1, msgpack.packb(row))
+        recovered += 1
+
+    return recovered
+
+
+def _finish(row: dict[str, Any], staged: StagedFile, ingest: Ingest) -> dict[str, Any]:
+    """Return the row of a file that a killed rank had begun to log: copied, or refused with the reason."""
+    kind = str(row.get("kind"))
+    begun = {key: value for key, value in row.items() if key != STAGED}
+    try:
+        return begun | ingest.artifacts.finish(staged, kind)
+    except Exception as error:  # noqa: BLE001 - what is no image, or a damaged row
+        why = f"its process was killed before it was copied: {getattr(error, 'strerror', None) or error}"
+        _log.warning("%s %r is not logged: %s", kind, row.get("name"), why)
+        return begun | {"kind": "refused", "what": kind, "why": why}
 
 
 def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str, Any]:

@@ -82,7 +82,9 @@ class Recording:
             runs_dir=config.runs_dir,
         )
         append_logged = partial(self.flight.log("logged").append, urgent=True)
-        self.files = FileUploader(self.flight.journal_stems, append_logged, self._wake, self.flight.claim)
+        self.files = FileUploader(
+            self.flight.journal_stems, append_logged, self._wake, self.flight.claim, self.flight.staging_folder
+        )
         self.tracing = RankTracing(config, self.flight, rank=self._rank, note=self.note, on_group=self._on_group)
         self.sender = RowSender(
             self.flight,
@@ -157,7 +159,7 @@ class Recording:
         stop_export()
         has_launcher, local = self._config.supervised, self._config.local
         keep_trying = not self.check_deferred() and (has_launcher or local)
-        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying)
+        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying) and not self.files.copying
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
         if (lost := lost_text(self.flight, self.sender)) is not None:

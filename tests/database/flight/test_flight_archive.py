@@ -41,10 +41,43 @@ def test_journals_and_files_come_along(script: Script, tmp_path: Path) -> None: 
     assert list((tmp_path / "traceml_runs" / FALLBACK_FOLDER).iterdir()) == []
     image = read_flight(unpack_flight(data, tmp_path / "copies", "node1.example.org-1-7"))
     assert sum(taken.n for taken in image.read_all("metrics")) == 40_000
-    (note,) = image.pending_rows
+    [note] = [each for each in image.pending_rows if each.staged is None]
     (file,) = image.spooled_files
-    assert note["name"] == "best"
+    assert note.row["name"] == "best"
     assert file.read_bytes() == b"weights" * 1000
+    image.unlink()
+    assert list((tmp_path / "copies").iterdir()) == []
+
+
+def test_what_was_not_copied_yet_comes_along(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Contents in memory, and a file of the user, which stays where it is."""
+    begun = """
+    import os, threading, traceml
+    from traceml.database import file_contents
+    traceml.init(on_missing="warn", connect_timeout=0.1)
+    with open("model.bin", "wb") as file:
+        file.write(b"weights" * 1000)
+    file_contents._chunks_of = lambda *_: threading.Event().wait()  # as one that is very slow
+    traceml.log_text("long", "x" * 2_000_000)
+    traceml.log_artifact("model.bin")
+    print(os.getpid(), flush=True)
+    os.kill(os.getpid(), 9)
+    """
+    pid = int(finish(script(begun, TRACEML_RUN_ID="far"), -signal.SIGKILL))
+
+    data = pack_flight(pid, "far", runs_dir=str(tmp_path / "traceml_runs"))
+
+    assert data is not None
+    assert pack_flight(pid, "far", runs_dir=str(tmp_path / "traceml_runs")) is None
+    model = tmp_path / "model.bin"
+    assert model.read_bytes() == b"weights" * 1000
+    model.unlink()  # as on the aggregator's host
+    image = read_flight(unpack_flight(data, tmp_path / "copies", "node1.example.org-1-7"))
+    staged = {each.row["name"]: each.staged for each in image.pending_rows}
+    assert {name: each.read() for name, each in staged.items() if each is not None} == {
+        "long.txt": b"x" * 2_000_000,
+        "model.bin": b"weights" * 1000,
+    }
     image.unlink()
     assert list((tmp_path / "copies").iterdir()) == []
 

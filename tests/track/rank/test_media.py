@@ -7,6 +7,7 @@ import io
 import math
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from PIL import Image
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, ended_run, finish
 from traceml.aggregator.unfinished_runs import finish_flights
+from traceml.database.file_contents import Content, RefusedFileError, copy_content
 from traceml.errors import ArgumentTypeError, UsageError
-from traceml.recorder.sending.uploads import RefusedFileError
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 
@@ -104,6 +105,78 @@ def test_files_of_a_rank_that_is_killed_before_anybody_took_them(script: Script,
         assert (run_dir / row["path"]).read_bytes() == b"weights" * 1000
 
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
+
+
+BEGUN = """
+import os, signal, numpy, torch, traceml
+images = numpy.random.default_rng(0).integers(0, 256, (64, 96, 96, 3), dtype=numpy.uint8)
+numpy.save("images.npy", images)
+with open("model.pt", "wb") as file:
+    file.write(os.urandom(30_000_000))
+with open("changed.txt", "w") as file:
+    file.write("before")
+"""
+BEGIN = """
+for step, image in enumerate(images):
+    traceml.log_image("sample", image if step % 2 else torch.from_numpy(image), step=step)
+traceml.log_text("long", "x" * 2_000_000, step=5)
+traceml.log_artifact("model.pt")
+traceml.log_artifact("changed.txt")
+with open("changed.txt", "w") as file:
+    file.write("after all")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("has_aggregator", [True, False])
+def test_files_of_a_rank_that_is_killed_right_after_the_call(
+    script: Script, serving: Serving, tmp_path: Path, has_aggregator: bool
+) -> None:
+    """They are finished by the aggregator; a file of the user that has changed since is told of."""
+    if has_aggregator:
+        start = "recorder = traceml.init()\nimport time\nwhile recorder.run_dir is None: time.sleep(0.01)"
+        finish(script(BEGUN + start + BEGIN, serving.folder, serving=serving), -9)
+        stored = ended_run(serving.folder)
+    else:
+        finish(script(f"{BEGUN}traceml.init(on_missing='warn', connect_timeout=0.1){BEGIN}"), -9)
+        (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
+        stored = Stored(run_dir)
+
+    images = np.load(tmp_path / "images.npy")
+    rows = stored.of("image")
+    assert sorted(row["step"] for row in rows) == list(range(64))
+    for row in rows:
+        assert (np.asarray(Image.open(stored.run_dir / row["path"])) == images[row["step"]]).all()
+
+    files = {row["name"]: row for row in stored.of("artifact")}
+    assert (stored.run_dir / files["long.txt"]["path"]).read_text() == "x" * 2_000_000
+    assert (stored.run_dir / files["model.pt"]["path"]).read_bytes() == (tmp_path / "model.pt").read_bytes()
+    assert files["model.pt"]["size"] == 30_000_000
+    if "changed.txt" not in files:  # else it was copied before it changed
+        [refused] = stored.of("refused")
+        assert (refused["name"], refused["what"]) == ("changed.txt", "artifact")
+        assert "was changed before it was copied" in refused["why"]
+    assert not list(Path(stored.run_dir.parent, ".flights").glob("*"))
+
+
+def test_more_files_than_a_process_may_open(script: Script, tmp_path: Path) -> None:
+    """All of a folder are copied; the script can open files of its own meanwhile."""
+    process = script("""
+        import os, pathlib, resource, traceml
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        pathlib.Path("out").mkdir()
+        for number in range(600):
+            pathlib.Path("out", f"{number}.txt").write_text(str(number))
+        with traceml.Experiment("many", backend=()) as experiment:
+            experiment.log_artifact("out")
+            with open("own.txt", "w") as file:
+                file.write("mine")
+        """)
+    finish(process)
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    texts = {row["name"]: (stored.run_dir / row["path"]).read_text() for row in stored.of("artifact")}
+    assert texts == {f"out/{number}.txt": str(number) for number in range(600)}
 
 
 def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
@@ -216,10 +289,17 @@ def test_the_working_folder(script: Script, tmp_path: Path) -> None:
     assert {"all/data/a.txt", "all/data/inner/b.txt"} <= {*names}
 
 
+def encoded(content: Content) -> bytes:
+    with TemporaryDirectory() as folder:
+        part = Path(folder, "part")
+        copy_content(content, part, kind="image", suffix=".png", limit_bytes=1 << 20)
+        return part.read_bytes()
+
+
 def pixels_of(image: object) -> np.ndarray:
-    make, suffix = image_of(image, 1 << 20)
+    content, suffix = image_of(image, 1 << 20)
     assert suffix == ".png"
-    return np.asarray(Image.open(io.BytesIO(make())))
+    return np.asarray(Image.open(io.BytesIO(encoded(content))))
 
 
 RAMP = np.arange(90, dtype=np.uint8).reshape(6, 5, 3) * 2
@@ -260,12 +340,12 @@ def test_images_of_one_two_and_four_channels() -> None:
 def test_images_are_copied_when_they_are_logged() -> None:
     """A later change in place does not change the image."""
     array, tensor = RAMP.copy(), torch.from_numpy(RAMP.copy())
-    makers = [image_of(array, 1 << 20)[0], image_of(tensor, 1 << 20)[0]]
+    contents = [image_of(array, 1 << 20)[0], image_of(tensor, 1 << 20)[0]]
     array[:] = 0
     tensor.zero_()
 
-    for make in makers:
-        assert (np.asarray(Image.open(io.BytesIO(make()))) == RAMP).all()
+    for content in contents:
+        assert (np.asarray(Image.open(io.BytesIO(encoded(content)))) == RAMP).all()
 
 
 def test_figures_and_files_are_images(tmp_path: Path) -> None:
@@ -276,8 +356,7 @@ def test_figures_and_files_are_images(tmp_path: Path) -> None:
 
     path = tmp_path / "photo.jpg"
     Image.fromarray(RAMP).save(path)
-    make, suffix = image_of(path, 1 << 20)
-    assert (make(), suffix) == (path.read_bytes(), ".jpg")
+    assert image_of(path, 1 << 20) == (path.read_bytes(), ".jpg")
 
 
 @pytest.mark.parametrize("image", [3, object(), {"a": 1}])
@@ -289,9 +368,20 @@ def test_what_is_no_image_is_reported(image: object) -> None:
 
 def test_odd_shapes_are_refused() -> None:
     """Channels that no image has."""
-    make, _ = image_of(np.zeros((5, 5, 5)), 1 << 20)
     with pytest.raises(RefusedFileError, match="1 to 4 channels"):
-        make()
+        encoded(image_of(np.zeros((5, 5, 5)), 1 << 20)[0])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [torch.zeros(4, 4).to_sparse(), torch.zeros(4, 4, device="meta"), np.array([["a"]]), np.ma.masked_array([[1, 2]])],
+    ids=["sparse", "meta", "text", "masked"],
+)
+def test_an_unusual_array_is_no_error_of_the_call(image: object) -> None:
+    """Whether it is an image is found by the thread that encodes it."""
+    content, _ = image_of(image, 1 << 20)
+
+    assert callable(content)
 
 
 @pytest.mark.parametrize(

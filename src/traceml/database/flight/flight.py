@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.clock import boot_id, machine_name, process_start_ticks
-from traceml.database.flight.flight_folders import FLIGHT_SUFFIX, default_folder, disk_folders
+from traceml.database.flight.flight_folders import FLIGHT_SUFFIX, default_folder, disk_folders, spool_folder
 from traceml.database.flight.flight_header import COUNTERS_AT, DATA_AT, FlightHeader, FolderClaim, MappedFile
 from traceml.database.flight.journal import Journal, journal_path
 from traceml.database.flight.journaled_tables import JournaledLog, JournaledRing, NameTable
@@ -149,6 +149,14 @@ class FlightFile:
         with contextlib.suppress(OSError):  # without it the files are found by the flight file only
             path = folder / f"{self.journal_stems[0].name}{FLIGHT_SUFFIX}"
             self._claims = self._claims | {folder: FolderClaim(path, self.identity)}
+
+    @property
+    def staging_folder(self) -> Path | None:
+        """Folder in memory, next to this file, of logged files that are not copied yet; None without memory."""
+        if self.path is None or self.path.parent in {stem.parent for stem in self.journal_stems}:
+            return None
+
+        return spool_folder(self.path.with_suffix(""))
 
     @property
     def journaled(self) -> list[JournaledRing | JournaledLog]:

@@ -47,10 +47,10 @@ _log = logging.getLogger("traceml")
 
 
 class FlightArchive(NamedTuple):
-    """Archive of a dead worker's files, which are in it, and what faulthandler wrote when it crashed."""
+    """Archive of a dead worker's files, the names in it, and what faulthandler wrote when it crashed."""
 
     data: bytes
-    files: list[Path]
+    names: list[str]
     crash_text: str
 
 
@@ -89,7 +89,7 @@ def packed_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> Iter
 
     yield archive
     if image is not None and archive is not None:
-        _remove(image, archive.files)
+        _remove(image, archive.names)
 
 
 def find_live_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> Path | None:
@@ -149,21 +149,26 @@ def _packed(image: FlightSnapshot) -> FlightArchive:
                 continue
 
             archive.add(path, name, recursive=False)
-            taken.append(path)
+            taken.append(name)
 
     return FlightArchive(buffer.getvalue(), taken, image.crash_text)
 
 
-def _remove(image: FlightSnapshot, packed: list[Path]) -> None:
-    for path in packed:
-        path.unlink(missing_ok=True)
-
-    if set(image.spooled_files) <= set(packed):
+def _remove(image: FlightSnapshot, packed: list[str]) -> None:
+    members = dict(_members(image))
+    if {name for name in members if name.startswith("files/")} <= set(packed):
         image.unlink()
+        return
+
+    for name in packed:
+        path = members.get(name)
+        is_users = name.startswith("files/") and path is not None and path.name != name.removeprefix("files/")
+        if path is not None and not is_users:
+            path.unlink(missing_ok=True)
 
 
 def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
-    """Yield names in the archive with their files, the most important first."""
+    """Yield names in the archive with their files, the most important first; the last ones may be the user's."""
     yield _FLIGHT, image.path
     for table, path in image.journals.items():
         yield f"journal/{table}", path
@@ -171,8 +176,10 @@ def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
     for path in sorted(image.spooled_files, key=lambda each: each.stat().st_size):
         yield f"files/{path.name}", path
 
-    for path in image.pending_row_paths:
-        yield f"files/{path.name}", path
+    for each in image.pending_rows:
+        yield f"files/{each.path.name}", each.path
+        if each.staged is not None and (contents := each.staged.find()) is not None:
+            yield f"files/{each.staged.contents.name}", contents
 
 
 def _target_path(stem: Path, name: str) -> Path:

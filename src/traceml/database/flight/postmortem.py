@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -36,6 +36,7 @@ from traceml.database.flight.flight_header import (
 )
 from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.flight.row_rings import RowSlice
+from traceml.database.flight.staged_files import STAGED, StagedFile
 from traceml.database.flight.table_extents import (
     UNREADABLE,
     TableCounters,
@@ -49,13 +50,26 @@ from traceml.database.schema import LINE_OTHER, OPEN_SLOTS, TABLES, USER_TABLES,
 from traceml.errors import StoreError
 from traceml.trusted_files import check_trusted_folder, opened_trusted
 
-__all__ = ["FlightSnapshot", "flight_identity", "may_be_of", "read_flight"]
+__all__ = ["FlightSnapshot", "PendingRow", "flight_identity", "may_be_of", "read_flight"]
 
 _CRASH_BYTES = 256 << 10
 
 _STATES = frozenset(FlightState)
 
 _log = logging.getLogger("traceml")
+
+
+class PendingRow(NamedTuple):
+    """A row of `logged` whose file has not arrived, and its path."""
+
+    row: dict[str, Any]
+    path: Path
+
+    @property
+    def staged(self) -> StagedFile | None:
+        """Its file if that was not copied yet."""
+        how = self.row.get(STAGED)
+        return StagedFile(self.path, how) if isinstance(how, dict) else None
 
 
 class FlightSnapshot:
@@ -226,10 +240,11 @@ class FlightSnapshot:
         return [folder for folder in map(spool_folder, self._stems) if _is_own_folder(folder)]
 
     @property
-    def pending_rows(self) -> list[dict[str, Any]]:
-        """Rows that wait for the upload of their files, including `spooled_files`."""
+    def pending_rows(self) -> list[PendingRow]:
+        """Rows that wait for their files, in the order of the calls: files of `spooled_files`, or staged ones."""
+        paths = [path for folder in self._spools for path in folder.glob(f".*{PENDING_SUFFIX}")]
         found = []
-        for path in self.pending_row_paths:
+        for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
             try:
                 with opened_trusted(path) as descriptor:
                     row = msgpack.unpackb(_read_all(descriptor))
@@ -238,15 +253,9 @@ class FlightSnapshot:
                 continue
 
             if isinstance(row, dict):
-                found.append(row)
+                found.append(PendingRow(row, path))
 
         return found
-
-    @property
-    def pending_row_paths(self) -> list[Path]:
-        """Files of `pending_rows`, in the order of the calls."""
-        paths = [path for folder in self._spools for path in folder.glob(f".*{PENDING_SUFFIX}")]
-        return sorted(paths, key=lambda path: (len(path.name), path.name))
 
     @property
     def journals(self) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Upload of files to the run's folder: copied by a thread, or sent in chunks where the folder is on another host.
 
-A file is copied to a spool first, under a name made of its contents. Where the rank can reach the run's folder it is
+A file is staged by the call, in memory: after a kill, the aggregator copies it. The thread copies it to a spool, under
+a name made of its contents. Where the rank can reach the run's folder it is
 moved there; else the aggregator gets it as rows of `blobs`. Its row in `logged` follows when it has arrived, so that
 readers of the row find the file. Without an aggregator the spool stays next to the flight file, to be recovered later.
 """
@@ -8,24 +9,24 @@ readers of the row find the file. Without an aggregator the spool stays next to 
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import logging
 import os
 import queue
-import re
 import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from traceml.database.file_contents import Content, OpenFile, Pixels, RefusedFileError, copy_content
 from traceml.database.flight.flight_folders import pending_row_path, spool_folder
 from traceml.database.flight.row_rings import pack_map
+from traceml.database.flight.staged_files import StagedFile
 from traceml.fail_open import fail_open
 from traceml.fork_gate import fork_gate
 from traceml.recorder.sending.blob_table import BlobTable
@@ -33,17 +34,14 @@ from traceml.run_folder import ARTIFACTS
 from traceml.transport.folder_aggregator import folder_id
 from traceml.trusted_files import make_trusted_folder
 
-__all__ = ["FileUpload", "FileUploader", "RefusedFileError"]
+__all__ = ["FileUpload", "FileUploader"]
 
 _log = logging.getLogger("traceml")
 
-_COPY_BYTES = 4 << 20
 _POLL_S = 0.01
-_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
-
-
-class RefusedFileError(Exception):
-    """A file or an image that is not accepted; the text says why."""
+_HELD_BYTES = 128 << 20  # of contents that wait in memory; a call beyond that waits until some are copied
+_HELD_OPEN = 64  # of a user's files: a process may have a thousand open, and the script needs its own
+_FULL_S = 60.0
 
 
 @dataclass(slots=True)
@@ -55,17 +53,22 @@ class FileUpload:
     name: str
     step: int | None
     t_ns: int
-    # an open descriptor, or a function that returns the bytes; called on the upload thread
-    source: int | Callable[[], bytes]
+    content: Content
     limit_bytes: int  # larger ones are refused
     suffix: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)  # other fields of its row
+    staged: StagedFile | None = None
     note: Path | None = None  # copy of the row next to the file in the spool, until the file has arrived
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its contents in memory."""
+        data = self.content.data if isinstance(self.content, Pixels) else self.content
+        return len(data) if isinstance(data, bytes) else 0
+
     def close(self) -> None:
-        """Close the descriptor."""
-        if isinstance(self.source, int):
-            os.close(self.source)
+        """Close an open file."""
+        if isinstance(self.content, OpenFile):
+            self.content.close()
 
 
 class FileUploader:
@@ -73,6 +76,7 @@ class FileUploader:
 
     Args:
         stems: candidate places of the spool: the flight file's stems, as for journals.
+        staging: folder in memory for files that are not copied yet; None where there is none.
         append: appends a row to `logged`.
         on_work: called when there is work for the recorder's thread.
         on_spool: called with the folder in which the spool was created.
@@ -84,17 +88,21 @@ class FileUploader:
         append: Callable[[dict[str, Any]], object],
         on_work: Callable[[], None],
         on_spool: Callable[[Path], object],
+        staging: Path | None = None,
     ) -> None:
         self.blobs = BlobTable()
         self.moved_bytes = 0
         """Bytes copied so far: grows while there is progress."""
         self._stems, self._append, self._on_work, self._on_spool = stems, append, on_work, on_spool
+        self._staging, self._stages = staging, False
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.pending = 0
         """Number of files that have not arrived."""
-        self._notes = itertools.count()
+        self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._held = 0
         self._spool: Path | None = None
         self._artifacts: Path | None = None
         self._elsewhere = False
@@ -118,14 +126,24 @@ class FileUploader:
         self._on_work()
 
     def add(self, upload: FileUpload) -> None:
-        """Queue a file; returns at once."""
-        with self._lock:
+        """Queue a file; returns at once, unless very much waits already."""
+        size = upload.held_bytes
+        with self._room:
+            self._room.wait_for(lambda: not (size and self._held) or self._held + size <= _HELD_BYTES, _FULL_S)
+            self._held += size
             self.pending += 1
+
+        self._stage(upload)
+        if isinstance(upload.content, OpenFile) and self.copying > _HELD_OPEN:
+            upload.close()
+            upload.content = upload.content._replace(descriptor=None)
+
+        with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="traceml-files", daemon=True)
                 self._thread.start()
 
-        self._queue.put(lambda: self._take(upload))
+        self._queue.put(lambda: self._take(upload, size))
 
     def refuse(self, upload: FileUpload, why: str) -> None:
         """Report a refused file, to the run and to the user."""
@@ -176,8 +194,25 @@ class FileUploader:
 
     def close(self, *, unlink: bool) -> None:
         """Remove the spool when everything has arrived."""
-        if unlink and self._spool is not None:
-            shutil.rmtree(self._spool, ignore_errors=True)
+        for folder in (self._spool, self._staging):
+            if unlink and folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _stage(self, upload: FileUpload) -> None:
+        """Keep in memory what a kill would lose, if there is room."""
+        if self._staging is None:
+            return
+
+        try:
+            if not self._stages:
+                make_trusted_folder(self._staging, private=True)
+                self._stages = True
+
+            path = pending_row_path(self._staging, next(self._numbers))
+            how: dict[str, Any] = {"limit_bytes": upload.limit_bytes, "suffix": upload.suffix}
+            upload.staged = StagedFile.write(path, _row(upload.kind, upload), upload.content, **how)
+        except OSError as error:
+            _log.debug("%s %r is not staged: %s", upload.kind, upload.name, error)
 
     # --- on the thread -----------------------------------------------------------------------------------------------
 
@@ -189,7 +224,7 @@ class FileUploader:
 
             self._on_work()
 
-    def _take(self, upload: FileUpload) -> None:
+    def _take(self, upload: FileUpload, held_bytes: int) -> None:
         try:
             path, facts = self._copy(upload)
         except RefusedFileError as error:
@@ -202,6 +237,12 @@ class FileUploader:
             self._deliver(path, upload, facts)
         finally:
             upload.close()
+            if upload.staged is not None:
+                upload.staged.remove()
+
+            with self._room:
+                self._held -= held_bytes
+                self._room.notify_all()
 
     def _drop(self, upload: FileUpload, why: str) -> None:
         self.refuse(upload, why)
@@ -214,31 +255,24 @@ class FileUploader:
         """Copy a file into the spool, under the name of its contents."""
         folder = self._folder()
         part = folder / f".{threading.get_ident()}.part"
-        with fork_gate:
-            digest, size = hashlib.sha256(), 0
-
         try:
-            with part.open("wb") as file:
-                for data in _chunks_of(upload.source):
-                    size += len(data)
-                    if size > upload.limit_bytes:
-                        raise RefusedFileError(f"it has more than {upload.limit_bytes} bytes (max_{upload.kind}_bytes)")
-
-                    digest.update(data)
-                    file.write(data)
-                    self.moved_bytes += len(data)
-
-            name = f"{digest.hexdigest()}{upload.suffix if _SUFFIX.fullmatch(upload.suffix) else ''}"
-            facts = {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | upload.facts
+            facts = copy_content(
+                upload.content, part,
+                kind=upload.kind, suffix=upload.suffix, limit_bytes=upload.limit_bytes, on_copied=self._note_copied,
+            )  # fmt: skip
             # Its row follows when the file has arrived; after a crash before that, recovery reads it from here.
-            upload.note = pending_row_path(folder, next(self._notes))
+            upload.note = pending_row_path(folder, next(self._numbers))
             upload.note.write_bytes(pack_map(_row(upload.kind, upload) | facts))
-            part.rename(folder / name)
+            path = folder / facts["path"].rpartition("/")[2]
+            part.rename(path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
 
-        return folder / name, facts
+        return path, facts
+
+    def _note_copied(self, size_bytes: int) -> None:
+        self.moved_bytes += size_bytes
 
     def _folder(self) -> Path:
         """Return the spool; create it in the first place where that is possible."""
@@ -291,15 +325,6 @@ class FileUploader:
 def _row(kind: str, upload: FileUpload) -> dict[str, Any]:
     row = {"kind": kind, "t_ns": upload.t_ns, "experiment": upload.experiment, "name": upload.name}
     return row if upload.step is None else row | {"step": upload.step}
-
-
-def _chunks_of(source: int | Callable[[], bytes]) -> Any:
-    if callable(source):
-        yield source()
-        return
-
-    while data := os.read(source, _COPY_BYTES):
-        yield data
 
 
 def _move(path: Path, target: Path) -> None:

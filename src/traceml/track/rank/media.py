@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.coerce import path_text
+from traceml.database.file_contents import OpenFile
 from traceml.database.flight.flight_folders import FALLBACK_FOLDER
 from traceml.errors import FileForbiddenError, FileMissingError, FileUnreadableError
 from traceml.inspection.user_files import working_folder
@@ -46,9 +46,7 @@ def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 
     data = content.encode("utf-8", "replace")
     limit = recorder.config.max_artifact_bytes
     recorder.files.add(
-        FileUpload(
-            logger.experiment, "artifact", f"{name}.txt", step, t_ns or time.time_ns(), lambda: data, limit, ".txt"
-        )
+        FileUpload(logger.experiment, "artifact", f"{name}.txt", step, t_ns or time.time_ns(), data, limit, ".txt")
     )
 
 
@@ -62,10 +60,10 @@ def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int =
     step = logger.next_step(name, step)
     is_file = isinstance(content, str | os.PathLike)
     with _readable(f"log_image({name!r}, {os.fspath(content)!r:.300})") if is_file else nullcontext():
-        source, suffix = image_of(content, limit)
+        pixels, suffix = image_of(content, limit)
 
     recorder.files.add(
-        FileUpload(logger.experiment, "image", name, step, t_ns or time.time_ns(), source, limit, suffix)
+        FileUpload(logger.experiment, "image", name, step, t_ns or time.time_ns(), pixels, limit, suffix)
     )
 
 
@@ -132,7 +130,7 @@ def _log_path(logger: Logger, where: Path, name: str | None) -> None:
 
     if len(inside) > _FOLDER_FILES:
         why = f"the folder has {len(inside)} files: the first {_FOLDER_FILES} were taken. Log an archive of it instead"
-        job = FileUpload(logger.experiment, "artifact", name, None, time.time_ns(), bytes, 0)
+        job = FileUpload(logger.experiment, "artifact", name, None, time.time_ns(), b"", 0)
         _recorder(logger).files.refuse(job, why)
 
 
@@ -166,17 +164,16 @@ def wait(logger: Logger, timeout_s: float = 60.0) -> None:
 def _log_file(logger: Logger, path: Path, name: str) -> None:
     recorder = _recorder(logger)
     assert recorder is not None
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
-    status = os.fstat(descriptor)
+    opened = OpenFile.open(path)
     limit = recorder.config.max_artifact_bytes
-    job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), descriptor, limit, path.suffix)
-    if not stat.S_ISREG(status.st_mode):
+    job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), opened, limit, path.suffix)
+    if not opened.is_regular:
         job.close()
         raise FileUnreadableError(f"{path} is not a regular file: only files and folders can be logged")
 
-    if status.st_size > limit:
+    if opened.size > limit:
         job.close()
-        recorder.files.refuse(job, f"it has {status.st_size} bytes, above max_artifact_bytes={limit}")
+        recorder.files.refuse(job, f"it has {opened.size} bytes, above max_artifact_bytes={limit}")
         return
 
     recorder.files.add(job)

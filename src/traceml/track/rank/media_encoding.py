@@ -1,4 +1,4 @@
-"""Encoding of images and histograms from arrays, tensors and figures. No library is imported for it."""
+"""Images and histograms from arrays, tensors and figures. No library is imported for it."""
 
 from __future__ import annotations
 
@@ -6,70 +6,78 @@ import io
 import math
 import operator
 import os
-import struct
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
+from traceml.database.file_contents import Content, Pixels, encode_array
 from traceml.errors import ArgumentTypeError, UsageError
-from traceml.recorder.sending.uploads import RefusedFileError
 from traceml.track.rank.logged_values import copied_to_host
 
-__all__ = ["histogram_of", "image_of", "png"]
+__all__ = ["histogram_of", "image_of"]
 
 _MAX_BINS = 65_536
 """Intervals of a histogram; its row must fit into a frame."""
-_RAW_FACTOR = 64  # an image of more than this times the limit, uncompressed, is refused without encoding
-_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # of PNG, by number of channels
 _MAGIC = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"))
 
 
-def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
-    """Return a function that encodes an image, and the file's suffix. Data that may change is copied now.
+def image_of(image: Any, limit_bytes: int) -> tuple[Content, str]:
+    """Return the contents of an image, and the file's suffix. Data that may change is copied now.
 
     Args:
         image: see `traceml.log_image`.
     """
     if isinstance(image, str | os.PathLike):
         data = Path(image).read_bytes()
-        return lambda: data, _suffix_of(data) or Path(image).suffix
+        return data, _suffix_of(data) or Path(image).suffix
     if isinstance(image, bytes | bytearray):
         data = bytes(image)
-        return lambda: data, _suffix_of(data) or ".png"
+        return data, _suffix_of(data) or ".png"
     if hasattr(image, "savefig"):  # a figure is drawn now: its library is not thread-safe
         buffer = io.BytesIO()
         image.savefig(buffer, format="png")
-        return buffer.getvalue, ".png"
+        return buffer.getvalue(), ".png"
     if hasattr(image, "getbands") and hasattr(image, "tobytes"):
-        copy = image.copy()
-        return lambda: _encode_pil(copy), ".png"
+        return _pixels_of_pil(image), ".png"
     if hasattr(image, "detach"):
-        fetch = _fetch_tensor(image)
-        return lambda: _encode_array(fetch(), limit_bytes, channels_first=True), ".png"
+        return _pixels_of_tensor(image, limit_bytes), ".png"
     if hasattr(image, "__array_interface__") or hasattr(image, "tolist"):
-        array = image.copy() if hasattr(image, "copy") else image
-        return lambda: _encode_array(array, limit_bytes), ".png"
+        return _pixels_of_array(image, limit_bytes), ".png"
 
     kind = type(image).__name__
     raise ArgumentTypeError(f"an image must be an array, a tensor, a PIL image, a figure, or a file; not {kind}")
 
 
-def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
-    """Return a PNG file.
+def _pixels_of_pil(image: Any) -> Pixels:
+    mode = image.mode if image.mode in ("L", "LA", "RGB", "RGBA") else "RGBA" if "A" in image.getbands() else "RGB"
+    converted = image.convert(mode)
+    return Pixels(converted.tobytes(), "|u1", (converted.height, converted.width, len(converted.getbands())))
 
-    Args:
-        pixels: rows from the top, 8 bits per channel.
-        channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
-    """
-    row = width * channels
-    lines = b"".join(b"\x00" + pixels[y * row : (y + 1) * row] for y in range(height))
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 6)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+
+def _pixels_of_tensor(tensor: Any, limit_bytes: int) -> Content:
+    """Return the pixels; of a tensor on a device a function, which waits for the copy."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        with suppress(Exception):  # a sparse one, for example: the thread that encodes it says why it is refused
+            return _pixels_of(_on_host(tensor), channels_first=True)
+
+    fetch = _fetch_tensor(tensor)
+    return lambda: encode_array(fetch(), limit_bytes, channels_first=True)
+
+
+def _pixels_of_array(array: Any, limit_bytes: int) -> Content:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and type(array) is numpy.ndarray and array.dtype.kind in "biuf":
+        return _pixels_of(array)
+
+    copy = array.copy() if hasattr(array, "copy") else array
+    return lambda: encode_array(copy, limit_bytes)
+
+
+def _pixels_of(array: Any, *, channels_first: bool = False) -> Pixels:
+    return Pixels(array.tobytes(), array.dtype.str, array.shape, channels_first)
 
 
 def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
@@ -174,49 +182,16 @@ def _suffix_of(data: bytes) -> str:
 
 def _fetch_tensor(tensor: Any) -> Callable[[], Any]:
     """Start copying a tensor without waiting for its device; return a function that gives it as an array."""
-    copy, event = copied_to_host(tensor.detach())
+    copy, event = copied_to_host(tensor)
 
     def fetch() -> Any:
         if event is not None:
             event.synchronize()
 
-        host = copy.cpu()
-        return host.float().numpy() if host.is_floating_point() else host.numpy()
+        return _on_host(copy.cpu())
 
     return fetch
 
 
-def _encode_pil(image: Any) -> bytes:
-    mode = image.mode if image.mode in ("L", "LA", "RGB", "RGBA") else "RGBA" if "A" in image.getbands() else "RGB"
-    converted = image.convert(mode)
-    return png(converted.tobytes(), converted.width, converted.height, len(converted.getbands()))
-
-
-def _encode_array(array: Any, limit_bytes: int, *, channels_first: bool = False) -> bytes:
-    """Encode pixels as PNG: bytes, or floats in 0..1; `channels_first` decides where either end may be channels."""
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3:
-        raise RefusedFileError(f"an image must have 2 or 3 dimensions, not the shape {tuple(array.shape)}")
-
-    if array.shape[0] in _COLOR_TYPES and (channels_first or array.shape[2] not in _COLOR_TYPES):
-        array = array.transpose(1, 2, 0)
-    if array.shape[2] not in _COLOR_TYPES or not array.size:
-        raise RefusedFileError(
-            f"an image must have 1 to 4 channels, first or last; this one has the shape {tuple(array.shape)}"
-        )
-    if array.size > _RAW_FACTOR * limit_bytes:
-        raise RefusedFileError(f"it has {array.size} values, far above max_image_bytes={limit_bytes}")
-
-    kind = array.dtype.kind
-    if kind == "f":
-        array = array.clip(0.0, 1.0)
-        array[array != array] = 0.0  # NaN becomes black
-        array = (array * 255.0 + 0.5).astype("uint8")
-    elif kind == "b":
-        array = array.astype("uint8") * 255
-    else:
-        array = array.clip(0, 255).astype("uint8")
-
-    height, width, channels = array.shape
-    return png(array.tobytes(), width, height, channels)
+def _on_host(tensor: Any) -> Any:
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
