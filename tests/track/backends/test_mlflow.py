@@ -248,6 +248,7 @@ class _Proxy(BaseHTTPRequestHandler):
         (403, {}, b"<html>Forbidden</html>", BackendUnauthorizedError, "(403)"),
         (429, {}, b'{"message": "Too many requests"}', BackendBusyError, "(429)"),
         (503, {"Retry-After": "3"}, b'{"message": "Down"}', BackendBusyError, "(503)"),
+        (407, {}, b"<html>Proxy Authentication Required</html>", BackendUnauthorizedError, "(407)"),
         (418, {}, b'{"message": "Teapot"}', BackendError, "(418)"),
         (200, {}, b"<html>Log in to the guest network</html>", BackendError, "valid JSON"),
     ],

@@ -14,7 +14,7 @@ import requests
 
 from traceml.errors import BackendBusyError, BackendRefusedError, BackendUnauthorizedError, PluginError
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
-from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify, retry_after_s
+from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify, error_of_status, retry_after_s
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 TRANSIENT = TrackerFailure(FailureKind.TRANSIENT, "no route")
@@ -63,6 +63,17 @@ def test_the_cause_counts_where_a_library_wraps_it() -> None:
     wrapped.__cause__ = http_error(429, **{"Retry-After": "12"})
 
     assert classify(wrapped) == TrackerFailure(FailureKind.BUSY, "RuntimeError: could not log", 12.0)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 407, 409, 413, 422, 429, 431, 500, 502, 503])
+def test_a_status_means_the_same_wherever_it_is_read(status: int) -> None:
+    """By a backend from its tracker's answer, or by the delivery from an exception of a library."""
+    error = error_of_status("MLflow", status, "why", retry_after="12")
+
+    by_exception = classify(http_error(status, **{"Retry-After": "12"}))
+    assert classify(error).kind is by_exception.kind
+    assert classify(error).retry_after_s == by_exception.retry_after_s
+    assert f"({status}): why" in str(error)
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.states import RunStatus
-from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.errors import BackendError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import AppendFile, BatchBackend, cut_back
 from traceml.track.backends.safe_names import NO_TEXT, flattened, merged_tags, safe_name, utf8_text
+from traceml.track.plugins.failure_kinds import error_of_status
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
@@ -345,15 +346,8 @@ def _errors() -> Iterator[None]:
     except (ImportError, AttributeError, BackendError):
         raise
     except Exception as error:
-        why = f"ClearML failed: {type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
         code = getattr(getattr(getattr(error, "result", None), "meta", None), "result_code", None)
         # Its login raises the same error for a server that is down and for a wrong key.
         refused = type(error).__name__ in {"LoginError", "MissingConfigError"} and "ConnectionError" not in why
-        if code in {401, 403} or refused:
-            raise BackendUnauthorizedError(why) from error
-        if code in {429, 503}:
-            raise BackendBusyError(why) from error
-        if code in {400, 413, 422}:
-            raise BackendRefusedError(why) from error
-
-        raise BackendError(why) from error
+        raise error_of_status("ClearML", 401 if refused else code, why) from error

@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from traceml.database.states import RunStatus
-from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.errors import BackendError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
 from traceml.track.backends.safe_names import NO_TEXT, flattened, json_number, safe_name
+from traceml.track.plugins.failure_kinds import error_of_status
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
@@ -345,7 +346,8 @@ class MLflowBackend(BatchBackend):
             json={"run_id": self._run_id, "metrics": metrics},
         )
         if response.status_code != 200:
-            _raise_for(response.status_code, response.text[:500], response.headers.get("Retry-After"))
+            retry_after = response.headers.get("Retry-After")
+            raise error_of_status("MLflow", response.status_code, response.text[:500], retry_after=retry_after)
 
 
 def _database(uri: str) -> Path | None:
@@ -377,7 +379,8 @@ def _errors() -> Iterator[None]:
             raise BackendError(f"MLflow cannot be reached: {reason}") from error
 
         status, retry_after = _answer(error)
-        _raise_for(status or error.get_http_status_code(), str(error), retry_after, error)
+        status = status or error.get_http_status_code()
+        raise error_of_status("MLflow", status, str(error), retry_after=retry_after) from error
 
 
 def _answer(error: BaseException) -> tuple[int | None, str | None]:
@@ -409,15 +412,3 @@ def _unreachable(error: BaseException | None) -> str | None:
         error = error.__cause__ or error.__context__
 
     return None
-
-
-def _raise_for(status: int, why: str, retry_after: str | None, cause: Exception | None = None) -> None:
-    if status in {401, 403}:
-        raise BackendUnauthorizedError(f"MLflow does not accept the credentials ({status}): {why}") from cause
-    if status in {429, 503}:
-        seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
-        raise BackendBusyError(f"MLflow is busy ({status}): {why}", seconds) from cause
-    if status in {400, 413, 422}:
-        raise BackendRefusedError(f"MLflow refuses the rows ({status}): {why}") from cause
-
-    raise BackendError(f"MLflow failed ({status}): {why}") from cause

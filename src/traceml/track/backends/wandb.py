@@ -326,7 +326,7 @@ def _errors() -> Iterator[None]:
         why = f"W&B failed: {type(error).__name__}: {error}"
         if type(error).__name__ == "AuthenticationError" or re.search(r"api_key not configured|\b40[13]\b", str(error)):
             raise BackendUnauthorizedError(why) from error
-        if re.search(r"\b429\b", str(error)):
+        if re.search(r"\b(429|503)\b", str(error)):
             raise BackendBusyError(why) from error
 
         raise BackendError(why) from error

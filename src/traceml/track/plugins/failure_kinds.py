@@ -15,9 +15,16 @@ from typing import Any
 
 import msgspec
 
-from traceml.errors import BackendBusyError, BackendRefusedError, BackendUnauthorizedError, PluginError, SettingsError
+from traceml.errors import (
+    BackendBusyError,
+    BackendError,
+    BackendRefusedError,
+    BackendUnauthorizedError,
+    PluginError,
+    SettingsError,
+)
 
-__all__ = ["FailureKind", "StartError", "TrackerFailure", "classify", "retry_after_s"]
+__all__ = ["FailureKind", "StartError", "TrackerFailure", "classify", "error_of_status", "retry_after_s"]
 
 _TEXT_LIMIT = 500
 _UNAUTHORIZED, _BUSY, _REFUSED = {401, 403, 407}, {429, 503}, {400, 409, 413, 414, 415, 422, 431}
@@ -90,6 +97,26 @@ _BY_TYPE: dict[FailureKind, Any] = {
     FailureKind.REFUSED: BackendRefusedError,
     FailureKind.BROKEN: (ImportError, AttributeError, PluginError, NotImplementedError, SettingsError),
 }
+
+
+def error_of_status(tracker: str, status: int | None, why: str, *, retry_after: str | None = None) -> BackendError:
+    """Return the error for a tracker's answer, by its HTTP status.
+
+    Args:
+        tracker: its name in the message.
+        status: None where it is not known.
+        why: its text.
+        retry_after: the answer's header of that name.
+    """
+    if status in _UNAUTHORIZED:
+        return BackendUnauthorizedError(f"{tracker} does not accept the credentials ({status}): {why}")
+    if status in _BUSY:
+        seconds = retry_after_s(retry_after) if retry_after else None
+        return BackendBusyError(f"{tracker} is busy ({status}): {why}", seconds)
+    if status in _REFUSED:
+        return BackendRefusedError(f"{tracker} refuses the rows ({status}): {why}")
+
+    return BackendError(f"{tracker} failed{'' if status is None else f' ({status})'}: {why}")
 
 
 def _text_of(error: BaseException) -> str:
