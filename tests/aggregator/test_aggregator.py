@@ -188,10 +188,16 @@ def test_given_run_id_that_comes_again_is_the_next_attempt(serving):
     aggregator = serving()
     end_of(aggregator.rank(run="exp", run_id="exp", recorder="first"))
     eventually(lambda: aggregator.state() == "finished")
+    reports = [aggregator.run_dirs[0] / name for name in ("report.json", "report.html")]
+    eventually(lambda: all(path.exists() for path in reports))
 
-    end_of(aggregator.rank(run="exp", run_id="exp", recorder="second"))
+    second = aggregator.rank(run="exp", run_id="exp", recorder="second")
+    eventually(lambda: aggregator.state() == "running")
+    assert not any(path.exists() for path in reports)  # they were those of the first one's end
+    end_of(second)
 
     eventually(lambda: aggregator.state() == "finished")
+    eventually(lambda: all(path.exists() for path in reports))
     assert len(aggregator.run_dirs) == 1
     assert aggregator.run_facts()["attempt"] == 1
 

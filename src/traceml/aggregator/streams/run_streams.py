@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from traceml.database.info_kinds import InfoKind
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import last_written_s
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import PAGE_NAME, REPORT_NAME, STORE_NAME
 from traceml.transport.hello import WORLD_LIMIT, Hello
 
 __all__ = ["RunStreams"]
@@ -319,7 +320,7 @@ class RunStreams:
         self.store = StoreWriter(self.path / STORE_NAME)
         self.live.resize(self.world_size)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
-        self._facts.reopen()
+        self._continue()
         self._touched_s = time.monotonic()
         self._facts.write(self.store)
 
@@ -343,8 +344,15 @@ class RunStreams:
             ends = [facts.get("ended"), *(record.facts.get("ended") for record in reader.streams())]
             self._signs_s += [float(end) for end in ends if end is not None]
 
-        self._facts.reopen()
+        self._continue()
         self.store.event("resumed", {"was": facts["state"]})
+
+    def _continue(self) -> None:
+        """Remove the end of the run, and the reports of it: readers take the store until there are new ones."""
+        self._facts.reopen()
+        for name in (REPORT_NAME, PAGE_NAME):
+            with suppress(OSError):
+                (self.path / name).unlink()
 
 
 def restored_streams(reader: StoreReader, store: StoreWriter) -> Iterator[RankStream]:
