@@ -251,6 +251,20 @@ def test_disabled_it_does_nothing(serving: Serving, run_script: Run) -> None:
     assert serving.run_dirs == []
 
 
+def test_disabled_it_is_torchrun(run_script: Run, tmp_path: Path) -> None:
+    """torchrun's options start as many ranks as with tracing."""
+    script = tmp_path / "ranks.py"
+    script.write_text("import os, sys\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])")
+    words = [sys.executable, "-m", "traceml", "run", "--nproc-per-node", "2", str(script), "--log", "x"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environ(tmp_path, TRACEML_ENABLED="0"), capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 2 ['--log', 'x']", "1 2 ['--log', 'x']"]
+    assert not (tmp_path / "traceml_runs").exists()
+
+
 def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
     """A signal while it runs: its finally block runs, the process dies of the signal, the rows are stored."""
     script = tmp_path / "script.py"

@@ -96,8 +96,9 @@ def main(argv: list[str]) -> int:
     check_report(options.report)
     config = settings.load(**given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
     if not config.enabled:
-        command = [sys.executable, *(["-m"] if options.module else []), target, *arguments]
-        os.execv(sys.executable, command)  # noqa: S606 - the user's own script
+        launcher = ["-m", "torch.distributed.run", *_torchrun_words(options)] if _uses_torchrun(options) else []
+        script = [*(["-m"] if options.module else []), target, *arguments]
+        os.execv(sys.executable, [sys.executable, *launcher, *script])  # noqa: S606 - the user's own script
 
     if _uses_torchrun(options) and find_spec("torch") is None:
         raise TraceMLError(f"torchrun's options need PyTorch, which is not installed: {install_command('torch')}")
@@ -280,6 +281,12 @@ def _warn_of_other_tasks() -> None:
         )
 
 
+def _torchrun_words(options: argparse.Namespace) -> list[str]:
+    """Return the words before those of the script."""
+    # "--": else torchrun refuses a script's option that begins two of its own (--log: --log-dir, --logs-specs)
+    return [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options), "--"]
+
+
 def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
     arguments = []
     for name in _TORCHRUN_WITH_VALUE:
@@ -295,9 +302,7 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
     if not _uses_torchrun(options):
         return [sys.executable, str(_ENTRY), *script]
 
-    # "--": else torchrun refuses a script's option that begins two of its own (--log: --log-dir, --logs-specs)
-    torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return helper_program("traceml.supervise.elastic", *torchrun, "--", str(_ENTRY), *script)
+    return helper_program("traceml.supervise.elastic", *_torchrun_words(options), str(_ENTRY), *script)
 
 
 def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
