@@ -89,6 +89,20 @@ def top(tmp_path):
         each.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_leaves_the_terminal_as_it_was(tmp_path, top, number):
+    """As of `kill`, a closed window, or Ctrl-backslash."""
+    running_run(tmp_path / "traceml_runs" / "going-on")
+    shown = top()
+    shown.until("q quits")
+
+    shown.process.send_signal(number)
+
+    shown.until("\x1b[?1049l")
+    assert shown.end() == 128 + number
+    assert b"Traceback" not in shown.seen
+
+
 @pytest.mark.parametrize("leave", [b"q", b"\x1b", signal.SIGINT])
 def test_top_shows_the_running_job_until_a_key(tmp_path, top, leave):
     """The newest running job is shown with its slow rank; q, Escape and Ctrl-C leave, with status 0."""

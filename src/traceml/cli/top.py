@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from traceml.cli.report import current_report
 from traceml.display.terminal.fullscreen import FullScreen
 from traceml.display.terminal.top_app import TopApp
 from traceml.errors import UsageError
+from traceml.process_ends import BY_OTHERS, EndedBySignal, ended_by
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.viewport import plain_console
 from traceml.runs.live_run import LiveRun
@@ -66,7 +69,8 @@ def _watch(run_dir: Path, console: Console) -> bool:
     """Draw until the run ends (then True) or the user quits (False)."""
     live = LiveRun(run_dir)
     try:
-        with FullScreen(console) as screen:
+        # Else they would leave the terminal as the screen had it.
+        with ended_by(*BY_OTHERS, signal.SIGQUIT), FullScreen(console) as screen:
             top = TopApp(live)
             while True:
                 began_s = time.monotonic()
@@ -82,6 +86,8 @@ def _watch(run_dir: Path, console: Console) -> bool:
 
                     top.press(key, screen)
                     top.draw(screen)
+    except EndedBySignal as ended:
+        sys.exit(128 + ended.number)
     except KeyboardInterrupt:
         return False
     finally:
