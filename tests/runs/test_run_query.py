@@ -27,7 +27,7 @@ def runs(tmp_path_factory):
         run = store_run(folder / f"run-{name}", Job(steps=40), facts=facts)
         if lr is not None:
             report = build_report(run)
-            report.setup.params = {"lr": lr, "opt": "Adam W", "size_bytes": 5}
+            report.setup.params = {"lr": lr, "opt": "Adam W", "size_bytes": 5, "betas": "(0.9, 0.999)"}
             report.metrics = {"loss": MetricSection(last=10 * lr)}
             save_report(run, report)
 
@@ -58,6 +58,8 @@ def runs(tmp_path_factory):
         ("base", "b"),
         ("run-", "cba"),
         ("steps>=40, ranks=2, name=a", "a"),
+        ("betas='(0.9, 0.999)' name=b", "b"),
+        ("note='full,  disk'", ""),
         ("steps>=40 and ranks=2 AND name=a", "a"),
         ("", "cba"),
     ],

@@ -182,7 +182,7 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
         UsageError: a term cannot be understood, or names something that no run has.
     """
     try:
-        terms = shlex.split(conditions.replace(",", " "))
+        terms = _terms_of(conditions)
     except ValueError as error:
         raise UsageError(f"--where: {error}") from error
 
@@ -191,6 +191,18 @@ def select_runs(runs: Sequence[_R], conditions: str) -> list[_R]:
 
     tests = [_test_of(term, runs) for term in terms if term.lower() != "and"]
     return [run for run in runs if all(test(run) for test in tests)]
+
+
+def _terms_of(conditions: str) -> list[str]:
+    """Return the terms; a comma or a space in quotes is part of one.
+
+    Raises:
+        ValueError: a quote has no end.
+    """
+    words = shlex.shlex(conditions, posix=True)
+    words.whitespace += ","
+    words.whitespace_split, words.commenters = True, ""
+    return list(words)
 
 
 def sort_runs(runs: Sequence[_R], name: str, *, reverse: bool = False) -> list[_R]:
