@@ -104,10 +104,12 @@ def _append(writer: StoreWriter, stream: int, table: str, dtype: Any, **values: 
     writer.append(stream, table, 0, 1, row.tobytes())
 
 
-def add_stream(writer: StoreWriter, rank: int, host: str, *, boot_ns: int = 0, wall_ns: int = BOOT_NS) -> int:
+def add_stream(
+    writer: StoreWriter, rank: int, host: str, *, attempt: int = 0, boot_ns: int = 0, wall_ns: int = BOOT_NS
+) -> int:
     """Add a finished stream of a rank; its clock read `boot_ns` at `wall_ns`, which may be wrong."""
     return writer.stream(
-        StreamIdentity(rank, 0, host, 100 + rank, 7, ""), state="finished",
+        StreamIdentity(rank, attempt, host, 100 + rank, 7, ""), state="finished",
         clock=[boot_ns, wall_ns], clock_offset_ns=BOOT_NS - boot_ns, clock_rtt_ns=1000,
     )  # fmt: skip
 

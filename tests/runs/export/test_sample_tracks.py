@@ -113,3 +113,22 @@ def test_every_sample_is_an_event(
     ranks = {key: each for key, each in times.items() if key[0] < 1_000_000}
     assert ranks
     assert all(each == sorted(each) for each in ranks.values())
+
+
+def test_a_restarted_rank_speaks_for_its_host_again(tmp_path: Path) -> None:
+    """Its earlier attempt did, in another stream."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id="run", attempt=1))
+        for attempt in (0, 1):
+            rows = np.zeros(5, HOST.dtype)
+            rows["t_ns"] = (np.arange(5) + 10 * attempt) * S
+            writer.append(add_stream(writer, 0, "a", attempt=attempt), HOST.name, 0, len(rows), rows.tobytes())
+
+        writer.commit()
+
+    result = export_run(folder, "perfetto", tmp_path / "out.json")
+
+    cpu = [event for event in events_in(result.path) if event.get("cat") == "sample" and event["name"] == "cpu"]
+    assert len(cpu) == 10

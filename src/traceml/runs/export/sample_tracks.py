@@ -54,7 +54,7 @@ class SampleTracks:
         self._blocks, self._tracks, self._clocks = EventBlocks(writer), tracks, clocks
         self._rows = WaitingRows(lambda stream, table, rows: self._tables[table](stream, rows), _BLOCK)
         self._cpu: dict[int, tuple[int, int]] = {}  # by stream: time and CPU time of its last sample
-        self._speaks: dict[str, int] = {}
+        self._speaks: dict[tuple[str, int], int] = {}  # by host and attempt
         self._tables: dict[str, Callable[[StreamRecord, Any], None]] = {
             PROCESS.name: self._process,
             TORCH_MEMORY.name: self._torch_memory,
@@ -68,7 +68,7 @@ class SampleTracks:
         Raises:
             KeyError: a column is missing.
         """
-        if table == HOST.name and self._speaks.setdefault(stream.host, stream.id) != stream.id:
+        if table == HOST.name and self._speaks.setdefault((stream.host, stream.attempt), stream.id) != stream.id:
             return  # another rank of this host reports the same
 
         self._rows.add(stream, table, rows[_READ[table]])
