@@ -18,6 +18,7 @@ from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import ArgumentTypeError, RunNotFoundError
 from traceml.run_folder import STORE_NAME
 from traceml.runs.find import describe_run, find_run, list_runs
+from traceml.runs.live_run import LiveRun
 from traceml.runs.remove import prune, remove_run
 from traceml.runs.report.report import build_report, save_report
 from traceml.runs.run_labels import add_tags, change_labels, remove_tags
@@ -217,6 +218,10 @@ def test_a_verdict_of_another_version_spoils_no_list(tmp_path):
         writer.event("verdict", {"findings": [finding("INPUT_BOUND").to_dict() | {"severity": "fatal"}]})
 
     assert [(info.id, info.verdict) for info in list_runs(tmp_path)] == [("later", None)]
+    live = LiveRun(with_later_words)
+    live.refresh()  # nor a screen
+    assert live.findings == []
+    live.close()
 
 
 def test_pruning_keeps_the_newest_and_the_running(runs):

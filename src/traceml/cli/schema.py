@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     options = parse(SchemaOptions, argv, prog="traceml schema")
     if options.output is not None:
         _write_all(Path(options.output))
+        written = {name: str(Path(options.output) / f"{name}-1.json") for name in DOCUMENTS}
+        print(json.dumps(written, indent=2) if options.json else f"{options.output}: {len(DOCUMENTS)} schemas")
     elif options.name is not None:
         if options.name not in DOCUMENTS:
             raise UsageError(f"no document {options.name!r}. Documents: {', '.join(DOCUMENTS)}")
@@ -58,5 +60,3 @@ def _write_all(folder: Path) -> None:
             (folder / f"{name}-1.json").write_text(_text(name))
     except OSError as error:
         raise TraceMLError(f"cannot write {folder}: {error.strerror or error}") from error
-
-    print(f"{folder}: {len(DOCUMENTS)} schemas")

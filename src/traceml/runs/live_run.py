@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+
+import msgspec
 
 from traceml.clock import boot_id, monotonic_ns
 from traceml.database.store.reader import StoreReader
@@ -187,7 +190,9 @@ class LiveRun:
             self._last_event = event.id
             self.events.take(event)
             if event.kind == "verdict":
-                self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
+                with suppress(msgspec.ValidationError):  # of another version: the report is diagnosed here
+                    self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
+
                 self._is_judged = bool(self.findings) and not awaits_rows(self.findings[0])
 
     def _take_rate(self) -> None:

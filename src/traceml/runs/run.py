@@ -167,9 +167,9 @@ class Run:
             StoreError: the store cannot be read.
         """
         with StoreReader(self.path / STORE_NAME) as reader:
-            streams = {stream.id: stream for stream in reader.streams()}
-            names = {(stream, row["id"]): str(row["name"]) for stream, row in reader.log_rows(NAMES.name)}
             rows = reader.rows(METRICS.name)
+            names = {(stream, row["id"]): str(row["name"]) for stream, row in reader.log_rows(NAMES.name)}
+            streams = {stream.id: stream for stream in reader.streams()}  # last: while it runs, ranks may join
 
         return _logged(rows, streams, names)
 
@@ -180,8 +180,9 @@ class Run:
             StoreError: there is no such log, or the store cannot be read.
         """
         with StoreReader(self.path / STORE_NAME) as reader:
-            ranks = {stream.id: stream.rank for stream in reader.streams()}
-            return [{"rank": ranks[stream], **row} for stream, row in reader.log_rows(name)]
+            rows = [*reader.log_rows(name)]
+            ranks = {stream.id: stream.rank for stream in reader.streams()}  # last: while it runs, ranks may join
+            return [{"rank": ranks[stream], **row} for stream, row in rows]
 
     def show(self, file: TextIO | None = None) -> None:
         """Write verdict, steps and phases as a few lines of text.

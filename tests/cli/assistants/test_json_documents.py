@@ -150,7 +150,9 @@ def test_the_command(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["title"] == "traceml.report/1"
     assert cli.main(["schema", "-o", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").iterdir())) == len(DOCUMENTS)
-    capsys.readouterr()
+    assert f"{len(DOCUMENTS)} schemas" in capsys.readouterr().out
+    assert cli.main(["schema", "--json", "-o", str(tmp_path / "out")]) == 0
+    assert {*map(Path, json.loads(capsys.readouterr().out).values())} == {*(tmp_path / "out").iterdir()}
     assert cli.main(["schema", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == list(DOCUMENTS)
     assert cli.main(["schema", "nosuch"]) == 2

@@ -14,6 +14,7 @@ from traceml.cli.assistants.run_tools import MAX_CHARACTERS, RunTools, bounded
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import TraceMLError
 from traceml.runs.report.report import build_report, save_report
+from traceml.runs.run_labels import RunLabels, write_labels
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,9 @@ def test_runs_are_listed(tools):
     """Newest first, by condition, at most as many as asked."""
     assert [run["id"] for run in tools.list_runs()["runs"]] == ["wide", "slow", "good"]
     assert tools.list_runs(limit=1)["total"] == 3
+    write_labels(tools._runs_dir / "wide", RunLabels(archived=True))
+    assert [run["id"] for run in tools.list_runs()["runs"]] == ["slow", "good"]
+    write_labels(tools._runs_dir / "wide", RunLabels())
     assert [run["id"] for run in tools.list_runs(where="ranks=2", sort="step_ms")["runs"]] == ["good", "slow"]
 
 

@@ -70,14 +70,15 @@ class RunTools:
         ]
 
     def list_runs(self, where: str = "", sort: str = "", limit: int = 20) -> dict[str, Any]:
-        """List training runs, newest first: id, state, verdict, step time, tags.
+        """List training runs without archived ones, newest first: id, state, verdict, step time, tags.
 
         Args:
             where: conditions, such as `lr<0.1 tag:baseline state=finished`; names are columns, parameters or metrics.
             sort: a column, parameter or metric; the smallest first.
             limit: most runs to return, at most 100.
         """
-        runs = select_runs([RunFields(info) for info in list_runs(self._runs_dir)], where)
+        listed = [RunFields(info) for info in list_runs(self._runs_dir) if not info.archived]
+        runs = select_runs(listed, where)
         runs = sort_runs(runs, sort) if sort else runs
         chosen = runs[: max(1, min(limit, _MAX_RUNS))]
         return bounded(

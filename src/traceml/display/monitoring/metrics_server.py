@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
@@ -157,6 +158,10 @@ class _InheritedServer(ThreadingMixIn, WSGIServer):
                 oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
 
         super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's
+        """Log an error of a connection, such as a browser's that asks nothing; the base class prints it."""
+        _log.debug("a connection from %s ended: %r", client_address, sys.exc_info()[1])
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection that was answered."""

@@ -22,6 +22,7 @@ from traceml.installation import install_command
 from traceml.run_folder import REPORT_NAME
 from traceml.runs.find import run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
+from traceml.runs.json_document import UNREADABLE_JSON
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import Report, RunSection
 from traceml.trusted_files import read_regular
@@ -123,7 +124,7 @@ class FleetDataset:
         try:
             run = msgspec.json.decode(read_regular(path), type=_RunOfReport).run
             return self.path_of(run).stat().st_mtime_ns >= path.stat().st_mtime_ns
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE_JSON):
             return False
 
 
