@@ -13,11 +13,14 @@ from tests.fake_time import FakeTime
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams.stream import StreamState
 from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_folders import pending_row_path
 from traceml.database.flight.flight_header import FlightState
-from traceml.database.schema import Slot
+from traceml.database.flight.staged_files import STAGED, StagedFile
+from traceml.database.schema import LOGGED, Slot
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.transport.exit_report import ExitReport
+from traceml.trusted_files import make_trusted_folder
 
 
 @pytest.fixture
@@ -266,6 +269,31 @@ def test_the_middle_of_a_loop_is_known_when_the_flight_file_is_gone(registry, tm
 
     assert stream.exit["code"] == 0
     assert stream.state is StreamState.LOST
+
+
+def test_files_of_a_dead_rank_are_stored_once(registry, tmp_path):  # noqa: F811
+    """Its launcher may report its end before the rows, which its spool still has, are stored."""
+    flight = FlightFile.create(tmp_path, {})
+    spool = flight.staging_folder
+    make_trusted_folder(spool, private=True)
+    for step in (1, 2):  # both with the time that a script gave
+        row = {"kind": "image", "name": "sample", "t_ns": 5, "step": step}
+        path = pending_row_path(spool, step)
+        StagedFile(path, {}).contents.write_bytes(b"png")
+        path.write_bytes(msgpack.packb({**row, STAGED: {"limit_bytes": 100, "suffix": ".png"}}))
+
+    path = flight.path
+    flight.close(unlink=False)
+    run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
+    run.disconnected(stream)
+    run.check_absent()
+
+    run.take_exit(ExitReport(pid=stream.incarnation.pid, exitcode=-9))
+
+    run.commit(force=True)
+    with StoreReader(run.path / STORE_NAME) as reader:
+        assert [row["step"] for _, row in reader.log_rows(LOGGED.name)] == [1, 2]
+    assert not spool.exists()
 
 
 def test_a_dead_rank_ended_by_the_clock_of_the_run(registry, tmp_path):  # noqa: F811

@@ -340,10 +340,13 @@ class ActiveRun(RunStreams):
 
     def _finalize_dead(self, stream: RankStream, image: FlightSnapshot | None = None) -> None:
         """Recover the rows of a dead rank and set its final state."""
-        image = recover(stream, self.ingest, self.path.parent, image)
+        known = next((each for each in self._recovered if each.path == stream.flight_path), None)
+        image = known or recover(stream, self.ingest, self.path.parent, image)
         if image is not None:
             note_flight(stream, image)
-            self._recovered.append(image)
+            if known is None:
+                self._recovered.append(image)
+
             self.store.update_stream(stream.id, appended=appended_rows(image))
             self._signs_s.append(image.last_beat_s)
 

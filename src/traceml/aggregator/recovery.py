@@ -11,6 +11,7 @@ import msgpack
 
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams.stream import Incarnation, RankStream
+from traceml.database.file_contents import RefusedFileError
 from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.flight_owner import SILENCE_S, find_unclaimed, is_alive
@@ -20,6 +21,7 @@ from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import DEFAULT_PROJECT, safe_run_id
 from traceml.inspection.crash_stacks import crash_facts
+from traceml.run_folder import COPIES_FOLDER
 from traceml.transport.hello import check_rank
 from traceml.transport.server import RefusedError
 
@@ -205,29 +207,37 @@ def _take(stream: RankStream, ingest: Ingest, table: str, image: FlightSnapshot)
 
 def _recover_file_rows(stream: RankStream, ingest: Ingest, image: FlightSnapshot) -> int:
     """Append the rows of files whose rank was killed before it did; files that it had begun to log are copied."""
-    said = {(row.get("t_ns"), row.get("name")) for row in image.all_maps(LOGGED.name)}
+    said = {_call_of(row) for row in image.all_maps(LOGGED.name)}
+    is_copy = image.path.parent.name == COPIES_FOLDER
     recovered = 0
     for pending in sorted(image.pending_rows, key=lambda each: each.staged is not None):  # copied ones are first
-        row, of = pending.row, (pending.row.get("t_ns"), pending.row.get("name"))
-        if of in said:
+        row, call = pending.row, _call_of(pending.row)
+        if call in said:
             continue
         if pending.staged is not None:
-            row = _finish(row, pending.staged, ingest)
+            row = _finish(row, pending.staged, ingest, is_copy=is_copy)
         elif not ingest.artifacts.holds(str(row.get("path"))):
             continue
 
-        said.add(of)
+        said.add(call)
         ingest.take(stream, LOGGED.name, stream.next.get(LOGGED.name, 0), 1, msgpack.packb(row))
         recovered += 1
 
     return recovered
 
 
-def _finish(row: dict[str, Any], staged: StagedFile, ingest: Ingest) -> dict[str, Any]:
+def _call_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("t_ns", "name", "step", "experiment"))
+
+
+def _finish(row: dict[str, Any], staged: StagedFile, ingest: Ingest, *, is_copy: bool) -> dict[str, Any]:
     """Return the row of a file that a killed rank had begun to log: copied, or refused with the reason."""
     kind = str(row.get("kind"))
     begun = {key: value for key, value in row.items() if key != STAGED}
     try:
+        if is_copy and not staged.contents.exists():  # its path is one of that host
+            raise RefusedFileError("it is on its host only")
+
         return begun | ingest.artifacts.finish(staged, kind)
     except Exception as error:  # noqa: BLE001 - what is no image, or a damaged row
         why = f"its process was killed before it was copied: {getattr(error, 'strerror', None) or error}"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from traceml.fork_gate import fork_gate
 from traceml.run_folder import ARTIFACTS
 
-__all__ = ["Content", "OpenFile", "Pixels", "RefusedFileError", "copy_content", "encode_array", "png"]
+__all__ = ["Content", "LaterBytes", "OpenFile", "Pixels", "RefusedFileError", "copy_content", "encode_array", "size_of"]
 
 _COPY_BYTES = 4 << 20
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
@@ -127,8 +127,25 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
-Content = bytes | Pixels | OpenFile | Callable[[], bytes]
-"""Contents of a logged file; a function returns them later, on another thread, as of a tensor on a device."""
+class LaterBytes(NamedTuple):
+    """Contents that a function returns later, on another thread, as of a tensor that is being copied from a device."""
+
+    make: Callable[[], bytes]
+    size_bytes: int  # of what it holds
+
+
+Content = bytes | Pixels | OpenFile | LaterBytes
+"""Contents of a logged file."""
+
+
+def size_of(content: Content) -> int:
+    """Return the bytes that contents take in memory."""
+    if isinstance(content, Pixels):
+        return len(content.data)
+    if isinstance(content, LaterBytes):
+        return content.size_bytes
+
+    return len(content) if isinstance(content, bytes) else 0
 
 
 def copy_content(
@@ -175,7 +192,7 @@ def _chunks_of(content: Content, limit_bytes: int) -> Iterator[bytes]:
     elif isinstance(content, Pixels):
         yield content.encoded(limit_bytes)
     else:
-        yield content if isinstance(content, bytes) else content()
+        yield content if isinstance(content, bytes) else content.make()
 
 
 def encode_array(array: Any, limit_bytes: int, *, channels_first: bool = False) -> bytes:
@@ -209,10 +226,10 @@ def encode_array(array: Any, limit_bytes: int, *, channels_first: bool = False) 
         array = array.clip(0, 255).astype("uint8")
 
     height, width, channels = array.shape
-    return png(array.tobytes(), width, height, channels)
+    return _png(array.tobytes(), width, height, channels)
 
 
-def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
+def _png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
     """Return a PNG file.
 
     Args:

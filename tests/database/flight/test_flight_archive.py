@@ -55,8 +55,9 @@ def test_what_was_not_copied_yet_comes_along(script: Script, tmp_path: Path) -> 
     import os, threading, traceml
     from traceml.database import file_contents
     traceml.init(on_missing="warn", connect_timeout=0.1)
-    with open("model.bin", "wb") as file:
+    with open("model-7.bin", "wb") as file:
         file.write(b"weights" * 1000)
+    os.symlink("model-7.bin", "model.bin")
     file_contents._chunks_of = lambda *_: threading.Event().wait()  # as one that is very slow
     traceml.log_text("long", "x" * 2_000_000)
     traceml.log_artifact("model.bin")

@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from traceml.database.file_contents import Content, OpenFile, Pixels
+from traceml.database.file_contents import Content, LaterBytes, OpenFile, Pixels
 from traceml.database.flight.staged_files import STAGED, StagedFile
 
 ROW = {"kind": "image", "name": "sample", "t_ns": 5}
@@ -66,7 +66,7 @@ def test_a_file_of_the_user_is_named_only(tmp_path: Path) -> None:
 
 def test_contents_that_come_later_are_not_kept(tmp_path: Path) -> None:
     """As those of a tensor that is still being copied from a device."""
-    assert StagedFile.write(tmp_path / ".0.row", ROW, lambda: b"", limit_bytes=100, suffix="") is None
+    assert StagedFile.write(tmp_path / ".0.row", ROW, LaterBytes(bytes, 0), limit_bytes=100, suffix="") is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,6 +40,7 @@ __all__ = ["ARCHIVE_LIMIT_BYTES", "FlightArchive", "find_live_flight", "pack_fli
 _LEVEL = 1
 ARCHIVE_LIMIT_BYTES = 512 << 20
 """Size of an archive, which is held in memory at both ends. Larger files stay on their host."""
+_USERS_BYTES = 32 << 20  # a larger file of the user stays where it is: compressing it stops the agent
 _FLIGHT = "flight"
 _NAME = re.compile(r"flight|journal/[a-z_]{1,40}|files/\.?[A-Za-z0-9][A-Za-z0-9.]{0,100}")
 
@@ -142,7 +143,7 @@ def _is_of(facts: Mapping[str, Any], run_id: str) -> bool:
 def _packed(image: FlightSnapshot) -> FlightArchive:
     """Return the archive of a flight file and its other files."""
     buffer, taken = io.BytesIO(), []
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL) as archive:
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL, dereference=True) as archive:
         for name, path in _members(image):
             if buffer.tell() + path.stat().st_size > ARCHIVE_LIMIT_BYTES:
                 _log.warning("%s stays on this host: the files of its rank are too large to send", path)
@@ -178,7 +179,10 @@ def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
 
     for each in image.pending_rows:
         yield f"files/{each.path.name}", each.path
-        if each.staged is not None and (contents := each.staged.find()) is not None:
+        contents = each.staged.find() if each.staged is not None else None
+        if each.staged is None or contents is None:
+            continue
+        if contents == each.staged.contents or contents.stat().st_size <= _USERS_BYTES:
             yield f"files/{each.staged.contents.name}", contents
 
 

@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgpack
-
 from traceml.database.file_contents import Content, OpenFile, Pixels
+from traceml.database.flight.row_rings import pack_map
 
 __all__ = ["STAGED", "StagedFile"]
 
@@ -49,7 +48,7 @@ class StagedFile(NamedTuple):
         how: dict[str, Any] = {"limit_bytes": limit_bytes, "suffix": suffix}
         data = b""
         if isinstance(content, OpenFile):
-            how |= {"path": content.path, "identity": content.identity}
+            how |= {"path": os.fsencode(content.path), "identity": content.identity}
         elif isinstance(content, Pixels):
             data, *pixels = content
             how["pixels"] = pixels
@@ -64,7 +63,7 @@ class StagedFile(NamedTuple):
                 _check_room(path.parent, len(data))
                 staged.contents.write_bytes(data)
 
-            path.write_bytes(msgpack.packb({**row, STAGED: how}))
+            path.write_bytes(pack_map({**row, STAGED: how}))
         except BaseException:
             staged.remove()
             raise
@@ -81,11 +80,14 @@ class StagedFile(NamedTuple):
         if self.contents.exists():
             return self.contents
 
-        return Path(self.how["path"]) if self._users_file is not None and self._users_file.is_unchanged else None
+        return Path(self._users_file.path) if self._users_file is not None and self._users_file.is_unchanged else None
 
     @property
     def _users_file(self) -> OpenFile | None:
-        return OpenFile(None, self.how["path"], tuple(self.how["identity"])) if "path" in self.how else None
+        if "path" not in self.how:
+            return None
+
+        return OpenFile(None, os.fsdecode(self.how["path"]), tuple(self.how["identity"]))
 
     def read(self) -> Content:
         """Return the contents; those of a user's file are read when they are copied.

@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from traceml.database.file_contents import Content, OpenFile, Pixels, RefusedFileError, copy_content
+from traceml.database.file_contents import Content, OpenFile, RefusedFileError, copy_content, size_of
 from traceml.database.flight.flight_folders import pending_row_path, spool_folder
 from traceml.database.flight.row_rings import pack_map
 from traceml.database.flight.staged_files import StagedFile
@@ -40,8 +40,10 @@ _log = logging.getLogger("traceml")
 
 _POLL_S = 0.01
 _HELD_BYTES = 128 << 20  # of contents that wait in memory; a call beyond that waits until some are copied
-_HELD_OPEN = 64  # of a user's files: a process may have a thousand open, and the script needs its own
+_HELD_FILES = 64  # of the user, held open: a process may have a thousand, and the script needs its own
 _FULL_S = 60.0
+_RETRY_S = 5.0
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(slots=True)
@@ -60,15 +62,34 @@ class FileUpload:
     note: Path | None = None  # copy of the row next to the file in the spool, until the file has arrived
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of its contents in memory."""
-        data = self.content.data if isinstance(self.content, Pixels) else self.content
-        return len(data) if isinstance(data, bytes) else 0
+    def held(self) -> _Held:
+        """What its contents take until they are copied."""
+        return _Held(files=1) if isinstance(self.content, OpenFile) else _Held(size_of(self.content))
 
-    def close(self) -> None:
-        """Close an open file."""
+    def release(self) -> None:
+        """Close an open file, and forget the contents, which are copied or refused."""
         if isinstance(self.content, OpenFile):
             self.content.close()
+
+        self.content = b""
+        if self.staged is not None:
+            self.staged.remove()
+
+
+class _Held(NamedTuple):
+    """What waits to be copied."""
+
+    bytes_: int = 0
+    files: int = 0
+
+    def plus(self, other: _Held, sign: int = 1) -> _Held:
+        """Return the sum, or the difference."""
+        return _Held(self.bytes_ + sign * other.bytes_, self.files + sign * other.files)
+
+    def leaves_room(self, other: _Held) -> bool:
+        """Whether more can wait beside this; one alone may be as large as it is."""
+        fits = self.bytes_ + other.bytes_ <= _HELD_BYTES or not (self.bytes_ and other.bytes_)
+        return fits and self.files + other.files <= _HELD_FILES
 
 
 class FileUploader:
@@ -95,14 +116,15 @@ class FileUploader:
         """Bytes copied so far: grows while there is progress."""
         self._stems, self._append, self._on_work, self._on_spool = stems, append, on_work, on_spool
         self._staging, self._stages = staging, False
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.pending = 0
         """Number of files that have not arrived."""
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._held = 0
+        self._room = threading.Condition()  # of a lock that a signal handler may take again
+        self._held = _Held()
+        self._is_stuck = False
+        self._without_space: deque[tuple[float, FileUpload]] = deque()
         self._spool: Path | None = None
         self._artifacts: Path | None = None
         self._elsewhere = False
@@ -126,24 +148,44 @@ class FileUploader:
         self._on_work()
 
     def add(self, upload: FileUpload) -> None:
-        """Queue a file; returns at once, unless very much waits already."""
-        size = upload.held_bytes
-        with self._room:
-            self._room.wait_for(lambda: not (size and self._held) or self._held + size <= _HELD_BYTES, _FULL_S)
-            self._held += size
-            self.pending += 1
+        """Queue a file; returns at once, unless very much waits already. Refuses it if nothing of that is copied."""
+        held = upload.held
+        try:
+            has_room = self._await_room(held)
+        except RuntimeError as error:  # no thread can be started
+            self._refuse(upload, f"it cannot be copied: {error}")
+            return
+
+        if not has_room:
+            self._refuse(upload, f"the files before it could not be copied for {_FULL_S:.0f} s")
+            return
 
         self._stage(upload)
-        if isinstance(upload.content, OpenFile) and self.copying > _HELD_OPEN:
-            upload.close()
-            upload.content = upload.content._replace(descriptor=None)
+        self._queue.put(lambda: self._take(upload, held))
 
-        with self._lock:
+    def _await_room(self, held: _Held) -> bool:
+        """Wait until there is room for a file, and count it; return False if there is none.
+
+        Raises:
+            RuntimeError: there is no thread to make room.
+        """
+        with self._room:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="traceml-files", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="traceml-files", daemon=True)
+                thread.start()
+                self._thread = thread
 
-        self._queue.put(lambda: self._take(upload, size))
+            timeout_s = 0.0 if self._is_stuck else _FULL_S
+            self._is_stuck = not self._room.wait_for(lambda: self._held.leaves_room(held), timeout_s)
+            if not self._is_stuck:
+                self._held = self._held.plus(held)
+                self.pending += 1
+
+            return not self._is_stuck
+
+    def _refuse(self, upload: FileUpload, why: str) -> None:
+        self.refuse(upload, why)
+        upload.release()
 
     def refuse(self, upload: FileUpload, why: str) -> None:
         """Report a refused file, to the run and to the user."""
@@ -154,6 +196,10 @@ class FileUploader:
         """Advance files that wait for a connection or for their chunks' arrival; on the recorder's thread."""
         while self._spooled and (self._artifacts is not None or self._elsewhere):
             self._queue.put(partial(self._deliver, *self._spooled.popleft()))
+
+        while self._without_space and self._without_space[0][0] < time.monotonic():
+            upload = self._without_space.popleft()[1]
+            self._queue.put(partial(self._take, upload, upload.held))
 
         while self._sent and self._sent[0][0] <= self.blobs.acked:
             _, upload, facts = self._sent.popleft()
@@ -193,7 +239,8 @@ class FileUploader:
             self._finish(upload, facts)
 
     def close(self, *, unlink: bool) -> None:
-        """Remove the spool when everything has arrived."""
+        """End the thread, and remove the spool when everything has arrived."""
+        self._queue.put(None)
         for folder in (self._spool, self._staging):
             if unlink and folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -211,38 +258,39 @@ class FileUploader:
             path = pending_row_path(self._staging, next(self._numbers))
             how: dict[str, Any] = {"limit_bytes": upload.limit_bytes, "suffix": upload.suffix}
             upload.staged = StagedFile.write(path, _row(upload.kind, upload), upload.content, **how)
-        except OSError as error:
-            _log.debug("%s %r is not staged: %s", upload.kind, upload.name, error)
+        except Exception as error:  # noqa: BLE001 - the script must not fail for it
+            _log.debug("%s %r is not staged: %r", upload.kind, upload.name, error)
 
     # --- on the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            work = self._queue.get()
+        while (work := self._queue.get()) is not None:
             with fail_open(_log, "recorder", "a file could not be logged"):
                 work()
 
             self._on_work()
 
-    def _take(self, upload: FileUpload, held_bytes: int) -> None:
+    def _take(self, upload: FileUpload, held: _Held) -> None:
         try:
             path, facts = self._copy(upload)
         except RefusedFileError as error:
             self._drop(upload, str(error))
         except OSError as error:
+            if error.errno in _FULL:  # memory holds it until there is space
+                self._without_space.append((time.monotonic() + _RETRY_S, upload))
+                return
+
             self._drop(upload, f"it cannot be copied: {error.strerror or error}")
         except Exception as error:  # noqa: BLE001 - converting a user's object to an image may raise anything
             self._drop(upload, f"{type(error).__name__}: {error}")
         else:
             self._deliver(path, upload, facts)
-        finally:
-            upload.close()
-            if upload.staged is not None:
-                upload.staged.remove()
 
-            with self._room:
-                self._held -= held_bytes
-                self._room.notify_all()
+        upload.release()
+        with self._room:
+            self._held = self._held.plus(held, -1)
+            self._is_stuck = False
+            self._room.notify_all()
 
     def _drop(self, upload: FileUpload, why: str) -> None:
         self.refuse(upload, why)
@@ -302,6 +350,10 @@ class FileUploader:
                 self._artifacts.mkdir(exist_ok=True)
                 _move(path, self._artifacts / path.name)
             except OSError as error:
+                if error.errno in _FULL:
+                    self._spooled.append((path, upload, facts))  # tried again in the recorder's next cycle
+                    return
+
                 self._drop(upload, f"it cannot be moved into the run's folder: {error.strerror or error}")
             else:
                 self._finish(upload, facts)
@@ -318,7 +370,7 @@ class FileUploader:
         self._count_down()
 
     def _count_down(self) -> None:
-        with self._lock:
+        with self._room:
             self.pending -= 1
 
 

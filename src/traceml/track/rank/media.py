@@ -168,11 +168,11 @@ def _log_file(logger: Logger, path: Path, name: str) -> None:
     limit = recorder.config.max_artifact_bytes
     job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), opened, limit, path.suffix)
     if not opened.is_regular:
-        job.close()
+        job.release()
         raise FileUnreadableError(f"{path} is not a regular file: only files and folders can be logged")
 
     if opened.size > limit:
-        job.close()
+        job.release()
         recorder.files.refuse(job, f"it has {opened.size} bytes, above max_artifact_bytes={limit}")
         return
 

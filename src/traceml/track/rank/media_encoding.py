@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
-from traceml.database.file_contents import Content, Pixels, encode_array
+from traceml.database.file_contents import Content, LaterBytes, Pixels, encode_array
 from traceml.errors import ArgumentTypeError, UsageError
 from traceml.track.rank.logged_values import copied_to_host
 
@@ -64,7 +64,8 @@ def _pixels_of_tensor(tensor: Any, limit_bytes: int) -> Content:
             return _pixels_of(_on_host(tensor), channels_first=True)
 
     fetch = _fetch_tensor(tensor)
-    return lambda: encode_array(fetch(), limit_bytes, channels_first=True)
+    size_bytes = tensor.numel() * tensor.element_size()
+    return LaterBytes(lambda: encode_array(fetch(), limit_bytes, channels_first=True), size_bytes)
 
 
 def _pixels_of_array(array: Any, limit_bytes: int) -> Content:
@@ -73,7 +74,7 @@ def _pixels_of_array(array: Any, limit_bytes: int) -> Content:
         return _pixels_of(array)
 
     copy = array.copy() if hasattr(array, "copy") else array
-    return lambda: encode_array(copy, limit_bytes)
+    return LaterBytes(lambda: encode_array(copy, limit_bytes), int(getattr(copy, "nbytes", 0)))
 
 
 def _pixels_of(array: Any, *, channels_first: bool = False) -> Pixels:
