@@ -62,9 +62,9 @@ class FileUpload:
     note: Path | None = None  # copy of the row next to the file in the spool, until the file has arrived
 
     @property
-    def held(self) -> _Held:
-        """What its contents take until they are copied."""
-        return _Held(files=1) if isinstance(self.content, OpenFile) else _Held(size_of(self.content))
+    def held(self) -> _WaitingSize:
+        """Amount that its contents take until they are copied."""
+        return _WaitingSize(files=1) if isinstance(self.content, OpenFile) else _WaitingSize(size_of(self.content))
 
     def release(self) -> None:
         """Close an open file, and forget the contents, which are copied or refused."""
@@ -76,17 +76,17 @@ class FileUpload:
             self.staged.remove()
 
 
-class _Held(NamedTuple):
-    """What waits to be copied."""
+class _WaitingSize(NamedTuple):
+    """Amount that waits to be copied."""
 
     bytes_: int = 0
     files: int = 0
 
-    def plus(self, other: _Held, sign: int = 1) -> _Held:
+    def plus(self, other: _WaitingSize, sign: int = 1) -> _WaitingSize:
         """Return the sum, or the difference."""
-        return _Held(self.bytes_ + sign * other.bytes_, self.files + sign * other.files)
+        return _WaitingSize(self.bytes_ + sign * other.bytes_, self.files + sign * other.files)
 
-    def leaves_room(self, other: _Held) -> bool:
+    def leaves_room(self, other: _WaitingSize) -> bool:
         """Whether more can wait beside this; one alone may be as large as it is."""
         fits = self.bytes_ + other.bytes_ <= _HELD_BYTES or not (self.bytes_ and other.bytes_)
         return fits and self.files + other.files <= _HELD_FILES
@@ -122,7 +122,7 @@ class FileUploader:
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self._room = threading.Condition()  # of a lock that a signal handler may take again
-        self._held = _Held()
+        self._held = _WaitingSize()
         self._is_stuck = False
         self._without_space: deque[tuple[float, FileUpload]] = deque()
         self._spool: Path | None = None
@@ -163,7 +163,7 @@ class FileUploader:
         self._stage(upload)
         self._queue.put(lambda: self._take(upload, held))
 
-    def _await_room(self, held: _Held) -> bool:
+    def _await_room(self, held: _WaitingSize) -> bool:
         """Wait until there is room for a file, and count it; return False if there is none.
 
         Raises:
@@ -270,7 +270,7 @@ class FileUploader:
 
             self._on_work()
 
-    def _take(self, upload: FileUpload, held: _Held) -> None:
+    def _take(self, upload: FileUpload, held: _WaitingSize) -> None:
         try:
             path, facts = self._copy(upload)
         except RefusedFileError as error:
