@@ -73,6 +73,7 @@ _GUARDS = frozenset(
         "_differentiates_parameters",
         "_measure_own.<locals>.finished",
         "_measure_own.<locals>.queue",
+        "_note_skip",
         "_timed_iter.<locals>.follow",
         "_timed_iter.<locals>.token_of",
         "timed_wait.<locals>.begin",

@@ -92,6 +92,7 @@ class InfoKind(StrEnum):
         "optimizer", "an optimizer has stepped",
         "optimizer:text groups tensors:int lr fused foreach history_bytes:int step",
     )  # fmt: skip
+    UNREAD_SKIPS = "unread_skips", "GradScaler has a fused optimizer skip steps on a device, where they are not read"
     TRAINING_BEGINS = "training_begins", "an optimizer of other parameters begins to step", "step"
     COMPILATION = "compilation", "time that torch.compile took in the whole run", "seconds graphs"
     ANOMALY_DETECTION = "anomaly_detection", "autograd's detection of anomalies is on, or off again", "on"

@@ -237,8 +237,12 @@ def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Calla
 
 
 @uncounted
-def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
-    """Count `GradScaler.step` as a step call, also when it skips the optimizer because of inf or nan."""
+def patch_grad_scaler(patches: Patches, clock: StepClock, on_unread_skips: Callable[[], None]) -> None:
+    """Count `GradScaler.step` as a step call, also when it skips the optimizer because of inf or nan.
+
+    Args:
+        on_unread_skips: called where the kernel of a fused optimizer may skip the update on a device.
+    """
     from torch.amp.grad_scaler import GradScaler
 
     original = GradScaler.step
@@ -254,13 +258,41 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
             failed = False
             return result
         finally:
-            if not clock.inner_steps and not failed and isinstance(optimizer, Optimizer):
-                clock.flags |= _SKIPPED
-                clock.needs_slow_commit = True
+            if not failed:
+                _note_skip(clock, self, optimizer, on_unread_skips)
 
             _end(clock, optimizer, began, failed=failed)
 
     patches.wrap(GradScaler, "step", step)
+
+
+def _note_skip(clock: StepClock, scaler: Any, optimizer: Any, on_unread_skips: Callable[[], None]) -> None:
+    """Flag the step if GradScaler has changed nothing in it, as far as that is known without waiting for a device."""
+    try:
+        if clock.inner_steps:
+            is_skipped = _skips_itself(scaler, optimizer, on_unread_skips)
+        else:
+            is_skipped = isinstance(optimizer, Optimizer)
+
+        if is_skipped:
+            clock.flags |= _SKIPPED
+            clock.needs_slow_commit = True
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+
+
+def _skips_itself(scaler: Any, optimizer: Any, on_unread_skips: Callable[[], None]) -> bool:
+    """Whether an optimizer has skipped its step: a fused one gets what the scaler has found, and its kernel skips."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+
+    states = getattr(scaler, "_per_optimizer_states", {})  # one that is not enabled has none
+    found = states.get(id(optimizer), {}).get("found_inf_per_device", {})
+    if all(each.is_cpu for each in found.values()):
+        return any(each.item() for each in found.values())
+
+    on_unread_skips()
+    return False
 
 
 def patch_clipping(patches: Patches, clock: StepClock) -> None:

@@ -91,7 +91,7 @@ class TorchHooks:
         patch_training_mode(patches, clock, self.guard.wrap(self.discovery.evaluates))
         patch_backward(patches, clock, self.losses.read)
         patch_scale(patches, clock, self.losses.read_unscaled)
-        patch_grad_scaler(patches, clock)
+        patch_grad_scaler(patches, clock, lambda: self._facts.report(InfoKind.UNREAD_SKIPS))
         patch_clipping(patches, clock)
         if self._cuda is not None:
             self.guard(patch_graph_replays, patches, clock)

@@ -113,6 +113,17 @@ def test_a_loss_that_is_not_finite_without_skips_is_reported_beside_a_few():
     assert "checkpoint" in finding.next
 
 
+@pytest.mark.parametrize("unread", [False, True])
+def test_nobody_goes_back_where_a_fused_optimizer_skips_on_a_device(unread):
+    """The scaler has its kernel skip such steps, which are not read: the model is as it was."""
+    losses = history([2.0] * 10 + [NAN] * 20)
+
+    (finding,) = loss_not_finite(JobFacts(losses=losses, latest=(299,), unread_skips=unread))
+
+    assert ("Go back to a checkpoint" in finding.next) is not unread
+    assert ("GradScaler has the fused optimizer skip a step" in finding.next) is unread
+
+
 def test_a_fold_that_was_lost_among_good_ones_is_reported():
     """The second of four folds has no finite loss from its tenth step on; the third begins a new model."""
     losses = history([2.0] * 10 + [2.0] + [NAN] * 9 + [2.0] * 20)

@@ -116,6 +116,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     # Numbers
     losses: LossHistory = msgspec.field(default_factory=LossHistory)  # losses that were read
     skipped: SkippedSteps = msgspec.field(default_factory=SkippedSteps)  # steps without an update
+    unread_skips: bool = False  # whether a fused optimizer skips steps on a device, which are not among these
 
     # Progress, pauses and ends
     latest: tuple[int, ...] = ()  # last step of each rank, -1 before the first

@@ -244,6 +244,7 @@ class JobFactsBuilder:
         InfoKind.PLAIN_EVALUATION: lambda self, *_: self._facts.update(plain_evaluation=True),
         InfoKind.LAUNCHES: lambda self, *_: self._facts.update(launches=True),
         InfoKind.SINGLE_CALLS: lambda self, _, row: self._facts.update(single_calls=row.get("calls") or 0),
+        InfoKind.UNREAD_SKIPS: lambda self, *_: self._facts.update(unread_skips=True),
         InfoKind.PROCESS: _take_process,
         InfoKind.TRACING: lambda self, *_: self._facts.update(only_logs=False),
         InfoKind.OPTIMIZER: _take_optimizer,

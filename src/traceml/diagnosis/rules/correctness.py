@@ -68,13 +68,7 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
                 f"been finite since{where}: {count_text(wasted)} of {count_text(steps)} steps ({percent_text(share)}) "
                 "trained nothing useful."
             ),
-            next=(
-                _STOP_TRAINING
-                if facts.trainings_begin  # a checkpoint from before may be of another model
-                else f"Go back to a checkpoint from before step {count_text(since)}. Look at the batch of that step, "
-                "lower the learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) names the "
-                "operation."
-            ),
+            next=_for_lost_training(since, facts),
             evidence={
                 "since_step": since,
                 "wasted_steps": wasted,
@@ -85,6 +79,19 @@ def loss_not_finite(facts: JobFacts) -> list[Finding]:
             cost_share=share,
         )
     ]
+
+
+def _for_lost_training(since: int, facts: JobFacts) -> str:
+    if facts.trainings_begin:  # a checkpoint from before may be of another model
+        return _STOP_TRAINING
+
+    if facts.unread_skips:
+        return f"GradScaler has the fused optimizer skip a step whose gradients are not finite. {_FOR_LOSS}"
+
+    return (
+        f"Go back to a checkpoint from before step {count_text(since)}. Look at the batch of that step, lower the "
+        "learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) names the operation."
+    )
 
 
 def _steps(facts: JobFacts) -> int:
