@@ -136,6 +136,117 @@ def test_it_is_in_no_step(traced: Traced, loop: Callable[[], None], batches: lis
     assert not traced.instrumentation.clock.is_plain_evaluation
 
 
+def attack(model: nn.Module, x: torch.Tensor) -> None:
+    """Compute gradients of the input, and call the model on what they make of it."""
+    changed = x.clone().requires_grad_()
+    (model(changed).square().mean() + 1000).backward()  # a loss that is far from the training's
+    with torch.no_grad():
+        model(x + changed.grad.sign())
+
+    model.zero_grad()
+    time.sleep(CALL_S)
+
+
+def explain(model: nn.Module, x: torch.Tensor) -> None:
+    """Compute gradients of what the model returns, as for a map of what it looks at."""
+    (model(x).sum() + 1000).backward()
+    model.zero_grad()
+    time.sleep(CALL_S)
+
+
+Uses = Callable[[nn.Module, torch.Tensor], None]
+
+
+def attacked_after_each_epoch(uses: Uses) -> nn.Module:
+    model, loader, other = net(), data(5), data(3)
+    optimizer = sgd(model)
+    for _ in range(4):
+        model.train()
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        for (x,) in other:
+            uses(model, x)
+
+    return model
+
+
+def attacked_within_an_epoch(uses: Uses) -> nn.Module:
+    model, loader, other = net(), data(21), data(3)
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(loader):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            model.eval()
+            for (x,) in other:
+                uses(model, x)
+
+            model.train()
+
+    return model
+
+
+def attacked_on_fixed_data(uses: Uses) -> nn.Module:
+    model, loader = net(), data(5)
+    optimizer = sgd(model)
+    for _ in range(4):
+        model.train()
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        uses(model, torch.randn(6, 4))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("loop", "uses", "batches", "steps"),
+    [
+        (attacked_after_each_epoch, attack, [3, 3, 3, 3], 20),
+        (attacked_after_each_epoch, explain, [3, 3, 3, 3], 20),
+        (attacked_within_an_epoch, attack, [3, 3, 3, 3], 21),
+        (attacked_within_an_epoch, explain, [3, 3, 3, 3], 21),
+        (attacked_on_fixed_data, attack, [2, 2, 2, 2], 20),  # each call counts
+        (attacked_on_fixed_data, explain, [1, 1, 1, 1], 20),
+    ],
+)
+def test_backward_passes_of_a_model_that_evaluates_are_in_no_step(
+    traced: Traced, loop: Callable[[Uses], nn.Module], uses: Uses, batches: list[int], steps: int
+) -> None:
+    """As for attacks: nothing is trained by them, and their losses are none of the training."""
+    model = loop(uses)  # alive at the end, as in a script
+
+    rows, evals, losses = traced.finish(), traced.table("evals"), traced.table("losses")
+    assert [row["bits"] & 0xFFFF for row in rows] == [1] * steps
+    assert [row["samples"] for row in rows] == [2] * steps
+    assert [row["batches"] for row in evals] == batches
+    assert all(row["ns"] >= CALL_S * 1e9 for row in evals[:-1])
+    assert len(losses) >= 16
+    assert all(row["loss"] < 1000 for row in losses)
+    del model
+
+
+def test_an_attack_is_known_while_it_runs(traced: Traced) -> None:
+    """From its second batch on, as other evaluations with gradients."""
+    seen = []
+    model, loader, other = net(), data(5), data(3)
+    optimizer = sgd(model)
+    for _ in range(2):
+        model.train()
+        for (x,) in loader:
+            train(model, optimizer, x)
+            seen.append(traced.instrumentation.clock.is_evaluating)
+
+        model.eval()
+        for (x,) in other:
+            explain(model, x)
+            seen.append(traced.instrumentation.clock.is_evaluating)
+
+    assert seen == [False] * 6 + [True] * 2 + [False] * 6 + [True] * 2
+
+
 def test_it_is_known_while_it_runs(traced: Traced) -> None:
     """From its second batch after the training loader's end: the first may be of the next training."""
     seen = []
@@ -268,9 +379,66 @@ def batches_left_over() -> None:
                 optimizer.zero_grad()
 
 
+def batches_left_over_in_evaluation_mode() -> None:
+    """Training in `eval()`, as of a model whose statistics stay."""
+    model, loader = net().eval(), data(7)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for index, (x,) in enumerate(loader):
+            model(x).square().mean().backward()
+            if index % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def gradients_of_another_loader_in_evaluation_mode() -> None:
+    """Two backward passes before each step, the first on a batch of a loader that is not read on."""
+    model, support, loader = net().eval(), data(6), data(5)
+    optimizer = sgd(model)
+    for (x,) in loader:
+        train(model, optimizer, x)
+
+    for _ in range(3):
+        batches = iter(loader)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(next(iter(support))[0]).mean().backward()
+            model(next(batches)[0]).square().mean().backward()
+            optimizer.step()
+
+
+def adversarial_training() -> None:
+    """Each batch is changed by gradients of the model in `eval()`, and then trained on."""
+    model, loader = net(), data(6)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (x,) in loader:
+            model.eval()
+            changed = x.clone().requires_grad_()
+            model(changed).square().mean().backward()
+            model.train()
+            train(model, optimizer, x + changed.grad.sign())
+
+
+def importance_of_weights() -> None:
+    """Gradients of all batches in training mode, as for the Fisher information: no sign of an evaluation."""
+    model, loader, other = net(), data(5), data(3)
+    optimizer = sgd(model)
+    for _ in range(3):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        for (x,) in other:
+            model(x).square().mean().backward()
+
+
 @pytest.mark.parametrize(
     "loop",
     [
+        batches_left_over_in_evaluation_mode,
+        gradients_of_another_loader_in_evaluation_mode,
+        adversarial_training,
+        importance_of_weights,
         one_backward_for_all_batches,
         loaders_in_turns,
         two_loaders_in_each_step,

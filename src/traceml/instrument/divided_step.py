@@ -28,7 +28,7 @@ __all__ = ["MAINTENANCE_MASK", "DividedStep", "StepListener"]
 
 _CHECKPOINT, _FORWARD, _INPUT_WAIT = int(Phase.CHECKPOINT), int(Phase.FORWARD), int(Phase.INPUT_WAIT)
 # Plain ints: arithmetic on enum members costs a microsecond.
-_DEVICE, _EPOCH = int(StepFlag.DEVICE), int(StepFlag.EPOCH)
+_DEVICE, _EPOCH, _CALLBACK = int(StepFlag.DEVICE), int(StepFlag.EPOCH), int(StepFlag.CALLBACK)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 MAINTENANCE_MASK = 63
 _STEPS_ALONE = 8  # steps of one optimizer, after which another one may begin a second phase of the training
@@ -148,6 +148,7 @@ class DividedStep(PhaseTimer):
         self.eval_ns = self.eval_batches = self.eval_end = self.eval_input_ns = self.eval_forward_ns = 0
         self.longest_rest_ns = 0  # from the last batch of an evaluation to its end
         self.is_plain_evaluation = False  # models were evaluated without gradients, be it averaged weights
+        self.evaluated_losses = 0  # evaluations with backward passes, whose losses are none of a step
         self.prepares = False  # another model is to be trained since the last evaluation call, as in the next fold
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
@@ -389,7 +390,7 @@ class DividedStep(PhaseTimer):
         return module is not None and not module.training
 
     def _is_evaluation_with_gradients(self) -> bool:
-        """Whether a validation without `torch.no_grad()` has ended, if no backward pass follows.
+        """Whether a validation without `torch.no_grad()` has ended, if no backward pass of the training follows.
 
         It has read another loader to its end, or several of its batches; or, after the training loader's end, that one
         once more to its end, or none.
@@ -401,22 +402,38 @@ class DividedStep(PhaseTimer):
         if loader is self.training_loader:
             return self.exhausted_loader is not None
 
-        return self.batches > 1 or loader is self.exhausted_loader
+        return self._batches_since_step() > 1 or loader is self.exhausted_loader
+
+    def _batches_since_step(self) -> int:
+        """Return the number of batches since the last step, as far as it is known to be done."""
+        return self.batches + (0 if self.ended.may_be_step else self.ended.micro_batches)
+
+    def _is_trained(self) -> bool:
+        """Whether a backward pass ran in this part, but that of a model in `eval()`, as for an attack on it."""
+        if not self.backwards:
+            return False
+
+        trained = self.trained  # read once, as the recorder's thread asks, too
+        module = None if trained is None else trained()
+        return module is None or bool(module.training)
 
     def _untrained_loader(self) -> Any:
-        """Return the loader on whose batches models ran since the last step, with no backward pass yet; else None.
+        """Return the loader on whose batches models ran since the last step, and were not trained yet; else None.
 
-        Without a loader since then, it is the one that has ended.
+        Without a loader since then, it is the one that has ended. Backward passes of models in `eval()` train nothing
+        on another loader's batches, before an optimizer steps.
         """
-        if self.explicit or self.backwards:
+        if self.explicit or self._is_trained():
             return None
 
         ended = self.ended  # read once, with its times, as the recorder's thread asks, too
         times = ended.times
         if ended.may_be_step:
             loader, before_ns = self.batch, times[_FORWARD] if times else 0
-        elif self.step_call or ended.micro_batches:
+        elif self.step_call or ended.is_trained:
             return None
+        elif (self.backwards or ended.micro_batches) and self.first_loader is self.training_loader:
+            return None  # micro-batches at the end of an epoch
         else:
             with_gradients = self.trained is not None and not self.evaluated
             loader, before_ns = self.first_loader or (self.exhausted_loader if with_gradients else None), 0
@@ -425,14 +442,19 @@ class DividedStep(PhaseTimer):
 
     def _discard_with_gradients(self, t: int) -> None:
         """Move what an evaluation with gradients has, and no step before it, from the step to evaluation."""
+        batches = max(self._batches_since_step(), 1)
+        if self.backwards or self.ended.micro_batches:
+            self.evaluated_losses += 1
+
         if not self.ended.may_be_step:
             self.part_start -= self.ended.total_ns
             self.ended = EndedParts([])
 
-        self._discard(t, batches=max(self.batches, 1), evaluating=False)
+        self._discard(t, batches=batches, evaluating=False)
 
     def _cut(self, t: int) -> None:
         """End the part."""
+        self.ended.is_trained |= self._is_trained()
         self._add_part(t)
         self.ended.may_be_step = bool(self.step_call) and not self.explicit
         self.part_start = t
@@ -511,13 +533,13 @@ class DividedStep(PhaseTimer):
         if not batches:
             self.longest_rest_ns = max(self.longest_rest_ns, spent)
 
-        self.fingerprint = 0
+        self.fingerprint = self.own = 0
         self.eval_end = self.part_start = t
         self.exhausted_loader = None
         self.closing_trigger = CHECK_FORWARD
         self.first_loader = ended.loader if ended.times else None
         self.evaluating = evaluating
-        self.flags &= ~_EPOCH
+        self.flags &= ~(_EPOCH | _CALLBACK)
         self.create_ns = self.drain_ns = 0
         self._clear_part()
         if self.device is not None:

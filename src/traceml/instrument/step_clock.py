@@ -121,12 +121,13 @@ class StepClock(DividedStep):
         return self.evaluating and (self._is_idle() or self._is_evaluation())
 
     def _may_evaluate_with_gradients(self) -> bool:
-        """Whether models run on another loader's batches after the end of the training's, with no backward pass yet."""
+        """Whether models run on another loader's batches after the end of the training's, and are not trained yet."""
         loader = self._untrained_loader()
         if loader is None or loader is self.training_loader:
             return False
 
-        return self.exhausted_loader is not None and self.batches > 1  # the first may be of the next training
+        # The first batch may be of the next training.
+        return self.exhausted_loader is not None and self._batches_since_step() > 1
 
     @property
     def has_stepped(self) -> bool:
@@ -225,8 +226,22 @@ class StepClock(DividedStep):
 
         Except in what is known to be on a loader's batch, which may be evaluation as a whole.
         """
-        if self.is_training_thread() and self.is_evaluating and (self.batch is None or self.backwards):
-            self._leave_evaluation(monotonic_ns())
+        if not self.is_training_thread():
+            return
+
+        t = monotonic_ns()
+        if self.evaluation.start and self.batch is not None and self._is_evaluation_with_backward():
+            self.evaluation.forget()  # it was on the loader's batch
+        elif self.is_evaluating and (self.batch is None or self.backwards):
+            self._leave_evaluation(t)
+
+        if self._is_evaluation_with_backward():
+            self._discard_with_gradients(t)
+
+    def _is_evaluation_with_backward(self) -> bool:
+        """Whether an evaluation has ended that called backward on models in `eval()`, as for attacks on them."""
+        has_backward = self.backwards or (self.ended.micro_batches and not self.ended.may_be_step)
+        return bool(has_backward) and self._is_evaluation_with_gradients()
 
     def _leave_evaluation(self, t: int) -> bool:
         """Handle the end of evaluation, and return True, if there is one."""
@@ -252,7 +267,7 @@ class StepClock(DividedStep):
 
     def _end_evaluation(self, t: int, *, is_between_epochs: bool) -> None:
         """Handle the end of evaluation without a loader by a request to one, or by the end of the run."""
-        if self.batch is None or self.backwards:
+        if self.batch is None or (self.backwards and self._untrained_loader() is None):
             self.evaluation.end(t, is_between_epochs=is_between_epochs)
         else:
             self.evaluation.forget()  # it was on the loader's batch

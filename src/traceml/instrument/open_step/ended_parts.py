@@ -20,6 +20,7 @@ class EndedParts:
     Attributes:
         times: nanoseconds by bucket at the last cut. Empty before one, and once the open part belongs to the same step.
         may_be_step: an optimizer has stepped in them, so they may be a whole step.
+        is_trained: a backward pass ran in them, but that of a model in `eval()`.
         end_ns: monotonic.
         own_ns: own work in backward; counts only with `StepFlag.CALLBACK`.
         fingerprint: of the first batch that has one.
@@ -31,6 +32,7 @@ class EndedParts:
 
     times: list[int]
     may_be_step: bool = False
+    is_trained: bool = False
     end_ns: int = 0
     total_ns: int = 0
     micro_batches: int = 0

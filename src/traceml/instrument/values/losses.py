@@ -36,6 +36,8 @@ _FIRST_ROWS = 16
 _ROW_NS = 50_000_000
 _PLACES = 8
 _log = logging.getLogger("traceml")
+_Origin = tuple[int, int]
+"""Step of a loss, and the number of evaluations before it that had losses."""
 
 
 class CudaLosses:
@@ -76,8 +78,9 @@ class LossReader:
         self._clock, self._device = clock, device
         self._append = losses.appender("t_ns", "step", "loss")
         self._free = list(range(_PLACES))
-        self._copies: deque[tuple[int, int, Any]] = deque()  # (step, place, event)
-        self._step, self._sum = -1, 0.0
+        self._copies: deque[tuple[_Origin, int, Any]] = deque()  # (origin, place, event)
+        self._origin: _Origin = (-1, 0)
+        self._sum = 0.0
         self._was_finite = True
         self._rows = self._row_ns = 0
         self._scaled = self._broken = self._is_on_device = False
@@ -94,7 +97,7 @@ class LossReader:
             elif type(tensor) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or tensor.numel() != 1:
                 return
             elif tensor.is_cpu:  # with few calls of ours: the code of each is another place that is not in the caches
-                self._add(self._step_now(), tensor.item())
+                self._add(self._origin_now(), tensor.item())
             else:
                 self._read_device(tensor)
         except Exception as error:  # noqa: BLE001 - fail open
@@ -116,7 +119,8 @@ class LossReader:
         """Append what is complete, at the end of the run."""
         try:
             self._collect()
-            self._flush()
+            if self._origin[1] == self._clock.evaluated_losses:
+                self._flush()
         except Exception as error:  # noqa: BLE001 - fail open
             self._fail(error)
 
@@ -129,40 +133,42 @@ class LossReader:
         self._collect()
         if self._free:
             place = self._free.pop()
-            self._copies.append((self._step_now(), place, self._device.copy(tensor, place)))
+            self._copies.append((self._origin_now(), place, self._device.copy(tensor, place)))
 
-    def _step_now(self) -> int:
-        """Return the number of the step in training; the step before may still wait for its end, as after an epoch."""
+    def _origin_now(self) -> _Origin:
+        """Return the step in training; the step before may still wait for its end, as after an epoch."""
         clock = self._clock
-        step: int = clock.rows + clock.before + clock.ended.may_be_step
-        return step
+        return clock.rows + clock.before + clock.ended.may_be_step, clock.evaluated_losses
 
     def _collect(self) -> None:
         """Take the copies that are complete."""
         while self._copies and self._copies[0][2].query():
-            step, place, _ = self._copies.popleft()
+            origin, place, _ = self._copies.popleft()
             self._free.append(place)
-            self._add(step, self._device.value(place))
+            self._add(origin, self._device.value(place))
 
-    def _add(self, step: int, loss: float) -> None:
-        if step != self._step:
-            self._flush()
-            self._step, self._sum = step, 0.0
+    def _add(self, origin: _Origin, loss: float) -> None:
+        if origin != self._origin:
+            if origin[0] != self._origin[0]:  # else those before are of an evaluation
+                self._flush()
+
+            self._origin, self._sum = origin, 0.0
 
         self._sum += loss
 
     def _flush(self) -> None:
         """Append the row of the last step that was read, unless there are many."""
-        if self._step < 0:
+        step, _ = self._origin
+        if step < 0:
             return
 
         now, is_finite = monotonic_ns(), self._sum - self._sum == 0
         if self._rows < _FIRST_ROWS or is_finite != self._was_finite or now - self._row_ns >= _ROW_NS:
-            self._append(now, self._step, self._sum)
+            self._append(now, step, self._sum)
             self._rows += 1
             self._row_ns, self._was_finite = now, is_finite
 
-        self._step = -1
+        self._origin = (-1, 0)
 
     def _fail(self, error: Exception) -> None:
         """Read no further losses."""
