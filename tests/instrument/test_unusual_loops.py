@@ -279,6 +279,47 @@ def test_gradients_of_inputs_and_inner_loops(traced: Traced) -> None:
     assert [row["micro"] for row in rows] == [1] * 20
 
 
+def test_gradients_of_several_inputs_are_none_of_the_training(traced: Traced) -> None:
+    """As forces and stresses: no micro-batch of a step, nor a sign that a batch of the validation is trained on."""
+    model = net()
+    optimizer = sgd(model)
+    train(model, optimizer, X)
+    loader, other = data(6), data(3)
+    for _ in range(3):
+        for (x,) in loader:
+            first, second = x[:1].requires_grad_(), x[1:].requires_grad_()
+            torch.autograd.grad(model(torch.cat([first, second])).sum(), [first, second])
+            train(model, optimizer, x)
+
+        for (x,) in other:
+            first, second = x[:1].requires_grad_(), x[1:].requires_grad_()
+            torch.autograd.grad(model(torch.cat([first, second])).sum(), [first, second])
+
+    rows = traced.finish()
+    assert [row["micro"] for row in rows] == [1] * 19
+    assert [row["samples"] for row in rows[1:]] == [2] * 18
+    assert [row["batches"] for row in traced.table("evals")] == [3] * 3
+
+
+@pytest.mark.parametrize("parameters", [False, True])
+def test_gradients_that_an_optimizer_gets_are_backward_passes(traced: Traced, parameters: bool) -> None:
+    """Of parameters, or of tensors that it was given."""
+    weights = [torch.randn(4, 4, requires_grad=True), torch.randn(4, 1, requires_grad=True)]
+    if parameters:
+        weights = [nn.Parameter(each.detach()) for each in weights]
+
+    optimizer = torch.optim.SGD(weights, lr=0.01)
+    for _ in range(20):
+        first, second = torch.randn(2, 1, 4)
+        halves = [torch.autograd.grad((half @ weights[0] @ weights[1]).sum(), weights) for half in (first, second)]
+        for weight, *grads in zip(weights, *halves, strict=True):
+            weight.grad = sum(grads)
+
+        optimizer.step()
+
+    assert [row["micro"] for row in traced.finish()][-19:] == [2] * 19  # the first backward pass is a step by itself
+
+
 def test_transforms_in_an_inner_loop_are_no_steps(traced: Traced) -> None:
     """Its gradients are differentiated again: by backward, or by an outer transform."""
     model = net()

@@ -11,7 +11,7 @@ for the other ranks. It costs 12 us, and as much again for the slow paths around
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
+from traceml.instrument.facts.descriptions import param_groups
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.phase_timer import OTHER, Began, on_training_thread
@@ -145,10 +146,25 @@ def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str,
         if options.get("create_graph") or not all(isinstance(each, torch.Tensor) and each.is_leaf for each in given):
             return False
 
-        return len(given) > 1 or isinstance(given[0], torch.nn.Parameter)  # else an input, as for an attack on it
+        if any(isinstance(each, torch.nn.Parameter) for each in given):
+            return True
+
+        # Else they are inputs, as for an attack on them, unless an optimizer has them, or may have.
+        return len(given) > 1 and (not clock.optimizers_seen or _are_trained(clock, given))
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return False
+
+
+def _are_trained(clock: StepClock, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether an optimizer that has stepped has one of the tensors, or does not show what it has."""
+    given = {id(each) for each in tensors}
+    for reference in list(clock.optimizers.values()):
+        groups = param_groups(reference() if reference else None)
+        if not groups or any(id(each) in given for group in groups for each in group["params"]):
+            return True
+
+    return False
 
 
 def _is_functorch_gradient(clock: StepClock, inputs: Any) -> bool:

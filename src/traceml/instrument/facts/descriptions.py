@@ -19,6 +19,7 @@ __all__ = [
     "loader_facts",
     "model_facts",
     "optimizer_facts",
+    "param_groups",
     "trainer_above",
 ]
 
@@ -209,7 +210,7 @@ def _sharding_ranks(module: Any) -> list[int]:
 
 def _meshes(state: Any) -> list[list[int]]:
     """Return the ranks of the meshes of one module; torch 2.13 has several groups of parameters, earlier ones one."""
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    groups = getattr(state, "_fsdpparam_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     meshes = (getattr(getattr(group, "mesh_info", None), "mesh", None) for group in groups)
     return [mesh.mesh.flatten().tolist() for mesh in meshes if mesh is not None]
 
@@ -284,7 +285,7 @@ def _are_tokens(tensor: Any, model: Any) -> bool:
 
 def optimizer_facts(optimizer: Any) -> dict[str, Any]:
     """Describe an optimizer that has stepped."""
-    groups = _param_groups(optimizer)
+    groups = param_groups(optimizer)
     first = groups[0] if groups else {}
     return {
         "optimizer": type(optimizer).__name__,
@@ -309,10 +310,10 @@ def _history_bytes(groups: list[dict[str, Any]]) -> int:
 
 def first_parameter(optimizer: Any) -> Any:
     """Return a parameter of an optimizer; None if it is not torch's, or has none."""
-    return next((each for group in _param_groups(optimizer) for each in group["params"]), None)
+    return next((each for group in param_groups(optimizer) for each in group["params"]), None)
 
 
-def _param_groups(optimizer: Any) -> list[dict[str, Any]]:
+def param_groups(optimizer: Any) -> list[dict[str, Any]]:
     """Return the optimizer's groups of parameters; empty if it is not torch's and has others."""
     groups = getattr(optimizer, "param_groups", None)
     known = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
