@@ -692,6 +692,42 @@ def test_evaluation_without_gradients_is_reported(traced: Traced, mode: Callable
     assert len(reported) == (mode is not torch.enable_grad)
 
 
+def forces(model: nn.Module, x: torch.Tensor) -> None:
+    torch.autograd.grad(model(x.clone().requires_grad_()).sum(), [*model.parameters()][:1], create_graph=True)
+
+
+def maps(model: nn.Module, x: torch.Tensor) -> None:
+    model(x).sum().backward()
+
+
+def calls(model: nn.Module, x: torch.Tensor) -> None:
+    model(x)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("uses", [forces, maps, calls])
+def test_gradients_in_an_evaluation_are_reported(
+    traced: Traced, uses: Callable[[nn.Module, torch.Tensor], None], loads: bool
+) -> None:
+    """It needs them, so nobody is told to turn them off."""
+    model = net()
+    optimizer = sgd(model)
+    loader = DataLoader(X, batch_size=4)
+    for _ in range(3):
+        model.train()
+        for x in loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        for x in DataLoader(X, batch_size=8) if loads else [X]:
+            uses(model, x)
+
+    traced.finish()
+    reported = [row for row in traced.info if row["kind"] == "evaluates_gradients"]
+    assert len(reported) == (uses is not calls)
+    assert traced.table("evals")
+
+
 def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """As stable-baselines3 does it, whose policies act in `eval()`."""
     monkeypatch.setitem(sys.modules, "gymnasium", ModuleType("gymnasium"))

@@ -101,6 +101,7 @@ class InfoKind(StrEnum):
     PLAYS = "plays", "a trained model was called with one sample between trainings with more, without a loader"
     ROLLOUTS = "rollouts", "models are trained on what they were called with in evaluation"
     PLAIN_EVALUATION = "plain_evaluation", "models were evaluated without gradients"
+    EVALUATES_GRADIENTS = "evaluates_gradients", "gradients were computed in an evaluation, as forces are"
     EVALUATING = (
         "evaluating", "an evaluation has run for some seconds: its row of `evals` follows at its end", "since_ns:int",
     )  # fmt: skip

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["MAINTENANCE_MASK", "DividedStep", "StepListener"]
 
 _CHECKPOINT, _FORWARD, _INPUT_WAIT = int(Phase.CHECKPOINT), int(Phase.FORWARD), int(Phase.INPUT_WAIT)
+_BACKWARD = int(Phase.BACKWARD)
 # Plain ints: arithmetic on enum members costs a microsecond.
 _DEVICE, _EPOCH, _CALLBACK = int(StepFlag.DEVICE), int(StepFlag.EPOCH), int(StepFlag.CALLBACK)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
@@ -147,6 +148,7 @@ class DividedStep(PhaseTimer):
         self.ended = EndedParts([])  # before the last cut
         self.eval_ns = self.eval_batches = self.eval_end = self.eval_input_ns = self.eval_forward_ns = 0
         self.longest_rest_ns = 0  # from the last batch of an evaluation to its end
+        self.evaluates_gradients = False  # gradients were computed in an evaluation
         self.is_plain_evaluation = False  # models were evaluated without gradients, be it averaged weights
         self.evaluated_losses = 0  # evaluations with backward passes, whose losses are none of a step
         self.prepares = False  # another model is to be trained since the last evaluation call, as in the next fold
@@ -549,6 +551,8 @@ class DividedStep(PhaseTimer):
         """Add what belongs to an evaluation, by bucket."""
         self.eval_input_ns += times[_INPUT_WAIT]
         self.eval_forward_ns += times[_FORWARD]
+        if times[_BACKWARD]:
+            self.evaluates_gradients = True
 
     def usual_rest_end(self, t: int) -> int:
         """Return when the work after the batches of an evaluation ended: as late as in those before.

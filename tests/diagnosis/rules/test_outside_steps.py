@@ -681,6 +681,15 @@ def test_gradients_are_not_advised_against_where_there_are_none():
     assert "steps" not in found.evidence
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_gradients_are_not_advised_against_where_they_are_needed(needed):
+    """As for forces, which are gradients of the model's inputs."""
+    time = RunTime.of(100.0, {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}, 12)
+    found = diagnose(window_of(ALONE), JobFacts(time=time, evaluates_gradients=needed))[0]
+
+    assert ("torch.no_grad()" in found.next) is not needed
+
+
 def test_self_play_is_not_made_half_as_often():
     """Calls with one sample each may be games of which the model learns: less of them gives no promised gain."""
     time = RunTime.of(100.0, {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}, 12)

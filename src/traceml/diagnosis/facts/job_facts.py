@@ -95,6 +95,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     collects: bool = False
     plays: bool = False  # whether models are called between trainings, without a loader, with one sample each time
     plain_evaluation: bool = False  # whether a trained model is evaluated without gradients
+    evaluates_gradients: bool = False  # whether gradients are computed in evaluations, as forces are
     launches: bool = False  # whether the script runs functions by `traceml.launch` without tracing them
     only_logs: bool = False  # whether the script logs values and is not traced
 

@@ -242,6 +242,7 @@ class JobFactsBuilder:
         InfoKind.SAME_ORDER: _take_same_order,
         InfoKind.OWN_UPDATE: _take_own_update,
         InfoKind.PLAIN_EVALUATION: lambda self, *_: self._facts.update(plain_evaluation=True),
+        InfoKind.EVALUATES_GRADIENTS: lambda self, *_: self._facts.update(evaluates_gradients=True),
         InfoKind.LAUNCHES: lambda self, *_: self._facts.update(launches=True),
         InfoKind.SINGLE_CALLS: lambda self, _, row: self._facts.update(single_calls=row.get("calls") or 0),
         InfoKind.UNREAD_SKIPS: lambda self, *_: self._facts.update(unread_skips=True),

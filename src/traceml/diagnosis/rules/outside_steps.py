@@ -287,7 +287,7 @@ def _evaluation(
     others = time.others_evaluate_s / seconds if alone else 0.0  # as a share: they evaluate less, or not at all
     saved = share * (1 - others) * (1 - len(alone) / facts.world_size) if alone else share / 2
     saves = f"that saves {percent_text(saved)} of the run."
-    gradients = "" if facts.plain_evaluation else ", without gradients (torch.no_grad())"
+    gradients = "" if facts.plain_evaluation or facts.evaluates_gradients else ", without gradients (torch.no_grad())"
     elsewhere = f"with larger ones{gradients}, or in another process."
     # Metrics, plots, other samples: the model may have been evaluated on the other ranks, too.
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None

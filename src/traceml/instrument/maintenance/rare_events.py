@@ -132,6 +132,9 @@ class RareEvents:
         if self.clock.evaluation.collects:
             self.guard(self.facts.report, InfoKind.ROLLOUTS)
 
+        if self.clock.evaluates_gradients:
+            self.guard(self.facts.report, InfoKind.EVALUATES_GRADIENTS)
+
         if self.clock.is_plain_evaluation:
             self.guard(self.facts.report, InfoKind.PLAIN_EVALUATION)
 
