@@ -36,6 +36,7 @@ ATTRIBUTES: list[tuple[Any, str]] = [
     (torch.optim.Optimizer, "__init__"),
     (torch.optim.Optimizer, "add_param_group"),
     (torch.amp.GradScaler, "step"),
+    (torch.autocast, "__enter__"),
     (nn.Module, "compile"),
     (nn.Module, "__setstate__"),
     (nn.Module, "_replicate_for_data_parallel"),

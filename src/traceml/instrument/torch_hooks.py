@@ -34,7 +34,7 @@ from traceml.instrument.patches import Patches
 from traceml.instrument.search.discovery import ModuleDiscovery
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.collective_sizes import CollectiveSizes
-from traceml.instrument.values.inputs import BatchReader
+from traceml.instrument.values.inputs import BatchReader, patch_autocast
 from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
 from traceml.instrument.workers.loader_workers import watch_workers
 from traceml.instrument.workers.worker_setup import set_up_workers
@@ -93,6 +93,7 @@ class TorchHooks:
         patch_scale(patches, clock, self.losses.read_unscaled)
         patch_grad_scaler(patches, clock, lambda: self._facts.report(InfoKind.UNREAD_SKIPS))
         patch_clipping(patches, clock)
+        patch_autocast(patches, clock, self.guard.wrap(self._facts.autocast))
         if self._cuda is not None:
             self.guard(patch_graph_replays, patches, clock)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -770,3 +772,77 @@ def test_calls_with_single_samples_are_reported(
 
     traced.finish()
     assert [row["calls"] for row in traced.info if row["kind"] == "single_calls"] == calls
+
+
+class Precise(nn.Module):
+    """A model that turns autocast on inside its call, as Fabric's wrapper does."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        super().__init__()
+        self.inner, self.enabled = net(), enabled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.inner(x)
+
+
+def inside(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x)
+
+
+def around(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def beside_evaluation(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x)
+
+    return model(x)
+
+
+def beside_another_thread(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    thread = Thread(target=around, args=(copy.deepcopy(model), x))
+    thread.start()
+    thread.join()
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "call", "reported"),
+    [
+        (True, inside, True),
+        (False, around, True),
+        (False, inside, False),
+        (False, beside_evaluation, False),
+        (False, beside_another_thread, False),
+    ],
+)
+def test_autocast_inside_the_model_is_reported(
+    traced: Traced, enabled: bool, call: Callable[[nn.Module, torch.Tensor], torch.Tensor], reported: bool
+) -> None:
+    """Libraries turn it on around `forward`; in evaluation, or on another thread, it is none of the training's."""
+    model = Precise(enabled=enabled)
+    optimizer = sgd(model)
+    for (x,) in data(6):
+        call(model, x).square().mean().backward()
+        optimizer.step()
+
+    traced.finish()
+    rows = [row for row in traced.info if row["kind"] == InfoKind.INPUT]
+    assert rows[-1]["autocast"] is reported
+
+
+def test_autocast_in_compiled_code_is_reported(traced: Traced) -> None:
+    """It is entered when the code is traced, without a break of the graph."""
+    torch._dynamo.reset()  # of the other form's hooks
+    model = Precise(enabled=True)
+    optimizer = sgd(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for (x,) in data(6):
+        compiled(x).square().mean().backward()
+        optimizer.step()
+
+    traced.finish()
+    assert [row for row in traced.info if row["kind"] == InfoKind.INPUT][-1]["autocast"]

@@ -87,7 +87,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     own_updates: frozenset[tuple[str, str]] = frozenset()
     compile_s: float | None = None  # seconds that torch.compile took; None if unknown, as before the end
     single_calls: int = 0  # calls of the model for a batch of so many samples, with one each; 0 unless it is called so
-    autocast: bool = False  # whether the model was called under torch.autocast
+    autocast: bool = False  # whether the training runs under torch.autocast, be it inside the model
     tf32: bool = False  # whether CUDA may compute with its values of 32 bits in TF32
     detects_anomalies: bool = False  # whether autograd's detection of anomalies is on
     profiles: bool = False  # whether torch's profiler was on in all steps, as far as they were looked at

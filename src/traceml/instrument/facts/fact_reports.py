@@ -35,6 +35,7 @@ class FactReports:
         self._reported: dict[InfoKind, Info] = {}  # the last facts
         # by the facts in `_LIKE`: number of loaders that followed each other, and a weak reference to the last one
         self._loaders: dict[tuple[Any, ...], tuple[int, Any]] = {}
+        self._autocast = False  # `torch.autocast` was on in the training
         self._begins = 0  # trainings that have begun after the first step
         self._trained: Any = None  # weak reference to a parameter of the newest optimizer
 
@@ -89,7 +90,15 @@ class FactReports:
 
         facts = input_facts(tensor, model, self._batch_size, is_listed=is_listed)
         is_first = facts["batch_first"] and not self._is_part(int(tensor.shape[0]))
-        self.report(InfoKind.INPUT, **(facts | {"batch_first": is_first}))
+        autocast = facts["autocast"] or self._autocast
+        self.report(InfoKind.INPUT, **(facts | {"batch_first": is_first, "autocast": autocast}))
+
+    def autocast(self) -> None:
+        """Report that the training runs under `torch.autocast`, be it inside the call of the model."""
+        self._autocast = True
+        known = self._reported.get(InfoKind.INPUT)
+        if known is not None:
+            self.report(InfoKind.INPUT, **(known | {"autocast": True}))
 
     def batch(self, batch: Any) -> None:
         """Report what a batch consists of, if it is the largest so far."""

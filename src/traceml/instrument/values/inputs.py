@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from _thread import get_ident
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,11 +29,13 @@ from torch.compiler import is_compiling
 from torch.fx import _symbolic_trace
 
 from traceml.fail_open import fail_open
+from traceml.instrument.importlib_bootstrap import uncounted
+from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.batch_calls import BatchCalls, OnCalls
 from traceml.instrument.values.rollouts import RolloutSearch
 
-__all__ = ["BatchReader"]
+__all__ = ["BatchReader", "patch_autocast"]
 
 # Versions of torch that have both warn of the second one.
 _is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None) or _symbolic_trace.is_fx_tracing
@@ -296,3 +299,27 @@ def _copies(tensor: Any) -> int:
         whole = _functorch.get_unwrapped(whole)
 
     return whole.numel() // max(tensor.numel(), 1) if whole is not tensor else 1
+
+
+@uncounted
+def patch_autocast(patches: Patches, clock: StepClock, on_autocast: Callable[[], None]) -> None:
+    """Tell, once, that the training runs under `torch.autocast`.
+
+    Libraries turn it on inside the call of the model, around its `forward`, or around what calls it. A function that
+    `torch.compile` traces enters it then.
+
+    Args:
+        on_autocast: called without raising.
+    """
+    original = torch.autocast.__enter__
+    is_seen = False
+
+    def __enter__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
+        nonlocal is_seen
+        if not is_seen and self._enabled and torch.is_grad_enabled() and clock.thread == get_ident():
+            is_seen = True
+            on_autocast()
+
+        return original(self)
+
+    patches.wrap(torch.autocast, "__enter__", __enter__)
