@@ -174,3 +174,55 @@ def test_a_compiled_training_step_has_no_more_breaks(traced: Traced) -> None:
     traced.instrumentation.uninstall()
 
     assert with_hooks[:2] == breaks()[:2]
+
+
+def blocks(model: Net) -> None:
+    model.first = torch.compile(model.first, backend="eager")
+
+
+def blocks_in_place(model: Net) -> None:
+    model.first.compile(backend="eager")
+
+
+def own_forward(model: Net) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def itself(model: Net) -> None:
+    model.compile(backend="eager")
+
+
+def nothing(_model: Net) -> None:
+    """Leave it as it is."""
+
+
+@pytest.mark.parametrize(
+    ("compiles", "is_late", "compiled"),
+    [
+        (blocks, False, True),
+        (blocks_in_place, False, True),
+        (blocks_in_place, True, True),
+        (own_forward, False, True),
+        (itself, False, True),
+        (itself, True, True),
+        (nothing, False, False),
+    ],
+)
+def test_what_is_compiled_of_a_model_is_reported(
+    traced: Traced, compiles: Callable[[Net], None], is_late: bool, compiled: bool
+) -> None:
+    """Before or after its optimizer is made; of `is_late`, the model is reported twice."""
+    model = Net()
+    if not is_late:
+        compiles(model)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if is_late:
+        compiles(model)
+        model.second.compile(backend="eager")
+
+    train(model, optimizer)
+
+    traced.finish()
+    reported = [row["compiled"] for row in traced.info if row["kind"] == "model"]
+    assert reported == [False, True] if is_late else reported == [compiled]

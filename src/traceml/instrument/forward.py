@@ -371,8 +371,12 @@ def restore_module(module: Any) -> None:
 
 
 @uncounted
-def patch_compile(patches: Patches, make: TimerMaker) -> None:
-    """Keep timing a module after `compile()`, and stop replicas from calling the original."""
+def patch_compile(patches: Patches, make: TimerMaker, on_compiled: Callable[[Any], None]) -> None:
+    """Keep timing a module after `compile()`, and stop replicas from calling the original.
+
+    Args:
+        on_compiled: called with a module that compiled itself, without raising.
+    """
     module_type = torch.nn.Module
     compile_in_place, replicate = module_type.compile, module_type._replicate_for_data_parallel
 
@@ -382,6 +386,8 @@ def patch_compile(patches: Patches, make: TimerMaker) -> None:
         compile_in_place(self, *args, **kwargs)
         if timed:
             instrument_module(self, make)
+
+        on_compiled(self)
 
     def replicate_for_data_parallel(self: Any) -> Any:
         replica = replicate(self)

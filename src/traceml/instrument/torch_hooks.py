@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable
@@ -78,6 +79,7 @@ class TorchHooks:
         self.losses = LossReader(clock, flight.ring("losses"), CudaLosses())
         self.overhead = HookOverhead(timed_backward, flight)
         self.sizes: CollectiveSizes | None = None
+        self._compiled_models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._timer = timer_maker(clock, self.batches.measure)
         self.discovery = ModuleDiscovery(
             clock, self._timer, self._on_model, functools.partial(patch_optimizer, patches, clock)
@@ -86,7 +88,7 @@ class TorchHooks:
     def patch_passes(self) -> None:
         """Time forward and backward passes, and what is done with gradients."""
         clock, patches = self._clock, self._patches
-        patch_compile(patches, self._timer)
+        patch_compile(patches, self._timer, self.guard.wrap(self._compiled))
         patch_checkpoint_sequential(patches, clock, self.batches.measure)
         patch_training_mode(patches, clock, self.guard.wrap(self.discovery.evaluates))
         patch_backward(patches, clock, self.losses.read)
@@ -164,6 +166,13 @@ class TorchHooks:
     def _on_model(self, module: Any) -> None:
         patch_own_call(self._patches, self._clock, self.batches.measure, type(module))
         self._facts.model(module)
+
+    def _compiled(self, module: Any) -> None:
+        """Report models again whose modules compile themselves, each once."""
+        for model in self.discovery.models_with(module):
+            if model not in self._compiled_models:
+                self._compiled_models.add(model)
+                self._facts.model(model)
 
     @guarded
     def _optimizer_made(self, optimizer: Any) -> None:

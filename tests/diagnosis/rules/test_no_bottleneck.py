@@ -39,6 +39,7 @@ HALF = ModelFacts(dtype="torch.bfloat16", compiled=True)
         ({"model": PLAIN}, "torch.compile", "compiled already"),
         ({"model": COMPILED}, "It is compiled already.", "torch.compile"),
         ({"model": COMPILED, "compile_s": 12.0}, "compiled already, which took 12 s", "torch.compile"),
+        ({"model": PLAIN, "compile_s": 12.0}, "a smaller model or an accelerator", "compile"),  # it is not known what
         ({"threads": 1, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch uses 1 of 8 cores", "bf16"),
         ({"threads": 8, "hosts": {0: "h"}, "cores": {"h": 8}}, "torch.compile", "OMP_NUM_THREADS"),
         ({"model": HALF}, "32-bit floats in place of 16-bit ones", "torch.compile"),

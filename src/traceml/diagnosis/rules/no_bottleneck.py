@@ -451,7 +451,7 @@ def _on_device(facts: JobFacts) -> list[str]:
     if facts.use.throttled:
         found.append("the clocks of the device are lowered by heat or a fault, so look at its cooling and power")
 
-    if not model.compiled:
+    if not _compiles(facts):
         found.append("torch.compile")
 
     if model.dtype in (None, "torch.float32") and not facts.autocast:
@@ -459,6 +459,11 @@ def _on_device(facts: JobFacts) -> list[str]:
         found.append(f"bf16 autocast{tf32}, where the weights are in 32 bits")
 
     return [*found, *([] if found else [larger, "a smaller model"])]
+
+
+def _compiles(facts: JobFacts) -> bool:
+    """Whether the script compiles the model, or something else: which part it is may be unknown."""
+    return bool(facts.model.compiled or facts.compile_s)
 
 
 def _waits_for_launches(facts: JobFacts) -> bool:
@@ -486,7 +491,7 @@ def _on_cpu(facts: JobFacts) -> list[str]:
             "computes with them (lscpu shows amx_bf16, avx512_bf16 or bf16)"
         )
 
-    if not model.compiled:
+    if not _compiles(facts):
         found.append("torch.compile")
 
     return [*found, "a smaller model or an accelerator"]

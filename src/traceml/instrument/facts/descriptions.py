@@ -120,10 +120,8 @@ def model_facts(module: Any) -> dict[str, Any]:
     """Describe a timed model."""
     inner = module
     wrapped = None
-    compiled = False
     while True:  # OptimizedModule(DistributedDataParallel(model)) and the like, in any order
         name = type(inner).__name__
-        compiled = compiled or name == "OptimizedModule"
         wrapped = wrapped or _WRAPPERS.get(name)
         below = vars(inner).get("_modules", {})
         child = below.get("_orig_mod") or (below.get("module") if name in _WRAPPERS else None)
@@ -135,7 +133,6 @@ def model_facts(module: Any) -> dict[str, Any]:
     if wrapped is None and type(inner).__name__.startswith("FSDP"):
         wrapped = "fsdp2"
 
-    slot = vars(inner).get("_compiled_call_impl")
     torch: Any = sys.modules["torch"]
     parameters = [each for each in module.parameters() if not torch.nn.parameter.is_lazy(each)]
     return {
@@ -147,10 +144,17 @@ def model_facts(module: Any) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype) if parameters else None,
         "torch_threads": torch.get_num_threads(),
         "bound_cores": _bound_cores(),
-        "compiled": compiled or getattr(slot, "inner", None) is not None,
+        "compiled": any(_is_compiled(each) for each in module.modules()),
         "parallel": wrapped or ("dtensor" if any(_is_distributed(parameter) for parameter in parameters) else None),
         **_gradient_group(module),
     }
+
+
+def _is_compiled(module: Any) -> bool:
+    """Return whether a module is compiled: by `torch.compile` of it or of its `forward`, or by its own `compile()`."""
+    slot = vars(module).get("_compiled_call_impl")
+    in_place = slot.timed.inner if hasattr(slot, "timed") else slot
+    return in_place is not None or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
 
 
 def _bound_cores() -> list[int] | None:

@@ -89,6 +89,10 @@ class ModuleDiscovery:
 
         patches.wrap(torch.nn.Module, "__setstate__", __setstate__)
 
+    def models_with(self, module: Any) -> list[Any]:
+        """Return the known models that are or have the module."""
+        return [known for known in self._modules() if _is_inside(module, known)]
+
     def search_all(self, find: Callable[[], LiveObjects] = find_live, *, trains: bool = False) -> int:
         """Time all root modules that are alive; return the number of their optimizers.
 
