@@ -59,7 +59,7 @@ class RecordHandler(logging.Handler):
             body = msgpack.packb(_as_map(record), unicode_errors="surrogatepass")
             if not self._write(body):
                 self._write_as_text(record)
-        except (OSError, ValueError, TypeError):
+        except Exception:  # noqa: BLE001 - formatting runs the user's code; as in plain `logging`, the call goes on
             self.handleError(record)
 
     def _write(self, body: bytes) -> bool:

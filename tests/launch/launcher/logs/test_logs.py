@@ -317,6 +317,25 @@ def test_records_arrive_as_they_were(pipe: tuple[int, int]) -> None:
     assert second.getMessage() == "y" * 20_000
 
 
+class Unformattable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(("text", "given"), [("%(loss)s", ({"los": 1},)), ("%s", (Unformattable(),))])
+def test_a_record_that_cannot_be_formatted_is_reported_as_by_logging(
+    pipe: tuple[int, int], capsys: pytest.CaptureFixture[str], text: str, given: tuple[object, ...]
+) -> None:
+    """The call that logs it goes on, and later records arrive."""
+    handler = RecordHandler(pipe[1])
+    handler.handle(logging.LogRecord("a", logging.INFO, "", 0, text, given, None))
+    handler.handle(logging.LogRecord("a", logging.INFO, "", 0, "good", None, None))
+    arrived = RecordDecoder().feed(os.read(pipe[0], 65536))
+
+    assert [record.getMessage() for record in arrived] == ["good"]
+    assert "--- Logging error ---" in capsys.readouterr().err
+
+
 CHILD = """
 import logging, os, sys
 from traceml.launch.shared.log_records import install
