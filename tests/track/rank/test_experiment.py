@@ -363,6 +363,27 @@ def test_secrets_are_refused_where_they_would_be_stored() -> None:
     traceml.Experiment("e", options={"wandb": {"api_key_file": "/run/key"}})
 
 
+def test_a_secret_in_the_settings_leaves_no_experiment_open(script: Script, tmp_path: Path) -> None:
+    """An experiment that is begun by the script raises, and what is logged afterwards belongs to the run."""
+    (tmp_path / "traceml.toml").write_text('[backends.mlflow]\ntracking_uri = "http://jane:hunter22@tracking"\n')
+    finish(
+        script("""
+        import traceml
+        try:
+            traceml.Experiment("x", backend="mlflow").start()
+        except ValueError as error:
+            assert "looks like a secret" in str(error)
+        else:
+            raise AssertionError
+        assert traceml.get_active_experiment() is None
+        traceml.log_metric("loss", 1)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert [number for number, _ in stored.metrics] == [0]
+
+
 def test_a_sweeps_parameters(tmp_path: Path) -> None:
     """The file that W&B's agent leaves is read without its library; without a sweep, or with a broken file, nothing."""
     path = tmp_path / "config.yaml"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_port
-from tests.track.conftest import Script
+from tests.track.conftest import Script, Stored, ended_run, runs_in
 from traceml.track.rank.capture_lifecycle import TrackerWarnings
-from traceml.track.tracker_state import DeliveryPhase, TrackerState
+from traceml.track.tracker_state import DeliveryPhase, TrackerState, states_of
 
 
 def test_each_tracker_that_fails_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -85,3 +85,54 @@ def test_options_of_no_tracker_are_told(tmp_path: Path, script: Script) -> None:
         "the options of 'jsnol' are not used: there is no tracker 'jsnol'. Did you mean 'jsonl'?",
         "the options of 'mlfow' are not used: there is no tracker 'mlfow'. Did you mean 'mlflow'?",
     ]
+
+
+LOGS_TWICE = """
+import traceml
+traceml.log_metric("loss", 0.5)
+traceml.log_metric("loss", 0.25)
+traceml.shutdown()
+assert traceml.flush(timeout=60)
+"""
+
+
+def test_a_secret_in_the_settings_costs_its_tracker_alone(tmp_path: Path, script: Script) -> None:
+    """It is told, the training goes on, other trackers get the values, and the password is nowhere in the run."""
+    secret = '[backends.mlflow]\ntracking_uri = "http://jane:hunter22@tracking"\n'
+    (tmp_path / "traceml.toml").write_text(
+        f'backend = ["mlflow", "jsonl"]\n{secret}[backends.jsonl]\nfallback = "mlflow"\n'
+    )
+    process = script(LOGS_TWICE)
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, err
+    assert err.count("nothing is delivered to mlflow: option 'tracking_uri' of backend 'mlflow' looks like a") == 1
+    (run,) = runs_in(tmp_path / "traceml_runs")
+    assert [state.backend for state in states_of(run)] == ["jsonl"]
+    assert Stored(run).of("experiment")[0]["options"]["jsonl"] == {}
+    assert not [path for path in run.rglob("*") if path.is_file() and b"hunter22" in path.read_bytes()]
+
+
+def test_a_secret_of_the_only_tracker_leaves_the_store(tmp_path: Path, script: Script) -> None:
+    """The values are kept; an address without a password is used as it is."""
+    (tmp_path / "traceml.toml").write_text(
+        'backend = "mlflow"\n[backends.mlflow]\ntracking_uri = "http://jane:hunter22@tracking"\n'
+    )
+    process = script(LOGS_TWICE)
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, err
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert (stored.values("loss"), stored.of("experiment")) == ([0.5, 0.25], [])
+    assert "`traceml sync RUN --backend mlflow` delivers it" in err
+
+
+def test_an_address_without_a_password_is_not_reported(tmp_path: Path, script: Script) -> None:
+    """A place on this machine."""
+    (tmp_path / "traceml.toml").write_text('backend = "jsonl"\n[backends.jsonl]\npath = "values"\n')
+    process = script(LOGS_TWICE)
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, err
+    assert "nothing is delivered" not in err
+    assert list((tmp_path / "values").glob("*.jsonl"))

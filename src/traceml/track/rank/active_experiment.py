@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from traceml import settings
+from traceml.fail_open import fail_open
 from traceml.recorder.current_recorder import current_recorder, on_change
 from traceml.recorder.identity import script_name
-from traceml.track.rank.announcement import announcement
+from traceml.track.rank.announcement import announcement, storable_trackers
 from traceml.track.rank.logger import Logger
 
 __all__ = ["ExperimentLoggers", "loggers"]
 
+_log = logging.getLogger("traceml")
 _UNDECIDED = 10_000
 
 
@@ -112,15 +115,23 @@ class ExperimentLoggers:
     def _root_row(self, config: settings.Config) -> dict[str, Any] | None:
         """Return the announcement of the run's own experiment.
 
-        None if the settings name no tracker, and in a spawned child, whose parent has announced it.
+        None if the settings name no tracker that may be used, and in a spawned child, whose parent has announced it.
         """
         if not config.backend or self.root.experiment:
             return None
 
-        self.note_backends(self.root.experiment, config.backend)
-        name = config.run_name or config.run_id or script_name()
-        about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
-        return about | announcement(config, config.backend, config.backend_options)
+        with fail_open(_log, "track", "the run could not be announced to its trackers"):
+            chosen = storable_trackers(config)
+            if not chosen.backends:
+                return None
+
+            name = config.run_name or config.run_id or script_name()
+            about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
+            row = about | announcement(config, chosen.backends, chosen.options)
+            self.note_backends(self.root.experiment, chosen.backends)
+            return row
+
+        return None
 
 
 loggers = ExperimentLoggers()

@@ -34,6 +34,7 @@ __all__ = [
     "check_options",
     "choose_trackers",
     "refuse_secrets",
+    "storable_trackers",
 ]
 
 _log = logging.getLogger("traceml")
@@ -240,6 +241,37 @@ def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
                     f"option {key!r} of backend {backend!r} looks like a secret, which would be stored with the run. "
                     f"Put it into {variable}, or into a file of mode 0600 that `api_key_file` names"
                 )
+
+
+def storable_trackers(config: settings.Config) -> ChosenTrackers:
+    """Return the trackers of the settings, without those whose options hold a secret; warn once of each of these.
+
+    A training must not end because of a settings file, which may be meant for another script.
+    """
+    storable: dict[str, dict[str, Any]] = {}
+    for backend, values in config.backend_options.items():
+        try:
+            refuse_secrets({backend: values})
+        except UsageError as error:
+            _warn_of_refused(backend, error)
+        else:
+            storable[backend] = dict(values)
+
+    refused = config.backend_options.keys() - storable.keys()
+    for values in storable.values():
+        if values.get("fallback") in refused:
+            del values["fallback"]
+
+    return ChosenTrackers(tuple(name for name in config.backend if name not in refused), storable)
+
+
+def _warn_of_refused(backend: str, error: UsageError) -> None:
+    if f"secret {backend}" not in _warned:
+        _warned.add(f"secret {backend}")
+        _log.warning(
+            "nothing is delivered to %s: %s. What is logged is kept: after that, `traceml sync RUN --backend %s` "
+            "delivers it", backend, error, backend,
+        )  # fmt: skip
 
 
 def _with_places(options: Mapping[str, Mapping[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from traceml.errors import PluginError
 from traceml.fail_open import fail_open
 from traceml.recorder.current_recorder import current_recorder, on_start
 from traceml.track.rank.active_experiment import loggers
-from traceml.track.rank.announcement import check_backends
+from traceml.track.rank.announcement import check_backends, storable_trackers
 from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, states_of
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def _check_backends(config: Config) -> None:
         check_backends(config.backend, config.backend_options, source=config.sources.get("backend", ""))
     except PluginError as error:
         _log.warning("%s", error)  # a setting may be meant for another script
+
+    storable_trackers(config)  # warns
 
 
 def start(config: Config | None = None, *, collect: bool = True, numbers_only: bool = False) -> None:

@@ -134,6 +134,7 @@ class Experiment:
         if recorder is not None:
             chosen = choose_trackers(config, self.backends, self._options)
             check_backends(self.backends or tuple(self._options), chosen.options)
+            refuse_secrets(chosen.options)  # before it is active
             if recorder.rank_identity.rank == 0:
                 chosen.say()
 
