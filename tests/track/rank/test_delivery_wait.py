@@ -147,6 +147,29 @@ def test_sync_delivers_what_is_left(script: Script, tmp_path: Path) -> None:
     assert (earlier.path / "jsonl" / "x.jsonl").read_text().count('"loss"') == 2
 
 
+def test_sync_of_the_own_run_does_not_wait_for_its_end(script: Script) -> None:
+    """By folder, id and `latest`: what was logged so far is delivered, as by `flush`."""
+    out = finish(
+        script(
+            """
+        import pathlib, traceml
+        traceml.log_metric("x", 1)
+        assert traceml.flush()
+        folder = pathlib.Path("traceml_runs/values")
+        for value, run in enumerate((folder, folder.name, "latest", "traceml_runs/latest/")):
+            traceml.log_metric("x", value)
+            delivered = traceml.sync(run, timeout=60)
+            (path,) = folder.glob("jsonl/*.jsonl")
+            print(delivered, path.read_text().count('"x"'))
+        """,
+            **QUICK,
+            TRACEML_BACKEND="jsonl",
+            TRACEML_RUN_ID="values",
+        )
+    )
+    assert out.splitlines() == [f"True {count}" for count in (2, 3, 4, 5)]
+
+
 def test_sync_starts_nothing_when_tracing_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by a variable, before anything was logged, nor with a disabled recorder; a named run is synced."""
     started: list[list[str]] = []

@@ -82,8 +82,8 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
         >>> has_everything = traceml.sync(timeout=20)
 
     Args:
-        run: folder or id of a run; it waits while the run is recorded. By default the run of this process, and without
-            one all that have ended in the runs folder; when tracing is off, none.
+        run: folder or id of a run; it waits while another process records the run. By default the run of this
+            process, and without one all that have ended in the runs folder; when tracing is off, none.
         timeout: longest wait in seconds; what is left then stays in the run, for another call.
 
     Raises:
@@ -93,7 +93,7 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
     if run is not None:
         run = path_text(run, "a run")
 
-    if run is None and recorder is not None and recorder.enabled:
+    if recorder is not None and recorder.enabled and (run is None or _is_own(run, recorder)):
         return flush(timeout)
     if run is None and not _is_tracing_enabled(recorder):
         return True
@@ -116,6 +116,13 @@ def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None
         _log.warning("traceml sync: %s", complaint.removeprefix("traceml sync: "))
 
     return done.returncode == 0
+
+
+def _is_own(run: str, recorder: Recorder) -> bool:
+    """Whether a folder or id is that of the run that this process records: the command would wait for its end."""
+    own = recorder.run_dir
+    named = (Path(run), recorder.config.runs_dir / run)
+    return own is not None and any(path.resolve() == own.resolve() for path in named)
 
 
 def _is_tracing_enabled(recorder: Recorder | None) -> bool:
