@@ -239,6 +239,7 @@ def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
         traceml.log_text("short", "s")
         traceml.log_text("long", "l" * 3_000_000)
         traceml.log_histogram("h", [1, 2, 2, 3, float("nan")], bins=2, step=3)
+        traceml.log_histogram("fine", [0, 1], bins=65_536)
         """)
     )
 
@@ -251,8 +252,9 @@ def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
         "long.txt": "l" * 3_000_000,
     }
     assert [row["text"] for row in stored.of("text")] == ["s"]
-    (row,) = stored.of("histogram")
+    row, fine = stored.of("histogram")
     assert (row["counts"], row["edges"], row["not_finite"], row["step"]) == ([1, 3], [1.0, 2.0, 3.0], 1, 3)
+    assert (len(fine["counts"]), sum(fine["counts"]), len(fine["edges"])) == (65_536, 2, 65_537)
 
 
 def test_the_working_folder(script: Script, tmp_path: Path) -> None:

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from traceml.errors import ArgumentTypeError, UsageError
 
-__all__ = ["DeferredValue", "checked_name", "copied_to_host", "items_of", "number_of", "params_of", "plain", "step_of"]
+__all__ = [
+    "DeferredValue",
+    "PlainList",
+    "checked_name",
+    "copied_to_host",
+    "items_of",
+    "number_of",
+    "params_of",
+    "plain",
+    "step_of",
+]
 
+_log = logging.getLogger("traceml")
 _TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
 _SMALL_ARRAY = 1001
 _DEPTH = 8
 _INT64 = 2**63
+_warned: set[str] = set()
+
+
+class PlainList(list[Any]):
+    """List of numbers whose length the caller has checked: `plain` takes it as it is."""
 
 
 class DeferredValue:
@@ -123,30 +140,45 @@ def step_of(step: Any) -> int:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Return a value as numbers, texts, lists and maps, which msgpack can hold; anything else as its `repr`."""
+    """Return a value as numbers, texts, lists and maps, which msgpack can hold; anything else as its `repr`.
+
+    What is too long is cut, with a warning.
+    """
     kind = type(value)
-    if value is None or kind is bool or kind is float:
+    if value is None or kind is bool or kind is float or kind is PlainList:
         return value
 
     if kind is int:
         return value if -_INT64 <= value < 2 * _INT64 else _digits(value)
 
     if isinstance(value, str):
+        _warn_of_cut(value, _TEXT_CHARS, "text", "characters")
         return str(value)[:_TEXT_CHARS]
 
     if kind is bytes:
         return value
 
     if depth < _DEPTH and isinstance(value, Mapping):
+        _warn_of_cut(value, _ITEMS, "map", "items")
         return {str(key): plain(item, depth + 1) for key, item in list(value.items())[:_ITEMS]}
 
     if depth < _DEPTH and isinstance(value, list | tuple | set | frozenset):
+        _warn_of_cut(value, _ITEMS, "list", "items")
         return [plain(item, depth + 1) for item in list(value)[:_ITEMS]]
 
     try:
         return _plain_object(value, kind.__name__, depth)
     except Exception as error:  # noqa: BLE001 - a user's object may raise anything
         return f"<{kind.__name__}: {type(error).__name__}>"
+
+
+def _warn_of_cut(value: Sized, limit: int, kind: str, unit: str) -> None:
+    if len(value) > limit and kind not in _warned:
+        _warned.add(kind)
+        _log.warning(
+            "a logged %s of %s %s is cut after %s; log_artifact takes it whole, as a file",
+            kind, f"{len(value):,}", unit, f"{limit:,}",
+        )  # fmt: skip
 
 
 def _plain_object(value: Any, kind: str, depth: int) -> Any:

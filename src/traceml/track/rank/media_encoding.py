@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from traceml.database.file_contents import Content, LaterBytes, Pixels, encode_array
 from traceml.errors import ArgumentTypeError, UsageError
-from traceml.track.rank.logged_values import copied_to_host
+from traceml.track.rank.logged_values import PlainList, copied_to_host
 
 __all__ = ["histogram_of", "image_of"]
 
@@ -92,17 +92,22 @@ def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
         raise UsageError(f"a histogram must have 1 to {_MAX_BINS:,} intervals, not {bins!r:.100}")
 
     if hasattr(values, "detach"):
-        return _counted_by_torch(values, bins)
+        return _row_of(*_counted_by_torch(values, bins))
 
     if isinstance(values, Iterable) and not isinstance(values, Sequence) and not hasattr(values, "__array__"):
         values = list(values)
 
     try:
-        return _counted(values, bins)
+        return _row_of(*_counted(values, bins))
     except (TypeError, ValueError):
         raise ArgumentTypeError(
             f"a histogram must be made of numbers, not {type(values).__name__} {values!r:.100}"
         ) from None
+
+
+def _row_of(counts: list[int], edges: list[float], not_finite: int) -> tuple[list[int], list[float], int]:
+    """Mark the lists, which have no more than `_MAX_BINS` items, as ready for the row."""
+    return PlainList(counts), PlainList(edges), not_finite
 
 
 def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], int]:
