@@ -26,6 +26,7 @@ __all__ = [
     "SettingEntry",
     "SettingSources",
     "former_setting",
+    "setting_name",
 ]
 
 ENV_PREFIX = "TRACEML_"
@@ -227,7 +228,7 @@ class SettingSources:
             yield name, value, str(path), key
 
     def _known(self, key: str, value: Any, source: str, written: str) -> str:
-        name = _ALIASES.get(key, key)
+        name = setting_name(key)
         if name in self._declared:
             return name
 
@@ -239,7 +240,7 @@ class SettingSources:
 
         near = difflib.get_close_matches(key, [*self._declared, *_ALIASES], n=1)
         # A value under a misspelled name may be a secret: it is not repeated.
-        hidden = any(self._declared[_ALIASES.get(name, name)].secret for name in near) or "token" in key.lower()
+        hidden = any(self._declared[setting_name(name)].secret for name in near) or "token" in key.lower()
         problem = "there is no such setting" + ("" if hidden else f"; its value is {value!r:.100}")
         is_variable = written.upper().startswith(ENV_PREFIX)
         meant = [f"{ENV_PREFIX}{name.upper()}" if is_variable else repr(name) for name in near]
@@ -358,6 +359,11 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # also other bytes than UTF-8, long numbers, and tables too deep
         raise SettingsError(path.name, f"is not TOML: {error}", source=str(path), allowed="a TOML file") from error
+
+
+def setting_name(key: str) -> str:
+    """Return the name of a setting that may be given by another spelling; any other text as it is."""
+    return _ALIASES.get(key, key)
 
 
 def former_setting(key: str, *, is_variable: bool) -> str | None:

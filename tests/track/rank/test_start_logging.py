@@ -76,7 +76,7 @@ def test_config_holds_settings(script: Script, tmp_path: Path) -> None:
                   "exclude": ["secret/*"], "metrics_interval": 5, "backend_url": "elsewhere", "track_git": False}
         traceml.start_logging(config=config)
         writer.add_scalar("hidden", 1.0, 1)
-        traceml.start_logging("captured", config={"backend": "jsonl", "experiment_name": "other"})
+        traceml.start_logging("captured", config={"backends": ["jsonl"], "experiment_name": "other"})
         writer.add_scalar("seen", 2.0, 2)
         writer.close()
         """
@@ -89,6 +89,7 @@ def test_config_holds_settings(script: Script, tmp_path: Path) -> None:
     assert (plain["exclude"], plain["metrics_interval"]) == (["secret/*"], 5.0)
     assert plain["options"] == {"jsonl": {"path": "elsewhere"}}
     assert (captured["name"], captured["exclude"], captured["metrics_interval"]) == ("captured", [], 30.0)
+    assert captured["backends"] == ["jsonl"]
     assert [(metric.name, number) for number, metric in stored.metrics] == [("seen", captured["experiment"])]
     assert "git" not in {row["name"] for row in stored.of("collected")}
 
@@ -138,6 +139,8 @@ def test_unknown_names_are_reported() -> None:
         traceml.start_logging("e", config={"track_tensorbord": False})
     with pytest.raises(SettingsError, match="'often' is not allowed"):
         traceml.start_logging("e", config={"metrics_interval": "often"})
+    with pytest.raises(SettingsError, match="backends: sets the same as 'backend', which is set, too"):
+        traceml.start_logging("e", config={"backend": "jsonl", "backends": ["mlflow"]})
 
     assert traceml.get_active_experiment() is None
 

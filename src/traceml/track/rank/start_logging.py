@@ -10,6 +10,7 @@ from traceml import settings
 from traceml.errors import SettingsError, UsageError
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.lifecycle import in_fixed_folder
+from traceml.setting_sources import setting_name
 from traceml.track.rank.announcement import PER_EXPERIMENT
 from traceml.track.rank.experiment import Experiment, names_of, open_experiments
 
@@ -85,7 +86,7 @@ def _stop_last() -> None:
 
 def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings in a configuration, and the arguments of `start_logging` in it."""
-    _check_names(config)
+    config = _by_name(config)
     arguments = {key: config[key] for key in _ARGUMENTS if config.get(key) is not None}
     given = {key: value for key, value in config.items() if key not in {*_ARGUMENTS, *_SWITCHES}}
     switches = {_SWITCHES[key]: bool(value) for key, value in config.items() if key in _SWITCHES}
@@ -118,15 +119,29 @@ def _changed_since(running: settings.Config | None) -> dict[str, Any]:
     }
 
 
-def _check_names(config: Mapping[str, Any]) -> None:
-    """Refuse names that neither Tracelet nor traceml knows."""
+def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration by the settings' own names.
+
+    Raises:
+        SettingsError: neither Tracelet nor traceml knows a name, or two of them are of one setting.
+    """
     known = {*settings.declarations(), *_SWITCHES, *_ARGUMENTS}
+    spellings: dict[str, str] = {}
     for key in config:
-        if key not in known:
+        name = setting_name(key)
+        if name not in known:
             near = get_close_matches(key, sorted(known), n=1)
             problem = "no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
             allowed = f"{', '.join(sorted({*PER_EXPERIMENT, *_SWITCHES, *_ARGUMENTS}))}. Parameters go to log_params"
             raise SettingsError(str(key), problem, source=_SOURCE, allowed=allowed)
+
+        if name in spellings:
+            problem = f"sets the same as {spellings[name]!r}, which is set, too"
+            raise SettingsError(key, problem, source=_SOURCE, allowed="one of the two")
+
+        spellings[name] = key
+
+    return {name: config[key] for name, key in spellings.items()}
 
 
 def _refuse_late(running: settings.Config, wanted: settings.Config) -> None:
