@@ -259,6 +259,27 @@ def test_the_settings_trackers_get_everything_without_any_init(script: Script, t
     assert {row["name"] for row in stored.of("collected")} >= {"environment", "system"}
 
 
+def test_an_experiment_that_a_shutdown_has_ended_loses_nothing(script: Script, tmp_path: Path) -> None:
+    """Its own end, by `with`, comes too late to be a row, and nothing is said to be lost; a later value is."""
+    process = script("""
+        import sys, traceml
+        with traceml.Experiment("e", backend="jsonl") as experiment:
+            experiment.log_metric("x", 1)
+            traceml.shutdown()
+        assert traceml.get_active_experiment() is None
+        print("closed", file=sys.stderr)
+        traceml.log_metric("x", 2)
+        """)
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, err
+    until_closed, _, rest = err.partition("closed")
+    assert "not recorded" not in until_closed
+    assert "what is logged from now on is not recorded" in rest
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert (stored.values("x"), stored.of("end"), stored.state) == ([1.0], [], "finished")
+
+
 def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path: Path) -> None:
     """Each has a run of its own, with nothing of the other's in it; a mere call after a shutdown only warns."""
     process = script(

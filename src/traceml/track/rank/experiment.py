@@ -165,6 +165,8 @@ class Experiment:
     def end(self, state: str = RunStatus.FINISHED.value) -> None:
         """End it: trackers close their run when all is delivered. `with` does this too.
 
+        `traceml.shutdown()` has ended it with the run, in the state of the run.
+
         Args:
             state: `finished`, `stopped` or `failed`.
 
@@ -180,11 +182,13 @@ class Experiment:
 
         self._is_active = False
         logger = self._begun_logger()
-        media.wait(logger)
-        logger.row("end", state=str(state), values=logger.values)
+        recorder = current_recorder()
+        if recorder is None or not recorder.is_over:
+            media.wait(logger)
+            logger.row("end", state=str(state), values=logger.values)
+
         open_experiments.remove(self)
         loggers.deactivate(logger)
-        recorder = current_recorder()
         if not open_experiments or recorder is None:
             capture_lifecycle.pause()
         else:
