@@ -87,8 +87,13 @@ class ExperimentLoggers:
 
     def settle(self) -> None:
         """Run the actions that wait for the experiment that represents the run."""
-        while self._undecided:
-            self._undecided.popleft()(self._open[0] if self._open else self._first or self.root)
+        while True:
+            try:
+                action = self._undecided.popleft()
+            except IndexError:  # also where another thread has just taken the last one
+                return
+
+            action(self._open[0] if self._open else self._first or self.root)
 
     def forget_run(self, forked: bool) -> None:
         """Forget which experiment represents the run: the next recorder has another run.
