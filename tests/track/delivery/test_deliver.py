@@ -19,6 +19,7 @@ import pytest
 from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
+from traceml.track.delivery.audit import AuditLog
 from traceml.track.tracker_state import (
     EXIT_AGAIN,
     EXIT_BROKEN,
@@ -587,6 +588,27 @@ def test_secrets_are_masked_and_rest_nowhere(run: LoggedRun) -> None:
     assert sum(line["sent"].get("params", 0) for line in audit) == 1
     assert audit[-1]["masked"] == {"secret": 2, "custom": 1, "email": 2}
     assert {"api_key", "note"} <= {name for line in audit for name in line["names"]}
+
+
+def test_an_audit_log_that_cannot_be_written_is_no_failure_of_the_tracker(run: LoggedRun) -> None:
+    """It has taken the rows, and gets none of them again; the log counts them once it can be written."""
+    folder = faulty(run)
+    run.metrics({"a": [1.0, 2.0]})
+    run.row("params", params={"lr": 0.1})
+    run.end()
+    path = run.path / "trackers" / "audit.jsonl"
+    path.mkdir(parents=True)
+
+    done = deliver(run.path, FAULTY)
+
+    state = state_of(run.path, FAULTY)
+    assert (done.returncode, state.phase, state.error) == (EXIT_DONE, "done", "")
+    assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
+    assert done.stderr.count(f"{path} cannot be written, delivery to {FAULTY} goes on") == 1
+
+    path.rmdir()
+    AuditLog(run.path, state).write("there", {}, force=True)
+    assert lines_of(run.path, "trackers/audit.jsonl")[0]["sent"] == {"metrics": 2, "params": 1}
 
 
 def test_a_backend_that_would_leave_the_machine_is_refused_under_local_only(run: LoggedRun) -> None:

@@ -7,6 +7,7 @@ next line. The counts are part of the delivery's state, so a death loses none of
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ __all__ = ["AUDIT_NAME", "AuditLog"]
 AUDIT_NAME = "audit.jsonl"
 _EVERY_S = 60.0
 _NAMES_PER_LINE = 1000
+
+_log = logging.getLogger("traceml")
 
 
 class AuditLog:
@@ -35,6 +38,7 @@ class AuditLog:
         self._seen: set[str] = set()
         self._new: list[str] = []
         self._written_s = time.monotonic()
+        self._has_warned = False
 
     @property
     def _sent(self) -> AuditState:
@@ -58,12 +62,12 @@ class AuditLog:
     def write(self, target: str, masked: dict[str, int], *, force: bool = False) -> None:
         """Write a line for everything since the last one, if a line is due.
 
+        Where it cannot be written, the next one counts for it: the tracker has accepted the rows, which must not be
+        sent again.
+
         Args:
             target: address or path of the tracker.
             masked: number of masked values of each kind since the process began.
-
-        Raises:
-            OSError: the file cannot be written.
         """
         counts = self._sent.get("counts", {})
         is_plain = not self._new and set(counts) <= {"metrics"}
@@ -75,10 +79,22 @@ class AuditLog:
             "bytes": self._sent.get("bytes", 0), "masked": masked, "names": self._new[:_NAMES_PER_LINE],
             "more_names": max(len(self._new) - _NAMES_PER_LINE, 0), "pid": os.getpid(),
         }  # fmt: skip
-        self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("a") as file:  # one write, so that lines of several processes do not mix
-            file.write(json.dumps(line) + "\n")
+        if self._append(json.dumps(line) + "\n"):
+            self._state.resume["audit"] = {}
+            self._new.clear()
+            self._written_s = time.monotonic()
 
-        self._state.resume["audit"] = {}
-        self._new.clear()
-        self._written_s = time.monotonic()
+    def _append(self, line: str) -> bool:
+        """Append a line; return whether it could be written."""
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("a") as file:  # one write, so that lines of several processes do not mix
+                file.write(line)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                _log.warning("%s cannot be written, delivery to %s goes on: %s", self._path, self._state.backend, error)
+
+            return False
+
+        return True
