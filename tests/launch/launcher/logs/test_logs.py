@@ -317,6 +317,46 @@ def test_records_arrive_as_they_were(pipe: tuple[int, int]) -> None:
     assert second.getMessage() == "y" * 20_000
 
 
+class Unwritable(io.StringIO):
+    def write(self, _text: str) -> int:
+        raise RuntimeError("not from this thread")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_screen_that_raises_anything_costs_its_own_output(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, plain: bool
+) -> None:
+    """It is told once; other handlers get everything, and the thread that workers wait for goes on."""
+    monkeypatch.setattr(sys, "stdout", Unwritable())
+    keeping = Keeping()
+    handlers = make_handlers("auto", {"node1": 1}, lambda: None, plain=plain)
+    routed([*handlers, keeping], (0, "out", b"one\n"), (0, "out", b"two\n"))
+
+    assert [record.getMessage() for record in keeping.records] == ["one", "two"]
+    assert [("cannot write: not from this thread" in message) for message in caplog.messages] == [True]
+
+
+def test_output_without_a_console_goes_to_the_other_handlers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python has no sys.stdout where the descriptor was closed; errors still go to sys.stderr, if there is one."""
+    err, keeping = io.StringIO(), Keeping()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", err)
+    handlers = make_handlers("auto", {"node1": 1}, lambda: None, plain=True)
+    pieces = (0, "out", b"out\n"), (0, "err", b"err\n")
+    routed([*handlers, stream_handler("node1", 0), keeping], *pieces)
+    assert err.getvalue() == "err\n"
+
+    monkeypatch.setattr(sys, "stdout", (out := io.StringIO()))
+    monkeypatch.setattr(sys, "stderr", None)
+    routed([*make_handlers("auto", {"node1": 1}, lambda: None, plain=True), keeping], *pieces)
+
+    assert out.getvalue() == "out\n"
+    assert [record.getMessage() for record in keeping.records] == ["out", "err"] * 2
+    assert not caplog.messages
+
+
 class Unformattable:
     def __str__(self) -> str:
         raise RuntimeError("no text")

@@ -206,7 +206,7 @@ class LineHandler(logging.Handler):
         """Flush the written lines."""
         try:
             self.flush()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a stream of the user may raise anything, and workers wait for us
             self._give_up(error)
 
     def _write(self, text: str) -> None:
@@ -218,7 +218,7 @@ class LineHandler(logging.Handler):
 
         try:
             self._write(text)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - as above
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -300,8 +300,16 @@ class _StreamHandler(LineHandler):
     def __repr__(self) -> str:
         return f"stream_handler({self._stream!r})"
 
+    @property
+    def _target(self) -> TextIO | None:
+        """Stream to write to; None where this process has none, as without a console."""
+        return self._stream or sys.stdout
+
     def _write(self, text: str) -> None:
-        stream = self._stream or sys.stdout
+        stream = self._target
+        if stream is None:
+            return
+
         try:
             stream.write(text)
         except UnicodeEncodeError:
@@ -326,6 +334,10 @@ class PlainHandler(_StreamHandler):
     def __init__(self, hostname: str, local_rank: int, out: TextIO | None, err: TextIO | None) -> None:
         super().__init__(hostname, local_rank, None, layout="%(message)s")
         self._out, self._err = out, err
+
+    @property
+    def _target(self) -> TextIO | None:
+        return self._stream  # that of the last line's kind
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record to `err`."""
