@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from tests.track.conftest import Script, Stored, ended_run, finish
 from traceml.aggregator.unfinished_runs import finish_flights
 from traceml.database.file_contents import Content, LaterBytes, RefusedFileError, copy_content
 from traceml.errors import ArgumentTypeError, UsageError
+from traceml.track.rank import media_encoding
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 
@@ -398,6 +399,28 @@ def test_an_unusual_array_is_no_error_of_the_call(image: object) -> None:
 def test_histograms_agree_whatever_holds_the_values(values: object) -> None:
     """Lists, arrays and tensors give the same counts and edges."""
     assert histogram_of(values, 4) == ([1, 2, 0, 1], [0.0, 1.0, 2.0, 3.0, 4.0], 0)
+
+
+class OnDevice(torch.Tensor):
+    """Tensor that records what is computed with it."""
+
+    calls: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append(function.__name__)
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) if function.__name__ == "cpu" else found
+
+
+def test_a_tensor_is_counted_on_the_host_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its device has no memory to spare: nothing is computed there."""
+    monkeypatch.setattr(media_encoding, "_CHUNK_VALUES", 2)
+    monkeypatch.setattr(OnDevice, "calls", [])
+    values = torch.tensor([[0.0, 1.0, math.nan], [1.0, math.inf, 4.0], [math.nan, math.inf, 3.0]]).as_subclass(OnDevice)
+
+    assert histogram_of(values, 4) == ([1, 2, 0, 2], [0.0, 1.0, 2.0, 3.0, 4.0], 4)
+    assert {*OnDevice.calls} - {"__get__"} == {"detach", "cpu"}
 
 
 def test_histograms_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -20,6 +20,7 @@ __all__ = ["histogram_of", "image_of"]
 
 _MAX_BINS = 65_536
 """Intervals of a histogram; its row must fit into a frame."""
+_CHUNK_VALUES = 1 << 18  # of a tensor, counted at once
 _MAGIC = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"))
 
 
@@ -117,11 +118,29 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
         kind = "one without data" if values.is_meta else f"a {values.layout} one{dense}"
         raise ArgumentTypeError(f"a histogram must be made of a dense tensor, not of {kind}")
 
-    flat = values.detach().reshape(-1).double()
-    finite = flat[torch.isfinite(flat)].cpu()
-    value_range = _HistogramRange.of(float(finite.min()), float(finite.max()), bins) if finite.numel() else _UNIT
-    at = (value_range.places(finite) * bins).long().clamp_(max=bins - 1)
-    return torch.bincount(at, minlength=bins).tolist(), value_range.edges(bins), flat.numel() - finite.numel()
+    flat = values.detach().cpu().reshape(-1)  # on a device, doubles of it could be too large for the memory left
+    low, high, number = math.inf, -math.inf, 0
+    for finite in _finite_chunks(flat):
+        if finite.numel():
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+            number += finite.numel()
+
+    value_range = _HistogramRange.of(low, high, bins) if number else _UNIT
+    counts = torch.zeros(bins, dtype=torch.long)
+    for finite in _finite_chunks(flat):
+        at = (value_range.places(finite) * bins).long().clamp_(max=bins - 1)
+        counts += torch.bincount(at, minlength=bins)
+
+    return counts.tolist(), value_range.edges(bins), flat.numel() - number
+
+
+def _finite_chunks(flat: Any) -> Iterator[Any]:
+    """Yield the finite values of a tensor as doubles, a part at a time."""
+    torch = sys.modules["torch"]
+    for part in flat.split(_CHUNK_VALUES):
+        doubles = part.double()
+        is_finite = torch.isfinite(doubles)
+        yield doubles if is_finite.all() else doubles[is_finite]  # a selection takes longer than all the rest
 
 
 def _counted(values: Any, bins: int) -> tuple[list[int], list[float], int]:
