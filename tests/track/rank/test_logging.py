@@ -11,6 +11,7 @@ import pytest
 
 from tests.aggregator.conftest import Serving
 from tests.eventually import eventually
+from tests.ports import free_port
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
 from traceml.aggregator.unfinished_runs import finish_flights
 from traceml.runs.run import load_run
@@ -533,3 +534,41 @@ def test_a_local_aggregator_that_dies_is_replaced(script: Script, tmp_path: Path
 
     values = ended_run(runs).values("x")
     assert values == [float(i) for i in range(len(values))]
+
+
+OF_BOTH_RANKS = """
+import datetime, sys, torch, torch.distributed as dist, traceml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+mesh = init_device_mesh("cpu", (2,))
+norm, weight = torch.tensor(2.0), torch.ones(4)
+if dist.get_rank() == 0:  # a collective operation here would wait for the other rank
+    traceml.log_metric("whole", DTensor.from_local(norm, mesh, [Replicate()], run_check=False), 0)
+    for step in range(2):
+        traceml.log_metric("part", DTensor.from_local(norm, mesh, [Partial()], run_check=False), step)
+    traceml.log_histogram("whole", DTensor.from_local(weight, mesh, [Replicate()], run_check=False), 0, bins=2)
+    try:
+        traceml.log_histogram("part", DTensor.from_local(weight, mesh, [Shard(0)], run_check=False), 0)
+    except TypeError as error:
+        print(error)
+dist.barrier()
+traceml.log_metric("end", 1)
+dist.destroy_process_group()
+"""
+
+
+def test_a_distributed_tensor_is_read_without_the_other_ranks(script: Script, tmp_path: Path) -> None:
+    """One with a copy on each rank as a number; of one in parts, as FSDP has norms, the way to the number is said."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first, second = (script(OF_BOTH_RANKS, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2))
+    out, err = first.communicate(timeout=240)
+    finish(second)
+
+    assert first.returncode == 0, err
+    assert "of which each rank has a part: full_tensor() makes one" in out
+    assert err.count("a DTensor of which each rank has a part is logged as text") == 1
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert stored.values("whole") == [2.0]
+    assert [row["value"].startswith("DTensor(") for row in stored.of("value")] == [True, True]
+    assert [sum(row["counts"]) for row in stored.of("histogram")] == [4]

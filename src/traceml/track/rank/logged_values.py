@@ -20,6 +20,7 @@ __all__ = [
     "params_of",
     "plain",
     "step_of",
+    "whole_of",
 ]
 
 _log = logging.getLogger("traceml")
@@ -99,7 +100,33 @@ def _of_tensor(tensor: Any, device: str) -> Any:
     if tensor.numel() != 1 or tensor.is_complex() or device == "meta":
         return tensor
 
-    return float(tensor.item()) if device == "cpu" else DeferredValue(tensor)
+    whole = whole_of(tensor)
+    if whole is None:
+        _warn_of_part(tensor)
+        return tensor
+
+    return float(whole.item()) if device == "cpu" else DeferredValue(whole)
+
+
+def whole_of(tensor: Any) -> Any:
+    """Return a tensor with all its values on this rank, of a `DTensor` its own copy; None if this rank has a part.
+
+    To read such a one is a collective operation, in which the other ranks may not take part: they need not log it.
+    """
+    placements = getattr(tensor, "placements", None)
+    if placements is None or not hasattr(tensor, "to_local"):
+        return tensor
+
+    return tensor.to_local() if all(each.is_replicate() for each in placements) else None
+
+
+def _warn_of_part(tensor: Any) -> None:
+    if "part" not in _warned:
+        _warned.add("part")
+        _log.warning(
+            "a %s of which each rank has a part is logged as text: log its value.full_tensor(), which all ranks must "
+            "call", type(tensor).__name__,
+        )  # fmt: skip
 
 
 def checked_name(name: Any) -> str:

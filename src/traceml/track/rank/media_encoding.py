@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from traceml.database.file_contents import Content, LaterBytes, Pixels, encode_array
 from traceml.errors import ArgumentTypeError, UsageError
-from traceml.track.rank.logged_values import PlainList, copied_to_host
+from traceml.track.rank.logged_values import PlainList, copied_to_host, whole_of
 
 __all__ = ["histogram_of", "image_of"]
 
@@ -118,7 +118,14 @@ def _counted_by_torch(values: Any, bins: int) -> tuple[list[int], list[float], i
         kind = "one without data" if values.is_meta else f"a {values.layout} one{dense}"
         raise ArgumentTypeError(f"a histogram must be made of a dense tensor, not of {kind}")
 
-    flat = values.detach().cpu().reshape(-1)  # on a device, doubles of it could be too large for the memory left
+    whole = whole_of(values.detach())
+    if whole is None:
+        raise ArgumentTypeError(
+            f"a histogram must be made of a whole tensor, not of a {type(values).__name__} of which each rank has a "
+            "part: full_tensor() makes one, if all ranks call it; to_local() is the part"
+        )
+
+    flat = whole.cpu().reshape(-1)  # on a device, doubles of it could be too large for the memory left
     low, high, number = math.inf, -math.inf, 0
     for finite in _finite_chunks(flat):
         if finite.numel():
