@@ -110,6 +110,75 @@ def test_an_aggregator_that_hangs_is_given_up(late: LateAggregator) -> None:
     assert late.tries == 1
 
 
+class Completing:
+    """Connection to an aggregator whose report is late; it answers others meanwhile, or not."""
+
+    def __init__(self, *, answers: bool) -> None:
+        self.answers = answers
+        self.commands: list[str] = []
+        self.waits = 0
+
+    def send_command(self, name: str, _args: object = None) -> int:
+        self.commands.append(name)
+        return 7
+
+    def await_reply(self, number: int, name: str, *, timeout_s: float) -> dict[str, object]:
+        assert (number, name) == (7, "finish")
+        self.waits += 1
+        if self.waits < 4:
+            raise TimeoutError(f"no reply within {timeout_s}")
+
+        return {}
+
+    def request(self, name: str, _args: object = None, *, timeout_s: float) -> dict[str, object]:
+        self.commands.append(name)
+        if name == "status" and not self.answers:
+            raise TimeoutError(f"no reply within {timeout_s}")
+
+        return {"busy": False}
+
+    def close(self) -> None:
+        pass
+
+
+class SlowReport(AggregatorProcess):
+    """An aggregator without a process of its own: it uses no core."""
+
+    def __init__(self, runs_dir: Path, *, answers: bool) -> None:
+        super().__init__("a-run", runs_dir)
+        self.connection = Completing(answers=answers)
+        self.replaced = 0
+
+    def start(self) -> None:
+        pass
+
+    def _connect(self, timeout_s: float, **_: object) -> object:
+        return self.connection
+
+    def _replace(self) -> None:
+        self.replaced += 1
+        self.connection = Completing(answers=True)
+
+
+def test_a_report_that_takes_long_is_waited_for(tmp_path: Path) -> None:
+    """Its aggregator was killed, and the run called incomplete, although it waited for the report alone."""
+    serving = SlowReport(tmp_path, answers=True)
+
+    assert serving.finish([], 0)
+    assert serving.replaced == 0
+    assert serving.connection.commands == ["exits", "finish", "status", "status", "status", "deliveries", "stop"]
+
+
+def test_an_aggregator_that_hangs_at_the_end_is_replaced(tmp_path: Path) -> None:
+    """It neither computes nor answers; the next one completes the run."""
+    serving = SlowReport(tmp_path, answers=False)
+    first = serving.connection
+
+    assert serving.finish([], 0)
+    assert serving.replaced == 1
+    assert (first.commands, first.waits) == (["exits", "finish", "status"], 1)
+
+
 class Refusing(AggregatorProcess):
     """An aggregator that could not make the store, as on a full disk: it has no run of this id."""
 

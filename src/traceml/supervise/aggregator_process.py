@@ -26,7 +26,7 @@ from traceml.process_ends import exit_text
 from traceml.run_folder import AGGREGATOR_LOG, STORE_NAME, STORE_PATH_BYTES, aggregator_words, unwritable_text
 from traceml.setting_sources import TLS_PREFIX
 from traceml.supervise.aggregator_client import AggregatorClient
-from traceml.supervise.processes import spawn
+from traceml.supervise.processes import REPORT_LIMIT_S, spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.folder_aggregator import create_runs_dir
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _START_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 60.0, 20.0
+_COMPLETE_TIMEOUT_S = REPORT_LIMIT_S + 60.0
 _ENDS_S = 1.0
 _FIRST_POLL_S, _LAST_POLL_S, _REPORT_DELIVERY_S = 0.002, 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -309,6 +310,33 @@ class AggregatorProcess(RestartingProcess):
             time.sleep(pause_s)
             pause_s = min(1.25 * pause_s, _LAST_POLL_S)
 
+    def _complete(self, connection: Connection, end: dict[str, Any]) -> None:
+        """Ask it to complete the run, and wait: the report of a long run may take longer than any other answer.
+
+        Raises:
+            TraceMLError: the run cannot be completed.
+            TimeoutError: it hangs.
+            ConnectionError: it has died.
+        """
+        number = connection.send_command("finish", end)
+        until_s = time.monotonic() + _COMPLETE_TIMEOUT_S
+        while True:
+            used_s = self._cpu_s()
+            try:
+                connection.await_reply(number, "finish", timeout_s=_FINISH_TIMEOUT_S)
+            except TimeoutError:
+                if time.monotonic() > until_s or not self._works(connection, used_s):
+                    raise
+            else:
+                return
+
+    def _works(self, connection: Connection, used_s: float) -> bool:
+        """Whether it computes, or answers while it waits for the process of the report."""
+        try:
+            return self._cpu_s() > used_s or bool(connection.request("status", timeout_s=_ANSWER_TIMEOUT_S))
+        except TimeoutError:
+            return False
+
     def _replace(self) -> None:
         """Start a new aggregator in place of one that does not answer."""
         if self.process is not None:
@@ -329,7 +357,7 @@ class AggregatorProcess(RestartingProcess):
                 known = [each.to_message() for each in exits]
                 connection.request("exits", {"exits": known}, timeout_s=_FINISH_TIMEOUT_S)
                 self._on_completing()
-                connection.request("finish", end, timeout_s=_FINISH_TIMEOUT_S)
+                self._complete(connection, end)
             except OSError:  # a TimeoutError, or the connection broke
                 return None
             except TraceMLError as error:

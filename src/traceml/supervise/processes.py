@@ -12,7 +12,10 @@ from typing import IO, Any
 from traceml.helper_programs import helper_program
 from traceml.process_ends import PR_SET_PDEATHSIG
 
-__all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
+__all__ = ["FORWARDED_SIGNALS", "REPORT_LIMIT_S", "PseudoTerminal", "ScriptPipe", "spawn", "spawn_server"]
+
+REPORT_LIMIT_S = 120.0
+"""Longest time for the report of an ended run."""
 
 # Signals that a supervisor blocks for itself and forwards to the job.
 FORWARDED_SIGNALS = frozenset(

@@ -21,13 +21,12 @@ from traceml.formatting import left_text
 from traceml.helper_programs import change_command_line, helper_program
 from traceml.process_ends import end_of_status
 from traceml.run_folder import report_command
-from traceml.supervise.processes import spawn
+from traceml.supervise.processes import REPORT_LIMIT_S, spawn
 
 __all__ = ["BESIDE_RUNS", "ReportProcess"]
 
 BESIDE_RUNS = 5
 """Nice value while other training continues. At 19, where all cores are in use, reports would take minutes."""
-_LIMIT_S = 120.0
 
 _log = logging.getLogger("traceml")
 
@@ -138,10 +137,10 @@ def _become_report_process(nice: int) -> Callable[[], None]:
 def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
     """Return the answer of a process, or why there is none."""
     try:
-        answer, _ = process.communicate(request, _LIMIT_S)
+        answer, _ = process.communicate(request, REPORT_LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        return {"error": f"its process took more than {left_text(_LIMIT_S)}"}
+        return {"error": f"its process took more than {left_text(REPORT_LIMIT_S)}"}
 
     try:
         return dict(json.loads(answer))

@@ -235,8 +235,30 @@ class Connection:
             TimeoutError: no reply came in time.
             ConnectionError: the connection is gone.
         """
+        return self.await_reply(self.send_command(name, args), name, timeout_s=timeout_s)
+
+    def send_command(self, name: str, args: dict[str, Any] | None = None) -> int:
+        """Send a command; return its number, for `await_reply`.
+
+        Raises:
+            ConnectionError: the connection is gone.
+        """
         number = monotonic_ns()
         self.send({"t": "command", "id": number, "name": name, "args": args or {}})
+        return number
+
+    def await_reply(self, number: int, name: str, *, timeout_s: float) -> dict[str, Any]:
+        """Return the reply to a command; other messages are kept. After a timeout it may be called again.
+
+        Args:
+            number: that of `send_command`.
+            name: the command, for errors.
+
+        Raises:
+            TraceMLError: the aggregator answered with an error.
+            TimeoutError: no reply came in time.
+            ConnectionError: the connection is gone.
+        """
         deadline = time.monotonic() + timeout_s
         kept: list[dict[str, Any]] = []
         try:
