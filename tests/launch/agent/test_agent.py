@@ -33,9 +33,11 @@ from traceml.launch.shared.channel_frames import GREETING
 import os
 os.write(1, GREETING)
 agent_main._SILENCE_S = {silence_s}
+{changes}
 agent_main.main()
 """
 )
+_EIGHT_GPUS = "from traceml.launch.agent import machine; machine._nvidia_gpus = lambda: 8"
 
 
 def _spawn_kin() -> None:
@@ -226,6 +228,25 @@ def test_a_script_may_be_called_as_a_module_is(tmp_path: Path) -> None:
 # --- preparing -------------------------------------------------------------------------------------------------------
 
 
+def test_the_gpus_that_are_counted_are_those_of_the_jobs_workers(tmp_path: Path) -> None:
+    """By the variables of this job, not those of the agent, which may serve others, nor of an earlier job's zygote."""
+    (tmp_path / "env.sh").write_text("export CUDA_VISIBLE_DEVICES=0,1,2\n")
+    (tmp_path / "all.sh").write_text("unset CUDA_VISIBLE_DEVICES\n")
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    code = _REMOTE.format(silence_s=60, changes=_EIGHT_GPUS)
+    with Driver([sys.executable, "-c", code], env={**environ, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4"}) as driver:
+
+        def gpus(**fields: Any) -> int:
+            return int(driver.prepare(cwd=str(tmp_path), **fields)["gpus"])
+
+        assert gpus(env=environ) == 5  # the agent's
+        assert gpus(env={**environ, "CUDA_VISIBLE_DEVICES": "6,7"}) == 2
+        assert gpus(env={**environ, "CUDA_VISIBLE_DEVICES": "3"}) == 1
+        assert gpus(env={**environ, "CUDA_VISIBLE_DEVICES": ""}) == 0
+        assert gpus(env={**environ, "CUDA_VISIBLE_DEVICES": "3"}, env_file="env.sh") == 3
+        assert gpus(env={**environ, "CUDA_VISIBLE_DEVICES": "3"}, env_file="all.sh") == 8
+
+
 def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
     """Workers get its exports, its output is forwarded, and a change takes effect at the next launch."""
     (tmp_path / "env.sh").write_text(
@@ -413,7 +434,7 @@ def test_a_zygote_that_was_killed_is_replaced(driver: Driver) -> None:
 
 def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
     """An agent whose launcher says nothing while a job runs ends the job; nothing else tells it of a cut network."""
-    code = _REMOTE.format(silence_s=5)  # longer than this test is ever without a turn
+    code = _REMOTE.format(silence_s=5, changes="")  # longer than this test is ever without a turn
     with Driver([sys.executable, "-c", code]) as driver:
         driver.prepare()
         driver.start(_spawn_kin)
@@ -425,7 +446,7 @@ def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
 
 def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) -> None:
     """Between two launches nobody runs the launcher's loop: that is no silence."""
-    code = _REMOTE.format(silence_s=4)
+    code = _REMOTE.format(silence_s=4, changes="")
     with Driver([sys.executable, "-c", code]) as driver:
         driver.prepare()
         driver.run(os.getpid)

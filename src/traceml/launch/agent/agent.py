@@ -57,6 +57,7 @@ __all__ = ["Agent"]
 _IDLE_S = 600.0
 _LAST_GRACE_S = 1.0
 _PAYLOAD_WINDOW_BYTES = 8 * 1024 * 1024
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class _EndAgent(Exception):  # noqa: N818 - control flow, not an error
@@ -349,13 +350,25 @@ class Agent:
     def _send_prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
         self._preparing = False
         ready = None if self._zygote is None else self._zygote.ready
-        environ = dict(os.environ)
-        if ready is not None and ready.cuda_visible_devices is not None:
-            environ["CUDA_VISIBLE_DEVICES"] = ready.cuda_visible_devices
-
+        gpus = count_gpus(self._workers_environ(ready))
         output = "" if self._zygote is None else self._zygote.output.decode("utf-8", "replace")
         torch = None if ready is None else ready.torch
-        self._channel.send(Prepared(job=job, torch=torch, gpus=count_gpus(environ), error=error, env_file_log=output))
+        self._channel.send(Prepared(job=job, torch=torch, gpus=gpus, error=error, env_file_log=output))
+
+    def _workers_environ(self, ready: ZygoteReady | None) -> dict[str, str]:
+        """Return the variables of the job's workers, as far as they decide which GPUs these see."""
+        environ = dict(os.environ)
+        if self._wanted is None:
+            return environ
+
+        _, spec = self._wanted
+        environ |= spec.env
+        if spec.env_file is not None and ready is not None:
+            environ.pop(_VISIBLE_GPUS, None)
+            if ready.cuda_visible_devices is not None:
+                environ[_VISIBLE_GPUS] = ready.cuda_visible_devices
+
+        return environ
 
     def _forward_output(self, data: bytes) -> None:
         """Forward output of the zygote or env_file to stderr, which the launcher reads."""

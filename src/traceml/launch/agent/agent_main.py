@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from traceml.clock import boot_id
 from traceml.inspection.kernel_state import process_info
-from traceml.launch.agent.machine import addresses, count_gpus
+from traceml.launch.agent.machine import addresses
 from traceml.launch.shared.channel import Channel
 from traceml.launch.shared.channel_frames import GREETING, ChannelClosedError
 from traceml.launch.shared.launch_messages import AgentHello
@@ -97,6 +97,5 @@ def _hello(mark: str) -> AgentHello:
         boot_id=boot_id(),
         netns=netns,
         addresses=list(addresses().values()),
-        gpus=count_gpus(os.environ),
         can_reach_launcher=(reaper := process_info(os.getppid())) is not None and can_reach(reaper.parent),
     )

@@ -212,7 +212,6 @@ class AgentHello(Message, t="hello"):
     boot_id: str
     netns: str  # network namespace
     addresses: Sequence[str]  # of all network interfaces
-    gpus: int
     can_reach_launcher: bool  # whether it can open files of the parent of its reaper: of a launcher on this host
 
 
@@ -221,7 +220,7 @@ class Prepared(Message, t="prepared"):
 
     job: str
     torch: str | None = None  # version
-    gpus: int
+    gpus: int  # that the job's workers see
     error: dict[str, str] | None = None  # `kind`, see `failures.preparation_failed`, and `text`
     env_file_log: str = ""  # output of the zygote and of env_file
 

@@ -30,7 +30,7 @@ class HostSpec:
 
     name: str  # as the user or Slurm wrote it; for ssh perhaps with a port
     transport: Transport  # how its agent is started: as a child process, by ssh, or as a step of the Slurm job
-    workers: int | None = None  # number of workers; None: one per GPU of the host, else `cpu_workers`
+    workers: int | None = None  # number of workers; None: one per GPU that they see, else `cpu_workers`
     cpu_workers: int | None = None  # number of workers without GPUs; None: one per CPU core
     het_group: int | None = None  # its component of a heterogeneous Slurm job; None: of another job
 

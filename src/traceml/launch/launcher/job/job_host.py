@@ -59,9 +59,10 @@ class JobHost:
 
     @property
     def size(self) -> int:
-        """The number of workers on the host; known once its agent has answered."""
+        """The number of workers on the host; known once it is prepared."""
         assert self.hello is not None
-        return self.spec.workers or self.hello.gpus or self.spec.cpu_workers or self.hello.cores
+        assert self.prepared is not None
+        return self.spec.workers or self.prepared.gpus or self.spec.cpu_workers or self.hello.cores
 
     @property
     def late_text(self) -> str:
