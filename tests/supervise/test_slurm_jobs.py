@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from traceml.errors import SlurmError
-from traceml.supervise.slurm_jobs import is_cancelled, minutes_of, read_job, requeue_job, scheduler_end
+from traceml.supervise import slurm_jobs
+from traceml.supervise.slurm_jobs import (
+    is_cancelled,
+    minutes_of,
+    read_job,
+    requeue_job,
+    scheduler_end,
+    scheduler_facts,
+)
 
 _SHOWN = (
     "JobId=7 JobName=train JobState={state} Reason={reason} Requeue=1 Restarts={restarts} TimeLimit={limit} "
@@ -72,6 +80,26 @@ def test_why_slurm_ends_a_job(
 
     assert scheduler_end({"SLURM_JOB_ID": "7"}) == why
     assert scheduler_end({}) is None
+
+
+def test_a_slurm_that_does_not_answer_does_not_use_up_the_time_to_store_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller ends many jobs at once; both commands have one limit, so the second is not asked after it."""
+    monkeypatch.setattr(slurm_jobs, "_FACTS_S", 0.1)
+    slurm_that_shows("", tmp_path, monkeypatch)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 1000\n")
+    accounting = tmp_path / "sacct"
+    accounting.write_text(f"#!/bin/sh\necho TIMEOUT; touch {tmp_path}/asked\n")
+    accounting.chmod(0o755)
+
+    assert scheduler_facts({"SLURM_JOB_ID": "7"}) == {}
+    assert not (tmp_path / "asked").exists()
+
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # it has forgotten the job
+    monkeypatch.setattr(slurm_jobs, "_FACTS_S", 60.0)
+
+    assert scheduler_facts({"SLURM_JOB_ID": "7"}) == {"scheduler": "time_limit"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ __all__ = [
     "scheduler_facts",
 ]
 
-_TIMEOUT_S = 10
+_TIMEOUT_S = 10.0
+_FACTS_S = 3.0  # both commands together: a job that Slurm ends has some 30 s, in which its run must be stored
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by as much
@@ -45,11 +46,16 @@ class SlurmJob(NamedTuple):
     restarts: int = 0  # how often it was queued again
 
 
-def read_job(job_id: str) -> SlurmJob | None:
-    """Return what Slurm knows of a job; None if it knows nothing or does not answer."""
-    shown = _ask("scontrol", "show", "job", job_id, "--oneliner")
+def read_job(job_id: str, limit_s: float = 2 * _TIMEOUT_S) -> SlurmJob | None:
+    """Return what Slurm knows of a job; None if it knows nothing or does not answer.
+
+    Args:
+        limit_s: time for all commands together.
+    """
+    until_s = time.monotonic() + limit_s
+    shown = _ask("scontrol", "show", "job", job_id, "--oneliner", until_s=until_s)
     if shown is None:  # it is forgotten some minutes after its end, unless there is accounting
-        state = _ask("sacct", "-j", job_id, "-X", "-n", "-P", "-o", "State")
+        state = _ask("sacct", "-j", job_id, "-X", "-n", "-P", "-o", "State", until_s=until_s)
         return SlurmJob(job_id, state.split()[0]) if state and state.split() else None
 
     facts = dict(_FIELD.findall(shown))
@@ -69,13 +75,15 @@ def read_job(job_id: str) -> SlurmJob | None:
 def scheduler_facts(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return why Slurm ends the job that this process is part of, for a report of its end; empty if it does not.
 
+    Also where Slurm takes more than three seconds to answer.
+
     Args:
         environ: as of `scheduler_end`.
 
     Returns:
         `scheduler`, as `scheduler_end` has it; `limit_s`, the job's time limit in seconds, if it has one.
     """
-    job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
+    job = read_job(job_id, _FACTS_S) if (job_id := environ.get("SLURM_JOB_ID")) else None
     why = None if job is None else _reason(job, environ, 0.0)
     if job is None or why is None:
         return {}
@@ -165,10 +173,14 @@ def _seconds(text: str) -> float | None:
         return None
 
 
-def _ask(*command: str) -> str | None:
-    """Return the output of a command of Slurm; None if it fails."""
+def _ask(*command: str, until_s: float) -> str | None:
+    """Return the output of a command of Slurm; None if it fails, or has not ended by then."""
+    left_s = min(until_s - time.monotonic(), _TIMEOUT_S)
+    if left_s <= 0:
+        return None
+
     try:
-        done = _run(command)
+        done = _run(command, left_s)
     except (OSError, subprocess.TimeoutExpired) as error:
         _log.debug("`%s` failed: %s", " ".join(command), error)
         return None
@@ -186,6 +198,6 @@ def _request(*command: str) -> None:
         raise SlurmError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
 
 
-def _run(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def _run(command: tuple[str, ...], timeout_s: float = _TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
