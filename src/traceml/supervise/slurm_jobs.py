@@ -16,6 +16,7 @@ __all__ = [
     "SlurmJob",
     "cancel_job",
     "is_cancelled",
+    "is_forgotten",
     "minutes_of",
     "read_job",
     "requeue_job",
@@ -28,6 +29,8 @@ _FACTS_S = 3.0  # both commands together: a job that Slurm ends has some 30 s, i
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by as much
+
+_NO_SUCH_JOB = "Invalid job id specified"  # Slurm's words
 
 _log = logging.getLogger("traceml")
 
@@ -110,6 +113,20 @@ def is_cancelled(environ: Mapping[str, str]) -> bool:
     """Return whether the job that this process is part of was cancelled: its processes are being ended."""
     job = read_job(job_id) if (job_id := environ.get("SLURM_JOB_ID")) else None
     return job is not None and job.state in ("CANCELLED", "COMPLETING") and _reason(job, environ, 0.0) is None
+
+
+def is_forgotten(job_id: str) -> bool:
+    """Return whether Slurm answers that it knows no such job, which it has forgotten some minutes after its end."""
+    try:
+        shown = _run(("scontrol", "show", "job", job_id, "--oneliner"))
+        if not shown.returncode or _NO_SUCH_JOB not in shown.stderr:
+            return False
+
+        accounted = _run(("sacct", "-j", job_id, "-X", "-n", "-P", "-o", "State"))
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+    return not accounted.stdout.strip()  # also where there is no accounting
 
 
 def _reason(job: SlurmJob, environ: Mapping[str, str], early_s: float) -> str | None:

@@ -104,6 +104,23 @@ print(job.state)
     assert told.splitlines() == ["no data True", "FAILED"]
 
 
+def test_a_job_that_slurm_does_not_know_is_told_from_a_slurm_that_is_away(slurm: Slurm, tmp_path: Path) -> None:
+    """By the words of a real one."""
+    told = submitted(
+        slurm,
+        tmp_path,
+        """
+import os
+from traceml.supervise.slurm_jobs import is_forgotten, read_job
+print(read_job("999999"), is_forgotten("999999"))
+os.environ["SLURM_CONF"] = "/no/such/file"
+print(read_job("999999"), is_forgotten("999999"))
+""",
+    )
+
+    assert told.splitlines() == ["None True", "None False"]
+
+
 def launch(slurm: Slurm, folder: Path, *words: str, code: str = _TRAIN) -> str:
     """Submit the training by the command line; return the job's id."""
     (folder / "train.py").write_text(code)

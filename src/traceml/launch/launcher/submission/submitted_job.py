@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from traceml.errors import SlurmError, WaitTimeoutError
 from traceml.launch.launcher.submission.allocation_call import AllocationOutcome
-from traceml.supervise.slurm_jobs import cancel_job, read_job
+from traceml.supervise.slurm_jobs import cancel_job, is_forgotten, read_job
 
 __all__ = ["SubmittedJob"]
 
@@ -22,7 +22,9 @@ R_co = TypeVar("R_co", covariant=True)
 _OVER = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
+_UNKNOWN = "UNKNOWN"
 _POLL_S, _MAX_POLL_S = 0.5, 20.0  # 0.5, 0.75, 1.1, 1.7, ... 20: the controller serves all users
+_FORGOTTEN_S = 180.0  # a result may come later: its file system, or a controller that starts again, may be slow
 _FILE_S = 10.0  # a network file system may show a file later
 
 
@@ -48,9 +50,9 @@ class SubmittedJob(Generic[R_co]):
 
     @property
     def state(self) -> str:
-        """Slurm's word for the job's state: PENDING, RUNNING, COMPLETED, …; UNKNOWN where it does not answer."""
+        """Slurm's word for the job's state: PENDING, RUNNING, COMPLETED, …; UNKNOWN where it has none, or is silent."""
         job = read_job(self.job_id)
-        return "UNKNOWN" if job is None else job.state
+        return _UNKNOWN if job is None else job.state
 
     @property
     def done(self) -> bool:
@@ -64,17 +66,35 @@ class SubmittedJob(Generic[R_co]):
             timeout: most seconds to wait; None: without limit.
 
         Raises:
+            SlurmError: for minutes Slurm has known no such job, and there is no result of it.
             WaitTimeoutError: the job has not ended by then.
         """
         end_s = None if timeout is None else time.monotonic() + timeout
-        poll_s = _POLL_S
-        while not self.done:
+        poll_s, forgotten_at_s = _POLL_S, None
+        while not self._outcome_file.exists() and (state := self.state) not in _OVER:
+            forgotten_at_s = self._forgotten_at(state, forgotten_at_s)
             left_s = poll_s if end_s is None else end_s - time.monotonic()
             if left_s <= 0:
-                raise WaitTimeoutError(f"job {self.job_id} is {self.state} after {timeout:g} s")
+                raise WaitTimeoutError(f"job {self.job_id} is {state} after {timeout:g} s")
 
             time.sleep(min(poll_s, left_s))
             poll_s = min(1.5 * poll_s, _MAX_POLL_S)
+
+    def _forgotten_at(self, state: str, before_s: float | None) -> float | None:
+        """Return since when Slurm has known no such job; None if it knows it, or does not answer.
+
+        Args:
+            before_s: what was returned last.
+
+        Raises:
+            SlurmError: that is so for too long.
+        """
+        if state != _UNKNOWN or not is_forgotten(self.job_id):
+            return None
+        if before_s is not None and time.monotonic() - before_s >= _FORGOTTEN_S:
+            raise SlurmError(f"Slurm has forgotten job {self.job_id}, and it left no result; its output: {self.output}")
+
+        return time.monotonic() if before_s is None else before_s
 
     def result(self, timeout: float | None = None) -> R_co:
         """Wait for the job, and return what the launch returned.
@@ -84,7 +104,8 @@ class SubmittedJob(Generic[R_co]):
 
         Raises:
             Exception: what the launch raised.
-            SlurmError: the job ended without a result: it was cancelled, or its retries are used up.
+            SlurmError: the job ended without a result: it was cancelled, or its retries are used up; or Slurm has
+                forgotten it.
             WaitTimeoutError: the job has not ended by then.
         """
         self.wait(timeout)
