@@ -101,6 +101,32 @@ def test_what_runs_owe_is_delivered_once(runs_dir, capsys):
     assert values(second.path) == THREE
 
 
+def test_a_tracker_that_has_everything_is_named_with_its_place(runs_dir, capsys):
+    """Who names it may mean another place, by the present settings: nothing goes there, and the way is said."""
+    run = logged(runs_dir, "a", "mlflow")
+    places = [f"sqlite:///{runs_dir.parent}/{name}.db" for name in "ab"]
+    for place in places:
+        Path("traceml.toml").write_text(f'[backends.mlflow]\ntracking_uri = "{place}"\n')
+        assert cli.main(["sync", "a", "--backend", "mlflow"]) == 0
+
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["a: mlflow 3 delivered", "Nothing to deliver"]
+    state = run.path / "trackers" / "mlflow.state.json"
+    assert err == (
+        f"traceml sync: mlflow has all of a already, at {places[0]}. "
+        f"To deliver it to another place too, remove {state} before\n"
+    )
+
+    state.unlink()
+    assert cli.main(["sync", "a", "--backend", "mlflow"]) == 0
+    assert capsys.readouterr() == ("a: mlflow 3 delivered\n", "")
+    assert (runs_dir.parent / "b.db").exists()
+
+    assert cli.main(["sync", "--backend", "mlflow"]) == 0
+    assert cli.main(["sync", "a"]) == 0
+    assert capsys.readouterr() == ("Nothing to deliver\n" * 2, "")
+
+
 @pytest.mark.needs("root")
 def test_runs_of_other_users_are_delivered_only_when_they_are_named(runs_dir, capsys):
     """A run names trackers and plugins, and a delivery uses the keys of its caller: that needs the caller's consent."""

@@ -41,7 +41,7 @@ from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
 from traceml.track.rank.announcement import check_options, refuse_secrets
 from traceml.track.rank.tracker_places import moved_options, place_options
-from traceml.track.tracker_state import DeliveryPhase, locked
+from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
 
 __all__ = ["SYNC_STALL_LIMIT_S", "main"]
 
@@ -199,7 +199,13 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
     merge_wal(run_dir / STORE_NAME)  # a killed writer may have left a transaction, which a reader may not undo
     _finish(run_dir, wait=options.wait)
     with StoreReader(run_dir / STORE_NAME) as reader:
-        processes = [process for process in _processes(run_dir, reader, options, config) if _is_due(process)]
+        processes = []
+        for process in _processes(run_dir, reader, options, config):
+            if _is_due(process):
+                processes.append(process)
+            elif options.runs and process.backend in options.backend:
+                _warn(_delivered_text(process))
+
         if processes:
             logged = logged_rows(reader)
             _deliver(processes, logged, console)
@@ -321,6 +327,16 @@ def _is_due(process: DeliveryProcess) -> bool:
             state.save(process.run_dir)
 
     return True
+
+
+def _delivered_text(process: DeliveryProcess) -> str:
+    """Return where a tracker that was asked for has everything: present settings may name another place."""
+    run_dir, backend, target = process.run_dir, process.backend, process.state.target
+    path = shell_quoted(str(TrackerState.path_in(run_dir, backend)))
+    return (
+        f"{backend} has all of {run_dir.name} already{f', at {target}' if target else ''}. To deliver it to another "
+        f"place too, remove {path} before"
+    )
 
 
 def _deliver(processes: Sequence[DeliveryProcess], logged: int, console: Console) -> None:
