@@ -56,6 +56,20 @@ def test_advice_on_a_cpu_is_what_is_not_done_yet(facts, says, never):
     assert never not in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "is_told"),
+    [({"model": PLAIN}, True), ({}, True), ({"model": COMPILED}, False), ({"model": PLAIN, "compile_s": 12.0}, False)],
+)
+def test_a_healthy_run_that_compiles_is_not_told_to_do_so(facts, is_told):
+    """Nor one that compiles something else than the model as a whole, as its blocks."""
+    own = {"forward": 10.0, "backward": 5.0, "optimizer": 1.0, "other": 1.8, "input_wait": 1.5}
+    found = diagnose(window_of(Job(ranks=1, grouped=False, own=own)), JobFacts(**facts))[0]
+
+    assert found.kind is Kind.HEALTHY
+    assert found.next.startswith("Nothing needs fixing; larger batches")
+    assert ("torch.compile" in found.next) == is_told
+
+
 def of_device(
     busy_pct: float, power_w: float = 150.0, reasons: int = 0, *, limit_w: int = 700, paused: int = 0
 ) -> JobFacts:

@@ -334,6 +334,9 @@ def _when_healthy(shares: dict[str, float], facts: JobFacts) -> str:
     if facts.single_calls and not takes_most:
         return _for_single_calls(facts.single_calls)
 
+    if facts.model.compiled or facts.compile_s:
+        return "Nothing needs fixing; larger batches are the usual next gain."
+
     return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."
 
 
