@@ -58,10 +58,31 @@ def test_losses_that_are_finite_again_are_no_finding(losses):
 
 
 def test_the_newest_steps_may_still_recover():
-    """A loss that was not finite in the last step only is no finding yet."""
+    """A loss that was not finite in the last steps only is no finding yet."""
+    losses = history([2.0, NAN])
+    losses.add(0, np.array([(0, 11, NAN)], LOSSES.dtype))
+    assert loss_not_finite(JobFacts(losses=losses, latest=(11,))) == []
+    assert loss_not_finite(JobFacts(losses=losses, latest=(12,)))[0].evidence["since_step"] == 10
+
+
+def test_a_single_loss_that_is_not_finite_says_nothing_of_the_steps_that_are_not_read():
+    """On CUDA every 16th step is read: the others may have been finite, as after an overflow that GradScaler skips."""
     losses = history([2.0, 2.0, NAN])
-    assert loss_not_finite(JobFacts(losses=losses, latest=(21,))) == []
-    assert loss_not_finite(JobFacts(losses=losses, latest=(22,)))[0].evidence["since_step"] == 20
+    facts = JobFacts(losses=losses, latest=(39,))
+
+    assert loss_not_finite(facts) == []
+
+    losses.add(0, np.array([(0, 30, NAN)], LOSSES.dtype))
+    (finding,) = loss_not_finite(facts)
+    assert (finding.evidence["since_step"], finding.evidence["wasted_steps"]) == (20, 20)
+
+
+def test_a_single_loss_at_the_end_of_a_fold_is_no_lost_fold():
+    """The fold that follows has finite losses again; a second such loss tells that the first fold was lost."""
+    facts = {"latest": (199,), "trainings_begin": (105,)}
+
+    assert trainings_not_finite(JobFacts(losses=history([2.0] * 10 + [NAN] + [2.0] * 9), **facts)) == []
+    assert trainings_not_finite(JobFacts(losses=history([2.0] * 9 + [NAN] * 2 + [2.0] * 9), **facts)) != []
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,12 @@ def test_the_step_of_a_change_to_nan_has_a_row(traced: Traced) -> None:
     assert 320 <= first < 336
 
 
+def test_the_last_loss_that_is_read_has_a_row(traced: Traced) -> None:
+    """Also among steps without rows: a loss that was not finite before it is judged by both."""
+    train(400, bad=frozenset(range(320, 400)))
+    assert max(read(traced)) >= 400 - 64
+
+
 def test_other_tensors_are_no_losses(traced: Traced) -> None:
     """A backward pass from a tensor with several numbers has no loss."""
     model = nn.Linear(4, 4)

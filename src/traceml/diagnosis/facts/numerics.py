@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 from traceml.database.schema import StepFlag, unpack_bits
 
 __all__ = ["LossHistory", "LossSpan", "SkippedSteps"]
+
+MIN_READS = 2
+"""Losses that are not finite, one after the other. A single one says nothing of the next 15 or 63 steps, not read."""
 
 
 class LossSpan(msgspec.Struct, frozen=True):
@@ -24,8 +29,21 @@ class _RankLosses(msgspec.Struct):
 
     since: int | None = None
     word: str = ""
+    reads: int = 0  # losses since then
     last_finite: float | None = None
     spans: list[LossSpan] = []  # the longest that ended
+
+    @property
+    def is_broken(self) -> bool:
+        return self.reads >= MIN_READS
+
+    def recover(self, step: int) -> None:
+        """Note a finite loss."""
+        if self.since is not None and self.is_broken:
+            spans = [*self.spans, LossSpan(self.since, step, self.word)]
+            self.spans = sorted(spans, key=lambda span: span.first - span.until)[:_MAX_SPANS]
+
+        self.since, self.reads = None, 0
 
 
 _MAX_SPANS = 64
@@ -44,13 +62,16 @@ class LossHistory:
 
         known, losses, steps = self._ranks.setdefault(rank, _RankLosses()), rows["loss"], rows["step"].tolist()
         finite = np.isfinite(losses)
-        for first in np.flatnonzero(np.diff(finite, prepend=~finite[:1])):
-            if not finite[first] and known.since is None:
+        begins = np.flatnonzero(np.diff(finite, prepend=~finite[:1])).tolist()
+        for first, end in pairwise([*begins, len(rows)]):
+            if finite[first]:
+                known.recover(steps[first])
+                continue
+
+            if known.since is None:
                 known.since, known.word = steps[first], "nan" if np.isnan(losses[first]) else "inf"
-            elif finite[first] and known.since is not None:
-                spans = [*known.spans, LossSpan(known.since, steps[first], known.word)]
-                known.spans = sorted(spans, key=lambda span: span.first - span.until)[:_MAX_SPANS]
-                known.since = None
+
+            known.reads += end - first
 
         if finite.any():
             known.last_finite = float(losses[finite][-1])
@@ -58,9 +79,9 @@ class LossHistory:
     def first(self) -> tuple[int, tuple[int, ...], str, float | None] | None:
         """Return the first step whose loss is not finite, its ranks, the loss and the last finite one.
 
-        None if the newest losses of all ranks are finite.
+        None if the newest losses of all ranks are finite, or only the very last is not.
         """
-        broken = {rank: each for rank, each in self._ranks.items() if each.since is not None}
+        broken = {rank: each for rank, each in self._ranks.items() if each.is_broken}
         if not broken:
             return None
 

@@ -6,8 +6,8 @@ step is known to 16 milliseconds. A loss on a CUDA device is copied to pinned me
 the device has done so, without waiting for it.
 GradScaler's factor is left out. Losses of several backward passes of a step are added.
 
-Fast steps do not all have a row: there are at most 20 rows a second, besides the first ones and each change between
-finite and not.
+Fast steps do not all have a row: there are at most 20 rows a second, besides the first ones, the last, and each change
+between finite and not.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class LossReader:
         try:
             self._collect()
             if self._origin[1] == self._clock.evaluated_losses:
-                self._flush()
+                self._flush(is_last=True)
         except Exception as error:  # noqa: BLE001 - fail open
             self._fail(error)
 
@@ -156,14 +156,14 @@ class LossReader:
 
         self._sum += loss
 
-    def _flush(self) -> None:
-        """Append the row of the last step that was read, unless there are many."""
+    def _flush(self, *, is_last: bool = False) -> None:
+        """Append the row of the step that was read latest, unless there are many; that of the run's last one always."""
         step, _ = self._origin
         if step < 0:
             return
 
         now, is_finite = monotonic_ns(), self._sum - self._sum == 0
-        if self._rows < _FIRST_ROWS or is_finite != self._was_finite or now - self._row_ns >= _ROW_NS:
+        if is_last or self._rows < _FIRST_ROWS or is_finite != self._was_finite or now - self._row_ns >= _ROW_NS:
             self._append(now, step, self._sum)
             self._rows += 1
             self._row_ns, self._was_finite = now, is_finite
