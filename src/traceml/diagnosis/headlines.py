@@ -445,7 +445,8 @@ def startup(finding: FindingFacts) -> str:
 def evaluation(finding: FindingFacts) -> str:
     """Return `60 % of the run's time is evaluation`, with self-play, the ranks that evaluate for all, and the line."""
     evidence = finding.evidence
-    what = "inference" if evidence.get("steps") == 0 else "evaluation"
+    first = evidence.get("before_training", False)
+    what = "inference before the training" if first else "inference" if evidence.get("steps") == 0 else "evaluation"
     or_play = " or self-play" if "samples_per_call" in evidence else ""
     on_ranks = f" on {ranks_text(finding.ranks)}" if finding.ranks else ""
     return f"{_run_share(finding)} is {what}{or_play}{on_ranks}{_mostly_at(finding)}"

@@ -305,9 +305,18 @@ def test_a_short_check_is_no_evaluation(
 
 
 @pytest.mark.parametrize(
-    ("steps", "before"), [([0, 20, 40], True), ([0, 20, 60], False), ([20, 40, 50], False), ([0, 40], False)]
+    ("steps", "before", "only_first"),
+    [
+        ([0, 20, 40], True, False),
+        ([0, 20, 60], False, False),
+        ([20, 40, 50], False, False),
+        ([0, 40], False, False),
+        ([0], False, True),
+        ([0, 0], False, True),
+        ([60], False, False),
+    ],
 )
-def test_evaluation_before_steps_each_time(tmp_path: Path, steps: list[int], before: bool) -> None:
+def test_evaluation_before_steps_each_time(tmp_path: Path, steps: list[int], before: bool, only_first: bool) -> None:
     """As for pseudo-labels; one after the last step, or none before the first, shows that it only evaluates."""
     folder = store(tmp_path / "run", evaluators=())
     rows = np.zeros(len(steps), EVALS.dtype)
@@ -319,7 +328,7 @@ def test_evaluation_before_steps_each_time(tmp_path: Path, steps: list[int], bef
     with closing(StoreReader(folder / STORE_NAME)) as reader:
         time = wall_time(list(reader.streams()), reader.step_sums(), BOOT_S + 100.0, BOOT_S + 140.0, WallTimeFacts())
 
-    assert time.evaluates_before is before
+    assert (time.evaluates_before, time.evaluates_only_first) == (before, only_first)
 
 
 @pytest.mark.parametrize(("waited", "known"), [(0.5, (0.5, 0.25, 0.25 * S, 8.0)), (-1e-9, (0.0, 0.25, 0.25 * S, 8.0))])

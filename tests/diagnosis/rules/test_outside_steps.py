@@ -707,6 +707,44 @@ def test_a_single_evaluation_is_not_made_half_as_often():
 
     assert found.kind == Kind.EVAL_HEAVY
     assert found.next.startswith("Evaluate on half as many batches: that saves 30 % of the run. Or evaluate with ")
+    assert found.headline == "60 % of the run's time is evaluation"
+    assert "before_training" not in found.evidence
+
+
+@pytest.mark.parametrize("function", [None, "write"])
+@pytest.mark.parametrize(("times", "plays"), [(1, False), (4, False), (1, True)])
+def test_inference_before_the_training_is_no_evaluation(times: int, plays: bool, function: str | None) -> None:
+    """Features of a frozen model: with half of them the training would have half of its data."""
+    time = RunTime.of(100.0, {"steps": 38.0, "evaluation": 60.0, "startup": 2.0}, times)
+    lines = (line_of("outside", function, 80),) if function else ()
+    facts = JobFacts(time=structs.replace(time, evaluates_only_first=True), plays=plays, lines=lines, state="finished")
+    found = diagnose(window_of(ALONE), facts)[0]
+
+    follows = ", with what follows until it begins" * (function is not None)
+    often = "once 60 s" if times == 1 else "4 times 15 s"
+    assert found.headline.startswith("60 % of the run's time is inference before the training")
+    assert f"is inference before the training{follows}: {often}" in found.summary
+    assert found.next.startswith("Make train.py:7 write cheaper." if function else "Use larger batches there, without")
+    assert found.next.endswith(
+        "If the training gets what the model gives there (features, latents), keep that on disk for the next runs."
+    )
+    assert "valuat" not in found.headline + found.summary + found.next
+    assert found.speedup_if_fixed == 1.0
+    assert found.evidence["before_training"] is True
+
+
+def test_one_rank_that_calls_a_model_before_the_training_can_share_that() -> None:
+    """The others wait until it has the features of all data."""
+    time = structs.replace(
+        RunTime.of(100.0, {"steps": 60.0, "evaluation": 40.0}, 1),
+        evaluators=(0,), evaluators_s=40.0, evaluates_only_first=True,
+    )  # fmt: skip
+
+    found = diagnose(window_of(Job(ranks=2)), JobFacts(time=time, world_size=2, state="finished"))[0]
+
+    assert "is inference before the training on rank 0, for which the others wait" in found.summary
+    assert found.next.startswith("Call the model on all ranks, each on an equal part of the data: that saves 20 % of")
+    assert found.speedup_if_fixed == pytest.approx(1 / 0.8)
 
 
 @pytest.mark.parametrize(("short_s", "said"), [(9.0, "once 51 s, besides shorter ones."), (0.4, "once 60 s.")])

@@ -85,6 +85,7 @@ class RunTime(msgspec.Struct, frozen=True):
     others_evaluate_s: float = 0.0  # those of the other ranks, less than half as long
     short_evaluations_s: float = 0.0  # seconds of those short ones
     evaluates_before: bool = False  # whether each of them comes before training steps, the first before all
+    evaluates_only_first: bool = False  # whether all of them come before the first training step
     evaluation_parts: EvaluationParts = EvaluationParts()
 
     @property

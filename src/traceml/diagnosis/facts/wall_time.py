@@ -123,6 +123,7 @@ def wall_time(
         evaluating_s=_evaluating_s(processes, opened, ended_s),
         evaluation_parts=_evaluation_parts([each.evals.bins for each in sums.values()]),
         evaluates_before=any(_evaluates_before(each) for each in sums.values()),
+        evaluates_only_first=_evaluates_only_first(sums.values()),
     )
 
 
@@ -306,6 +307,14 @@ def _evaluates_before(sums: StepSums) -> bool:
 
     return bool(
         evals["first_step"].min() <= steps["first_step"].min() and evals["last_step"].max() <= steps["last_step"].max()
+    )
+
+
+def _evaluates_only_first(sums: Iterable[StepSums]) -> bool:
+    """Return whether all evaluation comes before the first training step, as where it computes features for it."""
+    both = [each for each in sums if len(each.evals.bins) and len(each.steps.bins)]
+    return bool(both) and all(
+        each.evals.bins["last_step"].max() <= each.steps.bins["first_step"].min() for each in both
     )
 
 

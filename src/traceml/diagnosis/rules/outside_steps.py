@@ -85,9 +85,8 @@ def outside_steps(window: AlignedSteps, facts: JobFacts, *, hung: bool = False) 
     if is_typical and evaluation_s >= least * time.wall_s > 0:
         line = outside_line(lines, "outside")
         line = None if line is None or calls_trainer(lines, line) else line
-        found.append(
-            _play(time, line) if facts.plays and not alone else _evaluation(time, evaluation_s, line, alone, facts)
-        )
+        plays = facts.plays and not alone and not time.evaluates_only_first
+        found.append(_play(time, line) if plays else _evaluation(time, evaluation_s, line, alone, facts))
 
     # A step in which the run ended or hung is no code after the steps.
     is_open = facts.state != RunStatus.FINISHED and any(each.in_step for each in facts.exits)
@@ -263,6 +262,9 @@ _FOR_UNSEEN_STEPS = (
     "If the script trains by these calls (zeroth-order or evolution strategies), mark its steps with "
     "traceml.trace_step()."
 )
+_FOR_FEATURES = (
+    "If the training gets what the model gives there (features, latents), keep that on disk for the next runs."
+)
 _FOR_IMPORTS = (
     "In a longer run its share is smaller. Move imports that only some runs need to where they are used (python -X "
     "importtime "
@@ -293,7 +295,8 @@ def _evaluation(
     other_code = line if line is not None and torch_share(facts.lines, "outside", line) < NAMED_SHARE else None
     limits = _limit_words(time.evaluation_parts)
     who = f" on {ranks_text(alone)}" if alone else ""
-    who += ", with what follows until the training continues" if other_code and time.in_steps > 0 and not limits else ""
+    until = "it begins" if time.evaluates_only_first else "the training continues"
+    who += f", with what follows until {until}" if other_code and time.in_steps > 0 and not limits else ""
     wait = "for which the others wait"
     if others >= _REPORTED_SHORT:
         wait = f"{factor_text(1 / others)} as long as on the others, which wait"
@@ -306,6 +309,12 @@ def _evaluation(
         advice = loading.text + _or_else(other_code, rarer=time.in_steps > 0 and times > 1)
     elif time.in_steps == 0:
         saved, advice = 0.0, f"{_for_inference(other_code, gradients, facts)} {_FOR_UNSEEN_STEPS}"
+    elif time.evaluates_only_first:
+        saved = saved if alone else 0.0
+        on_all = f"Call the model on all ranks, each on an equal part of the data: {saves}" if alone else ""
+        awaited = "" if alone else _for_awaited_workers(evaluated, facts)
+        there = f"Make {other_code.place} cheaper." if other_code else f"Use larger batches there{gradients}."
+        advice = " ".join(filter(None, (on_all, awaited or there, _FOR_FEATURES)))
     elif alone and other_code:
         advice = f"Share {other_code.place} evenly among all ranks: {saves} Or make it cheaper, or run it less often."
     elif alone:
@@ -355,7 +364,10 @@ def _or_else(line: BlamedLine | None, *, rarer: bool) -> str:
 
 def _applied_words(time: RunTime) -> str:
     """Return how calls of the model outside steps are called: a script without any only applies it."""
-    return "evaluation" if time.in_steps > 0 else "inference"
+    if time.in_steps == 0:
+        return "inference"
+
+    return "inference before the training" if time.evaluates_only_first else "evaluation"
 
 
 def _for_awaited_workers(
@@ -438,6 +450,7 @@ def _evaluation_finding(
             "wall_s": time.wall_s,
             "share": share,
             **({} if time.in_steps > 0 else {"steps": 0}),
+            **({"before_training": True} if time.evaluates_only_first and time.in_steps > 0 else {}),
             **({"input_share": parts.input_share, "forward_share": parts.forward_share} if parts.batches else {}),
             **({} if line is None else line.evidence(share)),
         },
