@@ -157,6 +157,8 @@ def test_a_cache_that_may_fill_in_the_first_epoch_is_no_verdict():
     (many,) = leaks(**leaking(), **(first | {"latest": (9000,)}))
     (ending,) = leaks(**leaking(15 * GB), **first)
     (fitting,) = leaks(**leaking(15 * GB), **(first | {"loader": short}))
+    long = {**first, "loader": LoaderFacts(length=60_000, batch_size=32, num_workers=0)}
+    one, accumulating = (leaks(**leaking(15 * GB), **long, read_micro_batches=lambda n=n: n)[0] for n in (1.0, 2.0))
 
     assert remark.severity == "info"
     assert "a cache that fills looks the same" in remark.summary
@@ -164,6 +166,7 @@ def test_a_cache_that_may_fill_in_the_first_epoch_is_no_verdict():
     assert "cache that fills" not in later.summary
     assert ending.severity == "critical"
     assert fitting.severity == "info"  # all data is read before memory ends
+    assert (one.severity, accumulating.severity) == ("critical", "info")  # with two batches a step it is read in time
     assert diagnose(window_of(ALONE), JobFacts(**leaking(), **first))[0].kind is not Kind.MEMORY_LEAK
 
 

@@ -194,7 +194,7 @@ def _unread_steps(facts: JobFacts) -> float:
     if loader is None or not loader.length or len(facts.epochs) > 1:
         return 0.0
 
-    per_step = (loader.batch_size or 1) * facts.world_size
+    per_step = facts.micro_batches * (loader.batch_size or 1) * facts.world_size
     return max(MORE_THAN_ONE_PASS * loader.length / per_step - max(facts.latest, default=0) - 1, 0.0)
 
 
