@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import STEPS, StepFlag, unpack_bits
@@ -36,6 +38,10 @@ def ddp_no_sync(rank: int) -> tuple[nn.Module, nn.Module]:
 
 
 def ddp_accumulates(rank: int) -> tuple[nn.Module, nn.Module]:
+    return ddp(rank)
+
+
+def ddp_repeats(rank: int) -> tuple[nn.Module, nn.Module]:
     return ddp(rank)
 
 
@@ -95,8 +101,11 @@ def train(kind: str, rank: int) -> list[float]:
     _, model = globals()[kind](rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
-    for _ in range(STEPS_DONE):
-        x = torch.ones(4, 8)
+    batches: Iterable[Any] = [[torch.ones(4, 8)]] * STEPS_DONE
+    if kind == "ddp_repeats":
+        batches = DataLoader(TensorDataset(torch.ones(4 * STEPS_DONE, 8)), batch_size=4)
+
+    for (x,) in batches:
         optimizer.zero_grad()
         if kind == "ddp_buffers" and rank == 0:
             time.sleep(0.005)
@@ -106,6 +115,9 @@ def train(kind: str, rank: int) -> list[float]:
                 model(x).sum().backward()
         elif kind == "ddp_accumulates":
             model(x).sum().backward()
+        elif kind == "ddp_repeats":
+            model(x).sum().backward()
+            optimizer.step()
 
         loss = (model.module if kind == "ddp_bypassed" else model)(x).sum()
         loss.backward()

@@ -19,7 +19,17 @@ from tests.instrument.ranks import STEPS_DONE
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-KINDS = ["ddp", "ddp_buffers", "ddp_no_sync", "ddp_accumulates", "ddp_bypassed", "fsdp2", "manual", "tensor_parallel"]
+KINDS = [
+    "ddp",
+    "ddp_buffers",
+    "ddp_no_sync",
+    "ddp_accumulates",
+    "ddp_repeats",
+    "ddp_bypassed",
+    "fsdp2",
+    "manual",
+    "tensor_parallel",
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
         ("ddp", (1, 1)),
         ("ddp_no_sync", (2, 1)),
         ("ddp_accumulates", (2, 2)),
+        ("ddp_repeats", (1, 1)),
         ("ddp_bypassed", (1, 0)),
         ("fsdp2", None),
         ("manual", None),
@@ -86,7 +97,10 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
 def test_reductions_are_counted(
     kind: str, counted: tuple[int, int] | None, found: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Backward passes of a step, and those that average gradients, of DDP models; also of a run of 24 steps."""
+    """Backward passes of a step, and those that average gradients, of DDP models; also of a run of 24 steps.
+
+    Each of two backward passes on one batch is reduced for an optimizer step of its own.
+    """
     for rank in found[kind]:
         known = rank["reductions"]
         assert (known and (known["backwards_per_step"], known["reductions_per_step"])) == counted

@@ -252,7 +252,8 @@ def _end(clock: StepClock, began: Began, handle: Any) -> None:
 
 def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:
     """Hook the loss to queue the callback; return the hook's handle, None when there is nothing to hook."""
-    if clock.reductions is not None:
+    # After a step call, the same batch is trained on again: that reduction is for another step call.
+    if clock.reductions is not None and (not clock.step_call or clock.ended.may_be_step):
         clock.reductions.count(clock.rows)
 
     root = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)

@@ -1,4 +1,4 @@
-"""Backward passes of a step, and how many of them average gradients over the ranks.
+"""Backward passes of a step before its first step call, and how many of them average gradients over the ranks.
 
 With gradient accumulation one reduction per step is enough: DistributedDataParallel leaves the others out under
 `no_sync()`. Its last forward decides, and leaves that in an attribute, which is read when a backward pass begins, in
