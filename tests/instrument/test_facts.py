@@ -85,6 +85,17 @@ def test_ranks_of_a_sharded_model_are_known(four_ranks: Any) -> None:
     assert "gradient_size" not in model_facts(nn.Linear(8, 8))
 
 
+def test_the_hook_that_exchanges_gradients_is_known(four_ranks: Any) -> None:
+    """A script gives it to DDP, as to compress them."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    model = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
+    assert model_facts(model)["comm_hook"] is None
+
+    model.register_comm_hook(None, fp16_compress_hook)
+    assert model_facts(model)["comm_hook"] == "fp16_compress_hook"
+
+
 def test_a_lazy_model_is_described_by_the_parameters_that_it_has() -> None:
     """The others have no size before the first call."""
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))

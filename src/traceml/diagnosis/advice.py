@@ -420,7 +420,7 @@ def for_saving(half: float, line: BlamedLine | None = None, *, asynchronous: boo
     )
 
 
-_GRADIENT_BYTES = 4
+_GRADIENT_BYTES, _OF_16_BITS = 4, 2
 _SLOW_NETWORK_BYTES_PER_S = 125e6  # 1 Gbit/s
 _OF_LATENCY = 0.1  # what takes less of the time to be sent there is not what takes the time
 
@@ -453,16 +453,33 @@ def for_comm(facts: JobFacts, grad_phase: str, cost_ns: float, line: BlamedLine 
             "them later."
         )
 
-    last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a gradient-compression hook"
     known = facts.batches.reductions
     accumulates = known is not None and known[0] > known[1] > 0
     more = "more micro-batches per step" if accumulates else "gradient accumulation under model.no_sync()"
     less = f"Synchronize less per sample: larger batches or {more}"
-    size = _GRADIENT_BYTES * (facts.model.trainable or 0)
-    if 0 < size / _SLOW_NETWORK_BYTES_PER_S < _OF_LATENCY * cost_ns / 1e9:
+    size = (_OF_16_BITS if facts.model.has_16_bits else _GRADIENT_BYTES) * (facts.model.trainable or 0)
+    if facts.model.comm_hook is None and 0 < size / _SLOW_NETWORK_BYTES_PER_S < _OF_LATENCY * cost_ns / 1e9:
         return f"{less}. Smaller gradients would gain little: these are {bytes_text(size)}, so the time is the latency."
 
-    return f"{less}, gradients in 16 bits (DDP's bf16_compress_hook), or {last}."
+    *others, last = [less, *_faster_reductions(facts)]
+    return f"{', '.join([*others, 'or ' * bool(others) + last])}."
+
+
+def _faster_reductions(facts: JobFacts) -> list[str]:
+    """Return what averages the same gradients in less time; DDP takes one hook, and one of the script may do so."""
+    found = []
+    if facts.model.comm_hook is None and not facts.model.has_16_bits:
+        hook = (
+            "fp16_compress_hook" if facts.backend == "gloo" else "bf16_compress_hook"
+        )  # the latter needs NCCL or XCCL
+        found.append(f"gradients in 16 bits (DDP's {hook})")
+
+    if facts.backend == "gloo":
+        found.append("a faster backend than gloo between hosts")
+    elif facts.model.comm_hook is None:
+        found.append("a gradient-compression hook")
+
+    return found
 
 
 def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = None) -> str:

@@ -374,6 +374,42 @@ def test_smaller_gradients_are_no_advice_where_the_latency_takes_the_time(
     assert advised.startswith("Synchronize less per sample: larger batches or gradient accumulation")
 
 
+LARGE = {"trainable": 40_000_000}
+LESS = "Synchronize less per sample: larger batches or gradient accumulation under model.no_sync()"
+BF16, FP16 = (f"gradients in 16 bits (DDP's {name}_compress_hook)" for name in ("bf16", "fp16"))
+HOOK = "a gradient-compression hook"
+BACKEND = "a faster backend than gloo between hosts"
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "advised"),
+    [
+        ({"dtype": "torch.float32"}, "nccl", f"{LESS}, {BF16}, or {HOOK}."),
+        ({"dtype": "torch.float32"}, "gloo", f"{LESS}, {FP16}, or {BACKEND}."),  # bf16_compress_hook refuses gloo
+        ({"dtype": "torch.bfloat16"}, "nccl", f"{LESS}, or {HOOK}."),
+        ({"dtype": "torch.float16"}, "gloo", f"{LESS}, or {BACKEND}."),
+        ({"comm_hook": "bf16_compress_hook"}, "nccl", f"{LESS}."),
+        ({"comm_hook": "fp16_compress_hook"}, "gloo", f"{LESS}, or {BACKEND}."),
+    ],
+)
+def test_gradients_of_16_bits_are_not_to_be_made_such(model: dict[str, str], backend: str, advised: str) -> None:
+    """Those of a model in 16 bits, and those that a hook of the script sends: DDP takes no second one."""
+    known = JobFacts(world_size=2, model=ModelFacts(**LARGE, **model), backend=backend)
+
+    assert found(known).next == advised
+
+
+def test_the_size_of_gradients_is_that_of_their_type() -> None:
+    """With a hook it is not known."""
+    of_types = (ModelFacts(trainable=4_000, dtype=dtype) for dtype in ("torch.float32", "torch.bfloat16"))
+    whole, half = (found(JobFacts(world_size=2, model=each)).next for each in of_types)
+    hooked = found(JobFacts(world_size=2, model=ModelFacts(trainable=4_000, comm_hook="powerSGD_hook"))).next
+
+    assert "these are 16 KiB" in whole
+    assert "these are 8 KiB" in half
+    assert "these are" not in hooked
+
+
 @pytest.mark.parametrize(("cores", "of_ready_time", "is_told"), [(2, 0.37, True), (4, 0.37, False), (2, 0.1, False)])
 def test_ranks_that_share_cores_communicate_more_slowly(cores: int, of_ready_time: float, is_told: bool) -> None:
     """Gloo's ring of 4 ranks takes 9 of 11 ms on 2 cores; without it a step takes 1.2 ms, of 2 ranks 3.3 ms."""

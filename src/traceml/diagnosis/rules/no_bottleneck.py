@@ -62,8 +62,6 @@ _MOSTLY_FORWARD = 0.5
 _UNTRAINED_RATIO = 6.0
 """From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
 
-_OF_16_BITS = ("torch.bfloat16", "torch.float16")
-
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
 BUSY_POWER = 0.6
@@ -488,7 +486,7 @@ def _on_cpu(facts: JobFacts) -> list[str]:
             "or torch.set_num_threads where the script calls that)"
         )
 
-    if model.device in (None, "cpu") and (facts.autocast or model.dtype in _OF_16_BITS):
+    if model.device in (None, "cpu") and (facts.autocast or model.has_16_bits):
         found.append(
             "32-bit floats in place of 16-bit ones (autocast, or the weights), which are far slower unless the CPU "
             "computes with them (lscpu shows amx_bf16, avx512_bf16 or bf16)"

@@ -193,7 +193,7 @@ def _is_distributed(parameter: Any) -> bool:
 
 
 def _gradient_group(module: Any) -> dict[str, Any]:
-    """Describe the ranks that average their gradients: how many they are, and which, if they are not all."""
+    """Describe the ranks that average their gradients: how many they are, which, if they are not all, and the hook."""
     distributed = sys.modules.get("torch.distributed")
     wrapper = _wrapper_of(module, "DistributedDataParallel", "FullyShardedDataParallel")
     group = getattr(wrapper, "process_group", None)
@@ -202,7 +202,12 @@ def _gradient_group(module: Any) -> dict[str, Any]:
         return {}
 
     some = len(ranks) < distributed.get_world_size() and len(ranks) <= _MAX_RANKS
-    return {"gradient_size": len(ranks), "gradient_ranks": sorted(ranks) if some else None}
+    hook, _ = next(iter(getattr(wrapper, "_comm_hooks", ())), (None, None))
+    return {
+        "gradient_size": len(ranks),
+        "gradient_ranks": sorted(ranks) if some else None,
+        "comm_hook": None if hook is None else getattr(hook, "__qualname__", type(hook).__qualname__),
+    }
 
 
 def _sharding_ranks(module: Any) -> list[int]:

@@ -66,6 +66,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str | None = None
     device: str | None = None
     compiled: bool | None = None
+    comm_hook: str | None = None  # function that exchanges DDP's gradients in place of DDP, which takes one
+
+    @property
+    def has_16_bits(self) -> bool:
+        """Whether its weights are floats of 16 bits, as its gradients then are."""
+        return self.dtype in ("torch.bfloat16", "torch.float16")
 
 
 MAX_RANKS = 8
