@@ -186,6 +186,34 @@ def test_copies_are_named_with_their_line(loader, says, never):
     assert never not in found.next
 
 
+PINS, PAGEABLE = LoaderFacts(pin_memory=True), LoaderFacts(pin_memory=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "pinned", "non_blocking", "says", "never"),
+    [
+        (PINS, 1.0, 1.0, "on a stream of its own (torch.cuda.Stream) while this one computes", "pass non_blocking"),
+        (None, 1.0, 1.0, "on a stream of its own (torch.cuda.Stream) while this one computes", "tensor.pin_memory()"),
+        (PINS, 1.0, 0.0, "pins memory already: pass non_blocking=True", "stream"),
+        (PAGEABLE, 1.0, 0.0, "The copies are from pinned memory already: pass non_blocking=True", "Set pin_memory"),
+        (PINS, 0.0, 1.0, "(a class of batches needs a method pin_memory): else non_blocking=True waits", "pass non_bl"),
+        (PAGEABLE, 0.0, 1.0, "Set pin_memory=True in the DataLoader: else non_blocking=True waits", "pass non_block"),
+        (PAGEABLE, 0.1, 0.2, "Set pin_memory=True in the DataLoader and pass non_blocking=True", "stream"),
+        (None, 0.0, 1.0, "ones, from pinned memory (tensor.pin_memory()), and make", "non_blocking"),
+        (None, 1.0, 0.0, "many small ones, with non_blocking=True, and make", "pin_memory"),
+    ],
+)
+def test_copies_are_told_what_they_do_not_do_yet(loader, pinned, non_blocking, says, never):
+    """By what was seen of some copies."""
+    builder = JobFactsBuilder()
+    builder.info(0, {"kind": "copies", "pinned": pinned, "non_blocking": non_blocking})
+    found = diagnose(window_of(ALONE, adds("h2d", 10)), structs.replace(builder.build(), loader=loader))[0]
+
+    assert found.kind is Kind.H2D_BOUND
+    assert says in found.next
+    assert never not in found.next
+
+
 @pytest.mark.parametrize(("device", "reads"), [("cuda:0", True), ("cpu", False), (None, False)])
 def test_values_that_are_read_from_a_device_wait_for_it(device, reads):
     """A metric in a loop over `.item()`: each call waits for all that was launched before."""

@@ -116,6 +116,7 @@ class InfoKind(StrEnum):
     JOINED = "joined", "step at whose end the rank waited in `with Join(...)`", "step"
     REDUCTIONS = "reductions", "reductions of gradients", "backwards_per_step:number reductions_per_step:number"
     COLLECTIVES = "collectives", "size of the largest tensor that a collective has carried", "elements:int messages"
+    COPIES = "copies", "shares of copied bytes, in some copies to a device", "pinned:number non_blocking:number"
     RPC = "rpc", "the script uses torch.distributed.rpc"
     SEGMENTS = (
         "segments", "blocks of memory that the CUDA allocator requested and gave back",

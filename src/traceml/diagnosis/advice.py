@@ -146,20 +146,42 @@ def flush_denormals(facts: JobFacts) -> str | None:
     )
 
 
+_MOSTLY = 0.5
+
+
 def for_copies(facts: JobFacts) -> str:
-    """Return advice against copies to the device."""
-    if facts.loader is None:
+    """Return advice against copies to the device: what they do not do yet."""
+    pinned, non_blocking = (
+        None if share is None else share >= _MOSTLY for share in (facts.pinned_share, facts.non_blocking_share)
+    )
+    if pinned and non_blocking:
         return (
-            "Copy few large tensors instead of many small ones, from pinned memory (tensor.pin_memory()) with "
-            "non_blocking=True, and make what is small on the device itself: torch.tensor(..., device=...)."
+            "The copies are from pinned memory, with non_blocking=True: copy the next batch on a stream of its own "
+            "(torch.cuda.Stream) while this one computes; send smaller types (uint8)."
         )
 
-    if facts.loader.pin_memory:
-        return "The loader pins memory already: pass non_blocking=True to .to(device), and send smaller types (uint8)."
+    if facts.loader is None:
+        memory = "" if pinned else " from pinned memory (tensor.pin_memory())"
+        wait = "" if non_blocking else " with non_blocking=True"
+        return (
+            f"Copy few large tensors instead of many small ones,{memory}{wait}, and make what is small on the device "
+            "itself: torch.tensor(..., device=...)."
+        )
 
-    return (
-        "Set pin_memory=True in the DataLoader and pass non_blocking=True to .to(device); send smaller types (uint8)."
-    )
+    pins = bool(facts.loader.pin_memory)
+    if pinned or (pinned is None and pins):
+        already = "The loader pins memory already" if pins else "The copies are from pinned memory already"
+        return f"{already}: pass non_blocking=True to .to(device), and send smaller types (uint8)."
+
+    pinning = _PIN_BATCHES if pins else "Set pin_memory=True in the DataLoader"
+    waiting = ": else non_blocking=True waits, too" if non_blocking else " and pass non_blocking=True to .to(device)"
+    return f"{pinning}{waiting}; send smaller types (uint8)."
+
+
+_PIN_BATCHES = (
+    "Pin what is copied, which pin_memory=True of the DataLoader does not reach (a class of batches needs a method "
+    "pin_memory)"
+)
 
 
 def in_threads(facts: JobFacts) -> str:

@@ -12,10 +12,12 @@ from typing import Any
 from torch.compiler import is_dynamo_compiling
 
 from traceml.database.schema import Phase
+from traceml.instrument.guard import Guard
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.collective_sizes import CollectiveSizes
+from traceml.instrument.values.copy_style import CopyStyle
 
 __all__ = [
     "patch_collectives",
@@ -122,18 +124,26 @@ def patch_remote_calls(patches: Patches, clock: StepClock, record: _Recorded) ->
     patches.wrap(package, "init_rpc", timed_call(vars(package)["init_rpc"], _COMM, clock, record))
 
 
-def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:
-    """Time copies of CPU tensors to a device of one of the given types (`Module.to` calls `Tensor.to`)."""
+def patch_copies(
+    patches: Patches, clock: StepClock, device_types: frozenset[str], style: CopyStyle, guard: Guard
+) -> None:
+    """Time copies of CPU tensors to a device of one of the given types (`Module.to` calls `Tensor.to`).
+
+    Args:
+        style: takes some of the copies.
+    """
     if not device_types:
         return
 
     tensor_type: Any = sys.modules["torch"].Tensor
     for name in ("to", "cuda"):
-        patches.wrap(tensor_type, name, _timed_copy(getattr(tensor_type, name), clock, device_types))
+        patches.wrap(tensor_type, name, _timed_copy(getattr(tensor_type, name), clock, device_types, style, guard))
 
 
 @uncounted
-def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -> Callable[..., Any]:
+def _timed_copy(
+    original: Any, clock: StepClock, device_types: frozenset[str], style: CopyStyle, guard: Guard
+) -> Callable[..., Any]:
     def copy(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling() or self.device.type != "cpu":
             return original(self, *args, **kwargs)
@@ -150,6 +160,8 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
         finally:
             if copied:
                 clock.leave(_H2D, began)
+                if style.wants_more:
+                    guard(style.record, self, args, kwargs)
             else:
                 clock.cancel(_H2D, began)  # only another dtype
 

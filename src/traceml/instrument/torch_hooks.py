@@ -35,6 +35,7 @@ from traceml.instrument.patches import Patches
 from traceml.instrument.search.discovery import ModuleDiscovery
 from traceml.instrument.step_clock import StepClock
 from traceml.instrument.values.collective_sizes import CollectiveSizes
+from traceml.instrument.values.copy_style import CopyStyle
 from traceml.instrument.values.inputs import BatchReader, patch_autocast
 from traceml.instrument.values.losses import CudaLosses, LossReader, patch_scale
 from traceml.instrument.workers.loader_workers import watch_workers
@@ -115,7 +116,8 @@ class TorchHooks:
 
     def patch_copies(self) -> None:
         """Time copies to devices."""
-        timed_calls.patch_copies(self._patches, self._clock, self._device_types)
+        style = CopyStyle(self._facts.report, lambda: self._clock.rows)
+        timed_calls.patch_copies(self._patches, self._clock, self._device_types, style, self.guard)
 
     def patch_distributed(self, group: DefaultGroup) -> None:
         """Time collectives and remote calls, and watch for the default process group."""

@@ -109,6 +109,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     read_micro_batches: Callable[[], float] = lambda: 1.0  # reads the kept steps of all ranks: see `micro_batches`
     batch_tensors: int = 0  # tensors of the largest of some batches, as a loader returns it; 0 if unknown
     batch_bytes: int = 0  # its bytes
+    pinned_share: float | None = None  # share of the bytes that some copies to a device took from pinned memory
+    non_blocking_share: float | None = None  # the same of copies with `non_blocking=True`
     # fingerprints of batches, and how ranks exchange gradients
     batches: BatchHistory = msgspec.field(default_factory=BatchHistory)
     # numbers of loaders whose DistributedSampler drew one order in several epochs: no `set_epoch`

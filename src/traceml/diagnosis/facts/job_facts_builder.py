@@ -139,6 +139,9 @@ class JobFactsBuilder:
             if isinstance(row.get(name), int):
                 self._facts[field] = max(row[name], self._facts.get(field, 0))
 
+    def _take_copies(self, _rank: int, row: Mapping[str, Any]) -> None:
+        self._facts |= {f"{name}_share": row.get(name) for name in ("pinned", "non_blocking")}
+
     def _take_input(self, rank: int, row: Mapping[str, Any]) -> None:
         self.batches.input(rank, row)
         self._facts["autocast"], self._facts["tf32"] = bool(row.get("autocast")), bool(row.get("tf32"))
@@ -231,6 +234,7 @@ class JobFactsBuilder:
         InfoKind.GROWTH: lambda self, rank, row: self.growing.update({rank: growing_of(row)}),
         InfoKind.BATCH: _take_batch,
         InfoKind.INPUT: _take_input,
+        InfoKind.COPIES: _take_copies,
         InfoKind.REDUCTIONS: lambda self, _, row: self.batches.reduction_facts(row),
         InfoKind.COLLECTIVES: lambda self, rank, row: self.batches.collective(rank, row),
         InfoKind.COMPILATION: lambda self, _, row: self._facts.update(compile_s=row.get("seconds")),
