@@ -162,7 +162,8 @@ class Instrumentation:
     def _checkpoints(self) -> CheckpointPatches:
         from traceml.instrument.checkpoints.patch_checkpoints import CheckpointPatches
 
-        marks = CheckpointMarks(self._flight.open_slots, self.clock, self._facts.report)
+        facts = self._facts
+        marks = CheckpointMarks(self._flight.open_slots, self.clock, facts.report, facts.least_checkpoint_bytes)
         return CheckpointPatches(self.clock, self.saves, self.save_folder, marks)
 
     def _on_torch_import(self) -> None:

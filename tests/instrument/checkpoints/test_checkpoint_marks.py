@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def traced(tmp_path: Path) -> Any:
     flight.close(unlink=True)
 
 
-def train(steps: int) -> None:
-    model = torch.nn.Linear(4, 1)
+def train(steps: int, size: int = 1) -> None:
+    model = torch.nn.Linear(4, size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = torch.utils.data.DataLoader(torch.randn(steps, 4))
     for x in loader:
@@ -62,6 +63,49 @@ def test_a_save_after_five_steps_holds_five(tmp_path: Path, traced: Any) -> None
     assert before == 0
     assert flight.open_slots[Slot.SAVED] == 5
     assert flight.open_slots[Slot.SAVED_IN] == folder_number(tmp_path / "a.pt")
+
+
+def test_a_file_that_is_too_small_for_the_model_is_no_checkpoint(tmp_path: Path, traced: Any) -> None:
+    """Metrics that are saved more often than the model: of the steps since then all are lost."""
+    flight, _ = traced
+    train(5, size=4000)
+    torch.save({"model": torch.zeros(20_000, dtype=torch.uint8)}, tmp_path / "model.pt")
+    train(3, size=4000)
+    torch.save({"losses": [0.5] * 8}, tmp_path / "losses.pt")
+    assert flight.open_slots[Slot.SAVED] == 5
+
+    with (tmp_path / "open.pt").open("wb") as opened:  # its end is not written yet: its size is not known
+        torch.save({"losses": [0.5] * 8}, opened)
+
+    assert flight.open_slots[Slot.SAVED] == 8
+
+
+def test_a_checkpoint_that_another_thread_saves_counts(tmp_path: Path, traced: Any) -> None:
+    """It has the updates of its begin; one that ends after a newer one does not replace that."""
+    flight, _ = traced
+    train(5)
+    began, may_end = threading.Event(), threading.Event()
+
+    class Slow:
+        def __reduce__(self) -> Any:
+            began.set()
+            assert may_end.wait(60)
+            return int, ()
+
+    def save(value: Any) -> threading.Thread:
+        thread = threading.Thread(target=torch.save, args=(value, tmp_path / f"{id(value)}.pt"))
+        thread.start()
+        return thread
+
+    slow = save(Slow())
+    assert began.wait(60)
+    train(3)
+    save({}).join()
+    assert flight.open_slots[Slot.SAVED] == 8
+
+    may_end.set()
+    slow.join()
+    assert flight.open_slots[Slot.SAVED] == 8
 
 
 def test_only_files_read_before_training_are_reported(tmp_path: Path, traced: Any) -> None:

@@ -1,7 +1,7 @@
 """Marks of checkpoints: how many updates the last saved one holds, and which one a restarted training reads.
 
 A script counts its steps from 0 when it is restarted. What it reads shows where it continues: a file of the folder to
-which an earlier attempt has saved.
+which an earlier attempt has saved. A file that is too small for the trained model, as one of metrics, is no checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from traceml.database.info_kinds import InfoKind, InfoSender
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
-from traceml.instrument.checkpoints.save_log import target_path
+from traceml.instrument.checkpoints.save_log import size_of, target_path
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.step_clock import StepClock
 
@@ -28,17 +28,36 @@ _log = logging.getLogger("traceml")
 
 
 class CheckpointMarks:
-    """Notes saves in the flight file's slots, and reads before the first step as rows of `info`."""
+    """Notes saves in the flight file's slots, and reads before the first step as rows of `info`.
 
-    def __init__(self, slots: Any, clock: StepClock, report: InfoSender) -> None:
-        self._slots, self._clock, self._report = slots, clock, report
+    Args:
+        least_bytes: returns the bytes that a file with the trained model has at least.
+    """
 
-    def saved(self, target: object) -> None:
-        """Record that the training thread has saved to a path or file."""
-        place, clock = folder_number(target), self._clock
-        if place is not None and clock.is_training_thread():
-            self._slots[Slot.SAVED] = clock.step + bool(clock.step_call)
+    def __init__(self, slots: Any, clock: StepClock, report: InfoSender, least_bytes: Callable[[], int]) -> None:
+        self._slots, self._clock, self._report, self._least_bytes = slots, clock, report, least_bytes
+
+    def steps(self) -> int:
+        """Return how many updates a checkpoint has that begins to be saved."""
+        done: int = self._clock.step + bool(self._clock.step_call)
+        return done
+
+    def saved(self, target: object, steps: int) -> None:
+        """Record that a path or file with so many updates has been saved, by any thread."""
+        place = folder_number(target)
+        if place is None or self._is_other(target):
+            return
+
+        # One that a thread writes may end after a newer one.
+        if self._clock.is_training_thread() or steps >= self._slots[Slot.SAVED]:
+            self._slots[Slot.SAVED] = steps
             self._slots[Slot.SAVED_IN] = place
+
+    def _is_other(self, target: object) -> bool:
+        """Whether a file is certainly too small for a checkpoint. Of an open one, the end may not be written yet."""
+        path = None if hasattr(target, "write") else target_path(target)
+        size = None if path is None else size_of(path)
+        return size is not None and 0 <= size < self._least_bytes()
 
     def loaded(self, source: object) -> None:
         """Report that the training thread has read a path or file before its first step."""

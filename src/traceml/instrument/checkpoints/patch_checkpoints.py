@@ -83,7 +83,7 @@ class CheckpointPatches:
             if is_dynamo_compiling():
                 return original(*args, **kwargs)
 
-            target = self._begin(find, args, kwargs)
+            target, steps = self._begin(find, args, kwargs)
             began = clock.enter(_CHECKPOINT)
             if began is None:
                 if clock.current == _CHECKPOINT and clock.is_training_thread():  # it is part of another one
@@ -99,22 +99,22 @@ class CheckpointPatches:
 
             if target is not None:
                 with fail_open(_log, "instrument", "a checkpoint could not be noted", once=True):
-                    self._marks.saved(target)
+                    self._marks.saved(target, steps)
 
             return result
 
         return call
 
-    def _begin(self, find: Find | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-        """Return the path or file of a save; None if it has none."""
+    def _begin(self, find: Find | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, int]:
+        """Return the path or file of a save, None if it has none, and how many updates it has."""
         with fail_open(_log, "instrument", "the folder of checkpoints is not known", once=True):
             target = None if find is None else find(args, kwargs)
             if target is not None:
                 self._folder.record(target)
 
-            return target
+            return target, self._marks.steps()
 
-        return None
+        return None, 0
 
 
 def _argument(position: int | None, name: str) -> Find:

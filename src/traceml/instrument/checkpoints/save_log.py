@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from traceml.clock import monotonic_ns
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["Save", "SaveFolder", "SaveLog", "target_path"]
+__all__ = ["Save", "SaveFolder", "SaveLog", "size_of", "target_path"]
 
 _MAX_WAITING = 256
 _MAX_TARGETS = 64
@@ -75,7 +75,7 @@ class SaveLog:
             self._add_target(args, kwargs)
             now, targets = monotonic_ns(), tuple(dict.fromkeys(self._targets))
             self._targets = []
-            sizes = tuple(_size(target) if is_written else -1 for target in targets)
+            sizes = tuple(size_of(target) if is_written else -1 for target in targets)
             code, line = self.caller(frame)
             self._done.append(Save(now, clock.step, now - began_ns, targets, sizes, code, line, is_written))
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
@@ -90,7 +90,7 @@ class SaveLog:
                 return
 
 
-def _size(path: str) -> int | None:
+def size_of(path: str) -> int | None:
     """Return the bytes of a file; None of a folder, -1 where it is gone or is not a path."""
     try:
         found = os.stat(path)  # noqa: PTH116 - on the training thread

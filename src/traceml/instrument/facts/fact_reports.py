@@ -20,6 +20,7 @@ Info = dict[str, Any]
 _LIKE = ("dataset", "length", "num_workers")
 _COUNTED = 8  # from here on only powers of two are reported
 _MAX_BEGINS = 256  # trainings whose first step is reported: a script may make a model for each step
+_PART_BYTES = 1 << 28  # a file of this size may be a part of the checkpoint of any model
 _WHOLE = 4  # calls with as many samples before a backward pass: views, or the networks of a GAN
 
 
@@ -156,6 +157,14 @@ class FactReports:
             self._clock.reductions = ReductionCounter()
 
         self._clock.reductions.watch(module)
+
+    def least_checkpoint_bytes(self) -> int:
+        """Return the bytes of the smallest file of a checkpoint: a rank's part, with a byte for each trained parameter.
+
+        A large model may be in several files. 0 before a model is known.
+        """
+        model = self._reported.get(InfoKind.MODEL, {})
+        return min((model.get("trainable") or 0) // (model.get("gradient_size") or 1), _PART_BYTES)
 
     def reductions(self) -> None:
         """Report backward passes and reductions per step, when they are known or have changed."""
