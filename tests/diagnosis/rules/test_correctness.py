@@ -9,6 +9,7 @@ from traceml.database.schema import EPOCHS, FINGERPRINTS, STEPS, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.shared_batches import BatchHistory
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.kinds import Severity
 from traceml.diagnosis.rules.correctness import (
@@ -84,6 +85,42 @@ def test_ranks_of_a_tensor_parallel_group_share_batches():
         duplicate_data(JobFacts(batches=history([1, 2, 3], [1, 2, 3], model={"parallel": "dtensor"}), world_size=2))
         == []
     )
+
+
+FOUR = ([1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6])
+
+
+@pytest.mark.parametrize("flattened", [{}, {"dp_shard_cp": 9}])
+def test_ranks_that_divide_the_sequences_of_a_batch_share_it(flattened):
+    """Two replicas of two ranks each, which are one group that averages gradients."""
+    mesh = {rank: {"dp_shard": rank // 2, "cp": rank % 2, **dict.fromkeys(flattened, rank)} for rank in range(4)}
+    known = {"world_size": 4, "topology": Topology(mesh=mesh)}
+
+    assert duplicate_data(JobFacts(batches=history(*FOUR), **known)) == []
+
+    (finding,) = duplicate_data(JobFacts(batches=history(*[FOUR[0]] * 4), **known))
+    assert finding.evidence["groups"] == [[0, 2]]  # of each replica the lowest
+    assert finding.cost_share == 0.5
+    assert "context parallelism" not in finding.next
+
+
+@pytest.mark.parametrize("name", ["tp", "inner", "dp_shard"])
+def test_ranks_of_other_dimensions_are_compared(name):
+    """Nothing says that they divide sequences."""
+    mesh = {rank: {"dp": rank // 2, name: rank % 2} for rank in range(4)}
+    (finding,) = duplicate_data(JobFacts(batches=history(*FOUR), world_size=4, topology=Topology(mesh=mesh)))
+
+    assert finding.evidence["groups"] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_ranks_that_may_divide_sequences_are_told_so(tokens):
+    """Without a mesh that is named it is not known; only texts have sequences to divide."""
+    batches = history(*FOUR)
+    batches.input(0, {"tokens": tokens})
+    (finding,) = duplicate_data(JobFacts(batches=batches, world_size=4))
+
+    assert ("If they divide the sequences of a batch (context parallelism), it is right" in finding.next) is tokens
 
 
 def read_by_workers(*batches: int, workers: int = 2, begins: tuple[int, ...] = (0, 50)) -> JobFacts:

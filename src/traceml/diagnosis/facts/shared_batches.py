@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import MAX_LOGGED_NUMBERS
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.group_use import GroupUse
 
 __all__ = ["COMPARED_WORKERS", "BatchHistory"]
@@ -136,14 +137,15 @@ class BatchHistory:
     def _with_model(self) -> list[_RankData]:
         return [each for each in self._ranks.values() if each.has_model]
 
-    def duplicates(self, world_size: int) -> list[tuple[tuple[int, ...], int]]:
+    def duplicates(self, world_size: int, topology: Topology) -> list[tuple[tuple[int, ...], int]]:
         """Return groups of ranks with equal batches, and the number of batches that were compared.
 
         Only ranks that average their gradients are compared: those of a tensor- or pipeline-parallel group share
-        batches on purpose.
+        batches on purpose, and so do those that divide the sequences of a batch, of which one is compared.
         """
         found = []
-        for group in self._gradient_groups(world_size):
+        for averaging in self._gradient_groups(world_size):
+            group = topology.with_own_batches(averaging)
             known = [rank for rank in group if len(self._ranks[rank].batches) >= MIN_BATCHES]
             if len(known) > 1:
                 found += self._equal(known)

@@ -33,6 +33,8 @@ _MESH_WORDS = {
     "cp": "context-parallel rank",
     "ep": "expert-parallel rank",
 }
+_DIVIDE_SEQUENCES = frozenset({"cp", "sp", "context", "sequence", "ulysses", "ring"})
+"""Dimensions, or parts of the name of a flattened one (`dp_shard_cp`), whose ranks have parts of the same batch."""
 _Key = Callable[[int], str | int | None]
 _NOWHERE: Mapping[str, int] = {}
 
@@ -75,6 +77,26 @@ class Topology(msgspec.Struct, kw_only=True):
         elif kind == InfoKind.NVLINK and row.get("domain"):
             self.domains[rank] = str(row["domain"])
 
+    @property
+    def divides_sequences(self) -> bool:
+        """Whether ranks divide the sequences of a batch among them (context or sequence parallelism)."""
+        return any(_divides_sequences(dimension) for mesh in self.mesh.values() for dimension in mesh)
+
+    def with_own_batches(self, ranks: Collection[int]) -> list[int]:
+        """Return the ranks to which a batch belongs: of those that divide its sequences among them the lowest."""
+        if not self.divides_sequences:
+            return sorted(ranks)
+
+        lowest: dict[object, int] = {}
+        for rank in sorted(ranks):
+            mesh = self.mesh.get(rank)
+            place = (
+                rank if mesh is None else frozenset(each for each in mesh.items() if not _divides_sequences(each[0]))
+            )
+            lowest.setdefault(place, rank)
+
+        return list(lowest.values())
+
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
         """Return the smallest group that explains slow ranks; None if they are not a group.
 
@@ -108,6 +130,10 @@ class Topology(msgspec.Struct, kw_only=True):
         for dimension in self.mesh.get(rank, {}):
             word = f"{_MESH_WORDS[dimension]} " if dimension in _MESH_WORDS else f"mesh coordinate {dimension}="
             yield "mesh", word, lambda each, dimension=dimension: self.mesh.get(each, _NOWHERE).get(dimension)  # type: ignore[misc]
+
+
+def _divides_sequences(dimension: str) -> bool:
+    return not _DIVIDE_SEQUENCES.isdisjoint(dimension.lower().split("_"))
 
 
 def _smallest(found: list[tuple[int, str, str]], slow: int) -> RankGroup | None:

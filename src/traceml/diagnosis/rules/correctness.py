@@ -36,6 +36,7 @@ _STOP_TRAINING = (
     "learning rate or clipped gradients may keep its loss finite; torch.autograd.set_detect_anomaly(True) names the "
     "operation."
 )
+_UNLESS_DIVIDED = " If they divide the sequences of a batch (context parallelism), it is right that they share it."
 _EXCHANGE = "{}. If the models are meant to differ, run them as separate jobs."
 
 
@@ -146,13 +147,14 @@ def trainings_not_finite(facts: JobFacts) -> list[Finding]:
 def duplicate_data(facts: JobFacts) -> list[Finding]:
     """Return the finding about ranks that train on identical batches."""
     world_size = facts.world_size
-    found = facts.batches.duplicates(world_size)
+    found = facts.batches.duplicates(world_size, facts.topology)
     if not found:
         return []
 
     ranks = tuple(sorted(rank for equal, _ in found for rank in equal))
     needless = len(ranks) - len(found)
-    share = needless / max(world_size, len(ranks))
+    share = needless / max(len(facts.topology.with_own_batches(range(world_size))), len(ranks))
+    may_divide = facts.batches.tokens and not facts.topology.divides_sequences
     compared = found[0][1]
     whose = ranks if len(found) == 1 else found[0][0]
     more = "" if len(found) == 1 else f" ({len(found)} such groups of ranks)"
@@ -166,7 +168,7 @@ def duplicate_data(facts: JobFacts) -> list[Finding]:
             ),
             next=(
                 "Give each rank its own part of the data: DataLoader(sampler=DistributedSampler(dataset)) with "
-                "sampler.set_epoch(epoch), or another seed and another shard by rank."
+                "sampler.set_epoch(epoch), or another seed and another shard by rank." + _UNLESS_DIVIDED * may_divide
             ),
             evidence={"compared_batches": compared, "groups": [list(equal) for equal, _ in found]},
             cost_share=share,
