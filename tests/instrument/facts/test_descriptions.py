@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -90,12 +92,77 @@ class Divided(Lines):
         return iter(range(8) if worker is None else range(worker.id, 8, worker.num_workers))
 
 
+def part_of_worker(lines):
+    worker = get_worker_info()
+    return lines if worker is None else lines[worker.id :: worker.num_workers]
+
+
+class DividedByFunction(Lines):
+    def __iter__(self):
+        return (line for line in part_of_worker(range(8)))
+
+
+class DividedInGenerator(Lines):
+    def __iter__(self):
+        return (line for line in range(8) if line % (get_worker_info() or self).num_workers == 0)
+
+
+class DividedByAlias(Lines):
+    def __iter__(self):
+        worker = asked()
+        return iter(range(8) if worker is None else range(worker.id, 8, worker.num_workers))
+
+
+asked = get_worker_info
+
+
+class Sorted(Lines):
+    def __iter__(self):
+        return iter(in_order(range(8)))
+
+
+def in_order(lines):
+    return sorted(lines)
+
+
 @pytest.mark.parametrize(
-    ("dataset", "is_undivided"), [(Lines(), True), (Divided(), False), (ChainDataset([Divided()]), False)]
+    ("dataset", "is_undivided"),
+    [
+        (Lines(), True),
+        (Sorted(), True),
+        (Divided(), False),
+        (DividedByFunction(), False),
+        (DividedInGenerator(), False),
+        (DividedByAlias(), False),
+        (ChainDataset([Divided()]), False),
+    ],
 )
 def test_a_stream_that_each_worker_would_read_is_known(dataset, is_undivided):
     """A library's own data sets divide themselves, or hold others that do."""
     assert loader_facts(DataLoader(dataset))["is_undivided"] is is_undivided
+
+
+def divide(worker):
+    Lines.first = worker
+
+
+@pytest.mark.parametrize(
+    ("function", "is_undivided"),
+    [
+        (divide, False),
+        (functools.partial(divide), False),
+        (Lines().__init__, False),  # a method: what it does is not looked at
+        (functools.partial(functools.wraps), True),
+        (None, True),
+    ],
+)
+def test_a_function_of_the_script_may_divide_a_stream_as_a_worker_begins(function, is_undivided):
+    """One of a library, as Lightning's, sets seeds."""
+    assert loader_facts(DataLoader(Lines(), worker_init_fn=function))["is_undivided"] is is_undivided
+
+
+def test_data_by_index_is_no_stream():
+    """The loader divides it."""
     assert loader_facts(DataLoader(range(8)))["is_undivided"] is False
 
 

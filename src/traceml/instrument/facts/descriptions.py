@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 from traceml.inspection.thread_frames import stack_frames
@@ -56,20 +57,51 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "start_method": start_method(loader),
         "objects": held_objects(dataset),
         "samplers": _sampler_classes(own),
-        "is_undivided": _is_undivided(dataset),
+        "is_undivided": _is_undivided(own, dataset),
         "trainer": trainer_above(sys._getframe(1)) if own is loader else "fastai",
     }
 
 
-def _is_undivided(dataset: Any) -> bool:
-    """Return whether a data set is iterable, and the script's code of its class does not ask which worker runs it."""
+def _is_undivided(loader: Any, dataset: Any) -> bool:
+    """Return whether a data set is iterable, and the script's code does not ask which worker runs it.
+
+    That is the code of its class, functions that this calls, and `worker_init_fn`, in which a script may divide it.
+    """
     classes = type(dataset).__mro__
     if not any(cls.__name__ == "IterableDataset" for cls in classes):
         return False
 
-    codes = [code for cls in classes for each in vars(cls).values() if (code := getattr(each, "__code__", None))]
-    own = [code for code in codes if is_user_file(code.co_filename)]
-    return any(code.co_name == "__iter__" for code in own) and not any(_WORKER_INFO in code.co_names for code in own)
+    functions = [getattr(each, "__func__", each) for cls in classes for each in vars(cls).values()]
+    own = [each for each in functions if (code := getattr(each, "__code__", None)) and is_user_file(code.co_filename)]
+    if not any(each.__code__.co_name == "__iter__" for each in own):
+        return False
+
+    return not any(map(_asks_for_worker, own)) and not _may_divide(getattr(loader, "worker_init_fn", None))
+
+
+def _asks_for_worker(function: Any) -> bool:
+    """Return whether a function, or one that it calls by a global name, calls `get_worker_info`."""
+    names = _names_in(function.__code__)
+    called = [each for name in names if callable(each := function.__globals__.get(name))]
+    return (
+        _WORKER_INFO in names
+        or any(getattr(each, "__name__", "") == _WORKER_INFO for each in called)
+        or any(_WORKER_INFO in _names_in(each.__code__) for each in called if isinstance(each, FunctionType))
+    )
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+def _may_divide(function: Any) -> bool:
+    """Return whether a `worker_init_fn` may divide the data: one of a library that only sets seeds does not."""
+    function = getattr(function, "func", function)  # of a partial
+    if not isinstance(function, FunctionType):
+        return function is not None
+
+    return is_user_file(function.__code__.co_filename) or _asks_for_worker(function)
 
 
 def _sampler_classes(loader: Any) -> list[str]:
