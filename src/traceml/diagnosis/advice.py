@@ -184,6 +184,20 @@ _PIN_BATCHES = (
 )
 
 
+def waiting_for_device(facts: JobFacts, *, is_timed: bool) -> str:
+    """Return what a sentence says of CPU time in which a thread may have waited for a device; empty for other times.
+
+    Where the device's times are not known, whatever reads from it next seems to take the time of what it computes.
+
+    Args:
+        is_timed: whether the times are those of the device.
+    """
+    if is_timed or facts.accelerator is None:
+        return ""
+
+    return f"; part of it may be waiting for the device ({facts.accelerator}), whose time is not measured"
+
+
 def in_threads(facts: JobFacts) -> str:
     """Return in which line other threads of the process are for most of their time; empty if that is not known."""
     line = threads_line(facts.thread_lines)

@@ -75,6 +75,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     # What is trained, and how
     model: ModelFacts = ModelFacts()  # the model that is trained
+    accelerator: str | None = None  # type of device of the models (cuda, xpu); None if they are on the CPU
     # steps before which a model or optimizer of another size appeared; not those of the run's start
     other_models: tuple[int, ...] = ()
     # of these steps, those at which an earlier model was trained again -> first step of that model

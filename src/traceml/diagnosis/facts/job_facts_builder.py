@@ -368,6 +368,7 @@ class JobFactsBuilder:
             started_processes=self.competing_processes.started,
             samples=self.samples,
             model=self._model or ModelFacts(),
+            accelerator=self.accelerator,
             other_models=self._models.steps,
             same_models=self._models.returns,
             trainings_begin=self._models.begins,

@@ -87,9 +87,12 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
     line = cost.line(facts)
     cost = cost.reported()
     where = line.of_it if line else ""
-    summary = f"Copies to the device take {cost.of_step}{where}; without them steps would be {cost.faster}."
+    untimed = advice.waiting_for_device(facts, is_timed=work.device)
+    without = untimed or f"; without them steps would be {cost.faster}"
+    summary = f"Copies to the device take {cost.of_step}{where}{without}."
     evidence = cost.line_evidence(line) | _loader_evidence(facts)
-    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), evidence)]
+    gain = 1.0 if untimed else None
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), evidence, gain)]
 
 
 def iterator_bound(work: OwnWork, facts: JobFacts, step_ns: float, long_ns: float = 0.0) -> Finding | None:

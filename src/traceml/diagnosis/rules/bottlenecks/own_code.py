@@ -109,13 +109,14 @@ def _residual_finding(cost: PhaseCost, facts: JobFacts, *, may_have_update: bool
 
     where += cost.turns_words
     line_share = 1.0 if line is None or line.is_rough else line.share
-    gain = 1.0 if is_update else speedup(cost.step_ns, cost.saved_ns * line_share)
+    untimed = advice.waiting_for_device(facts, is_timed=cost.work.device)
+    gain = 1.0 if is_update or untimed else speedup(cost.step_ns, cost.saved_ns * line_share)
     what = "that part" if line_share < 1.0 else "it"
     makes_graph = cost.part == "other" and _makes_graph(cost.work)
     # What is waited for, as a batch that a thread makes, may take as long elsewhere. A loss has its part of backward.
     bound = "at most" if waits else "at least" if makes_graph else ""
     faster = gain_text(gain, bound)
-    without = _MAY_UPDATE if is_update else f"; without {what} steps would be {faster}."
+    without = _MAY_UPDATE if is_update else f"{untimed or f'; without {what} steps would be {faster}'}."
     summary = f"{cost.of_step} is spent in {where}{without}"
     leading = advice.LeadingLines(two, "it" if cost.with_rare is None else f"it and the {RARE_STEPS}") if two else None
     text = advice.for_residual(

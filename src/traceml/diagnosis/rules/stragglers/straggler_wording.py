@@ -89,6 +89,7 @@ def late_summary(
     lines: Sequence[BlamedLine],
     workers: int,
     gain_of_lines: float | None = None,
+    untimed: str = "",
     *,
     is_bounded_by_workers: bool = False,
 ) -> str:
@@ -100,6 +101,7 @@ def late_summary(
         lines: of their code, or of their loader workers.
         workers: of their loader.
         gain_of_lines: the same without these lines alone, where that is less.
+        untimed: what may be waiting for a device, in words; no gain is promised then.
         is_bounded_by_workers: whether the loader workers of the others allow no more.
     """
     ranks = work.ranks_of(late.rows)
@@ -108,16 +110,17 @@ def late_summary(
     own = work.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(mean_of_others(own[late.others]).mean())
     if late.everywhere:
+        without = untimed or f"; without it steps would be {gain_text(gain)}"
         return (
             f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
-            f"others (most of it in {phase_words(late.part)}); without it steps would be {gain_text(gain)}."
+            f"others (most of it in {phase_words(late.part)}){without}."
         )
 
     # Steps gain less than the late ranks lose where the next slowest work takes part of it.
     remains = "the others' workers make no more" if is_bounded_by_workers else "other differences between ranks remain"
     pace = f", not more, as {remains}" if share > 1 - 1 / gain + _UNEVEN else ""
-    gained = f", and without it steps would be {gain_text(gain)}{pace}"
-    if gain_of_lines is not None:
+    gained = untimed or f", and without it steps would be {gain_text(gain)}{pace}"
+    if gain_of_lines is not None and not untimed:
         these = "that line" if len(lines) == 1 else "these lines"
         gained = f", and without {these} steps would be {gain_text(gain_of_lines)}"
 

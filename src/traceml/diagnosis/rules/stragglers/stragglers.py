@@ -129,18 +129,19 @@ def _finding(work: OwnWork, facts: JobFacts, late: LateRanks) -> Finding:
     of_lines = speedup(work.step_ns, saved * part_of_excess) if part_of_excess < 1.0 else None
     why, action = _reason(work, facts, late, line, lines)
     hidden = {"is_hidden": True} if is_hidden(late, share, gain) else {}
+    untimed = "" if late.part == "input_wait" else advice.waiting_for_device(facts, is_timed=work.device)
     return Finding.of(
         straggler_kind(late.part),
         ranks=ranks,
         phase=late.part,
         summary=late_summary(
-            work, late, share, gain, lines, facts.loader_workers, of_lines, is_bounded_by_workers=is_bounded
+            work, late, share, gain, lines, facts.loader_workers, of_lines, untimed, is_bounded_by_workers=is_bounded
         )
         + why,
         next=action,
         evidence=_evidence(work, facts, late, lines[0] if lines else None) | hidden,
         cost_share=share,
-        speedup_if_fixed=of_lines or gain,
+        speedup_if_fixed=1.0 if untimed else of_lines or gain,
     )
 
 
