@@ -44,6 +44,31 @@ def test_rank_0_of_the_last_attempt_tells(tmp_path):
     assert about.params == {"lr": 0.1, "depth": 3}
 
 
+def test_parameters_and_tags_of_the_end_are_known(tmp_path):
+    """Behind more texts than are read."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        stream = add_rank(writer, 0, rows_of(Job(steps=5))[0])
+        _log(writer, stream, kind="params", params={"lr": 0.1})
+        for epoch in range(200):
+            _log(writer, stream, kind="text", name="sample", text=str(epoch))
+            writer.commit()
+
+        _log(writer, stream, kind="params", params={"best_epoch": 7})
+        _log(writer, stream, kind="tags", tags={"good": ""})
+
+    with StoreReader(tmp_path / STORE_NAME) as reader:
+        about = about_run(reader)
+        texts = [row["text"] for row in reader.outer_maps("logged", stream, 3) if row["kind"] == "text"]
+        everything = list(reader.outer_maps("logged", stream, 150))
+
+    assert about.params == {"lr": 0.1, "best_epoch": 7}
+    assert about.tag_texts == ["good"]
+    assert (len(texts), texts[:2], texts[-1]) == (len(set(texts)), ["0", "1"], "199")
+    assert len(texts) < 10
+    assert len(everything) == 203
+
+
 def test_the_model_is_one_that_is_trained(tmp_path):
     """In the run's facts and in the setup that comparisons read: not a library's module with constants."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:

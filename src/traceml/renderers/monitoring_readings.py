@@ -99,7 +99,8 @@ def _phases_by_rank(report: Report) -> _Values:
 
 
 def _logged(report: Report) -> _Values:
-    for name, metric in list(report.metrics.items())[:_MAX_NAMES]:
+    of_rank_0_first = sorted(report.metrics.items(), key=lambda each: "/rank_" in each[0])
+    for name, metric in of_rank_0_first[:_MAX_NAMES]:
         yield from _one(Instruments.LOGGED, metric.last, name)
 
 

@@ -15,7 +15,7 @@ from traceml.privacy.masker import Masker
 
 __all__ = ["About", "about_run", "package_versions"]
 
-# Facts are at the beginning; later frames contain texts, images, histograms.
+# Facts are at the beginning, and results at the end; other frames contain texts, images, histograms.
 _FRAMES = 64
 _KINDS = (InfoKind.PROCESS, InfoKind.MODEL, InfoKind.LOADER, InfoKind.OPTIMIZER)
 _COLLECTORS = ("git", "environment", "system")
@@ -109,7 +109,7 @@ def _reported(reader: StoreReader, streams: Sequence[StreamRecord]) -> tuple[dic
             ):
                 found[kind] = {name: row[name] for name in row if name not in ("kind", "t_ns")}
 
-        for row in reader.first_maps(LOGGED.name, stream.id, _FRAMES):
+        for row in reader.outer_maps(LOGGED.name, stream.id, _FRAMES):
             if row.get("kind") == "params":
                 found.setdefault("params", {}).update(row.get("params") or {})
             elif row.get("kind") in ("tags", "experiment"):

@@ -9,7 +9,7 @@ from typing import Any
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.states import RunStatus
 
-__all__ = ["UNREADABLE_STATES", "is_watched", "state_of"]
+__all__ = ["UNREADABLE_STATES", "is_watched", "is_written_by", "state_of"]
 
 UNREADABLE_STATES = ("damaged", "newer", "older")
 """States in lists of runs whose store this traceml cannot read: it is damaged, or of another version."""
@@ -36,3 +36,14 @@ def is_watched(aggregator: Mapping[str, Any]) -> bool:
 
     pid = aggregator.get("pid")
     return isinstance(pid, int) and process_start_ticks(pid) == aggregator.get("start_ticks")
+
+
+def is_written_by(aggregator: Mapping[str, Any], pid: int) -> bool:
+    """Return whether the aggregator that writes the store is a process of this host; in containers, many are called 7.
+
+    Args:
+        aggregator: as of `state_of`.
+        pid: process id of a running aggregator.
+    """
+    is_here = aggregator.get("host") == socket.gethostname() and aggregator.get("boot_id") == boot_id()
+    return is_here and aggregator.get("pid") == pid

@@ -145,6 +145,21 @@ class StoreReader(FrameReader):
             for frame in self.frames(log, stream=stream, limit=frames):
                 yield from frame.maps()
 
+    def outer_maps(self, log: str, stream: int, frames: int) -> Iterator[dict[str, Any]]:
+        """Yield the maps of a stream's first and last frames of a log, as many of both."""
+        if log not in self.tables:
+            return
+
+        last = 0
+        for frame in self.frames(log, stream=stream, limit=frames):
+            last = frame.id
+            yield from frame.maps()
+
+        query = "SELECT id FROM frames WHERE tbl = ? AND stream = ? AND id > ? ORDER BY id DESC LIMIT 1 OFFSET ?"
+        before_last = self._fetch(query, self._id(log), stream, last, frames)
+        for frame in self.frames(log, before_last[0][0] if before_last else last, stream):
+            yield from frame.maps()
+
     def frame_count(self, table: str) -> int:
         """Return the number of frames of a table."""
         return int(self._fetch("SELECT count(*) FROM frames WHERE tbl = ?", self._id(table))[0][0])

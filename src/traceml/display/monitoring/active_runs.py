@@ -17,7 +17,7 @@ from traceml.renderers.monitoring_readings import Reading, readings
 from traceml.runs.find import RunInfo
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
-from traceml.runs.run_state import UNREADABLE_STATES
+from traceml.runs.run_state import UNREADABLE_STATES, is_written_by
 from traceml.runs.runs_source import RunsSource
 
 __all__ = ["MAX_RUNS", "ActiveRuns", "RunsSnapshot"]
@@ -96,7 +96,7 @@ class ActiveRuns:
         live = self._live.setdefault(path, LiveRun(path))
         try:
             live.refresh()
-            is_owned = self._owner is None or live.summary.aggregator.get("pid") == self._owner
+            is_owned = self._owner is None or is_written_by(live.summary.aggregator, self._owner)
             return live.report() if is_owned else None
         except StoreError as error:  # the store was replaced: the next request opens the new one
             _log.warning("the metrics of %s are missing: %s", path.name, error)

@@ -40,6 +40,7 @@ from traceml.runs.export.run_spans import RunSpan, run_spans
 from traceml.runs.find import RunInfo
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import Report
+from traceml.runs.run_state import is_written_by
 from traceml.version import __version__
 
 __all__ = ["OtlpConfig", "OtlpExporter"]
@@ -188,7 +189,7 @@ class OtlpExporter:
             return False
 
         with StoreReader(info.path / STORE_NAME) as reader:
-            return bool(reader.meta().get("aggregator", {}).get("pid") == self._config.owner)
+            return is_written_by(reader.meta().get("aggregator", {}), self._config.owner)
 
     def _made(self, report: Report, spans: Iterable[RunSpan]) -> tuple[ReadableSpan, ...]:
         """Return spans of the SDK; a run has the same ids each time, so that sending it again makes no second run."""
