@@ -39,6 +39,7 @@ def test_an_open_file_may_be_removed(tmp_path: Path) -> None:
     path.unlink()
 
     assert copied(opened, tmp_path / "part")["size"] == 7
+    assert copied(opened, tmp_path / "part")["size"] == 7  # as after a try that failed
     opened.close()
 
 

@@ -192,6 +192,10 @@ def itself(model: Net) -> None:
     model.compile(backend="eager")
 
 
+def left_out(model: Net) -> None:
+    model.first.forward = torch.compiler.disable(model.first.forward)
+
+
 def nothing(_model: Net) -> None:
     """Leave it as it is."""
 
@@ -206,6 +210,7 @@ def nothing(_model: Net) -> None:
         (itself, False, True),
         (itself, True, True),
         (nothing, False, False),
+        (left_out, False, False),
     ],
 )
 def test_what_is_compiled_of_a_model_is_reported(

@@ -28,6 +28,7 @@ from traceml.transport.server import RefusedError
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
 
 _COMMIT_BYTES = 32 << 20
+_USERS_BYTES = 256 << 20  # of files of the user that are copied at once: all other ranks wait meanwhile
 
 _log = logging.getLogger("traceml")
 
@@ -208,14 +209,15 @@ def _take(stream: RankStream, ingest: Ingest, table: str, image: FlightSnapshot)
 def _recover_file_rows(stream: RankStream, ingest: Ingest, image: FlightSnapshot) -> int:
     """Append the rows of files whose rank was killed before it did; files that it had begun to log are copied."""
     said = {_call_of(row) for row in image.all_maps(LOGGED.name)}
-    is_copy = image.path.parent.name == COPIES_FOLDER
+    is_copy, users_bytes = image.path.parent.name == COPIES_FOLDER, 0
     recovered = 0
     for pending in sorted(image.pending_rows, key=lambda each: each.staged is not None):  # copied ones are first
         row, call = pending.row, _call_of(pending.row)
         if call in said:
             continue
         if pending.staged is not None:
-            row = _finish(row, pending.staged, ingest, is_copy=is_copy)
+            users_bytes += pending.staged.users_bytes
+            row = _finish(row, pending.staged, ingest, is_there=not is_copy and users_bytes <= _USERS_BYTES)
         elif not ingest.artifacts.holds(str(row.get("path"))):
             continue
 
@@ -230,13 +232,17 @@ def _call_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in ("t_ns", "name", "step", "experiment"))
 
 
-def _finish(row: dict[str, Any], staged: StagedFile, ingest: Ingest, *, is_copy: bool) -> dict[str, Any]:
-    """Return the row of a file that a killed rank had begun to log: copied, or refused with the reason."""
+def _finish(row: dict[str, Any], staged: StagedFile, ingest: Ingest, *, is_there: bool) -> dict[str, Any]:
+    """Return the row of a file that a killed rank had begun to log: copied, or refused with the reason.
+
+    Args:
+        is_there: whether a file of the user may be read where it is.
+    """
     kind = str(row.get("kind"))
     begun = {key: value for key, value in row.items() if key != STAGED}
     try:
-        if is_copy and not staged.contents.exists():  # its path is one of that host
-            raise RefusedFileError("it is on its host only")
+        if not is_there and not staged.contents.exists():  # of another host, or too large to copy meanwhile
+            raise RefusedFileError(f"log {staged.users_path} again, which is still on its host")
 
         return begun | ingest.artifacts.finish(staged, kind)
     except Exception as error:  # noqa: BLE001 - what is no image, or a damaged row

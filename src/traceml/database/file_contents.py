@@ -116,7 +116,9 @@ class OpenFile(NamedTuple):
                 raise RefusedFileError(f"{self.path} was changed before it was copied")
 
             assert opened.descriptor is not None
-            while data := os.read(opened.descriptor, _COPY_BYTES):
+            at = 0  # a descriptor has one position for all
+            while data := os.pread(opened.descriptor, _COPY_BYTES, at):
+                at += len(data)
                 yield data
         finally:
             if opened is not self:

@@ -159,7 +159,7 @@ class Recording:
         stop_export()
         has_launcher, local = self._config.supervised, self._config.local
         keep_trying = not self.check_deferred() and (has_launcher or local)
-        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying) and not self.files.copying
+        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=keep_trying) and not self.files.left
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
         if (lost := lost_text(self.flight, self.sender)) is not None:

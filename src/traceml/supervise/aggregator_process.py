@@ -325,7 +325,7 @@ class AggregatorProcess(RestartingProcess):
             try:
                 connection.await_reply(number, "finish", timeout_s=_FINISH_TIMEOUT_S)
             except TimeoutError:
-                if time.monotonic() > until_s or not self._works(connection, used_s):
+                if _is_interrupted() or time.monotonic() > until_s or not self._works(connection, used_s):
                     raise
             else:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.data import (
     random_split,
 )
 
+from traceml.instrument.facts import descriptions
 from traceml.instrument.facts.descriptions import batch_size_facts, input_facts, loader_facts, optimizer_facts
 
 
@@ -200,3 +202,26 @@ def test_what_a_batch_consists_of():
     batch = {"image": torch.zeros(2, 3), "boxes": [torch.zeros(5), torch.zeros(1)], "mask": (np.zeros(3),), "name": "a"}
 
     assert batch_size_facts(batch) == {"tensors": 4, "bytes": (6 + 5 + 1) * 4 + 3 * 8}
+
+
+class SeveralGroups:
+    """State of a module whose parameters `fully_shard` has put into several groups, as torch 2.13 has it."""
+
+    def __init__(self, *ranks: list[int]):
+        self._fsdp_param_groups = [SimpleNamespace(mesh_info=SimpleNamespace(mesh=Mesh(each))) for each in ranks]
+
+    @property
+    def _fsdp_param_group(self):
+        raise AssertionError("there are several")
+
+
+class Mesh:
+    """A device mesh."""
+
+    def __init__(self, ranks: list[int]):
+        self.mesh = torch.tensor(ranks)
+
+
+def test_the_meshes_of_several_groups_of_parameters():
+    """Each has its own."""
+    assert descriptions._meshes(SeveralGroups([0, 1], [0, 1, 2])) == [[0, 1], [0, 1, 2]]

@@ -57,6 +57,7 @@ class Copied:
 
     nbytes: int
     pinned: bool
+    layout: torch.layout = torch.strided
 
     def is_pinned(self) -> bool:
         return self.pinned
@@ -71,3 +72,13 @@ def test_copies_count_by_their_bytes() -> None:
         style.record(Copied(32, pinned=False), ("cuda",), {"non_blocking": True})
 
     assert found == {"pinned": 0.75, "non_blocking": 0.25}
+
+
+def test_sparse_copies_are_counted_only() -> None:
+    """They have no `nbytes`; a script may copy nothing else."""
+    found: dict[str, float] = {}
+    style = CopyStyle(lambda _kind, **shares: found.update(shares), lambda: 1)
+    while style.wants_more:
+        style.record(torch.eye(3).to_sparse(), ("cuda",), {})
+
+    assert found == {"pinned": 0.0, "non_blocking": 0.0}

@@ -40,7 +40,7 @@ __all__ = ["ARCHIVE_LIMIT_BYTES", "FlightArchive", "find_live_flight", "pack_fli
 _LEVEL = 1
 ARCHIVE_LIMIT_BYTES = 512 << 20
 """Size of an archive, which is held in memory at both ends. Larger files stay on their host."""
-_USERS_BYTES = 32 << 20  # a larger file of the user stays where it is: compressing it stops the agent
+_USERS_BYTES = 32 << 20  # of files of the user; the others stay where they are: compressing them stops the agent
 _FLIGHT = "flight"
 _NAME = re.compile(r"flight|journal/[a-z_]{1,40}|files/\.?[A-Za-z0-9][A-Za-z0-9.]{0,100}")
 
@@ -143,8 +143,21 @@ def _is_of(facts: Mapping[str, Any], run_id: str) -> bool:
 def _packed(image: FlightSnapshot) -> FlightArchive:
     """Return the archive of a flight file and its other files."""
     buffer, taken = io.BytesIO(), []
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL, dereference=True) as archive:
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL) as archive:
+        users_bytes = 0
         for name, path in _members(image):
+            if _is_users(name, path):
+                with contextlib.suppress(OSError):  # it may change, or vanish, at any time
+                    users_bytes += path.stat().st_size
+                    if users_bytes <= _USERS_BYTES:
+                        data = path.read_bytes()
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        archive.addfile(member, io.BytesIO(data))
+                        taken.append(name)
+
+                continue
+
             if buffer.tell() + path.stat().st_size > ARCHIVE_LIMIT_BYTES:
                 _log.warning("%s stays on this host: the files of its rank are too large to send", path)
                 continue
@@ -157,15 +170,20 @@ def _packed(image: FlightSnapshot) -> FlightArchive:
 
 def _remove(image: FlightSnapshot, packed: list[str]) -> None:
     members = dict(_members(image))
-    if {name for name in members if name.startswith("files/")} <= set(packed):
+    own_files = {name for name, path in members.items() if name.startswith("files/") and not _is_users(name, path)}
+    if own_files <= set(packed):
         image.unlink()
         return
 
     for name in packed:
         path = members.get(name)
-        is_users = name.startswith("files/") and path is not None and path.name != name.removeprefix("files/")
-        if path is not None and not is_users:
+        if path is not None and not _is_users(name, path):
             path.unlink(missing_ok=True)
+
+
+def _is_users(name: str, path: Path) -> bool:
+    """Whether a member of the archive is a file of the user, which stays where it is."""
+    return name.startswith("files/") and path.name != name.removeprefix("files/")
 
 
 def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
@@ -180,9 +198,7 @@ def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
     for each in image.pending_rows:
         yield f"files/{each.path.name}", each.path
         contents = each.staged.find() if each.staged is not None else None
-        if each.staged is None or contents is None:
-            continue
-        if contents == each.staged.contents or contents.stat().st_size <= _USERS_BYTES:
+        if each.staged is not None and contents is not None:
             yield f"files/{each.staged.contents.name}", contents
 
 

@@ -83,6 +83,16 @@ class StagedFile(NamedTuple):
         return Path(self._users_file.path) if self._users_file is not None and self._users_file.is_unchanged else None
 
     @property
+    def users_path(self) -> str:
+        """Path of a user's file; empty for other contents."""
+        return self._users_file.path if self._users_file is not None else ""
+
+    @property
+    def users_bytes(self) -> int:
+        """Size of a user's file when it was logged."""
+        return self._users_file.size if self._users_file is not None else 0
+
+    @property
     def _users_file(self) -> OpenFile | None:
         if "path" not in self.how:
             return None

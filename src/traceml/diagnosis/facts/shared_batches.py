@@ -144,8 +144,9 @@ class BatchHistory:
         batches on purpose, and so do those that divide the sequences of a batch, of which one is compared.
         """
         found = []
+        shares = topology.divides_sequences  # it looks at all ranks
         for averaging in self._gradient_groups(world_size):
-            group = topology.with_own_batches(averaging)
+            group = topology.with_own_batches(averaging) if shares else sorted(averaging)
             known = [rank for rank in group if len(self._ranks[rank].batches) >= MIN_BATCHES]
             if len(known) > 1:
                 found += self._equal(known)

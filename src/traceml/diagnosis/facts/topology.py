@@ -84,9 +84,6 @@ class Topology(msgspec.Struct, kw_only=True):
 
     def with_own_batches(self, ranks: Collection[int]) -> list[int]:
         """Return the ranks to which a batch belongs: of those that divide its sequences among them the lowest."""
-        if not self.divides_sequences:
-            return sorted(ranks)
-
         lowest: dict[object, int] = {}
         for rank in sorted(ranks):
             mesh = self.mesh.get(rank)

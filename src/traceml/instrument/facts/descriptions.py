@@ -186,7 +186,9 @@ def _is_compiled(module: Any) -> bool:
     """Return whether a module is compiled: by `torch.compile` of it or of its `forward`, or by its own `compile()`."""
     slot = vars(module).get("_compiled_call_impl")
     in_place = slot.timed.inner if hasattr(slot, "timed") else slot
-    return in_place is not None or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
+    forward = getattr(module, "forward", None)
+    is_left_out = getattr(forward, "_torchdynamo_disable", False)  # torch.compiler.disable leaves the same mark
+    return in_place is not None or (hasattr(forward, "_torchdynamo_orig_callable") and not is_left_out)
 
 
 def _bound_cores() -> list[int] | None:
@@ -251,7 +253,7 @@ def _sharding_ranks(module: Any) -> list[int]:
 
 def _meshes(state: Any) -> list[list[int]]:
     """Return the ranks of the meshes of one module; torch 2.13 has several groups of parameters, earlier ones one."""
-    groups = getattr(state, "_fsdpparam_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     meshes = (getattr(getattr(group, "mesh_info", None), "mesh", None) for group in groups)
     return [mesh.mesh.flatten().tolist() for mesh in meshes if mesh is not None]
 

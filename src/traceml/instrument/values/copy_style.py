@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from traceml.database.info_kinds import InfoKind, InfoSender
 
 __all__ = ["CopyStyle"]
@@ -32,11 +34,13 @@ class CopyStyle:
         if not self._rows():
             return
 
-        size = tensor.nbytes
         self._copies += 1
-        self._bytes += size
-        self._pinned += size * bool(tensor.is_pinned())
-        self._non_blocking += size * _is_non_blocking(args, kwargs)
+        if tensor.layout is torch.strided:  # a sparse one has neither a size nor pinned memory of its own
+            size = tensor.nbytes
+            self._bytes += size
+            self._pinned += size * bool(tensor.is_pinned())
+            self._non_blocking += size * _is_non_blocking(args, kwargs)
+
         if self._copies == _COPIES:
             self.wants_more = False
             whole = max(self._bytes, 1)

@@ -119,7 +119,8 @@ class LossReader:
         """Append what is complete, at the end of the run."""
         try:
             self._collect()
-            if self._origin[1] == self._clock.evaluated_losses:
+            step, evaluated = self._origin
+            if evaluated == self._clock.evaluated_losses or step != self._origin_now()[0]:  # else of an evaluation
                 self._flush(is_last=True)
         except Exception as error:  # noqa: BLE001 - fail open
             self._fail(error)

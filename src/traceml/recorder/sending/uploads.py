@@ -42,8 +42,6 @@ _POLL_S = 0.01
 _HELD_BYTES = 128 << 20  # of contents that wait in memory; a call beyond that waits until some are copied
 _HELD_FILES = 64  # of the user, held open: a process may have a thousand, and the script needs its own
 _FULL_S = 60.0
-_RETRY_S = 5.0
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(slots=True)
@@ -124,7 +122,8 @@ class FileUploader:
         self._room = threading.Condition()  # of a lock that a signal handler may take again
         self._held = _WaitingSize()
         self._is_stuck = False
-        self._without_space: deque[tuple[float, FileUpload]] = deque()
+        self.left = 0
+        """Number of files that were not copied when the recorder ended."""
         self._spool: Path | None = None
         self._artifacts: Path | None = None
         self._elsewhere = False
@@ -197,10 +196,6 @@ class FileUploader:
         while self._spooled and (self._artifacts is not None or self._elsewhere):
             self._queue.put(partial(self._deliver, *self._spooled.popleft()))
 
-        while self._without_space and self._without_space[0][0] < time.monotonic():
-            upload = self._without_space.popleft()[1]
-            self._queue.put(partial(self._take, upload, upload.held))
-
         while self._sent and self._sent[0][0] <= self.blobs.acked:
             _, upload, facts = self._sent.popleft()
             self._finish(upload, facts)
@@ -235,6 +230,7 @@ class FileUploader:
 
     def leave(self) -> None:
         """Append the rows of files that did not arrive: they stay in the spool, which is recovered later."""
+        self.left = self.copying
         for _, upload, facts in [*self._spooled, *self._sent]:
             self._finish(upload, facts)
 
@@ -276,10 +272,6 @@ class FileUploader:
         except RefusedFileError as error:
             self._drop(upload, str(error))
         except OSError as error:
-            if error.errno in _FULL:  # memory holds it until there is space
-                self._without_space.append((time.monotonic() + _RETRY_S, upload))
-                return
-
             self._drop(upload, f"it cannot be copied: {error.strerror or error}")
         except Exception as error:  # noqa: BLE001 - converting a user's object to an image may raise anything
             self._drop(upload, f"{type(error).__name__}: {error}")
@@ -350,10 +342,6 @@ class FileUploader:
                 self._artifacts.mkdir(exist_ok=True)
                 _move(path, self._artifacts / path.name)
             except OSError as error:
-                if error.errno in _FULL:
-                    self._spooled.append((path, upload, facts))  # tried again in the recorder's next cycle
-                    return
-
                 self._drop(upload, f"it cannot be moved into the run's folder: {error.strerror or error}")
             else:
                 self._finish(upload, facts)

@@ -169,9 +169,10 @@ class Logger:
     def _take_apart(self, row: dict[str, Any]) -> bool:
         """Append what can be sent of a row that is too large for one frame; return whether all of it was taken."""
         size = len(pack_map(row))
-        if size <= MAX_MAP_BYTES:  # there was no room for it
+        if size <= MAX_MAP_BYTES or self._flight is None:  # there was no room for it
             return False
 
+        self._flight.log(LOGGED.name).dropped -= 1  # what is left out of it is told below
         for key in _MASKED:
             items = row.get(key, {})
             if len(items) > 1:
