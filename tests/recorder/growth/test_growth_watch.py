@@ -319,6 +319,40 @@ def test_a_reading_leaves_no_references_behind() -> None:
     assert freed == [True]
 
 
+def config_of_caller() -> dict[str, Any]:
+    """Return the variables of the caller, as libraries of parameters do."""
+    return sys._getframe(1).f_locals
+
+
+def test_a_reading_leaves_what_locals_returned_as_it_is() -> None:
+    """Before Python 3.13 the frame has one dict for all who ask, which a reading would extend."""
+
+    def train(rate: float) -> dict[str, Any]:
+        parameters = locals()
+        losses = list(range(20))
+        read_containers(sys._getframe(), is_here)
+        assert len(losses) == 20
+        return parameters
+
+    assert train(0.1) == {"rate": 0.1}
+
+
+def test_a_reading_does_not_empty_variables_that_another_function_keeps() -> None:
+    """The containers of the function are seen nevertheless."""
+
+    def train(rate: float) -> tuple[dict[str, Any], dict[str, ReachableObjects]]:
+        parameters = config_of_caller()
+        losses = [rate] * 20
+        found = by_path(read_containers(sys._getframe(), is_here))
+        del losses
+        return parameters, found
+
+    parameters, found = train(0.1)
+
+    assert parameters["rate"] == 0.1
+    assert found["losses"].size == 20
+
+
 def test_variables_are_seen_however_long_a_collection_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may begin with the first allocation of a reading; without the variables nothing could be compared."""
     kept = [torch.zeros(10) for _ in range(9)]

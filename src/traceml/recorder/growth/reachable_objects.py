@@ -7,6 +7,7 @@ kept but counts.
 
 from __future__ import annotations
 
+import dis
 import gc
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from types import FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from traceml.inspection.user_files import is_user_file
@@ -49,6 +50,8 @@ _LARGE_BYTES = 1 << 20
 _POINTER_BYTES = 8  # what an element takes that is in a list twice
 _MIN_COPIED_BYTES = 4 << 20  # nor smaller arrays, of which a script has many
 _CO_OPTIMIZED = 0x1  # inspect.CO_OPTIMIZED: the code of a function
+_HAS_LOCALS_DICT = sys.version_info < (3, 13)  # `f_locals` updates one dict per frame, which `locals()` returns, too
+_OWN_REFERENCES = 3  # to that dict: the frame's, ours, and the argument of `getrefcount`
 _LISTS = (list, deque, tuple)
 _NOT_ENTERED = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, FrameType)
 
@@ -212,18 +215,28 @@ def _user_frames(frame: FrameType | None, is_user: Callable[[FrameType], bool]) 
 
 def _variables(frame: FrameType) -> dict[str, Any]:
     """Return the local variables, and leave no reference to them behind."""
-    if not frame.f_code.co_flags & _CO_OPTIMIZED:
+    code = frame.f_code
+    if not code.co_flags & _CO_OPTIMIZED:
         return {}  # a module's are its globals
 
     if frame.f_trace is not None:  # a debugger may write its copy back
         return {}
 
+    if _HAS_LOCALS_DICT and _calls_locals(code):  # later variables would appear in the dict that it may keep
+        return {}
+
     values = frame.f_locals
     found = dict(values)
-    if type(values) is dict:  # before Python 3.13: a copy that the frame would keep to its end
-        values.clear()
+    if _HAS_LOCALS_DICT and sys.getrefcount(values) <= _OWN_REFERENCES:  # else another function has it
+        values.clear()  # the frame would keep it to its end
 
     return found
+
+
+def _calls_locals(code: CodeType) -> bool:
+    return "locals" in code.co_names and any(
+        each.opname == "LOAD_GLOBAL" and each.argval == "locals" for each in dis.get_instructions(code)
+    )
 
 
 def _reachable(place: _Place) -> ReachableObjects | None:
