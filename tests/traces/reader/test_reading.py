@@ -412,3 +412,22 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path, packed: str) -> Non
     chunks_kib = 16 * 1024  # threads that wait for a core hold fewer chunks at a time; the text is 144 MiB longer
     assert large[1] <= 1.2 * small[1] + chunks_kib
     assert large[1] * 1024 < 64 * len(block)
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+from traceml.traces.reader.reading import read
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+reader = read(sys.argv[1], workers=2)
+print(sum(map(len, reader)), sum(len(facts.damage) for facts in reader.files))
+"""
+
+
+@pytest.mark.process
+def test_more_files_than_descriptors_are_read(tmp_path: Path) -> None:
+    """Each file is closed when its events were read: a job may leave thousands of small ones."""
+    for number in range(100):
+        (tmp_path / f"{number}.pfw").write_bytes(FORMS["lines"](FEW[:1]).encode())
+
+    command = [sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["100", "0"]

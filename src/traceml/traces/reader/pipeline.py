@@ -46,7 +46,7 @@ class ReadPipeline:
         self._files, self._make_scanner, self._workers = files, make_scanner, workers
         self._taking = threading.Lock()
         self._tasks = self._all_tasks()
-        self._sources: list[ChunkSource] = []
+        self._sources: set[ChunkSource] = set()  # those that are open
         self._executor = ThreadPoolExecutor(workers, "traceml-read")
         self._running: deque[Future[_ChunkTask | None]] = deque()
         # A thread takes one of each for a task. Memory that is used again is faster than fresh memory.
@@ -88,7 +88,7 @@ class ReadPipeline:
                 facts.damage.append(FileDamage(0, f"cannot be read: {error.strerror}", facts.bytes))
                 continue
 
-            self._sources.append(source)
+            self._sources.add(source)
             reader, first = FileReader(facts, place), True
             while True:
                 buffer = self._buffers.pop() if self._buffers else TextBuffer()
@@ -124,6 +124,8 @@ class ReadPipeline:
         scanner.rows.decimals = reader.decimals
         if chunk is None:
             batch = reader.finish(scanner)
+            self._sources.discard(task.source)
+            task.source.close()
         elif chunk.begin == reader.position and not chunk.too_long:
             batch = reader.accept(chunk, task.ahead, scanner)
         else:
