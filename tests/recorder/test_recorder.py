@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from traceml.clock import process_start_ticks
 from traceml.database.flight.flight_folders import default_folder, find_flights
 from traceml.database.flight.postmortem import read_flight
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.recorder import lifecycle, recording
+from traceml.recorder import lifecycle, recording, run_notices
 from traceml.recorder.lines.line_sampler import LineSampler
 from traceml.settings import Config
 from traceml.transport.client import Connection
@@ -130,6 +132,23 @@ def test_init_is_idempotent(serving: Serving) -> None:
 
     assert second is not first
     assert second.enabled
+
+
+def test_the_tables_of_an_ended_run_are_freed(serving: Serving) -> None:
+    """Also where its verdict is due at the end of the process, which may train many models one after another."""
+    flights = []
+    for name in ("first", "second", "third", "fourth"):
+        recorder = traceml.init(port=serving.port, token=TOKEN, run_name=name, quiet=False)
+        do_steps(3)
+        flights.append(weakref.ref(recorder.flight))
+        traceml.shutdown()
+        del recorder
+
+    gc.collect()
+
+    assert len(run_notices._due) >= len(flights)
+    assert [flight() is not None for flight in flights] == [False, False, False, True]
+    run_notices._due.clear()
 
 
 def test_init_disabled_stops_a_running_recorder(serving: Serving) -> None:

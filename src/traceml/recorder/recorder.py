@@ -14,7 +14,7 @@ from traceml.errors import RunNotFoundError
 from traceml.fail_open import fail_open
 from traceml.ids import RankIdentity
 from traceml.recorder.identity import Identity, SpawnedFrom, identify
-from traceml.recorder.recorder_facts import RecorderStatistics
+from traceml.recorder.recorder_facts import RecorderEnd, RecorderStatistics
 from traceml.recorder.recording import Recording
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Recorder:
         self._before_stop: list[Callable[[], None]] = []
         self.will_trace = False
         """Whether steps are traced, or will be: an aggregator may name the run's folder before the hooks are there."""
-        self.all_stored = False
-        """Whether it has stopped, and everything was stored."""
+        self.end = RecorderEnd()
+        """How it has ended; does not refer to the recorder, whose tables take memory."""
 
     def __repr__(self) -> str:
         if self._recording is None:
@@ -205,8 +205,11 @@ class Recorder:
             return True
 
         self._state = "stopped"
-        self.all_stored = recording.finish(reason, timeout_s)
-        return self.all_stored
+        all_stored = recording.finish(reason, timeout_s)
+        end = self.end
+        end.rank_identity, end.viewer = self.rank_identity, self.viewer
+        end.all_stored, end.is_stored_late, end.failed = all_stored, self.is_stored_late, self.failed
+        return all_stored
 
     def export_to_children(self, experiment: int = 0) -> None:
         """Let children that are spawned from now on log for this run."""

@@ -7,13 +7,14 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import PACKED
 from traceml.fail_open import fail_open
+from traceml.ids import RankIdentity
 from traceml.inspection.git_head import git_head, repository_folders
 from traceml.inspection.user_files import working_folder
 from traceml.privacy import secrets_only
@@ -25,7 +26,7 @@ from traceml.version import __version__
 if TYPE_CHECKING:
     from traceml.settings import Config
 
-__all__ = ["RecorderStatistics", "capacities", "child_capacities", "process_facts", "wanted_collectors"]
+__all__ = ["RecorderEnd", "RecorderStatistics", "capacities", "child_capacities", "process_facts", "wanted_collectors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,25 @@ def _capacity_of_metrics(config: Config) -> dict[str, int]:
 def child_capacities(config: Config) -> dict[str, int]:
     """Return the rows that each table of a child that only logs holds."""
     return _CHILD_CAPACITIES | _capacity_of_metrics(config)
+
+
+@dataclass(slots=True)
+class RecorderEnd:
+    """Facts about a recorder's end, which outlive its tables; filled when it has stopped.
+
+    Attributes:
+        rank_identity: its rank and world size.
+        all_stored: whether everything was stored.
+        is_stored_late: whether it has stopped before a slow aggregator, which is still at work, had stored everything.
+        failed: whether an exit with an exception or a status other than 0 was recorded.
+        viewer: shows a run's folder.
+    """
+
+    rank_identity: RankIdentity = field(default_factory=RankIdentity)
+    all_stored: bool = False
+    is_stored_late: bool = False
+    failed: bool = False
+    viewer: Callable[[Path], None] | None = None
 
 
 def capacities(config: Config) -> dict[str, int]:

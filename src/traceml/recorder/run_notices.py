@@ -24,6 +24,7 @@ from traceml.transport.run_line import run_line, short_path
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
+    from traceml.recorder.recorder_facts import RecorderEnd
 
 __all__ = ["announce", "await_report", "dismiss", "show_verdict"]
 
@@ -34,7 +35,7 @@ _ANNOUNCED = "TRACEML_ANNOUNCED"
 _REPORT_WAIT_S = 10.0
 _SHOW_S = 60.0
 _MAX_SHOWN = 10  # each takes most of a second
-_due: list[tuple[Path, Recorder]] = []  # the runs whose verdicts are due, in the order of their starts
+_due: list[tuple[Path, RecorderEnd]] = []  # the runs whose verdicts are due, in the order of their starts
 _here: set[Path] = set()  # folders of runs that are on this host
 
 
@@ -56,7 +57,7 @@ def announce(recorder: Recorder, run_dir: Path) -> None:
             return
 
         os.environ[_ANNOUNCED] = str(run_dir)  # for children that join this run
-        _due.append((run_dir, recorder))
+        _due.append((run_dir, recorder.end))
         if run_dir.is_dir():
             _here.add(run_dir)
 
@@ -131,22 +132,22 @@ def _show_at_end() -> None:
         _print(f"traceml: the last {len(due)} of {len(_due)} verdicts; `traceml runs` has all")
 
     try:
-        for run_dir, recorder in due:
-            _show_ended(run_dir, recorder)
+        for run_dir, end in due:
+            _show_ended(run_dir, end)
     except KeyboardInterrupt:
         _print(f"traceml: `{report_command(short_path(run_dir))}` shows the verdict")
 
 
-def _show_ended(run_dir: Path, recorder: Recorder) -> None:
-    own = recorder.rank_identity
-    if not recorder.all_stored and not recorder.is_stored_late:
+def _show_ended(run_dir: Path, end: RecorderEnd) -> None:
+    own = end.rank_identity
+    if not end.all_stored and not end.is_stored_late:
         return
 
-    if recorder.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
+    if end.failed and own.world_size > 1:  # the launcher ends the other ranks when this one has left
         command = report_command(short_path(run_dir))
         _print(f"traceml: rank {own.rank} failed; `{command}` says why once the job has ended")
     else:
-        show_verdict(run_dir, stored_late=recorder.is_stored_late)
+        show_verdict(run_dir, stored_late=end.is_stored_late)
 
 
 def _show_to_user() -> None:
@@ -155,11 +156,11 @@ def _show_to_user() -> None:
         return
 
     with fail_open(_log, "session", "the run cannot be shown"):
-        run_dir, recorder = _due[-1]
+        run_dir, end = _due[-1]
         dismiss(run_dir)
-        if recorder.all_stored and recorder.rank_identity.world_size == 1 and run_dir.is_dir():
+        if end.viewer is not None and end.all_stored and end.rank_identity.world_size == 1 and run_dir.is_dir():
             await_report(run_dir)
-            recorder.show()
+            end.viewer(run_dir)
 
 
 def _is_same(folder: Path, other: Path) -> bool:
