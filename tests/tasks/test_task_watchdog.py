@@ -68,6 +68,29 @@ def test_stuck_threads_are_replaced_and_let_go(single: Runtime) -> None:
     assert (single.get_progress()["completed"], single.get_progress()["total"]) == (2, 5)
 
 
+def test_timeouts_end_tasks_where_the_system_gives_no_thread(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog calls the error callback itself, and lives on."""
+    release, seen = threading.Event(), list[str]()
+    rt.set_error_callback(lambda handle, error: seen.append(handle.name))
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "traceml-report":
+            raise RuntimeError("can't start new thread")
+
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    stuck = [rt.submit(linger, release, timeout=timeout, name=f"{timeout}") for timeout in (0.02, 0.04)]
+    try:
+        eventually(lambda: len(seen) == len(stuck))
+        rt.wait_all()
+    finally:
+        release.set()
+
+    assert sorted(seen) == ["0.02", "0.04"]
+
+
 def test_a_task_that_fails_late_has_timed_out(single: Runtime) -> None:
     release = threading.Event()
 

@@ -148,7 +148,11 @@ def expire(task: TaskRecord, thread: ThreadState | None, location: str) -> bool:
         return False
 
     report = task.engine.report_failure
-    threading.Thread(target=report, args=(task, error), name="traceml-report", daemon=True).start()
+    try:
+        threading.Thread(target=report, args=(task, error), name="traceml-report", daemon=True).start()
+    except RuntimeError:  # the system gives no thread
+        report(task, error)
+
     return True
 
 
