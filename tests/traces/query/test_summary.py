@@ -153,6 +153,21 @@ def test_asynchronous_spans_of_older_tracers(tmp_path):
     assert answer["files"][0]["damage"] == []
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_local_ids_are_of_their_process(tmp_path, scope):
+    """Chrome's `id2` has ids that other processes have, too; a global one may end in another process."""
+    ends = (1, 2) if scope == "local" else (2, 1)
+    rows = [("b", 1, 1, 10), ("b", 2, 2, 12), ("e", ends[0], 1, 20), ("e", ends[1], 2, 50)]
+    edges = [
+        {"ph": ph, "name": "load", "cat": "net", "pid": pid, "tid": 1, "ts": ts,
+         "id2": {scope: "0x1" if scope == "local" else hex(number)}}
+        for ph, pid, number, ts in rows
+    ]  # fmt: skip
+    (group,) = ask(tmp_path, json.dumps(edges))["groups"]
+
+    assert (group["count"], group["sum_us"], group["max_us"]) == (2, 48, 38)
+
+
 def test_fractions_are_exact(tmp_path):
     """A thousand times 1.5 is 1500.0, and a tenth of a microsecond is no binary fraction."""
     rng = random.Random(3)

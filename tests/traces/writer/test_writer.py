@@ -17,6 +17,7 @@ import pytest
 
 from traceml import traces
 from traceml.errors import UsageError
+from traceml.traces.writer.writer import _PAIR_ID_BITS
 
 
 def events_of(path):
@@ -242,6 +243,30 @@ def test_processes_share_a_file(tmp_path):
     assert [process.wait(240) for process in started] == [0, 0]
 
     assert Counter(span["name"] for span in spans_of(path)) == {"a": 20_000, "b": 20_000}
+
+
+@pytest.mark.process
+def test_calls_of_processes_that_share_a_file_have_numbers_of_their_own(tmp_path):
+    """Pairs of a parent and of its forked child; JavaScript reads the numbers exactly."""
+    path = tmp_path / "trace.json"
+    with traces.Writer(path) as trace:
+
+        @trace.trace
+        async def fetch():
+            await asyncio.sleep(0)
+
+        asyncio.run(fetch())
+        pid = os.fork()
+        if pid == 0:
+            asyncio.run(fetch())
+            trace.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
+    begun = {event["pid"]: event["id"] for event in events_of(path) if event["ph"] == "b"}
+    assert len(begun) == len(set(begun.values())) == 2
+    assert (1 << 22 << _PAIR_ID_BITS) + (1 << _PAIR_ID_BITS) < 1 << 53  # with the largest number of a process
+    assert {number >> _PAIR_ID_BITS for number in begun.values()} == set(begun)
 
 
 @pytest.mark.process

@@ -118,7 +118,8 @@ def _id_of(event: dict[str, Any]) -> Any:
     known = event.get("id")
     more = event.get("id2")
     if known is None and isinstance(more, dict):
-        return more.get("local", more.get("global"))
+        local = more.get("local")  # known to its process only
+        return more.get("global") if local is None else f"{as_text(event.get('pid'))}/{as_text(local)}"
 
     return known
 

@@ -37,6 +37,7 @@ from traceml.traces.writer.sinks import expand_path
 
 __all__ = ["Span", "TraceWriterStatistics", "Writer"]
 
+_PAIR_ID_BITS = 30
 P = ParamSpec("P")
 R = TypeVar("R")
 _WriteSpan = Callable[[str, str, int, int, dict[str, Any]], None]
@@ -116,6 +117,8 @@ class Writer:
         """Start in this process, which may be a forked child."""
         self._pid = os.getpid()
         self._ids = itertools.count(1)
+        # Those of pairs differ between processes that share a file, and are exact as numbers of JavaScript.
+        self._pair_ids = itertools.count((self._pid << _PAIR_ID_BITS) + 1)
         self._local = threading.local()
         self._named = False
 
@@ -172,7 +175,7 @@ class Writer:
     def _trace_coroutine(self, function: Any, name: str, cat: str) -> Any:
         @wraps(function)
         async def traced(*args: Any, **kwargs: Any) -> Any:
-            number = next(self._ids)
+            number = next(self._pair_ids)
             self._put(TraceEvent(number, name, cat, self._pid, self._tid(), self._us(self._now_ns()), "b"))
             try:
                 return await function(*args, **kwargs)
