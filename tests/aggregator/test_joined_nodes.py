@@ -63,6 +63,24 @@ def test_a_damaged_archive_is_an_error(tmp_path: Path) -> None:
             asyncio.run(send(b" archive", last=True))
 
 
+def test_an_archive_that_was_interrupted_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of the first try are no part of the second; one that follows on none is refused."""
+    taken = []
+    monkeypatch.setattr(joined_nodes, "unpack_flight", lambda data, folder, label: taken.append(data))
+    nodes = JoinedNodes()
+
+    async def send(data: bytes, offset: int) -> None:
+        await nodes.take_archive(tmp_path, {"name": "node2-1", "data": data, "offset": offset, "last": offset > 0})
+
+    asyncio.run(send(b"first ", 0))  # and the connection breaks
+    asyncio.run(send(b"first ", 0))
+    asyncio.run(send(b"second", 6))
+    with pytest.raises(ValueError, match="a part of the files of node2-1 is missing"):
+        asyncio.run(send(b"second", 6))  # another aggregator had the first part
+
+    assert taken == [b"first second"]
+
+
 def test_an_archive_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The aggregator holds it in memory."""
     monkeypatch.setattr(joined_nodes, "ARCHIVE_LIMIT_BYTES", 10 << 20)

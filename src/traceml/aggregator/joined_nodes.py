@@ -42,14 +42,23 @@ class JoinedNodes:
             await asyncio.sleep(_POLL_S)
 
     async def take_archive(self, run_dir: Path, args: dict[str, Any]) -> Path | None:
-        """Take `{name, data, last}`, a part of an archive of a dead rank; after the last, return its flight file.
+        """Take `{name, data, offset, last}`, a part of a dead rank's archive; after the last, return its flight file.
+
+        A part at offset 0 begins anew: the node sends all again when it was interrupted. One without continues.
 
         Raises:
-            ValueError: it is larger than the limit, or damaged.
+            ValueError: it is larger than the limit, or damaged, or a part is missing.
             OSError: it cannot be written.
         """
-        name, data = str(args.get("name")), args.get("data")
+        name, data, offset = str(args.get("name")), args.get("data"), args.get("offset")
+        if offset == 0:
+            self._archives.pop(name, None)
+
         archive = self._archives.setdefault(name, bytearray())
+        if offset is not None and offset != len(archive):
+            del self._archives[name]
+            raise ValueError(f"a part of the files of {name} is missing")
+
         archive += data if isinstance(data, bytes) else b""
         if len(archive) <= ARCHIVE_LIMIT_BYTES and args.get("last") is not True:
             return None

@@ -131,7 +131,8 @@ class JoinedRun:
         """Send an archive in parts; return the path of the copy of the flight file."""
         reply: dict[str, Any] = {}
         for at in range(0, len(data), _PART_BYTES):
-            part = {"name": name, "data": data[at : at + _PART_BYTES], "last": at + _PART_BYTES >= len(data)}
+            end = at + _PART_BYTES
+            part = {"name": name, "data": data[at:end], "offset": at, "last": end >= len(data)}
             reply = connection.request("archive", part, timeout_s=_ANSWER_S)
 
         return str(reply["path"])
