@@ -30,7 +30,8 @@ _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _AT_LIMIT_S = 5.0  # the clocks of the controller and of this host may differ by as much
 
-_NO_SUCH_JOB = "Invalid job id specified"  # Slurm's words
+_NO_SUCH_JOB = "Invalid job id specified"  # Slurm's words, as the next ones
+_NO_ACCOUNTING = "accounting storage is disabled"
 
 _log = logging.getLogger("traceml")
 
@@ -126,7 +127,8 @@ def is_forgotten(job_id: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
 
-    return not accounted.stdout.strip()  # also where there is no accounting
+    is_answer = not accounted.returncode or _NO_ACCOUNTING in accounted.stderr  # else its database does not answer
+    return is_answer and not accounted.stdout.strip()
 
 
 def _reason(job: SlurmJob, environ: Mapping[str, str], early_s: float) -> str | None:

@@ -14,6 +14,7 @@ from traceml.launch.launcher.submission.submitted_job import SubmittedJob
 pytestmark = pytest.mark.process
 _NO_SUCH_JOB = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 _NO_ANSWER = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+_NO_DATABASE = "echo 'sacct: error: slurm_persist_conn_open_without_init: Connection refused' >&2; exit 1"
 _NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
 
 
@@ -45,7 +46,13 @@ def test_a_job_that_slurm_has_forgotten_is_not_waited_for(
 
 
 @pytest.mark.parametrize(
-    ("scontrol", "sacct"), [(_NO_ANSWER, "exit 0"), (_NO_ANSWER, _NO_ACCOUNTING), (_NO_SUCH_JOB, "echo RUNNING")]
+    ("scontrol", "sacct"),
+    [
+        (_NO_ANSWER, "exit 0"),
+        (_NO_ANSWER, _NO_ACCOUNTING),
+        (_NO_SUCH_JOB, _NO_DATABASE),
+        (_NO_SUCH_JOB, "echo RUNNING"),
+    ],
 )
 def test_a_slurm_that_does_not_answer_is_asked_again(
     job: SubmittedJob[Any], scontrol: str, sacct: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
