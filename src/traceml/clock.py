@@ -20,6 +20,7 @@ __all__ = [
     "clock_pair",
     "machine_name",
     "monotonic_ns",
+    "pid_namespace",
     "process_start_ticks",
 ]
 
@@ -53,6 +54,14 @@ def boot_id() -> str:
     """Return an id of this boot of the machine; stamps of different boots cannot be compared."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def pid_namespace() -> str:
+    """Return an id of the numbers of processes here; those of a container are others."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - it is no path
     except OSError:
         return "unknown"
 

@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from typing import Any
 
-from traceml.clock import SteadyClock, boot_id, process_start_ticks
+from traceml.clock import SteadyClock, boot_id, pid_namespace, process_start_ticks
 from traceml.database.states import RunStatus
 from traceml.database.store.store import StoreWriter
 from traceml.ids import DEFAULT_PROJECT
@@ -107,5 +107,11 @@ class RunFacts:
         store.put_meta("run", self.values)
         store.put_meta(
             "aggregator",
-            {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()},
+            {
+                "pid": pid,
+                "start_ticks": process_start_ticks(pid),
+                "pid_namespace": pid_namespace(),
+                "boot_id": boot_id(),
+                "host": socket.gethostname(),
+            },
         )

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import boot_id, pid_namespace, process_start_ticks
 from traceml.database.states import RunStatus
 
 __all__ = ["UNREADABLE_STATES", "is_watched", "is_written_by", "state_of"]
@@ -34,6 +34,9 @@ def is_watched(aggregator: Mapping[str, Any]) -> bool:
     if aggregator.get("boot_id") != boot_id():
         return False
 
+    if aggregator.get("pid_namespace", pid_namespace()) != pid_namespace():
+        return True  # it is in a container, or this process is: its number means nothing here
+
     pid = aggregator.get("pid")
     return isinstance(pid, int) and process_start_ticks(pid) == aggregator.get("start_ticks")
 
@@ -45,5 +48,5 @@ def is_written_by(aggregator: Mapping[str, Any], pid: int) -> bool:
         aggregator: as of `state_of`.
         pid: process id of a running aggregator.
     """
-    is_here = aggregator.get("host") == socket.gethostname() and aggregator.get("boot_id") == boot_id()
-    return is_here and aggregator.get("pid") == pid
+    here = {"host": socket.gethostname(), "boot_id": boot_id(), "pid_namespace": pid_namespace(), "pid": pid}
+    return all(aggregator.get(name) == value for name, value in here.items())

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import boot_id, pid_namespace, process_start_ticks
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 
@@ -33,7 +33,12 @@ def running_run(folder: Path, *faults: Fault, ranks: int = 2, steps: int = 200, 
     """Write a run whose aggregator is this process, and yield its store's writer."""
     folder.mkdir(parents=True)
     of_job = {"state": "running", "ended": None, "started": time.time() - 60, "world_size": ranks}
-    own = {"host": socket.gethostname(), "boot_id": boot_id(), "pid": os.getpid()}
+    own = {
+        "host": socket.gethostname(),
+        "boot_id": boot_id(),
+        "pid_namespace": pid_namespace(),
+        "pid": os.getpid(),
+    }
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id=folder.name, **{**of_job, **facts}))
         writer.put_meta("aggregator", {**own, "start_ticks": process_start_ticks(os.getpid())})

@@ -1,0 +1,53 @@
+"""Whether the aggregator that writes a run is alive, as far as a reader can know."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from traceml.clock import boot_id, pid_namespace, process_start_ticks
+from traceml.runs.run_state import is_written_by, state_of
+
+HERE: dict[str, Any] = {
+    "host": socket.gethostname(),
+    "boot_id": boot_id(),
+    "pid_namespace": pid_namespace(),
+    "pid": os.getpid(),
+    "start_ticks": process_start_ticks(os.getpid()),
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "state"),
+    [
+        ({}, "running"),
+        ({"start_ticks": 1}, "lost"),
+        ({"pid": 2**22 + 1}, "lost"),
+        ({"boot_id": "another"}, "lost"),
+        ({"host": "another", "pid": 2**22 + 1}, "running"),
+        # A container with the network, and so the name, of its host.
+        ({"pid_namespace": "pid:[7]", "pid": 2**22 + 1}, "running"),
+    ],
+)
+def test_a_run_is_lost_if_its_aggregator_is_certainly_gone(facts: dict[str, Any], state: str) -> None:
+    """A run that is told as lost may be removed: where nothing can be known, it runs."""
+    assert state_of({"state": "running"}, HERE | facts) == state
+    assert state_of({"state": "finished"}, HERE | facts) == "finished"
+
+
+def test_a_store_of_an_earlier_checkout_has_no_namespace() -> None:
+    """Its number is looked for here."""
+    earlier = {name: fact for name, fact in HERE.items() if name != "pid_namespace"}
+
+    assert state_of({"state": "running"}, earlier) == "running"
+    assert state_of({"state": "running"}, earlier | {"start_ticks": 1}) == "lost"
+
+
+@pytest.mark.parametrize("name", ["host", "boot_id", "pid_namespace", "pid"])
+def test_the_writer_is_one_process(name: str) -> None:
+    """Several containers have a process of the same number."""
+    assert is_written_by(HERE, os.getpid())
+    assert not is_written_by(HERE | {name: "another"}, os.getpid())
