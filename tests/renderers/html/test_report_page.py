@@ -104,6 +104,21 @@ def test_parameters_are_shown_as_they_were_logged(tmp_path):
     assert "note None, optimizer.lr 0.1" in _Page(page_of(run)).texts
 
 
+@pytest.mark.parametrize(("names", "undrawn"), [(12, None), (13, 1), (600, 588)])
+def test_metrics_without_a_chart_are_counted(tmp_path, names, undrawn):
+    """Each once, however many ranks log it."""
+    run = store_run(tmp_path / "run", Job(ranks=2, steps=60))
+    with StoreWriter(run / STORE_NAME) as writer:
+        for stream in (1, 2):
+            log(writer, stream, [f"layer_{number}" for number in range(names)], [1.0, 2.0])
+
+    texts = _Page(page_of(run)).texts
+
+    assert ("metrics not drawn" in texts) is (undrawn is not None)
+    if undrawn is not None:
+        assert texts[texts.index("metrics not drawn") + 1] == str(undrawn)
+
+
 def test_a_missing_rank_is_reported(tmp_path):
     """The note is under the table of ranks."""
     run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})

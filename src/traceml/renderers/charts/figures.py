@@ -15,10 +15,11 @@ from traceml.renderers.views import RunView
 from traceml.runs.rows.metrics import OWN_LOSS
 from traceml.runs.rows.series import RunSeries
 
-__all__ = ["Figure", "figures"]
+__all__ = ["DRAWN_METRICS", "Figure", "figures"]
 
 _WIDTH = 500
-_METRICS = 12
+DRAWN_METRICS = 12
+"""Number of logged metrics that have a chart."""
 _ROW = 22  # height of a rank's bar
 _MAX_HEIGHT = 620
 
@@ -42,7 +43,7 @@ def figures(view: RunView, series: RunSeries) -> list[Figure]:
     steps, heat = series.steps, series.heat
     each = "one step per point" if steps.width == 1 else f"{steps.width:,} steps per point"
     ranks = run_charts.ranks_chart(view, BY_CSS)
-    metrics = run_charts.metric_charts(series, BY_CSS, _METRICS)
+    metrics = run_charts.metric_charts(series, BY_CSS, DRAWN_METRICS)
     candidates = [
         ("Where the run's time went", "Wall time from start to end, the mean of all ranks.",
          run_charts.time_chart(view, BY_CSS), 130),

@@ -15,7 +15,9 @@ from traceml.formatting import (
     plural,
 )
 from traceml.renderers.about_text import about_facts
+from traceml.renderers.charts.figures import DRAWN_METRICS
 from traceml.renderers.charts.palette import BY_CSS
+from traceml.renderers.charts.run_charts import metric_count
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.wording import phase_heading, shown_calls, shown_lines, tracker_text
@@ -104,6 +106,7 @@ def stacks(view: RunView) -> Iterator[str]:
 def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
     """Yield peaks of memory, state of trackers, rows stored and lost."""
     resident = max(((row.rss_bytes, row.rank) for row in view.ranks if row.rss_bytes), default=None)
+    undrawn = metric_count(series) - DRAWN_METRICS
     device = max(((row.cuda_bytes, row.rank) for row in view.ranks if row.cuda_bytes), default=None)
     rows = [
         ("resident peak", resident and f"{bytes_text(resident[0])} (rank {resident[1]})"),
@@ -111,7 +114,7 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
         *((f"tracker {tracker.backend}", tracker_text(tracker)) for tracker in view.trackers),
         ("rows stored", count_text(view.telemetry.rows_stored)),
         ("rows lost", count_text(view.telemetry.rows_lost)),
-        ("metrics not drawn", count_text(series.hidden_metrics) if series.hidden_metrics else None),
+        ("metrics not drawn", count_text(undrawn) if undrawn > 0 else None),
     ]
     yield from _facts(rows)
 

@@ -16,6 +16,7 @@ from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.steps.aligned_steps import Ints
+from traceml.formatting import name_without_rank
 from traceml.run_folder import STORE_NAME
 from traceml.runs.rows.bins import StepBins
 from traceml.runs.rows.metric_series import MetricSeries, MetricSeriesSet
@@ -80,7 +81,7 @@ class RunSeries(msgspec.Struct, frozen=True):
     Attributes:
         memory: resident bytes by rank, device_memory: torch's allocated bytes by rank.
         cpu, host_memory: percent by host; gpu, gpu_memory: percent by device.
-        metrics: the logged metrics, hidden_metrics: number of further names.
+        metrics: the logged metrics, hidden_metrics: number of further names, several ranks counted once.
         attempt: attempt of the steps.
     """
 
@@ -142,6 +143,7 @@ class SeriesFollower(msgspec.Struct):
         """Return the series so far."""
         joined = _joined_bins(self._bins)
         steps = _steps(self._bins, joined)
+        lines, hidden = self._lines.lines(), {name_without_rank(name) for name in self._lines.hidden}
         return RunSeries(
             steps,
             _heat(self._bins, joined, steps),
@@ -151,8 +153,8 @@ class SeriesFollower(msgspec.Struct):
             host_memory=_sampled(summary, HOST, "memory_used_bytes", "memory_total_bytes"),
             gpu=_sampled(summary, GPU, "utilization_pct"),
             gpu_memory=_sampled(summary, GPU, "memory_used_bytes", "memory_total_bytes"),
-            metrics=tuple(self._lines.lines()),
-            hidden_metrics=len(self._lines.hidden),
+            metrics=tuple(lines),
+            hidden_metrics=len(hidden - {name_without_rank(line.name) for line in lines}),
             attempt=max(self._attempt, 0),
         )
 
