@@ -11,13 +11,16 @@ import pytest
 from traceml.clock import boot_id, pid_namespace, process_start_ticks
 from traceml.runs.run_state import is_written_by, state_of
 
-HERE: dict[str, Any] = {
-    "host": socket.gethostname(),
-    "boot_id": boot_id(),
-    "pid_namespace": pid_namespace(),
-    "pid": os.getpid(),
-    "start_ticks": process_start_ticks(os.getpid()),
-}
+
+def here() -> dict[str, Any]:
+    """Facts about this process as a live aggregator; the module may be imported in another one."""
+    return {
+        "host": socket.gethostname(),
+        "boot_id": boot_id(),
+        "pid_namespace": pid_namespace(),
+        "pid": os.getpid(),
+        "start_ticks": process_start_ticks(os.getpid()),
+    }
 
 
 @pytest.mark.parametrize(
@@ -34,13 +37,13 @@ HERE: dict[str, Any] = {
 )
 def test_a_run_is_lost_if_its_aggregator_is_certainly_gone(facts: dict[str, Any], state: str) -> None:
     """A run that is told as lost may be removed: where nothing can be known, it runs."""
-    assert state_of({"state": "running"}, HERE | facts) == state
-    assert state_of({"state": "finished"}, HERE | facts) == "finished"
+    assert state_of({"state": "running"}, here() | facts) == state
+    assert state_of({"state": "finished"}, here() | facts) == "finished"
 
 
 def test_a_store_of_an_earlier_checkout_has_no_namespace() -> None:
     """Its number is looked for here."""
-    earlier = {name: fact for name, fact in HERE.items() if name != "pid_namespace"}
+    earlier = {name: fact for name, fact in here().items() if name != "pid_namespace"}
 
     assert state_of({"state": "running"}, earlier) == "running"
     assert state_of({"state": "running"}, earlier | {"start_ticks": 1}) == "lost"
@@ -49,5 +52,5 @@ def test_a_store_of_an_earlier_checkout_has_no_namespace() -> None:
 @pytest.mark.parametrize("name", ["host", "boot_id", "pid_namespace", "pid"])
 def test_the_writer_is_one_process(name: str) -> None:
     """Several containers have a process of the same number."""
-    assert is_written_by(HERE, os.getpid())
-    assert not is_written_by(HERE | {name: "another"}, os.getpid())
+    assert is_written_by(here(), os.getpid())
+    assert not is_written_by(here() | {name: "another"}, os.getpid())
