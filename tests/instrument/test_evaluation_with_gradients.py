@@ -367,9 +367,9 @@ def a_batch_of_another_loader_before_each() -> None:
             optimizer.step()
 
 
-def batches_left_over() -> None:
+def batches_left_over(*, training: bool = True) -> None:
     """The last batches of an epoch are too few for a step."""
-    model, loader = net(), data(7)
+    model, loader = net().train(training), data(7)
     optimizer = sgd(model)
     for _ in range(3):
         for index, (x,) in enumerate(loader):
@@ -381,14 +381,7 @@ def batches_left_over() -> None:
 
 def batches_left_over_in_evaluation_mode() -> None:
     """Training in `eval()`, as of a model whose statistics stay."""
-    model, loader = net().eval(), data(7)
-    optimizer = sgd(model)
-    for _ in range(3):
-        for index, (x,) in enumerate(loader):
-            model(x).square().mean().backward()
-            if index % 2:
-                optimizer.step()
-                optimizer.zero_grad()
+    batches_left_over(training=False)
 
 
 def gradients_of_another_loader_in_evaluation_mode() -> None:

@@ -505,9 +505,8 @@ def _faster_reductions(facts: JobFacts) -> list[str]:
     """Return what averages the same gradients in less time; DDP takes one hook, and one of the script may do so."""
     found = []
     if facts.model.comm_hook is None and not facts.model.has_16_bits:
-        hook = (
-            "fp16_compress_hook" if facts.backend == "gloo" else "bf16_compress_hook"
-        )  # the latter needs NCCL or XCCL
+        # The hook for bf16 needs NCCL or XCCL.
+        hook = "fp16_compress_hook" if facts.backend == "gloo" else "bf16_compress_hook"
         found.append(f"gradients in 16 bits (DDP's {hook})")
 
     if facts.backend == "gloo":

@@ -92,4 +92,4 @@ class TrainingSession:
             and rank == 0
             and not isinstance(error, KeyboardInterrupt)
         ):
-            show_verdict(run_dir, stored_late=recorder.is_stored_late)
+            show_verdict(run_dir, stored_late=recorder.end.is_stored_late)

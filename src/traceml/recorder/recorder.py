@@ -208,7 +208,7 @@ class Recorder:
         all_stored = recording.finish(reason, timeout_s)
         end = self.end
         end.rank_identity, end.viewer = self.rank_identity, self.viewer
-        end.all_stored, end.is_stored_late, end.failed = all_stored, self.is_stored_late, self.failed
+        end.all_stored, end.is_stored_late, end.failed = all_stored, recording.is_stored_late, recording.failed
         return all_stored
 
     def export_to_children(self, experiment: int = 0) -> None:
@@ -262,11 +262,6 @@ class Recorder:
     def live_recording(self) -> Recording | None:
         """The recording of this process while it runs."""
         return self._recording if self.enabled and self.pid == os.getpid() else None
-
-    @property
-    def is_stored_late(self) -> bool:
-        """Whether it has stopped before a slow aggregator had stored everything, which that does by itself."""
-        return self._recording is not None and self._recording.is_stored_late
 
     @property
     def failed(self) -> bool:
