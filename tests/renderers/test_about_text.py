@@ -35,7 +35,7 @@ def test_what_was_not_read_is_listed_with_the_reason() -> None:
 def test_the_command_starts_the_same_program(line: str, argv: list[str], shown: str) -> None:
     """The file of a module, started alone, finds none of its relative imports."""
     view = run_view(healthy())
-    view.run.command = line
+    view.report.run.command = line
 
     assert dict(about_facts(view, About(process={"argv": argv})))["command"] == shown
 
@@ -43,7 +43,7 @@ def test_the_command_starts_the_same_program(line: str, argv: list[str], shown: 
 def test_hosts_beyond_the_listed_ones_are_counted() -> None:
     """A job of a thousand ranks has more hosts than anybody reads."""
     view = run_view(healthy())
-    view.run.world_size, view.run.hosts = 1000, [f"node{number}" for number in range(125)]
+    view.report.run.world_size, view.report.run.hosts = 1000, [f"node{number}" for number in range(125)]
     facts = dict(about_facts(view, About()))
 
     assert facts["ranks"].startswith("1,000 on node0, node1, ")

@@ -13,7 +13,7 @@ def test_straggler_is_marked():
     view = run_view(slow_rank())
 
     assert [row.rank for row in view.ranks if row.slowest] == [1]
-    assert view.verdict.gain == 4.69
+    assert view.report.verdict.gain == 4.69
     assert [other.kind for other in view.others] == ["JITTER"]
 
 
@@ -91,12 +91,12 @@ def test_a_report_without_ranks_misses_none():
 
 def test_gain_of_nothing_is_not_reported():
     """A speed-up below half a percent is not a gain."""
-    assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).verdict.gain is None
+    assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).report.verdict.gain is None
 
 
 def test_a_verdict_that_judges_nothing_is_not_green():
     """It is `info`, as a healthy run is, but has no color."""
-    unknown, healthy = (run_view(each).verdict for each in (Report.empty("x"), report([{"forward": 1.0}])))
+    unknown, healthy = (run_view(each).report.verdict for each in (Report.empty("x"), report([{"forward": 1.0}])))
 
     assert [verdict_look(each.kind, each.severity) for each in (unknown, healthy)] == ["", "info"]
     assert [verdict_style(each) for each in (unknown, healthy)] == ["bold", "bold green"]

@@ -23,7 +23,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
     """Return command, source, versions, machine and model; what is not known is left out."""
     git, process = about.git, about.process
     rows = [
-        ("command", _command(process.get("argv"), view.run.command_line)),
+        ("command", _command(process.get("argv"), view.report.run.command_line)),
         ("folder", process.get("folder")),
         ("git commit", _commit(git)),
         ("git branch", git.get("branch")),
@@ -32,7 +32,7 @@ def about_facts(view: RunView, about: About) -> list[tuple[str, str]]:
         ("interpreter", process.get("executable")),
         ("traceml", process.get("traceml") or view.report.traceml_version),
         ("packages", _packages(about)),
-        ("ranks", f"{count_text(view.run.world_size)} on {_hosts(view.run.hosts)}"),
+        ("ranks", f"{count_text(view.report.run.world_size)} on {_hosts(view.report.run.hosts)}"),
         ("machine", machine_text(about.system)),
         ("not read", _not_read(about)),
         ("model", _model(about.model)),

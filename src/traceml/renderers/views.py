@@ -28,12 +28,8 @@ from traceml.renderers.wording import goodput_text, restarts_text
 from traceml.runs.report.report_types import (
     PhaseSection,
     Report,
-    RunSection,
-    StepsSection,
-    TelemetrySection,
     TimePart,
     TimeSection,
-    TrackerSection,
     rate_of,
 )
 
@@ -81,61 +77,31 @@ class RunView(msgspec.Struct, frozen=True):
     rates: tuple[float, ...] = ()
 
     @property
-    def run(self) -> RunSection:
-        """Identity and outcome of the run."""
-        return self.report.run
-
-    @property
-    def verdict(self) -> Finding:
-        """The finding that limits the run most."""
-        return self.report.verdict
-
-    @property
     def others(self) -> tuple[Finding, ...]:
         """The other findings, largest cost first."""
         return tuple(finding for finding in self.report.findings if finding != self.report.verdict)
 
     @property
-    def steps(self) -> StepsSection:
-        """Number and duration of steps."""
-        return self.report.steps
-
-    @property
-    def phases(self) -> list[PhaseSection]:
-        """Phases over all ranks."""
-        return self.report.phases
-
-    @property
     def shown_phases(self) -> list[PhaseSection]:
         """Phases over all ranks, without those that take next to nothing of a step."""
-        return [phase for phase in self.phases if phase.share >= SMALL_SHARE]
-
-    @property
-    def telemetry(self) -> TelemetrySection:
-        """Rows stored and lost, and the overhead."""
-        return self.report.telemetry
-
-    @property
-    def trackers(self) -> list[TrackerSection]:
-        """Delivery by tracker."""
-        return self.report.trackers
+        return [phase for phase in self.report.phases if phase.share >= SMALL_SHARE]
 
     @property
     def steps_per_second(self) -> float | None:
         """Steps per second: live, the speed now; of an ended run, of the time in steps, as the mean step is."""
-        return self.steps.speed(running=self.run.state == RunStatus.RUNNING)
+        return self.report.steps.speed(running=self.report.run.state == RunStatus.RUNNING)
 
     @property
     def data_rates(self) -> list[tuple[str, str]]:
         """Tokens and samples of the whole job per second, as (unit, number); empty if unknown."""
-        per_step = (("tokens", self.steps.tokens_per_step), ("samples", self.steps.samples_per_step))
+        per_step = (("tokens", self.report.steps.tokens_per_step), ("samples", self.report.steps.samples_per_step))
         rates = [(unit, rate_of(number, self.steps_per_second)) for unit, number in per_step]
         return [(unit, rate_text(rate)) for unit, rate in rates if rate is not None]
 
     @property
     def shared_data(self) -> str | None:
         """Number of ranks with batches of their own, in words, where others have the same ones or none; else None."""
-        counted = self.steps.data_ranks
+        counted = self.report.steps.data_ranks
         known = self.data_rates and counted < len(self.ranks)
         return f"own batches on {counted:,} of {plural(len(self.ranks), 'rank')}" if known else None
 
@@ -147,22 +113,22 @@ class RunView(msgspec.Struct, frozen=True):
     @property
     def sample(self) -> str | None:
         """Steps that a long run's verdict rests on, and ranks whose steps hosts have summed, in words; None for all."""
-        summed = self.steps.summed_ranks
-        texts = [sample_text(self.steps.diagnosed, self.steps.count)] if self.steps.cut else []
+        summed = self.report.steps.summed_ranks
+        texts = [sample_text(self.report.steps.diagnosed, self.report.steps.count)] if self.report.steps.cut else []
         texts += [summed_text(summed)] if summed else []
         return "; ".join(texts) or None
 
     @property
     def untimed(self) -> str | None:
         """The accelerator whose time is not known, in words; None if there is none."""
-        device = self.steps.untimed_device
+        device = self.report.steps.untimed_device
         return f"device times: not measured on {device}; phases show CPU time" if device else None
 
     @property
     def outcome(self) -> str:
         """The run's state, and its duration where it is known: `finished after 12 s`."""
-        took = self.run.duration_s
-        return self.run.state if took is None else f"{self.run.state} after {duration_text(took)}"
+        took = self.report.run.duration_s
+        return self.report.run.state if took is None else f"{self.report.run.state} after {duration_text(took)}"
 
     @property
     def ended_before_training(self) -> str | None:
@@ -170,34 +136,34 @@ class RunView(msgspec.Struct, frozen=True):
 
         After a signal the card has advice; what was logged for trackers is on it.
         """
-        is_cut = self.run.state in (RunStatus.FAILED, RunStatus.STOPPED)
-        if not is_cut or self.steps.count or self.run.restarts or self.trackers:
+        is_cut = self.report.run.state in (RunStatus.FAILED, RunStatus.STOPPED)
+        if not is_cut or self.report.steps.count or self.report.run.restarts or self.report.trackers:
             return None
 
-        if self.verdict.kind is Kind.HANG:
+        if self.report.verdict.kind is Kind.HANG:
             return None
 
-        if self.run.state == RunStatus.STOPPED and self.verdict.kind is not Kind.RANK_LOST:
+        if self.report.run.state == RunStatus.STOPPED and self.report.verdict.kind is not Kind.RANK_LOST:
             return "Stopped before the first step."
 
         if any(rank.exit.signal for rank in self.report.ranks):
             return None
 
-        if self.verdict.kind is Kind.RANK_LOST:
-            return self.verdict.summary
+        if self.report.verdict.kind is Kind.RANK_LOST:
+            return self.report.verdict.summary
 
-        unknown = self.verdict.kind is Kind.INSUFFICIENT_DATA
+        unknown = self.report.verdict.kind is Kind.INSUFFICIENT_DATA
         return "The job failed before its first step: read its output, if it has any." if unknown else None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the whole run: its restarts, and the steps that are not stored."""
         found = []
-        if self.run.restarts:
-            found.append(restarts_text(self.run.restarts))
+        if self.report.run.restarts:
+            found.append(restarts_text(self.report.run.restarts))
 
-        if self.run.steps_waiting:
-            waiting = self.run.steps_waiting
+        if self.report.run.steps_waiting:
+            waiting = self.report.run.steps_waiting
             are = "is not stored: it waits" if waiting == 1 else "are not stored: they wait"
             stores = "it" if waiting == 1 else "them"
             found.append(f"{plural(waiting, 'step')} {are} in this host's memory; `traceml sync` stores {stores}")
@@ -208,18 +174,18 @@ class RunView(msgspec.Struct, frozen=True):
     def remarks(self) -> tuple[str, ...]:
         """The notes, and the goodput of a job that was restarted."""
         time = self.report.time
-        return (*self.notes, capitalized(goodput_text(time))) if self.run.restarts and time else self.notes
+        return (*self.notes, capitalized(goodput_text(time))) if self.report.run.restarts and time else self.notes
 
     @property
     def absent(self) -> str | None:
         """The ranks that never reported, in words; None if all did."""
         seen = {row.rank for row in self.ranks}
-        absent = [rank for rank in range(self.run.world_size) if rank not in seen] if seen else []
+        absent = [rank for rank in range(self.report.run.world_size) if rank not in seen] if seen else []
         if not absent:
             return None
 
-        yet = " yet" if self.run.state == RunStatus.RUNNING else ""
-        return f"no data{yet} from {ranks_text(absent)} (of {count_text(self.run.world_size)})"
+        yet = " yet" if self.report.run.state == RunStatus.RUNNING else ""
+        return f"no data{yet} from {ranks_text(absent)} (of {count_text(self.report.run.world_size)})"
 
 
 def run_view(report: Report, rates: Sequence[float] = ()) -> RunView:

@@ -50,8 +50,8 @@ def test_a_finished_run_is_read_once_and_reported_once(run_dir, follow):
 
     state = source.read()
 
-    assert state.view.verdict.summary == "as it was written"
-    assert state.view.run.state == "finished"
+    assert state.view.report.verdict.summary == "as it was written"
+    assert state.view.report.run.state == "finished"
     assert {"steps", "phases", "heat", "ranks"} <= set(state.charts.of("light"))
     assert [source.read() for _ in range(3)].count(None) >= 2
 
@@ -65,7 +65,7 @@ def test_a_run_that_comes_later_is_found(tmp_path, follow):
     (tmp_path / RUN).mkdir()
     assert source.read().exists
     store_run(tmp_path / RUN, Job(ranks=2, steps=60))
-    assert source.read().view.steps.count == 60
+    assert source.read().view.report.steps.count == 60
 
 
 def test_new_rows_move_a_running_run_on(tmp_path, follow):
@@ -75,11 +75,11 @@ def test_new_rows_move_a_running_run_on(tmp_path, follow):
         stream = add_rank(writer, 0, rows[:50], state="running")
         writer.commit()
         source = follow(tmp_path)
-        assert source.read().view.steps.count == 50
+        assert source.read().view.report.steps.count == 50
         add_rank_rows(writer, stream, rows[50:], 50)
         writer.commit()
 
-        assert source.read().view.steps.count == 90
+        assert source.read().view.report.steps.count == 90
 
 
 def test_silence_is_reported_and_ends(tmp_path, follow):
@@ -125,7 +125,7 @@ def test_a_folder_that_goes_while_it_is_shown_keeps_its_last_state(run_dir, foll
     state = source.read()
 
     assert "folder of this run was removed" in state.problem
-    assert state.view.steps.count == 60
+    assert state.view.report.steps.count == 60
 
 
 def test_another_store_in_the_same_place_is_read_from_its_beginning(run_dir, follow):
@@ -134,7 +134,7 @@ def test_another_store_in_the_same_place_is_read_from_its_beginning(run_dir, fol
     shutil.rmtree(run_dir)
     store_run(run_dir, Job(ranks=2, steps=40))
 
-    assert source.read().view.steps.count == 40
+    assert source.read().view.report.steps.count == 40
 
 
 def test_a_report_without_a_store_is_shown(run_dir, follow):
@@ -145,7 +145,7 @@ def test_a_report_without_a_store_is_shown(run_dir, follow):
     state = source.read()
     assert source.read() is None
     assert "store of this run is gone" in state.problem
-    assert state.view.steps.count == 60
+    assert state.view.report.steps.count == 60
     assert "ranks" in state.charts.of("dark")
 
 
@@ -160,7 +160,7 @@ def test_a_report_beside_a_damaged_store_is_shown(run_dir, follow):
     assert source.read() is None
     assert state.problem.startswith("cannot read the run's store")
     assert state.problem.endswith("; this page shows its report.")
-    assert state.view.steps.count == 60
+    assert state.view.report.steps.count == 60
     (run_dir / STORE_NAME).write_bytes(whole)
     assert source.read().problem == ""
 

@@ -77,7 +77,7 @@ def test_phases_stack_up_to_the_step(run):
     top = [sum(values) for values in zip(*(each["data"] for each in option["series"]), strict=True)]
 
     assert {each["stack"] for each in option["series"]} == {"step"}
-    assert np.mean(top) == pytest.approx(view.steps.mean_ms, rel=0.03)
+    assert np.mean(top) == pytest.approx(view.report.steps.mean_ms, rel=0.03)
 
 
 def test_the_slow_rank_is_marked(run):

@@ -17,7 +17,7 @@ from traceml.runs.report.report_types import RestartSection
 def test_lines_keep_to_their_room(name, height, width):
     """The number of lines is exact, and none is wider than the screen."""
     view = run_view(REPORTS[name](), [1.0, 2.0])
-    ranks = max(len(view.ranks), view.run.world_size)
+    ranks = max(len(view.ranks), view.report.run.world_size)
 
     lines = live_lines(view, Viewport(width, height))
 

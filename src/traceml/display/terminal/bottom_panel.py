@@ -103,7 +103,7 @@ class BottomPanel:
 
     def _show(self, view: RunView) -> None:
         columns, rows = terminal_size(self._console)
-        height = panel_height(max(len(view.ranks), view.run.world_size), rows - _SCRIPT_ROWS)
+        height = panel_height(max(len(view.ranks), view.report.run.world_size), rows - _SCRIPT_ROWS)
         if columns < MIN_WIDTH or rows < MIN_HEIGHT + _SCRIPT_ROWS:
             self._lines = []
             self._hide()

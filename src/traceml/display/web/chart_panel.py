@@ -69,7 +69,7 @@ class ChartPanel:
 
         made = state.charts.of(theme)
         self._size(state)
-        self._heat.visible(state.view is None or state.view.run.world_size > 1)
+        self._heat.visible(state.view is None or state.view.report.run.world_size > 1)
         metrics = {name.removeprefix(METRIC): option for name, option in made.items() if name.startswith(METRIC)}
         self._loss.visible("loss" in made)
         set_visible(self._none, not metrics and "loss" not in made)

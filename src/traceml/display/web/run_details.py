@@ -38,13 +38,15 @@ class RankTable:
         self._table.columns(_rank_columns(phases))
         rows = visible_ranks(view.ranks, _RANKS)
         self._table.show([_rank_cells(row, phases) for row in rows], [_rank_look(row) for row in rows])
-        missing = view.run.world_size - len(view.ranks)
+        missing = view.report.run.world_size - len(view.ranks)
         notes = []
         if hidden := len(view.ranks) - len(rows):
             notes.append(f"{plural(hidden, 'more rank')}, none slower than the slowest one here.")
 
         if missing > 0:
-            notes.append(f"{count_text(missing)} of {count_text(view.run.world_size)} ranks have never reported.")
+            notes.append(
+                f"{count_text(missing)} of {count_text(view.report.run.world_size)} ranks have never reported."
+            )
 
         self._more.set_text(" ".join(notes))
         set_visible(self._more, bool(notes))
@@ -124,7 +126,7 @@ class DeliveryPanel:
 
     def show(self, view: RunView, about: About) -> None:
         """Show the current state of the trackers."""
-        set_visible(self._none, not view.trackers)
+        set_visible(self._none, not view.report.trackers)
         none = 'No tracker is configured. Set one by backend="mlflow" or TRACEML_BACKEND.'
         self._none.set_text(nothing_logged(about, "Deliveries", none))
         self._table.show(
@@ -137,9 +139,9 @@ class DeliveryPanel:
                     count_text(tracker.failed),
                     tracker.error or tracker.target,
                 ]
-                for tracker in view.trackers
+                for tracker in view.report.trackers
             ],
-            ["ended" if tracker.needs_attention else "" for tracker in view.trackers],
+            ["ended" if tracker.needs_attention else "" for tracker in view.report.trackers],
         )
 
 
@@ -152,7 +154,7 @@ class TelemetryPanel:
 
     def show(self, view: RunView) -> None:
         """Show the current figures."""
-        telemetry, run = view.telemetry, view.run
+        telemetry, run = view.report.telemetry, view.report.run
         self._facts.show(
             (
                 ("Rows stored", count_text(telemetry.rows_stored)),

@@ -106,7 +106,7 @@ class RunPage:
                 self._telemetry = TelemetryPanel()
 
     def _show_run(self, state: RunState, view: RunView) -> None:
-        self._crumb.set_text(printable(state.labels.name or view.run.name))
+        self._crumb.set_text(printable(state.labels.name or view.report.run.name))
         set_visible(self._crumb, True)
         self._verdict.show(view)
         self._findings.show(view)

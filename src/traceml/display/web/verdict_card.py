@@ -40,13 +40,13 @@ class VerdictCard:
 
     def show(self, view: RunView) -> None:
         """Show the current verdict."""
-        verdict = view.verdict
+        verdict = view.report.verdict
         look = verdict_look(verdict.kind, verdict.severity)
         set_classes(self._card, f"card verdict {look}")
         self._kind.set_text(verdict.kind.replace("_", " "))
         set_classes(self._kind, f"pill kind {look}")
-        self._state.set_text(view.run.state)
-        set_classes(self._state, f"pill {view.run.state}")
+        self._state.set_text(view.report.run.state)
+        set_classes(self._state, f"pill {view.report.run.state}")
         self._headline.set_text(verdict.headline)
         self._summary.set_text(verdict.summary)
         self._next.set_text(verdict.next)
@@ -101,7 +101,7 @@ def _costs(verdict: Finding) -> list[tuple[str, str]]:
 
 
 def _figures(view: RunView) -> list[tuple[str, str]]:
-    steps = view.steps
+    steps = view.report.steps
     return [
         ("Steps per second", rate_text(view.steps_per_second)),
         *((f"{unit.capitalize()} per second", number) for unit, number in view.data_rates),
@@ -111,10 +111,13 @@ def _figures(view: RunView) -> list[tuple[str, str]]:
         ("p99", ms_text(steps.p99_ms)),
         ("Steps", count_text(steps.count)),
         ("Ranks", _ranks(view)),
-        ("Runs for" if view.run.state == RunStatus.RUNNING else "Took", duration_text(view.run.duration_s)),
+        (
+            "Runs for" if view.report.run.state == RunStatus.RUNNING else "Took",
+            duration_text(view.report.run.duration_s),
+        ),
     ]
 
 
 def _ranks(view: RunView) -> str:
-    connected, expected = len(view.ranks), view.run.world_size
+    connected, expected = len(view.ranks), view.report.run.world_size
     return count_text(expected) if connected >= expected else f"{count_text(connected)} of {count_text(expected)}"

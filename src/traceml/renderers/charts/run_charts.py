@@ -113,7 +113,7 @@ def ranks_chart(view: RunView, theme: Theme = LIGHT) -> Option | None:
         return None
 
     shown = [phase.phase for phase in view.shown_phases]
-    colors = theme.of_phases(phase.phase for phase in view.phases)
+    colors = theme.of_phases(phase.phase for phase in view.report.phases)
     labels = [f"{_MARK} rank {row.rank}" if row.slowest or row.end else f"rank {row.rank}" for row in rows]
     option = blank(theme)
     option["xAxis"] = value_axis(theme, "ms")

@@ -34,14 +34,14 @@ _LONGEST_VALUE = 400
 
 def phase_table(view: RunView) -> Iterator[str]:
     """Yield the phases of a mean step."""
-    if not view.phases:
+    if not view.report.phases:
         return
 
-    colors = BY_CSS.of_phases(phase.phase for phase in view.phases)
+    colors = BY_CSS.of_phases(phase.phase for phase in view.report.phases)
     yield '<div class="card scroll"><table><tr><th>phase</th><th>mean per step</th><th>share of step</th></tr>'
-    for phase in view.phases:
+    for phase in view.report.phases:
         name = f'<i style="--c:{colors[phase.phase]}"></i>{escaped(phase_label(phase.phase))}'
-        marked = ' class="marked"' if phase.phase == view.verdict.phase else ""
+        marked = ' class="marked"' if phase.phase == view.report.verdict.phase else ""
         yield f"<tr{marked}><td>{name}</td><td>{ms_text(phase.mean_ms)}</td><td>{percent_text(phase.share)}</td></tr>"
 
     yield "</table></div>"
@@ -111,9 +111,9 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
     rows = [
         ("resident peak", resident and f"{bytes_text(resident[0])} (rank {resident[1]})"),
         ("device peak", device and f"{bytes_text(device[0])} (rank {device[1]})"),
-        *((f"tracker {tracker.backend}", tracker_text(tracker)) for tracker in view.trackers),
-        ("rows stored", count_text(view.telemetry.rows_stored)),
-        ("rows lost", count_text(view.telemetry.rows_lost)),
+        *((f"tracker {tracker.backend}", tracker_text(tracker)) for tracker in view.report.trackers),
+        ("rows stored", count_text(view.report.telemetry.rows_stored)),
+        ("rows lost", count_text(view.report.telemetry.rows_lost)),
         ("metrics not drawn", count_text(undrawn) if undrawn > 0 else None),
     ]
     yield from _facts(rows)

@@ -42,9 +42,9 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
     """Return the whole page."""
     view = run_view(report)
     body = [
-        f'<div class="top"><h1>{escaped(view.run.name)}</h1><span class="brand">traceml report</span></div>',
+        f'<div class="top"><h1>{escaped(view.report.run.name)}</h1><span class="brand">traceml report</span></div>',
         *run_line(view),
-        verdict_card(view.verdict),
+        verdict_card(view.report.verdict),
         *_tiles(view),
         *_section("Also found", (verdict_card(finding, first=False) for finding in view.others)),
         *_section("Charts", chart_grid(figures(view, series))),
@@ -61,7 +61,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         f"{content_policy()}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escaped(view.run.name)}: {escaped(view.verdict.kind)}</title>"
+        f"<title>{escaped(view.report.run.name)}: {escaped(view.report.verdict.kind)}</title>"
         f"<style>{_style_sheet()}</style></head><body><main>{''.join(body)}"
         f"<footer>traceml {version}. The numbers are those of report.json next to this file.</footer>"
         "</main></body></html>\n"
@@ -105,7 +105,7 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
 
 def run_line(view: RunView) -> Iterator[str]:
     """Yield one line about the run: id, ranks, hosts, state, date."""
-    run = view.run
+    run = view.report.run
     facts = [plural(run.world_size, "rank"), ", ".join(run.hosts[:4]), view.outcome]
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
@@ -122,7 +122,7 @@ def _date(started: float | None) -> str:
 
 
 def _tiles(view: RunView) -> Iterator[str]:
-    steps, telemetry = view.steps, view.telemetry
+    steps, telemetry = view.report.steps, view.report.telemetry
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     tiles = (
         ("steps per second", rate_text(view.steps_per_second)),
@@ -169,7 +169,7 @@ def inline_html(report: Report, series: RunSeries) -> str:
     body = "".join(
         [
             *run_line(view),
-            verdict_card(view.verdict, with_evidence=False),
+            verdict_card(view.report.verdict, with_evidence=False),
             f'<p class="sub">{line}</p>' if (line := sample_line(view)) else "",
             *chart_grid(figures(view, series)),
         ]

@@ -106,7 +106,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
     width = min(viewport.width, _MAX_WIDTH)
     measured = [
         *_time_lines(view, width),
-        *([_steps_line(view, width, viewport)] if view.steps.count else []),
+        *([_steps_line(view, width, viewport)] if view.report.steps.count else []),
         *_data_lines(view, width, viewport),
         *_labeled("Basis", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
@@ -132,17 +132,17 @@ def _name_of(run_dir: Path) -> str:
 
 
 def _top(view: RunView, width: int, viewport: Viewport) -> Text:
-    rule = viewport.glyphs.rule
-    facts = [plural(view.run.world_size, "rank")]
-    if len(view.run.hosts) > 1:
-        facts.append(f"{len(view.run.hosts)} hosts")
+    run, verdict, rule = view.report.run, view.report.verdict, viewport.glyphs.rule
+    facts = [plural(run.world_size, "rank")]
+    if len(run.hosts) > 1:
+        facts.append(f"{len(run.hosts)} hosts")
 
-    if view.steps.count:
-        facts.append(plural(view.steps.count, "step"))
+    if view.report.steps.count:
+        facts.append(plural(view.report.steps.count, "step"))
 
     left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
-    left.append(view.verdict.kind, style=verdict_style(view.verdict)).append(" ")
-    described = (f"{', '.join(facts)}, {view.outcome}", f"{facts[0]}, {view.outcome}", view.outcome, view.run.state)
+    left.append(verdict.kind, style=verdict_style(verdict)).append(" ")
+    described = (f"{', '.join(facts)}, {view.outcome}", f"{facts[0]}, {view.outcome}", view.outcome, run.state)
     texts = [f" {text} {rule}" for text in described]
     right = next((text for text in texts if left.cell_len + 1 + len(text) <= width), rule)
     fill = max(width - left.cell_len - len(right), 1)
@@ -155,7 +155,7 @@ def verdict_style(verdict: Finding) -> str:
 
 
 def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
-    verdict = view.verdict
+    verdict = view.report.verdict
     for line in wrapped(verdict.headline, width - 1):
         yield Text(" ").append(line, style=verdict_style(verdict))
 
@@ -201,7 +201,7 @@ def _copied(label: str, text: str) -> Iterator[Text]:
 
 def _steps_line(view: RunView, width: int, viewport: Viewport) -> Text:
     """Return speed and step times; those that find no room are left out, the 95th percentile first."""
-    steps = view.steps
+    steps = view.report.steps
     line = Text(" ").append("Steps".ljust(_LABEL), style="dim")
     line.append(f"{rate_text(view.steps_per_second)} steps/s", style="bold")
     times = {"mean": steps.mean_ms, "p50": steps.p50_ms, "p95": steps.p95_ms, "p99": steps.p99_ms}
@@ -264,7 +264,7 @@ def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text
     name = max(10, *(len(phase_label(phase.phase)) for phase in shown))
     name = min(name, 24)
     room = width - name - 21
-    blamed = view.verdict.phase
+    blamed = view.report.verdict.phase
     for phase in shown:
         label = phase_label(phase.phase)[:name].ljust(name)
         line = Text(" ").append(label, style="bold" if phase.phase == blamed else "")
@@ -297,7 +297,7 @@ def _column_phases(view: RunView, most: int) -> list[str]:
         for phase, share in row.shares:
             largest[phase] = max(share, largest.get(phase, 0.0))
 
-    order = sorted(largest, key=lambda phase: (phase != view.verdict.phase, -largest[phase]))
+    order = sorted(largest, key=lambda phase: (phase != view.report.verdict.phase, -largest[phase]))
     chosen = {phase for phase in order[:most] if largest[phase] >= SMALL_SHARE}
     return [phase for phase in largest if phase in chosen]
 
@@ -319,7 +319,7 @@ def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text
 
 def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     # A lost rank of the verdict is shown at the top already.
-    shown = view.verdict.ranks if view.verdict.kind is Kind.RANK_LOST else ()
+    shown = view.report.verdict.ranks if view.report.verdict.kind is Kind.RANK_LOST else ()
     ended = [row for row in view.ranks if row.end and row.rank not in shown]
     for row in ended[:4]:
         where = f" on {row.host}" if row.host else ""
@@ -337,12 +337,12 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     if memory := _memory_text(view):
         yield from _labeled("Memory", memory, width)
 
-    for number, tracker in enumerate(view.trackers):
+    for number, tracker in enumerate(view.report.trackers):
         style = "yellow" if tracker.needs_attention else ""
         yield from _labeled("" if number else "Sent", tracker_text(tracker), width, style=style)
 
-    if view.run.state != RunStatus.RUNNING:
-        yield from _delivery_lines(view.trackers, width)
+    if view.report.run.state != RunStatus.RUNNING:
+        yield from _delivery_lines(view.report.trackers, width)
 
     yield from _labeled("Tracing", _telemetry_text(view), width)
 
@@ -373,7 +373,7 @@ def _memory_text(view: RunView) -> str:
 
 
 def _telemetry_text(view: RunView) -> str:
-    telemetry = view.telemetry
+    telemetry = view.report.telemetry
     lost = telemetry.rows_lost
     rows = f"{plural(telemetry.rows_stored, 'row')} stored, "
     rows += "losses unknown" if lost is None else f"{count_text(lost)} lost" if lost else "none lost"

@@ -54,7 +54,7 @@ def panel_height(ranks: int, rows: int) -> int:
 
 def live_lines(now: RunView, viewport: Viewport) -> list[Text]:
     """Return the panel's lines: `panel_height` of the run's ranks and `viewport.height`, each at most its width."""
-    ranks = max(len(now.ranks), now.run.world_size)
+    ranks = max(len(now.ranks), now.report.run.world_size)
     height = panel_height(ranks, viewport.height)
     time = [_time_line(now, viewport)] if height > MIN_HEIGHT else []
     lines = [
@@ -72,7 +72,7 @@ def live_lines(now: RunView, viewport: Viewport) -> list[Text]:
 
 def rule_line(now: RunView, viewport: Viewport) -> Text:
     """Return the top line: name of the run, number of ranks, state."""
-    rule, run = viewport.glyphs.rule, now.run
+    rule, run = viewport.glyphs.rule, now.report.run
     left = Text(f"{rule} ", style="dim").append("traceml", style="bold not dim").append(f" {rule} ")
     name = run.name if len(run.name) <= 28 else run.name[:27] + viewport.glyphs.ellipsis[:1]
     left.append(name, style="not dim").append(" ")
@@ -96,7 +96,7 @@ def speed_line(now: RunView, viewport: Viewport) -> Text:
 
 def _speed_cells(now: RunView, room: int) -> list[str]:
     """Return the figures next to the speed that fit in the space."""
-    steps = now.steps
+    steps = now.report.steps
     data = [f"  {number:>7} {unit}/s" for unit, number in now.data_rates[:1]]
     step, p99 = f"  step {ms_text(steps.mean_ms):>7}", f"  p99 {ms_text(steps.p99_ms):>7}"
     count = f"  {plural(steps.count, 'step'):>12}"
@@ -177,7 +177,7 @@ def _time_line(now: RunView, viewport: Viewport) -> Text:
 
 def verdict_line(now: RunView) -> Text:
     """Return the line of the verdict so far."""
-    verdict = now.verdict
+    verdict = now.report.verdict
     return Text(" so far  ", style="dim").append(verdict.headline, style=f"{verdict_style(verdict)} not dim")
 
 
@@ -189,7 +189,7 @@ def note_text(now: RunView) -> Text:
 def _next(now: RunView, viewport: Viewport) -> Iterator[Text]:
     """Yield the advice; in a run with a note, the last row is for the note."""
     rows = _NEXT_ROWS - bool(now.notes)
-    lines = wrapped(now.verdict.next, viewport.width - _LABEL)
+    lines = wrapped(now.report.verdict.next, viewport.width - _LABEL)
     for number in range(rows):
         text = lines[number] if number < len(lines) else ""
         if number == rows - 1 and len(lines) > rows:
@@ -202,7 +202,7 @@ def _next(now: RunView, viewport: Viewport) -> Iterator[Text]:
 
 
 def _tracing(now: RunView, viewport: Viewport) -> Text:
-    telemetry = now.telemetry
+    telemetry = now.report.telemetry
     lost = telemetry.rows_lost
     line = Text(" tracing ", style="dim")
     is_unknown = lost is None and telemetry.rows_stored is not None  # else there is no report yet
@@ -211,7 +211,7 @@ def _tracing(now: RunView, viewport: Viewport) -> Text:
     line.append(f" of {count_text(telemetry.rows_stored)}")
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     line.append(f" {viewport.glyphs.dot} overhead {overhead}")
-    for tracker in now.trackers:
+    for tracker in now.report.trackers:
         line.append(f" {viewport.glyphs.dot} ").append(
             tracker_text(tracker), style="bold yellow not dim" if tracker.needs_attention else ""
         )

@@ -27,7 +27,7 @@ _MAX_RANKS = 16
 def report_markdown(report: Report) -> str:
     """Return a report: the verdict with its figures and advice, tables of steps, phases and ranks, other findings."""
     view = run_view(report)
-    verdict = view.verdict
+    verdict = view.report.verdict
     lines = [
         f"**{verdict.kind}: {plain_markdown(verdict.headline)}**",
         "",
@@ -52,8 +52,8 @@ def _paragraphs(*texts: str) -> Iterator[str]:
 
 
 def _outcome(view: RunView) -> str:
-    steps = view.steps
-    facts = [plural(view.run.world_size, "rank")]
+    steps = view.report.steps
+    facts = [plural(view.report.run.world_size, "rank")]
     if steps.count:
         facts += [
             plural(steps.count, "step"),
@@ -61,7 +61,7 @@ def _outcome(view: RunView) -> str:
             *(f"{name} {ms_text(ms)}" for name, ms in (("mean", steps.mean_ms), ("p99", steps.p99_ms))),
         ]
 
-    return f"Run `{markdown_code(view.run.id)}`: {', '.join(facts)}, {view.outcome}"
+    return f"Run `{markdown_code(view.report.run.id)}`: {', '.join(facts)}, {view.outcome}"
 
 
 def _time_rows(view: RunView) -> Iterator[Sequence[str]]:
@@ -70,7 +70,7 @@ def _time_rows(view: RunView) -> Iterator[Sequence[str]]:
 
 
 def _phase_rows(view: RunView) -> Iterator[Sequence[str]]:
-    for phase in view.phases:
+    for phase in view.report.phases:
         yield phase_label(phase.phase), ms_text(phase.mean_ms), percent_text(phase.share)
 
 
@@ -83,7 +83,7 @@ def _rank_table(view: RunView) -> list[str]:
     if len(view.ranks) < 2:
         return []
 
-    phases = [phase.phase for phase in view.phases]
+    phases = [phase.phase for phase in view.report.phases]
     rows = [
         (
             str(row.rank),
@@ -105,7 +105,7 @@ def _closing(view: RunView) -> Iterator[str]:
         yield f"and {plural(len(ended) - _MAX_RANKS, 'more rank')} that ended"
 
     yield from (f"{other.kind}: {other.headline}" for other in view.others)
-    yield from (tracker_text(tracker) for tracker in view.trackers)
+    yield from (tracker_text(tracker) for tracker in view.report.trackers)
 
 
 def _list(texts: Iterator[str]) -> list[str]:

@@ -78,7 +78,7 @@ class OverviewPanel:
         set_visible(self._long, any(texts))
 
     def _show_links(self, view: RunView) -> None:
-        urls = [(tracker.backend, url) for tracker in view.trackers for url in tracker.urls]
+        urls = [(tracker.backend, url) for tracker in view.report.trackers for url in tracker.urls]
         if urls == self._urls:
             return
 
@@ -106,7 +106,7 @@ class _Folded:
 
 
 def _identity(state: RunState, view: RunView) -> Iterable[tuple[str, str]]:
-    run, labels = view.run, state.labels
+    run, labels = view.report.run, state.labels
     started = "" if run.started is None else time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(run.started))
     rows = (
         ("run", run.id),
