@@ -5,7 +5,8 @@ The report at the end and the report so far have the same type, so the card and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import msgspec
 
@@ -14,9 +15,11 @@ from traceml.diagnosis.deaths.end_wording import end_summary
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
+    bytes_text,
     capitalized,
     count_text,
     duration_text,
+    ms_text,
     plural,
     ranks_text,
     rate_text,
@@ -68,6 +71,16 @@ class RankRow(msgspec.Struct, frozen=True):
         total = self.step_ms
         return tuple((phase, ms / total) for phase, ms in self.phases) if total > 0 else ()
 
+    @property
+    def memory(self) -> str:
+        """The peak of device memory, or else of resident memory, in words."""
+        return bytes_text(self.cuda_bytes or self.rss_bytes)
+
+    def times(self, phases: Iterable[str] = ()) -> list[str]:
+        """Return the times of the step and of phases, in words."""
+        known = dict(self.phases)
+        return [ms_text(self.step_ms) if known else "-", *(ms_text(known.get(phase)) for phase in phases)]
+
 
 class RunView(msgspec.Struct, frozen=True):
     """A report, its ranks as rows, and for a live view the steps per second over time, oldest first."""
@@ -85,6 +98,15 @@ class RunView(msgspec.Struct, frozen=True):
     def shown_phases(self) -> list[PhaseSection]:
         """Phases over all ranks, without those that take next to nothing of a step."""
         return [phase for phase in self.report.phases if phase.share >= SMALL_SHARE]
+
+    @property
+    def memory_peaks(self) -> list[tuple[str, int, int]]:
+        """The largest peaks of resident and of device memory: name, bytes and rank of each."""
+        known = {
+            "resident peak": [(row.rss_bytes, row.rank) for row in self.ranks if row.rss_bytes],
+            "device peak": [(row.cuda_bytes, row.rank) for row in self.ranks if row.cuda_bytes],
+        }
+        return [(name, *max(sizes, key=itemgetter(0))) for name, sizes in known.items() if sizes]
 
     @property
     def steps_per_second(self) -> float | None:

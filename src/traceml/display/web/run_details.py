@@ -6,7 +6,6 @@ from traceml.display.web.elements import Container, DataTable, FactList, TextNod
 from traceml.formatting import (
     bytes_text,
     count_text,
-    ms_text,
     overhead_text,
     percent_text,
     phase_label,
@@ -58,16 +57,8 @@ def _rank_columns(phases: list[str]) -> list[tuple[str, str]]:
 
 
 def _rank_cells(row: RankRow, phases: list[str]) -> list[str]:
-    times = dict(row.phases)
-    return [
-        str(row.rank),
-        row.host,
-        row.end or row.state,
-        count_text(row.steps),
-        ms_text(row.step_ms) if times else "-",
-        *(ms_text(times.get(phase)) for phase in phases),
-        bytes_text(row.cuda_bytes or row.rss_bytes),
-    ]
+    state = row.end or row.state
+    return [str(row.rank), row.host, state, count_text(row.steps), *row.times(phases), row.memory]
 
 
 def _rank_look(row: RankRow) -> str:

@@ -67,9 +67,7 @@ def rank_table(view: RunView) -> Iterator[str]:
 
 
 def _rank(row: RankRow, phases: Sequence[str]) -> str:
-    times = dict(row.phases)
-    cells = [ms_text(row.step_ms) if times else "-", *(ms_text(times.get(phase)) for phase in phases)]
-    cells += [bytes_text(row.rss_bytes), bytes_text(row.cuda_bytes)]
+    cells = [*row.times(phases), bytes_text(row.rss_bytes), bytes_text(row.cuda_bytes)]
     marked = ' class="marked"' if row.slowest or row.end else ""
     state = row.end or ("slowest" if row.slowest else row.state)
     numbers = "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
@@ -105,12 +103,9 @@ def stacks(view: RunView) -> Iterator[str]:
 
 def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
     """Yield peaks of memory, state of trackers, rows stored and lost."""
-    resident = max(((row.rss_bytes, row.rank) for row in view.ranks if row.rss_bytes), default=None)
     undrawn = metric_count(series) - DRAWN_METRICS
-    device = max(((row.cuda_bytes, row.rank) for row in view.ranks if row.cuda_bytes), default=None)
     rows = [
-        ("resident peak", resident and f"{bytes_text(resident[0])} (rank {resident[1]})"),
-        ("device peak", device and f"{bytes_text(device[0])} (rank {device[1]})"),
+        *((name, f"{bytes_text(size)} (rank {rank})") for name, size, rank in view.memory_peaks),
         *((f"tracker {tracker.backend}", tracker_text(tracker)) for tracker in view.report.trackers),
         ("rows stored", count_text(view.report.telemetry.rows_stored)),
         ("rows lost", count_text(view.report.telemetry.rows_lost)),

@@ -309,12 +309,7 @@ def _column_label(phase: str) -> str:
 
 def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text:
     line = Text().append(f" {mark(row, viewport)} {row.rank:>4}", style="bold red" if row.slowest or row.end else "")
-    times = dict(row.phases)
-    line.append(f"{ms_text(row.step_ms) if times else '-':>{_CELL}}")
-    for phase in columns:
-        line.append(f"{ms_text(times.get(phase)):>{_CELL}}")
-
-    return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>{_CELL}}")
+    return line.append("".join(f"{cell:>{_CELL}}" for cell in (*row.times(columns), row.memory)))
 
 
 def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
@@ -360,16 +355,8 @@ def _delivery_lines(trackers: Sequence[TrackerSection], width: int) -> Iterator[
 
 def _memory_text(view: RunView) -> str:
     """Return the largest peaks of resident and of device memory, with their ranks."""
-    parts = []
-    for what, sizes in (
-        ("resident peak", {row.rank: row.rss_bytes for row in view.ranks if row.rss_bytes}),
-        ("device peak", {row.rank: row.cuda_bytes for row in view.ranks if row.cuda_bytes}),
-    ):
-        if sizes:
-            rank = max(sizes, key=lambda rank: sizes[rank])
-            parts.append(f"{what} {bytes_text(sizes[rank])}" + (f" (rank {rank})" if len(view.ranks) > 1 else ""))
-
-    return ", ".join(parts)
+    where = " (rank {})" if len(view.ranks) > 1 else ""
+    return ", ".join(f"{name} {bytes_text(size)}{where.format(rank)}" for name, size, rank in view.memory_peaks)
 
 
 def _telemetry_text(view: RunView) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from traceml.formatting import (
-    bytes_text,
     duration_text,
     ms_text,
     part_words,
@@ -84,15 +83,7 @@ def _rank_table(view: RunView) -> list[str]:
         return []
 
     phases = [phase.phase for phase in view.report.phases]
-    rows = [
-        (
-            str(row.rank),
-            ms_text(row.step_ms) if row.phases else "-",
-            *(ms_text(dict(row.phases).get(phase)) for phase in phases),
-            bytes_text(row.cuda_bytes or row.rss_bytes),
-        )
-        for row in visible_ranks(view.ranks, _MAX_RANKS)
-    ]
+    rows = [(str(row.rank), *row.times(phases), row.memory) for row in visible_ranks(view.ranks, _MAX_RANKS)]
     hidden = len(view.ranks) - len(rows)
     head = ("rank", "step", *(plain_markdown(phase_label(phase)) for phase in phases), "memory")
     return ["", *markdown_table(head, rows), *(["", f"{plural(hidden, 'more rank')} in the report"] if hidden else ())]

@@ -123,10 +123,9 @@ def ranks_table(now: RunView) -> TableView:
 
 
 def _rank(row: RankRow) -> TableRow:
-    known = bool(row.phases)
-    work, waiting = (ms_text(row.work_ms), ms_text(row.step_ms - row.work_ms)) if known else ("-", "-")
+    work, waiting = (ms_text(row.work_ms), ms_text(row.step_ms - row.work_ms)) if row.phases else ("-", "-")
     state = row.end or (f"{row.state}, slowest" if row.slowest else row.state)
-    cells = (str(row.rank), row.host, count_text(row.steps), ms_text(row.step_ms) if known else "-", work, waiting)
+    cells = (str(row.rank), row.host, count_text(row.steps), *row.times(), work, waiting)
     return TableRow((*cells, state), "bold red" if row.end or row.slowest else "")
 
 
