@@ -17,9 +17,9 @@ from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import About
 from traceml.runs.live_run import LiveRun
 from traceml.runs.log_tails import LogTail, log_tails
+from traceml.runs.report.comparison_facts import about_report
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import read_report
-from traceml.runs.report.run_source import about_report
 from traceml.runs.rows.logged_media import MediaGroup
 from traceml.runs.run_labels import RunLabels, read_labels
 from traceml.runs.runs_source import RunFileTimes

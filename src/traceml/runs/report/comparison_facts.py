@@ -1,4 +1,4 @@
-"""The report's facts for comparisons: model, parameters, and times of single steps."""
+"""The report's facts for comparisons: model, parameters, code, environment, and times of single steps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.facts.trainings.models_and_loaders import is_first_trained
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
-from traceml.runs.about import About
-from traceml.runs.report.report_types import SetupSection, StepTimes
+from traceml.ids import DEFAULT_PROJECT
+from traceml.runs.about import About, package_versions
+from traceml.runs.report.report_types import Report, SetupSection, SourceSection, StepTimes
 from traceml.runs.rows.run_summary_reader import RunSummaryReader
 from traceml.track.backends.safe_names import flattened
 
-__all__ = ["job_times", "setup_section", "step_times_section"]
+__all__ = ["about_report", "add_source", "job_times", "setup_section", "step_times_section"]
 
 _MS = 1e6
 _STEPS, _RANGE = 1024, 64  # 1,024 steps decide a change of a few percent, and take 8 kB
@@ -78,3 +79,40 @@ def _plain(params: Mapping[str, Any]) -> dict[str, bool | int | float | str | No
 def _value(value: Any) -> bool | int | float | str | None:
     is_number = (isinstance(value, int) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
     return value if value is None or is_number else str(value)[:_MAX_TEXT]
+
+
+def add_source(report: Report, about: About) -> None:
+    """Add what is known to a report; a value of another type is ignored."""
+    git, run = about.git, report.run
+    dirty, variables = git.get("dirty"), about.environment.get("variables")
+    run.commit, run.branch = _text(git, "commit"), _text(git, "branch")
+    run.dirty = dirty if isinstance(dirty, bool) else None
+    run.tags = about.tag_texts
+    if run.project == DEFAULT_PROJECT and about.project:
+        run.project = about.project
+
+    report.source = SourceSection(
+        remote=_text(git, "remote"),
+        diff=_text(git, "diff") or "",
+        diff_truncated=bool(git.get("diff_truncated")),
+        packages=package_versions(about.environment),
+        variables={str(name): str(value) for name, value in variables.items()}
+        if isinstance(variables, Mapping)
+        else {},
+        not_read=about.not_read,
+    )
+
+
+def about_report(report: Report) -> About:
+    """Return the facts of a run of which only the report is left."""
+    run, source = report.run, report.source
+    git = {"commit": run.commit, "branch": run.branch, "dirty": run.dirty, "remote": source.remote, "diff": source.diff,
+           "diff_truncated": source.diff_truncated}  # fmt: skip
+    packages = [f"{name}=={version}" for name, version in source.packages.items()]
+    environment = {"packages": packages, "variables": source.variables} if packages or source.variables else {}
+    return About(model=report.setup.model, params=report.setup.params, git=git, environment=environment)
+
+
+def _text(facts: Mapping[str, Any], name: str) -> str | None:
+    value = facts.get(name)
+    return value if isinstance(value, str) else None

@@ -26,11 +26,9 @@ from traceml.ids import DEFAULT_PROJECT
 from traceml.run_folder import REPORT_NAME, STORE_NAME
 from traceml.runs.about import about_run
 from traceml.runs.report import sections
-from traceml.runs.report.comparison_facts import setup_section, step_times_section
-from traceml.runs.report.earlier_hangs import earlier_hangs_s
+from traceml.runs.report.comparison_facts import add_source, setup_section, step_times_section
 from traceml.runs.report.report_types import SCHEMA, Report, RunSection, TelemetrySection, read_report
-from traceml.runs.report.restarts import restarts
-from traceml.runs.report.run_source import add_source
+from traceml.runs.report.restarts import earlier_hangs_s, restarts
 from traceml.runs.report.trackers import trackers
 from traceml.runs.rows.run_summary_reader import MAX_STEP_ROWS, RunSummaryReader, read_run_summary
 from traceml.runs.run_state import state_of

@@ -1,4 +1,4 @@
-"""Restarts of a job: the ranks that ended each earlier attempt, and when steps continued."""
+"""Restarts of a job: the ranks that ended each earlier attempt, when steps continued, and how long it had hung."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from traceml.database.schema import STEPS
-from traceml.database.snapshots.rank_snapshot import ABORT
+from traceml.database.schema import INFO, PROCESS, STEPS
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT, RankSnapshot
+from traceml.database.states import RunStatus
 from traceml.database.store.reader import StoreReader, StreamRecord
 from traceml.database.store.run_clocks import RunClocks
 from traceml.diagnosis.deaths.ended_jobs import end_by_scheduler
 from traceml.diagnosis.deaths.lost_ranks import root_causes
 from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
+from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.wall_time import checkpoints, resumes_at
+from traceml.diagnosis.hangs.hang_detection import detect_hang
 from traceml.process_ends import signal_name
 from traceml.runs.report.report_types import RestartSection
 
-__all__ = ["attempts_of", "newest_exits", "restarts"]
+__all__ = ["attempts_of", "earlier_hangs_s", "restarts"]
 
 _BY_SCHEDULER = {
     "time_limit": "ended by the scheduler at its time limit",
@@ -28,6 +32,7 @@ _BY_SCHEDULER = {
     "requeued": "queued again by the scheduler",
 }
 _MAX_RANKS = 8  # of an attempt, whose first and last steps are read
+_STEPS, _SAMPLES = 64, 2  # last rows of each rank that are read
 
 
 def restarts(reader: StoreReader) -> list[RestartSection]:
@@ -36,7 +41,7 @@ def restarts(reader: StoreReader) -> list[RestartSection]:
     hung = {event.data.get("attempt") for event in reader.events(kind=ABORT)}
     for (attempt, streams), (_, following) in pairwise(attempts_of(reader).items()):
         # An attempt that was ended as it hung ended at the step of its first rank.
-        if ended := _Ended(newest_exits(streams)[0], [], "hung") if attempt in hung else _ended(streams):
+        if ended := _Ended(_newest_exits(streams)[0], [], "hung") if attempt in hung else _ended(streams):
             died = next(stream for stream in streams if stream.rank == ended.first.rank)
             before = resumes_at(died, checkpoints(streams))
             found.append(_section(attempt, ended, _lost_s(reader, streams, following), before))
@@ -54,7 +59,7 @@ def attempts_of(reader: StoreReader) -> dict[int, list[StreamRecord]]:
     return dict(sorted(attempts.items()))
 
 
-def newest_exits(streams: Sequence[StreamRecord]) -> list[RankExit]:
+def _newest_exits(streams: Sequence[StreamRecord]) -> list[RankExit]:
     """Return how each rank of an attempt has ended, by its newest process."""
     newest = {stream.rank: stream for stream in streams}.values()
     return [RankExit.from_facts(each.rank, each.state, each.facts.get("exit", {}), each.host) for each in newest]
@@ -69,7 +74,7 @@ class _Ended(NamedTuple):
 
 
 def _ended(streams: Sequence[StreamRecord]) -> _Ended | None:
-    bad = ended_badly(newest_exits(streams))
+    bad = ended_badly(_newest_exits(streams))
     causes = root_causes(bad)
     if by_scheduler := end_by_scheduler(bad, causes, None):
         last, cause = by_scheduler
@@ -134,3 +139,66 @@ def _first_ns(reader: StoreReader, stream: StreamRecord) -> int | None:
         if frame is None or not frame.n
         else int(np.frombuffer(frame.data, reader.dtype(STEPS.name))["t_end_ns"][0])
     )
+
+
+def earlier_hangs_s(reader: StoreReader) -> dict[int, float]:
+    """Return for how many seconds attempts before the last one made no progress when they were ended, by attempt."""
+    *earlier, _ = attempts_of(reader).values() or [[]]
+    if not earlier:
+        return {}
+
+    world_size = int(reader.meta().get("run", {}).get("world_size", 1))
+    attempts = [_EndedAttempt(reader, streams, world_size) for streams in earlier]
+    by_stream = {number: attempt for attempt in attempts for number in attempt.rank_of}
+    for number, row in reader.log_rows(INFO.name):
+        if (attempt := by_stream.get(number)) is not None:
+            attempt.facts_builder.info(attempt.rank_of[number], row)
+
+    for event in reader.events(kind=SNAPSHOT):
+        for attempt in attempts:
+            if event.data.get("stream") in attempt.rank_of or event.data.get("attempt") == attempt.number:
+                attempt.facts_builder.progress.take_snapshot(RankSnapshot.from_row(event.data))
+
+    return {attempt.number: attempt.hung_s() for attempt in attempts}
+
+
+class _EndedAttempt:
+    """Rows of an attempt that show whether it had hung when it was ended.
+
+    Args:
+        streams: of the ranks of the attempt.
+
+    Attributes:
+        rank_of: stream -> rank, of the newest process of each rank.
+    """
+
+    def __init__(self, reader: StoreReader, streams: Sequence[StreamRecord], world_size: int) -> None:
+        newest = {stream.rank: stream for stream in streams}
+        self.number = streams[0].attempt
+        self.rank_of = {stream.id: rank for rank, stream in newest.items()}
+        self.facts_builder = JobFactsBuilder(world_size)
+        self.facts_builder.state = RunStatus.FAILED.value
+        for rank, stream in newest.items():
+            self.facts_builder.host(rank, stream.host)
+
+        for ended in _newest_exits(streams):
+            self.facts_builder.exit(ended)
+
+        samples = self._rows(reader, PROCESS.name, _SAMPLES)
+        for number, rank in self.rank_of.items():
+            self.facts_builder.process_rows(rank, samples[samples["stream"] == number])
+
+        self._steps = self._rows(reader, STEPS.name, _STEPS)
+        ranks = np.array([self.rank_of[number] for number in self._steps["stream"].tolist()], np.int64)
+        self.facts_builder.progress.steps(ranks, self._steps)
+
+    def hung_s(self) -> float:
+        """Return the time for which it had made no progress when it was ended, in seconds; 0 if it had not hung."""
+        p99_s = float(np.quantile(self._steps["total_ns"], 0.99)) / 1e9 if len(self._steps) else 0.0
+        found = detect_hang(self.facts_builder.build(), p99_s)
+        return 0.0 if found is None else found.quiet_s
+
+    def _rows(self, reader: StoreReader, table: str, last: int) -> NDArray[np.void]:
+        """Return the last rows of each rank, by rank."""
+        rows = reader.rows(table, list(self.rank_of), last=last)
+        return rows[np.argsort(rows["stream"], kind="stable")]
