@@ -142,7 +142,7 @@ def _own_thread_cpu_ns(thread: int) -> int | None:
 
     Unlike `time.pthread_getcpuclockid`, which must not be called for a thread that has ended, it does no harm then.
     """
-    if not thread or sys.platform != "linux":
+    if not thread:
         return None
 
     try:

@@ -225,7 +225,7 @@ class RankTracing:
     def _sample_workers(self) -> None:
         """Collect the lines of loader workers from now on."""
         interval_s = self._config.stack_interval
-        if not interval_s or sys.platform != "linux":
+        if not interval_s:
             return
 
         with fail_open(_log, "recorder", "the lines of loader workers are not sampled"):
