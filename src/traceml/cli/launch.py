@@ -153,7 +153,6 @@ def make_parser() -> argparse.ArgumentParser:
     workers.add_argument("--no-cpu-affinity", action="store_true", help="do not distribute the cores over the workers")
     add_submit_options(parser)
     add_run_options(parser)
-    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     return parser
 
 

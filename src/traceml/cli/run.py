@@ -256,7 +256,6 @@ def make_parser() -> argparse.ArgumentParser:
         )
 
     torchrun.description = "All options of torchrun but --no-python are accepted and passed on."
-    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     return parser
 
 

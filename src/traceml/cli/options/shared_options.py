@@ -22,7 +22,8 @@ __all__ = [
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options for the view, the name and the folder of the run; return their group."""
+    """Add the script, and the options for the view, the name and the folder of the run; return their group."""
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     own = parser.add_argument_group("traceml's options")
     views = ("auto", "terminal", "web", "none")
     own.add_argument("--live", choices=views, default="auto", help="live view; web prints its address (default: auto)")
