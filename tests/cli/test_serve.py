@@ -94,7 +94,8 @@ def test_port_in_use_by_another_aggregator(serve):
 
     _, stderr = second.communicate(timeout=240)
     assert second.returncode == 3
-    assert f"port {port} on 127.0.0.1 is in use by another aggregator (pid {first.pid}" in stderr
+    assert f"port {port} on 127.0.0.1 is in use by the aggregator of " in stderr
+    assert f"(pid {first.pid})" in stderr
     assert "--port 0" in stderr
     assert "Traceback" not in stderr
 
@@ -107,7 +108,7 @@ def test_port_in_use_by_something_else(capsys, tmp_path):
         assert main(["serve", "--port", str(port), "--runs-dir", str(tmp_path)]) == 3
 
     error = capsys.readouterr().err
-    assert f"port {port} on 127.0.0.1 is in use by another program. Choose another port: --port 0" in error
+    assert f"port {port} on 127.0.0.1 is in use by another program. Choose another address" in error
 
 
 def test_unwritable_runs_folder(capsys, tmp_path):

@@ -89,7 +89,9 @@ def test_a_port_in_use_is_reported(tmp_path):
     """With its owner where that is known, and the way out."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(TraceMLError, match=f"port {port} is in use by another program.*--prometheus HOST:PORT"):
+        with pytest.raises(
+            TraceMLError, match=f"port {port} on 127.0.0.1 is in use by another program.*--prometheus HOST:PORT"
+        ):
             MetricsProcess(tmp_path, ListenAddress(port=port))
 
     with (

@@ -59,14 +59,14 @@ def test_a_port_in_use_is_reported(tmp_path):
     """By whom, where that is known; a job takes another port instead."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(TraceMLError, match=f"port {port} is in use by another program.*--web PORT"):
+        with pytest.raises(TraceMLError, match=f"port {port} on 127.0.0.1 is in use by another program.*--web PORT"):
             PageProcess(tmp_path, port)
 
         other = PageProcess(tmp_path, port, any_port=True)
         assert other.port != port
         other.close()
 
-    said = r"another traceml page \(pid \d+, runs in .*\?token="
+    said = r"in use by the page of .* \(pid \d+\).*\?token="
     with PageProcess(tmp_path, 0) as first, pytest.raises(TraceMLError, match=said):
         PageProcess(tmp_path, first.port)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -27,11 +26,11 @@ from traceml.aggregator.relay.upstream import Upstream
 from traceml.cli.options.number_range import PORT, NumberRange
 from traceml.cli.options.parsing import CommandParser
 from traceml.cli.options.shared_options import add_prometheus_option
-from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.helper_programs import helper_program
 from traceml.loopback import is_loopback
 from traceml.run_folder import RELAY_NAME
+from traceml.supervise.listen_address import listen
 from traceml.supervise.metrics_process import metrics_beside
 from traceml.supervise.otlp_process import otlp_beside
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
@@ -140,27 +139,15 @@ def _listener(fd: int | None, host: str, port: int, runs_dir: Path) -> socket.so
     if fd is not None:
         return socket.socket(fileno=fd)
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise TraceMLError(_cannot_listen(host, port, error, runs_dir)) from error
-
-
-def _cannot_listen(host: str, port: int, error: OSError, runs_dir: Path) -> str:
-    if error.errno != errno.EADDRINUSE:
+    def way_out(other: auth.PublishedServer | None) -> str:
+        is_ours = other is not None and folder_id(Path(other.runs_dir)) == folder_id(runs_dir) != []
+        use = "Scripts of this folder use that one; to have two, choose" if is_ours else "Choose"
         return (
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another address with --host or --port."
+            f"{use} another address with --host or --port: --port 0 takes a free one, which scripts with the same "
+            "runs_dir on this host find; others need TRACEML_PORT."
         )
 
-    other = auth.discover(port)
-    who = f"by another aggregator (pid {other.pid}, runs in {other.runs_dir})" if other else "by another program"
-    is_ours = other is not None and folder_id(Path(other.runs_dir)) == folder_id(runs_dir) != []
-    use = "Scripts of this folder use that one; to have two, choose" if is_ours else "Choose"
-    return (
-        f"port {port} on {host} is in use {who}. {use} another port: --port 0 takes a free one, which scripts with the "
-        "same runs_dir on this host find; others need TRACEML_PORT."
-    )
+    return listen(host, port, auth.AGGREGATOR, way_out, BACKLOG)
 
 
 def _previous_token(port: int) -> str:

@@ -6,12 +6,10 @@ Process: the command, or the aggregator of `traceml serve`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import hmac
 import logging
 import os
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -20,7 +18,7 @@ from typing import Self
 
 from traceml.errors import TraceMLError
 from traceml.installation import install_command
-from traceml.supervise.listen_address import ListenAddress
+from traceml.supervise.listen_address import ListenAddress, listen
 from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingServer
 from traceml.transport import auth
@@ -53,7 +51,8 @@ class MetricsProcess(RestartingServer):
             needs = "metrics for Prometheus need prometheus_client, which is not installed"
             raise TraceMLError(f"{needs}: {install_command('prometheus')}")
 
-        super().__init__(runs_dir, _listen(address))
+        choose = "Choose another address: --prometheus HOST:PORT."
+        super().__init__(runs_dir, listen(address.host, address.port, self.kind, lambda _: choose))
         self.address = address
         self.token = None if address.is_loopback else self._token(secret)
         self.token_file: Path | None = None
@@ -143,21 +142,3 @@ def _write_token(port: int, token: str | None) -> Path | None:
         file.write(token)
 
     return path
-
-
-def _listen(address: ListenAddress) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        return socket.create_server((address.host, address.port), family=family, backlog=128)
-    except OSError as error:
-        raise TraceMLError(_cannot_listen(address, error)) from error
-
-
-def _cannot_listen(address: ListenAddress, error: OSError) -> str:
-    choose = "Choose another address: --prometheus HOST:PORT"
-    if error.errno != errno.EADDRINUSE:
-        return f"the metrics cannot listen on {address.host}:{address.port}: {error.strerror or error}. {choose}."
-
-    other = auth.discover(address.port, kind=auth.METRICS)
-    who = f"the metrics of {other.runs_dir} (pid {other.pid})" if other is not None else "another program"
-    return f"port {address.port} is in use by {who}. {choose}."

@@ -8,7 +8,6 @@ Process: the command, or the aggregator of `traceml serve`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import signal
 import socket
@@ -24,6 +23,7 @@ from urllib.parse import quote
 from traceml.errors import TraceMLError
 from traceml.fail_open import print_notice
 from traceml.installation import install_command
+from traceml.supervise.listen_address import listen
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.processes import spawn_server
 from traceml.supervise.restarting_process import RestartingServer
@@ -156,23 +156,14 @@ def check_page_installed() -> None:
 
 def _listen(port: int, *, any_port: bool) -> socket.socket:
     try:
-        return socket.create_server(("127.0.0.1", port), backlog=128)
-    except OSError as error:
+        return listen("127.0.0.1", port, auth.PAGE, _way_out)
+    except TraceMLError:
         if any_port:
-            return socket.create_server(("127.0.0.1", 0), backlog=128)
+            return listen("127.0.0.1", 0, auth.PAGE, _way_out)
 
-        raise TraceMLError(_cannot_listen(port, error)) from error
+        raise
 
 
-def _cannot_listen(port: int, error: OSError) -> str:
-    if error.errno != errno.EADDRINUSE:
-        return f"the page cannot listen on port {port}: {error.strerror or error}. Choose another: --web PORT."
-
-    other = auth.discover(port, kind=auth.PAGE)
-    if other is None:
-        return f"port {port} is in use by another program. Choose another for the page: --web PORT."
-
-    return (
-        f"port {port} is in use by another traceml page (pid {other.pid}, runs in {other.runs_dir}), "
-        f"{page_address(port, other.token)}. Use that one, or choose another port: --web PORT."
-    )
+def _way_out(other: auth.PublishedServer | None) -> str:
+    use = "Choose" if other is None else f"Use that one, {page_address(other.port, other.token)}, or choose"
+    return f"{use} another port: --web PORT."
