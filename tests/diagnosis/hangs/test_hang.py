@@ -674,6 +674,22 @@ def test_a_backward_that_computes_waits_for_nobody():
     assert found(in_backward(0), computes) is None
 
 
+def test_a_checkpoint_that_all_ranks_load_is_no_collective():
+    """Library code of torch.distributed reads and computes, too; a collective that it calls is one."""
+    files = ("serialization.py _load", "distributed/checkpoint/state_dict_loader.py load",
+             "distributed/checkpoint/utils.py _api_bc_check.<locals>.inner_func")  # fmt: skip
+    frames = [FrameSnapshot(file=f"{TORCH}/{file}", function=name) for file, name in map(str.split, files)]
+    start = {"step": -1, "in_step": False, "phase": "startup"}
+    reads = start | {"cpu_share": 1.0, "io_bytes_per_s": 5e8, "process_state": "R"}
+    groups = (group(4, "gather", flying=False),)
+    loading = [snapshot(rank, *frames, line(30), groups=groups, **reads) for rank in (0, 1)]
+    waiting = [snapshot(rank, call("gather"), *frames, line(30), wchan="futex", **start) for rank in (0, 1)]
+
+    assert found(*loading, rows=False) is None
+    assert found(*(replace(each, groups=()) for each in loading), rows=False) is None
+    assert "in load in start-up (train.py:30 main)" in summary(found(*waiting, rows=False))
+
+
 def test_a_lost_rank_is_the_cause_of_the_wait():
     """The others wait because it has gone."""
     assert judged(facts([in_backward(0)], RankExit(rank=1, state="killed", signal=9), silent=(1,))) is None

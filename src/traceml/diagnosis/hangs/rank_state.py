@@ -40,13 +40,15 @@ BUSY_CORES = 0.2
 _BUSY_BYTES_PER_S = 10_000
 
 _DISTRIBUTED = "/torch/distributed/"
+# Its modules whose own functions wait for other ranks. Others load a checkpoint, or run the forward of a model.
+_WAITING = tuple(f"{_DISTRIBUTED}{name}.py" for name in ("distributed_c10d", "_functional_collectives", "rendezvous"))
 _JOIN = "/torch/distributed/algorithms/join.py"
 _POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list")
 REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote", "shutdown", "_wait_all", "_all_gather", "_barrier")
 """Calls of torch.distributed.rpc: what they wait for is what the other rank runs for them."""
 _PIPELINES, _RPC = "/torch/distributed/pipelining/", "/torch/distributed/rpc/"
 COMPUTING = "computing"
-_WRAPPERS = ("wrapper", "inner", "wrapped", "__call__")
+_WRAPPERS = ("wrapper", "inner", "inner_func", "wrapped", "__call__")
 _COMPILER = ("/torch/_dynamo/", "/torch/_inductor/")
 _WAITING_PHASES = ("backward", "comm")
 _ENGINE = "_engine_run_backward"
@@ -194,6 +196,9 @@ def collective_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
         default = GroupSnapshot(operation=called, in_flight=True, is_p2p=True)
         return next((group for group in flying if group.is_p2p), default)
 
+    if not flying and not _is_known_to_wait(snapshot.frames):
+        called = ""
+
     if not (called or _is_inside(snapshot, has_flying=bool(flying))):
         return None
 
@@ -218,6 +223,11 @@ def _distributed_call(frames: Sequence[FrameSnapshot]) -> str:
             name = frame.function.rpartition(".")[2]
 
     return name
+
+
+def _is_known_to_wait(frames: Sequence[FrameSnapshot]) -> bool:
+    """Whether the user's code is in a function that waits for other ranks, whatever torch has recorded of it."""
+    return any(frame.file.endswith(_WAITING) for frame in takewhile(lambda each: not each.is_user, frames))
 
 
 def _is_transfer(frames: Sequence[FrameSnapshot], *, has_flying: bool) -> bool:
