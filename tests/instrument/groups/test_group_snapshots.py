@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.forked import client as forked
+from traceml.instrument.groups import group_snapshots
 from traceml.instrument.groups.group_snapshots import GroupSnapshots
 
 _SCRIPT = """
@@ -92,15 +94,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.process
 def test_a_rank_in_a_sub_groups_collective_is_told_from_one_that_is_not(ranks: list[dict[str, Any]]) -> None:
-    """Each group's newest number, operation, sizes and members."""
-    done = {"number": 3, "operation": "all_reduce", "sizes": [8], "members": [0, 1]}
+    """Each group's newest number, operation and sizes; no members, as these groups have all ranks."""
+    done = {"number": 3, "operation": "all_reduce", "sizes": [8]}
 
     assert ranks[0]["found"] == [
         done,
-        {"name": "pair", "number": 1, "operation": "all_reduce", "sizes": [8], "members": [0, 1], "in_flight": True},
-        {"name": "unused", "members": [0, 1]},
+        {"name": "pair", "number": 1, "operation": "all_reduce", "sizes": [8], "in_flight": True},
+        {"name": "unused"},
     ]
-    assert ranks[1]["found"] == [done, {"name": "pair", "members": [0, 1]}, {"name": "unused", "members": [0, 1]}]
+    assert ranks[1]["found"] == [done, {"name": "pair"}, {"name": "unused"}]
 
 
 @pytest.mark.process
@@ -136,3 +138,82 @@ def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert snapshots.state() is None
     assert snapshots.read() == ()
+
+
+class _Group:
+    """A process group that has issued some collectives."""
+
+    group_desc = ""
+    issued = 3
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self.issued
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of torch's flight recorder, without a function yet, of rank 0 of two groups of three ranks."""
+    distributed, c10d, recorder = (ModuleType(name) for name in ("distributed", "c10d", "recorder"))
+    distributed.is_initialized = lambda: True  # type: ignore[attr-defined]
+    world, pair = _Group(), _Group()
+    c10d._world = SimpleNamespace(  # type: ignore[attr-defined]
+        pg_names={world: "0", pair: "1"}, pg_group_ranks={world: {0: 0, 1: 1, 2: 2}, pair: {2: 1, 0: 0}}
+    )
+    monkeypatch.setitem(sys.modules, "torch.distributed", distributed)
+    monkeypatch.setitem(sys.modules, "torch.distributed.distributed_c10d", c10d)
+    monkeypatch.setitem(sys.modules, "torch._C._distributed_c10d", recorder)
+    return recorder
+
+
+def test_members_are_those_of_a_part_of_the_ranks(recorder: Any) -> None:
+    """A job of 10,000 ranks would send 300 MB of members."""
+    assert [each.members for each in GroupSnapshots().read()] == [(), (0, 2)]
+
+
+def test_a_collective_changes_the_state_where_the_recorder_would_ask_the_device(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in each build of torch for CUDA: the counters of the groups are read instead, and snapshots are anew."""
+    dumps: list[bool] = []
+    recorder._dump_nccl_trace_json = lambda *_: dumps.append(True) or "{}"
+    snapshots = GroupSnapshots()
+    before = snapshots.state()
+    monkeypatch.setattr(_Group, "issued", 4)
+
+    assert before != snapshots.state()
+    assert not dumps
+    snapshots.read()
+    snapshots.read()
+    assert len(dumps) == 2
+
+
+def test_a_dump_that_takes_long_is_asked_for_again_when_it_has_ended(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile collectives change the state, and no number is told that other ranks count otherwise."""
+    monkeypatch.setattr(group_snapshots, "_DUMP_S", 0.01)
+    may_end = threading.Event()
+    entry = {"process_group": ["0"], "collective_seq_id": 7, "profiling_name": "gloo:barrier"}
+
+    def dump(entries: bool, _stacks: bool) -> str:
+        assert not entries or may_end.wait()
+        return json.dumps({"entries": [entry] * entries})
+
+    recorder._dump_fr_trace_json = dump
+    snapshots = GroupSnapshots()
+
+    assert [each.number for each in snapshots.read()] == [0, 0]
+    before = snapshots.state()
+    monkeypatch.setattr(_Group, "issued", 4)
+    assert before != snapshots.state()
+
+    may_end.set()
+    await_thread("traceml-flight-recorder")
+    assert [each.number for each in snapshots.read()] == [7, 0]
+
+
+def await_thread(name: str) -> None:
+    """Wait until a thread has ended."""
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join()

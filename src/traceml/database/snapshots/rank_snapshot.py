@@ -95,7 +95,7 @@ class GroupSnapshot(_Record):
 
     Attributes:
         name: the group's name; empty for the default group.
-        members: global ranks of the group, ascending.
+        members: global ranks of the group, ascending; empty where it has all ranks.
         number: number of the rank's newest collective in this group, counted by torch's flight recorder (or by us where
             there is none); 0 before the first. Equal numbers of two ranks are the same collective.
         operation: its name without the backend: `all_reduce`, `barrier`, `send`; empty if not known.

@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,18 +59,20 @@ class GroupSnapshots:
     """Reads torch's flight recorder, without stacks: those need the GIL, and can hang."""
 
     def __init__(self) -> None:
-        self._is_lost = False
+        self._dumping: threading.Thread | None = None
         self._state: object = None
         self._entries: list[Mapping[str, Any]] = []
         self._read_s = 0.0
 
     def state(self) -> object:
-        """Return bytes that change when a collective is issued or ends; 2 us."""
-        if self._is_lost or not _is_initialized():
+        """Return what changes when a collective is issued and, where that takes 2 us, when one ends."""
+        if not _is_initialized():
             return None
 
-        queries_events = hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
-        return None if queries_events else tuple(dump(False, False) for dump in _dumps())
+        if self._is_dumping or _queries_events():
+            return tuple(_sequence(group) for group, *_ in _groups())
+
+        return tuple(dump(False, False) for dump in _dumps())
 
     def read(self) -> tuple[GroupSnapshot, ...]:
         """Return the newest operation by group; empty without groups."""
@@ -78,35 +80,47 @@ class GroupSnapshots:
             return ()
 
         state, now_s = self.state(), time.monotonic()
-        if state is None or state != self._state or now_s - self._read_s > _AGAIN_S:
-            self._state, self._read_s = state, now_s
+        if _queries_events() or state != self._state or now_s - self._read_s > _AGAIN_S:
+            self._read_s = now_s
             self._entries = self._dump()
+            self._state = None if self._is_dumping else state
 
-        return tuple(self._group(*each) for each in _groups())
+        groups = _groups()
+        world_size = max((len(members) for _, _, members in groups), default=0)
+        return tuple(self._group(*each, world_size) for each in groups)
+
+    @property
+    def _is_dumping(self) -> bool:
+        """Whether a dump has not ended in its time: it may never."""
+        return self._dumping is not None and self._dumping.is_alive()
 
     def _dump(self) -> list[Mapping[str, Any]]:
         """Return the recorder's entries; on a thread that may be lost, as a dump queries events of the device."""
-        if self._is_lost:
+        if self._is_dumping:
             return []
 
         found: list[Mapping[str, Any]] = []
-        thread = threading.Thread(target=_read_entries, args=(found,), name="traceml-flight-recorder", daemon=True)
-        thread.start()
-        thread.join(_DUMP_S)
-        self._is_lost = thread.is_alive()
+        self._dumping = threading.Thread(
+            target=_read_entries, args=(found,), name="traceml-flight-recorder", daemon=True
+        )
+        self._dumping.start()
+        self._dumping.join(_DUMP_S)
         return list(found)
 
-    def _group(self, group: Any, name: str, members: Iterable[int]) -> GroupSnapshot:
+    def _group(self, group: Any, name: str, members: Mapping[int, int], world_size: int) -> GroupSnapshot:
         from traceml.database.snapshots.rank_snapshot import GroupSnapshot  # a healthy rank does not pay for it
 
         description = str(getattr(group, "group_desc", "") or "")
-        known: dict[str, Any] = {"name": _shown_name(name, description), "members": tuple(sorted(members))}
+        known: dict[str, Any] = {"name": _shown_name(name, description)}
+        if len(members) < world_size:
+            known["members"] = tuple(sorted(members))
+
         entries = [each for each in self._entries if str((each.get("process_group") or [""])[0]) == name]
         if entries:
             return GroupSnapshot(**known, **_operation(max(entries, key=_order)))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
-        return GroupSnapshot(**known, number=0 if self._entries else _sequence(group))
+        return GroupSnapshot(**known, number=0 if self._entries or self._is_dumping else _sequence(group))
 
 
 def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +166,11 @@ def _groups() -> list[tuple[Any, str, Mapping[int, int]]]:
 def _dumps() -> list[Any]:
     module = sys.modules.get("torch._C._distributed_c10d")
     return [getattr(module, name) for name in _DUMPS if hasattr(module, name)]
+
+
+def _queries_events() -> bool:
+    """Whether the recorder is that of NCCL, which asks the device: every build of torch for CUDA has it."""
+    return hasattr(sys.modules.get("torch._C._distributed_c10d"), _DUMPS[0])
 
 
 def _read_entries(found: list[Mapping[str, Any]]) -> None:
