@@ -36,6 +36,7 @@ from traceml.database.snapshots.rank_snapshot import (
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.hangs import blame
 from traceml.diagnosis.hangs.hang import hang
 from traceml.diagnosis.kinds import Kind
 
@@ -169,6 +170,20 @@ def test_sizes_of_an_all_reduce_must_agree():
     assert "sizes differ" not in summary(found(at(0, "gather", 1024), at(1, "gather", 4096)))
 
 
+def test_groups_of_one_description_do_not_meet():
+    """torch names all groups of a dimension of the mesh alike; replicas may have batches of other sizes."""
+
+    def at(rank, size, root):
+        members = (0, 1) if rank < 2 else (2, 3)
+        known = {"name": "mesh_tp", "members": members, "sizes": (size,), "peer": root}
+        return snapshot(rank, call("broadcast"), line(5), groups=(group(100, "broadcast", **known),))
+
+    ranks = [at(rank, 4096 if rank < 2 else 8192, rank // 2 * 2) for rank in range(4)]
+
+    assert found(*ranks, ranks=4).evidence["cause"] == "network"
+    assert found(*(replace(each, quiet_s=6.0) for each in ranks), ranks=4) is None
+
+
 def test_roots_of_a_broadcast_must_agree():
     """Each rank sends; those whose root is not known are not compared."""
 
@@ -210,6 +225,18 @@ def test_sub_groups_in_different_order_are_a_cycle():
         "Ranks 0, 1 wait for each other: rank 0 in all_reduce #1 of group 'mygrp' (train.py:20 main), rank 1 in "
         "all_reduce #6 (train.py:30 main), for 75 s; rank 2 waits for them in all_reduce #6 (train.py:30 main)."
     )
+
+
+def test_ranks_in_one_operation_are_compared_once(monkeypatch):
+    """With 10,000 ranks each comparison of all with all would take minutes."""
+    compared = []
+    monkeypatch.setattr(blame, "_is_behind", lambda snapshot, *_, **__: compared.append(1) or snapshot.rank == 2)
+    waiting = [
+        snapshot(rank, call("barrier"), line(30), groups=(group(6, "barrier", members=()),)) for rank in range(9)
+    ]
+
+    assert found(*waiting, ranks=9).ranks == (2,)
+    assert len(compared) == 9
 
 
 def test_a_receive_from_a_rank_in_a_collective_is_a_cycle():
@@ -688,6 +715,18 @@ def test_a_checkpoint_that_all_ranks_load_is_no_collective():
     assert found(*loading, rows=False) is None
     assert found(*(replace(each, groups=()) for each in loading), rows=False) is None
     assert "in load in start-up (train.py:30 main)" in summary(found(*waiting, rows=False))
+
+
+def test_a_rank_that_waits_for_the_device_waits_for_the_collective_there():
+    """As in `loss.item()`: a rank is behind by its number. Where none is, the device may do anything."""
+    item = snapshot(0, line(30, "log"), process_state="R", uses_device=True, groups=(group(15, "all_reduce"),))
+
+    assert summary(found(item, STUCK)).startswith(
+        "Rank 1 never reached all_reduce #15: it has been in train.py:6 stuck, sleeping for 75 s; rank 0 waits for it"
+    )
+    assert found(item, replace(item, rank=1)) is None
+    assert found(item, replace(item, rank=1), hang_timeout_s=14.0).evidence["cause"] == "stuck"
+    assert found(replace(item, uses_device=False), STUCK) is None
 
 
 def test_a_lost_rank_is_the_cause_of_the_wait():

@@ -15,7 +15,7 @@ import msgspec
 from traceml.database.snapshots.rank_snapshot import GroupSnapshot, RankSnapshot
 from traceml.diagnosis.facts.ends.rank_exit import RankExit
 from traceml.diagnosis.facts.progress.uneven_data import ReadData, UnevenData, uneven_data
-from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait
+from traceml.diagnosis.hangs.rank_state import REMOTE_CALLS, collective_wait, device_wait
 
 __all__ = ["RENDEZVOUS", "Blame", "HangCause", "blame"]
 
@@ -112,11 +112,13 @@ def _by_collectives(snapshots: _Snapshots, ended: Collection[int], world_size: i
     """Return which ranks block the job, by the collectives that they are in."""
     found = {rank: collective_wait(snapshot) for rank, snapshot in snapshots.items()} if world_size > 1 else {}
     waits = {rank: wait for rank, wait in found.items() if wait is not None}
+    waits |= _device_waits(snapshots, waits, world_size)
     if not waits:
         return Blame(HangCause.STUCK, tuple(sorted(snapshots)), waits)
 
-    targets = {rank: _targets(rank, wait, snapshots, ended, world_size, waits) for rank, wait in waits.items()}
-    blockers, cycle = _walk(targets)
+    targets = _targets(waits, snapshots, ended, world_size, waits)
+    blockers = {rank for missing in set(targets.values()) for rank in missing if not targets.get(rank)}
+    cycle = () if blockers else _cycle(targets)
     last = waits if not blockers else {rank: waits[rank] for rank in blockers} if blockers <= waits.keys() else {}
     different = _between_calls(waits, world_size) or _different(last, waits)
     if different is not None:
@@ -145,18 +147,42 @@ def _together(waits: _Waits, snapshots: _Snapshots) -> Blame:
     return Blame(HangCause.RENDEZVOUS if met.operation == RENDEZVOUS else HangCause.NETWORK, (), waits, met)
 
 
-def _targets(
-    rank: int, wait: GroupSnapshot, snapshots: _Snapshots, ended: Collection[int], world_size: int, waits: _Waits
-) -> set[int]:
-    if wait.is_p2p and wait.peer is not None:
-        return {wait.peer}
+def _device_waits(snapshots: _Snapshots, waits: _Waits, world_size: int) -> dict[int, GroupSnapshot]:
+    """Return the operations that ranks wait for on the device: running ranks have not come to them."""
+    found = {rank: device_wait(snapshot) for rank, snapshot in snapshots.items() if rank not in waits}
+    flying = {rank: wait for rank, wait in found.items() if wait is not None}
+    targets = _targets(flying, snapshots, (), world_size, waits)
+    return {rank: wait for rank, wait in flying.items() if targets[rank]}
 
-    members = set(wait.members or range(world_size)) - {rank}
-    return {
+
+def _targets(
+    operations: _Waits, snapshots: _Snapshots, ended: Collection[int], world_size: int, waits: _Waits
+) -> dict[int, frozenset[int]]:
+    """Return the ranks that each rank waits for; ranks in one operation share the set, as there may be thousands."""
+    missing: dict[object, frozenset[int]] = {}
+    found = {}
+    for rank, wait in operations.items():
+        key = wait.name, wait.members, wait.number, wait.is_p2p, wait.peer
+        if key not in missing:
+            missing[key] = _missing(wait, snapshots, ended, world_size, waits)
+
+        found[rank] = missing[key] - {rank} if rank in missing[key] else missing[key]
+
+    return found
+
+
+def _missing(
+    wait: GroupSnapshot, snapshots: _Snapshots, ended: Collection[int], world_size: int, waits: _Waits
+) -> frozenset[int]:
+    """Return the ranks that have not come to an operation."""
+    if wait.is_p2p and wait.peer is not None:
+        return frozenset({wait.peer})
+
+    return frozenset(
         member
-        for member in members
+        for member in wait.members or range(world_size)
         if member in ended or (member in snapshots and _is_behind(snapshots[member], wait, is_waiting=member in waits))
-    }
+    )
 
 
 def _is_behind(snapshot: RankSnapshot, wait: GroupSnapshot, *, is_waiting: bool) -> bool:
@@ -168,38 +194,24 @@ def _is_behind(snapshot: RankSnapshot, wait: GroupSnapshot, *, is_waiting: bool)
     return (own.number if own is not None else 0) < wait.number
 
 
-def _walk(targets: Mapping[int, Collection[int]]) -> tuple[set[int], tuple[int, ...]]:
-    """Follow who waits for whom; return the ranks at which it ends, and else the ranks of a cycle."""
-    blockers: set[int] = set()
-    for start in targets:
-        seen, frontier = {start}, {start}
-        while frontier:
-            following = {target for rank in frontier for target in targets.get(rank, ())}
-            blockers |= {rank for rank in following if not targets.get(rank)}
-            frontier = following - seen
-            seen |= following
+def _cycle(targets: Mapping[int, frozenset[int]]) -> tuple[int, ...]:
+    """Return the ranks that wait for each other: those for which none of them waits are left out, again and again."""
+    ranks, before = set(targets), 0
+    while len(ranks) != before:
+        before = len(ranks)
+        ranks &= frozenset().union(*{targets[rank] for rank in ranks})
 
-    cycle = tuple(sorted(rank for rank in targets if rank in _reached(rank, targets)))
-    return blockers, () if blockers else cycle
-
-
-def _reached(start: int, targets: Mapping[int, Collection[int]]) -> set[int]:
-    seen: set[int] = set()
-    frontier = set(targets.get(start, ()))
-    while frontier:
-        seen |= frontier
-        frontier = {target for rank in frontier for target in targets.get(rank, ())} - seen
-
-    return seen
+    return tuple(sorted(ranks))
 
 
 def _of_blockers(
-    blockers: Collection[int], targets: Mapping[int, Collection[int]], waits: _Waits, ended: Collection[int]
+    blockers: Collection[int], targets: Mapping[int, frozenset[int]], waits: _Waits, ended: Collection[int]
 ) -> Blame:
     gone = tuple(sorted(rank for rank in blockers if rank in ended))
     named = gone or tuple(sorted(blockers))
-    waiting = [rank for rank in sorted(waits) if set(targets[rank]) & set(named)]
-    operation = min((waits[rank] for rank in waiting), key=lambda wait: wait.number, default=None)
+    awaiting = {missing for missing in set(targets.values()) if not missing.isdisjoint(named)}
+    waiting = (waits[rank] for rank in sorted(waits) if targets[rank] in awaiting)
+    operation = min(waiting, key=lambda wait: wait.number, default=None)
     if gone:
         return Blame(HangCause.ENDED, gone, waits, operation, has_ended=True)
 
@@ -214,10 +226,10 @@ def _different(last: _Waits, waits: _Waits) -> Blame | None:
         last: operations of the ranks that wait for none that is elsewhere.
         waits: operations of all that wait.
     """
-    met: dict[tuple[str, int], list[int]] = defaultdict(list)
+    met: dict[tuple[str, tuple[int, ...], int], list[int]] = defaultdict(list)
     for rank, wait in last.items():
         if wait.number > 0 and not wait.is_p2p:
-            met[wait.name, wait.number].append(rank)
+            met[wait.name, wait.members, wait.number].append(rank)  # a mesh names the groups of a dimension alike
 
     for ranks in met.values():
         for cause, key in _DIFFERENT.items():

@@ -106,7 +106,7 @@ def _judged(
     quiet_s = min(snapshot.quiet_s for snapshot in snapshots.values())
     blamed = blame(snapshots, ended, facts.world_size)
     busy = any(
-        is_busy(snapshot, is_alone=is_alone) or (progress.ranks[rank].is_unsteady and rank not in blamed.waits)
+        rank not in blamed.waits and (is_busy(snapshot) or progress.ranks[rank].is_unsteady)
         for rank, snapshot in snapshots.items()
     )
     return DetectedHang(snapshots, blamed, quiet_s, busy, ended)

@@ -25,6 +25,7 @@ __all__ = [
     "awaited_thread",
     "blocked_worker",
     "collective_wait",
+    "device_wait",
     "doing",
     "gil_holder",
     "is_blocked_by_full_pipe",
@@ -138,16 +139,13 @@ def is_expected_wait(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
     return compiles and (is_alone or collective_wait(snapshot) is None) and snapshot.cpu_share != 0.0
 
 
-def is_busy(snapshot: RankSnapshot, *, is_alone: bool = False) -> bool:
-    """Whether the rank, or the process that it waits for, computes or transfers; waiting for other ranks is not that.
+def is_busy(snapshot: RankSnapshot) -> bool:
+    """Whether a rank that waits for no other one, or the process that it waits for, computes or transfers.
 
     One that is ready to run computes, however little of a core it gets, unless it only polls. Another thread
     that writes a little may work for it, or only report that the process lives. A rank whose own thread was silent is
     not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
     """
-    if not is_alone and collective_wait(snapshot) is not None:
-        return False
-
     runs = snapshot.process_state == "R" and not snapshot.is_polling
     if snapshot.answered in ("signal", "kernel"):
         return runs and snapshot.step < 0
@@ -210,6 +208,17 @@ def collective_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
         return GroupSnapshot(operation=called, in_flight=True)
 
     return None  # a backward pass that computes
+
+
+def device_wait(snapshot: RankSnapshot) -> GroupSnapshot | None:
+    """Return the collective in flight of a rank that may wait for the device, as `loss.item()` does; else None.
+
+    A thread that waits for the device uses a core. So it may also compute, or wait for a kernel.
+    """
+    if not snapshot.uses_device or snapshot.process_state != "R" or snapshot.is_polling:
+        return None
+
+    return next((group for group in snapshot.groups if group.in_flight and not group.is_p2p and group.number > 0), None)
 
 
 def _distributed_call(frames: Sequence[FrameSnapshot]) -> str:
