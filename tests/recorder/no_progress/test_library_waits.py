@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.pool import Pool
+from multiprocessing.pool import Pool, ThreadPool
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -159,6 +159,24 @@ def test_a_process_of_a_pool_is_found_dead(status: int, seen: tuple[int, str] | 
         eventually(lambda: dead_sender(calls(), is_test) == seen, "the dead process, if there is one")
     finally:
         pool.terminate()
+
+
+def test_a_pool_of_threads_has_no_dead_process() -> None:
+    """Its threads have no process of their own."""
+    event = threading.Event()
+    with ThreadPool(1) as pool:
+        thread = threading.Thread(target=pool.map, args=(set_elsewhere, [event]))
+        thread.start()
+
+        def calls() -> list[FrameType]:
+            return list(library_frames(sys._current_frames().get(thread.ident or 0), is_test))
+
+        try:
+            eventually(lambda: any(each.f_code.co_qualname == "ApplyResult.get" for each in calls()), "the wait")
+            assert dead_sender(calls()[0], is_test) is None
+        finally:
+            event.set()
+            thread.join(240)
 
 
 def test_a_function_of_that_name_elsewhere_waits_for_no_child() -> None:

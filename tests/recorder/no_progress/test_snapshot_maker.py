@@ -7,11 +7,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from traceml.database.flight.flight import FlightFile
 from traceml.database.snapshots.rank_snapshot import ThreadSnapshot
-from traceml.recorder.no_progress.snapshot_maker import other_threads
+from traceml.recorder.no_progress import snapshot_maker
+from traceml.recorder.no_progress.snapshot_maker import SnapshotMaker, other_threads
 from traceml.recorder.user_code import UserCode
 
 
@@ -85,6 +88,36 @@ def test_a_thread_that_a_library_started_is_reported_without_a_name() -> None:
         upload.done.set()
 
     assert (found.name, found.is_daemon) == ("", True)
+
+
+def test_a_part_that_cannot_be_read_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It depends on private attributes of libraries; without the snapshot no hang of the job would be seen."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AttributeError("pid")
+
+    for name in ("awaited_lock", "dead_sender", "open_transfer", "awaited_loader"):
+        monkeypatch.setattr(snapshot_maker, name, fail)
+
+    flight = FlightFile.create(tmp_path, {}, capacities={"steps": 64})
+    maker = SnapshotMaker(
+        flight,
+        rank=lambda: 3,
+        thread=threading.get_ident,
+        user=UserCode(),
+        is_evaluating=lambda: False,
+        data=lambda: None,
+        groups=tuple,
+        workers=lambda _quiet_s, _awaited: (),
+        failed_threads=tuple,
+    )
+    try:
+        snapshot = maker.make(7.0, has_output=False)
+    finally:
+        flight.close(unlink=True)
+
+    assert (snapshot.rank, snapshot.quiet_s, snapshot.blocker, snapshot.groups) == (3, 7.0, None, ())
+    assert snapshot.user_line is not None
 
 
 def test_the_training_thread_and_idle_pools_are_not_reported() -> None:

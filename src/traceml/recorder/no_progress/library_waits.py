@@ -88,7 +88,8 @@ def _has_replaced_worker(pool: Any) -> bool:
     if began is None or pool._maxtasksperchild is not None:
         return False
 
-    starts = (process_start_ticks(each.pid) for each in list(pool._pool))
+    pids = (getattr(each, "pid", None) for each in list(pool._pool))  # a ThreadPool has threads, without one
+    starts = (process_start_ticks(pid) for pid in pids if type(pid) is int)
     return any(start is not None and start > began + 1 for start in starts)
 
 

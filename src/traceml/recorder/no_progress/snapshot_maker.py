@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight_header import open_phase
@@ -24,6 +25,7 @@ from traceml.database.snapshots.rank_snapshot import (
     ThreadSnapshot,
     WorkerSnapshot,
 )
+from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import (
     AwaitedKind,
     Rate,
@@ -60,6 +62,10 @@ if TYPE_CHECKING:
     from traceml.instrument.loader import DataProgress
 
 __all__ = ["SnapshotMaker", "frame_flags", "other_threads"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("traceml")
 
 
 class SnapshotMaker:
@@ -104,7 +110,7 @@ class SnapshotMaker:
         cpu_share, io_bytes_per_s = self._rates.read()
         number = thread_number(self._thread()) or os.getpid()
         seen, info = wait_state(number), process_info(number)
-        lock = awaited_lock(frame, self._user.contains)
+        lock = _of_library(lambda: awaited_lock(frame, self._user.contains), "")
         compiles, debugged = frame_flags(frames)
         step, in_step = self._step()
         data = self._data()
@@ -120,7 +126,7 @@ class SnapshotMaker:
             answered="recorder",
             frames=tuple(frames[:MAX_FRAMES]),
             waits_on=f"{AwaitedKind.LOCK} {lock}" if lock else "",
-            blocker=self._blocker(frame, number, lock),
+            blocker=_of_library(lambda: self._blocker(frame, number, lock), None),
             cpu_share=cpu_share,
             thread_share=self._thread_share(),
             io_bytes_per_s=io_bytes_per_s,
@@ -132,8 +138,8 @@ class SnapshotMaker:
             batches=data.batches if data is not None else -1,
             epoch=data.epoch if data is not None else 0,
             data_ended=data is not None and data.is_over,
-            groups=self._operations(frame),
-            workers=self._workers(quiet_s, awaited_loader(frame)),
+            groups=_of_library(lambda: self._operations(frame), ()),
+            workers=_of_library(lambda: self._workers(quiet_s, awaited_loader(frame)), ()),
             handled=handled,
             raised_line=raised_line,
             threads=(*self._failed_threads(), *other_threads(self._thread(), self._user)),
@@ -204,6 +210,14 @@ class SnapshotMaker:
         used_ns = thread_cpu_ns(thread_number(self._thread()) or os.getpid())
         share = self._thread_rate.read(None if used_ns is None else used_ns / 1e9, time.monotonic())
         return share and round(share, 6)
+
+
+def _of_library(read: Callable[[], T], default: T) -> T:
+    """Return what private attributes of a library tell; the default where that version has them otherwise."""
+    with fail_open(_log, "recorder", "a part of the snapshots of this rank is missing", once=True):
+        return read()
+
+    return default
 
 
 def frame_flags(frames: list[FrameSnapshot]) -> tuple[bool, bool]:
