@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pdb
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,3 +50,12 @@ def test_the_way_to_a_file_is_not_shown(tmp_path: Path) -> None:
     assert user_files.display_path(f"{tmp_path}/real/inner/../train.py") == f"{tmp_path}/real/train.py"
     assert user_files.display_path(f"{tmp_path}/link/../train.py") == f"{tmp_path}/real/train.py"
     assert user_files.display_path(f"{tmp_path}/link/train.py") == f"{tmp_path}/link/train.py"
+
+
+def test_a_module_of_the_user_is_no_debugger() -> None:
+    """Protein data are in files called PDB; Python itself may be another one than ours."""
+    debuggers = [pdb.__file__, "/opt/conda/lib/python3.13t/bdb.py", "/venv/lib/python3.11/site-packages/debugpy/x.py"]
+    others = ["/home/me/data/pdb.py", "/venv/lib/python3.11/site-packages/openfold/data/pdb.py"]
+
+    assert all(map(user_files.is_debugger, debuggers))
+    assert not any(map(user_files.is_debugger, others))

@@ -6,6 +6,7 @@ In a rank, frames are asked for through `recorder.user_code`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ __all__ = [
     "working_folder",
 ]
 
-_DEBUGGER_FILES, _DEBUGGER_FOLDERS = ("/bdb.py", "/pdb.py"), ("/debugpy/", "/pydevd", "/_pydevd")
+_DEBUGGER_FOLDERS = ("/debugpy/", "/pydevd", "/_pydevd")
+# Of any Python's standard library: a process that this one looks at may run another.
+_PDB = re.compile(r"/python3[.\w]*/[bp]db\.py$")
 _STANDARD = f"{Path(os.__file__).parent}/"
 _FOLDERS = {str(Path(each).parent.parent) for each in (__file__, (lambda: None).__code__.co_filename)}
 PACKAGE_FOLDERS = tuple(f"{folder}{ending}/" for folder in _FOLDERS for ending in ("", "_torch"))
@@ -66,7 +69,7 @@ def _is_installed(path: str) -> bool:
 
 def is_debugger(path: str) -> bool:
     """Return whether a file belongs to a debugger: pdb, debugpy, pydevd."""
-    return path.endswith(_DEBUGGER_FILES) or any(folder in path for folder in _DEBUGGER_FOLDERS)
+    return _PDB.search(path) is not None or any(folder in path for folder in _DEBUGGER_FOLDERS)
 
 
 def display_path(path: str) -> str:
