@@ -117,6 +117,8 @@ class SignaledStacks:
         """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
         self.was_sent = False
         """Whether the signal was sent."""
+        self.asks_for_gil = False
+        """Whether the silent thread was seen to ask for the GIL in vain."""
         self._pid, self._file, self._silent_thread, self._target = pid, file, silent_thread, target
         self._wakes = self._wakes_of() if silent_thread is not None else 0
         self._ran_ns = self._run_times() if silent_thread is not None else {}
@@ -170,10 +172,13 @@ class SignaledStacks:
         A stopped process would handle the signal later, when it runs again.
         """
         main = process_info(self._pid)
-        if main is None or main.state in HALTED_STATES or self._wakes_of() - self._wakes < _MIN_WAKES:
+        if main is None or main.state in HALTED_STATES:
             return None
 
-        if self._run_in_turns():  # of Python code: it is not safe to ask, and the silent one may answer
+        self.asks_for_gil = self._wakes_of() - self._wakes >= _MIN_WAKES
+        if (
+            not self.asks_for_gil or self._run_in_turns()
+        ):  # of Python code: it is not safe to ask, and the silent one may answer
             return None
 
         return self._pid if main.state == "R" else self._silent_thread

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from traceml.clock import monotonic_ns
+from traceml.database.flight.flight import FlightFile
+from traceml.database.schema import Slot
 from traceml.database.snapshots.external_snapshots import ExternalSnapshots
 from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
@@ -24,3 +28,28 @@ def test_a_silence_is_told_again_soon_while_it_is_short() -> None:
 def test_a_long_silence_is_told_every_ten_seconds() -> None:
     """Nothing about it changes."""
     assert stored(60.0 + each for each in range(31)) == [60.0, 70.0, 80.0, 90.0]
+
+
+def test_a_training_that_goes_on_beside_a_silent_recorder_is_no_silence(tmp_path: Path) -> None:
+    """The recorder may be in a call of a stalled file system: then what was stored before is over."""
+    flight = FlightFile.create(tmp_path, {}, capacities={"steps": 64})
+    try:
+        flight.open_slots[Slot.HEARTBEAT] = monotonic_ns() - 10 * 10**9
+        snapshots = ExternalSnapshots(1, os.getpid(), flight.path)
+        first = snapshots.make()
+        assert first is not None
+        assert (first.answered, first.is_gil_held, int(first.quiet_s)) == ("kernel", False, 10)
+
+        flight.open_slots[Slot.STEP] = 7
+        assert snapshots.make() is None
+        assert snapshots.is_news(first)
+        flight.open_slots[Slot.STEP] = 8
+        over = snapshots.make()
+        assert over is not None
+        assert over.ended
+
+        stands = snapshots.make()
+        assert stands is not None
+        assert stands.quiet_s < 10
+    finally:
+        flight.close(unlink=True)

@@ -442,6 +442,8 @@ LOCK_FILE = {"wchan": "locks_lock_inode_wait", "waits_on": "/tmp/lock"}
         ({"answered": "signal", "process_state": "R"}, f"{GIL}, computing"),
         ({"answered": "signal", "process_state": "D", "waits_on": "/ck/a.pt"}, f"{GIL}, waiting for a disk (/ck/a.pt)"),
         ({"answered": "kernel", "process_state": "T"}, "in train.py:6 stuck, stopped by a signal"),
+        ({"answered": "kernel", "wchan": "do_wait"}, "in train.py:6 stuck, waiting for a child process to end"),
+        ({"answered": "kernel", "wchan": "do_wait", "is_gil_held": True}, f"{GIL}, waiting for a child"),
         ({"wchan": "anon_pipe_write", "waits_on": "stderr"}, "stuck, writing to stderr, which nobody reads"),
         (LOCK_FILE, "in train.py:6 stuck, waiting for a file lock (/tmp/lock)"),
         ({"wchan": "do_wait"}, "in train.py:6 stuck, waiting for a child process to end"),
@@ -986,6 +988,7 @@ def test_a_recorder_that_was_silent_for_a_while_has_not_seen_progress():
     assert "train.py:6 stuck" in summary(found(in_backward(0), own, silent, runs_again))
     assert found(in_backward(0), own, silent, runs_again, replace(own, at_ns=NOW_NS - S, ended=True)) is None
     assert found(in_backward(0), silent, runs_again) is None
+    assert found(in_backward(0), own, silent, replace(runs_again, step=41)) is None
 
 
 def test_a_function_that_has_returned_comes_to_no_collective():

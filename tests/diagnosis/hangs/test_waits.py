@@ -218,17 +218,21 @@ def test_a_rank_that_is_ready_to_run_computes() -> None:
 
 
 def test_a_call_that_holds_the_gil_may_read_a_large_file_before_the_first_step() -> None:
-    """As json.load does; in training no call takes so long, and one that sleeps computes nothing."""
+    """As json.load does; in training a call that uses a core has twice the time, and one that sleeps none."""
     loads = snapshot(
         0, line(6, "read_labels"), answered="signal", process_state="R", phase="startup", step=-1, in_step=False
     )
     training = snapshot(0, line(6, "match"), answered="signal", process_state="R")
     sleeps = snapshot(0, line(6, "wait"), answered="signal", phase="startup", step=-1, in_step=False)
 
+    computes = snapshot(0, line(6, "sort"), answered="signal", process_state="R", cpu_share=1.0)
+
     assert found(loads, ranks=1, rows=False) is None
     assert found(loads, ranks=1, rows=False, hang_timeout_s=14.0) is not None
     assert found(training, ranks=1) is not None
     assert found(sleeps, ranks=1, rows=False) is not None
+    assert found(computes, ranks=1) is None
+    assert found(computes, ranks=1, hang_timeout_s=34.0) is not None
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,11 @@ __all__ = ["FIRST_SILENT_S", "ExternalSnapshots", "silent_s"]
 FIRST_SILENT_S = 3.0
 """Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_last"}
-_BUSY_CORES = 0.2
 # A snapshot that is like the one before is stored again after a quarter of the silence, and every 10 s: where nothing
 # else comes from the host of the rank, readers know of no more silence than the newest one tells.
 _STAMP_S, _STAMP_SHARE = 10.0, 0.25
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
+_REFUSED_S = 3.0  # where it was not safe to ask, it may be now
 
 _SLOTS = struct.Struct(f"@{OPEN_SLOTS}q")
 _COUNT = struct.Struct("@q")
@@ -62,11 +62,16 @@ class ExternalSnapshots:
 
     def __init__(self, rank: int, pid: int, flight: Path) -> None:
         self.rank, self._pid, self._flight = rank, pid, flight
+        self.asked_s = 0.0
+        """Monotonic time at which the process was asked for its stack last, safely or not; 0 before."""
         self._frames: tuple[FrameSnapshot, ...] = ()
         self._holders: tuple[ThreadSnapshot, ...] = ()
-        self._is_waiting_for_gil = False
+        self._is_waiting_for_gil = self._is_gil_held = False
         self._heartbeat_ns = 0
+        self._progress: tuple[int, ...] = ()
+        self._moved_ns = 0
         self._asked: tuple[str, int] | None = None
+        self._refused_s = -_REFUSED_S
         self._rates = UsageRates(pid)
         self._stored: dict[str, object] = {}
         self._stored_ns = 0
@@ -83,23 +88,30 @@ class ExternalSnapshots:
         except OSError:
             return None
 
-    def make(self, *, is_last: bool = False) -> RankSnapshot | None:
+    def make(self, *, is_last: bool = False, may_ask: bool = True) -> RankSnapshot | None:
         """Return a snapshot of this moment; it takes up to a second.
 
-        None if its flight file cannot be read, or the process is dead: what it did is in the snapshot before.
+        None if its flight file cannot be read, or the process is dead: what it did is in the snapshot before. Also if
+        the training goes on, and only the recorder is silent, as in a call of a stalled file system: then the snapshot
+        before, if there is one, is ended.
 
         Args:
             is_last: whether the job is being ended.
+            may_ask: whether the process may be asked for its stack, which is what takes the time.
         """
         slots = self.slots()
         if slots is None:
             return None
 
+        quiet_s = silent_s(slots)
+        if self._has_moved(slots):
+            return self.end(quiet_s) if self.has_news else None
+
         seen, info = wait_state(self._pid), process_info(self._pid)
         if seen.state in DEAD_STATES:
             return None
 
-        frames = self._stack(slots, seen.state)
+        frames = self._stack(slots, seen.state, may_ask=may_ask)
         if self._is_waiting_for_gil:
             seen = seen._replace(state="S", wchan="")  # it wakes now and then to ask again
 
@@ -108,7 +120,7 @@ class ExternalSnapshots:
             at_ns=monotonic_ns(),
             rank=self.rank,
             pid=self._pid,
-            quiet_s=silent_s(slots),
+            quiet_s=min(quiet_s, (monotonic_ns() - self._moved_ns) / 1e9),
             step=slots.step,
             in_step=slots.in_step,
             phase=slots.phase,
@@ -119,6 +131,7 @@ class ExternalSnapshots:
             cpu_share=cpu_share,
             io_bytes_per_s=io_bytes_per_s,
             is_waiting_for_gil=self._is_waiting_for_gil,
+            is_gil_held=self._is_gil_held,
             is_debugged=any(is_debugger(each.file) for each in frames),
             threads=self._holders,
             is_last=is_last,
@@ -128,7 +141,7 @@ class ExternalSnapshots:
     def is_news(self, snapshot: RankSnapshot) -> bool:
         """Return whether a snapshot is to be stored: it differs from the last one stored, or that is long ago."""
         state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
-        state["busy"] = (snapshot.cpu_share or 0) >= _BUSY_CORES
+        state["busy"] = snapshot.is_busy_itself
         age_s = (snapshot.at_ns - self._stored_ns) / 1e9
         if state == self._stored and age_s < min(_STAMP_S, _STAMP_SHARE * snapshot.quiet_s):
             return False
@@ -152,14 +165,26 @@ class ExternalSnapshots:
             phase=slots.phase, answered="kernel", ended=True,
         )  # fmt: skip
 
-    def _stack(self, slots: LiveSlots, state: str) -> tuple[FrameSnapshot, ...]:
+    def _has_moved(self, slots: LiveSlots) -> bool:
+        """Return whether the training thread has gone on since the last look."""
+        before, self._progress = self._progress, slots.progress
+        has_moved = before not in ((), slots.progress)
+        self._moved_ns = monotonic_ns() if has_moved else self._moved_ns
+        return has_moved
+
+    def _stack(self, slots: LiveSlots, state: str, *, may_ask: bool) -> tuple[FrameSnapshot, ...]:
         """Return the main thread's stack; asked for again only when the thread has run since."""
         moment = self._moment(state)
         if moment == self._asked:
             return self._frames
 
         if slots.heartbeat_ns != self._heartbeat_ns:  # else the GIL is still held in the same call
-            self._frames, self._holders, self._is_waiting_for_gil = (), (), False
+            self._frames, self._holders = (), ()
+            self._is_waiting_for_gil = self._is_gil_held = False
+
+        now_s = time.monotonic()
+        if not may_ask or now_s - self._refused_s < _REFUSED_S:
+            return self._frames
 
         thread = thread_here(self._pid, slots.recorder_thread) if moment and slots.recorder_thread else None
         file = find_stack_file(self._pid) if thread is not None else None
@@ -167,9 +192,12 @@ class ExternalSnapshots:
             return self._frames
 
         try:
+            self.asked_s = now_s
             asked = SignaledStacks(self._pid, file, silent_thread=thread)
             self._take(asked.wait(), thread, slots)
             self._asked = self._moment(state) if asked.was_sent else None
+            self._refused_s = -_REFUSED_S if asked.was_sent else now_s
+            self._is_gil_held = asked.asks_for_gil
         finally:
             os.close(file)
 
@@ -244,6 +272,11 @@ class LiveSlots:
         """The open step, else the last one that ended; -1 before the first."""
         step = self.slots[Slot.STEP]
         return step if self.in_step else max(step, self.steps) - 1
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Numbers that change whenever the training thread goes on to another phase or step."""
+        return self.steps, *self.slots[: Slot.STEP + 1]
 
     @property
     def phase(self) -> str:

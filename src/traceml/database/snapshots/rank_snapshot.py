@@ -23,6 +23,7 @@ from traceml.inspection.kernel_state import ProcessInfo, WaitState, is_job_suspe
 
 __all__ = [
     "ABORT",
+    "BUSY_CORES",
     "MAX_FRAMES",
     "MAX_THREADS",
     "SNAPSHOT",
@@ -43,6 +44,8 @@ MAX_FRAMES = 40
 """Frames of a stack that are kept, the innermost ones."""
 MAX_THREADS = 4
 """Other threads that are kept."""
+BUSY_CORES = 0.2
+"""A process that uses at least this many cores computes."""
 
 
 class _Record:
@@ -64,6 +67,7 @@ class _Record:
 
 
 _BAD = object()
+_BUSY_BYTES_PER_S = 10_000
 _POLLING_CORES = 0.01  # a look every 0.1 s takes 0.0005; an evaluation that sleeps after each batch, 0.03
 
 
@@ -222,6 +226,7 @@ class RankSnapshot(_Record):
         io_bytes_per_s: bytes that they have read and written; None if not known.
         has_output: whether threads other than the training thread have written a little since the last progress.
         is_waiting_for_gil: whether the training thread waits for the GIL, which another thread holds in a call into C.
+        is_gil_held: whether the rank did not answer as its recorder asks for the GIL, which a call into C holds.
         is_waiting_for_terminal: whether the main thread reads from a terminal.
         is_debugged: whether a debugger is attached or in the stack.
         is_suspended: whether the whole process group was stopped by job control.
@@ -264,6 +269,7 @@ class RankSnapshot(_Record):
     io_bytes_per_s: float | None = _of(float)
     has_output: bool = False
     is_waiting_for_gil: bool = False
+    is_gil_held: bool = False
     is_waiting_for_terminal: bool = False
     is_debugged: bool = False
     is_suspended: bool = False
@@ -281,6 +287,16 @@ class RankSnapshot(_Record):
     threads: tuple[ThreadSnapshot, ...] = _of(ThreadSnapshot, ())
     ended: bool = False
     is_last: bool = False
+
+    @property
+    def transfers(self) -> bool:
+        """Whether the rank reads or writes."""
+        return (self.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
+
+    @property
+    def is_busy_itself(self) -> bool:
+        """Whether the rank or its children compute, read or write."""
+        return (self.cpu_share or 0.0) >= BUSY_CORES or self.transfers
 
     @property
     def is_polling(self) -> bool:

@@ -59,7 +59,7 @@ class SilentWorkers:
         self._checked_s = 0.0
 
     def check(self, pids: Iterable[int]) -> None:
-        """Take snapshots of silent workers, once a second; the stack of one takes 0.2 s, once while nothing changes.
+        """Take snapshots of silent workers, once a second; one of them is asked for its stack, which takes up to 1 s.
 
         Args:
             pids: processes that run. One without a flight file of the job is left alone.
@@ -69,12 +69,13 @@ class SilentWorkers:
             return
 
         self._checked_s = now_s
-        for pid in pids:
-            watched = self._watch(pid)
-            if watched is not None:
-                self._check(watched, pid)
+        workers = {pid: watched for pid in pids if (watched := self._watch(pid)) is not None}
+        # The caller does nothing else meanwhile: one worker is asked in each check, in turns.
+        for pid in sorted(workers, key=lambda pid: workers[pid].snapshots.asked_s):
+            may_ask = all(each.snapshots.asked_s < now_s for each in workers.values())
+            self._check(workers[pid], pid, may_ask=may_ask)
 
-    def _check(self, watched: _WatchedWorker, pid: int) -> None:
+    def _check(self, watched: _WatchedWorker, pid: int, *, may_ask: bool) -> None:
         snapshots = watched.snapshots
         slots = snapshots.slots()
         if slots is None or slots.is_ending:
@@ -83,7 +84,7 @@ class SilentWorkers:
         quiet_s = silent_s(slots)
         if quiet_s >= FIRST_SILENT_S:
             self._silent_s[pid] = quiet_s
-            snapshot = snapshots.make()
+            snapshot = snapshots.make(may_ask=may_ask)
             if snapshot is not None and snapshots.is_news(snapshot):
                 self._send(SilentWorker(snapshots.rank, pid, snapshot.to_row(), watched.job))
         elif pid in self._silent_s:

@@ -16,7 +16,7 @@ from traceml.diagnosis.facts.ends.rank_exit import RankExit, ended_badly
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, RankProgress
 from traceml.diagnosis.hangs.blame import Blame, blame
-from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, transfers
+from traceml.diagnosis.hangs.rank_state import is_busy, is_expected_wait, is_in_long_call
 
 __all__ = ["DetectedHang", "detect_hang"]
 
@@ -25,7 +25,8 @@ CERTAIN_S = 5.0
 BUSY_FACTOR = 5
 """A rank that computes gets this many times `hang_timeout`."""
 AWAITED_FACTOR = 2
-"""And this many if other ranks wait for it in a collective, unless it reads or writes: it may load a checkpoint."""
+"""And this many if other ranks wait for it in a collective, unless it reads or writes: it may load a checkpoint.
+Also if it computes in one call of C that holds the GIL, which seldom takes so long."""
 ENDED_S = 10.0
 """A job that was ended hung if it had made no progress for this long, and for far longer than its steps take."""
 
@@ -144,8 +145,10 @@ def _limit_s(found: DetectedHang, progress: JobProgress, step_p99_s: float) -> f
 
 def _busy_factor(found: DetectedHang) -> int:
     others = [snapshot for rank, snapshot in found.snapshots.items() if rank not in found.blame.waits]
-    is_awaited = bool(found.blame.waits) and not any(map(transfers, others))
-    return AWAITED_FACTOR if is_awaited else BUSY_FACTOR
+    is_awaited = bool(found.blame.waits) and not any(snapshot.transfers for snapshot in others)
+    busy = [snapshot for snapshot in others if is_busy(snapshot)]
+    is_one_call = bool(busy) and all(map(is_in_long_call, busy))
+    return AWAITED_FACTOR if is_awaited or is_one_call else BUSY_FACTOR
 
 
 def _afterwards(facts: JobFacts, progress: JobProgress, step_p99_s: float) -> DetectedHang | None:

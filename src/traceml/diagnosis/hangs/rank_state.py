@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from traceml.database.snapshots.rank_snapshot import (
+    BUSY_CORES,
     FrameSnapshot,
     GroupSnapshot,
     ProcessSnapshot,
@@ -32,13 +33,9 @@ __all__ = [
     "is_busy",
     "is_expected_wait",
     "is_in_join",
+    "is_in_long_call",
     "is_spawned",
-    "transfers",
 ]
-
-BUSY_CORES = 0.2
-"""A rank that uses at least this many cores computes."""
-_BUSY_BYTES_PER_S = 10_000
 
 _DISTRIBUTED = "/torch/distributed/"
 # Its modules whose own functions wait for other ranks. Others load a checkpoint, or run the forward of a model.
@@ -143,19 +140,28 @@ def is_busy(snapshot: RankSnapshot) -> bool:
     """Whether a rank that waits for no other one, or the process that it waits for, computes or transfers.
 
     One that is ready to run computes, however little of a core it gets, unless it only polls. Another thread
-    that writes a little may work for it, or only report that the process lives. A rank whose own thread was silent is
-    not busy: it holds the GIL inside one call. Only before the first step such a call may read a large file.
+    that writes a little may work for it, or only report that the process lives. A rank that holds the GIL inside one
+    call must use a core, except before the first step, where such a call may read a large file.
     """
     runs = snapshot.process_state == "R" and not snapshot.is_polling
-    if snapshot.answered in ("signal", "kernel"):
-        return runs and snapshot.step < 0
+    if _holds_gil(snapshot):
+        return runs and (snapshot.step < 0 or (snapshot.cpu_share or 0.0) >= BUSY_CORES)
 
     worker, blocker = blocked_worker(snapshot), snapshot.blocker
     if worker is not None and (worker.state == "R" or (worker.cpu_share or 0.0) >= BUSY_CORES):
         return True
 
     runs = runs or (blocker is not None and blocker.state == "R")
-    return runs or (snapshot.cpu_share or 0.0) >= BUSY_CORES or snapshot.has_output or transfers(snapshot)
+    return runs or snapshot.is_busy_itself or snapshot.has_output
+
+
+def is_in_long_call(snapshot: RankSnapshot) -> bool:
+    """Whether a rank computes in one call that holds the GIL, after its first step."""
+    return _holds_gil(snapshot) and snapshot.step >= 0 and is_busy(snapshot)
+
+
+def _holds_gil(snapshot: RankSnapshot) -> bool:
+    return snapshot.is_gil_held or snapshot.answered == "signal"
 
 
 def is_in_join(snapshot: RankSnapshot) -> bool:
@@ -166,11 +172,6 @@ def is_in_join(snapshot: RankSnapshot) -> bool:
 def is_spawned(snapshot: RankSnapshot) -> bool:
     """Whether a rank is a process of `multiprocessing`, which another process of the script has started."""
     return any(frame.file.endswith("/multiprocessing/process.py") for frame in snapshot.frames)
-
-
-def transfers(snapshot: RankSnapshot) -> bool:
-    """Whether the rank reads or writes."""
-    return (snapshot.io_bytes_per_s or 0.0) >= _BUSY_BYTES_PER_S
 
 
 def blocked_worker(snapshot: RankSnapshot) -> WorkerSnapshot | None:
@@ -279,7 +280,7 @@ def doing(snapshot: RankSnapshot | WorkerSnapshot) -> str:
 
     is_polling = isinstance(snapshot, RankSnapshot) and snapshot.is_polling and state == "R"
     what = _by_kernel(snapshot, "S" if is_polling else state)
-    is_held = isinstance(snapshot, RankSnapshot) and snapshot.answered in ("signal", "kernel")
+    is_held = isinstance(snapshot, RankSnapshot) and _holds_gil(snapshot)
     return f"in C code that holds the GIL, {what or 'waiting'}" if is_held else what
 
 

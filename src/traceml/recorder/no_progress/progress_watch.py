@@ -27,7 +27,6 @@ _EVERY_S, _STAMP_S = 1.0, 10.0
 _LAST_SNAPSHOT_S = 5.0
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "thread_share", "io_bytes_per_s", "blocker", "threads", "is_last"}
 _OF_PLACE = ("frames", "process_state", "wchan", "waits_on")
-_BUSY_CORES, _BUSY_BYTES = 0.2, 4096
 
 _log = logging.getLogger("traceml")
 
@@ -130,10 +129,8 @@ class ProgressWatch:
         self.is_quiet = True
         snapshot = self._make()
         state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
-        state["busy"] = is_busy = (snapshot.cpu_share or 0) >= _BUSY_CORES or (
-            snapshot.io_bytes_per_s or 0
-        ) >= _BUSY_BYTES
-        if is_busy:  # in library code it is elsewhere each time
+        state["busy"] = snapshot.is_busy_itself
+        if snapshot.is_busy_itself:  # in library code it is elsewhere each time
             for name in _OF_PLACE:
                 state.pop(name, None)
 

@@ -256,7 +256,7 @@ class ProgressHistory:
             activity.snapshot, activity.over_ns = snapshot, None
             if snapshot.answered == _ITSELF:
                 activity.own = snapshot
-        elif snapshot.answered != _ITSELF and activity.own is not None:
+        elif snapshot.answered != _ITSELF and activity.own is not None and activity.own.step == snapshot.step:
             activity.snapshot = activity.own  # only its recorder was silent: what that saw last still stands
         elif activity.snapshot is not None:
             activity.own, activity.over_ns = None, snapshot.at_ns
