@@ -31,6 +31,7 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 _TAKEN = ("eaddrinuse", "address already in use")
 _PORT = re.compile(r"\bport: (\d+)")  # in what torch's store says
 _MONITORED = "monitoredbarrier"
+_WITH_WATCHDOG = "cuda"  # where models are on it, ranks communicate by NCCL
 _ASSERTED = "device-side assert"
 _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
 """What CUDA and HIP say of an error in a kernel, some time after it was launched."""
@@ -131,6 +132,7 @@ def _for_files(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_time_limit(ended: RankExit, facts: JobFacts) -> str:
+    """Return advice on a rank that waited in a collective until its time limit, with those that were elsewhere."""
     others = (each for each in facts.exits if each.rank != ended.rank and each.open_phase != ended.open_phase)
     elsewhere = whereabouts(others)
     where = f": {elsewhere}" if elsewhere else ""
@@ -201,6 +203,14 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
     return (
         f"Call that collective on every rank, or on none: {ranks_text(in_backward)} {be} in backward. Its sizes and "
         f"types must be equal too: where they differ, the backend ends the process. {reason}"
+    )
+
+
+def _for_watchdog(ended: RankExit, facts: JobFacts) -> str:
+    """Return advice on a process that NCCL's watchdog ended, as far as its signal tells."""
+    return _for_left_loop(facts) or (
+        f"As a rule NCCL's watchdog does that; read `terminate called` in the output of rank {ended.rank}. "
+        f"{_for_time_limit(ended, facts)}"
     )
 
 
@@ -355,7 +365,12 @@ def _mentioned(ended: RankExit, texts: Mapping[tuple[str, ...], _Text]) -> _Text
 
 
 def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:
-    if ended.signal == signal.SIGABRT and facts.world_size > 1 and ended.open_phase in ("comm", "backward"):
+    is_abort = ended.signal == signal.SIGABRT and facts.world_size > 1
+    is_in_script = ended.exception is None and ended.open_phase not in (None, "exit")
+    if is_abort and is_in_script and facts.accelerator == _WITH_WATCHDOG:
+        return _for_watchdog
+
+    if is_abort and ended.open_phase in ("comm", "backward"):
         return _for_sizes if ended.open_phase == "comm" else _for_abort_in_backward
 
     if ended.signal not in CRASHES:
