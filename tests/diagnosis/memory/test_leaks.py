@@ -15,6 +15,7 @@ from traceml.diagnosis.facts.job_facts_builder import JobFactsBuilder
 from traceml.diagnosis.facts.memory_growth import MemoryHistory, MemoryKind
 from traceml.diagnosis.facts.resource_use import ResourceUse
 from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
@@ -170,6 +171,16 @@ def test_a_cache_that_may_fill_in_the_first_epoch_is_no_verdict():
     assert diagnose(window_of(ALONE), JobFacts(**leaking(), **first))[0].kind is not Kind.MEMORY_LEAK
 
 
+def test_ranks_that_divide_a_model_read_the_same_samples():
+    """With 8 of them a pass takes 8 times the steps of as many replicas: a cache may still be filling."""
+    loader = LoaderFacts(length=100_000, batch_size=32, num_workers=0)
+    first = {"loader": loader, "latest": (1000,), "job": Job(ranks=8)}
+    meshes = {dimension: Topology(mesh={rank: {dimension: rank} for rank in range(8)}) for dimension in ("tp", "dp")}
+    found = {dimension: leaks(**leaking(), **first, topology=mesh)[0] for dimension, mesh in meshes.items()}
+
+    assert {dimension: str(each.severity) for dimension, each in found.items()} == {"tp": "info", "dp": "warning"}
+
+
 def test_device_memory_fills_the_device():
     """Its room is that of the device."""
     (finding,) = leaks(memory=device(MemoryHistory(), growing(10 * GB), total_bytes=20 * GB))
@@ -186,6 +197,16 @@ def test_pinned_memory_is_reported_as_such():
 
     assert finding.evidence["memory"] == "pinned"
     assert finding.headline.startswith("Pinned memory grows by 4.00 MiB")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_little_pinned_memory_hides_no_leak(rank):
+    """Of the same rank or another one: it is not what grows there."""
+    history = processes(MemoryHistory(), growing())
+    device(history, [GB] * 60, pinned=growing(100 * MB, MB), rank=rank)
+
+    found = leaks(memory=history, job=Job(ranks=2))
+    assert {each.evidence["memory"]: each.ranks for each in found} == {"resident": (0,), "pinned": (rank,)}
 
 
 @pytest.mark.parametrize("rss", [np.full(60, 900 * MB), 900 * MB + np.minimum(np.arange(60), 25) * 80 * MB])

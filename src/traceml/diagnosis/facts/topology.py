@@ -35,6 +35,8 @@ _MESH_WORDS = {
 }
 _DIVIDE_SEQUENCES = frozenset({"cp", "sp", "context", "sequence", "ulysses", "ring"})
 """Dimensions, or parts of the name of a flattened one (`dp_shard_cp`), whose ranks have parts of the same batch."""
+_DIVIDE_MODELS = frozenset({"tp", "tensor", "pp", "pipeline", "stage"})
+"""Likewise, of ranks that have parts of a model, and the same batch."""
 _Key = Callable[[int], str | int | None]
 _NOWHERE: Mapping[str, int] = {}
 
@@ -80,19 +82,25 @@ class Topology(msgspec.Struct, kw_only=True):
     @property
     def divides_sequences(self) -> bool:
         """Whether ranks divide the sequences of a batch among them (context or sequence parallelism)."""
-        return any(_divides_sequences(dimension) for mesh in self.mesh.values() for dimension in mesh)
+        return any(_is_one_of(_DIVIDE_SEQUENCES, dimension) for mesh in self.mesh.values() for dimension in mesh)
 
     def with_own_batches(self, ranks: Collection[int]) -> list[int]:
         """Return the ranks to which a batch belongs: of those that divide its sequences among them the lowest."""
         lowest: dict[object, int] = {}
         for rank in sorted(ranks):
-            mesh = self.mesh.get(rank)
-            place = (
-                rank if mesh is None else frozenset(each for each in mesh.items() if not _divides_sequences(each[0]))
-            )
-            lowest.setdefault(place, rank)
+            lowest.setdefault(self._place_without(_DIVIDE_SEQUENCES, rank), rank)
 
         return list(lowest.values())
+
+    def readers(self, world_size: int) -> int:
+        """Return how many ranks read samples of their own: those that divide a model, or sequences, read the same."""
+        shared = _DIVIDE_SEQUENCES | _DIVIDE_MODELS
+        return len({self._place_without(shared, rank) for rank in range(world_size)})
+
+    def _place_without(self, dimensions: Collection[str], rank: int) -> object:
+        """Return what tells a rank's place in the mesh, but for some dimensions; of one without a mesh the rank."""
+        mesh = self.mesh.get(rank)
+        return rank if mesh is None else frozenset(each for each in mesh.items() if not _is_one_of(dimensions, each[0]))
 
     def smallest_group(self, slow: Collection[int], ranks: Collection[int]) -> RankGroup | None:
         """Return the smallest group that explains slow ranks; None if they are not a group.
@@ -129,8 +137,8 @@ class Topology(msgspec.Struct, kw_only=True):
             yield "mesh", word, lambda each, dimension=dimension: self.mesh.get(each, _NOWHERE).get(dimension)  # type: ignore[misc]
 
 
-def _divides_sequences(dimension: str) -> bool:
-    return not _DIVIDE_SEQUENCES.isdisjoint(dimension.lower().split("_"))
+def _is_one_of(names: Collection[str], dimension: str) -> bool:
+    return any(part in names for part in dimension.lower().split("_"))
 
 
 def _smallest(found: list[tuple[int, str, str]], slow: int) -> RankGroup | None:

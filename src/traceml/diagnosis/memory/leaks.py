@@ -25,6 +25,7 @@ FAR_S = 30 * 86400.0
 """Beyond this nothing is said about when it is full."""
 MORE_THAN_ONE_PASS = 1.2
 """A data set that was read this many times has filled its caches."""
+_MOST = 0.5
 _UNEXPLAINED_SAMPLES = 16
 """Samples in which resident memory must have grown where no container explains it."""
 _LARGER, _LARGER_IN_ALL = 1.02, 1.2
@@ -92,12 +93,23 @@ def memory_leaks(facts: JobFacts, window: AlignedSteps) -> list[Finding]:
         if rank not in known or known[rank][1].bytes_per_step < growth.bytes_per_step:
             known[rank] = (device, growth)
 
-    if MemoryKind.PINNED in by_kind:  # it may count as resident, too
-        by_kind.pop(MemoryKind.RESIDENT, None)
-
+    _leave_out_pinned(by_kind)
     of_batches = _growth_of_batches(window) if by_kind else 1.0
     findings = (_finding(facts, kind, by_kind, of_batches) for kind in by_kind)
     return [each for each in findings if each is not None]
+
+
+def _leave_out_pinned(by_kind: dict[MemoryKind, _Growths]) -> None:
+    """Leave out resident memory of ranks where most of its growth is pinned memory, which may count as resident."""
+    pinned = by_kind.get(MemoryKind.PINNED, {})
+    resident = by_kind.pop(MemoryKind.RESIDENT, {})
+    others = {
+        rank: (device, growth)
+        for rank, (device, growth) in resident.items()
+        if rank not in pinned or pinned[rank][1].bytes_per_step < _MOST * growth.bytes_per_step
+    }
+    if others:
+        by_kind[MemoryKind.RESIDENT] = others
 
 
 def _finding(
@@ -194,7 +206,7 @@ def _unread_steps(facts: JobFacts) -> float:
     if loader is None or not loader.length or len(facts.epochs) > 1:
         return 0.0
 
-    per_step = facts.micro_batches * (loader.batch_size or 1) * facts.world_size
+    per_step = facts.micro_batches * (loader.batch_size or 1) * facts.topology.readers(facts.world_size)
     return max(MORE_THAN_ONE_PASS * loader.length / per_step - max(facts.latest, default=0) - 1, 0.0)
 
 
