@@ -112,6 +112,9 @@ def test_a_job_that_saved_all_steps_is_not_told_to_save() -> None:
     [
         (EndingSignal(15, AT_S, "timeout", 9), "from timeout (process 9)", "more time"),
         (EndingSignal(15, AT_S, "bash", 9), "from bash (process 9)", "kill command"),
+        (EndingSignal(15, AT_S, "res", 9), "from res (process 9)", "Ask the scheduler"),
+        (EndingSignal(15, AT_S, "restart.sh", 9), "from restart.sh (process 9)", "kill command"),
+        (EndingSignal(15, AT_S, "init_job.sh", 9), "from init_job.sh (process 9)", "kill command"),
         (EndingSignal(15, AT_S, "", 9), "from a program that has ended (process 9)", "kill command"),
         (EndingSignal(15, AT_S, "", 0), "from outside the container", "preempted node"),
         (EndingSignal(15, AT_S), "from another process", "kill command"),

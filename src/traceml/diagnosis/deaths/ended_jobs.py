@@ -39,12 +39,13 @@ _CLOCKS_S = 0.5  # clocks of hosts differ a little
 # A scheduler signals all processes of a job, the launcher not always first; a rank's last beat is a second older.
 _SAME_SIGNAL_S = 5.0
 _LATE_S = 600.0  # a script that continues for longer, and then ends well, has ignored the signal
+# Names of programs, or how the names of a product's programs begin.
 _SENDERS = (
-    (("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
-    (("timeout",), "The command `timeout` ended it: give it more time"),
-    (("systemd-oomd", "earlyoom"), "It ends programs when the host lacks memory: use less, or a host with more"),
-    (("systemd", "init"), "Its unit was stopped, its session was closed, or the machine shuts down"),
-    (("pbs", "sge", "lsf", "res", "condor"), "Ask the scheduler why it ended the job"),
+    ((), ("slurm",), "Ask Slurm why: sacct -j JOBID -o State,ExitCode,Elapsed (CANCELLED, PREEMPTED, TIMEOUT)"),
+    (("timeout",), (), "The command `timeout` ended it: give it more time"),
+    (("systemd-oomd", "earlyoom"), (), "It ends programs when the host lacks memory: use less, or a host with more"),
+    (("init",), ("systemd",), "Its unit was stopped, its session was closed, or the machine shuts down"),
+    (("res", "sbatchd"), ("pbs_", "sge_", "lsf", "condor"), "Ask the scheduler why it ended the job"),
 )
 _OUTSIDE = "A container is ended by its runtime: a deleted or evicted pod, a preempted node, docker stop"
 _HANG_UP = "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid"
@@ -308,4 +309,5 @@ def _for_sender(by: EndingSignal) -> str:
     if by.sender_pid == 0:
         return _OUTSIDE
 
-    return next((text for names, text in _SENDERS if by.sender.startswith(names)), _UNKNOWN)
+    known = (text for names, starts, text in _SENDERS if by.sender in names or by.sender.startswith(starts))
+    return next(known, _UNKNOWN)
