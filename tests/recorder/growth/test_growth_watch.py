@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from traceml.database.schema import OPEN_SLOTS, Slot
+from traceml.recorder.growth import growing_lines
 from traceml.recorder.growth.growing_lines import appending_line
 from traceml.recorder.growth.growth_watch import GrowthWatch
 from traceml.recorder.growth.reachable_objects import BUDGET_NS, ReachableObjects, read_containers
@@ -448,6 +449,22 @@ def test_many_lists_in_one_container_are_noted_as_one(layers: str, paths: set[st
     assert grown[0]["count"] > 80 * len(layers) / len(grown)
     assert grown[0]["item_bytes"] >= 1 << 10
     assert "by_layer[layer].extend" in Path(__file__).read_text().splitlines()[grown[0]["line"] - 1]
+
+
+def test_lines_are_searched_for_of_what_grows_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search takes 10 ms in a long file, and each of a model's layers may have a list."""
+    searched = []
+    monkeypatch.setattr(growing_lines, "appending_line", lambda _file, path, *_, **__: searched.append(path))
+    watched, a, b, c, d, e, f, g = Watched(), [], [], [], [], [], [], []
+    kept = {"a": a, "b": b, "c": c, "d": d, "e": e, "f": f, "g": g}
+    for _ in range(16):
+        for number, each in enumerate(kept.values(), 1):
+            each.extend(bytearray(number << 10) for _ in range(10))
+
+        watched.cycle()
+
+    (note,) = watched.notes
+    assert [each["path"] for each in note["grown"]] == searched == ["g", "f", "e", "d", "c"]
 
 
 @pytest.mark.parametrize("cycles_per_element", [40, 100])

@@ -58,3 +58,28 @@ def test_a_compilation_is_in_the_step_whose_time_it_took(flight: FlightFile) -> 
     recorder(last=True)
 
     assert compiled_steps(flight)[others:] == [12, -1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_steps_are_read_only_when_there_are_more(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a long evaluation none comes, and compilations wait for the next one."""
+    recorder = PauseRecorder(flight, lambda: False, UserCode().contains)
+    flight.open_slots[Slot.STEP] = 11
+    steps, reads = flight.ring("steps"), []
+    read_from = type(steps).read_from
+
+    def counting(ring: object, *limits: int) -> object:
+        reads.append(ring) if ring is steps else None
+        return read_from(ring, *limits)
+
+    monkeypatch.setattr(type(steps), "read_from", counting)
+    compile_one()
+    compile_one()
+    for _ in range(3):
+        recorder(last=False)
+
+    assert len(reads) == 1
+    end_step(flight, 11, 0)
+    recorder(last=False)
+    assert len(reads) == 2
+    assert compiled_steps(flight)[-2:] == [11, 11]

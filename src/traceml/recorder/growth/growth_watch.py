@@ -62,6 +62,11 @@ class _Change(NamedTuple):
     before: int
     held: ReachableObjects
 
+    @property
+    def gained_bytes(self) -> int:
+        """Bytes of the elements that it has gained."""
+        return (self.held.size - self.before) * self.held.item_bytes
+
 
 class GrowthWatch:
     """Called in each cycle of the recorder's thread.
@@ -137,14 +142,15 @@ class GrowthWatch:
         steps = step - first.step
         pairs = _pairs(first.containers, self._read_containers())
         changes = [_Change(before.size, held) for before, held in pairs if _has_grown(before, held, steps)]
-        grown = [_described(each.held, each.before, steps) for each in _joined(changes)]
+        joined = sorted(_joined(changes), key=lambda each: (not each.held.holds_graph, -each.gained_bytes))
+        # Their lines are searched for in whole files.
+        grown = [_described(each.held, each.before, steps) for each in joined[:_REPORTED]]
         cost_ns = first.cost_ns + time.thread_time_ns() - began
-        grown.sort(key=lambda each: (not each["holds_graph"], -each["per_step"] * each["item_bytes"]))
-        self._note(InfoKind.GROWTH, step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown[:_REPORTED])
+        self._note(InfoKind.GROWTH, step=step, steps=steps, cost_ms=round(cost_ns / 1e6, 3), grown=grown)
         self._first, self._readings, self._interval_ns = None, [], INTERVAL_NS
         self._comparisons += 1
         # A rise of copies is uneven: that they are kept is what proves it, so that is looked at again soon.
-        if self._comparisons == 1 and any(each["is_copied"] for each in grown):
+        if self._comparisons == 1 and any(each.held.is_copied for each in joined):
             self._due_ns = now + BETWEEN_NS
         else:
             self._due_ns, self._pause_ns = now + self._pause_ns, 2 * self._pause_ns
@@ -219,15 +225,14 @@ def _holder(path: str) -> str:
 
 def _as_one(group: Sequence[_Change]) -> _Change:
     """Return containers as one, whose elements have their mean size."""
-    gained = [each.held.size - each.before for each in group]
-    all_bytes = sum(more * each.held.item_bytes for more, each in zip(gained, group, strict=True))
+    gained = sum(each.held.size - each.before for each in group)
     largest = max(group, key=lambda each: each.held.item_bytes).held
     return _Change(
         sum(each.before for each in group),
         largest._replace(
             path=f"{_holder(largest.path)}[...]",
             size=sum(each.held.size for each in group),
-            item_bytes=all_bytes // sum(gained),
+            item_bytes=sum(each.gained_bytes for each in group) // gained,
             holds_graph=any(each.held.holds_graph for each in group),
             of_dataset=all(each.held.of_dataset for each in group),
             max_size=sum(each.held.max_size for each in group) if all(each.held.max_size for each in group) else 0,

@@ -30,6 +30,7 @@ _MIN_NS = 10**8
 _CHECKPOINT = int(Phase.CHECKPOINT)
 _MAX_FILES = 1000
 _MAX_ROWS = 2048
+_Row = tuple[int, ...]
 _STEP, _T_END, _TOTAL = map(STEPS.names.index, ("step", "t_end_ns", "total_ns"))
 
 
@@ -52,6 +53,7 @@ class PauseRecorder:
         self._steps = flight.ring("steps")
         self._compilations = CompilationReader()
         self._compiled: list[tuple[Compilation, int]] = []  # with their ends, while their steps have not ended
+        self._stood: tuple[int, bool] | None = None  # steps that had ended then, and whether one was open
         self._saves = saves
         if saves is not None:
             saves.caller = lambda frame: user_line(frame, is_user)
@@ -74,9 +76,8 @@ class PauseRecorder:
             self._append_save(save)
 
         begun_ns = time.time_ns() - now  # of the monotonic clock
-        self._compiled += [(each, 1000 * each.end_us - begun_ns) for each in self._compilations.drain()]
-        self._compiled = [each for each in self._compiled if not self._append_compilation(*each, step, last=last)]
-
+        new = [(each, 1000 * each.end_us - begun_ns) for each in self._compilations.drain()]
+        self._append_compilations(new, step, last=last)
         self._drain_short(now, step)
         self._turn = now, step
 
@@ -122,13 +123,25 @@ class PauseRecorder:
         cause, later = int(Pause.SAVE), int(not save.is_written)
         self._ring.append(save.t_end_ns, save.step, cause, _CHECKPOINT, save.ns, 1, later, 1, size, line, file)
 
-    def _append_compilation(self, each: Compilation, ended_ns: int, step: int, *, last: bool) -> bool:
+    def _append_compilations(self, new: Sequence[tuple[Compilation, int]], step: int, *, last: bool) -> None:
+        """Append those whose steps have ended; nothing can have changed before another step has."""
+        self._compiled += new
+        stands, self._stood = self._stood, (self._steps.appended, step >= 0)
+        if self._compiled and (new or last or stands != self._stood):
+            rows = self._newest_rows()
+            pending = [each for each in self._compiled if not self._append_compilation(*each, step, rows, last=last)]
+            self._compiled = pending
+
+    def _append_compilation(
+        self, each: Compilation, ended_ns: int, step: int, rows: Sequence[_Row], *, last: bool
+    ) -> bool:
         """Append a compilation; return False, and do nothing, where the step that it was in has not ended.
 
         Only rows tell that step: where no loader is read, a step is known to begin only by what follows.
         """
         middle_ns = ended_ns - each.ns // 2
-        before, after = self._rows_around(middle_ns)
+        number = bisect_left(rows, middle_ns, key=lambda row: row[_T_END])
+        before, after = (rows[each] if 0 <= each < len(rows) else None for each in (number - 1, number))
         if after is None and step >= 0 and not last:
             return False
 
@@ -144,13 +157,10 @@ class PauseRecorder:
         self._ring.append(ended_ns, step, int(Pause.COMPILATION), -1, each.ns, 1, each.detail, 0, -1, place, guard)
         return True
 
-    def _rows_around(self, at_ns: int) -> list[tuple[int, ...] | None]:
-        """Return the row of the last step that had ended at some time, and that of the next one, of the newest rows."""
+    def _newest_rows(self) -> list[_Row]:
         ring = self._steps
         found = ring.read_from(max(ring.appended - _MAX_ROWS, 0), _MAX_ROWS)
-        rows = list(STEPS.struct.iter_unpack(found.data))
-        number = bisect_left(rows, at_ns, key=lambda row: row[_T_END])
-        return [rows[each] if 0 <= each < len(rows) else None for each in (number - 1, number)]
+        return list(STEPS.struct.iter_unpack(found.data))
 
     def _id(self, text: str) -> int:
         known = self._name_id(text)
