@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.info_kinds import InfoKind
-from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_PHASES, LINE_THREADS, Phase, unpack_bits
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_PHASES, LINE_THREADS, Phase
 from traceml.database.snapshots.rank_snapshot import FrameSnapshot, RankSnapshot, user_line
 from traceml.database.snapshots.snapshot_timing import first_snapshot_s
 from traceml.diagnosis.facts.progress.step_sequences import DivergedRanks, StepSequences
@@ -113,7 +113,6 @@ class ProgressHistory:
         """Whether any rank makes no progress now, by its snapshots."""
         self._steps = np.full(_FIRST_RANKS, -1, np.int64)
         self._ends = np.zeros(_FIRST_RANKS, np.int64)  # of the last step or evaluation
-        self._sequences = np.full(_FIRST_RANKS, -1, np.int64)
         self._gap_ns = 0
         self._newest_gaps = np.zeros(_FIRST_RANKS, np.int64)
         self._step_sequences = StepSequences()
@@ -143,7 +142,6 @@ class ProgressHistory:
         self._newest_gaps[ranks[newest]] = gaps[newest]
         # numpy keeps the last of equal indices, which is the newest row of the rank
         self._steps[ranks], self._ends[ranks] = steps, ends
-        self._sequences[ranks] = unpack_bits(rows["bits"]).sequence
         self._step_sequences.add(ranks, rows)
 
     def eval_rows(self, rank: int, rows: NDArray[np.void]) -> None:
@@ -276,7 +274,7 @@ class ProgressHistory:
         self._activity.pop(rank, None)
         self._step_sequences.forget()
         if rank < len(self._steps):
-            self._steps[rank], self._ends[rank], self._sequences[rank], self._newest_gaps[rank] = -1, 0, -1, 0
+            self._steps[rank], self._ends[rank], self._newest_gaps[rank] = -1, 0, 0
 
         self._check_snapshots()
 
@@ -383,7 +381,6 @@ class ProgressHistory:
             phase=LINE_PHASES.get(phase, "other") if t_ns > last_ns else "",
             user_line=_frame(names.get(line)) if t_ns > last_ns else None,
             cpu_share=activity.cpu[2] if activity.cpu else None,
-            sequence=int(self._sequences[rank]) if rank < len(self._sequences) else -1,
         )
 
     def _check_snapshots(self) -> None:
@@ -396,7 +393,6 @@ class ProgressHistory:
         more = max(ranks, 2 * len(self._steps)) - len(self._steps)
         self._steps = np.append(self._steps, np.full(more, -1, np.int64))
         self._ends = np.append(self._ends, np.zeros(more, np.int64))
-        self._sequences = np.append(self._sequences, np.full(more, -1, np.int64))
         self._newest_gaps = np.append(self._newest_gaps, np.zeros(more, np.int64))
 
 
