@@ -190,7 +190,7 @@ def test_a_collective_changes_the_state_where_the_recorder_would_ask_the_device(
 def test_a_dump_that_takes_long_is_asked_for_again_when_it_has_ended(
     recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Meanwhile collectives change the state, and no number is told that other ranks count otherwise."""
+    """Meanwhile only collectives change the state, and no number is told that other ranks count otherwise."""
     monkeypatch.setattr(group_snapshots, "_DUMP_S", 0.01)
     may_end = threading.Event()
     entry = {"process_group": ["0"], "collective_seq_id": 7, "profiling_name": "gloo:barrier"}
@@ -201,11 +201,12 @@ def test_a_dump_that_takes_long_is_asked_for_again_when_it_has_ended(
 
     recorder._dump_fr_trace_json = dump
     snapshots = GroupSnapshots()
+    before = snapshots.state()
 
     assert [each.number for each in snapshots.read()] == [0, 0]
-    before = snapshots.state()
+    assert snapshots.state() == before
     monkeypatch.setattr(_Group, "issued", 4)
-    assert before != snapshots.state()
+    assert snapshots.state() != before
 
     may_end.set()
     await_thread("traceml-flight-recorder")

@@ -60,7 +60,9 @@ class GroupSnapshots:
 
     def __init__(self) -> None:
         self._dumping: threading.Thread | None = None
+        self._is_late = False  # whether the last dump had not ended in its time
         self._state: object = None
+        self._counted: tuple[int, ...] = ()  # as of that state
         self._entries: list[Mapping[str, Any]] = []
         self._read_s = 0.0
 
@@ -69,8 +71,12 @@ class GroupSnapshots:
         if not _is_initialized():
             return None
 
-        if self._is_dumping or _queries_events():
-            return tuple(_sequence(group) for group, *_ in _groups())
+        if _queries_events():
+            return _sequences()
+
+        if self._is_dumping:  # it may keep the recorder's lock
+            counted = _sequences()
+            return self._state if counted == self._counted else counted
 
         return tuple(dump(False, False) for dump in _dumps())
 
@@ -80,10 +86,10 @@ class GroupSnapshots:
             return ()
 
         state, now_s = self.state(), time.monotonic()
-        if _queries_events() or state != self._state or now_s - self._read_s > _AGAIN_S:
-            self._read_s = now_s
+        if _queries_events() or self._is_late or state != self._state or now_s - self._read_s > _AGAIN_S:
+            self._state, self._counted, self._read_s = state, _sequences(), now_s
             self._entries = self._dump()
-            self._state = None if self._is_dumping else state
+            self._is_late = self._is_dumping
 
         groups = _groups()
         world_size = max((len(members) for _, _, members in groups), default=0)
@@ -120,7 +126,7 @@ class GroupSnapshots:
             return GroupSnapshot(**known, **_operation(max(entries, key=_order)))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
-        return GroupSnapshot(**known, number=0 if self._entries or self._is_dumping else _sequence(group))
+        return GroupSnapshot(**known, number=0 if self._entries or self._is_late else _sequence(group))
 
 
 def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +159,10 @@ def _sequence(group: Any) -> int:
         return int(group._get_sequence_number_for_group())
     except Exception:  # noqa: BLE001 - private; it raises before the first collective of some backends
         return 0
+
+
+def _sequences() -> tuple[int, ...]:
+    return tuple(_sequence(group) for group, *_ in _groups())
 
 
 def _groups() -> list[tuple[Any, str, Mapping[int, int]]]:
