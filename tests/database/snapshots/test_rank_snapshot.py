@@ -70,3 +70,17 @@ def test_values_that_are_not_known_are_left_out():
 def test_unknown_keys_and_values_of_another_type_are_ignored(damaged, read):
     """The rest of a damaged row is used."""
     assert RankSnapshot.from_row(damaged) == read
+
+
+@pytest.mark.parametrize(
+    ("usage", "is_busy"),
+    [
+        ({"cpu_share": 0.2}, True),
+        ({"io_bytes_per_s": 10_000.0}, True),
+        ({"cpu_share": 0.19, "io_bytes_per_s": 9_999.0}, False),
+        ({}, False),
+    ],
+)
+def test_a_rank_that_computes_or_transfers_is_busy_by_itself(usage, is_busy):
+    """The rank that takes the snapshot, another process that does, and the one that judges it agree."""
+    assert RankSnapshot(**usage).is_busy_itself is is_busy
