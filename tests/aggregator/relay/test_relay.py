@@ -16,6 +16,7 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving, step_rows, wait_for_acks
 from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.diagnosis.merged_hosts.clusters import Cluster, FaultyRun
 from tests.eventually import eventually
 from traceml.aggregator.relay.run_relay import RunRelay
 from traceml.aggregator.relay.upstream import Upstream
@@ -173,6 +174,20 @@ def test_the_center_has_the_run_of_all_hosts(tree, serving, tmp_path):
     for host in tree.hosts:
         with host.store() as store:
             assert store.stored("steps") == 4 * STEPS_SENT
+
+
+@pytest.mark.process
+def test_a_slow_device_is_named_in_the_center(tree):
+    """Hosts compare the device times: what their ranks launch takes all the same time."""
+    rows = rows_of(Job(ranks=RANKS, steps=STEPS_SENT), adds("forward", 9.0, (7,)))
+    run = FaultyRun(Cluster(ranks=RANKS, per_host=4), rows, "rank", (7,), "forward").on_devices(1)
+    tree.join()
+    for rank, link in tree.links.items():
+        link.send_rows("device_steps", 0, STEPS_SENT, run.device_rows[rank].tobytes())
+
+    tree.send(run.rows, 0, STEPS_SENT)
+
+    eventually(lambda: told(tree.verdict()) == ("COMPUTE_STRAGGLER", (7,), "forward"))
 
 
 def is_exact(report: Report, rows: Sequence[np.ndarray[Any, Any]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from tests.diagnosis.fabricated import Fault, Job, adds, rows_of
 from tests.diagnosis.merged_hosts.central_merger import CentralMerger
 from tests.diagnosis.merged_hosts.update_bytes import UpdatePacker, unpacked
+from traceml.database.schema import DEVICE_STEPS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.findings import Finding
@@ -27,6 +28,16 @@ PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "other")
 LAST = STEPS_COMPARED
 STEPS_PER_SECOND = 10
 Rows = Sequence[np.ndarray[Any, Any]]
+_LAUNCH_NS = 100_000
+_ON_DEVICE = ("h2d_ns", "forward_ns", "backward_ns", "optimizer_ns")
+
+
+def _device_rows(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    device = np.zeros(len(rows), DEVICE_STEPS.dtype)
+    for column in DEVICE_STEPS.names:
+        device[column] = rows[column]
+
+    return device
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,24 @@ class Cluster:
 
 @dataclass(frozen=True)
 class FaultyRun:
-    """A run of a cluster: its rows, and the level of its fault."""
+    """A run of a cluster: its rows, those of its devices if it has any, and the level of its fault."""
 
     cluster: Cluster
     rows: Rows
     level: str
     ranks: tuple[int, ...] | None
     part: str
+    device_rows: Rows = ()
+
+    def on_devices(self, every: int) -> FaultyRun:
+        """Return the run as one of GPUs, which measure every n-th step: what they compute, hosts only launch."""
+        launching = [rows.copy() for rows in self.rows]
+        for rows in launching:
+            rows["backward_own_ns"] = np.where(rows["backward_own_ns"] < 0, -1, _LAUNCH_NS)
+            for column in _ON_DEVICE:
+                rows[column] = np.minimum(rows[column], _LAUNCH_NS)
+
+        return replace(self, rows=launching, device_rows=[_device_rows(rows[::every]) for rows in self.rows])
 
 
 def any_run(cluster: Cluster, seed: int, level: str | None = None, steps: int = 70) -> FaultyRun:
@@ -98,6 +120,9 @@ def flat_verdict(run: FaultyRun) -> Finding:
     for rank, rows in enumerate(run.rows):
         kept.scatter(np.full(len(rows), rank), rows)
 
+    for rank, rows in enumerate(run.device_rows):
+        kept.scatter_device(np.full(len(rows), rank), rows)
+
     return diagnose(kept.aligned(last=LAST), facts_of(run.cluster, kept.latest.tolist()))[0]
 
 
@@ -106,8 +131,11 @@ def tree_verdict(run: FaultyRun) -> Finding:
     central, asked = CentralMerger(run.cluster.ranks), set[int]()
     packers = defaultdict[str, UpdatePacker](UpdatePacker)
     verdict = None
-    for second in updates(run, asked):
+    for number, second in enumerate(updates(run, asked), 1):
         packed = {each.choice.host: packers[each.choice.host].packed(each) for each in second}
+        for rank in (rank for update in second for rank in update.rows if run.device_rows):
+            central.intake.add(DEVICE_STEPS.name, rank, until(run.device_rows[rank], number).tobytes())
+
         central.take(unpacked(data, central.choice_of(host)) for host, data in packed.items())
         findings = central_findings(central, run.cluster)
         verdict = findings[0] if central.is_confirmed(findings) else verdict
@@ -138,8 +166,17 @@ def updates(run: FaultyRun, asked: Collection[int] = ()) -> Iterator[list[HostUp
         for rank, rows in enumerate(run.rows):
             mergers[cluster.host_of(rank)].add(rank, rows[first : first + STEPS_PER_SECOND].tobytes())
 
+        for rank, rows in enumerate(run.device_rows):
+            new = rows[(rows["step"] >= first) & (rows["step"] < first + STEPS_PER_SECOND)]
+            mergers[cluster.host_of(rank)].add_device(rank, new.tobytes())
+
         flushed = [merger.flush(asked) for merger in mergers.values()]
         yield [update for update in flushed if update is not None]
+
+
+def until(rows: np.ndarray[Any, Any], seconds: int) -> np.ndarray[Any, Any]:
+    """Return the rows of the steps of the first seconds."""
+    return rows[rows["step"] < seconds * STEPS_PER_SECOND]
 
 
 def facts_of(cluster: Cluster, latest: Sequence[int]) -> JobFacts:

@@ -8,6 +8,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.diagnosis.merged_hosts.central_merger import CentralMerger
 from tests.diagnosis.merged_hosts.clusters import (
+    LEVELS,
     Cluster,
     FaultyRun,
     any_run,
@@ -41,6 +42,20 @@ def test_merged_hosts_give_the_verdict_of_all_rows(seed):
 
     assert told(tree) == told(flat)
     assert tree.cost_share == pytest.approx(flat.cost_share, rel=0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(12, 96))])
+def test_merged_hosts_with_devices_give_the_verdict_of_all_rows(seed, every):
+    """What a slow device takes longer for is in the device times alone: hosts launch as fast as ever, and wait."""
+    run = any_run(CLUSTER, seed, level=LEVELS[seed % 2 or 2]).on_devices(every)
+
+    flat, tree = flat_verdict(run), tree_verdict(run)
+
+    if is_at_limit(flat, tree):
+        return
+
+    assert told(tree) == told(flat)
 
 
 def test_of_a_quiet_host_one_rank_is_sent():

@@ -17,7 +17,17 @@ from typing import Any
 
 import msgspec
 
-from traceml.database.schema import LINES, NAMES, PACKED, RELAYED_WHOLE, SAMPLED_TABLES, STEPS, TABLES, TELEMETRY
+from traceml.database.schema import (
+    DEVICE_STEPS,
+    LINES,
+    NAMES,
+    PACKED,
+    RELAYED_WHOLE,
+    SAMPLED_TABLES,
+    STEPS,
+    TABLES,
+    TELEMETRY,
+)
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger, HostUpdate
@@ -33,6 +43,7 @@ __all__ = ["RunRelay"]
 
 # Telemetry counts the rows that a rank has appended, of which few are sent on.
 _SAMPLES = frozenset(table.name for table in (*SAMPLED_TABLES, LINES))
+_COMPARED = frozenset((STEPS.name, DEVICE_STEPS.name))
 _CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY.name}
 _FRAMES = 256
 _HISTORY_FRAMES = 4096  # read again, about a minute: ranks are compared over it, and some samples may wait
@@ -269,8 +280,9 @@ class RunRelay:
         if stream is None or frame.thinned:
             return
 
-        if frame.table == STEPS.name and stream.attempt == self._attempt:
-            self._merger.add(stream.rank, frame.data)
+        if frame.table in _COMPARED and stream.attempt == self._attempt:
+            add = self._merger.add if frame.table == STEPS.name else self._merger.add_device
+            add(stream.rank, frame.data)
 
         if frame.end > stream.acked.get(frame.table, 0):
             (whole if frame.table in RELAYED_WHOLE else stream.held.setdefault(frame.table, [])).append(frame)

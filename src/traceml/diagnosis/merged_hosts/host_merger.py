@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
-from traceml.database.schema import STEPS
+from traceml.database.schema import DEVICE_STEPS, STEPS
 from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.steps.aligned_steps import AlignedSteps
 from traceml.diagnosis.steps.kept_steps import KeptSteps, Rows
@@ -50,6 +50,7 @@ class HostMerger:
         self._index: dict[int, int] = {}
         self._held: dict[int, Rows] = {}
         self._new: dict[int, list[Rows]] = {}
+        self._new_device: dict[int, list[Rows]] = {}
         self._ended: set[int] = set()
         self._sent: frozenset[int] = frozenset()
         self._sent_rows = Counter[int]() if sent_rows is None else sent_rows
@@ -61,6 +62,11 @@ class HostMerger:
         """Take new rows of `steps` of a rank, in order."""
         self._index.setdefault(rank, len(self._index))
         self._new.setdefault(rank, []).append(np.frombuffer(data, STEPS.dtype))
+
+    def add_device(self, rank: int, data: bytes) -> None:
+        """Take new rows of `device_steps` of a rank."""
+        self._index.setdefault(rank, len(self._index))
+        self._new_device.setdefault(rank, []).append(np.frombuffer(data, DEVICE_STEPS.dtype))
 
     def end(self, rank: int) -> None:
         """Record that a rank has ended."""
@@ -77,8 +83,13 @@ class HostMerger:
     def flush(self, asked: Collection[int] = ()) -> HostUpdate | None:
         """Return the update about the rows since the last one; None if no rank has a step."""
         new = {rank: join_rows(parts) for rank, parts in self._new.items()}
+        new_device = {rank: join_rows(parts) for rank, parts in self._new_device.items()}
         self._new.clear()
+        self._new_device.clear()
         self._take(new)
+        if new_device:
+            self._steps.scatter_device(self._indices(new_device), join_rows(new_device.values()))
+
         window = self._steps.aligned(last=STEPS_COMPARED)
         if not len(window.ranks):
             return None
@@ -107,8 +118,10 @@ class HostMerger:
             self._held[rank] = (rows if held is None else join_rows([held, rows]))[-_SLOTS:]
 
         if new:
-            indices = np.repeat([self._index[rank] for rank in new], [len(rows) for rows in new.values()])
-            self._steps.scatter(indices, join_rows(new.values()))
+            self._steps.scatter(self._indices(new), join_rows(new.values()))
+
+    def _indices(self, new: Mapping[int, Rows]) -> NDArray[np.int64]:
+        return np.repeat([self._index[rank] for rank in new], [len(rows) for rows in new.values()])
 
     def _chosen(self, window: AlignedSteps) -> tuple[OwnWork, RankChoice]:
         """Return the own work of the host's ranks and the choice, in which ranks have their numbers in the job."""
