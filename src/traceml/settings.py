@@ -226,7 +226,7 @@ class Config:
         "on each host. With it a verdict can name the switch of slow ranks. Without it, ranks that Slurm started "
         "use SLURM_TOPOLOGY_ADDR.",
     )
-    local_only: bool = _set(False, "Deliver only to trackers on this machine.")
+    local_only: bool = _set(False, "Deliver only to trackers, collectors and webhooks on this machine.")
     keep_runs: int | None = _set(
         None,
         "Number of runs to keep: when a run has ended and is delivered, older delivered runs of the same user "

@@ -19,7 +19,7 @@ from typing import Any
 
 from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
-from traceml.aggregator.alerts.alert_targets import target_of
+from traceml.aggregator.alerts.alert_targets import targets_of
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
 from traceml.aggregator.alerts.finding_profiles import FindingProfiles
 from traceml.aggregator.relay.upstream import Upstream
@@ -29,6 +29,7 @@ from traceml.cli.options.shared_options import add_prometheus_option
 from traceml.fail_open import fail_open
 from traceml.helper_programs import helper_program
 from traceml.loopback import is_loopback
+from traceml.privacy.masker import Masker
 from traceml.run_folder import RELAY_NAME
 from traceml.supervise.listen_address import listen
 from traceml.supervise.metrics_process import metrics_beside
@@ -89,7 +90,11 @@ def main(argv: list[str]) -> int:
             delivery_nice=config.delivery_nice,
             profiles_deliveries=config.debug,
             retention_gb=None if config.retention == "off" else config.retention,
-            alerts=FindingAlerts([target_of(each) for each in config.on_finding], config.on_finding_after),
+            alerts=FindingAlerts(
+                targets_of(config.on_finding, local_only=config.local_only),
+                config.on_finding_after,
+                masker=Masker(config.mask),
+            ),
             profiles=FindingProfiles(config.profile_on_finding),
             # On loopback, the ranks of a launched run are on this host, or come through ssh.
             tls=make_identity() if config.tls and (options.run_id is None or not is_loopback(host)) else None,

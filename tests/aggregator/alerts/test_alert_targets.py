@@ -16,7 +16,7 @@ import pytest
 from tests.eventually import eventually
 from tests.ports import free_port
 from traceml.aggregator.alerts import alert_targets
-from traceml.aggregator.alerts.alert_targets import CommandAlert, WebhookAlert, target_of
+from traceml.aggregator.alerts.alert_targets import CommandAlert, WebhookAlert, targets_of
 from traceml.errors import TraceMLError
 
 DOCUMENT = json.dumps({"finding": {"kind": "HANG"}}).encode()
@@ -183,5 +183,13 @@ def test_a_webhook_that_is_down_and_comes_up_gets_it(port: int) -> None:
 
 def test_targets_by_their_text() -> None:
     """A URL is posted to; anything else is a command. Names have no secrets."""
-    assert target_of("https://hooks.example.com/T0/B1").name == "webhook hooks.example.com"
-    assert target_of("/opt/notify.sh --key abc").name == "command notify.sh"
+    entries = "https://hooks.example.com/T0/B1", "/opt/notify.sh --key abc"
+    assert [each.name for each in targets_of(entries)] == ["webhook hooks.example.com", "command notify.sh"]
+
+
+def test_local_only_leaves_out_webhooks_of_other_machines(caplog: pytest.LogCaptureFixture) -> None:
+    """One line says so."""
+    entries = "https://hooks.example.com/T0/B1", "http://127.0.0.1:9/x", "notify.sh"
+
+    assert [each.name for each in targets_of(entries, local_only=True)] == ["webhook 127.0.0.1", "command notify.sh"]
+    assert caplog.messages == ["no alert is sent to webhook hooks.example.com: local_only is set"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.alerts.finding_alerts import FindingAlerts
@@ -16,6 +17,7 @@ from traceml.database.store.reader import StoreReader
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import TraceMLError
+from traceml.privacy.masker import Masker
 from traceml.run_folder import STORE_NAME
 
 SLOW = Finding(kind=Kind.INPUT_BOUND, severity=Severity.WARNING, phase="input_wait", summary="Slow.", next="Do.")
@@ -27,9 +29,9 @@ class _Inbox:
 
     name = "inbox"
 
-    def __init__(self, error: str = "") -> None:
+    def __init__(self, error: str = "", *, is_masked: bool = False) -> None:
         self.documents: list[dict[str, Any]] = []
-        self.error = error
+        self.error, self.is_masked = error, is_masked
 
     @property
     def kinds(self) -> list[str]:
@@ -57,10 +59,10 @@ def run(tmp_path: Path) -> Iterator[ActiveRun]:
     made.close()
 
 
-def _alerts(work: Callable[[FindingAlerts, _Clock], None], inbox: _Inbox) -> None:
+def _alerts(work: Callable[[FindingAlerts, _Clock], None], *inboxes: _Inbox) -> None:
     async def main() -> None:
         clock = _Clock()
-        alerts = FindingAlerts([inbox], 30.0, clock)
+        alerts = FindingAlerts(inboxes, 30.0, clock, Masker(["customer_*"]))
         work(alerts, clock)
         await alerts.close(5.0)
 
@@ -115,6 +117,21 @@ def test_the_end_of_a_run_is_sent_at_once(run: ActiveRun) -> None:
     _alerts(work, inbox)
 
     assert inbox.kinds == ["RANK_LOST"]
+
+
+def test_texts_for_a_webhook_are_masked(run: ActiveRun) -> None:
+    """Also those of the finding itself; a command of this machine gets them as they are."""
+    told = "FileNotFoundError: 'customer_4711' in /home/alice"
+    finding = structs.replace(LOST, summary=told, evidence={"exits": [{"exception": told}]})
+    webhook, command = _Inbox(is_masked=True), _Inbox()
+
+    _alerts(lambda alerts, _: alerts.check_end(run, [finding]), webhook, command)
+
+    sent = json.dumps(webhook.documents)
+    assert "alice" not in sent
+    assert "customer_4711" not in sent
+    assert webhook.kinds == ["RANK_LOST"]
+    assert command.documents[0]["finding"]["summary"] == told
 
 
 def test_many_findings_are_spread_over_time(run: ActiveRun) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
 from traceml.aggregator.child_programs import kill_group
 from traceml.errors import TraceMLError
+from traceml.loopback import is_on_this_machine
 from traceml.version import __version__
 
-__all__ = ["AlertTarget", "CommandAlert", "WebhookAlert", "target_of"]
+__all__ = ["AlertTarget", "CommandAlert", "WebhookAlert", "targets_of"]
 
 _COMMAND_S = 30.0
 _KEPT_BYTES = 2000  # of a command's output, for the log
@@ -26,6 +28,8 @@ _PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between tries of a webhook
 _BUSY = (408, 425, 429)  # such a refusal may pass
 _OWN_SECRETS = ("TRACEML_TOKEN", "TRACEML_ON_FINDING")
 
+_log = logging.getLogger("traceml")
+
 
 class AlertTarget(Protocol):
     """Receiver of alerts."""
@@ -33,6 +37,10 @@ class AlertTarget(Protocol):
     @property
     def name(self) -> str:
         """Its name in logs and in the run, without secrets."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the texts of alerts are masked before, as they leave the machine."""
 
     async def send(self, document: bytes) -> None:
         """Deliver one alert, in bounded time.
@@ -42,10 +50,23 @@ class AlertTarget(Protocol):
         """
 
 
-def target_of(text: str) -> AlertTarget:
-    """Return the target that an entry of `on_finding` names: an http(s) URL, or else a command."""
-    is_url = text.lower().startswith(("http://", "https://"))
-    return WebhookAlert(text) if is_url else CommandAlert(text)
+def targets_of(entries: Iterable[str], *, local_only: bool = False) -> list[AlertTarget]:
+    """Return the targets that the entries of `on_finding` name, each an http(s) URL or else a command.
+
+    Args:
+        local_only: whether URLs of other machines are left out, which is logged.
+    """
+    targets = [WebhookAlert(each) if _is_url(each) else CommandAlert(each) for each in entries]
+    left_out = [each for each in targets if local_only and isinstance(each, WebhookAlert) and not each.is_local]
+    if left_out:
+        names = ", ".join(each.name for each in left_out)
+        _log.warning("no alert is sent to %s: local_only is set", names)
+
+    return [each for each in targets if each not in left_out]
+
+
+def _is_url(entry: str) -> bool:
+    return entry.lower().startswith(("http://", "https://"))
 
 
 class CommandAlert(msgspec.Struct, frozen=True):
@@ -53,6 +74,7 @@ class CommandAlert(msgspec.Struct, frozen=True):
 
     command: str
     limit_s: float = _COMMAND_S  # time after which it is killed with all that it has started
+    is_masked: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -125,11 +147,17 @@ class WebhookAlert(msgspec.Struct, frozen=True):
     url: str  # the URL; its path is often a secret
     pauses_s: tuple[float, ...] = _PAUSES_S  # seconds between tries
     limit_s: float = _WEBHOOK_S  # seconds that the server may take to connect, and then to answer
+    is_masked: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         """The host, without path and password."""
         return f"webhook {urlsplit(self.url).hostname}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its server is this machine."""
+        return is_on_this_machine(self.url)
 
     async def send(self, document: bytes) -> None:
         """Post it, with some tries if the server is down or busy.

@@ -19,6 +19,7 @@ from traceml.aggregator.alerts.alert_targets import AlertTarget
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.fail_open import fail_open
+from traceml.privacy.masker import Masker
 
 __all__ = ["FindingAlerts"]
 
@@ -44,12 +45,18 @@ class FindingAlerts:
     Args:
         targets: receivers; without one nothing is done.
         after_s: time that a finding persists before it is sent.
+        masker: masks what is sent to webhooks.
     """
 
     def __init__(
-        self, targets: Sequence[AlertTarget], after_s: float, now_s: Callable[[], float] = time.monotonic
+        self,
+        targets: Sequence[AlertTarget],
+        after_s: float,
+        now_s: Callable[[], float] = time.monotonic,
+        masker: Masker | None = None,
     ) -> None:
         self._targets, self._after_s, self._now_s = targets, after_s, now_s
+        self._masker = masker or Masker()
         self._runs: dict[ActiveRun, _RunAlerts] = {}
         self._recent: deque[float] = deque(maxlen=_MOST)
         self._tasks: dict[asyncio.Task[None], Path] = {}
@@ -116,9 +123,10 @@ class FindingAlerts:
 
         known.sent.add(key)
         self._recent.append(now_s)
-        document = json.dumps(_document(run, finding)).encode()
+        document = _document(run, finding)
         for target in self._targets:
-            task = asyncio.create_task(self._send(run, finding, target, document))
+            sent = self._masker.mask_mapping(document) if target.is_masked else document
+            task = asyncio.create_task(self._send(run, finding, target, json.dumps(sent).encode()))
             self._tasks[task] = run.path
             task.add_done_callback(self._tasks.pop)
 
