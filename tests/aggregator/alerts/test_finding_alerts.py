@@ -153,6 +153,23 @@ def test_many_findings_are_spread_over_time(run: ActiveRun) -> None:
     assert len({tuple(each["finding"]["ranks"]) for each in inbox.documents}) == 25 == len(inbox.documents)
 
 
+def test_the_end_of_a_run_is_sent_however_many_were(run: ActiveRun) -> None:
+    """It has no later try: ten other findings in this minute do not swallow it."""
+    inbox = _Inbox()
+    others = [Finding(kind=Kind.STRAGGLER, severity=Severity.WARNING, ranks=(rank,), summary="x", next="y")
+              for rank in range(10)]  # fmt: skip
+
+    def work(alerts: FindingAlerts, clock: _Clock) -> None:
+        alerts.check(run, others)
+        clock.now_s += 30.0
+        alerts.check(run, others)
+        alerts.check_end(run, [LOST])
+
+    _alerts(work, inbox)
+
+    assert inbox.kinds == [*["STRAGGLER"] * 10, "RANK_LOST"]
+
+
 def test_a_failure_is_logged_and_stored(run: ActiveRun, caplog: pytest.LogCaptureFixture) -> None:
     """Another try is the target's own matter."""
     inbox = _Inbox("the printer is on fire")

@@ -85,7 +85,7 @@ class FindingAlerts:
         known = self._runs.setdefault(run, _RunAlerts())
         for finding in findings:
             if finding.kind in _AT_END and not any(kind is finding.kind for kind, *_ in known.sent):
-                self._send_once(run, known, finding)
+                self._send_once(run, known, finding, is_last=True)
 
     def is_sending(self, path: Path) -> bool:
         """Whether an alert of the run in this folder is on its way."""
@@ -114,11 +114,15 @@ class FindingAlerts:
 
             await asyncio.gather(*late, return_exceptions=True)
 
-    def _send_once(self, run: ActiveRun, known: _RunAlerts, finding: Finding) -> None:
-        """Send a finding unless it was sent, or too many were sent just now: then it is tried again."""
+    def _send_once(self, run: ActiveRun, known: _RunAlerts, finding: Finding, *, is_last: bool = False) -> None:
+        """Send a finding unless it was sent, or too many were sent just now: then it is tried again.
+
+        Args:
+            is_last: whether there is no later try: then the number does not matter.
+        """
         key, now_s = _key(finding), self._now_s()
-        is_limited = len(self._recent) == _MOST and now_s - self._recent[0] < _PER_S
-        if key in known.sent or is_limited:
+        are_many = len(self._recent) == _MOST and now_s - self._recent[0] < _PER_S
+        if key in known.sent or (are_many and not is_last):
             return
 
         known.sent.add(key)
