@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from contextlib import closing, suppress
@@ -16,7 +17,7 @@ from tests.runs.fabricated_store import STARTED, add_rank, run_facts, store_run
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import STORE_VERSION
 from traceml.errors import ArgumentTypeError, RunNotFoundError
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.runs.find import describe_run, find_run, list_runs
 from traceml.runs.live_run import LiveRun
 from traceml.runs.remove import prune, remove_run
@@ -233,6 +234,16 @@ def test_pruning_keeps_the_newest_and_the_running(runs):
     assert [info.id[-4:] for info in removed] == ["0000"]
     assert sorted(info.id[-4:] for info in list_runs(runs)) == ["0001", "0002"]
     assert (runs / "latest").readlink().name == "20260102-000000-train-0002"
+
+
+def test_pruning_keeps_what_the_center_is_missing(runs):
+    """Its center was away when it ended: the next aggregator sends it."""
+    unsent, sent = ({"address": "center:29765", "sent": each, "safe": 0} for each in (False, True))
+    (runs / "20260100-000000-train-0000" / RELAY_NAME).write_text(json.dumps(unsent))
+    assert prune(runs, keep=1) == []
+
+    (runs / "20260100-000000-train-0000" / RELAY_NAME).write_text(json.dumps(sent))
+    assert [info.id[-4:] for info in prune(runs, keep=1)] == ["0000"]
 
 
 def test_the_latest_points_at_the_newest_run_that_is_left(runs):

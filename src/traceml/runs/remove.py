@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from traceml.database.states import RunStatus
 from traceml.errors import StoreError, TraceMLError
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.runs.find import RunInfo, describe_run, list_runs
 from traceml.runs.run_labels import read_labels
 from traceml.track.tracker_state import DeliveryPhase, states_of
@@ -21,15 +22,13 @@ __all__ = ["is_delivered", "prune", "refuse_running", "remove_ended", "remove_ru
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     """Remove all but the newest `keep` runs of this user; return what was removed.
 
-    Runs that are running, that people gave a tag, such as baseline, or whose trackers are still missing data, are kept.
+    Runs that are running, that people gave a tag, such as baseline, or whose trackers or center are still missing data,
+    are kept.
     """
     own = [info for info in list_runs(runs_dir) if info.path.stat().st_uid == os.geteuid()]
     old = own[max(keep, 0) :]
-    removed = [
-        info
-        for info in old
-        if info.state != RunStatus.RUNNING and not read_labels(info.path).tags and is_delivered(info.path)
-    ]
+    ended = [info for info in old if info.state != RunStatus.RUNNING and not read_labels(info.path).tags]
+    removed = [info for info in ended if is_delivered(info.path) and not _waits_for_center(info.path)]
     for info in removed:
         remove_run(info.path)
 
@@ -74,6 +73,14 @@ def is_delivered(run_dir: Path) -> bool:
             return requested_backends(reader, run_dir) <= done
     except StoreError:
         return True  # what cannot be read cannot be delivered
+
+
+def _waits_for_center(run_dir: Path) -> bool:
+    """Return whether another aggregator, to which a run is sent, does not have all of it."""
+    try:
+        return json.loads((run_dir / RELAY_NAME).read_bytes())["sent"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # as the next aggregator, which sends it only by such a file
 
 
 def remove_run(path: Path) -> None:
