@@ -228,6 +228,14 @@ def test_custom_patterns() -> None:
     assert masker.mask_value("password", "a@example.org") == "[masked:secret]"
 
 
+def test_an_expression_may_begin_with_flags() -> None:
+    """As any of Python's; case does not matter then, in names and in texts."""
+    masker = Masker(["re:(?i)acme"])
+
+    assert masker.mask_value("customer_of_Acme", "Meier") == "[masked:custom]"
+    assert masker.mask_text("sold to ACME") == "sold to [masked:custom]"
+
+
 @pytest.mark.parametrize("pattern", ["re:(", "re:.*", "!", "!secret"])
 def test_bad_patterns_are_refused(pattern: str) -> None:
     """A pattern that cannot work is an error that names it; nothing goes out unmasked by mistake."""

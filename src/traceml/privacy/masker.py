@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -66,7 +66,7 @@ class Masker:
         self.counts: Counter[str] = Counter()
         self._off: set[str] = set()
         self._exempt: list[re.Pattern[str]] = []
-        self._names: list[re.Pattern[str]] = []
+        self._names: list[Callable[[str], object]] = []
         self._texts: list[re.Pattern[str]] = []
         for pattern in patterns:
             self._add(pattern)
@@ -93,7 +93,7 @@ class Masker:
             name: its name, which may mark it as secret.
         """
         name = str(name)
-        if any(each.fullmatch(name) for each in self._names):
+        if any(matches(name) for matches in self._names):
             return self._hidden("custom", value)
 
         kind = "" if any(each.fullmatch(name) for each in self._exempt) else name_kind(name)
@@ -167,10 +167,10 @@ class Masker:
                 if expression.match(""):
                     raise ValueError("it matches the empty text")
 
-                self._names.append(re.compile(f"(?s:.*(?:{expression.pattern}).*)"))
+                self._names.append(expression.search)
                 self._texts.append(expression)
             else:
-                self._names.append(shell_pattern(rest))
+                self._names.append(shell_pattern(rest).fullmatch)
                 self._texts.append(shell_pattern(rest, words=True))
         except (re.error, ValueError) as error:
             raise SettingsError(
