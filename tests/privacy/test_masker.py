@@ -51,7 +51,8 @@ def test_tokens_are_found_anywhere(masker: Masker, secret: str) -> None:
 SECRET_NAMES = """
     password db_password DB_PASSWORD PGPASSWORD MYSQL_PWD userPassword smtp.passwd api_key apiKey OPENAI_API_KEY api-key
     AWS_SECRET_ACCESS_KEY secret client_secret HF_TOKEN hub_token auth_token accessToken passphrase credentials
-    private_key access_key_id authorization session_cookie wandb_api_key openai_api_key_2 connection_string
+    private_key access_key_id authorization session_cookie wandb_api_key openai_api_key_2 connection_string DB_PASS
+    smtpPass redis_pass
 """
 
 
@@ -65,6 +66,29 @@ def test_values_with_secret_names(masker: Masker, name: str) -> None:
         assert masker.mask_value(name, reference) == reference
 
 
+@pytest.mark.parametrize(
+    "secret", ["$up3rS3cret", "$ecretPass", "$2b$12$KIXQJk1", "<abc123", "<a1>b2", "{{{x", "%(x)s1", "{{x}}1"]
+)
+def test_a_secret_that_begins_like_a_placeholder_is_masked(masker: Masker, secret: str) -> None:
+    """Also in a URL and in code: only what is a reference as a whole stays."""
+    assert masker.mask_value("db_password", secret) == "[masked:secret]"
+    assert masker.mask_text(f'password = "{secret}"') == 'password = "[masked:secret]"'
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "$TOKEN", "${TOKEN:-none}", "${TOKEN:?must be set}", "${{ secrets.TOKEN }}", "$(cat /run/token)", "$env:TOKEN",
+        "$1", "$db_pass", "<your token>", "{{ token }}", "%(password)s", "${USER}:${PASS}", "$HOME/.netrc",
+    ],
+)  # fmt: skip
+def test_references_to_secrets_stay(masker: Masker, reference: str) -> None:
+    """As a value, and in code with quotes and without."""
+    assert masker.mask_value("db_password", reference) == reference
+    for line in (f'password = "{reference}"', f"PASSWORD={reference}", f"--password {reference}"):
+        assert masker.mask_text(line) == line
+
+
 # What training scripts really log.
 HARMLESS = {
     "lr": 3e-4,
@@ -72,6 +96,8 @@ HARMLESS = {
     "num_tokens": "1000000",
     "tokenizer": "gpt2-medium",
     "tokenizer_name": "bert-base-uncased2",
+    "num_pass": "3",
+    "forward_pass": "checkpointed",
     "pad_token": "<pad>",
     "eos_token": "</s>",
     "mask_token": "[MASK]",

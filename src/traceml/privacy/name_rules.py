@@ -41,6 +41,9 @@ _DESCRIBES = words_of(
     "enabled version dropout rate ratio prob per index idx manager store backend provider variable header mode limit "
     "budget loss weight weights embedding embeddings vocab"
 )
+_OF_PASSES = words_of(
+    "db database sql mysql postgres pg mongo redis rabbitmq smtp imap mail ldap ftp ssh proxy user admin root login"
+)
 _WEAK_WORDS = frozenset({"auth", "pass", "key", "pw"})
 _PERSONAL = {
     "email": words_of("email emails mail e.mail email.address mail.address"),
@@ -51,6 +54,19 @@ _USERS = words_of("user username logname login user.name")
 _NO_SECRETS = frozenset(
     {"", "none", "null", "true", "false", "yes", "no", "auto", "basic", "bearer", "str", "int", "bool"}
 )
+# Their ends may be missing: where code has no quotes, a value ends at a space or a bracket.
+_REFERENCES = (
+    r"\$\{[^{}]*\}?",
+    r"\$?\{\{[^{}]*(?:\}\})?",
+    r"\$\(.*",
+    r"\$(?:env:)?[A-Z_][A-Z0-9_]*",
+    r"\$[a-z_]*(?:pass|password|pwd|secret|token|key)",
+    r"\$[\d@*#?$!-]?",
+    r"<[^<>]*>|<[A-Za-z_-]*",
+    r"%\(\w+(?:\)s)?",
+)
+_REFERENCE = f"(?:{'|'.join(_REFERENCES)})"
+_PLACEHOLDER = re.compile(rf"(?s:{_REFERENCE}(?:[:@/.-]{_REFERENCE})*(?:/[\w./-]*)?)")
 
 
 @lru_cache(maxsize=4096)
@@ -69,6 +85,7 @@ def name_kind(name: str) -> str:
             not _STRONG_WORDS.isdisjoint(words)
             or any(_STRONG.search(word) for word in words)
             or any(second in {"key", "keys"} and first in _OF_KEYS for first, second in pairs)
+            or (words[-1] == "pass" and len(words) > 1 and words[-2] in _OF_PASSES)
             or not pairs.isdisjoint({("pass", "word"), ("pass", "phrase"), ("connection", "string")})
             or (words[-1] == "token" and len(words) > 1 and words[-2] in _OF_TOKENS)
         ):
@@ -92,8 +109,16 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_placeholder(text: str) -> bool:
-    """Whether a text is a placeholder for a secret: `${TOKEN}`, `<token>`, `****`."""
-    return text.lower() in _NO_SECRETS or text.startswith((MASKED, "$", "<", "{{", "%(")) or not text.strip("*xX. \t")
+    """Whether a text is a placeholder for a secret: `${TOKEN}`, `<token>`, `****`.
+
+    A secret may begin like one: `$2b$12$...` is a hash.
+    """
+    return (
+        text.lower() in _NO_SECRETS
+        or text.startswith(MASKED)
+        or _PLACEHOLDER.fullmatch(text) is not None
+        or not text.strip("*xX. \t")
+    )
 
 
 def looks_random(text: str, kind: str) -> bool:
