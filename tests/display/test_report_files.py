@@ -144,11 +144,17 @@ def test_a_damaged_store_has_no_page(run, tmp_path):
 
 
 def test_an_ended_run_joins_the_fleet(run, tmp_path, monkeypatch, caplog):
-    """With the setting `fleet_dir`; where it cannot be written, the reports are, and the log says so."""
+    """With the setting `fleet_dir`; where it cannot be written, the reports are, and the log says so.
+
+    Where its center has the whole run, that one does.
+    """
+    write_reports(run)
+    monkeypatch.setenv("TRACEML_FLEET_DIR", str(tmp_path / "fleet"))
+    (run / "upstream.json").write_text("{}")
     write_reports(run)
     assert not (tmp_path / "fleet").exists()
 
-    monkeypatch.setenv("TRACEML_FLEET_DIR", str(tmp_path / "fleet"))
+    (run / "upstream.json").unlink()
     write_reports(run)
     assert [path.suffix for path in (tmp_path / "fleet").rglob("*") if path.is_file()] == [".parquet"]
 

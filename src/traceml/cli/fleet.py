@@ -86,6 +86,7 @@ def _print_update(done: FleetUpdate) -> None:
         f"{plural(done.added, 'run')} added",
         f"{done.known:,} known" if done.known else "",
         f"{done.running:,} still running" if done.running else "",
+        f"{done.relayed:,} left to their center" if done.relayed else "",
         f"{done.without_steps:,} without steps" if done.without_steps else "",
     ]
     print(f"traceml fleet: {', '.join(filter(None, parts))}", file=sys.stderr)

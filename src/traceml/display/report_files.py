@@ -41,17 +41,18 @@ def write_reports(run_dir: Path) -> Path:
             write_atomic(run_dir / PAGE_NAME, _page(summary, reader, report))
 
     with fail_open(_log, "display", f"{run_dir.name} was not added to the fleet's dataset"):
-        _add_to_fleet(report)
+        _add_to_fleet(run_dir, report)
 
     return path
 
 
-def _add_to_fleet(report: Report) -> None:
+def _add_to_fleet(run_dir: Path, report: Report) -> None:
     folder = load().fleet_dir
     if folder is not None and report.run.state != RunStatus.RUNNING:
-        from traceml.runs.fleet.fleet_dataset import FleetDataset
+        from traceml.runs.fleet.fleet_dataset import FleetDataset, is_relayed
 
-        FleetDataset(folder).add(report)
+        if not is_relayed(run_dir):
+            FleetDataset(folder).add(report)
 
 
 def refresh_reports(run_dir: Path) -> None:

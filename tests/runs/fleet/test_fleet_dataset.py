@@ -148,6 +148,16 @@ def test_an_update_adds_ended_runs_once(dataset, runs):
     assert dataset.update(runs).known == 0
 
 
+def test_a_run_of_merged_hosts_is_added_by_its_center(dataset, runs):
+    """Each host has its part as a run of its own: the job would be there once per host, beside the whole."""
+    (runs / "stored" / "upstream.json").write_text("{}")
+
+    done = dataset.update(runs)
+
+    assert (done.added, done.relayed) == (1, 1)
+    assert [path.name.rpartition("-")[0] for path in dataset.files()] == ["reported"]
+
+
 @pytest.mark.parametrize(
     ("command", "script"),
     [

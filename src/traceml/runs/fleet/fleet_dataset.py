@@ -19,7 +19,7 @@ import msgspec
 from traceml.database.states import RunStatus
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.installation import install_command
-from traceml.run_folder import REPORT_NAME
+from traceml.run_folder import RELAY_NAME, REPORT_NAME
 from traceml.runs.find import run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
 from traceml.runs.json_document import UNREADABLE_JSON
@@ -27,7 +27,7 @@ from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import Report, RunSection
 from traceml.trusted_files import read_regular
 
-__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "parquet_library", "partition_of"]
+__all__ = ["DATASET_NAME", "FleetDataset", "FleetUpdate", "is_relayed", "parquet_library", "partition_of"]
 
 DATASET_NAME = "fleet"
 """Folder of the dataset in the folder of runs, where no other is set."""
@@ -46,6 +46,7 @@ class FleetUpdate:
     added: int = 0  # runs that were added or written again
     known: int = 0  # runs that were in the dataset already
     running: int = 0
+    relayed: int = 0  # parts of runs, which their center adds
     without_steps: int = 0  # ended runs that have no step, and so no row
     damage: list[str] = field(default_factory=list)  # messages about runs that cannot be read
 
@@ -111,6 +112,10 @@ class FleetDataset:
             done.known += 1
             return
 
+        if is_relayed(run_dir):
+            done.relayed += 1
+            return
+
         report = written_report(run_dir)
         if report.run.state == RunStatus.RUNNING:
             done.running += 1
@@ -126,6 +131,11 @@ class FleetDataset:
             return self.path_of(run).stat().st_mtime_ns >= path.stat().st_mtime_ns
         except (OSError, *UNREADABLE_JSON):
             return False
+
+
+def is_relayed(run_dir: Path) -> bool:
+    """Whether a run is that of a host in the store of its host: the center has that of all hosts, which counts once."""
+    return (run_dir / RELAY_NAME).exists()
 
 
 def partition_of(path: Path) -> tuple[str, str]:
