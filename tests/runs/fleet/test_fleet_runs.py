@@ -44,7 +44,8 @@ def test_a_host_with_rank_0_alone_is_not_judged(tmp_path):
 
 
 def test_a_file_of_many_runs_is_read_as_well(dataset):
-    """Other programs may rewrite a month as one file."""
+    """Other programs may rewrite a month as one file; runs of the same id stay apart."""
+    dataset.add(fleet_report(3, ["a"], id="run-0002"))
     before = read_runs(dataset.files()).runs
     files = dataset.files()
     whole = pa.concat_tables([pq.ParquetFile(file).read() for file in files])

@@ -71,6 +71,11 @@ def test_a_new_phase_has_no_change(history):
     assert (phases["optimizer"].mean_ms, phases["optimizer"].outcome) == (0, "faster")
 
 
+def test_earlier_runs_of_the_same_id_count(history):
+    """As those of a nightly job, whose id is always the same."""
+    assert history(earlier(21, id="nightly")).runs == 20
+
+
 @pytest.mark.parametrize(
     "other", [{"batch_size": 64}, {"hosts": ["a", "b"]}, {"world_size": 3}, {"command": "other.py"}, {"project": "nlp"}]
 )

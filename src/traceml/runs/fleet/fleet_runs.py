@@ -169,13 +169,15 @@ def summarize_files(paths: Sequence[str]) -> SummarizedFiles:
 
 
 def _runs_of(table: Any, project: str, month: str) -> Iterator[FleetRun]:
-    """Yield the runs of a table; a file that another program has rewritten may hold many."""
-    _, first, number = np.unique(table["run"].to_numpy(), return_index=True, return_inverse=True)
+    """Yield the runs of a table; a file that another program has rewritten may hold many, also of the same id."""
+    ids, starts = (np.unique(table[name].to_numpy(), return_inverse=True)[1] for name in ("run", "started_epoch_s"))
+    _, first, number = np.unique(ids * (len(starts) + 1) + starts, return_index=True, return_inverse=True)
     facts = table.select(list(_FACTS)).take(first).to_pylist()
-    columns = {name: table[name].to_numpy() for name in ("host", "rank", "phase", "mean_ms")}
-    for at, each in enumerate(facts):
-        rows = number == at
-        phases, cells, ranks, hosts = _matrix(*(values[rows] for values in columns.values()))
+    order = np.argsort(number, kind="stable")
+    ends = np.bincount(number).cumsum()[:-1]
+    columns = [np.split(table[name].to_numpy()[order], ends) for name in ("host", "rank", "phase", "mean_ms")]
+    for each, *of_run in zip(facts, *columns, strict=False):
+        phases, cells, ranks, hosts = _matrix(*of_run)
         started = each.pop("started_epoch_s")
         yield FleetRun(
             **each,

@@ -45,12 +45,7 @@ def run_history(run: FleetRun, runs: Sequence[FleetRun]) -> RunHistory:
 
 
 def _is_before(other: FleetRun, run: FleetRun) -> bool:
-    return (
-        other.project == run.project
-        and other.run != run.run
-        and (other.started or 0.0) < (run.started or 0.0)
-        and other.steps >= MIN_STEPS
-    )
+    return other.project == run.project and (other.started or 0.0) < (run.started or 0.0) and other.steps >= MIN_STEPS
 
 
 def _key(run: FleetRun) -> tuple[Any, ...]:
