@@ -16,7 +16,7 @@ from traceml.clock import boot_id, pid_namespace, process_start_ticks
 from traceml.database.store.store import StoreWriter
 from traceml.run_folder import STORE_NAME
 
-__all__ = ["Clock", "running_run", "series_of"]
+__all__ = ["Clock", "aggregator_facts", "running_run", "series_of"]
 
 
 class Clock:
@@ -33,15 +33,9 @@ def running_run(folder: Path, *faults: Fault, ranks: int = 2, steps: int = 200, 
     """Write a run whose aggregator is this process, and yield its store's writer."""
     folder.mkdir(parents=True)
     of_job = {"state": "running", "ended": None, "started": time.time() - 60, "world_size": ranks}
-    own = {
-        "host": socket.gethostname(),
-        "boot_id": boot_id(),
-        "pid_namespace": pid_namespace(),
-        "pid": os.getpid(),
-    }
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id=folder.name, **{**of_job, **facts}))
-        writer.put_meta("aggregator", {**own, "start_ticks": process_start_ticks(os.getpid())})
+        writer.put_meta("aggregator", aggregator_facts(os.getpid()))
         for rank, rows in enumerate(
             rows_of(Job(ranks=ranks, steps=steps), *(faults or (adds("forward", 20, (ranks - 1,)),)))
         ):
@@ -49,6 +43,12 @@ def running_run(folder: Path, *faults: Fault, ranks: int = 2, steps: int = 200, 
 
         writer.commit()
         yield writer
+
+
+def aggregator_facts(pid: int) -> dict[str, Any]:
+    """Return the facts of an aggregator that is a process of this host."""
+    here = {"host": socket.gethostname(), "boot_id": boot_id(), "pid_namespace": pid_namespace()}
+    return {**here, "pid": pid, "start_ticks": process_start_ticks(pid)}
 
 
 def series_of(text: str) -> dict[str, float]:

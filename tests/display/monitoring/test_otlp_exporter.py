@@ -6,15 +6,17 @@ import itertools
 import logging
 import os
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.display.monitoring.collector import Collector, collecting
-from tests.display.monitoring.running import Clock, running_run
+from tests.display.monitoring.running import Clock, aggregator_facts, running_run
 from tests.ports import free_port
 from tests.runs.fabricated_store import run_facts
 from traceml.database.store.store import StoreWriter
+from traceml.display.monitoring.active_runs import MAX_RUNS
 from traceml.display.monitoring.otlp_exporter import OtlpConfig, OtlpExporter
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report import build_report, save_report
@@ -79,6 +81,22 @@ def test_runs_of_another_aggregator_are_its_own(tmp_path):
         other.poll(15.0, last=True)
 
     assert (collector.metrics, collector.traces) == ([], [])
+
+
+def test_newer_runs_of_other_aggregators_hide_none(tmp_path):
+    """Of a sweep in one folder each job has an aggregator: the limit counts its own runs, and it follows no others."""
+    with collecting() as collector, ExitStack() as stack:
+        stack.enter_context(running_run(tmp_path / "mine", started=1e9))
+        for number in range(MAX_RUNS):
+            other = stack.enter_context(running_run(tmp_path / f"r{number}", ranks=1, steps=30))
+            other.put_meta("aggregator", aggregator_facts(os.getppid()))
+            other.commit()
+
+        sender = exporter(tmp_path, collector.url)
+        sender.poll(15.0)
+        assert list(sender._runs._live) == [tmp_path / "mine"]
+
+    assert ("traceml.steps", (("run", "mine"),)) in collector.points()
 
 
 def test_metrics_wait_for_their_interval(tmp_path):
@@ -158,6 +176,23 @@ def test_the_same_run_has_the_same_ids(tmp_path):
 
     ids = [span.span_id for span in collector.spans()]
     assert ids[: len(ids) // 2] == ids[len(ids) // 2 :]
+
+
+def test_a_run_that_goes_on_after_its_end_is_sent_again(tmp_path):
+    """As a job that was queued again: its trace becomes that of all its attempts."""
+    with collecting() as collector, running_run(tmp_path / "r1") as writer:
+        sender, clock = exporter(tmp_path, collector.url), time.time()
+        end(tmp_path / "r1", writer, state="failed")
+        sender.poll(0.0, last=True)
+        writer.put_meta("run", run_facts(id="r1", state="running", started=clock - 60, ended=None))
+        writer.commit()
+        sender.poll(0.0, last=True)
+        end(tmp_path / "r1", writer)
+        sender.poll(0.0, last=True)
+
+    roots = [span for span in collector.spans() if span.name.startswith("run")]
+    assert [root.status.code for root in roots] == [2, 0]
+    assert len({root.trace_id for root in roots}) == 1
 
 
 def test_runs_that_ended_before_are_not_sent(tmp_path):

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from traceml.database.states import RunStatus
+from traceml.database.store.reader import StoreReader
 from traceml.errors import StoreError
 from traceml.renderers.monitoring_metrics import Instruments
 from traceml.renderers.monitoring_readings import Reading, readings
+from traceml.run_folder import STORE_NAME
 from traceml.runs.find import RunInfo
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report.report_types import Report
 from traceml.runs.run_state import UNREADABLE_STATES, is_written_by
 from traceml.runs.runs_source import RunsSource
 
-__all__ = ["MAX_RUNS", "ActiveRuns", "RunsSnapshot"]
+__all__ = ["MAX_RUNS", "ActiveRuns", "RunsSnapshot", "is_store_of"]
 
 MAX_RUNS = 32
 """Running runs that are shown; the oldest of more are counted only."""
@@ -76,28 +78,45 @@ class ActiveRuns:
 
             return self._snapshot
 
+    def infos(self) -> tuple[RunInfo, ...]:
+        """Return the runs of the folder, without a report of any."""
+        with self._lock:
+            return self._read_infos()
+
     def close(self) -> None:
         """Close the stores."""
         with self._lock:
             self._drop(set(self._live))
 
     def _read(self) -> RunsSnapshot:
-        state = self._source.read()
-        self._infos = self._infos if state is None else state.runs
-        running = [info.path for info in self._infos if info.state == RunStatus.RUNNING]
+        infos = self._read_infos()
+        running = [info.path for info in infos if info.state == RunStatus.RUNNING and self._is_owned(info.path)]
         shown = running[:MAX_RUNS]
         self._drop(set(self._live) - set(shown))
         reports = [report for path in shown if (report := self._report(path)) is not None]
         states = Counter(dict.fromkeys(_STATES, 0))
-        states.update(info.state for info in self._infos)
-        return RunsSnapshot(reports, tuple(states.items()), len(running) - len(shown), self._infos)
+        states.update(info.state for info in infos)
+        return RunsSnapshot(reports, tuple(states.items()), len(running) - len(shown), infos)
+
+    def _read_infos(self) -> tuple[RunInfo, ...]:
+        state = self._source.read()
+        self._infos = self._infos if state is None else state.runs
+        return self._infos
+
+    def _is_owned(self, path: Path) -> bool:
+        try:
+            return self._owner is None or is_store_of(path, self._owner)
+        except StoreError:  # it was removed, or is being replaced
+            return False
 
     def _report(self, path: Path) -> Report | None:
-        live = self._live.setdefault(path, LiveRun(path))
+        if path not in self._live:
+            self._live[path] = LiveRun(path)
+
+        live = self._live[path]
         try:
             live.refresh()
-            is_owned = self._owner is None or is_written_by(live.summary.aggregator, self._owner)
-            return live.report() if is_owned else None
+            return live.report()
         except StoreError as error:  # the store was replaced: the next request opens the new one
             _log.warning("the metrics of %s are missing: %s", path.name, error)
             self._drop({path})
@@ -106,3 +125,13 @@ class ActiveRuns:
     def _drop(self, paths: set[Path]) -> None:
         for path in paths:
             self._live.pop(path).close()
+
+
+def is_store_of(run_dir: Path, owner: int) -> bool:
+    """Return whether an aggregator of this host writes the store of a run.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with StoreReader(run_dir / STORE_NAME) as reader:
+        return is_written_by(reader.meta().get("aggregator", {}), owner)

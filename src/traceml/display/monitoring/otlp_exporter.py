@@ -29,18 +29,16 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import StatusCode, set_span_in_context
 
 from traceml.database.states import ENDED_BADLY, RunStatus
-from traceml.database.store.reader import StoreReader
-from traceml.display.monitoring.active_runs import ActiveRuns
+from traceml.display.monitoring.active_runs import ActiveRuns, is_store_of
 from traceml.errors import StoreError
 from traceml.privacy.masker import Masker
 from traceml.renderers.monitoring_metrics import Instrument, Instruments
 from traceml.renderers.monitoring_readings import Reading
-from traceml.run_folder import REPORT_NAME, STORE_NAME
+from traceml.run_folder import REPORT_NAME
 from traceml.runs.export.run_spans import RunSpan, run_spans
 from traceml.runs.find import RunInfo
 from traceml.runs.report.report import written_report
 from traceml.runs.report.report_types import Report
-from traceml.runs.run_state import is_written_by
 from traceml.version import __version__
 
 __all__ = ["OtlpConfig", "OtlpExporter"]
@@ -109,15 +107,18 @@ class OtlpExporter:
             interval_s: between two exports of metrics.
             last: whether this is the last call: then nothing waits for a better time.
         """
-        snapshot = self._runs.snapshot(fresh=last)
-        self._readings = [each for each in snapshot.readings() if each.instrument.labels[:1] == ("run",)]
         now_s = self._clock()
-        if self._readings and now_s >= self._due_s:
-            self._due_s = now_s + interval_s
-            self._send_metrics()
+        snapshot = self._runs.snapshot(fresh=last) if now_s >= self._due_s else None
+        if snapshot is not None:
+            self._readings = [each for each in snapshot.readings() if each.instrument.labels[:1] == ("run",)]
+            if self._readings:
+                self._due_s = now_s + interval_s
+                self._send_metrics()
 
-        for info in snapshot.infos:
-            if info.state != RunStatus.RUNNING and info.id not in self._known:
+        for info in self._runs.infos() if snapshot is None else snapshot.infos:
+            if info.state == RunStatus.RUNNING:
+                self._known.discard(info.id)  # a job that was started again continues it
+            elif info.id not in self._known:
                 self._take_ended(info, last=last)
 
         if self._pending and (last or now_s >= self._retry_s):
@@ -188,8 +189,7 @@ class OtlpExporter:
         if ended_s < self._began_s - _POLL_S:
             return False
 
-        with StoreReader(info.path / STORE_NAME) as reader:
-            return is_written_by(reader.meta().get("aggregator", {}), self._config.owner)
+        return is_store_of(info.path, self._config.owner)
 
     def _made(self, report: Report, spans: Iterable[RunSpan]) -> tuple[ReadableSpan, ...]:
         """Return spans of the SDK; a run has the same ids each time, so that sending it again makes no second run."""
