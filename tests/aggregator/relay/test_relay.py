@@ -442,6 +442,40 @@ def test_how_far_a_run_is_sent_is_kept_in_its_folder(dial, tmp_path):
     assert json.loads((run / RELAY_NAME).read_text())["safe"] == 0
 
 
+@pytest.mark.process
+def test_the_rows_of_one_run_do_not_keep_others_waiting(dial, tmp_path, monkeypatch):
+    """After a while it is the next one's turn; at the end all that is possible is sent."""
+    for name, value in (("_FRAMES", 8), ("_MESSAGE_BYTES", 1), ("_TURN_S", 0.0)):
+        monkeypatch.setattr(f"traceml.aggregator.relay.run_relay.{name}", value)
+
+    center, connected = dial
+    relay = RunRelay(host_run(tmp_path / "run", 40), "host", connected)
+    relay.poll()
+    assert relay._cursor == 8
+
+    relay.finish(20)
+    relay.disconnect()
+    assert stored_of(center, STEPS.name) == 40
+
+
+def test_the_end_does_not_wait_for_a_center_that_is_away(tmp_path, monkeypatch):
+    """A run that could not be sent just now is not tried again: with many it would take minutes."""
+    runs = [host_run(tmp_path / "runs" / name, 1) for name in ("first", "second")]
+    tried: list[str] = []
+
+    def poll(relay: RunRelay) -> None:
+        tried.append(relay.path.name)
+        raise TimeoutError
+
+    monkeypatch.setattr(RunRelay, "poll", poll)
+    upstream = Upstream("127.0.0.1:9", tmp_path / "runs", TOKEN)
+    upstream.poll(runs)
+    upstream.close()
+
+    assert tried == ["first", "second"]
+    assert [json.loads((run / RELAY_NAME).read_text())["sent"] for run in runs] == [False, False]
+
+
 def test_an_error_of_one_run_is_counted_and_the_others_are_sent(tmp_path, monkeypatch, caplog):
     """It is tried again later."""
     runs = [host_run(tmp_path / "runs" / name, 1) for name in ("first", "second")]

@@ -50,6 +50,7 @@ _HISTORY_FRAMES = 4096  # read again, about a minute: ranks are compared over it
 _MESSAGE_BYTES = 1 << 20
 _MAX_UNSENT_BYTES = 4 << 20
 _JOIN_S, _FLUSH_S = 5.0, 1.0
+_TURN_S = 1.0  # for the rows of one run, until other runs have their turn
 
 
 class _RelayedStream(msgspec.Struct):
@@ -111,6 +112,9 @@ class RunRelay:
         """Send what is new, and wait until it is stored there; see `poll`."""
         deadline_s = time.monotonic() + timeout_s
         self.poll()
+        while not self._is_caught_up and time.monotonic() < deadline_s:
+            self.poll()
+
         if not self.is_stored and self._link is not None:
             self._link.send({"t": "confirm"})
 
@@ -163,8 +167,10 @@ class RunRelay:
         run = self._reader.meta().get("run", {})  # before the rows: all of a run that has ended are there
         records = {record.id: record for record in self._reader.streams()}
         new = self._new(records.values())
-        if new and self._streams:  # the center admits a restarted rank after the end of the one before
-            self._send_rest(link, self._reader, records, {record.id for record in new})
+        # The center admits a restarted rank after the end of the one before.
+        if new and self._streams and not self._send_rest(link, self._reader, records, {each.id for each in new}):
+            link.flush(_FLUSH_S)
+            return
 
         is_first = not self._streams
         self._join(link, new, run)
@@ -237,12 +243,13 @@ class RunRelay:
     def _send_rest(
         self, link: Connection, reader: StoreReader, records: Mapping[int, StreamRecord], but: Container[int] = ()
     ) -> bool:
-        """Send the rows since the last call, and the ends of ranks; return whether there is no more.
+        """Send the rows since the last call, for a second, and the ends of ranks; return whether there is no more.
 
         Args:
             records: its streams, read before.
             but: streams that the center does not know: their rows, and all after them, are left for later.
         """
+        until_s = time.monotonic() + _TURN_S
         while link.unsent_bytes < _MAX_UNSENT_BYTES:
             whole: list[Frame] = []
             is_last = self._read(reader, records, but, whole)
@@ -253,6 +260,8 @@ class RunRelay:
                 return True
 
             self._take(link.receive())
+            if time.monotonic() >= until_s:
+                break
 
         return False
 

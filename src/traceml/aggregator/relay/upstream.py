@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ class Upstream:
         """Send what is left for some seconds, and log what could not be sent."""
         deadline_s = time.monotonic() + _LAST_S
         for path, relay in self._relays.items():
-            self._tried(path, lambda relay=relay: relay.finish(max(deadline_s - time.monotonic(), 0.0)))  # type: ignore[misc]
+            left_s = deadline_s - time.monotonic()
+            if left_s > 0 and self._retries[path].is_due:
+                self._tried(path, partial(relay.finish, left_s))
+
             if relay.is_done:
                 self._done(path, relay)
                 continue
