@@ -18,7 +18,8 @@ from traceml.aggregator.relay.relayed_hosts import CONFIRM_S, RelayedHosts, Rela
 from traceml.database.schema import PROCESS, STEPS
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import StoreReader
-from traceml.diagnosis.steps.representatives import ExcessWork, HostChoice, packed_ms
+from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS
+from traceml.diagnosis.steps.representatives import HOST_CHOICE, ExcessWork, HostChoice, packed_ms
 from traceml.errors import AggregatorRefusedError
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
@@ -140,6 +141,24 @@ def test_a_confirmation_is_for_the_messages_of_some_seconds(center):
     center.hosts.confirm(center.run)
     center.hosts.confirm(center.run)
     assert center.confirmed == [1, 3]
+
+
+def test_what_a_host_says_late_of_an_earlier_attempt_does_not_count(center):
+    """The job has begun again elsewhere, with fewer ranks: its rows and ends are taken, its choice and sums are not."""
+    other = HostPeer()
+    other.hello = Hello(role="relay", run="job", recorder="other")
+    again = hello_of(0, world_size=1, attempt=1)
+    center.hosts.take(other, {"t": "rank", "id": 5, "hello": {**again, "recorder": "again"}})
+    assert (center.run.attempt, center.run.world_size) == (1, 1)
+
+    center.take(update(1, [steps(0, 0, 10)], above=[0, b""], sums=[[1], {}, {}, []], ends=[[0, "killed", {}]]))
+    center.commit()
+
+    assert center.run.live.representatives.choices == []
+    with StoreReader(center.run.store.path) as reader:
+        assert reader.events(kind=HOST_CHOICE) == reader.events(kind=HOST_SUMS) == []
+        assert reader.rows("steps")["step"].tolist() == [*range(10)]
+        assert [stream.state for stream in reader.streams()] == ["killed", "running"]
 
 
 @pytest.mark.parametrize("ask", [{"t": "confirm"}, update(3, [], ends=[[0, "finished", {}]])])

@@ -63,6 +63,7 @@ class _RelayedHost(msgspec.Struct):
     """A connected host, and its ranks by the number that it has given them.
 
     Attributes:
+        attempt: the newest one of its ranks.
         taken, stored, confirmed: number of the last message that has come, is stored, and is known to be by the host.
         confirmed_s: monotonic time of the last confirmation.
         is_waiting: whether the host waits for the next one.
@@ -72,6 +73,7 @@ class _RelayedHost(msgspec.Struct):
     key: str
     ranks: dict[int, tuple[ActiveRun, RankStream, RelayedRank]] = {}
     run: ActiveRun | None = None
+    attempt: int = 0
     taken: int = 0
     stored: int = 0
     confirmed: int = 0
@@ -180,6 +182,7 @@ class RelayedHosts:
         stream.is_relayed = True
         run.store.update_stream(stream.id, relayed=True)
         host.ranks[number], host.run = (run, stream, link), run
+        host.attempt = max(host.attempt, stream.attempt)
         if len(self._hosts) >= MANY_HOSTS:
             run.store.hold()
 
@@ -194,14 +197,8 @@ class RelayedHosts:
         for each in rows:
             self._take_rows(host, each)
 
-        if run is not None and message.get("choice") is not None:
-            self._choose(run, host.key, message["choice"])
-
-        if run is not None and message.get("above") is not None:
-            run.live.representatives.add(host.key, _parsed(ExcessWork.from_row, message["above"]))
-
-        if run is not None and message.get("sums") is not None:
-            self._take_sums(run, host.key, message["sums"])
+        if run is not None and host.attempt == run.attempt:  # of an earlier one only rows and ends count
+            self._take_choice(run, host.key, message)
 
         for each in message.get("ends") or ():
             self._end(host, each)
@@ -209,6 +206,17 @@ class RelayedHosts:
 
         host.taken = number
         self._unstored[host.peer] = host
+
+    def _take_choice(self, run: ActiveRun, key: str, message: dict[str, Any]) -> None:
+        """Take what a host says about all of its ranks."""
+        if message.get("choice") is not None:
+            self._choose(run, key, message["choice"])
+
+        if message.get("above") is not None:
+            run.live.representatives.add(key, _parsed(ExcessWork.from_row, message["above"]))
+
+        if message.get("sums") is not None:
+            self._take_sums(run, key, message["sums"])
 
     @staticmethod
     def _take_rows(host: _RelayedHost, row: Any) -> None:
