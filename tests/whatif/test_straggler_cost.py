@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.whatif.generated_job import GeneratedJob, slow_worker, usual_s
+from traceml.whatif.causes import cause_of
 from traceml.whatif.simulation import Simulator
 from traceml.whatif.straggler_cost import WhatIf, explain_job
 from traceml.whatif.trace_loading import load_job
@@ -132,6 +133,33 @@ def test_only_slow_workers_are_named(tmp_path):
     assert len(result.worst_workers) == 3
     assert result.cause.startswith("Rank 47 (data-parallel rank 7, stage 1) explains 100 %")
     assert "2.0x as long" in result.cause
+
+
+def test_the_share_in_the_sentence_is_that_of_the_named_workers(tmp_path):
+    """The three worst of 80 explain all, the one that is named not what is left when two are somewhat slow."""
+    factors = {(7, 1): 2.0, (8, 1): 1.3, (9, 1): 1.3}
+
+    def seconds(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+        factor = factors.get((dp_rank, stage), 1.0) if "compute" in kind else 1.0
+        return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+    result = explained(GeneratedJob(dp=40, pp=2, micro_batches=2, steps=2, seconds=seconds), tmp_path)
+
+    assert result.worker_share == pytest.approx(1, abs=0.05)
+    share = int(result.cause.partition("explains ")[2].partition(" %")[0])
+    assert result.cause.startswith("Rank 47 ")
+    assert 60 <= share <= 80
+
+
+def test_transfers_vary_between_workers(tmp_path):
+    """A slow network between stages is between them, and computation on them."""
+    job = load_job(*GeneratedJob().run().write(tmp_path))
+
+    for kind, where in (("forward-pp-comm", "between"), ("gc", "on"), ("grads-reduce-scatter", "between")):
+        cause = cause_of(
+            job, slowdown=1.5, by_kind={kind: 1.5}, worst=[], worst_share=0.1, worker_share=0.1, stage_share=0.1
+        )
+        assert cause.startswith(f"The duration of {kind} varies {where} many workers")
 
 
 def test_different_lengths_of_sequences(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from traceml.formatting import factor_text, percent_text
-from traceml.whatif.operations import BACKWARD, FORWARD, MEDIAN_KINDS, JobTrace
+from traceml.whatif.operations import BACKWARD, COMPUTE, FORWARD, JobTrace
 
 __all__ = ["cause_of"]
 
@@ -19,6 +19,7 @@ _MOST = 0.5
 _CORRELATED = 0.9
 # A stage explains as much as its one slow worker does; more work of the stage explains at least this much more.
 _MORE = 0.1
+_ON_ONE_WORKER = (*COMPUTE, "optimizer", "gc")
 
 Worker = tuple[int, int]
 
@@ -29,6 +30,7 @@ def cause_of(
     slowdown: float,
     by_kind: Mapping[str, float],
     worst: Sequence[Worker],
+    worst_share: float | None,
     worker_share: float | None,
     stage_share: float | None,
 ) -> str:
@@ -37,11 +39,12 @@ def cause_of(
     Args:
         slowdown: of the whole job.
         by_kind: slowdown by kind of operation.
-        worst: workers with the highest scores, as (dp_rank, stage).
-        worker_share: share of the lost time that the slowest workers explain.
-        stage_share: share of the lost time that the last stage explains.
+        worst: workers to blame, as (dp_rank, stage).
+        worst_share: share of the lost time that these explain; all shares are None without lost time.
+        worker_share: share of it that the slowest 3 % of the workers explain.
+        stage_share: share of it that the last stage explains.
     """
-    if slowdown < _SLOW or worker_share is None or stage_share is None:
+    if slowdown < _SLOW or worst_share is None or worker_share is None or stage_share is None:
         return f"Stragglers cost little: without any, a step would be {factor_text(slowdown)} as fast."
 
     if stage_share >= _MOST and _is_whole_stage(job, worst, stage_share - worker_share):
@@ -51,8 +54,8 @@ def cause_of(
             f"work than the others{alone}. Move layers from it to other stages."
         )
 
-    if worker_share >= _MOST:
-        return _slow_workers(job, worst, worker_share)
+    if worst_share >= _MOST:
+        return _slow_workers(job, worst, worst_share)
 
     if (correlation := length_correlation(job)) >= _CORRELATED:
         return (
@@ -61,7 +64,7 @@ def cause_of(
         )
 
     kind, score = max(by_kind.items(), key=lambda item: item[1])
-    where = "on many workers" if kind not in MEDIAN_KINDS else "between many workers"
+    where = "on many workers" if kind in _ON_ONE_WORKER else "between many workers"
     return f"The duration of {kind} varies {where}: this alone makes a step {factor_text(score)} as long."
 
 

@@ -94,7 +94,8 @@ def explain_job(simulator: Simulator) -> WhatIf:
     }
     count = -(-len(workers) * _WORST_PERCENT // 100)
     worst = sorted(workers, key=lambda worker: (-workers[worker], job.rank_of(*worker)))[:count]
-    without = [~_workers_of(job, worst), ~_rows_of(stages, job.stages[-1], shape)]
+    named = [worker for worker in worst if workers[worker] - 1 >= _ALIKE * (workers[worst[0]] - 1)]
+    without = [~_workers_of(job, worst), ~_rows_of(stages, job.stages[-1], shape), ~_workers_of(job, named)]
     lost = simulated - ideal if simulated > (1 + _NOTHING_LOST) * ideal else None
     shares = [lost and (simulated - seconds) / lost for seconds in simulator.mean_step_s(np.stack(without)).tolist()]
     return WhatIf(
@@ -117,7 +118,8 @@ def explain_job(simulator: Simulator) -> WhatIf:
             job,
             slowdown=simulated / ideal,
             by_kind=by_kind,
-            worst=[worker for worker in worst if workers[worker] - 1 >= _ALIKE * (workers[worst[0]] - 1)],
+            worst=named,
+            worst_share=shares[2],
             worker_share=shares[0],
             stage_share=shares[1],
         ),
