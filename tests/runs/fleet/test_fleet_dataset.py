@@ -164,7 +164,7 @@ def test_a_run_of_merged_hosts_is_added_by_its_center(dataset, runs):
         ("/a/b/train.py --config -m", "train.py"),
         (["python", "-u", "/a/main.py", "x.py"], "main.py"),
         ("traceml launch --hostnames a,b -m pkg.train --lr 1", "pkg.train"),
-        ("/opt/bin/finetune --x", "finetune"),
+        ("/opt/bin/finetune --x -m 3", "finetune"),
         ("train.py 'cut off", "train.py"),
         ("", ""),
     ],

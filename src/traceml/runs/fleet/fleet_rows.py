@@ -93,14 +93,16 @@ def _facts(report: Report) -> dict[str, Any]:
 def script_of(command: str | Sequence[str]) -> str:
     """Return the script in a command line without its folder, or the module after `-m`; empty if there is none."""
     words = _words(command) if isinstance(command, str) else list(command)
+    program = PurePath(words[0]).name if words else ""
+    runs_modules = program.startswith(("python", "torchrun", "traceml", "accelerate"))
     for before, word in zip(["", *words], words, strict=False):
-        if before == "-m":
+        if before == "-m" and runs_modules:
             return word
 
         if word.endswith(".py"):
             return PurePath(word).name
 
-    return PurePath(words[0]).name if words else ""
+    return program
 
 
 def _words(command: str) -> list[str]:
