@@ -22,6 +22,7 @@ def run_of(*streams: Any, attempt: int = 0) -> Any:
         id="run",
         path=None,
         attempt=attempt,
+        ended=False,
         streams=streams,
         connected=(),
         live=live,
@@ -55,6 +56,46 @@ def test_each_attempt_that_hangs_is_ended_once(monkeypatch):
     assert not jobs.is_due(run)
 
 
+def test_a_process_that_has_just_ended_does_not_save_the_others(monkeypatch):
+    """Its own programs are asked to end first, which takes time."""
+    killed: list[int] = []
+
+    def kill(pid: int, _signal: int) -> None:
+        killed.append(pid)
+        if pid == os.getpid():
+            raise ProcessLookupError
+
+    monkeypatch.setattr(hang_termination.os, "kill", kill)
+    monkeypatch.setattr(hang_termination, "end_started_processes", lambda _pid: None)
+    abort_at_once(monkeypatch, run_of(stream_of(os.getpid()), stream_of(os.getppid())))
+
+    assert killed == [os.getpid(), os.getppid()]
+
+
+def test_a_run_that_ends_while_its_report_is_written_is_not_ended(monkeypatch):
+    """Its store is closed then."""
+    killed: list[int] = []
+    run = run_of(stream_of(os.getpid()))
+    run.store.event = None
+    monkeypatch.setattr(hang_termination, "_kill", killed.append)
+
+    abort_at_once(monkeypatch, run, lambda _path: setattr(run, "ended", True))
+
+    assert killed == []
+
+
+def abort_at_once(monkeypatch, run, report=None, meanwhile=lambda: None) -> None:
+    """End a run, without the time in which its processes may end by themselves."""
+
+    async def sleep(_seconds: float) -> None:
+        meanwhile()
+
+    monkeypatch.setattr(hang_termination.asyncio, "sleep", sleep)
+    monkeypatch.setattr(hang_termination, "UnconnectedRanks", lambda _run: SimpleNamespace(find=list))
+    monkeypatch.setattr(HungJobs, "_snapshot_silent", staticmethod(lambda _run: asyncio.to_thread(int)))
+    asyncio.run(HungJobs(report).abort(run))
+
+
 @pytest.mark.parametrize("restarts", [False, True])
 def test_processes_of_the_next_attempt_are_not_killed(restarts, monkeypatch):
     """The launcher may have started it before the time is over in which the hung ones may end by themselves."""
@@ -62,15 +103,12 @@ def test_processes_of_the_next_attempt_are_not_killed(restarts, monkeypatch):
     stream = stream_of(os.getpid())
     run = run_of(stream)
 
-    async def sleep(_seconds: float) -> None:
+    def restart() -> None:
         if restarts:
             stream.incarnation = SimpleNamespace(pid=os.getppid(), start_ticks=5)
             monkeypatch.setattr(hang_termination, "process_start_ticks", lambda pid: {os.getpid(): None}.get(pid, 5))
 
-    monkeypatch.setattr(hang_termination.asyncio, "sleep", sleep)
     monkeypatch.setattr(hang_termination, "_kill", killed.append)
-    monkeypatch.setattr(hang_termination, "UnconnectedRanks", lambda _run: SimpleNamespace(find=list))
-    monkeypatch.setattr(HungJobs, "_snapshot_silent", staticmethod(lambda _run: asyncio.to_thread(int)))
-    asyncio.run(HungJobs(None).abort(run))
+    abort_at_once(monkeypatch, run, meanwhile=restart)
 
     assert killed == ([] if restarts else [os.getpid()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -63,6 +64,9 @@ class HungJobs:
             if self._report is not None:
                 await asyncio.to_thread(self._report, run.path)
 
+        if run.ended:  # meanwhile, by itself
+            return
+
         run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
         run.live.facts_builder.progress.was_aborted = True
         run.commit(force=True)
@@ -96,4 +100,5 @@ def _running_here(run: ActiveRun) -> list[tuple[int, int | None]]:
 def _kill(pid: int) -> None:
     """Kill a rank; programs that it has started are asked to end."""
     end_started_processes(pid)
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(pid, signal.SIGKILL)
