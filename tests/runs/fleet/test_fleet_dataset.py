@@ -13,7 +13,8 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
 from tests.runs.fleet.fabricated_fleet import PHASES_MS, fleet_report
-from traceml.errors import TraceMLError
+from traceml.errors import StoreError, TraceMLError
+from traceml.runs.fleet import fleet_dataset
 from traceml.runs.fleet.fleet_dataset import FleetDataset, partition_of
 from traceml.runs.fleet.fleet_rows import COLUMNS, script_of
 from traceml.runs.report.report import build_report, save_report
@@ -134,18 +135,31 @@ def runs(tmp_path):
     return folder
 
 
-def test_an_update_adds_ended_runs_once(dataset, runs):
-    """Each is counted by what became of it; a report that was written again is taken again."""
+def test_an_update_adds_ended_runs_once(dataset, runs, monkeypatch):
+    """Each is counted by what became of it; a report that was written again is taken again.
+
+    Of a run that has none, as its aggregator was killed, the store's time counts.
+    """
     done = dataset.update(runs)
     assert (done.added, done.known, done.without_steps) == (2, 0, 1)
     assert len(done.damage) == 1
     assert "damaged" in done.damage[0]
     assert {path.name.rpartition("-")[0] for path in dataset.files()} == {"reported", "stored"}
 
-    assert dataset.update(runs).known == 1  # a run without a report is read again
+    save_report(runs / "empty", build_report(runs / "empty"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet_dataset, "written_report", unreadable)
+        done = dataset.update(runs)
+
+    assert (done.added, done.known, done.without_steps, len(done.damage)) == (0, 2, 1, 1)
     newer = dataset.path_of(build_report(runs / "reported").run).stat().st_mtime_ns + 10**9
     os.utime(runs / "reported" / "report.json", ns=(newer, newer))
+    os.utime(runs / "stored" / "store.db", ns=(newer, newer))
     assert dataset.update(runs).known == 0
+
+
+def unreadable(run_dir: Path) -> None:
+    raise StoreError(str(run_dir))
 
 
 def test_a_run_of_merged_hosts_is_added_by_its_center(dataset, runs):

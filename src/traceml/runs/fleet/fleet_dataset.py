@@ -19,8 +19,8 @@ import msgspec
 from traceml.database.states import RunStatus
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.installation import install_command
-from traceml.run_folder import RELAY_NAME, REPORT_NAME
-from traceml.runs.find import run_folders
+from traceml.run_folder import RELAY_NAME, REPORT_NAME, STORE_NAME
+from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.fleet.fleet_rows import COLUMNS, fleet_rows
 from traceml.runs.json_document import UNREADABLE_JSON
 from traceml.runs.report.report import written_report
@@ -33,10 +33,15 @@ DATASET_NAME = "fleet"
 """Folder of the dataset in the folder of runs, where no other is set."""
 
 
-class _RunOfReport(msgspec.Struct):
-    """The part of a report that shows where its rows belong."""
+class _Steps(msgspec.Struct):
+    count: int = 0
+
+
+class _PartOfReport(msgspec.Struct):
+    """The part of a report that shows where its rows belong, and whether there are any."""
 
     run: RunSection
+    steps: _Steps = msgspec.field(default_factory=_Steps)
 
 
 @dataclass(slots=True)
@@ -64,7 +69,7 @@ class FleetDataset:
         """Return its files, in the order of their names."""
         return sorted(self.folder.glob("project=*/month=*/[!.]*.parquet"))
 
-    def path_of(self, run: RunSection) -> Path:
+    def path_of(self, run: RunSection | RunInfo) -> Path:
         """Return the file of a run; ids that people choose may repeat, so the start is part of its name."""
         month = "unknown" if run.started is None else f"{datetime.fromtimestamp(run.started, UTC):%Y-%m}"
         folder = self.folder / f"project={quote(run.project, safe='')}" / f"month={month}"
@@ -108,29 +113,34 @@ class FleetDataset:
         return done
 
     def _update(self, run_dir: Path, done: FleetUpdate) -> None:
-        if self._is_known(run_dir):
-            done.known += 1
-            return
-
         if is_relayed(run_dir):
             done.relayed += 1
             return
 
-        report = written_report(run_dir)
-        if report.run.state == RunStatus.RUNNING:
+        written = _part_of_report(run_dir)
+        run = describe_run(run_dir) if written is None else written.run
+        if self._is_known(run, run_dir, REPORT_NAME if written is not None else STORE_NAME):
+            done.known += 1
+        elif run.state == RunStatus.RUNNING:
             done.running += 1
-        elif self.add(report) is None:
+        elif (written is not None and not written.steps.count) or self.add(written_report(run_dir)) is None:
             done.without_steps += 1
         else:
             done.added += 1
 
-    def _is_known(self, run_dir: Path) -> bool:
-        path = run_dir / REPORT_NAME
+    def _is_known(self, run: RunSection | RunInfo, run_dir: Path, name: str) -> bool:
+        """Return whether the dataset has a run as a file of its folder shows it."""
         try:
-            run = msgspec.json.decode(read_regular(path), type=_RunOfReport).run
-            return self.path_of(run).stat().st_mtime_ns >= path.stat().st_mtime_ns
-        except (OSError, *UNREADABLE_JSON):
+            return self.path_of(run).stat().st_mtime_ns >= (run_dir / name).stat().st_mtime_ns
+        except OSError:
             return False
+
+
+def _part_of_report(run_dir: Path) -> _PartOfReport | None:
+    try:
+        return msgspec.json.decode(read_regular(run_dir / REPORT_NAME), type=_PartOfReport)
+    except (OSError, *UNREADABLE_JSON):
+        return None
 
 
 def is_relayed(run_dir: Path) -> bool:
