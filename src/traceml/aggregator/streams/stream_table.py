@@ -24,6 +24,8 @@ class StreamTable:
         self._current: dict[tuple[int, int], RankStream] = {}
         self._by_incarnation: dict[tuple[Incarnation, int], RankStream] = {}
         self._by_recorder: dict[str, list[RankStream]] = {}
+        self._by_pid: dict[int, list[RankStream]] = {}
+        self._by_rank: dict[int, list[RankStream]] = {}
 
     def add(self, stream: RankStream) -> None:
         """Add a stream; a rank's newest one takes the place of the one before."""
@@ -35,6 +37,8 @@ class StreamTable:
 
         self._by_incarnation[stream.incarnation, stream.rank] = stream
         self._by_recorder.setdefault(stream.incarnation.recorder, []).append(stream)
+        self._by_pid.setdefault(stream.incarnation.pid, []).append(stream)
+        self._by_rank.setdefault(stream.rank, []).append(stream)
 
     def remove_rank(self, stream: RankStream) -> None:
         """Make a rank's stream one of a helper."""
@@ -60,7 +64,7 @@ class StreamTable:
 
     def of_exit(self, report: ExitReport) -> RankStream | None:
         """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
-        pid, host = report.pid, report.host
-        by_pid = [s for s in self.all if s.incarnation.pid == pid and host in (None, s.incarnation.host)]
-        by_rank = [stream for stream in self.all if stream.rank == report.rank and not stream.ended]
-        return next(reversed(by_pid or by_rank), None)
+        of_pid = () if report.pid is None else self._by_pid.get(report.pid, ())
+        by_pid = [stream for stream in of_pid if report.host in (None, stream.incarnation.host)]
+        of_rank = () if report.rank is None else self._by_rank.get(report.rank, ())
+        return next(reversed(by_pid or [stream for stream in of_rank if not stream.ended]), None)
