@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 
@@ -162,6 +163,44 @@ def test_a_webhook_that_does_not_answer_gets_the_alert_once() -> None:
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):
             silent.accept()
+
+
+def test_a_webhook_behind_a_firewall_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packets are dropped: the end of a job would wait for each try."""
+    tries: list[bytes] = []
+
+    def post(_: WebhookAlert, document: bytes) -> None:
+        tries.append(document)
+        raise URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(WebhookAlert, "_post", post)
+    with pytest.raises(TraceMLError, match=r"webhook hooks.example.com cannot be reached within 10 s"):
+        _send(WebhookAlert("https://hooks.example.com/x", pauses_s=(0.0, 0.0)))
+
+    assert tries == [DOCUMENT]
+
+
+def test_nobody_waits_for_a_name_that_is_not_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look-up has no time limit: an aggregator that ends leaves it behind."""
+    begun, is_resolved, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def post(_: WebhookAlert, _document: bytes) -> None:
+        begun.set()
+        is_resolved.wait(60)
+        ended.set()
+
+    async def give_up() -> None:
+        sending = asyncio.create_task(WebhookAlert("https://hooks.example.com/x").send(DOCUMENT))
+        await asyncio.to_thread(begun.wait)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+    monkeypatch.setattr(WebhookAlert, "_post", post)
+    asyncio.run(give_up())
+
+    assert not ended.is_set()
+    is_resolved.set()
+    assert ended.wait(60)
 
 
 def test_a_webhook_that_is_down_and_comes_up_gets_it(port: int) -> None:

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
 from urllib.parse import urlsplit
@@ -24,6 +27,7 @@ _COMMAND_S = 30.0
 _KEPT_BYTES = 2000  # of a command's output, for the log
 _READ_BYTES = 1 << 16
 _WEBHOOK_S = 10.0
+_ALL_TRIES_S = 30.0
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between tries of a webhook
 _BUSY = (408, 425, 429)  # such a refusal may pass
 _OWN_SECRETS = ("TRACEML_TOKEN", "TRACEML_ON_FINDING")
@@ -162,16 +166,24 @@ class WebhookAlert(msgspec.Struct, frozen=True):
     async def send(self, document: bytes) -> None:
         """Post it, with some tries if the server is down or busy.
 
-        A server that has it and does not answer gets it once: it may show it, only late.
+        A server that has it and does not answer gets it once: it may show it, only late. One that cannot be reached is
+        not tried again either: a firewall that drops packets would hold up the end of a job.
 
         Raises:
             TraceMLError: the server refuses it, gave no answer, or did not take it in any try.
         """
+        try:
+            async with asyncio.timeout(_ALL_TRIES_S):
+                await self._try(document)
+        except TimeoutError:
+            raise TraceMLError(f"{self.name} did not accept the alert within {_ALL_TRIES_S:g} s") from None
+
+    async def _try(self, document: bytes) -> None:
         from urllib.error import HTTPError  # 10 ms with what else it imports, for nothing where no alert is sent
 
         for pause_s in (*self.pauses_s, None):
             try:
-                await asyncio.to_thread(self._post, document)
+                await _in_thread(partial(self._post, document))
                 return
             except HTTPError as error:
                 error.close()
@@ -183,7 +195,10 @@ class WebhookAlert(msgspec.Struct, frozen=True):
                     f"{self.name} was sent the alert, but did not answer within {self.limit_s:g} s"
                 ) from None
             except (OSError, ValueError) as error:
-                why = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = getattr(error, "reason", error)
+                why = str(reason) or type(error).__name__
+                if isinstance(reason, TimeoutError):
+                    raise TraceMLError(f"{self.name} cannot be reached within {self.limit_s:g} s") from None
 
             if pause_s is not None:
                 await asyncio.sleep(pause_s)
@@ -198,3 +213,19 @@ class WebhookAlert(msgspec.Struct, frozen=True):
         request = Request(self.url, document, headers, method="POST")  # noqa: S310 - http(s), see target_of
         with urlopen(request, timeout=self.limit_s):  # noqa: S310
             pass
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Call a function in a thread that nobody waits for at the end: the look-up of a name has no time limit."""
+    answer = Future[None]()
+
+    def run() -> None:
+        answer.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+        try:
+            work()
+            answer.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - for the one who awaits it
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="traceml-alert", daemon=True).start()
+    await asyncio.wrap_future(answer)
