@@ -21,6 +21,7 @@ from tests.eventually import eventually
 from traceml.aggregator.relay.run_relay import RunRelay
 from traceml.aggregator.relay.upstream import Upstream
 from traceml.database.schema import PROCESS, STEPS
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.facts.run_time import SET_UP_STEPS
@@ -422,6 +423,37 @@ def test_a_center_without_the_run_gets_all_of_it(dial, tmp_path, monkeypatch):
     relay.disconnect()
 
     assert stored_of(center, STEPS.name) == 40
+
+
+@pytest.mark.process
+def test_what_a_rank_does_that_cannot_answer_is_known_in_the_center(dial, tmp_path):
+    """Its host takes the snapshots, also of a rank that has never connected; each is sent once, as is the job's end."""
+    center, connected = dial
+    run = host_run(tmp_path / "run", 40)
+    with StoreWriter(run / STORE_NAME) as store:
+        store.put_meta("run", {"id": "tree", "job": "tree", "world_size": 2, "started": time.time()})
+        store.update_stream(1, world_size=2)
+        for rank, whose in ((0, {"stream": 1}), (1, {"attempt": 0})):
+            store.event(SNAPSHOT, {"rank": rank, "at_ns": 7, "answered": "kernel", "t_ns": 7, **whose})
+
+        store.event("verdict", {})
+        store.event(ABORT, {"why": "hang", "attempt": 0})
+        store.commit()
+
+    relay = RunRelay(run, "host", connected)
+    for _ in range(2):
+        relay.finish(20)
+        relay.disconnect()
+
+    later = RunRelay(run, "host", connected, relay.safe)
+    later.finish(20)
+    later.disconnect()
+    with center.store() as store:
+        (stream,) = store.streams()
+        assert [(each.data.get("rank", 0), each.data.get("stream")) for each in store.events(kind=SNAPSHOT)] == [
+            (0, stream.id), (1, None),
+        ]  # fmt: skip
+        assert len(store.events(kind=ABORT)) == 1
 
 
 @pytest.mark.process

@@ -302,6 +302,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (update(1, [], sums=[[0], {"steps": "?"}, {}, []]), "the sums of a host cannot be read"),
     (update(1, [], sums=[[2], {}, {}, []]), "of other ranks than the 2 of its run"),
     (update(1, [], ends=[[0, "vanished", {}]]), "the end of a relayed rank cannot be read"),
+    (update(1, [], events=[["snapshot", 5, {}]]), "the event of a host cannot be read"),
     (update(1, [], ends=[3]), "the end of a relayed rank cannot be read"),
 ]
 

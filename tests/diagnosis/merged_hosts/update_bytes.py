@@ -32,7 +32,7 @@ class UpdatePacker:
         message = {
             "t": "update", "number": self._number, "rows": rows,
             "choice": None if choice is None else choice.to_row(),
-            "above": update.above.to_row() if len(update.above) else None, "ends": [], "sums": None,
+            "above": update.above.to_row() if len(update.above) else None, "ends": [], "sums": None, "events": [],
         }  # fmt: skip
         return bytes(msgpack.packb(message))
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from traceml.aggregator.active_run import ActiveRun
-from traceml.aggregator.silent_ranks.silent_ranks import UnconnectedRanks
+from traceml.aggregator.silent_ranks.silent_ranks import UnconnectedRanks, note_abort
 from traceml.aggregator.silent_ranks.stacks_reply import snapshots_from_outside
 from traceml.clock import process_start_ticks
-from traceml.database.snapshots.rank_snapshot import ABORT
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import end_started_processes
 
@@ -67,8 +66,7 @@ class HungJobs:
         if run.ended:  # meanwhile, by itself
             return
 
-        run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
-        run.live.facts_builder.progress.was_aborted = True
+        note_abort(run)
         run.commit(force=True)
         processes = _running_here(run)
         for stream in run.connected:

@@ -14,8 +14,10 @@ import msgspec
 from msgspec import structs
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.silent_ranks.silent_ranks import note_abort, store_snapshot
 from traceml.aggregator.streams.stream import RankStream, StreamPeer, StreamState
 from traceml.database.schema import TABLES, Table
+from traceml.database.snapshots.rank_snapshot import ABORT, RankSnapshot
 from traceml.database.store.frame_compression import decode
 from traceml.diagnosis.merged_hosts.host_sums import HOST_SUMS, HostSums
 from traceml.diagnosis.steps.representatives import HOST_CHOICE, ExcessWork, HostChoice
@@ -199,6 +201,8 @@ class RelayedHosts:
 
         if run is not None and host.attempt == run.attempt:  # of an earlier one only rows and ends count
             self._take_choice(run, host.key, message)
+            for each in message.get("events") or ():
+                self._take_event(host, run, each)
 
         for each in message.get("ends") or ():
             self._end(host, each)
@@ -248,6 +252,23 @@ class RelayedHosts:
             raise ProtocolError(f"the sums of a host are of other ranks than the {run.world_size} of its run")
 
         run.store.event(HOST_SUMS, {"attempt": run.attempt, "host": key, "sums": row})
+
+    @staticmethod
+    def _take_event(host: _RelayedHost, run: ActiveRun, event: Any) -> None:
+        """Take a snapshot that the host has made of one of its ranks, or that it ends the job, which hangs."""
+        try:
+            kind, number, data = event
+            stream = None if number is None else host.ranks[number][1]
+            snapshot = RankSnapshot.from_row(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"the event of a host cannot be read: {error!r}") from error
+
+        if kind == ABORT:
+            note_abort(run)
+        elif stream is not None:
+            store_snapshot(run, stream, replace(snapshot, rank=stream.rank))
+        elif 0 <= snapshot.rank < run.world_size and not run.has_rank(snapshot.rank):
+            store_snapshot(run, None, snapshot)
 
     @staticmethod
     def _end(host: _RelayedHost, end: Any) -> None:

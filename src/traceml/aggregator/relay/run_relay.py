@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,7 @@ from traceml.database.schema import (
     TABLES,
     TELEMETRY,
 )
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT
 from traceml.database.store.frame_compression import encode
 from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger, HostUpdate
@@ -45,6 +46,8 @@ __all__ = ["RunRelay"]
 _SAMPLES = frozenset(table.name for table in (*SAMPLED_TABLES, LINES))
 _COMPARED = frozenset((STEPS.name, DEVICE_STEPS.name))
 _CHOSEN = frozenset(table.name for table in PACKED) - RELAYED_WHOLE - {TELEMETRY.name}
+_EVENTS = frozenset((SNAPSHOT, ABORT))
+_EVENTS_SENT = 32  # in one message
 _FRAMES = 256
 _HISTORY_FRAMES = 4096  # read again, about a minute: ranks are compared over it, and some samples may wait
 _MESSAGE_BYTES = 1 << 20
@@ -82,8 +85,10 @@ class RunRelay:
         self._link: Connection | None = None
         self._reader: StoreReader | None = None
         self._cursor = self.safe = safe
+        self._event: int | None = None if safe else 0  # the newest one that was read, None before the first look
+        self._safe_event = self._event
         self._number, self._stored = 0, 0
-        self._marks: deque[tuple[int, int]] = deque()
+        self._marks: deque[tuple[int, int, int | None]] = deque()
         self._asked: frozenset[int] = frozenset()
         self._sent_rows = Counter[int]()
         self._samples_due_s, self._sample_interval_s = 0.0, 1.0
@@ -147,6 +152,7 @@ class RunRelay:
             self._reader = StoreReader(self.path / STORE_NAME)
             self._link = self._dial(self._hello())
             self._cursor, self._is_caught_up = max(self.safe - _HISTORY_FRAMES, 0), False
+            self._event = self._safe_event
             self._number = self._stored = 0
             self._marks.clear()
             self._asked = frozenset()
@@ -175,13 +181,13 @@ class RunRelay:
         is_first = not self._streams
         self._join(link, new, run)
         if is_first and not any(stream.acked for stream in self._streams.values()):
-            self._cursor = 0  # a different center, or a new attempt
+            self._cursor = self._event = 0  # a different center, or a new attempt
 
         self._is_caught_up = self._send_rest(link, self._reader, records)
         ended = all(stream.is_ended for stream in self._streams.values())
         self._is_over = self._is_caught_up and ended and run.get("ended") is not None
         if self.is_stored:
-            self.safe = self._cursor
+            self.safe, self._safe_event = self._cursor, self._event
 
         link.flush(_FLUSH_S)
 
@@ -255,6 +261,10 @@ class RunRelay:
             is_last = self._read(reader, records, but, whole)
             self._send(link, whole, [])
             if is_last:
+                events = self._events(reader)
+                for first in range(0, len(events), _EVENTS_SENT):
+                    self._send(link, [], [], events=events[first : first + _EVENTS_SENT])
+
                 ends = self._ends(records)
                 self._send(link, [], ends, self._sums(reader) if ends else None)
                 return True
@@ -305,22 +315,39 @@ class RunRelay:
         newest = self._numbers_by_rank()
         return HostSums.read(reader, {number: rank for rank, number in newest.items()}).to_row()
 
-    def _send(self, link: Connection, whole: list[Frame], ends: list[list[Any]], sums: list[Any] | None = None) -> None:
+    def _events(self, reader: StoreReader) -> list[list[Any]]:
+        """Return the events since the last call that tell what ranks without progress do, and that they were ended."""
+        found = reader.events(self._event or 0)
+        is_first, self._event = self._event is None, found[-1].id if found else self._event or 0
+        if is_first:  # an earlier aggregator of this folder has sent them
+            return []
+
+        asked = [(each.kind, each.data.get("stream"), each.data) for each in found if each.kind in _EVENTS]
+        return [[kind, number, data] for kind, number, data in asked if number is None or number in self._streams]
+
+    def _send(
+        self,
+        link: Connection,
+        whole: list[Frame],
+        ends: list[list[Any]],
+        sums: list[Any] | None = None,
+        events: Sequence[list[Any]] = (),
+    ) -> None:
         """Send one message, if there is anything to say."""
         update = self._merger.flush(self._asked)
         frames = [*whole, *self._chosen(update)]
         choice = None if update is None or update.choice.is_same(self._choice) else update.choice
         above = None if update is None or not len(update.above) else update.above.to_row()
-        if choice is None and above is None and not frames and not ends:
+        if choice is None and above is None and not frames and not ends and not events:
             return
 
         self._number += 1
         self._choice = choice or self._choice
-        self._marks.append((self._number, self._cursor))
+        self._marks.append((self._number, self._cursor, self._event))
         link.send({
             "t": "update", "number": self._number, "rows": list(_packed(frames)),
             "choice": None if choice is None else choice.to_row(), "above": above, "ends": ends,
-            "sums": sums,
+            "sums": sums, "events": list(events),
         })  # fmt: skip
 
     def _chosen(self, update: HostUpdate | None) -> list[Frame]:
@@ -360,7 +387,7 @@ class RunRelay:
     def _confirm(self, number: int) -> None:
         self._stored = number
         while self._marks and self._marks[0][0] <= number:
-            self.safe = self._marks.popleft()[1]
+            _, self.safe, self._safe_event = self._marks.popleft()
 
     def _hello(self) -> Hello:
         assert self._reader is not None

@@ -17,7 +17,7 @@ from traceml.database.flight.flight_folders import default_folder, disk_folders
 from traceml.database.flight.flight_owner import find_unclaimed, is_alive, pid_here
 from traceml.database.flight.postmortem import flight_identity, may_be_of
 from traceml.database.snapshots.external_snapshots import FIRST_SILENT_S, ExternalSnapshots, silent_s
-from traceml.database.snapshots.rank_snapshot import SNAPSHOT
+from traceml.database.snapshots.rank_snapshot import ABORT, SNAPSHOT
 from traceml.transport.hello import WORLD_LIMIT
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from traceml.aggregator.streams.stream import RankStream
     from traceml.database.snapshots.rank_snapshot import RankSnapshot
 
-__all__ = ["RankProcess", "SilentRanks", "UnconnectedRanks", "store_snapshot"]
+__all__ = ["RankProcess", "SilentRanks", "UnconnectedRanks", "note_abort", "store_snapshot"]
 
 
 class RankProcess(msgspec.Struct, frozen=True):
@@ -171,3 +171,9 @@ def store_snapshot(run: ActiveRun, stream: RankStream | None, snapshot: RankSnap
     whose = {"attempt": run.attempt} if stream is None else {"stream": stream.id}
     run.store.event(SNAPSHOT, {**snapshot.to_row(), "t_ns": snapshot.at_ns, **whose})
     run.live.take_snapshot(snapshot, is_absent=stream is None)
+
+
+def note_abort(run: ActiveRun) -> None:
+    """Record that a run was found to hang, and is ended for that."""
+    run.store.event(ABORT, {"why": "hang", "attempt": run.attempt})
+    run.live.facts_builder.progress.was_aborted = True

@@ -125,6 +125,10 @@ class RunStreams:
         """Whether each rank of the newest attempt has connected."""
         return bool(self.streams) and len(self._table.of_attempt(self.attempt)) >= self.world_size
 
+    def has_rank(self, rank: int) -> bool:
+        """Return whether a rank of the newest attempt has connected."""
+        return self._table.of_rank(self.attempt, rank) is not None
+
     def lacks(self, identity: Mapping[str, Any]) -> bool:
         """Return whether a rank of the newest attempt has not connected."""
         attempt = self._facts.attempt_of(int(identity.get("attempt") or 0))
