@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -384,6 +386,31 @@ def test_any_iterable_can_be_waited_for(traced: Traced) -> None:
     assert len(rows) == 5
     assert all(row["input_wait_ns"] >= 1_000_000 for row in rows)
     assert not any(row["flags"] & StepFlag.NO_LOADER for row in rows)
+
+
+def test_a_traced_iterable_can_do_what_it_could(traced: Traced) -> None:
+    """An iterator is read by next(), with its waits timed; a sequence is indexed, asked and copied as before."""
+    model, optimizer, _ = parts()
+
+    def stream() -> Iterator[torch.Tensor]:
+        while True:
+            burn(1)
+            yield torch.randn(2, 4)
+
+    batches = traced.instrumentation.trace_data(stream())
+    assert iter(batches) is batches
+    for _ in range(3):
+        train(model, optimizer, next(batches))
+
+    rows = traced.finish()
+    assert all(row["input_wait_ns"] >= 1_000_000 for row in rows[:3])
+
+    numbers = traced.instrumentation.trace_data([1, 2])
+    assert (numbers[1], 2 in numbers, bool(numbers)) == (2, True, True)
+    assert copy.copy(numbers) == pickle.loads(pickle.dumps(numbers)) == [1, 2]
+    assert bool(batches)
+    assert not hasattr(numbers, "__next__")
+    assert not hasattr(batches, "__len__")
 
 
 def test_a_model_inside_the_dataset_is_input(traced: Traced) -> None:

@@ -120,7 +120,7 @@ class Instrumentation:
     def trace_data(self, iterable: Iterable[Any]) -> Any:
         """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps."""
         self.guard(self._facts.loader, iterable)
-        return TracedIterable(iterable, self.clock)
+        return TracedIterable.of(iterable, self.clock)
 
     # ---- called by the recorder ----
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Generic, NamedTuple, TypeVar
+from copy import copy
+from functools import cached_property
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot
@@ -383,6 +385,13 @@ class TracedIterable(Generic[T]):
         self._token = LoaderToken()
         self._begin, self._end = timed_wait(clock)
 
+    @staticmethod
+    def of(iterable: Iterable[Any], clock: StepClock) -> TracedIterable[Any]:
+        """Return the iterable with the special methods that its type has: these are not looked up by `__getattr__`."""
+        methods = {name: method for name, method in _SPECIAL_METHODS.items() if hasattr(type(iterable), name)}
+        traced: type[TracedIterable[Any]] = type(TracedIterable.__name__, (TracedIterable,), methods)
+        return traced(iterable, clock)
+
     @uncounted
     def __iter__(self) -> Iterator[T]:
         """Return a timed iterator."""
@@ -393,15 +402,31 @@ class TracedIterable(Generic[T]):
             if began is not None:
                 self._end(began, self._token, None)
 
+        return self if iterator is self._iterable else self._timed(iterator)
+
+    def _timed(self, iterator: Iterator[T]) -> _TracedIterator[T]:
         return _TracedIterator(iterator, self._begin, self._end, self._token)
 
-    def __len__(self) -> int:
-        """Return the iterable's length, if it has one."""
-        return len(self._iterable)  # type: ignore[arg-type]
+    @cached_property
+    def _next(self) -> Callable[[], T]:
+        return self._timed(cast("Iterator[T]", self._iterable)).__next__
+
+    def __reduce__(self) -> Any:
+        # Copies, also those in other processes, are of the iterable: a clock cannot be copied.
+        return copy, (self._iterable,)
 
     def __getattr__(self, name: str) -> Any:
         # Scripts use attributes of loaders: `dataset`, `sampler.set_epoch(...)`.
         return getattr(self._iterable, name)
+
+
+_SPECIAL_METHODS: dict[str, Callable[..., Any]] = {
+    "__next__": uncounted(lambda self: self._next()),
+    "__len__": lambda self: len(self._iterable),
+    "__bool__": lambda self: bool(self._iterable),
+    "__contains__": lambda self, item: item in self._iterable,
+    "__getitem__": lambda self, index: self._iterable[index],
+}
 
 
 class _TracedIterator(Generic[T]):
