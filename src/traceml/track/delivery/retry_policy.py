@@ -42,10 +42,11 @@ class RetryPolicy:
         elif failure.kind is FailureKind.BROKEN:
             state.phase, wait_s = DeliveryPhase.BROKEN, self.max_backoff
         else:
-            is_open = state.retries >= self.max_retries
-            state.phase = DeliveryPhase.OPEN if is_open else DeliveryPhase.WAITING
-            wait_s = self.max_backoff if is_open else self._wait_s(state.retries)
+            wait_s = self._wait_s(state.retries)
             state.retries += 1
+            state.phase = DeliveryPhase.WAITING
+            if state.retries >= self.max_retries:
+                state.phase, wait_s = DeliveryPhase.OPEN, self.max_backoff
 
         state.retry_at = now + wait_s
         return wait_s
