@@ -456,6 +456,10 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
                 call(5, [1.0], 0)
             except traceml.ArgumentTypeError as error:
                 print(call.__name__, error)
+        try:
+            traceml.log_metric(["a"], 1)
+        except traceml.ArgumentTypeError as error:
+            print(error)
         for call, given in (
             (traceml.log_params, 5),
             (traceml.log_params, ["ab", 3]),
@@ -474,6 +478,7 @@ def test_wrong_arguments_are_reported(script: Script, tmp_path: Path) -> None:
     assert "UsageError a step must fit into 64 bits" in out
     for call in ("log_metric", "log_text", "log_histogram"):
         assert f"{call} the name of a logged value must be a string, not int 5" in out
+    assert "the name of a logged value must be a string, not list ['a']" in out
     assert "log_params takes a dict of names and values, not int 5" in out
     assert "log_params takes a dict of names and values, not list ['ab', 3]" in out
     assert "log_metrics takes a dict of names and values, not NoneType None\n" in out
@@ -549,8 +554,21 @@ def test_an_init_after_a_logged_value_is_reported(script: Script, tmp_path: Path
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0]
 
 
+def test_empty_names_of_trackers_are_left_out() -> None:
+    """As in the setting: `backend=os.environ.get("B", "")` names none."""
+    assert [traceml.Experiment(backend=text).backends for text in ("", "jsonl, ")] == [(), ("jsonl",)]
+
+
 @pytest.mark.parametrize(
-    "metric", [5, None, {"name": "a"}, traceml.Metric("a", 1, kind="user"), traceml.Metric("a", 1, timestamp="now")]
+    "metric",
+    [
+        5,
+        None,
+        {"name": "a"},
+        traceml.Metric("a", 1, kind="user"),
+        traceml.Metric("a", 1, timestamp="now"),
+        traceml.Metric("a", 1, timestamp=1e300),
+    ],
 )
 def test_what_is_no_metric_is_an_error_of_the_package(metric: Any) -> None:
     with pytest.raises(ArgumentTypeError, match=r"route_metric\(\) takes a traceml\.Metric, not"):

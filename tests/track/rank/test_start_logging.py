@@ -95,13 +95,13 @@ def test_config_holds_settings(script: Script, tmp_path: Path) -> None:
 
 
 def test_each_start_reads_the_environment(script: Script, tmp_path: Path) -> None:
-    """A variable that is set between two starts counts for the second; arguments win."""
+    """A variable that is set between two starts counts for the second, also for `backend_url`; arguments win."""
     finish(
         script("""
         import os, traceml
         traceml.start_logging("a", backend="jsonl")
         os.environ |= {"TRACEML_BACKEND": "jsonl", "TRACEML_PROJECT": "later", "TRACEML_METRICS_INTERVAL": "7"}
-        traceml.start_logging("b")
+        traceml.start_logging("b", backend_url="elsewhere")
         traceml.start_logging("c", project="own", config={"metrics_interval": 9})
         """)
     )
@@ -110,6 +110,7 @@ def test_each_start_reads_the_environment(script: Script, tmp_path: Path) -> Non
     assert [(row["backends"], row["project"], row["metrics_interval"]) for row in rows] == [
         (["jsonl"], "default", 30.0), (["jsonl"], "later", 7.0), (["jsonl"], "own", 9.0),
     ]  # fmt: skip
+    assert rows[1]["options"] == {"jsonl": {"path": "elsewhere"}}
 
 
 def test_settings_of_the_recorder_cannot_change_later(script: Script) -> None:

@@ -358,7 +358,7 @@ def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
             "Register a plugin by traceml.register, and give its name, or give 'package:Class'."
         )
 
-    return tuple(name.strip() for name in names)
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def _id_to_resume(wanted: Any) -> str | None:

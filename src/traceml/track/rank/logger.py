@@ -105,7 +105,11 @@ class Logger:
             kind: source of the value: a number of `MetricKind`.
             t_ns: epoch nanoseconds; by default now.
         """
-        entry = self._entries.get(name)
+        try:
+            entry = self._entries.get(name)
+        except TypeError:  # it cannot be hashed, and is no name
+            entry = None
+
         if entry is None:
             entry = self._enter(name)
             if entry is None:

@@ -18,6 +18,8 @@ from traceml.track.rank.logging_recorder import recorder_for_logging
 
 __all__ = ["Orchestrator"]
 
+_INT64 = 2**63
+
 
 class Orchestrator:
     """Logs values of frameworks, collectors and users' own code for the active experiment.
@@ -140,4 +142,8 @@ def _ns(timestamp: float | None) -> int:
         return 0
 
     whole = int(timestamp)  # multiplying the float by 1e9 is not exact
-    return whole * 1_000_000_000 + round((timestamp - whole) * 1e9)
+    ns = whole * 1_000_000_000 + round((timestamp - whole) * 1e9)
+    if abs(ns) >= _INT64:
+        raise OverflowError("its time does not fit into 64 bits")
+
+    return ns

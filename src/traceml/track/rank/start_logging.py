@@ -11,7 +11,7 @@ from traceml.errors import SettingsError, UsageError
 from traceml.recorder.current_recorder import current_recorder
 from traceml.recorder.lifecycle import in_fixed_folder
 from traceml.setting_sources import setting_name
-from traceml.track.rank.announcement import PER_EXPERIMENT
+from traceml.track.rank.announcement import PER_EXPERIMENT, choose_trackers
 from traceml.track.rank.experiment import Experiment, names_of, open_experiments
 
 __all__ = ["start_logging", "stop_logging"]
@@ -52,9 +52,9 @@ def start_logging(
         UsageError: a key was given, or an address without a tracker; the text says what to do.
     """
     global _started
-    given, arguments = _split(config or {})
+    given, arguments, base = _split(config or {})
     names = names_of(given.pop("backend", None)) if backend is None else names_of(backend)
-    addressed = names or ()
+    addressed = choose_trackers(base, names, {}).backends
     _refuse_key(addressed, api_key if api_key is not None else arguments.get("api_key"))
     url = backend_url if backend_url is not None else arguments.get("backend_url")
     options = _address(addressed, str(url)) if url is not None else {}
@@ -84,8 +84,8 @@ def _stop_last() -> None:
         open_experiments[-1].end()
 
 
-def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings in a configuration, and the arguments of `start_logging` in it."""
+def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], settings.Config]:
+    """Return the settings in a configuration, the arguments of `start_logging` in it, and the settings with it."""
     config = _by_name(config)
     arguments = {key: config[key] for key in _ARGUMENTS if config.get(key) is not None}
     given = {key: value for key, value in config.items() if key not in {*_ARGUMENTS, *_SWITCHES}}
@@ -101,7 +101,7 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         kept = [name for name in base.frameworks if switches.get(name, True)]
         given["frameworks"] = [*kept, *(name for name, is_on in switches.items() if is_on and name not in kept)]
 
-    return given, arguments
+    return given, arguments, base
 
 
 def _changed_since(running: settings.Config | None) -> dict[str, Any]:
