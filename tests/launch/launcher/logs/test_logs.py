@@ -146,6 +146,13 @@ def test_handlers_of_the_users_get_records_that_say_where_they_come_from() -> No
     assert [r.getMessage() for r in bad.records] == ["b"]
 
 
+def test_a_filter_leaves_the_level_of_the_handler() -> None:
+    handler = Keeping()
+    handler.setLevel(logging.ERROR)
+    add_filter_to_handler(handler, "node1", 0)
+    assert handler.level == logging.ERROR
+
+
 def test_a_handler_of_ours_obeys_a_format_and_a_level_of_the_users(tmp_path: Path) -> None:
     """Changes to a `file_handler` apply to lines too."""
     mine = file_handler("node1", 0, log_dir=tmp_path)

@@ -65,7 +65,7 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
 
 
 def add_filter_to_handler(
-    handler: logging.Handler, hostname: str, local_rank: int | None = None, log_level: int | str = logging.NOTSET
+    handler: logging.Handler, hostname: str, local_rank: int | None = None, log_level: int | str | None = None
 ) -> None:
     """Restrict `handler` to the output of one worker, or of one host's agent.
 
@@ -78,10 +78,11 @@ def add_filter_to_handler(
         handler: any handler of `logging`.
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent.
-        log_level: the lowest level that is handled.
+        log_level: the lowest level that is handled; by default the handler's own.
     """
     handler.addFilter(SourceFilter(hostname, local_rank))
-    handler.setLevel(log_level)
+    if log_level is not None:
+        handler.setLevel(log_level)
 
 
 def new_log_folder(environ: Mapping[str, str]) -> Path | None:
