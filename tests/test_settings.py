@@ -256,11 +256,11 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
     monkeypatch.setenv("XDG_CONFIG_HOME", str(project / "config"))
     monkeypatch.chdir(project / "work")
 
-    settings, config = traceml.Settings(port=9), load(port=9)
+    settings, config = traceml.Settings(port=9, project=None), load(port=9)
 
     values = {name: getattr(config, name) for name in declarations()}
     assert settings.model_dump() == {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    assert settings.backend == settings.include == []
+    assert settings.backend == settings.backends == settings.include == []
     assert settings.sources == config.sources
     described = {name: each.description for name, each in type(settings).model_fields.items()}
     assert described == {name: each.doc for name, each in declarations().items()}

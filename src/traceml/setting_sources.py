@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from traceml.coerce import BAD, allowed, coerce
 from traceml.errors import SettingsError
@@ -136,8 +136,9 @@ class SettingSources:
         return f"SettingSources({len(self._declared)} settings)"
 
     def arguments(self, arguments: Mapping[str, Any]) -> Iterator[SettingEntry]:
-        """Yield the settings that a call was given by name."""
-        yield from self._checked((key, value, "argument", key) for key, value in arguments.items())
+        """Yield the settings that a call was given by name, without None where it is no value of the setting."""
+        given = {key: value for key, value in arguments.items() if value is not None or self._may_be_none(key)}
+        yield from self._checked((key, value, "argument", key) for key, value in given.items())
 
     def environment(self, environ: Mapping[str, str]) -> Iterator[SettingEntry]:
         """Yield the settings of the environment; an empty variable counts as unset, but makes a list empty.
@@ -251,6 +252,10 @@ class SettingSources:
             allowed="the settings that `python -m traceml.settings` describes",
             meant=f"Did you mean {meant[0]}?" if meant else "",
         )
+
+    def _may_be_none(self, key: str) -> bool:
+        name = setting_name(key)
+        return name not in self._declared or type(None) in get_args(self._declared[name].kind)
 
     def _is_list(self, name: str) -> bool:
         return get_origin(self._declared[name].kind) is tuple

@@ -10,6 +10,7 @@ first use.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ __all__ = [
     "SamplerName",
     "Settings",
     "declarations",
+    "level_number",
     "load",
     "reference",
 ]
@@ -255,7 +257,9 @@ class Config:
         False,
         "Print nothing: neither the line at the start that says where the run is stored, nor the verdict at the end.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
+    log_level: int | Literal["debug", "info", "warning", "error", "critical"] = _set(
+        "warning", "Level of the `traceml` logger.", low=0
+    )
 
     sources: Mapping[str, str]
 
@@ -306,7 +310,7 @@ def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /
     Args:
         environ: the environment; by default this process's.
         folder: start of the search for a project file, upwards; by default the working directory.
-        arguments: settings by name; None is a value only where the setting may be None.
+        arguments: settings by name; None counts as not given, unless the setting may be None.
 
     Raises:
         SettingsError: an unknown name or a bad value, with its source and what is allowed.
@@ -333,6 +337,11 @@ def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /
         values["runs_dir"] = launched_in / values.get("runs_dir", declarations()["runs_dir"].default)
 
     return Config(**values, sources=sources)
+
+
+def level_number(level: int | str) -> int:
+    """Return a value of `log_level` as a number of `logging`."""
+    return level if isinstance(level, int) else logging.getLevelNamesMapping()[level.upper()]
 
 
 def _launch_folder() -> Path | None:
@@ -422,6 +431,12 @@ def _settings_class() -> Any:
         def sources(self) -> dict[str, str]:
             """Source of each value."""
             return dict(self._sources)
+
+        @property
+        def backends(self) -> list[str]:
+            """Value of `backend`, by its other name."""
+            trackers: list[str] = getattr(self, "backend")  # noqa: B009 - a field of the class that is made below
+            return trackers
 
         @classmethod
         def settings_customise_sources(

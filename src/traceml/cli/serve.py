@@ -245,12 +245,12 @@ def _update_trackers(reports: ReportProcess, run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _log_to_stderr(level: str) -> Iterator[None]:
+def _log_to_stderr(level: int | str) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = _log.level, _log.propagate
     _log.addHandler(handler)
-    _log.setLevel(level.upper())
+    _log.setLevel(settings.level_number(level))
     _log.propagate = False
     try:
         yield

@@ -15,6 +15,7 @@ from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
 from traceml.gc_pause import gc_pause
 from traceml.recorder.current_recorder import notify_change, notify_start, state
+from traceml.settings import level_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,7 +130,7 @@ def _set_log_level(config: Config) -> None:
     if config.sources["log_level"] == "default":  # keep the level that the user may have set
         return
 
-    _log.setLevel(config.log_level.upper())
+    _log.setLevel(level_number(config.log_level))
     if _log.level < logging.WARNING and not _log.hasHandlers():  # Python itself shows warnings only
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

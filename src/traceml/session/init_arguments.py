@@ -63,4 +63,4 @@ class InitArguments(TypedDict, total=False):
     delivery_nice: int
     debug: bool
     quiet: bool
-    log_level: Literal["debug", "info", "warning", "error"]
+    log_level: int | Literal["debug", "info", "warning", "error", "critical"]

@@ -21,12 +21,14 @@ from traceml.launch.launcher.logs import log_handlers as handlers_module
 from traceml.launch.launcher.logs.log_handlers import (
     add_filter_to_handler,
     file_handler,
+    level_of,
     log_level,
     new_log_folder,
     stream_handler,
 )
 from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
 from traceml.launch.shared.log_records import RecordDecoder, RecordHandler
+from traceml.settings import level_number, load
 
 
 class Keeping(logging.Handler):
@@ -444,5 +446,11 @@ def test_the_level_of_workers_comes_from_the_environment(monkeypatch: pytest.Mon
     assert log_level({"TRACEML_LOG_LEVEL": "warning", "TORCHRUNX_LOG_LEVEL": "15"}) == logging.WARNING
     monkeypatch.setattr(logging.getLogger(), "level", 5)
     assert log_level({}) == 5
-    with pytest.raises(SettingsError, match="'LOUD' is not a level"):
+    with pytest.raises(SettingsError, match="'loud' is not a level"):
         log_level({"TRACEML_LOG_LEVEL": "loud"})
+
+
+@pytest.mark.parametrize(("text", "number"), [("CRITICAL", 50), ("15", 15)])
+def test_the_setting_takes_the_same_levels(text: str, number: int) -> None:
+    environ = {"TRACEML_LOG_LEVEL": text}
+    assert level_of(environ) == level_number(load(environ).log_level) == number

@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from traceml.coerce import BAD, coerce
 from traceml.errors import SettingsError
-from traceml.settings import load
+from traceml.settings import declarations, level_number, load
 
 __all__ = [
     "LineHandler",
@@ -128,17 +129,14 @@ def level_of(environ: Mapping[str, str]) -> int | None:
     Raises:
         SettingsError: one of them names no level.
     """
-    names = logging.getLevelNamesMapping()
-    for variable in ("TRACEML_LOG_LEVEL", "TORCHRUNX_LOG_LEVEL"):
-        value = environ.get(variable, "").strip().upper()
-        if value.isdigit():
-            return int(value)
+    setting = declarations()["log_level"]
+    for variable in (setting.env, "TORCHRUNX_LOG_LEVEL"):
+        if value := environ.get(variable, "").strip():
+            level = coerce(setting.kind, value, setting.limits)
+            if level is BAD:
+                raise SettingsError("log_level", f"{value!r} is not a level", source=variable, allowed=setting.allowed)
 
-        if value and value not in names:
-            raise SettingsError("log_level", f"{value!r} is not a level", source=variable, allowed=", ".join(names))
-
-        if value:
-            return names[value]
+            return level_number(level)
 
     return None
 
