@@ -15,6 +15,7 @@ from tests.runs.fabricated_store import store_run
 from traceml import cli
 from traceml.errors import TraceMLError
 from traceml.runs.report.report import build_report, save_report
+from traceml.runs.report.report_types import LineSection
 from traceml.runs.run import load_run
 
 
@@ -206,11 +207,27 @@ def test_html_that_cannot_be_written(slow, tmp_path, capsys):
     assert cli.main(["report", str(slow), "--html", "x.html", "--json"]) == 2
 
 
+def test_lines_go_with_every_form_of_the_report(slow, tmp_path, capsys):
+    """With --md they are a table after the report; the page has them anyway."""
+    report = build_report(slow)
+    report.lines.append(LineSection(phase="forward", file="train.py", line=9, function="train", samples=5, share=1.0))
+    save_report(slow, report)
+
+    assert cli.main(["report", "--lines", "--md"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-3:] == [
+        "| line | phase | share of the phase |",
+        "| --- | ---: | ---: |",
+        "| `train.py:9 train` | forward | 100 % |",
+    ]
+    assert cli.main(["report", "--lines", "--html", str(tmp_path / "page.html")]) == 0
+
+
 def test_lines_are_printed_as_a_flame_graph(slow, capsys):
     """JSON and nothing else on stdout; without --lines, or with --json, which is another document, it is refused."""
     assert cli.main(["report", "--lines", "--format", "speedscope"]) == 0
     assert json.loads(capsys.readouterr().out)["profiles"][0]["type"] == "sampled"
-    for others in ([], ["--lines", "--json"]):
+    for others in ([], ["--lines", "--json"], ["--lines", "--md"]):
         assert cli.main(["report", "--format", "perfetto", *others]) == 2
         assert "--lines" in capsys.readouterr().err
 

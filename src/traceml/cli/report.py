@@ -47,7 +47,8 @@ class ReportOptions(RunsDirOptions):
     html: Annotated[str | None, Metavar("FILE")] = None
     """Write the report with its charts as one HTML file, and print nothing."""
     lines: bool = False
-    """Show in which lines of the code the time was spent, by phase, from samples of the training threads."""
+    """Show in which lines of the code the time was spent, by phase, from samples of the training threads.
+    With --md they are a table after the report; the page of --html always has them."""
     format: Annotated[Literal["speedscope", "perfetto"] | None, Metavar("FORMAT")] = None
     """With --lines: print them as a flame graph for speedscope.app (speedscope) or ui.perfetto.dev (perfetto)."""
     fail_on: Annotated[tuple[str, ...], Metavar("KIND")] = ()
@@ -61,10 +62,11 @@ def main(argv: list[str]) -> int:
     if not unwanted and any(word.partition("=")[0] == "--fail-on" for word in argv):
         raise UsageError("--fail-on needs a KIND, for example --fail-on RANK_LOST INPUT_BOUND")
 
-    if sum((options.json or options.lines, options.md, options.html is not None)) > 1:
-        raise UsageError("--json and --lines cannot be combined with --md or --html, nor these two")
+    documents = sum((options.json, options.md, options.html is not None))
+    if documents > 1:
+        raise UsageError("--json, --md and --html cannot be combined")
 
-    if options.format and (options.json or not options.lines):
+    if options.format and (documents or not options.lines):
         raise UsageError("--format needs --lines, alone: `traceml report --lines --format speedscope > lines.json`")
 
     run_dir = _find_run(options)
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
     elif options.json:
         print((LinesDocument.of(report) if options.lines else report).to_json())
     elif options.md:
-        print(report_markdown(report), end="")
+        print(report_markdown(report, lines=options.lines), end="")
     elif options.format:
         print(json.dumps(FLAME_GRAPHS[options.format](report)))
     elif options.lines:

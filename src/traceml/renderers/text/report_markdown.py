@@ -15,7 +15,8 @@ from traceml.formatting import (
 )
 from traceml.renderers.text.markdown import markdown_code, markdown_table, plain_markdown
 from traceml.renderers.views import RunView, run_view, visible_ranks
-from traceml.renderers.wording import gain_sentence, tracker_text
+from traceml.renderers.wording import NO_LINES, gain_sentence, shown_lines, tracker_text
+from traceml.runs.report.line_shares import all_lines
 from traceml.runs.report.report_types import Report
 
 __all__ = ["report_markdown"]
@@ -23,11 +24,15 @@ __all__ = ["report_markdown"]
 _MAX_RANKS = 16
 
 
-def report_markdown(report: Report) -> str:
-    """Return a report: the verdict with its figures and advice, tables of steps, phases and ranks, other findings."""
+def report_markdown(report: Report, *, lines: bool = False) -> str:
+    """Return a report: the verdict with its figures and advice, tables of steps, phases and ranks, other findings.
+
+    Args:
+        lines: add the table of sampled lines.
+    """
     view = run_view(report)
     verdict = view.report.verdict
-    lines = [
+    texts = [
         f"**{verdict.kind}: {plain_markdown(verdict.headline)}**",
         "",
         *_paragraphs(verdict.summary, _labeled("Next", verdict.next), _labeled("Gain", gain_sentence(verdict) or "")),
@@ -37,8 +42,9 @@ def report_markdown(report: Report) -> str:
         *_parts("phase", "mean", _phase_rows(view)),
         *_rank_table(view),
         *_list(_closing(view)),
+        *(_line_table(report) if lines else ()),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(texts) + "\n"
 
 
 def _labeled(label: str, text: str) -> str:
@@ -87,6 +93,15 @@ def _rank_table(view: RunView) -> list[str]:
     hidden = len(view.ranks) - len(rows)
     head = ("rank", "step", *(plain_markdown(phase_label(phase)) for phase in phases), "memory")
     return ["", *markdown_table(head, rows), *(["", f"{plural(hidden, 'more rank')} in the report"] if hidden else ())]
+
+
+def _line_table(report: Report) -> list[str]:
+    rows = [
+        (f"`{markdown_code(each.place or 'libraries only')}`", phase_label(phase.phase), percent_text(each.share))
+        for phase in all_lines(report)
+        for each in shown_lines(phase)
+    ]
+    return ["", *(markdown_table(("line", "phase", "share of the phase"), rows) if rows else [NO_LINES])]
 
 
 def _closing(view: RunView) -> Iterator[str]:
