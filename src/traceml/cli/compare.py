@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
 
     first, *others = _chosen(options)
     side = _read(first)
-    found = [compare_sides(side, _read(other), run_letter(number)) for number, other in enumerate(others, 1)]
+    sides = [side if other == first else _read(other) for other in others]
+    found = [compare_sides(side, other, run_letter(number)) for number, other in enumerate(sides, 1)]
     _print(found, options)
     return 0 if options.fail_over is None else _gate(found, options.fail_over)
 
@@ -76,7 +77,7 @@ def _chosen(options: CompareOptions) -> list[Path]:
 
     if runs[0] in runs[1:]:
         baseline, other = "the baseline" if options.baseline else "A", run_letter(runs.index(runs[0], 1))
-        raise UsageError(f"{baseline} and {other} are the same run, {runs[0].name}: name another one to compare with")
+        print(f"traceml compare: {baseline} and {other} are the same run, {runs[0].name}", file=sys.stderr)
 
     return runs
 

@@ -61,13 +61,13 @@ def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
 
 
 def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") -> Comparison:
-    """Return the differences from a run that is compared with to another one."""
-    obstacles = _obstacles(first, second, letter)
+    """Return the differences from a run that is compared with to another one; a run is the same as itself."""
+    obstacles = [] if first is second else _obstacles(first, second, letter)
     times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})
     samples = _samples(first, second)
     sample_time = _time(first, second, "mean", test=not obstacles, samples=samples) if samples else None
     judged, phases = sample_time or times.mean, _phases(first, second)
-    outcome = _outcome(judged)
+    outcome = "same" if first is second else _outcome(judged)
     if outcome in ("slower", "faster") and (alike := _alike(judged, phases, samples or (1.0, 1.0))):
         outcome, obstacles = "unknown", [*obstacles, alike]
 
