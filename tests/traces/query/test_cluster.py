@@ -145,11 +145,14 @@ def test_worker_that_does_not_see_the_file(tmp_path):
         cluster.analyze_part(TraceQuery(), part, [part.path], cluster.Labels())
 
 
-def test_no_event_is_an_error(tmp_path, here):
-    """An empty trace is an error here too."""
-    (tmp_path / "empty.json").write_text("[]")
+def test_no_event_at_all(tmp_path, here):
+    """An empty trace has no events here too, and a file that is no trace is an error."""
+    file = tmp_path / "empty.json"
+    file.write_text("[]")
+    assert summarize([file], cached=False, dask=here)["events"] == 0
+    file.write_text("no trace")
     with pytest.raises(TraceEmptyError):
-        summarize([tmp_path / "empty.json"], cached=False, dask=here)
+        summarize([file], cached=False, dask=here)
 
 
 def test_questions_travel():

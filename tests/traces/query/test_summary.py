@@ -360,11 +360,17 @@ def test_questions_that_make_no_sense(tmp_path, events, query, words):
     assert words in str(refused.value)
 
 
-@pytest.mark.parametrize("data", ["", "\x00\x01\x02", "not json at all\n", "[]", '{"traceEvents": []}'])
-def test_no_events_is_an_error(tmp_path, data):
-    """A file without an event is an error."""
+@pytest.mark.parametrize("data", ["", "\x00\x01\x02", "not json at all\n"])
+def test_no_trace_is_an_error(tmp_path, data):
+    """A file that is no trace is an error."""
     with pytest.raises((TraceEmptyError, TraceNotFoundError)):
         ask(tmp_path, data)
+
+
+@pytest.mark.parametrize("data", ["[]", '{"traceEvents": []}', '{"ph":"M","name":"process_name"}'])
+def test_a_trace_without_events_has_no_groups(tmp_path, data):
+    result = ask(tmp_path, data)
+    assert (result["events"], result["spans"], result["groups"]) == (0, 0, [])
 
 
 @pytest.mark.parametrize(

@@ -291,23 +291,29 @@ def test_halves_of_two_events_are_not_one(tmp_path: Path, form: str, lost: str) 
     ("data", "why"),
     [
         (b"", "an empty file"),
-        (b"[]", "only metadata or an empty list"),
-        (b'{"traceEvents": []}', "only metadata or an empty list"),
         (bytes(range(256)) * 40, "not an event"),
         (b"\x1f\x8b\x08" + bytes(300), "gzip member"),
-        (b'{"ph":"M","name":"process_name"}', "only metadata"),
         (b'{"some": "settings"}', "without a phase code"),
         (b'{"ph":"X","na', "ends within an event"),
     ],
 )
 def test_no_event_at_all_is_an_error(tmp_path: Path, data: bytes, why: str) -> None:
-    """The error names the file and the reason."""
+    """The error of a file that is no trace names it and the reason."""
     path = _write(tmp_path, data)
     with pytest.raises(TraceEmptyError, match=why) as caught:
         list(read(path))
 
     assert str(path) in str(caught.value)
     assert isinstance(caught.value, TraceMLError)
+
+
+@pytest.mark.usefixtures("scanner")
+@pytest.mark.parametrize("data", [b"[]", b"[\n", b'{"traceEvents": []}', b'{"ph":"M","name":"process_name"}'])
+def test_a_trace_may_be_empty(tmp_path: Path, data: bytes) -> None:
+    """A list without events, or with metadata alone, is a trace in which nothing happened."""
+    reader = read(_write(tmp_path, data))
+    assert sum(map(len, reader)) == 0
+    assert [(facts.events, facts.damage) for facts in reader.files] == [(0, [])]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +332,7 @@ def test_systrace_is_refused_with_a_way_out(tmp_path: Path, data: bytes) -> None
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"[]", b"some text [000] of a file\n", b"<html>a page</html>", bytes(range(256))]
+    "data", [b"", b"some text [000] of a file\n", b"<html>a page</html>", bytes(range(256))]
 )
 def test_other_files_are_not_called_systrace(tmp_path: Path, data: bytes) -> None:
     """They have nothing to convert."""

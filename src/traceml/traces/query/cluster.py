@@ -36,6 +36,7 @@ from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
 from traceml.traces.reader.columns import StringTable, TraceFileFacts
 from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
+from traceml.traces.reader.reading import check_read, read
 
 __all__ = ["analyze_part", "dask_client", "keep_freed_memory", "run_on"]
 
@@ -73,7 +74,7 @@ def run_on(
     Raises:
         UsageError: `distributed` is not installed, or no scheduler answers.
         TraceNotFoundError: a worker does not see a file.
-        TraceEmptyError: there is no event.
+        TraceEmptyError: there is no event, and a file is no trace.
     """
     whole: set[int] = set()
     with dask_client(cluster) as client:
@@ -84,9 +85,7 @@ def run_on(
             except _WholeError as error:
                 whole.add(error.source)
 
-    if not any(each.events for each in facts):
-        raise TraceEmptyError(f"there is no trace event in {', '.join(str(file) for file in files[:5])}")
-
+    check_read(facts)
     for source, each in enumerate(facts):
         analysis.context.labels.add_file(source, each.path, each.header)
 
@@ -122,8 +121,6 @@ def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Label
 
 
 def _whole(analysis: Analysis, part: FilePart) -> PartResult:
-    from traceml.traces.reader.reading import read
-
     query, strings = analysis.query, analysis.context.strings
     reading = read([part.path], args=query.args, strings=strings, workers=1, metadata=query.metadata)
     try:

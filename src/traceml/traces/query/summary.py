@@ -57,7 +57,7 @@ def summarize(
     Raises:
         UsageError: `by` or `where` is not valid.
         TraceNotFoundError: no trace was found under a path.
-        TraceEmptyError: there is no event.
+        TraceEmptyError: there is no event, and a file is no trace.
     """
     fields, conditions = parse_by(by), parse_where(where)
     files = discover(paths)

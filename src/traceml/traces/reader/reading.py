@@ -18,7 +18,7 @@ from traceml.traces.reader.pipeline import ReadPipeline
 from traceml.traces.reader.python_scanner import PythonScanner
 from traceml.traces.reader.trace_files import discover, is_systrace
 
-__all__ = ["TraceReader", "read"]
+__all__ = ["TraceReader", "check_read", "read"]
 
 _MAX_WORKERS = 8
 _SHOWN = 5  # files named in an error
@@ -79,14 +79,23 @@ class TraceReader:
         """Yield batches: file after file, in the order of each file.
 
         Raises:
-            TraceEmptyError: at the end, when no file contains an event.
+            TraceEmptyError: at the end, when no file contains an event, and one is no trace.
         """
         yield from ReadPipeline(self.files, self._make_scanner, self._workers).batches()
-        if not any(facts.events for facts in self.files):
-            raise TraceEmptyError(_nothing_in(self.files))
+        check_read(self.files)
 
 
-def _nothing_in(files: list[TraceFileFacts]) -> str:
+def check_read(files: Sequence[TraceFileFacts]) -> None:
+    """Check files that were read: a trace may be empty.
+
+    Raises:
+        TraceEmptyError: no file contains an event, and one is no trace.
+    """
+    if any(facts.damage for facts in files) and not any(facts.events for facts in files):
+        raise TraceEmptyError(_nothing_in(files))
+
+
+def _nothing_in(files: Sequence[TraceFileFacts]) -> str:
     """Return the text of an error about files without events."""
     shown = [f"{facts.path} ({_reason(facts)})" for facts in files[:_SHOWN]]
     more = f", and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
