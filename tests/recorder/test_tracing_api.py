@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import subprocess
 import sys
 import threading
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("quiet_process")
 
 
 def test_disabled_calls_do_nothing() -> None:
-    """Context managers are one shared object, data comes back as it is, functions run as they are."""
-    threads = set(threading.enumerate())
+    """Context managers are one shared object, data comes back as it is, functions and processes run as they are."""
+    threads, start = set(threading.enumerate()), multiprocessing.process.BaseProcess.start
     recorder = traceml.init(enabled=False, port=1)
     data = [1, 2]
 
@@ -29,6 +30,7 @@ def test_disabled_calls_do_nothing() -> None:
 
     assert traceml.trace_data(data) is data
     assert traceml.trace(len)([1]) == 1
+    assert multiprocessing.process.BaseProcess.start is start
     assert not recorder.enabled
     assert not traceml.is_enabled()
     assert set(threading.enumerate()) <= threads  # one of an earlier test may have ended

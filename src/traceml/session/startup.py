@@ -26,22 +26,8 @@ _log = logging.getLogger("traceml")
 
 # Defaults with which one word suffices, and a missing aggregator does not end a training.
 _FORGIVING: dict[str, Any] = {"local": True, "on_missing": "warn"}
-# Settings by which a rank finds its aggregator: they have done their work when it is connected.
-_FOR_CONNECTING = frozenset(
-    (
-        "enabled",
-        "host",
-        "port",
-        "token",
-        "tls",
-        "local",
-        "on_missing",
-        "connect_timeout",
-        "run_id",
-        "runs_dir",
-        "log_dir",
-    )
-)
+# Settings of connecting itself: they have done their work when a rank is connected.
+_FOR_CONNECTING = frozenset(("enabled", "token", "tls", "local", "on_missing", "connect_timeout"))
 
 
 def init(**arguments: Unpack[InitArguments]) -> Recorder:
@@ -113,7 +99,10 @@ def start(config: Config, *, wait: bool = True, defer_connect: bool = False) -> 
 
     recorder = lifecycle.start(config, wait=wait, defer_connect=defer_connect, on_stored=announce)
     recorder.viewer = _show_run
-    if recorder.enabled and config.frameworks and not (config.backend or config.collectors):
+    if not recorder.enabled:
+        return recorder
+
+    if config.frameworks and not (config.backend or config.collectors):
         with fail_open(_log, "track", "values that frameworks log are not captured"):
             from traceml.track.rank.capture_without_trackers import watch_frameworks
 
@@ -124,7 +113,7 @@ def start(config: Config, *, wait: bool = True, defer_connect: bool = False) -> 
 
         watch_children(start_in_child)
 
-    if recorder.enabled and "ray" in sys.modules:
+    if "ray" in sys.modules:
         with fail_open(_log, "session", "a worker that Ray ends counts as lost"):
             from traceml.session.task_workers import watch_ray_worker
 
@@ -171,6 +160,7 @@ def start_in_child() -> None:
 
 
 def _warn_of_ignored(arguments: Mapping[str, Any], wanted: Config, running: Config) -> None:
+    wanted = lifecycle.in_fixed_folder(wanted)
     names = [name for name in wanted.sources if wanted.sources[name] == "argument" and name not in _FOR_CONNECTING]
     ignored = [name for name in names if getattr(wanted, name) != getattr(running, name)]
     if arguments and ignored:

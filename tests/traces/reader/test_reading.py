@@ -331,9 +331,7 @@ def test_systrace_is_refused_with_a_way_out(tmp_path: Path, data: bytes) -> None
         list(read(_write(tmp_path, data)))
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"some text [000] of a file\n", b"<html>a page</html>", bytes(range(256))]
-)
+@pytest.mark.parametrize("data", [b"", b"some text [000] of a file\n", b"<html>a page</html>", bytes(range(256))])
 def test_other_files_are_not_called_systrace(tmp_path: Path, data: bytes) -> None:
     """They have nothing to convert."""
     with pytest.raises(TraceEmptyError, match="Was it written by a tracer"):

@@ -537,19 +537,19 @@ def test_each_call_in_a_compiled_function_breaks_its_graph_once(script: Script, 
 
 
 def test_an_init_after_a_logged_value_is_reported(script: Script, tmp_path: Path) -> None:
-    """Its settings come too late, except those by which the aggregator is found; steps are traced from then on."""
+    """Its settings come too late, except those of connecting itself; steps are traced from then on."""
     out = finish(
         script("""
         import sys, traceml
         sys.stderr = sys.stdout
         traceml.log_metric("x", 1)
-        traceml.init(local=True, run_name="late", project="p")
+        traceml.init(local=True, run_name="late", project="p", runs_dir="elsewhere")
         with traceml.trace_step():
             pass
         """)
     )
 
-    assert "init(run_name, project) was called too late" in out
+    assert "init(runs_dir, run_name, project) was called too late" in out
     assert "TRACEML_RUN_NAME" in out
     assert ended_run(tmp_path / "traceml_runs").steps("x") == [0]
 
