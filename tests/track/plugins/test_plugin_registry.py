@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import pytest
 import traceml
 from tests.eventually import eventually
 from tests.ports import free_port
+from tests.recorder.conftest import environ
+from tests.track.conftest import finish
 from traceml import (
     BackendInterface,
     BackendPlugin,
@@ -171,17 +174,17 @@ def test_an_instance_and_a_method_for_the_metadata_are_accepted() -> None:
 
 
 def test_registering_nonsense_is_refused() -> None:
-    """No plugin, a taken name, and a class that no other process can import."""
+    """No plugin, a taken name, and a class that can be neither imported nor sent."""
 
     class Local(Mine):
-        pass
+        lock = threading.Lock()
 
     class Taken(JsonlBackend):
         metadata = JsonlBackend.metadata
 
     with pytest.raises(PluginError, match="is not a plugin"):
         traceml.register(Bare)
-    with pytest.raises(PluginError, match="defined in a function"):
+    with pytest.raises(PluginError, match=r"cannot pickle '_thread.lock' object. Move the class into a module"):
         traceml.register(Local)
 
     Taken.__qualname__ = "Taken"
@@ -189,18 +192,64 @@ def test_registering_nonsense_is_refused() -> None:
         traceml.register(Taken)
 
 
-@pytest.mark.process
-def test_a_backend_in_the_script_itself_is_refused() -> None:
-    """Its delivery process could not import it; the text says what to do."""
-    code = (
-        "import traceml\nfrom traceml.track.backends.jsonl import JsonlBackend\n"
-        "class Own(JsonlBackend):\n    metadata = traceml.PluginMetadata(name='own', version='1')\n"
-        "try:\n    traceml.register(Own)\nexcept traceml.PluginError as error:\n    print(error)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+OWN_BACKENDS = """
+import traceml
 
-    assert "defined in the script itself" in out
-    assert "move the class into a module" in out
+
+class Lines(traceml.BackendInterface):
+    metadata = traceml.PluginMetadata(name="lines", version="1")
+
+    def start_experiment(self, name, project):
+        return name
+
+    def log_metric(self, name, value, step):
+        write(self.metadata.name, f"{name} {step} {value}")
+
+    def log_params(self, params):
+        pass
+
+    def log_artifact(self, artifact_path, artifact_name=None):
+        pass
+
+    def end_experiment(self):
+        write(self.metadata.name, "end")
+
+
+def make():
+    class Others(Lines):
+        metadata = traceml.PluginMetadata(name="others", version="1")
+
+    return Others
+
+
+traceml.register(Lines)
+traceml.register(make())
+
+
+def write(name, line):
+    with open(name, "a") as file:
+        file.write(line + "\\n")
+
+
+write("runs", "again")
+with traceml.Experiment("own", backend=["lines", "others"]):
+    traceml.log_metric("x", 0.5, step=3)
+traceml.flush()
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("words", [["-c", OWN_BACKENDS], ["own.py"]])
+def test_backends_of_the_script_itself_are_sent(tmp_path: Path, words: list[str]) -> None:
+    """Also of a notebook, which has no file, and of a function; with what they use, and without a second run."""
+    (tmp_path / "own.py").write_text(OWN_BACKENDS)
+    finish(
+        subprocess.Popen([sys.executable, *words], env=environ(tmp_path, TRACEML_PORT=str(free_port())), cwd=tmp_path)
+    )
+
+    for name in ("lines", "others"):
+        eventually(lambda name=name: "x 3 0.5\nend\n" in (tmp_path / name).read_text())
+    assert (tmp_path / "runs").read_text() == "again\n"
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

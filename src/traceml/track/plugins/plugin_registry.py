@@ -2,18 +2,21 @@
 
 A name is looked up, in this order, as: an import path (`package:Class`), one given to `traceml.register`, a built-in
 one, an entry point of an installed package in the group `traceml.backends`, `traceml.frameworks` or
-`traceml.collectors`. Nothing is imported before it is asked for. Backends are loaded in processes of their own, so
-`register` keeps an import path for them too.
+`traceml.collectors`. Nothing is imported before it is asked for. Backends are loaded in processes of their own, by an
+import path; the class of a backend that is defined in a script, a notebook or a function is sent to them, pickled.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from traceml.errors import PluginError
+from traceml.fail_open import fail_open
 from traceml.track.plugins.interfaces import BackendInterface, CollectorInterface, FrameworkInterface
 from traceml.track.plugins.plugin_base import BackendPlugin, CollectorPlugin, FrameworkPlugin, PluginInterface
 from traceml.track.plugins.plugin_metadata import PluginMetadata, PluginType
@@ -24,11 +27,15 @@ __all__ = [
     "backend_metadata",
     "check_name",
     "create_backend",
+    "is_local_class",
     "known_backends",
     "load",
     "register",
     "registered",
+    "sent_backends",
 ]
+
+_log = logging.getLogger("traceml")
 
 _BASES: dict[PluginType, Any] = {
     PluginType.BACKEND: BackendPlugin,
@@ -67,6 +74,9 @@ _NOUNS = {PluginType.BACKEND: "tracker", PluginType.FRAMEWORK: "framework", Plug
 _registered: dict[PluginType, dict[str, str]] = {kind: {} for kind in PluginType}
 # Classes by path as they were registered, so that a class of the script is found in the process that defined it.
 _classes: dict[str, type] = {}
+# In place of the import path of a class that was sent: then Python's version, whose code it has, and the pickle.
+_SENT = "sent by Python "
+_MOST_SENT_BYTES = 1 << 20
 
 _Plugin = TypeVar("_Plugin")
 
@@ -92,7 +102,7 @@ def register(plugin: _Plugin) -> _Plugin:
         the class or instance, unchanged.
 
     Raises:
-        PluginError: the class is not a plugin, its name is taken, or no other process could import it.
+        PluginError: the class is not a plugin, its name is taken, or it can be neither imported nor sent.
     """
     _register(plugin if isinstance(plugin, type) else _class_of(plugin))
     return plugin
@@ -122,12 +132,8 @@ def _register(plugin: Any) -> None:
 
     name = _metadata_of(plugin).name
     path = f"{plugin.__module__}:{plugin.__qualname__}"
-    if kind is PluginType.BACKEND and (plugin.__module__ == "__main__" or "<locals>" in plugin.__qualname__):
-        where = "the script itself" if plugin.__module__ == "__main__" else "a function"
-        raise PluginError(
-            f"backend {name!r} is defined in {where} and runs in a process of its own, which could not import it: "
-            "move the class into a module"
-        )
+    if kind is PluginType.BACKEND and is_local_class(path):
+        _pickled(name, plugin)  # an error is raised here, and not when values are logged
 
     taken = _registered[kind].get(name) or BUILT_IN[kind].get(name)
     if taken not in {None, path}:
@@ -140,6 +146,58 @@ def _register(plugin: Any) -> None:
 def registered(kind: PluginType) -> dict[str, str]:
     """Return the names given to `register` -> import path."""
     return dict(_registered[kind])
+
+
+def sent_backends() -> dict[str, str]:
+    """Return the registered backends for delivery: names -> import path, or the class where it cannot be imported."""
+    sent = registered(PluginType.BACKEND)
+    for name, path in sent.items():
+        if is_local_class(path):
+            with fail_open(_log, "track", f"backend {name!r} cannot be used"):
+                sent[name] = _pickled(name, _classes[path])
+
+    return sent
+
+
+def is_local_class(path: str) -> bool:
+    """Return whether a class cannot be imported elsewhere: it is defined in the script, or inside a function."""
+    return path.startswith(("__main__:", "__mp_main__:")) or "<locals>" in path
+
+
+def _pickled(name: str, backend: type) -> str:
+    """Return the class of a backend by value: its process does not run the script again.
+
+    Raises:
+        PluginError: it uses what cannot be sent; the text says what to do.
+    """
+    import base64
+
+    import cloudpickle
+
+    if backend.__module__ == "__mp_main__":  # the script, in a process that multiprocessing has spawned
+        cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
+
+    try:
+        data = cloudpickle.dumps(backend)
+    except Exception as error:  # what the script holds may raise anything
+        why = f"{type(error).__name__}: {error}"
+        raise PluginError(_unsendable(name, why)) from error
+
+    if len(data) > _MOST_SENT_BYTES:
+        raise PluginError(_unsendable(name, f"with what it uses of the script it has {len(data) / 1e6:.1f} MB"))
+
+    return f"{_SENT}{_python_version()}:{base64.b64encode(data).decode()}"
+
+
+def _unsendable(name: str, why: str) -> str:
+    return (
+        f"backend {name!r} is defined in the script and cannot be sent to the process in which it runs: {why:.300}. "
+        "Move the class into a module"
+    )
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def available(kind: PluginType) -> dict[str, str]:
@@ -181,7 +239,7 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
 
     Args:
         name: a name, or `package:Class`.
-        known: names registered in another process, as `registered` returned them there.
+        known: names registered in another process, as `sent_backends` or `registered` returned them there.
 
     Raises:
         PluginError: there is none of that name, it cannot be imported, or it is of another kind.
@@ -191,15 +249,17 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     if path is None:
         raise PluginError(_unknown(kind, name))
 
-    found = _classes.get(path) or _import(path, name)
+    is_sent = path != name and path.startswith(_SENT)
+    found = _classes.get(path) or (_unpickle(path, name) if is_sent else _import(path, name))
+    where = name if is_sent else path
     base, interface = _BASES[kind], _INTERFACES[kind]
     if isinstance(found, type) and issubclass(found, interface) and not inspect.isabstract(found):
         return _plugin_of(found, kind, name)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(f"{path} must be a {base.__name__} or a {interface.__name__}, got {found!r:.100}")
+        raise PluginError(f"{where} must be a {base.__name__} or a {interface.__name__}, got {found!r:.100}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-        raise PluginError(f"{path} cannot be used as {base.__name__}: it does not define {missing}")
+        raise PluginError(f"{where} cannot be used as {base.__name__}: it does not define {missing}")
 
     plugin: PluginInterface = found()
     return plugin
@@ -285,6 +345,23 @@ def _import(path: str, name: str) -> Any:
     except Exception as error:  # a third party's module may raise anything while it is imported
         source = "" if path == name else f" from {path}"
         raise PluginError(f"{name} cannot be loaded{source}: {type(error).__name__}: {error}") from error
+
+    return found
+
+
+def _unpickle(sent: str, name: str) -> Any:
+    """Return a class that was sent; the same each time."""
+    import base64
+    import pickle
+
+    version, _, data = sent.removeprefix(_SENT).partition(":")
+    if version != _python_version():
+        raise PluginError(f"backend {name!r} was defined in a script by Python {version}: deliver with that version")
+
+    try:
+        found = _classes[sent] = pickle.loads(base64.b64decode(data))  # noqa: S301 - as `_import`, of a run that is trusted
+    except Exception as error:  # what it needs may be missing here
+        raise PluginError(f"{name} cannot be loaded as it was sent: {type(error).__name__}: {error}") from error
 
     return found
 

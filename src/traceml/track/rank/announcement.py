@@ -56,8 +56,7 @@ def announcement(
     Raises:
         UsageError: an option holds a secret.
     """
-    from traceml.track.plugins.plugin_metadata import PluginType
-    from traceml.track.plugins.plugin_registry import registered
+    from traceml.track.plugins.plugin_registry import sent_backends
     from traceml.track.plugins.plugin_signature import sign
 
     refuse_secrets(options)
@@ -73,7 +72,7 @@ def announcement(
         "max_retries": config.max_retries,
         "backoff_factor": config.backoff_factor,
         "max_backoff": config.max_backoff,
-        "registered": registered(PluginType.BACKEND),
+        "registered": sent_backends(),
         "sys_path": [entry or working_folder() for entry in sys.path],
         "folder": working_folder(),
         "environ": variables(),

@@ -17,7 +17,7 @@ from traceml.recorder.recorder_facts import wanted_collectors
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_base import FrameworkPlugin
 from traceml.track.plugins.plugin_metadata import PluginType
-from traceml.track.plugins.plugin_registry import load, registered
+from traceml.track.plugins.plugin_registry import is_local_class, load, registered
 
 if TYPE_CHECKING:
     from traceml.settings import Config
@@ -120,7 +120,7 @@ class AutoCapture:
             names += [name for name in dict.fromkeys(config.collectors) if name not in names]
 
         known = registered(PluginType.COLLECTOR)
-        local = [name for name in names if _is_local_class(known.get(name, name))]
+        local = [name for name in names if is_local_class(known.get(name, name))]
         return [name for name in names if name not in local], local
 
     def _start_child(self, names: list[str]) -> None:
@@ -177,8 +177,3 @@ class AutoCapture:
         self._orchestrator.route_metric(
             Metric(row["name"], row["value"], row["step"], timestamp, kind=MetricKind.COLLECTOR)
         )
-
-
-def _is_local_class(path: str) -> bool:
-    """Whether a class cannot be imported elsewhere: it is defined in the script, or inside a function."""
-    return path.startswith("__main__:") or "<locals>" in path
