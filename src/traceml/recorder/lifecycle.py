@@ -138,7 +138,10 @@ def _set_log_level(config: Config) -> None:
 
 
 def shutdown() -> None:
-    """Stop tracing: send the remaining rows, within 5 s, and remove all hooks. Also done when the process ends.
+    """Stop tracing: send the remaining rows and remove all hooks. Also done when the process ends.
+
+    Rows are sent within 5 s. In addition it waits up to 3 s for collectors that read once, 60 s while files are being
+    copied, and 30 s for an aggregator that is being started.
 
     Examples:
         >>> traceml.shutdown()
