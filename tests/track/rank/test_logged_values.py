@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from traceml.track.rank import logged_values
 from traceml.track.rank.logged_values import PlainList, plain
@@ -46,3 +47,8 @@ def test_a_value_that_fits_stays_whole(value: Any, caplog: pytest.LogCaptureFixt
     """So does a list whose length was checked: of the counts of a histogram."""
     assert plain(value) == value
     assert not caplog.messages
+
+
+def test_a_tensor_of_many_values_on_a_device_is_not_read() -> None:
+    """Its text has what is known without waiting for the device."""
+    assert plain(torch.empty(2, 3, device="meta")) == "Tensor of shape (2, 3), torch.float32, on meta"

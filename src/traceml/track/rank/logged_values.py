@@ -222,6 +222,10 @@ def _plain_object(value: Any, kind: str, depth: int) -> Any:
     if depth < _DEPTH and hasattr(value, "tolist") and getattr(value, "size", _ITEMS) in range(_SMALL_ARRAY):
         return plain(value.tolist(), depth + 1)
 
+    device = getattr(value, "device", None)
+    if hasattr(value, "detach") and getattr(device, "type", "cpu") != "cpu":  # its `repr` would wait for the device
+        return f"{kind} of shape {tuple(value.shape)}, {value.dtype}, on {device}"
+
     return str(value) if hasattr(value, "__fspath__") else repr(value)[:_TEXT_CHARS]
 
 
