@@ -92,7 +92,7 @@ def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> No
     run.row("text", name="note", text="hello", step=3)
     run.row("value", name="phase", value="warm-up", step=4)
     run.row("tags", tags={"team": "vision"})
-    run.row("histogram", name="w", counts=[1, 2], edges=[0.0, 0.5, 1.0], step=5)
+    run.row("histogram", name="w", counts=[1, 2], edges=[0.0, 0.5, 1.0], step=-5)
     run.end()
 
     done = deliver(run.path, "jsonl")
@@ -110,7 +110,7 @@ def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> No
         "note": "hello",
         "phase": "warm-up",
     }
-    assert [line["counts"] for line in lines if line["type"] == "histogram"] == [[1, 2]]
+    assert [(line["counts"], line["step"]) for line in lines if line["type"] == "histogram"] == [([1, 2], -5)]
     assert any(line["type"] == "tags" and line["tags"] == {"team": "vision"} for line in lines)
     state = state_of(run.path)
     assert (state.phase, state.failed, state.pending(state.passed)) == (DeliveryPhase.DONE, 0, 0)

@@ -395,7 +395,7 @@ def _name_of(row: Mapping[str, Any], rank: int) -> str:
 
 
 def _step_of(row: Mapping[str, Any]) -> int:
-    return max(int(row.get("step") or 0), 0)
+    return int(row.get("step") or 0)
 
 
 def _digest(value: Any) -> str:
