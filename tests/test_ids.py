@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from traceml.ids import detect_rank, job_key, launcher_job
+from traceml.ids import detect_rank, job_key, launcher_job, new_run_id
 
 HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = {**HAND, "TORCHELASTIC_RUN_ID": "none"}
@@ -88,3 +91,15 @@ def test_an_import_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
 
     assert detect_rank({"RANK": "3", "WORLD_SIZE": "4"}).rank == 3
+
+
+def test_a_new_run_has_an_id_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many jobs that start in one second two draw the same number."""
+    drawn = iter([b"\1\2", b"\1\2", b"\3\4"])
+    monkeypatch.setattr(os, "urandom", lambda _count: next(drawn))
+    monkeypatch.setattr(time, "strftime", lambda _layout: "20260101-000000")
+
+    first = new_run_id("train", tmp_path)
+    (tmp_path / first).mkdir()
+
+    assert (first, new_run_id("train", tmp_path)) == ("20260101-000000-train-0102", "20260101-000000-train-0304")

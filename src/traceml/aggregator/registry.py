@@ -138,7 +138,7 @@ class Registry:
 
     def _new_id(self, hello: Hello) -> str:
         """Return the id of a new run: a job that comes again after it was refused leaves no second folder."""
-        return self._not_begun.get(_key(hello)) or new_run_id(hello.name or "run")
+        return self._not_begun.get(_key(hello)) or new_run_id(hello.name or "run", self.runs_dir)
 
     def _expect(self, key: str, run_id: str) -> None:
         """Note the id of a run that may be refused; of jobs that never come again only the newest are remembered."""
@@ -328,7 +328,7 @@ class Registry:
         if not flight.path.exists():  # another process has just stored it
             return None
 
-        return flight.run_id or new_run_id(flight.name)
+        return flight.run_id or new_run_id(flight.name, self.runs_dir)
 
     def _resume(self, hello: Hello) -> ActiveRun | None:
         """Open a new rank's run from disk, if an earlier aggregator has left it there."""

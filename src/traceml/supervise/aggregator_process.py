@@ -403,4 +403,4 @@ def choose_run_id(config: Config, name: str) -> str:
     """
     wanted = safe_run_id(config.run_id) if config.run_id else None
     inherited = wanted is not None and config.supervised and (config.runs_dir / wanted).exists()
-    return new_run_id(name) if wanted is None or inherited else wanted
+    return new_run_id(name, config.runs_dir) if wanted is None or inherited else wanted

@@ -68,7 +68,8 @@ class RunLogsSpecs(DefaultLogsSpecs):  # type: ignore[misc]  # types are checked
             )
             return None
 
-        self._run_id = self._run_id or safe_run_id(config.run_id or new_run_id(config.run_name or _script_name()))
+        name = config.run_name or _script_name()
+        self._run_id = self._run_id or safe_run_id(config.run_id or new_run_id(name, config.runs_dir))
         create_runs_dir(config.runs_dir)
         folder = config.runs_dir.absolute() / self._run_id / LOGS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
