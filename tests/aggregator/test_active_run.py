@@ -8,6 +8,7 @@ import tracemalloc
 import msgpack
 import pytest
 
+from tests.aggregator.conftest import step_row
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
 from tests.fake_time import FakeTime
 from traceml.aggregator import active_run as run_module
@@ -16,7 +17,7 @@ from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.flight_folders import pending_row_path
 from traceml.database.flight.flight_header import FlightState
 from traceml.database.flight.staged_files import STAGED, StagedFile
-from traceml.database.schema import LOGGED, Slot
+from traceml.database.schema import LOGGED, STEPS, Slot
 from traceml.database.store.reader import StoreReader
 from traceml.run_folder import STORE_NAME
 from traceml.transport.exit_report import ExitReport
@@ -421,6 +422,22 @@ def test_late_rank_of_an_earlier_attempt_does_not_resize_the_job(registry):  # n
     join(registry, hello(7, 8, recorder="old"))
 
     assert run.world_size == len(run.live.intake.kept.latest) == 2
+
+
+def test_rows_that_the_verdict_cannot_take_are_stored_and_acknowledged(registry, caplog):  # noqa: F811
+    """The rank that leaves gets its answer, and the next rows count again."""
+    run, stream = join(registry, hello(0, 1))
+    take, run.live.intake.kept.scatter = run.live.intake.kept.scatter, lambda *_: 1 / 0
+    run.ingest.take(stream, STEPS.name, 0, 1, step_row(0))
+    leave(run, stream)
+
+    assert run.commit()
+    assert "the live verdict of run" in caplog.text
+
+    run.live.intake.kept.scatter = take
+    run.ingest.take(stream, STEPS.name, 1, 1, step_row(1))
+    assert run.commit()
+    assert run.live.intake.kept.latest.tolist() == [1]
 
 
 def test_run_that_is_over_keeps_no_window(registry):  # noqa: F811

@@ -231,7 +231,9 @@ class ActiveRun(RunStreams):
         if not self.ingest.commit(force=force):
             return False
 
-        self.live.scatter()
+        with fail_open(_log, "aggregator", f"the live verdict of run {self.id} lacks rows", level=logging.ERROR):
+            self.live.scatter()
+
         for image in self._recovered:
             image.unlink()
 

@@ -133,12 +133,12 @@ class RowIntake:
         kept.numbers = self.facts_builder.numbers
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
-        if added := self._added[table.name]:
+        added, self._added[table.name] = self._added[table.name], []  # what fails is not tried again
+        if added:
             ranks = np.array([rank for rank, _ in added], np.int64)
             parts = [data for _, data in added]
             counts = np.array([len(data) for data in parts]) // table.row_bytes
             scatter(np.repeat(ranks, counts), np.frombuffer(b"".join(parts), table.dtype))
-            added.clear()
 
     def _take_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
         for kept in self._all_kept:
