@@ -16,6 +16,7 @@ __all__ = [
     "PROFILE_NAME",
     "RELAY_NAME",
     "REPORT_NAME",
+    "RUN_FOLDERS",
     "STORE_NAME",
     "STORE_PATH_BYTES",
     "TRACKERS_FOLDER",
@@ -46,6 +47,8 @@ OUTPUT_LOG = f"{LOGS_FOLDER}/output.log"
 UNREAD_LOG = f"{LOGS_FOLDER}/unread.log"
 # Logged files, by their SHA-256.
 ARTIFACTS = "artifacts"
+# Folders that each run has from its start.
+RUN_FOLDERS = (LOGS_FOLDER, ARTIFACTS)
 # State, lock and log of each tracker's delivery.
 TRACKERS_FOLDER = "trackers"
 # In the runs folder: a small file per open run, from which a later aggregator learns the run's folder, and the lock of

@@ -398,6 +398,11 @@ def test_a_folder_named_latest_stays_as_it_is(registry, caplog):
     assert "latest does not point at run first: it is a folder of its own" in caplog.text
 
 
+def test_a_run_has_its_folders_from_the_start(registry):
+    run = registry.begin("new", "job", named=False)
+    assert [(run.path / folder).is_dir() for folder in ("logs", "artifacts")] == [True, True]
+
+
 def test_run_without_ranks_leaves_no_folder(registry):
     """The folder of a run that a killed aggregator only began is removed, but no other files."""
     run = registry.begin("empty", "job", named=False)

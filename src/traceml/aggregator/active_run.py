@@ -22,7 +22,7 @@ from traceml.diagnosis.facts.ends.ending_signal import END, ending_signal_of
 from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open, failures
-from traceml.run_folder import STORE_NAME
+from traceml.run_folder import RUN_FOLDERS, STORE_NAME
 from traceml.transport.exit_report import ExitReport
 from traceml.transport.hello import WORLD_LIMIT
 from traceml.transport.server import Peer
@@ -316,8 +316,9 @@ class ActiveRun(RunStreams):
         for path in self.path.glob(f"{STORE_NAME}*"):
             path.unlink(missing_ok=True)
 
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+        for folder in (*RUN_FOLDERS, "."):
+            with contextlib.suppress(OSError):
+                (self.path / folder).rmdir()
 
     def close(self) -> None:
         """Release a run that is not over, so that another aggregator can continue it."""

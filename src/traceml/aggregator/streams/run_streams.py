@@ -21,7 +21,7 @@ from traceml.database.info_kinds import InfoKind
 from traceml.database.store.reader import StoreReader, StreamIdentity
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.store_file import last_written_s
-from traceml.run_folder import PAGE_NAME, REPORT_NAME, STORE_NAME
+from traceml.run_folder import PAGE_NAME, REPORT_NAME, RUN_FOLDERS, STORE_NAME
 from traceml.transport.hello import WORLD_LIMIT, Hello
 
 __all__ = ["RunStreams"]
@@ -49,6 +49,10 @@ class RunStreams:
         self._facts = RunFacts(path.name, key, named=named)
         self.admission = Admission(self._facts, self._table, named=named, on_helper=self._note_helper)
         self.store = StoreWriter(path / STORE_NAME)
+        for folder in RUN_FOLDERS:
+            with suppress(OSError):  # where a file needs it, it is made with an error that says why not
+                (path / folder).mkdir(exist_ok=True)
+
         self.live = LiveRows(1)
         self.live.on_loaded = self._note_loaded
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
