@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from tests.eventually import eventually
 from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, delivering, state_of
 from traceml.track.delivery.audit import AuditLog
+from traceml.track.plugins.plugin_signature import sign
 from traceml.track.tracker_state import (
     EXIT_AGAIN,
     EXIT_BROKEN,
@@ -115,6 +118,29 @@ def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> No
     state = state_of(run.path)
     assert (state.phase, state.failed, state.pending(state.passed)) == (DeliveryPhase.DONE, 0, 0)
     assert state.delivered == 2 * (5 + 12_000) + 2 + 4
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_class_that_was_sent_is_loaded_only_of_an_own_run(run: LoggedRun, tmp_path: Path, is_own: bool) -> None:
+    """Whoever can write rows, with the token or on their way, could run code here otherwise."""
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "loaded",))
+
+    pickled = base64.b64encode(pickle.dumps(Trap())).decode()
+    sent = f"sent by Python {sys.version_info.major}.{sys.version_info.minor}:{pickled}"
+    row: dict[str, Any] = {"backends": ["mine"], "registered": {"mine": sent}}
+    signature = sign(row) if is_own else "of somebody else"
+    run.experiment(["mine"], id="x", registered=row["registered"], signature=signature)
+    run.metrics({"loss": [0.5]})
+    run.end()
+
+    deliver(run.path, "mine")
+
+    assert ((tmp_path / "loaded").exists(), "was not recorded by this user" in state_of(run.path, "mine").error) == (
+        is_own, not is_own,
+    )  # fmt: skip
 
 
 def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: LoggedRun) -> None:

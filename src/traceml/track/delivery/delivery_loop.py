@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ class DeliveryLoop:
     # --- loop ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        first = next((each.row for each in self._plan.experiments.values()), {})
+        planned = next(iter(self._plan.experiments.values()), None)
+        first = planned.row if planned is not None else {}
         # Only known names: the row came over a connection.
         os.environ.update(variables({str(name): str(value) for name, value in (first.get("environ") or {}).items()}))
         if self._installed_only:
@@ -151,7 +152,7 @@ class DeliveryLoop:
             os.chdir(str(first.get("folder") or "."))
 
         check_delivery_options(self._options)
-        _read_key(self._state.backend, self._options, first.get("registered"))
+        _read_key(self._state.backend, self._options, planned)
         self._records = RecordReader(self._reader, INPUT_TABLES)
         self._session = self._make_session()
         self._audit = AuditLog(self._run_dir, self._state)
@@ -179,7 +180,7 @@ class DeliveryLoop:
         timeout_s = timeout_of(self._options, _TIMEOUT_S)
         self._uses_fallback = uses_fallback
         if uses_fallback and self._requested_by is not None:
-            _read_key(fallback, self._requested_by.options(fallback), self._requested_by.row.get("registered"))
+            _read_key(fallback, self._requested_by.options(fallback), self._requested_by)
 
         state.fallback_done = False
         return TrackerSession(
@@ -454,7 +455,8 @@ class DeliveryLoop:
             self._has_warned_unsaved = True
 
 
-def _read_key(backend: str, options: dict[str, Any], known: Mapping[str, str] | None) -> None:
+def _read_key(backend: str, options: dict[str, Any], planned: PlannedExperiment | None) -> None:
     """Copy a key from its file to the environment of this process, where the backend's library looks."""
     if key_file := options.get("api_key_file"):
+        known = planned.registered(backend) if planned is not None else {}
         os.environ.update(read_key_file(backend, Path(str(key_file)), known))

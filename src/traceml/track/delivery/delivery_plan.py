@@ -15,7 +15,7 @@ from traceml.errors import PluginError
 from traceml.ids import DEFAULT_PROJECT
 from traceml.settings import Config
 from traceml.track.plugins.plugin_metadata import PluginType
-from traceml.track.plugins.plugin_registry import BUILT_IN, check_name
+from traceml.track.plugins.plugin_registry import BUILT_IN, check_name, is_sent
 from traceml.track.plugins.plugin_signature import is_signed
 
 __all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "requested_backends", "restricted", "settings_of"]
@@ -50,6 +50,23 @@ class PlannedExperiment(msgspec.Struct):
         """Return the options of a backend."""
         options = (self.row.get("options") or {}).get(backend)
         return dict(options) if isinstance(options, dict) else {}
+
+    def registered(self, backend: str) -> dict[str, str]:
+        """Return the backends that its script registered, to load one of them.
+
+        Raises:
+            PluginError: the script has sent its class, and no process of this user with this home has: whoever can
+                write rows could run code here.
+        """
+        found = self.row.get("registered")
+        found = dict(found) if isinstance(found, dict) else {}
+        if is_sent(str(found.get(backend, ""))) and not is_signed(self.row):
+            raise PluginError(
+                f"backend {backend!r} is code that a script has sent, and the run was not recorded by this user with "
+                "this home: it is not run. Move the class into a module"
+            )
+
+        return found
 
     def settings(self) -> Config:
         """Return the settings of its announcement, with defaults for missing ones."""

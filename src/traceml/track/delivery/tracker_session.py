@@ -114,7 +114,7 @@ class TrackerSession:
         return backend
 
     def _begin(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> BackendInterface:
-        config, known = self._config(experiment, stored), experiment.row.get("registered")
+        config, known = self._config(experiment, stored), experiment.registered(self.backend)
         backend = create_backend(self.backend, config, known, self._cleanups.append)
         if stored and not stored.get("ended") and not backend.resume(stored["mark"]):
             raise RewindError

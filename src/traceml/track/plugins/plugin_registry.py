@@ -28,6 +28,7 @@ __all__ = [
     "check_name",
     "create_backend",
     "is_local_class",
+    "is_sent",
     "known_backends",
     "load",
     "register",
@@ -164,6 +165,11 @@ def is_local_class(path: str) -> bool:
     return path.startswith(("__main__:", "__mp_main__:")) or "<locals>" in path
 
 
+def is_sent(path: str) -> bool:
+    """Return whether a name of another process stands for a class that it has sent: to load it runs its code."""
+    return path.startswith(_SENT)
+
+
 def _pickled(name: str, backend: type) -> str:
     """Return the class of a backend by value: its process does not run the script again.
 
@@ -239,7 +245,8 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
 
     Args:
         name: a name, or `package:Class`.
-        known: names registered in another process, as `sent_backends` or `registered` returned them there.
+        known: names registered in another process, as `sent_backends` or `registered` returned them there. A class
+            that was sent runs code: the caller has checked from whom it is.
 
     Raises:
         PluginError: there is none of that name, it cannot be imported, or it is of another kind.
@@ -249,9 +256,9 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     if path is None:
         raise PluginError(_unknown(kind, name))
 
-    is_sent = path != name and path.startswith(_SENT)
-    found = _classes.get(path) or (_unpickle(path, name) if is_sent else _import(path, name))
-    where = name if is_sent else path
+    has_sent = path != name and is_sent(path)
+    found = _classes.get(path) or (_unpickle(path, name) if has_sent else _import(path, name))
+    where = name if has_sent else path
     base, interface = _BASES[kind], _INTERFACES[kind]
     if isinstance(found, type) and issubclass(found, interface) and not inspect.isabstract(found):
         return _plugin_of(found, kind, name)
