@@ -131,7 +131,7 @@ def test_nothing_passes(capsys, trace):
 def test_errors_say_what_to_do(capsys, tmp_path, trace, words, status, said):
     """Called wrongly is 2, nothing to read is 3; each with one sentence that helps."""
     empty = tmp_path / "empty.json"
-    empty.write_text("[]")
+    empty.write_text("")
     words = [word.replace("TRACE", str(trace)).replace("EMPTY", str(empty)) for word in words]
 
     assert main(["analyze", *words]) == status
