@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from copy import copy
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from traceml.clock import monotonic_ns
@@ -388,9 +388,7 @@ class TracedIterable(Generic[T]):
     @staticmethod
     def of(iterable: Iterable[Any], clock: StepClock) -> TracedIterable[Any]:
         """Return the iterable with the special methods that its type has: these are not looked up by `__getattr__`."""
-        methods = {name: method for name, method in _SPECIAL_METHODS.items() if hasattr(type(iterable), name)}
-        traced: type[TracedIterable[Any]] = type(TracedIterable.__name__, (TracedIterable,), methods)
-        return traced(iterable, clock)
+        return _traced_class(*(name for name in _SPECIAL_METHODS if hasattr(type(iterable), name)))(iterable, clock)
 
     @uncounted
     def __iter__(self) -> Iterator[T]:
@@ -427,6 +425,12 @@ _SPECIAL_METHODS: dict[str, Callable[..., Any]] = {
     "__contains__": lambda self, item: item in self._iterable,
     "__getitem__": lambda self, index: self._iterable[index],
 }
+
+
+@cache
+def _traced_class(*names: str) -> type[TracedIterable[Any]]:
+    """Return the class with some of the special methods; there are few, however often a script calls `trace_data`."""
+    return type(TracedIterable.__name__, (TracedIterable,), {name: _SPECIAL_METHODS[name] for name in names})
 
 
 class _TracedIterator(Generic[T]):
