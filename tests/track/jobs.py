@@ -61,7 +61,7 @@ class Job:
     ) -> None:
         self.folder = folder
         (folder / "script.py").write_text(textwrap.dedent(code))
-        own = {"TRACEML_MAX_RETRIES": "1", "TRACEML_MAX_BACKOFF": "0.5", "TRACEML_COLLECTORS": ""}
+        own = {"TRACEML_MAX_RETRIES": "2", "TRACEML_MAX_BACKOFF": "0.5", "TRACEML_COLLECTORS": ""}
         own |= {"TRACEML_DELIVERY_NICE": "0"}  # other tests may use every core
         own |= {"TRACEML_QUIET": ""}  # its card tells what was delivered
         own |= {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}

@@ -60,7 +60,7 @@ def faulty(run: LoggedRun, backend: str = FAULTY, max_backoff: float = 0.3, **op
     folder = run.path.parent / "faulty"
     folder.mkdir(exist_ok=True)
     run.experiment(
-        [backend], id="x", sys_path=[ROOT], max_retries=1, max_backoff=max_backoff,
+        [backend], id="x", sys_path=[ROOT], max_retries=2, max_backoff=max_backoff,
         options={backend: {"path": str(folder), **options}},
     )  # fmt: skip
     return folder
