@@ -8,6 +8,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,50 @@ def test_a_deleted_model_is_freed_at_once(traced: Traced) -> None:
         gc.enable()
 
 
+def clone_module(module: nn.Module) -> nn.Module:
+    """Clone a module by its `__dict__`, as learn2learn does and many scripts of meta learning."""
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__.copy()
+    clone._parameters = {name: each.clone() for name, each in module._parameters.items() if each is not None}
+    clone._modules = {name: clone_module(each) for name, each in module._modules.items() if each is not None}
+    return clone
+
+
+@pytest.mark.parametrize("stage", ["both alive", "original gone", "tracing ended"])
+def test_a_clone_by_its_dict_calls_its_own_weights(traced: Traced, stage: str) -> None:
+    """It has a copy of our timer, which belongs to the original."""
+    model, optimizer = made(traced)
+    x = torch.randn(2, 4)
+    clone = clone_module(model)
+    with torch.no_grad():
+        clone.inner.weight.zero_()  # type: ignore[union-attr,operator]
+
+    bias = model.inner.bias
+    if stage == "original gone":
+        del model, optimizer
+        gc.collect()
+    elif stage == "tracing ended":
+        traced.instrumentation.uninstall()
+
+    for _ in range(2):
+        assert torch.equal(clone(x), bias.expand(2, 4))
+
+    if stage == "both alive":
+        assert not torch.equal(model(x), bias.expand(2, 4))
+
+
+def test_the_forward_of_a_clone_is_timed(traced: Traced) -> None:
+    """Steps on the clone of a model, as in meta learning, have its forward passes."""
+    model, optimizer = made(traced)
+    x = torch.randn(2, 4)
+    for _ in range(3):
+        clone = clone_module(model)
+        clone(x).sum().backward()
+        optimizer.step()
+
+    assert all(row["forward_ns"] for row in traced.finish())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("as_list", [True, False])
 def test_a_model_in_checkpointed_parts(traced: Traced, as_list: bool, reentrant: bool) -> None:
@@ -112,9 +157,11 @@ def test_checkpointed_functions_are_no_model(traced: Traced) -> None:
 def test_replicas_call_themselves(traced: Traced) -> None:
     """DataParallel's copies do not call the original module."""
     model, _ = made(traced)
+    replica: Any = model._replicate_for_data_parallel()
+    replica._modules["inner"] = nn.Identity()
+    x = torch.randn(2, 4)
 
-    assert not is_instrumented(model._replicate_for_data_parallel())
-    assert is_instrumented(model)
+    assert replica(x) is x
 
 
 def test_script_modules_are_left_alone(traced: Traced) -> None:

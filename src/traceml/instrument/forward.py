@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 _SLOT = "_compiled_call_impl"
+_CALL = torch.nn.Module._wrapped_call_impl.__code__
+_GONE = weakref.ref(type("_Gone", (), {})())
 _FORWARD, _OPTIMIZER = int(Phase.FORWARD), int(Phase.OPTIMIZER)
 _COPIERS = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
 _NO_FORWARD = (int(Phase.INPUT_WAIT), _FORWARD, int(Phase.BACKWARD))  # a forward inside these is part of them
@@ -58,10 +60,9 @@ Measure = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
 class TimedModule:
     """A timed module, held weakly so that deleting the module frees it at once."""
 
-    __slots__ = ("copies_by_itself", "impl", "inner", "module")
+    __slots__ = ("impl", "inner", "module")
 
     def __init__(self, module: Any, inner: Callable[..., Any] | None) -> None:
-        self.copies_by_itself = _copies_by_itself(type(module))
         self.module = weakref.ref(module)
         self.inner = inner  # previous content of the slot: the result of Module.compile()
         self.impl: Callable[..., Any] = type(module)._call_impl if inner is None else _without_module(inner)
@@ -103,16 +104,20 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
     closing_trigger: Any = NOT_READY
     input_shape: Any = None
 
-    def make(timed: TimedModule) -> Callable[..., Any]:
-        impl, module = timed.impl, timed.module
+    def make(own: TimedModule) -> Callable[..., Any]:
+        impl, module = own.impl, own.module
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal current, forward_ns
             if is_dynamo_compiling():
                 return impl(module(), *args, **kwargs)
 
-            if current != OTHER or not on_training_thread():
+            timed = _called(own, sys._getframe(1))
+            if timed is not own:
                 return _nested_call(timed, clock, measure, args, kwargs)
+
+            if current != OTHER or not on_training_thread():
+                return _nested_call(own, clock, measure, args, kwargs)
 
             try:
                 if not args or type(args[0]) is not Tensor or args[0].is_nested or args[0].shape != input_shape:
@@ -142,8 +147,8 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
                     fail(error)
 
         bound = clock.bind(call)
-        bound.timed = timed  # type: ignore[attr-defined]
-        return ForwardTimer(bound, timed) if timed.copies_by_itself else bound
+        bound.timed = own  # type: ignore[attr-defined]
+        return ForwardTimer(bound, own) if _copies_by_itself(type(module())) else bound
 
     return make
 
@@ -153,7 +158,7 @@ def _native_timer(
     clock: StepClock, make_hook: Callable[..., Callable[..., Any]], measure: Measure, timed: TimedModule
 ) -> Callable[..., Any]:
     def slow(*args: Any, **kwargs: Any) -> Any:
-        return _nested_call(timed, clock, measure, args, kwargs)
+        return _nested_call(_called(timed, sys._getframe(1)), clock, measure, args, kwargs)
 
     inner = timed.inner
     original = timed.impl if inner is None else inner
@@ -162,6 +167,24 @@ def _native_timer(
     )
     hook.timed = timed  # type: ignore[attr-defined]
     return hook
+
+
+def _called(timed: TimedModule, frame: Any) -> TimedModule:
+    """Return the module that is called: `timed`, or one that was given a copy of its `__dict__`.
+
+    Libraries of meta learning clone modules so, as `higher` and learn2learn.
+
+    Args:
+        frame: the one that called the timer.
+    """
+    if frame.f_code is ForwardTimer.__call__.__code__:
+        frame = frame.f_back
+
+    if timed.inner is not None or frame.f_code is not _CALL:
+        return timed
+
+    called = frame.f_locals["self"]
+    return timed if called is timed.module() else TimedModule(called, None)
 
 
 def _of_torch() -> tuple[type[Tensor], Callable[[], int], Callable[[], bool], int]:
@@ -337,7 +360,8 @@ def is_instrumented(module: Any) -> bool:
 
 
 def _timed(module: Any) -> TimedModule | None:
-    return getattr(module.__dict__.get(_SLOT), "timed", None)
+    timed: TimedModule | None = getattr(module.__dict__.get(_SLOT), "timed", None)
+    return timed if timed is not None and timed.module() is module else None
 
 
 def _copies_by_itself(cls: type[Any]) -> bool:
@@ -354,7 +378,9 @@ def instrument_module(module: Any, make: TimerMaker) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or not hasattr(type(module), "_call_impl"):
         return False
 
-    object.__setattr__(module, _SLOT, make(TimedModule(module, module.__dict__.get(_SLOT))))
+    inner = module.__dict__.get(_SLOT)
+    own = None if hasattr(inner, "timed") else inner  # that of another module came with a copy of its `__dict__`
+    object.__setattr__(module, _SLOT, make(TimedModule(module, own)))
     return True
 
 
@@ -365,20 +391,21 @@ def restore_module(module: Any) -> None:
         return
 
     if timed.inner is None:
-        del module.__dict__[_SLOT]
+        timer = module.__dict__.pop(_SLOT)
+        if hasattr(timer, "module"):
+            timer.module = _GONE  # a copy of the `__dict__` may still have this hook in C
     else:
         module.__dict__[_SLOT] = timed.inner
 
 
 @uncounted
 def patch_compile(patches: Patches, make: TimerMaker, on_compiled: Callable[[Any], None]) -> None:
-    """Keep timing a module after `compile()`, and stop replicas from calling the original.
+    """Keep timing a module after `compile()`.
 
     Args:
         on_compiled: called with a module that compiled itself, without raising.
     """
-    module_type = torch.nn.Module
-    compile_in_place, replicate = module_type.compile, module_type._replicate_for_data_parallel
+    compile_in_place = torch.nn.Module.compile
 
     def compile(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A001 - name of the replaced method
         timed = is_instrumented(self)
@@ -389,12 +416,4 @@ def patch_compile(patches: Patches, make: TimerMaker, on_compiled: Callable[[Any
 
         on_compiled(self)
 
-    def replicate_for_data_parallel(self: Any) -> Any:
-        replica = replicate(self)
-        if is_instrumented(replica):
-            replica.__dict__.pop(_SLOT)  # it would call the module that it copies
-
-        return replica
-
-    patches.wrap(module_type, "compile", compile)
-    patches.wrap(module_type, "_replicate_for_data_parallel", replicate_for_data_parallel)
+    patches.wrap(torch.nn.Module, "compile", compile)

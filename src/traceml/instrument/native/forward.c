@@ -131,9 +131,16 @@ static inline int is_part_of_phase(const HotFields *hot) {
     return hot->current == PHASE_FORWARD || hot->current == PHASE_BACKWARD || hot->current == PHASE_INPUT_WAIT;
 }
 
+/* Whether the hook is in its own module's slot alone: only that and the call refer to it. A module that has a copy of
+ * the `__dict__` calls it too. (Later versions of Python keep flags in the upper half of the count.) */
+static inline int is_own_call(const Hook *hook, PyObject *self) {
+    return (unsigned int)Py_REFCNT(self) <= 2 && PyWeakref_GetObject(hook->module) != Py_None;
+}
+
 PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
+    if (!LIKELY(!hook->passes_module || is_own_call(hook, self))) return call_slow(hook, args, nargsf, names);
     if (!LIKELY(is_usual(hot)))
         return is_part_of_phase(hot) ? call_inside(hook, args, nargsf, names) : call_slow(hook, args, nargsf, names);
 

@@ -208,7 +208,7 @@ static PyMemberDef members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Hook, weakrefs), READONLY, NULL},
     {"phase", T_INT, offsetof(Hook, phase), READONLY, NULL},
     {"original", T_OBJECT, offsetof(Hook, original), READONLY, NULL},
-    {"module", T_OBJECT, offsetof(Hook, module), READONLY, NULL},
+    {"module", T_OBJECT, offsetof(Hook, module), 0, NULL},
     {"passes_module", T_BOOL, offsetof(Hook, passes_module), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
