@@ -134,6 +134,51 @@ def test_phases_of_other_threads_do_not_count(traced: Traced) -> None:
     assert traced.table("user_phases") == []
 
 
+class Waits(Dataset[torch.Tensor]):
+    """A data set with a phase of the same name as the loop's."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with self.traced.instrumentation.phase("data"):
+            burn(1)
+
+        return torch.randn(4)
+
+
+def test_a_phase_of_a_data_set_is_a_part_of_the_wait(traced: Traced) -> None:
+    """Its end leaves the loop's phase of that name open, and the steps after it are timed as before."""
+    model, optimizer, _ = parts()
+    batches = iter(DataLoader(Waits(traced), batch_size=2))
+    for _ in range(4):
+        with traced.instrumentation.phase("data"):
+            x = next(batches)
+
+        train(model, optimizer, x)
+
+    rows = traced.finish()
+    assert all(row["input_wait_ns"] >= 2e6 and 0 <= row["user_ns"] < row["input_wait_ns"] for row in rows)
+
+
+def test_a_phase_ends_when_the_training_leaves_its_thread(traced: Traced) -> None:
+    """Its end comes in a thread that no longer trains; it is not open in all later steps."""
+    model, optimizer, x = parts()
+
+    async def steps() -> None:
+        for _ in range(6):
+            with traced.instrumentation.phase("step"):
+                await asyncio.to_thread(train, model, optimizer, x)
+
+    asyncio.run(steps())
+    train(model, optimizer, x)
+
+    assert traced.finish()[-1]["user_ns"] == 0
+
+
 def test_a_block_whose_work_moves_to_another_thread(traced: Traced) -> None:
     """A step that waits for `asyncio.to_thread` is one, with the phases of that thread."""
     model, optimizer, x = parts()

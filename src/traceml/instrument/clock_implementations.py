@@ -166,20 +166,16 @@ class CellClock(StepClock):
             self.fail(error)
 
     def leave_user(self, phase: Any) -> None:
-        """End a user phase that is open, and those that began inside it."""
+        """End a user phase that is open, and those that began inside it. In a wait none has begun."""
         try:
             stack = self.open_user_phases
-            if self.thread != get_ident() or not any(entry[0] is phase for entry in stack):
+            is_ignored = self.current == _INPUT_WAIT or self.thread != get_ident()
+            if is_ignored or not any(entry[0] is phase for entry in stack):
                 return
 
             t = monotonic_ns()
-            while True:  # phases of generators and coroutines may end in any order
-                ended, previous, start = stack.pop()
-                self.add(ended.bucket, t - start)
-                self.add(previous, start - t)
-                self.current = previous
-                if ended is phase:
-                    break
+            while self.pop_user_phase(t) is not phase:  # phases of generators and coroutines may end in any order
+                pass
 
             self.open_slots[_USER_NAME] = stack[-1][0].name_id if stack else 0
             self.open_slots[_USER] = stack[-1][2] if stack else 0

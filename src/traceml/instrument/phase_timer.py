@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Phase
+from traceml.database.schema import Phase, Slot
 from traceml.fail_open import fail_open
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
 OTHER = len(Phase)  # the bucket of time in no phase; never read: it is the rest of the total
 FIRST_USER = OTHER + 1  # user phase k: its time is at FIRST_USER + 2k, its count at FIRST_USER + 2k + 1
 NO_ROW = 1 << 62  # no run has as many
+_USER, _USER_NAME = int(Phase.USER), int(Slot.USER_NAME)
 _INPUT_WAIT, _FORWARD, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.FORWARD), int(Phase.BACKWARD)
 _OPTIMIZER = int(Phase.OPTIMIZER)
 _log = logging.getLogger("traceml")
@@ -77,7 +78,7 @@ class PhaseTimer:
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
     read and write the fields of this class directly; `clock_implementations` says where they are.
 
-    `enter`, `leave`, `cancel` and `account_user_phases` are for hooks in Python: a clock in C has its own.
+    `enter`, `leave`, `cancel` and what handles open user phases are for hooks in Python: a clock in C has its own.
     """
 
     thread: int  # the training thread; no thread has the number 0, which switches all hooks off
@@ -218,6 +219,21 @@ class PhaseTimer:
             self.add(phase.bucket, t - start)
             self.add(previous, start - t)
             entry[2] = t
+
+    def pop_user_phase(self, t: int) -> Any:
+        """End the innermost open user phase at `t` and return it."""
+        phase, previous, start = self.open_user_phases.pop()
+        self.add(phase.bucket, t - start)
+        self.add(previous, start - t)
+        self.current = previous
+        return phase
+
+    def end_user_phases(self, t: int) -> None:
+        """End all open user phases, whose thread no longer trains."""
+        while self.open_user_phases:
+            self.pop_user_phase(t)
+
+        self.open_slots[_USER] = self.open_slots[_USER_NAME] = 0
 
     def stop(self) -> None:
         """Switch all hooks off permanently, in every thread and context."""

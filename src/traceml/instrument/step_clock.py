@@ -509,6 +509,7 @@ class StepClock(DividedStep):
         if self.optimizers_seen:
             self.has_new_optimizer = True
             self.usual_loader = NOT_READY
+            self.last_optimizer = 0  # it may have the address of one that is gone
 
     def register_optimizer(self, optimizer: Any) -> None:
         """Note an optimizer that is not the one of the last step."""
@@ -556,6 +557,7 @@ class StepClock(DividedStep):
         elif self.current < OTHER or not (self.is_training_context() or self._has_thread_left()):
             return False
 
+        self.end_user_phases(monotonic_ns())
         self.thread = get_ident()
         return self.is_training_thread()
 

@@ -75,6 +75,7 @@ PyObject *method_enter(PyObject *self, PyObject *number);
 PyObject *method_leave(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_cancel(PyObject *self, PyObject *const *args, Py_ssize_t n);
 PyObject *method_book_user_phases(PyObject *self, PyObject *time);
+PyObject *method_end_user_phases(PyObject *self, PyObject *time);
 
 /* Begin a phase; return 1, 0 if it does not count, or -1 with an exception set. */
 int enter_phase(HotFields *hot, long long phase, long long *previous, long long *start);

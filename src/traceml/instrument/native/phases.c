@@ -168,10 +168,11 @@ static int is_open_user(HotFields *hot, PyObject *phase) {
     return 0;
 }
 
-/* Phases of generators and coroutines may end in any order: those inside this one end with it. */
+/* Phases of generators and coroutines may end in any order: those inside this one end with it. In a wait none has begun. */
 static int end_user(HotFields *hot, UserPhase *phase) {
     long long t;
-    if (hot->thread != this_thread() || !is_open_user(hot, (PyObject *)phase)) return 0;
+    if (hot->current == PHASE_INPUT_WAIT || hot->thread != this_thread() || !is_open_user(hot, (PyObject *)phase))
+        return 0;
     if (read_clock(&t)) return -1;
 
     int is_ended = 0;
@@ -181,6 +182,18 @@ static int end_user(HotFields *hot, UserPhase *phase) {
     OpenUserPhase *around = hot->open_users ? hot->open_user_phases + hot->open_users - 1 : NULL;
     long long name_id = around ? ((UserPhase *)around->phase)->name_id : 0, start = around ? around->start : 0;
     return set_word(hot, SLOT_USER_NAME, name_id) || set_word(hot, PHASE_USER, start) ? -1 : 0;
+}
+
+/* End all open user phases, whose thread no longer trains. */
+PyObject *method_end_user_phases(PyObject *self, PyObject *time) {
+    HotFields *hot = (HotFields *)self;
+    long long t = PyLong_AsLongLong(time);
+    if (t == -1 && PyErr_Occurred()) return NULL;
+
+    while (hot->open_users)
+        if (pop_user(hot, NULL, t) < 0) return NULL;
+
+    return set_word(hot, SLOT_USER_NAME, 0) || set_word(hot, PHASE_USER, 0) ? NULL : new_none();
 }
 
 /* Add the time until now of the open user phases, as a step ends inside them. */
