@@ -39,7 +39,6 @@ ATTRIBUTES: list[tuple[Any, str]] = [
     (torch.autocast, "__enter__"),
     (nn.Module, "compile"),
     (nn.Module, "__setstate__"),
-    (nn.Module, "_replicate_for_data_parallel"),
     (dataloader._BaseDataLoaderIter, "__next__"),
     (DataLoader, "__iter__"),
     (torch.distributed, "all_reduce"),
@@ -91,6 +90,16 @@ def test_uninstall_puts_every_original_back(tmp_path: Path) -> None:
     assert not module._global_module_registration_hooks
     assert "_compiled_call_impl" not in vars(model)
     flight.close(unlink=True)
+
+
+def test_a_tool_that_wrapped_a_hook_may_call_it_after_the_end(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function stays in place, and calls ours for iterators that are made later."""
+    wrapped: Any = dataloader._BaseDataLoaderIter.__next__
+    monkeypatch.setattr(dataloader._BaseDataLoaderIter, "__next__", lambda iterator: wrapped(iterator))
+
+    traced.instrumentation.uninstall()
+
+    assert len(list(DataLoader(TensorDataset(torch.randn(4, 2))))) == 4
 
 
 def test_losses_are_equal_to_the_last_bit(traced: Traced) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -553,6 +554,22 @@ def test_training_that_moves_with_its_context(traced: Traced, with_loader: bool)
     train_all(100, with_loader=with_loader)
 
     assert len(traced.finish()) == 300
+
+
+def test_steps_in_contexts_of_their_own(traced: Traced) -> None:
+    """A task of asyncio for each step has one; its wait for a batch ends the step before."""
+    model = net()
+    optimizer = sgd(model)
+    batches = iter(data(8))
+
+    def step() -> None:
+        (x,) = next(batches)
+        train(model, optimizer, x)
+
+    for _ in range(8):
+        contextvars.Context().run(step)
+
+    assert len(traced.finish()) == 8
 
 
 def test_steps_that_move_between_threads(traced: Traced) -> None:

@@ -149,7 +149,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
 
     def begin(loader: Any) -> Began | None:
         previous = clock.current
-        if previous < OTHER or not on_training_thread():
+        if previous < OTHER or not (on_training_thread() or clock.is_training_thread()):
             return nested()
 
         try:
@@ -242,8 +242,8 @@ def _timed_next(clock: StepClock, wait: tuple[Begin, End], original: Any, on_bat
     begin, end = wait
 
     def __next__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
-        loader = self._traceml_loader
-        began = begin(loader)
+        loader = getattr(self, _TAG, None)  # not there where another tool still calls this after `uninstall`
+        began = None if loader is None else begin(loader)
         if began is None:
             return original(self)
 
