@@ -1,9 +1,11 @@
-"""Steps that GradScaler skips, by itself or by the kernel of a fused optimizer."""
+"""Optimizers whose step is called in unusual ways, and steps that GradScaler skips."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from types import SimpleNamespace
+from functools import partial
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,22 +46,21 @@ class OnDevice(torch.optim.SGD):
     """An optimizer whose scaler has found on a device whether gradients are finite."""
 
     _step_supports_amp_scaling = True
+    scaler: torch.amp.GradScaler
 
     def step(self, closure: Any = None) -> None:
-        state = SCALER._per_optimizer_states[id(self)]
+        state = self.scaler._per_optimizer_states[id(self)]
         state["found_inf_per_device"] = {"cuda:0": SimpleNamespace(is_cpu=False)}
-
-
-SCALER = torch.amp.GradScaler("cpu")
 
 
 def test_a_device_is_not_read_to_know_of_a_skipped_step(traced: Traced) -> None:
     """That would wait for it: only that such steps may be skipped is reported."""
     model = nn.Linear(4, 1)
     optimizer = OnDevice(model.parameters(), lr=0.1)
-    SCALER.scale(model(torch.randn(2, 4)).sum()).backward()
+    scaler = optimizer.scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.randn(2, 4)).sum()).backward()
 
-    SCALER.step(optimizer)
+    scaler.step(optimizer)
 
     assert not any(row["flags"] & StepFlag.SKIPPED for row in traced.finish())
     assert len([row for row in traced.info if row["kind"] == "unread_skips"]) == 1
@@ -76,3 +77,94 @@ def test_a_scaler_that_is_off_skips_nothing(traced: Traced) -> None:
         scaler.update()
 
     assert not any(row["flags"] & StepFlag.SKIPPED for row in traced.finish())
+
+
+def test_steps_of_a_method_that_was_taken_before_tracing_are_not_skipped(traced: Traced) -> None:
+    """Accelerate takes it in `prepare`. Its optimizers get a function that calls it, at each call of the scaler."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    taken = torch.no_grad()(partial(inspect.unwrap(torch.optim.AdamW.step), optimizer))
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = model(torch.randn(2, 4)).square().mean()
+        scaler.scale(loss * math.nan if step in BAD else loss).backward()
+        optimizer.step = lambda: taken()  # type: ignore[method-assign]
+        before = optimizer.step
+        scaler.step(optimizer)
+        assert optimizer.step is before
+        scaler.update()
+
+    assert [row["step"] for row in traced.finish() if row["flags"] & StepFlag.SKIPPED] == list(BAD)
+
+
+class OfModel(torch.optim.SGD):
+    """An optimizer whose step takes the model."""
+
+    def step(self, model: nn.Module) -> None:  # type: ignore[override]
+        super().step()
+        self.seen = sum(1 for _ in model.parameters())
+
+
+def test_a_module_that_is_given_to_a_step_is_no_closure(traced: Traced) -> None:
+    """It is callable, too."""
+    model = nn.Linear(4, 1)
+    optimizer = OfModel(model.parameters(), lr=0.1)
+    model(torch.randn(2, 4)).sum().backward()
+
+    optimizer.step(model)
+
+    assert optimizer.seen == 2
+
+
+def test_a_closure_keeps_its_attributes(traced: Traced) -> None:
+    """Optimizers of the zeroth order read the model from it."""
+    model = nn.Linear(4, 1)
+
+    class Reads(torch.optim.SGD):
+        def step(self, closure: Any) -> None:  # type: ignore[override]
+            closure()
+            self.seen = closure.model
+            super().step()
+
+    optimizer = Reads(model.parameters(), lr=0.1)
+    closure: Any = partial(lambda: model(torch.randn(2, 4)).sum().backward())
+    closure.model = model
+
+    optimizer.step(closure)
+
+    assert optimizer.seen is model
+
+
+def test_a_bound_step_of_the_instance_stays_bound(traced: Traced) -> None:
+    """A scheduler that is made later reads its function."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    original = torch.optim.SGD.step
+    optimizer.step = MethodType(lambda self: original(self), optimizer)  # type: ignore[method-assign]
+    model(torch.randn(2, 4)).sum().backward()  # the first one searches
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for _ in range(3):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    assert len(traced.finish()) == 3
+
+
+def test_a_new_optimizer_at_the_address_of_the_last_one_is_new(traced: Traced) -> None:
+    """Folds of a cross validation free one and make the next."""
+    model = nn.Linear(4, 1)
+
+    def fold() -> int:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+
+        return id(optimizer)
+
+    folds = [fold() for _ in range(8)]
+
+    assert len(set(folds)) < len(folds)
+    assert traced.instrumentation.clock.optimizers_seen == len(folds)

@@ -74,6 +74,7 @@ class Instrumentation:
                 "torch.distributed._functional_collectives": self._on_functional_import,
                 "torch.distributed.checkpoint": self._on_checkpoint_import,
                 "torch.distributed.algorithms.join": self._on_join_import,
+                "torch.distributed.fsdp.sharded_grad_scaler": self._on_sharded_scaler_import,
                 "torch.distributed.optim.optimizer": self._on_rpc_import,
                 "safetensors.torch": self._on_safetensors_import,
                 "torchdata.stateful_dataloader.stateful_dataloader": self._on_stateful_loader_import,
@@ -209,6 +210,11 @@ class Instrumentation:
         optimizer_type = sys.modules["torch.distributed.optim.optimizer"].DistributedOptimizer
         self.guard(patch_optimizer_type, self._patches, self.clock, optimizer_type)
         self.guard(patch_distributed_backward, self._patches, self.clock)
+
+    def _on_sharded_scaler_import(self) -> None:
+        if self.events.torch_hooks is not None:
+            module = sys.modules["torch.distributed.fsdp.sharded_grad_scaler"]
+            self.events.torch_hooks.patch_sharded_scaler(module.ShardedGradScaler)
 
     @guarded
     def _on_join_import(self) -> None:

@@ -13,9 +13,11 @@ import threading
 import weakref
 from _thread import get_ident
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
@@ -32,6 +34,7 @@ __all__ = [
     "patch_grad_scaler",
     "patch_optimizer",
     "patch_optimizer_type",
+    "patch_unscaling",
     "timed_step",
     "timed_update",
 ]
@@ -80,6 +83,31 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     if own is None or getattr(own, "_traceml_clock", None) is clock or is_wrapper(type(optimizer)):
         return
 
+    if isinstance(own, MethodType) and own.__self__ is optimizer:
+        patches.on_undo(_time_bound_step(clock, optimizer, own.__func__))
+    else:
+        patches.on_undo(_time_plain_step(clock, optimizer, own))
+
+
+@uncounted
+def _time_bound_step(clock: StepClock, optimizer: Any, function: Callable[..., Any]) -> Callable[[], None]:
+    """Time a bound method of the instance. It stays one: schedulers read its function."""
+    ref, timed = weakref.ref(optimizer), timed_step(function, clock)
+    functools.update_wrapper(timed, function)
+    timed._traceml_clock = clock  # type: ignore[attr-defined]
+    optimizer.step = MethodType(timed, optimizer)
+
+    def undo() -> None:
+        alive = ref()
+        if alive is not None and getattr(instance_attribute(alive, "step"), "__func__", None) is timed:
+            alive.step = MethodType(function, alive)
+
+    return undo
+
+
+@uncounted
+def _time_plain_step(clock: StepClock, optimizer: Any, own: Callable[..., Any]) -> Callable[[], None]:
+    """Time a function that the instance has as its `step`."""
     ref = weakref.ref(optimizer)
     timed = timed_step(lambda _self, *args, **kwargs: own(*args, **kwargs), clock)
 
@@ -95,7 +123,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
         if alive is not None and instance_attribute(alive, "step") is step:
             alive.step = own
 
-    patches.on_undo(undo)
+    return undo
 
 
 @uncounted
@@ -195,7 +223,8 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
 
     failed = True
     closure = args[0] if args else kwargs.get("closure")
-    if callable(closure):
+    has_closure = callable(closure) and not isinstance(closure, Module)  # a module is another kind of argument
+    if has_closure:
         apart = _apart(closure, clock, began)
         args, kwargs = ((apart, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": apart})
 
@@ -209,7 +238,7 @@ def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, a
             clock.needs_slow_commit = True
 
         _end(clock, optimizer, began, failed=failed)
-        if callable(closure):
+        if has_closure:
             clock.last_optimizer = 0  # the next step takes this path, too
 
 
@@ -233,6 +262,9 @@ def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Calla
 
                 clock.resume(_OPTIMIZER, began)
 
+    if fields := getattr(closure, "__dict__", None):
+        call.__dict__.update(fields)  # the optimizer may read them
+
     return call
 
 
@@ -253,17 +285,50 @@ def patch_grad_scaler(patches: Patches, clock: StepClock, on_unread_skips: Calla
             return original(self, optimizer, *args, **kwargs)
 
         failed = True
+        uncount = _count_own_step(clock, optimizer)
         try:
             result = original(self, optimizer, *args, **kwargs)
             failed = False
             return result
         finally:
+            uncount()
             if not failed:
                 _note_skip(clock, self, optimizer, on_unread_skips)
 
             _end(clock, optimizer, began, failed=failed)
 
     patches.wrap(GradScaler, "step", step)
+
+
+@uncounted
+def _count_own_step(clock: StepClock, optimizer: Any) -> Callable[[], None]:
+    """Count calls of a `step` that the optimizer itself has, and which may not call the timed one of its class.
+
+    Accelerate gives its optimizers one for each call of the scaler, which calls the method of the time of `prepare`.
+
+    Returns:
+        a function that restores the attribute.
+    """
+    own = instance_attribute(optimizer, "step") if isinstance(optimizer, Optimizer) else None
+    if own is None:
+        return _nothing
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        clock.inner_steps += 1
+        return own(*args, **kwargs)
+
+    functools.update_wrapper(counted, own)
+    optimizer.step = counted
+
+    def uncount() -> None:
+        if instance_attribute(optimizer, "step") is counted:
+            optimizer.step = own
+
+    return uncount
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _note_skip(clock: StepClock, scaler: Any, optimizer: Any, on_unread_skips: Callable[[], None]) -> None:
@@ -303,7 +368,12 @@ def patch_clipping(patches: Patches, clock: StepClock) -> None:
     for name in _CLIPPING:
         patches.wrap_in((utils, utils.clip_grad), name, lambda original: timed_update(original, clock))
 
-    patches.wrap(GradScaler, "unscale_", timed_update(GradScaler.unscale_, clock))
+    patch_unscaling(patches, clock, GradScaler)
+
+
+def patch_unscaling(patches: Patches, clock: StepClock, scaler_type: Any) -> None:
+    """Time what a class of scalers does to the gradients before the step."""
+    patches.wrap(scaler_type, "unscale_", timed_update(scaler_type.unscale_, clock))
 
 
 def _begin(clock: StepClock, optimizer: Any) -> Began | None:

@@ -30,7 +30,13 @@ from traceml.instrument.guard import Guard, guarded
 from traceml.instrument.importlib_bootstrap import uncounted
 from traceml.instrument.loader import patch_loaders
 from traceml.instrument.maintenance.overhead import HookOverhead
-from traceml.instrument.optimizer import patch_clipping, patch_grad_scaler, patch_optimizer, patch_optimizer_type
+from traceml.instrument.optimizer import (
+    patch_clipping,
+    patch_grad_scaler,
+    patch_optimizer,
+    patch_optimizer_type,
+    patch_unscaling,
+)
 from traceml.instrument.patches import Patches
 from traceml.instrument.search.discovery import ModuleDiscovery
 from traceml.instrument.step_clock import StepClock
@@ -93,12 +99,18 @@ class TorchHooks:
         patch_checkpoint_sequential(patches, clock, self.batches.measure)
         patch_training_mode(patches, clock, self.guard.wrap(self.discovery.evaluates))
         patch_backward(patches, clock, self.losses.read)
-        patch_scale(patches, clock, self.losses.read_unscaled)
+        patch_scale(patches, clock, self.losses.read_unscaled, torch.amp.GradScaler)
         patch_grad_scaler(patches, clock, lambda: self._facts.report(InfoKind.UNREAD_SKIPS))
         patch_clipping(patches, clock)
         patch_autocast(patches, clock, self.guard.wrap(self._facts.autocast))
         if self._cuda is not None:
             self.guard(patch_graph_replays, patches, clock)
+
+    @guarded
+    def patch_sharded_scaler(self, scaler_type: Any) -> None:
+        """Read the losses of FSDP's scaler, and time its work on gradients: its methods do not call GradScaler's."""
+        patch_scale(self._patches, self._clock, self.losses.read_unscaled, scaler_type)
+        patch_unscaling(self._patches, self._clock, scaler_type)
 
     def patch_loaders(self, lost_workers: deque[dict[str, Any]], in_worker: Callable[[], object] | None) -> None:
         """Time waits for batches, and watch the processes that make them."""

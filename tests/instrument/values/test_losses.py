@@ -61,6 +61,20 @@ def test_the_factor_of_grad_scaler_is_left_out(traced: Traced) -> None:
     assert read(traced) == dict(enumerate(expected))
 
 
+def test_the_factor_of_the_scaler_of_fsdp_is_left_out(traced: Traced) -> None:
+    """Its `scale` is a method of its own."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    model = nn.Linear(4, 1)
+    scaler = ShardedGradScaler(device="cpu", init_scale=1024.0)
+    loss = model(torch.randn(2, 4)).square().mean()
+
+    scaler.scale(loss).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    assert read(traced) == {0: loss.item()}
+
+
 def test_losses_of_several_passes_are_added(traced: Traced) -> None:
     """With gradient accumulation the row has the sum."""
     expected = train(6, passes=3)

@@ -180,11 +180,9 @@ class LossReader:
 
 
 @uncounted
-def patch_scale(patches: Patches, clock: StepClock, read_unscaled: Callable[[Any], None]) -> None:
-    """Read losses before `GradScaler.scale` multiplies them."""
-    from torch.amp.grad_scaler import GradScaler
-
-    original = GradScaler.scale
+def patch_scale(patches: Patches, clock: StepClock, read_unscaled: Callable[[Any], None], scaler_type: Any) -> None:
+    """Read losses before the method `scale` of a class of scalers multiplies them."""
+    original = scaler_type.scale
 
     def scale(self: Any, outputs: Any) -> Any:
         if not is_dynamo_compiling() and self.is_enabled():
@@ -195,4 +193,4 @@ def patch_scale(patches: Patches, clock: StepClock, read_unscaled: Callable[[Any
 
         return original(self, outputs)
 
-    patches.wrap(GradScaler, "scale", scale)
+    patches.wrap(scaler_type, "scale", scale)
