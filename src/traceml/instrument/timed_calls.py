@@ -60,8 +60,11 @@ def timed_call(
         if is_dynamo_compiling():
             return original(*args, **kwargs)
 
-        if record is not None:
-            record(args, kwargs)
+        try:
+            if record is not None:
+                record(args, kwargs)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
 
         began = clock.enter(phase)
         if began is None:

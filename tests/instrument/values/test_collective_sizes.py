@@ -15,6 +15,10 @@ from traceml.instrument.timed_calls import patch_collectives
 from traceml.instrument.values.collective_sizes import CollectiveSizes
 
 
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)  # an object that ranks exchange
+
+
 def sizes_of(*calls: tuple[Any, ...], sequence: int) -> list[int]:
     """Return what is reported after some calls, of which the group has counted `sequence`."""
     found: list[int] = []
@@ -31,6 +35,7 @@ def sizes_of(*calls: tuple[Any, ...], sequence: int) -> list[int]:
     [
         ((torch.zeros(()), "sum", None), 1),
         (([torch.zeros(3), torch.zeros(2)], torch.zeros(2)), 3),
+        ((torch.zeros(2), CYCLE), 2),
     ],
 )
 def test_the_largest_tensor_of_a_call_is_reported(args: tuple[Any, ...], elements: int) -> None:

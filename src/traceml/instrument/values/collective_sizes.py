@@ -16,6 +16,8 @@ from traceml.database.schema import MAX_LOGGED_NUMBERS
 
 __all__ = ["CollectiveSizes"]
 
+_MAX_TENSORS = 64
+
 
 class CollectiveSizes:
     """The largest tensor that a collective of this process has carried."""
@@ -50,7 +52,6 @@ class CollectiveSizes:
 
 
 def _elements(value: Any) -> int:
-    if isinstance(value, (list, tuple)):
-        return max(map(_elements, value), default=0)
-
-    return value.numel() if isinstance(value, Tensor) else 0
+    """Return the size of a tensor, or of the largest of a list; a list of a user's objects may be of any length."""
+    tensors = value[:_MAX_TENSORS] if isinstance(value, (list, tuple)) else (value,)
+    return max((each.numel() for each in tensors if isinstance(each, Tensor)), default=0)
