@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from traceml.database.schema import Resource
-from traceml.samplers import cgroup
+from traceml.samplers import cgroup, limits
 from traceml.samplers.limits import HostLimitsSampler, LimitsSampler, open_files
 
 SECOND = 10**9
@@ -55,6 +56,30 @@ def test_cpu_time_is_sampled_where_it_is_limited(monkeypatch: pytest.MonkeyPatch
     (row,) = LimitsSampler().sample(SECOND, 3)
 
     assert row == (SECOND, 3, Resource.CPU_TIME, pytest.approx(time.process_time(), abs=1.5), 600)
+
+
+def test_a_file_system_that_never_answers_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server is gone: the other resources are still sampled, and it is not asked again before it answers."""
+    answers, asked = threading.Event(), []
+
+    def read(path: str) -> tuple[int, int]:
+        if path == ".":
+            asked.append(path)
+            answers.wait(30)
+
+        return 1, 2
+
+    monkeypatch.setattr(limits, "file_system", read)
+    sampler = HostLimitsSampler()
+    first, second = ({row[2] for row in sampler.sample(t_ns, 0)} for t_ns in (0, 10**11))
+    answers.set()
+    sampler._disks._thread.join()  # type: ignore[union-attr]
+
+    assert int(Resource.SHARED_MEMORY) in first & second
+    assert int(Resource.DISK) not in first | second
+    assert asked == ["."]
+    assert int(Resource.DISK) in {row[2] for row in sampler.sample(2 * 10**11, 0)}
+    sampler.close()
 
 
 def test_file_systems_are_those_of_the_host() -> None:

@@ -43,6 +43,28 @@ def test_a_row_per_device_in_use() -> None:
     assert newer[-1] == 7
 
 
+def test_devices_of_other_ranks_are_seldom_read() -> None:
+    """A rank sees all devices of its host, and has allocations on one."""
+    reads: list[int] = []
+
+    def memory_stats(device: int) -> dict[str, int]:
+        reads.append(device)
+        return {"reserved_bytes.all.current": 20 if device == 1 else 0}
+
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 3,
+        memory_stats=memory_stats,
+        get_device_properties=lambda _device: SimpleNamespace(total_memory=80),
+    )
+    sampler = TorchMemorySampler({"torch": SimpleNamespace(cuda=cuda)})
+
+    rows = [row[2] for number in range(20) for row in sampler.sample(number, number)]
+
+    assert rows == [1] * 20
+    assert sorted(reads) == [0] * 2 + [1] * 20 + [2] * 2
+
+
 def test_what_a_host_shares_is_sampled_once() -> None:
     """Only local rank 0 opens the host's samplers."""
     first, second = open_samplers(local_rank=0), open_samplers(local_rank=1)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.eventually import eventually
 from traceml.database.schema import LOADER_WORKERS
+from traceml.inspection.kernel_state import process_info
 from traceml.samplers import worker_sampler
 from traceml.samplers.worker_sampler import EAGER_READS, LoaderWorkersSampler
 
@@ -24,9 +25,9 @@ def spin(queue) -> None:
         sum(range(10_000))
 
 
-@pytest.fixture
-def worker() -> Iterator[multiprocessing.Process]:
-    context = multiprocessing.get_context("fork")
+@pytest.fixture(params=["fork", "forkserver"])
+def worker(request: pytest.FixtureRequest) -> Iterator[multiprocessing.Process]:
+    context = multiprocessing.get_context(request.param)
     queue = context.Queue()
     process = context.Process(target=spin, args=(queue,), daemon=True)
     process.start()
@@ -103,7 +104,7 @@ def test_other_processes_and_ended_ones_are_no_workers(worker):
 
     groups[:] = [(0, (worker.pid,))]
     os.kill(worker.pid, 9)
-    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # a zombie until it is joined
+    eventually(lambda: not (info := process_info(worker.pid)) or info.state == "Z")
     assert sampled(sampler, 1000 * SECOND) == []
 
     groups.clear()

@@ -5,9 +5,11 @@ Also what a child of this process may have died of: memory and shared memory tha
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ _Usage = tuple[int, int] | None
 # A row is kept when the use has changed by this share of the limit, or is this old.
 _CHANGE = 0.01
 _OLD_NS = 60 * 10**9
+_PATIENCE_S = 0.1  # a file system is read in microseconds
 
 
 class LimitsSampler(Sampler):
@@ -70,7 +73,7 @@ class HostLimitsSampler(LimitsSampler):
     def __init__(self, save_folder: Callable[[], str | None] = lambda: None) -> None:
         super().__init__()
         self._save_folder = save_folder
-        self._save_device: int | None = None
+        self._disks = _Disks()
         self._group = cgroup.limited_memory()
         self._processes = cgroup.limited_processes()
         self._cpu = cgroup.throttling()
@@ -82,24 +85,15 @@ class HostLimitsSampler(LimitsSampler):
             self._group.close()
 
     def _resources(self) -> tuple[tuple[Resource, Callable[[], _Usage]], ...]:
+        working, checkpoints = self._disks.read(self._save_folder())
         return (
             (Resource.SHARED_MEMORY, lambda: file_system("/dev/shm")),  # noqa: S108 - it is only measured
-            (Resource.DISK, lambda: file_system(".")),
+            (Resource.DISK, lambda: working),
             (Resource.PROCESSES, self._process_count),
             (Resource.MEMORY, self._memory),
             (Resource.CPU_QUOTA, self._throttled_since_start),
-            (Resource.CHECKPOINT_DISK, self._checkpoint_disk),
+            (Resource.CHECKPOINT_DISK, lambda: checkpoints),
         )
-
-    def _checkpoint_disk(self) -> _Usage:
-        folder = self._save_folder()
-        device = device_of(folder) if folder is not None else None
-        if folder is None or device in (None, device_of(".")):
-            return None
-
-        # The use of another file system later is not growth of this one.
-        self._save_device = device if self._save_device is None else self._save_device
-        return file_system(folder) if device == self._save_device else None
 
     def _process_count(self) -> _Usage:
         if self._processes is None:
@@ -122,6 +116,42 @@ class HostLimitsSampler(LimitsSampler):
     def _throttled_since_start(self) -> _Usage:
         now = self._throttled()
         return None if now is None or self._first is None else (now[0] - self._first[0], now[1] - self._first[1])
+
+
+class _Disks:
+    """The file systems of the working directory and of the checkpoints.
+
+    They are read on a thread that may be lost: a network file system whose server is gone never answers, and the
+    recorder's thread has to report the hang that comes of it.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._save_device: int | None = None
+
+    def read(self, save_folder: str | None) -> tuple[_Usage, _Usage]:
+        """Return the use of the working directory's file system, and of the checkpoints' if it is another one."""
+        if self._thread is not None and self._thread.is_alive():
+            return None, None
+
+        found: list[tuple[_Usage, _Usage]] = []
+        read = functools.partial(self._read_into, found, save_folder)
+        self._thread = threading.Thread(target=read, name="traceml-disks", daemon=True)
+        self._thread.start()
+        self._thread.join(_PATIENCE_S)
+        return found[0] if found else (None, None)
+
+    def _read_into(self, found: list[tuple[_Usage, _Usage]], save_folder: str | None) -> None:
+        found.append((file_system("."), None if save_folder is None else self._checkpoint_disk(save_folder)))
+
+    def _checkpoint_disk(self, folder: str) -> _Usage:
+        device = device_of(folder)
+        if device in (None, device_of(".")):
+            return None
+
+        # The use of another file system later is not growth of this one.
+        self._save_device = device if self._save_device is None else self._save_device
+        return file_system(folder) if device == self._save_device else None
 
 
 def open_files() -> _Usage:

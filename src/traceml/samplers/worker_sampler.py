@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from traceml.clock import TICKS_PER_S
 from traceml.database.schema import LOADER_WORKERS, Table
-from traceml.inspection.kernel_state import core_wait_ns
+from traceml.inspection.kernel_state import core_wait_ns, process_info
 from traceml.samplers.base import Sampler, SampleRow
 from traceml.samplers.procfs import read_text
 
@@ -74,6 +74,7 @@ class LoaderWorkersSampler(Sampler):
         self._state, self._memory = _Budget(STATE_SHARE), _Budget(MEMORY_SHARE)
         self._parent = os.getpid()
         self._known: dict[int, _WorkerMemory] = {}
+        self._parents: dict[int, int] = {}  # of each worker
         self._turn = self._reads = 0
         self._read: int | None = None  # worker whose memory was read since the last rows
 
@@ -86,6 +87,7 @@ class LoaderWorkersSampler(Sampler):
         began = time.thread_time_ns()
         pids = [pid for _, own in groups for pid in own]
         self._known = {pid: memory for pid, memory in self._known.items() if pid in pids}
+        self._parents = {pid: self._parents.get(pid) or self._parent_of(pid) for pid in pids}
         rows = [row for loader, own in groups if (row := self._row(t_ns, step, loader, own)) is not None]
         self._read = None
         self._state.spent(t_ns, time.thread_time_ns() - began)
@@ -130,10 +132,16 @@ class LoaderWorkersSampler(Sampler):
         """Return the CPU time of a worker; None if it has ended, and its number may be another process's."""
         text = read_text(f"/proc/{pid}/stat")
         fields = text[text.rindex(")") + 2 :].split(None, _SYSTEM_TICKS + 1) if text else ()
-        if not fields or fields[0] == "Z" or int(fields[_PARENT]) != self._parent:
+        if not fields or fields[0] == "Z" or int(fields[_PARENT]) != self._parents[pid]:
             return None
 
         return int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])
+
+    def _parent_of(self, pid: int) -> int:
+        """Return the process that a worker must be a child of: this one, or the fork server that this one started."""
+        info = process_info(pid)
+        server = None if info is None or info.parent == self._parent else process_info(info.parent)
+        return server.pid if server is not None and server.parent == self._parent else self._parent
 
     def _read_memory(self, t_ns: int, pids: list[int]) -> None:
         began = time.thread_time_ns()
