@@ -14,7 +14,6 @@ from traceml.instrument.patches import Patches
 from traceml.instrument.timed_calls import patch_collectives
 from traceml.instrument.values.collective_sizes import CollectiveSizes
 
-
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)  # an object that ranks exchange
 
