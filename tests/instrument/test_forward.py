@@ -164,6 +164,17 @@ def test_replicas_call_themselves(traced: Traced) -> None:
     assert replica(x) is x
 
 
+def test_a_timed_model_can_be_scripted(traced: Traced) -> None:
+    """`torch.jit.script` takes what is in a module's `__dict__` for its data; the model is timed afterwards."""
+    model, _ = made(traced)
+    x = torch.randn(2, 4)
+
+    scripted = torch.jit.script(model)
+
+    assert torch.equal(scripted(x), model(x))
+    assert is_instrumented(model)
+
+
 def test_script_modules_are_left_alone(traced: Traced) -> None:
     """A ScriptModule has no Python call to stand before."""
     scripted = torch.jit.script(nn.Linear(4, 4))

@@ -37,6 +37,7 @@ __all__ = [
     "patch_checkpoint_sequential",
     "patch_compile",
     "patch_own_call",
+    "patch_scripting",
     "patch_training_mode",
     "restore_module",
     "timed_forward",
@@ -417,3 +418,23 @@ def patch_compile(patches: Patches, make: TimerMaker, on_compiled: Callable[[Any
         on_compiled(self)
 
     patches.wrap(torch.nn.Module, "compile", compile)
+
+
+@uncounted
+def patch_scripting(patches: Patches) -> None:
+    """Hide timers from `torch.jit.script`, which takes what a module's `__dict__` has for data of the model."""
+    recursive: Any = sys.modules.get("torch.jit._recursive")
+    original = getattr(recursive, "infer_concrete_type_builder", None)
+    if original is None:
+        return
+
+    def infer_concrete_type_builder(nn_module: Any, *args: Any, **kwargs: Any) -> Any:
+        fields = getattr(nn_module, "__dict__", {})
+        timer = fields.pop(_SLOT) if hasattr(fields.get(_SLOT), "timed") else None
+        try:
+            return original(nn_module, *args, **kwargs)
+        finally:
+            if timer is not None:
+                fields[_SLOT] = timer
+
+    patches.wrap(recursive, "infer_concrete_type_builder", infer_concrete_type_builder)

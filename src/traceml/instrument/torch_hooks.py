@@ -21,6 +21,7 @@ from traceml.instrument.forward import (
     patch_checkpoint_sequential,
     patch_compile,
     patch_own_call,
+    patch_scripting,
     patch_training_mode,
     timer_maker,
 )
@@ -96,6 +97,7 @@ class TorchHooks:
         """Time forward and backward passes, and what is done with gradients."""
         clock, patches = self._clock, self._patches
         patch_compile(patches, self._timer, self.guard.wrap(self._compiled))
+        patch_scripting(patches)
         patch_checkpoint_sequential(patches, clock, self.batches.measure)
         patch_training_mode(patches, clock, self.guard.wrap(self.discovery.evaluates))
         patch_backward(patches, clock, self.losses.read)

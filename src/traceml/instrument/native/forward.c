@@ -131,10 +131,23 @@ static inline int is_part_of_phase(const HotFields *hot) {
     return hot->current == PHASE_FORWARD || hot->current == PHASE_BACKWARD || hot->current == PHASE_INPUT_WAIT;
 }
 
-/* Whether the hook is in its own module's slot alone: only that and the call refer to it. A module that has a copy of
- * the `__dict__` calls it too. (Later versions of Python keep flags in the upper half of the count.) */
+/* Whether the caller, torch's `Module.__call__`, has this module as its `self`; 1 where that is not known. */
+COLD static int is_called_for(PyObject *module) {
+    PyObject *frame = (PyObject *)PyEval_GetFrame(), *locals = NULL, *self = NULL;
+    if (frame) locals = PyObject_GetAttrString(frame, "f_locals");
+    if (locals) self = PyMapping_GetItemString(locals, "self");
+    int is_own = !self || self == module;
+    Py_XDECREF(locals);
+    Py_XDECREF(self);
+    PyErr_Clear();
+    return is_own;
+}
+
+/* Whether the hook is called for its own module: only the module's slot and this call refer to it, or the caller tells.
+ * A module that has a copy of the `__dict__` calls it too. (Python 3.14 keeps flags in the upper half of the count.) */
 static inline int is_own_call(const Hook *hook, PyObject *self) {
-    return (unsigned int)Py_REFCNT(self) <= 2 && PyWeakref_GetObject(hook->module) != Py_None;
+    PyObject *module = PyWeakref_GetObject(hook->module);
+    return LIKELY((unsigned int)Py_REFCNT(self) <= 2 && module != Py_None) || is_called_for(module);
 }
 
 PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
