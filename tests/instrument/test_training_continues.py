@@ -70,10 +70,12 @@ _GUARDS = frozenset(
         "_fail_open.<locals>.call",
         "LoaderToken.follow.<locals>.leave",
         "StepClock.loader_left",
+        "_count_own_step",
         "_differentiates_parameters",
         "_measure_own.<locals>.finished",
         "_measure_own.<locals>.queue",
         "_note_skip",
+        "_restore_own_step",
         "_timed_iter.<locals>.follow",
         "_timed_iter.<locals>.token_of",
         "timed_wait.<locals>.begin",
@@ -81,7 +83,7 @@ _GUARDS = frozenset(
     }
 )
 _GUARD_NAMES = frozenset({"_begin", "_end", "_nested_call", "_slow_path", "<genexpr>", "<lambda>"})
-_OUTER = frozenset({"compile_in_place", "impl", "original", "original_iter", "original_next", "replicate", "timed"})
+_OUTER = frozenset({"compile_in_place", "impl", "original", "original_iter", "original_next", "timed"})
 
 
 class Injected(Exception):

@@ -184,8 +184,8 @@ def _called(timed: TimedModule, frame: Any) -> TimedModule:
     if timed.inner is not None or frame.f_code is not _CALL:
         return timed
 
-    called = frame.f_locals["self"]
-    return timed if called is timed.module() else TimedModule(called, None)
+    called = frame.f_locals.get("self")
+    return timed if called is None or called is timed.module() else TimedModule(called, None)
 
 
 def _of_torch() -> tuple[type[Tensor], Callable[[], int], Callable[[], bool], int]:

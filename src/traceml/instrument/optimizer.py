@@ -285,13 +285,13 @@ def patch_grad_scaler(patches: Patches, clock: StepClock, on_unread_skips: Calla
             return original(self, optimizer, *args, **kwargs)
 
         failed = True
-        uncount = _count_own_step(clock, optimizer)
+        own = _count_own_step(clock, optimizer)
         try:
             result = original(self, optimizer, *args, **kwargs)
             failed = False
             return result
         finally:
-            uncount()
+            _restore_own_step(clock, optimizer, own)
             if not failed:
                 _note_skip(clock, self, optimizer, on_unread_skips)
 
@@ -300,35 +300,42 @@ def patch_grad_scaler(patches: Patches, clock: StepClock, on_unread_skips: Calla
     patches.wrap(GradScaler, "step", step)
 
 
-@uncounted
-def _count_own_step(clock: StepClock, optimizer: Any) -> Callable[[], None]:
+def _count_own_step(clock: StepClock, optimizer: Any) -> Any:
     """Count calls of a `step` that the optimizer itself has, and which may not call the timed one of its class.
 
     Accelerate gives its optimizers one for each call of the scaler, which calls the method of the time of `prepare`.
 
     Returns:
-        a function that restores the attribute.
+        that `step`, for `_restore_own_step`; None if only the class has one.
     """
-    own = instance_attribute(optimizer, "step") if isinstance(optimizer, Optimizer) else None
-    if own is None:
-        return _nothing
+    try:
+        own = instance_attribute(optimizer, "step") if isinstance(optimizer, Optimizer) else None
+        if own is not None:
+            optimizer.step = _counting(own, clock)
 
+        return own
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+        return None
+
+
+@uncounted
+def _counting(own: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
         clock.inner_steps += 1
         return own(*args, **kwargs)
 
     functools.update_wrapper(counted, own)
-    optimizer.step = counted
+    counted._traceml_counts = True  # type: ignore[attr-defined]
+    return counted
 
-    def uncount() -> None:
-        if instance_attribute(optimizer, "step") is counted:
+
+def _restore_own_step(clock: StepClock, optimizer: Any, own: Any) -> None:
+    try:
+        if own is not None and hasattr(optimizer.step, "_traceml_counts"):
             optimizer.step = own
-
-    return uncount
-
-
-def _nothing() -> None:
-    """Do nothing."""
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
 
 
 def _note_skip(clock: StepClock, scaler: Any, optimizer: Any, on_unread_skips: Callable[[], None]) -> None:
