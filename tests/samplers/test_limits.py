@@ -82,6 +82,19 @@ def test_a_file_system_that_never_answers_stops_nothing(monkeypatch: pytest.Monk
     sampler.close()
 
 
+def test_without_a_thread_the_other_resources_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None can be started where processes reach their limit, and while Python 3.12 ends."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    sampler = HostLimitsSampler()
+
+    assert int(Resource.SHARED_MEMORY) in {row[2] for row in sampler.sample(1, 0)}
+    sampler.close()
+
+
 def test_file_systems_are_those_of_the_host() -> None:
     """Shared memory and the working directory's disk, in bytes."""
     sampler = HostLimitsSampler()

@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -113,9 +113,9 @@ def timer_maker(clock: StepClock, measure: Measure) -> TimerMaker:
             if is_dynamo_compiling():
                 return impl(module(), *args, **kwargs)
 
-            timed = _called(own, sys._getframe(1))
-            if timed is not own:
-                return _nested_call(timed, clock, measure, args, kwargs)
+            other = _other_owner(own, sys._getframe(1))
+            if other is not None:
+                return _own_timer(other, make, clock)(*args, **kwargs)
 
             if current != OTHER or not on_training_thread():
                 return _nested_call(own, clock, measure, args, kwargs)
@@ -159,7 +159,11 @@ def _native_timer(
     clock: StepClock, make_hook: Callable[..., Callable[..., Any]], measure: Measure, timed: TimedModule
 ) -> Callable[..., Any]:
     def slow(*args: Any, **kwargs: Any) -> Any:
-        return _nested_call(_called(timed, sys._getframe(1)), clock, measure, args, kwargs)
+        other = _other_owner(timed, sys._getframe(1))
+        if other is not None:
+            return _own_timer(other, partial(_native_timer, clock, make_hook, measure), clock)(*args, **kwargs)
+
+        return _nested_call(timed, clock, measure, args, kwargs)
 
     inner = timed.inner
     original = timed.impl if inner is None else inner
@@ -170,8 +174,8 @@ def _native_timer(
     return hook
 
 
-def _called(timed: TimedModule, frame: Any) -> TimedModule:
-    """Return the module that is called: `timed`, or one that was given a copy of its `__dict__`.
+def _other_owner(timed: TimedModule, frame: Any) -> Any:
+    """Return the module that is called if it is another one, which was given a copy of the `__dict__`; else None.
 
     Libraries of meta learning clone modules so, as `higher` and learn2learn.
 
@@ -182,12 +186,23 @@ def _called(timed: TimedModule, frame: Any) -> TimedModule:
         frame = frame.f_back
 
     if timed.inner is not None or frame.f_code is not _CALL:
-        return timed
+        return None
 
     called = frame.f_locals.get("self")
-    return timed if called is None or called is timed.module() else TimedModule(called, None)
+    return None if called is timed.module() else called
 
 
+def _own_timer(module: Any, make: TimerMaker, clock: StepClock) -> Callable[..., Any]:
+    """Return a timer of a module's own in place of another one's; after the end of tracing, the call without one."""
+    if not clock.thread:
+        del module.__dict__[_SLOT]
+        return partial(type(module)._call_impl, module)
+
+    timer = module.__dict__[_SLOT] = make(TimedModule(module, None))
+    return timer
+
+
+@cache
 def _of_torch() -> tuple[type[Tensor], Callable[[], int], Callable[[], bool], int]:
     """Return what a hook in C asks torch for; the last is the address of a function in C, 0 if there is none."""
     address = 0

@@ -211,6 +211,7 @@ class Instrumentation:
         self.guard(patch_optimizer_type, self._patches, self.clock, optimizer_type)
         self.guard(patch_distributed_backward, self._patches, self.clock)
 
+    @guarded
     def _on_sharded_scaler_import(self) -> None:
         if self.events.torch_hooks is not None:
             module = sys.modules["torch.distributed.fsdp.sharded_grad_scaler"]

@@ -92,17 +92,11 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 @uncounted
 def _time_bound_step(clock: StepClock, optimizer: Any, function: Callable[..., Any]) -> Callable[[], None]:
     """Time a bound method of the instance. It stays one: schedulers read its function."""
-    ref, timed = weakref.ref(optimizer), timed_step(function, clock)
+    timed = timed_step(function, clock)
     functools.update_wrapper(timed, function)
     timed._traceml_clock = clock  # type: ignore[attr-defined]
     optimizer.step = MethodType(timed, optimizer)
-
-    def undo() -> None:
-        alive = ref()
-        if alive is not None and getattr(instance_attribute(alive, "step"), "__func__", None) is timed:
-            alive.step = MethodType(function, alive)
-
-    return undo
+    return functools.partial(_restore_step, weakref.ref(optimizer), weakref.ref(timed))
 
 
 @uncounted
@@ -117,13 +111,21 @@ def _time_plain_step(clock: StepClock, optimizer: Any, own: Callable[..., Any]) 
     functools.update_wrapper(step, own)  # copies the attribute by which schedulers recognize their wrapper
     step._traceml_clock = clock  # type: ignore[attr-defined]
     optimizer.step = step
+    return functools.partial(_restore_step, ref, weakref.ref(step))
 
-    def undo() -> None:
-        alive = ref()
-        if alive is not None and instance_attribute(alive, "step") is step:
-            alive.step = own
 
-    return undo
+def _restore_step(optimizer: weakref.ref[Any], step: weakref.ref[Any]) -> None:
+    """Put back what the instance had as its `step`, unless that was replaced again. It keeps neither of them."""
+    alive = optimizer()
+    if alive is None:
+        return
+
+    found = instance_attribute(alive, "step")
+    if found is None or getattr(found, "__func__", found) is not step():
+        return
+
+    original = found.__wrapped__
+    alive.step = MethodType(original, alive) if isinstance(found, MethodType) else original
 
 
 @uncounted
@@ -262,9 +264,7 @@ def _apart(closure: Callable[..., Any], clock: StepClock, began: Began) -> Calla
 
                 clock.resume(_OPTIMIZER, began)
 
-    if fields := getattr(closure, "__dict__", None):
-        call.__dict__.update(fields)  # the optimizer may read them
-
+    functools.update_wrapper(call, closure)  # with its attributes, which the optimizer may read
     return call
 
 
@@ -306,13 +306,14 @@ def _count_own_step(clock: StepClock, optimizer: Any) -> Any:
     Accelerate gives its optimizers one for each call of the scaler, which calls the method of the time of `prepare`.
 
     Returns:
-        that `step`, for `_restore_own_step`; None if only the class has one.
+        that `step`, for `_restore_own_step`; None without one that has to be counted.
     """
     try:
         own = instance_attribute(optimizer, "step") if isinstance(optimizer, Optimizer) else None
-        if own is not None:
-            optimizer.step = _counting(own, clock)
+        if own is None or getattr(own, "_traceml_clock", None) is clock:  # also a scheduler's: it calls the timed one
+            return None
 
+        optimizer.step = _counting(own, clock)
         return own
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)

@@ -552,12 +552,13 @@ class StepClock(DividedStep):
         if not self.thread:
             return False
 
-        if self.awaits_backward and not self.blocks:
-            self.current = OTHER
-        elif self.current < OTHER or not (self.is_training_context() or self._has_thread_left()):
+        if not (self.awaits_backward and not self.blocks) and (
+            self.current < OTHER or not (self.is_training_context() or self._has_thread_left())
+        ):
             return False
 
         self.end_user_phases(monotonic_ns())
+        self.current = OTHER
         self.thread = get_ident()
         return self.is_training_thread()
 

@@ -108,7 +108,6 @@ class TorchHooks:
         if self._cuda is not None:
             self.guard(patch_graph_replays, patches, clock)
 
-    @guarded
     def patch_sharded_scaler(self, scaler_type: Any) -> None:
         """Read the losses of FSDP's scaler, and time its work on gradients: its methods do not call GradScaler's."""
         patch_scale(self._patches, self._clock, self.losses.read_unscaled, scaler_type)

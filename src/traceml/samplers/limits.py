@@ -127,6 +127,7 @@ class _Disks:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._found: list[tuple[_Usage, _Usage]] = []
         self._save_device: int | None = None
 
     def read(self, save_folder: str | None) -> tuple[_Usage, _Usage]:
@@ -134,12 +135,16 @@ class _Disks:
         if self._thread is not None and self._thread.is_alive():
             return None, None
 
-        found: list[tuple[_Usage, _Usage]] = []
-        read = functools.partial(self._read_into, found, save_folder)
+        late, self._found = self._found, []
+        read = functools.partial(self._read_into, self._found, save_folder)
         self._thread = threading.Thread(target=read, name="traceml-disks", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread may be started: the interpreter ends, or a limit is reached
+            return None, None
+
         self._thread.join(_PATIENCE_S)
-        return found[0] if found else (None, None)
+        return (self._found or late or [(None, None)])[0]
 
     def _read_into(self, found: list[tuple[_Usage, _Usage]], save_folder: str | None) -> None:
         found.append((file_system("."), None if save_folder is None else self._checkpoint_disk(save_folder)))

@@ -88,7 +88,7 @@ class TorchMemorySampler(Sampler):
         self._samples += 1
         for device in range(cuda.device_count()):
             # A rank sees all devices of its host, and uses one. Each reading holds the GIL for some 0.1 ms.
-            if device not in self._used and self._samples % _UNUSED_EVERY != 1:
+            if self._used and device not in self._used and self._samples % _UNUSED_EVERY != 1:
                 continue
 
             figures = cuda.memory_stats(device)

@@ -35,18 +35,14 @@ static inline PyObject *call_with(PyObject *function, PyObject *first, PyObject 
     return PyObject_Vectorcall(function, values + 1, (size_t)(n + 1) | ARGUMENTS_OFFSET, names);
 }
 
-/* Call the timed function, which is in use until it returns, as its module is. */
-static inline PyObject *call_original(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *names) {
-    PyObject *module = PyWeakref_GetObject(hook->module), *result;
-    Py_XINCREF(module);
-    result = LIKELY(hook->passes_module) ? call_with(hook->original, none_for_null(module), args, count_of(nargsf), names)
-                                         : PyObject_Vectorcall(hook->original, args, nargsf, names);
-    Py_XDECREF(module);
-    return result;
+static inline PyObject *call_original(Hook *hook, PyObject *module, PyObject *const *args, size_t nargsf,
+                                      PyObject *names) {
+    return LIKELY(hook->passes_module) ? call_with(hook->original, module, args, count_of(nargsf), names)
+                                       : PyObject_Vectorcall(hook->original, args, nargsf, names);
 }
 
-COLD static PyObject *call_inside(Hook *hook, PyObject *const *args, size_t nargsf, PyObject *names) {
-    return call_original(hook, args, nargsf, names);
+COLD static PyObject *call_inside(Hook *hook, PyObject *module, PyObject *const *args, size_t nargsf, PyObject *names) {
+    return call_original(hook, module, args, nargsf, names);
 }
 
 COLD static int measure(Hook *hook, PyObject *const *args, Py_ssize_t n, PyObject *names) {
@@ -145,24 +141,32 @@ COLD static int is_called_for(PyObject *module) {
 
 /* Whether the hook is called for its own module: only the module's slot and this call refer to it, or the caller tells.
  * A module that has a copy of the `__dict__` calls it too. (Python 3.14 keeps flags in the upper half of the count.) */
-static inline int is_own_call(const Hook *hook, PyObject *self) {
-    PyObject *module = PyWeakref_GetObject(hook->module);
+static inline int is_own_call(PyObject *self, PyObject *module) {
     return LIKELY((unsigned int)Py_REFCNT(self) <= 2 && module != Py_None) || is_called_for(module);
+}
+
+static inline PyObject *call_timed(Hook *hook, PyObject *module, PyObject *const *args, size_t nargsf, PyObject *names) {
+    HotFields *hot = hook->hot;
+    long long t, spent;
+    int failed = begin_forward(hook, args, count_of(nargsf), names, &t);
+    if (!LIKELY(!failed) && fail_open(hot)) return NULL;
+
+    PyObject *result = call_original(hook, module, args, nargsf, names);
+    return failed ? result : checked(result, end_phase(hot, result, PHASE_FORWARD, &hot->forward_ns, t, &spent));
 }
 
 PyObject *call_forward(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *names) {
     Hook *hook = (Hook *)self;
     HotFields *hot = hook->hot;
-    if (!LIKELY(!hook->passes_module || is_own_call(hook, self))) return call_slow(hook, args, nargsf, names);
-    if (!LIKELY(is_usual(hot)))
-        return is_part_of_phase(hot) ? call_inside(hook, args, nargsf, names) : call_slow(hook, args, nargsf, names);
+    PyObject *module = none_for_null(PyWeakref_GetObject(hook->module)), *result;
+    if (!LIKELY(!hook->passes_module || is_own_call(self, module))) return call_slow(hook, args, nargsf, names);
 
-    long long t, spent;
-    int failed = begin_forward(hook, args, count_of(nargsf), names, &t);
-    if (!LIKELY(!failed) && fail_open(hot)) return NULL;
-
-    PyObject *result = call_original(hook, args, nargsf, names);
-    return failed ? result : checked(result, end_phase(hot, result, PHASE_FORWARD, &hot->forward_ns, t, &spent));
+    Py_INCREF(module); /* in use until the call returns */
+    if (LIKELY(is_usual(hot))) result = call_timed(hook, module, args, nargsf, names);
+    else if (is_part_of_phase(hot)) result = call_inside(hook, module, args, nargsf, names);
+    else result = call_slow(hook, args, nargsf, names);
+    Py_DECREF(module);
+    return result;
 }
 
 int prepare_forward(Hook *hook, PyObject *numel, size_t grad_mode) {
