@@ -92,7 +92,7 @@ def run_without_collectives(folder: Path, parallel: str | None) -> Path:
             rows = step_rows(rank, device=False, measured_every=1, timed_every=1)
             rows["comm_ns"] = 0
             stream = add_rank(writer, rank, rows[:0], clock=[0, int(STARTED * 1e9)], world_size=2)
-            add_info(writer, stream, kind="group", group_size=2, backend="gloo")
+            add_info(writer, stream, kind="group", group_size=2, backends="cpu:gloo")
             add_info(writer, stream, kind="model", parameters=1000, **({"parallel": parallel} if parallel else {}))
             add_rank(writer, rank, rows)
 

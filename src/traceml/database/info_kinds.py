@@ -111,7 +111,7 @@ class InfoKind(StrEnum):
     LOADED = "loaded", "a checkpoint was read before the first step", "place"
     RESUMED = "resumed", "the script gave the next step a number", "step before"
     # Process groups and devices.
-    GROUP = "group", "the default process group exists", "group_size:int"
+    GROUP = "group", "the default process group exists", "group_size:int backends:text"
     MESH = "mesh", "coordinates of the rank in the device mesh, by dimension", "coordinates"
     JOINED = "joined", "step at whose end the rank waited in `with Join(...)`", "step"
     REDUCTIONS = "reductions", "reductions of gradients", "backwards_per_step:number reductions_per_step:number"

@@ -101,6 +101,16 @@ def test_ranks_without_collectives_wait_for_nobody(newest: int, parallel: str | 
     assert own_work_of(window_of(Job(ranks=2)), builder.build()).grouped is not apart
 
 
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
+def test_the_backend_is_that_of_the_models_device(device: str, backend: str) -> None:
+    """A process group may have one for each type of device; the advice on hooks depends on it."""
+    builder = JobFactsBuilder(2)
+    builder.info(0, {"kind": "group", "group_size": 2, "backends": "cpu:gloo,cuda:nccl"})
+    builder.info(0, {"kind": "model", "parameters": 100, "device": device})
+
+    assert builder.build().backend == backend
+
+
 @pytest.mark.parametrize("known", [facts(None), facts(1, 1), facts(4, 1), facts(2.3, 1)])
 def test_one_reduction_is_not_blamed(known):
     """Without accumulation, with no_sync, and where nothing is known."""

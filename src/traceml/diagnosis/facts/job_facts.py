@@ -46,7 +46,7 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     time: RunTime | None = None  # the run's wall time by part; None if unknown
     first_step: int = 0  # number of the first step, where the script numbers its steps
     resumes_at: int = 0  # steps in the checkpoint from which the ranks, whose steps count from 0, have resumed
-    backend: str | None = None  # that of the ranks' process group (gloo, nccl); None if only the rows can show a group
+    backend: str | None = None  # that of the ranks' process group on the models' device (gloo, nccl); None if unknown
     store_restarts: int = 0  # restarts by torchrun, in each of which ranks meet by the same store
     rpc: bool = False  # whether ranks call functions of each other (torch.distributed.rpc)
     # place of each rank: host, switches, NVLink domain, coordinates of the device mesh

@@ -325,7 +325,7 @@ class JobFactsBuilder:
     @property
     def is_grouped(self) -> bool:
         """Whether the ranks are known to have made a process group."""
-        return bool(self._facts.get("backend")) or self.batches.group.size > 1
+        return self.batches.group.size > 1
 
     @property
     def only_logs(self) -> bool:
@@ -369,6 +369,7 @@ class JobFactsBuilder:
             samples=self.samples,
             model=self._model or ModelFacts(),
             accelerator=self.accelerator,
+            backend=self.batches.group.backends.get(self.accelerator or "cpu"),
             other_models=self._models.steps,
             same_models=self._models.returns,
             trainings_begin=self._models.begins,

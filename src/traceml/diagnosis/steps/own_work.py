@@ -204,7 +204,7 @@ def is_grouped(window: AlignedSteps, facts: JobFacts) -> bool:
 
     # Ranks that reported no group are in one if they did what only a group does.
     collectives = window.times["comm"].any() and not facts.rpc
-    return facts.backend is not None or bool(not np.isnan(window.backward_own).all() or collectives)
+    return bool(not np.isnan(window.backward_own).all() or collectives)
 
 
 def _user_parts(window: AlignedSteps) -> dict[str, Floats]:

@@ -74,7 +74,7 @@ class DefaultGroup:
 
         group = distributed.group.WORLD
         clock.group = group
-        self._report(InfoKind.GROUP, group_size=distributed.get_world_size())
+        self._report(InfoKind.GROUP, group_size=distributed.get_world_size(), backends=distributed.get_backend_config())
         if distributed.get_world_size() > 1:
             # Private, so optional; it raises until the first collective of the group.
             clock.join_group(_without_errors(getattr(group, "_get_sequence_number_for_group", None)))

@@ -22,6 +22,7 @@ class GroupUse(msgspec.Struct):
     """Facts on the process group of a job. Plain values, so that they can be stored as JSON."""
 
     size: int = 0  # ranks of the default process group, 0 without one
+    backends: dict[str, str] = {}  # by type of device
     has_model: bool = False  # whether a model is known
     is_parallel: bool = False  # whether a model communicates by itself
     communicates: bool = False  # whether a step had a collective
@@ -37,6 +38,8 @@ class GroupUse(msgspec.Struct):
     def group(self, row: Mapping[str, Any]) -> None:
         """Take the facts of a process group."""
         self.size = max(self.size, int(row.get("group_size") or 0))
+        pairs = (each.partition(":") for each in str(row.get("backends") or "").split(","))
+        self.backends |= {device: backend for device, _, backend in pairs if backend}
 
     def model(self, row: Mapping[str, Any]) -> None:
         """Take the facts of a model."""
