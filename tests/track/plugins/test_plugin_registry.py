@@ -252,6 +252,23 @@ def test_backends_of_the_script_itself_are_sent(tmp_path: Path, words: list[str]
     assert (tmp_path / "runs").read_text() == "again\n"
 
 
+def test_classes_of_one_function_are_not_confused() -> None:
+    """Each is sent under its own name, though they have one import path."""
+
+    def make(own: str) -> type:
+        class Own(JsonlBackend):
+            metadata = PluginMetadata(name=own, version="1")
+
+        return Own
+
+    names = ("left", "right")
+    for name in names:
+        traceml.register(make(name))
+
+    sent = plugin_registry.sent_backends()
+    assert [plugin_registry._unpickle(sent[name], name).metadata.name for name in names] == [*names]
+
+
 def test_options_are_checked(tmp_path: Path) -> None:
     """An unknown option and a wrong type are errors that name what is allowed."""
     with pytest.raises(PluginError, match="no option 'pth'; there are: much, path"):

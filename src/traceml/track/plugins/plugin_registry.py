@@ -133,6 +133,9 @@ def _register(plugin: Any) -> None:
 
     name = _metadata_of(plugin).name
     path = f"{plugin.__module__}:{plugin.__qualname__}"
+    if "<locals>" in path:  # all classes of one function have one
+        path += f"#{name}"
+
     if kind is PluginType.BACKEND and is_local_class(path):
         _pickled(name, plugin)  # an error is raised here, and not when values are logged
 
