@@ -265,8 +265,33 @@ def test_classes_of_one_function_are_not_confused() -> None:
     for name in names:
         traceml.register(make(name))
 
-    sent = plugin_registry.sent_backends()
+    sent = plugin_registry.sent_backends(names)
     assert [plugin_registry._unpickle(sent[name], name).metadata.name for name in names] == [*names]
+
+
+def test_only_a_class_that_is_used_and_small_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """What is registered at the top of a script may read globals that grow; pickling ends at the limit."""
+    pickled, data = [], [b""]
+
+    class Part:
+        def __reduce__(self) -> Any:
+            pickled.append(1)
+            return bytes, (bytes(1 << 16),)
+
+    class Own(JsonlBackend):
+        metadata = PluginMetadata(name="own", version="1")
+
+        def held(self) -> list[Any]:
+            return data
+
+    traceml.register(Own)
+    data[:] = [Part() for _ in range(1000)]
+
+    assert "own" not in plugin_registry.sent_backends(["jsonl"])
+    assert pickled == []
+    assert "own" not in plugin_registry.sent_backends(["own"])
+    assert 10 < len(pickled) < 40
+    assert "has more than 1 MiB. Move the class into a module" in caplog.text
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import path; the class of a backend that is defined in a script, a notebook or a
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -152,13 +153,17 @@ def registered(kind: PluginType) -> dict[str, str]:
     return dict(_registered[kind])
 
 
-def sent_backends() -> dict[str, str]:
-    """Return the registered backends for delivery: names -> import path, or the class where it cannot be imported."""
-    sent = registered(PluginType.BACKEND)
-    for name, path in sent.items():
-        if is_local_class(path):
-            with fail_open(_log, "track", f"backend {name!r} cannot be used"):
-                sent[name] = _pickled(name, _classes[path])
+def sent_backends(wanted: Collection[str]) -> dict[str, str]:
+    """Return the registered backends for delivery: names -> import path.
+
+    Of a class that cannot be imported, it is the class, if its name is among the `wanted`.
+    """
+    known = registered(PluginType.BACKEND)
+    local = {name for name, path in known.items() if is_local_class(path)}
+    sent = {name: path for name, path in known.items() if name not in local}
+    for name in local.intersection(wanted):
+        with fail_open(_log, "track", f"backend {name!r} cannot be used"):
+            sent[name] = _pickled(name, _classes[known[name]])
 
     return sent
 
@@ -186,16 +191,24 @@ def _pickled(name: str, backend: type) -> str:
     if backend.__module__ == "__mp_main__":  # the script, in a process that multiprocessing has spawned
         cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
 
+    data = _BoundedBytes()
     try:
-        data = cloudpickle.dumps(backend)
+        cloudpickle.dump(backend, data)
     except Exception as error:  # what the script holds may raise anything
-        why = f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         raise PluginError(_unsendable(name, why)) from error
 
-    if len(data) > _MOST_SENT_BYTES:
-        raise PluginError(_unsendable(name, f"with what it uses of the script it has {len(data) / 1e6:.1f} MB"))
+    return f"{_SENT}{_python_version()}:{base64.b64encode(data.getvalue()).decode()}"
 
-    return f"{_SENT}{_python_version()}:{base64.b64encode(data).decode()}"
+
+class _BoundedBytes(io.BytesIO):
+    """Bytes of a pickle, which ends where it grows too large: the training waits for it."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + memoryview(data).nbytes > _MOST_SENT_BYTES:
+            raise PluginError(f"what it uses of the script has more than {_MOST_SENT_BYTES >> 20} MiB")
+
+        return super().write(data)
 
 
 def _unsendable(name: str, why: str) -> str:

@@ -72,7 +72,7 @@ def announcement(
         "max_retries": config.max_retries,
         "backoff_factor": config.backoff_factor,
         "max_backoff": config.max_backoff,
-        "registered": sent_backends(),
+        "registered": sent_backends({*backends, *_fallbacks(options, backends)}),
         "sys_path": [entry or working_folder() for entry in sys.path],
         "folder": working_folder(),
         "environ": variables(),
@@ -273,10 +273,14 @@ def _warn_of_refused(backend: str, error: UsageError) -> None:
         )  # fmt: skip
 
 
+def _fallbacks(options: Mapping[str, Mapping[str, Any]], backends: Sequence[str]) -> set[str]:
+    return {str(options[name]["fallback"]) for name in backends if options.get(name, {}).get("fallback")}
+
+
 def _with_places(options: Mapping[str, Mapping[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Add the places that variables name, of trackers and their fallbacks; delivery may run in another environment."""
-    fallbacks = {str(options[name]["fallback"]) for name in backends if options.get(name, {}).get("fallback")}
-    places = {name: place_options(name, options.get(name, {})) for name in {*backends, *fallbacks}}
+    trackers = {*backends, *_fallbacks(options, backends)}
+    places = {name: place_options(name, options.get(name, {})) for name in trackers}
     named = [name for name in {*options, *places} if name in options or places[name]]
     return {name: {**options.get(name, {}), **places.get(name, {})} for name in named}
 
