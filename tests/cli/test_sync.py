@@ -377,6 +377,19 @@ def test_code_of_an_own_run_is_imported_unasked(runs_dir: Path) -> None:
     assert (folder / "imported").exists()
 
 
+def test_consent_is_not_asked_for_a_class_that_was_sent(runs_dir: Path) -> None:
+    """It would not help: such a class of a run from elsewhere is never loaded."""
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(["mine"], id="a", registered={"mine": "sent by Python 3.11:AAAA"})
+    run.end()
+
+    cli.main(["sync", "a"])
+
+    (state,) = states_of(run.path)
+    assert "Move the class into a module" in state.error
+    assert "--backend" not in state.error
+
+
 @pytest.mark.parametrize("word", ["20260101-a1b2", "a1b2"])
 def test_run_comes_before_backend(runs_dir, capsys, word):
     """Whichever word names it."""

@@ -166,11 +166,14 @@ class DeliveryPlan:
         """Check that backends are built in or of an installed package, not imported from a path that the run names.
 
         Raises:
-            PluginError: one is a plugin of the run; the text says how to import it all the same.
+            PluginError: one is a plugin of the run; the text says how to import it all the same, if that is possible.
         """
-        named = {name for each in self.experiments.values() for name in each.row.get("registered") or ()}
         for name in filter(None, backends):
-            if name not in BUILT_IN[PluginType.BACKEND] and (":" in name or name in named):
+            naming = [each for each in self.experiments.values() if name in (each.row.get("registered") or ())]
+            if name not in BUILT_IN[PluginType.BACKEND] and (":" in name or naming):
+                for experiment in naming:
+                    experiment.registered(name)  # a class that was sent is not loaded with consent either
+
                 raise PluginError(
                     f"backend {name!r} is code that the run names, and the run was not recorded by this user with this "
                     "home: it is not imported without your consent. If you trust it: traceml sync "
