@@ -120,9 +120,11 @@ def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> No
     assert state.delivered == 2 * (5 + 12_000) + 2 + 4
 
 
-@pytest.mark.parametrize("is_own", [True, False])
-def test_a_class_that_was_sent_is_loaded_only_of_an_own_run(run: LoggedRun, tmp_path: Path, is_own: bool) -> None:
-    """Whoever can write rows, with the token or on their way, could run code here otherwise."""
+@pytest.mark.parametrize(("hosts", "is_own"), [(["own"], True), (["other"], False), (["other", "own"], True)])
+def test_a_class_that_was_sent_is_loaded_only_of_an_own_run(
+    run: LoggedRun, tmp_path: Path, hosts: list[str], is_own: bool
+) -> None:
+    """Whoever can write rows, with the token or on their way, could run code here; of several hosts one is enough."""
 
     class Trap:
         def __reduce__(self) -> Any:
@@ -131,8 +133,10 @@ def test_a_class_that_was_sent_is_loaded_only_of_an_own_run(run: LoggedRun, tmp_
     pickled = base64.b64encode(pickle.dumps(Trap())).decode()
     sent = f"sent by Python {sys.version_info.major}.{sys.version_info.minor}:{pickled}"
     row: dict[str, Any] = {"backends": ["mine"], "registered": {"mine": sent}}
-    signature = sign(row) if is_own else "of somebody else"
-    run.experiment(["mine"], id="x", registered=row["registered"], signature=signature)
+    for rank, host in enumerate(hosts):
+        signature = sign(row) if host == "own" else "of somebody else"
+        run.experiment(["mine"], id="x", rank=rank, registered=row["registered"], signature=signature)
+
     run.metrics({"loss": [0.5]})
     run.end()
 

@@ -16,7 +16,7 @@ from traceml.ids import DEFAULT_PROJECT
 from traceml.settings import Config
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN, check_name, is_sent
-from traceml.track.plugins.plugin_signature import is_signed
+from traceml.track.plugins.plugin_signature import SIGNED, is_signed
 
 __all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "requested_backends", "restricted", "settings_of"]
 
@@ -198,7 +198,8 @@ class DeliveryPlan:
     def _begin(self, stream: int, row: dict[str, Any]) -> None:
         number = int(row.get("experiment", 0))
         experiment = self.experiments.setdefault(_key(row), PlannedExperiment(_key(row), number, row))
-        experiment.row = {**experiment.row, **row} if stream in experiment.begun_on else {**row, **experiment.row}
+        known = experiment.row
+        experiment.row = _with_signed({**known, **row} if stream in experiment.begun_on else {**row, **known}, row)
         experiment.begun_on.add(stream)
         began = int(row.get("t_ns") or 0) / 1e9
         if number == 0:  # the run's own is announced some time after the run began
@@ -207,6 +208,12 @@ class DeliveryPlan:
         experiment.started = min(experiment.started or began, began)
         self._by_number[stream, number] = experiment
         self._numbered.setdefault(number, experiment)
+
+
+def _with_signed(merged: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the merged row of an experiment, with the code of this user where one of its rows names that."""
+    differing = {name: row.get(name) for name in SIGNED if row.get(name) != merged.get(name)}
+    return {**merged, **differing} if differing and is_signed(row) and not is_signed(merged) else merged
 
 
 def _key(row: Mapping[str, Any]) -> str:

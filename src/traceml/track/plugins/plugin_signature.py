@@ -20,9 +20,11 @@ from typing import Any
 
 from traceml.trusted_files import cache_home, create_trusted, make_trusted_folder, opened_trusted
 
-__all__ = ["is_signed", "sign"]
+__all__ = ["SIGNED", "is_signed", "sign"]
 
 _FIELDS = ("backends", "registered", "sys_path")
+SIGNED = (*_FIELDS, "signature")
+"""Fields of an announcement that belong together."""
 _KEY_BYTES = 32
 
 
