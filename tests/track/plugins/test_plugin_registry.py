@@ -29,10 +29,12 @@ from traceml import (
     PluginMetadata,
 )
 from traceml.errors import PluginError
+from traceml.settings import Config
 from traceml.track.backends.jsonl import JsonlBackend
 from traceml.track.plugins import plugin_registry
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import create_backend, load
+from traceml.track.rank.announcement import announcement
 from traceml.track.tracker_state import DeliveryPhase, states_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "plugins"
@@ -292,6 +294,25 @@ def test_only_a_class_that_is_used_and_small_is_sent(caplog: pytest.LogCaptureFi
     assert "own" not in plugin_registry.sent_backends(["own"])
     assert 10 < len(pickled) < 40
     assert "has more than 1 MiB. Move the class into a module" in caplog.text
+
+
+def test_a_class_that_nobody_can_sign_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start, where it can still be mended: its delivery will refuse it. Once, and only where one is sent."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    class Unsigned(JsonlBackend):
+        metadata = PluginMetadata(name="unsigned", version="1")
+
+    traceml.register(Unsigned)
+    for backends in (["jsonl"], ["unsigned"], ["unsigned"]):
+        announcement(Config(), backends, {})
+
+    (record,) = caplog.records
+    assert "nothing is delivered to unsigned: its class is defined in the script, and no key" in record.getMessage()
+    assert str(tmp_path / "cache") in record.getMessage()
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

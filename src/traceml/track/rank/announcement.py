@@ -21,6 +21,7 @@ from traceml.installation import install_command, unsupported
 from traceml.privacy import secrets_only
 from traceml.track.rank.tracker_places import place_options
 from traceml.track.wandb_sweep import variables
+from traceml.trusted_files import cache_home
 
 if TYPE_CHECKING:
     from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -60,7 +61,7 @@ def announcement(
     from traceml.track.plugins.plugin_signature import sign
 
     refuse_secrets(options)
-    row = {
+    row: dict[str, Any] = {
         "backends": list(backends),
         "options": _with_environment(_with_places(options, backends), backends),
         "include": list(config.include),
@@ -79,7 +80,23 @@ def announcement(
         "source": sys.argv[0] if sys.argv else "",
         "user": _user() if config.track_env else "",
     }
-    return row | {"signature": sign(row)}
+    signature = sign(row)
+    if not signature:
+        _warn_of_unsigned(row["registered"])
+
+    return row | {"signature": signature}
+
+
+def _warn_of_unsigned(registered: Mapping[str, str]) -> None:
+    from traceml.track.plugins.plugin_registry import is_sent
+
+    sent = [name for name, path in registered.items() if is_sent(path) and f"unsigned {name}" not in _warned]
+    for name in sent:
+        _warned.add(f"unsigned {name}")
+        _log.warning(
+            "nothing is delivered to %s: its class is defined in the script, and no key that proves whose it is can be "
+            "kept in %s. Set XDG_CACHE_HOME to a folder of yours, or move the class into a module", name, cache_home(),
+        )  # fmt: skip
 
 
 def _user() -> str:
