@@ -1,4 +1,6 @@
-"""Announcement of an experiment to delivery: its trackers, their options, and the settings in force. No secrets.
+"""Announcement of an experiment to delivery: its trackers, their options, and the settings in force.
+
+It has no secrets, but for values that the class of a backend uses which a script defines.
 
 Functions import the registry of plugins when they need it: a script that only logs values does not pay its 13 ms.
 """
