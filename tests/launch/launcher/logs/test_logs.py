@@ -450,6 +450,12 @@ def test_the_level_of_workers_comes_from_the_environment(monkeypatch: pytest.Mon
         log_level({"TRACEML_LOG_LEVEL": "loud"})
 
 
+@pytest.mark.parametrize(("text", "number"), [("WARN", 30), ("fatal", 50), ("NOTSET", 0)])
+def test_a_launch_takes_every_word_of_logging(text: str, number: int) -> None:
+    """As torchrunx did, whose variable it is."""
+    assert level_of({"TORCHRUNX_LOG_LEVEL": text}) == number
+
+
 @pytest.mark.parametrize(("text", "number"), [("CRITICAL", 50), ("15", 15)])
 def test_the_setting_takes_the_same_levels(text: str, number: int) -> None:
     environ = {"TRACEML_LOG_LEVEL": text}

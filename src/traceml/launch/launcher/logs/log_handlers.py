@@ -123,6 +123,10 @@ def log_level(environ: Mapping[str, str]) -> int:
     return min(logging.INFO, logging.getLogger().getEffectiveLevel()) if level is None else level
 
 
+# Words of `logging` that the setting does not have, and torchrunx's users do.
+_SAME_LEVELS = {"WARN": "warning", "FATAL": "critical", "NOTSET": "0"}
+
+
 def level_of(environ: Mapping[str, str]) -> int | None:
     """Return the level that `TRACEML_LOG_LEVEL` or `TORCHRUNX_LOG_LEVEL` asks for, None without them.
 
@@ -132,7 +136,7 @@ def level_of(environ: Mapping[str, str]) -> int | None:
     setting = declarations()["log_level"]
     for variable in (setting.env, "TORCHRUNX_LOG_LEVEL"):
         if value := environ.get(variable, "").strip():
-            level = coerce(setting.kind, value, setting.limits)
+            level = coerce(setting.kind, _SAME_LEVELS.get(value.upper(), value), setting.limits)
             if level is BAD:
                 raise SettingsError("log_level", f"{value!r} is not a level", source=variable, allowed=setting.allowed)
 
