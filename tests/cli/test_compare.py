@@ -192,10 +192,18 @@ def test_several_runs_are_compared_with_the_first(compare):
 @pytest.mark.parametrize("words", [["first", "first"], ["short", "--baseline", "short"]])
 def test_a_run_is_the_same_as_itself(compare, words):
     """Also one that is too short to be judged; a note says that it is one run."""
-    status, shown, complaint = compare(*words, "--json", "--fail-over", "1")
+    status, shown, complaint = compare(*words, "--json")
 
     assert (status, json.loads(shown)["outcome"]) == (0, "same")
     assert "are the same run" in complaint
+
+
+def test_a_gate_of_a_run_with_itself_does_not_pass(compare):
+    """The new run may have left nothing, so that the latest one is the baseline."""
+    status, shown, complaint = compare("first", "--baseline", "first", "--fail-over", "1")
+
+    assert (status, shown) == (2, "")
+    assert "the baseline and B are the same run, first: --fail-over has nothing to judge" in complaint
 
 
 def test_a_named_baseline(compare):

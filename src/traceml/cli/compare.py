@@ -77,7 +77,11 @@ def _chosen(options: CompareOptions) -> list[Path]:
 
     if runs[0] in runs[1:]:
         baseline, other = "the baseline" if options.baseline else "A", run_letter(runs.index(runs[0], 1))
-        print(f"traceml compare: {baseline} and {other} are the same run, {runs[0].name}", file=sys.stderr)
+        found = f"{baseline} and {other} are the same run, {runs[0].name}"
+        if options.fail_over is not None:
+            raise UsageError(f"{found}: --fail-over has nothing to judge")
+
+        print(f"traceml compare: {found}", file=sys.stderr)
 
     return runs
 

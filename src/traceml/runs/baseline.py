@@ -40,7 +40,7 @@ def find_baseline(name: str, compared: Collection[Path], runs_dir: Path) -> Path
     Args:
         name: `last-healthy` (the newest earlier run of the project with as many ranks), an id or a path as
             `find_compared` takes it, a tag, or the name of runs; the newest run counts.
-        compared: the runs that are compared with it; none of them is the baseline.
+        compared: the runs that are compared with it; none of them is the baseline, unless an id or a path names it.
 
     Raises:
         RunNotFoundError: there is none.

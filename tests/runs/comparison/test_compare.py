@@ -263,6 +263,13 @@ def test_it_is_json(healthy, tmp_path):
     assert json.loads(text)["schema"] == "traceml.compare/1"
 
 
+def test_a_run_is_the_same_as_itself_by_its_path(tmp_path):
+    """As on the page that compares, also where it is too short to be judged."""
+    short = store_run(tmp_path / "short", Job(steps=8))
+
+    assert compare_runs(short, short).outcome == "same"
+
+
 def test_a_damaged_run_says_which(healthy, tmp_path):
     """The path of the store that cannot be read is in the error."""
     (tmp_path / STORE_NAME).write_bytes(np.random.default_rng(0).bytes(5000))

@@ -57,7 +57,8 @@ def compare_runs(a: Path, b: Path, letter: str = "B") -> Comparison:
     Raises:
         StoreError: a store or a report cannot be read.
     """
-    return compare_sides(read_compared(Path(a)), read_compared(Path(b)), letter)
+    first = read_compared(Path(a))
+    return compare_sides(first, first if Path(a) == Path(b) else read_compared(Path(b)), letter)
 
 
 def compare_sides(first: ComparedRun, second: ComparedRun, letter: str = "B") -> Comparison:
