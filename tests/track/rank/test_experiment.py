@@ -573,3 +573,16 @@ def test_empty_names_of_trackers_are_left_out() -> None:
 def test_what_is_no_metric_is_an_error_of_the_package(metric: Any) -> None:
     with pytest.raises(ArgumentTypeError, match=r"route_metric\(\) takes a traceml\.Metric, not"):
         traceml.Orchestrator().route_metric(metric)
+
+
+@pytest.mark.parametrize("timestamp", [1e12, float("inf"), float("nan"), "now"])
+def test_what_is_no_time_is_an_error_of_the_package(timestamp: Any) -> None:
+    """Also of values that are no metrics."""
+    orchestrator = traceml.Orchestrator()
+    for log in (
+        lambda: orchestrator.log_text("a", "b", timestamp=timestamp),
+        lambda: orchestrator.log_image("a", "b", timestamp=timestamp),
+        lambda: orchestrator.log_histogram("a", [1], [0, 1], timestamp=timestamp),
+    ):
+        with pytest.raises(ArgumentTypeError, match="a timestamp is in epoch seconds, not"):
+            log()

@@ -59,7 +59,7 @@ class Orchestrator:
         """
         try:
             given = (metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
-        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             kind = type(metric).__name__
             raise ArgumentTypeError(
                 f"route_metric() takes a traceml.Metric, not {kind} {metric!r:.100}: {error}"
@@ -91,11 +91,10 @@ class Orchestrator:
         timestamp: float | None = None,
     ) -> None:
         """Append a histogram; `timestamp` in epoch seconds."""
-        logger = self._logger
+        t_ns, logger = _ns(timestamp), self._logger
         logger.row(
-            "histogram", step=logger.next_step(name, step), t_ns=_ns(timestamp), name=name, counts=list(counts),
-            edges=list(edges),
-        )  # fmt: skip
+            "histogram", step=logger.next_step(name, step), t_ns=t_ns, name=name, counts=list(counts), edges=list(edges)
+        )
 
     def log_collected(self, name: str, facts: Mapping[str, Any]) -> None:
         """Append facts that a collector read.
@@ -141,9 +140,15 @@ def _ns(timestamp: float | None) -> int:
     if timestamp is None:
         return 0
 
-    whole = int(timestamp)  # multiplying the float by 1e9 is not exact
-    ns = whole * 1_000_000_000 + round((timestamp - whole) * 1e9)
+    try:
+        whole = int(timestamp)  # multiplying the float by 1e9 is not exact
+        ns = whole * 1_000_000_000 + round((timestamp - whole) * 1e9)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentTypeError(f"a timestamp is in epoch seconds, not {timestamp!r:.100}: {error}") from None
+
     if abs(ns) >= _INT64:
-        raise OverflowError("its time does not fit into 64 bits")
+        raise ArgumentTypeError(
+            f"a timestamp is in epoch seconds, not {timestamp!r:.100}: it does not fit into 64 bits"
+        )
 
     return ns
