@@ -139,9 +139,10 @@ def _slurm_step(environ: Mapping[str, str]) -> str | None:
 
 
 def new_run_id(name: str, runs_dir: Path) -> str:
-    """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time, which no run in the folder has.
+    """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time, which no run in the folder has yet.
 
-    Of 300 jobs of one name that start in one second, two would have one id in half of the cases.
+    Of 300 jobs of one name that start in one second, two would have one id in half of the cases. A job whose folder is
+    made later than its id, as that of `traceml run` and `submit`, is not seen here meanwhile.
     """
     while True:
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{run_name_of(name)}-{os.urandom(2).hex()}"

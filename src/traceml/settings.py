@@ -204,7 +204,9 @@ class Config:
     max_queue_size: int = _set(
         10_000, "Logged rows kept in memory until acknowledged; further rows go to a journal on disk.", low=1
     )
-    max_retries: int = _set(3, "Failed tries in a row before a tracker's circuit breaker opens.", low=0)
+    max_retries: int = _set(
+        3, "Failed tries in a row before a tracker's circuit breaker opens; 0 is the same as 1.", low=0
+    )
     backoff_factor: float = _set(2.0, "Factor by which the wait between tries grows.", low=1)
     max_backoff: float = _set(60.0, "Longest wait in seconds between tries; rows are never discarded.", above=0)
     max_image_bytes: int = _set(8 << 20, "Largest image that is logged, in bytes.", low=1)
