@@ -703,6 +703,16 @@ def test_a_backward_that_computes_waits_for_nobody():
     assert found(in_backward(0), computes) is None
 
 
+def test_a_rank_that_did_not_come_to_ddps_constructor_is_named():
+    """It calls C itself, from a module of helpers; torch may keep no record of it."""
+    verifies = FrameSnapshot(file=f"{TORCH}/distributed/utils.py", function="_verify_param_shape_across_processes")
+    waits = snapshot(0, verifies, line(20), wchan="futex", groups=(GroupSnapshot(),))
+
+    assert found(waits, snapshot(1, line(5, "load"), wchan="hrtimer_nanosleep", groups=(GroupSnapshot(),))).ranks == (
+        1,
+    )
+
+
 def test_a_checkpoint_that_all_ranks_load_is_no_collective():
     """Library code of torch.distributed reads and computes, too; a collective that it calls is one."""
     files = ("serialization.py _load", "distributed/checkpoint/state_dict_loader.py load",

@@ -39,7 +39,10 @@ __all__ = [
 
 _DISTRIBUTED = "/torch/distributed/"
 # Its modules whose own functions wait for other ranks. Others load a checkpoint, or run the forward of a model.
-_WAITING = tuple(f"{_DISTRIBUTED}{name}.py" for name in ("distributed_c10d", "_functional_collectives", "rendezvous"))
+_WAITING = tuple(
+    f"{_DISTRIBUTED}{name}.py"
+    for name in ("distributed_c10d", "_functional_collectives", "rendezvous", "utils", "_state_dict_utils")
+)
 _JOIN = "/torch/distributed/algorithms/join.py"
 _POINT_TO_POINT = ("send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list")
 REMOTE_CALLS = ("rpc_sync", "rpc_async", "remote", "shutdown", "_wait_all", "_all_gather", "_barrier")
