@@ -209,6 +209,14 @@ def test_a_little_pinned_memory_hides_no_leak(rank):
     assert {each.evidence["memory"]: each.ranks for each in found} == {"resident": (0,), "pinned": (rank,)}
 
 
+def test_pinned_memory_that_may_be_resident_does_not_count_twice():
+    """Both grow; the host is full as soon as with resident memory alone."""
+    facts = leaking(15 * GB)
+    device(facts["memory"], [GB] * 60, pinned=growing(100 * MB, 30 * MB))
+
+    assert leaks(**facts)[0].evidence["left_s"] == pytest.approx(1024 / 80)
+
+
 @pytest.mark.parametrize("rss", [np.full(60, 900 * MB), 900 * MB + np.minimum(np.arange(60), 25) * 80 * MB])
 def test_memory_that_has_stopped_growing_is_no_finding(rss):
     """Level memory, and a cache that is full."""

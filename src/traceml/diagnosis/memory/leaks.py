@@ -230,13 +230,14 @@ def _room(facts: JobFacts, kind: MemoryKind, rank: int, by_kind: Mapping[MemoryK
 
 
 def _host_rate(facts: JobFacts, host: str | None, by_kind: Mapping[MemoryKind, _Growths]) -> float:
-    """Return the growth in bytes per second of all ranks of a host."""
+    """Return the growth in bytes per second of all ranks of a host; pinned memory may be resident too."""
     return sum(
         growth.bytes_per_s
         for kind, found in by_kind.items()
         if kind is not MemoryKind.DEVICE
         for rank, (_, growth) in found.items()
         if facts.hosts.get(rank) == host
+        and (kind is not MemoryKind.PINNED or rank not in by_kind.get(MemoryKind.RESIDENT, {}))
     )
 
 
