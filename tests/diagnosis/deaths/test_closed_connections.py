@@ -247,21 +247,28 @@ def test_an_abort_in_a_collective_asks_for_its_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "phase", "is_limit"),
-    [("cuda", "comm", True), ("cuda", "other", True), (None, "comm", False), ("cuda", "exit", False)],
+    ("backend", "phase", "open_s", "is_limit"),
+    [
+        ("nccl", "comm", 600.0, True),
+        ("nccl", "other", None, True),
+        ("nccl", "comm", 2.0, False),  # an error of the device, or a crash of an extension
+        ("gloo", "comm", None, False),
+        ("nccl", "exit", None, False),
+    ],
 )
 def test_an_abort_by_the_watchdog_of_nccl_tells_who_was_elsewhere(
-    device: str | None, phase: str, is_limit: bool
+    backend: str, phase: str, open_s: float | None, is_limit: bool
 ) -> None:
     """It ends the process without an exception, when a rank has not come to the collective until its time limit."""
-    exits = [RankExit(rank=rank, state="killed", signal=6, open_phase=phase, at_s=1) for rank in (0, 1)]
+    exits = [RankExit(rank=rank, state="killed", signal=6, open_phase=phase, open_s=open_s, at_s=1) for rank in (0, 1)]
     late = RankExit(
         rank=2, state="killed", signal=15, stopped=True, open_phase="forward", seen="/home/me/train.py:23 test", at_s=2
     )
-    finding = rank_lost(JobFacts(exits=(*exits, late), world_size=3, accelerator=device))[0]
+    finding = rank_lost(JobFacts(exits=(*exits, late), world_size=3, accelerator="cuda", backend=backend))[0]
 
     where = (
         "until the time limit of its collective: rank 2 was in forward, last seen at train.py:23 test. Let all ranks"
     )
     assert (where in finding.next) == is_limit, finding.next
-    assert ("sizes" in finding.next) == (device is None)
+    assert ("sizes" in finding.next) == (backend == "gloo")
+    assert ("faulthandler" in finding.next) == (open_s == 2.0)

@@ -31,7 +31,8 @@ _NOT_CONNECTED = ("timed out connecting", "connectfullmesh failed", "connection 
 _TAKEN = ("eaddrinuse", "address already in use")
 _PORT = re.compile(r"\bport: (\d+)")  # in what torch's store says
 _MONITORED = "monitoredbarrier"
-_WITH_WATCHDOG = "cuda"  # where models are on it, ranks communicate by NCCL
+_WITH_WATCHDOG = "nccl"
+_LEAST_LIMIT_S = 30.0  # a step that was open for less ended by no time limit of a collective: that is 10 min by default
 _ASSERTED = "device-side assert"
 _DEVICE_ERRORS = (_ASSERTED, "illegal memory access", "unspecified launch failure", "misaligned address")
 """What CUDA and HIP say of an error in a kernel, some time after it was launched."""
@@ -207,10 +208,16 @@ def _for_sizes(ended: RankExit, facts: JobFacts) -> str:
 
 
 def _for_watchdog(ended: RankExit, facts: JobFacts) -> str:
-    """Return advice on a process that NCCL's watchdog ended, as far as its signal tells."""
+    """Return advice on a process that NCCL's watchdog may have ended, as far as its signal tells."""
+    if ended.open_s is not None and ended.open_s < _LEAST_LIMIT_S:
+        return (
+            f"Read `terminate called` in the output of rank {ended.rank}: NCCL's watchdog ends a process after an "
+            f"error of the device. If it does not name that: {_for_crash(ended)}"
+        )
+
     return _for_left_loop(facts) or (
-        f"As a rule NCCL's watchdog does that; read `terminate called` in the output of rank {ended.rank}. "
-        f"{_for_time_limit(ended, facts)}"
+        "As a rule NCCL's watchdog does that, after a time limit or an error of the device: `terminate called` in the "
+        f"output of rank {ended.rank} tells which. If it was the limit: {_for_time_limit(ended, facts)}"
     )
 
 
@@ -367,7 +374,7 @@ def _mentioned(ended: RankExit, texts: Mapping[tuple[str, ...], _Text]) -> _Text
 def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:
     is_abort = ended.signal == signal.SIGABRT and facts.world_size > 1
     is_in_script = ended.exception is None and ended.open_phase not in (None, "exit")
-    if is_abort and is_in_script and facts.accelerator == _WITH_WATCHDOG:
+    if is_abort and is_in_script and facts.backend == _WITH_WATCHDOG:
         return _for_watchdog
 
     if is_abort and ended.open_phase in ("comm", "backward"):
@@ -383,10 +390,15 @@ def _for_signal(ended: RankExit, facts: JobFacts) -> _Text:
             "script ends."
         )
 
-    if ended.file:
-        return f"Look at the call at {ended.place}: an extension, or a library of another version, crashed."
+    return capitalized(_for_crash(ended))
 
-    return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
+
+def _for_crash(ended: RankExit) -> str:
+    """Return advice on a crash in native code, without a capital."""
+    if ended.file:
+        return f"look at the call at {ended.place}: an extension, or a library of another version, crashed."
+
+    return "run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
 
 
 def _without_report(ended: RankExit) -> _Text:
