@@ -32,6 +32,7 @@ from traceml.run_folder import RELAY_NAME, STORE_NAME
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import Report
 from traceml.transport.client import Connection, connect
+from traceml.transport.hello import Hello
 
 RANKS, STEPS_SENT = 8, 120
 HOSTS = ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -427,7 +428,14 @@ def test_a_center_without_the_run_gets_all_of_it(dial, tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_what_a_rank_does_that_cannot_answer_is_known_in_the_center(dial, tmp_path):
-    """Its host takes the snapshots, also of a rank that has never connected; each is sent once, as is the job's end."""
+    """Its host takes the snapshots, also of a rank that has never connected; each is sent once, as is the job's end.
+
+    An earlier attempt that was ended is none of this one. A later aggregator sends what it has written itself.
+    """
+
+    def refuse(_hello: Hello) -> Connection:
+        raise ConnectionError
+
     center, connected = dial
     run = host_run(tmp_path / "run", 40)
     with StoreWriter(run / STORE_NAME) as store:
@@ -437,7 +445,9 @@ def test_what_a_rank_does_that_cannot_answer_is_known_in_the_center(dial, tmp_pa
             store.event(SNAPSHOT, {"rank": rank, "at_ns": 7, "answered": "kernel", "t_ns": 7, **whose})
 
         store.event("verdict", {})
-        store.event(ABORT, {"why": "hang", "attempt": 0})
+        for attempt in (-1, 0):
+            store.event(ABORT, {"why": "hang", "attempt": attempt})
+
         store.commit()
 
     relay = RunRelay(run, "host", connected)
@@ -445,7 +455,18 @@ def test_what_a_rank_does_that_cannot_answer_is_known_in_the_center(dial, tmp_pa
         relay.finish(20)
         relay.disconnect()
 
-    later = RunRelay(run, "host", connected, relay.safe)
+    with center.store() as store:
+        assert len(store.events(kind=ABORT)) == 1
+
+    later = RunRelay(run, "host", refuse, relay.safe)
+    with pytest.raises(ConnectionError):
+        later.poll()
+
+    with StoreWriter(run / STORE_NAME) as store:
+        store.event(ABORT, {"why": "hang", "attempt": 0})
+        store.commit()
+
+    later._dial = connected
     later.finish(20)
     later.disconnect()
     with center.store() as store:
@@ -453,7 +474,7 @@ def test_what_a_rank_does_that_cannot_answer_is_known_in_the_center(dial, tmp_pa
         assert [(each.data.get("rank", 0), each.data.get("stream")) for each in store.events(kind=SNAPSHOT)] == [
             (0, stream.id), (1, None),
         ]  # fmt: skip
-        assert len(store.events(kind=ABORT)) == 1
+        assert len(store.events(kind=ABORT)) == 2
 
 
 @pytest.mark.process

@@ -85,10 +85,10 @@ class RunRelay:
         self._link: Connection | None = None
         self._reader: StoreReader | None = None
         self._cursor = self.safe = safe
-        self._event: int | None = None if safe else 0  # the newest one that was read, None before the first look
-        self._safe_event = self._event
+        self._event = 0  # the newest one that was read
+        self._safe_event: int | None = None if safe else 0  # as `safe`, None before the first look
         self._number, self._stored = 0, 0
-        self._marks: deque[tuple[int, int, int | None]] = deque()
+        self._marks: deque[tuple[int, int, int]] = deque()
         self._asked: frozenset[int] = frozenset()
         self._sent_rows = Counter[int]()
         self._samples_due_s, self._sample_interval_s = 0.0, 1.0
@@ -150,6 +150,9 @@ class RunRelay:
     def _connected(self) -> Connection:
         if self._link is None:
             self._reader = StoreReader(self.path / STORE_NAME)
+            if self._safe_event is None:  # an earlier aggregator of this folder has sent those that are there
+                self._safe_event = max((each.id for each in self._reader.events(0)), default=0)
+
             self._link = self._dial(self._hello())
             self._cursor, self._is_caught_up = max(self.safe - _HISTORY_FRAMES, 0), False
             self._event = self._safe_event
@@ -316,13 +319,14 @@ class RunRelay:
         return HostSums.read(reader, {number: rank for rank, number in newest.items()}).to_row()
 
     def _events(self, reader: StoreReader) -> list[list[Any]]:
-        """Return the events since the last call that tell what ranks without progress do, and that they were ended."""
-        found = reader.events(self._event or 0)
-        is_first, self._event = self._event is None, found[-1].id if found else self._event or 0
-        if is_first:  # an earlier aggregator of this folder has sent them
-            return []
+        """Return the events since the last call that tell what ranks without progress do, and that they were ended.
 
-        asked = [(each.kind, each.data.get("stream"), each.data) for each in found if each.kind in _EVENTS]
+        Those of an earlier attempt are left out: the center would take them for events of the newest one.
+        """
+        found = reader.events(self._event)
+        self._event = found[-1].id if found else self._event
+        ours = [each for each in found if each.data.get("attempt", self._attempt) == self._attempt]
+        asked = [(each.kind, each.data.get("stream"), each.data) for each in ours if each.kind in _EVENTS]
         return [[kind, number, data] for kind, number, data in asked if number is None or number in self._streams]
 
     def _send(
