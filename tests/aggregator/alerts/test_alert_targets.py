@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -201,6 +202,25 @@ def test_nobody_waits_for_a_name_that_is_not_resolved(monkeypatch: pytest.Monkey
     assert not ended.is_set()
     is_resolved.set()
     assert ended.wait(60)
+
+
+def test_an_alert_that_is_given_up_before_its_thread_runs_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread finds that nobody awaits it, and ends without a traceback."""
+    threads, sent = list[Callable[[], None]](), list[bool]()
+
+    def thread(target: Callable[[], None], **_known: object) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: threads.append(target))
+
+    async def give_up() -> None:
+        sending = asyncio.create_task(alert_targets._in_thread(lambda: sent.append(True)))
+        await asyncio.sleep(0)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        threads[0]()
+
+    monkeypatch.setattr(alert_targets, "threading", SimpleNamespace(Thread=thread))
+    asyncio.run(give_up())
+    assert not sent
 
 
 def test_a_webhook_that_is_down_and_comes_up_gets_it(port: int) -> None:

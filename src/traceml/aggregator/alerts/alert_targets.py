@@ -220,7 +220,9 @@ async def _in_thread(work: Callable[[], None]) -> None:
     answer = Future[None]()
 
     def run() -> None:
-        answer.set_running_or_notify_cancel()  # from now on it cannot be cancelled
+        if not answer.set_running_or_notify_cancel():  # from now on it cannot be cancelled
+            return
+
         try:
             work()
             answer.set_result(None)
