@@ -107,12 +107,14 @@ class SignaledStacks:
     """One request for the stacks of a process, by the signal. `step` is called every few milliseconds until it is over.
 
     Args:
-        file: the file that its faulthandler writes.
+        file: the file that its faulthandler writes; None for one that is only looked at, not sent the signal.
         silent_thread: its thread that should have answered; None for a loader worker, which has none.
         target: the thread that gets the signal, of a loader worker.
     """
 
-    def __init__(self, pid: int, file: int, *, silent_thread: int | None = None, target: int | None = None) -> None:
+    def __init__(
+        self, pid: int, file: int | None, *, silent_thread: int | None = None, target: int | None = None
+    ) -> None:
         self.text = ""
         """The stacks as faulthandler writes them, the main thread's last; empty if it was not safe to ask."""
         self.was_sent = False
@@ -128,8 +130,8 @@ class SignaledStacks:
     def step(self) -> bool:
         """Go on; return whether it is over."""
         now_s = time.monotonic()
-        if self._sent_s:
-            return self._is_written(now_s)
+        if self._sent_s and self._file is not None:
+            return self._is_written(now_s, self._file)
         if self._silent_thread is not None and now_s - self._probe_s < _PROBE_S:
             return False
 
@@ -153,7 +155,7 @@ class SignaledStacks:
     def _send(self) -> bool:
         """Send the signal; return False if it is not safe now."""
         target = self._target if self._silent_thread is None else self._target_of_silent()
-        if target is None or not is_registered(self._pid):
+        if target is None or self._file is None or not is_registered(self._pid):
             return False
 
         try:
@@ -176,9 +178,8 @@ class SignaledStacks:
             return None
 
         self.asks_for_gil = self._wakes_of() - self._wakes >= _MIN_WAKES
-        if (
-            not self.asks_for_gil or self._run_in_turns()
-        ):  # of Python code: it is not safe to ask, and the silent one may answer
+        # Threads of Python code run in turns: it is not safe to ask, and the silent one may answer.
+        if not self.asks_for_gil or self._run_in_turns():
             return None
 
         return self._pid if main.state == "R" else self._silent_thread
@@ -197,18 +198,18 @@ class SignaledStacks:
     def _wakes_of(self) -> int:
         return int(read_status(self._pid, "voluntary_ctxt_switches", self._silent_thread) or 0)
 
-    def _is_written(self, now_s: float) -> bool:
+    def _is_written(self, now_s: float, file: int) -> bool:
         """Whether faulthandler has written everything."""
-        size = os.fstat(self._file).st_size
+        size = os.fstat(file).st_size
         if size != self._size:
             self._size, self._grown_s = size, now_s
 
         if now_s - self._grown_s <= (_QUIET_S if size else _FIRST_S):
             return False
 
-        self.text = os.pread(self._file, _MAX_BYTES, 0).decode("utf-8", "replace")
+        self.text = os.pread(file, _MAX_BYTES, 0).decode("utf-8", "replace")
         with contextlib.suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_UN)
 
         return True
 

@@ -45,7 +45,8 @@ FIRST_SILENT_S = 3.0
 """Silence after which the first snapshot is made: loading a library holds the GIL for a second or two."""
 _VOLATILE = {"at_ns", "quiet_s", "cpu_share", "io_bytes_per_s", "blocker", "is_last"}
 # A snapshot that is like the one before is stored again after a quarter of the silence, and every 10 s: where nothing
-# else comes from the host of the rank, readers know of no more silence than the newest one tells.
+# else comes from the host of the rank, readers know of no more silence than the newest one tells. While the training
+# goes on, its end is told again every 3 s: the rank would count as one without an answer.
 _STAMP_S, _STAMP_SHARE = 10.0, 0.25
 _AGAIN_S = 10.0  # a thread that computes in C may be in another call by now
 _REFUSED_S = 3.0  # where it was not safe to ask, it may be now
@@ -71,7 +72,6 @@ class ExternalSnapshots:
         self._progress: tuple[int, ...] = ()
         self._moved_ns = 0
         self._asked: tuple[str, int] | None = None
-        self._refused_s = -_REFUSED_S
         self._rates = UsageRates(pid)
         self._stored: dict[str, object] = {}
         self._stored_ns = 0
@@ -105,7 +105,9 @@ class ExternalSnapshots:
 
         quiet_s = silent_s(slots)
         if self._has_moved(slots):
-            return self.end(quiet_s) if self.has_news else None
+            over = self.end(quiet_s) if self.has_news else None
+            self._moved_ns = monotonic_ns()
+            return over
 
         seen, info = wait_state(self._pid), process_info(self._pid)
         if seen.state in DEAD_STATES:
@@ -120,7 +122,7 @@ class ExternalSnapshots:
             at_ns=monotonic_ns(),
             rank=self.rank,
             pid=self._pid,
-            quiet_s=min(quiet_s, (monotonic_ns() - self._moved_ns) / 1e9),
+            quiet_s=self._still_s(quiet_s),
             step=slots.step,
             in_step=slots.in_step,
             phase=slots.phase,
@@ -143,7 +145,8 @@ class ExternalSnapshots:
         state = {name: value for name, value in snapshot.to_row().items() if name not in _VOLATILE}
         state["busy"] = snapshot.is_busy_itself
         age_s = (snapshot.at_ns - self._stored_ns) / 1e9
-        if state == self._stored and age_s < min(_STAMP_S, _STAMP_SHARE * snapshot.quiet_s):
+        is_stamp = snapshot.ended and "ended" in self._stored and age_s < FIRST_SILENT_S
+        if is_stamp or (state == self._stored and age_s < min(_STAMP_S, _STAMP_SHARE * snapshot.quiet_s)):
             return False
 
         self._stored, self._stored_ns = state, snapshot.at_ns
@@ -155,22 +158,24 @@ class ExternalSnapshots:
         return bool(self._stored)
 
     def end(self, quiet_s: float) -> RankSnapshot | None:
-        """Return the snapshot that ends a silence of this many seconds."""
+        """Return the snapshot that ends a silence of this many seconds, less those in which the training went on."""
         slots = self.slots()
         if slots is None:
             return None
 
         return RankSnapshot(
-            at_ns=monotonic_ns(), rank=self.rank, quiet_s=round(quiet_s, 3), step=slots.step, in_step=slots.in_step,
-            phase=slots.phase, answered="kernel", ended=True,
+            at_ns=monotonic_ns(), rank=self.rank, quiet_s=round(self._still_s(quiet_s), 3), step=slots.step,
+            in_step=slots.in_step, phase=slots.phase, answered="kernel", ended=True,
         )  # fmt: skip
+
+    def _still_s(self, quiet_s: float) -> float:
+        """Return for how many of these seconds the training thread has not been seen to go on."""
+        return min(quiet_s, (monotonic_ns() - self._moved_ns) / 1e9)
 
     def _has_moved(self, slots: LiveSlots) -> bool:
         """Return whether the training thread has gone on since the last look."""
         before, self._progress = self._progress, slots.progress
-        has_moved = before not in ((), slots.progress)
-        self._moved_ns = monotonic_ns() if has_moved else self._moved_ns
-        return has_moved
+        return before not in ((), slots.progress)
 
     def _stack(self, slots: LiveSlots, state: str, *, may_ask: bool) -> tuple[FrameSnapshot, ...]:
         """Return the main thread's stack; asked for again only when the thread has run since."""
@@ -183,31 +188,31 @@ class ExternalSnapshots:
             self._is_waiting_for_gil = self._is_gil_held = False
 
         now_s = time.monotonic()
-        if not may_ask or now_s - self._refused_s < _REFUSED_S:
+        if not may_ask or (self._asked is None and now_s - self.asked_s < _REFUSED_S):
             return self._frames
 
         thread = thread_here(self._pid, slots.recorder_thread) if moment and slots.recorder_thread else None
-        file = find_stack_file(self._pid) if thread is not None else None
-        if file is None or thread is None:
+        if thread is None:
             return self._frames
 
+        file = find_stack_file(self._pid)
         try:
             self.asked_s = now_s
             asked = SignaledStacks(self._pid, file, silent_thread=thread)
-            self._take(asked.wait(), thread, slots)
+            self._take(asked.wait(), thread)
             self._asked = self._moment(state) if asked.was_sent else None
-            self._refused_s = -_REFUSED_S if asked.was_sent else now_s
-            self._is_gil_held = asked.asks_for_gil
+            self._heartbeat_ns, self._is_gil_held = slots.heartbeat_ns, asked.asks_for_gil
         finally:
-            os.close(file)
+            if file is not None:
+                os.close(file)
 
         return self._frames
 
-    def _take(self, text: str, thread: int, slots: LiveSlots) -> None:
+    def _take(self, text: str, thread: int) -> None:
         """Keep the stacks that faulthandler has written, if it has."""
         frames = tuple(_frame(each) for each in main_frames(text)[:MAX_FRAMES])
         if frames:
-            self._frames, self._heartbeat_ns = frames, slots.heartbeat_ns
+            self._frames = frames
             self._is_waiting_for_gil = waits_with(self._pid, thread)
             self._holders = tuple(_callers(text)[:MAX_THREADS]) if self._is_waiting_for_gil else ()
 
