@@ -100,3 +100,21 @@ def test_ctrl_c_while_collectives_are_counted_loses_nothing(traced: Traced, trai
     assert len(rows) == 61  # closed with the next loop's first forward: 40, the interrupted one, and 20
     assert {row["micro"] for row in rows} == {1}
     assert traced.instrumentation.clock.errors == 0
+
+
+def test_a_group_without_a_configuration_of_its_backends_is_known(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that the script put there itself: torch raises, and its size and number are known all the same."""
+
+    def raises() -> str:
+        raise TypeError("value was None")
+
+    known = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_backend_config": raises}
+    for name, value in known.items():
+        monkeypatch.setattr(dist, name, value)
+
+    traced.instrumentation.events.group.find()
+    clock = traced.instrumentation.clock
+    assert clock.is_grouped
+    traced.instrumentation.events.group._drop()

@@ -74,7 +74,7 @@ class DefaultGroup:
 
         group = distributed.group.WORLD
         clock.group = group
-        self._report(InfoKind.GROUP, group_size=distributed.get_world_size(), backends=distributed.get_backend_config())
+        self._report(InfoKind.GROUP, group_size=distributed.get_world_size(), backends=_backends(distributed))
         if distributed.get_world_size() > 1:
             # Private, so optional; it raises until the first collective of the group.
             clock.join_group(_without_errors(getattr(group, "_get_sequence_number_for_group", None)))
@@ -137,6 +137,14 @@ class DefaultGroup:
             return result
 
         return call
+
+
+def _backends(distributed: Any) -> str:
+    """Return the backend for each device; of a group that torch has no configuration of, an empty text."""
+    try:
+        return str(distributed.get_backend_config())
+    except Exception:  # noqa: BLE001 - by the version of torch
+        return ""
 
 
 def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
