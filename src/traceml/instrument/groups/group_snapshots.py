@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -81,7 +82,7 @@ class GroupSnapshots:
         return tuple(dump(False, False) for dump in _dumps())
 
     def read(self) -> tuple[GroupSnapshot, ...]:
-        """Return the newest operation by group; empty without groups."""
+        """Return the newest operation by group; empty without groups, and while it is not known."""
         if not _is_initialized():
             return ()
 
@@ -91,8 +92,11 @@ class GroupSnapshots:
             self._entries = self._dump()
             self._is_late = self._is_dumping
 
+        if self._is_late:
+            return ()
+
         groups = _groups()
-        world_size = max((len(members) for _, _, members in groups), default=0)
+        world_size = max(_launched(), *(len(members) for _, _, members in groups))
         return tuple(self._group(*each, world_size) for each in groups)
 
     @property
@@ -126,7 +130,7 @@ class GroupSnapshots:
             return GroupSnapshot(**known, **_operation(max(entries, key=_order)))
 
         # Point-to-point operations count too in this number, so it is used only where there is no recorder.
-        return GroupSnapshot(**known, number=0 if self._entries or self._is_late else _sequence(group))
+        return GroupSnapshot(**known, number=0 if self._entries else _sequence(group))
 
 
 def _operation(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +156,12 @@ def _shown_name(name: str, description: str) -> str:
 
 def _order(entry: Mapping[str, Any]) -> int:
     return int(entry.get("record_id") or 0)
+
+
+def _launched() -> int:
+    """Return the number of ranks of the job by its launcher, 0 if not known: a default group may have fewer."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 0
 
 
 def _sequence(group: Any) -> int:
