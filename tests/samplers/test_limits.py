@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.eventually import eventually
 from traceml.database.schema import Resource
 from traceml.samplers import cgroup, limits
 from traceml.samplers.limits import HostLimitsSampler, LimitsSampler, open_files
@@ -73,7 +75,7 @@ def test_a_file_system_that_never_answers_stops_nothing(monkeypatch: pytest.Monk
     sampler = HostLimitsSampler()
     first, second = ({row[2] for row in sampler.sample(t_ns, 0)} for t_ns in (0, 10**11))
     answers.set()
-    sampler._disks._thread.join()  # type: ignore[union-attr]
+    eventually(lambda: not sampler._disks._is_reading)
 
     assert int(Resource.SHARED_MEMORY) in first & second
     assert int(Resource.DISK) not in first | second
@@ -85,10 +87,10 @@ def test_a_file_system_that_never_answers_stops_nothing(monkeypatch: pytest.Monk
 def test_without_a_thread_the_other_resources_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """None can be started where processes reach their limit, and while Python 3.12 ends."""
 
-    def refuse(_thread: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     sampler = HostLimitsSampler()
 
     assert int(Resource.SHARED_MEMORY) in {row[2] for row in sampler.sample(1, 0)}

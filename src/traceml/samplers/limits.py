@@ -5,11 +5,10 @@ Also what a child of this process may have died of: memory and shared memory tha
 
 from __future__ import annotations
 
-import functools
+import _thread
 import math
 import os
 import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,28 +125,34 @@ class _Disks:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._is_reading = False
         self._found: list[tuple[_Usage, _Usage]] = []
         self._save_device: int | None = None
 
     def read(self, save_folder: str | None) -> tuple[_Usage, _Usage]:
         """Return the use of the working directory's file system, and of the checkpoints' if it is another one."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_reading:
             return None, None
 
         late, self._found = self._found, []
-        read = functools.partial(self._read_into, self._found, save_folder)
-        self._thread = threading.Thread(target=read, name="traceml-disks", daemon=True)
-        try:
-            self._thread.start()
+        done = _thread.allocate_lock()
+        done.acquire()
+        self._is_reading = True
+        try:  # Thread.start() would wait for the GIL of the new thread, however long another one holds it
+            _thread.start_new_thread(self._read_into, (self._found, save_folder, done))
         except RuntimeError:  # no thread may be started: the interpreter ends, or a limit is reached
+            self._is_reading = False
             return None, None
 
-        self._thread.join(_PATIENCE_S)
+        done.acquire(timeout=_PATIENCE_S)
         return (self._found or late or [(None, None)])[0]
 
-    def _read_into(self, found: list[tuple[_Usage, _Usage]], save_folder: str | None) -> None:
-        found.append((file_system("."), None if save_folder is None else self._checkpoint_disk(save_folder)))
+    def _read_into(self, found: list[tuple[_Usage, _Usage]], save_folder: str | None, done: _thread.LockType) -> None:
+        try:
+            found.append((file_system("."), None if save_folder is None else self._checkpoint_disk(save_folder)))
+        finally:
+            self._is_reading = False
+            done.release()
 
     def _checkpoint_disk(self, folder: str) -> _Usage:
         device = device_of(folder)
