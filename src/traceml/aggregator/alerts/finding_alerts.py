@@ -128,9 +128,9 @@ class FindingAlerts:
         known.sent.add(key)
         self._recent.append(now_s)
         document = _document(run, finding)
+        whole, masked = (json.dumps(each).encode() for each in (document, self._masker.mask_mapping(document)))
         for target in self._targets:
-            sent = self._masker.mask_mapping(document) if target.is_masked else document
-            task = asyncio.create_task(self._send(run, finding, target, json.dumps(sent).encode()))
+            task = asyncio.create_task(self._send(run, finding, target, masked if target.is_masked else whole))
             self._tasks[task] = run.path
             task.add_done_callback(self._tasks.pop)
 
