@@ -55,12 +55,13 @@ LIVES = """
 # It is killed in a function, once a sample has seen it there.
 KILLED_IN_A_LINE = """
     import os, traceml
-    from pathlib import Path
-    from traceml.database.flight.flight_folders import default_folder, find_flights
+    from traceml.clock import process_start_ticks
+    from traceml.database.flight.flight_folders import default_folder
     from traceml.database.flight.postmortem import FlightSnapshot
     traceml.init(on_missing="warn", connect_timeout=0.1)
     traceml.log_metric("loss", 0.5, 7)
-    (path,) = find_flights(default_folder(), pid=os.getpid())
+    mine = f"{os.getpid()}-{process_start_ticks(os.getpid())}-*"
+    (path,) = default_folder().glob(mine)
     def load():
         while FlightSnapshot(path, path.read_bytes()).line_id < 0:
             pass
@@ -71,12 +72,18 @@ KILLED_IN_A_LINE = """
 TICK_S = 0.1  # the kernel counts starts of processes in hundredths
 
 
-def test_rows_on_disk_are_stored_after_a_reboot(script: Script, tmp_path: Path) -> None:  # noqa: F811
+@pytest.fixture
+def earlier() -> set[Path]:
+    """Return the flight files in memory before the test, of which some may be of an ended process with a reused pid."""
+    return set(find_flights(default_folder()))
+
+
+def test_rows_on_disk_are_stored_after_a_reboot(script: Script, earlier: set[Path], tmp_path: Path) -> None:  # noqa: F811
     """Memory is empty then: values that had left it, with their names, and a copied file become a run."""
     process = script(KILLED)
     finish(process, -signal.SIGKILL)
     runs_dir = tmp_path / "traceml_runs"
-    (in_memory,) = find_flights(default_folder(), pid=process.pid)
+    (in_memory,) = set(find_flights(default_folder(), pid=process.pid)) - earlier
     (claim,) = find_flights(runs_dir / FALLBACK_FOLDER)
     in_memory.unlink()
     rewrite_boot(claim)
@@ -94,11 +101,15 @@ def test_rows_on_disk_are_stored_after_a_reboot(script: Script, tmp_path: Path) 
     assert finish_flights(runs_dir).runs == []
 
 
-def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path: Path) -> None:  # noqa: F811
+def test_dates_of_a_rank_that_never_connected_are_right(
+    script: Script,  # noqa: F811
+    earlier: set[Path],
+    tmp_path: Path,
+) -> None:
     """Its rows have stamps of a clock, perhaps of another boot, whose relation to the date the file tells."""
     process = script(KILLED)
     finish(process, -signal.SIGKILL)
-    (in_memory,) = find_flights(default_folder(), pid=process.pid)
+    (in_memory,) = set(find_flights(default_folder(), pid=process.pid)) - earlier
     in_memory.unlink()
 
     (run_dir,) = finish_flights(tmp_path / "traceml_runs").runs
@@ -151,18 +162,22 @@ def test_the_rank_that_started_an_aggregator_is_killed_before_it_connects(
         serving.sock.close()
 
 
-def test_each_life_of_a_process_that_calls_exec_has_its_own_file(script: Script, tmp_path: Path) -> None:  # noqa: F811
+def test_each_life_of_a_process_that_calls_exec_has_its_own_file(
+    script: Script,  # noqa: F811
+    earlier: set[Path],
+    tmp_path: Path,
+) -> None:
     """Pid and start time stay the same; every file is in memory, and nothing is said about space."""
     process = script(LIVES, 1)
     _, errors = process.communicate(timeout=240)
 
     assert process.returncode == -signal.SIGKILL
-    assert len(find_flights(default_folder(), pid=process.pid)) == 3
+    assert len(set(find_flights(default_folder(), pid=process.pid)) - earlier) == 3
     assert "flight file" not in errors
     finish_flights(tmp_path / "traceml_runs")
     lives = sorted(value for run_dir in runs_in(tmp_path / "traceml_runs") for value in Stored(run_dir).values("life"))
     assert lives == [1.0, 2.0, 3.0]
-    assert find_flights(default_folder(), pid=process.pid) == []
+    assert set(find_flights(default_folder(), pid=process.pid)) <= earlier
 
 
 @pytest.mark.needs("root")

