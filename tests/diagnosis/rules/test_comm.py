@@ -444,6 +444,22 @@ def test_waits_for_a_core_while_a_rank_computes_are_no_waits_for_other_ranks(
     waits = dict.fromkeys(range(2), of_ready_time), dict.fromkeys(range(2), 0.32)
     known = JobFacts(world_size=2, wait_of_ready_time=waits[0], wait_of_wall_time=waits[1])
 
-    found = diagnose(window_of(Job(comm=20.0)), known)
+    found = diagnose(window_of(Job(comm=18.0)), known)
+
+    assert (Kind.COMM_BOUND in {each.kind for each in found}) is is_told
+
+
+@pytest.mark.parametrize(("of_ready_time", "of_wall_time", "is_told"), [(0.2, 0.2, True), (0.27, 0.3, False)])
+def test_a_short_wait_for_cores_is_a_cost_of_communication(
+    of_ready_time: float, of_wall_time: float, is_told: bool
+) -> None:
+    """Two ranks on two cores wait for these a little, as gloo has threads, too; more is a lack of cores."""
+    known = JobFacts(
+        world_size=2,
+        wait_of_ready_time=dict.fromkeys(range(2), of_ready_time),
+        wait_of_wall_time=dict.fromkeys(range(2), of_wall_time),
+    )
+
+    found = diagnose(window_of(Job(comm=13.0)), known)
 
     assert (Kind.COMM_BOUND in {each.kind for each in found}) is is_told

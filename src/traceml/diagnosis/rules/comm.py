@@ -21,7 +21,7 @@ from traceml.formatting import capitalized, cores_text, gain_text, ns_text, perc
 
 __all__ = ["comm_bound", "min_wait_ns"]
 
-SHARE = 0.30
+SHARE = 0.25
 """The median of the minimum wait over ranks is this share of the median step; healthy small models reach 0.2."""
 FLOOR_NS = 3e6
 """Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
@@ -41,10 +41,14 @@ def min_wait_ns(work: OwnWork) -> float:
 def _for_cores_ns(work: OwnWork, facts: JobFacts, step: float) -> float:
     """Return the time of a step in which the rank that waits most for a core does while others may wait for it.
 
+    It is 0 where the ranks do not lack cores: then it is the cost of the threads that communicate beside the others.
     What it waits for a core while it computes is in its own work. The main thread that computes on the CPU either runs
     or waits for a core, so the time beyond that which it ran is such waiting. While it sleeps in a collective, the
     threads that communicate wait.
     """
+    if not facts.oversubscribed:
+        return 0.0
+
     known = facts.wait_of_wall_time
     if not known or work.device:
         return step * max(known.values(), default=facts.waited_share)
