@@ -1,4 +1,4 @@
-"""Clocks: a monotonic one for durations, the wall clock for dates.
+"""Clocks: a monotonic one for durations, the wall clock for dates; and randomness for waits.
 
 Every duration and every stamp in a row is CLOCK_MONOTONIC in nanoseconds, which no clock adjustment changes. The pair
 (monotonic, epoch) in a rank's hello converts its stamps to dates.
@@ -22,6 +22,7 @@ __all__ = [
     "monotonic_ns",
     "pid_namespace",
     "process_start_ticks",
+    "random_share",
 ]
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -136,3 +137,12 @@ def process_start_ticks(pid: int | Literal["self"]) -> int | None:
     # The command name is in parentheses and may contain any characters, so fields are counted from the last one.
     fields = stat[stat.rindex(b")") + 2 :].split()
     return None if fields[0] == b"Z" else int(fields[19])
+
+
+def random_share() -> float:
+    """Return a random number from 0 to 1, for waits that must not have the same end or the period of something else.
+
+    The functions of the module `random` would take it from the sequence that a script has seeded. Importing that costs
+    a rank 2 ms.
+    """
+    return int.from_bytes(os.urandom(2), "little") / 0xFFFF

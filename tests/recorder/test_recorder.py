@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import os
+import random
 import socket
 import sys
 import threading
@@ -262,7 +263,8 @@ def test_a_wrong_token_is_refused(serving: Serving, caplog: pytest.LogCaptureFix
 
 
 def test_no_row_is_lost_or_doubled_when_the_aggregator_dies(serving: Serving) -> None:
-    """Rows appended before, during and after an outage are stored once each."""
+    """Rows appended before, during and after an outage are stored once each, without random numbers of a script."""
+    drawn = random.getstate()
     recorder = traceml.init(port=serving.port, token=TOKEN, flush_interval=0.05)
     do_steps(500)
     eventually(lambda: recorder.statistics().rows_acked > 100)
@@ -278,6 +280,7 @@ def test_no_row_is_lost_or_doubled_when_the_aggregator_dies(serving: Serving) ->
     assert stored_steps(serving) == list(range(1500))
     assert recorder.statistics().reconnects >= 1
     assert recorder.statistics().rows_lost == 0
+    assert random.getstate() == drawn
 
 
 def test_rows_beyond_the_ring_are_counted_exactly(serving: Serving) -> None:

@@ -24,7 +24,6 @@ __all__ = [
     "BusyThreads",
     "OtherThreads",
     "SwitchInterval",
-    "random_share",
     "reduce_timer_slack",
     "switch_interval",
 ]
@@ -63,11 +62,6 @@ class SwitchInterval:
             sys.setswitchinterval(self._usual)
 
         self._short = 0.0
-
-
-def random_share() -> float:
-    """Return a random number from 0 to 1; the module `random` costs the rank 2 ms."""
-    return os.urandom(1)[0] / 255
 
 
 def reduce_timer_slack() -> None:

@@ -8,7 +8,7 @@ import faulthandler
 import io
 import logging
 import os
-import random
+import random  # noqa: TID251 - to seed it
 import signal
 import sys
 import threading

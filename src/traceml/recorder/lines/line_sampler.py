@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from traceml.clock import monotonic_ns
+from traceml.clock import monotonic_ns, random_share
 from traceml.database.flight.flight_header import open_phase
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINE_THREADS, Phase, Slot
 from traceml.inspection.kernel_state import thread_cpu_ns
@@ -40,7 +40,6 @@ from traceml.inspection.switch_interval import (
     MIN_SLEEP_S,
     SHORT_S,
     OtherThreads,
-    random_share,
     reduce_timer_slack,
     switch_interval,
 )

@@ -30,11 +30,11 @@ from select import PIPE_BUF
 from time import sleep
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
-from traceml.clock import monotonic_ns
+from traceml.clock import monotonic_ns, random_share
 from traceml.database.schema import LINE_WORKERS, Slot
 from traceml.fail_open import fail_open
 from traceml.inspection.kernel_state import core_wait_ns, thread_cpu_ns
-from traceml.inspection.switch_interval import LONGEST_S, MAX_SLEEP_S, MIN_SLEEP_S, random_share, switch_interval
+from traceml.inspection.switch_interval import LONGEST_S, MAX_SLEEP_S, MIN_SLEEP_S, switch_interval
 from traceml.inspection.thread_frames import thread_stack
 from traceml.recorder.lines.sampled_place import SampledPlace, makes_batch, sampled_place
 from traceml.recorder.user_code import UserCode

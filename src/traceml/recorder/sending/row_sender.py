@@ -7,13 +7,12 @@ where the aggregator's welcome says, and rows that the ring has overwritten mean
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from traceml.clock import monotonic_ns
+from traceml.clock import monotonic_ns, random_share
 from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LINES, SAMPLED_TABLES
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
@@ -292,7 +291,7 @@ class RowSender:
         """Send samples as seldom as the aggregator asks, each rank at another time."""
         asked_ns = int(interval_s * 1e9) if isinstance(interval_s, int | float) else 0
         self._sample_flush_ns = max(self._flush_ns, min(asked_ns, _LONGEST_SAMPLE_NS))
-        self._samples_flushed_ns = monotonic_ns() - int(random.random() * self._sample_flush_ns)
+        self._samples_flushed_ns = monotonic_ns() - int(random_share() * self._sample_flush_ns)
 
     def _send(self, at_least: int, samples: int) -> None:
         """Send every table with at least this many waiting rows or samples."""
@@ -405,7 +404,7 @@ class RowSender:
 
     def _retry_after(self, pause_s: float) -> None:
         _log.debug("the next try to connect follows after at most %.1f s", pause_s)
-        self._next_try_ns = monotonic_ns() + int(pause_s * random.uniform(0.5, 1.0) * 1e9)
+        self._next_try_ns = monotonic_ns() + int(pause_s * (0.5 + 0.5 * random_share()) * 1e9)
 
     def _warn_once(self, key: str, text: str, error: object) -> None:
         _log.log(logging.DEBUG if key in self._warned else logging.WARNING, text, error)

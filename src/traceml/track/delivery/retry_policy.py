@@ -6,10 +6,10 @@ Waits grow by `backoff_factor` up to `max_backoff`, with jitter, so that a thous
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass
 
+from traceml.clock import random_share
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
@@ -53,7 +53,7 @@ class RetryPolicy:
 
     def _wait_s(self, failures: int) -> float:
         longest_s: float = min(_FIRST_WAIT_S * self.backoff_factor ** min(failures, 60), self.max_backoff)
-        return longest_s * random.uniform(0.5, 1.0)
+        return longest_s * (0.5 + 0.5 * random_share())
 
 
 def succeeded(state: TrackerState) -> None:
