@@ -953,3 +953,31 @@ def test_profiled_steps_are_left_out():
     usual = [each.kind for each in diagnose(window_of(Job()), JobFacts())]
     assert found(0) != usual
     assert found(int(StepFlag.PROFILED)) == usual
+
+
+@pytest.mark.parametrize(
+    ("job", "faults"),
+    [
+        (Job(ranks=40, steps=200), (adds("input_wait", 20, chance=0.05),)),
+        (Job(ranks=256, steps=150, sigma=0.5, comm=0.3), ()),
+        (Job(ranks=64, sigma=0.05), (adds("checkpoint", 8, (7,)),)),
+    ],
+    ids=["stalls by chance", "uneven lengths", "a rank that saves"],
+)
+def test_many_ranks_that_wait_for_late_ones_do_not_wait_for_the_network(job: Job, faults: tuple[Fault, ...]) -> None:
+    """In each step a few of them are late, which is less than the fifth that waits least."""
+    found = diagnose(window_of(job, *faults, seed=1), JobFacts(world_size=job.ranks))
+
+    assert Kind.COMM_BOUND not in [each.kind for each in found]
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 256])
+def test_the_gain_without_communication_is_that_of_a_job_without_it(ranks: int) -> None:
+    """However many ranks there are."""
+    job = Job(ranks=ranks, steps=120, sigma=0.2, comm=12.0)
+    step, without = (window_of(each, seed=1).total.mean() for each in (job, replace(job, comm=0.0)))
+
+    found = verdict(job, seed=1)
+
+    assert found.kind is Kind.COMM_BOUND
+    assert found.speedup_if_fixed == pytest.approx(step / without, rel=0.06)

@@ -41,6 +41,7 @@ UNNAMED = (*COMPUTE, "h2d", "comm", *UNNAMED_CODE)
 # In a group these are split or shifted; user phases are parts by name.
 _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
+_MANY_RANKS = 40
 
 
 class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -52,7 +53,7 @@ class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     parts: Mapping[str, Floats]
     own: Floats  # the parts' sum
     step: Floats  # wall time of each step, the mean over ranks
-    wait: Floats  # least waiting over ranks, in nanoseconds, of the steps that measured it
+    wait: Floats  # waiting that is left where no rank is late, in nanoseconds, of the steps that measured it
     grouped: bool  # whether the ranks wait for each other
     backward_known: bool  # whether own backward is separated from waiting
     measured: NDArray[np.bool_]  # steps in which it was measured; in the others `backward` is the rank's mean
@@ -167,14 +168,13 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
 
     parts = {name: values for name, values in parts.items() if values.any()}
     own = sum(parts.values(), np.zeros_like(window.total))
-    wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
     step = window.total.mean(axis=0)
-    return OwnWork(
+    work = OwnWork(
         ranks=window.ranks,
         parts=parts,
         own=own,
         step=step,
-        wait=wait,
+        wait=np.empty(0, np.float32),
         grouped=grouped,
         backward_known=known,
         measured=measured,
@@ -184,6 +184,7 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
         represents=window.represents,
         excess_of_represented=window.excess_of_represented,
     )
+    return replace(work, wait=_least(window.wait[:, measured], work)) if grouped and known else work
 
 
 def median_over_ranks(values: Floats) -> Floats:
@@ -233,11 +234,17 @@ def _sync_intervals(window: AlignedSteps, facts: JobFacts) -> NDArray[np.intp]:
     return np.flatnonzero(window.begins | np.roll(meets, 1))
 
 
-def _least(wait: Floats) -> Floats:
-    # Of thousands of ranks one always waits least by chance: the 5th percentile is more stable.
-    if len(wait) < 40:
+def _least(wait: Floats, work: OwnWork) -> Floats:
+    """Return the waiting that is left where no rank is late, by step: that of the rank which works longest.
+
+    Of a few ranks it is the shortest one. Of thousands one always waits least by chance, and of merged hosts the rank
+    that works longest may be none of the window's: there it is what the rank that works longest leaves of the median
+    over ranks of work and waiting, and at most the 5th percentile, which is more stable than the shortest one.
+    """
+    if len(wait) < _MANY_RANKS and not work.represents:
         return np.asarray(wait.min(axis=0))
 
     by_step, low = np.array(wait.T, order="C"), len(wait) // 20  # of a thousand ranks six times as fast as np.quantile
     by_step.partition(low, axis=1)
-    return by_step[:, low]
+    left = median_over_ranks(work.own[:, work.measured] + wait) - work.longest(work.own)[work.measured]
+    return np.asarray(np.clip(left, 0, by_step[:, low]))
