@@ -981,3 +981,11 @@ def test_the_gain_without_communication_is_that_of_a_job_without_it(ranks: int) 
 
     assert found.kind is Kind.COMM_BOUND
     assert found.speedup_if_fixed == pytest.approx(step / without, rel=0.06)
+
+
+def test_own_backward_that_was_not_measured_is_no_longer_than_the_steps() -> None:
+    """A rank is slow in each step that measures it, and its mean is not that of the others."""
+    found = verdict(Job(ranks=4, steps=960, callback_every=4), adds("backward", 96, (1,), every=8))
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "backward")
+    assert found.cost_share < 0.55  # all measured: 0.43

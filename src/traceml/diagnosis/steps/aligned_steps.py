@@ -78,8 +78,12 @@ class AlignedSteps(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def own_backward(self) -> Floats:
-        """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting."""
-        return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
+        """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting.
+
+        It is never longer than the step's backward.
+        """
+        mean = np.minimum(self.own_mean[:, None].astype(np.float32), self.times["backward"])
+        return np.where(np.isnan(self.backward_own), mean, self.backward_own)
 
     def named_times(self) -> dict[str, Floats]:
         """Return the phases of each step, the user's phases by name; they add up to `total`."""
