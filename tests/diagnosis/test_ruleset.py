@@ -989,3 +989,12 @@ def test_own_backward_that_was_not_measured_is_no_longer_than_the_steps() -> Non
 
     assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "backward")
     assert found.cost_share < 0.55  # all measured: 0.43
+
+
+def test_two_causes_of_one_late_rank_are_both_told() -> None:
+    """Neither hides the other one: the rank computes as fast as the others, so its host is none of them."""
+    found = verdict(Job(ranks=4, sigma=0.05), adds("input_wait", 3, (0,)), adds("other", 2.5, (0,)))
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.INPUT_STRAGGLER, (0,), "input_wait")
+    assert "every part of the step" not in found.summary
+    assert found.summary.endswith(" Its code outside the known phases takes 2.51 ms more, too.")

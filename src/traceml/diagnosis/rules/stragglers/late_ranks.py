@@ -29,7 +29,7 @@ from traceml.diagnosis.rules.stragglers.excess_tests import (
 from traceml.diagnosis.rules.stragglers.other_ranks import OtherRanks, Rows, mean_of_others
 from traceml.diagnosis.rules.stragglers.straggler_wording import share_late
 from traceml.diagnosis.steps.long_steps import RARE
-from traceml.diagnosis.steps.own_work import LateRanks, OwnWork
+from traceml.diagnosis.steps.own_work import COMPUTE, LateRanks, OwnWork
 from traceml.diagnosis.steps.speedup import saved_ns, with_typical_work
 from traceml.diagnosis.steps.steady_excess import SteadyExcess, steady_excesses
 from traceml.diagnosis.steps.step_split import Floats
@@ -41,7 +41,7 @@ EXCESS_SHARE = 0.08
 EXCESS_NS = 1e6
 """A late rank's excess over the others is at least this long."""
 DOMINANCE = 0.7
-"""If no part has this share of the excess, the rank is slower in everything."""
+"""If no part has this share of the excess, and most of the rest is computation, the rank is slower in everything."""
 SAME_GROUP_SHARE = 1 / 3
 """Ranks with more than this share of the largest excess form one group of late ranks."""
 STEADY_GAIN_SHARE = 0.01
@@ -216,7 +216,7 @@ def _blamed_part(
     if own_ns:
         return (part if explained_ns >= EXCESS_SHARE * work.step_ns else None), False
 
-    alike = by_part[part] < DOMINANCE * positive or is_slower_overall(work, rows, usual, part)
+    alike = _is_slow_host(by_part, part, positive) or is_slower_overall(work, rows, usual, part)
     everywhere = alike and not _saves_alone(rows, usual, part, by_part[part] / positive)
     seldom = part == "backward" and int(work.measured.sum()) < _MIN_MEASURED
     floor = EVERYWHERE_SHARE if everywhere or seldom or (without_core and not more_ns) else EXCESS_SHARE
@@ -225,6 +225,13 @@ def _blamed_part(
         return None, everywhere
 
     return part, everywhere
+
+
+def _is_slow_host(by_part: Mapping[str, float], part: str, positive: float) -> bool:
+    """Return whether no part dominates an excess, and most of the rest is other computation, as on a slow core."""
+    rest = positive - by_part[part]
+    computing = sum(max(by_part.get(name, 0.0), 0.0) for name in COMPUTE if name != part)
+    return by_part[part] < DOMINANCE * positive and 2 * computing >= rest
 
 
 def _saves_alone(rows: Rows, usual: OtherRanks, part: str, share: float) -> bool:

@@ -41,6 +41,8 @@ _HIDDEN = 0.25
 _SELDOM = 0.25
 """Ranks that are late in a smaller share of the steps are late at times, as by saving in every n-th step."""
 _NEARLY_ALL = 0.8
+_SECOND_SHARE, _SECOND_NS = 0.3, 1e6
+"""Ranks are late in another part, too, from this share of what they are late in the first one, and this time on."""
 _MAX_LISTED = 64  # a switch or a stage has thousands of ranks
 
 
@@ -133,10 +135,24 @@ def late_summary(
     where = "".join(each.of_it if each is lines[0] else each.also for each in lines if not each.of_workers)
     batches = "".join(each.of_batches(workers, whose) for each in lines if each.of_workers)
     return (
-        f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that {cost} {percent_text(share)} of "
-        f"step time{gained}{batches}."
+        f"{subject}: {whose} {phase_words(late.part)} {_takes(late.part)} {ns_text(mine)}, "
+        f"{ns_text(mine - others)} more than the others' ({ns_text(others)}){_seldom_text(work, late)}{where}; that "
+        f"{cost} {percent_text(share)} of step time{gained}{batches}.{_second_part_text(late, whose)}"
     )
+
+
+def _second_part_text(late: LateRanks, whose: str) -> str:
+    """Return another part in which the ranks are late by much, as a sentence; empty if there is none."""
+    rest = {name: ns for name, ns in late.by_part_ns.items() if name != late.part}
+    part = max(rest, key=lambda name: rest[name], default=None)
+    if part is None or rest[part] < max(_SECOND_SHARE * late.excess_ns, _SECOND_NS):
+        return ""
+
+    return f" {whose.capitalize()} {phase_words(part)} {_takes(part)} {ns_text(rest[part])} more, too."
+
+
+def _takes(part: str) -> str:
+    return "take" if part == "user" else "takes"  # user phases
 
 
 def is_hidden(late: LateRanks, share: float, gain: float) -> bool:
