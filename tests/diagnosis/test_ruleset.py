@@ -998,3 +998,64 @@ def test_two_causes_of_one_late_rank_are_both_told() -> None:
     assert (found.kind, found.ranks, found.phase) == (Kind.INPUT_STRAGGLER, (0,), "input_wait")
     assert "every part of the step" not in found.summary
     assert found.summary.endswith(" Its code outside the known phases takes 2.51 ms more, too.")
+
+
+@pytest.mark.parametrize("first", [2, 7000])
+def test_live_slow_steps_that_are_over_are_no_finding(first: int) -> None:
+    """Neither at the beginning of a run nor later, though the newest steps that are judged have many of them."""
+    job = replace(ALONE, steps=first + 600)
+
+    def slow(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own["input_wait"][:, first + 200 : first + 450] += 20.0
+
+    rows = rows_of(job, slow)[0]
+
+    def found(until: int) -> set[Kind]:
+        whole = KeptSteps(job.steps, 1)
+        whole.scatter(np.zeros(until, np.int64), rows[:until])
+        window = whole.aligned(last=600)
+        history = whole.aligned(last=job.steps) if len(window) < until else window
+        known = JobFacts(world_size=1, state="running", latest=(until - 1,))
+        return {each.kind for each in diagnose(window, known, history) if each.severity is not Severity.INFO}
+
+    assert found(first + 440)
+    assert not found(first + 500)
+
+
+@pytest.mark.parametrize("part", ["h2d", "checkpoint"])
+def test_copies_and_saves_that_begin_in_the_run_are_one_finding(part: str) -> None:
+    """The one that tells from which step on; a steady cost of all steps would be in none of them."""
+
+    def later(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own[part][:, 320:] += 12.0
+
+    found = diagnose(window_of(Job(ranks=4, steps=600), later), JobFacts(world_size=4))
+
+    assert [each.kind for each in found if each.severity is not Severity.INFO] == [Kind.SLOWDOWN]
+
+
+def test_a_rank_that_saves_for_longer_and_longer_is_one_finding() -> None:
+    """Its ranks, and how fast the difference grows."""
+
+    def grows(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own["checkpoint"][1] = np.arange(600) * 0.04
+
+    found = diagnose(window_of(Job(ranks=4, steps=600), grows), JobFacts(world_size=4))
+
+    (saves,) = (each for each in found if each.severity is not Severity.INFO)
+    assert (saves.kind, saves.ranks) == (Kind.CHECKPOINT_STALLS, (1,))
+    assert "The difference grows by 40" in saves.summary
+
+
+@pytest.mark.parametrize("part", ["other", "optimizer"])
+def test_a_rank_that_was_late_among_noisy_ones_is_told_with_its_end(part: str) -> None:
+    """It is one finding, though steps lose half of what it took longer."""
+
+    def early(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own[part][8, :334] += 12.0
+
+    found = diagnose(window_of(Job(ranks=32, steps=600, sigma=0.3), early), JobFacts(world_size=32))
+
+    (late,) = (each for each in found if each.severity is not Severity.INFO)
+    assert (late.ranks, late.phase) == ((8,), part)
+    assert late.evidence["until_step"] == pytest.approx(334, abs=10)

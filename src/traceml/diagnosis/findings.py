@@ -72,6 +72,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return self.speedup_if_fixed if self.speedup_if_fixed >= 1.005 else None
 
     @property
+    def blames_ranks(self) -> bool:
+        """Whether it is about ranks that the others wait for; saving checkpoints may be that."""
+        return self.kind.rule.is_straggler or "excess_ms" in self.evidence
+
+    @property
     def is_critical(self) -> bool:
         """Whether it has the highest severity."""
         return self.severity is Severity.CRITICAL

@@ -71,6 +71,8 @@ __all__ = ["diagnose", "is_newest_part"]
 
 _OF_LONG_STEPS = (Kind.CHECKPOINT_STALLS, Kind.GC_PAUSES, Kind.RECOMPILES, Kind.JITTER)
 """Kinds that explain single long steps."""
+_OF_ALL_STEPS = (Kind.RESIDUAL_HEAVY, Kind.H2D_BOUND, Kind.JITTER)
+"""Kinds that say less than the step from which on steps are slower in the same part."""
 _FIRST_STEPS = 64
 _READ_SHARE = 0.5
 """Share of the time of the window's steps that a wall time must have in steps: else it is older than they are."""
@@ -220,7 +222,7 @@ def _with_contention(
     in_steps = 1.0 if facts.time is None else facts.time.in_steps
     ordered = in_order(main, in_steps)
     timing = [each for each in timing if not is_of_the_host(each, waited)]
-    if timing and is_oversubscribed_by_others(facts) and not any(each.kind.rule.is_straggler for each in timing):
+    if timing and is_oversubscribed_by_others(facts) and not any(each.blames_ranks for each in timing):
         return [*_contention_first(ordered, contention, timing), *remarks]
 
     # Waiting for cores makes all phases longer: next to another cause it is a remark.
@@ -357,10 +359,10 @@ def _costs(
     remaining = replayed(remaining, without_long)
 
     found += input_bound(remaining, facts, step_ns, _excluded_waits(restarted), restarts_ns)
-    found += transfers(remaining, facts, step_ns)
-    # What rare long steps do is no steady cost of code outside the phases.
+    # What rare long steps do is no steady cost of copies, or of code outside the phases.
     long, without_rare_ones = ([], {}) if alternating else jitter(window.steps, remaining, facts, step_ns)
     without_long_steps = replayed(remaining, without_rare_ones)
+    found += transfers(without_long_steps, facts, step_ns)
     hidden_ns = {
         part: float((values - work.parts[part]).mean())
         for part, values in with_explained.parts.items()
@@ -372,7 +374,7 @@ def _costs(
     # Ranks that meet every n-th step only, as in local SGD, wait there for all that a late rank has gathered.
     found += [each for each in long if not (found_late and each.phase == "comm")]
 
-    if not any(finding.kind.rule.is_straggler for finding in found):
+    if not any(finding.blames_ranks for finding in found):
         found += comm_bound(window, with_explained, facts)
 
     return found
@@ -398,6 +400,9 @@ def _with_slowdown(
     Args:
         only_now: whether the findings are about the newest steps: slow ones that have ended are none of them.
     """
+    if is_newest_part(window, facts):
+        return _Timing(found)
+
     late = _late_ranks(found)
     slower, slow_until = _slower(window, work, facts, late), 0
     if only_now:
@@ -422,7 +427,7 @@ def _with_slowdown(
 
 
 def _late_ranks(found: Iterable[Finding]) -> list[tuple[int, ...]]:
-    return [one.ranks for one in found if one.kind.rule.is_straggler and one.ranks]
+    return [one.ranks for one in found if one.blames_ranks and one.ranks]
 
 
 def _slow_until(findings: Iterable[Finding]) -> int:
@@ -432,7 +437,7 @@ def _slow_until(findings: Iterable[Finding]) -> int:
 
 def _with_lock(timing: list[Finding], work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings about steps with that about the GIL, which makes steps uneven, too."""
-    late = any(each.kind.rule.is_straggler for each in timing)
+    late = any(each.blames_ranks for each in timing)
     locked = [] if late else gil_contention(work, facts, work.step_ns)
     return [*locked, *(each for each in timing if not (locked and _is_by_chance(each)))]
 
@@ -462,9 +467,6 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
     Of several trainings, each is compared with itself. A slowdown of code that does not depend on the model may
     continue in later trainings: then the finding is about the whole run.
     """
-    if is_newest_part(window, facts):
-        return []
-
     of_run = slowdown(StepHistory.of(window, work), facts, late)
     trainings = trainings_of(window, facts.other_models, facts.same_models)
     if len(trainings) == 1:
@@ -481,11 +483,8 @@ def _slower(window: AlignedSteps, work: OwnWork, facts: JobFacts, late: Collecti
 
 def _with_own_steps(found: list[Finding], window: AlignedSteps, work: OwnWork, facts: JobFacts) -> list[Finding]:
     """Return the findings, with the steps in which ranks are late: in the times of steps other noise may hide them."""
-    is_late = any(each.kind.rule.is_straggler and each.ranks for each in found)
-    if not is_late or is_newest_part(window, facts):
-        return found
-
-    if len(trainings_of(window, facts.other_models, facts.same_models)) > 1:
+    is_late = any(each.blames_ranks and each.ranks for each in found)
+    if not is_late or len(trainings_of(window, facts.other_models, facts.same_models)) > 1:
         return found
 
     bins = StepHistory.of(window, work)
@@ -540,6 +539,7 @@ def _explains(slower: Finding, other: Finding, window: AlignedSteps, work: OwnWo
         is_all = other.cost_share - slower.cost_share < WARNING_SHARE
         same = other.phase == slower.phase and (is_all or _has_ended(slower, window, work))
     else:
-        same = same and other.kind in (Kind.RESIDUAL_HEAVY, Kind.JITTER)
+        is_of_all_saves = other.kind is Kind.CHECKPOINT_STALLS and not other.blames_ranks
+        same = same and (other.kind in _OF_ALL_STEPS or is_of_all_saves)
 
     return same and slower.cost_share >= _EXPLAINED_SHARE * other.cost_share

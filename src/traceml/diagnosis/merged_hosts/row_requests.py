@@ -42,13 +42,13 @@ class RowRequests:
 
         At the limit of a rule these may decide otherwise than a typical rank does: wait for them before you decide.
         """
-        gains = [finding.speedup_if_fixed for finding in findings if finding.kind.rule.is_straggler]
+        gains = [finding.speedup_if_fixed for finding in findings if finding.blames_ranks]
         return min(gains, default=CLEAR_GAIN) >= CLEAR_GAIN or all(
             choice.alive <= set(choice.sent) for choice in _late_hosts(findings, representatives)
         )
 
 
 def _late_hosts(findings: Sequence[Finding], representatives: Representatives) -> list[HostChoice]:
-    late = {rank for finding in findings if finding.kind.rule.is_straggler for rank in finding.ranks}
+    late = {rank for finding in findings if finding.blames_ranks for rank in finding.ranks}
     hosts = [choice for choice in representatives.choices if not late.isdisjoint(choice.alive)] if late else []
     return hosts if len(hosts) <= MAX_HOSTS_ASKED else []

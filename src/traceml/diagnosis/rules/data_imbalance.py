@@ -68,7 +68,7 @@ def with_batch_sizes(finding: Finding, window: AlignedSteps) -> Finding:
     Where other programs use the cores, work follows the size too little for a finding of its own.
     """
     sizes, is_late = window.elements, np.isin(window.ranks, finding.ranks)
-    is_of_compute = finding.kind.rule.is_straggler and (finding.phase is None or finding.phase in COMPUTE)
+    is_of_compute = finding.blames_ranks and (finding.phase is None or finding.phase in COMPUTE)
     if not is_of_compute or not len(sizes) or (sizes <= 0).any() or not 0 < is_late.sum() < len(is_late):
         return finding
 

@@ -432,7 +432,7 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
 
     def slowest_ranks(self) -> frozenset[int]:
         """Return the ranks to mark as slowest: those that the verdict accuses, else one whose own work stands out."""
-        if self.verdict.kind.rule.is_straggler:
+        if self.verdict.blames_ranks:
             return frozenset(self.verdict.ranks)
 
         if self.verdict.kind is Kind.HANG:  # the mark of another rank would accuse it

@@ -41,7 +41,7 @@ def with_steps_from_slowdown(late: Finding, slower: Finding) -> Finding:
 
 def with_steps_from_history(late: Finding, bins: StepHistory) -> Finding:
     """Return a finding about late ranks with the steps in which they are, by their work alone; others unchanged."""
-    if not (late.kind.rule.is_straggler and late.ranks) or not len(bins.ranks):
+    if not (late.blames_ranks and late.ranks) or not len(bins.ranks):
         return late
 
     alone = bins.of_ranks(late.ranks, late.phase)
@@ -70,8 +70,10 @@ def _timed(late: Finding, evidence: Mapping[str, Any]) -> Finding:
 def _is_same_cause(late: Finding, slower: Finding) -> bool:
     """Return whether steps became slower because of ranks that are late, and were not late before."""
     same = slower.phase in (None, late.phase)
-    same = same and (slower.evidence["shape"] == "growth" or slower.cost_share >= MIN_COST_RATIO * late.cost_share)
-    return late.kind.rule.is_straggler and bool(slower.ranks) and slower.ranks == late.ranks and same
+    # Steps lose less than late ranks exceed the others by, where these are late at times, too.
+    lost = min(late.cost_share, 1 - 1 / late.speedup_if_fixed) if late.speedup_if_fixed > 1 else late.cost_share
+    same = same and (slower.evidence["shape"] == "growth" or slower.cost_share >= MIN_COST_RATIO * lost)
+    return late.blames_ranks and bool(slower.ranks) and slower.ranks == late.ranks and same
 
 
 def is_continued(of_training: Finding, of_run: Finding) -> bool:
