@@ -1059,3 +1059,17 @@ def test_a_rank_that_was_late_among_noisy_ones_is_told_with_its_end(part: str) -
     (late,) = (each for each in found if each.severity is not Severity.INFO)
     assert (late.ranks, late.phase) == ((8,), part)
     assert late.evidence["until_step"] == pytest.approx(334, abs=10)
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_waits_for_data_by_chance_are_those_of_all_ranks(ranks: int, seed: int) -> None:
+    """In 200 steps a rank has few of them, and some less than half of what another has."""
+    found = diagnose(
+        window_of(Job(ranks=ranks, steps=200), adds("input_wait", 20, chance=0.05), seed=seed),
+        JobFacts(world_size=ranks),
+    )
+
+    (waits,) = (each for each in found if each.severity is not Severity.INFO)
+    assert (waits.kind, waits.ranks) == (Kind.INPUT_BOUND, ())
+    assert any(words in waits.summary for words in (", unevenly: a rank spends ", ", by the ranks in turns "))

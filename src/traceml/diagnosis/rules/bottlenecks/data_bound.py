@@ -59,6 +59,7 @@ def input_bound(
     line = cost.line(facts) or cost.line_beside(hidden_ns, facts)
     by_sampler = of_sampler(facts, line)
     cost = cost.reported()
+    where = cost.turns_words + where
     if excluded is not None:
         cost = replace(cost, excluded=(*cost.excluded, excluded))
 
@@ -86,7 +87,7 @@ def transfers(work: OwnWork, facts: JobFacts, step_ns: float) -> list[Finding]:
 
     line = cost.line(facts)
     cost = cost.reported()
-    where = line.of_it if line else ""
+    where = (line.of_it if line else "") + cost.turns_words
     untimed = advice.waiting_for_device(facts, is_timed=work.device)
     without = untimed or f"; without them steps would be {cost.faster}"
     summary = f"Copies to the device take {cost.of_step}{where}{without}."

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from traceml.diagnosis.facts.blamed_lines import BlamedLine, blamed_line, leading_lines
 from traceml.diagnosis.facts.job_facts import JobFacts
@@ -30,6 +31,8 @@ _NOT_IN_TURN_SHARE, _TURNS_STEPS = 0.25, 0.7
 """and half of the ranks have less than this share of the longest, in this share of the steps."""
 _UNEVEN_RATIO = 1.25
 """They have it unevenly if steps lose this many times the mean of the rank with most of it."""
+_CHANCE_ERRORS = 4.0
+"""Ranks whose means are within so many standard errors of all ranks' mean differ by chance."""
 RARE_STEPS = "rare long steps"
 
 
@@ -180,11 +183,21 @@ def cost_of(work: OwnWork, part: str, step_ns: float, *, rare_share: float) -> P
         return None
 
     removed = without_rare(values, rare_share)
-    means = removed.mean(axis=1)
-    has = means >= 0.5 * float(np.max(means, initial=0))
+    has = _have_much(removed)
     saved = saved_ns(work, {part: values - removed}) if has.mean() > 0.5 else 0.0
     ranks = work.named(has)
     return PhaseCost(work, part, step_ns, ranks, removed, saved)
+
+
+def _have_much(values: Floats) -> NDArray[np.bool_]:
+    """Return which ranks have half of what the rank with most has; all if they differ no more than by chance."""
+    means = values.mean(axis=1)
+    has = np.asarray(means >= 0.5 * float(np.max(means, initial=0)))
+    if has.all():
+        return has
+
+    error = float((values.var(axis=1).mean() / values.shape[1]) ** 0.5)
+    return has | bool(np.abs(means - means.mean()).max() <= _CHANCE_ERRORS * error)
 
 
 def _evidence(work: OwnWork, part: str, step_ns: float) -> dict[str, object]:
