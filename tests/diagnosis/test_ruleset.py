@@ -955,6 +955,37 @@ def test_profiled_steps_are_left_out():
     assert found(int(StepFlag.PROFILED)) == usual
 
 
+@pytest.mark.parametrize("first", [2, 7000])
+def test_live_slow_steps_that_are_over_are_no_finding(first: int) -> None:
+    """Neither at the beginning of a run nor later, though the newest steps that are judged have many of them."""
+    job = replace(ALONE, steps=first + 600)
+
+    def slow(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own["input_wait"][:, first + 200 : first + 450] += 20.0
+
+    rows = rows_of(job, slow)[0]
+
+    def found(until: int) -> set[Kind]:
+        whole = KeptSteps(job.steps, 1)
+        whole.scatter(np.zeros(until, np.int64), rows[:until])
+        window = whole.aligned(last=600)
+        history = whole.aligned(last=job.steps) if len(window) < until else window
+        known = JobFacts(world_size=1, state="running", latest=(until - 1,))
+        return {each.kind for each in diagnose(window, known, history) if each.severity is not Severity.INFO}
+
+    assert found(first + 440)
+    assert not found(first + 500)
+
+
+def test_two_causes_of_one_late_rank_are_both_told() -> None:
+    """Neither hides the other one: the rank computes as fast as the others, so its host is none of them."""
+    found = verdict(Job(ranks=4, sigma=0.05), adds("input_wait", 3, (0,)), adds("other", 2.5, (0,)))
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.INPUT_STRAGGLER, (0,), "input_wait")
+    assert "every part of the step" not in found.summary
+    assert found.summary.endswith(" Its code outside the known phases takes 2.51 ms more, too.")
+
+
 @pytest.mark.parametrize(
     ("job", "faults"),
     [
@@ -989,37 +1020,6 @@ def test_own_backward_that_was_not_measured_is_no_longer_than_the_steps() -> Non
 
     assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "backward")
     assert found.cost_share < 0.55  # all measured: 0.43
-
-
-def test_two_causes_of_one_late_rank_are_both_told() -> None:
-    """Neither hides the other one: the rank computes as fast as the others, so its host is none of them."""
-    found = verdict(Job(ranks=4, sigma=0.05), adds("input_wait", 3, (0,)), adds("other", 2.5, (0,)))
-
-    assert (found.kind, found.ranks, found.phase) == (Kind.INPUT_STRAGGLER, (0,), "input_wait")
-    assert "every part of the step" not in found.summary
-    assert found.summary.endswith(" Its code outside the known phases takes 2.51 ms more, too.")
-
-
-@pytest.mark.parametrize("first", [2, 7000])
-def test_live_slow_steps_that_are_over_are_no_finding(first: int) -> None:
-    """Neither at the beginning of a run nor later, though the newest steps that are judged have many of them."""
-    job = replace(ALONE, steps=first + 600)
-
-    def slow(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
-        own["input_wait"][:, first + 200 : first + 450] += 20.0
-
-    rows = rows_of(job, slow)[0]
-
-    def found(until: int) -> set[Kind]:
-        whole = KeptSteps(job.steps, 1)
-        whole.scatter(np.zeros(until, np.int64), rows[:until])
-        window = whole.aligned(last=600)
-        history = whole.aligned(last=job.steps) if len(window) < until else window
-        known = JobFacts(world_size=1, state="running", latest=(until - 1,))
-        return {each.kind for each in diagnose(window, known, history) if each.severity is not Severity.INFO}
-
-    assert found(first + 440)
-    assert not found(first + 500)
 
 
 @pytest.mark.parametrize("part", ["h2d", "checkpoint"])

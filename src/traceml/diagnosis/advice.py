@@ -35,6 +35,7 @@ __all__ = [
     "EVEN_BATCHES",
     "EVEN_OR_TOGETHER",
     "EXPLICIT_EXIT",
+    "FOR_UNMEASURED_JITTER",
     "IN_SAME_STEPS",
     "SAME_COLLECTIVES",
     "STOP_TOGETHER",
@@ -515,6 +516,13 @@ def _faster_reductions(facts: JobFacts) -> list[str]:
         found.append("a gradient-compression hook")
 
     return found
+
+
+FOR_UNMEASURED_JITTER = (
+    "Look at the network (other jobs, retries), at the hosts' load, and for inputs of unusual size in these steps: few "
+    "of them have measured whether their backward computed or waited."
+)
+"""Advice on rare long steps of which backward or communication is most."""
 
 
 def for_jitter(part: str | None, rank: int | None, line: BlamedLine | None = None) -> str:

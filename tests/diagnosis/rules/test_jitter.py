@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -333,3 +335,26 @@ def test_the_rank_of_a_pause_is_named_if_it_alone_runs_the_line(others, named):
 
     assert found.ranks == named
     assert ("on rank 1, mostly in train.py:70 stall" in found.summary) == bool(named)
+
+
+def test_long_backward_that_was_not_measured_may_be_computation() -> None:
+    """The network is one of two causes then."""
+    job, pauses = Job(ranks=4, steps=960, callback_every=16), adds("backward", 100, chance=0.01)
+    found, known = (jitter(each, pauses, lines=()) for each in (job, dataclasses.replace(job, callback_every=1)))
+
+    assert (found.phase, found.ranks) == (None, ())
+    assert ", mostly in backward or communication: " in found.summary
+    assert "No rank's own work is longer" not in found.next
+    assert found.evidence["excess_ms_by_phase"]["unknown"] > 0
+    assert known.phase == "backward"
+
+
+def test_a_part_that_many_steps_lack_has_a_limit() -> None:
+    """It is no larger than a 32-bit number of nanoseconds can be: pytest makes an error of the warning."""
+
+    def seldom(own: dict[str, np.ndarray], _: np.random.Generator) -> None:
+        own["user"][0] = np.where(np.arange(400) % 4 > 0, 60.0, 0.0)
+
+    found = diagnose(window_of(ALONE.scaled(5), seldom), JobFacts())
+
+    assert found[0].kind is Kind.RESIDUAL_HEAVY

@@ -56,7 +56,10 @@ CODE_SHARE = 0.8
 """A step is also long by its code outside the phases, if that is unusually long and has this share of the excess."""
 _ONE_RANK_EVENTS = 6
 _PER_EVALUATION = 2  # long steps around one evaluation of some ranks, for which the others wait
+_CHANCE_ERRORS = 3.0  # of the number of a rank's late steps
 _MAX_CELLS = 100_000
+_MAX_EXPONENT = 20.0  # of the limit of a part that many steps do not have: no time in nanoseconds overflows
+_UNKNOWN = "unknown"
 
 
 def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
@@ -68,7 +71,7 @@ def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
     flat = values.ravel()
     low, lower, middle = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.16, 0.5))
     spread = max(np.log(max(middle, 1) / max(lower, 1)), np.log(max(middle, 1) / max(low, 1)) / 1.645)
-    return float(middle), float(middle * max(2.0, np.exp(sigmas * spread)))
+    return float(middle), float(middle * max(2.0, np.exp(min(sigmas * spread, _MAX_EXPONENT))))
 
 
 class _LongSteps(msgspec.Struct, frozen=True):
@@ -207,11 +210,13 @@ def _jitter(
     steps: NDArray[np.int64], work: OwnWork, facts: JobFacts, events: _LongSteps, cost: float, step_ns: float
 ) -> Finding:
     sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
-    if work.grouped:  # what no rank's own work explains is waiting
-        sums["comm"] = max(cost * len(work.step) - sum(sums.values()), 0.0)
+    if work.grouped:  # what no rank's own work explains is waiting, or backward of steps that did not measure it
+        unexplained = "comm" if _is_measured(work, events) else _UNKNOWN
+        sums[unexplained] = max(cost * len(work.step) - sum(sums.values()), 0.0)
 
     part = max(sums, key=lambda name: sums[name])
-    phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
+    is_most = sums[part] >= 0.6 * max(sum(sums.values()), 1.0)
+    phase = part if is_most and part != _UNKNOWN else None
     rank = _one_rank(work, np.sum(list(events.excess.values()), axis=0)[:, ~events.are_waits])
     share, gain = cost / step_ns, speedup(step_ns, cost)
     long, usual_ns = work.as_measured(events.columns, events.usual_ns)
@@ -222,6 +227,9 @@ def _jitter(
     rank = _rank_of_line(work, facts, events, phase, line) if rank is None else rank
     where = f", mostly in {line.place if line else phase_words(part)}" if phase else ""
     action = advice.for_jitter(phase, rank, line)
+    if is_most and part == _UNKNOWN and line is None:
+        where, action, rank = ", mostly in backward or communication", advice.FOR_UNMEASURED_JITTER, None
+
     without = f"; without {them} steps would be {gain_text(gain)}"
     if line is None and phase and (imports := imports_in(work, facts, phase, events.columns, cost * len(work.step))):
         where, action, _ = imports
@@ -249,6 +257,12 @@ def _jitter(
         cost_share=share,
         speedup_if_fixed=gain,
     )
+
+
+def _is_measured(work: OwnWork, events: _LongSteps) -> bool:
+    """Return whether most of the long steps have measured what of their backward is own work."""
+    is_of_these = work.measured.size == len(work.step)
+    return not is_of_these or 2 * int(work.measured[events.columns].sum()) >= len(events.columns)
 
 
 def _with_waits(events: _LongSteps, long: Floats, usual_ns: float) -> Floats:
@@ -371,7 +385,8 @@ def _late_in_turns(work: OwnWork, facts: JobFacts, part: str, values: Floats, st
     # Even work is no less work: what one rank no longer does at a time, all do.
     even = saved_ns(work, {part: np.where(late, values.mean(axis=0), values).astype(values.dtype)})
     counts = turns.sum(axis=1)
-    some = counts >= 0.25 * counts.max()
+    by_chance = (counts > 0) & (counts >= counts.mean() - _CHANCE_ERRORS * counts.mean() ** 0.5)
+    some = (counts >= 0.25 * counts.max()) | by_chance
     if some.all() and part not in COMPUTE:
         return None  # all ranks, in a part that has a finding of its own
 
