@@ -824,3 +824,13 @@ def test_a_healthy_run_is_told_of_the_fused_form_where_the_optimizer_takes_most(
     assert found.kind is Kind.HEALTHY
     assert ("fused=True" in found.next) is told
     assert found.next.startswith("Nothing needs fixing; ")
+
+
+@pytest.mark.parametrize(("sigma", "is_told"), [(0.4, True), (0.1, False)])
+def test_waiting_for_another_rank_in_each_step_is_uneven_work(sigma: float, is_told: bool) -> None:
+    """No rank is late on average; larger batches alone are no remedy for it."""
+    found = diagnose(window_of(Job(ranks=8, steps=200, sigma=sigma).scaled(2)), JobFacts(world_size=8))[0]
+
+    assert found.kind is Kind.HEALTHY
+    assert (" is waiting for the rank that works longest, in each step another one." in found.summary) is is_told
+    assert found.next.startswith("No rank is slower than the others, but they work unevenly") is is_told

@@ -62,6 +62,13 @@ _MOSTLY_FORWARD = 0.5
 _UNTRAINED_RATIO = 6.0
 """From this many times the time of backward on, much of forward may have no backward, which takes longer elsewhere."""
 
+_UNEVEN_SHARE = 0.25
+"""From this share of waiting for the rank that works longest, in each step another one, it is said."""
+_FOR_UNEVEN_WORK = (
+    "No rank is slower than the others, but they work unevenly from step to step, as with batches of different length "
+    "or on hosts that others use, too: make batches alike on all ranks, or larger, and less of the step is waiting."
+)
+
 BUSY_SHARE = 0.7
 """A device that computes for less of the time waits for launches."""
 BUSY_POWER = 0.6
@@ -91,8 +98,13 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
     heavy = heavy or (None if short else _beside_the_model(facts, shares, step))
     where = "" if heavy is None else f" {heavy[1].share_text.capitalize()} of {heavy[0]} is in {heavy[1].place}."
     evidence |= _evidence_of_code(heavy, own, shares)
+    uneven = _uneven_share(work, step, shares)
+    if is_uneven := uneven >= max(_UNEVEN_SHARE, least_cost_ns(step) / step):
+        where += f" {percent_text(uneven)} of it is waiting for the rank that works longest, in each step another one."
+
     healthy = f"A step takes {ns_text(step)}: {_largest(shares)}.{where}{pause.text}"
-    cheaper = own.advice if own else _when_healthy(shares, facts) + ("" if work.grouped else _untrained(shares, step))
+    usual = _FOR_UNEVEN_WORK if is_uneven and not for_debugging(facts) else _when_healthy(shares, facts)
+    cheaper = own.advice if own else usual + ("" if work.grouped else _untrained(shares, step))
     summary, action = short or (healthy, pause.action or cheaper)
     return Finding.of(
         Kind.HEALTHY,
@@ -101,6 +113,14 @@ def nothing_found(window: AlignedSteps, work: OwnWork, facts: JobFacts) -> Findi
         evidence=evidence,
         speedup_if_fixed=own.gain if own and not pause.action else 1.0,
     )
+
+
+def _uneven_share(work: OwnWork, step: float, shares: dict[str, float]) -> float:
+    """Return the share of a step in which ranks wait for one that is late in this step: no communication is that."""
+    if not (work.grouped and work.backward_known):
+        return 0.0
+
+    return shares[_WAITING] - min_wait_ns(work) / step
 
 
 def shares_text(work: OwnWork, facts: JobFacts) -> str:
