@@ -1073,3 +1073,10 @@ def test_waits_for_data_by_chance_are_those_of_all_ranks(ranks: int, seed: int) 
     (waits,) = (each for each in found if each.severity is not Severity.INFO)
     assert (waits.kind, waits.ranks) == (Kind.INPUT_BOUND, ())
     assert any(words in waits.summary for words in (", unevenly: a rank spends ", ", by the ranks in turns "))
+
+
+def test_rare_waits_of_one_rank_are_not_those_of_all() -> None:
+    """Seven of them in 70 steps are no chance, where the others have none."""
+    found = verdict(Job(ranks=4, steps=70), adds("input_wait", 80.0, (1,), every=10))
+
+    assert found.kind is not Kind.INPUT_BOUND

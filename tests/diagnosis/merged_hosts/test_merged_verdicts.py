@@ -20,6 +20,7 @@ from tests.diagnosis.merged_hosts.clusters import (
     updates,
 )
 from traceml.database.schema import STEPS
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.merged_hosts.host_merger import STEPS_COMPARED, HostMerger
 
 CLUSTER = Cluster(ranks=32, per_host=4)
@@ -56,6 +57,18 @@ def test_merged_hosts_with_devices_give_the_verdict_of_all_rows(seed, every):
         return
 
     assert told(tree) == told(flat)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("other", Kind.STRAGGLER), ("input_wait", Kind.INPUT_STRAGGLER)])
+def test_ranks_that_wait_in_steps_without_device_times_are_not_late(part: str, kind: Kind) -> None:
+    """Their hosts wait for the device in no phase; the rank for which they wait is named, with its gain."""
+    cluster, fault = Cluster(ranks=4, per_host=4), adds(part, 40.0, (1,), every=5)
+    whole = FaultyRun(cluster, rows_of(Job(ranks=4, steps=1000), fault), "none", None, part)
+
+    found, all_measured = flat_verdict(whole.on_devices(4)), flat_verdict(whole)
+
+    assert (found.kind, found.ranks, found.phase) == (kind, (1,), part)
+    assert found.speedup_if_fixed == pytest.approx(all_measured.speedup_if_fixed, rel=0.05)
 
 
 def test_of_a_quiet_host_one_rank_is_sent():

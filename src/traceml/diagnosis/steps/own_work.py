@@ -42,6 +42,7 @@ UNNAMED = (*COMPUTE, "h2d", "comm", *UNNAMED_CODE)
 _SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
 _MANY_RANKS = 40
+_MIN_SURPLUS_NS = 0.5e6
 
 
 class OwnWork(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -165,6 +166,8 @@ def own_work_of(window: AlignedSteps, facts: JobFacts) -> OwnWork:
         parts["backward"], parts["comm"] = window.times["backward"], window.times["comm"]
     elif known:
         parts["backward"] = window.own_backward
+        if window.device:
+            parts["other"] = _without_waiting(window)
 
     parts = {name: values for name, values in parts.items() if values.any()}
     own = sum(parts.values(), np.zeros_like(window.total))
@@ -213,6 +216,30 @@ def _user_parts(window: AlignedSteps) -> dict[str, Floats]:
     rest = np.maximum(window.times["user"] - sum(window.user.values(), np.float32(0)), 0)
     # Rows of user phases are in a separate table and may be missing for the newest steps.
     return {**parts, "user": rest} if rest.sum() > 0.01 * max(window.times["user"].sum(), rest.size) else parts
+
+
+def _without_waiting(window: AlignedSteps) -> Floats:
+    """Return code outside the phases, without the waiting for late ranks in steps without device times.
+
+    Such a step has the mean device times of its rank; a host that waits for its device longer does so in `other`. What
+    a rank has there beyond its usual time is waiting, as far as another rank began the step later: after code of its
+    own in the step before, or a wait for data.
+    """
+    other, unknown = window.times["other"], np.isnan(window.backward_own)
+    usual = np.where(unknown, 0, other).sum(axis=1, keepdims=True) / np.maximum(
+        (~unknown).sum(axis=1, keepdims=True), 1
+    )
+    surplus = np.where(unknown & (other > 2 * usual + _MIN_SURPLUS_NS), other - usual, 0).astype(np.float32)
+    begun, code = window.times["input_wait"], other + window.times["checkpoint"] + window.times["user"]
+    waiting = np.zeros_like(other)
+    for step in np.flatnonzero(surplus.any(axis=0)).tolist():
+        late = begun[:, step]
+        if step and not window.begins[step]:
+            late = late + code[:, step - 1] - waiting[:, step - 1]
+
+        waiting[:, step] = np.minimum(surplus[:, step], late.max() - late)
+
+    return np.asarray(other - waiting)
 
 
 def _behind_sync(window: AlignedSteps) -> Floats:

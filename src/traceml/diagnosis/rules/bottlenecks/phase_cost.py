@@ -31,8 +31,8 @@ _NOT_IN_TURN_SHARE, _TURNS_STEPS = 0.25, 0.7
 """and half of the ranks have less than this share of the longest, in this share of the steps."""
 _UNEVEN_RATIO = 1.25
 """They have it unevenly if steps lose this many times the mean of the rank with most of it."""
-_CHANCE_ERRORS = 4.0
-"""Ranks whose means are within so many standard errors of all ranks' mean differ by chance."""
+_CHANCE_ERRORS = 1.0
+"""Ranks differ by chance up to so many standard errors beyond the largest deviation that is usual for their number."""
 RARE_STEPS = "rare long steps"
 
 
@@ -197,7 +197,9 @@ def _have_much(values: Floats) -> NDArray[np.bool_]:
         return has
 
     error = float((values.var(axis=1).mean() / values.shape[1]) ** 0.5)
-    return has | bool(np.abs(means - means.mean()).max() <= _CHANCE_ERRORS * error)
+    # The largest of n normal deviations is about sqrt(2 log n).
+    by_chance = (2 * np.log(len(means))) ** 0.5 + _CHANCE_ERRORS
+    return has | bool(np.abs(means - means.mean()).max() <= by_chance * error)
 
 
 def _evidence(work: OwnWork, part: str, step_ns: float) -> dict[str, object]:
