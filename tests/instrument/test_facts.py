@@ -204,6 +204,22 @@ def test_loaders_that_each_epoch_makes_are_counted(traced: Traced) -> None:
     assert made == [2, 3, 4, 5, 6, 7, 8, 16]
 
 
+def test_loaders_that_are_alike_have_one_number(traced: Traced) -> None:
+    """Each epoch makes one to train and one to evaluate; facts and sums of their workers do not grow with epochs."""
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(5):
+        for (x,) in data(4):
+            train(model, optimizer, x)
+
+        with torch.no_grad():
+            for (x,) in data(3):
+                model(x)
+
+    assert [row["number"] for row in traced.info if row["kind"] == "loader"] == [0, 1]
+    assert [row["number"] for row in traced.info if row["kind"] == "training_loader"] == [0]
+
+
 def test_a_loader_that_is_kept_beside_another_is_not_made_for_an_epoch(traced: Traced) -> None:
     """Two loaders of the same data, as to train and to fill a memory bank."""
     model = net()

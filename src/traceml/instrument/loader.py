@@ -39,7 +39,7 @@ class LoaderToken:
     """Token for a loader in the clock, which must not keep the loader alive.
 
     Attributes:
-        number: of the loader in this process, in the order of their first use.
+        number: of the loader in this process, in the order of their first use; that of an earlier one like it.
         is_left: its last iterator is gone, as after `next(iter(loader))`: a step closes without another request.
     """
 
@@ -202,7 +202,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
 def patch_loaders(
     patches: Patches,
     clock: StepClock,
-    on_loader: Callable[[Any, int], None],
+    on_loader: Callable[[Any, LoaderToken], None],
     on_iterator: Callable[[], None],
     on_batch: Callable[[Any], None],
     on_same_order: Callable[[int], None] = lambda _number: None,
@@ -210,7 +210,7 @@ def patch_loaders(
     """Time DataLoader's iterators.
 
     Args:
-        on_loader: called with each loader and its number when its first iterator is created.
+        on_loader: called with each loader and its token when its first iterator is created; may change its number.
         on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
         on_batch: called with each batch while the clock `inspects` them.
         on_same_order: called with the number of a loader whose DistributedSampler draws one order again and again.
@@ -353,7 +353,10 @@ class _LoaderTokens:
     """One token per loader, for the lifetime of the loader."""
 
     def __init__(
-        self, on_loader: Callable[[Any, int], None], on_same_order: Callable[[int], None], step: Callable[[], int]
+        self,
+        on_loader: Callable[[Any, LoaderToken], None],
+        on_same_order: Callable[[int], None],
+        step: Callable[[], int],
     ) -> None:
         self._on_loader, self._on_same_order, self._step = on_loader, on_same_order, step
         self._seen = 0
@@ -369,7 +372,7 @@ class _LoaderTokens:
         if token is None:
             token = self._tokens[loader] = LoaderToken(self._seen)
             self._seen += 1
-            self._on_loader(loader, token.number)
+            self._on_loader(loader, token)
 
         if token.repeats_order(loader, self._step()):
             self._on_same_order(token.number)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_THREADS, LINE_WORKERS, LINES, Phase
-from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine
+from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS, LazyWorkerLines, LineCounts, SampledLine
 
 
 def test_rows_are_summed_by_line():
@@ -52,6 +52,17 @@ def test_rows_of_loader_workers_are_apart():
     assert (worker.part, worker.function, worker.samples) == ("workers", "decode", 11)
     assert [each.function for each in counts.lines()] == ["train"]
     assert counts.of_other_threads() == ()
+
+
+def test_of_many_loaders_the_newest_are_kept() -> None:
+    """A script may make others for each epoch: what is kept of a run does not grow with them."""
+    counts = LineCounts({0: {5: "/x/data.py:3 decode"}})
+    for number in range(MAX_LOADERS + 9):
+        row = np.zeros(1, LINES.dtype)
+        row["phase"], row["line_id"], row["samples"] = LINE_WORKERS - number, 5, 1
+        counts.add(0, row)
+
+    assert sorted(LazyWorkerLines(counts)) == list(range(9, MAX_LOADERS + 9))
 
 
 S = 1_000_000_000

@@ -7,6 +7,7 @@ import pytest
 
 from tests.diagnosis.facts.watched_workers import watched, worker_rows
 from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS
 from traceml.diagnosis.facts.trainings.models_and_loaders import LoaderFacts
 from traceml.diagnosis.facts.worker_history import WorkerHistory
 
@@ -52,6 +53,21 @@ def test_the_busiest_loader_counts():
 
     assert use is not None
     assert use.busy == pytest.approx(0.8)
+
+
+def test_of_many_loaders_the_newest_are_kept() -> None:
+    """The first ones are forgotten; those of another rank stay."""
+    history = WorkerHistory()
+    history.add(1, worker_rows(2, busy=0.3))
+    for number in range(MAX_LOADERS + 1):
+        rows = worker_rows(2, busy=0.9 if number == 0 else 0.1)
+        rows["loader"] = number
+        history.add(0, rows)
+
+    use = history.use()
+
+    assert use is not None
+    assert use.busy == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from traceml.diagnosis.facts.pauses import PauseHistory
 from traceml.diagnosis.facts.progress.rank_progress import JobProgress, ProgressHistory
 from traceml.diagnosis.facts.resource_use import UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
-from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts
+from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS, LazyLines, LazyWorkerLines, LineCounts
 from traceml.diagnosis.facts.shared_batches import BatchHistory
 from traceml.diagnosis.facts.topology import Topology
 from traceml.diagnosis.facts.trainings.models_and_loaders import (
@@ -48,7 +48,7 @@ _KEPT = {name: name for name in ("backend", "fused", "job_end_s", "job_limit_s",
     "torch_threads": "threads"
 }
 _NO_ACCELERATOR = ("cpu", "meta")
-_MAX_LOADERS = _MAX_LOST = 64
+_MAX_LOST = 64
 _MAX_EPOCHS = 65_536
 _LOADER_FIELDS = tuple(LoaderFacts.__struct_fields__)
 
@@ -123,8 +123,8 @@ class JobFactsBuilder:
     def _take_loader(self, rank: int, row: Mapping[str, Any]) -> None:
         # The training loader where it is known, else the first: evaluation comes later.
         self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
-        del self._loaders[_MAX_LOADERS:]
-        self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-_MAX_LOADERS:]
+        del self._loaders[MAX_LOADERS:]
+        self.loaders[rank] = [*self.loaders.get(rank, ()), _loader(row)][-MAX_LOADERS:]
 
     def _take_loaders_made(self, _rank: int, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("made"), int):
@@ -384,7 +384,7 @@ class JobFactsBuilder:
             memory=self.memory,
             lines=LazyLines(self.lines, ends_ns, has_ended=self.state != RunStatus.RUNNING),
             thread_lines=self.lines.of_other_threads(),
-            lines_of_workers=self.lines.of_workers(),
+            lines_of_workers=LazyWorkerLines(self.lines),
             divided_lines=partial(self.lines.divided, latest, ends_ns),
             lines_apart=partial(self.lines.apart_from, latest, ends_ns),
             skipped=self.skipped,

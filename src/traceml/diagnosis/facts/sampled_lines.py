@@ -24,7 +24,7 @@ from traceml.database.schema import (
 from traceml.database.store.thinning import LINE_KEYS, LINE_SUMS
 from traceml.formatting import parsed_place
 
-__all__ = ["OUTSIDE_STEPS", "DividedLines", "LazyLines", "LineCounts", "SampledLine"]
+__all__ = ["MAX_LOADERS", "OUTSIDE_STEPS", "DividedLines", "LazyLines", "LazyWorkerLines", "LineCounts", "SampledLine"]
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE], LINE_AFTER_STEPS)
 """Names for the time before the first step, between steps and after them, in addition to those of the phases."""
@@ -34,6 +34,8 @@ _SAMPLES = len(LINE_KEYS)
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
 _MAX_INTERVALS = 64  # intervals of the run that are told apart, of each of so many ranks
 _MAX_SPAN_RANKS = 64
+MAX_LOADERS = 64
+"""Newest loaders of a rank of which anything is kept: a script may make others for each epoch."""
 _NONE = np.empty((0, len(LINE_KEYS) + len(LINE_SUMS) + 1), np.int64)
 
 
@@ -194,7 +196,7 @@ class _RankCounts:
             self.threads = _summed([self.threads, _counts_of(rows[of_threads], 0)])
 
         if of_workers.any():
-            self.workers = _summed([self.workers, _counts_of(rows[of_workers], 0)])
+            self.workers = _of_newest_loaders(_summed([self.workers, _counts_of(rows[of_workers], 0)]))
 
         rows = rows[rows["phase"] > LINE_THREADS]
         outside = np.isin(rows["phase"], _OUTSIDE)
@@ -324,6 +326,33 @@ class LazyLines(Sequence[SampledLine]):
 
     def __len__(self) -> int:
         return len(self._lines)
+
+
+class LazyWorkerLines(Mapping[int, Sequence[SampledLine]]):
+    """The lines of the workers of each loader, by its number, made when a rule asks for them, as `LazyLines` are."""
+
+    def __init__(self, counts: LineCounts) -> None:
+        self._counts = counts
+
+    @cached_property
+    def _lines(self) -> dict[int, tuple[SampledLine, ...]]:
+        return self._counts.of_workers()
+
+    def __getitem__(self, number: int) -> tuple[SampledLine, ...]:
+        """Return the lines of one loader."""
+        return self._lines[number]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+def _of_newest_loaders(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the counts without those of the first of very many loaders; the phase of a later one is smaller."""
+    phases = np.unique(counts[:, 0])
+    return counts if len(phases) <= MAX_LOADERS else counts[counts[:, 0] <= phases[MAX_LOADERS - 1]]
 
 
 def _counts_of(rows: NDArray[np.void], lasted_ns: int) -> NDArray[np.int64]:

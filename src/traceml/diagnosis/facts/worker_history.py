@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from traceml.database.row_arrays import join_rows
 from traceml.diagnosis.facts.machine_use import ThinnedRows
+from traceml.diagnosis.facts.sampled_lines import MAX_LOADERS
 
 __all__ = ["WorkerHistory", "WorkerUse"]
 
@@ -93,6 +94,9 @@ class WorkerHistory(msgspec.Struct):
 
     def _add(self, rank: int, loader: int, rows: NDArray[np.void]) -> None:
         known = self._watched.get((rank, loader))
+        if known is None and len(mine := [key for key in self._watched if key[0] == rank]) >= MAX_LOADERS:
+            del self._watched[mine[0]]
+
         joined = rows if known is None else join_rows([known.last, rows])
         watched = self._watched.setdefault((rank, loader), _Watched(joined[:1]))
         passed = _passed(joined)

@@ -12,6 +12,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.info_kinds import InfoKind
 
 if TYPE_CHECKING:
+    from traceml.instrument.loader import LoaderToken
     from traceml.instrument.step_clock import StepClock
 
 __all__ = ["FactReports", "Info"]
@@ -19,6 +20,7 @@ __all__ = ["FactReports", "Info"]
 Info = dict[str, Any]
 _LIKE = ("dataset", "length", "num_workers")
 _COUNTED = 8  # from here on only powers of two are reported
+_MAX_LOADERS = 64  # whose facts are compared with those of later ones
 _MAX_BEGINS = 256  # trainings whose first step is reported: a script may make a model for each step
 _PART_BYTES = 1 << 28  # a file of this size may be a part of the checkpoint of any model
 _WHOLE = 4  # calls with as many samples before a backward pass: views, or the networks of a GAN
@@ -34,6 +36,7 @@ class FactReports:
     def __init__(self, clock: StepClock, on_info: Callable[[Info], None] | None) -> None:
         self._clock, self._on_info = clock, on_info
         self._reported: dict[InfoKind, Info] = {}  # the last facts
+        self._numbers: dict[str, int] = {}  # of loaders, by their facts as a text
         # by the facts in `_LIKE`: number of loaders that followed each other, and a weak reference to the last one
         self._loaders: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self._autocast = False  # `torch.autocast` was on in the training
@@ -52,14 +55,27 @@ class FactReports:
         self._reported[kind] = facts
         self._on_info({"kind": kind, **facts, **(at or {}), "t_ns": monotonic_ns()})
 
-    def loader(self, loader: Any, number: int | None = None) -> None:
-        """Report a loader, with its number in this process."""
+    def loader(self, loader: Any, token: LoaderToken | None = None) -> None:
+        """Report a loader, with its number in this process.
+
+        One like an earlier loader gets its number, and is not reported: a script may make them for each epoch.
+        """
         from traceml.instrument.facts.descriptions import loader_facts
 
+        if self._on_info is None:
+            return
+
         facts = loader_facts(loader)
-        self.report(InfoKind.LOADER, {"number": number}, **facts)
-        if self._on_info is not None:
-            self._count(loader, facts)
+        number = None if token is None else self._numbers.get(repr(facts))
+        if token is not None and number is not None:
+            token.number, self._reported[InfoKind.LOADER] = number, facts
+        else:
+            self.report(InfoKind.LOADER, {"number": None if token is None else token.number}, **facts)
+
+        if token is not None and len(self._numbers) < _MAX_LOADERS:
+            self._numbers[repr(facts)] = token.number
+
+        self._count(loader, facts)
 
     def _count(self, loader: Any, facts: Info) -> None:
         """Report how many loaders of one data set were made: a script may make one for each epoch.
