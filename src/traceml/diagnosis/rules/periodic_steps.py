@@ -245,13 +245,16 @@ def regular(steps: NDArray[np.int64], excess: Floats, seen: NDArray[np.int64]) -
     heavy = significant_excess(excess)
     for every in np.unique(np.diff(steps[heavy])):
         follows = np.isin(steps, steps + every)
+        if every < 2 or follows.sum() < MIN_LONG_STEPS - 1:
+            continue
+
         known = np.isin(steps + every, seen) | np.isin(steps - every, seen)
         members = follows | np.isin(steps, steps - every) | ~known
         regular_ns = float(excess[members & known].sum())
-        if members.any() and float(excess[members].max()) > MAX_OF_ONE * regular_ns:
+        if float(excess[members].max()) > MAX_OF_ONE * regular_ns:
             continue
 
-        if every < 2 or follows.sum() < MIN_LONG_STEPS - 1 or regular_ns < REGULAR_SHARE * float(excess[known].sum()):
+        if regular_ns < REGULAR_SHARE * float(excess[known].sum()):
             continue
 
         # Long steps that come in clumps, as on a busy host or as long episodes of a game, have a distance too, but are
