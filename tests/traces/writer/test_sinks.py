@@ -10,13 +10,13 @@ import pytest
 
 from traceml.errors import UsageError
 from traceml.traces.writer import sinks
-from traceml.traces.writer.sinks import SUFFIXES, expand_path, open_sink
+from traceml.traces.writer.sinks import SUFFIXES, expand_path, sink_of
 
 BLOCKS = (b'{"a":1}\n{"a":2}\n', b'{"a":"[\\n]"}\n')
 
 
 def written(path, *blocks):
-    sink = open_sink(path)
+    sink = sink_of(path)(path)
     sizes = [sink.write(block) for block in blocks]
     sink.close()
     return sizes
@@ -64,4 +64,4 @@ def test_paths_without_a_name_are_refused(tmp_path):
         expand_path("/")
 
     with pytest.raises(UsageError, match=r"ends in one of \.pfw, \.pfw\.gz"):
-        open_sink(tmp_path / "trace")
+        sink_of(tmp_path / "trace")

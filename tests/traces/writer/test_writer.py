@@ -306,8 +306,13 @@ def test_empty_trace_is_valid(tmp_path):
 
 
 def test_unknown_suffix_says_which_there_are(tmp_path):
+    """The file of that name, which is no trace, is left alone."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"weights")
     with pytest.raises(UsageError, match=r"\.pfw\.gz"):
-        traces.Writer(tmp_path / "trace.txt")
+        traces.Writer(path)
+
+    assert path.read_bytes() == b"weights"
 
 
 def test_events_of_other_times_and_processes(tmp_path):

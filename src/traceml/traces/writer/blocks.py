@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.traces.writer.encoding import lines
-from traceml.traces.writer.sinks import LineSink, open_sink
+from traceml.traces.writer.sinks import LineSink, sink_of
 
 __all__ = ["BlockWriter", "TraceWriterStatistics"]
 
@@ -52,7 +52,7 @@ class BlockWriter:
     def __init__(self, path: Path, on_fork: Callable[[], None]) -> None:
         self.path = path
         self._on_fork = on_fork
-        self._sink: LineSink | None = open_sink(path)
+        self._sink: LineSink | None = sink_of(path)(path)
         self._closed = False
         self._begin()
         _all.add(self)
@@ -172,7 +172,7 @@ class BlockWriter:
 
     def _write_text(self, text: bytes, events: int) -> None:
         if self._sink is None:
-            self._sink = open_sink(self.path)
+            self._sink = sink_of(self.path)(self.path)
 
         self._bytes += self._sink.write(text)
         self._written += events

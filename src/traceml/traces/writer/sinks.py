@@ -16,7 +16,7 @@ from pathlib import Path
 
 from traceml.errors import UsageError
 
-__all__ = ["SUFFIXES", "expand_path", "open_sink"]
+__all__ = ["SUFFIXES", "expand_path", "sink_of"]
 
 _GZIP = 31  # zlib's wbits for a gzip member
 _CLOSED = b"\n]\n"
@@ -131,16 +131,15 @@ SUFFIXES: dict[str, type[LineSink]] = {
 """Sink by suffix."""
 
 
-def open_sink(path: Path) -> LineSink:
-    """Open a file for appending events; its suffix selects the format.
+def sink_of(path: Path) -> type[LineSink]:
+    """Return what appends events to a file: its suffix selects the format.
 
     Raises:
         UsageError: its suffix is not a known format.
-        OSError: it cannot be written.
     """
-    for suffix, make in sorted(SUFFIXES.items(), key=lambda item: -len(item[0])):
+    for suffix, sink in sorted(SUFFIXES.items(), key=lambda item: -len(item[0])):
         if path.name.endswith(suffix):
-            return make(path)
+            return sink
 
     raise UsageError(f"{path}: the name of a trace ends in one of {', '.join(SUFFIXES)}")
 

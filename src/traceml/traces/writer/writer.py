@@ -33,7 +33,7 @@ from traceml.traces.writer.encoding import (
     TraceEvent,
     args_of,
 )
-from traceml.traces.writer.sinks import expand_path
+from traceml.traces.writer.sinks import expand_path, sink_of
 
 __all__ = ["Span", "TraceWriterStatistics", "Writer"]
 
@@ -103,6 +103,7 @@ class Writer:
         origin_ns: int | None = None,
     ) -> None:
         self.path = expand_path(path)
+        sink_of(self.path)  # raises before a file that is no trace is removed
         if not append:
             self.path.unlink(missing_ok=True)
 
