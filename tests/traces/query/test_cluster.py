@@ -138,6 +138,15 @@ def test_parts_cover_a_file_once(traces, name):
     assert cut[-1].end == (traces / name).stat().st_size
 
 
+def test_magic_number_by_chance_is_no_cut(traces):
+    """A gzip file is cut where a member of text begins, and not at the same three bytes in compressed data."""
+    members = [gzip.compress(b"x" * 15_000 + b"\x1f\x8b\x08" + b"x" * 15_000, 0) for _ in range(4)]
+    path = traces / "stored.pfw.gz"
+    path.write_bytes(b"".join(members))
+
+    assert [part.begin for part in file_parts.split(0, path)] == [len(members[0]) * number for number in range(4)]
+
+
 def test_worker_that_does_not_see_the_file(tmp_path):
     """The error names the file and the requirement."""
     part = file_parts.FilePart(0, str(tmp_path / "gone"), 0, 10, True, False)

@@ -19,7 +19,7 @@ from traceml.traces.reader.chunks import TextBuffer
 from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, find_start, time_decimals
-from traceml.traces.reader.gzip_salvage import MAGIC
+from traceml.traces.reader.gzip_salvage import next_member
 from traceml.traces.reader.python_scanner import PythonScanner, Text
 from traceml.traces.reader.scan_result import ScanResult
 from traceml.traces.reader.trace_files import GZIP_MAGIC, is_zstd
@@ -30,6 +30,7 @@ __all__ = ["FilePart", "IndivisibleError", "PartBoundaries", "facts_of", "join_p
 _PLAIN_BYTES = 64 * 1024 * 1024
 _ZIPPED_BYTES = 8 * 1024 * 1024
 _MIN_BYTES = 256 * 1024
+_MAX_MEMBER_BYTES = 64 * 1024 * 1024  # after a longer gzip member, members are not searched for
 
 
 class IndivisibleError(TraceMLError):
@@ -74,12 +75,12 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
         zipped = start.startswith(GZIP_MAGIC)
         packed = zipped or is_zstd(start)
         step = max(_MIN_BYTES, min(_ZIPPED_BYTES if packed else _PLAIN_BYTES, -(-size // least)))
-        if packed and not zipped:
-            cuts = frame_starts(file.fileno(), size, step)[1:]
+        if packed:
+            starts = (_member_starts if zipped else frame_starts)(file.fileno(), size, step)
         else:
-            cuts = [_member_from(file, at, size) if zipped else at for at in range(step, size, step)]
+            starts = [0, *range(step, size, step)]
 
-    bounds = [0, *sorted({cut for cut in cuts if cut < size}), size]
+    bounds = [*starts, size]
     wrapped, decimals = _is_wrapped(path), time_decimals(path)
     return [
         FilePart(source, str(path), begin, end, len(bounds) == 2, wrapped, decimals) for begin, end in pairwise(bounds)
@@ -229,18 +230,16 @@ def _start(part: FilePart, text: bytes, boundaries: PartBoundaries) -> int | Non
     return start
 
 
-def _member_from(file: Any, at: int, size: int) -> int:
-    """Return where a gzip member may begin, at or after a position; the end of the file when there is none."""
-    while at < size:
-        file.seek(at)
-        data = file.read(1 << 20)
-        hit = data.find(MAGIC)
-        if hit >= 0:
-            return int(at + hit)
+def _member_starts(descriptor: int, size: int, step_bytes: int) -> list[int]:
+    """Return starts of gzip members at least a step apart, beginning at 0; none after a very long member."""
+    starts = [0]
+    while True:
+        begin = starts[-1] + step_bytes
+        end = min(size, begin + _MAX_MEMBER_BYTES)
+        if (start := next_member(descriptor, begin, end)) >= end:
+            return starts
 
-        at += max(1, len(data) - len(MAGIC) + 1) if len(data) == 1 << 20 else size
-
-    return size
+        starts.append(start)
 
 
 def _is_wrapped(path: Path) -> bool:
