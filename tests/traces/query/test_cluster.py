@@ -138,6 +138,19 @@ def test_parts_cover_a_file_once(traces, name):
     assert cut[-1].end == (traces / name).stat().st_size
 
 
+def test_files_that_cannot_be_cut_cost_one_more_pass(traces, here):
+    """However many they are, what was read is read again only once."""
+    damaged = traces / "damaged.pfw"
+    copies = [traces / f"copy-{number}.pfw" for number in range(4)]
+    for copy in copies:
+        copy.write_bytes(damaged.read_bytes())
+
+    paths = [traces / "plain.pfw", *copies]
+    assert summarize(paths, cached=False, dask=here) == summarize(paths, cached=False)
+    parts = [len(file_parts.split(0, path, least=8)) for path in paths]
+    assert here.submitted == sum(parts) + parts[0] + len(copies)
+
+
 def test_magic_number_by_chance_is_no_cut(traces):
     """A gzip file is cut where a member of text begins, and not at the same three bytes in compressed data."""
     members = [gzip.compress(b"x" * 15_000 + b"\x1f\x8b\x08" + b"x" * 15_000, 0) for _ in range(4)]

@@ -79,11 +79,11 @@ def run_on(
     whole: set[int] = set()
     with dask_client(cluster) as client:
         while True:
-            try:
-                analysis, facts = _run_once(client, query, files, labels or Labels(), whole, progress)
+            analysis, facts, failed = _run_once(client, query, files, labels or Labels(), whole, progress)
+            if not failed:
                 break
-            except _WholeError as error:
-                whole.add(error.source)
+
+            whole |= failed
 
     check_read(facts)
     for source, each in enumerate(facts):
@@ -133,14 +133,6 @@ def _whole(analysis: Analysis, part: FilePart) -> PartResult:
     return partial_of(analysis), reading.files[0]
 
 
-class _WholeError(Exception):
-    """A file whose parts do not fit has to be read in one go."""
-
-    def __init__(self, source: int) -> None:
-        super().__init__(source)
-        self.source = source
-
-
 def _run_once(
     client: Any,
     query: TraceQuery,
@@ -148,27 +140,33 @@ def _run_once(
     labels: Labels,
     whole: set[int],
     progress: Callable[[int, int], None] | None,
-) -> tuple[Analysis, list[TraceFileFacts]]:
-    """Run the query on the cluster, the files in `whole` in one go; add each part as soon as it fits."""
+) -> tuple[Analysis, list[TraceFileFacts], set[int]]:
+    """Run the query on the cluster, the files in `whole` in one go; add each part as soon as it fits.
+
+    Returns:
+        The analysis, facts about each file, and the files that turned out to need reading in one go: if there are any,
+        the rest is incomplete.
+    """
     context = FieldContext(StringTable(), list(files))
     context.labels.merge(labels)
-    analysis, facts = Analysis(query, context), list[TraceFileFacts]()
+    analysis, facts, failed = Analysis(query, context), list[TraceFileFacts](), set[int]()
     threads = max(1, sum(client.nthreads().values()))
     for source, (parts, results) in enumerate(_by_file(client, query, context, labels, threads, whole)):
         try:
             facts.append(_add_parts(analysis, parts, results))
-        except IndivisibleError as error:
-            raise _WholeError(source) from error
+        except IndivisibleError:
+            failed.add(source)
+            deque(results, maxlen=0)  # waits for the other parts
 
         if progress is not None:
             progress(sum(each.events for each in facts), source + 1)
 
-    return analysis, facts
+    return analysis, facts, failed
 
 
 def _by_file(
     client: Any, query: TraceQuery, context: FieldContext, labels: Labels, threads: int, whole: set[int]
-) -> Iterator[tuple[list[FilePart], Iterator[PartResult]]]:
+) -> Iterator[tuple[list[FilePart], Iterator[PartResult | str]]]:
     """Yield the parts of each file with their results, in order; a bounded number runs at a time."""
     files = [split(source, path, least=4 * threads) for source, path in enumerate(context.paths)]
     for source in whole:
@@ -178,28 +176,32 @@ def _by_file(
     waiting = deque(part for parts in files for part in parts)
     running: deque[Any] = deque()
 
-    def results(count: int) -> Iterator[PartResult]:
+    def results(count: int) -> Iterator[PartResult | str]:
         for _ in range(count):
             while waiting and len(running) < _PER_THREAD * threads:
                 part = waiting.popleft()
                 running.append(client.submit(analyze_part, query, part, paths, labels, pure=False))
 
-            result = running.popleft().result()
-            if isinstance(result, str):
-                raise IndivisibleError(result)
-
-            yield result
+            yield running.popleft().result()
 
     for parts in files:
         yield parts, results(len(parts))
 
 
-def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
-    """Add the parts of a file, each once the part after it is known to fit."""
+def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult | str]) -> TraceFileFacts:
+    """Add the parts of a file, each once the part after it is known to fit.
+
+    Raises:
+        IndivisibleError: the file has to be read in one go.
+    """
     source, path = parts[0].source, analysis.context.paths[parts[0].source]
     boundaries: list[PartBoundaries] = []
     earlier: PartialAnalysis | None = None
-    for partial, boundary in results:
+    for result in results:
+        if isinstance(result, str):
+            raise IndivisibleError(result)
+
+        partial, boundary = result
         if isinstance(boundary, TraceFileFacts):
             absorb(analysis, partial, source)
             boundary.path = path
