@@ -44,6 +44,20 @@ def test_the_interpreter_waits_for_tasks() -> None:
 
 
 @pytest.mark.process
+def test_tasks_may_use_executors_at_the_end() -> None:
+    """`asyncio` loads them at their first use, here while the interpreter waits."""
+    done = run(r"""
+        import asyncio
+        rt = traceml.Runtime(threads=1)
+        async def fetch():
+            await asyncio.to_thread(os.write, 1, b"from a thread\n")
+        rt.submit(fetch)
+    """)
+
+    assert (done.stdout, done.stderr, done.returncode) == ("from a thread\n", "", 0)
+
+
+@pytest.mark.process
 def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
     done = run("""
         rt = traceml.Runtime(threads=1)

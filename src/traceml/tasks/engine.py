@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - its handler for the exit has to run after the one below
 import logging
 import os
 import sys
