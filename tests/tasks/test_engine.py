@@ -58,6 +58,24 @@ def test_tasks_may_use_executors_at_the_end() -> None:
 
 
 @pytest.mark.process
+def test_tasks_may_use_another_runtime_at_the_end() -> None:
+    """Also one that they make while the interpreter waits."""
+    done = run(r"""
+        rt, ending = traceml.Runtime(threads=1), threading.Event()
+        def work():
+            ending.wait()
+            traceml.get_default_runtime().submit(parent)
+        def parent():
+            time.sleep(0.1)
+            traceml.get_default_runtime().submit(os.write, 1, b"child\n")
+        rt.submit(work)
+        threading._register_atexit(ending.set)
+    """)
+
+    assert (done.stdout, done.stderr, done.returncode) == ("child\n", "", 0)
+
+
+@pytest.mark.process
 def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
     done = run("""
         rt = traceml.Runtime(threads=1)

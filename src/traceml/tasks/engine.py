@@ -217,10 +217,18 @@ def _before_exit() -> None:
     if getattr(sys, "last_type", None) is KeyboardInterrupt:
         return
 
-    for engine in list(_engines):
-        if not engine.discarded:
+    before = None
+    while before != (before := _submissions()):  # tasks may submit to another Runtime, or make one
+        for engine in before:
             wait_for_all(engine, None)
-            engine.close(wait=True)
+
+    for engine in before:
+        engine.close(wait=True)
+
+
+def _submissions() -> dict[Engine, int]:
+    """Count the tasks that were submitted to each engine that the exit waits for."""
+    return {engine: engine.statistics.snapshot()["total"] for engine in list(_engines) if not engine.discarded}
 
 
 def _after_fork() -> None:
