@@ -468,6 +468,27 @@ def test_a_task_without_a_thread_raises(fn: Any) -> None:
     rt.shutdown()
 
 
+@pytest.mark.parametrize("fn", [int, nothing])
+def test_ctrl_c_while_a_task_is_submitted_leaves_none_to_wait_for(fn: Any) -> None:
+    """A signal's handler may run between any two calls; here behind the one that counts the task."""
+    rt = Runtime(threads=1)
+    count = rt._engine.count_submission
+
+    def interrupted() -> int:
+        count()
+        raise KeyboardInterrupt
+
+    rt._engine.count_submission = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        rt.submit(fn)
+
+    rt._engine.count_submission = count
+    assert rt.submit(len, "a").get(timeout=60) == 1
+    progress = rt.get_progress()
+    rt.shutdown(wait=False, cancel=True)
+    assert (progress["queued"], progress["cancelled"]) == (0, 1)
+
+
 def test_handles_come_from_runtimes_only() -> None:
     with pytest.raises(TypeError, match=r"Runtime\.submit"):
         traceml.TaskHandle()

@@ -108,9 +108,9 @@ class Engine:
         return True
 
     def reject(self, task: TaskRecord) -> None:
-        """End a task that no thread can be started for."""
-        task.claim()
-        execution.cancel(task)
+        """End a task whose submission did not complete, unless it has begun."""
+        if task.claim() or (task.pool is None and task.state is QUEUED):
+            execution.cancel(task)
 
     def cancel_queued(self) -> None:
         """Cancel coroutines and the tasks that have not begun; the interpreter's exit does not wait for the rest."""

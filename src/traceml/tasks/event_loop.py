@@ -39,7 +39,7 @@ class EventLoop(LoopState):
         self.tasks[task] = None
         try:
             self._call(self._begin, task)
-        except RuntimeError:  # no thread can be started
+        except BaseException:  # no thread can be started, or Ctrl-C
             self.tasks.pop(task, None)
             raise
 

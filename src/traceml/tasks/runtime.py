@@ -15,7 +15,14 @@ from types import BuiltinFunctionType, FunctionType, MethodWrapperType, Tracebac
 from typing import Any, Self, TypeVar, cast, overload
 
 from traceml.coerce import seconds_to_wait
-from traceml.errors import ArgumentTypeError, NotCallableError, TaskError, TasksFailedError, UsageError
+from traceml.errors import (
+    ArgumentTypeError,
+    NotCallableError,
+    RuntimeClosedError,
+    TaskError,
+    TasksFailedError,
+    UsageError,
+)
 from traceml.formatting import error_text
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
@@ -129,23 +136,26 @@ class Runtime:
         handle.timeout_s = timeout
         handle.state = QUEUED
         handle.outcome = handle.last_progress = handle.callbacks = None
-        handle.task_id = engine.count_submission()
         handle.submitted_s = perf_counter()
+        entry: list[TaskRecord] = [] if awaited else [handle]
+        handle.entry = entry
+        handle.pool = pool = None if awaited else engine.io if io else engine.compute
         try:
-            if awaited:
-                handle.pool, handle.entry = None, []
+            handle.task_id = engine.count_submission()
+            if pool is None:
                 engine.loop.submit(handle)
-                return handle
-
-            entry: list[TaskRecord] = [handle]
-            handle.entry = entry
-            handle.pool = pool = engine.io if io else engine.compute
-            pool.queue.append(entry)
-            if pool.parked:
-                pool.wake()
+            else:
+                pool.queue.append(entry)
+                if pool.parked:
+                    pool.wake()
+        except RuntimeClosedError:  # it was not counted
+            raise
         except RuntimeError as error:
             engine.reject(handle)
             raise TaskError(f"task {handle.name!r} cannot be run, as no thread can be started: {error}") from error
+        except BaseException:  # Ctrl-C
+            engine.reject(handle)
+            raise
 
         return handle
 
