@@ -132,6 +132,20 @@ def test_ranks_side_by_side(tmp_path):
     assert [(row["rank"], row["compute_us"], row["idle_us"]) for row in ranks] == [(0, 101, 99), (1, 41, 159)]
 
 
+def test_all_files_and_processes_of_a_rank_count(tmp_path):
+    """As of torch.profiler with `repeat`, and of a run that was started again in the same trace."""
+    for number in range(3):
+        events = [span("k", "kernel", 1000 * number, 100), span("cpu", "cpu_op", 1000 * number + 100, 20)]
+        (tmp_path / f"{number}.json").write_text(json.dumps({"distributedInfo": {"rank": 1}, "traceEvents": events}))
+
+    names = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": "rank 4 (n1)"}} for pid in (7, 8)]
+    again = [span("k", "kernel", 0, 30, pid=7), span("k", "kernel", 500, 40, pid=8), *names]
+    (tmp_path / "again.json").write_text(json.dumps(again))
+    ranks = summarize([tmp_path], report=True, cached=False)["report"]["ranks"]
+
+    assert [(row["rank"], row["duration_us"], row["compute_us"]) for row in ranks] == [(1, 360, 300), (4, 70, 70)]
+
+
 def test_timeline_accounts_for_all_time(tmp_path):
     """Bins contain every span's start once and every busy nanosecond once."""
     rng = random.Random(4)

@@ -148,22 +148,26 @@ def _processes(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
 
 
 def _ranks(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
-    """Return a row per rank: for its file if each rank wrote one, else for its process."""
+    """Return a row per rank: for its files if each rank wrote its own, else for its processes."""
     labels, context = analysis.context.labels, analysis.context
-    rows: dict[int, dict[str, Any]] = {}
+    sums: dict[int, NDArray[np.int64]] = {}
+    hosts: dict[int, str | None] = {}
     for number, times in analysis.processes.units():
         source, pid = context.process(number)
         if (rank := labels.process_rank(source, pid)) is not None:
-            rows[rank] = {"rank": rank, "host": labels.host(source, pid), **work.row(times)}
+            sums[rank] = times + sums.get(rank, 0)
+            hosts.setdefault(rank, labels.host(source, pid))
 
     units = (
         analysis.files.units() if len(context.paths) > 1 else ((0, times) for _, times in analysis.everything.units())
     )
+    named = set(sums)
     for source, times in units:
-        if (rank := labels.rank(source, None)) is not None and rank not in rows:
-            rows[rank] = {"rank": rank, "host": labels.host(source, None), **work.row(times)}
+        if (rank := labels.rank(source, None)) is not None and rank not in named:
+            sums[rank] = times + sums.get(rank, 0)
+            hosts.setdefault(rank, labels.host(source, None))
 
-    return [rows[rank] for rank in sorted(rows)]
+    return [{"rank": rank, "host": hosts[rank], **work.row(sums[rank])} for rank in sorted(sums)]
 
 
 def _timeline(analysis: Analysis) -> dict[str, Any] | None:
