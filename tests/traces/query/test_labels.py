@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_rank_and_host_by_file_name(name, rank, host):
     labels.add_file(0, Path("somewhere", name), {})
 
     assert (labels.rank(0, 1), labels.host(0, 1)) == (rank, host)
+
+
+def test_rank_by_folder_name(tmp_path, monkeypatch):
+    """Whatever the working folder is; each spelling of a path has a result of its own."""
+    folder = tmp_path / "rank_3"
+    folder.mkdir()
+    write(folder / "trace.json", [span()])
+    os.utime(folder / "trace.json", (1, 1))  # old enough for a cached result
+    monkeypatch.setenv("TRACEML_CACHE_DIR", str(tmp_path / "cache"))
+    for cwd, path in ((folder, "trace.json"), (tmp_path, "rank_3/trace.json")):
+        monkeypatch.chdir(cwd)
+        result = summarize(path, by="rank")
+        assert [group["rank"] for group in result["groups"]] == [3]
+        assert result["files"][0]["path"] == path
 
 
 def test_rank_by_argument_wins(tmp_path):

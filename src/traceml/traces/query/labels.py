@@ -58,7 +58,7 @@ class Labels:
         """Add the labels in a file's header and name."""
         distributed = header.get("distributedInfo")
         rank = distributed.get("rank") if isinstance(distributed, Mapping) else header.get("rank")
-        in_path = _RANK_IN_PATH.search(path.name) or _RANK_IN_PATH.search(path.parent.name)
+        in_path = _RANK_IN_PATH.search(path.name) or _RANK_IN_PATH.search(path.absolute().parent.name)
         if isinstance(rank, int):
             self._ranks[source] = rank
         elif in_path:

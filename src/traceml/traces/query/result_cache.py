@@ -46,7 +46,7 @@ class ResultCache:
 
     def __init__(self, files: Sequence[Path], key: str) -> None:
         self._files = [str(file.resolve()) for file in files]
-        self._key = f"{_VERSION}\n{key}"
+        self._key = "\n".join([str(_VERSION), key, *map(str, files)])  # results contain the paths as given
         self._created_ns = time.time_ns()
         try:
             self._identities = [list(identity(file)) for file in files]
