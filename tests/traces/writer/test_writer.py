@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import inspect
 import json
 import multiprocessing
 import os
@@ -123,6 +124,37 @@ def test_calls_of_a_coroutine_function_overlap(tmp_path):
     assert [(event["ph"], event["id"]) for event in ends] == [("e", second["id"]), ("e", first["id"])]
     assert first["name"].endswith("fetch")
     assert ends[1]["ts"] - first["ts"] >= 20_000
+
+
+def test_a_generator_has_a_span_for_each_item(tmp_path):
+    """Its work is measured, not its creation; values and errors reach it, and its own result comes back."""
+    path, ticks = tmp_path / "trace.json", []
+    with traces.Writer(path) as trace:
+
+        @trace.trace(cat="io")
+        def batches():
+            try:
+                ticks.append((yield 1))
+            except ValueError:
+                yield 2
+            return 3
+
+        @trace.trace
+        async def pages():
+            yield 4
+
+        sent, thrown = batches(), batches()
+        assert (next(sent), next(thrown), thrown.throw(ValueError)) == (1, 1, 2)
+        with pytest.raises(StopIteration) as ended:
+            sent.send("tick")
+
+        thrown.close()
+        assert inspect.isgeneratorfunction(batches)
+        assert inspect.isasyncgenfunction(pages)
+
+    assert (ticks, ended.value.value) == (["tick"], 3)
+    spans = [event for event in events_of(path) if event["ph"] == "X"]
+    assert [(span["cat"], span["args"]) for span in spans] == [("io", {})] * 4
 
 
 def test_arguments_known_at_the_end(tmp_path):

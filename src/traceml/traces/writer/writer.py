@@ -14,9 +14,9 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import wraps
-from inspect import iscoroutinefunction
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
@@ -66,6 +66,31 @@ class Span:
     def note(self, **args: Any) -> None:
         """Add arguments that are known only later, such as the number of bytes read."""
         self._args.update(args)
+
+
+class _TracedItems(Generator[Any, Any, Any]):
+    """A generator with a span from each request to the item, or to the end."""
+
+    def __init__(self, inner: Generator[Any, Any, Any], span: Callable[[], Span]) -> None:
+        self._inner, self._span = inner, span
+
+    def send(self, value: Any) -> Any:
+        return self._request(self._inner.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._request(self._inner.throw, *error)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _request(self, function: Callable[..., Any], *args: Any) -> Any:
+        with self._span():
+            try:
+                return function(*args)
+            except StopIteration as end:
+                stop = end
+
+        raise stop
 
 
 class Writer:
@@ -150,6 +175,7 @@ class Writer:
         """Return a decorator that writes a span for each call of a function; it is one itself, as `traceml.trace`.
 
         Calls of a coroutine function overlap on their thread: each is a pair of events (ph b, e) on a track of its own.
+        A generator function has a span for each item; an asynchronous one has none.
 
         Args:
             name: name of the span; the name of the function by default.
@@ -158,14 +184,19 @@ class Writer:
         if callable(name):
             return self.trace()(name)
 
-        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        def decorate(function: Any) -> Any:
             called = name or function.__qualname__
+            if isasyncgenfunction(function):
+                return function
+
             if iscoroutinefunction(function):
-                coroutine: Callable[P, R] = self._trace_coroutine(function, called, cat)
-                return coroutine
+                return self._trace_coroutine(function, called, cat)
+
+            if isgeneratorfunction(function):
+                return self._trace_generator(function, called, cat)
 
             @wraps(function)
-            def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+            def traced(*args: Any, **kwargs: Any) -> Any:
                 with Span(self._write_span, called, cat, {}):
                     return function(*args, **kwargs)
 
@@ -182,6 +213,14 @@ class Writer:
                 return await function(*args, **kwargs)
             finally:
                 self._put(TraceEvent(number, name, cat, self._pid, self._tid(), self._us(self._now_ns()), "e"))
+
+        return traced
+
+    def _trace_generator(self, function: Any, name: str, cat: str) -> Any:
+        @wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            items = function(*args, **kwargs)
+            return (yield from _TracedItems(items, lambda: Span(self._write_span, name, cat, {})))
 
         return traced
 
