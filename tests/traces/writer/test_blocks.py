@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections import Counter
 
@@ -155,3 +156,19 @@ def test_idle_writer_writes_soon(tmp_path):
     trace.instant("x")
     eventually(lambda: path.stat().st_size > 0)
     trace.close()
+
+
+def test_without_a_thread_blocks_are_written_by_those_that_add_events(tmp_path):
+    """The system gives no thread with such a stack; the traced program is not affected."""
+    before = threading.stack_size(1 << 46)
+    try:
+        trace = traces.Writer(tmp_path / "trace.pfw")
+        for _ in range(20_000):
+            with trace.span("work"):
+                pass
+    finally:
+        threading.stack_size(before)
+
+    assert trace.statistics.written > 16_000
+    trace.close()
+    assert (tmp_path / "trace.pfw").read_text().count('"ph":"X"') == 20_000

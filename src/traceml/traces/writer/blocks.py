@@ -83,7 +83,7 @@ class BlockWriter:
         if self._thread is None:
             self._start()
 
-        if len(self.pending) >= _MOST:
+        if len(self.pending) >= (_BLOCK if self._thread is None else _MOST):
             self._write_block()
         elif len(self.pending) > _BLOCK:
             self.limit = _MOST - 1  # waking the thread once is enough
@@ -133,7 +133,12 @@ class BlockWriter:
 
             self.limit = _BLOCK
             self._thread = threading.Thread(target=self._run, name="traceml-trace-writer", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # the system gives none: the next block is written without it
+                self._thread = None
+                _log.debug("no thread writes the trace %s: %s", self.path, error)
+
             if "multiprocessing.util" in sys.modules and _is_child():
                 # Such a child ends with os._exit, without atexit handlers.
                 from multiprocessing.util import Finalize
