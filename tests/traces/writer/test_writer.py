@@ -373,6 +373,9 @@ def test_what_is_written_can_be_read(tmp_path):
         path = tmp_path / f"trace.{suffix}"
         for append in (False, True):
             if append and suffix == "json.gz":
+                with pytest.raises(UsageError, match=r"use \.pfw\.gz or \.json"):
+                    traces.Writer(path, append=True)
+
                 continue
 
             with traces.Writer(path, append=append) as trace:

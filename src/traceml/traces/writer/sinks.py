@@ -16,7 +16,7 @@ from pathlib import Path
 
 from traceml.errors import UsageError
 
-__all__ = ["SUFFIXES", "expand_path", "sink_of"]
+__all__ = ["SUFFIXES", "GzipArraySink", "expand_path", "sink_of"]
 
 _GZIP = 31  # zlib's wbits for a gzip member
 _CLOSED = b"\n]\n"

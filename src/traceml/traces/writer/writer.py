@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from traceml.clock import clock_pair, monotonic_ns
+from traceml.errors import UsageError
 from traceml.traces.writer.blocks import BlockWriter, TraceWriterStatistics
 from traceml.traces.writer.encoding import (
     NO_ARGS,
@@ -33,7 +34,7 @@ from traceml.traces.writer.encoding import (
     TraceEvent,
     args_of,
 )
-from traceml.traces.writer.sinks import expand_path, sink_of
+from traceml.traces.writer.sinks import GzipArraySink, expand_path, sink_of
 
 __all__ = ["Span", "TraceWriterStatistics", "Writer"]
 
@@ -106,7 +107,8 @@ class Writer:
     Args:
         path: the file: `.pfw` (a JSON object per line), `.pfw.gz` (the same in gzip members), `.json` (an array for
             Perfetto and chrome://tracing) or `.json.gz`. `{pid}`, `{host}` and `{rank}` in it are replaced.
-        append: append to an existing file, which other processes may do at the same time; else it is replaced.
+        append: append to an existing file, which other processes may do at the same time; else it is replaced. Not for
+            `.json.gz`.
         process_name: name of the process in the trace; the name of the script by default.
         origin_ns: write microseconds since this time (epoch nanoseconds) instead, with nanoseconds as decimals.
 
@@ -115,7 +117,7 @@ class Writer:
         origin_ns: as given.
 
     Raises:
-        UsageError: the path's suffix is not a known format.
+        UsageError: the path's suffix is not a known format, or one that cannot be appended to.
         OSError: the file cannot be written.
     """
 
@@ -128,9 +130,11 @@ class Writer:
         origin_ns: int | None = None,
     ) -> None:
         self.path = expand_path(path)
-        sink_of(self.path)  # raises before a file that is no trace is removed
+        sink = sink_of(self.path)  # raises before a file that is no trace is removed
         if not append:
             self.path.unlink(missing_ok=True)
+        elif sink is GzipArraySink:
+            raise UsageError(f"{self.path}: a compressed array takes no more events: use .pfw.gz or .json with append")
 
         monotonic, epoch_ns = clock_pair()
         self._offset_ns = epoch_ns - monotonic
