@@ -19,6 +19,8 @@ from traceml.traces.query.expressions import AllOf, Condition, Negation, parse_b
         ("dur>=2.5ms", [("dur", ">=", "2.5ms", 2500)]),
         ("dur<10ns", [("dur", "<", "10ns", Fraction(1, 100))]),
         ("args.size>=4KiB", [("args.size", ">=", "4KiB", 4096)]),
+        ("args.size>=1TB,args.size<2k", [("args.size", ">=", "1TB", 10**12), ("args.size", "<", "2k", 2000)]),
+        ("args.text=5ms", [("args.text", "=", "5ms", None)]),
         ("name==a,pid == 3", [("name", "=", "a", None), ("pid", "=", "3", 3)]),
         ("name==='x", [("name", "=", "='x", None)]),
         ("name='a,b'", [("name", "=", "a,b", None)]),
@@ -41,7 +43,23 @@ def test_conditions(text, parts):
         assert found == parts
 
 
-@pytest.mark.parametrize("text", ["=", "cat", "cat=", "cat=a,", ",", "cat=a,,pid=1", "dur~5", "dur=fast", "nme=5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "=",
+        "cat",
+        "cat=",
+        "cat=a,",
+        ",",
+        "cat=a,,pid=1",
+        "dur~5",
+        "dur=fast",
+        "nme=5",
+        "dur>1m",
+        "args.size>=4ms",
+        "args.size<4Ki",
+    ],
+)
 def test_conditions_that_make_no_sense(text):
     """Each is refused."""
     with pytest.raises(UsageError, match="where: "):

@@ -49,9 +49,11 @@ _NO_CONDITION = re.compile(
     rf"\s(?:and(?![^\s(])|or(?![^\s(])|&&?\s)[\s(]*(?:$|[A-Za-z_][\w.:/-]*\s*(?:{_OPERATOR.pattern}))", re.IGNORECASE
 )
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)$")
-_TIMES = {"": 1, "us": 1, "ns": Fraction(1, 1000), "ms": 1000, "s": 10**6}
-_SIZES = {"b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
-_UNITS = {**_TIMES, **_SIZES, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_TIMES: dict[str, int | Fraction] = {"": 1, "us": 1, "ns": Fraction(1, 1000), "ms": 1000, "s": 10**6}
+_SIZES: dict[str, int | Fraction] = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZES |= {
+    f"{unit}{end}": base**power for power, unit in enumerate("kmgt", 1) for end, base in (("b", 1000), ("ib", 1024))
+}
 _MAX_DEPTH = 50
 _Parse = Callable[[], Expression]
 Parsed = TypeVar("Parsed")
@@ -141,10 +143,16 @@ class _ConditionParser:
 
     def _compared(self, field: str, symbol: str, value: tuple[str, bool, int]) -> Condition:
         text, quoted, at = value
-        number = None if quoted else _number(text)
+        parts = None if quoted else _NUMBER.match(text)
+        unit = (_TIMES if field in MEASURES else _SIZES).get(parts[2].lower()) if parts else None
+        number = Fraction(parts[1]) * unit if parts and unit else None
         if field in MEASURES and (number is None or symbol == "~"):
             self._at = at
             raise self._misread(f"{field} is compared with a number of microseconds, such as 100 or 2.5ms")
+
+        if parts and unit is None and symbol[0] in "<>":
+            self._at = at
+            raise self._misread("a number is expected, or one with a unit of size, such as 4KiB or 1.5MB")
 
         return Condition(field, _SPELLINGS.get(symbol, symbol), text, number)
 
@@ -243,11 +251,3 @@ def _sequence(parse: Callable[[], Parsed], continues: Callable[[], bool]) -> tup
         found.append(parse())
 
     return tuple(found)
-
-
-def _number(value: str) -> Fraction | None:
-    parts = _NUMBER.match(value)
-    if parts is None or parts[2].lower() not in _UNITS:
-        return None
-
-    return Fraction(parts[1]) * _UNITS[parts[2].lower()]
