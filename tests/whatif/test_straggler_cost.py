@@ -85,6 +85,19 @@ def test_slow_worker_is_named(shape, tmp_path):
     assert "2.0x as long" in result.cause
 
 
+@pytest.mark.parametrize(("kind", "advises"), [("gc", True), ("optimizer", False)])
+def test_a_worker_that_computes_as_fast_as_others_has_no_slow_hardware(kind, advises, tmp_path):
+    def seconds(optype: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+        slow = optype == kind and (dp_rank, stage) == (1, 2)
+        return 3.0 if slow else usual_s(optype, dp_rank, stage, step, micro_batch)
+
+    cause = explained(GeneratedJob(seconds=seconds), tmp_path).cause
+
+    assert cause.startswith(f"Rank 5 (data-parallel rank 1, stage 2) explains 100 % of the lost time: {kind} takes ")
+    assert "hardware" not in cause
+    assert ("Collect garbage at the same steps" in cause) == advises
+
+
 @pytest.mark.parametrize("shape", [{}, {"chunks": 2}], ids=str)
 def test_long_last_stage(shape, tmp_path):
     result = explained(GeneratedJob(**shape, seconds=long_last_stage), tmp_path)

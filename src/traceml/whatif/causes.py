@@ -55,7 +55,7 @@ def cause_of(
         )
 
     if worst_share >= _MOST:
-        return _slow_workers(job, worst, worst_share)
+        return _slow_workers(job, worst, worst_share, by_kind)
 
     if (correlation := length_correlation(job)) >= _CORRELATED:
         return (
@@ -81,16 +81,28 @@ def _is_whole_stage(job: JobTrace, worst: Sequence[Worker], more: float) -> bool
     return more >= _MORE or (more > -_MORE and whole <= set(worst))
 
 
-def _slow_workers(job: JobTrace, worst: Sequence[Worker], share: float) -> str:
-    kind, ratio = max(((kind, _ratio(job, kind, worst)) for kind in (FORWARD, BACKWARD)), key=lambda pair: pair[1])
+def _slow_workers(job: JobTrace, worst: Sequence[Worker], share: float, by_kind: Mapping[str, float]) -> str:
     names = ", ".join(
         f"rank {job.rank_of(*worker)} (data-parallel rank {worker[0]}, stage {worker[1]})" for worker in worst[:3]
     )
     more = f" and {len(worst) - 3} more workers" if len(worst) > 3 else ""
     return (
-        f"{names}{more} explain{'s' if len(worst) == 1 else ''} {_capped(share)} of the lost time: {kind} takes "
-        f"{factor_text(ratio)} as long there as on other workers. Look at the hardware of the host, or replace it."
+        f"{names}{more} explain{'s' if len(worst) == 1 else ''} {_capped(share)} of the lost time: "
+        f"{_slow_there(job, worst, by_kind)}"
     ).replace("rank", "Rank", 1)
+
+
+def _slow_there(job: JobTrace, worst: Sequence[Worker], by_kind: Mapping[str, float]) -> str:
+    kind, ratio = max(((kind, _ratio(job, kind, worst)) for kind in COMPUTE), key=lambda pair: pair[1])
+    largest, score = max(by_kind.items(), key=lambda item: item[1])
+    if ratio < _SLOW and largest not in COMPUTE:
+        mend = " Collect garbage at the same steps on all workers." if largest == "gc" else ""
+        return f"{largest} takes longer there, which makes a step {factor_text(score)} as long.{mend}"
+
+    return (
+        f"{kind} takes {factor_text(ratio)} as long there as on other workers. "
+        "Look at the hardware of the host, or replace it."
+    )
 
 
 def _capped(share: float) -> str:
