@@ -90,19 +90,22 @@ def test_overlap_equals_a_count_of_microseconds(tmp_path):
 
 
 def test_bytes_and_bandwidth(tmp_path):
-    """Sizes of reads and writes add up; the return value of open is not a size."""
+    """Sizes of reads and writes add up; the return values of open and getc are not sizes, that of fread is elements."""
     events = [
         span("read", "POSIX", 0, 100, ret=4096),
         span("read", "POSIX", 200, 300, ret=-1),
         span("write", "POSIX", 600, 100, size=1000),
-        span("open64", "POSIX", 800, 500, ret=17),
+        span("open64", "POSIX", 800, 400, ret=17),
+        span("fread", "STDIO", 1200, 100, size=8, count=1000, ret=500),
+        span("getc", "STDIO", 1300, 0, ret=101),
     ]
     io = report(tmp_path, events)["io"]
 
-    assert (io["read_bytes"], io["write_bytes"], io["busy_us"]) == (4096, 1000, 1000)
-    assert io["bytes_per_s"] == 5096 * 1e6 / 1000
+    assert (io["read_bytes"], io["write_bytes"], io["busy_us"]) == (8096, 1000, 1000)
+    assert io["bytes_per_s"] == 9096 * 1e6 / 1000
     rates = {call["name"]: call["bytes_per_s"] for call in io["calls"]}
-    assert rates == {"open64": 0.0, "read": 4096 * 1e6 / 400, "write": 1000 * 1e6 / 100}
+    usual = {"open64": 0.0, "read": 4096 * 1e6 / 400, "write": 1000 * 1e6 / 100}
+    assert rates == usual | {"fread": 4000 * 1e6 / 100, "getc": None}
 
 
 def test_devices_and_their_hosts(tmp_path):

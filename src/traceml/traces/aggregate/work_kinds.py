@@ -34,8 +34,9 @@ _BY_NAME = (
 )
 _COLLECTIVES = {COMPUTE: COMM, HOST: HOST_COMM}  # a kernel or an operator may be one
 _SILENT = {"python_function", "cuda_runtime", "cuda_driver", "gpu_user_annotation", "trace", "overhead", "dftracer"}
-_READS = re.compile(r"read|load|recv|\bget", re.IGNORECASE)
-_WRITES = re.compile(r"write|save|send|\bput", re.IGNORECASE)
+# Not getc, putchar and the like, which return a character.
+_READS = re.compile(r"read|load|recv|\bget(?!c)", re.IGNORECASE)
+_WRITES = re.compile(r"write|save|send|\bput(?!c)", re.IGNORECASE)
 
 
 def classify(cat: object, name: object) -> int:

@@ -33,6 +33,8 @@ __all__ = ["FAR_NS", "KIND_BITS", "ROLES", "SIZES", "Analysis", "EventRole", "Tr
 
 # Arguments with the number of bytes read or written; the first that an event has is used.
 SIZES = ("size", "bytes", "nbytes", "ret")
+# dftracer's fread and fwrite have one of these, the size of an element, and the number of elements that were moved.
+_NUMBERS = ("count", "nmemb")
 FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
 KIND_BITS = 3  # of a begin's mark: its kind of work; the others are the outcomes of EventFilter
 
@@ -75,7 +77,7 @@ class TraceQuery:
     @property
     def args(self) -> list[str]:
         """The keys of `args` that have to be read."""
-        return list(dict.fromkeys([*args_of(self._used), *self.summed, *(SIZES if self.report else ())]))
+        return list(dict.fromkeys([*args_of(self._used), *self.summed, *((*SIZES, *_NUMBERS) if self.report else ())]))
 
     @property
     def metadata(self) -> tuple[str, ...]:
@@ -360,6 +362,11 @@ def _sizes(batch: EventBatch) -> NDArray[np.int64]:
         column = batch.args.get(key)
         if column is not None:
             sizes = np.where((sizes < 0) & (column.kinds == INTEGER), column.integers, sizes)
+
+    size, moved = batch.args.get("size"), batch.args.get("ret")
+    if size is not None and moved is not None and (both := (size.kinds == INTEGER) & (moved.kinds == INTEGER)).any():
+        asked = [both & (batch.args[key].kinds == INTEGER) for key in _NUMBERS if key in batch.args]
+        sizes = np.where(np.logical_or.reduce(asked), size.integers * moved.integers, sizes)
 
     return np.maximum(sizes, 0)
 
