@@ -93,7 +93,7 @@ class Traces:
         Yields:
             Columns name, cat, ph, pid, tid, args.KEY, ts_ns, dur_ns; begins and ends are events of their own.
         """
-        yield from _batches(self, args, [])
+        yield from _batches(self, args)
 
     def __iter__(self) -> Iterator[dict[str, list[Any]]]:
         return self.batches()
@@ -112,11 +112,13 @@ class Traces:
 
     def facts(self) -> list[TraceFileFacts]:
         """Read the files, and return facts about each, including its damage."""
-        facts: list[TraceFileFacts] = []
-        for _ in _batches(self, (), facts):
+        from traceml.traces.reader.reading import read
+
+        reading = read(self.files, metadata=())
+        for _ in reading:
             pass
 
-        return facts
+        return reading.files
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ class AggregatedTraces:
         return [*self.groups.by, *(measure.column for measure in self.measures)]
 
 
-def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -> Iterator[dict[str, list[Any]]]:
+def _batches(traces: Traces, args: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
     from traceml.traces.query.analysis import TraceQuery
     from traceml.traces.query.event_filter import EventFilter
     from traceml.traces.query.fields import FieldContext
@@ -198,8 +200,6 @@ def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -
         columns = decoded(batch, fields, context, mask)
         if columns["ph"]:
             yield columns
-
-    facts += reading.files
 
 
 def _all(batches: Iterator[dict[str, list[Any]]]) -> dict[str, list[Any]]:
