@@ -78,6 +78,21 @@ def test_a_long_member_between_short_ones_comes_in_parts(
     assert facts_of(reading).damage == []
 
 
+@pytest.mark.usefixtures("small")
+def test_one_long_member_is_not_searched_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file on a network is not read twice."""
+    searched: list[int] = []
+    monkeypatch.setattr(gzip_source, "_MAX_MEMBERS_BYTES", 5000)
+    monkeypatch.setattr(gzip_source, "next_member", lambda fd, begin, end: searched.append(end - begin) or end)
+    path = tmp_path / "trace"
+    path.write_bytes(ONE)
+    found, _ = read_all(path, workers=1)
+
+    assert found == expected()
+    assert len(ONE) > 8000
+    assert searched == [3001]
+
+
 @pytest.mark.parametrize("fed", [7, 1000, 64 * 1024])
 @pytest.mark.parametrize("missing", [1, 8, len(ONE) // 2])
 def test_a_member_that_was_cut_ends_where_the_next_begins(

@@ -28,8 +28,10 @@ class GzipChunks(CompressedChunks):
         return GzipInflater(self._descriptor, begin, self._size)
 
     def _after_units(self, begin: int) -> int:
-        stop = next_member(self._descriptor, begin + _MEMBERS_BYTES, self._end)
-        return begin if begin == self._begin and stop - begin > _MAX_MEMBERS_BYTES else stop
+        longest = begin + _MAX_MEMBERS_BYTES
+        end = min(self._end, longest + 1) if begin == self._begin else self._end
+        stop = next_member(self._descriptor, begin + _MEMBERS_BYTES, end)
+        return begin if begin == self._begin and stop > longest else stop
 
 
 class GzipInflater(Inflater):
