@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,19 +25,34 @@ from traceml.traces.query.measures import parse_measures
 from traceml.traces.query.summary import summarize
 
 
+@dataclass
+class Scattered:
+    """Reference to a value that all workers have."""
+
+    number: int
+
+
 class InProcess:
     """Runs tasks at once, with arguments and results pickled as on a cluster."""
 
     def __init__(self) -> None:
         self.submitted = 0
+        self.sizes = []  # of the arguments of tasks, in bytes
+        self.scattered = []
 
     def nthreads(self):
         return {"here": 2}
+
+    def scatter(self, value, *, hash, broadcast):  # noqa: A002 - as distributed calls it
+        self.scattered.append(value)
+        return Scattered(len(self.scattered) - 1)
 
     def submit(self, function, *args, pure):
         import pickle
 
         self.submitted += 1
+        self.sizes.append(len(pickle.dumps(args)))
+        args = [self.scattered[arg.number] if isinstance(arg, Scattered) else arg for arg in args]
         value = pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(args)))))
         return type("Future", (), {"result": lambda self: value})()
 
@@ -151,6 +167,18 @@ def test_files_that_cannot_be_cut_cost_one_more_pass(traces, here):
     assert here.submitted == sum(parts) + parts[0] + len(copies)
 
 
+def test_a_task_carries_its_own_file_only(traces, here):
+    """However many files there are: labels, which conditions need of all files, are sent to each worker once."""
+    (traces / "more").mkdir()
+    for number in range(100):
+        (traces / "more" / f"{number}.pfw").write_text("".join(lines(events_of(number, 3))))
+
+    query = {"by": "rank,source", "where": "rank=5", "cached": False}
+    assert summarize([traces / "more"], dask=here, **query) == summarize([traces / "more"], **query)
+    assert (len(here.scattered), here.submitted) == (1, 200)
+    assert max(here.sizes) < 1000
+
+
 def test_magic_number_by_chance_is_no_cut(traces):
     """A gzip file is cut where a member of text begins, and not at the same three bytes in compressed data."""
     members = [gzip.compress(b"x" * 15_000 + b"\x1f\x8b\x08" + b"x" * 15_000, 0) for _ in range(4)]
@@ -164,7 +192,7 @@ def test_worker_that_does_not_see_the_file(tmp_path):
     """The error names the file and the requirement."""
     part = file_parts.FilePart(0, str(tmp_path / "gone"), 0, 10, True, False)
     with pytest.raises(TraceNotFoundError, match="a Dask worker does not see"):
-        cluster.analyze_part(TraceQuery(), part, [part.path], cluster.Labels())
+        cluster.analyze_part(TraceQuery(), part, None)
 
 
 def test_no_event_at_all(tmp_path, here):

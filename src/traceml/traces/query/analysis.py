@@ -75,6 +75,11 @@ class TraceQuery:
         return [condition for part in self.where for condition in comparisons(part)]
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether conditions depend on metadata, which is then read first."""
+        return any(condition.field in ("rank", "host", "file") for condition in self.conditions)
+
+    @property
     def args(self) -> list[str]:
         """The keys of `args` that have to be read."""
         return list(dict.fromkeys([*args_of(self._used), *self.summed, *((*SIZES, *_NUMBERS) if self.report else ())]))

@@ -31,14 +31,14 @@ from traceml.traces.query.file_parts import (
     read_part,
     split,
 )
-from traceml.traces.query.labels import Labels
+from traceml.traces.query.labels import Labels, read_labels
 from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
 from traceml.traces.reader.columns import StringTable, TraceFileFacts
 from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
 from traceml.traces.reader.reading import check_read, read
 
-__all__ = ["analyze_part", "dask_client", "keep_freed_memory", "run_on"]
+__all__ = ["analyze_part", "dask_client", "keep_freed_memory", "labels_of", "run_on"]
 
 _PER_THREAD = 3  # parts that run or wait per thread of the cluster
 _CONNECT_S = 10
@@ -60,8 +60,6 @@ def run_on(
     query: TraceQuery,
     files: Sequence[Path],
     progress: Callable[[int, int], None] | None = None,
-    *,
-    labels: Labels | None = None,
 ) -> tuple[Analysis, list[TraceFileFacts]]:
     """Run a query on files on a Dask cluster.
 
@@ -69,7 +67,6 @@ def run_on(
         cluster: a scheduler's address, or a `distributed.Client`.
         files: the files, under paths that the workers can open.
         progress: called from time to time with events and files so far.
-        labels: labels from metadata, if conditions depend on them.
 
     Raises:
         UsageError: `distributed` is not installed, or no scheduler answers.
@@ -78,8 +75,9 @@ def run_on(
     """
     whole: set[int] = set()
     with dask_client(cluster) as client:
+        labels = _labels(client, query, files)
         while True:
-            analysis, facts, failed = _run_once(client, query, files, labels or Labels(), whole, progress)
+            analysis, facts, failed = _run_once(client, query, files, labels, whole, progress)
             if not failed:
                 break
 
@@ -93,34 +91,51 @@ def run_on(
     return analysis, facts
 
 
-def analyze_part(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
-    """Analyze a part of a file, in a worker; return a reason when the file has to be read in one go."""
+def labels_of(query: TraceQuery, source: int, path: str) -> Labels:
+    """Return the metadata that conditions depend on from the file number `source`, in a worker."""
+    _check_seen(path)
+    try:
+        return read_labels([Path(path)], query.metadata, source)
+    except TraceEmptyError:
+        return Labels()  # other files may have events: the client checks that
+
+
+def analyze_part(query: TraceQuery, part: FilePart, labels: Labels | None) -> PartResult | str:
+    """Analyze a part of a file, in a worker; return a reason when the file has to be read in one go.
+
+    Args:
+        labels: labels of all files, if conditions depend on them.
+    """
     with keep_freed_memory():
-        return _analyzed(query, part, paths, labels)
+        return _analyzed(query, part, labels)
 
 
-def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
-    context = FieldContext(StringTable(), [Path(path) for path in paths])
-    context.labels = labels
+def _analyzed(query: TraceQuery, part: FilePart, labels: Labels | None) -> PartResult | str:
+    paths = [Path(part.path)] * (part.source + 1)  # those of the other files are not used
+    context = FieldContext(StringTable(), paths, labels)
     analysis = Analysis(query, context)
     analysis.begin_source(part.source)
     analysis.sorter = ExternalSorter(limit=_ALL, run=_ALL)  # all is sent back
     analysis.matcher = SpanMatcher(ExternalSorter(limit=_ALL, run=_ALL))
-    if not Path(part.path).exists():
-        raise TraceNotFoundError(f"a Dask worker does not see {part.path}: its host needs the file under this path")
-
-    if part.whole:
-        return _whole(analysis, part)
-
+    _check_seen(part.path)
     try:
-        boundaries = read_part(part, _scanner(analysis), analysis.feed)
+        boundaries = _whole(analysis, part) if part.whole else read_part(part, _scanner(analysis), analysis.feed)
     except IndivisibleError as error:
         return str(error)
 
-    return partial_of(analysis), boundaries
+    partial = partial_of(analysis)
+    if labels is not None:
+        partial.labels = Labels()  # the client has them
+
+    return partial, boundaries
 
 
-def _whole(analysis: Analysis, part: FilePart) -> PartResult:
+def _check_seen(path: str) -> None:
+    if not Path(path).exists():
+        raise TraceNotFoundError(f"a Dask worker does not see {path}: its host needs the file under this path")
+
+
+def _whole(analysis: Analysis, part: FilePart) -> TraceFileFacts:
     query, strings = analysis.query, analysis.context.strings
     reading = read([part.path], args=query.args, strings=strings, workers=1, metadata=query.metadata)
     try:
@@ -130,14 +145,26 @@ def _whole(analysis: Analysis, part: FilePart) -> PartResult:
     except TraceEmptyError:
         pass  # other files may have events: the client checks that
 
-    return partial_of(analysis), reading.files[0]
+    return reading.files[0]
+
+
+def _labels(client: Any, query: TraceQuery, files: Sequence[Path]) -> Labels | None:
+    """Read the metadata that conditions depend on, a file per task; None without such conditions."""
+    if not query.needs_labels:
+        return None
+
+    labels = Labels()
+    for task in [client.submit(labels_of, query, source, str(path), pure=False) for source, path in enumerate(files)]:
+        labels.merge(task.result())
+
+    return labels
 
 
 def _run_once(
     client: Any,
     query: TraceQuery,
     files: Sequence[Path],
-    labels: Labels,
+    labels: Labels | None,
     whole: set[int],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Analysis, list[TraceFileFacts], set[int]]:
@@ -148,7 +175,9 @@ def _run_once(
         the rest is incomplete.
     """
     context = FieldContext(StringTable(), list(files))
-    context.labels.merge(labels)
+    if labels is not None:
+        context.labels.merge(labels)
+
     analysis, facts, failed = Analysis(query, context), list[TraceFileFacts](), set[int]()
     threads = max(1, sum(client.nthreads().values()))
     for source, (parts, results) in enumerate(_by_file(client, query, context, labels, threads, whole)):
@@ -165,14 +194,14 @@ def _run_once(
 
 
 def _by_file(
-    client: Any, query: TraceQuery, context: FieldContext, labels: Labels, threads: int, whole: set[int]
+    client: Any, query: TraceQuery, context: FieldContext, labels: Labels | None, threads: int, whole: set[int]
 ) -> Iterator[tuple[list[FilePart], Iterator[PartResult | str]]]:
     """Yield the parts of each file with their results, in order; a bounded number runs at a time."""
     files = [split(source, path, least=4 * threads) for source, path in enumerate(context.paths)]
     for source in whole:
         files[source] = [replace(files[source][0], end=files[source][-1].end, whole=True)]
 
-    paths = [str(path) for path in context.paths]
+    shared = None if labels is None else client.scatter(labels, hash=False, broadcast=True)
     waiting = deque(part for parts in files for part in parts)
     running: deque[Any] = deque()
 
@@ -180,7 +209,7 @@ def _by_file(
         for _ in range(count):
             while waiting and len(running) < _PER_THREAD * threads:
                 part = waiting.popleft()
-                running.append(client.submit(analyze_part, query, part, paths, labels, pure=False))
+                running.append(client.submit(analyze_part, query, part, shared, pure=False))
 
             yield running.popleft().result()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Labels", "metadata_names"]
+__all__ = ["Labels", "metadata_names", "read_labels"]
 
 _RANK = re.compile(r"\brank[\s_:#-]*(\d+)", re.IGNORECASE)
 _RANK_IN_PATH = re.compile(r"(?:^|[^a-z])rank[_.=-]?(\d+)", re.IGNORECASE)
@@ -48,9 +48,11 @@ class Labels:
                 self._name_process(source, event.get("pid"), str(args.get("name") or args.get("labels") or ""))
 
     def merge(self, other: Labels) -> None:
-        """Add the labels of other parts of the same files."""
+        """Add the labels of other files, or of other parts of them."""
         self.hosts |= other.hosts
         self.files |= other.files
+        self._ranks |= other._ranks
+        self._file_hosts |= other._file_hosts
         for (source, pid), name in other._process_names.items():
             self._name_process(source, pid, name)
 
@@ -92,3 +94,22 @@ class Labels:
         earlier = self._process_names.get((source, pid))
         if earlier is None or not (_RANK.search(earlier) or name in earlier):
             self._process_names[source, pid] = name if earlier is None else f"{earlier} {name}"
+
+
+def read_labels(files: Sequence[Path], metadata: tuple[str, ...], first: int = 0) -> Labels:
+    """Return the labels of files whose metadata may be anywhere in them.
+
+    Args:
+        metadata: the names of the metadata events that are needed.
+        first: the number of the first file.
+    """
+    from traceml.traces.reader.reading import read
+
+    labels, reader = Labels(), read(files, metadata=metadata)
+    for batch in reader:
+        labels.add_metadata(first + batch.source, batch.metadata)
+
+    for source, facts in enumerate(reader.files, first):
+        labels.add_file(source, facts.path, facts.header)
+
+    return labels

@@ -188,12 +188,13 @@ def _batches(traces: Traces, args: Sequence[str]) -> Iterator[dict[str, list[Any
     from traceml.traces.query.event_filter import EventFilter
     from traceml.traces.query.fields import FieldContext
     from traceml.traces.query.frames import EVENT_FIELDS, decoded
-    from traceml.traces.query.summary import read_labels
+    from traceml.traces.query.labels import read_labels
     from traceml.traces.reader.reading import read
 
     query = TraceQuery(where=parse_where(traces.where))
     reading = read(traces.files, args=[*args, *query.args], metadata=())
-    context = FieldContext(reading.strings, traces.files, read_labels(query, traces.files))
+    labels = read_labels(traces.files, query.metadata) if query.needs_labels else None
+    context = FieldContext(reading.strings, traces.files, labels)
     chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
     for batch in reading:
         mask = chosen.rows(batch) if chosen else None

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from traceml.errors import UsageError
 from traceml.traces.query.conditions import parse_where
 from traceml.traces.query.expressions import parse_by
+from traceml.traces.query.labels import read_labels
 from traceml.traces.query.measures import Measure
 from traceml.traces.query.result_cache import ResultCache
 from traceml.traces.reader.trace_files import discover, first_text
 
 if TYPE_CHECKING:
     from traceml.traces.query.analysis import Analysis, TraceQuery
-    from traceml.traces.query.labels import Labels
     from traceml.traces.reader.reading import TraceReader
 
-__all__ = ["Progress", "read_labels", "run_query", "summarize"]
+__all__ = ["Progress", "run_query", "summarize"]
 
 Progress = Callable[[int, int], None]  # events so far, files begun so far
 _SAMPLED_BYTES = 1 << 20
@@ -86,7 +86,8 @@ def run_query(
     from traceml.traces.reader.reading import read
 
     reader = read(files, args=query.args, metadata=query.metadata)
-    context = FieldContext(reader.strings, files, read_labels(query, files))
+    labels = read_labels(files, query.metadata) if query.needs_labels else None
+    context = FieldContext(reader.strings, files, labels)
     analysis = Analysis(query, context)
     events = 0
     for batch in reader:
@@ -112,7 +113,7 @@ def _computed(query: TraceQuery, files: Sequence[Path], dask: Any, progress: Pro
     else:
         from traceml.traces.query.cluster import run_on
 
-        analysis, facts = run_on(dask, query, files, progress, labels=read_labels(query, files))
+        analysis, facts = run_on(dask, query, files, progress)
 
     _check_keys(analysis)
     result = result_of(analysis, facts)
@@ -125,25 +126,6 @@ def _computed(query: TraceQuery, files: Sequence[Path], dask: Any, progress: Pro
         result["report"] = report_of(analysis)
 
     return result
-
-
-def read_labels(query: TraceQuery, files: Sequence[Path]) -> Labels:
-    """Return the metadata that conditions depend on; it may be anywhere in a file, so it is read first."""
-    from traceml.traces.query.labels import Labels
-    from traceml.traces.reader.reading import read
-
-    labels = Labels()
-    if not any(condition.field in ("rank", "host", "file") for condition in query.conditions):
-        return labels
-
-    reader = read(files, metadata=query.metadata)
-    for batch in reader:
-        labels.add_metadata(batch.source, batch.metadata)
-
-    for source, facts in enumerate(reader.files):
-        labels.add_file(source, facts.path, facts.header)
-
-    return labels
 
 
 def _check_keys(analysis: Analysis) -> None:
