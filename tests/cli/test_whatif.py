@@ -47,7 +47,9 @@ def test_heatmap_and_timeline(capsys, words, tmp_path):
     assert main([*words, "--heatmap", str(picture), "--timeline", str(timeline)]) == 0
 
     assert picture.read_bytes().startswith(b"\x89PNG")
-    events = json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]
+    text = gzip.decompress(timeline.read_bytes())
+    assert max(map(len, text.splitlines())) < 300, "events are written one by one"
+    events = json.loads(text)["traceEvents"]
     names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert names == {f"dp rank {rank}, {words}" for rank in (0, 1) for words in ("recorded", "without stragglers")}
     spans = [event for event in events if event["ph"] == "X"]

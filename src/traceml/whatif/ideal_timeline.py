@@ -33,10 +33,17 @@ def write_timeline(simulator: Simulator, path: Path) -> int:
     Returns:
         Number of operations written.
     """
-    events = list(_events(simulator))
-    content = json.dumps({"traceEvents": [*_names(simulator.job), *events], "displayTimeUnit": "ms"}).encode()
-    path.write_bytes(gzip.compress(content, 6) if path.suffix == ".gz" else content)
-    return len(events)
+    count = 0
+    with gzip.open(path, "wt", 6) if path.suffix == ".gz" else path.open("w") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+        file.write(",\n".join(map(json.dumps, _names(simulator.job))))
+        for event in _events(simulator):
+            file.write(",\n" + json.dumps(event))
+            count += 1
+
+        file.write("\n]}\n")
+
+    return count
 
 
 def _events(simulator: Simulator) -> Iterator[dict[str, Any]]:
