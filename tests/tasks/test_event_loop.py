@@ -208,3 +208,17 @@ def test_shutdown_without_wait_lets_coroutines_end() -> None:
     rt.shutdown(wait=False)
     eventually(handle.done)
     assert handle.get() == 4
+
+
+def test_a_callable_may_return_a_coroutine_after_the_loop_has_ended() -> None:
+    """`shutdown(wait=False)` lets tasks end in the background."""
+    rt, release = Runtime(threads=1), threading.Event()
+    handle = rt.submit(lambda: double(3) if release.wait() else None)
+    assert rt.submit(double, 1).get() == 2
+    rt.shutdown(wait=False)
+    thread = rt._engine.loop.thread
+    assert thread is not None
+    thread.join()
+    release.set()
+
+    assert handle.get(timeout=60) == 6

@@ -48,7 +48,12 @@ class EventLoop(LoopState):
         self.tasks[task] = None
         blocker = self.blocker
         if blocker is None or not depends_on(blocker, task):
-            self._call(self._continue, task, coroutine)
+            with self._lock:
+                if self.thread is not None and not self.thread.is_alive():
+                    self.thread = None  # it was closed, and had no task for the moment
+
+                self._call(self._continue, task, coroutine)
+
             return
 
         coroutine.close()
