@@ -16,7 +16,7 @@ import pytest
 
 from tests.dask_programs import dask_programs
 from tests.traces.fabricated import frames
-from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.errors import TraceEmptyError, TraceMLError, TraceNotFoundError, UsageError
 from traceml.traces.query import cluster, file_parts
 from traceml.traces.query.analysis import TraceQuery
 from traceml.traces.query.conditions import parse_where
@@ -193,6 +193,21 @@ def test_worker_that_does_not_see_the_file(tmp_path):
     part = file_parts.FilePart(0, str(tmp_path / "gone"), 0, 10, True, False)
     with pytest.raises(TraceNotFoundError, match="a Dask worker does not see"):
         cluster.analyze_part(TraceQuery(), part, None)
+
+
+@pytest.mark.parametrize("where", ["", "rank=5"])
+def test_worker_without_traceml(traces, here, monkeypatch, where):
+    """What the cluster says of it is an error in plain words, as that of a worker that was killed."""
+
+    def fail(*_):
+        raise ModuleNotFoundError("No module named 'traceml'")
+
+    for name in ("analyze_part", "labels_of"):
+        monkeypatch.setattr(cluster, name, fail)
+
+    monkeypatch.setattr(here, "submit", lambda fail, *_, pure: type("Future", (), {"result": fail})())
+    with pytest.raises(TraceMLError, match=r"No module named 'traceml'.* Workers need traceml"):
+        summarize([traces], where=where, cached=False, dask=here)
 
 
 def test_no_event_at_all(tmp_path, here):

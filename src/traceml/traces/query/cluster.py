@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.errors import TraceEmptyError, TraceMLError, TraceNotFoundError, UsageError
+from traceml.formatting import error_text
 from traceml.installation import install_command
 from traceml.traces.aggregate.pairs import SpanMatcher
 from traceml.traces.aggregate.sorting import ExternalSorter
@@ -155,9 +156,24 @@ def _labels(client: Any, query: TraceQuery, files: Sequence[Path]) -> Labels | N
 
     labels = Labels()
     for task in [client.submit(labels_of, query, source, str(path), pure=False) for source, path in enumerate(files)]:
-        labels.merge(task.result())
+        labels.merge(_result(task))
 
     return labels
+
+
+def _result(task: Any) -> Any:
+    """Wait for the result of a task.
+
+    Raises:
+        TraceMLError: the worker could not run it.
+    """
+    try:
+        return task.result()
+    except (TraceMLError, OSError):
+        raise
+    except Exception as error:
+        what = f"the Dask cluster did not run a task: {error_text(error)}"
+        raise TraceMLError(f"{what}. Workers need traceml, and enough memory for a part of a trace") from error
 
 
 def _run_once(
@@ -211,7 +227,7 @@ def _by_file(
                 part = waiting.popleft()
                 running.append(client.submit(analyze_part, query, part, shared, pure=False))
 
-            yield running.popleft().result()
+            yield _result(running.popleft())
 
     for parts in files:
         yield parts, results(len(parts))
