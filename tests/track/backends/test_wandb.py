@@ -101,6 +101,22 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     assert (entry.path, Path(entry.local_path).read_bytes()) == ("my weights.bin", body.read_bytes())
 
 
+def test_an_image_that_cannot_be_opened_stops_nothing(make: Maker, tmp_path: Path) -> None:
+    """It becomes an artifact: as a failure that passes it was tried again, with all of the run, without an end."""
+    drawing = tmp_path / "plot.svg"
+    drawing.write_text("<svg/>")
+    backend = make("wandb", mode="offline")
+    backend.start_experiment("first", "tests")
+    backend.log_image("plot", drawing, 6)
+    backend.log_metric("loss", 1.0, 1)
+    folder = _folder(backend)
+    backend.end_experiment()
+
+    assert _values(history(folder)) == [("loss", 1, 1.0)]
+    kinds = [record.WhichOneof("record_type") for record in records(folder)]
+    assert "request" in kinds or "artifact" in kinds
+
+
 def test_records_depend_on_rows_alone(make: Maker) -> None:
     """However the rows are cut into batches, the same records come out: counting them tells where to go on."""
     rows = [Metric(f"m{i % 3}", float(i), i // 7, 1.7e9 + i) for i in range(600)]

@@ -149,10 +149,15 @@ class AimBackend(BatchBackend):
         self._object(Text(clean), "texts", name, step, lambda stored: stored.data == clean)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Send an image's bytes unchanged."""
+        """Send an image's bytes unchanged; a file that Pillow cannot open becomes an artifact."""
         from aim import Image
 
-        image = Image(str(path))
+        try:
+            image = Image(str(path))
+        except Exception:  # noqa: BLE001 - of many classes: another format, a truncated file, too many pixels
+            self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
+            return
+
         data = image.storage["data"].load()
         self._object(image, "images", name, step, lambda stored: stored.storage["data"].load() == data)
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.states import RunStatus
-from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
+from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.loopback import is_on_this_machine
 from traceml.track.backends.backend_bases import BatchBackend
 from traceml.track.backends.safe_names import merged_tags, plain_value, safe_name
 from traceml.track.backends.wandb_formats import history_request, wait_for_end
+from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata, first_set
 
@@ -195,14 +196,16 @@ class WandbBackend(BatchBackend):
         self._log({name: plain_value(text)}, step)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Send an image; without Pillow W&B accepts none, and it becomes an artifact."""
+        """Send an image; one that Pillow cannot open, and any without Pillow, becomes an artifact."""
         try:
             import PIL  # noqa: F401
             import wandb
 
-            self._log({name: wandb.Image(str(path))}, step)
-        except ImportError:
+            image = wandb.Image(str(path))
+        except Exception:  # noqa: BLE001 - of many classes; what is wrong with the library fails below as well
             self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
+        else:
+            self._log({name: image}, step)
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram; one with more buckets than W&B accepts becomes a text of JSON."""
@@ -328,5 +331,7 @@ def _errors() -> Iterator[None]:
             raise BackendUnauthorizedError(why) from error
         if re.search(r"\b(429|503)\b", str(error)):
             raise BackendBusyError(why) from error
+        if classify(error).kind is FailureKind.REFUSED:  # a value that its library cannot take
+            raise BackendRefusedError(why) from error
 
         raise BackendError(why) from error
