@@ -15,7 +15,7 @@ from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_base import BackendPlugin
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["Bare", "FaultyBackend", "FaultyBackendIdempotent", "FaultyBackendMark", "FaultyPlugin"]
+__all__ = ["Bare", "FaultyBackend", "FaultyBackendAnew", "FaultyBackendIdempotent", "FaultyBackendMark", "FaultyPlugin"]
 
 
 class FaultyBackend(BackendInterface):
@@ -119,6 +119,14 @@ class FaultyBackendMark(FaultyBackend):
 
     def mark(self) -> dict[str, Any]:
         return {"file": self._file}
+
+
+class FaultyBackendAnew(FaultyBackend):
+    """The same, continued from the run's first row alone."""
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        self._path.unlink()
+        return False
 
 
 class FaultyPlugin(BackendPlugin):

@@ -126,6 +126,7 @@ class ResumeState(TypedDict, total=False):
     event: int  # id of the last live verdict that was read
     verdict: list[Any]  # kind, ranks and phase of the verdict sent last
     audit: AuditState
+    before: dict[str, int]  # cursor of a delivery that started over
     suspect: SuspectState
 
 

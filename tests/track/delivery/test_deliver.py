@@ -503,6 +503,23 @@ def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> Non
     assert values(lines_of(folder, "x.jsonl"), "a") == [(i, float(i)) for i in range(500)]
 
 
+def test_a_backend_that_fails_again_behind_what_it_had_opens_the_breaker(run: LoggedRun) -> None:
+    """It starts over each time: rows that it had before are no success, or it would be tried without an end."""
+    backend = f"{FAULTY}Anew"
+    folder = faulty(run, backend)
+    run.metrics({"a": [float(i) for i in range(1_500)]})
+    (run.path / "weights").write_bytes(b"weights")
+    run.row("artifact", name="weights", path="weights")
+    run.end()
+    (folder / "behavior").write_text('{"artifact": "down"}')
+
+    for _ in range(3):  # it fails, starts over, and fails again
+        assert deliver(run.path, backend).returncode == EXIT_AGAIN
+
+    state = state_of(run.path, backend)
+    assert (state.phase, state.retries) == (DeliveryPhase.OPEN, 2)
+
+
 def test_a_call_that_does_not_return_ends_the_process_and_nothing_is_lost(run: LoggedRun) -> None:
     # The other calls of both deliveries must return within it, on a busy machine too.
     folder = faulty(run, timeout_s=10)

@@ -39,7 +39,7 @@ from traceml.track.delivery.tracker_session import RewindError, TrackerSession
 from traceml.track.delivery.verdict_sender import has_report
 from traceml.track.filters import DeliveryFilter, check_delivery_options, timeout_of
 from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify
-from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, DeliveryPhase, TrackerState
+from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, DeliveryPhase, ResumeState, TrackerState
 from traceml.track.wandb_sweep import variables
 
 __all__ = ["DeliveryLoop"]
@@ -301,8 +301,10 @@ class DeliveryLoop:
 
         if self._uses_fallback:
             state.fallback, state.fallback_due = state.fallback + batch.rows, False
-        else:
+        elif position(state.cursor) > position(state.resume.get("before", {})):
             succeeded(state)
+        else:
+            state.phase = DeliveryPhase.DELIVERING
 
     def _finish(self) -> int:
         """Send what was held back, end the experiments, and record that all is done."""
@@ -396,7 +398,10 @@ class DeliveryLoop:
         _log.info("%s starts over from the run's first row", self._state.backend)
         state = self._state
         ended = {key: kept for key, kept in state.experiments.items() if kept.get("ended")}
-        fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, resume=self._refusals.carried())
+        # Rows that it had before are no success: what fails behind them would be tried without an end.
+        before = max(state.cursor, state.resume.get("before", {}), key=position)
+        resume: ResumeState = {**self._refusals.carried(), "before": before}
+        fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, resume=resume)
         fresh.target, fresh.retries, fresh.reasons = state.target, state.retries, state.reasons
         fresh.masked = state.masked
         fresh.save(self._run_dir)
