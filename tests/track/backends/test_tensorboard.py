@@ -122,6 +122,20 @@ def test_a_continued_run_gets_one_more_file(make: Maker) -> None:
     assert _steps(folder, "loss") == [1, 2]
 
 
+def test_values_after_the_end_erase_none_before(make: Maker) -> None:
+    """An experiment that has ended is opened again by a late value: by the same id, so by the same name of a file."""
+    mark, folder = None, None
+    for step in range(3):
+        backend = make("tensorboard", continue_run=folder, mark=mark)
+        folder = backend.start_experiment("first", "tests")
+        backend.log_metric("loss", 1.0, step)
+        mark = json.loads(json.dumps(backend.mark()))
+        backend.end_experiment()
+
+    assert _steps(str(folder), "loss") == [0, 1, 2]
+    assert len(list(Path(str(folder)).iterdir())) == 3
+
+
 def test_a_lost_file_is_written_again(make: Maker) -> None:
     """From the run's first row: no new file may look complete that is not."""
     first = make("tensorboard")
@@ -192,6 +206,7 @@ def test_the_hparams_page_has_the_run(make: Maker, tmp_path: Path) -> None:
     multiplexer = plugin_event_multiplexer.EventMultiplexer()
     multiplexer.AddRunsFromDirectory(str(tmp_path / "tb"))
     multiplexer.Reload()
+    assert multiplexer.FirstEventTimestamp(folder.name) == 1000.0  # by which it sorts runs
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path / "tb"))
     context = backend_context.Context(TBContext(data_provider=provider, logdir=str(tmp_path / "tb")))
     request = RequestContext()

@@ -46,10 +46,10 @@ class TensorBoardBackend(FileBackend):
         options, self._experiment = config.get("options") or {}, config["experiment"]
         folder = Path(options.get("log_dir") or Path(config["run_dir"], "tensorboard")).expanduser().absolute()
         run_folder = Path(config.get("continue_run") or folder / _folder_name(self._experiment))
-        file = f"events.out.tfevents.traceml.{safe_file_name(str(self._experiment['id']))}"
-        super().__init__(folder, run_folder / file)
+        mark = config.get("mark") or {}
+        super().__init__(folder, run_folder / _file_name(self._experiment, mark))
         # TensorBoard keeps the first hyperparameters of a run, so they are written once, at its end.
-        self._hparams: dict[str, Any] = dict((config.get("mark") or {}).get("hparams") or {})
+        self._hparams: dict[str, Any] = dict(mark.get("hparams") or {})
         self._event: Any = None
         self._summary: Any = None
 
@@ -66,7 +66,8 @@ class TensorBoardBackend(FileBackend):
         self._event, self._summary = Event, Summary
         self._open()
         if not self._keep:
-            self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
+            started = self._experiment.get("started") or time.time()  # by it TensorBoard sorts runs
+            self._write([Event(wall_time=started, file_version="brain.Event:2")])
             self.log_text("run", _table({"name": name, "project": project, "id": self._experiment["id"]}), 0)
             if tags := self._experiment.get("tags"):
                 self.set_tags(tags)
@@ -192,6 +193,16 @@ def _folder_name(experiment: Mapping[str, Any]) -> str:
     """Return the folder of a run, which TensorBoard shows as its name: readable, and different for each experiment."""
     digest = hashlib.sha256(str(experiment["id"]).encode()).hexdigest()[:6]
     return f"{_NOT_IN_FOLDERS.sub('_', str(experiment.get('name') or 'run'))[:100]}-{digest}"
+
+
+def _file_name(experiment: Mapping[str, Any], mark: Mapping[str, Any]) -> str:
+    """Return the name of an event file; for an experiment that has one already, the next one.
+
+    `resume` continues the one of the mark. After the end of the experiment it is complete.
+    """
+    name = f"events.out.tfevents.traceml.{safe_file_name(str(experiment['id']))}"
+    number = Path(mark["path"]).name.removeprefix(f"{name}.") if mark else ""
+    return f"{name}.{(int(number) if number.isdigit() else 0) + 1:03}" if mark else name
 
 
 def _table(values: Mapping[str, Any]) -> str:
