@@ -87,7 +87,7 @@ def jsonl(run_dir: Path, number: str) -> Contents:
             found.params |= row["params"]
         elif kind == "facts":
             found.facts |= row["facts"]
-        elif kind in {"tags", "start"}:
+        elif kind == "tags":
             tags |= row["tags"]
         elif kind == "end":
             found.state, found.ended = row["state"], row["timestamp"]

@@ -148,7 +148,7 @@ class TrackerState:
     fallback: int = 0  # number of rows in `delivered` that went to the fallback
     masked: int = 0  # number of masked texts
     reasons: dict[str, int] = field(default_factory=dict)
-    # Position of each experiment at the tracker: `id`, `url`, `mark`, `ended`.
+    # Position of each experiment at the tracker: `id`, `url`, `mark`, `ended`; `is_tagged`: its first tags are there.
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
     resume: ResumeState = field(default_factory=ResumeState)
     batch_rows: int = 0  # most rows in the next batch, from the duration of the last ones; 0 before the first

@@ -83,9 +83,10 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     drawing.write_text("<svg/>")
     Image.new("RGB", (3, 2), "red").save(image)
     body.write_bytes(bytes(range(256)))
-    backend = make("aim", repo=str(tmp_path / "repo"), experiment={"tags": {"team": "ü"}, "parent": "outer"})
+    backend = make("aim", repo=str(tmp_path / "repo"), experiment={"parent": "outer"})
 
     run = backend.start_experiment("first", "tests")
+    backend.set_tags({"team": "ü"})
     backend.log_metrics([Metric(name, i / 7, i, 1.7e9 + i) for i in range(500) for name in ("loss", "größe % [x]")])
     backend.log_metrics([Metric("x", v, 9 - i, 1.7e9) for i, v in enumerate((math.nan, math.inf, -math.inf, 1.0))])
     backend.log_params({"lr": 1e-3, "deep": {"a": [1, 2]}, "other": Path("/x")})

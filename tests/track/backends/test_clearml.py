@@ -44,9 +44,10 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     image, body = tmp_path / "red.png", tmp_path / "weights.bin"
     Image.new("RGB", (3, 2), "red").save(image)
     body.write_bytes(bytes(range(256)))
-    backend = make("clearml", mode="offline", local_only=True, experiment={"tags": {"team": "ü", "quick": ""}})
+    backend = make("clearml", mode="offline", local_only=True)
 
     backend.start_experiment("first", "tests")
+    backend.set_tags({"team": "ü", "quick": ""})
     names = ["loss", "val/acc", "a/b/c", "loss/loss", "größe % [x]", "/a", "half \ud800"]
     backend.log_metrics([Metric(name, i / 7, 50 - i, 1.7e9 + i) for i in range(50) for name in names])
     backend.log_metrics([Metric("x", value, 3, 1.7e9) for value in (math.nan, math.inf, -math.inf, 0.0)])

@@ -96,9 +96,10 @@ def test_everything_is_read_back(make: Maker, uri: str, tmp_path: Path, request:
     """Values, steps, times, parameters, tags, texts, histograms, images and artifacts are what was given."""
     body = tmp_path / "weights.bin"
     body.write_bytes(bytes(range(256)) * 100)
-    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name, "tags": {"team": "ü"}})
+    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
 
     run_id = backend.start_experiment("first", "tests")
+    backend.set_tags({"team": "ü"})
     backend.log_metrics([Metric("loss", i / 7, i, 1.7e9 + i / 1000) for i in range(2500)])
     backend.log_metric("one", 1.5, 2**40)
     backend.log_params({"lr": 1e-3, "name": "x", "long": "p" * 7000, "a%b": 1})

@@ -47,9 +47,10 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
 
     image = tmp_path / "red.png"
     image.write_bytes(_png())
-    backend = make("tensorboard", log_dir=str(tmp_path / "tb"), experiment={"tags": {"team": "ü"}})
+    backend = make("tensorboard", log_dir=str(tmp_path / "tb"))
 
     folder = backend.start_experiment("first", "tests")
+    backend.set_tags({"team": "ü"})
     values = [0.1, math.nan, math.inf, -math.inf, *(float(i) for i in range(20_000))]
     names = ["loss", "größe % [x]/y", "half \ud800"]
     backend.log_metrics([Metric(names[i % 3], value, 20_004 - i, 1.7e9 + i) for i, value in enumerate(values)])

@@ -121,11 +121,11 @@ import json, sys
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend
 about = {"id": "exp 1", "name": "../first", "parent": "p", "user": "ada"}
-about["tags"] = {"team": "vision"}
 backend = create_backend("trackio", {"options": {}, "run_dir": sys.argv[1], "experiment": about, "run_id": "r"})
 number = backend.start_experiment("../first", "験" * 300)  # more bytes than a file's name may have
 for i, name in enumerate(("step", "__a", "a\\ud800", "x" * 2000, "Größe")):
     backend.log_metrics([Metric(name, float("inf") if i == 4 else i / 8, i, 1.0 + i)])
+backend.set_tags({"team": "vision"})
 backend.log_params({"_x": 1, "big": 2**70, "odd": [1, {"k": object}]})
 print(json.dumps([number, backend.target]))
 """

@@ -56,9 +56,10 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     image, body = tmp_path / "red.png", tmp_path / "weights.bin"
     Image.new("RGB", (3, 2), "red").save(image)
     body.write_bytes(bytes(range(256)))
-    backend = make("wandb", mode="offline", local_only=True, experiment={"tags": {"team": "ü" * 90, "quick": "true"}})
+    backend = make("wandb", mode="offline", local_only=True)
 
     backend.start_experiment("first", "tests")
+    backend.set_tags({"team": "ü" * 90, "quick": "true"})
     names = ["loss", "val/acc", "a.b", "größe % [x]", "_step", "traceml/step", "", "half \ud800"]
     backend.log_metrics([Metric(name, i / 7, 50 - i, 1.7e9 + i) for i in range(50) for name in names])
     backend.log_metrics([Metric("x", value, 3, 1.8e9) for value in (math.nan, math.inf, -math.inf, 2.0, 2.0)])

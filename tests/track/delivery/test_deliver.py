@@ -637,6 +637,25 @@ def test_secrets_are_masked_and_rest_nowhere(run: LoggedRun) -> None:
     assert {"api_key", "note"} <= {name for line in audit for name in line["names"]}
 
 
+def test_tags_of_an_experiment_are_filtered_and_sent_once(run: LoggedRun) -> None:
+    """Those at its start passed `exclude` and the audit log, and came again, over newer ones, with each process."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], id="x", exclude=["customer"], tags={"customer": "ACME", "team": "red"})
+    run.row("tags", tags={"team": "blue"})
+    run.writer.commit()
+    assert deliver(run.path, "jsonl", "--once").returncode == 0
+    run.metrics({"a": [1.0]})
+    run.end()
+    assert deliver(run.path, "jsonl").returncode == 0
+
+    lines = lines_of(run.path)
+    assert [line["tags"] for line in lines if line["type"] == "tags"] == [{"team": "red"}, {"team": "blue"}]
+    assert "ACME" not in json.dumps(lines)
+    audit = lines_of(run.path, "trackers/audit.jsonl")
+    assert sum(line["sent"].get("tags", 0) for line in audit) == 2
+    assert "team" in {name for line in audit for name in line["names"]}
+
+
 def test_an_audit_log_that_cannot_be_written_is_no_failure_of_the_tracker(run: LoggedRun) -> None:
     """It has taken the rows, and gets none of them again; the log counts them once it can be written."""
     folder = faulty(run)

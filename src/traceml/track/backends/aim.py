@@ -102,7 +102,6 @@ class AimBackend(BatchBackend):
         if not self._repo.startswith("aim://"):
             self._run.set_artifacts_uri(Path(self._repo, ".aim_artifacts").as_uri())
 
-        self.set_tags(self._experiment.get("tags") or {})
         return str(self._hash)
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:

@@ -127,7 +127,6 @@ class ClearMLBackend(BatchBackend):
                 self._task.set_parent(str(self._experiment["parent"]))
 
         self.log_params({"traceml/run": self._traceml_run, "traceml/experiment": self._experiment["id"]})
-        self.set_tags(self._experiment.get("tags") or {})
         return self._id
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
@@ -163,9 +162,6 @@ class ClearMLBackend(BatchBackend):
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Send tags as `key` or `key: value`, in place of earlier values."""
-        if not tags:
-            return
-
         with _errors():
             self._task.set_tags(merged_tags(self._task.get_tags() or (), tags, ": "))
 

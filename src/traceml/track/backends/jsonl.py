@@ -47,7 +47,7 @@ class JsonlBackend(FileBackend):
     def start_experiment(self, name: str, project: str) -> str:
         """Open the file and, when it is new, say what it is about."""
         if not self._open().size:
-            about = {key: self._experiment.get(key) for key in ("id", "parent", "tags")}
+            about = {key: self._experiment.get(key) for key in ("id", "parent")}
             started = self._experiment.get("started") or time.time()
             self._write([{"type": "start", "name": name, "project": project, **about, "timestamp": started}])
 

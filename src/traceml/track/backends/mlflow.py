@@ -137,7 +137,6 @@ class MLflowBackend(BatchBackend):
             self._experiment_id = run.info.experiment_id
             self._params = dict(run.data.params)
 
-        self.set_tags(self._experiment.get("tags") or {})
         return str(self._run_id)
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:

@@ -69,8 +69,6 @@ class TensorBoardBackend(FileBackend):
             started = self._experiment.get("started") or time.time()  # by it TensorBoard sorts runs
             self._write([Event(wall_time=started, file_version="brain.Event:2")])
             self.log_text("run", _table({"name": name, "project": project, "id": self._experiment["id"]}), 0)
-            if tags := self._experiment.get("tags"):
-                self.set_tags(tags)
 
         return str(self._path.parent)
 

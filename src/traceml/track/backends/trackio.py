@@ -99,7 +99,6 @@ class TrackioBackend(BatchBackend):
             "_Group": str(self._experiment["parent"]) if self._experiment.get("parent") else None,
         }
         self._write_config({})
-        self.set_tags(self._experiment.get("tags") or {})
         return self._id
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:

@@ -152,7 +152,6 @@ class WandbBackend(BatchBackend):
 
             self._run.define_metric("*", step_metric=STEP)
 
-        self.set_tags(self._experiment.get("tags") or {})
         return self._id
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
@@ -184,9 +183,6 @@ class WandbBackend(BatchBackend):
 
         In full they are in the config.
         """
-        if not tags:
-            return
-
         with _errors():
             self._run.tags = tuple(merged_tags(self._run.tags or (), tags, ":", _LONGEST_TAG))
             self._run.config.update({f"tags/{key}": value for key, value in tags.items()}, allow_val_change=True)

@@ -154,22 +154,23 @@ class DeliveryLoop:
         check_delivery_options(self._options)
         _read_key(self._state.backend, self._options, planned)
         self._records = RecordReader(self._reader, INPUT_TABLES)
-        self._session = self._make_session()
         self._audit = AuditLog(self._run_dir, self._state)
+        filters = DeliveryFilter.of(self._config.include, self._config.exclude, self._options)
+        self._session = self._make_session(filters)
         delivery = Delivery(
             run_dir=self._run_dir,
             reader=self._reader,
             records=self._records,
             plan=self._plan,
             config=self._config,
-            filters=DeliveryFilter.of(self._config.include, self._config.exclude, self._options),
+            filters=filters,
             session=self._session,
             state=self._state,
             audit=self._audit,
         )
         self._sender = BatchSender(delivery, self._is_done, everything=self._delivers_all)
 
-    def _make_session(self) -> TrackerSession:
+    def _make_session(self, filters: DeliveryFilter) -> TrackerSession:
         """Create the session of the backend, or of its fallback while it fails."""
         state, fallback = self._state, str(self._options.get("fallback") or "")
         uses_fallback = (
@@ -190,6 +191,8 @@ class DeliveryLoop:
             self._save,
             self._watchdog,
             self._masker,
+            filters,
+            self._audit,
             timeout_s=timeout_s,
             options=None if uses_fallback else self._given_options,
             is_fallback=uses_fallback,

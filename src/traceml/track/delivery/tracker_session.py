@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from traceml.errors import PluginError
 from traceml.formatting import json_text, name_at_rank
 from traceml.ids import DEFAULT_PROJECT
 from traceml.privacy import Masker
+from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.delivery_plan import PlannedExperiment
-from traceml.track.filters import backend_options
+from traceml.track.filters import DeliveryFilter, backend_options
 from traceml.track.plugins.failure_kinds import StartError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -56,6 +57,8 @@ class TrackerSession:
         save: Callable[[], None],
         watchdog: CallWatchdog,
         masker: Masker,
+        filters: DeliveryFilter,
+        audit: AuditLog,
         *,
         timeout_s: float,
         options: Mapping[str, Any] | None = None,
@@ -68,6 +71,8 @@ class TrackerSession:
         self._save = save
         self._watchdog = watchdog
         self._masker = masker
+        self._filters = filters
+        self._audit = audit
         self._timeout_s = timeout_s
         self._options = options
         self._local_only = local_only
@@ -108,7 +113,9 @@ class TrackerSession:
 
         self._save()
         self._connected[experiment.key] = backend
-        if tags := experiment.row.get("tags"):
+        tags = self._passing(experiment.row.get("tags"))
+        if tags and not self.state_of(experiment)["is_tagged"]:
+            self._audit.record("tags", tags, 1)
             self.tags(experiment, tags)
 
         return backend
@@ -126,7 +133,7 @@ class TrackerSession:
         # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
             "id": number, "url": backend.url, "mark": _mark_of(backend), "ended": False,
-            "public": str(row.get("id") or ""),
+            "public": str(row.get("id") or ""), "is_tagged": bool(stored.get("is_tagged")),
         }  # fmt: skip
         return backend
 
@@ -152,10 +159,9 @@ class TrackerSession:
         """Send parameters, masked."""
         self._call(experiment, "log_params", self._masker.mask_mapping(params))
 
-    def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any] | Iterable[str]) -> None:
-        """Send tags, masked; a plain list becomes tags without values."""
-        pairs = dict(tags) if isinstance(tags, Mapping) else {str(tag): "true" for tag in tags}
-        masked = {key: json_text(value) for key, value in self._masker.mask_mapping(pairs).items()}
+    def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any]) -> None:
+        """Send tags, masked."""
+        masked = {key: json_text(value) for key, value in self._masker.mask_mapping(tags).items()}
         self._call(experiment, "set_tags", masked)
 
     def facts(self, experiment: PlannedExperiment, facts: Mapping[str, Any]) -> None:
@@ -190,7 +196,7 @@ class TrackerSession:
 
         # Afterwards: the rows of all are sent again if one fails.
         for key, backend in sent.items():
-            self._state.experiments[self._prefix + key]["mark"] = _mark_of(backend)
+            self._state.experiments[self._prefix + key].update(mark=_mark_of(backend), is_tagged=True)
 
         self._unconfirmed.clear()
 
@@ -267,9 +273,9 @@ class TrackerSession:
                 "id": str(row.get("id") or f"{self._run_dir.name}-{experiment.number}"),
                 "name": self._masker.mask_text(experiment.name),
                 "project": self._masker.mask_text(str(row.get("project") or DEFAULT_PROJECT)),
-                "tags": self._masker.mask_mapping(row.get("tags") or {}),
+                "tags": self._masker.mask_mapping(self._passing(row.get("tags"))),
                 "parent": self._id_at_tracker(str(parent)) if parent else None,
-                "params": self._masker.mask_mapping(row.get("params") or {}),
+                "params": self._masker.mask_mapping(self._passing(row.get("params"))),
                 "started": experiment.started or time.time(),
                 # By its text alone: by its name it would be masked, and trackers file runs under their user.
                 "user": self._masker.mask_text(str(row.get("user") or "")),
@@ -279,6 +285,10 @@ class TrackerSession:
             "mark": stored.get("mark"),
             "local_only": self._local_only or bool(row.get("local_only")),
         }
+
+    def _passing(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the tags or parameters of an announcement that filters let pass."""
+        return {key: value for key, value in (values or {}).items() if self._filters.takes(key)}
 
     def _id_at_tracker(self, public: str) -> str | None:
         """Return the tracker's id of an experiment of this run or of another in the same folder, by its traceml id."""
