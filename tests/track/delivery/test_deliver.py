@@ -335,6 +335,23 @@ def test_a_tracker_without_the_run_to_resume_begins_another(run: LoggedRun) -> N
     assert "resume='nope': jsonl has no run with that id" in done.stderr
 
 
+def test_a_fallbacks_id_is_not_the_trackers(run: LoggedRun, tmp_path: Path) -> None:
+    """A run that began while its tracker was down was continued by the id that its fallback had given."""
+    ids = {"tensorboard:0-exp": str(tmp_path / "tb"), "0-exp": str(tmp_path / "exp.jsonl")}
+    kept = {key: {"id": place, "public": "own", "mark": None, "ended": True} for key, place in ids.items()}
+    before = tmp_path / "runs" / "r0"
+    before.mkdir()
+    TrackerState("jsonl", experiments=kept).save(before)
+    run.experiment(["jsonl", "tensorboard"], id="x", resume="own")
+    run.metrics({"loss": [0.5]})
+    run.end()
+
+    for backend, place in zip(("tensorboard", "jsonl"), ids.values(), strict=True):
+        assert deliver(run.path, backend).returncode == 0
+        (stored,) = state_of(run.path, backend).experiments.values()
+        assert stored["id"] == place
+
+
 def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) -> None:
     """The announcement is in another table, and may be committed a moment later."""
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})

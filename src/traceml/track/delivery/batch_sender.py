@@ -136,8 +136,7 @@ class BatchSender:
         return self._experiment(logged.stream.id, int(logged.row.get("experiment", 0)))
 
     def _open(self) -> list[PlannedExperiment]:
-        stored = self._state.experiments
-        return [each for each in self._wanted() if not stored.get(each.key, {}).get("ended")]
+        return [each for each in self._wanted() if not self._session.state_of(each).get("ended")]
 
     def _main(self) -> PlannedExperiment | None:
         """Return the experiment that gets values of the whole run: the first open one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ __all__ = ["RewindError", "TrackerSession"]
 _SLOW_S = 30.0
 # An artifact gets the usual time, and one more second per this many bytes.
 _BYTES_PER_S = 1 << 20
+
+_OWN_KEY = re.compile(r"\d+-")  # in a state; before that of a fallback's is the name of the fallback
 
 _log = logging.getLogger("traceml")
 
@@ -294,17 +297,19 @@ class TrackerSession:
         """Return the tracker's id of an experiment of this run or of another in the same folder, by its traceml id."""
         for run_dir in (self._run_dir, *sorted(self._run_dir.parent.glob("*/"), reverse=True)):
             for state in states_of(run_dir):
-                if state.backend != self.backend:
-                    continue
-
-                for stored in state.experiments.values():
+                here = [stored for key, stored in state.experiments.items() if self._is_at(state.backend, key)]
+                for stored in here:
                     if public in {stored.get("public"), stored.get("id")}:
                         return str(stored["id"])
 
-                if run_dir.name == public and state.experiments:
-                    return str(next(iter(state.experiments.values()))["id"])
+                if run_dir.name == public and here:
+                    return str(here[0]["id"])
 
         return None
+
+    def _is_at(self, backend: str, key: str) -> bool:
+        """Whether an experiment in the state of a backend is at this session's: its own, or those of its fallback."""
+        return backend == self.backend if _OWN_KEY.match(key) else key.startswith(f"{self.backend}:")
 
     def _resumed(self, wanted: Any) -> str | None:
         continued = self._id_at_tracker(str(wanted)) if wanted else None
