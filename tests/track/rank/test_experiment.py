@@ -27,6 +27,7 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
             traceml.log_metric("x", 1)
             outer.set_iteration(7)
             outer.log_metric("y", 2)
+            outer.log_metric("y", 3, iteration=8)
             outer.log_hyperparameter("depth", 3)
             outer.set_tags({"stage": 2})
             outer.set_tags(["late"])
@@ -60,7 +61,7 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
         values[experiment, metric.name].append((metric.value, metric.step))
     assert values == {
         (outer["experiment"], "x"): [(1.0, 0), (2.0, 7), (3.0, 1)],
-        (outer["experiment"], "y"): [(2.0, 7)],
+        (outer["experiment"], "y"): [(2.0, 7), (3.0, 8)],
         (inner["experiment"], "x"): [(10.0, 0)],
         (0, "alone"): [(1.0, 0)],
     }

@@ -216,10 +216,12 @@ class Experiment:
         return self._logger
 
     @uncompiled
-    def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
-        """Log one value; see `traceml.log_metric`."""
+    def log_metric(self, name: str, value: Any, step: int | None = None, *, iteration: int | None = None) -> None:
+        """Log one value; see `traceml.log_metric`. `iteration` is Tracelet's name for `step`."""
         logger = self._logger or self._begun_logger()
-        step = self.iteration if step is None else step
+        if step is None:
+            step = self.iteration if iteration is None else iteration
+
         append_usual = logger.append_usual
         if append_usual is None or not append_usual(name, value, step):
             logger.metric(name, value, step)
