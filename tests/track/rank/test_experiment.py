@@ -75,6 +75,21 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
     assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}, {"late": ""}, {"last": ""}]
 
 
+def test_an_exit_status_tells_how_an_experiment_ended(script: Script, tmp_path: Path) -> None:
+    """Early stopping by `sys.exit()` was a failure at the trackers, of a run that has finished."""
+    finish(
+        script("""
+        import contextlib, sys, traceml
+        for status in (None, 130, 3):
+            with contextlib.suppress(SystemExit), traceml.Experiment("one", backend="jsonl"):
+                sys.exit(status)
+        """)
+    )
+
+    ends = ended_run(tmp_path / "traceml_runs").of("end")
+    assert [row["state"] for row in ends] == ["finished", "stopped", "failed"]
+
+
 def test_experiments_of_two_threads_are_no_children_of_each_other(script: Script, tmp_path: Path) -> None:
     """Each is a child of the main thread's experiment, where there is one, and of those of its own thread."""
     finish(

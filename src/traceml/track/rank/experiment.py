@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from traceml.database.states import RunStatus
 from traceml.errors import ArgumentTypeError, UsageError
 from traceml.instrument.dynamo import uncompiled
 from traceml.recorder.current_recorder import current_recorder, on_change
+from traceml.recorder.exits import status_of
 from traceml.recorder.identity import script_name
 from traceml.settings import Config
 from traceml.track import wandb_sweep
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["Experiment", "Orchestrator", "names_of", "open_experiments"]
 
 _ENDS = (RunStatus.FINISHED, RunStatus.STOPPED, RunStatus.FAILED)
+_STATES = {
+    0: RunStatus.FINISHED,
+    128 + signal.SIGINT: RunStatus.STOPPED,
+    128 + signal.SIGTERM: RunStatus.STOPPED,
+}  # by exit status; of all others failed
 
 
 class Experiment:
@@ -116,7 +123,7 @@ class Experiment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.end(_state_after(kind))
+        self.end(_state_after(error))
 
     def start(self) -> Self:
         """Begin: announce it to the trackers and make it the active experiment. `with` and `log_*` do this too."""
@@ -335,12 +342,10 @@ def _tags_of(tags: Any) -> dict[str, str]:
     return dict.fromkeys(map(str, [tags] if isinstance(tags, str) else tags), "")
 
 
-def _state_after(kind: type[BaseException] | None) -> str:
-    """Return the state in which an exception, if any, ends an experiment."""
-    if kind is None:
-        return RunStatus.FINISHED.value
-
-    return RunStatus.STOPPED.value if issubclass(kind, KeyboardInterrupt) else RunStatus.FAILED.value
+def _state_after(error: BaseException | None) -> str:
+    """Return the state in which an exception, if any, ends an experiment, by the exit status as for the run."""
+    status = 0 if error is None else status_of(error)
+    return _STATES.get(status, RunStatus.FAILED).value
 
 
 def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
