@@ -32,6 +32,7 @@ class Contents:
         params: name -> value, in the tracker's own form.
         facts: name -> value of what collectors read, where it is not among the parameters.
         system: fields that the tracker shows itself.
+        times: sorted epoch seconds of the texts `note`, where the tracker has them.
         started, ended: epoch seconds of the training, where the tracker has them.
         tags: the tags that people filter by.
         state: how it ended, in the tracker's own word.
@@ -46,13 +47,14 @@ class Contents:
     tags: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     system: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
     started: float | None = None
     ended: float | None = None
     state: str = ""
 
     def sorted(self) -> Contents:
         """Sort everything that has no order of its own."""
-        for part in (self.metrics, self.texts, self.images, self.histograms, self.tags):
+        for part in (self.metrics, self.texts, self.images, self.histograms, self.tags, self.times):
             part.sort()
 
         return self
@@ -77,6 +79,7 @@ def jsonl(run_dir: Path, number: str) -> Contents:
         kind = row["type"]
         if kind == "text":
             found.texts.append((row["name"], row["step"], row["text"]))
+            found.times += [row["timestamp"]] * (row["name"] == "note")
         elif kind == "image":
             found.images.append((row["name"], row["step"], color_of(Path(row["path"]))))
         elif kind == "histogram":
@@ -166,6 +169,7 @@ def tensorboard(run_dir: Path, number: str) -> Contents:
                 found.state = value.item().decode()
             else:
                 found.texts.append((name, each.step, value.item().decode()))
+                found.times += [each.wall_time] * (name == "note")
 
     found.tags = [f"{key}: {value}" for key, value in tags.items()]
     return found.sorted()
@@ -192,6 +196,7 @@ def wandb(run_dir: Path, number: str) -> Contents:
                 found.histograms.append((name.removesuffix(".values"), step, value))
             elif isinstance(value, str) and not name.startswith("_") and "." not in name:
                 found.texts.append((name, step, value))
+                found.times += [row["_timestamp"]] * (name == "note")
 
     for record in records(folder):
         kind = record.WhichOneof("record_type")
@@ -222,6 +227,7 @@ def clearml(run_dir: Path, number: str) -> Contents:
             if event["type"] == "log":
                 about, _, text = event["msg"].partition("]: ")
                 found.texts.append((about.rpartition(" [")[0], int(about.rpartition(" [")[2]), text))
+                found.times += [event["timestamp"] / 1000] * about.startswith("note [")
             elif event["type"] == "training_debug_image":
                 found.images.append((name, event["iter"], color_of(files[f"data/{event['key']}"])))
             elif event["type"] == "plot":
@@ -250,13 +256,14 @@ _AIM = """
 import json, sys
 import aim
 run = aim.Repo(sys.argv[1]).get_run(sys.argv[2])
-out = {"texts": [], "images": [], "histograms": [], "artifacts": {}}
+out = {"note_times": [], "texts": [], "images": [], "histograms": [], "artifacts": {}}
 kinds = {"texts": "text", "images": "image", "histograms": "distribution"}
 for part, kind in kinds.items():
     for name, context, _ in run.iter_sequence_info_by_type(f"aim.{kind}"):
-        for step, (value, _, _) in getattr(run, f"get_{kind}_sequence")(name, context).data.items():
+        for step, (value, _, time) in getattr(run, f"get_{kind}_sequence")(name, context).data.items():
             if kind == "text":
                 shown = value.data
+                out["note_times"] += [time] * (name == "note")
             elif kind == "image":
                 shown = value.to_pil_image().convert("RGB").getpixel((0, 0))
             else:
@@ -287,6 +294,7 @@ def aim(run_dir: Path, number: str) -> Contents:
         params=read["params"],
         tags=read["tags"],
         facts=read["facts"],
+        times=read["note_times"],
         started=read["times"][0],
         ended=read["times"][1],
         state=read["state"],
@@ -305,6 +313,7 @@ def trackio(run_dir: Path, number: str) -> Contents:
         for name, value in ((name, value) for name, value in row.items() if isinstance(value, dict)):
             if value["_type"] == "trackio.markdown":
                 found.texts.append((name, row["step"], value["_value"]))
+                found.times += [datetime.fromisoformat(row["timestamp"]).timestamp()] * (name == "note")
             elif value["_type"] == "trackio.histogram":
                 found.histograms.append((name, row["step"], value["values"]))
             elif value["_type"] == "trackio.image":

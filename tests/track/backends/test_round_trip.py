@@ -180,6 +180,13 @@ def test_a_run_has_the_times_of_the_training(delivered: tuple[str, Contents]) ->
     assert found.state == ended.get(backend, "failed")
 
 
+def test_texts_have_the_times_of_the_training(delivered: tuple[str, Contents]) -> None:
+    """As values have: beside them, texts and images of a late delivery seemed to be days younger."""
+    backend, found = delivered
+    logged = [STARTED + 0.002 * part for part in (1, 2, 3) for _ in range(2)]
+    assert found.times == pytest.approx([] if backend == "mlflow" else logged, abs=1e-3)
+
+
 def test_fields_that_trackers_show_themselves(delivered: tuple[str, Contents]) -> None:
     """MLflow's columns of user and source; TensorBoard's name of the run."""
     backend, found = delivered

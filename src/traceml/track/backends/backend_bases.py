@@ -6,6 +6,7 @@ Such a file only grows, and a restart cuts it back to its confirmed length.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ class BatchBackend(BackendInterface):
     def end_time(self, timestamp: float) -> None:
         """Keep the time for the run's end."""
         self._ended = timestamp
+
+    @property
+    def _row_s(self) -> float:
+        """Epoch seconds of what the current call sends: those of the training, else now."""
+        return time.time() if self.row_time is None else self.row_time
 
 
 class AppendFile:

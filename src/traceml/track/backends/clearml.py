@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -167,7 +166,7 @@ class ClearMLBackend(BatchBackend):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text to the task's console."""
-        event = {"type": "log", "task": self._id, "timestamp": round(time.time() * 1000), "level": "info"}
+        event = {"type": "log", "task": self._id, "timestamp": round(self._row_s * 1000), "level": "info"}
         self._add([{**event, "worker": "traceml", "msg": utf8_text(f"{name} [{step}]: {text}")}])
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
@@ -181,7 +180,7 @@ class ClearMLBackend(BatchBackend):
             "y": list(counts),
         }
         plot = {"data": [bars], "layout": {"title": title, "bargap": 0}}
-        event = {"type": "plot", "task": self._id, "timestamp": round(time.time() * 1000), "metric": title}
+        event = {"type": "plot", "task": self._id, "timestamp": round(self._row_s * 1000), "metric": title}
         self._add([{**event, "variant": series, "iter": step, "plot_str": json.dumps(plot)}])
 
     def log_image(self, name: str, path: Path, step: int) -> None:
@@ -193,8 +192,9 @@ class ClearMLBackend(BatchBackend):
         file = f"{title}_{series}_{step}_{digest}"
         with _errors():
             event = ImageEvent(
-                title, series, image_data=None, local_image_path=str(path), iter=step, override_filename=file
-            )
+                title, series, image_data=None, local_image_path=str(path), iter=step, override_filename=file,
+                timestamp=round(self._row_s * 1000),
+            )  # fmt: skip
             manager = self._task._get_metrics_manager(self._task._get_default_report_storage_uri())
             manager._do_write_events([event])
             if event.upload_exception is not None:

@@ -81,17 +81,17 @@ class JsonlBackend(FileBackend):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Write a text in one line."""
-        self._write([{"type": "text", "name": name, "text": text, "step": step}])
+        self._write([{"type": "text", "name": name, "text": text, "step": step, "timestamp": self._row_s}])
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Write a histogram in one line."""
         line = {"type": "histogram", "name": name, "counts": list(counts), "edges": list(edges), "step": step}
-        self._write([_strict(line)])
+        self._write([_strict({**line, "timestamp": self._row_s})])
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Write the path of the image."""
         where = self._stored_path(path, f"{name}/{step}{path.suffix}")
-        self._write([{"type": "image", "name": name, "path": where, "step": step}])
+        self._write([{"type": "image", "name": name, "path": where, "step": step, "timestamp": self._row_s}])
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Write the path of the file."""

@@ -172,7 +172,7 @@ class TensorBoardBackend(FileBackend):
         self._value(self._summary.Value(tag=tag, tensor=tensor, metadata=metadata), step)
 
     def _value(self, value: Any, step: int) -> None:
-        self._write([self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value]))])
+        self._write([self._event(wall_time=self._row_s, step=step, summary=self._summary(value=[value]))])
 
     def _write(self, events: Sequence[Any]) -> None:
         """Append events."""

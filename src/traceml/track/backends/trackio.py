@@ -174,7 +174,7 @@ class TrackioBackend(BatchBackend):
         )
 
     def _log(self, name: str, value: Mapping[str, Any], step: int) -> None:
-        self._write([self._entry(name, value, step, None)])
+        self._write([self._entry(name, value, step, self.row_time)])
 
     def _write(self, entries: Sequence[TrackioEntry]) -> None:
         self._opened.write(self._run, entries, None)

@@ -265,9 +265,8 @@ class WandbBackend(BatchBackend):
                 self._skip -= 1
                 return
 
-            self._run.log(
-                {**{safe_name(key, _REFUSED, _LONGEST_NAME): each for key, each in values.items()}, STEP: step}
-            )
+            named = {safe_name(key, _REFUSED, _LONGEST_NAME): each for key, each in values.items()}
+            self._run.log({**named, STEP: step, "_timestamp": self._row_s})
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
         """Send complete records, in one write where the SDK's internals have the known form."""

@@ -261,16 +261,17 @@ class BatchSender:
 
     def _send_text(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         text = str(row.get("text") if row.get("kind") == "text" else row.get("value"))
-        self._session.text(experiment, _name_of(row, rank), text, _step_of(row))
+        self._session.text(experiment, _name_of(row, rank), text, _step_of(row), _time_of(row))
         yield len(text)
 
     def _send_histogram(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
-        self._session.histogram(experiment, _name_of(row, rank), row["counts"], row["edges"], _step_of(row))
+        name, time_s = _name_of(row, rank), _time_of(row)
+        self._session.histogram(experiment, name, row["counts"], row["edges"], _step_of(row), time_s)
         yield 8 * len(row["counts"])
 
     def _send_image(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         path = self._file(row)
-        self._session.image(experiment, _name_of(row, rank), path, _step_of(row))
+        self._session.image(experiment, _name_of(row, rank), path, _step_of(row), _time_of(row))
         yield path.stat().st_size
 
     def _send_artifact(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
@@ -281,7 +282,7 @@ class BatchSender:
 
     def _send_refused(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         name, text = f"traceml/refused/{_name_of(row, rank)}", f"{row.get('what')}: {row.get('why')}"
-        self._session.text(experiment, name, text, _step_of(row))
+        self._session.text(experiment, name, text, _step_of(row), _time_of(row))
         yield 0
 
     def _send_facts(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
@@ -295,7 +296,7 @@ class BatchSender:
             yield 0
 
         for key in shown.keys() - short.keys():
-            self._session.text(experiment, key, shown[key], 0)
+            self._session.text(experiment, key, shown[key], 0, _time_of(row))
             yield len(shown[key])
 
     def _file(self, row: Mapping[str, Any]) -> Path:
@@ -338,11 +339,8 @@ class BatchSender:
         behind = self._resume.setdefault("behind", {}).setdefault(experiment.key, {})
         behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
-            state, ended = (
-                str(logged.row.get("state") or RunStatus.FINISHED.value),
-                int(logged.row.get("t_ns") or 0) / 1e9,
-            )
-            self._experiments_to_close[experiment.key] = [state, time.time(), ended or None]
+            state = str(logged.row.get("state") or RunStatus.FINISHED.value)
+            self._experiments_to_close[experiment.key] = [state, time.time(), _time_of(logged.row)]
 
     @property
     def has_pending_closes(self) -> bool:
@@ -395,6 +393,11 @@ def _name_of(row: Mapping[str, Any], rank: int) -> str:
 
 def _step_of(row: Mapping[str, Any]) -> int:
     return int(row.get("step") or 0)
+
+
+def _time_of(row: Mapping[str, Any]) -> float | None:
+    """Return the epoch seconds of a row, if it has them."""
+    return int(row.get("t_ns") or 0) / 1e9 or None
 
 
 def _digest(value: Any) -> str:

@@ -171,19 +171,26 @@ class TrackerSession:
         """Send facts about the run, masked."""
         self._call(experiment, "log_facts", self._masker.mask_mapping(facts))
 
-    def text(self, experiment: PlannedExperiment, name: str, text: str, step: int) -> None:
+    def text(self, experiment: PlannedExperiment, name: str, text: str, step: int, time_s: float | None = None) -> None:
         """Send a text, masked by its content and its name."""
-        self._call(experiment, "log_text", name, json_text(self._masker.mask_value(name, text)), step)
+        masked = json_text(self._masker.mask_value(name, text))
+        self._call(experiment, "log_text", name, masked, step, time_s=time_s)
 
-    def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int) -> None:
+    def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int, time_s: float | None) -> None:
         """Send an image."""
-        self._call(experiment, "log_image", name, path, step, extra_s=_time_for(path))
+        self._call(experiment, "log_image", name, path, step, time_s=time_s, extra_s=_time_for(path))
 
     def histogram(
-        self, experiment: PlannedExperiment, name: str, counts: Sequence[float], edges: Sequence[float], step: int
+        self,
+        experiment: PlannedExperiment,
+        name: str,
+        counts: Sequence[float],
+        edges: Sequence[float],
+        step: int,
+        time_s: float | None,
     ) -> None:
         """Send a histogram."""
-        self._call(experiment, "log_histogram", name, counts, edges, step)
+        self._call(experiment, "log_histogram", name, counts, edges, step, time_s=time_s)
 
     def artifact(self, experiment: PlannedExperiment, path: Path, name: str) -> None:
         """Send a file."""
@@ -225,6 +232,7 @@ class TrackerSession:
             return
 
         backend = self.connect(experiment)
+        backend.row_time = ended
         with self._watched("end_experiment", _SLOW_S):
             if ended is not None:
                 backend.end_time(ended)
@@ -249,12 +257,15 @@ class TrackerSession:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _call(self, experiment: PlannedExperiment, name: str, *args: Any, extra_s: float = 0.0) -> Any:
+    def _call(
+        self, experiment: PlannedExperiment, name: str, *args: Any, time_s: float | None = None, extra_s: float = 0.0
+    ) -> Any:
         """Call a method of the experiment's backend object in bounded time; what it sends is to be confirmed."""
-        method = getattr(self.connect(experiment), name)
+        backend = self.connect(experiment)
+        backend.row_time = time_s
         self._unconfirmed.add(experiment.key)
         with self._watched(name, extra_s):
-            return method(*args)
+            return getattr(backend, name)(*args)
 
     def _watched(self, call: str, extra_s: float = 0.0) -> Any:
         allowed_s = self._timeout_s + extra_s

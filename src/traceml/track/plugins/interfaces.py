@@ -86,6 +86,8 @@ class BackendInterface(ABC):
     """Name, options, library, address and credentials of the tracker. None: it is known by its import path alone."""
     idempotent: ClassVar[bool] = False
     """Whether sending the same row again (same name, value, step and timestamp) changes nothing at the tracker."""
+    row_time: float | None = None
+    """Epoch seconds at which the text, image or histogram of the current call was logged; None if unknown."""
 
     @property
     def target(self) -> str:
