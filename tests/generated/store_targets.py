@@ -195,7 +195,7 @@ def _cursor(value: tuple[list[int], list[tuple[int, bool]]], folder: Path) -> No
         for size, starts_again in [*batches, *[(3, False)] * (2 * written + 2 * len(frames) + 2)]:
             records = RecordReader(reader) if starts_again else records
             batch = records.read(cursor, size)
-            steps += [each.step for group in batch.metrics.values() for each in group]
+            steps += [each.step for group in batch.metrics for each in group.rows]
             texts += [each.row["number"] for each in batch.logged]
             cursor = json.loads(json.dumps(batch.cursor))
 

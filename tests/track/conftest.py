@@ -35,7 +35,7 @@ class Stored:
             records, cursor = RecordReader(reader), {"frame": 0, "row": 0}
             while (batch := records.read(cursor)).cursor != cursor:
                 cursor = batch.cursor
-                for (_, experiment), metrics in batch.metrics.items():
+                for _, experiment, metrics in batch.metrics:
                     self.metrics += [(experiment, metric) for metric in metrics]
 
                 self.rows += [logged.row for logged in batch.logged]

@@ -120,6 +120,33 @@ def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> No
     assert state.delivered == 2 * (5 + 12_000) + 2 + 4
 
 
+def test_the_order_depends_on_rows_alone(tmp_path: Path) -> None:
+    """However they are cut into batches: an online run of W&B is continued after as many records as it has."""
+    found = []
+    for name, is_followed in (("followed", True), ("late", False)):
+        run = LoggedRun(tmp_path / "runs" / name)
+        for rank in range(2):
+            run.experiment(["jsonl"], rank=rank, id="x")
+
+        for part in range(3):
+            for rank in (1, 0):
+                run.metrics({"loss": [0.5] * 5}, rank=rank, first_step=5 * part)
+                run.row("text", name="note", text="hello", step=part, rank=rank)
+                run.row("params", params={f"p{part}": 1}, rank=rank)
+
+            run.writer.commit()
+            if is_followed:
+                assert deliver(run.path, "jsonl", "--once").returncode == 0
+
+        run.end()
+        assert deliver(run.path, "jsonl").returncode == 0
+        lines = [line for line in lines_of(run.path) if line["type"] in {"metric", "text"}]
+        found.append([(line["name"], line["step"]) for line in lines])
+
+    assert found[0] == found[1]
+    assert len(found[0]) == 36
+
+
 @pytest.mark.parametrize(("hosts", "is_own"), [(["own"], True), (["other"], False), (["other", "own"], True)])
 def test_a_class_that_was_sent_is_loaded_only_of_an_own_run(
     run: LoggedRun, tmp_path: Path, hosts: list[str], is_own: bool

@@ -17,7 +17,7 @@ from traceml.formatting import json_text, name_at_rank
 from traceml.track.delivery.delivery import Delivery
 from traceml.track.delivery.delivery_plan import PlannedExperiment
 from traceml.track.delivery.derived import DerivedMetrics
-from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch
+from traceml.track.delivery.record_reader import LoggedRecord, MetricRows, RecordBatch
 from traceml.track.delivery.refusals import count_refused
 from traceml.track.delivery.verdict_sender import VerdictSender
 from traceml.track.plugins.failure_kinds import FailureKind, classify
@@ -76,21 +76,29 @@ class BatchSender:
             if experiment is not None:
                 self._session.connect(experiment)
 
-        for (stream, number), rows in batch.metrics.items():
-            experiment = self._experiment(stream, number)
-            if experiment is None:
-                self._state.filtered += len(rows)
-                continue
-
-            passing = self._filters.apply(rows, self._windows(), experiment.key)
-            self._state.filtered += len(rows) - len(passing)
-            self._send_values(experiment, passing)
-
         # Rank 0 first: equal parameters of other ranks are not sent.
-        for logged in sorted(batch.logged, key=lambda each: each.stream.rank):
+        for logged in sorted(filter(_has_no_step, batch.logged), key=lambda each: each.stream.rank):
             self._send_logged(logged)
 
-        self._send_derived(batch)
+        self._send_in_order(batch)
+        self._send_live_verdicts()
+
+    def _send_in_order(self, batch: RecordBatch) -> None:
+        """Send what has steps in the order of the store, however it is cut into batches: W&B counts what it has."""
+        main, derived = self._main(), self._derived()
+        waiting: dict[str, list[Metric]] = {}  # values by the experiment's key, to be sent with one call
+        for part in batch.parts:
+            if isinstance(part, MetricRows):
+                self._add_passing(part, waiting)
+            elif isinstance(part, LoggedRecord):
+                if not _has_no_step(part):
+                    self._send_waiting(waiting)
+                    self._send_logged(part)
+            elif (rows := derived.take(part, self._stream_of(part))) and main is not None:
+                self._send_waiting(waiting)
+                self._send_derived_values(main, rows)
+
+        self._send_waiting(waiting)
 
     def finish(self) -> None:
         """Send what filters and intervals still hold back, at the end of the run."""
@@ -160,6 +168,21 @@ class BatchSender:
 
     # --- values ------------------------------------------------------------------------------------------------------
 
+    def _add_passing(self, part: MetricRows, waiting: dict[str, list[Metric]]) -> None:
+        """Add the values that filters let pass."""
+        experiment, passing = self._experiment(part.stream, part.experiment), []
+        if experiment is not None:
+            passing = self._filters.apply(part.rows, self._windows(), experiment.key)
+            waiting.setdefault(experiment.key, []).extend(passing)
+
+        self._state.filtered += len(part.rows) - len(passing)
+
+    def _send_waiting(self, waiting: dict[str, list[Metric]]) -> None:
+        for key, rows in waiting.items():
+            self._send_values(self._plan.experiments[key], rows)
+
+        waiting.clear()
+
     def _send_values(self, experiment: PlannedExperiment, rows: list[Metric]) -> None:
         if not rows:
             return
@@ -190,14 +213,11 @@ class BatchSender:
             self._audit.record("metrics", {row.name for row in passing}, len(passing))
             self._state.derived += len(passing) - len(refused)
 
-    def _send_derived(self, batch: RecordBatch) -> None:
+    def _send_live_verdicts(self) -> None:
         main = self._main()
-        derived = self._derived()
-        rows = [row for frame in batch.frames for row in derived.take(frame, self._stream_of(frame))]
         if main is None:
             return
 
-        self._send_derived_values(main, rows)
         for event in self._reader.events(self._resume.get("event", 0), "verdict"):
             self._resume["event"] = event.id
             self._verdicts.send_live(main, event)
@@ -295,7 +315,7 @@ class BatchSender:
             self._session.facts(experiment, short)
             yield 0
 
-        for key in shown.keys() - short.keys():
+        for key in (each for each in shown if each not in short):
             self._session.text(experiment, key, shown[key], 0, _time_of(row))
             yield len(shown[key])
 
@@ -385,6 +405,11 @@ class BatchSender:
         return {each.key for each in self._open()} <= self._experiments_to_close.keys() and key == next(
             reversed(self._experiments_to_close)
         )
+
+
+def _has_no_step(logged: LoggedRecord) -> bool:
+    """Whether a row is about the whole run."""
+    return logged.row.get("kind") in {"params", "tags"}
 
 
 def _name_of(row: Mapping[str, Any], rank: int) -> str:

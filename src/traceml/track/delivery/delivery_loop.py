@@ -246,7 +246,7 @@ class DeliveryLoop:
 
     def _is_early(self, batch: RecordBatch) -> bool:
         """Whether to wait for an experiment's announcement: values of another table may arrive before it."""
-        unannounced = {number for stream, number in batch.metrics if self._plan.of(stream, number) is None}
+        unannounced = {part.experiment for part in batch.metrics if self._plan.of(part.stream, part.experiment) is None}
         now_s = time.monotonic()
         return any(now_s < self._unannounced.setdefault(number, now_s + _ANNOUNCEMENT_S) for number in unannounced)
 

@@ -17,7 +17,7 @@ from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["LoggedRecord", "RecordBatch", "RecordReader", "logged_rows", "metrics_of", "position"]
+__all__ = ["LoggedRecord", "MetricRows", "RecordBatch", "RecordReader", "logged_rows", "metrics_of", "position"]
 
 _S = 1_000_000_000
 _ROW = struct.Struct("<qqqdqq")
@@ -32,16 +32,38 @@ class LoggedRecord(NamedTuple):
     row: dict[str, Any]  # its content; see `database.schema.LOGGED`
 
 
+class MetricRows(NamedTuple):
+    """Values of one frame that belong to one experiment."""
+
+    stream: int
+    experiment: int  # its number
+    rows: list[Metric]
+
+
 class RecordBatch(msgspec.Struct):
     """Rows between two cursors, in the order of the store, which per process is the order of the calls."""
 
     cursor: dict[str, int]  # cursor after the batch
     rows: int = 0  # number of rows that a user logged
-    metrics: dict[tuple[int, int], list[Metric]] = {}  # values by stream and number of the experiment
-    logged: list[LoggedRecord] = []  # all other logged rows
-    frames: list[Frame] = []  # frames of the tables requested in addition
+    # Values, all other logged rows, and frames of the tables requested in addition.
+    parts: list[MetricRows | LoggedRecord | Frame] = []
     reached: dict[tuple[int, str], int] = {}  # number of rows of each stream and table up to the end of the batch
     is_last: bool = True  # whether the store had nothing after it
+
+    @property
+    def metrics(self) -> list[MetricRows]:
+        """The values."""
+        return [part for part in self.parts if isinstance(part, MetricRows)]
+
+    @property
+    def logged(self) -> list[LoggedRecord]:
+        """The logged rows that are no values."""
+        return [part for part in self.parts if isinstance(part, LoggedRecord)]
+
+    @property
+    def frames(self) -> list[Frame]:
+        """The frames of the tables requested in addition."""
+        return [part for part in self.parts if isinstance(part, Frame)]
 
 
 class RecordReader:
@@ -115,16 +137,19 @@ class RecordReader:
             return None
 
         if frame.table not in (METRICS.name, LOGGED.name):
-            batch.frames.append(frame)
+            batch.parts.append(frame)
             return None
 
         stop = min(done + room, frame.n)
         if frame.table == METRICS.name:
+            found: dict[int, list[Metric]] = {}
             for experiment, row in metrics_of(frame, self.stream(frame.stream).rank, self._names, done, stop):
-                batch.metrics.setdefault((frame.stream, experiment), []).append(row)
+                found.setdefault(experiment, []).append(row)
+
+            batch.parts += [MetricRows(frame.stream, experiment, rows) for experiment, rows in found.items()]
         else:
             stream = self.stream(frame.stream)
-            batch.logged += [LoggedRecord(stream, row) for row in frame.maps()[done:stop]]
+            batch.parts += [LoggedRecord(stream, row) for row in frame.maps()[done:stop]]
 
         batch.rows += stop - done
         batch.reached[frame.stream, frame.table] = frame.seq + stop

@@ -55,8 +55,8 @@ class Captured:
         with StoreReader(self.run_dir / STORE_NAME) as reader:
             batch = RecordReader(reader).read({}, 1_000_000)
 
-        for rows in batch.metrics.values():
-            self.metrics += rows
+        for part in batch.metrics:
+            self.metrics += part.rows
         for one in batch.logged:
             self.logged.setdefault(one.row["kind"], []).append(one.row)
 
