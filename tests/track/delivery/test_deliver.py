@@ -85,6 +85,15 @@ def test_experiments_have_the_times_of_the_training(run: LoggedRun) -> None:
     assert times == {"own": [1.7e9, 1.7e9 + 10], "other": [1.7e9 + 2, 1.7e9 + 2.5]}
 
 
+def test_a_project_may_be_the_trackers_own(run: LoggedRun) -> None:
+    """The one that its variable names in the script, which delivery does not see."""
+    run.experiment(["jsonl"], id="x", project="default", projects={"jsonl": "vision"})
+    run.end()
+
+    assert deliver(run.path, "jsonl").returncode == 0
+    assert [line["project"] for line in lines_of(run.path) if line["type"] == "start"] == ["vision"]
+
+
 def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> None:
     numbers = [0.5, math.nan, math.inf, -math.inf, 5e-324]
     for rank in range(2):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.track.conftest import Script, ended_run, finish
+from traceml.settings import Config
 from traceml.track.backends.jsonl import JsonlBackend
 from traceml.track.plugins import plugin_registry
 from traceml.track.plugins.plugin_metadata import PluginMetadata, PluginType, first_set
+from traceml.track.rank.announcement import announcement
 from traceml.track.rank.tracker_places import moved_options, place_options
 
 
@@ -46,6 +48,21 @@ SPACE = {"TRACKIO_SPACE_ID": "me/space", "TRACKIO_SERVER_URL": "http://t", "TRAC
 def test_places_of_the_environment(backend, options, environ, found):
     """What the options set stays, and no secret becomes an option."""
     assert place_options(backend, options, environ) == found
+
+
+def test_projects_of_the_environment(monkeypatch):
+    """A tracker's own variable names the project where the user names none: it was overruled by our default."""
+    for name, value in {"WANDB_PROJECT": "vision", "MLFLOW_EXPERIMENT_NAME": "/Users/me/vision"}.items():
+        monkeypatch.setenv(name, value)
+
+    backends, given = ["wandb", "jsonl"], {"wandb": {"fallback": "mlflow"}}
+    row = announcement(Config(), backends, given)
+    assert (row["project"], row["projects"]) == ("default", {"wandb": "vision", "mlflow": "/Users/me/vision"})
+    named = (
+        announcement(Config(), backends, given, "mine"),
+        announcement(Config().over(project="mine"), backends, given),
+    )
+    assert [(each["project"], each["projects"]) for each in named] == [("mine", {})] * 2
 
 
 def test_a_present_place_replaces_that_of_the_run(monkeypatch):

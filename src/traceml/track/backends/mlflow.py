@@ -67,6 +67,7 @@ class MLflowBackend(BatchBackend):
         option_variables={"tracking_uri": first_set("MLFLOW_TRACKING_URI")},
         address_option="tracking_uri",
         key_variable="MLFLOW_TRACKING_TOKEN",
+        project_variable="MLFLOW_EXPERIMENT_NAME",
         environment=(
             "MLFLOW_*", "DATABRICKS_*", "AWS_*", "AZURE_*", "GOOGLE_*", "BOTO*", "S3_*", "REQUESTS_CA_BUNDLE",
         ),

@@ -7,8 +7,8 @@ axis of all others. So steps may go backwards, and nothing is dropped.
 Its service holds up to 32 KiB of an offline run in memory until the run ends, and does not report how much of an online
 one has arrived. So a delivery that died can only continue from the run's first row: an offline run is rewritten (the
 incomplete one is removed), and of an online one as many records are skipped as the server counts. The content of a
-record depends on the rows and their order alone, never on batches. That is exact for what one rank logs: frames that the
-store has merged since then stand in another order to those of other ranks and tables, and a live verdict is no row.
+record depends on the rows and their order alone, never on batches. That is exact for what one rank logs: frames that
+the store has merged since then have another order among those of other ranks and tables, and a live verdict is no row.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class WandbBackend(BatchBackend):
         },
         address_option="base_url",
         key_variable="WANDB_API_KEY",
+        project_variable="WANDB_PROJECT",
         environment=("WANDB_*",),
     )
 

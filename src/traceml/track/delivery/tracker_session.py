@@ -132,7 +132,7 @@ class TrackerSession:
         self._state.target = self._masker.mask_text(backend.target)
         row = experiment.row
         name = self._masker.mask_text(experiment.name)
-        number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or DEFAULT_PROJECT)))
+        number = backend.start_experiment(name, self._project(row))
         # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
             "id": number, "url": backend.url, "mark": _mark_of(backend), "ended": False,
@@ -286,7 +286,7 @@ class TrackerSession:
             "experiment": {
                 "id": str(row.get("id") or f"{self._run_dir.name}-{experiment.number}"),
                 "name": self._masker.mask_text(experiment.name),
-                "project": self._masker.mask_text(str(row.get("project") or DEFAULT_PROJECT)),
+                "project": self._project(row),
                 "tags": self._masker.mask_mapping(self._passing(row.get("tags"))),
                 "parent": self._id_at_tracker(str(parent)) if parent else None,
                 "params": self._masker.mask_mapping(self._passing(row.get("params"))),
@@ -299,6 +299,10 @@ class TrackerSession:
             "mark": stored.get("mark"),
             "local_only": self._local_only or bool(row.get("local_only")),
         }
+
+    def _project(self, row: Mapping[str, Any]) -> str:
+        own = (row.get("projects") or {}).get(self.backend)  # of the tracker's own variable
+        return self._masker.mask_text(str(own or row.get("project") or DEFAULT_PROJECT))
 
     def _passing(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the tags or parameters of an announcement that filters let pass."""

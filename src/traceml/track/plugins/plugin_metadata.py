@@ -48,6 +48,7 @@ class PluginMetadata:
         exclusive_options: options of which one is the whole place: with it, variables set none of the others.
         address_option: the option that `start_logging(backend_url=…)` sets.
         key_variable: the environment variable that a key alone goes into.
+        project_variable: the environment variable that names the project where the user names none.
         environment: patterns of the environment variables that the tracker's library reads; only its own delivery
             process gets those. None means variables that begin with the plugin's name.
     """
@@ -64,6 +65,7 @@ class PluginMetadata:
     exclusive_options: tuple[str, ...] = ()
     address_option: str | None = None
     key_variable: str | None = None
+    project_variable: str | None = None
     environment: tuple[str, ...] | None = None
 
     @classmethod

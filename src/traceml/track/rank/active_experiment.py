@@ -131,7 +131,7 @@ class ExperimentLoggers:
                 return None
 
             name = config.run_name or config.run_id or script_name()
-            about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
+            about = {"id": config.run_id or "", "name": name, "tags": {}}
             row = about | announcement(config, chosen.backends, chosen.options)
             self.note_backends(self.root.experiment, chosen.backends)
             return row

@@ -21,7 +21,7 @@ from traceml.errors import PluginError, UsageError
 from traceml.inspection.user_files import working_folder
 from traceml.installation import install_command, unsupported
 from traceml.privacy import secrets_only
-from traceml.track.rank.tracker_places import place_options
+from traceml.track.rank.tracker_places import place_options, projects_in
 from traceml.track.wandb_sweep import variables
 from traceml.trusted_files import cache_home
 
@@ -52,9 +52,15 @@ PER_EXPERIMENT = frozenset({
 
 
 def announcement(
-    config: settings.Config, backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+    config: settings.Config,
+    backends: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]],
+    project: str | None = None,
 ) -> dict[str, Any]:
     """Return the part of an experiment's row about its trackers and the settings in force.
+
+    Args:
+        project: the one that the experiment names, over that of the settings.
 
     Raises:
         UsageError: an option holds a secret.
@@ -63,7 +69,10 @@ def announcement(
     from traceml.track.plugins.plugin_signature import sign
 
     refuse_secrets(options)
+    is_named = project is not None or config.sources.get("project", "default") != "default"
     row: dict[str, Any] = {
+        "project": project or config.project,
+        "projects": {} if is_named else projects_in({*backends, *_fallbacks(options, backends)}),
         "backends": list(backends),
         "options": _with_environment(_with_places(options, backends), backends),
         "include": list(config.include),

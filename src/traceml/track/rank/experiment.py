@@ -59,7 +59,8 @@ class Experiment:
 
     Args:
         name: its name; by default the run's name.
-        project: the project at the trackers; by default the setting `project`.
+        project: the project at the trackers; by default the setting `project`, else the one that a tracker's own
+            environment variable names.
         backend: the tracker or trackers, none where empty; by default the setting `backend`, else `mlflow` where it
             is installed.
         tags: names with values, or names alone.
@@ -291,10 +292,10 @@ class Experiment:
         assert self._logger is not None
         loggers.note_backends(self._logger.experiment, chosen.backends)
         return {
-            "id": self.id, "name": self.name, "project": self.project or config.project,
+            "id": self.id, "name": self.name,
             "tags": self.tags, "parent": self.parent,
             "resume": self.resume, "params": self.config,
-        } | announcement(config, chosen.backends, chosen.options)  # fmt: skip
+        } | announcement(config, chosen.backends, chosen.options, self.project)  # fmt: skip
 
     def _config_over(self, config: Config) -> Config:
         """Return the settings in force with those of this experiment over them."""

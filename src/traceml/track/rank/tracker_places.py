@@ -1,14 +1,14 @@
-"""Destinations set by trackers' own environment variables, as options of a run, so that every delivery uses them."""
+"""Destinations set by trackers' own environment variables, kept with the run, so that every delivery uses them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from traceml.privacy import secrets_only
 
-__all__ = ["moved_options", "place_options"]
+__all__ = ["moved_options", "place_options", "projects_in"]
 
 
 def place_options(backend: str, options: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -23,6 +23,20 @@ def place_options(backend: str, options: Mapping[str, Any], environ: Mapping[str
 
     metadata = backend_metadata(backend)
     return metadata.environment_options(options, environ, _is_no_secret) if metadata is not None else {}
+
+
+def projects_in(backends: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the projects that trackers' variables name, by tracker, for where the user has named none."""
+    from traceml.track.plugins.plugin_registry import backend_metadata
+
+    found: dict[str, str] = {}
+    for backend in backends:
+        metadata = backend_metadata(backend)
+        value = environ.get(metadata.project_variable or "", "") if metadata is not None else ""
+        if value and _is_no_secret(value):
+            found[backend] = value
+
+    return found
 
 
 def moved_options(backend: str, announced: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any] | None:
