@@ -42,6 +42,7 @@ out["params"] = run["hparams"] if run.get("hparams") else {}
 out["traceml"] = run["traceml"]
 out["state"] = run.get("state")
 out["name"], out["experiment"], out["tags"] = run.name, run.experiment, sorted(run.tags)
+out["created"] = run.creation_time
 out["ended"] = run.end_time is not None
 for name, artifact in run.artifacts.items():
     out["artifacts"][name] = artifact.uri if hasattr(artifact, "uri") else artifact["uri"]
@@ -126,9 +127,12 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
 
 
 def test_a_replay_doubles_nothing(make: Maker, tmp_path: Path) -> None:
-    """Rows that come again overwrite themselves; other values at a step stand beside the first; a run goes on."""
+    """Rows that come again overwrite themselves; other values at a step stand beside the first; a run goes on.
+
+    Another experiment that continues it changes neither its name nor its start.
+    """
     repo = str(tmp_path / "repo")
-    first = make("aim", repo=repo)
+    first = make("aim", repo=repo, experiment={"started": 1.5e9})
     run = first.start_experiment("first", "tests")
     first.log_metrics([Metric("loss", float(i), i, float(i)) for i in range(100)])
     mark = json.loads(json.dumps(first.mark()))
@@ -142,8 +146,8 @@ def test_a_replay_doubles_nothing(make: Maker, tmp_path: Path) -> None:
     second.log_metrics(later[:77])
     second.log_metrics(later[77:])
     second.end_experiment()
-    third = make("aim", repo=repo, continue_run=run, experiment={"id": "exp-2"})
-    assert third.start_experiment("first", "tests") == run
+    third = make("aim", repo=repo, continue_run=run, experiment={"id": "exp-2", "started": 1.6e9})
+    assert third.start_experiment("part 2", "tests") == run
     third.log_metric("more", 1.0, 0)
     third.end_experiment()
 
@@ -151,6 +155,7 @@ def test_a_replay_doubles_nothing(make: Maker, tmp_path: Path) -> None:
     read = _read(tmp_path / "repo", run)
     assert sorted(row[:2] for row in _values(read, "loss")) == given
     assert [row[:2] for row in _values(read, "more")] == [[0, 1.0]]
+    assert (read["name"], read["created"]) == ("first", 1.5e9)
 
 
 def test_a_relative_repository(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,8 @@ def _log_everything(backend: BackendInterface, folder: Path) -> None:
 
 def test_a_server_holds_each_row_once(server: str, make: Maker, tmp_path: Path) -> None:
     """Everything is sent twice, the second time by a delivery that continues; then the training ends."""
-    for mark in ({}, {"id": "exp-1"}):
-        backend = make("trackio", server_url=server)
+    for mark, started in (({}, 1.5e9), ({"id": "exp-1"}, 1.6e9)):
+        backend = make("trackio", server_url=server, experiment={"started": started})
         if mark:
             assert backend.resume(mark)
 
@@ -99,6 +99,7 @@ def test_a_server_holds_each_row_once(server: str, make: Maker, tmp_path: Path) 
     assert (artifact["size_bytes"], artifact["version"]) == (1000, 0)
     config = _ask(server, "get_run_summary", project="tests", run_id="exp-1")["config"]
     assert (config["lr"], config["model"]) == (0.1, {"depth": 2})
+    assert config["_Created"].startswith("2017-07-14")  # what continues a run does not move its start
     folder = _ask(server, "get_settings")["media_dir"]
     shown = httpx.get(
         f"{server.partition('?')[0]}/file", params={"path": f"{folder}/{image['file_path']}"}, timeout=240

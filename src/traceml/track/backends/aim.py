@@ -81,6 +81,7 @@ class AimBackend(BatchBackend):
         if not self._repo.startswith("aim://"):
             Path(self._repo).mkdir(parents=True, exist_ok=True)
 
+        is_new = self._hash is None
         repo = Repo.from_path(self._repo, init=True)
         self._run = Run(
             self._hash,
@@ -89,16 +90,12 @@ class AimBackend(BatchBackend):
             system_tracking_interval=None,
             log_system_params=False,
             capture_terminal_logs=False,
-            force_resume=self._hash is not None,  # a killed delivery leaves its lock
+            force_resume=not is_new,  # a killed delivery leaves its lock
         )
         self._hash = self._run.hash
-        self._run.name = name
-        about = {"experiment": str(self._experiment["id"]), "run": self._traceml_run}
-        if self._experiment.get("parent"):
-            about["parent"] = str(self._experiment["parent"])
+        if is_new:  # a run that another experiment continues keeps its name and start
+            self._set_about(name)
 
-        self._run["traceml"] = about
-        self._set_created()
         if not self._repo.startswith("aim://"):
             self._run.set_artifacts_uri(Path(self._repo, ".aim_artifacts").as_uri())
 
@@ -203,6 +200,15 @@ class AimBackend(BatchBackend):
     def mark(self) -> dict[str, Any]:
         """Return what `resume` needs to find the run."""
         return {"hash": self._hash}
+
+    def _set_about(self, name: str) -> None:
+        self._run.name = name
+        about = {"experiment": str(self._experiment["id"]), "run": self._traceml_run}
+        if self._experiment.get("parent"):
+            about["parent"] = str(self._experiment["parent"])
+
+        self._run["traceml"] = about
+        self._set_created()
 
     def _set_created(self) -> None:
         """Set the time at which the training began; Aim has no call for it, and none at all for a server."""

@@ -95,7 +95,8 @@ class TrackioBackend(BatchBackend):
         started = self._experiment.get("started")
         self._config |= {
             "_Username": str(self._experiment.get("user") or "") or None,
-            "_Created": _time(started) if started else self._config.get("_Created", _now()),
+            # A run that another experiment continues keeps its start.
+            "_Created": self._config.get("_Created") or (_time(started) if started else _now()),
             "_Group": str(self._experiment["parent"]) if self._experiment.get("parent") else None,
         }
         self._write_config({})
